@@ -25,8 +25,8 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.images import labelled_images
+from coprune.recipe.views import training_recipe
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 PATTERNS = ("unstructured", "4:8", "2:4")
@@ -119,7 +119,7 @@ def finetuning_table(folder: Path, nsamples: int, epochs: float, rate: float) ->
 def accuracy_after(settings: dict[str, Any]) -> str:
     """Fine-tune, and give the accuracy of the model, whose zeros are all there; a dash where its layers get no adapters."""
     try:
-        report = run_finetuning(make_settings(settings), Reporter(quiet=True))
+        report = run_finetuning(training_recipe(settings), Reporter(quiet=True))
     except BadInput as error:
         if "no adapters" not in str(error):
             raise

@@ -211,11 +211,12 @@ def defaults_of(how: dict[str, Any]) -> list[str]:
     """The method, the allocation and the training of settings with all of their options."""
     from coprune.pruning.allocation import allocation_named
     from coprune.pruning.methods import METHODS
-    from coprune.training.settings import FinetuneSettings
+    from coprune.recipe.tree import FIELDS
+    from coprune.recipe.views import TRAINING
 
     found = [repr(METHODS[how["method"]]), repr(allocation_named(how.get("allocation", "uniform")))]
     if "finetune" in how:
-        found.append(repr({name: field.default for name, field in FinetuneSettings.model_fields.items()}))
+        found.append(repr({name: FIELDS[setting.word].default for name, setting in TRAINING.items()}))
     return found
 
 

@@ -165,10 +165,10 @@ def prune(settings: dict[str, Any]) -> None:
 
 def finetune(settings: dict[str, Any]) -> None:
     """Fine-tune and measure; the result is the run's own report."""
+    from coprune.recipe.views import training_recipe
     from coprune.training.run import run_finetuning as run
-    from coprune.training.settings import make_settings
 
-    run(make_settings(settings))
+    run(training_recipe(settings))
 
 
 def markdown(arguments: argparse.Namespace, patterns: list[str]) -> str:

@@ -10,9 +10,9 @@ import pytest
 
 import coprune
 from coprune.evaluation.arguments import MeasureArguments
-from coprune.recipe.measuring import SETTINGS
+from coprune.recipe.tree import FIELDS
+from coprune.recipe.views import MEASURING, TRAINING
 from coprune.training.finetune import FinetuneArguments
-from coprune.training.settings import FinetuneSettings
 from support.annotations import kinds
 
 FUNCTIONS = [
@@ -107,15 +107,14 @@ def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: 
 
 def test_the_settings_of_a_measurement_are_typed() -> None:
     typed = typing.get_type_hints(MeasureArguments)
-    assert set(typed) == set(SETTINGS) - {"data"}
+    assert set(typed) == set(MEASURING) - {"data"}
 
 
 def test_the_settings_of_a_fine_tuning_are_typed() -> None:
-    fields = FinetuneSettings.model_fields
     typed = typing.get_type_hints(FinetuneArguments)
-    assert set(typed) == set(fields) - {"model", "mode"}
-    for name, kind in typed.items():
-        assert kinds(fields[name].annotation) - {tuple} <= kinds(kind), name
+    assert set(typed) == {*TRAINING, "bf16"} - {"model", "mode"}
+    for name, (word, _) in TRAINING.items():
+        assert name not in typed or kinds(FIELDS[word].annotation) - {tuple} <= kinds(typed[name]), name
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -13,9 +13,9 @@ from coprune.base.files import require_apart
 from coprune.model.checkpoint.writer import join_files, refuse_occupied
 from coprune.packed.folder import pack
 from coprune.recipe.recipe import make_recipe
+from coprune.recipe.views import training_recipe
 from coprune.run.checks import prepare_folders
 from coprune.training.resume import prepare_folders as prepare_training
-from coprune.training.settings import make_settings
 from support.pico_folder import save_pico
 
 NAMES = ["n" * 250, "x/" + "m" * 300, "a\0b", "\ud800", "file/below", "link", "x" * 5000]
@@ -37,7 +37,7 @@ def test_an_impossible_name_is_refused_before_anything_is_done(name: str, place:
             prepare_folders(make_recipe({"model": "pico", **places}))
         assert caught.value.field == field
         with pytest.raises(BadInput):
-            prepare_training(make_settings({"model": "pico", **places}))
+            prepare_training(training_recipe({"model": "pico", **places}))
     with pytest.raises(BadInput):
         refuse_occupied(Path(name))
     save_pico(place / "model", num_hidden_layers=1)

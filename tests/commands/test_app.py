@@ -19,9 +19,9 @@ import pytest
 from coprune.commands.table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flags import flags_of
-from coprune.recipe.measuring import SETTINGS
-from coprune.recipe.parts import is_common
+from coprune.recipe.parts import Shown, is_common
 from coprune.recipe.tree import FIELDS, FLAT
+from coprune.recipe.views import MEASURING
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -55,7 +55,7 @@ def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) 
         assert re.search(rf"^  {name} +{re.escape(COMMANDS[name])}$", overview, re.MULTILINE)  # on one line, uncut
         assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
     options = set(re.findall(r"--[\w-]+", coprune("prune", "--help-all")))
-    for setting in set(FLAT) - {"model", "options"}:
+    for setting in {word for word in set(FLAT) - {"model", "options"} if Shown.TRAINING not in FIELDS[word].metadata}:
         assert "--" + SHORTER.get(setting, setting.replace("_", "-")) in options
     for setting in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
         assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
@@ -119,7 +119,7 @@ def test_words_are_completed(typed: str, completed: list[str]) -> None:
 def test_settings_of_a_measurement_go_by_their_short_and_by_the_recipes_names(coprune: Callable[..., str]) -> None:
     for command in ("eval", "compare"):
         options = set(re.findall(r"--[\w-]+", coprune(command, "--help")))
-        for name, (word, _) in SETTINGS.items():
+        for name, (word, _) in MEASURING.items():
             assert {f"--{name.replace('_', '-')}", f"--{word.replace('_', '-')}"} <= options
 
 

@@ -8,8 +8,8 @@ import pytest
 
 import coprune
 from coprune.recipe.recipe import make_recipe
+from coprune.recipe.views import training_recipe
 from coprune.sweeps.file import Sweep
-from coprune.training.settings import make_settings
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
@@ -30,8 +30,8 @@ def test_settings_name_folders_in_a_home(home: Path) -> None:
     )
     assert (recipe.run_folder, recipe.output.model) == (home / "run", home / "model")
     assert (recipe.output.log_json, recipe.model.cache_dir) == (home / "log", home)
-    tuned = make_settings({"model": "m", "save": "~/run", "save_model": "~/model"})
-    assert (tuned.run_folder, tuned.model_folder) == (home / "run", home / "model")
+    tuned = training_recipe({"model": "m", "save": "~/run", "save_model": "~/model"})
+    assert (tuned.training_folder, tuned.trained_folder) == (home / "run", home / "model")
     assert Sweep.make({"model": "m", "method": ["wanda", "magnitude"], "save": "~/table"}).folder == home / "table"
     assert make_recipe({"model": "m", "save": "~no-such-user/r"}).run_folder == Path("~no-such-user/r"), "no such user"
 

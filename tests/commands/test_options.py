@@ -14,7 +14,7 @@ import pytest
 
 from coprune.commands.table import COMMANDS, command_named
 from coprune.recipe.flags import OLDER
-from coprune.recipe.measuring import SETTINGS
+from coprune.recipe.views import MEASURING
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
@@ -34,7 +34,7 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
         kind, option = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
         names = [option.default, *(option.param_decls or ())]
         flags = [flag for name in names if isinstance(name, str) for flag in name.split("/") if flag.startswith("-")]
-        setting = SETTINGS[parameter.name].word if parameter.name in SETTINGS else parameter.name
+        setting = MEASURING[parameter.name].word if parameter.name in MEASURING else parameter.name
         older = OLDER.get(parameter.name, []) if len(flags) > 1 else []
         for flag in flags or [f"--{parameter.name.replace('_', '-')}"]:
             if type(option).__name__ == "OptionInfo" and flag not in older and "_" not in flag:

@@ -10,11 +10,11 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flat import flatten, layered, nest, word_for
-from coprune.recipe.measuring import measuring_recipe
 from coprune.recipe.parts import ReconstructPart
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.tree import FIELDS, FLAT, OLDER_PARTS, PARTS
+from coprune.recipe.views import measuring_recipe
 
 FLAT_SETTINGS = {
     "model": "m",

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput
 from coprune.recipe.flat import layered
-from coprune.recipe.parts import Decides, decided_by
+from coprune.recipe.parts import Decides, Part, decided_by
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
 from coprune.recipe.tree import FIELDS
-from coprune.training.settings import FinetuneSettings
+from coprune.recipe.views import TRAINING
 
 # What may differ between an interrupted run and its resumption.
 FREE_TO_RESUME = {
@@ -36,7 +35,7 @@ FREE_TO_RESUME = {
     *("limit", "prompt", "report_to", "push_to_hub", "log_json", "encoding", "generate", "generate_prompts"),
     *("private", "overwrite", "batch_size"),
     *("generate_tokens", "generate_temperature", "generate_seed", "gate", "require", "apply_chat_template"),
-    *("gen_kwargs", "log_samples"),
+    *("gen_kwargs", "log_samples", "finetune_save_every", "finetune_eval_seqlen", "finetune_against"),
 }
 # What may differ where a sweep takes a finished run over; that a model was saved may not.
 FREE_WHEN_FINISHED = {
@@ -50,10 +49,11 @@ FREE_WHEN_FINISHED = {
         "push_to_hub",
         "log_json",
     ),
-    *("log_samples", "private", "overwrite"),
+    *("log_samples", "private", "overwrite", "finetune_save_every"),
 }
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
+    *("finetune_save_every", "finetune_eval_seqlen", "finetune_against"),
     "vocabulary_force",
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
     *(
@@ -77,14 +77,13 @@ FREE_TO_RESUME_TRAINING = {
 }
 
 
-@pytest.mark.parametrize("fields", [FIELDS, FinetuneSettings.model_fields])
-def test_every_setting_says_what_it_decides(fields: dict[str, FieldInfo]) -> None:
-    for field in fields.values():
+def test_every_setting_says_what_it_decides() -> None:
+    for field in FIELDS.values():
         assert isinstance(decided_by(field), Decides)
 
 
 def test_a_field_that_does_not_say_is_refused() -> None:
-    class Silent(FinetuneSettings):
+    class Silent(Part):
         more: int = 0
 
     with pytest.raises(TypeError, match="does not say what it decides"):
@@ -104,7 +103,7 @@ def test_what_decides(what: Decides, free: set[str]) -> None:
 
 
 def test_what_decides_a_training() -> None:
-    free = {name for name, field in FinetuneSettings.model_fields.items() if not decided_by(field) & Decides.RESULT}
+    free = {name for name, (word, _) in TRAINING.items() if not decided_by(FIELDS[word]) & Decides.RESULT}
     assert free == FREE_TO_RESUME_TRAINING
 
 

@@ -9,7 +9,7 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.retired import RETIRED
-from coprune.training.settings import make_settings
+from coprune.recipe.views import training_recipe
 
 OF_RECIPES = {word: one for word, one in RETIRED.items() if one.place is not None}
 OF_TRAININGS = sorted({*RETIRED} - {*OF_RECIPES})
@@ -30,6 +30,6 @@ def test_a_recipe_with_the_default_loads_and_one_with_another_value_is_refused(w
 
 @pytest.mark.parametrize("word", OF_TRAININGS)
 def test_so_do_settings_of_a_training(word: str) -> None:
-    assert make_settings({"model": "m", word: RETIRED[word].default}) == make_settings({"model": "m"})
+    assert training_recipe({"model": "m", word: RETIRED[word].default}) == training_recipe({"model": "m"})
     with pytest.raises(BadInput, match="was retired"):
-        make_settings({"model": "m", word: 0.01})
+        training_recipe({"model": "m", word: 0.01})

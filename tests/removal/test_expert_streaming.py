@@ -23,7 +23,7 @@ from support.saved import load_clean
 from support.torchrun import run_together, torchrun
 
 
-def settings_of(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
+def training_of(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
     places = {"save": str(folder / out / "run"), "save_model": str(folder / out / "small")}
     data = {"model": str(folder / "model"), "dataset": str(folder / "words.txt"), "evaluate": False}
     return data | places | {"align": 16, "nsamples": 4, "seqlen": 16} | changes
@@ -31,7 +31,7 @@ def settings_of(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
 
 def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
     """Do a run, and return all of its model but what names folders."""
-    run_recipe(make_recipe(settings_of(folder, out, **changes)), reporter=Reporter(quiet=True))
+    run_recipe(make_recipe(training_of(folder, out, **changes)), reporter=Reporter(quiet=True))
     found = listing(folder / out / "small")
     for name in ("README.md", "tokenizer_config.json"):  # the latter is copied in one case, and saved in the other
         found.pop(name)
@@ -108,7 +108,7 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
     save_pico(tmp_path / "model", "mixtral")
     write_words(tmp_path / "words.txt")
     alone = run(tmp_path, "alone", remove="experts=0.25", stream=True)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings_of(tmp_path, "both").items()]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in training_of(tmp_path, "both").items()]
     flags = [flag for flag in flags if "--evaluate" not in flag and "--model" not in flag]
     asked = ["--remove", "experts=0.25", "--stream", "--no-eval", "--quiet"]
     run_together(torchrun(2, "-m", "coprune", "prune", str(tmp_path / "model"), *flags, *asked))
@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     cases = {}
     for blocks in (4, 16):
         save_pico(tmp_path / str(blocks), "mixtral", num_hidden_layers=blocks, **sizes)
-        cases[str(blocks)] = settings_of(tmp_path, f"out{blocks}", remove="experts=0.25", stream=True) | {
+        cases[str(blocks)] = training_of(tmp_path, f"out{blocks}", remove="experts=0.25", stream=True) | {
             "model": str(tmp_path / str(blocks))
         }
     found = measured_peaks(cases)

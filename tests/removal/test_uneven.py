@@ -143,7 +143,7 @@ def test_a_search_takes_no_worse_than_what_it_starts_from() -> None:
     assert found < even
 
 
-def settings_of(home: Path, out: str) -> dict[str, Any]:
+def training_of(home: Path, out: str) -> dict[str, Any]:
     words = str(home / "words.txt")
     what = {
         "remove": "channels=0.33,heads=0.5",
@@ -157,7 +157,7 @@ def settings_of(home: Path, out: str) -> dict[str, Any]:
 
 
 def run(home: Path, out: str) -> Result:
-    return run_recipe(make_recipe(settings_of(home, out)), reporter=Reporter(quiet=True))
+    return run_recipe(make_recipe(training_of(home, out)), reporter=Reporter(quiet=True))
 
 
 def interrupt(*_: Any) -> Any:
@@ -196,7 +196,7 @@ def test_a_search_of_two_processes_goes_on_to_the_same_bytes(tmp_path: Path) -> 
     write_words(tmp_path / "words.txt")
 
     def command(out: str) -> list[str]:
-        settings = settings_of(tmp_path, out) | {"allocation": "search:rounds=41", "nsamples": 64, "seqlen": 32}
+        settings = training_of(tmp_path, out) | {"allocation": "search:rounds=41", "nsamples": 64, "seqlen": 32}
         recipe = tmp_path / f"{out}.yaml"
         recipe.write_text(make_recipe(settings).to_yaml())
         return torchrun(2, "-m", "coprune", "prune", "--recipe", str(recipe))
@@ -234,7 +234,7 @@ def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
     assert finds[0][:2] == finds[1]
     run(tmp_path, "stopped")
     assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "called" / "small")
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in settings_of(tmp_path, "typed").items()]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in training_of(tmp_path, "typed").items()]
     words = [word for word in words if not word.startswith(("--model", "--evaluate"))]
     done = CliRunner().invoke(app, ["prune", str(tmp_path / "llama"), *words, "--no-eval"])
     assert done.exit_code == 0, done.output
@@ -245,7 +245,7 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
     for out, stream in (("whole", False), ("streamed", True)):
-        settings = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": "channels=0.33"}
+        settings = training_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": "channels=0.33"}
         run_recipe(make_recipe(settings | {"stream": stream}), reporter=Reporter(quiet=True))
     assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
 
@@ -256,7 +256,7 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
     write_words(tmp_path / "words.txt")
 
     def go(out: str) -> None:
-        asked = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": remove, "score": "kl:tokens=64"}
+        asked = training_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": remove, "score": "kl:tokens=64"}
         run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
 
     go("whole")
@@ -283,7 +283,7 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
 def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
-    asked = settings_of(tmp_path, "stopped") | {"allocation": "error", "remove": "channels=0.33"}
+    asked = training_of(tmp_path, "stopped") | {"allocation": "error", "remove": "channels=0.33"}
     with monkeypatch.context() as patched:
         patched.setattr(stages, "build_report", interrupt)
         with pytest.raises(KeyboardInterrupt):

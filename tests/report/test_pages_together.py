@@ -11,6 +11,7 @@ import pytest
 
 import coprune
 from coprune.evaluation.tables import Comparison
+from coprune.recipe.views import training_recipe
 from coprune.report.compared import comparison_page
 from coprune.report.html import MadeFacts
 from coprune.report.links import link_back
@@ -20,7 +21,6 @@ from coprune.report.schema import Report
 from coprune.sweeps.page import write_sweep_page
 from coprune.training.page import finetune_page, write_finetune_page
 from coprune.training.report import FinetuneReport, HeldOutPoint, LossPoint, PerplexityChange
-from coprune.training.settings import make_settings
 from support.browser import find_browser, opened_page
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words
@@ -57,7 +57,7 @@ def tuned(model: Path, steps: int = 900) -> FinetuneReport:
         LossPoint(step=i, seconds=i, loss=3 + 1 / i, learning_rate=1e-4, gradient_norm=1.0) for i in range(1, steps)
     ]
     return FinetuneReport(
-        settings=make_settings({"model": str(model), "dataset": "embedded", "minutes": 1.0}),
+        settings=training_recipe({"model": str(model), "dataset": "embedded", "minutes": 1.0}),
         source="<b>words</b>",
         windows=10,
         block_size=32,

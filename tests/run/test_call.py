@@ -18,6 +18,7 @@ from coprune.pruning.methods.given import choice_of
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import flatten
+from coprune.recipe.parts import Shown
 from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
@@ -146,8 +147,14 @@ def test_what_is_no_method_is_refused(method: Any) -> None:
         choice_of(method)
 
 
+OF_TRAININGS = {word for word, field in FIELDS.items() if Shown.TRAINING in field.metadata}
+"""What a call says in its part, `train`, or by flat names that are not completed."""
+
+
 def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:
-    settings = set(FLAT) | {part for part in PARTS if "." not in part} | set(OLDER_PARTS) | set(OTHER_WORDS)
+    settings = (
+        set(FLAT) - OF_TRAININGS | {part for part in PARTS if "." not in part} | set(OLDER_PARTS) | set(OTHER_WORDS)
+    )
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
     others = set(typing.get_type_hints(ProcessorArguments))
     assert set(typing.get_type_hints(PruneArguments)) == (settings - {"model", "method"}) | options | others
@@ -155,7 +162,7 @@ def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> No
 
 def test_the_arguments_take_what_the_settings_take() -> None:
     typed = typing.get_type_hints(PruneArguments)
-    for word in set(FLAT) - {"model", "method", "options"}:
+    for word in set(FLAT) - {"model", "method", "options"} - OF_TRAININGS:
         wanted = kinds(FIELDS[word].annotation) - {tuple, Choice}
         assert wanted <= kinds(typed[word]), word
     for word, means in OTHER_WORDS.items():

@@ -20,11 +20,11 @@ from coprune.base.native.build import load_kernels
 from coprune.base.progress import Reporter
 from coprune.packed.folder import pack, unpack
 from coprune.recipe.recipe import make_recipe
+from coprune.recipe.views import training_recipe
 from coprune.report.folder import REPORT_FILE as PRUNED
 from coprune.run.stages import run_recipe
 from coprune.training.report import REPORT_FILE as FINETUNED
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 from support.disturbing import Work, in_child, left_in
 from support.pico import pico_model
 from support.pico_folder import save_pico, write_words
@@ -57,7 +57,7 @@ def make_place(place: Path) -> dict[str, Work]:
     def tune(out: Path, **changes: Any) -> object:
         made: dict[str, Any] = {"save_every": 1, "save_model": out / "made", **changes}
         settings = settings_for(out / "run", place / "pruned", place / "text.txt", **made)
-        return run_finetuning(make_settings(settings), QUIET)
+        return run_finetuning(training_recipe(settings), QUIET)
 
     def measure(out: Path) -> None:
         found = coprune.evaluate(model, str(place / "test.txt"), seqlen=32, device="cpu", quiet=True)

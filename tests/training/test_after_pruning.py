@@ -14,7 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.stages import run_recipe
-from coprune.training.after_pruning import pruning_of, settings_of
+from coprune.training.after_pruning import pruning_of, training_of
 from coprune.training.masks import find_masks
 from coprune.training.report import FinetuneReport
 from support.pico import pico_model
@@ -32,9 +32,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pruning_hands_on_how_it_is_trained() -> None:
     how: dict[str, Any] = {"finetune_tokens": 4096, "finetune_lr": 2e-4, "finetune_accumulate": 2}
     recipe = make_recipe({"model": "m", "finetune": "distill", "finetune_dtype": "bfloat16", **how})
-    found = settings_of(recipe)
-    assert (found.tokens, found.rate, found.accumulate, found.bf16) == (4096, 2e-4, 2, True)
-    assert found.teacher == "m"
+    found = training_of(recipe)
+    assert (found.train.tokens, found.train.rate, found.train.accumulate, found.train.dtype) == (
+        4096,
+        2e-4,
+        2,
+        "bfloat16",
+    )
+    assert found.train.distill.teacher == "m"
     alone = pruning_of(recipe).train
     assert alone == type(alone)()
     with pytest.raises(BadInput, match=r"'model.layers.1.\*' goes by numbers"):
@@ -45,7 +50,7 @@ def test_conversations_are_no_text_to_train_on(tmp_path: Path) -> None:
     chat, text = tmp_path / "chat.jsonl", write_text(tmp_path / "text.txt", 100)
     chat.write_text('{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}')
     for named, trained in ((str(chat), "wikitext2"), (f"{chat}=0.7,{text}=0.3", str(text))):
-        assert settings_of(make_recipe({"model": "m", "finetune": "dense", "dataset": named})).dataset == trained
+        assert training_of(make_recipe({"model": "m", "finetune": "dense", "dataset": named})).calibrate.data == trained
 
 
 def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path) -> None:

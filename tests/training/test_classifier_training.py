@@ -14,10 +14,11 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.views import training_recipe
 from coprune.training.masks import find_masks
 from coprune.training.merge import merge
 from coprune.training.run import run_finetuning
-from coprune.training.settings import FinetuneSettings, make_settings
 from support.commands import run_command
 from support.pico_images import pico_pixels, save_classifier
 from support.pruned import StoppedAt
@@ -38,10 +39,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(home: Path, folder: Path, family: str = "vit", **changes: Any) -> FinetuneSettings:
+def settings(home: Path, folder: Path, family: str = "vit", **changes: Any) -> Recipe:
     fast = {"max_steps": 6, "max_samples": 64, "batch_size": 8, "learning_rate": 2e-3, "evaluations": 1}
     data = {"dataset": "digits", "eval_images": 60, "device": "cpu"}
-    return make_settings({"model": str(home / family), "mode": "dense", "save": folder, **fast, **data, **changes})
+    return training_recipe({"model": str(home / family), "mode": "dense", "save": folder, **fast, **data, **changes})
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -144,7 +145,7 @@ def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(
     given |= {"teacher": str(home / "dense" / "vit")} if changes.get("mode") == "distill" else {}
     given = {name: value for name, value in {**given, **changes, "model": given["model"]}.items() if value is not None}
     with pytest.raises(BadInput, match=message):
-        run_finetuning(make_settings(given), QUIET)
+        run_finetuning(training_recipe(given), QUIET)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.recipe.views import training_recipe
 from coprune.training.report import FinetuneReport
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text
 
 QUIET = Reporter(quiet=True)
@@ -30,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(home: Path, folder: Path, reporter: Reporter = QUIET, **changes: Any) -> FinetuneReport:
     settings = settings_for(folder, home / "llama", home / "text.txt", mode="dense", **changes)
-    return run_finetuning(make_settings(settings), reporter)
+    return run_finetuning(training_recipe(settings), reporter)
 
 
 def states(folder: Path) -> list[str]:
@@ -113,7 +113,7 @@ def test_what_cannot_work_is_said_before_anything_is_measured(
     reporter = Reporter(quiet=True)
     reporter.say = lambda line: said.append(line)  # type: ignore[method-assign]
     with pytest.raises(BadInput, match=re.escape(message)):
-        run_finetuning(make_settings(settings), reporter)
+        run_finetuning(training_recipe(settings), reporter)
     assert not any("pruned model" in line for line in said)
     assert not run_folder.exists()
 

@@ -13,9 +13,9 @@ from coprune.base.errors import BadInput
 from coprune.base.precision import SLOW_IN_BFLOAT16
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
-from coprune.training.after_pruning import settings_of
+from coprune.recipe.views import training_recipe
+from coprune.training.after_pruning import training_of
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 from coprune.training.trainer import arguments_on, training_device
 from support.pruned import pruned_model, save, settings_for, write_text
 
@@ -61,8 +61,8 @@ def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
     recipe = make_recipe({"model": "m", "device": "cuda:1", "finetune": "lora", "save": str(tmp_path / "run")})
-    assert settings_of(recipe).device == "cuda:1"
-    assert make_settings(settings_for(tmp_path, tmp_path, tmp_path)).device == "cpu"
+    assert training_of(recipe).model.device == "cuda:1"
+    assert training_recipe(settings_for(tmp_path, tmp_path, tmp_path)).model.device == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
 )
 def test_a_training_after_pruning_reads_one_source_of_text(data: str, trained: str) -> None:
     recipe = make_recipe({"model": "m", "dataset": data, "finetune": "lora", "finetune_minutes": 1, "save_model": "x"})
-    assert settings_of(recipe).dataset == trained
+    assert training_of(recipe).calibrate.data == trained
 
 
 def test_a_processor_without_products_of_bfloat16_trains_in_float32(
@@ -87,7 +87,7 @@ def test_a_processor_without_products_of_bfloat16_trains_in_float32(
         how = settings_for(
             tmp_path / name, tmp_path / "model", tmp_path / "text.txt", mode="dense", max_steps=2, bf16=half
         )
-        assert not run_finetuning(make_settings(how), Reporter(quiet=True)).settings.bf16
+        assert run_finetuning(training_recipe(how), Reporter(quiet=True)).settings.train.dtype == "float32"
         return load_file(tmp_path / name / "model" / "model.safetensors")
 
     asked, exact = trained("asked", True), trained("exact", False)

@@ -14,9 +14,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
-from coprune.training.after_pruning import settings_of
+from coprune.recipe.views import training_recipe
+from coprune.training.after_pruning import training_of
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 from coprune.training.trainer import rates_by_size
 from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text
 
@@ -44,7 +44,7 @@ def test_scaled_weights_take_scaled_steps_and_a_stopped_run_goes_on_to_the_same_
     def trained(name: str, reporter: Reporter | None = None, **changes: Any) -> dict[str, torch.Tensor]:
         more = {"mode": "dense", "max_steps": 5, "save_every": 2, "rates": "relative", "learning_rate": 0.01}
         asked = settings_for(tmp_path / name, tmp_path / "model", text, **(more | changes))
-        run_finetuning(make_settings(asked), reporter or Reporter(quiet=True))
+        run_finetuning(training_recipe(asked), reporter or Reporter(quiet=True))
         return load_file(tmp_path / name / "model" / "model.safetensors")
 
     whole = trained("whole")
@@ -63,6 +63,8 @@ def test_scaled_weights_take_scaled_steps_and_a_stopped_run_goes_on_to_the_same_
 
 
 def test_presets_that_train_ask_for_it_and_adapters_cannot_have_it() -> None:
-    assert settings_of(make_recipe({"model": "m", "pattern": "2:4", **preset_settings("tuned")})).rates == "relative"
+    assert (
+        training_of(make_recipe({"model": "m", "pattern": "2:4", **preset_settings("tuned")})).train.rates == "relative"
+    )
     with pytest.raises(BadInput, match="adapters begin at zero"):
-        make_settings({"model": "m", "mode": "lora", "rates": "relative"})
+        training_recipe({"model": "m", "mode": "lora", "rates": "relative"})

@@ -13,12 +13,12 @@ from coprune.base.progress import Event, Reporter, Said
 from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, source_of
 from coprune.recipe.recipe import make_recipe
+from coprune.recipe.views import training_recipe
 from coprune.report.page import number, run_page
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
 from coprune.training.masks import History, find_masks
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 from support.pico import pico_model
 from support.pruned import save, settings_for, write_text
 from support.saved import load_clean
@@ -46,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -> None:
     teacher = {"teacher": str(home / "dense")} if "distill" in mode else {}
     asked = settings_for(tmp_path / "run", home / "small", home / "text.txt", mode=mode, max_steps=3, **teacher)
-    report = run_finetuning(make_settings(asked), QUIET)
+    report = run_finetuning(training_recipe(asked), QUIET)
     before, after = load_clean(home / "small"), load_clean(tmp_path / "run" / "model")
     assert [p.shape for p in after.parameters()] == [p.shape for p in before.parameters()]
     linear = [name for name, module in before.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
@@ -67,7 +67,7 @@ def test_padding_stays_zeros_however_little_there_is(home: Path, tmp_path: Path,
     asked = settings(home, save=tmp_path / "run", save_model=tmp_path / "small", remove="channels=0.04", align=4)
     run_recipe(make_recipe(asked | {"allocation": "error:tokens=0"}), reporter=QUIET)
     asked = settings_for(tmp_path / "tuned", tmp_path / "small", home / "text.txt", mode=mode, max_steps=2)
-    run_finetuning(make_settings(asked), QUIET)
+    run_finetuning(training_recipe(asked), QUIET)
     before, after = load_clean(tmp_path / "small"), load_clean(tmp_path / "tuned" / "model")
     names = [name for name, _ in before.named_parameters() if ".mlp." in name]
     silent = {name: before.get_parameter(name) == 0 for name in names}
@@ -124,5 +124,5 @@ def test_a_smaller_model_with_zeros_keeps_both(home: Path, tmp_path: Path) -> No
     del pruning["remove"], pruning["align"]
     run_recipe(make_recipe(pruning), reporter=QUIET)
     asked = settings_for(tmp_path / "tuned", tmp_path / "sparse", home / "text.txt", mode="dense", max_steps=2)
-    run_finetuning(make_settings(asked), QUIET)
+    run_finetuning(training_recipe(asked), QUIET)
     assert find_masks(load_clean(tmp_path / "tuned" / "model")).patterns == {"2:4": 21}

@@ -18,13 +18,13 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import Companions
 from coprune.recipe.pattern import NM
 from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.views import training_recipe
 from coprune.run.stages import run_recipe
 from coprune.training.adapters import load_adapter
 from coprune.training.masks import find_masks
 from coprune.training.merge import merge
 from coprune.training.run import run_finetuning
 from coprune.training.saving import save_model
-from coprune.training.settings import make_settings
 from coprune.training.trainer import ZeroKeepingTrainer
 from coprune.training.training_data import read_training_text
 from support.pico import pico_model, pico_tokens
@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(home: Path, folder: Path, family: str = "llama", reporter: Reporter = QUIET, **changes: Any) -> Any:
-    return run_finetuning(make_settings(settings_for(folder, home / family, home / "text.txt", **changes)), reporter)
+    return run_finetuning(training_recipe(settings_for(folder, home / family, home / "text.txt", **changes)), reporter)
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ def test_what_is_measured_in_the_end_is_what_is_saved(home: Path, tmp_path: Path
     save(half, tmp_path / "half")
     text = str(home / "text.txt")
     settings = settings_for(tmp_path / "run", tmp_path / "half", home / "text.txt", mode="dense", max_steps=6)
-    report = run_finetuning(make_settings({**settings, "evaluate": True, "eval_data": text}), QUIET)
+    report = run_finetuning(training_recipe({**settings, "evaluate": True, "eval_data": text}), QUIET)
     (change,) = report.perplexity
     told = coprune.evaluate(tmp_path / "run" / "model", text, seqlen=change.seqlen, dtype="float32", quiet=True)
     assert told.perplexity[0].value == pytest.approx(change.after, rel=1e-9)
@@ -186,13 +186,13 @@ def test_an_interrupted_run_does_not_go_on_from_other_weights(home: Path, tmp_pa
     save(model, tmp_path / "mine")
     settings = settings_for(tmp_path / "run", tmp_path / "mine", home / "text.txt", save_every=2, max_steps=5)
     with pytest.raises(KeyboardInterrupt):
-        run_finetuning(make_settings(settings), StoppedAt(0.6))
+        run_finetuning(training_recipe(settings), StoppedAt(0.6))
     with torch.no_grad():
         flat = model.get_parameter(name).reshape(-1)
         flat[flat.nonzero()[-1]] *= 1.5
     model.save_pretrained(tmp_path / "mine")
     with pytest.raises(BadInput, match="belongs to an unfinished run in which weights was"):
-        run_finetuning(make_settings(settings), QUIET)
+        run_finetuning(training_recipe(settings), QUIET)
 
 
 @pytest.mark.parametrize("mode", ["lora", "dense"])
@@ -228,7 +228,7 @@ def test_early_stop_keeps_the_best_state(home: Path, tmp_path: Path) -> None:
     best = losses.index(min(losses))
     assert report.steps == best + 4 < 20
     # What was saved has the best loss that was measured, not the last.
-    settings = make_settings(settings_for(tmp_path, home / "mixtral", home / "text.txt", **more))
+    settings = training_recipe(settings_for(tmp_path, home / "mixtral", home / "text.txt", **more))
     windows = read_training_text(settings, word_tokenizer(), 16).held_out.tokens
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     with torch.no_grad():
@@ -251,9 +251,9 @@ def test_tokens_are_as_many_steps_as_they_fill(home: Path, tmp_path: Path, token
 IN_TWO_PROCESSES = """
 import json, sys
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
+from coprune.recipe.views import training_recipe
 
-run_finetuning(make_settings(json.loads(sys.argv[1])))
+run_finetuning(training_recipe(json.loads(sys.argv[1])))
 """
 
 SHARDED_PARAMETERS = """

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from coprune.base.errors import CopruneError, NumericalError, VerificationError
 from coprune.base.progress import Reporter
+from coprune.recipe.views import training_recipe
 from coprune.training.merge import merge
 from coprune.training.run import run_finetuning
 from coprune.training.saving import bring_to
-from coprune.training.settings import make_settings
 from support.pruned import pruned_model, save, settings_for, write_text
 
 QUIET = Reporter(quiet=True)
@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tune(home: Path, folder: Path, **changes: Any) -> Any:
     settings = settings_for(folder, home / "llama", home / "text.txt", max_steps=2, **changes)
-    return run_finetuning(make_settings(settings), QUIET)
+    return run_finetuning(training_recipe(settings), QUIET)
 
 
 def refuse(*_: Any) -> None:

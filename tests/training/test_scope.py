@@ -13,9 +13,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
-from coprune.training.after_pruning import settings_of
+from coprune.recipe.views import training_recipe
+from coprune.training.after_pruning import training_of
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 from support.pruned import pruned_model, save, settings_for, write_text
 
 Tensors = dict[str, torch.Tensor]
@@ -26,7 +26,7 @@ def trained(folder: Path, model: Path, **changes: Any) -> tuple[Tensors, Tensors
     asked = settings_for(
         folder, model, write_text(folder.parent / "text.txt", 700), **{"mode": "dense", "max_steps": 2, **changes}
     )
-    run_finetuning(make_settings(asked), Reporter(quiet=True))
+    run_finetuning(training_recipe(asked), Reporter(quiet=True))
     return load_file(model / "model.safetensors"), load_file(folder / "model" / "model.safetensors")
 
 
@@ -83,10 +83,10 @@ def test_a_head_that_was_pruned_is_trained_too(tmp_path: Path, tied: bool) -> No
 
 def test_presets_train_blocks_and_adapters_beside_them_go_by_what_adapters_take() -> None:
     asked = {"model": "m", "pattern": "2:4"}
-    weights = settings_of(make_recipe(asked | preset_settings("tuned", asked)))
-    assert (weights.scope, weights.rates, weights.mode) == ("blocks", "relative", "distill")
+    weights = training_of(make_recipe(asked | preset_settings("tuned", asked)))
+    assert (weights.train.scope, weights.train.rates, weights.train.mode) == ("blocks", "relative", "distill")
     asked |= {"finetune": "lora-distill"}
-    adapters = settings_of(make_recipe(preset_settings("tuned", asked) | asked))
-    assert (adapters.scope, adapters.rates, adapters.mode) == ("all", "absolute", "lora-distill")
-    assert adapters.rate == make_settings({"model": "m", "mode": "lora-distill", "teacher": "m"}).rate
-    assert adapters.tokens == weights.tokens
+    adapters = training_of(make_recipe(preset_settings("tuned", asked) | asked))
+    assert (adapters.train.scope, adapters.train.rates, adapters.train.mode) == ("all", "absolute", "lora-distill")
+    assert adapters.train.rate == training_recipe({"model": "m", "mode": "lora-distill", "teacher": "m"}).train.rate
+    assert adapters.train.tokens == weights.train.tokens

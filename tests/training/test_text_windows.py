@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coprune.base.errors import BadInput
-from coprune.training.settings import make_settings
+from coprune.recipe.views import training_recipe
 from coprune.training.training_data import read_training_text
 from support.pruned import settings_for
 from support.words import word_tokenizer, words
@@ -18,7 +18,7 @@ from support.words import word_tokenizer, words
 
 def read(tmp_path: Path, path: Path, **changes: Any) -> Any:
     return read_training_text(
-        make_settings(settings_for(tmp_path / "run", tmp_path, path, **changes)), word_tokenizer(), 8
+        training_recipe(settings_for(tmp_path / "run", tmp_path, path, **changes)), word_tokenizer(), 8
     )
 
 
@@ -75,9 +75,9 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     ]
     for changes, message in refused:
         with pytest.raises(BadInput, match=message):
-            make_settings({**good, **changes})
-    assert json.loads(make_settings(good).model_dump_json())["mode"] == "lora"
-    assert make_settings({**good, "learning_rate": None}).rate == 1e-4
+            training_recipe({**good, **changes})
+    assert json.loads(training_recipe(good).model_dump_json())["train"]["mode"] == "lora"
+    assert training_recipe({**good, "learning_rate": None}).train.rate == 1e-4
 
 
 def test_what_perplexity_is_of_is_not_trained_on(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ on the command line.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Self
 
-from coprune.base.words import Face, Words, ended, parts_of, say
+from coprune.base.words import Face, Words, ended, parts_of, renamed, say
 
 _FEW = 30
 """So many names are listed in a message."""
@@ -63,6 +63,12 @@ class CopruneError(Exception):
         """The same error with one more thing to do about it."""
         more = fix if self.fix is None else (*parts_of(self.fix), ". ", *parts_of(fix))
         return type(self)(self.cause, field=self.field, value=self.value, fix=more)
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same error with settings under other names. names: by those of now."""
+        fix = None if self.fix is None else renamed(self.fix, names)
+        field = names.get(self.field or "", self.field)
+        return type(self)(renamed(self.cause, names), field=field, value=self.value, fix=fix)
 
     def within(self, place: str) -> Self:
         """The same error with the place in front where it came about: a run, a file, a matrix."""

@@ -7,9 +7,9 @@ reads `stream=False`; on the command line, which has a face of its own, `--no-st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -148,6 +148,19 @@ def ended(text: str) -> str:
 def parts_of(words: Words) -> tuple[str | Piece, ...]:
     """The parts of words, also where they are a single one."""
     return words if isinstance(words, tuple) else (words,)
+
+
+def renamed(words: Words, names: Mapping[str, str]) -> Words:
+    """Words that call settings by other names. names: by those of now."""
+
+    def other(part: str | Piece) -> str | Piece:
+        if isinstance(part, Setting | Set | LeaveOut):
+            return replace(part, name=names.get(part.name, part.name))
+        if isinstance(part, Together):
+            return Together(tuple(replace(one, name=names.get(one.name, one.name)) for one in part.settings))
+        return part
+
+    return tuple(map(other, parts_of(words)))
 
 
 def _literal(value: Any) -> str:

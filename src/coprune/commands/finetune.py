@@ -9,12 +9,12 @@ import typer
 from coprune.base.environment import rank
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelOption, named_model
-from coprune.commands.options import finetune_options, with_options
+from coprune.commands.options import training_options, with_options
 from coprune.commands.terminal import end_unless_held, show
-from coprune.training.settings import make_settings
+from coprune.recipe.views import training_recipe
 
 
-@with_options(finetune_options())
+@with_options(training_options())
 def finetune(
     model: Annotated[
         str | None, typer.Argument(help="The pruned model: a local folder or Hub id.", show_default=False)
@@ -29,12 +29,12 @@ def finetune(
     """
     typed = {name: value for name, value in settings.items() if value is not None}
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
-    make_settings({"model": named} | typed)  # what cannot be is told before torch is loaded
+    training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
     from coprune.training.finetune import finetune
 
     report = finetune(named, quiet=quiet, **typed)
     if rank() == 0:
         show(str(report))
-        show(f"curves    {report.settings.run_folder / 'finetune.json'}")
-        show(f"page      {report.settings.run_folder / 'report.html'}")
+        show(f"curves    {report.settings.training_folder / 'finetune.json'}")
+        show(f"page      {report.settings.training_folder / 'report.html'}")
         end_unless_held(report.required)

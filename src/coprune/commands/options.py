@@ -25,12 +25,11 @@ from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.choice import Choice, read_scalar
 from coprune.recipe.flags import flags_of
 from coprune.recipe.flat import TRAIN
-from coprune.recipe.measuring import SETTINGS
-from coprune.recipe.parts import is_common
+from coprune.recipe.parts import Shown, is_common
 from coprune.recipe.recipe import DEFAULTS
 from coprune.recipe.retired import retired
-from coprune.recipe.tree import FIELDS, FLAT, LEAVES
-from coprune.training.settings import FinetuneSettings
+from coprune.recipe.tree import FIELDS, LEAVES
+from coprune.recipe.views import INSPECTING, MEASURING, TRAINING, Setting
 
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
@@ -38,26 +37,11 @@ _METHODS = "coprune.pruning.methods"
 _HELP_ALL = "help_all"
 _NAMED_TWICE = ("model_option", "use_variant")
 """Options of the Wanda repository for what an argument and a method are called here."""
-# A fine-tuning's settings that are called otherwise on the command line, where the word has another meaning.
+# A training's settings that are called otherwise on the command line, where the word has another meaning.
 _FLAGS_OF_TRAINING = {
     "seqlen": ["--seqlen", "--block-size", "--block_size"],
     "temperature": ["--distill-temperature", "--temperature"],
     "train": ["--train-only", "--train"],
-}
-_TITLES_OF_TRAINING = {
-    "The data": ("dataset", "seqlen", "max_samples", "held_out"),
-    "How long": ("epochs", "max_steps", "minutes", "patience", "evaluations"),
-    "Adapters (--mode lora or lora-distill)": ("rank", "alpha", "dropout", "masked"),
-    "Distillation (--mode distill or lora-distill)": (
-        "teacher",
-        "temperature",
-        "kl_weight",
-        "hidden_weight",
-        "text_weight",
-        "top_k",
-    ),
-    "Measuring": ("evaluate", "eval_data", "eval_images", "eval_seqlen", "eval_tokens", "bos", "against"),
-    "Where it goes": ("cache_dir", "report_to", "save", "save_model", "save_every", "overwrite"),
 }
 
 
@@ -103,75 +87,44 @@ def help_all_option() -> inspect.Parameter:
 
 def recipe_options() -> list[inspect.Parameter]:
     """One command-line option per setting of a recipe."""
-    return [_option(name, FIELDS[name], DEFAULTS[name]) for name in FIELDS if name not in _NOT_OPTIONS]
+    return [_option(name, Setting(name), []) for name in FIELDS if name not in _NOT_OPTIONS]
 
 
-def finetune_options() -> list[inspect.Parameter]:
-    """One command-line option per setting of a fine-tuning."""
-    titles = {name: title for title, names in _TITLES_OF_TRAINING.items() for name in names}
-    return [
-        _option(
-            name,
-            field,
-            field.default,
-            _FLAGS_OF_TRAINING.get(name),
-            title=titles.get(name)
-            or (_title(name) if FLAT.get(name, "").startswith("evaluate.answers.") else "The training"),
-        )
-        for name, field in FinetuneSettings.model_fields.items()
-        if name not in _NOT_OPTIONS
-    ]
-
-
-def _title(setting: str) -> str | None:
-    return LEAVES[setting].part.title if setting in LEAVES else None
-
-
-_INSPECTED: dict[str, str | None] = {
-    **dict.fromkeys(("sparsity", "pattern", "include", "exclude", "allocation", "dataset")),
-    "nsamples": "Calibration samples for a drawing, or for an allocation that takes a pass over data. [16]",
-    **dict.fromkeys(("seqlen", "cache_dir")),
-}
+def training_options() -> list[inspect.Parameter]:
+    """One command-line option per setting of a training."""
+    asked = {name: setting for name, setting in TRAINING.items() if name not in _NOT_OPTIONS}
+    return [_option(name, setting, _FLAGS_OF_TRAINING.get(name, flags_of(name))) for name, setting in asked.items()]
 
 
 def inspecting_options() -> list[inspect.Parameter]:
     """The options of a recipe that say what would be pruned."""
-    return [
-        _option(name, FIELDS[name], DEFAULTS[name] if description is None else None, None, description)
-        for name, description in _INSPECTED.items()
-    ]
+    return [_option(name, setting, []) for name, setting in INSPECTING.items()]
 
 
 def measuring_options() -> list[inspect.Parameter]:
     """One command-line option per setting of a measurement, which goes by the recipe's flags too."""
-    made = []
-    for name, (word, description) in SETTINGS.items():
-        flags = list(dict.fromkeys([*flags_of(name), *flags_of(word)]))
-        default = None if description is not None else DEFAULTS[word]
-        made.append(_option(name, FIELDS[word], default, flags, description, _title(word)))
-    return made
+    return [
+        _option(name, setting, list(dict.fromkeys([*flags_of(name), *flags_of(setting.word)])))
+        for name, setting in MEASURING.items()
+    ]
 
 
-def _option(
-    name: str,
-    field: FieldInfo,
-    default: Any,
-    flags: list[str] | None = None,
-    description: str | None = None,
-    title: str | None = None,
-) -> inspect.Parameter:
-    """The option of one setting, with its description and its default as help. title: of its group, if not the recipe's."""
-    several = default == ()
+def _option(name: str, setting: Setting, flags: list[str]) -> inspect.Parameter:
+    """The option of a setting. name: of the parameter, whose flags are taken where none are given."""
+    leaf, default = LEAVES[setting.word], DEFAULTS[setting.word]
+    field, several = leaf.field, default == ()
     is_text = field.annotation in (Choice, Choice | None) or _is_read_otherwise(field)
     kind: Any = list[str] if several else str if is_text else field.annotation
+    told = setting.description or str(field.description)
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     # 0 equals False, and is a default to be shown.
-    shown = "" if default is None or default is False or several else " [on]" if default is True else f" [{default}]"
+    unsaid = default is None or default is False or several or told.endswith("]")
     option = typer.Option(
         *flags or flags_of(name),
-        help=f"{description or field.description}{shown}",
+        help=told if unsaid else f"{told} [{'on' if default is True else default}]",
         show_default=False,
-        rich_help_panel=title or _title(name),
+        rich_help_panel=leaf.part.title,
+        hidden=not flags and Shown.TRAINING in field.metadata,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

@@ -18,7 +18,7 @@ from coprune.evaluation.measure import Subject
 from coprune.evaluation.sources import Held, Model
 from coprune.model.opened import refuse_what_loading_decides
 from coprune.recipe.answers import cannot_require
-from coprune.recipe.measuring import measuring_recipe
+from coprune.recipe.views import measuring_recipe
 
 _NAMES_DENSE = ("name that model with ", Setting("against"))
 

@@ -14,6 +14,11 @@ _RESULT = Decides.RESULT | Decides.COST
 _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
 
+def _or_none(value: Any) -> Any:
+    """`none` is how transformers calls no tracker."""
+    return None if value == "none" else value
+
+
 def _joined(value: Any) -> Any:
     """Names that are separated by commas may be a list too, and a name may be a path."""
     if isinstance(value, Path):
@@ -162,6 +167,7 @@ class OutputPart(Part):
     ] = "source"
     report_to: Annotated[
         CommaSeparated,
+        BeforeValidator(_or_none),
         Decides.WHERE,
         Field(description="Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio."),
     ] = None

@@ -50,6 +50,8 @@ class Shown(Enum):
 
     COMMON = auto()
     """In the short help, since most people need it at some time; every other one in `--help-all`."""
+    TRAINING = auto()
+    """Only where a training is all that is asked for; what prunes takes it too."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,13 @@ class Part(BaseModel):
         # As a shell does, which files and Python do not pass.
         return expand_home(value) if isinstance(value, Path) else value
 
-    def first_said(self) -> str | None:
-        """The first field that is not as it is where nothing is said; None if all are. Every field has a default."""
+    def first_said(self) -> tuple[str, ...] | None:
+        """The way to the first field that is not as it is where nothing is said; None if all are. Every field has a default."""
         unsaid = type(self)()
-        return next((name for name, value in self if value != getattr(unsaid, name)), None)
+        name, value = next(((name, value) for name, value in self if value != getattr(unsaid, name)), (None, None))
+        if name is None:
+            return None
+        return (name, *(value.first_said() or ())) if isinstance(value, Part) else (name,)
 
 
 class ModelPart(Part):

@@ -9,9 +9,9 @@ from pydantic import BaseModel
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Set, Words
-from coprune.recipe.finetune import has_adapters
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.pattern import parse_pattern
+from coprune.recipe.train import has_adapters
 
 _REFIT: dict[str, Any] = {
     "method": "sparsegpt",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
-from coprune.base.words import Command, LeaveOut, Set, Setting, Words, parts_of
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.recipe.answers import LIKENESS, cannot_require
 from coprune.recipe.choice import USUAL_METHOD, Choice
 from coprune.recipe.flat import names_said, nest
@@ -25,7 +26,8 @@ from coprune.recipe.parts import Decides, ModelPart, Part, deciding, refuse_numb
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.presets import with_preset
 from coprune.recipe.structure import SPREADING, WHOLE_MODEL, RemovePart, cannot_score
-from coprune.recipe.tree import FIELDS, FLAT, LEAVES, Tree
+from coprune.recipe.train import cannot_train
+from coprune.recipe.tree import FIELDS, FLAT, LEAVES, WORDS, Tree
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -49,17 +51,14 @@ def contradiction(recipe: Tree) -> BadInput | None:
     )
 
 
-def _unused(asked: Part, head: str, example: object, why: Words) -> BadInput | None:
-    """What is wrong where a part says how something is done that its head, a setting, does not ask for.
-
-    example: a value of the head that asks for it.
-    """
-    field = asked.first_said()
-    if field is None:
+def _unused(asked: Part, place: str, wanted: Set, why: str) -> BadInput | None:
+    """What is wrong where a part says how something is done that nobody asked for. wanted: what asks for it."""
+    said = asked.first_said()
+    if said is None:
         return None
-    word = next(word for word, leaf in LEAVES.items() if leaf.part is type(asked) and leaf.path[-1] == field)
-    cause: Words = (Setting(word), *parts_of(why), Setting(head))
-    return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set(head, example)))
+    word = WORDS[".".join((place, *said))]
+    cause: Words = (Setting(word), why, Setting(wanted.name))
+    return BadInput(cause, field=word, value=attrgetter(".".join(said))(asked), fix=("add ", wanted))
 
 
 def _of_reconstruction(recipe: Tree) -> BadInput | None:
@@ -72,13 +71,17 @@ def _of_reconstruction(recipe: Tree) -> BadInput | None:
             fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
         )
     why = " says how blocks are trained, and none is trained without "
-    return None if asked.steps else _unused(asked, "reconstruct", 6, why)
+    return None if asked.steps else _unused(asked, "prune.reconstruct", Set("reconstruct", 6), why)
 
 
 def _of_training(recipe: Tree) -> BadInput | None:
     if recipe.train.mode is None:
         why = " says how the pruned model is trained, and nothing is trained without "
-        return _unused(recipe.train, "finetune", "lora", why)
+        return _unused(recipe.train, "train", Set("finetune", "lora"), why)
+    if (wrong := cannot_train(recipe.train)) is not None:
+        return wrong
+    if not 0 <= (seed := recipe.calibrate.seed) < 2**32:
+        return BadInput(f"seed {seed} is none that a training takes: 0 to {2**32 - 1}", field="seed", value=seed)
     if recipe.output.encoding == "packed":
         pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
         return BadInput("a fine-tuned model is saved dense", field="encoding", value=recipe.output.encoding, fix=pack)
@@ -96,7 +99,8 @@ _NO_LOW_RANK: dict[str, Words] = {
 def _of_low_rank(recipe: Tree) -> BadInput | None:
     asked = recipe.prune.low_rank
     if not asked.rank:
-        return _unused(asked, "low_rank", 32, " says how low rank is found, and none is without ")
+        why = " says how low rank is found, and none is without "
+        return _unused(asked, "prune.low_rank", Set("low_rank", 32), why)
     given = {
         "remove": bool(recipe.remove.parts),
         "finetune": recipe.train.mode is not None,
@@ -327,16 +331,25 @@ class Recipe(Tree):
         added = f"-rank-{self.prune.low_rank.rank}" if self.prune.low_rank.rank else ""
         return re.sub("[: =,]", "-", f"-{label}{added}")
 
+    @property
+    def training_folder(self) -> Path:
+        """Where curves, adapters and resumable states of a training go that is all the recipe asks for."""
+        return self.output.run or Path("out") / "finetune" / (Path(self.model.name).name or "model") / str(
+            self.train.mode
+        )
+
+    @property
+    def trained_folder(self) -> Path:
+        """Where the model goes that is trained."""
+        return self.output.model or self.training_folder / "model"
+
     def flat(self) -> dict[str, Any]:
         """Every setting by its flat name; what has options is written as text, but for the method's."""
         return {word: self.setting(word) for word in FLAT}
 
     def setting(self, word: str) -> Any:
         """The value of one setting, by its flat name."""
-        value: Any = self
-        for name in LEAVES[word].path:
-            value = getattr(value, name)
-        return _as_text(value)
+        return _as_text(attrgetter(FLAT[word])(self))
 
     def replaced(self, **settings: Any) -> Recipe:
         """The recipe with other values, by their flat names, which are not checked anew."""
@@ -381,6 +394,8 @@ class Recipe(Tree):
         parts = self.model_dump(mode="json", exclude_none=True, exclude_defaults=not usual)
         if "data" not in self.calibrate.model_fields_set:
             parts.get("calibrate", {}).pop("data", None)  # its default depends on what the model reads
+        if self.train.mode is None:
+            parts.pop("train", None)  # nothing in it says anything
         said = _without_empty(parts)
         note = f"# {_NOT_HELD.format(what=' and '.join(self.given))}\n" if self.given else ""
         return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)
@@ -426,21 +441,25 @@ def read_settings(path: Path) -> dict[str, Any]:
     return data
 
 
-def make_recipe(settings: Mapping[str, Any]) -> Recipe:
+def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = None) -> Recipe:
     """Build a recipe, turning what is wrong with it into one clear BadInput.
 
     Args:
         settings: parts (`calibration: {samples: 32}`), places (`calibration.samples`), or flat names (`nsamples`); a `preset`
             stands for its settings, and what is said beside it wins.
+        called: what errors call settings, by their flat names, where that is not as they were said.
 
     Raises:
         BadInput: a name is unknown or said twice, a value is of the wrong type, or settings contradict each other.
     """
-    parts, names = nest(with_preset(settings)), names_said(settings)
+    called = dict(called or {})
     try:
+        parts, names = nest(with_preset(settings)), names_said(settings) | called
         return Recipe.model_validate(parts)
     except ValidationError as error:
-        raise explain(error, lambda place: _named(place, names)) from None
+        raise explain(error, lambda place: _named(place, names)).renamed(called) from None
+    except BadInput as error:
+        raise error.renamed(called) from None
 
 
 def _named(place: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, str]:

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
 from coprune.recipe.choice import Choice
-from coprune.recipe.finetune import TrainPart
 from coprune.recipe.outcome import EvaluatePart, OutputPart
 from coprune.recipe.parts import CalibratePart, ModelPart, Part, PrunePart, Word
 from coprune.recipe.structure import RemovePart
+from coprune.recipe.train import TrainPart
 
 
 class Tree(BaseModel):

@@ -15,10 +15,10 @@ from coprune.data.given import CalibrationData, TextData
 from coprune.evaluation.arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
-from coprune.recipe.finetune import Mode, TrainPart
 from coprune.recipe.outcome import EvaluatePart, OutputPart
 from coprune.recipe.parts import CalibratePart, LowRankPart, PrunePart, ReconstructPart
 from coprune.recipe.structure import RemovePart
+from coprune.recipe.train import Mode, TrainPart
 
 File = str | Path
 Options = Mapping[str, bool | int | float | str | None]

@@ -20,8 +20,8 @@ from coprune.evaluation.extras import Extras, measures_anything, nothing_to_meas
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.measurement import Closeness
 from coprune.evaluation.tables import Comparison
-from coprune.recipe.measuring import measuring_recipe
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.views import measuring_recipe
 from coprune.report.folder import model_of
 from coprune.sweeps.finished import models_to_compare
 

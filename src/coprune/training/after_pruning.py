@@ -25,10 +25,11 @@ from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.imagined import Imagined
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
-from coprune.recipe.finetune import LEARNING_RATES, TrainPart, has_adapters, has_teacher
-from coprune.recipe.parts import Decides
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.outcome import OutputPart
+from coprune.recipe.parts import CalibratePart, Decides, ModelPart, PrunePart
+from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.sources import split_sources
+from coprune.recipe.train import LEARNING_RATES, TrainPart, has_adapters, has_teacher
 from coprune.report.card import model_card
 from coprune.report.figures import FinetunedFacts
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
@@ -37,7 +38,6 @@ from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
 from coprune.training.resume import gives_as
 from coprune.training.run import in_precision_of_the_device, run_finetuning
-from coprune.training.settings import FinetuneSettings, make_settings
 from coprune.training.trainer import training_device
 
 
@@ -63,7 +63,7 @@ def prune_and_finetune(
         The report of the run, which speaks of the fine-tuned model; that of the fine-tuning alone is
         `finetune/finetune.json`. Raises as both do.
     """
-    settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
+    settings = training_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
     pruning = pruning_of(recipe)
     processes.from_first(lambda: _require_teacher(recipe) if in_memory else _require_room(recipe, settings))
     done = processes.from_first(lambda: None if anew else _pruned_before(recipe, pruning))
@@ -73,7 +73,7 @@ def prune_and_finetune(
     else:
         reporter.say(f"Pruned by an earlier run: {pruning.output.model}")
         report = done
-    settings = settings.model_copy(update=_measured_alike(report))
+    settings = settings.replaced(**_measured_alike(report))
     if processes.first:
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
     before = processes.from_first(lambda: _finetuned_before(settings))
@@ -95,14 +95,14 @@ def _measured_alike(report: Report) -> dict[str, Any]:
     if report.bos is not None and report.bos.used != "as given":
         found["bos"] = report.bos.used  # as the dense model spoke for
     if report.perplexity:
-        found["eval_seqlen"] = report.perplexity[0].seqlen
+        found["finetune_eval_seqlen"] = report.perplexity[0].seqlen
     return found
 
 
 def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
     """The report of the pruning, with what the fine-tuning made of it."""
     facts = FinetunedFacts(
-        mode=found.settings.mode,
+        mode=str(found.settings.train.mode),
         steps=found.steps,
         minutes=found.seconds / 60,
         perplexity={one.data: one.after for one in found.perplexity},
@@ -130,19 +130,23 @@ def _require_teacher(recipe: Recipe) -> None:
         ) from None
 
 
-def _require_room(recipe: Recipe, settings: FinetuneSettings) -> None:
+def _require_room(recipe: Recipe, settings: Recipe) -> None:
     """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
     if has_adapters(recipe.train.mode) or recipe.remove.parts or not recipe.model.check_memory:
         return
     where = locate(recipe.model.name, recipe.model.cache_dir)
     distills = has_teacher(recipe.train.mode)
-    require_room_to_train(where, settings.optimizer, settings.scope, distills, training_device(settings.device))
+    require_room_to_train(
+        where, settings.train.optimizer, settings.train.scope, distills, training_device(settings.model.device)
+    )
 
 
-def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
+def _finetuned_before(settings: Recipe) -> FinetuneReport | None:
     """The report of the fine-tuning if an earlier run came so far; None if not."""
     try:
-        report = FinetuneReport.model_validate_json((settings.run_folder / FINETUNE_FILE).read_text(encoding="utf-8"))
+        report = FinetuneReport.model_validate_json(
+            (settings.training_folder / FINETUNE_FILE).read_text(encoding="utf-8")
+        )
     except (OSError, ValueError):
         return None
     return report if gives_as(report, in_precision_of_the_device(settings)) else None
@@ -155,59 +159,36 @@ def pruning_of(recipe: Recipe) -> Recipe:
     return untrained.replaced(save_model=pruned, generate=None, require=None, push_to_hub=None, private=None)
 
 
-def settings_of(recipe: Recipe) -> FinetuneSettings:
-    """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
+def training_of(recipe: Recipe) -> Recipe:
+    """The recipe of the training alone: the same data, seed, measurements and device, for the model that was pruned."""
     # A dataset that nobody named stays so, since it depends on the model what that means.
     # Of several the largest that is text as it stands: a training reads one.
     sources = split_sources(recipe.calibrate.data)
     plain = [source for source in sources if source.is_text and not reads_conversations(source)]
     named = "data" in recipe.calibrate.model_fields_set and plain
-    data = {"dataset": max(plain, key=lambda source: source.share).name} if named else {}
-    return make_settings(
-        data
-        | {
-            "model": str(recipe.run_folder / "pruned"),
-            "mode": recipe.train.mode,
-            "teacher": recipe.model.name if has_teacher(recipe.train.mode) else None,
-            "seqlen": recipe.calibrate.seqlen,
-            "minutes": recipe.train.minutes,
-            "tokens": recipe.train.tokens,
-            "learning_rate": recipe.train.learning_rate,
-            "rates": recipe.train.rates,
-            "scope": recipe.train.scope,
-            "exclude": recipe.prune.exclude,
-            "accumulate": recipe.train.accumulate,
-            "bf16": recipe.train.dtype == "bfloat16",
-            "seed": recipe.calibrate.seed,
-            "device": recipe.model.device,
-            "cache_dir": recipe.model.cache_dir,
-            "evaluate": recipe.evaluate.perplexity,
-            "eval_data": recipe.evaluate.data,
-            "eval_tokens": recipe.evaluate.tokens,
-            "bos": recipe.calibrate.bos,
-            "eval_images": recipe.evaluate.images,
-            **_answers_of(recipe),
-            "report_to": recipe.output.report_to or "none",
-            "save": recipe.run_folder / "finetune",
-            "save_model": recipe.output.model,
+    data: dict[str, Any] = {"data": max(plain, key=lambda source: source.share).name} if named else {}
+    asked, answers, toward = recipe.calibrate, recipe.evaluate.answers, recipe.train.distill
+    # The dense model is loaded once more for answers, so only where those are asked for.
+    compares = answers.prompts is not None or any(condition.needs_dense for condition in answers.conditions)
+    train = recipe.train.model_copy(
+        update={
+            "against": recipe.train.against or (recipe.model.name if compares else None),
+            "distill": toward.model_copy(
+                update={"teacher": toward.teacher or recipe.model.name} if has_teacher(recipe.train.mode) else {}
+            ),
         }
     )
-
-
-def _answers_of(recipe: Recipe) -> dict[str, Any]:
-    """Settings about answers: with the dense model only where those are asked for, since it is loaded once more for that."""
-    asked = recipe.evaluate.answers
-    dense = asked.prompts is not None or any(condition.needs_dense for condition in asked.conditions)
-    words = (
-        "generate",
-        "generate_prompts",
-        "generate_tokens",
-        "generate_temperature",
-        "generate_seed",
-        "gate",
-        "require",
+    pruned, own = recipe.run_folder / "pruned", recipe.run_folder / "finetune"
+    return make_recipe(
+        {
+            "model": ModelPart(name=str(pruned), device=recipe.model.device, cache_dir=recipe.model.cache_dir),
+            "prune": PrunePart(exclude=recipe.prune.exclude),
+            "calibrate": CalibratePart(seqlen=asked.seqlen, seed=asked.seed, bos=asked.bos, **data),
+            "train": train,
+            "evaluate": recipe.evaluate,
+            "output": OutputPart(run=own, model=recipe.output.model, report_to=recipe.output.report_to),
+        }
     )
-    return {word: recipe.setting(word) for word in words} | {"against": recipe.model.name if dense else None}
 
 
 def _pruned_before(recipe: Recipe, pruning: Recipe) -> Report | None:

@@ -10,10 +10,10 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.given import CalibrationData, TextData, given_samples, handed_over
 from coprune.evaluation.arguments import AnswerArguments
-from coprune.recipe.finetune import Mode
+from coprune.recipe.train import Mode
+from coprune.recipe.views import training_recipe
 from coprune.training.report import FinetuneReport
 from coprune.training.run import run_finetuning
-from coprune.training.settings import make_settings
 
 
 def finetune(
@@ -51,15 +51,12 @@ def finetune(
         plain = _plain(named)
         if not {"seqlen", "block_size"} & plain.keys() and (own := given_samples(plain.get("dataset"))):
             plain["seqlen"] = own["seqlen"]  # samples stay as they were cut
-        return run_finetuning(make_settings({"model": str(model), "mode": mode, **plain}), Reporter(quiet))
+        return run_finetuning(training_recipe({"model": str(model), "mode": mode, **plain}), Reporter(quiet))
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they are written in a file: names of data and models are text."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    if isinstance(plain.get("eval_data"), list | tuple):
-        plain["eval_data"] = ",".join(map(str, plain["eval_data"]))
-    return plain
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
 class TrainingArguments(TypedDict, total=False):
@@ -95,6 +92,7 @@ class TrainingArguments(TypedDict, total=False):
     text_weight: float
     top_k: int | None
     bf16: bool
+    dtype: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
     seed: int
     device: str
@@ -117,7 +115,7 @@ class FinetuneArguments(TrainingArguments, AnswerArguments, total=False):
     require: str | None
     against: str | Path | None
     cache_dir: str | Path | None
-    report_to: str
+    report_to: str | Sequence[str] | None
     save: str | Path | None
     save_model: str | Path | None
     overwrite: bool | None

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from coprune.base.environment import expand_home
 from coprune.base.files import write_text
 from coprune.base.validation import read_as
 from coprune.base.words import per_cent
-from coprune.recipe.finetune import has_teacher
+from coprune.recipe.train import has_teacher
 from coprune.report.answers_page import answers_section
 from coprune.report.html import (
     Bar,
@@ -50,7 +48,7 @@ def write_finetune_page(folder: Path, path: Path | None = None) -> None:
 
 def write_page_of(report: FinetuneReport, folder: Path, path: Path) -> None:
     """Write the page of a report. folder: of the run; path: the page."""
-    write_text(path, finetune_page(report, links_of_finetuning(folder, expand_home(report.settings.model))))
+    write_text(path, finetune_page(report, links_of_finetuning(folder, expand_home(report.settings.model.name))))
 
 
 def finetune_page(report: FinetuneReport, links: Sequence[str] = ()) -> str:
@@ -63,7 +61,7 @@ def finetune_page(report: FinetuneReport, links: Sequence[str] = ()) -> str:
 
 
 def _name(report: FinetuneReport) -> str:
-    return Path(report.settings.model).name or report.settings.model
+    return Path(report.settings.model.name).name or report.settings.model.name
 
 
 def _steps(report: FinetuneReport) -> str:
@@ -73,10 +71,10 @@ def _steps(report: FinetuneReport) -> str:
 def _head(report: FinetuneReport, links: Sequence[str]) -> str:
     length = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
     lead = (
-        f'<p class="soft">{text(report.settings.model)}: {report.trained_parameters:,} parameters trained for '
-        f"{_steps(report)} on {report.windows:,} {length} of {text(report.source)}, seed {report.settings.seed}.</p>"
+        f'<p class="soft">{text(report.settings.model.name)}: {report.trained_parameters:,} parameters trained for '
+        f"{_steps(report)} on {report.windows:,} {length} of {text(report.source)}, seed {report.settings.calibrate.seed}.</p>"
     )
-    title = f"{_name(report)}, fine-tuned by {report.settings.mode}"
+    title = f"{_name(report)}, fine-tuned by {report.settings.train.mode}"
     return header("Fine-tuning", title, lead, made_lines(report.made), links)
 
 
@@ -100,7 +98,7 @@ def _cards(report: FinetuneReport) -> str:
     if report.pruned_matrices:
         zeros = card("zeros kept", per_cent(report.sparsity_after), f"in {report.pruned_matrices:,} pruned matrices")
         cards.append(zeros)
-    cards.append(card("trained", short(report.trained_parameters), f"parameters by {report.settings.mode}"))
+    cards.append(card("trained", short(report.trained_parameters), f"parameters by {report.settings.train.mode}"))
     cards.append(card("time", seconds(report.seconds), _steps(report)))
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -148,7 +146,7 @@ def _curves(report: FinetuneReport) -> str:
         return ""
     training = [(float(one.step), one.loss) for one in report.curve]
     held_out = [(float(one.step), one.loss) for one in report.held_out]
-    apart = has_teacher(report.settings.mode)  # whose objective is another quantity than the data's loss
+    apart = has_teacher(report.settings.train.mode)  # whose objective is another quantity than the data's loss
     charts = [_curve("training loss" if not apart else "objective of the distillation", training, "training")]
     if held_out:
         charts.append(_curve("loss on held-out samples", held_out, "heldout"))
@@ -191,7 +189,7 @@ def _zeros(report: FinetuneReport) -> str:
 
 
 def _settings(report: FinetuneReport) -> str:
-    content = yaml.safe_dump(report.settings.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    content = report.settings.to_yaml(usual=False)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return section("Settings", copyable("settings", content), note="Those that are not at their defaults.") + section(
         "Versions", note=versions

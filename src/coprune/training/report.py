@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows, judge
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.views import in_a_recipes_words
 from coprune.report.html import MadeFacts
-from coprune.training.settings import FinetuneSettings
 
 REPORT_FILE = "finetune.json"
 
@@ -100,12 +102,17 @@ def change(before: Measured, after: Measured) -> Change:
     )
 
 
+def _in_parts(settings: Any) -> Any:
+    """Settings of a report, also those of earlier versions, which had no parts."""
+    return in_a_recipes_words(settings) if isinstance(settings, Mapping) and "mode" in settings else settings
+
+
 class FinetuneReport(Shown, BaseModel):
     """One fine-tuning run."""
 
     model_config = ConfigDict(frozen=True)
 
-    settings: FinetuneSettings
+    settings: Annotated[Recipe, BeforeValidator(_in_parts)]
     source: str
     """The text or images."""
     windows: int
@@ -145,18 +152,18 @@ class FinetuneReport(Shown, BaseModel):
 
     def answered(self, answers: AnswerFacts | None, left_out: str | None) -> FinetuneReport:
         """The same with what the model writes, and whether that is as required. left_out: why there are no answers."""
-        required = judge(self.settings.answers.conditions, answers)
+        required = judge(self.settings.evaluate.answers.conditions, answers)
         return self.model_copy(update={"answers": answers, "no_answers": left_out, "required": required})
 
     def headline(self) -> str:
         """Model and mode, and what that did to the first text."""
         measured = f", perplexity {self.perplexity[0].line()}" if self.perplexity else ""
-        return f"{Path(self.settings.model).name}: {self.settings.mode}, {self.steps} steps{measured}"
+        return f"{Path(self.settings.model.name).name}: {self.settings.train.mode}, {self.steps} steps{measured}"
 
     def sheet(self) -> Sheet:
         """What was trained, what that did, and where it is."""
         patterns = ", ".join(f"{count} × {name}" for name, count in self.patterns.items())
-        trained = f"{self.trained_parameters:,} parameters ({self.settings.mode}), {self.steps} steps"
+        trained = f"{self.trained_parameters:,} parameters ({self.settings.train.mode}), {self.steps} steps"
         sparsity = f"{per_cent(self.sparsity_before)} before, {per_cent(self.sparsity_after)} after"
         rows = [
             ("trained", f"{trained} in {self.seconds / 60:.1f} minutes"),

@@ -24,13 +24,14 @@ from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.model.edits import is_coprunes
-from coprune.recipe.parts import Decides, deciding
+from coprune.recipe.parts import Decides
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.views import TRAINING
 from coprune.report.links import PAGE_FILE
 from coprune.training.masks import masks_of, plain_parameters
 from coprune.training.page import write_page_of
 from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session
-from coprune.training.settings import FinetuneSettings
 
 _IDENTITY = "identity.json"
 _ANNOUNCED = f".{REPORT_FILE}"
@@ -43,7 +44,7 @@ def announce(report: FinetuneReport, run_folder: Path) -> None:
 
 def finish_run_folder(report: FinetuneReport) -> None:
     """Write the page, remove what a run resumes from, and give the report its name: last, since it says that all is there."""
-    run = report.settings.run_folder
+    run = report.settings.training_folder
     announce(report, run)
     write_page_of(report, run, run / PAGE_FILE)
     shutil.rmtree(run / "training", ignore_errors=True)
@@ -51,68 +52,68 @@ def finish_run_folder(report: FinetuneReport) -> None:
     (run / _ANNOUNCED).replace(run / REPORT_FILE)
 
 
-def gives_as(report: FinetuneReport, settings: FinetuneSettings) -> bool:
+def gives_as(report: FinetuneReport, settings: Recipe) -> bool:
     """Whether a run is that of some settings: the same weights in the same folder and the same measurements, whoever is told."""
     what = Decides.RESULT | Decides.MEASUREMENT
     same = _deciding(report.settings, what) == _deciding(settings, what)
-    return same and report.settings.model_folder == settings.model_folder
+    return same and report.settings.trained_folder == settings.trained_folder
 
 
-def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
+def finish_announced(settings: Recipe) -> FinetuneReport | None:
     """Finish a run of these settings that was killed when its model had its name and only the report was wanting.
 
     Returns its report, or None if there is no such run. Raises BrokenMask if a pruned weight in the model is not zero.
     """
     try:
-        report = FinetuneReport.model_validate_json((settings.run_folder / _ANNOUNCED).read_text(encoding="utf-8"))
+        report = FinetuneReport.model_validate_json((settings.training_folder / _ANNOUNCED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not gives_as(report, settings) or not holds_model(settings.model_folder):
+    if not gives_as(report, settings) or not holds_model(settings.trained_folder):
         return None
-    location = locate(settings.model, settings.cache_dir)
+    location = locate(settings.model.name, settings.model.cache_dir)
     pruned, _ = load_model(location)
-    saved, _ = load_model(locate(settings.model_folder))
+    saved, _ = load_model(locate(settings.trained_folder))
     masks_of(pruned, location.path).verify(plain_parameters(saved))
     finish_run_folder(report)
     return report
 
 
-def prepare_folders(settings: FinetuneSettings) -> None:
+def prepare_folders(settings: Recipe) -> None:
     """Refuse to write where something is already; a run folder without a report is an unfinished run's."""
-    folder = settings.run_folder
+    folder = settings.training_folder
     require_usable(folder, "save")
-    require_own_name(settings.model_folder, "save_model")
-    require_apart(folder, settings.model_folder, ("training", "adapter"))
+    require_own_name(settings.trained_folder, "save_model")
+    require_apart(folder, settings.trained_folder, ("training", "adapter"))
     if folder.exists() and not folder.is_dir():
         raise BadInput(
             f"{folder} is a file", field="save", value=folder, fix=("name another run folder with ", Setting("save"))
         )
     replace = (", or replace it with ", Set("overwrite", True))
-    if (folder / REPORT_FILE).exists() and not settings.overwrite:
+    if (folder / REPORT_FILE).exists() and not settings.output.overwrite:
         named = ("name another folder with ", Setting("save"), *replace)
         raise BadInput(f"{folder} already holds a finished run", field="save", value=folder, fix=named)
-    target = settings.model_folder
+    target = settings.trained_folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         mine = is_coprunes(target)
-        if mine and settings.overwrite and target.resolve() != expand_home(settings.model).resolve():
+        if mine and settings.output.overwrite and target.resolve() != expand_home(settings.model.name).resolve():
             return
         named = ("name another folder with ", Setting("save_model"), *(replace if mine else ()))
         raise BadInput(f"{target} already exists and is not empty", field="save_model", value=target, fix=named)
 
 
-def beside_others(settings: FinetuneSettings) -> tuple[FinetuneSettings, str | None]:
+def beside_others(settings: Recipe) -> tuple[Recipe, str | None]:
     """The settings with a run folder of its own, where nobody named one and the usual one holds a run of others.
 
     Returns the settings, and what to say of the folder if it is not the usual one.
     """
-    if settings.save is not None:
+    if settings.output.run is not None:
         return settings, None
-    usual = settings.run_folder
+    usual = settings.training_folder
     folder, differing = folder_apart(usual, _deciding(settings), _settings_in)
     if not differing:
         return settings, None
     said = f"{usual} holds a run that differs in {', '.join(differing)}; this one goes to {folder}."
-    return settings.model_copy(update={"save": folder}), said
+    return settings.replaced(save=folder), said
 
 
 def _settings_in(folder: Path) -> dict[str, Any] | None:
@@ -120,7 +121,11 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
     for file in (folder / REPORT_FILE, folder / "training" / _IDENTITY):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            return dict(content["settings"] if file.name == REPORT_FILE else content)
+            return (
+                _deciding(FinetuneReport.model_validate(content).settings)
+                if file.name == REPORT_FILE
+                else dict(content)
+            )
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError):
@@ -128,13 +133,16 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _deciding(settings: FinetuneSettings, what: Decides = Decides.RESULT) -> dict[str, Any]:
-    return deciding(settings.model_dump(mode="json"), type(settings).model_fields, what)
+def _deciding(settings: Recipe, what: Decides = Decides.RESULT) -> dict[str, Any]:
+    """What decides a training, by the names of its settings and as JSON holds it."""
+    found = settings.deciding(what)
+    decides = {name: found[setting.word] for name, setting in TRAINING.items() if setting.word in found}
+    return dict(json.loads(json.dumps(decides, default=str)))
 
 
-def replace_earlier(settings: FinetuneSettings) -> None:
+def replace_earlier(settings: Recipe) -> None:
     """Remove what a finished run left where this one writes."""
-    run, model = settings.run_folder, settings.model_folder
+    run, model = settings.training_folder, settings.trained_folder
     finished = (run / REPORT_FILE).is_file()
     if finished:
         shutil.rmtree(run / "adapter", ignore_errors=True)

@@ -27,8 +27,9 @@ from coprune.model.checkpoint.load import dtype_name
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.edits import source_of
 from coprune.model.opened import Loaded, open_model
-from coprune.recipe.finetune import has_adapters
 from coprune.recipe.parts import ModelPart
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.train import has_adapters
 from coprune.report.answers import answers_markdown
 from coprune.report.html import MadeFacts
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
@@ -53,12 +54,11 @@ from coprune.training.resume import (
 )
 from coprune.training.saving import round_to, save_model
 from coprune.training.session import Session, prepare_session
-from coprune.training.settings import FinetuneSettings
 from coprune.training.teacher import distillation_of
 from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train, training_device
 
 
-def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
+def run_finetuning(settings: Recipe, reporter: Reporter | None = None) -> FinetuneReport:
     """Fine-tune a pruned model so that every zero stays zero, and save the result with its curves.
 
     Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
@@ -68,7 +68,7 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
     first = processes.first
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
     asked, settings = settings, in_precision_of_the_device(settings)
-    if asked.bf16 and not settings.bf16:
+    if asked.train.dtype != settings.train.dtype:
         reporter.say(f"{SLOW_IN_BFLOAT16} So this training computes in float32.")
     settings, said = beside_others(settings)
     if said is not None:
@@ -81,22 +81,22 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
         return _run(settings, reporter, first)
 
 
-def in_precision_of_the_device(settings: FinetuneSettings) -> FinetuneSettings:
+def in_precision_of_the_device(settings: Recipe) -> Recipe:
     """The settings without bfloat16 where that is slow, since it is there for speed."""
-    if not settings.bf16 or multiplies_bfloat16(training_device(settings.device)):
+    if settings.train.dtype != "bfloat16" or multiplies_bfloat16(training_device(settings.model.device)):
         return settings
-    return settings.model_copy(update={"bf16": False})
+    return settings.replaced(finetune_dtype="float32")
 
 
-def _run(settings: FinetuneSettings, reporter: Reporter, first: bool) -> FinetuneReport:
+def _run(settings: Recipe, reporter: Reporter, first: bool) -> FinetuneReport:
     session = prepare_session(settings, reporter)
-    if first and settings.overwrite:
+    if first and settings.output.overwrite:
         replace_earlier(settings)
     resume = resume_from(session, first)
     before = _measure(session, "pruned") if first else {}
     look = look_before(session) if first else Look(None)
     objective = distillation_of(session, first)
-    with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
+    with reporter.bar(f"Fine-tuning ({settings.train.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
         with full_disk_explained(session.training_folder), freed_memory_kept():
@@ -126,7 +126,7 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     """Perplexity or accuracy of the model as it is now, adapters included, on everything that is measured on."""
     found: dict[str, Measured] = {}
     model: Any = session.model
-    torch.nn.Module.to(model, training_device(session.settings.device))
+    torch.nn.Module.to(model, training_device(session.settings.model.device))
     task = session.task
     for name, data in session.evaluation.items():
         with session.reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
@@ -141,25 +141,25 @@ def _finish(
 ) -> FinetuneReport:
     """Measure, merge, verify and save; what a run resumes from is removed last. seen: what was measured before."""
     settings, (before, look) = session.settings, seen
-    adapts = has_adapters(settings.mode)
+    adapts = has_adapters(settings.train.mode)
     if not adapts:
         round_to(session.model, session.dtype)
     after = _measure(session, "fine-tuned")
     look.ask(session.loaded.model, session.loaded, session.reporter)
     changes = [change(before[name], after[name]) for name in session.evaluation]
-    folder = None if adapts and not settings.masked else settings.model_folder
-    adapter = settings.run_folder / "adapter" if adapts else None
+    folder = None if adapts and not settings.train.adapters.masked else settings.trained_folder
+    adapter = settings.training_folder / "adapter" if adapts else None
     draft = _report(session, trainer, changes, trained, adapter, folder).answered(look.facts(), look.left_out)
     model: Any = session.model
     if adapter is not None:
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier try: the report was not written yet
         save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
     if folder is not None:
-        announce(draft, settings.run_folder)
+        announce(draft, settings.training_folder)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.probe(None, session.evaluation)
         processor, dtype = session.loaded.processor, dtype_name(session.dtype)
-        beside = Companions(processor, finetune_card(draft), dtype, str(settings.model), session.location)
+        beside = Companions(processor, finetune_card(draft), dtype, settings.model.name, session.location)
         save_model(merged, session.masks, beside, folder, probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
     finish_run_folder(report)
@@ -214,19 +214,19 @@ def look_before(session: Session) -> Look:
         BadInput: answers that somebody asked for cannot be had, or the dense model has other tokens.
     """
     settings, reporter = session.settings, session.reporter
-    plan = plan_of(settings.answers, saves=True)
-    device = training_device(settings.device)
-    if plan is None or settings.against is None:
+    plan = plan_of(settings.evaluate.answers, saves=True)
+    device = training_device(settings.model.device)
+    if plan is None or settings.train.against is None:
         look = Look(plan, reference="before")
         look.prepare(session.loaded, reporter)
         torch.nn.Module.to(session.loaded.model, device)
         look.ask_dense(session.loaded, reporter)
         return look
-    part = ModelPart(name=settings.against, device=str(device), cache_dir=settings.cache_dir)
+    part = ModelPart(name=settings.train.against, device=str(device), cache_dir=settings.model.cache_dir)
     look = Look(plan, part)
     look.prepare(session.loaded, reporter)
     if look.looks:
-        reporter.say(f"Loading the dense model {settings.against}")
+        reporter.say(f"Loading the dense model {settings.train.against}")
         dense = open_model(part, stream=False)
         _require_same_tokens(session, dense)
         # What it is asked are the tokens of the model's own tokenizer.
@@ -242,7 +242,7 @@ def _require_same_tokens(session: Session, dense: Loaded) -> None:
         raise BadInput(
             f"the models have {other} and {mine} tokens in their vocabularies, so their answers cannot be compared",
             field="against",
-            value=session.settings.against,
+            value=session.settings.train.against,
             fix="give the dense model that was pruned",
         )
 
@@ -254,7 +254,7 @@ def finetune_card(report: FinetuneReport) -> str:
 
 def adapter_card(report: FinetuneReport, warning: str) -> str:
     """As `finetune_card`, for adapters; warning: what merging plain ones would do."""
-    if not report.settings.masked:
+    if not report.settings.train.adapters.masked:
         return _card(report, "peft", f"Plain adapters of PEFT. {warning}\n\n")
     return _card(
         report,
@@ -268,7 +268,7 @@ def adapter_card(report: FinetuneReport, warning: str) -> str:
 def _card(report: FinetuneReport, library: str, note: str) -> str:
     settings = report.settings
     header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
-    base = hub_id(settings.model) or hub_id(_source(settings.model))
+    base = hub_id(settings.model.name) or hub_id(_source(settings.model.name))
     header += [field("base_model", base)] if base else []
     title, results = _results(report)
     if report.answers is not None:
@@ -286,7 +286,7 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
     what += [zeros] if report.pruned_matrices else []
     how = "with its zeros kept" if report.pruned_matrices else "with less in it"
     card = "\n".join(header) + (
-        f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned {how} ({settings.mode})\n\n"
+        f"\n---\n\n# {inline(Path(settings.model.name).name)}, fine-tuned {how} ({settings.train.mode})\n\n"
         f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
         f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
         f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"

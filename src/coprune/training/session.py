@@ -22,11 +22,10 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import Location, locate
 from coprune.model.opened import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
-from coprune.recipe.finetune import has_adapters
-from coprune.recipe.recipe import make_recipe
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.train import has_adapters
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
 from coprune.training.masks import History, Masks, leave_alone, masks_of, parameters_within, select_parameters
-from coprune.training.settings import FinetuneSettings
 from coprune.training.training_data import TrainingData, begun, read_training_text
 from coprune.training.training_images import read_training_images
 
@@ -35,7 +34,7 @@ from coprune.training.training_images import read_training_images
 class Session:
     """All that a run has gathered before it trains. `model` has its adapters on, if it gets any."""
 
-    settings: FinetuneSettings
+    settings: Recipe
     model: PreTrainedModel | PeftModel
     loaded: Loaded
     """The same model, without the wrapper around its adapters, and its tokenizer or image processor."""
@@ -58,14 +57,14 @@ class Session:
     @property
     def training_folder(self) -> Path:
         """Where the Trainer keeps what a run resumes from; removed when it is over."""
-        return self.settings.run_folder / "training"
+        return self.settings.training_folder / "training"
 
 
-def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
+def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
     """Check all that can be checked, cheap things first."""
     _check_named(settings)
-    location = locate(settings.model, settings.cache_dir)
-    reporter.say(f"Loading {settings.model}")
+    location = locate(settings.model.name, settings.model.cache_dir)
+    reporter.say(f"Loading {settings.model.name}")
     model, processor = load_model(location, "auto")
     masks, history = masks_of(model, location.path), History.read(location.path)
     for line in history.removed:
@@ -84,21 +83,19 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history, location)
 
 
-def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
-    """The task of the model, which pruning has too, for the part of the settings that a pruning run shares."""
-    names = {"model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "bos"}
-    recipe = make_recipe(settings.model_dump(include=names & settings.model_fields_set))
+def _task(settings: Recipe, loaded: Loaded) -> Task:
+    """The task of the model, as of one that is pruned."""
     if loaded.task == "text":
-        recipe = recipe.replaced(seqlen=settings.eval_seqlen or _window_length(settings, loaded))
-    return task_for(recipe, loaded)
+        settings = settings.replaced(seqlen=settings.train.eval_seqlen or _window_length(settings, loaded))
+    return task_for(settings, loaded)
 
 
-def _window_length(settings: FinetuneSettings, loaded: Loaded) -> int:
-    limit = choose_seqlen(loaded.model, settings.seqlen)
-    return settings.seqlen or min(1024, limit)
+def _window_length(settings: Recipe, loaded: Loaded) -> int:
+    limit = choose_seqlen(loaded.model, settings.calibrate.seqlen)
+    return settings.calibrate.seqlen or min(1024, limit)
 
 
-def _training_data(settings: FinetuneSettings, task: Task, loaded: Loaded) -> TrainingData:
+def _training_data(settings: Recipe, task: Task, loaded: Loaded) -> TrainingData:
     if isinstance(task, ImageTask):
         _refuse_what_only_text_has(settings)
         return read_training_images(settings, task)
@@ -126,34 +123,35 @@ def _begun_alike(
     return data, task.data_begun(choice, evaluation)
 
 
-def _check_named(settings: FinetuneSettings) -> None:
+def _check_named(settings: Recipe) -> None:
     """Refuse models and trackers that are not there, long before anything asks for them."""
-    for setting, name in (("teacher", settings.teacher), ("against", settings.against)):
+    for setting, name in (("teacher", settings.train.distill.teacher), ("against", settings.train.against)):
         if name is not None:
             with about(setting, name):
-                locate(name, settings.cache_dir)
-    for tracker in {name.strip() for name in settings.report_to.split(",")} - {"none", "all"}:
+                locate(name, settings.model.cache_dir)
+    for tracker in {name.strip() for name in (settings.output.report_to or "").split(",")} - {"", "all"}:
         if tracker not in (there := installed_trackers()):
             fix = f"pip install {tracker}, or take one that is there" + (f": {', '.join(there)}" if there else "")
             raise BadInput(f"no tracker {tracker} is installed", field="report_to", value=tracker, fix=fix)
 
 
-def _check_top_k(settings: FinetuneSettings, loaded: Loaded) -> None:
+def _check_top_k(settings: Recipe, loaded: Loaded) -> None:
     vocabulary = int(loaded.model.config.get_text_config().vocab_size) if loaded.task == "text" else 0
-    if settings.top_k is not None and vocabulary and settings.top_k > vocabulary:
-        cause = (Set("top_k", settings.top_k), f" is above the vocabulary of {vocabulary} tokens")
-        raise BadInput(cause, field="top_k", value=settings.top_k)
+    top_k = settings.train.distill.top_k
+    if top_k is not None and vocabulary and top_k > vocabulary:
+        cause = (Set("top_k", top_k), f" is above the vocabulary of {vocabulary} tokens")
+        raise BadInput(cause, field="top_k", value=top_k)
 
 
-def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
-    for name in ("seqlen", "eval_seqlen"):
-        if getattr(settings, name) is not None:
+def _refuse_what_only_text_has(settings: Recipe) -> None:
+    for name, value in (("seqlen", settings.calibrate.seqlen), ("eval_seqlen", settings.train.eval_seqlen)):
+        if value is not None:
             raise BadInput("images are not cut into windows", field=name, fix=LeaveOut(name))
-    if settings.tokens is not None:
+    if settings.train.tokens is not None:
         raise BadInput("images have no tokens", field="tokens", fix=("use ", Setting("max_steps")))
-    if settings.top_k is not None:
+    if settings.train.distill.top_k is not None:
         raise BadInput("a classifier's teacher runs beside it", field="top_k", fix=LeaveOut("top_k"))
-    if settings.hidden_weight:
+    if settings.train.distill.hidden_weight:
         raise BadInput(
             "a classifier is compared with its teacher by its classes alone",
             field="hidden_weight",
@@ -162,30 +160,32 @@ def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
 
 
 def _make_trainable(
-    model: PreTrainedModel, masks: Masks, settings: FinetuneSettings, reporter: Reporter
+    model: PreTrainedModel, masks: Masks, settings: Recipe, reporter: Reporter
 ) -> PreTrainedModel | PeftModel:
     blocks = find_blocks(model)
-    alone = leave_alone(model, blocks, settings.exclude)
-    if has_adapters(settings.mode):
+    alone = leave_alone(model, blocks, settings.prune.exclude)
+    if has_adapters(settings.train.mode):
         # Seeded here, since adapters are drawn before the Trainer sets its seed.
-        torch.manual_seed(settings.seed)
-        targets = choose_targets(masks, settings.train, settings.rank, alone)
+        torch.manual_seed(settings.calibrate.seed)
+        targets = choose_targets(masks, settings.train.only, settings.train.adapters.rank, alone)
         left = len(masks.matrices) + len(masks.whole) - len(targets)
-        if left and not settings.train and not alone:
+        if left and not settings.train.only and not alone:
             reporter.say(f"{left} matrices (fused experts, convolutions) get no adapter; they stay as they are.")
-        if not settings.masked:
+        if not settings.train.adapters.masked:
             reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
-        size = AdapterSize(settings.rank, settings.alpha, settings.dropout)
-        return add_adapter(model, masks, targets, size, masked=settings.masked)
+        size = AdapterSize(settings.train.adapters.rank, settings.train.adapters.alpha, settings.train.adapters.dropout)
+        return add_adapter(model, masks, targets, size, masked=settings.train.adapters.masked)
     # Small updates would vanish in half precision, so what is trained is float32.
     torch.nn.Module.to(model, dtype=torch.float32)
-    if settings.scope == "blocks":
+    if settings.train.scope == "blocks":
         trained = parameters_within(model, [block.name for block in blocks], masks)
     else:
-        trained = select_parameters(model, settings.train)
+        trained = select_parameters(model, settings.train.only)
     chosen = [parameter for parameter in trained if id(parameter) not in alone]
     if not chosen:
-        raise BadInput("nothing is left to train", field="exclude", value=settings.exclude, fix=LeaveOut("exclude"))
+        raise BadInput(
+            "nothing is left to train", field="exclude", value=settings.prune.exclude, fix=LeaveOut("exclude")
+        )
     for parameter in chosen:
         parameter.requires_grad_(True)
     return model

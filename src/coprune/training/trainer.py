@@ -35,11 +35,11 @@ from coprune.base.words import LeaveOut, Setting
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.opened import choose_device
 from coprune.pruning.refine.trained import sizes_of
+from coprune.recipe.recipe import Recipe
 from coprune.training.distill import Objective
 from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
 from coprune.training.session import Session
-from coprune.training.settings import FinetuneSettings
 from coprune.training.training_data import TrainingData
 
 _OPTIMIZERS: dict[str, tuple[str, str | None]] = {
@@ -57,7 +57,7 @@ class ZeroKeepingTrainer(Trainer):
         self,
         *args: Any,
         masks: Masks,
-        settings: FinetuneSettings,
+        settings: Recipe,
         pace: Pace,
         objective: Objective | None = None,
         own_loss: Objective | None = None,
@@ -76,7 +76,7 @@ class ZeroKeepingTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
-            if self._settings.rates == "relative":
+            if self._settings.train.rates == "relative":
                 rates_by_size(optimizer)
             trained: Any = self.model if model is None else model
             hold_zeros(trained, optimizer, self._masks)
@@ -87,7 +87,7 @@ class ZeroKeepingTrainer(Trainer):
         if self.lr_scheduler is None:
 
             def rate(_: int) -> float:
-                return rate_at(self._pace.done, self._settings.schedule, self._settings.warmup)
+                return rate_at(self._pace.done, self._settings.train.schedule, self._settings.train.warmup)
 
             stepping: Any = optimizer or self.optimizer
             self.lr_scheduler = LambdaLR(stepping, rate)
@@ -137,10 +137,10 @@ def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
 def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
     """A trainer for a session's settings that keeps its states in the session's folder."""
     settings, data = session.settings, session.data
-    pace = Pace(settings.minutes)
+    pace = Pace(settings.train.minutes)
     callbacks: list[TrainerCallback] = [Along(settings, pace, data.held_out is not None, advance)]
-    if settings.patience is not None and data.held_out is not None:
-        callbacks.append(EarlyStoppingCallback(settings.patience))
+    if settings.train.patience is not None and data.held_out is not None:
+        callbacks.append(EarlyStoppingCallback(settings.train.patience))
     trainer = ZeroKeepingTrainer(
         model=session.model,
         args=training_arguments(settings, data, session.training_folder),
@@ -158,47 +158,47 @@ def build_trainer(session: Session, objective: Objective | None, advance: Advanc
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)  # the bar is coprune's own
         elif type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
-            callback.logging_dir = str(settings.run_folder / "tensorboard")  # states are removed
+            callback.logging_dir = str(settings.training_folder / "tensorboard")  # states are removed
     return trainer
 
 
-def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: Path) -> TrainingArguments:
+def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> TrainingArguments:
     """The settings in transformers' words."""
-    device = training_device(settings.device)
-    optimizer, optimizer_arguments = _OPTIMIZERS[settings.optimizer]
+    device = training_device(settings.model.device)
+    optimizer, optimizer_arguments = _OPTIMIZERS[settings.train.optimizer]
     if optimizer == "adamw_torch" and kind_of(device) != "other":
         optimizer = "adamw_torch_fused"  # one pass over each weight instead of ten, a tenth of a small step on a CPU
     steps = steps_asked(settings, data)
-    until_time = settings.minutes is not None and steps is None
+    until_time = settings.train.minutes is not None and steps is None
     return arguments_on(
         device,
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size or data.batch_size,
-        per_device_eval_batch_size=settings.batch_size or data.batch_size,
-        gradient_accumulation_steps=settings.accumulate or data.accumulate,
-        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.train.batch_size or data.batch_size,
+        per_device_eval_batch_size=settings.train.batch_size or data.batch_size,
+        gradient_accumulation_steps=settings.train.accumulate or data.accumulate,
+        num_train_epochs=settings.train.epochs,
         max_steps=_NEVER if until_time else steps or -1,
-        learning_rate=settings.rate,
+        learning_rate=settings.train.rate,
         optim=optimizer,
         optim_args=optimizer_arguments,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to=[name.strip() for name in settings.report_to.split(",")],
+        weight_decay=settings.train.weight_decay,
+        max_grad_norm=settings.train.max_grad_norm,
+        bf16=settings.train.dtype == "bfloat16",
+        seed=settings.calibrate.seed,
+        data_seed=settings.calibrate.seed,
+        report_to=[name.strip() for name in (settings.output.report_to or "none").split(",")],
         **_watching(settings, data),
         **_ALWAYS,
-        **_checkpointing(settings.gradient_checkpointing),
+        **_checkpointing(settings.train.gradient_checkpointing),
     )
 
 
-def steps_asked(settings: FinetuneSettings, data: TrainingData) -> int | None:
+def steps_asked(settings: Recipe, data: TrainingData) -> int | None:
     """Optimiser steps that were asked for, as such or as tokens; None where other things say how long."""
-    if settings.tokens is None:
-        return settings.max_steps
-    windows = (settings.batch_size or data.batch_size) * (settings.accumulate or data.accumulate)
-    return math.ceil(settings.tokens / (windows * data.tokens * started_processes().size))
+    if settings.train.tokens is None:
+        return settings.train.max_steps
+    windows = (settings.train.batch_size or data.batch_size) * (settings.train.accumulate or data.accumulate)
+    return math.ceil(settings.train.tokens / (windows * data.tokens * started_processes().size))
 
 
 # What does not depend on the settings: the bar and the log are coprune's own, and windows are whole batches.
@@ -218,14 +218,14 @@ _ALWAYS: dict[str, Any] = {
 }
 
 
-def _watching(settings: FinetuneSettings, data: TrainingData) -> dict[str, Any]:
+def _watching(settings: Recipe, data: TrainingData) -> dict[str, Any]:
     """When held-out data is measured and states are saved; `Along` decides where a state goes by the watch."""
     held_out = data.held_out is not None
-    watch = settings.patience is not None and held_out
+    watch = settings.train.patience is not None and held_out
     return {
         "eval_strategy": "steps" if held_out else "no",
         "eval_steps": _NEVER if held_out else None,
-        "save_steps": _NEVER if watch else settings.save_every,
+        "save_steps": _NEVER if watch else settings.train.save_every,
         "load_best_model_at_end": watch,
         "metric_for_best_model": "loss" if watch else None,
         "greater_is_better": False if watch else None,
@@ -297,7 +297,7 @@ class AtItsEnd(Exception):
 class Along(TrainerCallback):
     """What happens along the way: the bar moves, the held-out loss is measured at equal shares, time runs out."""
 
-    def __init__(self, settings: FinetuneSettings, pace: Pace, measure: bool, advance: Advance) -> None:
+    def __init__(self, settings: Recipe, pace: Pace, measure: bool, advance: Advance) -> None:
         self._settings, self._pace, self._advance = settings, pace, advance
         self._measure = measure
         self._measured = 0
@@ -331,7 +331,7 @@ class Along(TrainerCallback):
         self._show()
         # The Trainer would count the steps itself, but not where it watches for the best state.
         late = self._pace.agreed - self._saved >= _SECONDS_BETWEEN_STATES
-        if late or state.global_step % self._settings.save_every == 0:
+        if late or state.global_step % self._settings.train.save_every == 0:
             control.should_save = True
         if self._pace.done >= 1:
             control.should_training_stop = control.should_save = True
@@ -339,7 +339,7 @@ class Along(TrainerCallback):
             self._measured = self._due()
             control.should_evaluate = True
             # The best state can only be gone back to if it was saved.
-            control.should_save = control.should_save or self._settings.patience is not None
+            control.should_save = control.should_save or self._settings.train.patience is not None
         if control.should_save:
             self._saved = self._pace.agreed
         return control
@@ -357,7 +357,7 @@ class Along(TrainerCallback):
 
     def _due(self) -> int:
         """How many measurements should have been made by now."""
-        return math.floor(self._pace.done * self._settings.evaluations + 1e-9)
+        return math.floor(self._pace.done * self._settings.train.evaluations + 1e-9)
 
     def _show(self) -> None:
         self._advance(self._pace.done - self._shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,8 @@ from coprune.data.given import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
 from coprune.data.windows import fingerprint, held_out_tokens, token_ids
 from coprune.evaluation.batches import cut_windows
+from coprune.recipe.recipe import Recipe
 from coprune.training.distill import Objective
-from coprune.training.settings import FinetuneSettings
-
-if TYPE_CHECKING:
-    from coprune.training.settings import FinetuneSettings
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,11 @@ class TrainingData:
     """What the samples are learned and measured by; None for the model's own loss."""
 
 
-def count_held_out(settings: FinetuneSettings, samples: int, most: int) -> int:
+def count_held_out(settings: Recipe, samples: int, most: int) -> int:
     """How many of the samples to hold out for measurements during the training: none if there are none, never all."""
-    if not settings.evaluations or not settings.held_out:
+    if not settings.train.evaluations or not settings.train.held_out:
         return 0
-    return max(1, min(most, samples - 1, round(settings.held_out * samples)))
+    return max(1, min(most, samples - 1, round(settings.train.held_out * samples)))
 
 
 MOST_HELD_OUT = 64
@@ -74,16 +71,16 @@ class TextWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": window, "labels": window, "window": torch.tensor(index)}
 
 
-def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
+def read_training_text(settings: Recipe, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
     """Read a corpus and pack it; windows are held out from its end (of the user's own text, before what perplexity is of).
 
     Documents are joined in a random order with the tokenizer's end mark between them; of more windows than
     max_samples, random ones are taken. Raises BadInput if the text does not fill two windows.
     """
-    text = calibration_text(settings.dataset, settings.cache_dir)
+    text = calibration_text(settings.calibrate.data, settings.model.cache_dir)
     ids = _stream(text, tokenizer, settings, block_size)
-    if settings.evaluate and settings.eval_data is None and holds_out(settings.dataset):
-        ids = ids[: len(ids) - held_out_tokens(len(ids), settings.eval_seqlen or block_size)]
+    if settings.evaluate.perplexity and settings.evaluate.data is None and holds_out(settings.calibrate.data):
+        ids = ids[: len(ids) - held_out_tokens(len(ids), settings.train.eval_seqlen or block_size)]
     if len(ids) < 2 * block_size:
         raise BadInput(
             f"{text.source} is too short: it has {len(ids)} tokens, and training needs two windows of {block_size}",
@@ -94,9 +91,9 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
     windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
     held_out = count_held_out(settings, len(windows), _most_held_out(settings, block_size))
     train = windows[: len(windows) - held_out]
-    if settings.max_samples is not None and settings.max_samples < len(train):
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
-        train = train[order[: settings.max_samples]]
+    if settings.train.max_samples is not None and settings.train.max_samples < len(train):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.calibrate.seed))
+        train = train[order[: settings.train.max_samples]]
     watched = TextWindows(windows[len(windows) - held_out :].clone()) if held_out else None
     given = isinstance(text, GivenTokens)
     return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train), block_size, given=given)
@@ -109,19 +106,19 @@ def begun(data: TrainingData, bos: int) -> TrainingData:
     return replace(data, train=train, held_out=held_out, fingerprint=fingerprint(train.tokens))
 
 
-def _most_held_out(settings: FinetuneSettings, block_size: int) -> int:
+def _most_held_out(settings: Recipe, block_size: int) -> int:
     """How many windows may be held out: so few that measuring them takes a short training a twentieth of its time."""
-    if settings.tokens is None or not settings.evaluations:
+    if settings.train.tokens is None or not settings.train.evaluations:
         return MOST_HELD_OUT
     # A window without gradients or a teacher takes about a quarter of the time that training on it takes.
-    trained = settings.tokens / block_size
-    return min(MOST_HELD_OUT, round(0.2 * trained / settings.evaluations))
+    trained = settings.train.tokens / block_size
+    return min(MOST_HELD_OUT, round(0.2 * trained / settings.train.evaluations))
 
 
 def _stream(
     text: JoinedText | Documents | GivenTokens,
     tokenizer: PreTrainedTokenizerBase,
-    settings: FinetuneSettings,
+    settings: Recipe,
     block_size: int,
 ) -> list[int]:
     """All tokens of a text; of documents no more than max_samples and the held-out windows take."""
@@ -131,8 +128,8 @@ def _stream(
     if isinstance(text, JoinedText):
         return token_ids(tokenizer, text.text)
     order = list(range(len(text.texts)))
-    random.Random(settings.seed).shuffle(order)
-    most = None if settings.max_samples is None else (settings.max_samples + MOST_HELD_OUT) * block_size
+    random.Random(settings.calibrate.seed).shuffle(order)
+    most = None if settings.train.max_samples is None else (settings.train.max_samples + MOST_HELD_OUT) * block_size
     mark = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for index in order:

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from coprune.base.errors import BadInput
 from coprune.data.images import LabelledImages, Transform, fingerprint
 from coprune.evaluation.tasks import ImageTask
+from coprune.recipe.recipe import Recipe
 from coprune.training.distill import label_loss
-from coprune.training.settings import FinetuneSettings
 from coprune.training.training_data import TrainingData, count_held_out
 
 MOST_HELD_OUT = 2048
@@ -45,7 +45,7 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
         return f"{hashlib.sha256(labels).hexdigest()[:8]}-{fingerprint(pixels)}"
 
 
-def read_training_images(settings: FinetuneSettings, task: ImageTask) -> TrainingData:
+def read_training_images(settings: Recipe, task: ImageTask) -> TrainingData:
     """Open the images to train on; random ones are held out, and of more than max_samples random ones are taken.
 
     Raises BadInput if there are fewer than two, or labels that the model does not have.
@@ -53,9 +53,9 @@ def read_training_images(settings: FinetuneSettings, task: ImageTask) -> Trainin
     images, labels = task.training_images()
     if len(images) < 2:
         raise BadInput(f"{images.source} holds {len(images)} images, and training needs two or more", field="dataset")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.calibrate.seed))
     held_out = count_held_out(settings, len(images), MOST_HELD_OUT)
-    chosen = order[held_out:][: settings.max_samples]
+    chosen = order[held_out:][: settings.train.max_samples]
 
     def part(numbers: Tensor) -> TrainingImages:
         return TrainingImages(images, labels, task.transform, numbers)

@@ -24,7 +24,7 @@ from coprune.evaluation.answers.answered import (
 )
 from coprune.evaluation.answers.asking import answers_key
 from coprune.evaluation.answers.questions import plan_of
-from coprune.recipe.measuring import measuring_recipe
+from coprune.recipe.views import measuring_recipe
 from support.commands import run_command
 from support.pico_folder import save_pico
 

@@ -20,9 +20,9 @@ from coprune.model.opened import Loaded, streams
 from coprune.model.walk.activations import GIB, device_room
 from coprune.model.walk.proven import FoundModel
 from coprune.pruning.pruner import Solver
-from coprune.recipe.finetune import has_adapters, has_teacher
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.train import has_adapters, has_teacher
 from coprune.run.estimate.block import Busyness, measure_block, measure_head
 from coprune.run.estimate.estimate import Settings, Training, Workload, estimate
 from coprune.run.estimate.found import Estimate

@@ -21,8 +21,8 @@ def trained(folder: Path, family: str, device: str, reporter: Reporter | None = 
     """Train on a device; returns the losses and the saved tensors. What it learns from is made when it is missing."""
     from transformers import training_args
 
+    from coprune.recipe.views import training_recipe
     from coprune.training.run import run_finetuning
-    from coprune.training.settings import make_settings
     from support.pruned import pruned_model, save, settings_for, write_text
 
     # Which kinds of GPU can compute in bfloat16 transformers keeps a list of.
@@ -36,7 +36,7 @@ def trained(folder: Path, family: str, device: str, reporter: Reporter | None = 
     out = Path(changes.pop("out", folder / f"tuned-{device}"))
     if "distill" in changes.get("mode", ""):
         changes["teacher"] = str(folder / "dense")
-    settings = make_settings(settings_for(out, source, text, device=device, **changes))
+    settings = training_recipe(settings_for(out, source, text, device=device, **changes))
     report = run_finetuning(settings, reporter or Reporter(quiet=True))
     return [point.loss for point in report.curve], tensors_of(out / "model")
 

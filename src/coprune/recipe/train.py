@@ -1,0 +1,303 @@
+"""The part of a recipe that says how a pruned model is trained: all of `coprune finetune`, and what prune trains with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut, Set, Setting, Words
+from coprune.recipe.parts import Decides, Globs, Part, Shown, Word
+
+_RESULT = Decides.RESULT | Decides.COST
+_MEASURED = Decides.MEASUREMENT
+Mode = Literal["lora", "dense", "distill", "lora-distill"]
+LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5, "lora-distill": 2e-3}
+
+
+def has_adapters(mode: str | None) -> bool:
+    """Whether adapters are trained, and the weights are left alone."""
+    return mode in ("lora", "lora-distill")
+
+
+def has_teacher(mode: str | None) -> bool:
+    """Whether the model is trained toward the dense one."""
+    return mode in ("distill", "lora-distill")
+
+
+class AdapterPart(Part):
+    """Adapters that are trained in the weights' place."""
+
+    title = "Adapters (--mode lora or lora-distill)"
+    prefix = "finetune_"
+
+    rank: Annotated[int, _RESULT, Shown.TRAINING, Field(description="lora: rank of the adapters.", ge=1)] = 8
+    alpha: Annotated[
+        float, _RESULT, Shown.TRAINING, Field(description="lora: the update is scaled by alpha / rank.", gt=0)
+    ] = 16.0
+    dropout: Annotated[
+        float, _RESULT, Shown.TRAINING, Field(description="lora: dropout before plain adapters.", ge=0, lt=1)
+    ] = 0.0
+    masked: Annotated[
+        bool,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
+    ] = True
+
+
+class DistillPart(Part):
+    """Training toward the dense model."""
+
+    title = "Distillation (--mode distill or lora-distill)"
+    prefix = "finetune_"
+
+    teacher: Annotated[
+        str | None, _RESULT, Shown.TRAINING, Field(description="distill: the dense model. [in prune: the model]")
+    ] = None
+    temperature: Annotated[
+        float | None,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="distill: of the compared distributions. [1 of text, 2 of images]", gt=0),
+    ] = None
+    kl_weight: Annotated[
+        float, _RESULT, Shown.TRAINING, Field(description="distill: weight of the logits' divergence.", ge=0)
+    ] = 1.0
+    hidden_weight: Annotated[
+        float | None,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="distill: weight of the blocks' relative errors. [1; 0 with --top-k or for images]", ge=0),
+    ] = None
+    text_weight: Annotated[
+        float, _RESULT, Shown.TRAINING, Field(description="distill: weight of the data's own loss.", ge=0)
+    ] = 0.0
+    top_k: Annotated[
+        int | None,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="distill: run the teacher ahead and keep its so many largest logits per token.", ge=1),
+    ] = None
+
+    @property
+    def weight_of_hidden(self) -> float:
+        """Weight of the hidden states' error."""
+        default = 0.0 if self.top_k is not None else 1.0
+        return default if self.hidden_weight is None else self.hidden_weight
+
+
+class TrainPart(Part):
+    """Training of the pruned model."""
+
+    title = "Fine-tuning"
+    prefix = "finetune_"
+
+    mode: Annotated[
+        Mode | None,
+        Word("finetune"),
+        _RESULT,
+        Shown.COMMON,
+        Field(
+            description="Fine-tune the pruned model with its zeros kept (every setting of coprune finetune, behind finetune-)."
+        ),
+    ] = None
+    minutes: Annotated[
+        float | None,
+        _RESULT,
+        Shown.COMMON,
+        Field(
+            description="Fine-tune for so long; the learning rate falls with the time. [one pass over the text]", gt=0
+        ),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        _RESULT,
+        Field(description="Fine-tune on so many tokens: as many steps as they fill. [one pass over the text]", ge=1),
+    ] = None
+    epochs: Annotated[
+        float,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="Passes over the data, unless tokens, steps or minutes are given.", gt=0),
+    ] = 1.0
+    max_steps: Annotated[int | None, _RESULT, Shown.TRAINING, Field(description="Optimiser steps.", ge=1)] = None
+    max_samples: Annotated[
+        int | None, _RESULT, Shown.TRAINING, Field(description="Use only so many windows or images.", ge=1)
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="Windows or images per process and forward pass. [1 window, 32 images]", ge=1),
+    ] = None
+    accumulate: Annotated[
+        int | None,
+        _RESULT,
+        Field(description="Forward passes per step of the fine-tuning. [8 of text, 1 of images]", ge=1),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        Word("finetune_lr"),
+        _RESULT,
+        Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
+    ] = None
+    rates: Annotated[
+        Literal["absolute", "relative"],
+        _RESULT,
+        Field(
+            description="absolute: one learning rate for all that is trained; relative: times the size of each "
+            "matrix and vector, so that one rate serves models with smaller or larger weights."
+        ),
+    ] = "absolute"
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"],
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="How the learning rate falls after the warm-up."),
+    ] = "linear"
+    warmup: Annotated[
+        float, _RESULT, Shown.TRAINING, Field(description="Share of the training in which it rises.", ge=0, lt=1)
+    ] = 0.03
+    optimizer: Annotated[
+        Literal["adamw", "sgd", "adafactor"], _RESULT, Shown.TRAINING, Field(description="sgd has a momentum of 0.9.")
+    ] = "adamw"
+    weight_decay: Annotated[float, _RESULT, Shown.TRAINING, Field(description="Weight decay.", ge=0)] = 0.0
+    max_grad_norm: Annotated[
+        float, _RESULT, Shown.TRAINING, Field(description="Clip gradients to this norm; 0: not.", ge=0)
+    ] = 1.0
+    scope: Annotated[
+        Literal["all", "blocks"],
+        _RESULT,
+        Field(
+            description="all: every weight is trained; blocks: embeddings, head and other matrices around the blocks stay as "
+            "they are, unless they were pruned."
+        ),
+    ] = "all"
+    only: Annotated[
+        Globs,
+        _RESULT,
+        Shown.TRAINING,
+        Field(
+            description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. [lora: all pruned linear "
+            "layers; else all weights]"
+        ),
+    ] = ()
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        _RESULT,
+        Field(description="What the fine-tuning computes in; trained weights are float32."),
+    ] = "float32"
+    gradient_checkpointing: Annotated[
+        bool, _RESULT, Shown.TRAINING, Field(description="Recompute activations to save memory.")
+    ] = False
+    evaluations: Annotated[
+        int, _RESULT, Shown.TRAINING, Field(description="How often the loss on held-out samples is measured.", ge=0)
+    ] = 5
+    held_out: Annotated[
+        float,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="Share of the samples held out (at most 64 windows or 2,048 images).", ge=0, lt=1),
+    ] = 0.05
+    patience: Annotated[
+        int | None,
+        _RESULT,
+        Shown.TRAINING,
+        Field(description="Stop after so many evaluations without a better loss, and keep the best.", ge=1),
+    ] = None
+    save_every: Annotated[
+        int,
+        Decides.WHERE,
+        Shown.TRAINING,
+        Field(description="Steps between the states from which a training resumes.", ge=1),
+    ] = 100
+    eval_seqlen: Annotated[
+        int | None,
+        _MEASURED,
+        Shown.TRAINING,
+        Field(description="Tokens per window of perplexity. [as in training]", ge=2),
+    ] = None
+    against: Annotated[
+        str | None,
+        _MEASURED,
+        Shown.TRAINING,
+        Field(
+            description="The dense model, with whose answers the model's are compared. [in prune: the model, where answers are "
+            "asked for; else with those from before]"
+        ),
+    ] = None
+    adapters: AdapterPart = AdapterPart()
+    distill: DistillPart = DistillPart()
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        if self.learning_rate is not None or self.mode is None:
+            return self.learning_rate or 0.0
+        return LEARNING_RATES[self.mode]
+
+
+def cannot_train(asked: TrainPart) -> BadInput | None:
+    """What is wrong with a training that is asked for, with the fix; None if nothing is."""
+    return _of_teacher(asked) or _of_mode(asked) or _of_how(asked)
+
+
+def _of_teacher(asked: TrainPart) -> BadInput | None:
+    toward = asked.distill
+    if not has_teacher(asked.mode) and (toward.teacher is not None or toward.top_k is not None):
+        cause: Words = ("a teacher belongs to ", Set("finetune", "distill"), " or ", Set("finetune", "lora-distill"))
+        return BadInput(cause, field="finetune", value=asked.mode)
+    if toward.top_k is not None and toward.hidden_weight:
+        cause = ("a teacher that runs ahead (", Set("finetune_top_k", toward.top_k), ") leaves no hidden states")
+        fix: Words = ("add ", Set("finetune_hidden_weight", 0))
+        return BadInput(cause, field="finetune_hidden_weight", value=toward.hidden_weight, fix=fix)
+    if has_teacher(asked.mode) and not toward.kl_weight + toward.weight_of_hidden + toward.text_weight:
+        return nothing_to_learn()
+    return None
+
+
+def nothing_to_learn() -> BadInput:
+    """What to tell where every part of a distillation's loss has the weight zero."""
+    fix: Words = ("leave out ", Set("finetune_kl_weight", 0))
+    return BadInput("nothing is left of the distillation's loss", field="finetune_kl_weight", value=0, fix=fix)
+
+
+def _of_mode(asked: TrainPart) -> BadInput | None:
+    """A setting of another mode, which this one would not look at."""
+    unused: list[Part] = [] if has_teacher(asked.mode) else [asked.distill]
+    unused += [] if has_adapters(asked.mode) else [asked.adapters]
+    for part in unused:
+        if (said := part.first_said()) is not None:
+            word = f"{part.prefix}{said[-1]}"
+            cause: Words = (Setting(word), " means nothing to ", Set("finetune", asked.mode))
+            return BadInput(cause, field=word, value=getattr(part, said[-1]), fix=LeaveOut(word))
+    return None
+
+
+def _of_how(asked: TrainPart) -> BadInput | None:
+    adapters = has_adapters(asked.mode)
+    if adapters and asked.adapters.masked and asked.adapters.dropout:
+        product = "the masked update is one product with the weights, which leaves no place for dropout"
+        word = "finetune_dropout"
+        return BadInput(product, field=word, value=asked.adapters.dropout, fix=LeaveOut(word))
+    if adapters and asked.rates == "relative":
+        empty = "adapters begin at zero, which has no size that a rate could be relative to"
+        return BadInput(empty, field="finetune_rates", value=asked.rates, fix=LeaveOut("finetune_rates"))
+    if asked.scope != "all" and (adapters or asked.only):
+        own: Words = (
+            (Setting("finetune_only"), " says what is trained, too")
+            if asked.only
+            else "adapters are on matrices of their own"
+        )
+        return BadInput(own, field="finetune_scope", value=asked.scope, fix=LeaveOut("finetune_scope"))
+    if asked.tokens is not None and asked.max_steps is not None:
+        cause: Words = (Set("finetune_max_steps", asked.max_steps), " says how long to train, too")
+        return BadInput(cause, field="finetune_tokens", value=asked.tokens, fix=LeaveOut("finetune_max_steps"))
+    if asked.patience is not None and not (asked.evaluations and asked.held_out):
+        cause = (Set("finetune_patience", asked.patience), " needs evaluations during the training")
+        missing = "finetune_held_out" if asked.evaluations else "finetune_evaluations"
+        fix: Words = ("ask for some with ", Setting(missing))
+        return BadInput(cause, field="finetune_patience", value=asked.patience, fix=fix)
+    return None

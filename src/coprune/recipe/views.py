@@ -1,0 +1,172 @@
+"""What can be said where nothing is pruned, of a measurement or a training: settings of a recipe, by the names that fit there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from coprune.base.environment import asks_for_fsdp
+from coprune.base.errors import BadInput, unknown_name
+from coprune.base.words import LeaveOut
+from coprune.base.words import Setting as Named
+from coprune.recipe.answers import cannot_require
+from coprune.recipe.flat import flatten, names_said
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.retired import passed_over
+from coprune.recipe.train import has_teacher
+from coprune.recipe.tree import LEAVES
+
+
+class Setting(NamedTuple):
+    """A setting of a recipe under another name."""
+
+    word: str
+    """The recipe's word for it."""
+    description: str | None = None
+    """What it means here; None where it means what it does in a recipe."""
+
+
+MEASURING: dict[str, Setting] = {
+    "data": Setting(
+        "eval_data",
+        "Texts, comma-separated: embedded,c4@seqlen=1024,a path … [wikitext2]; or images: digits, a folder …",
+    ),
+    "tasks": Setting("tasks", "Tasks of lm-eval, comma-separated, such as boolq,arc_easy."),
+    "zero_shot": Setting("eval_zero_shot", "The papers' seven tasks."),
+    "num_fewshot": Setting("num_fewshot"),
+    "include_path": Setting("include_path"),
+    "limit": Setting("limit"),
+    "apply_chat_template": Setting("apply_chat_template"),
+    "gen_kwargs": Setting("gen_kwargs"),
+    "log_samples": Setting("log_samples"),
+    "generate": Setting("generate"),
+    "generate_prompts": Setting("generate_prompts"),
+    "generate_tokens": Setting("generate_tokens"),
+    "generate_temperature": Setting("generate_temperature"),
+    "generate_seed": Setting("generate_seed"),
+    "require": Setting(
+        "require",
+        "Exit with 3 unless the answers are so: conditions with commas between, such as 'loops<=dense+1,kl<0.5'; no more may "
+        "be empty than the dense model's unless that is said, as in empty<=dense+1.",
+    ),
+    "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
+    "bos": Setting("bos"),
+    "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
+    "tokens": Setting("eval_tokens", "Use only so many tokens of each text. [all]"),
+    "images": Setting("eval_images", "Use only so many images of each set. [all]"),
+    "dtype": Setting("dtype"),
+    "device": Setting("device"),
+    "cache_dir": Setting("cache_dir"),
+}
+"""Settings of a measurement by name; the names of a command's options are made from these."""
+
+INSPECTING: dict[str, Setting] = {
+    **{word: Setting(word) for word in ("sparsity", "pattern", "include", "exclude", "allocation", "dataset")},
+    "nsamples": Setting(
+        "nsamples", "Calibration samples for a drawing, or for an allocation that takes a pass over data. [16]"
+    ),
+    **{word: Setting(word) for word in ("seqlen", "cache_dir")},
+}
+"""Settings that say what would be pruned, likewise."""
+
+_ANSWERS = "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed", "gate", "require"
+TRAINING: dict[str, Setting] = {
+    "model": Setting("model", "The pruned model: a local folder or Hub id."),
+    "dataset": Setting(
+        "dataset",
+        "Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; or images: digits, a folder of "
+        "classes, .parquet, or a datasets id.",
+    ),
+    "seqlen": Setting("seqlen", "Tokens per training window. [min(1024, model's limit)]"),
+    "seed": Setting("seed", "Seed of everything random."),
+    "mode": Setting(
+        "finetune",
+        "lora: low-rank adapters, masked so that merging keeps every zero; dense: the weights themselves; distill: the weights, "
+        "toward the dense model (--teacher); lora-distill: adapters, toward it. [lora]",
+    ),
+    "train": Setting("finetune_only"),
+    **{
+        leaf.path[-1]: Setting(word)
+        for word, leaf in LEAVES.items()
+        if leaf.path[0] == "train" and leaf.path[-1] not in ("mode", "only")
+    },
+    "exclude": Setting(
+        "exclude", "Leave what matches this pattern as it is, and blocks of which all does; repeatable."
+    ),
+    "evaluate": Setting("evaluate", "Measure perplexity or accuracy before and after."),
+    **{
+        word: Setting(word)
+        for word in ("eval_data", "eval_images", "eval_tokens", "bos", *_ANSWERS, "device", "cache_dir")
+    },
+    "report_to": Setting("report_to", "Trackers as transformers names them, such as wandb."),
+    "save": Setting("save", "Run folder. [out/finetune/MODEL/MODE]"),
+    "save_model": Setting("save_model", "Folder for the model. [model/ in the run folder]"),
+    "overwrite": Setting("overwrite"),
+}
+"""Settings of a training by name, likewise: those of its own part go without that part's prefix."""
+_CALLED_IN_TRAINING = {setting.word: name for name, setting in TRAINING.items()}
+
+
+def training_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that trains a pruned model and prunes nothing.
+
+    settings: those of TRAINING.
+
+    Raises:
+        BadInput: a setting is unknown, has a value that it cannot have, or contradicts another; or a package is missing.
+    """
+    if find_spec("peft") is None:
+        raise BadInput("fine-tuning needs peft", fix="pip install 'coprune[finetune]'")
+    if asks_for_fsdp():
+        raise BadInput(
+            "fine-tuning over FSDP is not there yet",
+            fix="use data parallel processes: torchrun, or accelerate without FSDP",
+        )
+    recipe = make_recipe({"finetune": "lora"} | in_a_recipes_words(settings), _CALLED_IN_TRAINING)
+    if has_teacher(recipe.train.mode) and recipe.train.distill.teacher is None:
+        needs = f"{recipe.train.mode} needs the dense model"
+        raise BadInput(needs, field="teacher", fix=("name it with ", Named("teacher")))
+    against = None if recipe.train.against else ("ask for them with ", Named("against"))
+    if (wrong := cannot_require(recipe.evaluate.answers, against)) is not None:
+        raise wrong
+    return recipe
+
+
+def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a training by a recipe's words. Raises BadInput for one that is unknown, or retired."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if passed_over(name, value):
+            continue
+        if name == "bf16":  # what `dtype` was called
+            name, value = "dtype", "bfloat16" if value else "float32"
+        name = "seqlen" if name == "block_size" else name
+        if name not in TRAINING:
+            raise unknown_name("setting", name, TRAINING, field=name)
+        found[TRAINING[name].word] = value
+    return found
+
+
+def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe that measures a model, on WikiText-2 unless a text, a task or prompts are named.
+
+    Args:
+        model: as in a recipe.
+        settings: those of MEASURING, or others of a recipe.
+
+    Raises:
+        BadInput: a setting is unknown, has a value that it cannot have, or says how to prune.
+    """
+    named = {(MEASURING[name].word if name in MEASURING else name): value for name, value in settings.items()}
+    known = {setting.word for setting in MEASURING.values()}
+    for word in flatten(named):
+        if word not in known:
+            name = names_said(named)[word]
+            cause = f"{name} says how to prune or where that goes, and a measurement prunes nothing"
+            raise BadInput(cause, field=name, value=settings.get(name), fix=LeaveOut(name))
+    recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
+    named_others = recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked
+    if recipe.evaluate.data is None and not named_others:
+        return recipe.replaced(eval_data="wikitext2")
+    return recipe
