@@ -14,6 +14,7 @@ import yaml
 
 import coprune
 from coprune.commands.table import COMMANDS
+from coprune.recipe.tree import LEAVES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -44,7 +45,15 @@ def test_the_page_of_commands_has_every_command_with_every_option() -> None:
     for name, command in command_pages.commands().items():
         for parameter in command.params:
             flags = [flag for flag in parameter.opts if flag.startswith("--")]
-            assert not flags or any(flag in told[name] for flag in flags), (name, flags)
+            hidden = getattr(parameter, "hidden", False)
+            assert hidden or not flags or any(flag in told[name] for flag in flags), (name, flags)
+
+
+def test_the_page_of_recipes_has_every_setting_with_its_flat_name() -> None:
+    told = command_pages.all_parts()
+    assert command_pages.PARTS_MARKER in (DOCS / "recipe.md").read_text(encoding="utf-8")
+    for word, leaf in LEAVES.items():
+        assert f"`{word}`" in told and f"`{leaf.path[-1]}`" in told, word
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What every command takes, written as Markdown from the commands themselves when the site is built."""
+"""What every command takes and every part of a recipe holds, written as Markdown from the code when the site is built."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 import typer
 
 from coprune.commands.app import app
+from coprune.recipe.tree import LEAVES, PARTS
 
 MARKER = "<!-- every command with its options -->"
 """Where `commands.md` has them."""
+PARTS_MARKER = "<!-- every part with its settings -->"
+"""Where `recipe.md` has them."""
 # A command that takes most of prune's options names these only.
 _MANY = 20
 _DEFAULT = re.compile(r"\s+\[(?:default: )?([^\[\]]*)\]$")
@@ -44,6 +47,16 @@ def all_commands() -> str:
         if len(shared) >= _MANY:
             parts += ["**As in [prune](#coprune-prune)**", ", ".join(f"`{_first(names)}`" for names, _ in shared)]
     return "\n\n".join(parts) + "\n"
+
+
+def all_parts() -> str:
+    """The table of parts: their settings, with the flat names of those that are called otherwise."""
+    rows = ["| part | its settings, with their flat names |", "| --- | --- |"]
+    for place, part in PARTS.items():
+        own = {word: leaf.place.removeprefix(f"{place}.") for word, leaf in LEAVES.items() if leaf.part is part}
+        told = [f"`{name}`" if name == word else f"`{name}` (`{word}`)" for word, name in own.items()]
+        rows.append(f"| `{place}` | {', '.join(told)} |")
+    return "\n".join(rows) + "\n"
 
 
 def _groups(name: str, command: Any) -> Groups:

@@ -30,7 +30,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in place what a page says that it has, and call other pages by their titles rather than by their files."""
-    made = {"commands.md": (command_pages.MARKER, command_pages.all_commands), "results.md": (RESULTS, _results)}
+    made = {
+        "commands.md": (command_pages.MARKER, command_pages.all_commands),
+        "recipe.md": (command_pages.PARTS_MARKER, command_pages.all_parts),
+        "results.md": (RESULTS, _results),
+    }
     if page.file.src_uri in made:
         marker, make = made[page.file.src_uri]
         if marker not in markdown:

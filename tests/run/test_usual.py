@@ -12,6 +12,7 @@ from coprune.recipe.presets import usual_preset
 from coprune.recipe.recipe import make_recipe
 from coprune.run.usual import recipe_that_fits
 from support.pico_folder import save_pico
+from support.quantised import quantised_pico
 
 TARGET = {"pattern": "2:4"}
 
@@ -55,6 +56,14 @@ def test_whoever_says_how_to_prune_gets_just_that(model: Path, said: dict[str, o
 @pytest.mark.parametrize("said", [{"stream": True}, {"encoding": "packed"}], ids=lambda said: next(iter(said)))
 def test_what_rules_out_a_training_of_the_whole_model_leaves_blocks(model: Path, said: dict[str, object]) -> None:
     assert recipe_that_fits({"model": str(model), "preset": "best", **TARGET, **said}).train.mode is None
+
+
+@pytest.mark.parametrize(("encoding", "whole"), [("source", False), ("dense", True)])
+def test_a_quantised_model_is_trained_where_its_encoding_is_kept(tmp_path: Path, encoding: str, whole: bool) -> None:
+    source, _ = quantised_pico(tmp_path, "fp8 block", "llama")
+    said = {} if encoding == "source" else {"encoding": encoding}
+    recipe = recipe_that_fits({"model": str(source), "preset": "best", **TARGET, **said})
+    assert (recipe.train.mode is not None) == whole
 
 
 def test_a_model_that_was_handed_over_is_trained_block_by_block(model: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.load import task_at
 from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.source_encoding import is_quantised
 from coprune.model.opened import choose_device
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.presets import MENDS, WHOLE
@@ -35,7 +36,7 @@ def recipe_that_fits(settings: Mapping[str, Any], in_memory: bool = False) -> Re
 
 
 def _fits(recipe: Recipe) -> bool:
-    """Whether all weights of a model's blocks can be trained here, beside the dense model."""
+    """Whether all weights of a model's blocks can be trained here, beside the dense model, and be saved as the source is."""
     if find_spec("peft") is None:
         return False
     from coprune.training.after_pruning import require_room_to_train
@@ -43,6 +44,8 @@ def _fits(recipe: Recipe) -> bool:
     location = locate(recipe.model.name, recipe.model.cache_dir, weights=False)
     if task_at(location) != "text":
         return False  # how long a preset trains is said in tokens
+    if recipe.output.encoding != "dense" and location.path.is_dir() and is_quantised(location.path):
+        return False  # what is trained as a whole is saved dense
     try:
         require_room_to_train(location, "adamw", "blocks", True, choose_device(recipe.model.device))
     except BadInput:

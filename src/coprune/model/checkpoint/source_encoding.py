@@ -144,6 +144,12 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether a folder's configuration says that its weights are quantised, otherwise than packed by coprune."""
+    found = quantization_of(read_json(folder / "config.json"))
+    return found is not None and found.get("quant_method") != QUANT_METHOD
+
+
 def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEncoding | None:
     """Return how a folder's checkpoint is quantised; None if its tensors are dense, or packed by coprune.
 
