@@ -19,8 +19,8 @@ import pytest
 from coprune.commands.table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flags import flags_of
-from coprune.recipe.parts import Shown, is_common
-from coprune.recipe.tree import FIELDS, FLAT
+from coprune.recipe.parts import is_common
+from coprune.recipe.tree import DETAILS, FIELDS, FLAT
 from coprune.recipe.views import MEASURING
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
@@ -55,7 +55,9 @@ def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) 
         assert re.search(rf"^  {name} +{re.escape(COMMANDS[name])}$", overview, re.MULTILINE)  # on one line, uncut
         assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
     options = set(re.findall(r"--[\w-]+", coprune("prune", "--help-all")))
-    for setting in {word for word in set(FLAT) - {"model", "options"} if Shown.TRAINING not in FIELDS[word].metadata}:
+    for setting in {
+        word for word in set(FLAT) - {"model", "options"} if word not in DETAILS or is_common(FIELDS[word])
+    }:
         assert "--" + SHORTER.get(setting, setting.replace("_", "-")) in options
     for setting in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
         assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
@@ -71,8 +73,8 @@ def test_the_short_help_is_one_screen_of_what_fields_call_common(coprune: Callab
     shown = {flags_of(name)[0].partition("/")[0] for name in common}
     assert set(options) - shown == {"--quiet", "--recipe", "--preset", "--help", "--help-all"}
     assert len(short.splitlines()) <= 85  # at 80 columns
-    assert coprune("estimate", "--help-all").count("--reconstruct-lr") == 1  # where it is not in the short one
-    assert "--reconstruct-lr" not in coprune("estimate", "--help")
+    assert coprune("estimate", "--help-all").count("--calibrate-on") == 1  # where it is not in the short one
+    assert "--calibrate-on" not in coprune("estimate", "--help")
 
 
 def test_every_command_has_a_file_of_its_own_and_tells_more_than_the_table() -> None:

@@ -188,6 +188,23 @@ def test_what_comes_later_wins_and_options_add_up() -> None:
     assert flatten(layered({"options": {"block_size": 64}}, {"method": "sparsegpt"}))["options"] == {"block_size": 64}
 
 
+def test_what_asks_for_something_may_say_how_behind_a_colon() -> None:
+    short = {"model": "m", "reconstruct": "6:tokens=6144,lr=0.001", "finetune": "distill:max_steps=3,kl_weight=0.5"}
+    assert make_recipe(short | {"generate": "p.jsonl:ask:count=2"}) == make_recipe(
+        {
+            "model": "m",
+            "reconstruct": 6,
+            "reconstruct_tokens": 6144,
+            "reconstruct_lr": 0.001,
+            "train": {"mode": "distill", "max_steps": 3, "distill": {"kl_weight": 0.5}},
+            "generate": "p.jsonl:ask",
+            "generate_prompts": 2,
+        }
+    )
+    with pytest.raises(BadInput, match="unknown option of reconstruct 'tokns'; did you mean 'tokens'"):
+        make_recipe({"model": "m", "reconstruct": "6:tokns=3"})
+
+
 def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
     preset = {"reconstruct": 6, "reconstruct_tokens": 6144}
     assert layered(preset, {"reconstruction": {"steps": 3}}) == {"reconstruction.steps": 3}

@@ -18,11 +18,10 @@ from coprune.pruning.methods.given import choice_of
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import flatten
-from coprune.recipe.parts import Shown
 from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.tree import FIELDS, FLAT, OLDER_PARTS, PARTS
+from coprune.recipe.tree import FIELDS, FLAT, LEAVES, OLDER_PARTS, PARTS
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
 from coprune.run.checks import prepare_solver
 from coprune.run.prune import options_of, read_call, sort_options
@@ -147,22 +146,21 @@ def test_what_is_no_method_is_refused(method: Any) -> None:
         choice_of(method)
 
 
-OF_TRAININGS = {word for word, field in FIELDS.items() if Shown.TRAINING in field.metadata}
-"""What a call says in its part, `train`, or by flat names that are not completed."""
+OF_TRAININGS = {word for word, leaf in LEAVES.items() if leaf.path[0] == "train"}
+"""Of which only some are typed by their flat names: `train` takes all of them."""
 
 
 def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:
-    settings = (
-        set(FLAT) - OF_TRAININGS | {part for part in PARTS if "." not in part} | set(OLDER_PARTS) | set(OTHER_WORDS)
-    )
+    settings = set(FLAT) | {part for part in PARTS if "." not in part} | set(OLDER_PARTS) | set(OTHER_WORDS)
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
     others = set(typing.get_type_hints(ProcessorArguments))
-    assert set(typing.get_type_hints(PruneArguments)) == (settings - {"model", "method"}) | options | others
+    wanted = (settings - {"model", "method"}) | options | others
+    assert wanted - OF_TRAININGS <= set(typing.get_type_hints(PruneArguments)) <= wanted
 
 
 def test_the_arguments_take_what_the_settings_take() -> None:
     typed = typing.get_type_hints(PruneArguments)
-    for word in set(FLAT) - {"model", "method", "options"} - OF_TRAININGS:
+    for word in set(FLAT) & set(typed) - {"model", "method", "options"}:
         wanted = kinds(FIELDS[word].annotation) - {tuple, Choice}
         assert wanted <= kinds(typed[word]), word
     for word, means in OTHER_WORDS.items():

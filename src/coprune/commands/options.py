@@ -25,16 +25,17 @@ from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.choice import Choice, read_scalar
 from coprune.recipe.flags import flags_of
 from coprune.recipe.flat import TRAIN
-from coprune.recipe.parts import Shown, is_common
+from coprune.recipe.parts import is_common
 from coprune.recipe.recipe import DEFAULTS
 from coprune.recipe.retired import retired
-from coprune.recipe.tree import FIELDS, LEAVES
+from coprune.recipe.tree import DETAILS, FIELDS, HEADS, LEAVES
 from coprune.recipe.views import INSPECTING, MEASURING, TRAINING, Setting
 
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
 _METHODS = "coprune.pruning.methods"
 _HELP_ALL = "help_all"
+_FEW = 6
 _NAMED_TWICE = ("model_option", "use_variant")
 """Options of the Wanda repository for what an argument and a method are called here."""
 # A training's settings that are called otherwise on the command line, where the word has another meaning.
@@ -114,8 +115,12 @@ def _option(name: str, setting: Setting, flags: list[str]) -> inspect.Parameter:
     leaf, default = LEAVES[setting.word], DEFAULTS[setting.word]
     field, several = leaf.field, default == ()
     is_text = field.annotation in (Choice, Choice | None) or _is_read_otherwise(field)
-    kind: Any = list[str] if several else str if is_text else field.annotation
-    told = setting.description or str(field.description)
+    kind: Any = list[str] if several else str if is_text or setting.word in HEADS else field.annotation
+    told, details = setting.description or str(field.description), HEADS.get(name, {}) if not flags else {}
+    if details:
+        most = [detail.removeprefix(leaf.part.prefix) for detail in dict.fromkeys(details.values())][:_FEW]
+        more = " … (coprune finetune --help)" if len(details) > _FEW else ""
+        told = f"{told} Options behind a colon: {', '.join(most)}{more}."
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     # 0 equals False, and is a default to be shown.
     unsaid = default is None or default is False or several or told.endswith("]")
@@ -124,7 +129,7 @@ def _option(name: str, setting: Setting, flags: list[str]) -> inspect.Parameter:
         help=told if unsaid else f"{told} [{'on' if default is True else default}]",
         show_default=False,
         rich_help_panel=leaf.part.title,
-        hidden=not flags and Shown.TRAINING in field.metadata,
+        hidden=not flags and setting.word in DETAILS and not is_common(field),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,9 +10,9 @@ from pydantic import BaseModel
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Set
-from coprune.recipe.choice import Choice, split_choice
+from coprune.recipe.choice import Choice, read_named, split_choice
 from coprune.recipe.retired import GONE_PARTS, passed_over, retired
-from coprune.recipe.tree import FLAT, LEAVES, OLDER_PARTS, PARTS, WORDS, todays_place
+from coprune.recipe.tree import FLAT, HEADS, LEAVES, OLDER_PARTS, PARTS, WORDS, todays_place
 
 # The Wanda repository's words that are not coprune's own.
 _OTHER_WORDS = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}
@@ -20,6 +21,7 @@ PRESET = "preset"  # stands for settings in what is said; no recipe keeps it
 TRAIN = "train"  # says which of a preset's settings; no recipe keeps it either
 _METHOD = "method"  # whatever else is said of it is an option of its own
 _OF_METHOD = "prune.method"
+_TEXT_WITH_OPTIONS = re.compile(r"(?P<value>.+?):(?P<options>[\w-]+=.*)")
 _DEFAULT_METHOD = "wanda"
 _SCORE = "score"  # which some methods have as an option: it is theirs where nothing is removed
 
@@ -137,9 +139,10 @@ def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif key in GONE_PARTS:
         inside = value if isinstance(value, Mapping) else {GONE_PARTS[key]: value}
         yield from ((f"{key}.{field}", inner) for field, inner in inside.items())
+    elif isinstance(value, str) and (told := _with_options(key, place, value)) is not None:
+        yield from told.items()
     elif place in PARTS and isinstance(said, Mapping):
-        told = value.model_fields_set if isinstance(value, BaseModel) else said
-        for field in told:
+        for field in value.model_fields_set if isinstance(value, BaseModel) else said:
             yield from _within(f"{key}.{field}", said[field])
     elif place not in PARTS or key in (*FLAT, TRAIN):
         yield key, value
@@ -150,6 +153,19 @@ def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         raise BadInput(
             f"{key} has settings of its own, such as {example}, and cannot be {value!r}", field=key, value=value
         )
+
+
+def _with_options(key: str, place: str, value: str) -> dict[str, Any] | None:
+    """Settings from the text of one that asks for something, with how behind its colon; None where nothing is behind one."""
+    word = key if key in FLAT else WORDS.get(place)
+    found = _TEXT_WITH_OPTIONS.fullmatch(value)
+    if word not in HEADS or found is None:
+        return None
+    own, options = HEADS[word], read_named(f"{word}:{found['options']}")[1]
+    for name in options:
+        if name not in own:
+            raise unknown_name(f"option of {word}", name, own, field=word)
+    return {word: found["value"], **{own[name]: option for name, option in options.items()}}
 
 
 def _within_method(key: str, value: str | Mapping[str, Any] | Choice) -> Iterator[tuple[str, Any]]:

@@ -50,8 +50,6 @@ class Shown(Enum):
 
     COMMON = auto()
     """In the short help, since most people need it at some time; every other one in `--help-all`."""
-    TRAINING = auto()
-    """Only where a training is all that is asked for; what prunes takes it too."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Part(BaseModel):
     prefix: ClassVar[str] = ""
     """What the flat names of its fields begin with."""
     head: ClassVar[str | None] = None
-    """The field that a value is of which is given for the whole part, which has no flat name of its own."""
+    """The field that asks for what the others say how to do: its text may hold them too, as in `6:tokens=6144`."""
 
     @field_validator("*")
     @classmethod

@@ -32,17 +32,12 @@ class AdapterPart(Part):
     title = "Adapters (--mode lora or lora-distill)"
     prefix = "finetune_"
 
-    rank: Annotated[int, _RESULT, Shown.TRAINING, Field(description="lora: rank of the adapters.", ge=1)] = 8
-    alpha: Annotated[
-        float, _RESULT, Shown.TRAINING, Field(description="lora: the update is scaled by alpha / rank.", gt=0)
-    ] = 16.0
-    dropout: Annotated[
-        float, _RESULT, Shown.TRAINING, Field(description="lora: dropout before plain adapters.", ge=0, lt=1)
-    ] = 0.0
+    rank: Annotated[int, _RESULT, Field(description="lora: rank of the adapters.", ge=1)] = 8
+    alpha: Annotated[float, _RESULT, Field(description="lora: the update is scaled by alpha / rank.", gt=0)] = 16.0
+    dropout: Annotated[float, _RESULT, Field(description="lora: dropout before plain adapters.", ge=0, lt=1)] = 0.0
     masked: Annotated[
         bool,
         _RESULT,
-        Shown.TRAINING,
         Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
     ] = True
 
@@ -53,31 +48,22 @@ class DistillPart(Part):
     title = "Distillation (--mode distill or lora-distill)"
     prefix = "finetune_"
 
-    teacher: Annotated[
-        str | None, _RESULT, Shown.TRAINING, Field(description="distill: the dense model. [in prune: the model]")
-    ] = None
+    teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model. [in prune: the model]")] = None
     temperature: Annotated[
         float | None,
         _RESULT,
-        Shown.TRAINING,
         Field(description="distill: of the compared distributions. [1 of text, 2 of images]", gt=0),
     ] = None
-    kl_weight: Annotated[
-        float, _RESULT, Shown.TRAINING, Field(description="distill: weight of the logits' divergence.", ge=0)
-    ] = 1.0
+    kl_weight: Annotated[float, _RESULT, Field(description="distill: weight of the logits' divergence.", ge=0)] = 1.0
     hidden_weight: Annotated[
         float | None,
         _RESULT,
-        Shown.TRAINING,
         Field(description="distill: weight of the blocks' relative errors. [1; 0 with --top-k or for images]", ge=0),
     ] = None
-    text_weight: Annotated[
-        float, _RESULT, Shown.TRAINING, Field(description="distill: weight of the data's own loss.", ge=0)
-    ] = 0.0
+    text_weight: Annotated[float, _RESULT, Field(description="distill: weight of the data's own loss.", ge=0)] = 0.0
     top_k: Annotated[
         int | None,
         _RESULT,
-        Shown.TRAINING,
         Field(description="distill: run the teacher ahead and keep its so many largest logits per token.", ge=1),
     ] = None
 
@@ -93,15 +79,14 @@ class TrainPart(Part):
 
     title = "Fine-tuning"
     prefix = "finetune_"
+    head = "mode"
 
     mode: Annotated[
         Mode | None,
         Word("finetune"),
         _RESULT,
         Shown.COMMON,
-        Field(
-            description="Fine-tune the pruned model with its zeros kept (every setting of coprune finetune, behind finetune-)."
-        ),
+        Field(description="Fine-tune the pruned model with its zeros kept."),
     ] = None
     minutes: Annotated[
         float | None,
@@ -119,17 +104,13 @@ class TrainPart(Part):
     epochs: Annotated[
         float,
         _RESULT,
-        Shown.TRAINING,
         Field(description="Passes over the data, unless tokens, steps or minutes are given.", gt=0),
     ] = 1.0
-    max_steps: Annotated[int | None, _RESULT, Shown.TRAINING, Field(description="Optimiser steps.", ge=1)] = None
-    max_samples: Annotated[
-        int | None, _RESULT, Shown.TRAINING, Field(description="Use only so many windows or images.", ge=1)
-    ] = None
+    max_steps: Annotated[int | None, _RESULT, Field(description="Optimiser steps.", ge=1)] = None
+    max_samples: Annotated[int | None, _RESULT, Field(description="Use only so many windows or images.", ge=1)] = None
     batch_size: Annotated[
         int | None,
         _RESULT,
-        Shown.TRAINING,
         Field(description="Windows or images per process and forward pass. [1 window, 32 images]", ge=1),
     ] = None
     accumulate: Annotated[
@@ -154,19 +135,14 @@ class TrainPart(Part):
     schedule: Annotated[
         Literal["cosine", "linear", "constant"],
         _RESULT,
-        Shown.TRAINING,
         Field(description="How the learning rate falls after the warm-up."),
     ] = "linear"
-    warmup: Annotated[
-        float, _RESULT, Shown.TRAINING, Field(description="Share of the training in which it rises.", ge=0, lt=1)
-    ] = 0.03
+    warmup: Annotated[float, _RESULT, Field(description="Share of the training in which it rises.", ge=0, lt=1)] = 0.03
     optimizer: Annotated[
-        Literal["adamw", "sgd", "adafactor"], _RESULT, Shown.TRAINING, Field(description="sgd has a momentum of 0.9.")
+        Literal["adamw", "sgd", "adafactor"], _RESULT, Field(description="sgd has a momentum of 0.9.")
     ] = "adamw"
-    weight_decay: Annotated[float, _RESULT, Shown.TRAINING, Field(description="Weight decay.", ge=0)] = 0.0
-    max_grad_norm: Annotated[
-        float, _RESULT, Shown.TRAINING, Field(description="Clip gradients to this norm; 0: not.", ge=0)
-    ] = 1.0
+    weight_decay: Annotated[float, _RESULT, Field(description="Weight decay.", ge=0)] = 0.0
+    max_grad_norm: Annotated[float, _RESULT, Field(description="Clip gradients to this norm; 0: not.", ge=0)] = 1.0
     scope: Annotated[
         Literal["all", "blocks"],
         _RESULT,
@@ -178,7 +154,6 @@ class TrainPart(Part):
     only: Annotated[
         Globs,
         _RESULT,
-        Shown.TRAINING,
         Field(
             description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. [lora: all pruned linear "
             "layers; else all weights]"
@@ -189,40 +164,33 @@ class TrainPart(Part):
         _RESULT,
         Field(description="What the fine-tuning computes in; trained weights are float32."),
     ] = "float32"
-    gradient_checkpointing: Annotated[
-        bool, _RESULT, Shown.TRAINING, Field(description="Recompute activations to save memory.")
-    ] = False
+    gradient_checkpointing: Annotated[bool, _RESULT, Field(description="Recompute activations to save memory.")] = False
     evaluations: Annotated[
-        int, _RESULT, Shown.TRAINING, Field(description="How often the loss on held-out samples is measured.", ge=0)
+        int, _RESULT, Field(description="How often the loss on held-out samples is measured.", ge=0)
     ] = 5
     held_out: Annotated[
         float,
         _RESULT,
-        Shown.TRAINING,
         Field(description="Share of the samples held out (at most 64 windows or 2,048 images).", ge=0, lt=1),
     ] = 0.05
     patience: Annotated[
         int | None,
         _RESULT,
-        Shown.TRAINING,
         Field(description="Stop after so many evaluations without a better loss, and keep the best.", ge=1),
     ] = None
     save_every: Annotated[
         int,
         Decides.WHERE,
-        Shown.TRAINING,
         Field(description="Steps between the states from which a training resumes.", ge=1),
     ] = 100
     eval_seqlen: Annotated[
         int | None,
         _MEASURED,
-        Shown.TRAINING,
         Field(description="Tokens per window of perplexity. [as in training]", ge=2),
     ] = None
     against: Annotated[
         str | None,
         _MEASURED,
-        Shown.TRAINING,
         Field(
             description="The dense model, with whose answers the model's are compared. [in prune: the model, where answers are "
             "asked for; else with those from before]"

@@ -82,6 +82,19 @@ FIELDS: dict[str, FieldInfo] = {word: leaf.field for word, leaf in LEAVES.items(
 WORDS: dict[str, str] = {place: word for word, place in FLAT.items()}
 """The flat name of every setting by its place."""
 
+HEADS: dict[str, dict[str, str]] = {
+    WORDS[f"{place}.{part.head}"]: {
+        name: word
+        for word, leaf in LEAVES.items()
+        if leaf.place.startswith(f"{place}.") and leaf.path[-1] != part.head and word.startswith(part.prefix)
+        for name in (leaf.path[-1], word.removeprefix(part.prefix))
+    }
+    for place, part in PARTS.items()
+    if part.head is not None
+}
+"""Settings that ask for something, and for each those that say how: flat names by the names that they have behind its colon."""
+DETAILS = {word for own in HEADS.values() for word in own.values()}
+
 # Parts and fields as recipes of earlier versions call them.
 _OLDER = {
     "pattern.name": "prune.pattern",

@@ -73,10 +73,10 @@ class CalibrationArguments(TypedDict, total=False):
     propagation: Literal["block", "sequential", "dense"]
     allocation: Named
     refine: Named | Sequence[Named]
-    low_rank: int | LowRankPart | Mapping[str, Any]
+    low_rank: int | str | LowRankPart | Mapping[str, Any]
     low_rank_rounds: int
     reconstruction: ReconstructPart | Mapping[str, Any]
-    reconstruct: int
+    reconstruct: int | str
     reconstruct_tokens: int
     reconstruct_lr: float
     reconstruct_rates: Literal["absolute", "relative"]
@@ -106,7 +106,7 @@ class OutcomeArguments(AnswerArguments, total=False):
     stream: bool | None
     check_memory: bool
     train: Literal["whole", "blocks"] | TrainPart | Mapping[str, Any] | None
-    finetune: Mode | TrainPart | Mapping[str, Any] | None
+    finetune: Mode | str | TrainPart | Mapping[str, Any] | None
     finetune_minutes: float | None
     finetune_tokens: int | None
     finetune_lr: float | None
