@@ -48,7 +48,7 @@ NESTED_SETTINGS = {
     },
     "calibrate": {"samples": 32, "seqlen": 64, "propagation": "sequential"},
     "train": {"mode": "lora"},
-    "evaluate": {"data": ["a.txt", "b.txt"], "few_shot": 2, "task_folder": "tasks"},
+    "evaluate": {"data": ["a.txt", "b.txt"], "tasks": {"few_shot": 2, "task_folder": "tasks"}},
     "output": {"run": "out/run", "model": "out/model"},
 }
 OLDER_SETTINGS = {

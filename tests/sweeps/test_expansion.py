@@ -226,7 +226,10 @@ def test_models_of_one_name_get_folders_of_their_own() -> None:
 
 def test_logged_items_go_to_folders_of_their_own() -> None:
     found = runs_of(seed=[0, 1], tasks="boolq", log_samples="out/items")
-    assert [run.recipe.evaluate.log_samples for run in found] == [Path("out/items/seed-0"), Path("out/items/seed-1")]
+    assert [run.recipe.evaluate.tasks.log_samples for run in found] == [
+        Path("out/items/seed-0"),
+        Path("out/items/seed-1"),
+    ]
 
 
 def test_the_folder_may_be_in_ones_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Extras:
             raise BadInput(
                 "zero-shot tasks run in one process",
                 field="tasks",
-                value=recipe.evaluate.tasks,
+                value=recipe.evaluate.tasks.names,
                 fix=("leave them out, save the model, and run: ", Command("evaluate", "FOLDER", Set("tasks", ...))),
             )
         from coprune.evaluation.harness_tasks import find_tasks
@@ -124,8 +124,8 @@ def nothing_to_measure() -> BadInput:
 
 def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
     """Which tasks a recipe asks for, and how they are run."""
-    asked = recipe.evaluate
-    names = PAPER_TASKS if asked.tasks is None else tuple(n.strip() for n in asked.tasks.split(",") if n.strip())
+    asked = recipe.evaluate.tasks
+    names = PAPER_TASKS if asked.names is None else tuple(n.strip() for n in asked.names.split(",") if n.strip())
     return ZeroShotSettings(
         names,
         asked.few_shot,

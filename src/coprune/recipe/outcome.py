@@ -36,6 +36,56 @@ Overwrite = Annotated[
 CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
 
 
+class TasksPart(Part):
+    """Tasks that both models do, by lm-eval."""
+
+    title = "Measuring"
+    head = "names"
+
+    names: Annotated[
+        CommaSeparated,
+        Word("tasks"),
+        _MEASUREMENT,
+        Shown.COMMON,
+        Field(
+            description="Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot. [boolq,rte,hellaswag,"
+            "winogrande,arc_easy,arc_challenge,openbookqa]"
+        ),
+    ] = None
+    few_shot: Annotated[
+        int, Word("num_fewshot"), _MEASUREMENT, Field(description="Solved examples before every question.", ge=0)
+    ] = 0
+    task_folder: Annotated[
+        Path | None,
+        Word("include_path"),
+        Decides.MEASUREMENT,
+        Field(
+            description="Folder with task definitions of your own (YAML), which can run code (`!function`): trust it."
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)
+    ] = None
+    chat_template: Annotated[
+        bool,
+        Word("apply_chat_template"),
+        Decides.MEASUREMENT,
+        Field(description="Put the tasks' prompts in the tokenizer's chat template."),
+    ] = False
+    gen_kwargs: Annotated[
+        str | None,
+        _MEASUREMENT,
+        Field(description="How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."),
+    ] = None
+    log_samples: Annotated[
+        Path | None,
+        Decides.WHERE,
+        Field(
+            description="Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."
+        ),
+    ] = None
+
+
 class EvaluatePart(Part):
     """What is measured of the dense and the pruned model."""
 
@@ -76,47 +126,7 @@ class EvaluatePart(Part):
         _MEASUREMENT,
         Field(description="Run zero-shot tasks on the dense and the pruned model (needs coprune[eval])."),
     ] = False
-    tasks: Annotated[
-        CommaSeparated,
-        _MEASUREMENT,
-        Shown.COMMON,
-        Field(
-            description="Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot. [boolq,rte,hellaswag,"
-            "winogrande,arc_easy,arc_challenge,openbookqa]"
-        ),
-    ] = None
-    few_shot: Annotated[
-        int, Word("num_fewshot"), _MEASUREMENT, Field(description="Solved examples before every question.", ge=0)
-    ] = 0
-    task_folder: Annotated[
-        Path | None,
-        Word("include_path"),
-        Decides.MEASUREMENT,
-        Field(
-            description="Folder with task definitions of your own (YAML), which can run code (`!function`): trust it."
-        ),
-    ] = None
-    limit: Annotated[
-        int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)
-    ] = None
-    chat_template: Annotated[
-        bool,
-        Word("apply_chat_template"),
-        Decides.MEASUREMENT,
-        Field(description="Put the tasks' prompts in the tokenizer's chat template."),
-    ] = False
-    gen_kwargs: Annotated[
-        str | None,
-        _MEASUREMENT,
-        Field(description="How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."),
-    ] = None
-    log_samples: Annotated[
-        Path | None,
-        Decides.WHERE,
-        Field(
-            description="Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."
-        ),
-    ] = None
+    tasks: TasksPart = TasksPart()
     prompt: Annotated[
         str,
         Decides.MEASUREMENT,
@@ -131,7 +141,7 @@ class EvaluatePart(Part):
     @property
     def runs_tasks(self) -> bool:
         """Whether zero-shot tasks are run."""
-        return self.zero_shot or self.tasks is not None
+        return self.zero_shot or self.tasks.names is not None
 
 
 class OutputPart(Part):

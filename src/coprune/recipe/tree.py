@@ -97,6 +97,10 @@ DETAILS = {word for own in HEADS.values() for word in own.values()}
 
 # Parts and fields as recipes of earlier versions call them.
 _OLDER = {
+    **{
+        f"evaluation.{name}": f"evaluate.tasks.{name}"
+        for name in ("few_shot", "task_folder", "limit", "chat_template", "gen_kwargs", "log_samples")
+    },
     "pattern.name": "prune.pattern",
     "structure.remove": "remove.parts",
     "pattern": "prune",

@@ -126,7 +126,7 @@ class SweepReuse(Reuse):
         opened = session.opened
         texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
         alone = opened.around.processes.size == 1
-        if opened.recipe.evaluate.log_samples is not None and opened.recipe.evaluate.runs_tasks:
+        if opened.recipe.evaluate.tasks.log_samples is not None and opened.recipe.evaluate.runs_tasks:
             return measure()  # whose items are logged beside the run's
         if not opened.recipe.evaluate.dense or len(texts) < len(opened.data) or not alone:
             return measure()

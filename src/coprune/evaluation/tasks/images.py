@@ -47,7 +47,7 @@ class ImageTask:
         self._recipe, self._loaded, self._processes = recipe, loaded, processes  # images are not tokenised
         if recipe.evaluate.runs_tasks:
             cause = f"{loaded.source} classifies images, and zero-shot tasks are for language models"
-            raise BadInput(cause, field="tasks", value=recipe.evaluate.tasks)
+            raise BadInput(cause, field="tasks", value=recipe.evaluate.tasks.names)
         if recipe.calibrate.calibrate_on == "generated":
             raise BadInput(
                 "no model wrote images", field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on")
