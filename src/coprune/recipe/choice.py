@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
@@ -38,6 +38,28 @@ def read_named(text: str) -> tuple[str, dict[str, Scalar]]:
             raise BadInput(f"the option {key!r} of {name} is given twice in {text!r}", field=key, fix="leave one out")
         options[key] = read_scalar(value)
     return name.strip(), options
+
+
+def read_pairs(asked: Iterable[str], what: str, field: str) -> dict[str, str]:
+    """Read `name=value` texts, each of one pair or several with commas between; of a name alone the value is empty.
+
+    Args:
+        asked: the texts.
+        what: what to call a name in messages, such as `the domain`.
+        field: the setting that they are of.
+
+    Raises:
+        BadInput: a name is empty, or said twice.
+    """
+    found: dict[str, str] = {}
+    for text in (part.strip() for one in asked for part in one.split(",")):
+        name, _, value = (part.strip() for part in text.partition("="))
+        if not name:
+            raise BadInput(f"{text!r} names nothing", field=field, value=text, fix="write NAME=VALUE")
+        if name in found:
+            raise BadInput(f"{what} {name} is said twice", field=field, value=text, fix="leave one out")
+        found[name] = value
+    return found
 
 
 def read_scalar(text: str) -> Scalar:

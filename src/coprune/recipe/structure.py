@@ -13,7 +13,7 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import one_is_enough
 from coprune.base.words import Set, Setting, Words
-from coprune.recipe.choice import Choice
+from coprune.recipe.choice import Choice, read_pairs
 from coprune.recipe.parts import Decides, Part, Shown, Word
 from coprune.recipe.vocabulary import PART as VOCABULARY
 from coprune.recipe.vocabulary import Target, shares_of, target_of
@@ -225,7 +225,7 @@ class RemovePart(Part):
 
     def without_vocabulary(self) -> Self:
         """Return what is removed of the blocks alone."""
-        left = tuple(text for text in _texts(self.parts) if _name(text) != VOCABULARY)
+        left = tuple(f"{name}={value}" for name, value in _pairs(self.parts).items() if name != VOCABULARY)
         score = tuple(one for one in self.score if _scored(one.name) != "rows")
         gone = {"vocabulary_text": (), "vocabulary_languages": (), "vocabulary_force": False}
         return self.model_copy(update={"parts": left, "score": score, **gone})
@@ -233,7 +233,7 @@ class RemovePart(Part):
     def only_vocabulary(self) -> Self:
         """Return what is removed of the vocabulary alone."""
         score = tuple(one for one in self.score if _scored(one.name) == "rows")
-        own = tuple(text for text in _texts(self.parts) if _name(text) == VOCABULARY)
+        own = tuple(f"{name}={value}" for name, value in _pairs(self.parts).items() if name == VOCABULARY)
         return self.model_copy(update={"parts": own, "score": score, "domains": (), "blend": "max-min"})
 
 
@@ -269,16 +269,13 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
         BadInput: something is no share, or said twice.
     """
     found: dict[Removable, float | Left] = {}
-    for text in _texts(asked):
-        name, value = _name(text), text.partition("=")[2]
+    for name, value in _pairs(asked).items():
         if name == VOCABULARY:
             continue
         kind: Removable | None = next((known for known in get_args(Removable) if known == name), None)
         if kind is None:
             raise unknown_name("part to remove", name, [*get_args(Removable), VOCABULARY], field="remove")
-        if kind in found:
-            raise BadInput(f"the share of {kind} to remove is said twice", field="remove", value=text)
-        found[kind] = _share_or_left(kind, value.strip())
+        found[kind] = _share_or_left(kind, value)
     if "parameters" in found and len(found) > 1:
         others = ", ".join(kind for kind in found if kind != "parameters")
         cause = f"a budget over all parameters decides itself how much goes of {others}"
@@ -301,20 +298,14 @@ def _share_or_left(kind: Removable, value: str) -> float | Left:
     return share
 
 
-def _texts(asked: tuple[str, ...]) -> list[str]:
-    return [part.strip() for one in asked for part in one.split(",")]
-
-
-def _name(text: str) -> str:
-    return text.partition("=")[0].strip()
+def _pairs(asked: tuple[str, ...]) -> dict[str, str]:
+    return read_pairs(asked, "the share of", "remove")
 
 
 def _vocabulary(asked: tuple[str, ...]) -> Target | None:
     """How much of the vocabulary goes. Raises BadInput where that is said twice, or is no size."""
-    own = [text.partition("=")[2].strip() for text in _texts(asked) if _name(text) == VOCABULARY]
-    if len(own) > 1:
-        raise BadInput("the size of the vocabulary is said twice", field="remove", value=",".join(asked))
-    return target_of(own[0]) if own else None
+    own = _pairs(asked).get(VOCABULARY)
+    return None if own is None else target_of(own)
 
 
 def _is_kept(asked: tuple[str, ...]) -> bool:
@@ -323,14 +314,10 @@ def _is_kept(asked: tuple[str, ...]) -> bool:
 
 def domains_in(asked: tuple[str, ...]) -> dict[str, str]:
     """Read names and texts of domains. Raises BadInput where one has no name, or two have the same."""
-    found: dict[str, str] = {}
-    for text in () if _is_kept(asked) else (part.strip() for one in asked for part in one.split(",")):
-        name, equals, place = (part.strip() for part in text.partition("="))
-        if not name or not equals or not place:
-            raise BadInput(f"{text!r} names no domain", field="domains", value=text, fix="write NAME=TEXT")
-        if name in found:
-            raise BadInput(f"the domain {name} is named twice", field="domains", value=text)
-        found[name] = place
+    found = {} if _is_kept(asked) else read_pairs(asked, "the domain", "domains")
+    for name, place in found.items():
+        if not place:
+            raise BadInput(f"{name!r} names no domain", field="domains", value=name, fix="write NAME=TEXT")
     return found
 
 
@@ -339,16 +326,16 @@ def weights_in(asked: str) -> dict[str, float] | None:
     if asked == "max-min":
         return None
     found: dict[str, float] = {}
-    for text in asked.split(","):
-        name, _, value = (part.strip() for part in text.partition("="))
-        if name in found:
-            raise BadInput(f"the weight of {name} is said twice", field="blend", value=asked, fix="leave one out")
+    for name, value in read_pairs((asked,), "the weight of", "blend").items():
         try:
             found[name] = float(value)
         except ValueError:
             found[name] = -1.0
-        if not name or not 0 <= found[name] < float("inf"):
-            fix = "write max-min, or NAME=WEIGHT for every domain, with commas between"
+        if not 0 <= found[name] < float("inf"):
+            text, fix = (
+                f"{name}={value}" if value else name,
+                "write max-min, or NAME=WEIGHT for every domain, with commas between",
+            )
             raise BadInput(f"{text!r} is no weight of a domain", field="blend", value=asked, fix=fix)
     if not any(found.values()):
         raise BadInput(

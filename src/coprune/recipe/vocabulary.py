@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coprune.base.errors import BadInput
+from coprune.recipe.choice import read_pairs
 
 PART = "vocabulary"
 _LARGEST = 1 << 31
@@ -95,14 +96,9 @@ def shares_of(asked: Iterable[str], field: str) -> dict[str, float]:
         BadInput: a name is empty or said twice, or a share is no positive number.
     """
     found: dict[str, float] = {}
-    for text in (part.strip() for one in asked for part in one.split(",")):
-        name, equals, written = text.rpartition("=") if re.search(r"=[\d.]+$", text) else (text, "", "")
-        if not name:
-            raise BadInput(f"{text!r} names nothing", field=field, value=text, fix="write NAME or NAME=SHARE")
-        if name in found:
-            raise BadInput(f"{name} is named twice", field=field, value=text, fix="leave one out")
-        wrong = BadInput(f"the share of {name} is a positive number, not {written!r}", field=field, value=text)
-        found[name] = _number(written, wrong) if equals else 1.0
+    for name, written in read_pairs(asked, "the text", field).items():
+        wrong = BadInput(f"the share of {name} is a positive number, not {written!r}", field=field, value=written)
+        found[name] = _number(written, wrong) if written else 1.0
         if not 0 < found[name] < float("inf"):
             raise wrong
     total = sum(found.values())
