@@ -22,7 +22,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "12 steps": BALANCED | {"reconstruct": 12},
     "12 steps of one sample": BALANCED | {"reconstruct": 12, "batch_size": 1},
     "learning rate 5e-3": BALANCED | {"reconstruct_lr": 5e-3},
-    "one rate for all": BALANCED | {"reconstruct_rates": "absolute", "reconstruct_lr": 1e-3},
 }
 
 

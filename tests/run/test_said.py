@@ -143,10 +143,7 @@ def test_trainings_that_gain_nothing_are_said_with_what_may_help(said: list[str]
     report = coprune.prune("model", "wanda", **trained).report
     assert not any("gained nothing" in line for line in said)
     assert all("→" in line for line in report.reconstructions)
-    report = coprune.prune("model", "wanda", **trained, reconstruct_lr=10.0, reconstruct_rates="absolute").report
+    report = coprune.prune("model", "wanda", **trained, reconstruct_lr=100.0).report
     assert all(line.startswith("nothing gained, relative error") for line in report.reconstructions)
-    by_size = "Rates by the size of each matrix may: reconstruct_rates='relative', reconstruct_lr=0.0025."
-    assert said[-1] == f"The training of 2 of 2 blocks gained nothing. {by_size}"
-    assert said[-1] in report.events
-    coprune.prune("model", "wanda", **trained, reconstruct_lr=100.0)
     assert said[-1] == "The training of 2 of 2 blocks gained nothing. A smaller reconstruct_lr=… may."
+    assert said[-1] in report.events

@@ -1,7 +1,4 @@
-"""The part of a recipe about what the models write: prompts that they answer, and what is required of the answers.
-
-A fine-tuning has the same settings, so each is a type of its own.
-"""
+"""The part of a recipe about what the models write: prompts that they answer, and what is required of the answers."""
 
 from __future__ import annotations
 
@@ -19,40 +16,6 @@ from coprune.recipe.parts import Decides, Part, Shown, Word
 
 _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
-Prompts = Annotated[
-    str | None,
-    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
-    _MEASUREMENT,
-    Shown.COMMON,
-    Field(
-        description="Let the models answer prompts, greedily and sampled, and measure loops, lengths and likeness to the dense "
-        "model: builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for "
-        "another).",
-    ),
-]
-Count = Annotated[int | None, _MEASUREMENT, Field(description="Use only so many of the prompts. [all]", ge=1)]
-NewTokens = Annotated[int, _MEASUREMENT, Field(description="Most tokens of an answer.", ge=1)]
-Temperature = Annotated[
-    float, _MEASUREMENT, Field(description="Temperature of the sampled answers; 0 for greedy ones alone.", ge=0)
-]
-Seed = Annotated[int, Decides.MEASUREMENT, Field(description="Seed of the sampled answers.", ge=0)]
-Gate = Annotated[
-    bool,
-    _MEASUREMENT,
-    Field(
-        description="Let a model that is saved answer a few short prompts, and say whether the answers loop or are empty."
-    ),
-]
-Require = Annotated[
-    str | None,
-    Decides.MEASUREMENT,
-    Shown.COMMON,
-    Field(
-        description="Exit with 3, once all is saved, unless the answers are so: conditions with commas between, such as "
-        "'loops<=dense+1,kl<0.5'; no more may be empty than the dense model's unless that is said, as in empty<=dense+1."
-    ),
-]
-
 
 class AnswersPart(Part):
     """What the dense and the pruned model write."""
@@ -61,13 +24,49 @@ class AnswersPart(Part):
     prefix = "generate_"
     head = "prompts"
 
-    prompts: Annotated[Prompts, Word("generate")] = None
-    count: Annotated[Count, Word("generate_prompts")] = None
-    new_tokens: Annotated[NewTokens, Word("generate_tokens")] = 128
-    temperature: Temperature = 0.8
-    seed: Seed = 0
-    gate: Annotated[Gate, Word("gate")] = True
-    require: Annotated[Require, Word("require")] = None
+    prompts: Annotated[
+        str | None,
+        Word("generate"),
+        BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+        _MEASUREMENT,
+        Shown.COMMON,
+        Field(
+            description="Let the models answer prompts, greedily and sampled, and measure loops, lengths and likeness to the "
+            "dense model: builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for "
+            "another).",
+        ),
+    ] = None
+    count: Annotated[
+        int | None,
+        Word("generate_prompts"),
+        _MEASUREMENT,
+        Field(description="Use only so many of the prompts. [all]", ge=1),
+    ] = None
+    new_tokens: Annotated[
+        int, Word("generate_tokens"), _MEASUREMENT, Field(description="Most tokens of an answer.", ge=1)
+    ] = 128
+    temperature: Annotated[
+        float, _MEASUREMENT, Field(description="Temperature of the sampled answers; 0 for greedy ones alone.", ge=0)
+    ] = 0.8
+    seed: Annotated[int, Decides.MEASUREMENT, Field(description="Seed of the sampled answers.", ge=0)] = 0
+    gate: Annotated[
+        bool,
+        Word("gate"),
+        _MEASUREMENT,
+        Field(
+            description="Let a model that is saved answer a few short prompts, and say whether the answers loop or are empty."
+        ),
+    ] = True
+    require: Annotated[
+        str | None,
+        Word("require"),
+        Decides.MEASUREMENT,
+        Shown.COMMON,
+        Field(
+            description="Exit with 3, once all is saved, unless the answers are so: conditions with commas between, such as "
+            "'loops<=dense+1,kl<0.5'; no more may be empty than the dense model's unless that is said, as in empty<=dense+1."
+        ),
+    ] = None
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

@@ -27,12 +27,6 @@ def _joined(value: Any) -> Any:
     return ",".join(map(str, value)) if named else value
 
 
-Overwrite = Annotated[
-    bool | None,
-    Decides.WHERE,
-    Shown.COMMON,
-    Field(description="Replace what an earlier run left in the folders of this one."),
-]
 CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
 
 
@@ -190,7 +184,12 @@ class OutputPart(Part):
     private: Annotated[
         bool | None, Decides.WHERE, Field(description="Let nobody else see that repository, which is then a new one.")
     ] = None
-    overwrite: Overwrite = None
+    overwrite: Annotated[
+        bool | None,
+        Decides.WHERE,
+        Shown.COMMON,
+        Field(description="Replace what an earlier run left in the folders of this one."),
+    ] = None
     log_json: Annotated[
         Path | None, Decides.WHERE, Field(description="Also write what happens to this file, one JSON object a line.")
     ] = None

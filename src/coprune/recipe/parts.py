@@ -218,16 +218,15 @@ class ReconstructPart(Part):
         ),
     ] = 0
     learning_rate: Annotated[
-        float, Word("reconstruct_lr"), _RESULT, Field(description="Learning rate of that.", gt=0)
-    ] = 2.5e-3
-    rates: Annotated[
-        Literal["absolute", "relative"],
+        float,
+        Word("reconstruct_lr"),
         _RESULT,
         Field(
-            description="relative: reconstruct_lr times the size (root mean square) of each matrix and vector is its rate, so "
-            "that one serves models with smaller or larger weights; absolute: reconstruct_lr is the rate of all that is trained.",
+            description="Learning rate of that, times the size (root mean square) of each matrix and vector, so that one serves "
+            "models with smaller or larger weights.",
+            gt=0,
         ),
-    ] = "relative"
+    ] = 2.5e-3
     dtype: Annotated[
         Literal["float32", "bfloat16"],
         _RESULT,

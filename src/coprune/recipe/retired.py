@@ -29,6 +29,7 @@ RETIRED: dict[str, Retired] = {
         "reconstruction.window", 1, ("train each block for longer: ", Set("reconstruct", 12))
     ),
     "reconstruct_parts": Retired("reconstruction.parts", "together", LeaveOut("reconstruct_parts")),
+    "reconstruct_rates": Retired("reconstruction.rates", "relative", LeaveOut("reconstruct_rates")),
     "target": Retired(
         "calibration.aim", "pruned", ("train what is left of each block instead: ", Set("reconstruct", 6))
     ),
@@ -89,5 +90,6 @@ def retired_allocation(name: str) -> BadInput | None:
 
 
 def _word(name: str) -> str | None:
-    word = _WORDS.get(name, name.removeprefix("--").replace("-", "_"))
+    older = name.replace("prune.reconstruct.", "reconstruction.")
+    word = _WORDS.get(older, name.removeprefix("--").replace("-", "_"))
     return word if word in RETIRED else None

@@ -79,7 +79,6 @@ class CalibrationArguments(TypedDict, total=False):
     reconstruct: int | str
     reconstruct_tokens: int
     reconstruct_lr: float
-    reconstruct_rates: Literal["absolute", "relative"]
     reconstruct_dtype: Literal["float32", "bfloat16"]
 
 

@@ -119,7 +119,6 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
         steps=asked.steps,
         tokens=asked.tokens,
         learning_rate=asked.learning_rate,
-        rates=asked.rates,
         dtype=asked.dtype,
         seed=recipe.calibrate.seed,
     )

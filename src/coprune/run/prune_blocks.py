@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from coprune.base.devices import memory_within
 from coprune.base.memory import freed_memory_kept
-from coprune.base.words import Piece, Set, Setting, Together, say
+from coprune.base.words import Setting, say
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import AddLowRank, Edit, FillZeros
@@ -22,7 +22,7 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, prune_walk
 from coprune.pruning.reconstructed import idle_trainings, reconstruct_block
 from coprune.recipe.pattern import Target
-from coprune.recipe.recipe import DEFAULTS, Recipe
+from coprune.recipe.recipe import Recipe
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune, solving_of
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
@@ -124,10 +124,7 @@ def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | No
     idle, trainings = idle_trainings(results)
     if not idle or 3 * idle < trainings:
         return None
-    smaller: tuple[str | Piece, ...] = ("A smaller ", Setting("reconstruct_lr"), " may.")
-    if recipe.prune.reconstruct.rates == "absolute":
-        by_size = Together((Set("reconstruct_rates", "relative"), Set("reconstruct_lr", DEFAULTS["reconstruct_lr"])))
-        smaller = ("Rates by the size of each matrix may: ", by_size, ".")
+    smaller = ("A smaller ", Setting("reconstruct_lr"), " may.")
     return say((f"The training of {idle} of {trainings} blocks gained nothing. ", *smaller))
 
 

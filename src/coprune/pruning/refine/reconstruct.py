@@ -37,9 +37,10 @@ class Reconstruction:
     tokens: int = 0
     """At least so many tokens; where the steps hold fewer, there are more steps. 0: as many as the steps hold."""
     learning_rate: float = 2.5e-3
-    """Peak learning rate; it rises over the first tenth of the steps, of six and more over two, and falls along a cosine."""
-    rates: Literal["absolute", "relative"] = "relative"
-    """Whether that is each parameter's rate, or times the root mean square of its entries that may change."""
+    """Peak learning rate, times the root mean square of each parameter's entries that may change.
+
+    It rises over the first tenth of the steps, of six and more over two, and falls along a cosine.
+    """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the block computes in; its weights are float32 while they are trained."""
     held_out: float = 0.1
@@ -163,8 +164,7 @@ class Reconstruction:
 
     def _optimizer(self, trained: Sequence[Trained]) -> torch.optim.AdamW:
         parameters = [one.parameter for one in trained]
-        changing = ((one.parameter, one.entries) for one in trained)
-        sizes = sizes_of(changing) if self.rates == "relative" else [1.0] * len(trained)
+        sizes = sizes_of((one.parameter, one.entries) for one in trained)
         groups = [
             {"params": [one], "lr": self.learning_rate * size} for one, size in zip(parameters, sizes, strict=True)
         ]
