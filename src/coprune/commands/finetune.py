@@ -20,6 +20,7 @@ def finetune(
         str | None, typer.Argument(help="The pruned model: a local folder or Hub id.", show_default=False)
     ] = None,
     model_option: ModelOption = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16", help="The same as --dtype bfloat16.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
@@ -27,7 +28,7 @@ def finetune(
 
     Example: coprune finetune out/pruned --mode lora --dataset embedded --seqlen 512 --minutes 20
     """
-    typed = {name: value for name, value in settings.items() if value is not None}
+    typed = {name: value for name, value in (settings | {"bf16": bf16}).items() if value is not None}
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
     training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
     from coprune.training.finetune import finetune

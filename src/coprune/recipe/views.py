@@ -27,6 +27,11 @@ class Setting(NamedTuple):
     """What it means here; None where it means what it does in a recipe."""
 
 
+def _alike(*words: str) -> dict[str, Setting]:
+    return {word: Setting(word) for word in words}
+
+
+_ANSWERS = "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed", "require"
 MEASURING: dict[str, Setting] = {
     "data": Setting(
         "eval_data",
@@ -34,43 +39,25 @@ MEASURING: dict[str, Setting] = {
     ),
     "tasks": Setting("tasks", "Tasks of lm-eval, comma-separated, such as boolq,arc_easy."),
     "zero_shot": Setting("eval_zero_shot", "The papers' seven tasks."),
-    "num_fewshot": Setting("num_fewshot"),
-    "include_path": Setting("include_path"),
-    "limit": Setting("limit"),
-    "apply_chat_template": Setting("apply_chat_template"),
-    "gen_kwargs": Setting("gen_kwargs"),
-    "log_samples": Setting("log_samples"),
-    "generate": Setting("generate"),
-    "generate_prompts": Setting("generate_prompts"),
-    "generate_tokens": Setting("generate_tokens"),
-    "generate_temperature": Setting("generate_temperature"),
-    "generate_seed": Setting("generate_seed"),
-    "require": Setting(
-        "require",
-        "Exit with 3 unless the answers are so: conditions with commas between, such as 'loops<=dense+1,kl<0.5'; no more may "
-        "be empty than the dense model's unless that is said, as in empty<=dense+1.",
-    ),
+    **_alike("num_fewshot", "include_path", "limit", "apply_chat_template", "gen_kwargs", "log_samples", *_ANSWERS),
     "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
     "bos": Setting("bos"),
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
     "tokens": Setting("eval_tokens", "Use only so many tokens of each text. [all]"),
     "images": Setting("eval_images", "Use only so many images of each set. [all]"),
-    "dtype": Setting("dtype"),
-    "device": Setting("device"),
-    "cache_dir": Setting("cache_dir"),
+    **_alike("dtype", "device", "cache_dir"),
 }
 """Settings of a measurement by name; the names of a command's options are made from these."""
 
 INSPECTING: dict[str, Setting] = {
-    **{word: Setting(word) for word in ("sparsity", "pattern", "include", "exclude", "allocation", "dataset")},
+    **_alike("sparsity", "pattern", "include", "exclude", "allocation", "dataset"),
     "nsamples": Setting(
         "nsamples", "Calibration samples for a drawing, or for an allocation that takes a pass over data. [16]"
     ),
-    **{word: Setting(word) for word in ("seqlen", "cache_dir")},
+    **_alike("seqlen", "cache_dir"),
 }
 """Settings that say what would be pruned, likewise."""
 
-_ANSWERS = "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed", "gate", "require"
 TRAINING: dict[str, Setting] = {
     "model": Setting("model", "The pruned model: a local folder or Hub id."),
     "dataset": Setting(
@@ -95,14 +82,11 @@ TRAINING: dict[str, Setting] = {
         "exclude", "Leave what matches this pattern as it is, and blocks of which all does; repeatable."
     ),
     "evaluate": Setting("evaluate", "Measure perplexity or accuracy before and after."),
-    **{
-        word: Setting(word)
-        for word in ("eval_data", "eval_images", "eval_tokens", "bos", *_ANSWERS, "device", "cache_dir")
-    },
+    **_alike("eval_data", "eval_images", "eval_tokens", "bos", *_ANSWERS, "gate", "device", "cache_dir"),
     "report_to": Setting("report_to", "Trackers as transformers names them, such as wandb."),
     "save": Setting("save", "Run folder. [out/finetune/MODEL/MODE]"),
     "save_model": Setting("save_model", "Folder for the model. [model/ in the run folder]"),
-    "overwrite": Setting("overwrite"),
+    **_alike("overwrite"),
 }
 """Settings of a training by name, likewise: those of its own part go without that part's prefix."""
 _CALLED_IN_TRAINING = {setting.word: name for name, setting in TRAINING.items()}
