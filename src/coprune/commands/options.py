@@ -9,11 +9,12 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,8 @@ _FLAGS_OF_TRAINING = {
     "temperature": ["--distill-temperature", "--temperature"],
     "train": ["--train-only", "--train"],
 }
+_TITLES_OF_TRAINING = {"Calibration": "The data", "What is pruned, and how": "Fine-tuning"}
+"""What groups of options are called where nothing is pruned."""
 
 
 class ShortCommand(GroupedCommand):
@@ -94,7 +97,10 @@ def recipe_options() -> list[inspect.Parameter]:
 def training_options() -> list[inspect.Parameter]:
     """One command-line option per setting of a training."""
     asked = {name: setting for name, setting in TRAINING.items() if name not in _NOT_OPTIONS}
-    return [_option(name, setting, _FLAGS_OF_TRAINING.get(name, flags_of(name))) for name, setting in asked.items()]
+    return [
+        _option(name, setting, _FLAGS_OF_TRAINING.get(name, flags_of(name)), _TITLES_OF_TRAINING)
+        for name, setting in asked.items()
+    ]
 
 
 def inspecting_options() -> list[inspect.Parameter]:
@@ -110,8 +116,17 @@ def measuring_options() -> list[inspect.Parameter]:
     ]
 
 
-def _option(name: str, setting: Setting, flags: list[str]) -> inspect.Parameter:
-    """The option of a setting. name: of the parameter, whose flags are taken where none are given."""
+def _option(
+    name: str, setting: Setting, flags: list[str], titles: Mapping[str, str] = MappingProxyType({})
+) -> inspect.Parameter:
+    """The option of a setting.
+
+    Args:
+        name: of the parameter, whose flags are taken where none are given.
+        setting: of a recipe.
+        flags: the option's own.
+        titles: other titles of groups, by those of parts.
+    """
     leaf, default = LEAVES[setting.word], DEFAULTS[setting.word]
     field, several = leaf.field, default == ()
     is_text = field.annotation in (Choice, Choice | None) or _is_read_otherwise(field)
@@ -128,7 +143,7 @@ def _option(name: str, setting: Setting, flags: list[str]) -> inspect.Parameter:
         *flags or flags_of(name),
         help=told if unsaid else f"{told} [{'on' if default is True else default}]",
         show_default=False,
-        rich_help_panel=leaf.part.title,
+        rich_help_panel=titles.get(leaf.part.title, leaf.part.title),
         hidden=not flags and setting.word in DETAILS and not is_common(field),
     )
     return inspect.Parameter(
