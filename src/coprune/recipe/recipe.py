@@ -81,7 +81,7 @@ def _of_training(recipe: Tree) -> BadInput | None:
     if (wrong := cannot_train(recipe.train)) is not None:
         return wrong
     if not 0 <= (seed := recipe.calibrate.seed) < 2**32:
-        return BadInput(f"seed {seed} is none that a training takes: 0 to {2**32 - 1}", field="seed", value=seed)
+        return BadInput(f"seed cannot be {seed}: that of a training is 0 to {2**32 - 1}", field="seed", value=seed)
     if recipe.output.encoding == "packed":
         pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
         return BadInput("a fine-tuned model is saved dense", field="encoding", value=recipe.output.encoding, fix=pack)
