@@ -155,7 +155,7 @@ def test_a_default_folder_whose_pruning_was_interrupted_before_the_fine_tuning_g
     other = make_recipe({"model": "m", "finetune": "lora"})
     found, said = where_to(other, False, ())
     assert found.output.run == run.with_name("wanda-seed-0-finetune-lora")
-    assert said == f"{run} holds a run that differs in finetune, seed, save_model; this one goes to {found.output.run}."
+    assert said == f"{run} holds a run that differs in seed, finetune, save_model; this one goes to {found.output.run}."
     # What is in the way is another run, which nobody asked to replace.
     assert where_to(other.replaced(overwrite=True), False, ())[0].output.run == found.output.run
     assert where_to(other.replaced(overwrite=True), True, ()) == (other.replaced(overwrite=True), None)
