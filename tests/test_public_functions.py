@@ -184,8 +184,8 @@ def test_estimate_tells_what_the_command_does(inside: Path, command: Callable[..
     assert found.phases.keys() == told["phases"].keys()
     assert found.fits is told["fits"] is True
     assert found.peak_bytes == pytest.approx(told["peak_bytes"], rel=0.2)
-    assert re.match(r"<Estimate of a run: \d+\.\d\d GiB, about ", repr(found))
-    assert str(found).startswith(found.line())
+    assert re.match(r"<Estimate of at most \d+\.\d\d GiB", repr(found))
+    assert str(found).startswith("memory    at most ")
     assert "<th style" in found._repr_html_()
 
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from coprune.recipe.recipe import Recipe
     from coprune.report.hub import push
     from coprune.report.schema import Report
-    from coprune.run.estimate.found import Estimate
     from coprune.run.generate import generate
     from coprune.run.inspect import Inspection, inspect
+    from coprune.run.memory_bound import Estimate
     from coprune.run.prune import estimate, prune
     from coprune.run.result import Result
     from coprune.run.stages import run_recipe
@@ -61,7 +61,7 @@ _HOME = {
     "BrokenMask": "coprune.base.errors",
     "Comparison": "coprune.evaluation.tables",
     "CopruneError": "coprune.base.errors",
-    "Estimate": "coprune.run.estimate.found",
+    "Estimate": "coprune.run.memory_bound",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
     "Gguf": "coprune.gguf_files.export",

@@ -131,5 +131,5 @@ def test_a_model_may_be_named_as_an_option(coprune: Callable[..., str], place: P
 def test_estimate_prints_json_or_writes_it(coprune: Callable[..., str], place: Path) -> None:
     printed = json.loads(coprune("estimate", "--json", "model", *SMALL, "-q"))
     told = coprune("estimate", "model", *SMALL, "-q", "--json", "found.json")
-    assert told.startswith("Estimate: ")
+    assert told.startswith("memory    at most ")
     assert json.loads((place / "found.json").read_text()).keys() == printed.keys()

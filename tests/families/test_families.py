@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from families.build import all_types
-from families.exceptions import EXCEPTIONS
 from families.judge import judge
 from families.table import PAGE, RESULTS, Results, page
 
@@ -34,13 +33,6 @@ def test_works(model_type: str, tmp_path: Path) -> None:
     assert verdict.matrices
     routers = [line.removeprefix("model.layers.*.") for line in verdict.left_alone if "a router" in line]
     assert [line.partition(" ")[0] for line in routers] == ROUTERS.get(model_type, [])
-
-
-def test_a_block_is_run_with_its_own_arguments_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With one block that has attention there is nothing to share, and it is the largest, which the estimate runs alone.
-    monkeypatch.delitem(EXCEPTIONS, "zamba2")
-    verdict = judge("zamba2", all_types("text")["zamba2"], "text", tmp_path, as_folder=False)
-    assert (verdict.result, verdict.reason) == ("works", "")
 
 
 def test_the_classifier_works(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coprune.evaluation.cache import EvaluationCache
-from coprune.run.estimate.found import DevicePeak, Estimate
+from coprune.run.memory_bound import DevicePeak, Estimate
 from coprune.sweeps.events import Cause
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
@@ -28,7 +28,7 @@ def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None 
     runs = expand(sweep)
     for run, size in zip(runs, sizes, strict=True):
         if size is not None:
-            told = size if isinstance(size, Estimate) else Estimate(size, 60.0, None, GB)
+            told = size if isinstance(size, Estimate) else Estimate(size, None, GB)
             estimated = partial(KeptEstimate, estimate=told, seconds=1.0)
             EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(run.recipe), KeptEstimate, estimated)
     return Plan(sweep, how or Execution(), SimpleNamespace(capacity=capacity, at_once=0), runs)
@@ -54,7 +54,6 @@ def test_runs_share_out_what_there_is(
     jobs = plan.to_run()
     assert plan.workers.at_once == at_once
     assert [(job.threads, job.memory, job.gpu) for job in jobs] == [(threads, 3 * GB, capacity.gpus > 0)] * 4
-    assert plan.seconds == {job.run.name: 60.0 for job in jobs}
 
 
 def test_what_is_unknown_is_estimated_first_and_once_per_kind(tmp_path: Path) -> None:
@@ -87,7 +86,7 @@ def test_a_run_on_a_gpu_is_planned_by_both_memories(tmp_path: Path) -> None:
     """What it computes with is on the GPU, and so neither reserved nor missed in host memory."""
 
     def on_gpu(needed: int) -> Estimate:
-        return Estimate(2 * GB, 60.0, None, GB, device=DevicePeak("cuda:0", needed, 80 * GB, 0))
+        return Estimate(2 * GB, None, GB, device=DevicePeak("cuda:0", needed, 80 * GB, 0))
 
     plan = plan_of(tmp_path, [on_gpu(60 * GB), on_gpu(120 * GB)], Capacity(8, 16 * GB, 1, 8, 16 * GB))
     jobs = plan.to_run()

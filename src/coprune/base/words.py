@@ -230,3 +230,10 @@ class Shown(ABC):
 
     def _repr_html_(self) -> str:
         return self.sheet().html()
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -50,7 +50,7 @@ def estimate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **typed: Any,
 ) -> None:
-    """Tell how much memory and time `coprune prune` would take here with the same options, without doing it."""
+    """Bound the memory that `coprune prune` would take here with the same options, without doing it."""
     file = None if json_file in (None, PRINTED) else expand_home(str(json_file))
     require_file(file, "json")
     reporter = Reporter(quiet)

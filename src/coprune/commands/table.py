@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show blocks and matrices, and what would be pruned.",
     "demo": "Prune a small model that needs no network, and show it.",
     "eval": "Measure a model's perplexity, or run tasks.",
-    "estimate": "Tell the memory and time that a run would take here.",
+    "estimate": "Bound the memory that a run would take here.",
     "sweep": "Do many runs, and collect what they found in a table.",
     "compare": "Compare models: size, perplexity, closeness, tasks.",
     "report": "Make a run's page again, or a page of several runs.",

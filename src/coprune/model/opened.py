@@ -63,7 +63,7 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """Where token ids or images go."""
-        return input_device(self.model)
+        return self.weights.device if isinstance(self.weights, Imagined) else input_device(self.model)
 
     def lacks_room(self) -> str | None:
         """Return why the whole model cannot be in memory for a while, or None if it can (or is there already)."""
@@ -184,7 +184,7 @@ def open_without_weights(asked: ModelPart) -> Loaded | None:
         asked: the model. Of a Hub id no weights are fetched.
 
     Returns:
-        The model with random weights; None where its own are here.
+        The model without weights; None where its own are here.
 
     Raises:
         BadInput: there is no such model, or transformers builds none from its configuration.

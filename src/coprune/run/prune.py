@@ -1,4 +1,4 @@
-"""Runs that are called from Python: `coprune.prune`, and what one would take, `coprune.estimate`."""
+"""Runs that are called from Python: `coprune.prune`, and the memory that one would take, `coprune.estimate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ from coprune.evaluation.tasks.text import choose_seqlen
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.choosing import choose_matrices
 from coprune.model.imagined import Imagined
 from coprune.model.opened import (
     Loaded,
@@ -33,6 +33,7 @@ from coprune.model.opened import (
     require_processor,
     streams,
 )
+from coprune.model.walk.proven import FoundModel
 from coprune.pruning.methods import Method, find_method, is_option, option_names
 from coprune.pruning.methods.given import choice_of
 from coprune.recipe.choice import Choice
@@ -41,7 +42,8 @@ from coprune.recipe.presets import PRESETS, preset_settings, usual_preset, way_s
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.tree import FLAT, PARTS
 from coprune.run.arguments import PruneArguments
-from coprune.run.estimate.found import Estimate, PresetCosts
+from coprune.run.checks import check_widths, needs_inputs, prepare_solver
+from coprune.run.memory_bound import Estimate, TextSizes, bound_run
 from coprune.run.result import Result
 from coprune.run.session import NOTHING, Given, Surroundings, open_run
 from coprune.run.stages import run_recipe
@@ -106,7 +108,7 @@ def estimate(
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Estimate:
-    """Tell how much memory and time `coprune.prune` would take here with the same arguments, without doing it.
+    """Bound the memory that `coprune.prune` would take here with the same arguments, without doing it.
 
     Args:
         model: as in `coprune.prune`; a folder with config.json alone is enough, and of a Hub id no weights are fetched.
@@ -118,7 +120,7 @@ def estimate(
         settings: as in `coprune.prune`.
 
     Returns:
-        Peak memory and time, whether that fits, and settings that would.
+        The peak of memory at most, whether that fits, and settings that would.
 
     Raises:
         BadInput: for what cannot be done as asked.
@@ -152,7 +154,7 @@ def estimate_recipe(
     given: Given = NOTHING,
     presets: Mapping[str, Callable[[], Recipe]] | None = None,
 ) -> Estimate:
-    """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`.
+    """Bound the memory of a run, which is prepared up to where its blocks would be read. Raises as `prune`.
 
     presets: make recipes of other runs on the same model, by the names of their presets, to be told beside it; what cannot
     be as asked is left out.
@@ -172,48 +174,44 @@ def estimate_recipe(
             return found
         if asked.loaded is None:  # once for all of them, and no more of it than they need
             asked = Given(open_model(recipe.model, stream=not recipe.calibrate.is_own))
-        costs, quiet = dict[str, PresetCosts](), Reporter(quiet=True)
+        costs, quiet = dict[str, Estimate](), Reporter(quiet=True)
         with reporter.bar("Estimating presets", len(presets)) as advance:
             for name, other in presets.items():
                 with suppress(BadInput):
-                    costs[name] = _estimate(
-                        _after_vocabulary(other(), quiet), Given(asked.loaded), quiet, remember
-                    ).costs
+                    costs[name] = _estimate(_after_vocabulary(other(), quiet), Given(asked.loaded), quiet, remember)
                 advance(1)
     return replace(found, presets=costs)
 
 
 def _estimate(recipe: Recipe, given: Given, reporter: Reporter, remember: Remember) -> Estimate:
-    loaded = given.loaded
-    asked = recipe.calibrate
-    reads = loaded is not None and loaded.processor is not None and not asked.is_own
-    if loaded is None or not isinstance(loaded.weights, Imagined) or reads:
-        return _estimate_open(recipe, given, reporter, remember)
-    seqlen = choose_seqlen(loaded.model, asked.seqlen)
-    why = "There is no tokenizer" if loaded.processor is None else "Random weights write nothing"
-    reporter.say(f"{why}, so no text is read: {asked.samples} samples of {seqlen} tokens count, and no perplexity.")
-    tokens = torch.zeros(asked.samples, seqlen, dtype=torch.int64)
-    with handed_over({"dataset": tokens}, "dataset", "eval_data") as named:
-        recipe = recipe.replaced(dataset=named["dataset"], seqlen=seqlen, evaluate=False)
-        return _estimate_open(recipe, given, reporter, remember)
-
-
-def _estimate_open(recipe: Recipe, given: Given, reporter: Reporter, remember: Remember) -> Estimate:
+    if given.loaded is not None and isinstance(given.loaded.weights, Imagined):
+        return _estimate_shapes(recipe, given.loaded, given.method, reporter)
     found = open_run(recipe, given, Surroundings(reporter), remember).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far", field="model")
-    if recipe.train.mode is not None and recipe.train.tokens is None and recipe.train.minutes is None:
-        reporter.say("The fine-tuning afterwards is not counted, since nothing says how long it is.")
     return found
 
 
+def _estimate_shapes(recipe: Recipe, loaded: Loaded, method: Method | None, reporter: Reporter) -> Estimate:
+    """As `_estimate`, of a configuration alone: no text is read, since how much there will be says the recipe."""
+    solver, target = prepare_solver(recipe, method)
+    blocks = find_blocks(loaded.model)
+    chosen = choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude)
+    check_widths((matrix for matrix in chosen.all() if matrix.expert is None), target)
+    seqlen = choose_seqlen(loaded.model, recipe.calibrate.seqlen)
+    samples = recipe.calibrate.samples if needs_inputs(recipe, solver) else 0
+    evaluated = -(-recipe.evaluate.tokens // seqlen) if recipe.evaluate.tokens else recipe.calibrate.samples
+    said = f"{recipe.calibrate.samples} samples of {seqlen} tokens to calibrate, {evaluated} to measure"
+    reporter.say(f"No text is read: {said} are counted.")
+    text = TextSizes(seqlen, samples, (seqlen,), seqlen, (evaluated,) if recipe.evaluate.perplexity else ())
+    return bound_run(recipe, solver, text, loaded, FoundModel(loaded.weights, blocks, chosen), 1)
+
+
 def _shape_of(recipe: Recipe, reporter: Reporter) -> Loaded | None:
-    """The model with random weights, if there is a configuration alone."""
+    """Return the model without weights, if there is a configuration alone."""
     loaded = open_without_weights(recipe.model)
     if loaded is not None:
-        reporter.say(f"There is a configuration of {loaded.source} alone, so it is estimated with random weights.")
-        assert isinstance(loaded.weights, Imagined)
-        loaded.weights.acquire_rest([block.name for block in find_blocks(loaded.model)])
+        reporter.say(f"There is a configuration of {loaded.source} alone, which tells the shapes.")
     return loaded
 
 

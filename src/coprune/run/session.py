@@ -52,9 +52,8 @@ from coprune.run.checks import (
     prepare_solver,
     reads_calibration,
 )
-from coprune.run.estimate.found import Estimate
-from coprune.run.estimate.workload import Planned, estimate_run
 from coprune.run.low_rank import wrap_layers
+from coprune.run.memory_bound import Estimate, TextSizes, bound_run
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,13 @@ class Opened:
         return ", ".join(found) or None
 
     def estimate(self) -> Estimate | None:
-        """What the run will take; None for models of images."""
+        """Bound the memory of the run; None for models of images."""
         if not isinstance(self.task, TextTask):
             return None
         texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
-        windows = self.samples if isinstance(self.samples, Windows) else None
-        planned = Planned(self.recipe, self.solver, self.target, self.task.seqlen, windows, texts)
-        found = estimate_run(planned, self.loaded, self.found, self.around.processes)
-        gone = time.perf_counter() - self.started
-        busy = None if found.busy_seconds is None else found.busy_seconds + gone
-        return replace(found, seconds=found.seconds + gone, busy_seconds=busy)
+        windows, processes = self.samples if isinstance(self.samples, Windows) else None, self.around.processes.size
+        text = TextSizes.of(self.task.seqlen, windows, texts, processes)
+        return bound_run(self.recipe, self.solver, text, self.loaded, self.found, processes)
 
     def activations(self, lists: int = 1) -> Activations:
         """An empty list of hidden states within the recipe's limits, or one of several that share the limits.

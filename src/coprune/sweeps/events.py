@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coprune.base.errors import CopruneError
-from coprune.base.words import printable
-from coprune.run.estimate.found import duration
+from coprune.base.words import duration, printable
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,13 @@ _SHOWN = 12  # rows of runs on a terminal
 
 @dataclass
 class State:
-    """One run. seconds: that it took, or should take, as far as known."""
+    """One run. seconds: that it took, once it has ended."""
 
     name: str
     kind: Literal["waiting", "running", "done", "failed"] = "waiting"
     text: str = ""
     since: float = 0.0
     seconds: float | None = None
-    expected: float | None = None
     retries: int = 0
 
 
@@ -92,7 +90,8 @@ class Board:
     def __init__(self, names: Sequence[str], earlier: int, quiet: bool = False) -> None:
         self.states = {name: State(name) for name in names}
         self._earlier = earlier
-        self._at_once = 1
+        self.at_once = 1
+        """How many runs go at once."""
         self._console = Console(stderr=True, quiet=quiet)
         self._live: Live | None = None
 
@@ -108,12 +107,6 @@ class Board:
                 yield
             finally:
                 self._live = None
-
-    def expect(self, seconds: Mapping[str, float], at_once: int) -> None:
-        """Take note of how long runs should take, and how many go at once."""
-        self._at_once = at_once
-        for name, one in seconds.items():
-            self.states[name].expected = one
 
     def note(self, event: JobEvent, again: bool) -> None:
         """Take note of what happened to a run. again: whether it will be tried again."""
@@ -143,22 +136,15 @@ class Board:
             self.states[event.run] = State(event.run)
 
     def remaining(self) -> float | None:
-        """Seconds until the last run ends; None before anything is known of any."""
-        done = [s for s in self.states.values() if s.kind == "done" and s.seconds]
-        taken = sum(state.seconds or 0.0 for state in done)
-        foreseen = sum(state.expected or 0.0 for state in done)
-        # Estimates are of a machine that does nothing else, and of runs that share nothing.
-        scale = taken / foreseen if foreseen and all(state.expected for state in done) else 1.0
-        mean = taken / len(done) if done else None
-        left = 0.0
+        """Seconds until the last run ends, if the others take what those that are done took; None before one is done."""
+        done = [state.seconds for state in self.states.values() if state.kind == "done" and state.seconds]
+        if not done:
+            return None
+        mean, left = sum(done) / len(done), 0.0
         for state in self.states.values():
-            if state.kind not in ("waiting", "running"):
-                continue
-            whole = state.expected * scale if state.expected else mean
-            if whole is None:
-                return None
-            left += max(0.0, whole - (time.monotonic() - state.since if state.kind == "running" else 0.0))
-        return left / min(self._at_once, max(1, self._count("waiting") + self._count("running")))
+            if state.kind in ("waiting", "running"):
+                left += max(0.0, mean - (time.monotonic() - state.since if state.kind == "running" else 0.0))
+        return left / min(self.at_once, max(1, self._count("waiting") + self._count("running")))
 
     def render(self) -> Group:
         """The table as it is now."""

@@ -11,14 +11,13 @@ from pydantic import BaseModel, ValidationError
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
-from coprune.base.words import Command, Setting
+from coprune.base.words import Command, Setting, duration
 from coprune.recipe.choice import write_scalar
 from coprune.recipe.flags import flags_of
 from coprune.recipe.recipe import DEFAULTS, Recipe
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
-from coprune.run.estimate.found import duration
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.sharing import SHARED_FOLDER

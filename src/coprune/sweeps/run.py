@@ -97,7 +97,7 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, 
                 board.say(f"Estimating {len(kinds)} kinds of runs")
             conduct(kinds, workers, how.retries, board.estimating)
             jobs = plan.to_run()
-            board.expect(plan.seconds, workers.at_once)
+            board.at_once = workers.at_once
             for event in plan.too_large:
                 listen(event, False)
             conduct(jobs, workers, how.retries, listen)
@@ -181,8 +181,6 @@ class Plan:
     workers: Workers
     waiting: Sequence[Run]
     too_large: list[NotDone] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By run, what it should take, as far as known."""
 
     def to_estimate(self) -> list[Job]:
         """One job for all runs that take about the same, as far as nothing is known of them; none if they go singly."""
@@ -200,8 +198,6 @@ class Plan:
         fitting, memory = [], list[int]()
         for run in self.waiting:
             kept = self._kept(run)
-            if kept is not None and kept.estimate is not None:
-                self.seconds[run.name] = kept.estimate.seconds
             if (why := self._too_large(run, kept)) is not None:
                 self.too_large.append(NotDone(run.name, Cause.REFUSED, why))
                 continue

@@ -33,7 +33,7 @@ from coprune.model.walk.shown import Known
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import installed_versions
-from coprune.run.estimate.found import Estimate
+from coprune.run.memory_bound import Estimate
 from coprune.run.session import Reuse, Session
 from coprune.sweeps.statistics_store import StatisticsStore, shared_places
 
@@ -185,7 +185,7 @@ def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
 
 
 def estimate_key(recipe: Recipe) -> str:
-    """Names the runs that take about as much memory and time as this one."""
+    """Names the runs that take as much memory as this one."""
     return json.dumps(recipe.deciding(Decides.COST), sort_keys=True, default=str)
 
 

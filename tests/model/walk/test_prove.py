@@ -16,7 +16,7 @@ from coprune.model.checkpoint.weights import InMemory
 from coprune.model.choosing import choose_matrices
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, Structure
-from coprune.model.walk.record import guess_call, replaced_forwards, run_without_blocks
+from coprune.model.walk.record import replaced_forwards, run_without_blocks
 from support.toys import ToyBlock, ToyModel
 
 TOKENS = torch.arange(12)[None]
@@ -180,31 +180,6 @@ def test_what_no_block_makes_use_of_may_depend_on_earlier_blocks() -> None:
         hidden = call.run(block, hidden)
         assert not call.kwargs["notes"]  # nothing is left in what was recorded
     assert torch.equal(model.head(hidden), model(TOKENS).logits)
-
-
-@pytest.mark.parametrize("answers", [0, 1, 2])
-def test_a_blocks_own_call_is_seen_before_anybody_knows_what_blocks_answer(answers: int) -> None:
-    class Answers(ToyBlock):
-        def forward(self, hidden: Tensor, scale: Tensor | None = None) -> Any:
-            out = super().forward(hidden, scale)
-            return (out, *[None] * (answers - 1)) if answers else out
-
-    class CallsInTwoWays(ToyModel):
-        def run_blocks(self, hidden: Tensor) -> Tensor:
-            for index, block in enumerate(self.layers):
-                out = block(hidden, **({"scale": torch.ones(())} if index else {}))
-                if answers == 2:
-                    hidden, _ = out
-                else:
-                    hidden = out[0] if answers else out
-                hidden = hidden.reshape(1, len(TOKENS[0]), -1)
-            return hidden
-
-    model = CallsInTwoWays()
-    model.layers = nn.ModuleList(Answers() for _ in range(3)).requires_grad_(False)
-    hidden, call = guess_call(model, find_blocks(model), TOKENS)
-    assert torch.equal(hidden, model.embeddings(TOKENS))
-    assert list(call.kwargs) == ["scale"]
 
 
 def test_groups_and_reuse() -> None:

@@ -12,9 +12,7 @@ from torch import Tensor
 import coprune
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS, method_named
-from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
-from coprune.run.estimate.solving import Trials, measure_solving
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, write_words
 from support.problems import correlated_layer
@@ -92,14 +90,6 @@ def test_the_others_keep_n_of_every_m(name: str, problem: Problem) -> None:
     pattern, weight, statistic = problem
     keep = METHODS[name].prune(weight, statistic, Target(pattern, pattern.sparsity)).keep
     assert bool((keep.unflatten(1, (-1, pattern.m)).sum(dim=2) == pattern.n).all())
-
-
-@pytest.mark.parametrize("pattern", ["3:5", "128:256"])
-def test_what_it_will_take_is_measured_on_whole_groups(pattern: str) -> None:
-    n, m = map(int, pattern.split(":"))
-    target = Target(NM(n, m), 1 - n / m)
-    trials = Trials(Solver(METHODS["wanda"]), target, layer_error=True, device=torch.device("cpu"))
-    assert measure_solving((8, 5 * 256), trials, 0.0).seconds > 0
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import coprune
@@ -29,7 +28,6 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.pruning.refine import REFINEMENTS
 from coprune.recipe.pattern import Target, parse_pattern
-from coprune.run.estimate import block, solving
 from support.pico_folder import save_pico
 from support.simdevice import NAME
 from support.simdevice.build import missing
@@ -147,24 +145,10 @@ def run_of(
 ) -> dict[str, int]:
     """What a streamed run of a model with so many blocks asks for. count: tells that of some work."""
     prune: Any = coprune.prune
-    with scratch() as folder, untimed():
+    with scratch() as folder:
         source = save_pico(folder / "source", family, num_hidden_layers=number)
         given = {**SETTINGS, "device": NAME, "stream": True, "gate": False, **settings}
         return count(lambda: prune(source, save_model=folder / "target", **given))
-
-
-@contextmanager
-def untimed() -> Iterator[None]:
-    """An estimate tries things as often as there is time for; here once, so that it asks the same of the device each time."""
-
-    def once(run: Callable[[], object], *_: Any, **__: Any) -> float:
-        run()
-        return 1.0
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (solving, block):
-            patch.setattr(module, "seconds_of_call", once)
-        yield
 
 
 @contextmanager

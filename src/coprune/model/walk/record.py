@@ -169,26 +169,6 @@ def run_without_blocks(
     return first[0], calls
 
 
-def guess_call(model: nn.Module, blocks: Sequence[Block], batch: Tensor) -> tuple[Tensor, BlockCall]:
-    """How the last of some blocks is called when those before it are idle, as long as nobody knows what blocks answer.
-
-    Args:
-        model: the whole model.
-        blocks: its first blocks.
-        batch: as in `forward_logits`.
-
-    Returns:
-        The first block's hidden states, and the call; the first block's own where no answer serves.
-    """
-    for entries in (1, 0, 2):
-        # A model that expects an answer of another kind trips over this one, or hands it on as it is.
-        with suppress(UnsupportedModel, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
-            hidden, calls = run_without_blocks(model, blocks, batch, [Answer(entries, None)] * len(blocks))
-            return hidden, calls[-1]
-    hidden, calls = run_without_blocks(model, blocks[:1], batch, [Answer(0, None)])
-    return hidden, calls[0]
-
-
 def run_after_blocks(
     model: nn.Module,
     blocks: Sequence[Block],

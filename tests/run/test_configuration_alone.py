@@ -40,24 +40,23 @@ def test_a_configuration_alone_tells_what_every_preset_takes(place: Path) -> Non
     assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.2)
     assert found.phases.keys() == whole.phases.keys()
     assert list(found.presets) == list(PRESETS)
-    assert found.presets["best"].seconds > found.presets["balanced"].seconds > found.presets["fast"].seconds
     told = str(found).splitlines()
     for name in PRESETS:
-        assert any(line.startswith(f"{name} ") and "GiB" in line for line in told)
+        assert any(line.startswith(f"preset {name} ") and "GiB" in line for line in told)
     assert set(json.loads(found.to_json())["presets"]) == set(PRESETS)
 
 
-def test_without_a_tokenizer_samples_count_and_no_text(
+def test_no_text_is_read_for_a_configuration_alone(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
     ended = run_command(["estimate", "bare", "--nsamples", "4", "--seqlen", "32"], monkeypatch, capsys)
     assert ended.code == 0, ended.err
     assert "There is a configuration of bare alone" in ended.err
-    assert "There is no tokenizer, so no text is read: 4 samples of 32 tokens count" in ended.err
-    assert "\nbalanced " in ended.out  # who has not chosen a preset is told of all of them
+    assert "No text is read: 4 samples of 32 tokens to calibrate" in ended.err
+    assert "\npreset balanced " in ended.out  # who has not chosen a preset is told of all of them
     ended = run_command(["estimate", "bare", "--preset", "fast", "--seqlen", "32"], monkeypatch, capsys)
-    assert "\nbalanced " not in ended.out
+    assert "\npreset balanced " not in ended.out
 
 
 def test_a_configuration_alone_is_inspected_and_not_pruned(place: Path) -> None:
@@ -83,13 +82,8 @@ def test_of_a_hub_id_the_configuration_alone_is_fetched(place: Path, monkeypatch
     assert "*.json" in asked[0]["allow_patterns"]
 
 
-def test_claims_of_a_configuration_alone_are_bounded(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_claims_of_a_configuration_alone_are_bounded(place: Path, tmp_path: Path) -> None:
     config = json.loads((place / "bare" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     with pytest.raises(BadInput, match="num_hidden_layers is 1,000,000,000, and without weights no more than 1,000"):
         coprune.inspect(tmp_path, quiet=True)
-    monkeypatch.setattr("coprune.model.imagined.room_on", lambda device: (1000, "of memory"))
-    with pytest.raises(BadInput, match=r"the embeddings would take .* GiB of memory at a time"):
-        coprune.estimate(place / "bare", **SMALL)

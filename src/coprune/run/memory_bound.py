@@ -1,0 +1,511 @@
+"""A bound on the memory of a run before it starts, from the shapes of its model: no block is read or computed for it.
+
+Every phase holds the process as it is, the weights it needs and its tensors; the largest phase is the bound. The factors
+below were measured over models and methods, and tests hold them against tensors that really lived.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from coprune.base.devices import device_memory
+from coprune.base.errors import BadInput
+from coprune.base.memory import available_bytes, resident_peak, unread_weights
+from coprune.base.words import Set, Sheet, Shown, Together, Words, parts_of, say
+from coprune.data import EvaluationText, Windows
+from coprune.data.text import lengths_of
+from coprune.evaluation.answers.questions import plan_of
+from coprune.evaluation.batches import default_batch_size
+from coprune.evaluation.tasks.text import samples_per_batch
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.lazy import fetches
+from coprune.model.leftovers import lists_of
+from coprune.model.low_rank import may_get_factors
+from coprune.model.matrices import Matrix
+from coprune.model.opened import Loaded, streams
+from coprune.model.walk.activations import GIB, device_room
+from coprune.model.walk.inputs import InputSample
+from coprune.model.walk.proven import FoundModel
+from coprune.pruning.pruner import Solver
+from coprune.recipe.finetune import has_adapters, has_teacher
+from coprune.recipe.recipe import Recipe
+from coprune.training.after_pruning import training_bytes
+
+ERROR = 0.15
+"""The bound may be too high by so much, so only a run that exceeds the free memory by more is refused."""
+SLACK = 1.1
+"""Beyond the tensors that are counted: what the allocator cannot give back at once."""
+STEADY, STEADY_IN_HALF = 20 << 20, 90 << 20
+"""What a process gathers in any run: late imports, compiled kernels; more where products are of half precision."""
+PROBED = 512
+"""Most tokens of the sample on which the walk is proved."""
+SLICE_VALUES = 2**24
+"""Logits that become float32 at a time (see `evaluation.batches.slices`)."""
+COMPARED_TOKENS = 64
+"""Of the saved model's logits, so many tokens' are compared with those of the one in memory."""
+OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
+"""Solving a matrix takes at most so many float32 copies of it and of inputs × inputs, and the libraries' workspace."""
+TRIAL_TOKENS = 40 * 1024
+"""Hidden states of all the cuts that a parameter budget is shared out by, together."""
+_TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")
+"""What configurations call the number of experts that a token goes to."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that decide the memory of a model, of its largest block where they are of one."""
+
+    total_bytes: int
+    rest_bytes: int
+    """Of what lies outside the blocks."""
+    block_bytes: int
+    blocks: int
+    itemsize: int
+    """Bytes of a value that is computed with."""
+    hidden: int
+    vocabulary: int
+    live: int
+    """Values per token that live at once while a block runs, beside its input."""
+    waiting: int
+    """Values per token that live while a matrix within a block waits to be pruned."""
+    kept: int
+    """Values per token that a training keeps for the backward pass."""
+    heads: int
+    """Whose scores, one value per token and position, are whole tensors; 0 where attention is fused."""
+    statistics: int
+    """Bytes of the sums of all matrices of a block, as if each had inputs of its own."""
+    statistic: int
+    """Of those that are gathered in one go where matrices are pruned one after another."""
+    solve: int
+    """Bytes that solving the largest matrix takes."""
+
+    @classmethod
+    def of(cls, loaded: Loaded, found: FoundModel, solver: Solver, removes: bool) -> Shapes:
+        """Read a model's shapes. removes: whether parts go, for which only matrices that write hidden states are solved."""
+        config = loaded.model.config.get_text_config()
+        sizes = [sum(parameter.nbytes for parameter in block.module.parameters()) for block in found.blocks]
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        embedded = next((m.weight.shape[1] for m in loaded.model.modules() if isinstance(m, nn.Embedding)), 0)
+        hidden = int(getattr(config, "hidden_size", 0) or embedded)
+        heads = getattr(config, "num_attention_heads", 0) if config._attn_implementation == "eager" else 0
+        block, candidates = found.blocks[largest], found.chosen.candidates[largest]
+        live, waiting, kept = _values_per_token(block, _stored(block, candidates), config, hidden)
+        pruned = [_stored(block, own) for block, own in zip(found.blocks, found.chosen.blocks, strict=True)]
+        if removes:
+            pruned = [[one for one in own if one.outputs == hidden] or own for own in pruned]
+        sums = [[one.count * one.statistic_bytes(solver) for one in own] for own in pruned]
+        solved = [one.solve_bytes for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
+        head = loaded.model.get_output_embeddings()
+        return cls(
+            total_bytes=loaded.weights.total_bytes,
+            rest_bytes=sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(found.names).values()),
+            block_bytes=sizes[largest],
+            blocks=len(sizes),
+            itemsize=loaded.model.dtype.itemsize,
+            hidden=hidden,
+            vocabulary=0 if head is None else len(head.weight),
+            live=live,
+            waiting=waiting,
+            kept=kept,
+            heads=heads if isinstance(heads, int) else max(heads),
+            statistics=max(map(sum, sums)),
+            statistic=max((size for own in sums for size in own), default=0),
+            solve=max(solved, default=0),
+        )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The matrices of one parameter: one, or as many as there are experts."""
+
+    outputs: int
+    inputs: int
+    count: int
+    experts: int
+    """How many a token chooses among; 0 for what every token is multiplied with."""
+
+    def statistic_bytes(self, solver: Solver) -> int:
+        """Return the size of what is gathered of one of them."""
+        sums = {} if solver.statistic is None else solver.statistic.shapes(self.inputs)
+        return 4 * (sum(math.prod(size) for size in sums.values()) + InputSample.tokens * self.inputs)
+
+    @property
+    def solve_bytes(self) -> int:
+        return 4 * (OF_WEIGHT * self.outputs * self.inputs + OF_INPUTS * self.inputs**2) + WORKSPACE
+
+
+def _stored(block: Block, matrices: Sequence[Matrix]) -> list[_Stored]:
+    """Return some matrices of a block by their parameters."""
+    counts, lists = Counter(matrix.parameter for matrix in matrices), lists_of(block)
+    found = []
+    for parameter, matrix in {matrix.parameter: matrix for matrix in matrices}.items():
+        length = next((size for path, size in lists.items() if parameter.startswith(f"{path}.")), 0)
+        experts = length if matrix.expert is None else len(getattr(matrix.owner, matrix.attribute))
+        found.append(_Stored(*matrix.shape, counts[parameter], experts))
+    return found
+
+
+def _values_per_token(block: Block, stored: Sequence[_Stored], config: Any, hidden: int) -> tuple[int, int, int]:
+    """Return the values per token that live at once in a block, while a matrix waits, and for a backward pass."""
+    said = ((name, value) for name, value in config.to_dict().items() if _TOP.match(name) and isinstance(value, int))
+    top = max((value for _, value in said), default=None)
+    used = [min(top or one.experts, one.experts) if one.experts else 1 for one in stored]  # of each, by one token
+    # Experts of a list have a parameter each, of which a token meets few.
+    shares = [own * one.count / one.experts if one.experts else 1.0 for own, one in zip(used, stored, strict=True)]
+    widest = max((own * max(one.outputs, one.inputs) for own, one in zip(used, stored, strict=True)), default=0)
+    kept = sum(share * (1.5 * one.outputs + one.inputs) for share, one in zip(shares, stored, strict=True))
+    # The tables of a recurrence (neither weights nor biases) have a value for each token and entry.
+    named = block.module.named_parameters()
+    tables = (p.numel() for name, p in named if p.ndim == 2 and not name.endswith(("weight", "bias", "proj")))
+    live = 3 * hidden + 4 * widest + 3 * max(tables, default=0)
+    return live, 4 * hidden + max(widest, 4 * hidden), math.ceil(kept) + 8 * hidden
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """How much text a run reads, as this process's share."""
+
+    seqlen: int
+    samples: int
+    """Of calibration; 0 if none run through the model."""
+    lengths: tuple[int, ...]
+    """Of the samples, each once."""
+    mean: float
+    evaluated: tuple[int, ...]
+    """Windows of each text that perplexity is measured on."""
+
+    @classmethod
+    def of(cls, seqlen: int, windows: Windows | None, texts: Sequence[EvaluationText], processes: int) -> TextSizes:
+        """Count the text of a run, of which each process has a share. windows: of calibration."""
+        lengths = [seqlen] if windows is None else lengths_of(windows.tokens).tolist()
+        samples = 0 if windows is None else -(-len(windows.tokens) // processes)
+        evaluated = tuple(-(-(len(text.tokens) // seqlen) // processes) for text in texts)
+        return cls(seqlen, samples, tuple({*lengths}), sum(lengths) / len(lengths), evaluated)
+
+
+class Bound:
+    """The memory of one recipe's run, phase by phase."""
+
+    def __init__(self, recipe: Recipe, shapes: Shapes, text: TextSizes, loaded: Loaded, added: int) -> None:
+        """added: bytes of what is added to pruned matrices."""
+        self._recipe, self._shapes, self._added = recipe, shapes, added
+        self._text = replace(text, samples=min(text.samples, recipe.calibrate.samples))
+        self.streams = streams(recipe) and (loaded.weights.streams or recipe.model.stream is True)
+        self._trains = recipe.train.mode
+        batch, length = max(
+            ((samples_per_batch(recipe, one, loaded.device), one) for one in text.lengths),
+            key=lambda pair: pair[0] * pair[1],
+        )
+        self._batch = min(batch, self._text.samples) * length
+        self._longest = length
+        self._sizes = [(name, parameter.numel()) for name, parameter in loaded.model.named_parameters()]
+        memory = recipe.calibrate.activation_memory
+        self._limit = None if memory is None else int(memory * GIB)
+        self._room = device_room(loaded.device, recipe.calibrate.device_activation_memory)
+        self._ahead = shapes.block_bytes if self.streams and fetches(shapes.block_bytes, loaded.device) else 0
+        self.weights = shapes.rest_bytes if self.streams else shapes.total_bytes
+
+    def tensors(self, on_device: bool) -> Iterator[tuple[str, float]]:
+        """Bytes that each phase holds at its peak where it computes, beside the weights that are always there."""
+        shapes, recipe = self._shapes, self._recipe
+        limit = self._room.nbytes if on_device and self._room is not None else self._limit
+        block = shapes.block_bytes + self._ahead if self.streams else 0
+        yield "proof", self._proof(block)
+        for windows in self._text.evaluated:
+            yield "perplexity", self._perplexity(windows, block, limit) + self._added
+        yield "pruning", block + self._pruning(limit) + self._added
+        if recipe.remove.parts:  # the smaller model is tried block by block, and answers beside the whole one
+            answers = plan_of(recipe.evaluate.answers, recipe.output.model is not None) is not None and not self.streams
+            yield "smaller model", shapes.total_bytes if answers else shapes.rest_bytes + shapes.block_bytes
+        if recipe.output.model is not None:
+            compared = 2 * COMPARED_TOKENS * shapes.vocabulary * 4
+            yield "verification", shapes.rest_bytes + shapes.block_bytes + compared + 2 * self._added
+        if self._trains is not None:  # by then the pruned model is loaded anew
+            yield "training", self._training() - self.weights
+
+    def passing(self) -> Iterator[tuple[str, float]]:
+        """Bytes in host memory of weights on their way to a device or a file, and of what the device has no room for."""
+        shapes, text = self._shapes, self._text
+        read = shapes.block_bytes + 2 * self._ahead if self.streams else 0  # pinned, as activations are
+        yield "reading", read
+        for windows in text.evaluated if self.streams else ():
+            yield "perplexity", read + self._aside(windows * text.seqlen * self._hidden)
+        saved = self._recipe.output.model is not None
+        # A finished block is written as tensors, which are pinned, and as the file's bytes, while the next one is read.
+        written = 3 * shapes.block_bytes if saved or self.streams else 0
+        yield "pruning", read + written + self._aside(self._all_hidden)
+        if saved:
+            yield "writing", 2 * shapes.block_bytes
+            yield "verification", shapes.rest_bytes + shapes.block_bytes
+
+    @property
+    def _hidden(self) -> int:
+        """Bytes of a token's hidden states between two blocks."""
+        return self._shapes.hidden * self._shapes.itemsize
+
+    @property
+    def _all_hidden(self) -> float:
+        """Of all calibration samples, and the dense model's beside them where blocks are trained toward it."""
+        return (1 + bool(self._recipe.prune.reconstruct.steps)) * self._text.samples * self._text.mean * self._hidden
+
+    def _running(self, length: int) -> int:
+        """Bytes per token while a block runs on windows of a length."""
+        return (self._shapes.live + 3 * self._shapes.heads * length) * self._shapes.itemsize
+
+    def _aside(self, size: float) -> float:
+        """What the host keeps of a device's hidden states: pinned memory comes in powers of two."""
+        over = 0.0 if self._room is None else max(0.0, size - self._room.nbytes)
+        return _within(2 * over, self._limit)
+
+    def _proof(self, block: int) -> float:
+        """One sample, every block twice; then the logits of all its positions twice, and their difference in float32."""
+        tokens, shapes = min(PROBED, self._text.seqlen), self._shapes
+        hidden = 4 * tokens * self._hidden
+        logits = min(tokens, COMPARED_TOKENS) * shapes.vocabulary * (2 * shapes.itemsize + 12)
+        return hidden + max(block + tokens * self._running(tokens), logits)
+
+    def _perplexity(self, windows: int, block: int, limit: int | None) -> float:
+        """Hidden states, of one batch or all, and the larger of what a block takes and what the logits take."""
+        shapes, seqlen = self._shapes, self._text.seqlen
+        batch = self._recipe.calibrate.batch_size or default_batch_size(seqlen, max(1, shapes.vocabulary))
+        tokens = min(batch, windows) * seqlen
+        waiting = _within(windows * seqlen * self._hidden, limit) if self.streams else 0
+        hidden = waiting + tokens * self._hidden
+        logits = tokens * shapes.vocabulary * shapes.itemsize + 8 * min(SLICE_VALUES, seqlen * shapes.vocabulary)
+        return hidden + max(block + tokens * self._running(seqlen), logits)
+
+    def _pruning(self, limit: int | None) -> float:
+        """Activations, statistics and one solve; or a training of the block; or the gradients of an allocation."""
+        recipe, shapes, tokens = self._recipe, self._shapes, self._text.samples * self._text.mean
+        hidden, statistics = _within(self._all_hidden, limit), shapes.statistics
+        batch = self._batch * (self._running(self._longest) + self._hidden)
+        if recipe.calibrate.propagation == "sequential":
+            waiting = hidden + tokens * (shapes.waiting + 3 * shapes.heads * self._longest) * shapes.itemsize
+            if self._room is None or self._room.asked:
+                waiting = _within(waiting, limit)
+            hidden, statistics = max(hidden, waiting), shapes.statistic
+        if recipe.remove.parts and not {"channels", "heads", "parameters"} & recipe.remove.shares.keys():
+            statistics = 0
+        tried = TRIAL_TOKENS * self._hidden if "parameters" in recipe.remove.shares else 0
+        sizes = [hidden + statistics + max(shapes.solve, batch) + tried]
+        if recipe.prune.reconstruct.steps:  # weights, gradients, two moments and two best states, all in float32
+            parameters = shapes.block_bytes // shapes.itemsize
+            sizes.append(hidden + 21 * parameters + 4 * self._batch * self._trained(self._longest))
+        if recipe.prune.allocation.name == "fisher":
+            sample = self._longest * (shapes.blocks * self._hidden + 2 * shapes.vocabulary * shapes.itemsize)
+            sizes.append(sample + 4 * self._longest * self._trained(self._longest) + 2 * shapes.block_bytes)
+        return max(sizes)
+
+    def _trained(self, length: int) -> int:
+        """Values per token of a block's forward pass and of what its backward pass needs."""
+        return self._shapes.live + self._shapes.kept + 4 * self._shapes.heads * length
+
+    def _training(self) -> float:
+        """Weights, gradients, moments, the dense model beside them, and one window's activations and logits."""
+        asked, shapes, length = self._recipe.train, self._shapes, self._text.seqlen
+        # Adapters are small beside the weights, which are held as they are.
+        numbers = sum(size for _, size in self._sizes)
+        own = 4 * numbers if has_adapters(asked.mode) else training_bytes(self._sizes, "adamw", asked.scope)
+        halves = asked.dtype == "bfloat16"
+        own += 2 * numbers if halves else 0  # the copies that are multiplied
+        beside = shapes.total_bytes if has_teacher(asked.mode) else 0
+        activations = shapes.blocks * (self._trained(length) - shapes.live) + shapes.live + 4 * shapes.vocabulary
+        return own + beside + (2 if halves else 4) * length * activations
+
+
+def _within(size: float, limit: int | None) -> float:
+    return size if limit is None else min(size, limit)
+
+
+def bound_run(
+    recipe: Recipe, solver: Solver, text: TextSizes, loaded: Loaded, found: FoundModel, processes: int
+) -> Estimate:
+    """Bound the memory of a run that has read its data and nothing of its blocks; propose settings that fit if it does not."""
+    shapes, rank = Shapes.of(loaded, found, solver, bool(recipe.remove.parts)), recipe.prune.low_rank.rank
+    added = 4 * rank * sum(sum(matrix.shape) for matrix in found.chosen.all() if rank and may_get_factors(matrix))
+    (resident, peak), available, device = resident_peak(), available_bytes(), device_memory(loaded.device)
+    unread, steady = unread_weights(), STEADY if shapes.itemsize == 4 else STEADY_IN_HALF
+    held = sum(parameter.nbytes for parameter in loaded.model.parameters() if not parameter.is_meta)
+
+    def bound(asked: Recipe) -> Estimate:
+        one = Bound(asked, shapes, text, loaded, added)
+        more = one.weights - held  # to come into memory, or to leave it
+        base = max(0, resident + unread + steady + (more if device is None else 0))
+        phases = _largest((one.tensors(False) if device is None else one.passing()), base)
+        there = None
+        if device is not None:
+            on_it = _largest(one.tensors(True), max(0, device.allocated + more))
+            there = DevicePeak(device.name, max(on_it.values()), device.available, device.allocated, on_it)
+        return Estimate(max(peak, *phases.values()), available, resident, phases, processes, device=there)
+
+    asked = bound(recipe)
+    if asked.fits:
+        return asked
+
+    def fits(settings: Mapping[str, Any]) -> bool:
+        with suppress(BadInput):  # what goes with nothing else that the recipe says
+            return bound(recipe.replaced(**settings)).fits
+        return False
+
+    less, halves = _less(recipe, device is not None), shapes.itemsize == 4
+    together = [dict(less[:count]) for count in range(2, len(less) + 1)]
+    for settings in (*({name: value} for name, value in less), *together):
+        if fits(settings):
+            return replace(asked, proposal=Proposal(settings, True, halves))
+    return replace(asked, proposal=Proposal(dict(less), False, halves))
+
+
+def _less(recipe: Recipe, has_device: bool) -> list[tuple[str, bool | int | str]]:
+    """Return settings with which a run takes less memory, those first that change no result."""
+    calibrate = recipe.calibrate
+    less: list[tuple[str, bool | int | str]] = [("batch_size", 1), ("activation_memory", 0)]
+    if has_device:
+        less.insert(1, ("device_activation_memory", 0))
+    if not streams(recipe):
+        less.insert(0, ("stream", True))
+    if calibrate.propagation == "sequential":  # `dense` holds as much at once as `block`
+        less.append(("propagation", "block"))
+    less.append(("nsamples", max(1, calibrate.samples // 4)))
+    return [(name, value) for name, value in less if recipe.setting(name) != value and _goes(recipe, name, value)]
+
+
+def _goes(recipe: Recipe, name: str, value: Any) -> bool:
+    """Return whether a setting goes with the others of a recipe."""
+    try:
+        recipe.replaced(**{name: value})
+    except BadInput:
+        return False
+    return True
+
+
+def _largest(phases: Iterator[tuple[str, float]], base: int) -> dict[str, int]:
+    """Return the peak of every phase. base: bytes that all of them hold."""
+    found: dict[str, int] = {}
+    for name, size in phases:
+        found[name] = max(int(base + SLACK * size), found.get(name, 0))
+    return found
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings that make a run fit that does not."""
+
+    settings: dict[str, bool | int | str]
+    """By their names."""
+    enough: bool
+    """Whether it would fit with them, or not even then."""
+    halves: bool
+    """Whether weights of half the size are another way."""
+
+    def words(self) -> Words:
+        """Return one sentence for people."""
+        together = Together(tuple(Set(name, value) for name, value in self.settings.items()))
+        if self.enough:
+            return ("It would with ", together)
+        half = (Set("dtype", "bfloat16"), " and ") if self.halves else ()
+        return ("Even ", together, " would not be enough; ", *half, "a machine with more memory would help")
+
+
+@dataclass(frozen=True)
+class DevicePeak:
+    """The most that a run's tensors take on its device."""
+
+    name: str
+    peak_bytes: int
+    available_bytes: int | None
+    """Bytes that are free; None if the device does not tell."""
+    allocated_bytes: int
+    """Bytes that are taken now."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """Peak of each phase."""
+
+    def fits(self) -> bool:
+        """As `Estimate.fits`; processes on one machine have a device each."""
+        more = self.peak_bytes - self.allocated_bytes
+        return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate(Shown):
+    """The most memory that a run takes: as a whole process, Python and its libraries included, and on its device."""
+
+    peak_bytes: int
+    """Largest resident set of one process."""
+    available_bytes: int | None
+    """Bytes that the process may still take; None if the system does not tell."""
+    resident_bytes: int
+    """Bytes that it holds now."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """Peak of each phase."""
+    processes: int = 1
+    proposal: Proposal | None = None
+    """Settings with which the run would fit, if it would not."""
+    device: DevicePeak | None = None
+    """None for a run in host memory."""
+    presets: dict[str, Estimate] = field(default_factory=dict)
+    """The memory of the same run with each preset, if that was asked for."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits the free memory, as far as the bound may be too high."""
+        if self.device is not None and not self.device.fits():
+            return False
+        more = (self.peak_bytes - self.resident_bytes) * self.processes
+        return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
+
+    def line(self) -> str:
+        """Return one line for people."""
+        several = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        memory = f"{_of(self.peak_bytes, self.available_bytes, self.resident_bytes)} of memory"
+        if (one := self.device) is not None:
+            memory += f" and {_of(one.peak_bytes, one.available_bytes, one.allocated_bytes)} on {one.name}"
+        return f"Estimate: at most {memory}{several}."
+
+    def headline(self) -> str:
+        """Return the memory, and whether that fits."""
+        peak = None if self.device is None else self.device.peak_bytes
+        return f"at most {self._both(self.peak_bytes, peak)}{'' if self.fits else ', which would not fit'}"
+
+    def sheet(self) -> Sheet:
+        """Return the memory at most and in every phase, the host's beside the device's."""
+        one = self.device
+        free = None if self.available_bytes is None else self.available_bytes + self.resident_bytes
+        there = None if one is None or one.available_bytes is None else one.available_bytes + one.allocated_bytes
+        rows = [("memory", self.headline()), ("available", self._both(free, there) or "unknown")]
+        phases = {} if one is None else one.phases
+        rows += [(name, self._both(self.phases.get(name), phases.get(name))) for name in self.phases | phases]
+        if self.proposal is not None:
+            rows.append(("would not fit", say(self.proposal.words())))
+        rows += [(f"preset {name}", other.headline()) for name, other in self.presets.items()]
+        return Sheet(f"a run: {self.headline()}", rows)
+
+    def _both(self, host: int | None, there: int | None) -> str:
+        """Return a size in the host's memory, and beside it one on the device."""
+        columns = ((host, ""), (there, "" if self.device is None else f" on {self.device.name}"))
+        return ", ".join(f"{size / GIB:.2f} GiB{where}" for size, where in columns if size is not None)
+
+    def to_json(self) -> str:
+        """Return all figures as JSON."""
+        return json.dumps(asdict(self) | {"fits": self.fits}, indent=2)
+
+    def require(self) -> None:
+        """Raise BadInput if the run would not fit."""
+        if not self.fits:
+            proposal = () if self.proposal is None else (*parts_of(self.proposal.words()), ". ")
+            anyway = ("Or run it all the same with ", Set("check_memory", False))
+            raise BadInput(f"the run would not fit. {self.line()}", field="check_memory", fix=(*proposal, *anyway))
+
+
+def _of(peak: int, available: int | None, held: int) -> str:
+    """Return a peak, and all the memory that there is for it."""
+    there = "" if available is None else f" of {(available + held) / GIB:.1f}"
+    return f"{peak / GIB:.2f}{there} GiB"
