@@ -1,4 +1,4 @@
-"""What `coprune.evaluate` and `coprune.compare` take by name, as a type; a test keeps it equal to what they know."""
+"""Arguments of `coprune.evaluate` and `coprune.compare` by name, as a type; a test keeps it equal to what they know."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AnswerArguments(TypedDict, total=False):
 
 
 class MeasureArguments(AnswerArguments, total=False):
-    """What is measured of a model, and how."""
+    """The measurements of a model, and how they are done."""
 
     require: str | None
     tasks: str | Sequence[str] | None

@@ -1,4 +1,4 @@
-"""What every measurement on text shares: windows, batches of them, the models' logits, and a bootstrap interval."""
+"""Common parts of every measurement on text: windows, batches of them, the models' logits, and a bootstrap interval."""
 
 from __future__ import annotations
 

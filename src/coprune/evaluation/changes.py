@@ -1,4 +1,4 @@
-"""What differs between two models that were measured alike.
+"""The differences between two models that were measured alike.
 
 Differences are formed by pairs where both models answered the same thing: the same items of a task, the same windows of
 a text, or the same images. Perplexities compare as ratios, whose logarithm is a mean of differences over windows.

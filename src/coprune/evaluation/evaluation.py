@@ -51,9 +51,9 @@ class Evaluation(Shown, _Facts):
     """The model that closeness was measured to."""
     closeness: tuple[Closeness, ...] = ()
     answers: AnswerFacts | None = None
-    """What it writes, beside that model."""
+    """Its answers, beside that model's."""
     required: tuple[Requirement, ...] = ()
-    """What was required of that, and whether it holds."""
+    """The requirements on them, and whether they hold."""
 
     def headline(self) -> str:
         """The model, and the first of what was measured."""

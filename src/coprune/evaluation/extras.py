@@ -1,4 +1,4 @@
-"""What a run measures of its models beside perplexity: zero-shot tasks, answers to prompts, and a sample of text."""
+"""Measurements of a run beside perplexity: zero-shot tasks, answers to prompts, and a sample of text."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def measures_anything(recipe: Recipe) -> bool:
 
 
 def nothing_to_measure() -> BadInput:
-    """What to tell where neither texts nor tasks are named."""
+    """Return the error where neither texts nor tasks are named."""
     fix = ("name texts, as in ", Set("data", "embedded"), ", or tasks, as in ", Set("tasks", "piqa"))
     return BadInput("there is nothing to measure", field="data", fix=fix)
 

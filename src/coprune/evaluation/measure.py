@@ -162,7 +162,7 @@ class Subject:
         )
 
     def answers(self, dense: Subject | None = None) -> AnswerFacts | None:
-        """What the model writes, beside another one's answers; None where nothing is asked."""
+        """Ask the model, and return its answers beside another one's; None where nothing is asked."""
         if self._answers is None:
             return None
         return self._answers.facts(None if dense is None else dense._answers)
@@ -252,7 +252,7 @@ class Subject:
 
 
 class MeasuredAnswers:
-    """What one model answers, asked when it is not in the cache.
+    """One model's answers, asked when they are not in the cache.
 
     Args:
         recipe: its model, and how it is held.

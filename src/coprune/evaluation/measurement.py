@@ -1,4 +1,4 @@
-"""What was measured of one model on one text or set of images, as data: the one form in which figures travel.
+"""Measurements of one model on one text or set of images, as data: the one form in which figures travel.
 
 A run, a sweep's cache, `coprune eval` and fine-tuning all keep these; a report puts two of them side by side.
 """

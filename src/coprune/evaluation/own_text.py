@@ -29,7 +29,7 @@ _TOGETHER = PerMemory(host=16, gpu=64)
 
 
 class OwnText(BaseModel):
-    """What a model wrote: token ids of what it was given and of what it added to that, as pairs."""
+    """Text that a model wrote: token ids of its prompts and of its continuations, as pairs."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -114,7 +114,7 @@ def prompt_ids(
     instead: Words = "give it prompts: self:FILE.jsonl",
     prompts: Sequence[str | list[Message]] | None = None,
 ) -> list[list[int]]:
-    """What a model goes on from: each prompt, in the chat template where there is one, or the token that begins a text.
+    """Return the beginnings of a model's texts: each prompt, in the chat template if any, or the token that begins a text.
 
     Args:
         source: `self` with its options.

@@ -17,7 +17,7 @@ from coprune.packed.linear import PackedLinear
 from coprune.recipe.parts import ModelPart
 
 Model = str | Path | PreTrainedModel
-"""What a caller may name or hand over."""
+"""A model as a caller may name it or hand it over."""
 
 
 class Source(Protocol):

@@ -83,7 +83,7 @@ def _side_by_side(metric: str, dense: Estimate | None, pruned: Estimate | None, 
 
 
 class TaskScores(BaseModel):
-    """What one model did on one task."""
+    """One model's scores on one task."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -99,18 +99,18 @@ class TaskScores(BaseModel):
 
     @property
     def main_metric(self) -> str:
-        """What the task is judged by."""
+        """The metric by which the task is judged."""
         return main_of(self.metrics)
 
 
 class ZeroShot(BaseModel):
-    """What one model did on several tasks."""
+    """One model's scores on several tasks."""
 
     model_config = ConfigDict(frozen=True)
 
     tasks: tuple[TaskScores, ...]
     groups: dict[str, dict[str, Estimate]] = {}
-    """What the harness itself forms over the tasks of a group."""
+    """Scores that the harness itself forms over the tasks of a group."""
     harness: str
     """The version of lm-eval."""
 

@@ -1,4 +1,4 @@
-"""What is added to a model's layers as an adapter in PEFT's own format, in a folder of the model's."""
+"""Adapters beside a model's weights, in PEFT's own format, in a folder of the model's."""
 
 from __future__ import annotations
 

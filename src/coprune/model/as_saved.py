@@ -1,4 +1,4 @@
-"""What is kept of a block, told of the tensors that its checkpoint has: whole slices of them, or nothing at all."""
+"""From masks of a block's parameters to slices of its checkpoint's tensors: whole slices, or nothing at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Layout = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def slices_kept(
     model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor], layout: Layout | None = None
 ) -> dict[str, KeptSlices]:
-    """What masks of a block's parameters mean for the tensors of its checkpoint; of what is left out wholly, nothing.
+    """Translate masks of a block's parameters into slices of its checkpoint's tensors; tensors that go whole have none.
 
     Args:
         model: the model, whose weights are not looked at.
@@ -54,7 +54,7 @@ def masks_as_saved(
 
 
 def saved_name(model: PreTrainedModel, block: str, layout: Layout | None = None) -> str:
-    """What a checkpoint calls a block: the path that all its tensors begin with there. layout: as in `slices_kept`."""
+    """Return the checkpoint's name of a block: the path that all its tensors begin with there. layout: as in `slices_kept`."""
     paths = [name.split(".") for name in masks_as_saved(model, block, {}, layout)]
     number = block.rpartition(".")[2]
     for length, part in enumerate(paths[0] if paths else (), start=1):

@@ -26,7 +26,7 @@ class CarriedMixture:
     """A mixture among the tensors that are carried along, by their names."""
 
     path: str
-    """What its names have in common."""
+    """The common beginning of its names."""
     router: str
     sliced: Mapping[str, int]
     """Tensors with one entry per expert, the router's among them: the dimension of the experts."""
@@ -87,7 +87,7 @@ class _Pattern:
     sliced: Mapping[str, int]
     """The dimension of the experts, by name."""
     experts: tuple[str, ...]
-    """What the names of the experts' tensors begin with."""
+    """The beginnings of the experts' tensors' names."""
     count: int
 
     @classmethod

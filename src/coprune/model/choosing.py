@@ -27,7 +27,7 @@ NO_MIXTURE = "three dimensions, and none of its matrices is multiplied"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one forward of a block showed of its matrices, by name."""
+    """The matrices of a block, by name, as one forward showed them."""
 
     multiplied: frozenset[str]
     backwards: frozenset[str] = frozenset()
@@ -68,7 +68,7 @@ class Chosen:
     blocks: list[list[Matrix]]
     outside: list[Matrix]
     left_out: list[LeftOut] = field(default_factory=list)
-    """What else the blocks hold of more than one dimension, with the reasons."""
+    """The other tensors of the blocks with more than one dimension, with the reasons."""
     candidates: list[list[Matrix]] = field(default_factory=list)
     """For every block all that may be matrices, also those that are not chosen."""
     selection: Selection = Selection()

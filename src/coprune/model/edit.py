@@ -1,4 +1,4 @@
-"""What pruning did to a model, as values: one or more edits per block.
+"""Edits: what pruning did to a model, as values, one or more per block.
 
 A run keeps them in its journal. The writer asks them where every source tensor goes and what becomes of the
 configuration; who reloads the model, which masks to find in it; a resumed run applies them to blocks that were finished
@@ -22,7 +22,7 @@ from coprune.model.slices import KeptSlices
 
 
 class Edit(BaseModel):
-    """What was done to one block. By itself it changes nothing; a kind of edit overrides what it changes."""
+    """One change of one block. By itself it changes nothing; a kind of edit overrides what it changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class Edit(BaseModel):
         return name
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """What is left of a source tensor of the block, by its name in the source."""
+        """Return the rest of a source tensor of the block, by its name in the source."""
         kept = self.slices(name)
         return tensor if kept is None else kept.cut(tensor)
 
@@ -207,7 +207,7 @@ class DropBlock(Edit):
     entries: int
     """Length of the tuple that a block answers with; 0 if it answers with the hidden states themselves."""
     saved: str | None = None
-    """What the checkpoint calls it, where that is something else."""
+    """The checkpoint's name of it, where that differs."""
 
     def apply(self, module: nn.Module) -> None:
         module.forward = self.idle
@@ -243,7 +243,7 @@ class PadUnits(Edit):
 
 
 class Configure(Edit):
-    """What a smaller model's configuration says otherwise, and what was removed, in words."""
+    """Changes of a smaller model's configuration, and what was removed, in words."""
 
     changes: dict[str, Any]
     """New values by their places in the model's configuration, with dots between."""

@@ -70,7 +70,7 @@ class Edits:
         return placed
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """What is left of a source tensor that is not left out."""
+        """Return what is left of a source tensor that is not left out."""
         for edit in self.all():
             tensor = edit.cut(name, tensor)
         return tensor
@@ -87,7 +87,7 @@ class Edits:
         return {name: mask for name, mask in placed if name is not None}
 
     def lines(self) -> list[str]:
-        """What was done besides zeros, for people."""
+        """Describe the edits besides zeros, for people."""
         return [line for edit in self.all() if (line := edit.describe()) is not None]
 
     def write(self, folder: Path, source: str | None = None) -> None:
@@ -106,7 +106,7 @@ class Edits:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What was done last to a folder's model; nothing where nothing tells. Raises BadInput if that is damaged."""
+        """Read the last edits of a folder's model; none where no file tells. Raises BadInput if that is damaged."""
         return cls(history_of(folder)[1][-1].by_block)
 
     @classmethod
@@ -116,7 +116,7 @@ class Edits:
 
 
 def uncut_by(edits: Sequence[Edit]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None:
-    """What gives a block's tensors their shapes in the source again; None where they have them."""
+    """Return the function that restores the source's shapes of a block's tensors; None where they have them."""
     cutting = [edit for edit in edits if isinstance(edit, KeepSlices)]
     if not cutting:
         return None
@@ -171,12 +171,12 @@ def pruned_names(folder: Path) -> set[str]:
 
 
 def source_of(folder: Path) -> str | None:
-    """What a folder's model was made from, as it was asked for; None where nothing tells. Raises BadInput if damaged."""
+    """Return the source of a folder's model, as it was asked for; None where no file tells. Raises BadInput if damaged."""
     return history_of(folder)[0]
 
 
 def history_of(folder: Path) -> tuple[str | None, list[Edits]]:
-    """What a folder's model was made from, as it was asked for, and what was done to that, the earliest first.
+    """Return the source of a folder's model, as it was asked for, and all edits since, the earliest first.
 
     Raises BadInput if what tells of it is damaged.
     """
@@ -191,7 +191,7 @@ def history_of(folder: Path) -> tuple[str | None, list[Edits]]:
 
 
 def _earlier(source: str | None) -> tuple[list[Any], str | None]:
-    """What was done before to a model that another one is made from, and what that was made from: a whole path or a name."""
+    """Return the edits before those of a new model's source, and the first source: a whole path or a name."""
     if source is None or not Path(source).exists():
         return [], source
     path = Path(source).resolve()

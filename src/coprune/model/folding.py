@@ -70,7 +70,7 @@ class Layout:
         return rows.view(self.segments, self.before + self.size)[:, -self.size :].clone()
 
     def rows_of(self, units: Tensor) -> Tensor:
-        """What is said of every unit (of every segment, or channel where there is one), said of every row of the producer."""
+        """Repeat a value of every unit (segment, or channel where there is one) for every row of the producer."""
         if self.stacks:
             return torch.cat([units.repeat_interleave(times * self.size) for times in (self.repeats, 1, 1)])
         if self.before:
@@ -99,7 +99,7 @@ class Heads:
 
 
 def heads_of(model: Any) -> Heads:
-    """What the configuration says of attention heads."""
+    """Read the attention heads from the configuration."""
     config = model.config.get_text_config()
     size, count = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
     # Where stages have numbers of their own, a list says them.
@@ -127,7 +127,7 @@ class Fold:
     producers: tuple[tuple[Matrix, ...], ...]
     """For each consumer what produces its inputs."""
     gate: Matrix | None = None
-    """What gives a gate for every input of the only consumer, behind as many queries of each head or by itself."""
+    """The matrix that gives a gate for every input of the only consumer, behind each head's queries or by itself."""
 
     def apply(self, orders: Sequence[Tensor]) -> None:
         """Permute in place. orders: for each consumer, segments × size int64."""

@@ -42,7 +42,7 @@ class Generation:
     max_new_tokens: int = 256
     """An answer has at most so many tokens, or as many as the model's positions leave for it."""
     temperature: float = 1.0
-    """What logits are divided by before a token is drawn; 0 takes the likeliest token every time."""
+    """Logits are divided by this before a token is drawn; 0 takes the likeliest token every time."""
     top_p: float = 1.0
     """Tokens are drawn from the likeliest ones whose probabilities together reach this."""
     seed: int = 0
@@ -51,14 +51,14 @@ class Generation:
     end_ids: tuple[int, ...] = ()
     """Tokens that end an answer."""
     pad_id: int = 0
-    """What fills shorter prompts of a batch, out of the model's sight."""
+    """The token that fills shorter prompts of a batch, out of the model's sight."""
     fixed_cache: bool = False
     """Keys and values are as long as they get from the start, as a compiled step asks."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote to one prompt."""
+    """A model's answer to one prompt."""
 
     tokens: list[int]
     """Without the prompt; where the answer ended by itself, the token that ended it is the last."""
@@ -265,5 +265,5 @@ def ends_among(*said: Any) -> tuple[int, ...]:
 
 
 def filling(pad: Any, ends: Sequence[int]) -> int:
-    """What fills a batch: the tokenizer's own token for that, else one that ends a text, else the first."""
+    """Choose the token that fills a batch: the tokenizer's own for that, else one that ends a text, else the first."""
     return pad if isinstance(pad, int) else next(iter(ends), 0)

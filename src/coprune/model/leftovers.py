@@ -1,4 +1,4 @@
-"""What a block holds besides the matrices to prune: convolutions, tables, routers. All of it is named, with the reason."""
+"""The tensors of a block besides the matrices to prune: convolutions, tables, routers. Each is named, with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is added to the products of pruned matrices: matrices of low rank, beside the weights and not in them.
+"""Factors of low rank that are added to the products of pruned matrices, beside the weights and not in them.
 
 A layer that may get one is wrapped before anything is pruned, since a matrix may be pruned in the middle of its layer's own
 forward. From then on everybody who runs the model sees the sum.
@@ -66,7 +66,7 @@ def wrap(matrix: Matrix) -> WithFactors:
 
 
 def wrapped_of(layer: nn.Module) -> WithFactors | None:
-    """What adds factors to a layer's answers, if anything does."""
+    """Return the wrapper that adds factors to a layer's output, if there is one."""
     forward = layer.__dict__.get("forward")
     return forward if isinstance(forward, WithFactors) else None
 

@@ -43,7 +43,7 @@ class Matrix:
         return self._own(getattr(self.owner, self.attribute).detach())
 
     def _own(self, whole: Tensor) -> Tensor:
-        """What belongs to this matrix of a tensor that is shaped like its parameter, 2-D."""
+        """Return this matrix's part of a tensor that is shaped like its parameter, 2-D."""
         if whole.ndim == 4:
             return whole.view(whole.shape[0], -1)
         return whole if self.expert is None else whole[self.expert]

@@ -15,7 +15,7 @@ from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 
 _TOKENS = 64
-"""What a fold changes shows in few tokens."""
+"""The effect of a fold shows in few tokens."""
 
 
 def first_tokens(sample: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ _Seen = Callable[[str, Tensor, Any], Any]
 
 
 class Ties:
-    """What the whole model chose, block by block, for the smaller one to follow.
+    """The experts that the whole model chose, block by block, for the smaller one to follow.
 
     kept: numbers of the experts that are left, by the block's name in the whole model; dtype: of both models.
     """

@@ -24,7 +24,7 @@ class KeptSlices(BaseModel):
         return torch.stack(rows).to(tensor.device)
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """What is left of the tensor."""
+        """Return the kept slices of a tensor."""
         indices = self._indices(tensor)
         if len(self.ranges) == 1:
             return tensor.index_select(self.dim, indices[0]).contiguous()

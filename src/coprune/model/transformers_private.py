@@ -1,4 +1,4 @@
-"""What coprune uses of transformers that transformers does not document: it may change in any version.
+"""Internals of transformers that coprune uses: they are not documented, and may change in any version.
 
 Everything of that kind is here under a name of our own, so that a new version is met in one place; one test holds
 each of them to what is relied on. Only the import hook of packed folders names its table itself, as it must not import
@@ -48,7 +48,7 @@ Operation = ConversionOps
 Converter = WeightConverter
 """A conversion that changes the layout of tensors."""
 QuantizationConfig = quantization_config.QuantizationConfigMixin
-"""What a configuration says of how weights are stored."""
+"""The part of a configuration that says how weights are stored."""
 in_natural_order = dot_natural_key
 """A key to sort tensors' names by, so that the tenth expert comes after the ninth."""
 
@@ -167,7 +167,7 @@ def tie_read_weights(model: PreTrainedModel, missing: set[str]) -> None:
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What save_pretrained would save: of tied weights one, and none that the model says not to save."""
+    """Return the tensors that save_pretrained would save: of tied weights one, and none that the model says not to save."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, model)
@@ -248,7 +248,7 @@ def name_model(model: PreTrainedModel, name: str) -> None:
 
 
 def unpack_gguf() -> dict[str, Any]:
-    """What to tell from_pretrained so that a GGUF file's weights become dense."""
+    """Return the arguments with which from_pretrained makes a GGUF file's weights dense."""
     # Newer versions can keep the weights packed, and have to be told not to.
     wanted = getattr(quantization_config, "GgufConfig", None)
     return {} if wanted is None else {"quantization_config": wanted(dequantize=True)}

@@ -1,4 +1,4 @@
-"""What one matrix looked like when it was pruned, as small histograms: weight magnitudes, input norms, Wanda scores.
+"""Histograms of one matrix when it was pruned: weight magnitudes, input norms, Wanda scores.
 
 All are over the decimal logarithm, since all spread over orders of magnitude. Weights and scores are counted on a sample
 of rows, so that the cost does not depend on the matrix's size; input norms are all counted.

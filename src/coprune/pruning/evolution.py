@@ -24,7 +24,7 @@ MOST_EXCHANGES = 6
 
 @dataclass(frozen=True)
 class Exchanges:
-    """What may change places: steps of parts, such that all parts together lose as much as before."""
+    """Steps of parts that may be exchanged, such that all parts together lose as much as before."""
 
     groups: Sequence[Sequence[int]]
     """Numbers of parts; among those of one group steps are exchanged."""
@@ -74,7 +74,7 @@ def _difference(steps: Steps, best: Steps) -> NDArray[np.float64]:
 
 
 def _slopes(tried: Sequence[tuple[Steps, float]], best: tuple[Steps, float]) -> NDArray[np.float64]:
-    """What one more step of every part seems to cost, near the best budget; budgets far from it count less."""
+    """Estimate the cost of one more step of every part, near the best budget; budgets far from it count less."""
     away = np.array([_difference(steps, best[0]) for steps, _ in tried])
     cost = np.array([found - best[1] for _, found in tried])
     weights = 1 / (1 + np.square(away).sum(axis=1))

@@ -29,7 +29,7 @@ from coprune.recipe.pattern import Target
 
 
 class MatrixResult(BaseModel):
-    """What became of one matrix."""
+    """The result of pruning one matrix."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,11 +60,11 @@ class Solver:
     method: Method
     refinements: tuple[Refinement, ...] = ()
     low_rank: LowRank | None = None
-    """What is added to every matrix whose layer can add something."""
+    """The factors of low rank to add to every matrix whose layer can add some."""
 
     @property
     def statistic(self) -> type[Statistic] | None:
-        """What has to be gathered. A Gram matrix serves every method that asks for less."""
+        """Return the statistic to gather. A Gram matrix serves every method that asks for less."""
         return Gram if self.refinements or self.low_rank else self.method.statistic
 
     def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:

@@ -214,7 +214,7 @@ class _Ways:
 
 
 def logits_of(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """What the model makes of the last block's answer: N × V."""
+    """Return the logits that follow from the last block's output: N × V."""
     return run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, hidden).flatten(0, -2)
 
 

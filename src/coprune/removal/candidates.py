@@ -1,4 +1,4 @@
-"""What a budget costs: KL to the dense model, computed anew only from the first block that is another.
+"""The cost of a budget: KL to the dense model, recomputed only from the first block that differs.
 
 A budget is compared with the best so far on more and more of the tokens, and let go of as soon as it falls behind.
 """
@@ -45,7 +45,7 @@ class Levels:
     costs: list[float]
     """Squared error of the consumers' outputs, relative to them."""
     moved: float
-    """What the block changes in the hidden states of the dense model."""
+    """How far the block moves the hidden states of the dense model."""
     inputs: Mapping[str, Inputs]
     """Of the consumers in the dense model, by name."""
 
@@ -96,7 +96,7 @@ BEHIND = 0.005
 budgets of the same cost differ by on some hundred tokens."""
 
 Hidden = list[Tensor]
-"""What a block is given, by batch."""
+"""The input of a block, by batch."""
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Candidates:
     settled: Steps
     """The budget by which is known what every block is given."""
     hidden: list[Hidden]
-    """What that is, and at the end what the last block gives."""
+    """Those inputs, and at the end the last block's output."""
     sums: dict[Steps, list[float]] = field(default_factory=dict)
     """Of budgets that were looked at to the end: KL in nats, by batch."""
     touched: set[int] = field(default_factory=set)
@@ -222,12 +222,12 @@ class Candidates:
 
 
 FINDS_FILE = "search.json"
-"""What a search has tried, in the run's folder."""
+"""The tries of a search, in the run's folder."""
 
 
 @dataclass
 class Finds:
-    """What was tried so far, and what it cost."""
+    """The tries so far, and their costs."""
 
     path: Path | None
     """Where that is kept; None where no folder is wanted."""
@@ -238,7 +238,7 @@ class Finds:
 
     @classmethod
     def of(cls, session: Session) -> Finds:
-        """What an earlier run of the same kind found, or nothing; the first process's answer for all."""
+        """Read the tries of an earlier run of the same kind, or none; the first process's answer for all."""
         found = session.opened.around.processes.from_first(lambda: cls._read(session))
         return found if session.opened.around.writes else replace(found, path=None)
 
@@ -281,7 +281,7 @@ class Finds:
 
 
 STARTS = ("uniform", "error")
-"""What is tried first."""
+"""The budgets that are tried first."""
 
 
 def search_steps(

@@ -76,7 +76,7 @@ class Part:
         return keep.repeat_interleave(self.units.shape[1])
 
     def masks(self, keeps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What is kept of every parameter that loses something: bool, by its name. keeps: U bool for each consumer."""
+        """Return masks of every parameter that loses something: bool, by its name. keeps: U bool for each consumer."""
         found: dict[str, Tensor] = {}
         for consumer, producers, keep in zip(self.fold.consumers, self.fold.producers, keeps, strict=True):
             _mask(found, consumer, self.columns(keep), inputs=True)
@@ -241,7 +241,7 @@ def filled(keep: Tensor, count: int) -> Tensor:
 
 
 def together(masks: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is kept of every parameter where two parts were removed: what both keep."""
+    """Return the masks after two removals: every parameter keeps what both keep."""
     return {**masks, **{name: mask & masks[name] if name in masks else mask for name, mask in more.items()}}
 
 
@@ -270,6 +270,6 @@ def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None
 
 
 def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
-    """What could be removed of every block that stays, proven on one sample."""
+    """Find the parts that every block could lose, proven on one sample. dropped: numbers of blocks that go."""
     for block, folds, run in folds_of_blocks(model, dropped):
         yield block.name, [*parts_of(block, folds, model.structure.groups[block.index], run)]

@@ -183,7 +183,7 @@ def _earlier(recipe: Recipe) -> Report | None:
 
 
 def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
-    """What the second half measured, beside what the first half did and the dense model was."""
+    """Return the second half's measurements, beside the first half's and the dense model's."""
     texts = {text.data: text.dense for text in cut.perplexity}
     images = {one.data: one for one in cut.accuracy}
     answers = None if pruned.answers is None else pruned.answers.beside(cut.answers)

@@ -1,4 +1,4 @@
-"""What a run removes, as far as that is known before the walk, and what is kept of a block, as edits and in words."""
+"""The plan of a removal, and the cut of one block, as masks, as edits and in words."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from coprune.run.session import Session
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run removes, as far as that is known before the walk."""
+    """The plan of a removal, as far as it is known before the walk."""
 
     dropped: Sequence[int] = ()
     """Numbers of the blocks that go."""
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    """What may get smaller, by block."""
+    """Parts that may get smaller, by block."""
     keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
     """How many units of a part are saved, by kind and by how many there are."""
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is kept of a block."""
+    """The units and experts of a block that are kept."""
 
     units: Sequence[tuple[Part, Sequence[Tensor]]] = ()
     """Units of its parts, U bool for each consumer."""
@@ -64,7 +64,7 @@ class Cut:
 
     @cached_property
     def masks(self) -> dict[str, Tensor]:
-        """What is kept of its parameters, bool, by name."""
+        """Masks of its parameters, bool, by name."""
         return _masks(self.units)
 
     def padded(self, plan: Plan) -> Cut:
@@ -85,7 +85,7 @@ def _masks(units: Sequence[tuple[Part, Sequence[Tensor]]]) -> dict[str, Tensor]:
 
 
 def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
-    """What is done to a block. layout: of the checkpoint, if that is not as transformers would save the model."""
+    """Return the edits of a block. layout: of the checkpoint, if that is not as transformers would save the model."""
     model = session.model
     if block.index in plan.dropped:
         return [dropped(session, block.index, layout)]
@@ -143,7 +143,7 @@ def _spread(units: int, count: int) -> Tensor:
 
 
 def words_of(plan: Plan, blocks: int, share: float | Left | None = None) -> Iterator[str]:
-    """What a plan removes, for people. blocks: how many there are; share: of experts, as it was asked for."""
+    """Describe a plan for people. blocks: how many there are; share: of experts, as it was asked for."""
     for kind, keep in plan.keep.items():
         name = "key-value heads with their query heads" if kind == "heads" else kind
         counts = " and ".join(f"{old} → {_kept(plan, kind, old)}" for old in sorted(keep))

@@ -72,7 +72,7 @@ class ExpertCall:
         return Routed(index, gates, out.reshape(*index.shape, -1))
 
     def watch(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
-        """What the experts return, as the sum of what each answers, and these answers."""
+        """Run the experts; return the sum of their answers, and the answers."""
         routed = self.run(own, args, kwargs)
         return routed.total, routed
 
@@ -113,7 +113,7 @@ class ListedCall:
         return self._chosen(own, args, kwargs)[0]
 
     def watch(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
-        """What the holder returns, and each of the answers in it. Raises UnsupportedModel where rows are no tokens."""
+        """Run the holder; return its output, and each answer in it. Raises UnsupportedModel where rows are no tokens."""
         index, gates = self._chosen(own, args, kwargs)
         calls: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -164,7 +164,7 @@ class ListedCall:
 
 
 _Answer = Callable[[int, Forward, Tensor], Tensor]
-"""What an expert answers: by its number, its own forward, and its tokens."""
+"""The answer of an expert, from its number, its own forward, and its tokens."""
 
 
 def _silence(number: int, forward: Forward, hidden: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _speak(number: int, forward: Forward, hidden: Tensor) -> Tensor:
 
 
 def _rows(output: Any) -> Tensor:
-    """What a module returns, or is given, as T × H."""
+    """Return a module's input or output as T × H."""
     found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found.reshape(-1, found.shape[-1])
 

@@ -88,7 +88,7 @@ def experts_left(mixture: Mixture, asked: RemovePart) -> int:
 
 
 def expert_scores(session: Session, mixtures: Mapping[str, Mixture]) -> Scored:
-    """What comes to each expert, by domain: known before, or found by one pass of all domains over the dense model.
+    """Return the sums of every expert, by domain: read from a file, or gathered in one pass of all domains over the dense model.
 
     Raises:
         BadInput: the scores that are named are of another model.
@@ -148,7 +148,7 @@ def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Ro
 
 
 def _of_all(session: Session, own: Scored) -> Scored:
-    """What all processes saw together."""
+    """Add up the sums of all processes."""
     first, *others = session.opened.around.processes.gather(own)
     for other in others:
         for name, blocks in other.items():
@@ -207,7 +207,7 @@ def cut_carried(session: Session, mixtures: Mapping[str, Mixture], edits: Edits)
 EXPERTS_FILE = "experts.json"
 """In a run's folder."""
 Scored = dict[str, dict[str, ExpertSums]]
-"""What was summed up of every mixture, by domain and block."""
+"""Sums of every mixture's experts, by domain and block."""
 
 
 class _Kept(BaseModel):
@@ -220,7 +220,7 @@ class _Kept(BaseModel):
 
 
 class ExpertScores(BaseModel):
-    """What was summed up, and of which model and samples."""
+    """Sums of experts, with the model and samples that they are of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -233,7 +233,7 @@ class ExpertScores(BaseModel):
 
     @classmethod
     def of(cls, model: str, data: dict[str, str], scored: Scored) -> Self:
-        """What a pass gave."""
+        """Wrap the sums of a pass."""
         sums = {
             name: {block: _Kept(tokens=s.tokens.tolist(), weighted=s.weighted.tolist()) for block, s in blocks.items()}
             for name, blocks in scored.items()

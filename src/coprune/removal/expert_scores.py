@@ -24,7 +24,7 @@ _STARTS = 8
 
 @dataclass
 class ExpertSums:
-    """What is remembered of the tokens that came to each expert, in float64 on the CPU."""
+    """Sums over the tokens that came to each expert, in float64 on the CPU."""
 
     tokens: Tensor
     """E: how many came to each."""
@@ -147,7 +147,7 @@ def kept_experts(scores: Mapping[str, Tensor], count: int, groups: int, weights:
 
 
 def coverage(scores: Mapping[str, Tensor], keep: Tensor) -> dict[str, float]:
-    """What share of its score every domain keeps. scores: E by domain; keep: E bool."""
+    """Return the share of its score that every domain keeps. scores: E by domain; keep: E bool."""
     return {name: float(score[keep].sum() / score.sum().clamp_min(1e-300)) for name, score in scores.items()}
 
 

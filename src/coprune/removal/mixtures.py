@@ -36,7 +36,7 @@ class Mixture:
     router: str
     """Path of the module whose product gives their logits."""
     sliced: dict[str, int]
-    """What has one entry per expert: path, and the dimension of the experts."""
+    """Tensors with one entry per expert: path, and the dimension of the experts."""
     added: tuple[str, ...]
     """Those that are added to logits or scores, so that minus infinity there keeps an expert from being chosen."""
     count: int
@@ -50,7 +50,7 @@ class Mixture:
     """Path of the module that is called with the tokens: the experts', or the one that holds their list."""
 
     def masks(self, module: nn.Module, keep: Tensor) -> dict[str, Tensor]:
-        """What is kept of every parameter and buffer, by its whole name. keep: E bool."""
+        """Return masks of every parameter and buffer, by its whole name. keep: E bool."""
         found = {}
         for path, dim in self.sliced.items():
             tensor = tensor_at(module, path)
@@ -253,7 +253,7 @@ class _Search:
         return seen[0] if seen else None
 
     def _vectors(self, router: str, count: int) -> list[str]:
-        """What has one value per expert: in the router, and right beside the experts."""
+        """Return the vectors with one value per expert: in the router, and right beside the experts."""
         found = []
         for path, deep in dict.fromkeys([(router, True), (self._above, False)]):
             module = self._module.get_submodule(path)

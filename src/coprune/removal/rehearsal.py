@@ -1,4 +1,4 @@
-"""What a removal will do, tried on the model beforehand: the configuration is found, and what cannot work is refused."""
+"""A rehearsal of a removal: its configuration is found, and a removal that cannot work is refused before the run."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def resized_by(session: Session, plan: Plan) -> Resized:
 
 
 def _arguments(plan: Plan, blocks: int) -> dict[str, float]:
-    """What a library's arguments may say of a plan, as timm calls it. blocks: how many there are."""
+    """Return a plan as arguments of a library, as timm names them. blocks: how many there are."""
     channels = [part for parts in plan.parts.values() for part in parts if part.kind == "channels"]
     ratios = {ratio_of(plan.saved(part), part.fold.consumers[0].shape[0]) for part in channels}
     found: dict[str, float] = {"mlp_ratio": ratios.pop()} if len(ratios) == 1 else {}

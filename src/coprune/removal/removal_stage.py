@@ -50,7 +50,7 @@ def check_names(recipe: Recipe) -> None:
 
 
 def what_may_go(session: Session) -> Removable | None:
-    """What the recipe removes, found before anything slow; None where it removes nothing.
+    """Find the parts that the recipe removes, before anything slow; None where it removes nothing.
 
     Raises:
         BadInput: nothing of it would go, or all.
@@ -100,7 +100,7 @@ def remove_parts(session: Session, output: Output | None, found: Removable) -> O
 
 
 def _planned(session: Session, shared: SharedOutput, found: Removable) -> tuple[Plan, Configure]:
-    """What goes, as far as an earlier run settled it or as is settled now, and how the configuration tells of it."""
+    """Return the plan, as an earlier run settled it or as it is settled now, and its change of the configuration."""
     settled = shared.settled_before() or {}
     if (known := settled.get("plan")) is not None:
         plan = as_settled(session, found, known)
@@ -189,7 +189,7 @@ def _reconstruct(
 
 
 def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
-    """What is left, as a model of its own in memory."""
+    """Build the model that is left, in memory."""
     module = session.model.module
     changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
     layout = partial(session.model.weights.layout, "")
@@ -197,7 +197,7 @@ def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
 
 
 def settled_in(plan: Plan) -> dict[str, Any]:
-    """What was chosen in a plan, as JSON."""
+    """Return a plan's choices as JSON."""
     sizes = {kind: [*map(list, keep.items())] for kind, keep in plan.keep.items()}
     experts = [*map(list, plan.experts.items())]
     return {"dropped": [*plan.dropped], "keep": sizes, "experts": experts, "uneven": dict(plan.uneven)}

@@ -1,4 +1,4 @@
-"""What a run removes: the parts that there are, how many of each stay, and which blocks go."""
+"""From the shares that a recipe asks for to a plan: the parts there are, how many of each stay, which blocks go."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MOST_SHARES = 3
 
 @dataclass(frozen=True)
 class Removable:
-    """What a run may remove, found and rehearsed before anything slow."""
+    """The parts that a run may remove, found and rehearsed before anything slow."""
 
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     """Of the kinds that are asked for, by block; of all blocks."""
@@ -42,7 +42,7 @@ class Removable:
     blocks: bool = True
     """Whether blocks may go, where that is left to a budget."""
     rehearsed: tuple[Plan, Configure] | None = None
-    """What goes, and how the configuration tells of it, where no block has to be chosen for that."""
+    """The plan and its change of the configuration, where no block has to be chosen first."""
 
     def without(self, gone: Collection[str]) -> Removable:
         """The same of the blocks that stay. gone: names of the others."""
@@ -127,7 +127,7 @@ def _kinds(shares: Collection[str]) -> list[Kind]:
 
 
 def left_alone(session: Session, there: Mapping[str, Collection[str]]) -> BadInput | None:
-    """What include and exclude keep from getting smaller, where every block would have to; None if nothing.
+    """Return an error where include and exclude spare parts that every block would have to lose; None where they don't.
 
     there: by what is removed, the names of the blocks in which some of it can go.
     """
@@ -169,7 +169,7 @@ def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part
 
 
 def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan:
-    """What goes when some blocks do. Raises BadInput where that is nothing of what is asked for."""
+    """Return the plan in which some blocks go. Raises BadInput where nothing of what is asked for goes."""
     asked, keep = session.opened.recipe.remove, dict[Kind, dict[int, int]]()
     rest = found.without({session.model.names[index] for index in dropped})
     for kind in _kinds(asked.shares):

@@ -41,7 +41,7 @@ MOST_CANDIDATES = 500
 def possible_changes(
     model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], resized: Resized, layout: Layout | None = None
 ) -> Iterator[dict[str, Any]]:
-    """What the configuration may say for the model to have these shapes, the likeliest first.
+    """Yield changes of the configuration that give the model these shapes, the likeliest first.
 
     Args:
         model: as it was.
@@ -85,7 +85,7 @@ def refusal_of(model: PreTrainedModel, resized: Resized) -> str | None:
 def _candidates(
     making: _Making, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str], resized: Resized
 ) -> Iterator[dict[str, Any]]:
-    """What may be said: first what gives the blocks that are left, with each of these what gives the sizes; then all together."""
+    """Yield candidates: first changes for the blocks, with each of these changes for the sizes; then all together."""
     blocks, sizes, unsaid = choices_of(making.before, resized)
     tried: list[dict[str, Any]] = []
     whole = (
@@ -106,7 +106,7 @@ def _of_blocks(
     wanted: Mapping[str, tuple[int, ...]],
     unsaved: Container[str],
 ) -> Iterator[dict[str, Any]]:
-    """What gives the blocks that are left, by the names of their tensors; last what also says otherwise which are of a kind."""
+    """Yield changes that give the blocks left, by their tensors' names; last those that also change the blocks' kinds."""
     outline = _outline(wanted)
     if not blocks:
         yield {}
@@ -145,7 +145,7 @@ def _of_sizes(
     choices: tuple[Choices, Choices],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> Iterator[dict[str, Any]]:
-    """What gives the sizes, and what has to be said besides.
+    """Yield changes that give the sizes, and what has to be said besides.
 
     Where there are many ways, first what by itself makes shapes that are wanted, then also what by itself makes no other ones.
     """
@@ -166,7 +166,7 @@ def _fitting(
     wanted: Mapping[str, tuple[int, ...]],
     is_needed: bool,
 ) -> Choices:
-    """What makes no shape that nobody wants when it is said alone. is_needed: and makes one that is wanted, if it is anything."""
+    """Keep the changes that make no unwanted shape alone. is_needed: and make a wanted one, if they make any."""
     config, silent = _changed(making.before, first), {p for p, value in places_in(making.before) if value is None}
     whole = making.shapes(config)
 
@@ -300,7 +300,7 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
 
 @dataclass
 class Resized:
-    """What a configuration has to tell otherwise."""
+    """The sizes of a model that its configuration has to change."""
 
     sizes: Sequence[tuple[int, int]] = ()
     """Old numbers with the new ones; two things may have been as large as each other, and are not any more."""
@@ -308,7 +308,7 @@ class Resized:
     """How many there were."""
     dropped: Sequence[int] = ()
     extra: dict[str, int] = field(default_factory=dict)
-    """What may have to be said, though it was not: the width of a head, which followed from their number."""
+    """Values that may have to be written though they were not: the width of a head, which followed from their number."""
     arguments: dict[str, float] = field(default_factory=dict)
     """The same for a library that makes the model by the name of an architecture (timm), which stands for all numbers."""
 
@@ -320,7 +320,7 @@ Choices = list[list[dict[str, Any]]]
 
 
 def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices, Choices]:
-    """What may tell of the blocks that went, what of everything that is smaller, and what has to be said besides."""
+    """Return the changes that may describe the removed blocks, those for all that is smaller, and those needed besides."""
     places = [*places_in(config)]
     blocks, sizes, unsaid = _choices_of_blocks(places, resized) if resized.dropped else [], Choices(), Choices()
     for old, new in resized.sizes:
@@ -409,7 +409,7 @@ def _ratios(places: Sequence[tuple[str, Any]], old: int, new: int) -> Iterator[d
 
 
 def ratio_of(new: int, width: float) -> float:
-    """What a width is multiplied with to give a number, when the product is rounded down or to the nearest."""
+    """Return the factor that turns a width into a number, when the product is rounded down or to the nearest."""
     ratio = new / width
     return ratio if int(width * ratio) == new else (new + 0.25) / width
 

@@ -120,7 +120,7 @@ def least_error(
 
 @torch.no_grad()
 def _measured(session: Session, plan: Plan) -> list[Levels]:
-    """What keeping fewer units costs every part, from one walk over the dense model."""
+    """Measure what keeping fewer units costs every part, in one walk over the dense model."""
     model, align = session.model, session.opened.recipe.remove.align
     score = score_named(session.opened.recipe.remove.score_of("units"))
     recording = record_calibration(session)
@@ -151,7 +151,7 @@ def _measured(session: Session, plan: Plan) -> list[Levels]:
 def _levels(
     block: Block, part: Part, counts: list[int], inputs: Mapping[str, Inputs], how: tuple[Score, float]
 ) -> Levels:
-    """What a part keeps at every level, and what that costs, relative to its outputs. how: score, what its block moves."""
+    """Choose the units of a part at every level, with the relative cost. how: the score, and how far its block moves."""
     keeps: list[list[Tensor]] = [[] for _ in counts]
     costs, total = [0.0] * len(counts), 0.0
     for consumer in part.fold.consumers:

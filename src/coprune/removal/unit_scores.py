@@ -30,7 +30,7 @@ from coprune.recipe.choice import Choice
 from coprune.removal.channels_and_heads import Part, silence
 
 Curve = list[tuple[Tensor, float]]
-"""What is kept (U bool) at several numbers of units, and the squared error of the consumer's outputs then, a token."""
+"""The units kept (U bool) at several counts, and the squared error of the consumer's outputs then, per token."""
 
 
 class Score(Protocol):
@@ -157,7 +157,7 @@ class Surgery:
 
 
 def curve(score: Score, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
-    """What keeping fewer and fewer units costs; those kept are among those kept before.
+    """Measure what keeping fewer and fewer units costs; those kept are among those kept before.
 
     Args:
         score: chooses them, and says whether what is left is solved for anew.
@@ -385,7 +385,7 @@ def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
 
 
 def _slopes(costs: Sequence[float]) -> list[float]:
-    """What each step costs on the largest convex curve below the costs, ascending."""
+    """Return the cost of each step on the largest convex curve below the costs, ascending."""
     found: list[float] = []
     start = 0
     while start < len(costs) - 1:
@@ -435,7 +435,7 @@ def movement(before: Tensor | None, after: Tensor | None, processes: Processes =
 
 
 def _changes(before: Tensor | None, after: Tensor | None) -> tuple[float, int]:
-    """What `movement` says of each row, added up, and of how many rows that is."""
+    """Return the sum of the rows' `movement`, and the number of rows."""
     if before is None or after is None or before.shape != after.shape:
         return 0.0, 0
     size = after.square().sum(dim=1)

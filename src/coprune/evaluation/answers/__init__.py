@@ -1,1 +1,1 @@
-"""What a model writes: prompts, its answers to them, and figures of those, by themselves and against the dense model's."""
+"""A model's answers to prompts, and figures of those, by themselves and against the dense model's."""

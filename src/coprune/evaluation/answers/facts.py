@@ -41,7 +41,7 @@ class Sample(Facts):
 
 
 class Asked(Facts):
-    """What was asked, and how."""
+    """The prompts that were asked, and how."""
 
     prompts: str
     """Where the prompts are from."""
@@ -57,7 +57,7 @@ class Asked(Facts):
 
 
 class AnswerFacts(Asked):
-    """What a model answered, beside the dense model."""
+    """A model's answers, beside the dense model's."""
 
     greedy: Way
     sampled: Way | None
@@ -121,7 +121,7 @@ class AnswerFacts(Asked):
         )
 
     def lines(self) -> list[tuple[str, str]]:
-        """What was found, for people: names and values; of the short ones only the verdict."""
+        """List the findings for people: names and values; of the short ones only the verdict."""
         rows = [("answers", f"{self.verdict()} (greedy, at most {self.new_tokens} tokens, prompts: {self._source})")]
         if self.short:
             return rows
@@ -218,7 +218,7 @@ class Requirement(BaseModel):
 def answer_rows(
     facts: AnswerFacts | None, left_out: str | None, required: Sequence[Requirement]
 ) -> list[tuple[str, str]]:
-    """What a report says of answers in its last lines: names and values. left_out: why there are none."""
+    """List a report's last lines on answers: names and values. left_out: why there are none."""
     rows = [] if facts is None else facts.lines()
     rows += [] if left_out is None else [("answers", f"not looked at: {left_out}")]
     return rows + [("required", one.line()) for one in required]

@@ -22,7 +22,7 @@ _LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generat
 
 
 class Look:
-    """What is looked at, and what was seen so far.
+    """A look at a model's answers, and what was seen so far.
 
     plan: what the run looks at; None for nothing; dense: the dense model in files, whose answers are kept where they were
     asked for; reference: what stands for it otherwise.

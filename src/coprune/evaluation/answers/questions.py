@@ -103,7 +103,7 @@ class Plan:
 
 
 def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:
-    """What a run looks at: what is asked for, or a few short answers where it saves a model, or nothing.
+    """Return the prompts to look at: those asked for, or a few short answers where a run saves a model, or none.
 
     Args:
         asked: the settings.
@@ -138,12 +138,12 @@ class Questions:
 
     @property
     def asked(self) -> Asked:
-        """What is told of them."""
+        """Return the facts about them."""
         return asked_of(self.plan, self.chat, self.new_tokens)
 
 
 def asked_of(plan: Plan, chat: bool, new_tokens: int) -> Asked:
-    """What is told of a plan. chat: whether prompts were put in a chat template; new_tokens: most of an answer."""
+    """Return the facts about a plan. chat: whether prompts were put in a chat template; new_tokens: most of an answer."""
     return Asked(
         prompts=plan.prompts.source,
         fingerprint=plan.prompts.fingerprint,

@@ -1,4 +1,4 @@
-"""What differs between models of text and classifiers of images: what they read, and how they are measured.
+"""The differences between models of text and classifiers of images: their inputs, and how they are measured.
 
 A run asks its task for samples to calibrate on, for data to measure on, and for the measurement; blocks, matrices,
 methods, the walk and the checkpoint know nothing of it. The two tasks are the entries of one table.

@@ -1,4 +1,4 @@
-"""What a run asks of its task."""
+"""The contract of a run with its task."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def named(found: Measured, name: str, data: Data) -> Measured:
 
 
 class Task(Protocol):
-    """What a run asks for; `samples.tokens` is a tensor whose first dimension counts the samples."""
+    """The measurements and samples of a run; `samples.tokens` is a tensor whose first dimension counts the samples."""
 
     measure_name: str
 

@@ -88,7 +88,7 @@ class TextTask:
 
     @property
     def _source(self) -> tuple[str, str]:
-        """What decides the tokens of a text."""
+        """Return what decides the tokens of a text."""
         return self._loaded.source, self._recipe.calibrate.bos
 
     @property
@@ -118,7 +118,7 @@ class TextTask:
         return windows_at_bos(samples, self._bos) if self._shifts(choice) else samples
 
     def data_begun(self, choice: BosChoice, data: dict[str, Data]) -> dict[str, Data]:
-        """What `evaluation` gave, as its windows begin by a choice."""
+        """Let the windows of evaluation data begin as a choice says."""
         if not self._shifts(choice):
             return data
         return {

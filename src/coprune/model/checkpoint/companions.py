@@ -31,13 +31,13 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h
 
 @dataclass(frozen=True)
 class Companions:
-    """What lies beside a model's weights: its tokenizer or image processor, its card, and the dtype of its tensors."""
+    """The companions of a model's weights: its tokenizer or image processor, its card, and the dtype of its tensors."""
 
     processor: Any
     card: str
     dtype: DtypeName = "auto"
     source: str | None = None
-    """What the model was made from, as it was asked for."""
+    """The source of the model, as it was asked for."""
     location: Location | None = None
     """Where a model that is in memory was loaded from, as long as it still has those shapes."""
 

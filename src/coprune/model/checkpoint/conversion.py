@@ -85,7 +85,7 @@ class Conversion:
         return [Renamed(key, tuple(group), converted[key]) for key, group in originals.items()], unknown
 
     def _missing(self, unknown: Mapping[str, str]) -> set[str]:
-        """What transformers would report as missing, after the exceptions that each model has."""
+        """Return the names that transformers would report as missing, after the exceptions that each model has."""
         covered = {group.target for group in self.groups}
         missing = self._model.state_dict().keys() - covered - tied_names(self._model)
         return without_known_exceptions(self._model, missing, unknown.values())[0]

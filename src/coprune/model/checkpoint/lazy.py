@@ -81,7 +81,7 @@ class Ahead:
 
 
 def ahead_to(device: torch.device) -> Ahead | None:
-    """What fetches blocks for a device; None for host memory."""
+    """Return the prefetcher of blocks for a device; None for host memory."""
     channel = channel_to(device)
     return None if channel is None else Ahead(channel, device)
 
@@ -153,9 +153,9 @@ class Unread:
     encoding: Encoding
     name: str = ""
     uncut: Uncut | None = None
-    """What gives a tensor that was made smaller its shape in the model."""
+    """Restores the model's shape of a tensor that was made smaller."""
     ahead: Ahead | None = None
-    """What may have fetched it already."""
+    """The prefetcher that may hold it already."""
 
     def __getitem__(self, everything: object) -> Tensor:
         if self.ahead is not None and (fetched := self.ahead.take(self.entry)) is not None:

@@ -96,11 +96,11 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "images"]
 
 MODEL_CLASSES: dict[TaskName, Any] = {"text": AutoModelForCausalLM, "images": AutoModelForImageClassification}
-"""What builds a model for each task. timm's models are classifiers of transformers too, under its wrapper."""
+"""The class that builds a model for each task. timm's models are classifiers of transformers too, under its wrapper."""
 
 
 def task_of(config: Any) -> TaskName:
-    """What a model with this configuration is for: images if it is a classifier of them and no language model."""
+    """Return the task of a model with this configuration: images if it classifies them and is no language model."""
     classes = [name for name, auto in MODEL_CLASSES.items() if builds(auto, config)]
     return "images" if classes == ["images"] else "text"
 
@@ -165,7 +165,7 @@ def _forget_codes(config: Any) -> None:
 
 
 def task_at(location: Location) -> TaskName:
-    """What the model at a place is for, by its configuration. Raises BadInput if that cannot be read."""
+    """Return the task of the model at a place, by its configuration. Raises BadInput if that cannot be read."""
     if isinstance(location, GgufFile):
         return "text"
     with quiet_transformers(), explained(location):
@@ -343,7 +343,7 @@ def explained(location: Location, fix: str | None = None) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says first; a line that only announces those after it says nothing without them."""
+    """Return the first line of an error that says something: one that only announces the others does not."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return " ".join([first, *more]) if first.endswith(":") else first
 

@@ -148,7 +148,7 @@ def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
 
 
 def _no_config(folder: ModelFolder) -> BadInput:
-    """What to say of a folder that is of no model: perhaps of a run, or models are in it."""
+    """Return the error about a folder that holds no model: perhaps a run, or models are in it."""
     saved: Words = "is it the folder of a saved model?"
     if (folder.path / "report.json").is_file():
         saved = (
@@ -232,7 +232,7 @@ def _fetch(name: str, cache_dir: Path | None, revision: str | None, weights: boo
 
 
 def _not_fetched(name: str, error: Exception) -> BadInput:
-    """What to tell about a model that the Hub did not give."""
+    """Return the error about a model that the Hub did not give."""
     fix: Words | None = None
     if isinstance(error, GatedRepoError):
         cause, fix = f"{name} is gated", "accept its terms on the Hub and log in with `hf auth login`"
@@ -465,6 +465,6 @@ def _build(architecture: str, file: Path) -> Any:
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    """What holds the numbers of all tensors: a model has one dtype, and statistics of its norms may be wider than its weights."""
+    """Return a dtype for all tensors: a model has one, and statistics of its norms may be wider than its weights."""
     kinds = {tensor.dtype for tensor in tensors if torch.is_floating_point(tensor)} - {torch.float64}
     return reduce(torch.promote_types, kinds) if kinds else torch.float32

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 EDITS_FILE = "coprune_edits.json"
-"""What was done to the model of a folder, beside its weights."""
+"""The file of a folder's edits, beside its weights."""
 LICENCES = ("LICENSE*", "NOTICE*")
 VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")
 """Files of tokenizers, besides JSON and plain text."""
 MODELOPT_FILE = "hf_quant_config.json"
-"""What ModelOpt writes beside a configuration, of how weights are quantised."""
+"""The file in which ModelOpt describes the quantisation, beside a configuration."""
 QUANT_METHOD = "coprune"
-"""What the configuration of a packed folder calls its way of storing weights."""
+"""The `quant_method` of a packed folder's configuration."""
 
 
 def kinds_of(names: Iterable[str]) -> list[str]:

@@ -46,7 +46,7 @@ class TensorEntry:
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
-        """What the files hold of it: itself, unless it is decoded from several tensors."""
+        """The stored tensors of it: itself, unless it is decoded from several."""
         return (self,)
 
     def read(self, buffer: Buffer) -> Tensor:
@@ -201,7 +201,7 @@ def read_ahead(entries: Iterable[TensorEntry]) -> None:
 
 
 def _no_weights(folder: Path) -> BadInput:
-    """What to tell about a folder without safetensors, by what it holds instead."""
+    """Return the error about a folder without safetensors, by what it holds instead."""
     if (folder / "adapter_config.json").is_file():
         cause, fix = f"{folder} holds an adapter, not a model", "merge it into its base model and save that"
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -237,7 +237,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What a header says of one tensor: dtype in the format's letters, shape, and its bytes within the data."""
+    """A header's entry of one tensor: dtype in the format's letters, shape, and its bytes within the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -311,9 +311,9 @@ logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "adapter"
 """The folder in a model's that holds what is added to its layers, in PEFT's own format."""
 ADAPTER_CONFIG = "adapter_config.json"
-"""What PEFT calls the configuration of an adapter."""
+"""PEFT's name for the configuration of an adapter."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""What it calls the file with its tensors."""
+"""PEFT's name for the file with its tensors."""
 
 
 @cache

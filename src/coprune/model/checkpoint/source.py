@@ -76,11 +76,11 @@ class Source:
         return True
 
     def below(self, prefix: str) -> list[Renamed]:
-        """What lies below a module's path."""
+        """Return the tensors below a module's path."""
         return [group for group in self.conversion.groups if is_below(group.target, prefix)]
 
     def outside(self, prefixes: Sequence[str]) -> list[Renamed]:
-        """What lies below none of these paths."""
+        """Return the tensors below none of these paths."""
         return [group for group in self.conversion.groups if not is_below_any(group.target, prefixes)]
 
     def as_written(self, groups: Sequence[Renamed], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

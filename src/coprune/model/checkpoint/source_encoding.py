@@ -44,7 +44,7 @@ class DecodedEntry(TensorEntry):
 
     weight: Weight
     parts: tuple[tuple[str, TensorEntry], ...]
-    """What is stored of it, by what it is."""
+    """The stored tensors of it, by their roles."""
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:

@@ -115,7 +115,7 @@ class InMemory:
         self._model = model
         self._source = source
         self._names = source if source is not None and source.leads_back() else None
-        """What gives tensors their names and dtypes, where transformers leads back to these."""
+        """The source, where transformers leads back to its names and dtypes."""
 
     @property
     def model(self) -> PreTrainedModel:

@@ -182,7 +182,7 @@ class CheckpointWriter:
         return self.recall(part) is not None
 
     def recall(self, part: str) -> dict[str, Any] | None:
-        """What was remembered of a part that is whole; None if it has to be written (again)."""
+        """Return the notes of a part that is whole; None if it has to be written (again)."""
         self.settle()
         try:
             note = json.loads(self._note(part).read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class DeviceRoom:
-    """What hidden states may take of the memory of a device that has its own."""
+    """The memory that hidden states may take of a device that has its own."""
 
     nbytes: int
     asked: bool
@@ -41,7 +41,7 @@ class DeviceRoom:
 
 
 def device_room(device: torch.device, asked: float | None) -> DeviceRoom | None:
-    """What hidden states may take of a device's memory: half of what is free, if nothing else is asked for (GiB).
+    """Return the memory that hidden states may take of a device: half of the free memory by default (asked: GiB).
 
     None for host memory, and where the device does not tell.
     """
@@ -123,7 +123,7 @@ class Activations(Sequence[Tensor]):
 
     @property
     def bytes_in_memory(self) -> int:
-        """What the tensors take that are kept in host memory."""
+        """Size of the tensors that are kept in host memory."""
         return self._in_memory
 
     @property

@@ -1,4 +1,4 @@
-"""What a block's matrices are multiplied with, gathered while its batches run.
+"""The inputs of a block's matrices, gathered while its batches run.
 
 Matrices fed by the same tensor share one `Inputs`; the first of them to be used speaks for all.
 """
@@ -168,7 +168,7 @@ def _keys(rows: Tensor) -> Tensor:
 
 @dataclass
 class Inputs:
-    """What is known of one tensor that feeds one or more matrices."""
+    """The statistic and the sample of one tensor that feeds one or more matrices."""
 
     statistic: Statistic | None
     sample: InputSample
@@ -198,7 +198,7 @@ class Inputs:
 
 
 class BatchRows(NamedTuple):
-    """What is taken of one batch's rows."""
+    """The rows that are taken of one batch."""
 
     counted: CountedRows | None = None
     """Which are counted; None for all."""
@@ -240,7 +240,7 @@ class Gathered:
             raise error.within(f"{matrix.name}, calibration batch {batch}") from error
 
     def hear(self, batch: int) -> Callable[[Tensor], None] | None:
-        """What is to be told of every product's operand in a batch; None if nobody wants to know."""
+        """Return the observer of every product's operand in a batch; None if nobody wants to know."""
         counted = self._batches[batch].counted
         return None if counted is None else counted.hear
 

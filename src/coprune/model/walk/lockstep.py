@@ -77,7 +77,7 @@ def _own_gradient_mode() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Lanes:
-    """What the lanes of a block do."""
+    """The work of a block's lanes."""
 
     run: Callable[[int], Tensor]
     """From a batch's number to the block's output for it."""

@@ -216,7 +216,7 @@ def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> t
 
 
 def patches(x: Tensor, convolution: nn.Module) -> Tensor:
-    """What a convolution without overlaps multiplies its weight with, position by position.
+    """Return the patches that a convolution without overlaps multiplies its weight with, position by position.
 
     x: B × C × H × W (or without B). Returns … × positions × (C · kernel height · kernel width).
     """

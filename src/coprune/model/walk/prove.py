@@ -103,7 +103,7 @@ def _failures_named(model: nn.Module) -> Iterator[None]:
 
 
 class _Watched:
-    """What one forward shows, block by block, while each is replayed on what the replay before it gave."""
+    """The observations of one forward, block by block, while each is replayed on the output of the replay before it."""
 
     def __init__(self, found: FoundModel, structure: Structure) -> None:
         self.structure = structure

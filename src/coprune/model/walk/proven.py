@@ -44,7 +44,7 @@ class FoundModel:
 
 @dataclass
 class Structure:
-    """What one real forward showed of the blocks."""
+    """The structure of the blocks, as one real forward showed it."""
 
     sample: Tensor
     """The batch of one that was sent through."""

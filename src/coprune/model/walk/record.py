@@ -91,7 +91,7 @@ def hidden_of(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a block's answer looks like, so that an idle block can give one of the same kind."""
+    """The form of a block's output, so that an idle block can return one like it."""
 
     entries: int
     """Length of the tuple that begins with the hidden states; 0 if they are the answer themselves."""
@@ -177,7 +177,7 @@ def run_after_blocks(
     hidden: Tensor,
     last: int | None = None,
 ) -> Tensor:
-    """What the model makes of the last block's output: final norm and head.
+    """Run the model on the last block's output: final norm and head.
 
     batch, last: as in `forward_logits`; hidden: of the same samples, as the last block answers. Returns logits.
     """

@@ -49,7 +49,7 @@ class Recording:
         return [count * len(counts) / max(sum(counts), 1) for count in counts]
 
     def rows(self, kept: int) -> list[BatchRows]:
-        """What is taken of every batch's rows. kept: so many of all together for a sample of them, or a few more."""
+        """Return the rows to take of every batch. kept: so many of all together for a sample of them, or a few more."""
         counted = [None] * len(self.tokens) if self.counted is None else [CountedRows(one) for one in self.counted]
         total = self.uneven
         shares = [None if total is None else -(-kept * batch.numel() // total) for batch in self.tokens]
@@ -107,7 +107,7 @@ class Dense:
     before it. Also the way of callers that only look."""
 
     keep: Callable[[Tensor], Tensor] | None = None
-    """What to keep of a batch's inputs (B × S × H) until their block is done; None for nothing."""
+    """Returns the part of a batch's inputs (B × S × H) to keep until their block is done; None keeps nothing."""
     batches: int | None = None
     """Of how many batches that is kept, the first ones; None for all."""
 

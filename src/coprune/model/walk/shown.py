@@ -1,4 +1,4 @@
-"""What a walk shows its caller, and what it takes over from earlier runs."""
+"""The events of a walk, and the results of earlier runs that it takes over."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MatricesReady:
     """None where no calibration data runs through the model."""
 
     def known(self) -> dict[str, Inputs]:
-        """What is known of each matrix's inputs, by its name."""
+        """Return the statistics of each matrix's inputs, by its name."""
         return {} if self.inputs is None else dict.fromkeys((m.name for m in self.matrices), self.inputs)
 
     def statistics(self) -> dict[str, Statistic]:
@@ -43,13 +43,13 @@ class BlockDone:
     before: Sequence[Tensor] = ()
     """Hidden states that it was given, one tensor per batch, as far as the walk was asked to keep them."""
     after: Sequence[Tensor] = ()
-    """What the dense block made of them: in `Dense` moves of the same inputs, else of the dense model's, if those go
+    """The dense block's outputs: in `Dense` moves of the same inputs, else of the dense model's, if those go
     along (`Recording.dense`)."""
 
 
 @dataclass(frozen=True)
 class Past:
-    """What earlier runs left: nothing, unless it is said."""
+    """Blocks that earlier runs finished: none by default."""
 
     finished: Container[str] = ()
     """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""

@@ -1,4 +1,4 @@
-"""What is remembered of a matrix's inputs: sums that are updated batch by batch and can be merged.
+"""Statistics of a matrix's inputs: sums that are updated batch by batch and can be merged.
 
 Shapes: T tokens of one batch, I inputs of the matrix. Sums are float32 on the inputs' device, whatever the
 model's dtype, and matrices that are fed by the same tensor share one statistic.

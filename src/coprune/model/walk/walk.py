@@ -35,7 +35,7 @@ AFTER = "after the blocks"
 
 @dataclass
 class Walk:
-    """What a walk needs; iterate over it once.
+    """A walk over the blocks; iterate over it once.
 
     Raises ValueError where statistics are known already and the moves, or several processes, need others.
     """

@@ -1,4 +1,4 @@
-"""What an allocation is: it looks at every matrix once and spreads one budget of zeros over them."""
+"""The contract of an allocation: it looks at every matrix once and allocates one budget of zeros among them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Shown = tuple[Matrix, Statistic | None]
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one sparsity: a matrix, or all experts of one parameter."""
+    """The smallest thing with a sparsity of its own: a matrix, or all experts of one parameter."""
 
     name: str
     """Path of the parameter, without an expert's number."""
@@ -54,7 +54,7 @@ class Allocation(Protocol):
 
     @property
     def statistic(self) -> type[Statistic] | None:
-        """What it needs to know of the inputs; None if nothing."""
+        """The statistic of the inputs that it needs; None for none."""
 
     @property
     def first(self) -> int:
@@ -110,7 +110,7 @@ def units_of(chosen: Chosen, block_names: Sequence[str]) -> list[Unit]:
 def targets_by_matrix(
     units: Sequence[Unit], targets: Sequence[Target], outputs: Mapping[str, Tensor]
 ) -> dict[str, Target]:
-    """What every matrix gets, by its name.
+    """Return the target of every matrix, by its name.
 
     Args:
         units: all that are to be pruned.
@@ -146,7 +146,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """What a unit's sparsity costs: a convex function, and the sparsities between which it may be chosen.
+    """The cost of a unit's sparsity: a convex function, and the sparsities between which it may be chosen.
 
     The limits are widened to whole steps.
     """

@@ -197,7 +197,7 @@ Sample = tuple[Tensor, Tensor | None]
 
 
 def watch(allocation: ByFisher, chosen: Chosen, squares: Mapping[str, Tensor], target: Target) -> list[Watched]:
-    """What is to be looked at.
+    """Choose the matrices and rows to watch.
 
     Args:
         allocation: says at which targets, and on which rows.
@@ -222,7 +222,7 @@ def lost_by_slopes(
     processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Tensor]:
-    """What every unit loses at the targets that it is watched at, in nats, of all samples together.
+    """Measure every unit's loss at the targets that it is watched at, in nats, over all samples together.
 
     The blocks are run again backwards, so that only one of them holds what its gradients take.
 
@@ -296,7 +296,7 @@ def _run_again(block: Block) -> Callable[..., Any]:
 
 
 def _added_up(watched: Sequence[Watched], processes: Processes) -> dict[str, Tensor]:
-    """What was lost by name of unit, of all processes together."""
+    """Add up the losses of all processes, by name of unit."""
     processes.add_up([sums for one in watched for sums in (one.lost, one.by_row) if sums is not None], 0)
     found: dict[str, Tensor] = {}
     for one in watched:

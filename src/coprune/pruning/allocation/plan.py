@@ -70,7 +70,7 @@ def _by_slopes(
     processes: Processes,
     advance: Callable[[float], None],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What every unit loses, from one look for the masks and then forwards and backwards of the whole model.
+    """Measure every unit's loss, from one look for the masks and then forwards and backwards of the whole model.
 
     Returns:
         That, by name of unit; by how much each matrix's outputs count, by its name, if that is asked for.
@@ -91,7 +91,7 @@ def _by_looks(
     processes: Processes,
     advance: Callable[[float], None],
 ) -> dict[str, Tensor]:
-    """What the allocation measured of every unit in one walk."""
+    """Measure every unit in one walk."""
     walk = Walk(model, recording, allocation.statistic, Dense(), processes=processes, advance=advance)
     return _measure(allocation, walk, target)
 
@@ -107,7 +107,7 @@ def _samples(recording: Recording) -> list[Sample]:
 
 @torch.no_grad()
 def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Tensor]:
-    """What the allocation measured in every block, experts added up, by name of unit."""
+    """Measure every block and add up its experts, by name of unit."""
     sums: dict[str, Tensor] = {}
 
     def measure(shown: list[Shown]) -> None:

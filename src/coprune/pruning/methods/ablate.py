@@ -34,7 +34,7 @@ class Ablate:
     block_size: int = 128
     """Columns whose mask is chosen together (iterative, unstructured); for N:M it is rounded up to a multiple of M."""
     damping: float = 0.01
-    """What is added to the Hessian's diagonal, as a fraction of its mean."""
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
 
     statistic: ClassVar[type[Gram]] = Gram
 

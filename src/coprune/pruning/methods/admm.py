@@ -38,7 +38,7 @@ class ADMM:
     mask_rounds: int = 15
     """In how many of the first rounds the mask is chosen anew, on a cubic schedule of sparsity."""
     damping: float = 0.1
-    """What is added to the unit diagonal of the scaled Gram matrix."""
+    """Added to the unit diagonal of the scaled Gram matrix."""
     rho: float = 1.0
     """Strength of the pull toward the sparse weights."""
     group: Group = "matrix"

@@ -30,14 +30,14 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 class Shared(NamedTuple):
-    """What matrices with the same inputs share: the scaled problem, and its (Ĝ + ρI)⁻¹ for every ρ."""
+    """Quantities that matrices with the same inputs share: the scaled problem, and its (Ĝ + ρI)⁻¹ for every ρ."""
 
     problem: ScaledGram
     inverse: Inverse
 
 
 class State(NamedTuple):
-    """What the alternation has come to: sparse weights of the scaled problem (O × I float32), and their mask."""
+    """The state of the alternation: sparse weights of the scaled problem (O × I float32), and their mask."""
 
     sparse: Tensor
     keep: Tensor
@@ -57,7 +57,7 @@ class ALPS:
     rounds_per_rho: int = 3
     """After how many rounds the mask is looked at and ρ raised."""
     damping: float = 0.01
-    """What is added to the Gram matrix's diagonal before it is scaled, as a fraction of its mean."""
+    """Added to the Gram matrix's diagonal before it is scaled, as a fraction of its mean."""
     refit_rounds: int = 10
     """Rounds of conjugate gradients on the final mask."""
     group: Group = "matrix"
@@ -88,7 +88,7 @@ class ALPS:
         return Pruned(result, keep, events)
 
     def _alternate(self, dense: Tensor, shared: Shared, target: Target) -> tuple[State, bool]:
-        """What comes out, and whether the mask stood still in the end."""
+        """Run the alternation; return its state, and whether the mask stood still in the end."""
         pull = dense @ shared.problem.scaled
         keep = target.keep(dense.abs(), self.group)
         sparse = dense.masked_fill(~keep, 0.0)
@@ -114,7 +114,7 @@ class ALPS:
 
 
 def growth(changed: Tensor, kept: Tensor) -> Tensor:
-    """What ρ is multiplied by. changed, kept: how many weights, without dimensions. Returns float64 without dimensions."""
+    """Return the factor by which ρ grows. changed, kept: counts of weights, without dimensions. Returns float64 likewise."""
     share = changed.double() / kept.clamp_min(1)
     factor = torch.full_like(share, GROWTH[-1][1])
     for least, larger in reversed(GROWTH[:-1]):

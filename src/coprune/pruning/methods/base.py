@@ -1,4 +1,4 @@
-"""What a pruning method is: hyperparameters, the statistic it asks for, and one pure function on tensors."""
+"""The contract of a pruning method: hyperparameters, the statistic it asks for, and one pure function on tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Method(Protocol):
     # A property only because a protocol's variables are invariant; a method writes `statistic: ClassVar[...] = ...`.
     @property
     def statistic(self) -> type[Statistic] | None:
-        """What it needs to know of the inputs; None if nothing."""
+        """The statistic of the inputs that it needs; None for none."""
 
     # Any, because each method narrows it to the statistic that it names.
     def prune(self, weight: Tensor, statistic: Any, target: Target) -> Pruned:
@@ -55,7 +55,7 @@ def apply_keep(weight: Tensor, keep: Tensor) -> Tensor:
 
 
 def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Target) -> Pruned:
-    """What a method makes of a matrix some of whose outputs count more: it is given larger rows for them.
+    """Prune a matrix some of whose outputs count more: the method is given larger rows for them.
 
     Args:
         method: any.

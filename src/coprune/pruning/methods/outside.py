@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Brought(NamedTuple):
-    """What installed packages bring, by the methods' names."""
+    """The methods of installed packages, by their names."""
 
     methods: dict[str, Method]
     packages: dict[str, str]
@@ -62,7 +62,7 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
 
 
 def missing_in(method: Any) -> str | None:
-    """What something lacks to be a method; None if nothing."""
+    """Name what an object lacks to be a method; None if nothing."""
     if not dataclasses.is_dataclass(method) or not getattr(type(method), "__dataclass_params__").frozen:  # noqa: B009
         return f"{type(method).__name__} is not a frozen dataclass"
     if not callable(getattr(method, "prune", None)):

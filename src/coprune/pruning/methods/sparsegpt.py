@@ -41,9 +41,9 @@ class SparseGPT:
     block_size: int = 128
     """Columns whose mask is chosen together (unstructured); for N:M it is rounded up to a multiple of M."""
     damping: float = 0.01
-    """What is added to the Hessian's diagonal, as a fraction of its mean."""
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
     inner_loop: Literal["auto", "torch", "triton"] = "auto"
-    """What walks over the columns of a block: auto is a native kernel on CPUs where it compiles, one of Triton's on NVIDIA's
+    """The loop over the columns of a block: auto is a native kernel on CPUs where it compiles, one of Triton's on NVIDIA's
     GPUs where it gives what torch gives, and torch elsewhere."""
 
     statistic: ClassVar[type[Gram]] = Gram

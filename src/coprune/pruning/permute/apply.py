@@ -35,7 +35,7 @@ from coprune.recipe.pattern import Pattern
 
 @dataclass
 class Permuted:
-    """What permuting did: score retained in the permuted matrices before and after, and which matrices those are."""
+    """The outcome of a permutation: score retained in the permuted matrices before and after, and which matrices those are."""
 
     before: float = 0.0
     after: float = 0.0
@@ -210,7 +210,7 @@ def _exchange_among(score: Tensor, groups: Tensor, n: int) -> None:
 
 
 def _values(score: Tensor, channels: Tensor, others: Tensor, n: int) -> Tensor:
-    """What a group retains with a channel added, up to a constant of the group.
+    """Return the score that a group retains with a channel added, up to a constant of the group.
 
     channels: C; others: G × (M − 1), the channels that stay in each group. Returns C × G. Of a row, the group keeps its
     n − 1 best others in any case, and then the better of the next one and the channel. The constant does not matter,

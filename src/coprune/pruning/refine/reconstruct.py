@@ -42,7 +42,7 @@ class Reconstruction:
     It rises over the first tenth of the steps, of six and more over two, and falls along a cosine.
     """
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the block computes in; its weights are float32 while they are trained."""
+    """The dtype in which the block computes; its weights are float32 while they are trained."""
     held_out: float = 0.1
     """Share of the calibration batches that only watch for overfitting; 0 turns early stopping off."""
     seed: int = 0
@@ -225,12 +225,12 @@ _SMALLEST_PART = 1e-4
 
 @dataclass(frozen=True)
 class Examples:
-    """What a block is trained on, batch by batch."""
+    """The training data of a block, batch by batch."""
 
     inputs: Sequence[Tensor]
     """B × S × H per batch, in the model's dtype."""
     targets: Sequence[Tensor]
-    """What the dense block gives, likewise."""
+    """The dense block's outputs, likewise."""
     shares: Sequence[float]
     """By how much every batch counts; one of 0 is not looked at."""
     counted: Sequence[Tensor] | None = None

@@ -36,7 +36,7 @@ class Refit:
     products: Literal["float32", "bfloat16"] = "float32"
     """Precision of the products with the Gram matrix in a round; float32 where bfloat16 would be slower."""
     damping: float = 0.01
-    """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
+    """Added to each diagonal entry of the Gram matrix, as a fraction of it."""
 
     def __post_init__(self) -> None:
         require_positive(rounds=self.rounds)

@@ -48,7 +48,7 @@ class Swaps:
     refit_rounds: int = 20
     """Rounds of conjugate gradients afterwards; 0 leaves the weights alone."""
     damping: float = 0.01
-    """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
+    """Added to each diagonal entry of the Gram matrix, as a fraction of it."""
 
     def __post_init__(self) -> None:
         require_positive(steps=self.steps, candidates=self.candidates)

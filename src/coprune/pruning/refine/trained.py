@@ -1,4 +1,4 @@
-"""What reconstruction trains of a block: the matrices that were chosen, norms and biases, and nothing else.
+"""The parameters of a block that reconstruction trains: the chosen matrices, norms and biases, and nothing else.
 
 A layer is trained whole or not at all: a bias beside a matrix that is not to be pruned (a router's, an excluded
 layer's, a depth-wise convolution's) is left alone with it. So are vectors that are no norm, such as the decay of a
@@ -44,7 +44,7 @@ def sizes_of(trained: Iterable[tuple[Tensor, Tensor | None]]) -> list[float]:
 
 
 def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
-    """What is trained of a pruned block.
+    """Return the parameters of a pruned block to train.
 
     Args:
         block: the block; its parameters are real.
@@ -71,7 +71,7 @@ def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
 
 
 def names_of(trained: Sequence[Trained]) -> str:
-    """What is trained, for people: names without `.weight`, layers that differ in a number only once."""
+    """Name the trained parameters for people: without `.weight`, layers that differ in a number only once."""
     return ", ".join(dict.fromkeys(kind_of(one.name.removesuffix(".weight")) for one in trained))
 
 

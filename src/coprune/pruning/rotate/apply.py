@@ -26,7 +26,7 @@ from coprune.recipe.pattern import Target
 
 @dataclass
 class Rotated:
-    """What rotating did: shares of the scores that the pattern takes before and after, and in which matrices."""
+    """The outcome of a rotation: shares of the scores that the pattern takes before and after, and in which matrices."""
 
     shares: list[Tensor] = field(default_factory=list)
     """Before and after, two numbers for each place that was rotated."""
@@ -169,7 +169,7 @@ _STEPS, _RATE = 30, 0.03
 
 @dataclass(frozen=True)
 class HeadValues:
-    """What makes the values of key-value heads, and what reads the answers of their query heads.
+    """The matrices that make the values of key-value heads, and those that read the answers of their query heads.
 
     S key-value heads of D channels each, for R query heads each; I inputs of the values, O outputs of the consumer.
     """

@@ -21,7 +21,7 @@ _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 
 
 class Stored(Protocol):
-    """What is known of a tensor in a file."""
+    """A tensor in a file, as its header describes it."""
 
     @property
     def dtype(self) -> str: ...
@@ -160,7 +160,7 @@ def _weight(entries: Entries, name: str, form: Form, parts: dict[str, str], bloc
 
 
 def _block_of(quantization: Mapping[str, Any]) -> tuple[int, int]:
-    """What one scale is for, as far as the configuration says it: rows, columns. A scale for each row is found by itself."""
+    """Return the block that one scale is for, by the configuration: rows, columns. A scale for each row is found by itself."""
     said = quantization.get("weight_block_size")
     for group in _groups(quantization):
         weights = group.get("weights") or {}

@@ -52,7 +52,7 @@ class Rounding:
         return Rounding(self.values + other.values, self.error + other.error, self.energy + other.energy)
 
     def line(self) -> str | None:
-        """What is to be known of it; None where nothing was rounded."""
+        """Describe it for people; None where nothing was rounded."""
         if not self.values:
             return None
         relative = (self.error / self.energy) ** 0.5 if self.energy else 0.0
@@ -247,7 +247,7 @@ class Weight:
         return self._expanded(self._factors(plane), rows)
 
     def _factors(self, plane: Parts) -> Tensor:
-        """What the values of every block are multiplied with, float32."""
+        """Return the factors of every block's values, float32."""
         scales = self._as_matrix(plane[SCALES])
         if self.form.exponents:
             exponents = scales.view(torch.uint8).float()
@@ -263,12 +263,12 @@ class Weight:
         return scales.reshape(-(-self.rows // self.block[0]), -(-self.columns // self.block[1]))
 
     def _expanded(self, scales: Tensor, rows: slice) -> Tensor:
-        """What is one for each block, for each value of some rows."""
+        """Expand one value for each block to each value of some rows."""
         own = self._of_rows(scales, rows)
         return own if own.shape[1] == 1 else own.repeat_interleave(self.block[1], dim=1)[:, : self.columns]
 
     def _of_rows(self, scales: Tensor, rows: slice) -> Tensor:
-        """What is one for each block, for each of some rows, or once if it is one for all."""
+        """Select the values of some rows, or the one that is for all."""
         blocks = torch.arange(rows.start, rows.stop) // self.block[0]
         return scales if len(scales) == 1 else scales.index_select(0, blocks)
 
@@ -282,7 +282,7 @@ class Weight:
         return self.form.packing.pack(zeros.T.contiguous()).T
 
     def _no_number(self, stored: Parts) -> BadInput:
-        """What to say where a decoded value is none: of the scales, if it is they."""
+        """Return the error about a decoded value that is no number: about the scales, if it is they."""
         scales = [self._scales(plane, slice(0, self.rows)) for plane in self._planes(stored)]
         role = CODES if all(bool(torch.isfinite(one).all()) for one in scales) else SCALES
         return BadInput(
