@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,7 +31,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import NM, Target
 from coprune.run import memory_bound
 from coprune.run.memory_bound import Estimate, Proposal, Shapes
-from support.limits import data_of_imports
+from support.commands import run_command
 from support.live_bytes import LiveBytes
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import pico_tokenizer, save_pico, write_words
@@ -45,9 +43,8 @@ SMALL: dict[str, Any] = {"seqlen": 32, "quiet": True, "evaluate": False}
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(128, 128), (256, 128)])
-def test_no_method_takes_more_than_the_bound(method: str, shape: tuple[int, int]) -> None:
-    rows, width = shape
+def test_no_method_takes_more_than_the_bound(method: str) -> None:
+    rows, width = 256, 384
     solver = Solver(METHODS[method], (refinement_named(Choice(name="refit")),))
     assert solver.statistic is not None
     inputs = Inputs(solver.statistic(width), InputSample(width, 1))
@@ -74,7 +71,7 @@ def test_no_block_takes_more_than_the_bound(family: str) -> None:
     assert max(waiting) <= 4 * tokens.numel() * (shapes.waiting + scores)
     block.module.requires_grad_(True)
     with torch.enable_grad(), LiveBytes() as graph:
-        kept = recording.run(block, 0, hidden)
+        kept = recording.calls[0][0].run(block.module, hidden)
         assert kept.requires_grad
         assert graph.now <= 4 * tokens.numel() * (shapes.live + shapes.kept + 4 * shapes.heads * tokens.shape[1])
 
@@ -97,7 +94,6 @@ def test_more_work_takes_more(place: Path) -> None:
     base = bound(place, nsamples=64, propagation="sequential")
     more = bound(place, nsamples=128, propagation="sequential")
     assert more.phases["pruning"] > base.phases["pruning"]
-    assert bound(place, nsamples=128).phases["pruning"] < more.phases["pruning"]
     assert bound(place, nsamples=64, activation_memory=0, propagation="sequential").peak_bytes <= base.peak_bytes
     trained = bound(place, nsamples=64, preset="best", train="whole")
     parameters = sum(parameter.numel() for parameter in pico_model("llama").parameters())
@@ -168,24 +164,17 @@ def test_a_limit_on_the_process_counts() -> None:
     assert int(done.stdout) <= 100 * MIB < (available_bytes() or 0)
 
 
-def test_a_run_that_would_not_fit_says_so_and_leaves_nothing(tmp_path: Path) -> None:
-    """Samples whose hidden states alone are beyond the limit, which is far above what the process holds."""
-    save_pico(tmp_path / "model", max_position_embeddings=4096)
-    words = write_words(tmp_path / "words.txt", 30_000)
-    arguments = ["--dataset", str(words), "--nsamples", "1024", "--seqlen", "2048", "--no-eval", "--device", "cpu"]
-    limit = data_of_imports() + 500 * MIB
-    refused = subprocess.run(
-        [sys.executable, "-m", "coprune", "prune", "model", "wanda", *arguments, "--save-model", "out"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
-    )
-    assert refused.returncode == 2
-    assert "would not fit" in refused.stderr
-    assert "--activation-memory 0" in refused.stderr
-    assert not (tmp_path / "out").exists()
+def test_a_run_that_would_not_fit_leaves_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(memory_bound, "available_bytes", lambda: 30 * MIB)
+    options = ["--method", "wanda", "--dataset", "words.txt", "--nsamples", "512", "--seqlen", "32", "--no-eval"]
+    refused = run_command(["prune", "model", *options, "--save-model", "out"], monkeypatch, capsys)
+    assert refused.code == 2
+    assert "would not fit" in refused.err
+    assert "--nsamples 128" in refused.err
+    assert not (place / "out").exists()
 
 
 FP8: dict[str, Any] = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
