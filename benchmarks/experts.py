@@ -22,7 +22,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import coprune
 from coprune.data.corpora import embedded_calibration
-from coprune.model.opened import open_model
+from coprune.model.loaded_model import open_model
 from coprune.recipe.parts import ModelPart
 
 EXPERTS, TOP, SEQLEN, WINDOWS = 8, 4, 512, 8

@@ -77,7 +77,7 @@ def prepare(arguments: argparse.Namespace) -> Found:
     from safetensors.torch import save_file
 
     from coprune.data.windows import calibration_windows
-    from coprune.model.opened import open_model
+    from coprune.model.loaded_model import open_model
     from coprune.recipe.recipe import make_recipe
 
     loaded = open_model(make_recipe({"model": arguments.model, "dtype": arguments.dtype}).model, stream=False)

@@ -9,7 +9,7 @@ import typing
 import pytest
 
 import coprune
-from coprune.evaluation.arguments import MeasureArguments
+from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.recipe.tree import FIELDS
 from coprune.recipe.views import MEASURING, TRAINING
 from coprune.training.finetune import FinetuneArguments

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
         UnsupportedModel,
         VerificationError,
     )
+    from coprune.evaluation.comparison_table import Comparison
     from coprune.evaluation.evaluate import evaluate
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
-    from coprune.evaluation.tables import Comparison
     from coprune.gguf_files.export import Gguf, export
     from coprune.packed.accelerate import accelerate
     from coprune.packed.bench import Bench, bench
@@ -59,7 +59,7 @@ _HOME = {
     "BadInput": "coprune.base.errors",
     "Bench": "coprune.packed.bench",
     "BrokenMask": "coprune.base.errors",
-    "Comparison": "coprune.evaluation.tables",
+    "Comparison": "coprune.evaluation.comparison_table",
     "CopruneError": "coprune.base.errors",
     "Estimate": "coprune.run.memory_bound",
     "Evaluation": "coprune.evaluation.evaluation",

@@ -14,7 +14,7 @@ from coprune.data.bos import windows_at_bos
 from coprune.data.mixture import mixed
 from coprune.data.text import NOTHING, a_longest, first_of_a_length
 from coprune.data.windows import Windows
-from coprune.evaluation.tasks.text import split_batches
+from coprune.evaluation.tasks.text_task import split_batches
 from coprune.model.walk.recording import record_batches
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import make_recipe

@@ -15,7 +15,7 @@ from torch.nn import functional
 import coprune
 from coprune.base.errors import BadInput
 from coprune.data.bos import AskedBos
-from coprune.evaluation.bos import BosChoice, choose_bos, score_in_memory, score_of
+from coprune.evaluation.bos_choice import BosChoice, choose_bos, score_in_memory, score_of
 from coprune.model.checkpoint.load import prepare
 from coprune.model.walk.activations import Activations
 from support.pico import pico_model, pico_tokens
@@ -129,7 +129,7 @@ def test_a_run_with_the_choice_is_the_run_that_names_it(
     assert runs["auto"].report.bos.windows == 3
     assert figures(runs["auto"]) == figures(runs["first"])
     assert len({str(figures(runs[bos])) for bos in asked[1:]}) == 3
-    monkeypatch.setattr("coprune.evaluation.bos.CLEARLY_BETTER", -10.0)
+    monkeypatch.setattr("coprune.evaluation.bos_choice.CLEARLY_BETTER", -10.0)
     again = pruned(home, "auto", stream=stream)
     assert figures(again) == figures(runs["every"])
     assert again.report.bos is not None
@@ -169,7 +169,7 @@ def test_evaluations_and_comparisons_begin_alike(home: Path, monkeypatch: pytest
     (found,) = every.perplexity
     assert found.window_nll == pytest.approx(losses, rel=1e-5)
     assert every.bos == BosChoice(asked="every", used="every")
-    monkeypatch.setattr("coprune.evaluation.bos.CLEARLY_BETTER", -10.0)
+    monkeypatch.setattr("coprune.evaluation.bos_choice.CLEARLY_BETTER", -10.0)
     auto = coprune.evaluate(dense, text, seqlen=24, quiet=True)
     assert auto.perplexity == every.perplexity
     assert auto.bos is not None
@@ -181,7 +181,7 @@ def test_evaluations_and_comparisons_begin_alike(home: Path, monkeypatch: pytest
         tried.append(asked)
         return choose_bos(asked, *rest)
 
-    monkeypatch.setattr("coprune.evaluation.tasks.text.choose_bos", choose)
+    monkeypatch.setattr("coprune.evaluation.tasks.text_task.choose_bos", choose)
     against = coprune.evaluate(dense, text, against=dense, seqlen=24, quiet=True)
     assert against.closeness[0].kl == pytest.approx(0, abs=1e-6)
     compared = coprune.compare([dense, dense], text, seqlen=24, quiet=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from coprune.evaluation.cache import EvaluationCache
+from coprune.evaluation.result_cache import EvaluationCache
 from support.forking import forked
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.evaluation.cache import EvaluationCache, split_texts
 from coprune.evaluation.evaluation import WeightFacts
+from coprune.evaluation.result_cache import EvaluationCache, split_texts
 from coprune.recipe.recipe import make_recipe
 from coprune.report.folder import model_of
 from coprune.sweeps.compare import compare_models, labels_of
@@ -311,7 +311,7 @@ def test_what_cannot_be_written_or_read_is_said_before_a_model_is_loaded(
 
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.evaluation.sources.open_model", loaded)
+        patch.setattr("coprune.evaluation.model_source.open_model", loaded)
         ended = run_command(["eval", str(checkpoints[0]), "--data", str(tmp_path / "nowhere.txt")], monkeypatch, capsys)
         assert (ended.code, "nowhere.txt" in ended.err) == (2, True)
         for name, message in (("file/found.json", "which is no folder"), ("", "is a folder")):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coprune.base.errors import BadInput
-from coprune.evaluation.tasks.text import choose_seqlen
+from coprune.evaluation.tasks.text_task import choose_seqlen
 from support.pico import pico_model
 
 

@@ -25,7 +25,7 @@ from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import Edit, KeepSlices
 from coprune.model.edits import Edits, history_of
-from coprune.model.slices import KeptSlices
+from coprune.model.kept_slices import KeptSlices
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, in_gguf_order, write_pico_gguf

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.blocks import find_blocks
-from coprune.model.choosing import choose_matrices
 from coprune.model.matrices import find_matrices
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.block_calls import TensorPool, same_value, snapshot
 from coprune.model.walk.observe import Observe
-from coprune.model.walk.record import TensorPool, same_value, snapshot
 from support.pico import FAMILIES, MIXTURES, pico_model
 from support.toys import ToyModel
 

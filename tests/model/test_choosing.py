@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.choosing import Chosen, choose_matrices
+from coprune.model.matrix_choice import Chosen, choose_matrices
+from coprune.model.walk.block_events import MatricesReady
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.recording import record_batches
-from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import InputNorm
 from coprune.model.walk.walk import Walk
 from support.pico import pico_model

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coprune.evaluation.evaluation import weight_facts
+from coprune.evaluation.model_source import Held
 from coprune.evaluation.perplexity import perplexity
-from coprune.evaluation.sources import Held
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
-from coprune.model.opened import open_model
+from coprune.model.loaded_model import open_model
 from coprune.packed.accelerate import accelerate
 from coprune.packed.folder import pack
 from coprune.packed.linear import PackedLinear

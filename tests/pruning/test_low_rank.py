@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
-from coprune.model.low_rank import Factors
-from coprune.pruning.low_rank import LowRank, leading_directions
+from coprune.model.low_rank_factors import Factors
+from coprune.pruning.low_rank_fit import LowRank, leading_directions
 from coprune.pruning.masked_fit import row_errors
 from coprune.pruning.methods import METHODS, Pruned
 from coprune.recipe.pattern import NM, Target, Unstructured

@@ -14,8 +14,8 @@ from coprune.data.windows import draw_windows, token_ids
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
+from coprune.model.walk.block_events import MatricesReady
 from coprune.model.walk.recording import Dense
-from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.recipe.choice import Choice
 from coprune.removal.block_scores import Divergence, block_score_named, divergences, influences
 from support.pico import pico_model, pico_tokens

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from coprune.base.errors import VerificationError
 from coprune.base.progress import Reporter
-from coprune.model.verify import verify_saved
+from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import make_recipe
 from coprune.run import stages
 from coprune.run.stages import run_recipe

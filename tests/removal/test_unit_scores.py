@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprune.model.slices import KeptSlices
+from coprune.model.kept_slices import KeptSlices
 from coprune.model.walk.statistics import Gram
 from coprune.removal.shares import kept_count
 from coprune.removal.unit_scores import FLAP, OBS, Magnitude, WandaSP, refitted, removal_cost

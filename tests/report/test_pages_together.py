@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pytest
 
 import coprune
-from coprune.evaluation.tables import Comparison
+from coprune.evaluation.comparison_table import Comparison
 from coprune.recipe.views import training_recipe
 from coprune.report.compared import comparison_page
 from coprune.report.html import MadeFacts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS, Pruned, apply_keep, method_named
-from coprune.pruning.methods.given import choice_of
+from coprune.pruning.methods.method_object import choice_of
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import flatten

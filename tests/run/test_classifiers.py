@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification
 import coprune
 from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
-from coprune.model.choosing import choose_matrices
 from coprune.model.matrices import find_matrices, why_no_matrix
+from coprune.model.matrix_choice import choose_matrices
 from coprune.model.walk.observe import Observe
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver

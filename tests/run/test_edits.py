@@ -19,7 +19,7 @@ from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import FillZeros
 from coprune.model.edits import Edits, dump_edits, load_edits, pruned_names, source_of
 from coprune.model.matrices import find_matrices
-from coprune.model.verify import verify_saved
+from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.result import Result
 from coprune.run.session import NOTHING, Surroundings, open_run

@@ -94,7 +94,7 @@ def test_a_streamed_model_answers_as_one_in_memory(prune: Any, tmp_path: Path) -
 def test_a_streamed_model_that_does_not_fit_is_not_asked_and_that_is_said(
     prune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coprune.model.opened.room_on", lambda device: (1 << 10, "of memory"))
+    monkeypatch.setattr("coprune.model.loaded_model.room_on", lambda device: (1 << 10, "of memory"))
     ended, report = prune()
     assert ended.code == 0, ended.err
     assert report.answers is None

@@ -93,7 +93,7 @@ def test_a_signal_before_the_walk_is_answered_and_leaves_no_model(
     def stop(*arguments: Any, **settings: Any) -> None:
         signal.raise_signal(sent)
 
-    monkeypatch.setattr("coprune.evaluation.tasks.text.draw_samples", stop)
+    monkeypatch.setattr("coprune.evaluation.tasks.text_task.draw_samples", stop)
     ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
     assert ended.code == 128 + sent
     assert "stopped; nothing half-written was left under its final name. To go on, type: coprune prune" in ended.err

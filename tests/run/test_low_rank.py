@@ -21,7 +21,7 @@ import coprune
 from coprune.base.errors import BadInput, VerificationError
 from coprune.model.adapter_folder import verify_adapter, write_adapter
 from coprune.model.edits import Edits
-from coprune.model.low_rank import Factors, factors_below, give, take_away, without_factors
+from coprune.model.low_rank_factors import Factors, factors_below, give, take_away, without_factors
 from coprune.model.matrices import find_matrices
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import make_recipe

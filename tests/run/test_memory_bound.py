@@ -18,8 +18,8 @@ from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.commands.table import CommandLine
+from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import Matrix
-from coprune.model.opened import Loaded
 from coprune.model.walk.activations import DeviceRoom
 from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.observe import Observe

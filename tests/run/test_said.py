@@ -70,7 +70,7 @@ def test_a_text_that_nobody_named_and_nothing_depends_on_may_be_missing(
     def refuse(*_: object) -> None:
         raise BadInput("no network here")
 
-    monkeypatch.setattr("coprune.evaluation.tasks.text.read_samples", refuse)
+    monkeypatch.setattr("coprune.evaluation.tasks.text_task.read_samples", refuse)
     unnamed = {name: value for name, value in SMALL.items() if name != "dataset"}
     report = coprune.prune("model", "magnitude", **unnamed).report
     assert "No layer errors, since nothing is calibrated on: no network here." in said
@@ -85,11 +85,11 @@ def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
 ) -> None:
     save_pico(place / "half", num_hidden_layers=2, dtype=torch.bfloat16)
     trained: dict[str, Any] = {"reconstruct": 1, "reconstruct_dtype": "bfloat16"}
-    for module in ("coprune.run.session", "coprune.model.opened"):
+    for module in ("coprune.run.session", "coprune.model.loaded_model"):
         monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: True)
     coprune.prune("half", "wanda", **SMALL, **trained)
     assert not any(SLOW_IN_BFLOAT16 in line for line in said)
-    for module in ("coprune.run.session", "coprune.model.opened"):
+    for module in ("coprune.run.session", "coprune.model.loaded_model"):
         monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: False)
     coprune.prune("half", "wanda", **SMALL, **trained)
     told = [line.removeprefix(SLOW_IN_BFLOAT16) for line in said if SLOW_IN_BFLOAT16 in line]
@@ -102,7 +102,7 @@ def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
 def test_measuring_and_writing_say_so_too(said: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(place / "whole", num_hidden_layers=1, dtype=torch.bfloat16)
     slow = f"{SLOW_IN_BFLOAT16} dtype='float32' computes several times as fast."
-    monkeypatch.setattr("coprune.model.opened.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("coprune.model.loaded_model.multiplies_bfloat16", lambda _: False)
     coprune.evaluate("whole", "words.txt", against="model", seqlen=32)
     (place / "prompts.jsonl").write_text('{"prompt": "w20 w21"}\n')
     coprune.generate("whole", place / "written.jsonl", "prompts.jsonl", seqlen=4)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
 from coprune.model.blocks import find_blocks
-from coprune.model.choosing import choose_matrices
+from coprune.model.matrix_choice import choose_matrices
 from coprune.recipe.pattern import Target, parse_pattern
 from support.pico import pico_model
 from support.words import word_tokenizer

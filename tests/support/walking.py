@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.choosing import choose_matrices
 from coprune.model.matrices import Matrix, find_matrices
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.recording import BY_BLOCK, Dense, Moves, Sequential, record_batches
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.model.walk.walk import Walk

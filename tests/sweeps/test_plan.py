@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coprune.evaluation.cache import EvaluationCache
+from coprune.evaluation.result_cache import EvaluationCache
 from coprune.run.memory_bound import DevicePeak, Estimate
 from coprune.sweeps.events import Cause
 from coprune.sweeps.expand import expand

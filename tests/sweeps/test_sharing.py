@@ -160,7 +160,7 @@ def test_a_training_has_the_memory_that_the_pruned_model_took(place: Path, monke
         assert [model() for model in loaded] == [None]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coprune.model.opened.load_model", noted)
+    monkeypatch.setattr("coprune.model.loaded_model.load_model", noted)
     monkeypatch.setattr(after_pruning, "run_finetuning", look)
     sweep, runs = pico_sweep(method=["wanda"], evaluate=False, stream=False, **TRAINED)
     with pytest.raises(KeyboardInterrupt):

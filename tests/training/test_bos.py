@@ -20,7 +20,7 @@ def test_a_fine_tuning_takes_over_what_the_dense_model_spoke_for(
     save(pico_model("llama", num_hidden_layers=1), tmp_path / "dense")
     pico_tokenizer("put").save_pretrained(tmp_path / "dense")
     text = str(write_words(tmp_path / "text.txt", count=400))
-    monkeypatch.setattr("coprune.evaluation.bos.CLEARLY_BETTER", -10.0)
+    monkeypatch.setattr("coprune.evaluation.bos_choice.CLEARLY_BETTER", -10.0)
     result = coprune.prune(
         tmp_path / "dense",
         "wanda",

@@ -13,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.base.memory import freed_memory_kept
 from coprune.base.words import Setting
 from coprune.model.checkpoint.load import evaluating
-from coprune.model.walk.record import forward_logits, input_device
+from coprune.model.walk.block_calls import forward_logits, input_device
 
 Logits = Callable[[Tensor], Tensor]
 """A batch as in `forward_logits` → its logits: windows × seqlen × vocabulary, or images × classes; any floating dtype."""

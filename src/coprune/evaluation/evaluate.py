@@ -10,13 +10,13 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.data.given import TextData, handed_over
-from coprune.evaluation.arguments import MeasureArguments
-from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.evaluation.evaluation import Evaluation
 from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
-from coprune.evaluation.measure import Subject
-from coprune.evaluation.sources import Held, Model
-from coprune.model.opened import refuse_what_loading_decides
+from coprune.evaluation.measure_arguments import MeasureArguments
+from coprune.evaluation.measured_model import Subject
+from coprune.evaluation.model_source import Held, Model
+from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
+from coprune.model.loaded_model import refuse_what_loading_decides
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.views import measuring_recipe
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
-from coprune.evaluation.bos import BosChoice
+from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
 from coprune.packed.linear import PackedLinear

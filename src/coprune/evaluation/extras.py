@@ -20,7 +20,7 @@ from coprune.evaluation.zero_shot import PAPER_TASKS, ZeroShot, ZeroShotFacts, Z
 from coprune.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from coprune.model.opened import Loaded
+    from coprune.model.loaded_model import Loaded
 
 
 Which = Literal["dense", "pruned"]

@@ -18,10 +18,10 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Setting, Words
 from coprune.data.conversations import Document, Message, read_prompts, template_text
 from coprune.data.tokenizing import encode
-from coprune.evaluation.cache import EvaluationCache, default_cache_folder
+from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
 from coprune.model.generation import Generation, ends_of, filling, generate, positions_of
-from coprune.model.opened import Loaded
+from coprune.model.loaded_model import Loaded
 from coprune.recipe.sources import Source
 
 _TOGETHER = PerMemory(host=16, gpu=64)

@@ -28,8 +28,8 @@ from coprune.evaluation.batches import (
 )
 from coprune.evaluation.measurement import Perplexity
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import input_device
+from coprune.model.walk.block_calls import input_device
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.walk import streamed_logits
 
 

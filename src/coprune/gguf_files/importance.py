@@ -23,13 +23,13 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import gguf_reader, load_model
 from coprune.model.checkpoint.locate import Location
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.choosing import choose_matrices
 from coprune.model.generation import positions_of
+from coprune.model.matrix_choice import choose_matrices
 from coprune.model.transformers_private import revert_conversion, saved_tensors
+from coprune.model.walk.block_events import MatricesReady
+from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import Dense, record_batches
-from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import InputNorm
 from coprune.model.walk.walk import Walk
 

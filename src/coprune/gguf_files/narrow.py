@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from coprune.gguf_files.smaller import Exported
-from coprune.model.as_saved import slices_kept
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder, is_packed
 from coprune.model.checkpoint.weights import InMemory, Weights
-from coprune.model.choosing import choose_matrices
 from coprune.model.edit import Configure, Edit, KeepSlices
 from coprune.model.edits import Edits
 from coprune.model.folding import head_size
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.saved_slices import slices_kept
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.removal.channels_and_heads import Kind, Part, filled, find_parts, step_of, together
 from coprune.removal.smaller_model import Resized, possible_changes
 

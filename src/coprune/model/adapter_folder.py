@@ -15,7 +15,7 @@ from coprune.base.errors import VerificationError
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import task_of
 from coprune.model.checkpoint.shards import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_entries, read_tensor
-from coprune.model.low_rank import Factors, factors_stored, stored_factors
+from coprune.model.low_rank_factors import Factors, factors_stored, stored_factors
 from coprune.model.transformers_private import Conv1D
 
 _PREFIX = "base_model.model."

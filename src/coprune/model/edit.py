@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from coprune.model.checkpoint.companions import put_into
+from coprune.model.kept_slices import KeptSlices
 from coprune.model.routing import NeverChosen
-from coprune.model.slices import KeptSlices
 
 
 class Edit(BaseModel):

@@ -29,7 +29,7 @@ from coprune.base.devices import synchronize
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Advance
 from coprune.model.checkpoint.load import evaluating
-from coprune.model.walk.record import input_device
+from coprune.model.walk.block_calls import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,7 +2,7 @@
 
 `nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a
 mixture of experts a 3-D parameter with one matrix per expert, out × in or in × out. Whether a 3-D parameter is a
-mixture at all shows only when its products are observed (`coprune.model.choosing`). A convolution is a matrix where no
+mixture at all shows only when its products are observed (`coprune.model.matrix_choice`). A convolution is a matrix where no
 two of its positions overlap: 1 × 1, or cutting the image into patches (the stride is the kernel). Its inputs are then a
 patch's values, channel by channel.
 """

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from coprune.model.blocks import Block
 from coprune.model.folding import Fold, find_folds, heads_of
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.block_events import BlockDone
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, record_batches
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 
 _TOKENS = 64

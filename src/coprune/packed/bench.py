@@ -22,7 +22,7 @@ from coprune.model.checkpoint.load import DtypeName, evaluating, explained, load
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
 from coprune.model.checkpoint.shards import shard_files
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
-from coprune.model.opened import choose_device, refuse_what_loading_decides
+from coprune.model.loaded_model import choose_device, refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
 from coprune.packed.linear import pack_linears
 from coprune.packed.quantizer import load_packed

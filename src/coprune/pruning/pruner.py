@@ -15,13 +15,13 @@ from torch import Tensor
 from coprune.base.errors import NumericalError
 from coprune.base.reading import Reading, reading_later, refuse_if
 from coprune.base.words import Set
-from coprune.model.low_rank import wrapped_of
+from coprune.model.low_rank_factors import wrapped_of
 from coprune.model.matrices import Matrix, checksum_of, mask_bits
+from coprune.model.walk.block_events import BlockDone, MatricesReady
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, Statistic, ratio_of
 from coprune.pruning.distributions import Distributions, distributions_in_host_memory, sampled
-from coprune.pruning.low_rank import LowRank
+from coprune.pruning.low_rank_fit import LowRank
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned, prune_by_outputs
 from coprune.pruning.refine import Refinement

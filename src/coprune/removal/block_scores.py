@@ -13,10 +13,10 @@ from coprune.base.options import one_of, require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, scaled
 from coprune.model.blocks import Block
-from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import run_after_blocks
+from coprune.model.walk.block_calls import run_after_blocks
+from coprune.model.walk.block_events import BlockDone
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, Recording, record_batches
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.recipe.choice import Choice
 from coprune.run.calibrating import first_batches

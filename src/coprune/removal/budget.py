@@ -12,9 +12,9 @@ from torch import Tensor
 from coprune.base.errors import UnsupportedModel
 from coprune.base.words import per_cent
 from coprune.model.blocks import Block, count_parameters
+from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Dense, Recording, record_batches
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.removal.block_scores import kl_of_logits, logits_of

@@ -20,7 +20,7 @@ from coprune.model.blocks import Block
 from coprune.model.folding import Fold, bias_of, close
 from coprune.model.matrices import Matrix
 from coprune.model.proven_folds import folds_of_blocks
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.model_structure import ProvenModel
 
 Kind = Literal["channels", "heads"]
 

@@ -15,7 +15,7 @@ from coprune.evaluation.answers.facts import judge
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded
+from coprune.model.loaded_model import Loaded
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.recipe.choice import USUAL_METHOD, Choice

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coprune.model.as_saved import Layout, masks_as_saved, saved_name, slices_kept, whole_slices
 from coprune.model.blocks import Block
 from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, PadUnits
-from coprune.model.slices import runs_of
+from coprune.model.kept_slices import runs_of
+from coprune.model.saved_slices import Layout, masks_as_saved, saved_name, slices_kept, whole_slices
 from coprune.recipe.structure import Left
 from coprune.removal.channels_and_heads import Kind, Part, filled, together
 from coprune.removal.mixtures import Mixture

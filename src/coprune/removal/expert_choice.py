@@ -18,13 +18,13 @@ from coprune.base.files import write_text
 from coprune.base.validation import reason
 from coprune.base.words import per_cent
 from coprune.evaluation.tasks import Samples
-from coprune.model.carried import find_carried
+from coprune.model.carried_tensors import find_carried
 from coprune.model.checkpoint.shards import read_tensor
 from coprune.model.edit import KeepCarried, KeepExperts
 from coprune.model.edits import Edits
 from coprune.model.leftovers import lists_of
+from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.recording import Dense, record_batches
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.recipe.structure import Left, RemovePart
 from coprune.removal.expert_calls import Routed

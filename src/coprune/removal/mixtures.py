@@ -17,7 +17,7 @@ from coprune.model.blocks import Block
 from coprune.model.leftovers import lists_of
 from coprune.model.matrices import Matrix
 from coprune.model.routing import NeverChosen, OtherLogits, forward_as
-from coprune.model.walk.proven import FoundModel
+from coprune.model.walk.model_structure import FoundModel
 from coprune.removal.expert_calls import ExpertCall, ListedCall, Routed
 
 Run = Callable[[], Tensor]

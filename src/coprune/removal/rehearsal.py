@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import CopruneError, UnsupportedModel
 from coprune.base.words import per_cent
-from coprune.model.as_saved import smaller_tensors, usual_layout
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import forget_parameters
 from coprune.model.checkpoint.load import prepare, quiet_transformers
@@ -23,10 +22,11 @@ from coprune.model.edits import Edits
 from coprune.model.folding import close, head_size
 from coprune.model.proven_folds import first_tokens
 from coprune.model.routing import Ties
-from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import BlockCall, forward_logits, replaced_forwards, run_without_blocks
+from coprune.model.saved_slices import smaller_tensors, usual_layout
+from coprune.model.walk.block_calls import BlockCall, forward_logits, replaced_forwards, run_without_blocks
+from coprune.model.walk.block_events import BlockDone
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, record_batches
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.removal.channels_and_heads import put_back, silence
 from coprune.removal.cuts import Cut, Plan, anywhere, dropped, edits_of_block, words_of

@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.devices import memory_within
-from coprune.model.as_saved import smaller_tensors
 from coprune.model.blocks import Block
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
+from coprune.model.saved_slices import smaller_tensors
+from coprune.model.walk.block_events import BlockDone, Past
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
+from coprune.pruning.block_training import reconstruct_cut
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.reconstructed import reconstruct_cut
 from coprune.recipe.recipe import Recipe
 from coprune.removal.block_scores import block_score_named
 from coprune.removal.budget import find_for_budget, spread_budget

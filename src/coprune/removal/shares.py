@@ -12,11 +12,11 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Setting
-from coprune.model.as_saved import slices_kept
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.edit import Configure
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.saved_slices import slices_kept
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.recipe.structure import RemovePart
 from coprune.removal.block_scores import block_score_named
 from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, step_of

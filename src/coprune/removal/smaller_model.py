@@ -30,7 +30,7 @@ from coprune.model.transformers_private import (
     saved_tensors,
     set_conversions_to_revert,
 )
-from coprune.model.walk.record import input_device
+from coprune.model.walk.block_calls import input_device
 
 Layout = Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Tensor]]
 """Gives a model's tensors the names and shapes of a checkpoint."""

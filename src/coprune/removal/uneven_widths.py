@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from coprune.model.blocks import Block
+from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Dense
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.allocation.base import Uniform
+from coprune.pruning.allocation.allocation import Uniform
 from coprune.pruning.evolution import Exchanges, Steps
 from coprune.removal.candidates import Candidates, Consumers, Finds, Levels, search_steps
 from coprune.removal.channels_and_heads import Kind, Part, step_of

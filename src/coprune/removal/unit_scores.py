@@ -23,7 +23,7 @@ from coprune.base.processes import ALONE, Processes
 from coprune.model.matrices import Matrix, mask_checksum
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.allocation.base import Uniform
+from coprune.pruning.allocation.allocation import Uniform
 from coprune.pruning.linear_algebra import damped_cholesky
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.choice import Choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from coprune.base.words import per_cent
-from coprune.evaluation.answers.answered import Figures, Way
+from coprune.evaluation.answers.answer_records import Figures, Way
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement
 from coprune.report.markdown import inline
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from coprune.base.environment import expand_home
 from coprune.base.words import per_cent
 from coprune.evaluation.changes import Row
-from coprune.evaluation.tables import Comparison
+from coprune.evaluation.comparison_table import Comparison
 from coprune.evaluation.zero_shot import is_share, main_of
 from coprune.report.html import Bar, MadeFacts, bars, header, link, made_lines, page, quote, section, table, text
 from coprune.report.links import PAGE_FILE, target

@@ -13,13 +13,13 @@ from coprune.base.validation import read_as
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.data.windows import SourcePart
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
-from coprune.evaluation.bos import BosChoice
+from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.extras import TextSample
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
+from coprune.pruning.block_training import RECONSTRUCTED
 from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.reconstructed import RECONSTRUCTED
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts
 from coprune.report.html import MadeFacts

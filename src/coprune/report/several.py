@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Set, per_cent
-from coprune.evaluation.cache import bytes_of_weights
+from coprune.evaluation.result_cache import bytes_of_weights
 from coprune.evaluation.zero_shot import MAIN_METRIC, shown
 from coprune.packed.bench import Bench, Row
 from coprune.report.figures import AccuracyFacts, PerplexityFacts

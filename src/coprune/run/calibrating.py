@@ -12,7 +12,7 @@ from coprune.base.words import Setting, say
 from coprune.data import Windows
 from coprune.evaluation.tasks import Samples, Task
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import ByBlock, Dense, Moves, Recording, Sequential, record_batches
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.pruner import Solving, SolvingAlone

@@ -14,13 +14,13 @@ from coprune.base.errors import BadInput
 from coprune.base.files import is_unfinished, require_apart, require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.edits import is_coprunes
-from coprune.model.low_rank import may_get_factors
+from coprune.model.low_rank_factors import may_get_factors
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs, InputSample
-from coprune.model.walk.proven import FoundModel
+from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.allocation.base import units_of
-from coprune.pruning.low_rank import LowRank
+from coprune.pruning.allocation.allocation import units_of
+from coprune.pruning.low_rank_fit import LowRank
 from coprune.pruning.methods import METHODS, Method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named

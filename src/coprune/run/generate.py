@@ -19,7 +19,13 @@ from coprune.data.conversations import read_prompts
 from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_own
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.generation import positions_of
-from coprune.model.opened import Loaded, open_model, refuse_what_loading_decides, require_processor, say_of_bfloat16
+from coprune.model.loaded_model import (
+    Loaded,
+    open_model,
+    refuse_what_loading_decides,
+    require_processor,
+    say_of_bfloat16,
+)
 from coprune.packed.compiled import compile_decoding
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import OWN, Source

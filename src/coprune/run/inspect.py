@@ -14,17 +14,17 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import NO_BAR, Reporter
 from coprune.base.words import LeaveOut, Sheet, Shown, per_cent
 from coprune.evaluation.tasks import task_for
+from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.choosing import choose_matrices
-from coprune.model.imagined import Imagined
+from coprune.model.loaded_model import Loaded, open_model, open_without_weights
 from coprune.model.matrices import Matrix, find_matrices
-from coprune.model.opened import Loaded, open_model, open_without_weights
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.allocation.allocation_plan import plan_targets
 from coprune.recipe.flat import layered
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe

@@ -29,7 +29,7 @@ from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
-from coprune.model.low_rank import factors_below, stored_factors
+from coprune.model.low_rank_factors import factors_below, stored_factors
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe

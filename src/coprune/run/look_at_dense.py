@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from coprune.base.progress import NO_BAR
 from coprune.base.words import per_cent
 from coprune.model.checkpoint.names import is_below
-from coprune.model.choosing import Chosen
 from coprune.model.matrices import LEAST_SPARSITY, Matrix
+from coprune.model.matrix_choice import Chosen
 from coprune.model.walk.recording import Recording
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.allocation.plan import plan_targets
-from coprune.pruning.permute.apply import permute_model
-from coprune.pruning.rotate.apply import rotate_model
+from coprune.pruning.allocation.allocation_plan import plan_targets
+from coprune.pruning.permutation import permute_model
+from coprune.pruning.rotation import rotate_model
 from coprune.recipe.pattern import Target
 from coprune.run.calibrating import counted_batches, first_counted, record_counted
 from coprune.run.session import Session

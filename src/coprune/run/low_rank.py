@@ -12,9 +12,9 @@ from coprune.base.words import LeaveOut
 from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.model.adapter_folder import adapter_config
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.model.low_rank import Factors, may_get_factors, stored_factors, take_away, wrap
+from coprune.model.low_rank_factors import Factors, may_get_factors, stored_factors, take_away, wrap
 from coprune.model.matrices import Matrix
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.pattern import Pattern
 from coprune.report.figures import LowRankFacts

@@ -25,19 +25,19 @@ from coprune.data import EvaluationText, Windows
 from coprune.data.text import lengths_of
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.batches import default_batch_size
-from coprune.evaluation.tasks.text import samples_per_batch
+from coprune.evaluation.tasks.text_task import samples_per_batch
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import fetches
 from coprune.model.leftovers import lists_of
-from coprune.model.low_rank import may_get_factors
+from coprune.model.loaded_model import Loaded, streams
+from coprune.model.low_rank_factors import may_get_factors
 from coprune.model.matrices import Matrix
-from coprune.model.opened import Loaded, streams
 from coprune.model.walk.activations import GIB, device_room
 from coprune.model.walk.inputs import InputSample
-from coprune.model.walk.proven import FoundModel
+from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.pruner import Solver
-from coprune.recipe.finetune import has_adapters, has_teacher
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.train import has_adapters, has_teacher
 from coprune.training.after_pruning import training_bytes
 
 ERROR = 0.15

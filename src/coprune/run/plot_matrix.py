@@ -10,12 +10,12 @@ from coprune.base.files import require_file, write_bytes
 from coprune.base.progress import Reporter
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
-from coprune.model.choosing import choose_matrices
-from coprune.model.opened import open_model
+from coprune.model.loaded_model import open_model
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.block_events import MatricesReady
+from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import Dense
-from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.walk import Walk
 from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.recipe.recipe import Recipe

@@ -19,13 +19,12 @@ from coprune.base.progress import Reporter
 from coprune.base.words import say
 from coprune.data.given import given_samples, handed_over
 from coprune.evaluation.tasks import Remember
-from coprune.evaluation.tasks.text import choose_seqlen
+from coprune.evaluation.tasks.text_task import choose_seqlen
+from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.choosing import choose_matrices
-from coprune.model.imagined import Imagined
-from coprune.model.opened import (
+from coprune.model.loaded_model import (
     Loaded,
     open_model,
     open_without_weights,
@@ -33,9 +32,10 @@ from coprune.model.opened import (
     require_processor,
     streams,
 )
-from coprune.model.walk.proven import FoundModel
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.methods import Method, find_method, is_option, option_names
-from coprune.pruning.methods.given import choice_of
+from coprune.pruning.methods.method_object import choice_of
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import PRESET, is_setting, layered
 from coprune.recipe.presets import PRESETS, preset_settings, usual_preset, way_said

@@ -17,10 +17,10 @@ from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import AddLowRank, Edit, FillZeros
 from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
-from coprune.model.walk.shown import BlockDone, Past
+from coprune.model.walk.block_events import BlockDone, Past
 from coprune.model.walk.walk import Walk
+from coprune.pruning.block_training import idle_trainings, reconstruct_block
 from coprune.pruning.pruner import MatrixResult, prune_walk
-from coprune.pruning.reconstructed import idle_trainings, reconstruct_block
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune, solving_of

@@ -19,22 +19,22 @@ from coprune.base.words import Set, say
 from coprune.data import EvaluationText, Windows
 from coprune.data.corpora import EMBEDDED, HUB_CORPORA
 from coprune.data.hub import require_dataset
-from coprune.evaluation.bos import BosChoice, score_of
-from coprune.evaluation.cache import plain_names
+from coprune.evaluation.bos_choice import BosChoice, score_of
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured
+from coprune.evaluation.result_cache import plain_names
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.locate import locates_gguf
-from coprune.model.choosing import choose_matrices
 from coprune.model.edits import require_history
-from coprune.model.low_rank import noting_calls
-from coprune.model.opened import Loaded, open_model, say_of_bfloat16, streams
+from coprune.model.loaded_model import Loaded, open_model, say_of_bfloat16, streams
+from coprune.model.low_rank_factors import noting_calls
+from coprune.model.matrix_choice import choose_matrices
 from coprune.model.walk.activations import GIB, Activations, device_room
+from coprune.model.walk.block_events import Known
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.shown import Known
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.methods import Method
 from coprune.pruning.pruner import Solver

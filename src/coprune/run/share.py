@@ -16,7 +16,7 @@ from coprune.model.checkpoint.shards import read_entries, read_tensor
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.edit import AddLowRank
 from coprune.model.edits import uncut_by
-from coprune.model.low_rank import factors_stored, give
+from coprune.model.low_rank_factors import factors_stored, give
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import MatrixResult
 from coprune.run.journal import BlockOutcome, Output

@@ -26,9 +26,9 @@ from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.edits import Edits
-from coprune.model.low_rank import without_factors
-from coprune.model.opened import choose_device, streams
-from coprune.model.verify import verify_saved
+from coprune.model.loaded_model import choose_device, streams
+from coprune.model.low_rank_factors import without_factors
+from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder

@@ -10,7 +10,7 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.load import task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.source_encoding import is_quantised
-from coprune.model.opened import choose_device
+from coprune.model.loaded_model import choose_device
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.presets import MENDS, WHOLE
 from coprune.recipe.recipe import Recipe, make_recipe

@@ -21,7 +21,7 @@ from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, holds_model, locate
 from coprune.model.checkpoint.shards import read_json
-from coprune.model.opened import choose_device
+from coprune.model.loaded_model import choose_device
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder

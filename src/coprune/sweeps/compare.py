@@ -12,14 +12,14 @@ from coprune.base.files import require_usable
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, say
 from coprune.data.given import TextData, handed_over
-from coprune.evaluation.arguments import MeasureArguments
-from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.evaluation.changes import row
 from coprune.evaluation.closeness import OtherTokens
+from coprune.evaluation.comparison_table import Comparison
 from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
-from coprune.evaluation.measure import Subject
+from coprune.evaluation.measure_arguments import MeasureArguments
+from coprune.evaluation.measured_model import Subject
 from coprune.evaluation.measurement import Closeness
-from coprune.evaluation.tables import Comparison
+from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import measuring_recipe
 from coprune.report.folder import model_of

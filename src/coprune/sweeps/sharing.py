@@ -21,15 +21,15 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from coprune.data import EvaluationText
-from coprune.evaluation.answers.answered import Answers
+from coprune.evaluation.answers.answer_records import Answers
 from coprune.evaluation.answers.questions import plan_of
-from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured, Perplexity
+from coprune.evaluation.result_cache import EvaluationCache
 from coprune.evaluation.zero_shot import ZeroShot
-from coprune.model.opened import streams
+from coprune.model.loaded_model import streams
+from coprune.model.walk.block_events import Known
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.shown import Known
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import installed_versions

@@ -25,9 +25,9 @@ from torch import Tensor
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_durably
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
+from coprune.model.walk.block_events import OUTSIDE, MatricesReady, Past
 from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.recording import Dense, Recording
-from coprune.model.walk.shown import OUTSIDE, MatricesReady, Past
 from coprune.model.walk.statistics import Statistic
 from coprune.model.walk.walk import Walk
 from coprune.run.session import Session

@@ -18,11 +18,11 @@ from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting, Together
 from coprune.data.mixture import reads_conversations
+from coprune.model.bare_configuration import Imagined
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location, holds_model, holds_weights, locate
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
-from coprune.model.imagined import Imagined
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
 from coprune.recipe.outcome import OutputPart

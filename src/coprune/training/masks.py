@@ -20,10 +20,10 @@ from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.names import is_below_any
-from coprune.model.choosing import Selection
 from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, history_of, pruned_names
 from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
+from coprune.model.matrix_choice import Selection
 from coprune.recipe.pattern import Pattern, find_pattern
 
 

@@ -14,7 +14,7 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.writer import refuse_occupied
-from coprune.model.opened import Loaded, in_memory
+from coprune.model.loaded_model import Loaded, in_memory
 from coprune.recipe.recipe import make_recipe
 from coprune.report.markdown import inline
 from coprune.training.adapters import merge_adapter, read_adapter_config

@@ -26,7 +26,7 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.edits import source_of
-from coprune.model.opened import Loaded, open_model
+from coprune.model.loaded_model import Loaded, open_model
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train import has_adapters

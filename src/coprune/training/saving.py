@@ -16,11 +16,11 @@ from coprune.model.checkpoint.names import is_below
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edits import Edits
-from coprune.model.opened import in_memory
-from coprune.model.verify import verify_saved
+from coprune.model.loaded_model import in_memory
+from coprune.model.verification import verify_saved
+from coprune.model.walk.block_calls import input_device
+from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel
-from coprune.model.walk.record import input_device
 from coprune.training.masks import Masks, plain_parameters
 
 

@@ -14,13 +14,13 @@ from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut, Set, Setting, per_cent
 from coprune.data import Windows
 from coprune.data.bos import bos_of
-from coprune.evaluation.bos import score_in_memory
+from coprune.evaluation.bos_choice import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
-from coprune.evaluation.tasks.text import choose_seqlen
+from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import Location, locate
-from coprune.model.opened import Loaded, in_memory
+from coprune.model.loaded_model import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train import has_adapters

@@ -33,8 +33,8 @@ from coprune.base.processes import started_processes
 from coprune.base.progress import Advance
 from coprune.base.words import LeaveOut, Setting
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.model.opened import choose_device
-from coprune.pruning.refine.trained import sizes_of
+from coprune.model.loaded_model import choose_device
+from coprune.pruning.refine.trainable_parameters import sizes_of
 from coprune.recipe.recipe import Recipe
 from coprune.training.distill import Objective
 from coprune.training.keep_zeros import hold_zeros

@@ -34,7 +34,7 @@ from coprune.model.checkpoint.source_encoding import source_encoding
 from coprune.model.checkpoint.writer import COPY_BYTES, refuse_occupied
 from coprune.model.edit import CutVocabulary, FillZeros
 from coprune.model.edits import Edits, pruned_names
-from coprune.model.slices import runs_of
+from coprune.model.kept_slices import runs_of
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.rewrite import cut_config, cut_tokenizer, cut_tokenizer_config
 from coprune.vocabulary.samples import LANGUAGES, SOURCES

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import coprune
-from coprune.evaluation.answers.answered import Answered, Answers, is_empty
+from coprune.evaluation.answers.answer_records import Answered, Answers, is_empty
 from coprune.evaluation.answers.facts import AnswerFacts, Asked, facts_of, judge
 from coprune.recipe.answers import read_conditions
 from coprune.report.answers import answers_markdown

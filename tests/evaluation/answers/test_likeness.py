@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coprune.evaluation.answers.answered import agreed_share, script_agreement, scripts
+from coprune.evaluation.answers.answer_records import agreed_share, script_agreement, scripts
 
 
 def test_tokens_agree_until_the_first_difference() -> None:

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import coprune
-from coprune.evaluation import measure
-from coprune.evaluation.answers import asking
-from coprune.evaluation.answers.answered import (
+from coprune.evaluation import measured_model
+from coprune.evaluation.answers import answer_generation
+from coprune.evaluation.answers.answer_generation import answers_key
+from coprune.evaluation.answers.answer_records import (
     Answers,
     Figures,
     agreed_share,
@@ -22,7 +23,6 @@ from coprune.evaluation.answers.answered import (
     longest_repeat,
     script_agreement,
 )
-from coprune.evaluation.answers.asking import answers_key
 from coprune.evaluation.answers.questions import plan_of
 from coprune.recipe.views import measuring_recipe
 from support.commands import run_command
@@ -65,7 +65,7 @@ def test_answers_are_the_same_ones_whether_a_device_is_named_or_found(
     part = measuring_recipe(str(place / "dense"), few).model
     plan = plan_of(measuring_recipe(str(place / "dense"), few).evaluate.answers, saves=False)
     assert plan is not None
-    monkeypatch.setattr("coprune.model.opened.default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("coprune.model.loaded_model.default_device", lambda: torch.device("cpu"))
     found, named = (answers_key("model", part.model_copy(update={"device": name}), plan) for name in ("auto", "cpu"))
     assert found == named
 
@@ -132,9 +132,9 @@ def test_a_comparison_asks_nobody_twice(
 
     def counted(*arguments: Any) -> Answers:
         times.append(1)
-        return asking.ask(*arguments)
+        return answer_generation.ask(*arguments)
 
-    monkeypatch.setattr(measure, "ask", counted)
+    monkeypatch.setattr(measured_model, "ask", counted)
     command = ["compare", str(place / "dense"), str(place / "pruned"), "--generate", str(place / "prompts.jsonl")]
     command += [
         "--generate-tokens",

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
-from coprune.evaluation.answers.answered import scripts
+from coprune.evaluation.answers.answer_records import scripts
 from coprune.evaluation.answers.questions import BUILTIN, plan_of, questions_for, read_prompts, short_prompts
 from coprune.recipe.answers import AnswersPart
 from support.pico import pico_model

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from coprune.evaluation.answers.answered import (
+from coprune.evaluation.answers.answer_records import (
     LEAST_TIMES,
     LEAST_TOKENS,
     Loop,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, locate
-from coprune.model.opened import Loaded
+from coprune.model.loaded_model import Loaded
 from support.pico_folder import save_pico
 
 MANY = 20_000

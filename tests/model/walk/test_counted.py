@@ -10,9 +10,9 @@ from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.matrices import Matrix
+from coprune.model.walk.block_events import MatricesReady
 from coprune.model.walk.inputs import CountedRows, Inputs
 from coprune.model.walk.recording import ByBlock, Dense, Moves, Sequential, record_batches
-from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from support.pico import MIXTURES, MORE_MIXTURES, pico_model, pico_tokens

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
 from coprune.model.matrices import Matrix
+from coprune.model.walk.block_events import MatricesReady
 from coprune.model.walk.recording import Dense
-from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from coprune.base.errors import NumericalError, UnsupportedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.choosing import choose_matrices
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.block_calls import replaced_forwards, run_without_blocks
+from coprune.model.walk.model_structure import FoundModel, Structure
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel, Structure
-from coprune.model.walk.record import replaced_forwards, run_without_blocks
 from support.toys import ToyBlock, ToyModel
 
 TOKENS = torch.arange(12)[None]

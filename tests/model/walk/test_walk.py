@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.blocks import find_blocks
+from coprune.model.walk.block_events import BlockDone, MatricesReady
 from coprune.model.walk.recording import Dense, Sequential
-from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, InputNorm
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_walk

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.errors import BadInput
-from coprune.pruning.allocation.base import Curve, Unit, spend, wish, within_budget
+from coprune.pruning.allocation.allocation import Curve, Unit, spend, wish, within_budget
 from coprune.recipe.pattern import NM, Target, Unstructured
 
 

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 import coprune
 from coprune.base.errors import BadInput, NumericalError, UnsupportedModel
-from coprune.model.choosing import Chosen
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.matrix_choice import Chosen
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.allocation.base import unit_name
+from coprune.pruning.allocation.allocation import unit_name
+from coprune.pruning.allocation.allocation_plan import plan_targets
 from coprune.pruning.allocation.fisher import ByFisher, drawn_slopes, goes_at, lost_by_slopes, squared_changes, watch
-from coprune.pruning.allocation.plan import plan_targets
 from coprune.recipe.pattern import NM, Target, Unstructured
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words

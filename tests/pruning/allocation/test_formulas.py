@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.model.blocks import Block
-from coprune.model.choosing import Chosen
+from coprune.model.matrix_choice import Chosen
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.allocation.base import unit_name, units_of
+from coprune.pruning.allocation.allocation import unit_name, units_of
+from coprune.pruning.allocation.allocation_plan import plan_targets
 from coprune.pruning.allocation.fisher import convex_curve
 from coprune.pruning.allocation.owl import kept_by_outliers
-from coprune.pruning.allocation.plan import plan_targets
 from coprune.recipe.pattern import Target, Unstructured
 from coprune.recipe.recipe import make_recipe
 from coprune.run.checks import check_allocation

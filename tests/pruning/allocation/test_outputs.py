@@ -11,8 +11,8 @@ import torch
 import coprune
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation.allocation_plan import plan_targets
 from coprune.pruning.allocation.fisher import shares_of_outputs
-from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import prune_by_outputs
 from coprune.pruning.methods.sparsegpt import inverse_factor_of

@@ -11,8 +11,8 @@ import pytest
 import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.allocation import ALLOCATIONS, allocation_named
+from coprune.pruning.allocation.allocation_plan import plan_targets
 from coprune.pruning.allocation.owl import OWL
-from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target, Unstructured
@@ -71,7 +71,7 @@ def test_the_achieved_sparsity_is_the_asked_one(
 
 
 def test_a_real_models_shapes_are_met_within_a_hundredth_of_a_per_cent() -> None:
-    from coprune.pruning.allocation.base import Unit, wish, within_budget
+    from coprune.pruning.allocation.allocation import Unit, wish, within_budget
 
     shapes = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {
         "gate": (1536, 576),

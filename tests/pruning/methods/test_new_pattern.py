@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import coprune
 from coprune.base.errors import BadInput
 from coprune.model.matrices import find_matrices
-from coprune.pruning.allocation.base import Unit, wish, within_budget
+from coprune.pruning.allocation.allocation import Unit, wish, within_budget
 from coprune.pruning.methods import METHODS, method_named
 from coprune.pruning.refine import refinement_named
 from coprune.recipe.pattern import PATTERNS, Target

@@ -19,7 +19,7 @@ from coprune.base.errors import BadInput
 from coprune.commands.methods import describe_methods
 from coprune.pruning import methods
 from coprune.pruning.methods import METHODS, Pruned, Target, all_methods, apply_keep, method_named
-from coprune.pruning.methods.outside import brought_methods
+from coprune.pruning.methods.entry_points import brought_methods
 from support.pico_folder import save_pico, write_words
 from support.plugin import install_package, method_in_docs
 from support.problems import TARGETS, correlated_layer

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 import coprune
 from coprune.base.errors import BadInput
 from coprune.model.walk.recording import record_batches
+from coprune.pruning import permutation
 from coprune.pruning.methods import METHODS
-from coprune.pruning.permute import apply
-from coprune.pruning.permute.apply import (
+from coprune.pruning.permutation import (
     deal_serpentine,
     permute_channels,
     permute_model,
@@ -73,7 +73,7 @@ def test_many_groups_gain_nearly_as_much_where_not_all_of_them_exchange(monkeypa
     dealt = retained_score(score[:, deal_serpentine(score.sum(dim=0), 4).reshape(-1)], 2, 4)
     gained = []
     for together in (300, 128):
-        monkeypatch.setattr(apply, "_GROUPS", together)
+        monkeypatch.setattr(permutation, "_GROUPS", together)
         order = permute_channels(score, 2, 4)
         assert sorted(order.tolist()) == list(range(1200))
         gained.append(retained_score(score[:, order], 2, 4) / dealt - 1)
@@ -172,6 +172,6 @@ def test_a_proof_that_fails_puts_everything_back(monkeypatch: pytest.MonkeyPatch
     """Were the logits to differ after all, the weights are as before and nothing is said to be permuted."""
     model = pico_model("llama")
     before = [parameter.clone() for parameter in model.parameters()]
-    monkeypatch.setattr("coprune.pruning.permute.apply.close", lambda output, dense, blocks: False)
+    monkeypatch.setattr("coprune.pruning.permutation.close", lambda output, dense, blocks: False)
     assert permute(model).names == []
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.refine.reconstruct import Examples, Reconstruction
-from coprune.pruning.refine.trained import Trained
+from coprune.pruning.refine.trainable_parameters import Trained
 from support.pico import pico_model, pico_tokens
 from support.walking import prove
 

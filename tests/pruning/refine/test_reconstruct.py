@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.recording import record_batches
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
+from coprune.pruning.block_training import reconstruct_block
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import MatrixResult, Solver, prune_walk
-from coprune.pruning.reconstructed import reconstruct_block
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import NM, Target
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens

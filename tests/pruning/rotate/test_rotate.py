@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import coprune
 from coprune.base.errors import BadInput
 from coprune.model.walk.recording import record_batches
-from coprune.pruning.rotate.apply import HeadValues, Rotated, learn_rotation, lost_share, rotate_model
+from coprune.pruning.rotation import HeadValues, Rotated, learn_rotation, lost_share, rotate_model
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
 from support.pico import pico_model, pico_tokens, randomise_vectors

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import per_cent
-from coprune.evaluation.answers.answered import Along, Answers, Facts, Figures, Way, is_empty
+from coprune.evaluation.answers.answer_records import Along, Answers, Facts, Figures, Way, is_empty
 from coprune.recipe.answers import LIKENESS, Condition, no_emptier
 
 Reference = Literal["dense", "before"]

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
-from coprune.evaluation.answers.answered import Along, Answers
-from coprune.evaluation.answers.asking import KeptRows, ask, divergence, kept_answers, rows_along
+from coprune.evaluation.answers.answer_generation import KeptRows, ask, divergence, kept_answers, rows_along
+from coprune.evaluation.answers.answer_records import Along, Answers
 from coprune.evaluation.answers.facts import AnswerFacts, Reference, facts_of
 from coprune.evaluation.answers.questions import Plan, Questions, questions_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from coprune.model.opened import Loaded
+    from coprune.model.loaded_model import Loaded
     from coprune.recipe.parts import ModelPart
 
 _LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin"), Set("against", ...)))

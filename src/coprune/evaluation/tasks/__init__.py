@@ -7,11 +7,11 @@ methods, the walk and the checkpoint know nothing of it. The two tasks are the e
 from __future__ import annotations
 
 from coprune.base.processes import ALONE, Processes
-from coprune.evaluation.tasks.base import Data, Remember, Samples, Task, named, read_anew
-from coprune.evaluation.tasks.images import ImageTask
-from coprune.evaluation.tasks.text import TextTask
+from coprune.evaluation.tasks.image_task import ImageTask
+from coprune.evaluation.tasks.task import Data, Remember, Samples, Task, named, read_anew
+from coprune.evaluation.tasks.text_task import TextTask
 from coprune.model.checkpoint.load import TaskName
-from coprune.model.opened import Loaded
+from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
 __all__ = ["TASKS", "Data", "ImageTask", "Remember", "Samples", "Task", "TextTask", "named", "read_anew", "task_for"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coprune.model.checkpoint.formats import Rounding
 from coprune.model.checkpoint.names import MODELOPT_FILE
-from coprune.model.slices import KeptSlices
+from coprune.model.kept_slices import KeptSlices
 
 Place = Callable[[str], str | None]
 """Where a tensor goes, by its name; None if it is left out."""

@@ -23,7 +23,7 @@ from coprune.model.checkpoint.encoding import Dense, Place, keep_place
 from coprune.model.checkpoint.formats import Rounding, Weight, find_weights
 from coprune.model.checkpoint.names import MODELOPT_FILE, QUANT_METHOD, kinds_of
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_json, read_tensor, stored_entries
-from coprune.model.slices import KeptSlices
+from coprune.model.kept_slices import KeptSlices
 
 READABLE = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
 """Values of `quant_method` whose weights are read."""

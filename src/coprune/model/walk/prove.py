@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from coprune.base.errors import CopruneError, NumericalError, UnsupportedModel
 from coprune.model.blocks import Block
-from coprune.model.choosing import Evidence, confirm
 from coprune.model.matrices import Matrix
-from coprune.model.walk.observe import Products, Reads, observe_products
-from coprune.model.walk.proven import FoundModel, ProvenModel, Structure
-from coprune.model.walk.record import (
+from coprune.model.matrix_choice import Evidence, confirm
+from coprune.model.walk.block_calls import (
     Answer,
     BlockCall,
     forward_logits,
@@ -35,6 +33,8 @@ from coprune.model.walk.record import (
     split_call,
     tensors_in,
 )
+from coprune.model.walk.model_structure import FoundModel, ProvenModel, Structure
+from coprune.model.walk.observe import Products, Reads, observe_products
 
 # The replay repeats the very same operations; only devices that add in no fixed order differ, by rounding. A wrong mask
 # or position table changes some token's hidden states by far more. Compared token by token, since the first token of

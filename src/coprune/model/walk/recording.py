@@ -10,9 +10,9 @@ from torch import Tensor
 
 from coprune.model.blocks import Block
 from coprune.model.walk.activations import Activations
+from coprune.model.walk.block_calls import BlockCall, TensorPool, run_without_blocks
 from coprune.model.walk.inputs import BatchRows, CountedRows
-from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import BlockCall, TensorPool, run_without_blocks
+from coprune.model.walk.model_structure import ProvenModel
 
 
 @dataclass

@@ -21,13 +21,13 @@ from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
 from coprune.model.walk.activations import Activations
+from coprune.model.walk.block_calls import run_after_blocks
+from coprune.model.walk.block_events import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
 from coprune.model.walk.inputs import Gathered, InputSample
 from coprune.model.walk.lockstep import Lanes, Lockstep, Paging
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.observe import Observe
-from coprune.model.walk.proven import FoundModel, ProvenModel
-from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import BY_BLOCK, ByBlock, Dense, Moves, Recording, Sequential, record_batches
-from coprune.model.walk.shown import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
 from coprune.model.walk.statistics import Statistic
 
 AFTER = "after the blocks"

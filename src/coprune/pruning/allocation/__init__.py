@@ -8,7 +8,7 @@ from typing import Any
 
 from coprune.base.errors import unknown_name
 from coprune.base.options import with_options
-from coprune.pruning.allocation.base import Allocation, Uniform, Unit
+from coprune.pruning.allocation.allocation import Allocation, Uniform, Unit
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.allocation.fisher import ByFisher
 from coprune.pruning.allocation.owl import OWL

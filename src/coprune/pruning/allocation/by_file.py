@@ -20,7 +20,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.validation import read_yaml
 from coprune.base.words import Set, Setting
-from coprune.pruning.allocation.base import Curve, Shown, Unit, within_budget
+from coprune.pruning.allocation.allocation import Curve, Shown, Unit, within_budget
 from coprune.recipe.pattern import Target, parse_pattern
 
 TOLERANCE = 1e-4

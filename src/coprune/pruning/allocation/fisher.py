@@ -24,12 +24,12 @@ from coprune.base.errors import BadInput, NumericalError, UnsupportedModel
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.model.blocks import Block
-from coprune.model.choosing import Chosen
 from coprune.model.matrices import Matrix
-from coprune.model.walk.proven import FoundModel
-from coprune.model.walk.record import forward_logits, replaced_forwards
+from coprune.model.matrix_choice import Chosen
+from coprune.model.walk.block_calls import forward_logits, replaced_forwards
+from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.statistics import InputNorm, Statistic
-from coprune.pruning.allocation.base import Curve, Floats, Shown, Unit, unit_name, within_budget
+from coprune.pruning.allocation.allocation import Curve, Floats, Shown, Unit, unit_name, within_budget
 from coprune.pruning.methods.wanda import score_by_norms
 from coprune.recipe.pattern import Target
 

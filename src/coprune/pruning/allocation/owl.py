@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coprune.base.options import require_not_negative, require_positive
 from coprune.model.walk.statistics import InputNorm, Statistic
-from coprune.pruning.allocation.base import Shown, Unit, wish, within_budget
+from coprune.pruning.allocation.allocation import Shown, Unit, wish, within_budget
 from coprune.pruning.methods.wanda import wanda_score
 from coprune.recipe.pattern import Target
 

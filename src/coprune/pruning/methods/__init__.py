@@ -13,8 +13,8 @@ from coprune.pruning.methods.admm import ADMM
 from coprune.pruning.methods.alps import ALPS
 from coprune.pruning.methods.base import Method, Pruned, apply_keep
 from coprune.pruning.methods.dsnot import DSnoT
+from coprune.pruning.methods.entry_points import brought_methods, checked_method, names_brought, tell
 from coprune.pruning.methods.magnitude import Magnitude
-from coprune.pruning.methods.outside import brought_methods, checked_method, names_brought, tell
 from coprune.pruning.methods.ria import RIA
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.pruning.methods.wanda import Wanda

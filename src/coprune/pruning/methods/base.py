@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from coprune.model.low_rank import Factors
+from coprune.model.low_rank_factors import Factors
 from coprune.model.walk.statistics import Statistic
 from coprune.recipe.pattern import Target
 

@@ -1,6 +1,6 @@
 """Block reconstruction: train what a mask has left of a block against the dense block's outputs.
 
-A few hundred steps of AdamW on the kept weights, norms and biases of one block (see `trained.py`), on the calibration
+A few hundred steps of AdamW on the kept weights, norms and biases of one block (see `trainable_parameters.py`), on calibration
 inputs behind the pruned blocks, toward what the dense model gives at the same place (EBFT, arXiv 2402.12419; Wanda++,
 arXiv 2503.04992). Autograd reaches through one block only, so memory is that of one. A block in half precision is trained
 as the same block in float32.
@@ -22,7 +22,7 @@ from coprune.base.devices import kind_of
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import precision_on
-from coprune.pruning.refine.trained import Trained, sizes_of
+from coprune.pruning.refine.trainable_parameters import Trained, sizes_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coprune.model.checkpoint.formats import Weight, find_weights
-from coprune.model.slices import KeptSlices
+from coprune.model.kept_slices import KeptSlices
 from support.quantised import FORMATS
 
 LETTERS = {

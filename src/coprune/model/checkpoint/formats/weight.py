@@ -14,7 +14,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Set
 from coprune.model.checkpoint.formats.grids import Grid, Packing, Words
-from coprune.model.slices import KeptSlices
+from coprune.model.kept_slices import KeptSlices
 
 _STRETCH = 1 << 22
 """About as many values are decoded at a time."""

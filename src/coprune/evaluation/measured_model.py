@@ -13,23 +13,23 @@ from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
 from coprune.data.images import LabelledImages
-from coprune.evaluation.answers.answered import Along, Answers
-from coprune.evaluation.answers.asking import answers_key, ask, divergence, rows_along
+from coprune.evaluation.answers.answer_generation import answers_key, ask, divergence, rows_along
+from coprune.evaluation.answers.answer_records import Along, Answers
 from coprune.evaluation.answers.facts import AnswerFacts, facts_of, judge
 from coprune.evaluation.answers.questions import Plan, Questions, asked_of, plan_of, questions_for
 from coprune.evaluation.batches import cut_windows
-from coprune.evaluation.bos import BosChoice, score_in_memory
-from coprune.evaluation.cache import EvaluationCache, Text, require_texts, split_texts, text_fingerprint
+from coprune.evaluation.bos_choice import BosChoice, score_in_memory
 from coprune.evaluation.closeness import OtherTokens, closeness
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
+from coprune.evaluation.model_source import Source, Stored
 from coprune.evaluation.perplexity import aggregate, perplexity
-from coprune.evaluation.sources import Source, Stored
+from coprune.evaluation.result_cache import EvaluationCache, Text, require_texts, split_texts, text_fingerprint
 from coprune.evaluation.tasks import read_anew
-from coprune.evaluation.tasks.text import TextTask, choose_seqlen
+from coprune.evaluation.tasks.text_task import TextTask, choose_seqlen
 from coprune.evaluation.zero_shot import ZeroShot
-from coprune.model.opened import Loaded
+from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
 _VERSIONS = ("torch", "transformers", "lm_eval")

@@ -11,11 +11,11 @@ from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import scaled
 from coprune.model.checkpoint.weights import require_in_memory
-from coprune.model.walk.proven import FoundModel
+from coprune.model.walk.block_events import BlockDone
+from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.recording import Dense, Recording
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
-from coprune.pruning.allocation.base import Allocation, Shown, targets_by_matrix, unit_name, units_of
+from coprune.pruning.allocation.allocation import Allocation, Shown, targets_by_matrix, unit_name, units_of
 from coprune.pruning.allocation.fisher import ByFisher, Sample, lost_by_slopes, outputs_by_slopes, watch
 from coprune.recipe.pattern import Target
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
-from coprune.model.low_rank import Factors
+from coprune.model.low_rank_factors import Factors
 from coprune.pruning.masked_fit import row_errors
 from coprune.pruning.methods.base import Pruned
 

@@ -20,11 +20,11 @@ from coprune.model.checkpoint.weights import Weights, require_in_memory
 from coprune.model.folding import Fold, close
 from coprune.model.matrices import Matrix
 from coprune.model.proven_folds import known_folds
+from coprune.model.walk.block_calls import forward_logits
+from coprune.model.walk.block_events import BlockDone
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.prove import COMPARED_LOGITS
-from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import forward_logits
 from coprune.model.walk.recording import Dense, Recording
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods.base import Method

@@ -22,17 +22,17 @@ from coprune.data.text import a_longest, first_of_a_length, of_each_length
 from coprune.data.tokenizing import Tokenizes
 from coprune.data.windows import Sampling, TooShort, draw_samples
 from coprune.evaluation.batches import cut_windows
-from coprune.evaluation.bos import BosChoice, Score, choose_bos
-from coprune.evaluation.cache import plain_names
+from coprune.evaluation.bos_choice import BosChoice, Score, choose_bos
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.own_text import own_documents
 from coprune.evaluation.perplexity import perplexity, shared_perplexity, streamed_perplexity
-from coprune.evaluation.tasks.base import Data, Remember, Samples
+from coprune.evaluation.result_cache import plain_names
+from coprune.evaluation.tasks.task import Data, Remember, Samples
 from coprune.model.generation import positions_of
-from coprune.model.opened import Loaded
+from coprune.model.loaded_model import Loaded
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.inputs import InputSample
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import Source, counts_of, split_sources
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
-from coprune.evaluation.cache import bytes_of_weights, model_fingerprint
+from coprune.evaluation.result_cache import bytes_of_weights, model_fingerprint
 from coprune.model.checkpoint.load import task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded, open_model, require_processor, say_of_bfloat16
+from coprune.model.loaded_model import Loaded, open_model, require_processor, say_of_bfloat16
 from coprune.packed.linear import PackedLinear
 from coprune.recipe.parts import ModelPart
 

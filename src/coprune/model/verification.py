@@ -17,11 +17,11 @@ from coprune.model.checkpoint.locate import ModelFolder, check_folder
 from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.edit import Configure, KeepExperts
 from coprune.model.edits import Edits
-from coprune.model.low_rank import factors_below, give
+from coprune.model.low_rank_factors import factors_below, give
 from coprune.model.matrices import checksum_of, find_matrices, mask_bits
 from coprune.model.routing import Ties
-from coprune.model.walk.proven import FoundModel, ProvenModel
-from coprune.model.walk.record import input_device
+from coprune.model.walk.block_calls import input_device
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.walk import streamed_logits
 
 _TOKENS = 64  # of text, whose logits are compared

@@ -8,7 +8,7 @@ from typing import Any
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import all_methods, method_named
 from coprune.pruning.methods.base import Method
-from coprune.pruning.methods.outside import missing_in
+from coprune.pruning.methods.entry_points import missing_in
 from coprune.recipe.choice import Choice, Scalar
 
 

@@ -17,6 +17,7 @@ from coprune.base.errors import BadInput
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut, Set, say
+from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
@@ -24,10 +25,9 @@ from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, hol
 from coprune.model.checkpoint.names import kinds_of
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
-from coprune.model.imagined import Imagined
 from coprune.model.room import require_room, room_on
 from coprune.model.walk.activations import GIB
-from coprune.model.walk.record import input_device
+from coprune.model.walk.block_calls import input_device
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import WHOLE_MODEL

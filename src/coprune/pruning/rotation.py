@@ -16,9 +16,9 @@ from coprune.model.checkpoint.weights import require_in_memory
 from coprune.model.folding import Fold, Layout, bias_of, close
 from coprune.model.matrices import Matrix
 from coprune.model.proven_folds import known_folds
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.block_events import BlockDone
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, Recording
-from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram, Statistic
 from coprune.model.walk.walk import Walk
 from coprune.recipe.pattern import Target

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import Sheet, Shown, per_cent
-from coprune.evaluation.answers.answered import Way
+from coprune.evaluation.answers.answer_records import Way
 from coprune.evaluation.changes import AccuracyChange, Row
 from coprune.evaluation.measurement import Accuracy, Interval
 from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, shown

@@ -15,7 +15,7 @@ from coprune.data.images import (
 )
 from coprune.evaluation.measurement import Measured
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.model_structure import ProvenModel
 
 Samples = Windows | ImageSamples
 Data = EvaluationText | LabelledImages

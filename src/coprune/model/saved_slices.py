@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import UnsupportedModel
 from coprune.model.checkpoint.names import is_below
 from coprune.model.edits import Edits
-from coprune.model.slices import KeptSlices, runs_of
+from coprune.model.kept_slices import KeptSlices, runs_of
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,

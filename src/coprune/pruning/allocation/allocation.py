@@ -13,8 +13,8 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Setting
-from coprune.model.choosing import Chosen
 from coprune.model.matrices import Matrix
+from coprune.model.matrix_choice import Chosen
 from coprune.model.walk.statistics import Statistic
 from coprune.recipe.pattern import Target
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coprune.model.edit import KeepCarried, KeepExperts
-from coprune.model.slices import KeptSlices, runs_of
+from coprune.model.kept_slices import KeptSlices, runs_of
 
 Read = Callable[[str], Tensor]
 """Returns a tensor by its name."""

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from coprune.base.errors import NumericalError
 from coprune.model.matrices import Matrix, find_matrices, mask_checksum
+from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.shown import BlockDone
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.refine.reconstruct import Examples, Reconstruction
-from coprune.pruning.refine.trained import Trained, names_of, trained_in
+from coprune.pruning.refine.trainable_parameters import Trained, names_of, trained_in
 
 RECONSTRUCTED = "block reconstruction: "
 """How an event begins that tells of a training, which is no trouble."""

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.choosing import Chosen
 from coprune.model.folding import Fold
 from coprune.model.matrices import Matrix
-from coprune.model.walk.record import Answer
+from coprune.model.matrix_choice import Chosen
+from coprune.model.walk.block_calls import Answer
 
 
 @dataclass(frozen=True)

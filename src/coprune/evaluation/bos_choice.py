@@ -14,7 +14,7 @@ from coprune.data.bos import AskedBos, bos_of, put_by
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.perplexity import window_nll
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.walk import streamed_logits
 
 CLEARLY_BETTER = 0.05

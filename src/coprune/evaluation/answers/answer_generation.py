@@ -15,15 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import CopruneError, UnsupportedModel
 from coprune.base.progress import Reporter
-from coprune.evaluation.answers.answered import Along, Answered, Answers
+from coprune.evaluation.answers.answer_records import Along, Answered, Answers
 from coprune.evaluation.answers.questions import Plan, Questions
 from coprune.evaluation.batches import bootstrap_interval, inference_logits, slices
-from coprune.evaluation.cache import EvaluationCache, default_cache_folder, model_fingerprint
 from coprune.evaluation.closeness import log_probabilities, summed_kl
+from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder, model_fingerprint
 from coprune.model.checkpoint.locate import locate
 from coprune.model.generation import Generation, generate
-from coprune.model.opened import choose_device
-from coprune.model.walk.record import forward_logits, input_device
+from coprune.model.loaded_model import choose_device
+from coprune.model.walk.block_calls import forward_logits, input_device
 from coprune.recipe.parts import ModelPart
 
 _BATCH = 16

@@ -26,11 +26,11 @@ from coprune.data.images import (
 )
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.measurement import Accuracy
-from coprune.evaluation.tasks.base import Data, Remember, Samples
-from coprune.model.opened import Loaded
+from coprune.evaluation.tasks.task import Data, Remember, Samples
+from coprune.model.loaded_model import Loaded
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import input_device
+from coprune.model.walk.block_calls import input_device
+from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.walk import streamed_logits
 from coprune.recipe.recipe import Recipe
 

@@ -1,1 +1,0 @@
-"""Rotations of what attention heads carry, before anything is pruned."""
