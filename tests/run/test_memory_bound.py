@@ -170,7 +170,7 @@ def test_a_run_that_would_not_fit_leaves_nothing(
     monkeypatch.chdir(place)
     monkeypatch.setattr(memory_bound, "available_bytes", lambda: 30 * MIB)
     options = ["--method", "wanda", "--dataset", "words.txt", "--nsamples", "512", "--seqlen", "32", "--no-eval"]
-    refused = run_command(["prune", "model", *options, "--save-model", "out"], monkeypatch, capsys)
+    refused = run_command(["prune", "model", *options, "--save", "run", "--save-model", "out"], monkeypatch, capsys)
     assert refused.code == 2
     assert "would not fit" in refused.err
     assert "--nsamples 128" in refused.err

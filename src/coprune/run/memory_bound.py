@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -351,16 +351,12 @@ def bound_run(
     if asked.fits:
         return asked
 
-    def fits(settings: Mapping[str, Any]) -> bool:
-        with suppress(BadInput):  # what goes with nothing else that the recipe says
-            return bound(recipe.replaced(**settings)).fits
-        return False
-
     less, halves = _less(recipe, device is not None), shapes.itemsize == 4
     together = [dict(less[:count]) for count in range(2, len(less) + 1)]
     for settings in (*({name: value} for name, value in less), *together):
-        if fits(settings):
-            return replace(asked, proposal=Proposal(settings, True, halves))
+        with suppress(BadInput):  # two that do not go together
+            if bound(recipe.replaced(**settings)).fits:
+                return replace(asked, proposal=Proposal(settings, True, halves))
     return replace(asked, proposal=Proposal(dict(less), False, halves))
 
 
@@ -375,16 +371,11 @@ def _less(recipe: Recipe, has_device: bool) -> list[tuple[str, bool | int | str]
     if calibrate.propagation == "sequential":  # `dense` holds as much at once as `block`
         less.append(("propagation", "block"))
     less.append(("nsamples", max(1, calibrate.samples // 4)))
-    return [(name, value) for name, value in less if recipe.setting(name) != value and _goes(recipe, name, value)]
-
-
-def _goes(recipe: Recipe, name: str, value: Any) -> bool:
-    """Return whether a setting goes with the others of a recipe."""
-    try:
-        recipe.replaced(**{name: value})
-    except BadInput:
-        return False
-    return True
+    found = []
+    for name, value in less:
+        with suppress(BadInput):  # what does not go with the rest of the recipe
+            found += [(name, value)] if recipe.replaced(**{name: value}) != recipe else []
+    return found
 
 
 def _largest(phases: Iterator[tuple[str, float]], base: int) -> dict[str, int]:
@@ -422,11 +413,8 @@ class DevicePeak:
     name: str
     peak_bytes: int
     available_bytes: int | None
-    """Bytes that are free; None if the device does not tell."""
     allocated_bytes: int
-    """Bytes that are taken now."""
     phases: dict[str, int] = field(default_factory=dict)
-    """Peak of each phase."""
 
     def fits(self) -> bool:
         """As `Estimate.fits`; processes on one machine have a device each."""
