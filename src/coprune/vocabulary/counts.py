@@ -23,7 +23,7 @@ from coprune.data.given import GivenTokens
 from coprune.data.text import JoinedText
 from coprune.recipe.vocabulary import shares_of
 from coprune.vocabulary.choose import Weights
-from coprune.vocabulary.samples import KEYWORDS, LANGUAGES, PUNCTUATION, SOURCES
+from coprune.vocabulary.samples import ENDS, KEYWORDS, LANGUAGES, PUNCTUATION, QUOTES, SOURCES
 
 CODE = "code"
 PACKAGE = "wordfreq"
@@ -31,14 +31,20 @@ _PASSAGE = 2_000
 """Characters of a passage, which is measured as one text."""
 _HELD_OUT = 8
 """One of so many passages of a text is held out."""
-_CODE_BYTES = 4_000_000
+_CODE = {("stdlib", ".py"): 5_000_000, ("torch", ".py"): 2_500_000, ("transformers", ".py"): 2_500_000, ("torch", ".h"): 800_000}
+"""Characters of code in packages that are always there, by endings of files; of a file at most `_OF_A_FILE`."""
+_OF_A_FILE = 30_000
 _BATCH = 20_000
 _FILL = 1e-9
 """Weight of what nobody asked for, which decides among tokens that no text has."""
 _FILLING = {"en": 20_000, CODE: 200}
 """Words and passages of code that decide where nothing else does."""
-_USUAL = {"text": 0.35, "en": 0.45, CODE: 0.2}
+_USUAL = {"text": 0.3, "en": 0.5, CODE: 0.2}
 """Shares where nothing is said: measured on Gemma-3-270M."""
+_FORMS = (" {word}", 0.7), (" {Word}", 0.18), ("{Word}", 0.08), ("{word}", 0.04)
+"""How a word stands in texts."""
+_SIGNS = 0.02
+"""What signs beside words count, of all."""
 
 
 @dataclass(frozen=True)
@@ -193,26 +199,38 @@ def language_source(name: str, share: float, most: int | None = None) -> Source:
     pieces, weights = [], []
     words = wordfreq.get_frequency_dict(name, wordlist="best")
     for word, frequency in islice(sorted(words.items(), key=lambda item: (-item[1], item[0])), most):
-        for form, part in ((f" {word}", 0.7), (f" {word.capitalize()}", 0.2), (word.capitalize(), 0.1)):
-            pieces.append(form)
+        for form, part in _FORMS:
+            pieces.append(form.format(word=word, Word=word.capitalize()))
             weights.append(frequency * part)
     total = sum(weights)
     beside = [f" {sign}" for sign in PUNCTUATION.split()]
+    beside += [end + quote for end in ENDS.split() for quote in QUOTES.split()]
     pieces += beside
-    weights += [total * 0.02 / len(beside)] * len(beside)
+    weights += [total * _SIGNS / len(beside)] * len(beside)
     return Source(name, share, pieces, weights)
 
 
 def code_texts() -> list[str]:
-    """Return code of Python's own library, and words of other languages."""
-    found, size = list(KEYWORDS.values()), 0
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        if size > _CODE_BYTES:
-            break
-        text = path.read_text(encoding="utf-8", errors="replace")
-        size += len(text)
-        found += passages(text)
+    """Return code of Python's own library and of packages that are always there, and words of other languages."""
+    found = list(KEYWORDS.values())
+    for (package, ending), most in _CODE.items():
+        folder = Path(sysconfig.get_path("stdlib") if package == "stdlib" else _folder_of(package))
+        files = [p for p in sorted(folder.rglob(f"*{ending}")) if "site-packages" not in p.relative_to(folder).parts]
+        size = 0
+        for path in sorted(files, key=lambda path: _digest(path.name)):  # some of every part
+            if size > most:
+                break
+            text = path.read_text(encoding="utf-8", errors="replace")[:_OF_A_FILE]
+            size += len(text)
+            found += passages(text)
     return found
+
+
+def _folder_of(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    assert found is not None, package
+    assert found.origin is not None, package
+    return Path(found.origin).parent
 
 
 def count(tokenizer: Tokenizer, source: Source, rows: int, advance: Any = lambda amount: None) -> Weights:

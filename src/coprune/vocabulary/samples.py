@@ -214,3 +214,5 @@ PUNCTUATION = (
     "í ï ñ ó ö ô ú ü ß ø æ œ"
 )
 """What every text in Latin letters may have beside ASCII."""
+ENDS, QUOTES = ". , ? ! … — ; : )", "” ’ » \" '"
+"""What ends a speech, and what stands behind it: vocabularies have tokens of both together."""
