@@ -31,7 +31,12 @@ _PASSAGE = 2_000
 """Characters of a passage, which is measured as one text."""
 _HELD_OUT = 8
 """One of so many passages of a text is held out."""
-_CODE = {("stdlib", ".py"): 5_000_000, ("torch", ".py"): 2_500_000, ("transformers", ".py"): 2_500_000, ("torch", ".h"): 800_000}
+_CODE = {
+    ("stdlib", ".py"): 5_000_000,
+    ("torch", ".py"): 2_500_000,
+    ("transformers", ".py"): 2_500_000,
+    ("torch", ".h"): 800_000,
+}
 """Characters of code in packages that are always there, by endings of files; of a file at most `_OF_A_FILE`."""
 _OF_A_FILE = 30_000
 _BATCH = 20_000
@@ -187,6 +192,7 @@ def require_language(name: str) -> None:
         raise unknown_name("language", name, [*word_lists(), CODE], field="vocabulary_languages")
 
 
+@cache
 def language_source(name: str, share: float, most: int | None = None) -> Source:
     """Return words of a language as they stand in texts, each as often as it is used; or code.
 
@@ -210,6 +216,7 @@ def language_source(name: str, share: float, most: int | None = None) -> Source:
     return Source(name, share, pieces, weights)
 
 
+@cache
 def code_texts() -> list[str]:
     """Return code of Python's own library and of packages that are always there, and words of other languages."""
     found = list(KEYWORDS.values())
