@@ -44,7 +44,7 @@ def test_a_fine_tuning_takes_over_what_the_dense_model_spoke_for(
     bos = pico_tokenizer("put").bos_token_id
     assert bool((data.train.tokens[:, 0] == bos).all())
     # All but the first, where the tokenizer put BOS, have one token of the text less.
-    as_it_is = prepare_session(tuned.settings.model_copy(update={"bos": "first"}), Reporter(quiet=True)).data
+    as_it_is = prepare_session(tuned.settings.replaced(bos="first"), Reporter(quiet=True)).data
     assert data.train.tokens[0].equal(as_it_is.train.tokens[0])
     assert data.train.tokens[1:, 1:].equal(as_it_is.train.tokens[1:, :-1])
     assert data.fingerprint != as_it_is.fingerprint

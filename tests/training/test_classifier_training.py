@@ -39,10 +39,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(home: Path, folder: Path, family: str = "vit", **changes: Any) -> Recipe:
+def said(home: Path, folder: Path, family: str, **changes: Any) -> dict[str, Any]:
     fast = {"max_steps": 6, "max_samples": 64, "batch_size": 8, "learning_rate": 2e-3, "evaluations": 1}
     data = {"dataset": "digits", "eval_images": 60, "device": "cpu"}
-    return training_recipe({"model": str(home / family), "mode": "dense", "save": folder, **fast, **data, **changes})
+    return {"model": str(home / family), "mode": "dense", "save": folder, **fast, **data, **changes}
+
+
+def settings(home: Path, folder: Path, family: str = "vit", **changes: Any) -> Recipe:
+    return training_recipe(said(home, folder, family, **changes))
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -141,7 +145,7 @@ def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(
     home: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     family = changes.get("model", "vit")
-    given = settings(home, tmp_path / "run", family).model_dump(exclude_unset=True)
+    given = said(home, tmp_path / "run", family)
     given |= {"teacher": str(home / "dense" / "vit")} if changes.get("mode") == "distill" else {}
     given = {name: value for name, value in {**given, **changes, "model": given["model"]}.items() if value is not None}
     with pytest.raises(BadInput, match=message):
