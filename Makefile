@@ -9,7 +9,7 @@
 #   make torture   change packed folders under the address sanitiser, fuzz models' files, kill and stop runs, fill disks
 #               (an hour; docs/reliability.md)
 #   make matrix try every Python, with the oldest and newest packages that are allowed (gigabytes; uv is fetched for it)
-#   make families  try every decoder and image classifier of transformers, and write docs/models.md (half an hour, resumed)
+#   make families  try every type of model that transformers has, and write docs/models.md (hours, resumed)
 #   make devices  run all cases of the simulated GPU, of which make test runs a few, and try benchmarks/gpu.py (a quarter of an hour,
 #               a C++ compiler)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)

@@ -6,27 +6,60 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from families.shrink import tiny_config
 
-Kind = Literal["text", "images"]
-AUTO: dict[Kind, Any] = {"text": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+Kind = Literal["text", "images", "masked", "labels", "embeddings", "seq2seq", "speech"]
+AUTO: dict[Kind, Any] = {
+    "text": AutoModelForCausalLM,
+    "images": AutoModelForImageClassification,
+    "masked": AutoModelForMaskedLM,
+    "labels": AutoModelForSequenceClassification,
+    "embeddings": AutoModel,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "speech": AutoModelForSpeechSeq2Seq,
+}
+_NAMES: dict[Kind, Any] = {
+    "text": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "images": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "labels": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "speech": MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+}
+ALONE: tuple[Kind, ...] = ("seq2seq", "speech")
+"""Kinds that read more than one text, and that coprune opens to say why it does not prune them."""
 DEFAULT_IMAGE_SIZE = 64
 CLASSES = 10
 
 
 def all_types(kind: Kind) -> dict[str, str]:
     """Every type of model that an Auto class builds, with the name of its class (of several, the first)."""
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind == "text" else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if kind == "embeddings":  # of text: those that have a head for it, too
+        heads = [*_NAMES["masked"], *_NAMES["labels"], *_NAMES["text"]]
+        names = {name: MODEL_MAPPING_NAMES[name] for name in dict.fromkeys(heads) if name in MODEL_MAPPING_NAMES}
+    else:
+        names = _NAMES[kind]
     return {model_type: name if isinstance(name, str) else name[0] for model_type, name in names.items()}
 
 
@@ -47,7 +80,7 @@ _PUBLISHED = (
 
 def published_class(model_type: str, kind: Kind) -> str:
     """The name of the class that checkpoints of a type are published as: the whole model, of which text may be one half."""
-    names = [] if kind == "images" else [names[model_type] for names in _PUBLISHED if model_type in names]
+    names = [] if kind != "text" else [names[model_type] for names in _PUBLISHED if model_type in names]
     found = [name if isinstance(name, str) else name[0] for name in names]
     return found[0] if found else all_types(kind)[model_type]
 
@@ -56,7 +89,7 @@ def published_model(model_type: str, kind: Kind) -> PreTrainedModel:
     """A tiny model of that class with random weights."""
     named: Any = getattr(transformers, published_class(model_type, kind))
     config = tiny_config(model_type)
-    if kind == "images" or named.config_class is not type(config):
+    if kind != "text" or named.config_class is not type(config):
         return tiny_model(model_type, kind)
     torch.manual_seed(0)
     model: PreTrainedModel = named._from_config(config)

@@ -15,6 +15,12 @@ class Exceptional:
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GEMMA4 = {
+    "global_head_dim": 16,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 _HEAD = Exceptional("the width of its heads has no default", {"head_dim": 16})
 _MAMBA = "its state space has to be as wide as its heads together"
 _STAGES = "the widths of its stages hang together in ways of their own"
@@ -63,8 +69,8 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "gemma3n_vision": Exceptional(
         "its eyes are one of timm's models, and large", {"architecture": "test_efficientnet", "hidden_size": 64}
     ),
-    "gemma4_text": Exceptional("heads of its full attention have a width of their own", {"global_head_dim": 16}),
-    "gemma4_unified_text": Exceptional("as gemma4_text", {"global_head_dim": 16}),
+    "gemma4_text": Exceptional("the small released ones share keys and values between layers", _GEMMA4),
+    "gemma4_unified_text": Exceptional("as gemma4_text", _GEMMA4),
     "gpt_neo": Exceptional("its kinds of layers are told in pairs", {"attention_types": [[["global", "local"], 1]]}),
     "hgnet_v2": Exceptional(
         _STAGES,

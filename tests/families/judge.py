@@ -23,7 +23,7 @@ from coprune.model.checkpoint.load import loaded_by_auto, quiet_transformers
 from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.report.schema import Report
-from families.build import AUTO, Kind, image_size, published_model, tiny_model
+from families.build import ALONE, AUTO, Kind, image_size, published_model, tiny_model
 from families.kept import lost_in_silence, save_published
 from support.walking import full_forward
 from support.whole_forwards import kind_of, prune_by_whole_forwards
@@ -90,7 +90,9 @@ def judge(
     verdict, started = Verdict(model_type, model_class, kind), time.perf_counter()
     try:
         model = _built(model_type, kind)
-        data = _text(folder, samples) if kind == "text" else _images(model, samples)
+        data = _images(model, samples) if kind == "images" else _text(folder, samples)
+        if kind in ALONE:
+            _open(model, folder / "alone")
         _require_forward(model, data.batches[0])
         for name in TARGETS:
             _try(model_type, name, data, verdict, folder / name.replace(":", "-"))
@@ -122,12 +124,22 @@ def _require_forward(model: PreTrainedModel, batch: Tensor) -> None:
         raise NotBuilt(f"transformers cannot run it on this alone: {first_line(error)}") from error
 
 
+def _open(model: PreTrainedModel, folder: Path) -> None:
+    """Raise what coprune says of a folder that it does not open."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        word_tokenizer().save_pretrained(folder)
+    coprune.inspect(folder, quiet=True)
+    raise Wrong("it is opened, and nothing here tries it")
+
+
 def _text(folder: Path, samples: int) -> Data:
     """Random words, every one as likely as the others, so that all experts see some."""
     file, words = folder / "words.txt", torch.randint(1000, (6000,), generator=torch.Generator().manual_seed(0))
     file.write_text(" ".join(f"w{number}" for number in words.tolist()), encoding="utf-8")
     tokenizer = word_tokenizer()
     windows = calibration_windows(str(file), tokenizer, samples, LENGTH, seed=0)
+    tokenizer.mask_token = "<unk>"
     settings = {"dataset": str(file), "eval_data": str(file), "eval_tokens": 4 * LENGTH, "seqlen": LENGTH}
     return Data(settings | {"nsamples": samples, "processor": tokenizer}, list(windows.tokens.split(BATCH)))
 
@@ -153,7 +165,7 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
             batch_size=BATCH,
             save_model=folder,
             quiet=True,
-            **data.settings,
+            **data.settings | ({"evaluate": False, "eval_data": None} if kind == "labels" else {}),
         ).report
     verdict.blocks, verdict.matrices, verdict.left_alone = report.model.blocks, len(report.matrices), report.left_out
     with _called(name):

@@ -1,4 +1,4 @@
-"""Try every decoder and image classifier that transformers has: python tests/families/make.py [TYPE …].
+"""Try every model of text, images or speech that transformers has: python tests/families/make.py [TYPE …].
 
 Without types: all of them, resumed where a run was stopped, and in the end the table in docs/models.md is written anew.
 """
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 
 import coprune
-from families.build import Kind, all_types
+from families.build import AUTO, Kind, all_types
 from families.judge import Verdict, judge
 from families.table import PAGE, RESULTS, Results, page
 
@@ -38,7 +38,8 @@ def main() -> int:
     """Returns 1 if a model came out wrong."""
     options = _options()
     if options.types:
-        verdicts = _judge_all([task for task in _tasks() if task[0] in options.types], options.processes, None)
+        chosen = [task for task in _tasks() if task[0] in options.types and task[2] in (options.kind or AUTO)]
+        verdicts = _judge_all(chosen, options.processes, None)
         return 1 if any(verdict.result == "wrong" for verdict in verdicts) else 0
     done = {(v.model_type, v.kind) for v in _so_far()}
     _judge_all([task for task in _tasks() if (task[0], task[2]) not in done], options.processes, RUNNING)
@@ -54,8 +55,7 @@ Task = tuple[str, str, Kind]
 
 
 def _tasks() -> list[Task]:
-    kinds: tuple[Kind, ...] = ("text", "images")
-    return [(name, model_class, kind) for kind in kinds for name, model_class in all_types(kind).items()]
+    return [(name, model_class, kind) for kind in AUTO for name, model_class in all_types(kind).items()]
 
 
 def _so_far() -> list[Verdict]:
@@ -109,6 +109,7 @@ def _child(task: Task, sender: multiprocessing.connection.Connection) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="only these, as configurations call them; writes nothing")
+    parser.add_argument("--kind", choices=AUTO, action="append", help="only of this kind; may be repeated")
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args()
 

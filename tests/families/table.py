@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 import transformers
 
+from families.build import AUTO, Kind
 from families.judge import Verdict
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _OPENING = """# Models
 
-Every type that transformers' `AutoModelForCausalLM` and `AutoModelForImageClassification` build, as a tiny random model
+Every type that the Auto classes of transformers named below build, as a tiny random model
 pruned with Wanda to 50 % and to 2:4. `make families` tries them and writes this page.
 
 - **Works**: every mask is the one that forwards of the whole model give, every other tensor is unchanged to the bit, every linear
@@ -27,8 +28,15 @@ pruned with Wanda to 50 % and to 2:4. `make families` tries them and writes this
 - **Wrong**: anything else.
 - **Not built**: there was no tiny model to try, or transformers does not run it on tokens (or pixels) alone.
 """
-_TITLES = {"text": "Decoders", "images": "Image classifiers"}
-_AUTO = {"text": "AutoModelForCausalLM", "images": "AutoModelForImageClassification"}
+_TITLES: dict[Kind, str] = {
+    "text": "Decoders",
+    "images": "Image classifiers",
+    "masked": "Masked language models",
+    "labels": "Classifiers of text",
+    "embeddings": "Models without a head",
+    "seq2seq": "Encoders with decoders",
+    "speech": "Speech to text",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Results:
     def now(cls, verdicts: Sequence[Verdict]) -> Results:
         """Of this day and of what is installed."""
         day = datetime.now(UTC).date().isoformat()
-        ordered = sorted(verdicts, key=lambda verdict: (verdict.kind != "text", verdict.model_type))
+        kinds = list(AUTO)
+        ordered = sorted(verdicts, key=lambda verdict: (kinds.index(verdict.kind), verdict.model_type))
         return cls(ordered, day, transformers.__version__, torch.__version__)
 
     @classmethod
@@ -74,7 +83,7 @@ def page(results: Results) -> str:
     for kind, title in _TITLES.items():
         chosen = sorted((v for v in results.verdicts if v.kind == kind), key=lambda v: v.model_type)
         if chosen:
-            lines += ["", f"## {title}", "", f"`{_AUTO[kind]}`, {len(chosen)} types: {results.counts(kind)}."]
+            lines += ["", f"## {title}", "", f"`{AUTO[kind].__name__}`, {len(chosen)} types: {results.counts(kind)}."]
             lines += _parts(chosen)
     return "\n".join(lines) + "\n"
 
@@ -102,11 +111,6 @@ def _named(types: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in types)
 
 
-_GEMMA = "configurations in which layers share keys and values (E2B, E4B) are refused"
-_BESIDE = {"gemma4": _GEMMA, "gemma4_text": _GEMMA}
-"""What the tiny models do not show."""
-
-
 def _said(verdict: Verdict) -> str:
     """Return what is left alone, or the reason, as Markdown."""
     if verdict.result != "works":
@@ -116,4 +120,4 @@ def _said(verdict: Verdict) -> str:
         name, _, rest = entry.partition(" (")
         why.setdefault(rest.rpartition(";")[0], []).append(f"`{name.rpartition('.*.')[2]}`")
     parts = [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
-    return "; ".join([*parts, *([_BESIDE[verdict.model_type]] if verdict.model_type in _BESIDE else [])])
+    return "; ".join(parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from families.build import all_types
+from families.build import Kind, all_types
 from families.judge import judge
 from families.table import PAGE, RESULTS, Results, page
 
@@ -16,6 +16,7 @@ SAMPLE = {
     "gemma4_text": "blocks are handed what none of them reads",
     "longcat_flash": "a router that may choose experts which do nothing",
     "emu3": "a class that no Auto class loads again",
+    "gemma3n_text": "keys and values that layers share",
     "bart": "the decoder of a model that has an encoder too",
     "rwkv": "no attention",
 }
@@ -40,8 +41,20 @@ def test_the_classifier_works(tmp_path: Path) -> None:
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
+@pytest.mark.parametrize("kind", ["masked", "labels", "embeddings"])
+def test_models_that_read_a_text_as_a_whole_work(kind: Kind, tmp_path: Path) -> None:
+    verdict = judge("bert", all_types(kind)["bert"], kind, tmp_path, as_folder=False)
+    assert (verdict.result, verdict.reason) == ("works", "")
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("t5", "seq2seq"), ("whisper", "speech")])
+def test_encoders_with_decoders_are_refused(model_type: str, kind: Kind, tmp_path: Path) -> None:
+    verdict = judge(model_type, all_types(kind)[model_type], kind, tmp_path)
+    assert verdict.result == "refused"
+    assert "is an encoder with a decoder" in verdict.reason
+
+
 REFUSED = {
-    "gemma3n_text": "model.layers.2 is given something that depends on what earlier blocks computed",
     "zamba2": "shares its weights with model.layers.3.shared_transformer",
     "mllama": "model.layers.1 cannot be run alone",
     "reformer": "a block answers with ReformerOutput",

@@ -125,10 +125,6 @@ def test_a_call_streams_where_it_saves_and_gives_the_model_all_the_same(
 
 HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 NOT_OPENED = {
-    ("bert", "BertForSequenceClassification"): "no head that predicts tokens",
-    ("bert", "BertModel"): "no head that predicts tokens",
-    ("deberta", "DebertaForSequenceClassification"): "no head that predicts tokens",
-    ("qwen3", "Qwen3Model"): "no head that predicts tokens",
     ("vit", "ViTModel"): "no classifier of images",
     ("bart", "BartForConditionalGeneration"): "an encoder with a decoder",
     ("whisper", "WhisperForConditionalGeneration"): "an encoder with a decoder",

@@ -46,6 +46,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
         *("sparsegpt", "sequential", "llama", True),
         {"dataset": "{place}/words.txt:seqlen=9=0.3,{place}/rows.jsonl=0.4,{place}/other.txt:seqlen=24=0.3"},
     ),
+    "shared keys and values": ("wanda", "block", "gemma4_text", True, {}),
     "low rank": ("sparsegpt", "sequential", "llama", True, {"low_rank": 4, "low_rank_rounds": 2}),
     "low rank in memory": ("wanda", "block", "llama", False, {"low_rank": 4, "pattern": "2:4"}),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
@@ -57,7 +58,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and texts that every run reads."""
     folder = tmp_path_factory.mktemp("place")
-    for family in ("llama", "mixtral", "gpt2"):
+    for family in ("llama", "mixtral", "gpt2", "gemma4_text"):
         save_pico(folder / family, family)
     write_words(folder / "words.txt")
     write_words(folder / "test.txt", count=300, seed=1)

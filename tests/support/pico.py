@@ -109,10 +109,27 @@ MORE_HEADS: dict[str, dict[str, Any]] = {
 }
 """Of the first, attention's answers have a gate in a matrix of its own; the second compresses keys and values."""
 
+_LAYERS_SHARE: dict[str, Any] = dict(
+    _COMMON,
+    head_dim=16,
+    sliding_window=8,
+    num_hidden_layers=4,
+    num_kv_shared_layers=2,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    vocab_size_per_layer_input=VOCABULARY,
+    hidden_size_per_layer_input=16,
+    pad_token_id=0,
+)
+SHARING: dict[str, dict[str, Any]] = {
+    "gemma4_text": dict(_LAYERS_SHARE, global_head_dim=16, use_double_wide_mlp=True),
+    "gemma3n_text": dict(_LAYERS_SHARE, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4),
+}
+"""Whose later layers take keys and values from earlier ones, as the small released models do."""
+
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
-    known = FAMILIES | MIXTURES | MORE_MIXTURES | SORTED_MIXTURES | MORE_HEADS | HYBRIDS | {"dbrx": DBRX}
+    known = FAMILIES | MIXTURES | MORE_MIXTURES | SORTED_MIXTURES | MORE_HEADS | SHARING | HYBRIDS | {"dbrx": DBRX}
     settings = known.get(family, {}) | changes
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))

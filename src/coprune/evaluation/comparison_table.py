@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.answer_records import Way
 from coprune.evaluation.changes import AccuracyChange, Row
-from coprune.evaluation.measurement import Accuracy, Interval
+from coprune.evaluation.embeddings import EmbeddingChange
+from coprune.evaluation.measurement import Accuracy, Interval, Perplexity
 from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, shown
 
 
@@ -27,12 +28,15 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         plain("bytes", lambda row: row.evaluation.weights.bytes_on_disk, "{:,}"),
     ]
     for index, result in enumerate(first.perplexity):
-        columns += _perplexity_columns(result.data, index)
+        columns += _perplexity_columns(result, index)
     for index, accuracy in enumerate(first.accuracy):
         columns += _accuracy_columns(accuracy.data, index)
     nearest = next((row.evaluation.closeness for row in rows if row.evaluation.closeness), ())
     for index, near in enumerate(nearest):
         columns += _closeness_columns(near.data, index)
+    embedded = next((row.evaluation.near for row in rows if row.evaluation.near), ())
+    for index, one in enumerate(embedded):
+        columns += _embedding_columns(one, index)
     if first.answers is not None:
         columns += answer_columns(first.answers.sampled is not None, against=len(rows) > 1)
     if first.zero_shot is not None:
@@ -59,7 +63,9 @@ def _estimate(
     return Column(title, value, show)
 
 
-def _perplexity_columns(data: str, index: int) -> list[Column]:
+def _perplexity_columns(first: Perplexity, index: int) -> list[Column]:
+    data = first.data
+
     def ratio(row: Row) -> Number:
         return None if row.perplexity_changes is None else row.perplexity_changes[index].ratio
 
@@ -71,7 +77,7 @@ def _perplexity_columns(data: str, index: int) -> list[Column]:
         return f"× {change.ratio:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
 
     return [
-        plain(f"perplexity {data}", lambda row: row.evaluation.perplexity[index].value, "{:.2f}"),
+        plain(f"{first.title} {data}", lambda row: row.evaluation.perplexity[index].value, "{:.2f}"),
         Column(f"ratio {data}", ratio, show_ratio),
         plain(f"bits per byte {data}", lambda row: row.evaluation.perplexity[index].bits_per_byte, "{:.4f}"),
     ]
@@ -121,6 +127,19 @@ def _closeness_columns(data: str, index: int) -> list[Column]:
         return row.evaluation.closeness[index].top1_agreement if row.evaluation.closeness else None
 
     return [plain(f"KL {data}", kl, "{:.4f}"), share(f"top-1 agreement {data}", agreement)]
+
+
+def _embedding_columns(first: EmbeddingChange, index: int) -> list[Column]:
+    def cosine(row: Row) -> Number:
+        return row.evaluation.near[index].cosine if row.evaluation.near else None
+
+    def overlap(row: Row) -> Number:
+        return row.evaluation.near[index].overlap if row.evaluation.near else None
+
+    return [
+        plain(f"cosine {first.data}", cosine, "{:.4f}"),
+        share(f"overlap@{first.nearest} {first.data}", overlap),
+    ]
 
 
 def _task_columns(task: str, metric: str, index: int) -> list[Column]:

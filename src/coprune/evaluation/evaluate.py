@@ -13,7 +13,7 @@ from coprune.data.given import TextData, handed_over
 from coprune.evaluation.evaluation import Evaluation
 from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
 from coprune.evaluation.measure_arguments import MeasureArguments
-from coprune.evaluation.measured_model import Subject
+from coprune.evaluation.measured_model import Subject, held_against
 from coprune.evaluation.model_source import Held, Model
 from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
 from coprune.model.loaded_model import refuse_what_loading_decides
@@ -89,7 +89,13 @@ def _evaluate(
         dense = Subject(recipe.replaced(model=str(against)), kept, reporter, None, held[1])
     subject = Subject(recipe, cache, reporter, tasks, held[0])
     if dense is None:
+        if subject.task == "embeddings" and recipe.evaluate.data:
+            raise BadInput(
+                f"{subject.name} embeds texts and predicts none of their tokens, so it has no perplexity",
+                field="data",
+                fix=("hold it against the dense model with ", Setting("against")),
+            )
         return subject.measure()
     subject.begin_as(dense)
     closeness = subject.closeness_to(dense)  # before the perplexity, which it finds on its way
-    return subject.measure().model_copy(update={"against": dense.name, "closeness": closeness})
+    return held_against(subject.measure(), subject, dense).model_copy(update={"closeness": closeness})

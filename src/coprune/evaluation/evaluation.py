@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos_choice import BosChoice
-from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
+from coprune.evaluation.embeddings import EmbeddingChange
+from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Perplexity
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
 from coprune.packed.linear import PackedLinear
 
@@ -45,19 +47,28 @@ class Evaluation(Shown, _Facts):
     bos: BosChoice | None = None
     """How windows of text begin; None where no text was asked for."""
     accuracy: tuple[Accuracy, ...] = ()
-    """Of a classifier of images."""
+    """Of a classifier."""
+    embeddings: tuple[Embedded, ...] = ()
+    """Of a model that embeds texts."""
     zero_shot: ZeroShot | None = None
     against: str | None = None
     """The model that closeness was measured to."""
     closeness: tuple[Closeness, ...] = ()
+    near: tuple[EmbeddingChange, ...] = ()
+    """How close its vectors are to that model's."""
     answers: AnswerFacts | None = None
     """Its answers, beside that model's."""
     required: tuple[Requirement, ...] = ()
     """The requirements on them, and whether they hold."""
 
+    @field_serializer("embeddings")
+    def _without_vectors(self, embeddings: tuple[Embedded, ...]) -> list[dict[str, Any]]:
+        return [found.model_dump(mode="json", exclude={"vectors"}) for found in embeddings]
+
     def headline(self) -> str:
         """The model, and the first of what was measured."""
-        first = [f"perplexity {found.value:.2f} on {found.data}" for found in self.perplexity]
+        first = [f"{found.title} {found.value:.2f} on {found.data}" for found in self.perplexity]
+        first += [f"cosine {found.cosine:.4f} with {self.against} on {found.data}" for found in self.near]
         first += [f"top-1 accuracy {per_cent(found.top1)} on {found.data}" for found in self.accuracy]
         if self.zero_shot is not None and self.zero_shot.mean is not None:
             first.append(f"mean acc {per_cent(self.zero_shot.mean.value)} over {len(self.zero_shot.tasks)} tasks")
@@ -66,11 +77,13 @@ class Evaluation(Shown, _Facts):
 
     def sheet(self) -> Sheet:
         """Everything that was measured."""
-        rows = [("perplexity", found.line()) for found in self.perplexity]
+        rows = [(found.title, found.line()) for found in self.perplexity]
         if self.bos is not None and (begins := self.bos.line()) is not None:
             rows.append(("BOS", begins))
         rows += [("accuracy", found.line()) for found in self.accuracy]
+        rows += [("embeddings", found.line()) for found in self.embeddings]
         rows += [("closeness", found.line(self.against)) for found in self.closeness]
+        rows += [("closeness", found.line(self.against)) for found in self.near]
         zero_shot = self.zero_shot
         for task in () if zero_shot is None else zero_shot.tasks:
             metrics = ", ".join(f"{name} {shown(name, estimate)}" for name, estimate in task.metrics.items())

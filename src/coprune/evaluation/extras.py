@@ -95,7 +95,7 @@ class Extras:
                 reporter.say(
                     f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {per_cent(found.mean.value)}"
                 )
-        if asked.perplexity and asked.prompt:
+        if asked.perplexity and asked.prompt and loaded.task == "text":
             self.texts[which] = continue_text(weights.model, tokenizer, asked.prompt)
 
     def zero_shot_facts(self) -> ZeroShotFacts | None:

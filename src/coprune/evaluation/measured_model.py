@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from coprune.base.environment import installed_version
 from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
-from coprune.data.images import LabelledImages
+from coprune.base.words import Command
 from coprune.evaluation.answers.answer_generation import answers_key, ask, divergence, rows_along
 from coprune.evaluation.answers.answer_records import Along, Answers
 from coprune.evaluation.answers.facts import AnswerFacts, facts_of, judge
@@ -20,15 +20,17 @@ from coprune.evaluation.answers.questions import Plan, Questions, asked_of, plan
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos_choice import BosChoice, score_in_memory
 from coprune.evaluation.closeness import OtherTokens, closeness
+from coprune.evaluation.embeddings import EmbeddingChange, embedding_change
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
-from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
+from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Measured, Perplexity
 from coprune.evaluation.model_source import Source, Stored
 from coprune.evaluation.perplexity import aggregate, perplexity
 from coprune.evaluation.result_cache import EvaluationCache, Text, require_texts, split_texts, text_fingerprint
-from coprune.evaluation.tasks import read_anew
+from coprune.evaluation.tasks import named, read_anew, task_for
 from coprune.evaluation.tasks.text_task import TextTask, choose_seqlen
 from coprune.evaluation.zero_shot import ZeroShot
+from coprune.model.checkpoint.load import WHAT
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
@@ -61,14 +63,14 @@ class Subject:
         self._source = source or Stored(recipe.model)
         self.fingerprint, self.name = self._source.fingerprint, self._source.name
         self.label = Path(self.name).name
-        self.classifies = self._source.classifies
+        self.task = self._source.task
         self._asked = split_texts(recipe.evaluate.data)
-        require_texts([] if self.classifies else self._asked)
+        require_texts([] if self.task in ("images", "labels") else self._asked)
         self._tasks = tasks
         self._cache = cache
         plan = plan_of(recipe.evaluate.answers, saves=False)
-        if plan is not None and self.classifies:
-            raise BadInput(f"{self.name} classifies images, and writes nothing", field="generate")
+        if plan is not None and self.task != "text":
+            raise BadInput(f"{self.name} {WHAT[self.task]}, and writes nothing", field="generate")
         self._answers = None
         if plan is not None:
             self._answers = MeasuredAnswers(recipe, plan, self.fingerprint, lambda: self.loaded, cache, reporter)
@@ -100,7 +102,7 @@ class Subject:
         """How windows of text begin: as asked for, or as the first text speaks for; None where there is no text."""
         if self._leader is not None:
             return self._leader.bos
-        if self.classifies or not self._asked:
+        if self.task != "text" or not self._asked:
             return None
         first, asked = self._asked[0], self.recipe.calibrate.bos
         return self._cache.get(self._key("bos", asked=asked, **self._text_key(first)), BosChoice, self._choose_bos)
@@ -115,42 +117,47 @@ class Subject:
     def measure(self) -> Evaluation:
         """Count weights, measure perplexity on every text, run the tasks if there are any, and judge the answers."""
         answers = self.answers(self._leader)
+        anew = [] if self.task == "text" else self._anew()
         return Evaluation(
             model=self.name,
             weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
-            perplexity=tuple(
-                self._cache.get(self._begun_key("perplexity", text), Perplexity, self._measure_text(text))
-                for text in ([] if self.classifies else self._asked)
+            perplexity=(
+                *(one for one in anew if isinstance(one, Perplexity)),
+                *(
+                    self._cache.get(self._begun_key("perplexity", text), Perplexity, self._measure_text(text))
+                    for text in (self._asked if self.task == "text" else ())
+                ),
             ),
             bos=self.bos,
-            accuracy=self._accuracies() if self.classifies else (),
+            accuracy=tuple(one for one in anew if isinstance(one, Accuracy)),
+            embeddings=tuple(one for one in anew if isinstance(one, Embedded)),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
             answers=answers,
             required=() if answers is None else judge(self.recipe.evaluate.answers.conditions, answers),
         )
 
-    def _accuracies(self) -> tuple[Accuracy, ...]:
-        """Measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
-        from coprune.evaluation.tasks import ImageTask
-
-        task = ImageTask(self.recipe, self.loaded, ALONE, read_anew)
+    def _anew(self) -> list[Measured]:
+        """What is measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
+        task = task_for(self.recipe, self.loaded)
         found = []
-        for name, images in task.evaluation(self._reporter).items():
-            assert isinstance(images, LabelledImages)
-            with self._reporter.bar(f"Accuracy on {name}", 1) as advance:
-                found.append(task.measure_in_memory(images, advance).on(name, images.source))
-        return tuple(found)
+        for name, data in task.evaluation(self._reporter).items():
+            with self._reporter.bar(f"{task.measure_name} on {name}", 1) as advance:
+                found.append(named(task.measure_in_memory(data, advance), name, data))
+        return found
 
     def closeness_to(self, dense: Subject) -> tuple[Closeness, ...]:
         """Compare the next-token distributions with another model's on every text; both are in memory for that.
 
         Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
         """
-        if self.classifies or dense.classifies:
+        require_one_task([dense, self])
+        if self.task == "embeddings":
+            return ()
+        if self.task != "text":
             raise BadInput(
-                "closeness compares next-token distributions, which classifiers of images have not",
+                f"closeness compares next-token distributions, and {self.name} {WHAT[self.task]}",
                 field="against",
-                fix="compare them by accuracy",
+                fix=("take ", Command("compare")),
             )
         return tuple(
             self._cache.get(
@@ -249,6 +256,26 @@ class Subject:
         versions = {name: installed_version(name) for name in _VERSIONS}
         facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.model.dtype, **settings, **versions}
         return json.dumps(facts, sort_keys=True, default=str)
+
+
+def require_one_task(subjects: Sequence[Subject]) -> None:
+    """Raise BadInput if some of the models are for something else than the others."""
+    for subject in subjects[1:]:
+        if subject.task != subjects[0].task:
+            one, other = sorted((subjects[0], subject), key=lambda who: who.task == "text")
+            raise BadInput(
+                f"{one.name} {WHAT[one.task]} and {other.name} {WHAT[other.task]}, so they do not compare",
+                field="models",
+            )
+
+
+def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Evaluation | None = None) -> Evaluation:
+    """What was measured of a model, beside another one of the same kind. other: what was measured of that, if it was."""
+    near: tuple[EmbeddingChange, ...] = ()
+    if subject.task == "embeddings":
+        pairs = zip((other or dense.measure()).embeddings, found.embeddings, strict=True)
+        near = tuple(embedding_change(before, after) for before, after in pairs)
+    return found.model_copy(update={"against": dense.name, "near": near})
 
 
 class MeasuredAnswers:

@@ -5,8 +5,10 @@ A run, a sweep's cache, `coprune eval` and fine-tuning all keep these; a report 
 
 from __future__ import annotations
 
+import base64
 from typing import Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -47,6 +49,8 @@ class Perplexity(Measurement):
     """Bits that the model needs for one byte of the text; None if the tokens' bytes were not told."""
     per_byte: float | None
     """Perplexity per byte instead of per token: comparable between tokenizers."""
+    masked: bool = False
+    """Whether tokens were predicted where they were masked, each from the text on both sides (pseudo-perplexity)."""
     window_nll: tuple[float, ...]
     """Mean negative log likelihood of every window's predicted tokens in nats, from which models compare by pairs."""
 
@@ -61,15 +65,22 @@ class Perplexity(Measurement):
         windows = f"({self.windows} windows, sequence length {self.seqlen})"
         return f"{self.value:.2f} [{low:.2f}, {high:.2f}]{per_byte} on {self.data} {windows}"
 
+    @property
+    def title(self) -> str:
+        """What the figure is called."""
+        return "pseudo-perplexity" if self.masked else "perplexity"
+
     def of_model(self, which: str) -> str:
         """The figure in a sentence. which: the model, as "dense"."""
-        return f"Perplexity of the {which} model on {self.data} (sequence length {self.seqlen}): {self.value:.2f}"
+        return f"{self.title.capitalize()} of the {which} model on {self.data} (sequence length {self.seqlen}): {self.value:.2f}"
 
 
 class Accuracy(Measurement):
-    """Shares of images whose class was ranked first, and among the first five, with Wilson's 95 % intervals."""
+    """Shares of images (or texts) whose class was ranked first, and among the first five, with Wilson's 95 % intervals."""
 
     images: int
+    unit: str = "images"
+    """What was counted."""
     top1: float
     top1_interval: Interval
     top5: float
@@ -83,15 +94,46 @@ class Accuracy(Measurement):
         """The figures, for people."""
         (low, high), (low5, high5) = self.top1_interval, self.top5_interval
         top1 = f"top-1 {per_cent(self.top1)} [{per_cent(low)}, {per_cent(high)}]"
-        return f"{top1}, top-5 {per_cent(self.top5)} [{per_cent(low5)}, {per_cent(high5)}] on {self.data} ({self.images} images)"
+        top5 = f", top-5 {per_cent(self.top5)} [{per_cent(low5)}, {per_cent(high5)}]" if self.unit == "images" else ""
+        return f"{top1}{top5} on {self.data} ({self.images} {self.unit})"
 
     def of_model(self, which: str) -> str:
         """The figures in a sentence. which: the model, as "dense"."""
         low, high = self.top1_interval
+        top5 = f", top-5 {per_cent(self.top5)}" if self.unit == "images" else ""
         return (
-            f"Accuracy of the {which} model on {self.data}: top-1 {per_cent(self.top1)} [{per_cent(low)}, {per_cent(high)}], "
-            f"top-5 {per_cent(self.top5)} ({self.images} images)"
+            f"Accuracy of the {which} model on {self.data}: top-1 {per_cent(self.top1)} [{per_cent(low)}, {per_cent(high)}]"
+            f"{top5} ({self.images} {self.unit})"
         )
+
+
+class Embedded(Measurement):
+    """Vectors of passages, by which a model stands beside another one."""
+
+    seqlen: int
+    passages: int
+    width: int
+    vectors: str
+    """Passages × width, each of length 1, as float16 in base64."""
+
+    @classmethod
+    def of(cls, vectors: Tensor, seqlen: int) -> Embedded:
+        """vectors: N × H."""
+        raw = vectors.to(torch.float16).numpy().tobytes()
+        return cls(seqlen=seqlen, passages=len(vectors), width=vectors.shape[1], vectors=base64.b64encode(raw).decode())
+
+    def read(self) -> Tensor:
+        """The vectors as a tensor: N × H float32, of length 1."""
+        raw = np.frombuffer(base64.b64decode(self.vectors), dtype=np.float16).reshape(self.passages, self.width)
+        return torch.nn.functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=-1)
+
+    def line(self) -> str:
+        """What was embedded, for people."""
+        return f"{self.width} values of each of {self.passages} passages of {self.seqlen} tokens on {self.data}"
+
+    def of_model(self, which: str) -> str:
+        """The same in a sentence. which: the model, as "dense"."""
+        return f"The {which} model embedded {self.passages} passages of {self.seqlen} tokens of {self.data}"
 
 
 class Closeness(Measurement):
@@ -114,4 +156,4 @@ class Closeness(Measurement):
         return f"{kl}, top-1 agreement {per_cent(self.top1_agreement)} with {against} on {self.data}"
 
 
-Measured = Perplexity | Accuracy
+Measured = Perplexity | Accuracy | Embedded

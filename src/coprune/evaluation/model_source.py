@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
 from coprune.evaluation.result_cache import bytes_of_weights, model_fingerprint
-from coprune.model.checkpoint.load import task_at
+from coprune.model.checkpoint.load import TaskName, task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import Loaded, open_model, require_processor, say_of_bfloat16
@@ -26,8 +26,8 @@ class Source(Protocol):
     name: str
     fingerprint: str
     """By which measurements of it are kept."""
-    classifies: bool
-    """Whether it is a classifier of images."""
+    task: TaskName
+    """What it is for."""
 
     def open(self, reporter: Reporter) -> Loaded:
         """The model in memory. reporter: who hears of it."""
@@ -47,7 +47,7 @@ class Stored:
         self._path = location.path
         self.name = location.name
         self.fingerprint = model_fingerprint(location.path)
-        self.classifies = task_at(location) == "images"
+        self.task: TaskName = task_at(location)
 
     def open(self, reporter: Reporter) -> Loaded:
         reporter.say(f"Loading {self.name}")
@@ -68,7 +68,7 @@ class Held:
         require_processor(processor)
         self.name = model.name_or_path or type(model).__name__
         self._loaded = Loaded(InMemory(model), processor, self.name, False)
-        self.classifies = self._loaded.task == "images"
+        self.task: TaskName = self._loaded.task
 
     def open(self, reporter: Reporter) -> Loaded:
         say_of_bfloat16(reporter, self._loaded, by_name=False)

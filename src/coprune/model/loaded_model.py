@@ -52,13 +52,13 @@ class Loaded:
 
     @property
     def task(self) -> TaskName:
-        """The task of the model."""
-        return task_of(self.model.config)
+        """What the model is for."""
+        return task_of(self.model.config, type(self.model))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of a model of text."""
-        return self.processor if self.task == "text" else None
+        return self.processor if self.task != "images" else None
 
     @property
     def device(self) -> torch.device:

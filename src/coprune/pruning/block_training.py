@@ -100,7 +100,7 @@ def _train(reconstruction: Reconstruction, done: BlockDone, recording: Recording
     block = done.block
 
     def run(batch: int, hidden: Tensor) -> Tensor:
-        return recording.calls[batch][block.index].in_float32().run(block.module, hidden)
+        return recording.run_in_float32(block, batch, hidden)
 
     try:
         examples = Examples(done.before, done.after, recording.shares, recording.counted)

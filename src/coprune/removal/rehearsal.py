@@ -261,13 +261,13 @@ def same_block_by_block(
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if not isinstance(event, BlockDone) or event.block not in left:
             continue
-        block, call, (own, own_call) = event.block, recording.calls[0][event.block.index], next(called)
+        block, (own, own_call) = event.block, next(called)
         with torch.no_grad(), silent(block):
             fill(small, own, smaller_tensors(module, edits, partial(usual_layout, module), block.name), module)
             with ties.noted({block.name: block.module}):
-                expected = call.run(block.module, event.before[0])
+                expected = recording.run(block, 0, event.before[0])
             with ties.followed({block.name: own}):
-                same = close(own_call.run(own, event.before[0]), expected)
+                same = close(own_call.run(own, event.before[0], recording.streams_of(0)), expected)
         forget_parameters(own)
         if not same:
             return False
@@ -282,4 +282,5 @@ def _calls(
     blocks = [Block(index, name, small.get_submodule(name)) for index, name in enumerate(names)]
     answers = [model.structure.answers[block.index] for block in left]
     _, calls = run_without_blocks(small, blocks, sample, answers)
-    return zip((block.module for block in blocks), calls, strict=True)
+    called = (call.with_streams(model.structure.streams) for call in calls)
+    return zip((block.module for block in blocks), called, strict=True)

@@ -27,13 +27,26 @@ _LOAD_ADAPTER = f"""model.load_adapter("PATH OF THIS FOLDER/{ADAPTER_FOLDER}")
 ```
 
 On the Hub: `model.load_adapter("ID", adapter_kwargs={{"subfolder": "{ADAPTER_FOLDER}"}})`. It needs `peft`."""
+_TOKENIZER = {"processor": "AutoTokenizer", "name": "tokenizer"}
 _AUTO = {
-    "text": {"model": "AutoModelForCausalLM", "processor": "AutoTokenizer", "name": "tokenizer"},
+    "text": {"model": "AutoModelForCausalLM", **_TOKENIZER},
+    "masked": {"model": "AutoModelForMaskedLM", **_TOKENIZER},
+    "labels": {"model": "AutoModelForSequenceClassification", **_TOKENIZER},
+    "embeddings": {"model": "AutoModel", **_TOKENIZER},
     "images": {
         "model": "AutoModelForImageClassification",
         "processor": "AutoImageProcessor",
         "name": "image_processor",
     },
+}
+
+
+_PIPELINES = {
+    "text": "text-generation",
+    "masked": "fill-mask",
+    "labels": "text-classification",
+    "embeddings": "feature-extraction",
+    "images": "image-classification",
 }
 
 
@@ -49,15 +62,21 @@ def model_card(report: Report) -> str:
     """Markdown with the Hub's metadata header: what this is, how it was made, what was measured, how to load it."""
     base = base_of(report.model.source)
     images = report.model.task == "images"
-    pipeline = "image-classification" if images else "text-generation"
-    header = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- coprune", "- pruning"]
+    header = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {_PIPELINES[report.model.task]}",
+        "tags:",
+        "- coprune",
+        "- pruning",
+    ]
     header += [field("base_model", base)] if hub_id(base) else []
     note = (
         "The weights were dequantised from a quantised file before they were pruned; all figures are of those.\n\n"
         if report.model.quantised_source
         else ""
     )
-    results = _accuracy_table(report) if images else _perplexity_table(report)
+    measured, results = _results(report)
     if report.vocabulary is not None:
         results += f"\n\n## Vocabulary\n\n{vocabulary_markdown(report.vocabulary)}"
     if report.zero_shot is not None:
@@ -72,12 +91,26 @@ def model_card(report: Report) -> str:
     card = "\n".join(header) + (
         f"\n{_model_index(report)}---\n\n# {inline(title)}, pruned with {report.recipe.way}{tuned}\n\n"
         f"{_what_was_done(report)} "
-        f"{STORED[_stored(report)]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
+        f"{STORED[_stored(report)]}\n\n{note}## {measured}\n\n{results}\n\n"
         f"## How it was made\n\n{_calibrated_on(report)}\n\n"
         f"Made with {versions}. The recipe, without what is usual{repeats}:\n\n{fenced(recipe.to_yaml(usual=False), 'yaml')}\n\n"
         f"## Load\n\n{_how_to_load(report)}\n"
     )
     return without_places(card, [recipe.model_dump(mode="json"), base])
+
+
+def _results(report: Report) -> tuple[str, str]:
+    """What was measured, as a title and a table."""
+    if report.model.task in ("images", "labels"):
+        return "Accuracy", _accuracy_table(report)
+    if report.model.task == "embeddings":
+        rows = [
+            f"| {inline(e.data)} | {e.passages} | {e.cosine:.4f} | {per_cent(e.overlap)} |" for e in report.embeddings
+        ]
+        nearest = report.embeddings[0].nearest if report.embeddings else 0
+        header = f"| text | passages | cosine with the dense model | of the {nearest} nearest, alike |"
+        return "Embeddings", _table(header, rows)
+    return ("Pseudo-perplexity" if report.model.task == "masked" else "Perplexity"), _perplexity_table(report)
 
 
 def _stored(report: Report) -> str:

@@ -24,6 +24,13 @@ class PerplexityFacts(BaseModel):
     pruned_interval: tuple[float, float] | None
     """95 % bootstrap interval over the windows."""
     pruned_bits_per_byte: float | None
+    masked: bool = False
+    """Whether it is a pseudo-perplexity, of tokens that were masked."""
+
+    @property
+    def title(self) -> str:
+        """What the figure is called."""
+        return "pseudo-perplexity" if self.masked else "perplexity"
 
     @classmethod
     def of(cls, dense: Perplexity | None, pruned: Perplexity) -> PerplexityFacts:
@@ -38,6 +45,7 @@ class PerplexityFacts(BaseModel):
             pruned=pruned.value,
             pruned_interval=pruned.interval,
             pruned_bits_per_byte=pruned.bits_per_byte,
+            masked=pruned.masked,
         )
 
     def line(self, after: str = "") -> str:
@@ -86,13 +94,15 @@ class ChangedPrediction(BaseModel):
 
 
 class AccuracyFacts(BaseModel):
-    """Top-1 and top-5 accuracy on one set of images, with Wilson's 95 % intervals."""
+    """Top-1 and top-5 accuracy on one set of images or labelled texts, with Wilson's 95 % intervals."""
 
     model_config = ConfigDict(frozen=True)
 
     data: str
     source: str
     images: int
+    unit: str = "images"
+    """What was counted."""
     dense_top1: float | None
     dense_top1_interval: tuple[float, float] | None
     dense_top5: float | None
@@ -109,8 +119,9 @@ class AccuracyFacts(BaseModel):
         """Both figures, for people. after: what follows them."""
         before = "" if self.dense_top1 is None else f"dense {per_cent(self.dense_top1)} → "
         low, high = self.pruned_top1_interval
-        top = f"pruned {per_cent(self.pruned_top1)} [{per_cent(low)}, {per_cent(high)}] top-1, {per_cent(self.pruned_top5)} top-5"
-        return f"{before}{top}{after} on {self.data} ({self.images} images)"
+        top5 = f", {per_cent(self.pruned_top5)} top-5" if self.unit == "images" else ""
+        top = f"pruned {per_cent(self.pruned_top1)} [{per_cent(low)}, {per_cent(high)}] top-1{top5}"
+        return f"{before}{top}{after} on {self.data} ({self.images} {self.unit})"
 
 
 class LowRankFacts(BaseModel):

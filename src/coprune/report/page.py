@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coprune.base.words import per_cent
+from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts, is_share, main_of
 from coprune.pruning.distributions import Distributions, Histogram
 from coprune.pruning.pruner import MatrixResult
@@ -94,6 +95,7 @@ def _cards(report: Report) -> str:
     cards = [zeros] if report.has_zeros else []
     cards += [perplexity_card(report, entry) for entry in report.perplexity]
     cards += [accuracy_card(found) for found in report.accuracy]
+    cards += [embedding_card(found) for found in report.embeddings]
     cards.append(zero_shot_card(report.zero_shot))
     parameters = report.model.parameters if report.left is None else report.left
     left = parameters - round(report.sparsity.model * parameters)
@@ -173,12 +175,26 @@ def accuracy_card(found: AccuracyFacts) -> str:
     """The headline figure."""
     before = [] if found.dense_top1 is None else [f"{100 * found.dense_top1:.2f}"]
     shown = from_to([*before, per_cent(found.pruned_top1)])
-    return card(f"top-1 accuracy on {found.data}", shown, f"of {found.images:,} images")
+    return card(f"top-1 accuracy on {found.data}", shown, f"of {found.images:,} {found.unit}")
+
+
+def embedding_card(found: EmbeddingChange) -> str:
+    """The headline figure of a model that embeds texts."""
+    overlap = f"{per_cent(found.overlap)} of the {found.nearest} nearest of {found.passages:,} passages alike"
+    return card(f"cosine with the dense model on {found.data}", f"{found.cosine:.4f}", overlap)
 
 
 def accuracy_section(found: list[AccuracyFacts]) -> str:
     """Bars and a table of all sets of images, and the images of each whose predicted class changed."""
-    header = ["images", "number", "dense top-1 %", "pruned top-1 %", "dense top-5 %", "pruned top-5 %", "changed class"]
+    header = [
+        found[0].unit,
+        "number",
+        "dense top-1 %",
+        "pruned top-1 %",
+        "dense top-5 %",
+        "pruned top-5 %",
+        "changed class",
+    ]
     rows = [
         [
             entry.data,
@@ -312,7 +328,7 @@ def perplexity_card(report: Report, entry: PerplexityFacts) -> str:
     figures = [*([] if entry.dense is None else [entry.dense]), entry.pruned]
     figures += [tuned[entry.data]] if entry.data in tuned else []
     shown = from_to([number(figure) for figure in figures])
-    return card(f"perplexity on {entry.data}", shown, f"sequence length {entry.seqlen}")
+    return card(f"{entry.title} on {entry.data}", shown, f"sequence length {entry.seqlen}")
 
 
 def perplexity_section(report: Report) -> str:
@@ -326,7 +342,7 @@ def perplexity_section(report: Report) -> str:
     of = "" if tuned is None else "; it and the bits per byte are of the pruned model"
     note = f"Lower is better. Non-overlapping windows; the interval is a bootstrap over them{of}.{said}"
     charted = bars([(entry.data, _perplexity_bars(entry, tuned or {})) for entry in report.perplexity])
-    return section("Perplexity", charted, table(header, rows), note=note)
+    return section(report.perplexity[0].title.capitalize(), charted, table(header, rows), note=note)
 
 
 def _perplexity_bars(entry: PerplexityFacts, tuned: dict[str, float]) -> list[Bar]:

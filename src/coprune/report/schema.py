@@ -14,6 +14,7 @@ from coprune.base.words import Sheet, Shown, per_cent
 from coprune.data.windows import SourcePart
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos_choice import BosChoice
+from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.extras import TextSample
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
@@ -135,6 +136,8 @@ class Report(Shown, BaseModel):
     required: tuple[Requirement, ...] = ()
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
+    embeddings: list[EmbeddingChange] = []
+    """How close the pruned model's vectors are to the dense model's."""
     bos: BosChoice | None = None
     """How windows of text begin; None where there is no text."""
     covered: dict[str, float] = {}
@@ -178,7 +181,9 @@ class Report(Shown, BaseModel):
             dense = "" if text.dense is None else f"{text.dense:.2f} → "
             tuned = {} if self.finetuned is None else self.finetuned.perplexity
             after = f" → {tuned[text.data]:.2f} after {recipe.train.mode}" if text.data in tuned else ""
-            measured = f", perplexity {dense}{text.pruned:.2f}{after} on {text.data}"
+            measured = f", {text.title} {dense}{text.pruned:.2f}{after} on {text.data}"
+        for vectors in self.embeddings[:1]:
+            measured = f", cosine {vectors.cosine:.4f} with dense on {vectors.data}"
         if self.vocabulary is not None and not self.perplexity:
             measured = "".join(f", {text.line()}" for text in self.vocabulary.texts[:1])
         asked = f"{recipe.way} {recipe.shape}"
@@ -198,10 +203,11 @@ class Report(Shown, BaseModel):
         rows += [("added", self.low_rank.line())] if self.low_rank is not None else []
         after = self.finetuned.after if self.finetuned is not None else lambda data: ""
         rows += [("fine-tuned", self.finetuned.line())] if self.finetuned is not None else []
-        rows += [("perplexity", text.line(after(text.data))) for text in self.perplexity]
+        rows += [(text.title, text.line(after(text.data))) for text in self.perplexity]
         if self.bos is not None and (begins := self.bos.line()) is not None:
             rows.append(("BOS", begins))
         rows += [] if self.vocabulary is None else [("vocabulary", line) for line in self.vocabulary.lines()]
+        rows += [("embeddings", vectors.line("dense")) for vectors in self.embeddings]
         rows += [("accuracy", images.line(after(images.data))) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
         if self.covered:

@@ -12,9 +12,11 @@ from coprune.base.devices import device_memory
 from coprune.base.memory import peak_memory
 from coprune.data import Windows
 from coprune.data.images import LabelledImages
+from coprune.data.labelled_text import LabelledTexts
 from coprune.evaluation.answers.facts import judge
+from coprune.evaluation.embeddings import embedding_change
 from coprune.evaluation.extras import Extras
-from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
+from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity
 from coprune.model.checkpoint.load import loaded_by_auto
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
@@ -57,6 +59,11 @@ def build_report(session: Session, found: Found) -> Report:
             if isinstance(one, Perplexity)
         ],
         accuracy=[_accuracy(opened, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)],
+        embeddings=[
+            embedding_change(before, one)
+            for name, one in measured
+            if isinstance(one, Embedded) and isinstance(before := found.dense.get(name), Embedded)
+        ],
         bos=opened.bos,
         left_out=[*map(str, model.chosen.left_out), *opened.loaded.left_out],
         prune_seconds=found.outcome.seconds,
@@ -143,7 +150,7 @@ def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
 
 def _accuracy(opened: Opened, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
     images, before = opened.data[pruned.data], dense if isinstance(dense, Accuracy) else None
-    assert isinstance(images, LabelledImages)
+    assert isinstance(images, LabelledImages | LabelledTexts)
     return accuracy_facts(images, opened.loaded.model.config.id2label, before, pruned)
 
 
@@ -153,9 +160,12 @@ _SIDE = 112  # pixels of a thumbnail's longer side
 
 
 def accuracy_facts(
-    images: LabelledImages, id2label: Mapping[Any, str] | None, dense: Accuracy | None, pruned: Accuracy
+    images: LabelledImages | LabelledTexts,
+    id2label: Mapping[Any, str] | None,
+    dense: Accuracy | None,
+    pruned: Accuracy,
 ) -> AccuracyFacts:
-    """Both models' accuracies side by side, with the images whose predicted class changed.
+    """Both models' accuracies side by side, with the images (or texts) whose predicted class changed.
 
     id2label: the model's names of its classes.
     """
@@ -168,6 +178,7 @@ def accuracy_facts(
         data=pruned.data,
         source=pruned.source,
         images=pruned.images,
+        unit=pruned.unit,
         dense_top1=None if dense is None else dense.top1,
         dense_top1_interval=None if dense is None else dense.top1_interval,
         dense_top5=None if dense is None else dense.top5,
@@ -184,12 +195,13 @@ def accuracy_facts(
     )
 
 
-def class_name(number: int, images: LabelledImages, id2label: Mapping[Any, str] | None) -> str:
+def class_name(number: int, images: LabelledImages | LabelledTexts, id2label: Mapping[Any, str] | None) -> str:
     """A class as the model calls it, or as the images do where the model only counts."""
     written = (id2label or {}).get(number, "")
     if written and not written.startswith("LABEL_"):
         return written
-    return images.classes[number] if number < len(images.classes) else f"class {number}"
+    classes = images.classes if isinstance(images, LabelledImages) else ()
+    return classes[number] if number < len(classes) else f"class {number}"
 
 
 def thumbnail(image: Any) -> str:
@@ -204,7 +216,7 @@ def thumbnail(image: Any) -> str:
 
 def _example(
     i: int,
-    images: LabelledImages,
+    images: LabelledImages | LabelledTexts,
     id2label: Mapping[Any, str] | None,
     dense: Accuracy,
     pruned: Accuracy,
@@ -221,5 +233,5 @@ def _example(
         dense=before,
         pruned=after,
         names=(name(label), name(before), name(after)),
-        thumbnail=thumbnail(images.image(i)) if shown else None,
+        thumbnail=thumbnail(images.image(i)) if shown and isinstance(images, LabelledImages) else None,
     )

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut
-from coprune.evaluation.measurement import Measured, Perplexity
+from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
 from coprune.model.adapter_folder import adapter_config
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.low_rank_factors import Factors, may_get_factors, stored_factors, take_away, wrap
@@ -119,7 +119,8 @@ def _zeros(result: MatrixResult) -> int:
 
 def _figures(alone: Mapping[str, Measured]) -> Iterator[tuple[str, float]]:
     for name, measured in alone.items():
-        yield name, measured.value if isinstance(measured, Perplexity) else measured.top1
+        if isinstance(measured, Perplexity | Accuracy):
+            yield name, measured.value if isinstance(measured, Perplexity) else measured.top1
 
 
 def with_adapter(model: PreTrainedModel) -> PreTrainedModel:

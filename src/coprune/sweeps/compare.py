@@ -17,7 +17,7 @@ from coprune.evaluation.closeness import OtherTokens
 from coprune.evaluation.comparison_table import Comparison
 from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
 from coprune.evaluation.measure_arguments import MeasureArguments
-from coprune.evaluation.measured_model import Subject
+from coprune.evaluation.measured_model import Subject, held_against, require_one_task
 from coprune.evaluation.measurement import Closeness
 from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
 from coprune.recipe.recipe import Recipe
@@ -119,15 +119,16 @@ def compare_models(
     rows = [row(models[0], baseline, None)]
     for name, subject in zip(models[1:], subjects[1:], strict=True):
         closeness = _closeness(subject, subjects[0], reporter)
-        evaluation = subject.measure().model_copy(update={"against": subjects[0].name, "closeness": closeness})
+        evaluation = held_against(subject.measure(), subject, subjects[0], baseline)
+        evaluation = evaluation.model_copy(update={"closeness": closeness})
         rows.append(row(name, evaluation, baseline))
         subject.release()
     return Comparison(rows=tuple(rows))
 
 
 def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple[Closeness, ...]:
-    """How close a model is to the baseline: nothing of classifiers, and of models with other tokens, measured by themselves."""
-    if subject.classifies:
+    """How close a model is to the baseline: only where both write, and of models with other tokens, measured by themselves."""
+    if subject.task != "text":
         return ()
     try:
         return subject.closeness_to(baseline)
@@ -147,11 +148,3 @@ def labels_of(names: Sequence[str]) -> list[str]:
         short if last.count(short) == 1 else "__".join(part for part in Path(name).parts if part != "/")
         for name, short in zip(names, last, strict=True)
     ]
-
-
-def require_one_task(subjects: Sequence[Subject]) -> None:
-    """Raise BadInput if some of the models classify images and others do not."""
-    for subject in subjects[1:]:
-        if subject.classifies != subjects[0].classifies:
-            one, other = (subject, subjects[0]) if subject.classifies else (subjects[0], subject)
-            raise BadInput(f"{one.name} classifies images and {other.name} does not, so they do not compare")

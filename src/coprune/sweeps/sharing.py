@@ -125,7 +125,7 @@ class SweepReuse(Reuse):
     ) -> dict[str, Measured]:
         opened = session.opened
         texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
-        alone = opened.around.processes.size == 1
+        alone = opened.around.processes.size == 1 and opened.loaded.task != "embeddings"  # whose vectors are not kept
         if opened.recipe.evaluate.tasks.log_samples is not None and opened.recipe.evaluate.runs_tasks:
             return measure()  # whose items are logged beside the run's
         if not opened.recipe.evaluate.dense or len(texts) < len(opened.data) or not alone:

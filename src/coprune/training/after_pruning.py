@@ -38,6 +38,7 @@ from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
 from coprune.training.resume import gives_as
 from coprune.training.run import in_precision_of_the_device, run_finetuning
+from coprune.training.session import require_trainable
 from coprune.training.trainer import training_device
 
 
@@ -132,9 +133,10 @@ def _require_teacher(recipe: Recipe) -> None:
 
 def _require_room(recipe: Recipe, settings: Recipe) -> None:
     """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
+    where = locate(recipe.model.name, recipe.model.cache_dir)
+    require_trainable(where)
     if has_adapters(recipe.train.mode) or recipe.remove.parts or not recipe.model.check_memory:
         return
-    where = locate(recipe.model.name, recipe.model.cache_dir)
     distills = has_teacher(recipe.train.mode)
     require_room_to_train(
         where, settings.train.optimizer, settings.train.scope, distills, training_device(settings.model.device)

@@ -18,7 +18,7 @@ from coprune.evaluation.bos_choice import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.load import WHAT, load_model, task_at
 from coprune.model.checkpoint.locate import Location, locate
 from coprune.model.loaded_model import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
@@ -64,6 +64,7 @@ def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
     """Check all that can be checked, cheap things first."""
     _check_named(settings)
     location = locate(settings.model.name, settings.model.cache_dir)
+    require_trainable(location)
     reporter.say(f"Loading {settings.model.name}")
     model, processor = load_model(location, "auto")
     masks, history = masks_of(model, location.path), History.read(location.path)
@@ -81,6 +82,15 @@ def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
     data, evaluation = _begun_alike(_training_data(settings, task, loaded), task, loaded, reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
     return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history, location)
+
+
+def require_trainable(location: Location) -> None:
+    """Raise BadInput for a model that neither writes text nor classifies images."""
+    if (task := task_at(location)) not in ("text", "images"):
+        raise BadInput(
+            f"{location.name} {WHAT[task]}, and coprune fine-tunes models that write text or classify images",
+            field="model",
+        )
 
 
 def _task(settings: Recipe, loaded: Loaded) -> Task:

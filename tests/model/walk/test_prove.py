@@ -14,7 +14,7 @@ from coprune.base.errors import NumericalError, UnsupportedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.matrix_choice import choose_matrices
-from coprune.model.walk.block_calls import replaced_forwards, run_without_blocks
+from coprune.model.walk.block_calls import open_streams, replaced_forwards, run_without_blocks
 from coprune.model.walk.model_structure import FoundModel, Structure
 from coprune.model.walk.prove import prove_replay
 from support.toys import ToyBlock, ToyModel
@@ -113,9 +113,9 @@ class Random(ToyModel):
         second.first = nn.Sequential(second.first, nn.Dropout(0.5).train())
 
 
-class HasNoHead(ToyModel):
+class AnswersOtherwise(ToyModel):
     def forward(self, input_ids: Tensor, use_cache: bool = False, **more: Any) -> Any:
-        return SimpleNamespace(last_hidden_state=self.run_blocks(self.embeddings(input_ids)))
+        return SimpleNamespace(pooled=self.run_blocks(self.embeddings(input_ids)))
 
 
 class Two(NamedTuple):
@@ -141,13 +141,12 @@ class AnswersByName(ToyModel):
 
 REFUSED = {
     AnswersByName: "a block answers with Two instead of hidden states",
-    HasNoHead: "answers without logits",
+    AnswersOtherwise: "answers without logits",
     ChangesBetween: "changes the hidden states between the blocks, before layers.2",
     RunsTwice: "layers.0 runs out of order or twice",
     Backwards: "layers.2 runs out of order",
     SkipsOne: "visits 2 of the model's 3 blocks",
     DependsOnEarlierBlocks: "layers.1 is given something that depends on",
-    ReadsNotes: "layers.1 is given something that depends on",
     AsksWhetherThereIsAny: "layers.2 is given something that depends on",
     Random: "layers.1 replayed",
 }
@@ -179,6 +178,17 @@ def test_what_no_block_makes_use_of_may_depend_on_earlier_blocks() -> None:
     for block, call in zip(model.layers, calls, strict=True):
         hidden = call.run(block, hidden)
         assert not call.kwargs["notes"]  # nothing is left in what was recorded
+    assert torch.equal(model.head(hidden), model(TOKENS).logits)
+
+
+def test_what_a_block_leaves_for_the_next_is_carried_to_it() -> None:
+    model = ReadsNotes()
+    structure = prove(model)
+    assert structure.streams == ("notes",)
+    hidden, calls = run_without_blocks(model, find_blocks(model), TOKENS, structure.answers)
+    calls, streams = open_streams(calls, structure.streams)
+    for block, call in zip(model.layers, calls, strict=True):
+        hidden = call.run(block, hidden, streams)
     assert torch.equal(model.head(hidden), model(TOKENS).logits)
 
 

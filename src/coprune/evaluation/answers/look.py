@@ -122,7 +122,9 @@ class Look:
 def _questions(plan: Plan, loaded: Loaded) -> Questions:
     fix: Words | None = None
     if loaded.task != "text":
-        cause = "the model classifies images, and writes nothing"
+        from coprune.model.checkpoint.load import WHAT
+
+        cause = f"the model {WHAT[loaded.task]}, and writes nothing"
     elif (lacks := loaded.lacks_room()) is not None:
         cause, fix = lacks, _LATER
     elif loaded.tokenizer is None:

@@ -1,7 +1,7 @@
 """The differences between models of text and classifiers of images: their inputs, and how they are measured.
 
 A run asks its task for samples to calibrate on, for data to measure on, and for the measurement; blocks, matrices,
-methods, the walk and the checkpoint know nothing of it. The two tasks are the entries of one table.
+methods, the walk and the checkpoint know nothing of it. The tasks are the entries of one table.
 """
 
 from __future__ import annotations
@@ -10,13 +10,31 @@ from coprune.base.processes import ALONE, Processes
 from coprune.evaluation.tasks.image_task import ImageTask
 from coprune.evaluation.tasks.task import Data, Remember, Samples, Task, named, read_anew
 from coprune.evaluation.tasks.text_task import TextTask
+from coprune.evaluation.tasks.whole_texts import EmbeddingTask, LabelTask, MaskedTask
 from coprune.model.checkpoint.load import TaskName
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
-__all__ = ["TASKS", "Data", "ImageTask", "Remember", "Samples", "Task", "TextTask", "named", "read_anew", "task_for"]
+__all__ = [
+    "TASKS",
+    "Data",
+    "ImageTask",
+    "Remember",
+    "Samples",
+    "Task",
+    "TextTask",
+    "named",
+    "read_anew",
+    "task_for",
+]
 
-TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {"text": TextTask, "images": ImageTask}
+TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {
+    "text": TextTask,
+    "masked": MaskedTask,
+    "labels": LabelTask,
+    "embeddings": EmbeddingTask,
+    "images": ImageTask,
+}
 
 
 def task_for(recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew) -> Task:

@@ -9,16 +9,14 @@ from torch import Tensor
 
 from coprune.base.progress import Advance, Reporter
 from coprune.data import EvaluationText, Windows
-from coprune.data.images import (
-    ImageSamples,
-    LabelledImages,
-)
+from coprune.data.images import ImageSamples, LabelledImages
+from coprune.data.labelled_text import LabelledTexts
 from coprune.evaluation.measurement import Measured
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.model_structure import ProvenModel
 
 Samples = Windows | ImageSamples
-Data = EvaluationText | LabelledImages
+Data = EvaluationText | LabelledImages | LabelledTexts
 Tokens = TypeVar("Tokens")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coprune.base.devices import in_host_memory
@@ -23,7 +23,7 @@ from coprune.data.tokenizing import Tokenizes
 from coprune.data.windows import Sampling, TooShort, draw_samples
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos_choice import BosChoice, Score, choose_bos
-from coprune.evaluation.measurement import Perplexity
+from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.evaluation.own_text import own_documents
 from coprune.evaluation.perplexity import perplexity, shared_perplexity, streamed_perplexity
 from coprune.evaluation.result_cache import plain_names
@@ -183,19 +183,22 @@ class TextTask:
     def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
         return split_batches(samples, self._recipe, self._loaded.device, marks)
 
-    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Perplexity:
+    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Measured:
         assert isinstance(data, EvaluationText)
         size, blocks = self._recipe.calibrate.batch_size, len(model.blocks)
 
         def measure(text: EvaluationText) -> Perplexity:
             if not model.weights.streams:
-                return self.measure_in_memory(text, advance)
+                return self._perplexity_in_memory(text, advance)
             return streamed_perplexity(model, text, self.seqlen, size, lambda done: advance(done / blocks), activations)
 
         return shared_perplexity(self._processes, data, self.seqlen, measure)
 
-    def measure_in_memory(self, data: Data, advance: Advance) -> Perplexity:
+    def measure_in_memory(self, data: Data, advance: Advance) -> Measured:
         assert isinstance(data, EvaluationText)
+        return self._perplexity_in_memory(data, advance)
+
+    def _perplexity_in_memory(self, data: EvaluationText, advance: Advance) -> Perplexity:
         windows = len(data.tokens) // self.seqlen
         return perplexity(
             self._loaded.model,
@@ -211,7 +214,7 @@ def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
     """The sequence length that is asked for, or min(2048, the model's limit). Raises BadInput if it is above that limit."""
     config: Any = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
-    limit = max(0, int(limit))  # XLNet says -1 for none
+    limit = max(0, int(limit) - _unused_positions(model, limit))  # XLNet says -1 for none
     if seqlen is None:
         return min(2048, limit) if limit else 2048
     if limit and seqlen > limit:
@@ -219,6 +222,13 @@ def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
             f"seqlen {seqlen} is above this model's limit of {limit} positions", field="seqlen", value=seqlen
         )
     return seqlen
+
+
+def _unused_positions(model: PreTrainedModel, limit: int) -> int:
+    """Rows of a table of positions that no token has: up to that of padding, where positions are counted from it."""
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
+    own = next((m for m in tables if m.num_embeddings == limit and m.padding_idx is not None), None)
+    return 0 if own is None or own.padding_idx is None else own.padding_idx + 1
 
 
 def probe_tokens(windows: Windows | None, texts: Sequence[EvaluationText], seqlen: int, loaded: Loaded) -> torch.Tensor:

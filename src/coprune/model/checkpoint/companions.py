@@ -27,6 +27,8 @@ COPIED = ("*.json", "*.txt", "*.jinja", "*.py", *VOCABULARIES, *LICENCES)
 COPIED_BELOW = ("*.json", "*.jinja", *VOCABULARIES)
 """Of folders inside: further chat templates, the modules of sentence-transformers."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+MODULES_FILE = "modules.json"
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Companions:
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
     """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
 
-    Links that lead out of the folder are left out, and so are folders in it that hold weights (the same in other formats).
+    Links that lead out of the folder are left out, and so are folders in it that hold weights (the same in other formats),
+    unless sentence-transformers runs them behind the model.
 
     dtype: what the weights are written in, "auto" for the source's own. Of timm's configuration, the number of classes
     that it may hold twice is kept once, so that transformers loads the folder too.
@@ -68,14 +71,32 @@ def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto"
 def _beside_weights(folder: Path) -> Iterator[Path]:
     """The files of a checkpoint folder, and of the folders in it, that belong to the model and are not written anew."""
     inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    modules = modules_of(folder)
     for place in [folder, *sorted(path for path in inside if not path.name.startswith("."))]:
-        files, patterns = own_files(place), COPIED if place == folder else COPIED_BELOW
-        if place != folder and any(path.suffix in WEIGHTS for path in files):
+        patterns: tuple[str, ...] = COPIED if place == folder else COPIED_BELOW
+        files = own_files(place)
+        if place in modules:
+            patterns = (*COPIED_BELOW, *MODULE_WEIGHTS)
+        elif place != folder and any(path.suffix in WEIGHTS for path in files):
             continue
         for path in files:
             anew = path == folder / "config.json" or path.name.endswith(".index.json")
             if not anew and any(fnmatchcase(path.name, pattern) for pattern in patterns):
                 yield path
+
+
+def modules_of(folder: Path | None) -> list[Path]:
+    """The folders in one of sentence-transformers whose modules run behind the model; none of another model."""
+    if folder is None or not (folder / MODULES_FILE).is_file():
+        return []
+    try:
+        listed = json.loads((folder / MODULES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    paths = [entry.get("path") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    # Names that somebody else wrote have to mean a folder in this one.
+    inside = [folder / path for path in paths if isinstance(path, str) and Path(path).name == path != ".."]
+    return [path for path in inside if path.is_dir() and not path.is_symlink()]
 
 
 def change_config(folder: Path, *changes: Callable[[dict[str, Any]], None]) -> None:

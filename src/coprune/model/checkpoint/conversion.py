@@ -63,7 +63,7 @@ class Conversion:
         if missing and not any(map(splits, self._used)):
             raise BadInput(
                 f"the checkpoint lacks {len(missing)} weights of the model, first {min(missing)}",
-                fix="is it complete, and a causal language model?",
+                fix="is it complete?",
             )
 
     def _group(self, names: Iterable[str]) -> tuple[list[Renamed], dict[str, str]]:

@@ -24,8 +24,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -93,16 +97,36 @@ def _made_once() -> Iterator[None]:
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-TaskName = Literal["text", "images"]
+TaskName = Literal["text", "masked", "labels", "embeddings", "images"]
+"""What a model is for: to go on with a text, to fill in masked tokens, to label texts, to embed them, to label images."""
 
-MODEL_CLASSES: dict[TaskName, Any] = {"text": AutoModelForCausalLM, "images": AutoModelForImageClassification}
-"""The class that builds a model for each task. timm's models are classifiers of transformers too, under its wrapper."""
+HEADS: dict[TaskName, tuple[Any, ...]] = {
+    "text": (AutoModelForCausalLM,),
+    "masked": (AutoModelForMaskedLM,),
+    "labels": (AutoModelForSequenceClassification, AutoModelForTokenClassification),
+    "images": (AutoModelForImageClassification,),
+    "embeddings": (AutoModel,),
+}
+"""What builds a model for each task; the first that knows it counts. timm's models are classifiers under a wrapper."""
+
+WHAT: dict[TaskName, str] = {
+    "text": "writes text",
+    "masked": "fills in masked tokens",
+    "labels": "labels texts",
+    "embeddings": "embeds texts",
+    "images": "classifies images",
+}
+"""What models do, in a sentence about one."""
 
 
-def task_of(config: Any) -> TaskName:
-    """Return the task of a model with this configuration: images if it classifies them and is no language model."""
-    classes = [name for name, auto in MODEL_CLASSES.items() if builds(auto, config)]
-    return "images" if classes == ["images"] else "text"
+def task_of(config: Any, model_class: type[PreTrainedModel] | None = None) -> TaskName:
+    """What a model with this configuration is for: by its class, or the one that it names, else by what its type has."""
+    names = (getattr(config, "architectures", None) or ()) if model_class is None else (model_class.__name__,)
+    for task, autos in HEADS.items():
+        if any(choice is not None and choice.__name__ in names for choice in (auto_choice(a, config) for a in autos)):
+            return task
+    lists = [task for task in ("text", "images") if builds(HEADS[task][0], config)]
+    return "images" if lists == ["images"] else "text"
 
 
 def class_for(config: Any) -> Any:
@@ -113,15 +137,16 @@ def class_for(config: Any) -> Any:
     Raises:
         BadInput: that class is for something else than text or the classification of images.
     """
-    task = task_of(config)
-    auto, named = MODEL_CLASSES[task], own_class(config)
-    usual = auto_choice(auto, config)
-    if usual is not None and usual.__name__ in (getattr(config, "architectures", None) or ()):
-        return auto
-    if getattr(config, "is_encoder_decoder", False):
+    task, named = task_of(config), own_class(config)
+    if getattr(config, "is_encoder_decoder", False) and not _is_named(HEADS["text"][0], config):
         raise _not_for(config, named, "is an encoder with a decoder, and coprune prunes models of one list of blocks")
+    for auto in HEADS[task]:
+        if _is_named(auto, config):
+            if task == "embeddings" and class_built_by(auto, config).main_input_name != "input_ids":
+                raise _not_for(config, named, "is no classifier of images, and reads no text")
+            return auto
     if named is None:
-        return auto
+        return HEADS[task][0]
     if task == "images":
         raise _not_for(config, named, "is no classifier of images")
     with init_empty_weights(include_buffers=False):
@@ -131,18 +156,24 @@ def class_for(config: Any) -> Any:
     return named
 
 
+def _is_named(auto: Any, config: Any) -> bool:
+    """Whether a configuration names the class that an Auto class takes for it."""
+    choice = auto_choice(auto, config)
+    return choice is not None and choice.__name__ in (getattr(config, "architectures", None) or ())
+
+
 def _not_for(config: Any, named: type | None, why: str) -> BadInput:
     name = config.model_type if named is None else named.__name__
     return BadInput(
         f"{name}, the model that config.json names, {why}",
         field="model",
-        fix="prune a language model or a classifier of images",
+        fix="prune a model of text or a classifier of images",
     )
 
 
 def loaded_by_auto(model: PreTrainedModel) -> bool:
-    """Whether an Auto class, given the configuration, loads a model as the class that it is of."""
-    return auto_choice(MODEL_CLASSES[task_of(model.config)], model.config) is type(model)
+    """Whether the usual Auto class of a task, given the configuration, loads a model as the class that it is of."""
+    return auto_choice(HEADS[task_of(model.config, type(model))][0], model.config) is type(model)
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -209,7 +240,7 @@ def load_model(
             source = source_encoding(folder, None if dtype == "auto" else getattr(torch, dtype))
             if source is not None:
                 options |= {"state_dict": _decoded(source), "dtype": source.dtype}
-        loader = class_for(options["config"]) if "config" in options else MODEL_CLASSES[task]
+        loader = class_for(options["config"]) if "config" in options else HEADS[task][0]
         if "state_dict" in options:
             loaded: Any = class_built_by(loader, options["config"]).from_pretrained(None, **options)
         else:
@@ -245,7 +276,7 @@ def _decoded(source: SourceEncoding) -> dict[str, Any]:
 
 def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:
     """Load what turns text or images into a model's inputs. Raises BadInput if it is not there."""
-    if task == "text":
+    if task != "images":
         return load_tokenizer(location, trust_remote_code)
     with quiet_transformers(), explained(location):
         return AutoImageProcessor.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
@@ -299,7 +330,7 @@ def require_all_weights(name: str, missing: set[str]) -> None:
             f"the checkpoint of {name} lacks {len(missing)} weights of the model, first {min(missing)}",
             field="model",
             value=name,
-            fix="is it complete, and a causal language model?",
+            fix="is it complete?",
         )
 
 

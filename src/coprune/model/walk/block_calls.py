@@ -2,7 +2,8 @@
 
 Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is
 kept. For recording, the blocks do nothing but pass their input on: what a model hands to its blocks besides the hidden
-states depends on shapes and positions only. That this holds is checked on one sample before anything is changed.
+states depends on shapes and positions only, or is what earlier blocks have put into a mapping for later ones (keys and
+values that layers share): a stream. That this holds is checked on one sample before anything is changed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ from torch import Tensor, nn
 from coprune.base.errors import UnsupportedModel
 from coprune.model.blocks import Block
 
+Place = int | str
+"""Of a block's argument: its position behind the hidden states, or its name."""
+Stream = MutableMapping[Any, Any]
+"""What blocks leave for later ones, as it is between two blocks."""
+
+
+@dataclass(frozen=True)
+class FromStream:
+    """Stands in a recorded call where a stream is handed over."""
+
+    number: int
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -30,17 +43,53 @@ class BlockCall:
     keyword: str | None
     """Name of the keyword that carries the hidden states, or None if they come first."""
 
-    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """Run the block (its module or its forward) on these hidden states and return the new ones."""
-        # Some blocks leave things for later ones in a mapping that they are given.
+    def run(self, block: Callable[..., Any], hidden: Tensor, streams: Sequence[Stream] = ()) -> Tensor:
+        """Run the block (its module or its forward) on these hidden states and return the new ones.
+
+        streams: what earlier blocks left, to which the block adds what it leaves.
+        """
+        # Some blocks leave things in a mapping that they are given, though nobody reads it.
         args, kwargs = snapshot(self.args), snapshot(self.kwargs)
+        if streams:
+            args = tuple(_handed_over(value, streams) for value in args)
+            kwargs = {name: _handed_over(value, streams) for name, value in kwargs.items()}
         if self.keyword is None:
             return hidden_of(block(hidden, *args, **kwargs))
         return hidden_of(block(*args, **{self.keyword: hidden}, **kwargs))
 
+    def at(self, place: Place) -> Any:
+        """The argument at a place; None if there is none."""
+        if isinstance(place, str):
+            return self.kwargs.get(place)
+        return self.args[place] if place < len(self.args) else None
+
+    def with_streams(self, places: Sequence[Place]) -> BlockCall:
+        """The same call with what is at these places left open. Numbers of streams are their places' in the list."""
+        numbers = {place: FromStream(number) for number, place in enumerate(places) if self.at(place) is not None}
+        args = tuple(numbers.get(position, value) for position, value in enumerate(self.args))
+        return BlockCall(args, {name: numbers.get(name, value) for name, value in self.kwargs.items()}, self.keyword)
+
     def in_float32(self) -> BlockCall:
         """The same call for a block whose parameters are float32."""
         return BlockCall(in_float32(self.args), in_float32(self.kwargs), self.keyword)
+
+
+def _handed_over(value: Any, streams: Sequence[Stream]) -> Any:
+    return streams[value.number] if isinstance(value, FromStream) else value
+
+
+def open_streams(calls: Sequence[BlockCall], places: Sequence[Place]) -> tuple[list[BlockCall], list[Stream]]:
+    """Leave streams open in a model's calls, as they were recorded with idle blocks.
+
+    Args:
+        calls: of all blocks.
+        places: where the streams are handed over.
+
+    Returns:
+        The calls, and every stream as it is before the first block.
+    """
+    first = [next(value for call in calls if (value := call.at(place)) is not None) for place in places]
+    return [call.with_streams(places) for call in calls] if places else list(calls), first
 
 
 def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> Tensor:
@@ -48,25 +97,32 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
 
     Models of transformers say what their main input is called; images take on the model's dtype. last: of text, only the
     logits of so many positions at the end, where the model's forward has such an option (all take memory: S × V).
-    Returns logits: B × S × V, or B × classes.
+    Returns logits: B × S × V, B × classes or B × S × classes; of a model without a head its hidden states, B × S × H.
     """
     name: str = getattr(model, "main_input_name", "input_ids")
     if batch.is_floating_point():
         batch = batch.to(next(model.parameters()).dtype)
-    options: dict[str, Any] = {"use_cache": False} if name == "input_ids" else {}
+    options: dict[str, Any] = {"use_cache": False} if name == "input_ids" and _takes(model, "use_cache") else {}
     if last is not None and chooses_positions(model):
         # As positions, not as a number: a slice of the hidden states would make torch copy the head's whole weight.
         positions = batch.shape[-1]
         options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
-    logits = getattr(model(**{name: batch}, **options), "logits", None)
-    if not isinstance(logits, Tensor):
-        raise UnsupportedModel("the model answers without logits")
-    return logits
+    answer = model(**{name: batch}, **options)
+    for given in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(answer, given, None), Tensor):
+            return found
+    raise UnsupportedModel("the model answers without logits or hidden states")
 
 
 def chooses_positions(model: nn.Module) -> bool:
     """Whether a model's forward can give the logits of some positions only."""
     return "logits_to_keep" in signature(model.forward).parameters
+
+
+def _takes(model: nn.Module, option: str) -> bool:
+    """Whether a model's forward takes an option, by name or with all others."""
+    parameters = signature(model.forward).parameters
+    return option in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 class Finished(Exception):
@@ -230,6 +286,15 @@ def in_float32(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(in_float32(item) for item in value)
     return _mapped(value, in_float32) if isinstance(value, MutableMapping) else value
+
+
+def cloned(value: Any) -> Any:
+    """A copy of a value with tensors of its own; containers of other kinds are copied as they are."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(cloned(item) for item in value)
+    return _mapped(value, cloned) if isinstance(value, MutableMapping) else value
 
 
 def same_value(a: Any, b: Any, ignored: Container[int] = ()) -> bool:

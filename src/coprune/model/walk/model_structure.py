@@ -13,7 +13,7 @@ from coprune.model.checkpoint.weights import Weights
 from coprune.model.folding import Fold
 from coprune.model.matrices import Matrix
 from coprune.model.matrix_choice import Chosen
-from coprune.model.walk.block_calls import Answer
+from coprune.model.walk.block_calls import Answer, Place
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Structure:
     """For every block, what its answer looks like."""
     groups: list[list[list[Matrix]]] = field(default_factory=list)
     """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
+    streams: tuple[Place, ...] = ()
+    """Where blocks are handed what earlier ones left for them in a mapping."""
     reused: list[str] = field(default_factory=list)
     """Names of matrices that are multiplied more than once in a forward."""
     folds: Mapping[str, Sequence[Fold]] = field(default_factory=dict)

@@ -7,8 +7,9 @@ of experts, which matrices are fed by the same tensor, and which are used more t
 
 from __future__ import annotations
 
+import operator
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,16 @@ from coprune.model.matrix_choice import Evidence, confirm
 from coprune.model.walk.block_calls import (
     Answer,
     BlockCall,
+    Place,
+    Stream,
     forward_logits,
     hidden_of,
+    open_streams,
     replaced_forwards,
     run_after_blocks,
     run_without_blocks,
     same_value,
+    snapshot,
     split_call,
     tensors_in,
 )
@@ -73,7 +78,8 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         logits = forward_logits(model, sample, COMPARED_LOGITS)
     structure, last = watched.structure, watched.replayed
     assert last is not None
-    _require_same_calls(found, sample, structure.answers, watched.calls, last)
+    structure.streams = watched.streams.read
+    _require_same_calls(found, structure, watched.calls, last)
     after = run_after_blocks(model, blocks, sample, structure.answers, last, COMPARED_LOGITS)
     if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward")
@@ -112,6 +118,7 @@ class _Watched:
         """Every block's call, with the tensors among its arguments that the block does not use."""
         self.replayed: Tensor | None = None
         """The last replayed hidden states."""
+        self.streams = _Streams()
         self._found = found
 
     def run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -126,19 +133,87 @@ class _Watched:
         given = list(tensors_in((call.args, call.kwargs)))
         # Noted before the block runs, so that one which runs inside another is seen to be out of order.
         self.calls.append((call, set()))
+        live = _live_mappings(args, kwargs, call)
         with Reads(given) as reads:
             output, seen = observe_products(candidates, lambda: forward(*args, **kwargs))
         self.calls[-1] = call, {id(tensor) for tensor in given} - reads.ids
         self.products.append(seen)
-        again = call.run(forward, hidden if self.replayed is None else self.replayed)
+        again = self.streams.replay(call, live, reads.ids, forward, hidden if self.replayed is None else self.replayed)
         if not bool(torch.isfinite(hidden_of(output)).all()):
             raise _not_finite(block)
         weights.release(block.name)
         if not _close(hidden_of(output), again):
             raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward")
+        if (place := self.streams.parted(live)) is not None:
+            raise UnsupportedModel(f"{block.name} replayed leaves something else for later blocks in {place!r}")
         self.replayed = again
         self.structure.answers.append(Answer.of(output, hidden))
         return output
+
+
+def _live_mappings(args: tuple[Any, ...], kwargs: dict[str, Any], call: BlockCall) -> dict[Place, Stream]:
+    """The mappings themselves that a block is handed, which it may write into, by their places in its call."""
+    skipped = len(args) - len(call.args)
+    found: dict[Place, Any] = {position - skipped: value for position, value in enumerate(args) if position >= skipped}
+    found |= {name: value for name, value in kwargs.items() if name in call.kwargs}
+    return {place: value for place, value in found.items() if isinstance(value, MutableMapping)}
+
+
+class _Streams:
+    """What blocks leave for later ones in a mapping that all are handed: found, and replayed beside the hidden states."""
+
+    def __init__(self) -> None:
+        self._replayed: dict[Place, Stream] = {}
+        self._objects: dict[Place, Stream] = {}
+        self._read: set[Place] = set()
+
+    @property
+    def read(self) -> tuple[Place, ...]:
+        """The places of those that a block has left something in, and another one has read."""
+        return tuple(place for place in self._replayed if place in self._read)
+
+    def replay(
+        self,
+        call: BlockCall,
+        live: Mapping[Place, Stream],
+        read: Container[int],
+        block: Callable[..., Any],
+        hidden: Tensor,
+    ) -> Tensor:
+        """Run a block again, on what the replay has left so far.
+
+        Args:
+            call: as it was recorded before the block ran.
+            live: its mappings, now that it has run.
+            read: ids of the tensors in its call that the block has used.
+            block: what is run.
+            hidden: what it is run on.
+        """
+        for place, mapping in live.items():
+            before = call.at(place)
+            if self._objects.setdefault(place, mapping) is not mapping:
+                continue  # of every block its own
+            if place not in self._replayed and not _holds_same(before, mapping):
+                self._replayed[place] = snapshot(before)
+            if place in self._replayed and any(id(tensor) in read for tensor in tensors_in(before)):
+                self._read.add(place)
+        places = [place for place in self._replayed if place in live and self._objects[place] is live[place]]
+        return call.with_streams(places).run(block, hidden, [self._replayed[place] for place in places])
+
+    def parted(self, live: Mapping[Place, Stream]) -> Place | None:
+        """The place of a stream that holds something else than the replayed one; None where all are alike."""
+        for place, replayed in self._replayed.items():
+            if self._objects.get(place) is live.get(place):
+                theirs, ours = list(tensors_in(live[place])), list(tensors_in(replayed))
+                if len(theirs) != len(ours) or not all(_close(*pair) for pair in zip(theirs, ours, strict=True)):
+                    return place
+        return None
+
+
+def _holds_same(before: Stream, after: Stream) -> bool:
+    """Whether nothing was put into a mapping or taken out of it. before: its snapshot."""
+    ours, theirs = list(tensors_in(before)), list(tensors_in(after))
+    return before.keys() == after.keys() and len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 
 
 def _not_finite(block: Block) -> NumericalError:
@@ -150,11 +225,7 @@ def _not_finite(block: Block) -> NumericalError:
 
 
 def _require_same_calls(
-    found: FoundModel,
-    sample: Tensor,
-    answers: Sequence[Answer],
-    calls: Sequence[tuple[BlockCall, set[int]]],
-    last: Tensor,
+    found: FoundModel, structure: Structure, calls: Sequence[tuple[BlockCall, set[int]]], last: Tensor
 ) -> None:
     """Raise UnsupportedModel where a block is called otherwise when the blocks before it are idle.
 
@@ -162,14 +233,16 @@ def _require_same_calls(
 
     Args:
         found: the model.
-        sample: what was sent through.
-        answers: what the blocks' answers look like.
+        structure: what was sent through, what the blocks' answers look like, and the streams.
         calls: of every block its call in a real forward, and ids of the tensors in it that the block does not use.
         last: what the last block answered.
     """
-    hidden, recorded = run_without_blocks(found.module, found.blocks, sample, answers)
+    hidden, recorded = run_without_blocks(found.module, found.blocks, structure.sample, structure.answers)
+    streams = structure.streams
+    recorded, left = open_streams(recorded, streams)
     exact = True
-    for block, (real, unread), idle in zip(found.blocks, calls, recorded, strict=True):
+    for block, (call, unread), idle in zip(found.blocks, calls, recorded, strict=True):
+        real = call.with_streams(streams)
         a, b = (real.args, real.kwargs), (idle.args, idle.kwargs)
         if not same_value(a, b):
             exact = False
@@ -180,7 +253,7 @@ def _require_same_calls(
     for block, idle in zip(found.blocks, recorded, strict=True):
         found.weights.acquire(block.name)
         try:
-            hidden = idle.run(block.module, hidden)
+            hidden = idle.run(block.module, hidden, left)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise _depends(block) from error
         found.weights.release(block.name)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from coprune.model.blocks import Block
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.block_calls import BlockCall, TensorPool, run_without_blocks
+from coprune.model.walk.block_calls import (
+    BlockCall,
+    Stream,
+    TensorPool,
+    in_float32,
+    open_streams,
+    run_without_blocks,
+    snapshot,
+)
 from coprune.model.walk.inputs import BatchRows, CountedRows
 from coprune.model.walk.model_structure import ProvenModel
 
@@ -22,7 +30,8 @@ class Recording:
     tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
     the blocks of the dense model would be given, if somebody aims at those; aims: the batches for which that is so, None
     for all; counted: which tokens the statistics are of, B × S bool per batch, None for all; positions: hidden states of each
-    batch before the first block, so of text its tokens.
+    batch before the first block, so of text its tokens; streams: per batch, what the blocks behind have left for later ones,
+    in memory; dense_streams: like it, of the dense model.
     """
 
     tokens: list[Tensor]
@@ -32,6 +41,8 @@ class Recording:
     aims: Container[int] | None = None
     counted: Sequence[Tensor] | None = None
     positions: list[int] = field(default_factory=list)
+    streams: list[list[Stream]] = field(default_factory=list)
+    dense_streams: list[list[Stream]] | None = None
 
     @property
     def uneven(self) -> int | None:
@@ -56,9 +67,41 @@ class Recording:
         return [BatchRows(*pair) for pair in zip(counted, shares, strict=True)]
 
     @torch.no_grad()
-    def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
-        """Run a block on hidden states of a batch (B × S × H) with that batch's own arguments."""
-        return self.calls[batch][block.index].run(block.module, hidden)
+    def run(self, block: Block, batch: int, hidden: Tensor, streams: Sequence[Stream] | None = None) -> Tensor:
+        """Run a block on hidden states of a batch (B × S × H) with that batch's own arguments.
+
+        streams: to which the block adds what it leaves; without them, a copy of the batch's own.
+        """
+        own = self.streams_of(batch) if streams is None else streams
+        return self.calls[batch][block.index].run(block.module, hidden, own)
+
+    def streams_of(self, batch: int) -> list[Stream]:
+        """A copy of what was left for the next block of a batch, tensors apart."""
+        return [snapshot(stream) for stream in self.streams[batch]] if self.streams else []
+
+    def run_in_float32(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
+        """Run a block whose parameters are float32, to train it; what it leaves for others is not kept."""
+        streams = [in_float32(stream) for stream in self.streams_of(batch)]
+        return self.calls[batch][block.index].in_float32().run(block.module, hidden, streams)
+
+    def move(self, block: Block, batch: int) -> None:
+        """Run a block as it is now on a batch; hidden states and streams are then what the next block gets."""
+        streams = self.streams_of(batch)
+        self.hidden[batch] = self.run(block, batch, self.hidden[batch], streams)
+        self.moved(batch, streams)
+
+    def moved(self, batch: int, streams: list[Stream]) -> None:
+        """Take over what a block left."""
+        if self.streams:
+            self.streams[batch] = streams
+
+    def move_dense(self, block: Block, batch: int) -> None:
+        """As `move`, of what the blocks of the dense model would be given."""
+        assert self.dense is not None
+        if self.dense_streams is None:
+            self.dense_streams = [self.streams_of(number) for number in range(len(self.streams))]
+        streams = self.dense_streams[batch] if self.dense_streams else []
+        self.dense[batch] = self.run(block, batch, self.dense[batch], streams)
 
 
 @torch.no_grad()
@@ -80,7 +123,9 @@ def record_batches(model: ProvenModel, batches: Sequence[Tensor], activations: A
         recording.tokens.append(tokens)
         recording.hidden.append(hidden)
         recording.positions.append(hidden.shape[:-1].numel())
+        calls, streams = open_streams(calls, model.structure.streams)
         recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
+        recording.streams += [streams] if streams else []
         pool.forget_batch()
     return recording
 

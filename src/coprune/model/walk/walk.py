@@ -21,7 +21,7 @@ from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.block_calls import run_after_blocks
+from coprune.model.walk.block_calls import Stream, cloned, run_after_blocks
 from coprune.model.walk.block_events import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
 from coprune.model.walk.inputs import Gathered, InputSample
 from coprune.model.walk.lockstep import Lanes, Lockstep, Paging
@@ -149,9 +149,10 @@ class Walk:
         for batch in range(len(self.recording.hidden)):
             chosen, see = self.model.chosen.blocks[block.index], partial(gathered.see, batch)
             with Observe(chosen, see, hear=gathered.hear(batch)):
-                output = self._run_batch(block, batch)
-            if once:
-                self.recording.hidden[batch] = output
+                if once:
+                    self.recording.move(block, batch)
+                else:
+                    self.recording.run(block, batch, self.recording.hidden[batch])
             self.advance((1.0 if once else 0.5) / len(self.recording.hidden))
 
     def _show_in_step(self, block: Block, gathered: Gathered) -> Iterator[MatricesReady]:
@@ -159,14 +160,19 @@ class Walk:
         assert isinstance(self.moves, Sequential)
         recording, hidden = self.recording, self.recording.hidden
         paging = None if hidden.spare is None else Paging(hidden.spare, hidden.folder)
+        left: dict[int, list[Stream]] = {}
 
         def run(batch: int) -> Tensor:
             # With a limit, the lane's own copy, which can be taken out of memory while the lane waits.
             own = hidden[batch] if paging is None else hidden[batch].clone()
-            return recording.run(block, batch, own)
+            left[batch] = recording.streams_of(batch)
+            if paging is not None:
+                left[batch] = [cloned(stream) for stream in left[batch]]
+            return recording.run(block, batch, own, left[batch])
 
         def finish(batch: int, output: Tensor) -> None:
             hidden[batch] = output
+            recording.moved(batch, left.pop(batch))
             self.advance(1.0 / len(hidden))
 
         lanes = Lanes(run, gathered.see, None if self.moves.keep_inputs else finish, gathered.hear)
@@ -191,7 +197,7 @@ class Walk:
         if self.recording is not None and self.recording.dense is not None:
             for batch in range(len(self.recording.dense)):
                 if self.recording.aims is None or batch in self.recording.aims:
-                    self.recording.dense[batch] = self.recording.run(block, batch, self.recording.dense[batch])
+                    self.recording.move_dense(block, batch)
 
     def _run(self, block: Block, share: float) -> None:
         """Run a block as it is now on its inputs; its outputs become the next block's inputs."""
@@ -199,7 +205,7 @@ class Walk:
             self.advance(share)
             return
         for batch in range(len(self.recording.hidden)):
-            self.recording.hidden[batch] = self._run_batch(block, batch)
+            self.recording.move(block, batch)
             self.advance(share / len(self.recording.hidden))
 
     def _is_last(self, block: Block) -> bool:
@@ -220,10 +226,6 @@ class Walk:
             with torch.no_grad(), Observe(outside, partial(gathered.see, batch)):
                 run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, hidden)
         yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
-
-    def _run_batch(self, block: Block, batch: int) -> Tensor:
-        assert self.recording is not None
-        return self.recording.run(block, batch, self.recording.hidden[batch])
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from coprune.base.errors import BadInput, NumericalError, UnsupportedModel
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.model.blocks import Block
+from coprune.model.checkpoint.load import task_of
 from coprune.model.matrices import Matrix
 from coprune.model.matrix_choice import Chosen
 from coprune.model.walk.block_calls import forward_logits, replaced_forwards
@@ -249,6 +250,12 @@ def lost_by_slopes(
     return _added_up(watched, processes)
 
 
+def drawn_noise(vectors: Tensor, seed: int) -> Tensor:
+    """As `drawn_slopes`, where a row is a vector and no logits: its distribution is a normal one around it, of variance 1."""
+    drawn = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(device=vectors.device, dtype=vectors.dtype)
+
+
 def outputs_by_slopes(watched: Sequence[Watched], power: float) -> dict[str, Tensor]:
     """By how much errors in each output count, by name of matrix, after `lost_by_slopes`; nothing where it was not asked for.
 
@@ -263,7 +270,8 @@ def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
     logits = forward_logits(model.module, tokens).flatten(0, -2)
     if not logits.requires_grad:
         raise UnsupportedModel("the model's logits have no gradients, which allocation fisher needs")
-    slopes = drawn_slopes(logits, seed)
+    vectors = task_of(model.module.config, type(model.module)) == "embeddings"
+    slopes = drawn_noise(logits, seed) if vectors else drawn_slopes(logits, seed)
     if counted is not None:
         slopes *= counted.to(slopes.device).flatten()[:, None]
     logits.backward(slopes)

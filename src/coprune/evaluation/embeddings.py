@@ -1,0 +1,65 @@
+"""How close the vectors of two models are that embed the same passages: their cosine, and what a search would find."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.errors import BadInput
+from coprune.base.words import per_cent
+from coprune.evaluation.batches import bootstrap_interval
+from coprune.evaluation.measurement import Embedded, Interval
+
+NEAREST = 10
+"""Passages that a search would return."""
+
+
+class EmbeddingChange(BaseModel):
+    """How close vectors of the same passages are to the baseline's."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    passages: int
+    cosine: float
+    """Mean cosine of both models' vectors of a passage."""
+    cosine_interval: Interval | None
+    nearest: int
+    """Of so many nearest passages the overlap is."""
+    overlap: float
+    """Mean share of a passage's nearest others that both models find."""
+    overlap_interval: Interval | None
+
+    def line(self, against: str | None) -> str:
+        """The figures, for people. against: the other model."""
+        low, high = self.cosine_interval or (self.cosine, self.cosine)
+        share, (least, most) = self.overlap, self.overlap_interval or (self.overlap, self.overlap)
+        found = f"overlap@{self.nearest} {per_cent(share)} [{per_cent(least)}, {per_cent(most)}]"
+        with_ = "" if against is None else f" with {against}"
+        return f"cosine {self.cosine:.4f} [{low:.4f}, {high:.4f}], {found}{with_} on {self.data} ({self.passages} passages)"
+
+
+def embedding_change(before: Embedded, after: Embedded) -> EmbeddingChange:
+    """Compare two models' vectors passage by passage. Raises BadInput if they are of different passages."""
+    if (before.fingerprint, before.seqlen, before.passages) != (after.fingerprint, after.seqlen, after.passages):
+        raise BadInput(f"the models cut {after.data} into different passages, so their vectors do not compare")
+    first, second = before.read(), after.read()
+    count = min(NEAREST, len(first) - 1)
+    # Vectors of other widths have no cosine, but passages near each other.
+    cosine = (first * second).sum(dim=1) if before.width == after.width else torch.zeros(len(first))
+    both = (_near(first, count) & _near(second, count)).sum(dim=1) / max(count, 1)
+    return EmbeddingChange(
+        data=after.data,
+        passages=len(first),
+        cosine=float(cosine.mean()),
+        cosine_interval=bootstrap_interval(cosine),
+        nearest=count,
+        overlap=float(both.mean()),
+        overlap_interval=bootstrap_interval(both),
+    )
+
+
+def _near(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """Which others are among the nearest of each: N × N bool."""
+    likeness = (vectors @ vectors.T).fill_diagonal_(-torch.inf)
+    return torch.zeros_like(likeness, dtype=torch.bool).scatter_(1, likeness.topk(count, dim=1).indices, True)
