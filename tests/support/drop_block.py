@@ -1,44 +1,19 @@
-"""A second kind of edit, known to the tests alone: a block that is dropped as a whole."""
+"""The edit of docs/adding-an-edit.md, known to the tests alone: a block that is dropped as a whole."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
-from torch import nn
 
 from coprune.model import edits
 from coprune.model.edit import Edit
 from coprune.pruning.pruner import MatrixResult
 from coprune.run import prune_blocks
+from support.page_code import named_in
 
 PREFIX = "model.layers"
-
-
-class DropBlock(Edit):
-    """A block of a LLaMA is left out, and the later ones move up."""
-
-    index: int
-
-    def apply(self, module: nn.Module) -> None:
-        module.forward = lambda hidden_states, *args, **kwargs: hidden_states
-
-    def place(self, name: str) -> str | None:
-        if not name.startswith(f"{PREFIX}."):
-            return name
-        number, dot, rest = name.removeprefix(f"{PREFIX}.").partition(".")
-        if int(number) == self.index:
-            return None
-        return f"{PREFIX}.{int(number) - (int(number) > self.index)}{dot}{rest}"
-
-    def configure(self, config: dict[str, Any]) -> None:
-        config["num_hidden_layers"] -= 1
-        if config.get("layer_types"):
-            del config["layer_types"][self.index]
-
-    def describe(self) -> str:
-        return f"block {PREFIX}.{self.index}"
+DropBlock = named_in("adding-an-edit.md", "DropBlock")
 
 
 def drop_blocks(patch: pytest.MonkeyPatch, *indices: int) -> None:

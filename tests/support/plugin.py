@@ -10,13 +10,6 @@ from pathlib import Path
 
 import pytest
 
-_DOCS = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
-
-
-def method_in_docs() -> str:
-    """The module that the documentation shows as a whole method."""
-    return _DOCS.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-
 
 def install_package(place: Path, name: str, module: str, source: str, entries: dict[str, str]) -> Path:
     """Build a distribution from its sources with pip and install it.

@@ -20,8 +20,9 @@ from coprune.commands.methods import describe_methods
 from coprune.pruning import methods
 from coprune.pruning.methods import METHODS, Pruned, Target, all_methods, apply_keep, method_named
 from coprune.pruning.methods.entry_points import brought_methods
+from support.page_code import first_code
 from support.pico_folder import save_pico, write_words
-from support.plugin import install_package, method_in_docs
+from support.plugin import install_package
 from support.problems import TARGETS, correlated_layer
 
 
@@ -124,7 +125,7 @@ SMALL = ("--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32", "--no-ev
 
 def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(tmp_path: Path) -> None:
     entries = {"lottery": "lottery:Lottery", "wanda": "lottery:Lottery"}
-    site = install_package(tmp_path, "coprune-lottery", "lottery", method_in_docs(), entries)
+    site = install_package(tmp_path, "coprune-lottery", "lottery", first_code("adding-a-method.md"), entries)
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
     listed = run(tmp_path, "methods", site=[site])
