@@ -162,6 +162,7 @@ def rooms() -> Drawing:
     d = Drawing("The rooms of the code: each uses those below it")
     told = {
         "commands": "what is typed",
+        "fitting": "the smallest that still does a task",
         "sweeps": "many runs from one file",
         "removal": "channels, heads, experts, blocks that go",
         "run": "one run, from recipe to folder",

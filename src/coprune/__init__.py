@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from coprune.evaluation.evaluate import evaluate
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
+    from coprune.fitting.fit import Fitted, fit
     from coprune.gguf_files.export import Gguf, export
     from coprune.packed.accelerate import accelerate
     from coprune.packed.bench import Bench, bench
@@ -64,6 +65,7 @@ _HOME = {
     "Estimate": "coprune.run.memory_bound",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
+    "Fitted": "coprune.fitting.fit",
     "Gguf": "coprune.gguf_files.export",
     "Inspection": "coprune.run.inspect",
     "LostProcess": "coprune.base.errors",
@@ -84,6 +86,7 @@ _HOME = {
     "evaluate": "coprune.evaluation.evaluate",
     "export": "coprune.gguf_files.export",
     "finetune": "coprune.training.finetune",
+    "fit": "coprune.fitting.fit",
     "generate": "coprune.run.generate",
     "inspect": "coprune.run.inspect",
     "keep_zeros": "coprune.training.keep_zeros",
@@ -108,6 +111,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "FinetuneReport",
+    "Fitted",
     "Gguf",
     "Inspection",
     "LostProcess",
@@ -128,6 +132,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "fit",
     "generate",
     "inspect",
     "keep_zeros",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_it_is_the_mean_square_of_what_a_matrix_is_given(place: Path) -> None:
 
 @needs_llama_cpp
 def test_it_is_written_and_read_as_llama_cpp_has_it_and_lowers_the_weighted_error(place: Path, tmp_path: Path) -> None:
-    how = {"like": place / "f32.gguf", "type": "iq2_xs", "quiet": True}
+    how: dict[str, Any] = {"like": place / "f32.gguf", "type": "iq2_xs", "quiet": True}
     text = str(place / "text.txt")
     one = coprune.export(
         place / "dense", tmp_path / "1.gguf", imatrix="auto", dataset=text, save_imatrix=tmp_path / "i.gguf", **how

@@ -144,7 +144,7 @@ if __name__ == "__main__":
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _AGAIN_SECONDS = 1.0
 # What was done so far is taken over by the same command.
-_GOES_ON = ("prune", "finetune", "sweep", "compare")
+_GOES_ON = ("prune", "finetune", "fit", "sweep", "compare")
 
 
 class Stop:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "sweep": "Do many runs, and collect what they found in a table.",
     "compare": "Compare models: size, perplexity, closeness, tasks.",
     "report": "Make a run's page again, or a page of several runs.",
+    "fit": "Find the smallest file that still does your task.",
     "finetune": "Recover what pruning cost, with every zero kept.",
     "generate": "Let a model write a file to be calibrated on.",
     "merge": "Merge a masked adapter into its pruned model.",

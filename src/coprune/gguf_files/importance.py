@@ -17,11 +17,11 @@ from coprune.base.files import write_durably
 from coprune.base.progress import Reporter
 from coprune.data import calibration_windows
 from coprune.data.bos import put_by, tokens_at_bos
-from coprune.gguf_files.plan import Example
-from coprune.gguf_files.smaller import Exported
+from coprune.gguf_files.plan import Example, read_example
+from coprune.gguf_files.smaller import Exported, exported
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import gguf_reader, load_model
-from coprune.model.checkpoint.locate import Location
+from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.generation import positions_of
 from coprune.model.matrix_choice import choose_matrices
@@ -130,6 +130,14 @@ def in_file(means: Mapping[str, Tensor], names: Mapping[str, str], example: Exam
         if bool(rows.isfinite().all()):
             found[name] = rows.contiguous()
     return found
+
+
+def importance_of(file: Path, data: str | Tensor, reporter: Reporter) -> Importance:
+    """Measure the inputs of a file's own tensors. data: as for `measured`. Raises as `measured` and `read_example`."""
+    location = GgufFile(file, file.name)
+    source = exported(location)
+    example = read_example(location, source, reporter)
+    return in_file(measured(location, data, reporter), {name: name for name in example.pieces}, example, source)
 
 
 def write_importance(file: Path, importance: Importance) -> None:

@@ -50,7 +50,9 @@ _KEPT: list[Any] = []
 """What the library calls has to live as long as it."""
 
 
-def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, Tensor] | None = None) -> None:
+def quantize(
+    source: Path, target: Path, kind: str, importance: Mapping[str, Tensor] | None = None, embedding: str | None = None
+) -> None:
     """Let llama.cpp quantise a file of float16.
 
     Args:
@@ -58,6 +60,7 @@ def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, Ten
         target: the new file.
         kind: a type such as q4_k_m.
         importance: mean squares of the inputs of the file's tensors, by their names.
+        embedding: another type for the embeddings and the head, such as q4_0.
 
     Raises:
         BadInput: it refuses.
@@ -66,6 +69,9 @@ def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, Ten
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     asked.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"]
     asked.nthread = torch.get_num_threads()
+    if embedding is not None:
+        stored = ffi.typeof("enum ggml_type").relements[f"GGML_TYPE_{embedding.upper()}"]
+        asked.token_embedding_type = asked.output_tensor_type = stored
     held: list[Any] = []
     if importance:
         entries = ffi.new("struct llama_model_imatrix_data[]", len(importance) + 1)  # the last one, empty, ends it
@@ -142,6 +148,28 @@ class LlamaCpp:
         """Of as many tokens as were just read with all their logits: tokens × vocabulary, float32."""
         raw = self._ffi.buffer(self._library.llama_get_logits(self._context), count * self.vocabulary * 4)
         return torch.from_numpy(np.frombuffer(bytes(raw), dtype=np.float32).reshape(count, -1).copy())
+
+    def cut_back(self, length: int) -> bool:
+        """Forget all but the first so many tokens of the text; not in every architecture, where nothing is forgotten."""
+        memory = self._library.llama_get_memory(self._context)
+        return bool(self._library.llama_memory_seq_rm(memory, 0, length, -1))
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(self._library.llama_vocab_is_eog(self._library.llama_model_get_vocab(self._model), token))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Cut a text into tokens by the file's own tokenizer, with what that puts before it."""
+        raw = text.encode()
+        found = self._ffi.new("llama_token[]", len(raw) + 8)
+        vocabulary = self._library.llama_model_get_vocab(self._model)
+        count = self._library.llama_tokenize(vocabulary, raw, len(raw), found, len(found), True, True)
+        return [int(found[place]) for place in range(max(count, 0))]
+
+    @property
+    def context_bytes(self) -> int:
+        """Of what is kept of the text that was read."""
+        return int(self._library.llama_state_get_size(self._context))
 
     def close(self) -> None:
         """Give the memory back."""

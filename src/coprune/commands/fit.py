@@ -1,0 +1,90 @@
+"""`coprune fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coprune.commands.terminal import show
+
+if TYPE_CHECKING:
+    from coprune.fitting.fit import FitArguments
+
+NOT_KEPT = 1
+
+
+def fit(
+    model: Annotated[
+        str, typer.Argument(help="A model to fit, or the recipe.yaml that an earlier fit left, which is made again.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model, its recipe, page and card.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Items of one kind, repeatable: .jsonl of {prompt, choices, answer}, {prompt, answer}, {prompt, regex}, "
+            "{prompt} or {text}, or plain text. Half of them are never seen by the search.",
+            show_default=False,
+        ),
+    ] = None,
+    require: Annotated[
+        str | None,
+        typer.Option(
+            help="What has to be kept, with commas between: accuracy>=dense-0.01, bits<=dense*1.02, acceptance>=0.9, kl<=0.1. "
+            "[accuracy>=dense-0.02, bits<=dense*1.02, acceptance>=0.9]",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[str, typer.Option("--for", metavar="size|speed|memory", help="What is to be little.")] = "size",
+    runtime: Annotated[str, typer.Option(help="Where it will run.")] = "llama.cpp",
+    budget: Annotated[str, typer.Option(help="Time of the search: 60m, 2h.")] = "60m",
+    items: Annotated[
+        int | None, typer.Option(min=1, help="Items of each task at most. [all]", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="More text to calibrate and distill on. [what the model writes]", show_default=False),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="GGUF file of the model, in any type, where that is a folder.", show_default=False),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Do not try this: vocabulary, experts, blocks, channels, heads, embedding; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(help="Types of llama.cpp to try, the largest first. [q8_0 to iq2_xs]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves, and of what is drawn.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Find the smallest file of a model that still does your tasks, and prove it on items that the search has not seen.
+
+    Plain quants with an importance matrix, smaller embeddings, fewer tokens, channels, blocks or experts with a distillation.
+
+    Exit code 0: kept, proven on the unseen half; 1: not. The same command again goes on where it stopped.
+
+    Example: coprune fit smollm2-135m --task examples/fit/choice.jsonl --require 'accuracy>=dense-0.2' -o small
+    """
+    from coprune.base.errors import BadInput
+    from coprune.fitting.fit import fit, remake
+
+    if Path(model).suffix in (".yaml", ".yml"):
+        show(f"{remake(model, output, quiet)}: the same bytes as the recipe says")
+        return
+    if not task:
+        raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")
+    given: dict[str, Any] = {"items": items, "text": text, "like": like, "without": without, "types": types}
+    how: FitArguments = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
+    how |= {"target": target, "runtime": runtime, "budget": budget, "seed": seed}  # type: ignore[typeddict-item]
+    found = fit(model, task, require, output=output, quiet=quiet, **how)
+    show(str(found))
+    if not found.kept:
+        raise typer.Exit(NOT_KEPT)

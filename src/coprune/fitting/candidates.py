@@ -1,0 +1,78 @@
+"""What a fit may make of a model: parts removed, a short distillation, and bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+KINDS = ("vocabulary", "experts", "blocks", "channels", "heads", "embedding")
+"""What can be left out of a search by hand; bits never."""
+TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
+"""Plain quants that are tried, the largest first."""
+EMBEDDINGS = ("q5_0", "q4_0")
+"""Types of the embeddings and the head, which the quantiser leaves at eight bits where both are one table."""
+VOCABULARIES = (0.5, 0.25, 0.125)
+"""Shares of the tokens that stay."""
+STRUCTURES = ("experts=0.25", "channels=0.125", "blocks=0.1", "channels=0.25")
+"""What else is removed, each with a distillation."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model without some parts, before it is quantised."""
+
+    removed: tuple[str, ...] = ()
+    """As `--remove` says it, one after another."""
+    tokens: int = 0
+    """Of a distillation afterwards."""
+
+    @property
+    def name(self) -> str:
+        """In words; empty for the dense model."""
+        trained = [f"distilled on {self.tokens:,} tokens"] if self.tokens else []
+        return ", ".join([*self.removed, *trained])
+
+    @property
+    def before(self) -> Cut | None:
+        """What its last part was removed from; None for the dense model."""
+        return Cut(self.removed[:-1]) if self.removed else None
+
+
+DENSE = Cut()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file."""
+
+    cut: Cut
+    type: str
+    embedding: str | None = None
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        bits = self.type if self.embedding is None else f"{self.type}, embeddings {self.embedding}"
+        return f"{self.cut.name} {bits}".strip()
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a quant as anybody would make it."""
+        return self.cut == DENSE and self.embedding is None
+
+    @property
+    def key(self) -> str:
+        """Names it in a cache."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def of(self, cut: Cut) -> Candidate:
+        """The same of another cut."""
+        return replace(self, cut=cut)
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> Candidate:
+        """Read what `asdict` gave."""
+        cut = Cut(tuple(said["cut"]["removed"]), int(said["cut"]["tokens"]))
+        return cls(cut, said["type"], said["embedding"])

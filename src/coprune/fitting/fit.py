@@ -1,0 +1,340 @@
+"""`coprune.fit`: the cheapest file that still does a task, with the proof."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, get_args
+
+import yaml
+
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput, VerificationError, unknown_name
+from coprune.base.files import require_usable, write_durably, write_text
+from coprune.base.progress import Reporter
+from coprune.base.words import Sheet, Shown
+from coprune.fitting.candidates import KINDS, TYPES, Candidate
+from coprune.fitting.page import Row, card, page
+from coprune.fitting.require import read_conditions
+from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
+from coprune.fitting.tasks import Kind, Task, read_task
+from coprune.fitting.workshop import Asked, Workshop, recipe_of
+from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
+from coprune.model.checkpoint.locate import GgufFile, locate
+
+RECIPE_FILE, PAGE_FILE, FACTS_FILE, CARD_FILE, TEXT_FILE = (
+    "recipe.yaml",
+    "report.html",
+    "fit.json",
+    "README.md",
+    "text.jsonl",
+)
+_WORK = ".fit"
+_USUAL: dict[Kind, str] = {
+    "choice": "accuracy>=dense-0.02",
+    "answer": "accuracy>=dense-0.02",
+    "text": "bits<=dense*1.02",
+    "prompts": "acceptance>=0.9",
+}
+"""What is required where nobody says it."""
+_BUDGET = re.compile(r"(\d+\.?\d*)\s*(h|m|s|)")
+_SECONDS = {"h": 3600, "m": 60, "": 60, "s": 1}
+
+
+class FitArguments(TypedDict, total=False):
+    """How `fit` searches."""
+
+    target: Target
+    """What is to be little: `size` of the file, `memory` with 2,048 tokens, or time a token (`speed`)."""
+    runtime: Literal["llama.cpp"]
+    """Where the model will run."""
+    budget: str | float
+    """Time of the search: `60m`, `2h`, or minutes [60]."""
+    seed: int
+    items: int | None
+    """Items of each task at most [all]."""
+    text: str | None
+    """More text to calibrate and distill on [what the model writes]."""
+    like: str | Path | None
+    """A GGUF file of the source model, where that is a folder."""
+    without: str | Sequence[str]
+    """What is not tried: vocabulary, experts, blocks, channels, heads, embedding."""
+    types: str | Sequence[str]
+    """Types of llama.cpp that are tried, the largest first."""
+
+
+@dataclass(frozen=True, repr=False)
+class Fitted(Shown):
+    """What a fit found."""
+
+    file: Path
+    """The model."""
+    kept: bool
+    """Whether the unseen half proves that everything required is kept."""
+    chosen: str
+    lines: tuple[str, ...]
+    """The verdicts on the unseen half."""
+    rows: tuple[Row, ...]
+    """All candidates."""
+    plain: str | None
+    """The best plain quant that passed."""
+    notes: tuple[str, ...] = ()
+
+    def headline(self) -> str:
+        """What was chosen, and whether that is proven."""
+        return f"{self.file}: {self.chosen}, {self.file.stat().st_size:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
+
+    def sheet(self) -> Sheet:
+        """The verdict with its figures."""
+        rows = [("chosen", self.chosen), ("file", f"{self.file}, {self.file.stat().st_size:,} bytes")]
+        rows += [("note", note) for note in self.notes]
+        rows += [("unseen", line) for line in self.lines]
+        rows.append(("verdict", "kept" if self.kept else "not kept"))
+        return Sheet(self.headline(), rows)
+
+
+def fit(
+    model: str | Path,
+    task: str | Path | Sequence[str | Path],
+    require: str | None = None,
+    *,
+    output: str | Path,
+    quiet: bool = False,
+    **how: Unpack[FitArguments],
+) -> Fitted:
+    """Find the smallest (fastest) file of a model that still does your tasks, and prove it on items that the search never saw.
+
+    The same call again goes on where a killed one stopped.
+
+    Args:
+        model: a folder, a Hub id, a GGUF file or `smollm2-135m`.
+        task: files of items (.jsonl of choices, answers or prompts, or text).
+        require: conditions with commas between: `accuracy>=dense-0.01`, `bits<=dense*1.02`, `acceptance>=0.9`, `kl<=0.1`.
+        output: the folder for the model, its recipe, page and card.
+        quiet: no progress bars and lines.
+        how: `target` (size, speed or memory), `budget` (60m), `items` of each task at most, `text` to calibrate on, `like` (a
+            GGUF file of the source model), `without` and `types` to leave things out, `seed`.
+
+    Returns:
+        The file, the verdict on the unseen half, and all candidates.
+
+    Raises:
+        BadInput: for what cannot be done as asked, too few items, a dense model that does no better than chance, or a budget that
+            is too short.
+    """
+    for name in how:
+        if name not in FitArguments.__annotations__:
+            raise unknown_name("setting", name, FitArguments.__annotations__, field=name)
+    target, reporter = expand_home(output), Reporter(quiet)
+    asked, wish = _read(model, task, require, how)
+    require_usable(target, "output")
+    if target.exists() and any(target.iterdir()) and not (target / _WORK).is_dir():
+        raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
+    workshop = Workshop(target / _WORK, asked, reporter)
+    search = Search(workshop, wish)
+    finding = search.run()
+    return _leave(target, search, finding)
+
+
+def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
+    """Make the model of a recipe that `fit` left again, without a search.
+
+    Args:
+        recipe: the file; the text beside it is needed too.
+        output: a folder for the model.
+        quiet: no progress bars and lines.
+
+    Returns:
+        The file.
+
+    Raises:
+        BadInput: the recipe cannot be read, or a file is missing.
+        VerificationError: what was made has other bytes.
+    """
+    source, target = expand_home(recipe), expand_home(output)
+    try:
+        said = yaml.safe_load(source.read_text(encoding="utf-8"))
+        chosen, text = Candidate.read(said), source.with_name(said["text"])
+        asked = Asked(said["model"], (), int(said["seed"]), None, said["like"])
+        digest = str(said["sha256"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{recipe} is no recipe of a fit ({error})", field="model", value=str(recipe)) from error
+    if not text.is_file():
+        raise BadInput(f"{text} is missing, which the recipe needs", field="model", value=str(recipe))
+    file = target / f"model-{chosen.type}.gguf"
+    require_usable(file, "output")
+    if file.exists():
+        raise BadInput(f"{file} is there already", field="output", value=str(target), fix="name another folder")
+    workshop = Workshop(target / _WORK, asked, Reporter(quiet))
+    workshop.text.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(text, workshop.text)
+    made = workshop.file(chosen)
+    same = hashlib.sha256(made.read_bytes()).hexdigest() == digest
+    write_durably(file, lambda path: shutil.copyfile(made, path))
+    shutil.rmtree(workshop.folder)
+    if not same:
+        raise VerificationError(
+            f"{file} was made as the recipe says, and its bytes differ: another version or processor"
+        )
+    return file
+
+
+def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) -> tuple[Asked, Wish]:
+    """Read and check everything that needs no model."""
+    if (runtime := how.get("runtime", "llama.cpp")) != "llama.cpp":
+        raise unknown_name("runtime", runtime, ["llama.cpp"], "runtime")
+    require_llama_cpp("models are fitted to llama.cpp", "runtime", runtime)
+    if (target := how.get("target", "size")) not in get_args(Target):
+        raise unknown_name("target", target, get_args(Target), "target")
+    without, types = _names(how.get("without", ())), _names(how.get("types", TYPES))
+    for name in without:
+        if name not in KINDS:
+            raise unknown_name("kind of change", name, KINDS, "without")
+    for name in types:
+        require_type(name)
+    if not types:
+        raise BadInput("no type is named", field="types", fix=f"name some of {', '.join(TYPES)}")
+    seed, most = int(how.get("seed", 0)), how.get("items")
+    tasks = tuple(read_task(name, seed, most) for name in _paths(task))
+    conditions = read_conditions(require or ",".join(dict.fromkeys(_USUAL[one.kind] for one in tasks)))
+    budget = _seconds(how.get("budget", "60m"))
+    location, like = locate(str(model)), how.get("like")
+    if like is None and not isinstance(location, GgufFile):
+        cause = f"{model} is no GGUF file, and nothing says how its metadata and tokenizer are written in one"
+        raise BadInput(cause, field="like", fix="name any GGUF file of the same model, in any type")
+    asked = Asked(str(model), tasks, seed, how.get("text"), None if like is None else str(like))
+    return asked, Wish(conditions, target, budget, without, types)
+
+
+def _paths(task: Any) -> list[str]:
+    names = [str(one) for one in ([task] if isinstance(task, str | Path) else task)]
+    if not names:
+        raise BadInput("no task is named", field="task", fix="name a file of items")
+    return names
+
+
+def _names(said: str | Sequence[str]) -> tuple[str, ...]:
+    """Names that are separated by commas, or a list."""
+    parts = said.split(",") if isinstance(said, str) else [part for one in said for part in one.split(",")]
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _seconds(said: str | float) -> float:
+    found = _BUDGET.fullmatch(str(said).strip().lower())
+    if found is None or not float(found[1]) > 0:
+        raise BadInput(f"{said!r} is no time", field="budget", value=said, fix="write 60m, 2h, or minutes")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
+    """Write the model and what is to be known of it, and remove the rest."""
+    workshop, chosen = search.workshop, finding.chosen
+    file = target / f"model-{chosen.type}.gguf"
+    source = file if _is_there(target, chosen, file) else workshop.file(chosen)
+    notes = [*_notes(search, finding), *_tokenised_alike(search, chosen, source)]
+    for old in target.glob("model-*.gguf"):
+        if old != file:
+            old.unlink()
+    if source != file:
+        write_durably(file, lambda path: shutil.copyfile(source, path))
+    write_text(target / TEXT_FILE, workshop.text.read_text(encoding="utf-8"))
+    write_text(target / RECIPE_FILE, _recipe(workshop.asked, chosen, file))
+    rows = _rows(search, finding)
+    lines = tuple(one.line() for one in finding.held)
+    plain = None if finding.plain is None else finding.plain.name
+    found = Fitted(file, finding.kept, chosen.name, lines, rows, plain, tuple(notes))
+    write_text(target / PAGE_FILE, page(found, workshop.asked.model, search.wish.target))
+    write_text(target / CARD_FILE, card(found, workshop.asked.model))
+    facts = {
+        "chosen": recipe_of(chosen),
+        "kept": finding.kept,
+        "unseen": lines,
+        "notes": notes,
+        "seconds": workshop.spent,
+    }
+    write_text(target / FACTS_FILE, json.dumps(facts | {"rows": [vars(row) for row in rows]}, indent=1, default=list))
+    workshop.clear()
+    return found
+
+
+def _is_there(target: Path, chosen: Candidate, file: Path) -> bool:
+    """Whether an earlier call left this very model."""
+    try:
+        said = yaml.safe_load((target / RECIPE_FILE).read_text(encoding="utf-8"))
+        return Candidate.read(said) == chosen and hashlib.sha256(file.read_bytes()).hexdigest() == said["sha256"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _notes(search: Search, finding: Finding) -> list[str]:
+    found = (
+        [f"out of time after {search.workshop.spent / 60:.1f} minutes: the best by then"] if finding.out_of_time else []
+    )
+    if finding.plain is not None and finding.plain != finding.chosen and finding.kept:
+        sizes = [search.workshop.known(one).bytes for one in (finding.chosen, finding.plain)]
+        found.append(
+            f"{sizes[0] / sizes[1]:.2f} of the bytes of the best plain quant that passes, {finding.plain.name}"
+        )
+    if finding.chosen.plain:
+        found.append("no cut helps here: this is a plain quant")
+    if not finding.kept:
+        needed = [one.needed for one in finding.held if one.needed is not None]
+        found.append(f"about {2 * max(needed):,} items would tell" if needed else "more items would not prove it")
+    return found
+
+
+def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]:
+    """Compare the file's own tokenizer with the one that items were measured with. Raises VerificationError for another."""
+    reader = search.workshop.reader(file, chosen.cut)
+    texts = [_text_of(task, place) for task in search.tasks for place in task.unseen][:50]
+    differing = [text for text in texts if reader.llama.tokenize(text) != reader.ids(text)]
+    reader.llama.close()
+    if len(differing) == len(texts):
+        raise VerificationError(f"llama.cpp cuts {differing[0][:40]!r} into other tokens than the model's tokenizer")
+    return [
+        f"llama.cpp tokenises {len(texts) - len(differing)} of {len(texts)} unseen items as the model's tokenizer does"
+    ]
+
+
+def _text_of(task: Task, place: int) -> str:
+    item = task.items[place]
+    return item.text or (item.prompt if isinstance(item.prompt, str) else "\n".join(said for _, said in item.prompt))
+
+
+def _recipe(asked: Asked, chosen: Candidate, file: Path) -> str:
+    content = {"model": asked.model, "like": asked.like, "seed": asked.seed, "text": TEXT_FILE} | recipe_of(chosen)
+    content["cut"]["removed"] = list(content["cut"]["removed"])
+    content |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return f"# Makes the model again: coprune fit {RECIPE_FILE} -o OUT\n{yaml.safe_dump(content, sort_keys=False)}"
+
+
+def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
+    found = []
+    for candidate in [EXACT_DENSE, *finding.tried]:
+        known, held = search.workshop.known(candidate), finding.unseen.get(candidate)
+        part = "unseen"
+        if held is None:
+            part, held = "seen", search.judged_so_far(candidate)
+        found.append(
+            Row(
+                name="dense f16" if candidate == EXACT_DENSE else candidate.name,
+                plain=candidate.plain,
+                chosen=candidate == finding.chosen,
+                cost=abs(search.cost(known)),
+                bytes=known.bytes,
+                speed=known.speed,
+                proxy=known.proxy,
+                refused=known.refused,
+                part=part,
+                verdict=str(verdict_of(held)) if held else "",
+                mean=held[0].bounds.mean - held[0].least if held else None,
+                low=held[0].bounds.low - held[0].least if held else None,
+                high=held[0].bounds.high - held[0].least if held else None,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,116 @@
+"""What people read of a fit: the page with its picture, and the card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coprune.report.html import MadeFacts, header, made_lines, panel, section, table, text
+from coprune.report.html import page as html_page
+from coprune.report.plot import Axis, Line, Plot, Point
+
+if TYPE_CHECKING:
+    from coprune.fitting.fit import Fitted
+
+_DENSE, _PLAIN, _OURS, _CHOSEN = range(4)
+_NAMES = ("dense", "plain quants", "others", "chosen")
+_COSTS = {"size": ("megabytes", 1e6), "memory": ("megabytes in memory", 1e6), "speed": ("tokens a second", 1.0)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate, as it is shown."""
+
+    name: str
+    plain: bool
+    chosen: bool
+    cost: float
+    """Bytes, or tokens a second."""
+    bytes: int
+    speed: float
+    proxy: float
+    refused: str
+    part: str
+    """Which half the figures are of."""
+    verdict: str
+    mean: float | None = None
+    """Of the first condition: by how much it is more than kept, and at least and at most."""
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The least, the mean and the most; none where nothing was measured."""
+        return () if self.mean is None or self.low is None or self.high is None else (self.low, self.mean, self.high)
+
+    @property
+    def series(self) -> int:
+        """How it is drawn."""
+        return _CHOSEN if self.chosen else _DENSE if self.name.startswith("dense") else _PLAIN if self.plain else _OURS
+
+
+def page(found: Fitted, model: str, target: str) -> str:
+    """The page: the verdict, the picture, all candidates."""
+    verdict = "kept" if found.kept else "NOT kept"
+    lead = f"<p>{text(found.chosen)}: what is required is <b>{verdict}</b> on the unseen half.</p>"
+    parts = [header("Fit", f"{model}, for {target}", lead, made_lines(MadeFacts.here()))]
+    said = "".join(f"<li>{text(line)}</li>" for line in (*found.lines, *found.notes))
+    parts.append(section("The last word", panel(f'<ul class="events">{said}</ul>')))
+    if (drawn := _picture(found, target)) is not None:
+        note = (
+            "By how much the first condition is more than kept, with one-sided 95 % bounds: on the unseen half for the last "
+            "ones, else on the items that the search looked at. Kept is what lies above the dashed line with its whole bar."
+        )
+        parts.append(section("What was tried", panel(drawn), note=note))
+    columns = ["candidate", "MB", "tokens/s", "bits per byte", "above required", "at least", "items", "verdict"]
+    rows = [
+        [
+            row.name + (" (chosen)" if row.chosen else ""),
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.speed:.0f}",
+            f"{row.proxy:.3f}",
+            *([f"{row.bounds[1]:+.4f}", f"{row.bounds[0]:+.4f}", row.part] if row.bounds else ["–"] * 3),
+            (row.refused and f"refused: {row.refused}") or row.verdict or "not needed",
+        ]
+        for row in sorted(found.rows, key=lambda row: row.bytes)
+    ]
+    parts.append(section("All candidates", table(columns, rows)))
+    return html_page(f"Fit of {model}", "\n".join(parts))
+
+
+def _picture(found: Fitted, target: str) -> str | None:
+    """Cost against the difference to dense, with bounds."""
+    shown = [row for row in found.rows if all(math.isfinite(value) for value in row.bounds)]
+    shown = [row for row in shown if row.bounds]
+    if len(shown) < 2:
+        return None
+    name, unit = _COSTS[target]
+    points, lines = list[Point](), list[Line]()
+    # Of few items the bounds are far apart, and would flatten all else.
+    floor = min(0.0, 3 * min(row.bounds[1] for row in shown)) - 0.05
+    ceiling = max(0.0, 3 * max(row.bounds[1] for row in shown)) + 0.05
+    for row in shown:
+        low, mean, high = row.bounds
+        at = row.cost / unit
+        tip = f"{row.name}: {mean:+.4f} ({low:+.4f} to {high:+.4f}) at {at:.1f} {name}"
+        points.append(Point(at, mean, row.series, tip, row.name if row.chosen or row.plain else ""))
+        lines.append(Line([(at, max(low, floor)), (at, min(high, ceiling))], "reach"))
+    heights = [height for line in lines for _, height in line.places] + [0.0]
+    x = Axis.of(name, [row.cost / unit for row in shown], lambda value: f"{value:.4g}")
+    y = Axis.of("above what is required", heights, lambda value: f"{value:+.3g}")
+    lines.append(Line([(x.low, 0.0), (x.high, 0.0)], "required"))
+    legend = [(f"dot s{series}", _NAMES[series]) for series in range(4) if any(row.series == series for row in shown)]
+    return Plot(x, y, points, lines, legend).html()
+
+
+def card(found: Fitted, model: str) -> str:
+    """The model card, in Markdown."""
+    verdict = "is kept" if found.kept else "is **not** kept"
+    lines = "\n".join(f"- {line}" for line in (*found.lines, *found.notes))
+    return (
+        f"---\nlibrary_name: gguf\ntags:\n- coprune\n- gguf\n---\n\n# {found.file.name}\n\n"
+        f"`{model}` as {found.chosen}, {found.file.stat().st_size:,} bytes, found by `coprune fit`. On items that the search had "
+        f"not seen, what was required {verdict}:\n\n{lines}\n\nRun it: `llama-cli -m {found.file.name}`. Make it again: "
+        "`coprune fit recipe.yaml -o OUT`.\n"
+    )

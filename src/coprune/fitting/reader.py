@@ -1,0 +1,101 @@
+"""A GGUF file that answers: how likely it finds continuations, and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from coprune.data.conversations import template_text
+from coprune.data.tokenizing import encode
+from coprune.fitting.tasks import Prompt
+from coprune.gguf_files.llama_cpp import LlamaCpp
+
+POSITIONS = 1024
+"""Tokens of an item with its answer at most."""
+
+
+@dataclass
+class Reader:
+    """A file in llama.cpp, with its tokenizer."""
+
+    llama: LlamaCpp
+    tokenizer: PreTrainedTokenizerBase
+    old_ids: Tensor | None = None
+    """The dense model's id of every token, where some were removed; int64."""
+
+    @classmethod
+    def open(cls, file: Path, tokenizer: PreTrainedTokenizerBase, old_ids: Sequence[int] | None = None) -> Reader:
+        """Load a file. Raises BadInput if llama.cpp cannot."""
+        known = None if old_ids is None else torch.tensor(old_ids, dtype=torch.int64)
+        return cls(LlamaCpp(file, POSITIONS), tokenizer, known)
+
+    def ids(self, prompt: Prompt, more: str = "") -> list[int]:
+        """Tokenise a prompt, with more text behind it; a conversation in the tokenizer's template."""
+        if isinstance(prompt, str):
+            found = list(encode(self.tokenizer, prompt + more)["input_ids"])
+        else:
+            messages = [{"role": role, "content": content} for role, content in prompt]
+            text = template_text(messages, self.tokenizer, "an item with messages", answers=True)
+            found = list(encode(self.tokenizer, text + more, add_special_tokens=False)["input_ids"])
+        return found[-(POSITIONS - 64) :]
+
+    @property
+    def begin(self) -> list[int]:
+        """What stands before a text of which every token is to be predicted."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token, int):
+                return [token]
+        return []
+
+    def along(self, before: Sequence[int], afters: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return log probabilities (tokens × vocabulary) wherever a token of a continuation is predicted.
+
+        Args:
+            before: at least one token.
+            afters: continuations, each by itself.
+        """
+        *known, last = before
+        self.llama.forget()
+        if known:
+            self.llama.read(known)
+        found = []
+        for number, after in enumerate(afters):
+            if number and not self.llama.cut_back(len(known)):
+                self.llama.forget()
+                if known:
+                    self.llama.read(known)
+            self.llama.read([last, *after[:-1]], all_logits=True)
+            found.append(self.llama.last_logits(len(after)).log_softmax(dim=-1))
+        return found
+
+    def log_likelihood(self, before: Sequence[int], afters: Sequence[Sequence[int]]) -> list[float]:
+        """Sum the log probabilities of every continuation's tokens."""
+        rows = self.along(before, afters)
+        return [
+            float(one[torch.arange(len(after)), torch.tensor(after)].double().sum())
+            for one, after in zip(rows, afters, strict=True)
+        ]
+
+    def write(self, before: Sequence[int], most: int, enough: Callable[[str], bool] = lambda text: False) -> list[int]:
+        """Go on from a prompt by the likeliest tokens. enough: whether a text need not go on."""
+        self.llama.forget()
+        self.llama.read(before)
+        found: list[int] = []
+        while len(found) < most:
+            token = int(self.llama.last_logits(1)[0].argmax())
+            if self.llama.ends(token):
+                break
+            found.append(token)
+            if len(found) == most or enough(self.text(found)):
+                break
+            self.llama.read([token])
+        return found
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens as text."""
+        return str(self.tokenizer.decode([*ids], skip_special_tokens=True))

@@ -1,0 +1,172 @@
+"""Figures of a model's answers to items, one of every metric an item."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coprune.base.files import write_durably
+from coprune.fitting.reader import Reader
+from coprune.fitting.tasks import Item, Task
+
+Scores = dict[str, float]
+ANSWER_TOKENS = 32
+_LIKELIEST = 2048
+"""Tokens of a distribution that are kept; all others count as one."""
+_LEAST = 1e-9
+
+
+@dataclass
+class DenseAnswers:
+    """What the dense model writes to prompts, and how likely it found the tokens there: by the item's place."""
+
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    likeliest: dict[int, Tensor] = field(default_factory=dict)
+    """Tokens × likeliest: ids, int32."""
+    shares: dict[int, Tensor] = field(default_factory=dict)
+    """Their probabilities, float32."""
+
+    def add(self, reader: Reader, place: int, item: Item) -> None:
+        """Let the dense model answer."""
+        before = reader.ids(item.prompt) or reader.begin
+        ids = reader.write(before, ANSWER_TOKENS)
+        self.ids[place] = ids
+        if ids:
+            (rows,) = reader.along(before, [ids])
+            shares, likeliest = rows.exp().topk(min(_LIKELIEST, rows.shape[1]), dim=1)
+            self.likeliest[place], self.shares[place] = likeliest.int(), shares
+
+    def save(self, file: Path) -> None:
+        """Write it, whole or not at all."""
+        tensors = {f"{place} ids": torch.tensor(ids, dtype=torch.int32) for place, ids in self.ids.items()}
+        tensors |= {f"{place} likeliest": one.contiguous() for place, one in self.likeliest.items()}
+        tensors |= {f"{place} shares": one.contiguous() for place, one in self.shares.items()}
+        write_durably(file, lambda temporary: save_file(tensors, temporary))
+
+    @classmethod
+    def load(cls, file: Path) -> DenseAnswers:
+        """Read it again."""
+        found = cls()
+        for name, tensor in load_file(file).items():
+            place, _, part = name.partition(" ")
+            if part == "ids":
+                found.ids[int(place)] = tensor.tolist()
+            else:
+                getattr(found, part)[int(place)] = tensor
+        return found
+
+
+def score_item(reader: Reader, task: Task, place: int, dense: DenseAnswers | None) -> Scores:
+    """Measure a model on one item.
+
+    Args:
+        reader: the model.
+        task: the items.
+        place: which of them.
+        dense: what the dense model answers to prompts.
+
+    Returns:
+        A figure of every metric of the task's kind.
+    """
+    item = task.items[place]
+    if task.kind == "choice":
+        return {"accuracy": float(_chosen(reader, item) == item.answer)}
+    if task.kind == "answer":
+        return {"accuracy": float(is_right(item, answer_text(reader, item)))}
+    if task.kind == "text":
+        return {"bits": bits_per_byte(reader, item.text)}
+    assert dense is not None
+    return _closeness(reader, item, place, dense)
+
+
+def _chosen(reader: Reader, item: Item) -> str:
+    """The likeliest choice, by log probability per byte."""
+    space = "" if not isinstance(item.prompt, str) or item.prompt.endswith((" ", "\n")) else " "
+    before = reader.ids(item.prompt)
+    wholes = [reader.ids(item.prompt, space + choice) for choice in item.choices]
+    shared = min(_common(before, whole) for whole in wholes)
+    if shared == 0:
+        before, wholes, shared = reader.begin, [[*reader.begin, *whole] for whole in wholes], len(reader.begin)
+    found = reader.log_likelihood(wholes[0][:shared], [whole[shared:] for whole in wholes])
+    scores = [one / len(choice.encode()) for one, choice in zip(found, item.choices, strict=True)]
+    return item.choices[scores.index(max(scores))]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two lists begin with alike, the other's last one left out."""
+    most = min(len(one), len(other) - 1)
+    return next((place for place in range(most) if one[place] != other[place]), most)
+
+
+def answer_text(reader: Reader, item: Item) -> str:
+    """What a model writes to an item."""
+    line = (lambda text: False) if item.regex else (lambda text: "\n" in text.lstrip())
+    return reader.text(reader.write(reader.ids(item.prompt) or reader.begin, ANSWER_TOKENS, line))
+
+
+def is_right(item: Item, text: str) -> bool:
+    """Whether an answer is as required: what is looked for is in it, or its first line is the right one.
+
+    Case, spaces around it and a full stop at the end make no difference.
+    """
+    if item.regex:
+        return re.search(item.regex, text) is not None
+    first, *_ = text.strip().splitlines() or [""]
+    return first.strip().rstrip(".").casefold() == item.answer.rstrip(".").casefold()
+
+
+def bits_per_byte(reader: Reader, text: str) -> float:
+    """Bits that a text takes by a model's predictions, per byte."""
+    ids = reader.ids(text)
+    before, after = (reader.begin, ids) if reader.begin and ids[:1] != reader.begin else (ids[:1], ids[1:])
+    (found,) = reader.log_likelihood(before, [after])
+    return -found / math.log(2) / len(text.encode())
+
+
+def _closeness(reader: Reader, item: Item, place: int, dense: DenseAnswers) -> Scores:
+    ids = dense.ids[place]
+    if not ids:
+        written = reader.write(reader.ids(item.prompt) or reader.begin, 1)
+        return {"acceptance": float(not written), "kl": 0.0 if not written else -math.log(_LEAST)}
+    before, after = reader.ids(item.prompt) or reader.begin, _own_ids(reader, ids)
+    accepted = kl = 0.0
+    if after:
+        (rows,) = reader.along(before, [after])
+        shares, likeliest = dense.shares[place][: len(after)], dense.likeliest[place][: len(after)].long()
+        own = _of_old(rows.exp(), reader.old_ids, int(dense.likeliest[place].max())).gather(1, likeliest)
+        expected = torch.cat([shares, (1 - shares.sum(1, keepdim=True)).clamp_min(0)], dim=1).double()
+        found = torch.cat([own, (1 - own.sum(1, keepdim=True)).clamp_min(0)], dim=1).double()
+        accepted = float(torch.minimum(expected, found).sum())
+        ratio = expected.clamp_min(_LEAST) / found.clamp_min(_LEAST)
+        kl = float((expected * ratio.log()).sum())
+    lost = len(ids) - len(after)
+    return {"acceptance": accepted / len(ids), "kl": max(0.0, kl - lost * math.log(_LEAST)) / len(ids)}
+
+
+def _own_ids(reader: Reader, ids: Sequence[int]) -> list[int]:
+    """The dense model's tokens as this one numbers them, up to the first that it has not."""
+    if reader.old_ids is None:
+        return [*ids]
+    new = {int(old): place for place, old in enumerate(reader.old_ids)}
+    found = []
+    for old in ids:
+        if old not in new:
+            break
+        found.append(new[old])
+    return found
+
+
+def _of_old(shares: Tensor, old_ids: Tensor | None, largest: int) -> Tensor:
+    """Probabilities by the dense model's ids; 0 for those that were removed."""
+    if old_ids is None:
+        return shares
+    whole = torch.zeros(len(shares), max(largest, int(old_ids.max())) + 1)
+    whole[:, old_ids] = shares[:, : len(old_ids)]
+    return whole

@@ -1,0 +1,191 @@
+"""What a model is used for, as items: choices, answers, text or prompts, in two halves of which the search sees one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
+from coprune.data.local_text import local_text, rows_of
+
+Kind = Literal["choice", "answer", "text", "prompts"]
+Prompt = str | tuple[tuple[str, str], ...]
+"""Text, or the messages of a conversation: roles with what they say."""
+METRICS_OF: dict[Kind, tuple[str, ...]] = {
+    "choice": ("accuracy",),
+    "answer": ("accuracy",),
+    "text": ("bits",),
+    "prompts": ("acceptance", "kl"),
+}
+LEAST_HALF = 8
+"""Items of a half at least."""
+_PASSAGE = 300
+"""Characters of an item of plain text, or a little more: whole lines."""
+_EXAMPLES = (
+    '{"prompt": …, "choices": […], "answer": …}, {"prompt": …, "answer": …} or {"prompt": …, "regex": …}, {"prompt": …}, '
+    '{"messages": […]}, {"text": …}'
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that a model is asked; `text` alone is read, a prompt alone is gone on from."""
+
+    prompt: Prompt = ""
+    choices: tuple[str, ...] = ()
+    answer: str = ""
+    """The right one of the choices, or what the first line of the answer has to be."""
+    regex: str = ""
+    """What is looked for in the answer."""
+    text: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        """What it measures."""
+        if self.text:
+            return "text"
+        if self.choices:
+            return "choice"
+        return "answer" if self.answer or self.regex else "prompts"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items of one kind."""
+
+    name: str
+    kind: Kind
+    items: tuple[Item, ...]
+    seen: tuple[int, ...]
+    """Places of those that the search may look at."""
+    unseen: tuple[int, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the items and their halves."""
+        content = json.dumps([self.kind, repr(self.items), self.seen, self.unseen])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        if self.kind != "choice":
+            return 0.0
+        return sum(1 / len(item.choices) for item in self.items) / len(self.items)
+
+
+def read_task(name: str, seed: int = 0, most: int | None = None) -> Task:
+    """Read a file of items.
+
+    Args:
+        name: a .jsonl file, or plain text.
+        seed: of the halves.
+        most: items at most, drawn by the seed.
+
+    Returns:
+        The items without doubles, in two halves.
+
+    Raises:
+        BadInput: the file cannot be read, holds no kind or several, has too few items, or one choice is always right.
+    """
+    path = expand_home(name)
+    rows = rows_of(path) if path.suffix in (".jsonl", ".json") and path.exists() else None
+    found = _passages(local_text(name).text) if rows is None else _items(rows, name)
+    items = tuple(dict.fromkeys(found))
+    kinds = sorted({item.kind for item in items})
+    if not items:
+        raise _wrong(name, "has no items", f"write rows like {_EXAMPLES}")
+    if len(kinds) > 1:
+        raise _wrong(name, f"has items of several kinds ({', '.join(kinds)})", "give each kind a file of its own")
+    _refuse_one_class(name, items)
+    order = list(range(len(items)))
+    random.Random(f"{seed} {len(items)}").shuffle(order)
+    order = order[:most]
+    if len(order) < 2 * LEAST_HALF:
+        raise _wrong(name, f"has {len(order)} different items", f"give it at least {2 * LEAST_HALF}")
+    half = len(order) // 2
+    return Task(name, kinds[0], items, tuple(order[:half]), tuple(order[half:]))
+
+
+def _refuse_one_class(name: str, items: Sequence[Item]) -> None:
+    if items[0].kind == "choice" and len({item.choices for item in items}) == 1:
+        right = {item.answer for item in items}
+        if len(right) == 1:
+            raise _wrong(
+                name, f"has one right answer, {right.pop()!r}, to every item", "add items of the other classes"
+            )
+
+
+def _wrong(name: str, what: str, fix: str) -> BadInput:
+    return BadInput(f"{name} {what}", field="task", value=name, fix=fix)
+
+
+def _passages(text: str) -> list[Item]:
+    found, lines = list[Item](), list[str]()
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= _PASSAGE:
+            found, lines = [*found, Item(text="".join(lines))], []
+    rest = "".join(lines)
+    return [*found, Item(text=rest)] if len(rest) >= _PASSAGE // 2 else found
+
+
+def _items(rows: Any, name: str) -> list[Item]:
+    found: list[Item] = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise _wrong(name, f"has no object in row {number}", f"write rows like {_EXAMPLES}")
+        found += _item(row, f"{name}, row {number},")
+    return found
+
+
+def _item(row: Mapping[str, Any], place: str) -> list[Item]:
+    if isinstance(row.get("text"), str):
+        text = row["text"].strip()
+        return [Item(text=text)] if text else []
+    prompt = _prompt(row, place)
+    choices, answer, regex = row.get("choices"), row.get("answer"), row.get("regex")
+    if choices is not None:
+        if (
+            not isinstance(choices, list)
+            or len(choices) < 2
+            or not all(isinstance(one, str) and one for one in choices)
+        ):
+            raise _wrong(place, "has choices that are no list of two texts or more", f"write rows like {_EXAMPLES}")
+        right = choices[answer] if isinstance(answer, int) and 0 <= answer < len(choices) else answer
+        if right not in choices:
+            raise _wrong(
+                place, f"has the answer {answer!r}, which is none of its choices", "name one, or its place from 0"
+            )
+        return [Item(prompt, tuple(choices), str(right))]
+    if regex is not None:
+        try:
+            re.compile(regex)
+        except (re.error, TypeError) as error:
+            raise _wrong(place, f"has no regular expression ({error})", "mend it") from None
+        return [Item(prompt, regex=regex)]
+    if answer is not None:
+        if not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise _wrong(place, "has an empty answer", "write what the model should answer")
+        return [Item(prompt, answer=str(answer).strip())]
+    return [Item(prompt)]
+
+
+def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
+    said = row.get("messages", row.get("prompt"))
+    if isinstance(said, str) and said.strip():
+        return said
+    if (
+        isinstance(said, list)
+        and said
+        and all(isinstance(one, Mapping) and {"role", "content"} <= one.keys() for one in said)
+    ):
+        messages = tuple((str(one["role"]), str(one["content"])) for one in said)
+        return messages[:-1] if messages[-1][0] == "assistant" and len(messages) > 1 else messages
+    raise _wrong(place, "has no prompt", f"write rows like {_EXAMPLES}")

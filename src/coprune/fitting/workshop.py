@@ -1,0 +1,369 @@
+"""Where candidates are made and measured: every product once, kept by what it was made of, so that a killed fit goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.base.files import write_durably, write_text
+from coprune.base.progress import Reporter
+from coprune.fitting.candidates import DENSE, Candidate, Cut
+from coprune.fitting.reader import Reader
+from coprune.fitting.score import DenseAnswers, bits_per_byte, score_item
+from coprune.fitting.tasks import Item, Task
+from coprune.gguf_files.export import export
+from coprune.gguf_files.importance import importance_of, read_importance, write_importance
+from coprune.gguf_files.llama_cpp import quantize
+from coprune.model.checkpoint.load import load_tokenizer
+from coprune.model.checkpoint.locate import locate
+from coprune.run.generate import generate
+from coprune.run.prune import prune
+from coprune.vocabulary.folder import MAP_FILE
+
+Made = TypeVar("Made")
+EXACT = "f16"
+_OWN_TEXTS, _OWN_TOKENS = 16, 256
+_SAMPLES, _SEQLEN = 16, 256
+"""Of what statistics are measured on."""
+_PROXY_TEXTS = 4
+_PROXY_CHARACTERS = 1200
+_MEMORY_TOKENS, _CONTEXT = 128, 2048
+_SPEED_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What decides all that is made and measured."""
+
+    model: str
+    tasks: tuple[Task, ...]
+    seed: int = 0
+    text: str | None = None
+    """More text to calibrate and distill on; None for what the model writes itself."""
+    like: str | None = None
+    """A GGUF file of the source model."""
+
+    def facts(self) -> dict[str, Any]:
+        """The same as JSON."""
+        tasks = {task.name: task.fingerprint for task in self.tasks}
+        return {"model": self.model, "tasks": tasks, "seed": self.seed, "text": self.text, "like": self.like}
+
+
+class Measured(BaseModel):
+    """What is known of a candidate."""
+
+    bytes: int = 0
+    memory: int = 0
+    """Bytes of the weights and of a text of 2,048 tokens."""
+    speed: float = 0.0
+    """Tokens a second, one after another."""
+    proxy: float = 0.0
+    """Bits per byte on a few texts of the seen half."""
+    seconds: float = 0.0
+    refused: str = ""
+    """Why it cannot be made."""
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    """By task and metric: figures of items by their places."""
+
+    def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
+        """Figures of some items."""
+        found = self.scores[task.name][metric]
+        return [found[place] for place in places]
+
+
+class Workshop:
+    """Makes and measures candidates in a folder."""
+
+    def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
+        """folder: for all that is kept. Raises BadInput if another fit's things are there."""
+        self.folder, self.asked, self.reporter = folder, asked, reporter
+        note, facts = folder / "asked.json", asked.facts()
+        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
+            cause = f"{folder.parent} holds a fit of another model or other tasks"
+            raise BadInput(cause, field="output", value=str(folder.parent), fix="name another folder")
+        if not note.exists():
+            write_text(note, json.dumps(facts, indent=1))
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all that was made and measured here, also before a kill."""
+        notes = self.folder.glob("*/*.seconds.json")
+        return float(sum(json.loads(note.read_text(encoding="utf-8"))["seconds"] for note in notes))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The dense model's."""
+        return load_tokenizer(locate(self.asked.model))
+
+    def known(self, candidate: Candidate) -> Measured:
+        """What was measured before."""
+        file = self._results(candidate)
+        return Measured.model_validate_json(file.read_text(encoding="utf-8")) if file.exists() else Measured()
+
+    def measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> Measured:
+        """Make a candidate, if it is not there, and measure what is missing of it. wanted: places of items by task."""
+        found = self.known(candidate)
+        missing = {
+            task.name: [place for place in wanted.get(task.name, ()) if place not in _places(found, task)]
+            for task in self.asked.tasks
+        }
+        if found.refused or (found.bytes and not any(missing.values())):
+            return found
+        started = time.perf_counter()
+        before = self.spent
+        try:
+            file = self.file(candidate)
+        except CopruneError as error:
+            self._keep(candidate, found.model_copy(update={"refused": str(error)}), started, before)
+            return self.known(candidate)
+        reader = self.reader(file, candidate.cut)
+        if not found.bytes:
+            found = found.model_copy(update=self._first_figures(file, reader))
+        dense = DenseAnswers.load(self._dense_answers) if self._dense_answers.exists() else None
+        scores = {name: {metric: dict(own) for metric, own in one.items()} for name, one in found.scores.items()}
+        with self.reporter.bar(candidate.name, sum(map(len, missing.values()))) as advance:
+            for task in self.asked.tasks:
+                own = scores.setdefault(task.name, {})
+                for place in missing[task.name]:
+                    for metric, value in score_item(reader, task, place, dense).items():
+                        own.setdefault(metric, {})[place] = value
+                    advance(1)
+        reader.llama.close()
+        self._keep(candidate, found.model_copy(update={"scores": scores}), started, before)
+        return self.known(candidate)
+
+    def _keep(self, candidate: Candidate, found: Measured, started: float, before: float) -> None:
+        """Write what was measured. before: seconds spent until then; what was made on the way counts by itself."""
+        took = time.perf_counter() - started - (self.spent - before)
+        file = self._results(candidate)
+        earlier = found.seconds
+        write_text(file, found.model_copy(update={"seconds": earlier + took}).model_dump_json())
+        write_text(file.with_suffix(".seconds.json"), json.dumps({"seconds": earlier + took}))
+
+    def _results(self, candidate: Candidate) -> Path:
+        return self.folder / "results" / f"{_hash(candidate.key)}.json"
+
+    def reader(self, file: Path, cut: Cut) -> Reader:
+        """Open a file of a cut."""
+        last = next((place for place, one in enumerate(cut.removed) if one.startswith("vocabulary")), None)
+        if last is None:
+            return Reader.open(file, self.tokenizer)
+        folder = self._cut_folder(Cut(cut.removed[: last + 1]))
+        old_ids = json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))["old_ids"]
+        return Reader.open(file, load_tokenizer(locate(folder)), old_ids)
+
+    def _first_figures(self, file: Path, reader: Reader) -> dict[str, float]:
+        texts = [text[:_PROXY_CHARACTERS] for text in self._texts()[:_PROXY_TEXTS]]
+        proxy = sum(bits_per_byte(reader, text) for text in texts) / len(texts)
+        ids = (reader.ids("\n".join(texts)) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
+        reader.llama.forget()
+        reader.llama.read(ids)
+        memory = reader.llama.bytes + reader.llama.context_bytes * _CONTEXT // _MEMORY_TOKENS
+        started = time.perf_counter()
+        for token in ids[:_SPEED_TOKENS]:
+            reader.llama.read([token])
+        speed = _SPEED_TOKENS / (time.perf_counter() - started)
+        return {"bytes": file.stat().st_size, "memory": memory, "speed": speed, "proxy": proxy}
+
+    # What is made.
+
+    def file(self, candidate: Candidate) -> Path:
+        """Return a candidate's file, made if need be. Raises CopruneError where it cannot be."""
+        exact = self._exact(candidate.cut)
+        if candidate.type == EXACT:
+            return exact
+        target = self.folder / "files" / f"{_hash(candidate.key)}.gguf"
+
+        def make() -> None:
+            importance = read_importance(self._importance(candidate.cut))
+            self.reporter.say(f"Making {candidate.name}")
+            write_durably(target, lambda path: quantize(exact, path, candidate.type, importance, candidate.embedding))
+
+        self._once(target, make)
+        return target
+
+    def drop(self, candidate: Candidate) -> None:
+        """Remove a candidate's file, which is not needed any more."""
+        if candidate.type != EXACT:
+            (self.folder / "files" / f"{_hash(candidate.key)}.gguf").unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all files and folders of models, and keep what was measured."""
+        for name in ("files", "cuts"):
+            for file in (self.folder / name).glob("*"):
+                if file.is_dir():
+                    shutil.rmtree(file)
+                elif not file.name.endswith(".seconds.json"):
+                    file.unlink()
+
+    def _exact(self, cut: Cut) -> Path:
+        target = self.folder / "files" / f"{_hash(repr(cut))}.{EXACT}.gguf"
+
+        def make() -> None:
+            source = self.asked.model if cut == DENSE else self._cut_folder(cut)
+            self.reporter.say(f"Writing {cut.name or 'the dense model'} as {EXACT}")
+            export(source, target, like=self.asked.like, type=EXACT, quiet=True)
+
+        self._once(target, make)
+        return target
+
+    def _importance(self, cut: Cut) -> Path:
+        """An importance matrix; fewer tokens leave it as it is."""
+        only = Cut(tuple(one for one in cut.removed if not one.startswith("vocabulary")), cut.tokens)
+        seen = DENSE if only == DENSE else cut
+        target = self.folder / "files" / f"{_hash(repr(seen))}.imatrix.gguf"
+
+        def make() -> None:
+            write_importance(target, importance_of(self._exact(seen), str(self.text), self.reporter))
+
+        self._once(target, make)
+        return target
+
+    def _cut_folder(self, cut: Cut) -> Path:
+        target = self.folder / "cuts" / _hash(repr(cut))
+        before = cut.before
+        assert before is not None
+        base = self.asked.model if before == DENSE else str(self._cut_folder(before))
+        more: dict[str, Any] = {}
+        if cut.removed[-1].startswith("vocabulary"):
+            more |= {"vocabulary_text": str(self.text), "vocabulary_force": True}
+        if cut.tokens:
+            more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
+
+        def make() -> None:
+            self.reporter.say(f"Removing {cut.name}")
+            prune(
+                base,
+                remove=cut.removed[-1],
+                dataset=str(self.text),
+                nsamples=_SAMPLES,
+                seqlen=_SEQLEN,
+                seed=self.asked.seed,
+                evaluate=False,
+                layer_error=False,
+                gate=False,
+                prompt="",
+                save=target.with_name(f"{target.name}.run"),
+                save_model=target,
+                overwrite=True,
+                quiet=self.reporter.quiet,
+                **more,
+            )
+
+        self._once(target, make)
+        return target
+
+    def _once(self, target: Path, make: Callable[[], None]) -> None:
+        """Make a file or folder, if it is not there, and note how long that took without what it was made of."""
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        started, before = time.perf_counter(), self.spent
+        make()
+        note = target.with_name(f"{target.name}.seconds.json")
+        took = time.perf_counter() - started - (self.spent - before)
+        if not note.exists():  # what is made a second time, after its first use, was counted then
+            write_text(note, json.dumps({"seconds": took}))
+
+    # Text.
+
+    @property
+    def text(self) -> Path:
+        """The seen half's text and more, a document a row."""
+        return self.folder / "text" / "text.jsonl"
+
+    def _texts(self) -> list[str]:
+        return [json.loads(line)["text"] for line in self.text.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def _dense_answers(self) -> Path:
+        return self.folder / "text" / "answers.safetensors"
+
+    def prepare(self) -> None:
+        """Let the dense model answer prompts, and collect the text of the seen half. Raises CopruneError."""
+        dense = Candidate(DENSE, EXACT)
+
+        def answer() -> None:
+            reader, found = self.reader(self.file(dense), DENSE), DenseAnswers()
+            for task in self.asked.tasks:
+                places = [*task.seen, *task.unseen] if task.kind == "prompts" else []
+                with self.reporter.bar("The dense model's answers", len(places)) as advance:
+                    for place in places:
+                        found.add(reader, place, task.items[place])
+                        advance(1)
+            found.save(self._dense_answers)
+
+        if any(task.kind == "prompts" for task in self.asked.tasks):
+            self._once(self._dense_answers, answer)
+        self._once(self.text, self._collect)
+
+    def _collect(self) -> None:
+        answers = DenseAnswers.load(self._dense_answers) if self._dense_answers.exists() else DenseAnswers()
+        own = [
+            self._text_of(task.items[place], answers.ids.get(place, []))
+            for task in self.asked.tasks
+            for place in task.seen
+        ]
+        rows = [{"text": text} for text in [*_joined(own), *self._more_text()]]
+        write_text(self.text, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def _text_of(self, item: Item, answer: Sequence[int]) -> str:
+        prompt = item.prompt if isinstance(item.prompt, str) else "\n".join(content for _, content in item.prompt)
+        said = item.text or item.answer or str(self.tokenizer.decode([*answer], skip_special_tokens=True))
+        return f"{prompt} {said}".strip()
+
+    def _more_text(self) -> list[str]:
+        if self.asked.text is not None:
+            from coprune.data import calibration_windows
+
+            windows = calibration_windows(self.asked.text, self.tokenizer, 2 * _SAMPLES, _SEQLEN, self.asked.seed)
+            return [str(self.tokenizer.decode(one, skip_special_tokens=True)) for one in windows.tokens]
+        file = self.text.with_name("own.jsonl")
+        file.unlink(missing_ok=True)  # of a fit that was killed
+        self.reporter.say("The dense model writes text of its own, to be calibrated on")
+        generate(
+            self.asked.model,
+            file,
+            samples=_OWN_TEXTS,
+            seqlen=_OWN_TOKENS,
+            seed=self.asked.seed,
+            quiet=self.reporter.quiet,
+        )
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
+
+
+def _joined(texts: Sequence[str]) -> list[str]:
+    """Short texts put together to documents of some length."""
+    found, length = list[list[str]](), 0
+    for text in texts:
+        if not found or length > _PROXY_CHARACTERS:
+            found, length = [*found, []], 0
+        found[-1].append(text)
+        length += len(text)
+    return ["\n".join(one) for one in found]
+
+
+def _places(found: Measured, task: Task) -> set[int]:
+    own = found.scores.get(task.name, {})
+    return set.intersection(*(set(one) for one in own.values())) if own else set()
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def recipe_of(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as it is written in a recipe."""
+    return asdict(candidate)

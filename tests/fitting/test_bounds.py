@@ -1,0 +1,79 @@
+"""The gate of a fit: how often it says that a model keeps what it does not keep."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from coprune.base.errors import BadInput
+from coprune.fitting.bounds import LEVEL, bounds_of, items_needed, score_bound
+from coprune.fitting.require import Verdict, read_conditions
+
+
+def passes(items: int, margin: float) -> np.ndarray:
+    """By gained and lost items, whether the difference is proven to be above -margin."""
+    found = np.zeros((items + 1, items + 1), dtype=bool)
+    for gained, lost in itertools.product(range(items + 1), repeat=2):
+        if gained + lost <= items and gained - lost > -margin * items:
+            found[gained, lost] = score_bound(gained, lost, items) >= -margin
+    return found
+
+
+@pytest.mark.parametrize(("items", "margin"), [(40, 0.1), (90, 0.05), (60, 0.02)])
+def test_a_model_at_the_edge_passes_in_one_of_twenty_repetitions_at_most(items: int, margin: float) -> None:
+    """Exactly, over all outcomes, whatever the share of items on which two models differ."""
+    passed = passes(items, margin)
+    gained, lost = np.nonzero(passed)
+    for differing in (margin, 1.2 * margin, 0.15, 0.3, 0.6):
+        gains = max(0.0, (differing - margin) / 2)
+        shares = np.array([gains, gains + margin, 1 - 2 * gains - margin])
+        counts = np.stack([gained, lost, items - gained - lost], axis=1)
+        wrong = stats.multinomial.pmf(counts, items, shares).sum() if len(counts) else 0.0
+        assert wrong <= 1 - LEVEL
+
+
+def test_what_no_item_contradicts_still_needs_items() -> None:
+    assert bounds_of([0.0] * 30, True).low < -0.05
+    needed = items_needed([0.0] * 30, -0.01, True)
+    assert needed is not None
+    assert 0.99**needed < 1 - LEVEL  # as many as an exact test of no loss takes, or more
+    assert bounds_of([0.0] * needed, True).low >= -0.01
+    assert items_needed([-1.0] * 3 + [0.0] * 27, -0.01, True) is None
+
+
+def test_of_other_figures_students_bound_holds_in_nineteen_of_twenty() -> None:
+    generator = random.Random(0)
+    trials = [[generator.gauss(-0.02, 0.1) for _ in range(25)] for _ in range(2000)]
+    wrong = sum(bounds_of(trial).low > -0.02 for trial in trials) / len(trials)
+    assert abs(wrong - (1 - LEVEL)) < 3 * math.sqrt(LEVEL * (1 - LEVEL) / len(trials))
+
+
+def test_conditions() -> None:
+    accuracy, bits = read_conditions("accuracy>=dense-0.05, bits<=dense*1.1")
+    right, dense = [1.0] * 90 + [0.0] * 10, [1.0] * 95 + [0.0] * 5
+    assert accuracy.judge(dense * 4, dense * 4).verdict is Verdict.KEPT
+    assert accuracy.judge(right, dense).verdict is Verdict.OPEN
+    assert accuracy.judge([0.0] * 100, dense).verdict is Verdict.LOST
+    before = [1.0 + 0.01 * place for place in range(20)]
+    assert bits.judge([1.02 * value for value in before], before).verdict is Verdict.KEPT
+    assert bits.judge([1.2 * value for value in before], before).verdict is Verdict.LOST
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("accuracy", "no condition"),
+        ("acuracy>=0.5", "did you mean 'accuracy'"),
+        ("accuracy<=dense", "worst model"),
+        ("kl<=dense", "already"),
+        ("", "no condition"),
+    ],
+)
+def test_conditions_that_say_nothing(text: str, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        read_conditions(text)

@@ -1,0 +1,187 @@
+"""A fit from items to a file in llama.cpp: proven, resumed, made again from its recipe, and refused in one line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.fitting.candidates import DENSE, Candidate
+from coprune.fitting.fit import PAGE_FILE, RECIPE_FILE, remake
+from coprune.fitting.reader import Reader
+from coprune.fitting.workshop import Asked, Workshop
+from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from support.pico import pico_model
+from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.vocabularies import TEXTS, content_of
+
+pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
+WORDS = "\n".join(TEXTS).split()
+WITHOUT = "vocabulary,experts,channels,blocks"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico llama as a GGUF file, text, and prompts."""
+    folder, tokenizer = tmp_path_factory.mktemp("fit"), content_of("bytes")
+    size = len(json.loads(tokenizer)["model"]["vocab"])
+    model = pico_model("llama", vocab_size=size, max_position_embeddings=1024, tie_word_embeddings=True)
+    write_pico_gguf(distinct_norms(model), folder / "model.gguf", tokenizer=tokenizer)
+    (folder / "text.txt").write_text("\n".join(TEXTS))
+    return folder
+
+
+def how(place: Path, **more: Any) -> dict[str, Any]:
+    return {"text": str(place / "text.txt"), "types": "q8_0,q4_0", "quiet": True, "without": WITHOUT} | more
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def found(place: Path) -> Any:
+    return coprune.fit(
+        place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=place / "small", **how(place)
+    )
+
+
+@pytest.mark.slow
+def test_fewer_tokens_and_channels_are_tried_and_made_again(place: Path, tmp_path: Path) -> None:
+    settings = how(place, without="experts,blocks", types="q8_0", budget="5m")
+    found = coprune.fit(
+        place / "model.gguf", place / "text.txt", "bits<=dense*1.3", output=tmp_path / "small", **settings
+    )
+    assert found.kept
+    assert any(row.name.startswith("vocabulary=512") and row.bytes for row in found.rows)
+    assert "channels=0.25" in found.chosen
+    made = remake(tmp_path / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
+    assert made.read_bytes() == found.file.read_bytes()
+
+
+def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_page(place: Path, found: Any) -> None:
+    assert found.kept
+    plain = {row.name: row.bytes for row in found.rows if row.plain}
+    assert found.file.stat().st_size < plain[found.plain]
+    assert LlamaCpp(found.file, 32, 1).logits([5, 6, 7]).isfinite().all()
+    page = (place / "small" / PAGE_FILE).read_text()
+    assert "The last word" in page
+    assert all(row.name in page for row in found.rows)
+    assert not [*(place / "small" / ".fit").glob("*/*.gguf")]
+
+
+def test_the_recipe_makes_the_same_bytes_again(place: Path, found: Any, tmp_path: Path) -> None:
+    made = remake(place / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
+    assert made.read_bytes() == found.file.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_answer(
+    place: Path, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every measurement, it goes on with the next one."""
+    measure, left = Workshop.measure, [0]
+
+    def once(self: Workshop, *given: Any) -> Any:
+        before = self.spent
+        result = measure(self, *given)
+        if self.spent > before:
+            left[0] += 1
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Workshop, "measure", once)
+    again = None
+    while again is None and left[0] < 50:
+        try:
+            again = coprune.fit(
+                place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "small", **how(place)
+            )
+        except KeyboardInterrupt:
+            continue
+    assert left[0] > 3
+    assert again is not None
+    assert again.file.read_bytes() == found.file.read_bytes()
+    assert (again.chosen, again.lines) == (found.chosen, found.lines)
+    assert [row.name for row in again.rows] == [row.name for row in found.rows]
+
+
+def test_another_fit_leaves_the_folder_alone(place: Path, found: Any) -> None:
+    with pytest.raises(BadInput, match="another model or other tasks"):
+        coprune.fit(place / "model.gguf", place / "text.txt", output=place / "small", **how(place, seed=1))
+    assert yaml.safe_load((place / "small" / RECIPE_FILE).read_text())["bytes"] == found.file.stat().st_size
+
+
+@pytest.mark.slow
+def test_dense_keeps_all_of_its_own_answers(place: Path, tmp_path: Path) -> None:
+    generator = random.Random(0)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": " ".join(generator.sample(WORDS, 4))} for _ in range(20)])
+    settings = how(place, types="q8_0", without=f"{WITHOUT},embedding")
+    found = coprune.fit(place / "model.gguf", prompts, "acceptance>=0.9,kl<=0.05", output=tmp_path / "out", **settings)
+    assert found.kept
+    dense = next(row for row in found.rows if row.name == "dense f16")
+    assert dense.mean == pytest.approx(0.1, abs=1e-4)
+    assert any("plain quant" in note for note in found.notes)
+
+
+def test_continuations_are_as_likely_as_by_themselves(place: Path) -> None:
+    workshop = Workshop(place / "reader", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
+    reader = Reader.open(workshop.file(Candidate(DENSE, "f16")), workshop.tokenizer)
+    before, afters = reader.ids("The sea"), [reader.ids("is wide")[1:], reader.ids("was")[1:]]
+    together = reader.log_likelihood(before, afters)
+    assert together == pytest.approx([reader.log_likelihood(before, [after])[0] for after in afters], abs=1e-3)
+    whole = reader.llama.logits([*before, *afters[1]]).log_softmax(-1)
+    alone = sum(float(whole[len(before) - 1 + place, token]) for place, token in enumerate(afters[1]))
+    assert together[1] == pytest.approx(alone, abs=1e-3)
+
+
+def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
+    drawn = [generator.sample(WORDS, 3) for _ in range(count)]
+    return [
+        {"prompt": f"{place} {one}", "choices": rest, "answer": rest[0]} for place, (one, *rest) in enumerate(drawn)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        pytest.param("choice", {}, "is not above chance", marks=pytest.mark.slow),
+        pytest.param("answer", {}, "none of the dense model's 40 answers", marks=pytest.mark.slow),
+        ("text", {"require": "bits<=0.1"}, "dense model itself does not keep"),
+        ("text", {"require": "accuracy>=0.5"}, "about no task"),
+        ("text", {"budget": "1s"}, "too short for one candidate"),
+        ("text", {"budget": "soon"}, "is no time"),
+        ("text", {"target": "beauty"}, "unknown target"),
+        ("text", {"runtime": "vllm"}, "unknown runtime"),
+        ("text", {"types": "q9"}, "unknown type"),
+        ("text", {"without": "layers"}, "unknown kind of change"),
+    ],
+)
+def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_path: Path) -> None:
+    generator = random.Random(1)
+    rows = (
+        choices(40, generator)
+        if kind == "choice"
+        else [{"prompt": f"{number}", "answer": "xyzzy"} for number in range(40)]
+    )
+    task = place / "text.txt" if kind == "text" else write(tmp_path / "items.jsonl", rows)
+    settings = how(place, **{name: value for name, value in more.items() if name != "require"})
+    if "budget" in more:
+        settings["types"] = "q4_0"
+    with pytest.raises(BadInput, match=said):
+        coprune.fit(place / "model.gguf", task, more.get("require"), output=tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / RECIPE_FILE).exists()
+
+
+def test_a_runtime_that_is_not_installed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coprune.gguf_files.llama_cpp.has_llama_cpp", lambda: False)
+    with pytest.raises(BadInput, match="pip install llama-cpp-py-sync"):
+        coprune.fit(place / "model.gguf", place / "text.txt", output=tmp_path / "out", **how(place))
