@@ -62,6 +62,13 @@ def fit(
         str | None,
         typer.Option(help="Types of llama.cpp to try, the largest first. [q8_0 to iq2_xs]", show_default=False),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Candidates that are measured at a time, by processes of this machine.")
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Or by a Ray cluster (host:port, auto, local).", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the halves, and of what is drawn.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
@@ -83,7 +90,7 @@ def fit(
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")
     given: dict[str, Any] = {"items": items, "text": text, "like": like, "without": without, "types": types}
     how: FitArguments = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
-    how |= {"target": target, "runtime": runtime, "budget": budget, "seed": seed}  # type: ignore[typeddict-item]
+    how |= {"target": target, "runtime": runtime, "budget": budget, "seed": seed, "workers": workers, "ray": ray}  # type: ignore[typeddict-item]
     found = fit(model, task, require, output=output, quiet=quiet, **how)
     show(str(found))
     if not found.kept:

@@ -23,6 +23,7 @@ from coprune.fitting.page import Row, card, page
 from coprune.fitting.require import read_conditions
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
 from coprune.fitting.tasks import Kind, Task, read_task
+from coprune.fitting.team import Team
 from coprune.fitting.workshop import Asked, Workshop, recipe_of
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
@@ -64,6 +65,10 @@ class FitArguments(TypedDict, total=False):
     """A GGUF file of the source model, where that is a folder."""
     without: str | Sequence[str]
     """What is not tried: vocabulary, experts, blocks, channels, heads, embedding."""
+    workers: int
+    """Candidates that are measured at a time [1]."""
+    ray: str | None
+    """Address of a Ray cluster that does it, or `local` [processes of this machine]."""
     types: str | Sequence[str]
     """Types of llama.cpp that are tried, the largest first."""
 
@@ -118,7 +123,8 @@ def fit(
         output: the folder for the model, its recipe, page and card.
         quiet: no progress bars and lines.
         how: `target` (size, speed or memory), `budget` (60m), `items` of each task at most, `text` to calibrate on, `like` (a
-            GGUF file of the source model), `without` and `types` to leave things out, `seed`.
+            GGUF file of the source model), `without` and `types` to leave things out, `workers` and `ray` to measure several
+            candidates at a time, `seed`.
 
     Returns:
         The file, the verdict on the unseen half, and all candidates.
@@ -131,13 +137,18 @@ def fit(
         if name not in FitArguments.__annotations__:
             raise unknown_name("setting", name, FitArguments.__annotations__, field=name)
     target, reporter = expand_home(output), Reporter(quiet)
+    _workers(how)
     asked, wish = _read(model, task, require, how)
     require_usable(target, "output")
     if target.exists() and any(target.iterdir()) and not (target / _WORK).is_dir():
         raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
     workshop = Workshop(target / _WORK, asked, reporter)
-    search = Search(workshop, wish)
-    finding = search.run()
+    team = Team(_workers(how), how.get("ray"))
+    try:
+        search = Search(workshop, wish, team)
+        finding = search.run()
+    finally:
+        team.stop()
     return _leave(target, search, finding)
 
 
@@ -224,6 +235,15 @@ def _names(said: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
+def _workers(how: FitArguments) -> int:
+    count = how.get("workers", 1)
+    if not isinstance(count, int) or count < 1:
+        raise BadInput(
+            f"{count!r} candidates at a time make no sense", field="workers", value=count, fix="give 1 or more"
+        )
+    return count
+
+
 def _seconds(said: str | float) -> float:
     found = _BUDGET.fullmatch(str(said).strip().lower())
     if found is None or not float(found[1]) > 0:
@@ -280,7 +300,7 @@ def _notes(search: Search, finding: Finding) -> list[str]:
         found.append(
             f"{sizes[0] / sizes[1]:.2f} of the bytes of the best plain quant that passes, {finding.plain.name}"
         )
-    if finding.chosen.plain:
+    if finding.chosen.plain and not finding.out_of_time:
         found.append("no cut helps here: this is a plain quant")
     if not finding.kept:
         needed = [one.needed for one in finding.held if one.needed is not None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from coprune.base.errors import BadInput
+from coprune.base.files import write_text
 from coprune.base.words import Setting
 from coprune.fitting.bounds import bounds_of
 from coprune.fitting.candidates import (
@@ -22,6 +23,7 @@ from coprune.fitting.reader import Reader
 from coprune.fitting.require import Condition, Held, Verdict
 from coprune.fitting.score import answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
+from coprune.fitting.team import Team
 from coprune.fitting.workshop import EXACT, Measured, Workshop
 
 Target = Literal["size", "speed", "memory"]
@@ -35,8 +37,6 @@ _DISTILLED = (8_192, 262_144)
 """Tokens of a distillation at least and at most."""
 _TRAINING_COST = 4.0
 """Time of a token in training over one in reading: two models forward, one backward, in float32."""
-_BELOW = 0.985
-"""What is hardly smaller than the best is not tried."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,14 @@ class OutOfTime(Exception):
 class Search:
     """Looks for the cheapest candidate that keeps what is required."""
 
-    def __init__(self, workshop: Workshop, wish: Wish) -> None:
+    def __init__(self, workshop: Workshop, wish: Wish, team: Team) -> None:
         """Raises BadInput where a condition is about no task, or a task has none."""
         self.workshop, self.wish, self.tasks = workshop, wish, workshop.asked.tasks
+        self._team = team
         self.tried: dict[Candidate, Measured] = {}
         self._vocabulary = len(workshop.tokenizer)
         self._longest = 0.0
+        self._to_prove = 1
         for condition in wish.conditions:
             if not any(condition.metric in METRICS_OF[task.kind] for task in self.tasks):
                 kinds = ", ".join(sorted({task.kind for task in self.tasks}))
@@ -96,7 +98,7 @@ class Search:
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
         self.workshop.prepare()
-        found = self._measure(EXACT_DENSE, {task.name: [*task.seen, *task.unseen] for task in self.tasks})
+        found = self.workshop.measure(EXACT_DENSE, {task.name: [*task.seen, *task.unseen] for task in self.tasks})
         if found.refused:
             raise BadInput(
                 f"the dense model cannot be measured: {found.refused}", field="model", value=self.workshop.asked.model
@@ -155,17 +157,35 @@ class Search:
 
     # Candidates.
 
-    def _measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> Measured:
-        """Measure, if the budget has time for as much as the longest so far. Raises OutOfTime."""
-        known, spent = self.workshop.known(candidate), self.workshop.spent
-        missing = not known.refused and (not known.bytes or any(self._missing(known, wanted)))
-        if missing and self.tried and spent + self._longest > self.wish.budget:
-            raise OutOfTime
-        found = self.workshop.measure(candidate, wanted)
-        self._longest = max(self._longest, self.workshop.spent - spent) if self.tried else 0.0
-        if candidate != EXACT_DENSE:
-            self.tried[candidate] = found
-        return found
+    @property
+    def _elapsed(self) -> float:
+        """Seconds since the beginning, as far as they led to something: the same after a kill."""
+        return self.workshop.spent / self._team.count
+
+    @property
+    def _proof(self) -> float:
+        """Seconds that the last word takes: as many as the dense model took for that half, a candidate."""
+        return self._to_prove * self.workshop.known(EXACT_DENSE).seconds / 2
+
+    def _measure(self, pool: Sequence[Candidate], wanted: Mapping[str, Sequence[int]]) -> None:
+        """Measure candidates, each if the budget has time for as much as the longest so far. Raises OutOfTime after the last."""
+        for first in range(0, len(pool), self._team.count):
+            together = pool[first : first + self._team.count]
+            anew = [one for one in together if self._is_new(one, wanted)]
+            if anew and self.tried and self._elapsed + self._longest + self._proof > self.wish.budget:
+                raise OutOfTime
+            spent = self.workshop.spent
+            if self._team.alone:
+                for candidate in anew:
+                    self.workshop.measure(candidate, wanted)
+            elif anew:
+                self._team.measure(self.workshop, anew, wanted)
+            self._longest = max(self._longest, self.workshop.spent - spent)
+            self.tried |= {one: self.workshop.known(one) for one in together}
+
+    def _is_new(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> bool:
+        known = self.workshop.known(candidate)
+        return not known.refused and (not known.bytes or bool(self._missing(known, wanted)))
 
     def _missing(self, known: Measured, wanted: Mapping[str, Sequence[int]]) -> list[int]:
         return [
@@ -204,34 +224,35 @@ class Search:
         Losers are dropped on a part of the items first.
         """
         most = None if best is None else self.cost(self.tried[best])
+        self._measure(pool, {})
         left = []
         for candidate in pool:
-            found = self._measure(candidate, {})
+            found = self.tried[candidate]
             if found.refused or (most is not None and self.cost(found) >= most):
                 self.workshop.drop(candidate)
             else:
                 left.append(candidate)
         left.sort(key=lambda one: self.cost(self.tried[one]))
         for part in _RUNGS:
-            left = [one for one in left if self._may_keep(one, self._seen(part))]
+            left = self._not_lost(left, self._seen(part))
         for candidate in left:
-            self._measure(candidate, self._seen())
+            self._measure([candidate], self._seen())
             if verdict_of(self.judged(candidate, self._seen())) is Verdict.KEPT:
                 return candidate
             self.workshop.drop(candidate)
         return None
 
-    def _may_keep(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> bool:
-        self._measure(candidate, places)
-        lost = verdict_of(self.judged(candidate, places)) is Verdict.LOST
-        if lost:
+    def _not_lost(self, pool: Sequence[Candidate], places: Mapping[str, Sequence[int]]) -> list[Candidate]:
+        self._measure(pool, places)
+        lost = [one for one in pool if verdict_of(self.judged(one, places)) is Verdict.LOST]
+        for candidate in lost:
             self.workshop.drop(candidate)
-        return not lost
+        return [one for one in pool if one not in lost]
 
     def run(self) -> Finding:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
         self.measure_dense()
-        spent, timely = self.workshop.spent, False
+        spent, timely = self.workshop.spent, False  # of the dense model, which is measured by one
         if spent < self.wish.budget:
             winners = list[Candidate]()
             try:
@@ -247,16 +268,15 @@ class Search:
     def _climb(self, winners: list[Candidate]) -> None:
         """Collect what passes, each cheaper than the one before."""
         plain = [Candidate(DENSE, one) for one in self.wish.types]
-        # From the largest down, so that whatever ends the search leaves the safest.
-        for candidate in plain:
-            self._measure(candidate, {})
         if (best := self._contest(plain, None)) is not None:
             winners.append(best)
+            self._to_prove += 1
         base = best or plain[0]
         for pool in (self._embeddings, self._vocabularies, self._structures):
             if (better := self._contest(pool(base), best)) is not None:
                 best = base = better
                 winners.append(better)
+                self._to_prove += 1
 
     def _embeddings(self, base: Candidate) -> list[Candidate]:
         if "embedding" in self.wish.without:
@@ -288,11 +308,11 @@ class Search:
         file = self.workshop.folder / "text" / "distilled.txt"
         if file.exists():
             return int(file.read_text())
-        left = self.wish.budget - self.workshop.spent
+        left = self.wish.budget - self._elapsed
         rate = self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST
         tokens, (least, most) = _DISTILLED_SHARE * left * rate, _DISTILLED
         found = 0 if tokens < least else min(most, 1 << (int(tokens).bit_length() - 1))
-        file.write_text(str(found))
+        write_text(file, str(found))
         return found
 
     # The last word.

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
@@ -88,12 +89,14 @@ class Workshop:
     def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
         """folder: for all that is kept. Raises BadInput if another fit's things are there."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
+        self._noted = 0.0  # seconds that this process has accounted for
         note, facts = folder / "asked.json", asked.facts()
         if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
             cause = f"{folder.parent} holds a fit of another model or other tasks"
             raise BadInput(cause, field="output", value=str(folder.parent), fix="name another folder")
         if not note.exists():
             write_text(note, json.dumps(facts, indent=1))
+        (folder / "locks").mkdir(exist_ok=True)
 
     @property
     def spent(self) -> float:
@@ -120,12 +123,11 @@ class Workshop:
         }
         if found.refused or (found.bytes and not any(missing.values())):
             return found
-        started = time.perf_counter()
-        before = self.spent
+        started, noted = time.perf_counter(), self._noted
         try:
             file = self.file(candidate)
         except CopruneError as error:
-            self._keep(candidate, found.model_copy(update={"refused": str(error)}), started, before)
+            self._keep(candidate, found.model_copy(update={"refused": str(error)}), started, noted)
             return self.known(candidate)
         reader = self.reader(file, candidate.cut)
         if not found.bytes:
@@ -140,16 +142,16 @@ class Workshop:
                         own.setdefault(metric, {})[place] = value
                     advance(1)
         reader.llama.close()
-        self._keep(candidate, found.model_copy(update={"scores": scores}), started, before)
+        self._keep(candidate, found.model_copy(update={"scores": scores}), started, noted)
         return self.known(candidate)
 
-    def _keep(self, candidate: Candidate, found: Measured, started: float, before: float) -> None:
-        """Write what was measured. before: seconds spent until then; what was made on the way counts by itself."""
-        took = time.perf_counter() - started - (self.spent - before)
+    def _keep(self, candidate: Candidate, found: Measured, started: float, noted: float) -> None:
+        """Write what was measured. noted: seconds accounted for when it began; what was made on the way counts by itself."""
         file = self._results(candidate)
-        earlier = found.seconds
-        write_text(file, found.model_copy(update={"seconds": earlier + took}).model_dump_json())
-        write_text(file.with_suffix(".seconds.json"), json.dumps({"seconds": earlier + took}))
+        seconds = found.seconds + time.perf_counter() - started - (self._noted - noted)
+        self._noted += seconds - found.seconds
+        write_text(file, found.model_copy(update={"seconds": seconds}).model_dump_json())
+        write_text(file.with_suffix(".seconds.json"), json.dumps({"seconds": seconds}))
 
     def _results(self, candidate: Candidate) -> Path:
         return self.folder / "results" / f"{_hash(candidate.key)}.json"
@@ -269,12 +271,16 @@ class Workshop:
         if target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        started, before = time.perf_counter(), self.spent
-        make()
-        note = target.with_name(f"{target.name}.seconds.json")
-        took = time.perf_counter() - started - (self.spent - before)
-        if not note.exists():  # what is made a second time, after its first use, was counted then
-            write_text(note, json.dumps({"seconds": took}))
+        with FileLock(self.folder / "locks" / f"{target.name}.lock"):
+            if target.exists():  # another worker has made it meanwhile
+                return
+            started, noted = time.perf_counter(), self._noted
+            make()
+            note = target.with_name(f"{target.name}.seconds.json")
+            if not note.exists():  # what is made a second time, after its first use, was counted then
+                took = time.perf_counter() - started - (self._noted - noted)
+                self._noted += took
+                write_text(note, json.dumps({"seconds": took}))
 
     # Text.
 

@@ -12,7 +12,7 @@ from typing import Any
 from coprune.base.environment import give_ray_its_share, keep_ray_private
 from coprune.base.errors import BadInput
 from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
-from coprune.sweeps.work import Capacity, Job, do_job
+from coprune.sweeps.work import Capacity, Work, do_job
 
 LOCAL = "local"
 """In place of an address: a cluster of this machine alone, for the time of the sweep."""
@@ -41,18 +41,18 @@ class RayWorkers:
 
         self._told = Queue(actor_options={"num_cpus": 0})
         self._task = ray.remote(_do)
-        self._running: dict[Any, Job] = {}
+        self._running: dict[Any, Work] = {}
 
-    def has_room(self, job: Job) -> bool:
+    def has_room(self, job: Work) -> bool:
         if not self._running:
             return True
         known = job.memory is not None and all(other.memory is not None for other in self._running.values())
         return known and len(self._running) < self.at_once
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Work) -> None:
         needed: dict[str, Any] = {"num_cpus": job.threads, "num_gpus": int(job.gpu), "memory": job.memory or None}
         # Retries are counted and reported here, whatever a job was lost to.
-        task = self._task.options(**needed, max_retries=0, name=job.run.name)
+        task = self._task.options(**needed, max_retries=0, name=job.name)
         self._running[task.remote(job, Path.cwd(), self._told)] = job
 
     def events(self, seconds: float) -> list[JobEvent]:
@@ -72,10 +72,10 @@ class RayWorkers:
             event: JobEvent = self._ray.get(task)
             return event
         except self._ray.exceptions.RayError as error:
-            return NotDone(job.run.name, Cause.LOST, " ".join(str(error).split()))
+            return NotDone(job.name, Cause.LOST, " ".join(str(error).split()))
 
 
-def _do(job: Job, folder: Path, told: Any) -> JobEvent:
+def _do(job: Work, folder: Path, told: Any) -> JobEvent:
     """Do a job on a node of the cluster; what it does on the way goes to the queue, how it ended is returned."""
     os.chdir(folder)  # paths of a recipe may be relative
     ended: list[JobEvent] = []

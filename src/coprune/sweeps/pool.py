@@ -16,7 +16,7 @@ from pathlib import Path
 from coprune.base.environment import see_only, usable_cores, visible_gpus
 from coprune.base.memory import available_bytes
 from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
-from coprune.sweeps.work import Capacity, Job, do_job
+from coprune.sweeps.work import Capacity, Work, do_job
 
 _GRACE = 10.0  # seconds in which a stopped worker may tidy up
 
@@ -42,9 +42,9 @@ class LocalWorkers:
         self.at_once = 1
         self._log = log
         self._idle: list[_Worker] = []
-        self._busy: list[tuple[_Worker, Job]] = []
+        self._busy: list[tuple[_Worker, Work]] = []
 
-    def has_room(self, job: Job) -> bool:
+    def has_room(self, job: Work) -> bool:
         if not self._busy:
             return True
         jobs = [job, *(other for _, other in self._busy)]
@@ -54,7 +54,7 @@ class LocalWorkers:
         memory = self.capacity.memory
         return len(known) == len(jobs) and (memory is None or sum(known) <= memory)
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Work) -> None:
         gpu = self._free_gpus()[0] if job.gpu else None
         worker = next((one for one in self._idle if one.gpu == gpu), None)
         if worker is not None:
@@ -87,7 +87,7 @@ class LocalWorkers:
             worker.process.join()
             worker.connection.close()
 
-    def _event(self, worker: _Worker, job: Job) -> JobEvent:
+    def _event(self, worker: _Worker, job: Work) -> JobEvent:
         try:
             event: JobEvent = worker.connection.recv()
             return event
@@ -95,7 +95,7 @@ class LocalWorkers:
             # Once the process has ended, the locks on its files are free for the next.
             worker.process.join()
             worker.connection.close()
-            return NotDone(job.run.name, Cause.LOST, _how_it_ended(worker.process.exitcode))
+            return NotDone(job.name, Cause.LOST, _how_it_ended(worker.process.exitcode))
 
     def _free_gpus(self) -> list[str]:
         taken = {worker.gpu for worker, _ in self._busy}
@@ -110,7 +110,7 @@ class LocalWorkers:
         return _Worker(process, ours, gpu)
 
 
-def _sent(worker: _Worker, job: Job) -> bool:
+def _sent(worker: _Worker, job: Work) -> bool:
     """Whether an idle worker took a job; not if it was killed in the meantime."""
     if not worker.process.is_alive():
         return False

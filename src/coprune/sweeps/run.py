@@ -26,7 +26,7 @@ from coprune.sweeps.pool import LocalWorkers
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import collect
 from coprune.sweeps.sharing import SHARED_FOLDER, KeptEstimate, estimate_key, kept_estimate
-from coprune.sweeps.work import Job, Workers
+from coprune.sweeps.work import Job, Work, Workers
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
@@ -130,18 +130,18 @@ Listen = Callable[[JobEvent, bool], None]
 """Is told of every event, and whether the job will be tried again after it."""
 
 
-def conduct(jobs: Sequence[Job], workers: Workers, retries: int, listen: Listen) -> None:
+def conduct(jobs: Sequence[Work], workers: Workers, retries: int, listen: Listen) -> None:
     """Do all jobs, the first ones first.
 
     retries: how often a job is tried again that was lost with its worker or met an unforeseen error. What is running
     when this is left by an exception is left to `workers.stop`.
     """
-    waiting, running = deque(jobs), dict[str, Job]()
+    waiting, running = deque(jobs), dict[str, Work]()
     tries: Counter[str] = Counter()
     while waiting or running:
         while (job := next((job for job in waiting if workers.has_room(job)), None)) is not None:
             waiting.remove(job)
-            running[job.run.name] = job
+            running[job.name] = job
             workers.start(job)
         for event in workers.events(_TICK):
             # What a worker told before it was lost may arrive later.

@@ -6,7 +6,7 @@ import gc
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,34 @@ from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone, Tell
 from coprune.sweeps.expand import Run
 
 Action = Literal["estimate", "run"]
+
+
+class Work(Protocol):
+    """Something that a worker does, which passes between processes."""
+
+    @property
+    def name(self) -> str:
+        """Names it among all that are done together."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Cores that it takes."""
+        ...
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it needs one."""
+        ...
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that it will take, None if unknown."""
+        ...
+
+    def do(self, tell: Tell) -> Mapping[str, float]:
+        """Do it, and return the seconds of work that were taken over from others."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,12 +60,21 @@ class Job:
     gpu: bool = False
     memory: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The run's."""
+        return self.run.name
+
+    def do(self, tell: Tell) -> Mapping[str, float]:
+        """Do or estimate the run."""
+        return _ACTIONS[self.action](self, tell)
+
 
 # Texts as tokens, which the later jobs of this process find again.
 _texts: dict[tuple[Hashable, ...], tuple[Any, float]] = {}
 
 
-def do_job(job: Job, tell: Tell) -> None:
+def do_job(job: Work, tell: Tell) -> None:
     """Do a job and tell how it ended; only an interruption passes."""
     import torch
 
@@ -47,12 +84,12 @@ def do_job(job: Job, tell: Tell) -> None:
     _quieten()
     torch.set_num_threads(job.threads)
     try:
-        saved = _ACTIONS[job.action](job, tell)
-        tell(Done(job.run.name, saved))
+        saved = job.do(tell)
+        tell(Done(job.name, saved))
     except CopruneError as error:
-        tell(NotDone(job.run.name, Cause.REFUSED, error))
+        tell(NotDone(job.name, Cause.REFUSED, error))
     except Exception:
-        tell(NotDone(job.run.name, Cause.BROKEN, traceback.format_exc()))
+        tell(NotDone(job.name, Cause.BROKEN, traceback.format_exc()))
     finally:
         gc.collect()
         return_free_memory()
@@ -148,11 +185,11 @@ class Workers(Protocol):
     at_once: int
     """At most so many jobs run at a time."""
 
-    def has_room(self, job: Job) -> bool:
+    def has_room(self, job: Work) -> bool:
         """Whether a job can start now; always so if none is running."""
         ...
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Work) -> None:
         """Start a job, which there is room for."""
         ...
 
