@@ -23,7 +23,7 @@ from coprune.sweeps import pool
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.pool import LocalWorkers
 from coprune.sweeps.run import conduct
-from coprune.sweeps.work import Capacity, Job, do_job
+from coprune.sweeps.work import Capacity, Job, Work, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep, sweep_data
 
@@ -44,7 +44,7 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place: Path) -> No
         events.append(event)
         # Its first block is written by now, and in the journal or about to be.
         if event == Doing(event.run, "pruning, 1 blocks done") and not killed:
-            worker = next(worker for worker, job in workers._busy if job.run.name == event.run)
+            worker = next(worker for worker, job in workers._busy if job.name == event.run)
             assert worker.process.pid is not None
             os.kill(worker.process.pid, signal.SIGKILL)
             killed.append(event.run)
@@ -93,10 +93,10 @@ class Here:
     def __init__(self) -> None:
         self.told: list[JobEvent] = []
 
-    def has_room(self, job: Job) -> bool:
+    def has_room(self, job: Work) -> bool:
         return not self.told
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Work) -> None:
         do_job(job, self.told.append)
 
     def events(self, seconds: float) -> list[JobEvent]:

@@ -206,7 +206,7 @@ class Workshop:
             for file in (self.folder / name).glob("*"):
                 if file.is_dir():
                     shutil.rmtree(file)
-                elif not file.name.endswith(".seconds.json"):
+                elif not file.name.endswith((".seconds.json", ".imatrix.gguf")):
                     file.unlink()
 
     def _exact(self, cut: Cut) -> Path:
