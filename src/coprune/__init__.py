@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from coprune.evaluation.evaluate import evaluate
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
-    from coprune.fitting.fit import Fitted, fit
+    from coprune.fitting.fit import fit
+    from coprune.fitting.result import Fitted
     from coprune.gguf_files.export import Gguf, export
     from coprune.packed.accelerate import accelerate
     from coprune.packed.bench import Bench, bench
@@ -65,7 +66,7 @@ _HOME = {
     "Estimate": "coprune.run.memory_bound",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
-    "Fitted": "coprune.fitting.fit",
+    "Fitted": "coprune.fitting.result",
     "Gguf": "coprune.gguf_files.export",
     "Inspection": "coprune.run.inspect",
     "LostProcess": "coprune.base.errors",

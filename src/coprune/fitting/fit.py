@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -17,10 +16,10 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, VerificationError, unknown_name
 from coprune.base.files import require_usable, write_durably, write_text
 from coprune.base.progress import Reporter
-from coprune.base.words import Sheet, Shown
 from coprune.fitting.candidates import KINDS, TYPES, Candidate
-from coprune.fitting.page import Row, card, page
+from coprune.fitting.page import card, page
 from coprune.fitting.require import read_conditions
+from coprune.fitting.result import Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
 from coprune.fitting.tasks import Kind, Task, read_task
 from coprune.fitting.team import Team
@@ -71,36 +70,6 @@ class FitArguments(TypedDict, total=False):
     """Address of a Ray cluster that does it, or `local` [processes of this machine]."""
     types: str | Sequence[str]
     """Types of llama.cpp that are tried, the largest first."""
-
-
-@dataclass(frozen=True, repr=False)
-class Fitted(Shown):
-    """What a fit found."""
-
-    file: Path
-    """The model."""
-    kept: bool
-    """Whether the unseen half proves that everything required is kept."""
-    chosen: str
-    lines: tuple[str, ...]
-    """The verdicts on the unseen half."""
-    rows: tuple[Row, ...]
-    """All candidates."""
-    plain: str | None
-    """The best plain quant that passed."""
-    notes: tuple[str, ...] = ()
-
-    def headline(self) -> str:
-        """What was chosen, and whether that is proven."""
-        return f"{self.file}: {self.chosen}, {self.file.stat().st_size:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
-
-    def sheet(self) -> Sheet:
-        """The verdict with its figures."""
-        rows = [("chosen", self.chosen), ("file", f"{self.file}, {self.file.stat().st_size:,} bytes")]
-        rows += [("note", note) for note in self.notes]
-        rows += [("unseen", line) for line in self.lines]
-        rows.append(("verdict", "kept" if self.kept else "not kept"))
-        return Sheet(self.headline(), rows)
 
 
 def fit(

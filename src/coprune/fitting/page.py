@@ -3,51 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from coprune.report.html import MadeFacts, header, made_lines, panel, section, table, text
+from coprune.fitting.result import Fitted
+from coprune.report.html import MadeFacts, header, listed, made_lines, panel, section, table, text
 from coprune.report.html import page as html_page
 from coprune.report.plot import Axis, Line, Plot, Point
 
-if TYPE_CHECKING:
-    from coprune.fitting.fit import Fitted
-
-_DENSE, _PLAIN, _OURS, _CHOSEN = range(4)
 _NAMES = ("dense", "plain quants", "others", "chosen")
 _COSTS = {"size": ("megabytes", 1e6), "memory": ("megabytes in memory", 1e6), "speed": ("tokens a second", 1.0)}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A candidate, as it is shown."""
-
-    name: str
-    plain: bool
-    chosen: bool
-    cost: float
-    """Bytes, or tokens a second."""
-    bytes: int
-    speed: float
-    proxy: float
-    refused: str
-    part: str
-    """Which half the figures are of."""
-    verdict: str
-    mean: float | None = None
-    """Of the first condition: by how much it is more than kept, and at least and at most."""
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def bounds(self) -> tuple[float, ...]:
-        """The least, the mean and the most; none where nothing was measured."""
-        return () if self.mean is None or self.low is None or self.high is None else (self.low, self.mean, self.high)
-
-    @property
-    def series(self) -> int:
-        """How it is drawn."""
-        return _CHOSEN if self.chosen else _DENSE if self.name.startswith("dense") else _PLAIN if self.plain else _OURS
 
 
 def page(found: Fitted, model: str, target: str) -> str:
@@ -71,11 +34,12 @@ def page(found: Fitted, model: str, target: str) -> str:
             f"{row.speed:.0f}",
             f"{row.proxy:.3f}",
             *([f"{row.bounds[1]:+.4f}", f"{row.bounds[0]:+.4f}", row.part] if row.bounds else ["–"] * 3),
-            (row.refused and f"refused: {row.refused}") or row.verdict or "not needed",
+            row.verdict or "not needed",
         ]
-        for row in sorted(found.rows, key=lambda row: row.bytes)
+        for row in sorted((row for row in found.rows if not row.refused), key=lambda row: row.bytes)
     ]
     parts.append(section("All candidates", table(columns, rows)))
+    parts.append(listed("Refused", [f"{row.name}: {row.refused}" for row in found.rows if row.refused]))
     return html_page(f"Fit of {model}", "\n".join(parts))
 
 

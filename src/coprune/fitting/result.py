@@ -1,0 +1,73 @@
+"""What a fit found, as a value that shows itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coprune.base.words import Sheet, Shown
+
+DENSE, PLAIN, OURS, CHOSEN = range(4)
+"""How candidates are drawn."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate, as it is shown."""
+
+    name: str
+    plain: bool
+    chosen: bool
+    cost: float
+    """Bytes, or tokens a second."""
+    bytes: int
+    speed: float
+    proxy: float
+    refused: str
+    part: str
+    """Which half the figures are of."""
+    verdict: str
+    mean: float | None = None
+    """Of the first condition: by how much it is more than kept, and at least and at most."""
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The least, the mean and the most; none where nothing was measured."""
+        return () if self.mean is None or self.low is None or self.high is None else (self.low, self.mean, self.high)
+
+    @property
+    def series(self) -> int:
+        """How it is drawn."""
+        return CHOSEN if self.chosen else DENSE if self.name.startswith("dense") else PLAIN if self.plain else OURS
+
+
+@dataclass(frozen=True, repr=False)
+class Fitted(Shown):
+    """What a fit found."""
+
+    file: Path
+    """The model."""
+    kept: bool
+    """Whether the unseen half proves that everything required is kept."""
+    chosen: str
+    lines: tuple[str, ...]
+    """The verdicts on the unseen half."""
+    rows: tuple[Row, ...]
+    """All candidates."""
+    plain: str | None
+    """The best plain quant that passed."""
+    notes: tuple[str, ...] = ()
+
+    def headline(self) -> str:
+        """What was chosen, and whether that is proven."""
+        return f"{self.file}: {self.chosen}, {self.file.stat().st_size:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
+
+    def sheet(self) -> Sheet:
+        """The verdict with its figures."""
+        rows = [("chosen", self.chosen), ("file", f"{self.file}, {self.file.stat().st_size:,} bytes")]
+        rows += [("note", note) for note in self.notes]
+        rows += [("unseen", line) for line in self.lines]
+        rows.append(("verdict", "kept" if self.kept else "not kept"))
+        return Sheet(self.headline(), rows)
