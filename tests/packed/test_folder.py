@@ -249,7 +249,7 @@ def test_folders_may_be_in_ones_home(dense_folder: Path, tmp_path: Path, monkeyp
 def test_a_pipe_is_not_waited_for(name: str, dense_folder: Path, tmp_path: Path) -> None:
     (dense_folder / name).unlink()
     os.mkfifo(dense_folder / name)
-    with pytest.raises(BadInput, match=r"is no file|are missing|holds neither"):
+    with pytest.raises(BadInput, match=r"is not a file|are missing|holds neither"):
         pack(dense_folder, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 

@@ -146,7 +146,7 @@ def test_scores_that_lack_a_mixture_are_refused_before_the_dense_model_is_measur
     [
         ({"domains": "code"}, "'code' names no domain"),
         ({"domains": ["a=x", "a=y"]}, "the domain a is said twice"),
-        ({"domains": "a=x,b=y", "blend": "a=1"}, "weights are of the domains that there are"),
+        ({"domains": "a=x,b=y", "blend": "a=1"}, "blend has to give a weight for each domain"),
         ({"domains": "a=x,b=y", "blend": "a=0,b=0"}, "all weights of the domains are zero"),
         ({"domains": "a=x", "blend": "mean"}, "'mean' is no weight of a domain"),
         ({"domains": "a=x", "remove": "heads=0.5"}, "domains are what experts are scored on"),

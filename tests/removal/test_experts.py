@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         ("mixtral", {}, "experts=0.1", "0.1 of 4 experts is none"),
         ("mixtral", {}, "experts=keep:4", "4 of 4 experts are all that there are"),
         ("mixtral", {}, "experts=3", "not '3'; to keep 3, write experts=keep:3"),
-        ("deepseek_v3", GROUPED, "experts=keep:5", "5 experts are not as many of each of 2 groups"),
+        ("deepseek_v3", GROUPED, "experts=keep:5", "5 experts cannot be shared equally among 2 groups"),
         ("deepseek_v3", {}, "experts=0.5", "a token goes to 2 experts of 1 of 2 groups, and 2 of 4 would be left"),
         ("deepseek_v3", GROUPED, "experts=0.1", "0.1 of 8 experts in 2 groups is none"),
         ("deepseek_v3", GROUPED | {"num_experts_per_tok": 1}, "experts=0.75", "cannot be removed"),

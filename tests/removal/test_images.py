@@ -91,7 +91,7 @@ def test_the_small_classifier_is_the_big_one_with_the_parts_silent(
 @pytest.mark.parametrize(
     ("family", "remove", "message"),
     [
-        ("transformers dinov2", "channels=0.4", "no change of the configuration of Dinov2ForImageClassification"),
+        ("transformers dinov2", "channels=0.4", "no setting of the configuration of Dinov2ForImageClassification"),
         ("vit", "heads=0.5", "no heads"),
     ],
 )

@@ -229,10 +229,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         (
             "gpt2",
             "heads=0.5",
-            "no change of the configuration of GPT2LMHeadModel",
+            "no setting of the configuration of GPT2LMHeadModel",
         ),  # heads as wide together as the model
         ("mamba", "channels=0.4", "no channels"),
-        ("bloom", "channels=0.4", "no change of the configuration of BloomForCausalLM"),  # always four times the width
+        ("bloom", "channels=0.4", "no setting of the configuration of BloomForCausalLM"),  # always four times the width
     ],
 )
 def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, remove: str, message: str) -> None:

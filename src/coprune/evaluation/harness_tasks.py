@@ -52,7 +52,7 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
         )
     if settings.include_path is not None and not settings.include_path.is_dir():
         raise BadInput(
-            f"{settings.include_path} is no folder",
+            f"{settings.include_path} is not a folder",
             field="include_path",
             value=settings.include_path,
             fix=("give a folder of task definitions (YAML) with ", Setting("include_path")),

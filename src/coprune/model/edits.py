@@ -144,7 +144,9 @@ def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
         content = dict(value)
         kind = EDITS.get(str(content.pop("kind", None)))
         if kind is None:
-            raise BadInput(f"this coprune knows no edits of the kind {value.get('kind')!r}", fix="update coprune")
+            raise BadInput(
+                f"this version of coprune does not know edits of the kind {value.get('kind')!r}", fix="update coprune"
+            )
         try:
             found.append(kind.model_validate(content))
         except ValidationError as error:

@@ -123,7 +123,7 @@ def choose_device(name: str) -> torch.device:
             raise RuntimeError("tensors hold no values there")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        if reason.startswith("Expected one of"):  # and then torch lists two dozen
+        if reason.startswith("Expected one of"):  # torch then lists two dozen types of devices
             reason = f"this machine has {default_device()}"
         fix = ("try ", Set("device", "auto"), " or ", Set("device", "cpu"))
         raise BadInput(

@@ -207,7 +207,7 @@ def _check_patterns(field: str, patterns: Sequence[str], names: Sequence[str], o
 
 
 def _matches(name: str, pattern: str) -> bool:
-    # The number of an expert at the end of a name is no class of characters.
+    # The expert's number in brackets at the end of a name is not a character class.
     literal = re.sub(r"\[(\d+)\]$", r"[[]\1]", pattern)
     return fnmatchcase(name, literal) or fnmatchcase(name.partition("[")[0], pattern)
 

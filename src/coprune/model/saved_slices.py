@@ -86,7 +86,7 @@ def _as_slices(name: str, keep: Tensor) -> KeptSlices:
         rows = [_along(part, dim - 1) for part in keep]
         if all(row is not None for row in rows) and len({int(row.sum()) for row in rows if row is not None}) == 1:
             return KeptSlices(dim=dim, size=keep.shape[dim], ranges=[runs_of(row) for row in rows if row is not None])
-    raise UnsupportedModel(f"what would be removed of {name} is no whole slices of it")
+    raise UnsupportedModel(f"the part of {name} that would be removed is not made of whole slices")
 
 
 def _along(keep: Tensor, dim: int) -> Tensor | None:

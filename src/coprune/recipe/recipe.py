@@ -203,7 +203,7 @@ def _of_domains(asked: RemovePart) -> BadInput | None:
         return BadInput("domains are what experts are scored on", field="domains", value=asked.domains, fix=fix)
     if weights is not None and asked.kept_scores is None and weights.keys() != asked.texts.keys():
         named = ", ".join(asked.texts) or "none"
-        return BadInput(f"weights are of the domains that there are ({named})", field="blend", value=asked.blend)
+        return BadInput(f"blend has to give a weight for each domain ({named})", field="blend", value=asked.blend)
     return None
 
 

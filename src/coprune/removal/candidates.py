@@ -314,7 +314,7 @@ def search_steps(
             number = min(processes.size, asked.rounds - count) if asked.rounds else processes.size
             starts = first[count : count + number]
             tries = starts or next_tries(finds.tried, exchanges, asked.seed, number)
-            # What is tried first is looked at to the end; all else may be let go of as soon as it falls behind the best.
+            # The first tries are measured on all tokens; later ones stop as soon as they fall behind the best.
             best = None if starts else finds.best[0]
             costs = processes.in_order([candidates.cost(steps, best) for steps in processes.own(tries)])
             took = processes.gather(time.perf_counter() - started)[0]

@@ -119,7 +119,7 @@ def anywhere(plan: Plan, block: Block) -> Cut:
     """Arbitrary places of a block to cut at."""
     if block.index in plan.dropped:
         return Cut()
-    # Other ones for every expert, so that what belongs together by its place alone would show.
+    # Each expert keeps other units, so that a dependence on their positions would show.
     units = [
         (part, [_spread(part.count, plan.count(part)).roll(i) for i in range(len(part.fold.consumers))])
         for part in plan.parts.get(block.name, ())

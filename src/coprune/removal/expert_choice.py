@@ -76,7 +76,9 @@ def experts_left(mixture: Mixture, asked: RemovePart) -> int:
         raise BadInput(f"{none} {mixture.count} experts{of_groups} {why}", field="remove", fix=fix)
     if kept % mixture.groups:
         fix = f"keep {max(1, kept // mixture.groups) * mixture.groups}"
-        raise BadInput(f"{kept} experts are not as many of each of {mixture.groups} groups", field="remove", fix=fix)
+        raise BadInput(
+            f"{kept} experts cannot be shared equally among {mixture.groups} groups", field="remove", fix=fix
+        )
     if kept * mixture.used < mixture.top * mixture.groups:
         where = f" of {mixture.used} of {mixture.groups} groups" if mixture.groups > 1 else ""
         raise BadInput(
@@ -304,7 +306,7 @@ def known_scores(session: Session, model: str, data: dict[str, str], mixtures: M
             )
         if asked.weights is not None and asked.weights.keys() != kept.sums.keys():
             named = ", ".join(kept.sums)
-            raise BadInput(f"weights are of the domains that there are ({named})", field="blend", value=asked.blend)
+            raise BadInput(f"blend has to give a weight for each domain ({named})", field="blend", value=asked.blend)
         return kept.scored()
     path = own_file(session)
     if not session.opened.around.writes or not path.is_file():

@@ -199,14 +199,14 @@ def _proven_changes(
             return changes, after
     refused = refusal_of(module, resized)
     if refused is not None:
-        raise UnsupportedModel(f"no configuration says what would be left: {refused.rstrip('.')}")
+        raise UnsupportedModel(f"no configuration describes the smaller model: {refused.rstrip('.')}")
     if fitting:
         raise UnsupportedModel(
-            "a smaller model with the same weights computes something else than the model with these parts silenced, so they "
+            "a smaller model with the same weights gives other outputs than this model with the parts silenced, so they "
             f"cannot be removed{said}"
         )
     raise UnsupportedModel(
-        f"no change of the configuration of {type(module).__name__} gives the smaller shapes, so what would result could not be "
+        f"no setting of the configuration of {type(module).__name__} gives the smaller shapes, so the result could not be "
         "loaded"
     )
 

@@ -83,7 +83,7 @@ def remove_parts(session: Session, output: Output | None, found: Removable) -> O
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             only_consumers(model, plan),
-            # Blocks that go were chosen before; without parts, only who trains the others asks for inputs.
+            # Inputs are needed to cut parts, or to train the blocks that stay; blocks to drop are chosen already.
             record_to_prune(session) if plan.parts or session.reconstruction is not None else None,
             Gram,
             moves_of(session),
@@ -133,7 +133,7 @@ def _remove(
     """Cut every block when the walk is through with it, and write it. experts: which are kept, by block."""
     inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
-    # Blocks before the first cut have nothing to make up for.
+    # Blocks before the first cut have no error to compensate.
     losing = [b.index for b in session.model.blocks if plan.parts.get(b.name) or b.name in experts]
     first = min([*losing, *plan.dropped])
     for event in walk:

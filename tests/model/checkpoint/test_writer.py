@@ -241,7 +241,7 @@ def test_what_others_have_under_the_unfinished_name_is_left_alone(kind: str, tmp
         (mine / "thesis.txt").write_text("thesis")
     if kind == "link":
         there.symlink_to(mine)
-    with pytest.raises(BadInput, match=r"\.model\.partial is in the way, and it is no unfinished checkpoint"):
+    with pytest.raises(BadInput, match=r"\.model\.partial is in the way: it is not the unfinished checkpoint"):
         part_writer(tmp_path)
     assert there.read_text() == "thesis" if kind == "file" else [p.name for p in mine.iterdir()] == ["thesis.txt"]
 

@@ -134,7 +134,7 @@ class SideStream:
     def send(self, held: Tensor) -> Sent:
         with self._stream:
             tensor = torch.empty_like(held, device=self._device)
-            # Its memory may have been another block's, which was let go of while the device still computes with it.
+            # The memory may have been a released block's, with which the device still computes.
             self._stream.wait_event(self._computing.record_event())
             tensor.copy_(held, non_blocking=True)
         return Sent(tensor, self._stream.record_event(), self._computing)

@@ -97,7 +97,7 @@ def locate(
         return _locate_packaged(PACKAGED[name], cache_dir, weights)
     if names_timm_file(name):
         return check_folder(ModelFolder(folder_of_timm_file(name, cache_dir), name))
-    # With `runs/` here, `runs/mdoel` is a slip of the pen rather than a Hub id.
+    # With `runs/` here, `runs/mdoel` is more likely a typo than a Hub id.
     if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
         raise BadInput(f"there is no model at {name}", field="model", value=name, fix=_nearest(path))
     return _fetch(_with_tag(name), cache_dir, revision, weights)

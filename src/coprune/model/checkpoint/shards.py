@@ -116,9 +116,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises BadInput, naming the file, if it is missing, malformed or too large to be one."""
     try:
         if file.exists() and not file.is_file():
-            raise BadInput(f"{file} is no file", fix="fetch or save the checkpoint again")
+            raise BadInput(f"{file} is not a file", fix="fetch or save the checkpoint again")
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise BadInput(f"{file} has {file.stat().st_size:,} bytes, which is too much for a table of settings")
+            raise BadInput(f"{file} has {file.stat().st_size:,} bytes, too many for a file of settings")
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
@@ -249,7 +249,7 @@ def read_header_bytes(file: Path) -> bytes:
     """The JSON header of a safetensors file as it is there. Raises BadInput if the file is too short for one."""
     try:
         if not file.is_file():  # a pipe would be waited for without end
-            raise BadInput(f"{file} is no file", fix="fetch or save it again")
+            raise BadInput(f"{file} is not a file", fix="fetch or save it again")
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):

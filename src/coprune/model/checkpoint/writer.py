@@ -77,7 +77,7 @@ class CheckpointWriter:
         remove_left_beside(self.partial)
         if os.path.lexists(self.partial) and not _is_unfinished_checkpoint(self.partial):
             raise BadInput(
-                f"{self.partial} is in the way, and it is no unfinished checkpoint of a run",
+                f"{self.partial} is in the way: it is not the unfinished checkpoint of a run",
                 fix="move it to another place, or choose another name for the model",
             )
         if self.partial.is_dir():

@@ -136,7 +136,7 @@ def _check(path: Path, glob: Any, value: Any) -> None:
     """Raise BadInput unless this is a glob and a sparsity, or N:M."""
     if not isinstance(glob, str):
         raise BadInput(
-            f"the allocation {path} names {glob!r}, which is no pattern of names", field="allocation", value=path
+            f"the allocation {path} names {glob!r}, which is not a pattern of names", field="allocation", value=path
         )
     # YAML 1.1 reads an unquoted 3:8 as a number to the base 60; quoted it stays what it is.
     if isinstance(value, str):

@@ -53,7 +53,7 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
         raise BadInput(f"there is a method {name!r} already", fix="choose another name")
     made = method() if isinstance(method, type) else method
     if (missing := missing_in(made)) is not None:
-        raise BadInput(f"{name!r} is no method: {missing}")
+        raise BadInput(f"{name!r} is not a method: {missing}")
     own = {field.name for field in dataclasses.fields(made)}
     if shadowed := sorted(own & set(FLAT)):
         raise BadInput(f"the method {name!r} has an option {shadowed[0]!r}, which every recipe has", fix="rename it")

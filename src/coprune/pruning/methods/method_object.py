@@ -27,7 +27,7 @@ def choice_of(method: Method | type[Method]) -> tuple[Choice, Method]:
     """
     made: Any = method() if isinstance(method, type) else method
     if (missing := missing_in(made)) is not None:
-        raise BadInput(f"{made!r} is no method: {missing}", field="method", value=made)
+        raise BadInput(f"{made!r} is not a method: {missing}", field="method", value=made)
     named = [choice for name, known in all_methods().items() if (choice := _as_named(made, name, known)) is not None]
     return min(named, key=lambda choice: len(choice.options), default=None) or _by_class(made), made
 
