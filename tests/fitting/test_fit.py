@@ -130,6 +130,13 @@ def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, tmp
     ]
 
 
+def test_the_same_again_measures_nothing_also_with_less_time(place: Path, found: Any) -> None:
+    again = coprune.fit(
+        place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=place / "small", **how(place, budget="1s")
+    )
+    assert (again.chosen, again.lines, again.rows) == (found.chosen, found.lines, found.rows)
+
+
 def test_another_fit_leaves_the_folder_alone(place: Path, found: Any) -> None:
     with pytest.raises(BadInput, match="another model or other tasks"):
         coprune.fit(place / "model.gguf", place / "text.txt", output=place / "small", **how(place, seed=1))

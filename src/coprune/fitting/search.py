@@ -252,18 +252,18 @@ class Search:
     def run(self) -> Finding:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
         self.measure_dense()
-        spent, timely = self.workshop.spent, False  # of the dense model, which is measured by one
-        if spent < self.wish.budget:
-            winners = list[Candidate]()
-            try:
-                self._climb(winners)
-            except OutOfTime:
-                timely = True
-            if self.tried:
-                return self._proven(winners, timely)
-        cause = f"the budget of {self.wish.budget / 60:.3g} minutes is too short for one candidate"
-        fix = f"the dense model alone took {spent / 60:.1f} minutes: allow several times as many, or fewer items"
-        raise BadInput(cause, field="budget", value=self.wish.budget / 60, fix=fix)
+        spent = self.workshop.spent
+        begun = any(self.workshop.known(Candidate(DENSE, one)).bytes for one in self.wish.types)
+        if spent >= self.wish.budget and not begun:
+            cause = f"the budget of {self.wish.budget / 60:.3g} minutes is too short for one candidate"
+            fix = f"the dense model alone took {spent / 60:.1f} minutes: allow several times as many, or fewer items"
+            raise BadInput(cause, field="budget", value=self.wish.budget / 60, fix=fix)
+        winners, timely = list[Candidate](), True
+        try:
+            self._climb(winners)
+        except OutOfTime:
+            timely = False
+        return self._proven(winners, not timely)
 
     def _climb(self, winners: list[Candidate]) -> None:
         """Collect what passes, each cheaper than the one before."""
