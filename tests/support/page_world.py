@@ -75,6 +75,8 @@ def make_base(folder: Path) -> Base:
     dense = distinct_norms(pico_model("llama", num_hidden_layers=2, **tokens))
     with patch.object(GGUFWriter, "add_key_value", _with_tokenizer(GGUFWriter.add_key_value)):
         write_pico_gguf(dense, package / FILE)
+        experts = distinct_norms(pico_model("qwen3_moe", num_hidden_layers=2, norm_topk_prob=True, **tokens))
+        write_pico_gguf(experts, folder / "mixture.gguf", "Q8_0", "qwen3moe")
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=FILE)
     pruned = pico_model("llama", num_hidden_layers=2, **tokens)
     with torch.no_grad():
@@ -190,7 +192,9 @@ class World:
         place = self.folder / name
         if place.exists() or name in PACKAGED or not re.fullmatch(r"[\w./-]+", name):
             return
-        if name.endswith(".gguf"):
+        if name.endswith("mixture.gguf"):
+            source = self.base["mixture.gguf"]
+        elif name.endswith(".gguf"):
             source = self.base["site"] / PACKAGE / FILE
         elif name.startswith("timm/"):
             source = self.base["classifier"]

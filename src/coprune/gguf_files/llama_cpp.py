@@ -16,8 +16,9 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Set
+from coprune.model.checkpoint.mapped_gguf import LLAMA_CPP
 
-PACKAGE = "llama_cpp_py_sync"
+PACKAGE = LLAMA_CPP
 
 
 def has_llama_cpp() -> bool:
@@ -268,14 +269,6 @@ def encode(tensor: Tensor, kind: str) -> Any:
             )
         return values.astype(np.float16)
     return quants.quantize(values, GGMLQuantizationType[kind.upper()])
-
-
-def decode(stored: Any) -> Tensor:
-    """A tensor of a reader of the gguf package, dequantised to float32."""
-    import torch
-    from gguf import quants
-
-    return torch.from_numpy(np.array(quants.dequantize(stored.data, stored.tensor_type), dtype=np.float32))
 
 
 def encoded_bytes(shape: Sequence[int], kind: str) -> tuple[int, tuple[int, ...]]:

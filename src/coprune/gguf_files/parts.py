@@ -13,10 +13,10 @@ from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
 from coprune.base.progress import Reporter
-from coprune.gguf_files.llama_cpp import decode
 from coprune.gguf_files.metadata import Counts, Field, corrected
 from coprune.gguf_files.slices import Slice, Sliced
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.checkpoint.mapped_gguf import decode
 from coprune.model.edit import Configure, DropBlock, KeepExperts
 from coprune.model.edits import Edits
 
@@ -40,7 +40,7 @@ class GgufParts(Sliced):
         """blocks: names of the model's blocks in their order. Raises BadInput, UnsupportedModel where others are in the file."""
         super().__init__(file)
         self.blocks = blocks
-        there = {int(found[1]) for stored in self.reader.tensors if (found := _BLOCK.fullmatch(stored.name))}
+        there = {int(found[1]) for stored in self.tensors if (found := _BLOCK.fullmatch(stored.name))}
         if there != set(range(len(blocks))):
             raise UnsupportedModel(
                 f"{file.name} has {len(there)} blocks, and transformers makes {len(blocks)} of them; name a folder to save in"
@@ -49,7 +49,7 @@ class GgufParts(Sliced):
     def require_router(self, block: str, router: Tensor) -> None:
         """Raise UnsupportedModel where a block of the file has not this router: one row per expert, in the file's order."""
         name = f"blk.{self.blocks.index(block)}.ffn_gate_inp.weight"
-        stored = next((stored for stored in self.reader.tensors if stored.name == name), None)
+        stored = next((stored for stored in self.tensors if stored.name == name), None)
         if stored is None or not torch.equal(decode(stored).to(router.dtype), router.detach().cpu()):
             raise UnsupportedModel(
                 f"{name} of {self.file.name} is not the router that transformers makes of {block}, so it cannot be told "
@@ -86,7 +86,7 @@ class GgufParts(Sliced):
 
     def _slices(self, left: Sequence[int], experts: Mapping[int, KeepExperts]) -> Iterator[tuple[str, Slice]]:
         places, cut = {old: new for new, old in enumerate(left)}, set[int]()
-        for stored in self.reader.tensors:
+        for stored in self.tensors:
             found = _BLOCK.fullmatch(stored.name)
             if found is None:
                 yield stored.name, Slice(stored.name)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
-from coprune.gguf_files.llama_cpp import decode, tensor_type
+from coprune.gguf_files.llama_cpp import tensor_type
 from coprune.gguf_files.metadata import Counts, Plan, Planned, architecture, corrected, read_fields
 from coprune.gguf_files.pieces import EXACT, Matcher, Piece
 from coprune.gguf_files.smaller import Exported, exported, made, planned_shape, whole_tensors
@@ -21,6 +21,7 @@ from coprune.gguf_files.verify import STORED_ERROR, WORST_ERROR, require_same_so
 from coprune.gguf_files.vocabulary import without_tokens
 from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.checkpoint.mapped_gguf import decode
 from coprune.model.checkpoint.shards import read_json
 from coprune.model.edit import Configure, CutVocabulary
 

@@ -5,11 +5,11 @@ Rows, experts and tokens are entries of the outermost axis of what holds them, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,10 @@ from coprune.base.errors import BadInput, VerificationError
 from coprune.base.files import write_durably
 from coprune.base.progress import Reporter
 from coprune.gguf_files.metadata import Field, Fields, architecture, read_fields, write_fields
-from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.checkpoint.mapped_gguf import MappedGguf
 
-_BY_WRITER = ("GGUF.", "general.architecture")
+_BY_WRITER = ("GGUF.", "general.architecture", "split.")
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,38 @@ class Slice:
     kept: NDArray[np.int64] | None = None
     """Entries of its first axis; None for all."""
 
-    def of(self, stored: Any) -> Any:
-        """Return what is left of a tensor of a reader, as it is stored."""
-        return stored.data if self.kept is None else stored.data[self.kept]
+    def pieces(self, stored: Any) -> Iterator[Any]:
+        """Yield what is left of a tensor of a reader, as it is stored: views of some MiB, so that nothing is copied."""
+        entries = len(stored.data)
+        kept = np.arange(entries) if self.kept is None else self.kept
+        most = max(1, _PIECE * entries // max(1, int(stored.n_bytes)))
+        for run in np.split(kept, np.flatnonzero(np.diff(kept) != 1) + 1):
+            for start in range(0, len(run), most):
+                first = int(run[start])
+                yield stored.data[first : first + len(run[start : start + most])]
 
     def bytes_of(self, stored: Any) -> int:
         """Return how many bytes of a tensor are left."""
         whole = int(stored.n_bytes)
         return whole if self.kept is None else whole // len(stored.data) * len(self.kept)
+
+
+_PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What is left of a tensor, as the package gguf writes one."""
+
+    nbytes: int
+    pieces: Iterator[Any]
+    advance: Callable[[float], None]
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write it piece by piece."""
+        for piece in self.pieces:
+            piece.tofile(file)
+            self.advance(piece.nbytes)
 
 
 Slices = Mapping[str, Slice]
@@ -51,25 +75,21 @@ class Sliced:
     """A GGUF file that others are made of."""
 
     def __init__(self, file: GgufFile) -> None:
-        """Read all but the tensors' values. Raises BadInput where the file cannot be read, or is one of several."""
+        """Read all but the tensors' values. Raises BadInput where the file, or a part of it, cannot be read."""
         self.file = file
-        self.reader = gguf_reader(file.path, field="model")
-        self.fields: Mapping[str, Field] = read_fields(self.reader, _BY_WRITER)
-        if "split.count" in self.fields and self.fields["split.count"].value > 1:
-            raise BadInput(
-                f"{file.name} is one of several parts", field="model", value=file.name, fix="join them first"
-            )
+        self._mapped = MappedGguf(file)
+        self.tensors = self._mapped.tensors
+        self.fields: Mapping[str, Field] = read_fields(self._mapped.first, _BY_WRITER)
 
     @property
     def arch(self) -> str:
         """The name in front of what describes the model."""
-        return architecture(self.reader)
+        return architecture(self._mapped.first)
 
     def sizes(self, slices: Slices) -> tuple[int, int]:
         """Return the bytes of all tensors before and after a cut."""
-        tensors = self.reader.tensors
-        left = sum(slices[stored.name].bytes_of(stored) for stored in tensors if stored.name in slices)
-        return sum(int(stored.n_bytes) for stored in tensors), left
+        left = sum(slices[stored.name].bytes_of(stored) for stored in self.tensors if stored.name in slices)
+        return sum(int(stored.n_bytes) for stored in self.tensors), left
 
     def write(self, target: Path, slices: Slices, fields: Fields, reporter: Reporter) -> None:
         """Write a file with what is left, whole or not at all.
@@ -98,7 +118,7 @@ class Sliced:
     def _write(self, file: Path, slices: Slices, fields: Fields, advance: Callable[[float], None]) -> None:
         from gguf import GGUFWriter
 
-        left = [stored for stored in self.reader.tensors if stored.name in slices]
+        left = [stored for stored in self.tensors if stored.name in slices]
         with closing(GGUFWriter(file, self.arch)) as writer:
             if "general.alignment" in fields:
                 writer.data_alignment = fields["general.alignment"].value
@@ -113,17 +133,29 @@ class Sliced:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for stored in left:
-                data = slices[stored.name].of(stored)
-                writer.write_tensor_data(data)
-                advance(data.nbytes)
+                own = slices[stored.name]
+                writer.write_tensor_data(cast("Any", _Left(own.bytes_of(stored), own.pieces(stored), advance)))
+                self._mapped.let_go()
 
     def _verify(self, file: Path, slices: Slices) -> None:
-        written = {stored.name: stored for stored in gguf_reader(file, field="save_model").tensors}
-        for stored in self.reader.tensors:
+        mapped = MappedGguf(GgufFile(file, file.name), field="save_model")
+        written = {stored.name: stored for stored in mapped.tensors}
+        for stored in self.tensors:
             own = slices.get(stored.name)
             if own is None:
                 continue
             found = written.get(own.name)
-            same = found is not None and found.tensor_type == stored.tensor_type
-            if found is None or not same or not np.array_equal(found.data, own.of(stored)):
+            if found is None or found.tensor_type != stored.tensor_type or not _same(found.data, own.pieces(stored)):
                 raise VerificationError(f"{file} does not hold {own.name} as {self.file.name} holds {stored.name}")
+            for one in (mapped, self._mapped):
+                one.let_go()
+
+
+def _same(data: Any, pieces: Iterator[Any]) -> bool:
+    """Whether a tensor is made of these pieces, one after another."""
+    at = 0
+    for piece in pieces:
+        if not np.array_equal(data[at : at + len(piece)], piece):
+            return False
+        at += len(piece)
+    return at == len(data)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
-from coprune.gguf_files.llama_cpp import LlamaCpp, decode, has_llama_cpp
+from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.gguf_files.metadata import Plan
 from coprune.gguf_files.pieces import Piece
 from coprune.gguf_files.smaller import Exported, whole_tensors
 from coprune.model.checkpoint.load import plain
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.checkpoint.mapped_gguf import decode
 
 _SAME_SOURCE = 0.9
 """Cosine that one matrix at least has with the same one of the source, whatever was pruned and trained since."""

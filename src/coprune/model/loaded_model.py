@@ -22,6 +22,7 @@ from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, is_packed, locate
+from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.names import kinds_of
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
@@ -133,8 +134,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def streams(recipe: Recipe) -> bool:
-    """Whether a folder's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for."""
-    if recipe.remove.parts:
+    """Whether a model's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for.
+
+    Always where one GGUF file is made of another: what is made takes over its bytes, and nothing else is kept of a block.
+    """
+    if recipe.remove.parts and not recipe.output.as_gguf:
         return recipe.model.stream is True
     needs = recipe.prune.reshapes or recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked
     whole = needs or recipe.calibrate.is_own or recipe.prune.allocation.name in WHOLE_MODEL
@@ -153,6 +157,10 @@ def open_model(asked: ModelPart, stream: bool) -> Loaded:
             require_room(location, len(blocks), device)
         lazy.acquire_rest([block.name for block in blocks])
         return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)
+    if stream and isinstance(location, GgufFile):
+        mapped = LazyGguf(location, asked.dtype, device)
+        mapped.acquire_rest([block.name for block in find_blocks(mapped.model)])
+        return Loaded(mapped, load_processor(location, "text"), location.name, True)
     if isinstance(location, ModelFolder) and asked.check_memory:
         require_room(location, 1, device)
     model, processor = load_model(location, asked.dtype, device)

@@ -8,7 +8,9 @@ transformers, and fine-tuning overrides what a Trainer does when it saves; the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+    read_field,
+)
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
@@ -262,6 +271,36 @@ for _family in ("qwen2_moe", "qwen3_moe"):  # transformers takes the default's w
     _read: Any = GGUF_CONFIG_MAPPING.get(_family, {})
     for _key, _place in _WIDTHS.items():
         _read.setdefault(_key, _place)
+
+
+@dataclass(frozen=True)
+class GgufNames:
+    """Which parameters the tensors of a GGUF file become, and how."""
+
+    parameters: Mapping[str, str]
+    processor: Any
+
+    def parameter(self, tensor: str) -> str | None:
+        """Return the parameter that a tensor is, or is a part of; None for none."""
+        return self.parameters.get(tensor, self.parameters.get(tensor.removesuffix(".weight")))
+
+    def arrange(self, tensor: str, values: Tensor, parsed: dict[str, dict[str, Any]]) -> Tensor:
+        """Return the parameter as far as it is known with this tensor. parsed: where its other parts are kept between calls."""
+        found = self.processor.process(
+            weights=values.numpy(), name=tensor, tensor_key_mapping=self.parameters, parsed_parameters=parsed
+        )
+        whole = parsed["tensors"].get(self.parameter(tensor)) if found.name is None else torch.from_numpy(found.weights)
+        return values if whole is None else whole
+
+
+def gguf_names(file: Path, model: PreTrainedModel) -> GgufNames:
+    """Return how a GGUF file's tensors become a model's parameters. file: the part that holds the metadata."""
+    import gguf
+
+    architecture = read_field(gguf.GGUFReader(file), "general.architecture")[0]
+    said = load_gguf_checkpoint(str(file))["config"]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=said)
+    return GgufNames(get_gguf_hf_weights_map(model, processor), processor)
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

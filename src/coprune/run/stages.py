@@ -23,7 +23,7 @@ from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import load_model, quiet_transformers
-from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.locate import GgufFile, ModelFolder
 from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.edits import Edits
 from coprune.model.loaded_model import choose_device, streams
@@ -140,9 +140,9 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     report = build_report(session, Found(outcome, dense, pruned, extras, phases.facts, total, alone))
     if write:
         announce(recipe, report)
-    _save(session, output, report, outcome.edits)
     if file is not None and recipe.output.model is not None:
         file.cut(recipe.output.model, outcome.edits, around.reporter)
+    _save(session, output, report, outcome.edits)
     if recipe.output.model is not None and first:
         phases.done(Phase.SAVE)
     return_free_memory()
@@ -182,7 +182,8 @@ def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
     """Load the model of a run that streamed it, with what its layers add; None where it was not saved."""
     if folder is None:
         return None
-    model, _ = load_model(ModelFolder(folder, str(folder)), device=choose_device(device), processed=False)
+    place = GgufFile(folder, folder.name) if folder.is_file() else ModelFolder(folder, str(folder))
+    model, _ = load_model(place, device=choose_device(device), processed=False)
     if (folder / ADAPTER_FOLDER).is_dir():
         with quiet_transformers():
             model.load_adapter(str(folder / ADAPTER_FOLDER))
@@ -208,7 +209,8 @@ def _open_output(session: Session) -> Output | None:
     """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
     opened, model = session.opened, session.model
     recipe = opened.recipe
-    if (recipe.output.model is None or recipe.output.as_gguf) and not model.weights.streams:
+    keep = recipe.output.model is not None and not recipe.output.as_gguf
+    if not keep and not model.weights.streams:
         return None
     # How windows begin is decided by now, whoever decided it.
     used = "auto" if opened.bos is None or opened.bos.used == "as given" else opened.bos.used
@@ -218,7 +220,7 @@ def _open_output(session: Session) -> Output | None:
     encoding = encoding_for(recipe, model.weights)
     if encoding.name == "source":  # unfinished files are of one encoding
         identity = replace(identity, settings=identity.settings | {"encoding": encoding.name})
-    return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity, encoding)
+    return Output(folder, keep, model.weights, model.blocks, identity, encoding)
 
 
 def _save(session: Session, output: Output | None, report: Report, edits: Edits) -> None:

@@ -9,7 +9,10 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Words
 from coprune.gguf_files.parts import GgufParts
+from coprune.model.blocks import Block
 from coprune.model.checkpoint.locate import GgufFile, locate, locates_gguf
+from coprune.model.checkpoint.mapped_gguf import LazyGguf
+from coprune.model.checkpoint.weights import Weights
 from coprune.recipe.recipe import Recipe
 from coprune.run.session import Given, Session
 
@@ -54,7 +57,6 @@ def cut_of(session: Session, routers: Mapping[str, Sequence[Tensor]]) -> GgufPar
         routers: by block, the matrices that choose among experts, where some of these go.
 
     Raises:
-        BadInput: the file is one of several.
         UnsupportedModel: its blocks or routers are not those of the model that was made of it.
     """
     recipe = session.opened.recipe
@@ -63,7 +65,16 @@ def cut_of(session: Session, routers: Mapping[str, Sequence[Tensor]]) -> GgufPar
     file = locate(recipe.model.name, recipe.model.cache_dir)
     assert isinstance(file, GgufFile)
     parts = GgufParts(file, session.model.names)
-    for block, own in routers.items():
-        for router in own:
-            parts.require_router(block, router)
+    for block in session.model.blocks:
+        for router in routers.get(block.name, ()):
+            parts.require_router(block.name, _values(session.model.weights, block, router))
     return parts
+
+
+def _values(weights: Weights, block: Block, parameter: Tensor) -> Tensor:
+    """Return a parameter of a block that may be on the disk."""
+    if not parameter.is_meta:
+        return parameter
+    assert isinstance(weights, LazyGguf)
+    name = next(name for name, one in block.module.named_parameters(block.name) if one is parameter)
+    return weights.parameter(name)

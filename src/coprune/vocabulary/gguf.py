@@ -27,7 +27,7 @@ class Gguf(Sliced):
         super().__init__(file)
         self.rows = len(tokens_in(self.fields))
         self.tables: dict[str, Table] = {}
-        for stored in self.reader.tensors:
+        for stored in self.tensors:
             shape = tuple(int(size) for size in reversed(stored.shape))
             if stored.name in _TABLES:
                 self.tables[stored.name] = Table(0, shape[0])
@@ -49,7 +49,7 @@ class Gguf(Sliced):
     def slices(self, kept: Kept) -> dict[str, Slice]:
         """Return what stays of every tensor."""
         rows = {name: kept.rows[: kept.below(table.size)] for name, table in self.tables.items()}
-        return {stored.name: Slice(stored.name, rows.get(stored.name)) for stored in self.reader.tensors}
+        return {stored.name: Slice(stored.name, rows.get(stored.name)) for stored in self.tensors}
 
     def bytes_of(self, kept: Kept) -> tuple[int, int]:
         """Return the bytes of all tensors before and after a cut."""

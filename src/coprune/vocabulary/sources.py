@@ -130,7 +130,7 @@ class GgufSource(Gguf):
     @property
     def parameters(self) -> int:
         """As in `Source`."""
-        return sum(int(stored.n_elements) for stored in self.reader.tensors)
+        return sum(int(stored.n_elements) for stored in self.tensors)
 
 
 @contextmanager

@@ -91,4 +91,16 @@ class Dense(Encoding):
                 said.pop("compression_config", None)
 
 
+class Untouched(Dense):
+    """Not at all: what is made of the source takes over its bytes, and edits say of which tensors."""
+
+    name = "edits"
+
+    def store(self, name: str, tensor: Tensor, kept: Sequence[KeptSlices]) -> tuple[dict[str, Tensor], Rounding]:
+        return {}, Rounding()
+
+    def bytes_of(self, dense: int) -> int:
+        return 0
+
+
 DENSE = Dense()

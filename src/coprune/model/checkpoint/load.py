@@ -39,8 +39,9 @@ from transformers.utils import logging as transformers_logging
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, panics_caught
+from coprune.base.words import Set
 from coprune.model.checkpoint.conversion import require_floats
-from coprune.model.checkpoint.locate import GgufFile, Location, check_tokenizer, is_packed
+from coprune.model.checkpoint.locate import GgufFile, Location, check_tokenizer, gguf_parts, is_packed
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import SourceEncoding, checkpoint_entries, source_encoding
@@ -228,6 +229,13 @@ def load_model(
     folder, file = _arguments(location)
     options |= file
     if isinstance(location, GgufFile):
+        if len(gguf_parts(location.path)) > 1:
+            raise BadInput(
+                f"{location.name} is one of several parts, which are read together only to make another GGUF file of them",
+                field="model",
+                value=location.name,
+                fix=("leave experts or blocks out with ", Set("save_model", "OUT.gguf"), ", or join them first"),
+            )
         options["dtype"] = "float32" if dtype == "auto" else dtype
         options |= unpack_gguf()
     task: TaskName = "text"
@@ -382,7 +390,7 @@ def _first_line(error: Exception) -> str:
 def _arguments(location: Location) -> tuple[Path, dict[str, str]]:
     """The folder, and what names the file within it, as transformers wants them."""
     if isinstance(location, GgufFile):
-        return location.path.parent, {"gguf_file": location.path.name}
+        return location.path.parent, {"gguf_file": gguf_parts(location.path)[0].name}
     return location.path, {}
 
 

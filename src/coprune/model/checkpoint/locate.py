@@ -187,8 +187,33 @@ def _locate_gguf(path: Path) -> GgufFile:
             fix=f"name the folder that holds config.json{timm}",
         )
     with about("model", str(path)):
-        check_gguf(path)
+        for part in gguf_parts(path):
+            check_gguf(part)
     return GgufFile(path, path.name)
+
+
+def gguf_parts(file: Path) -> list[Path]:
+    """Return the files that a GGUF file's tensors lie in: itself, or all parts where it is `NAME-00001-of-00003.gguf`.
+
+    Raises BadInput where one of them is missing.
+    """
+    found = _PART.fullmatch(file.name)
+    if found is None:
+        return [file]
+    count = int(found["count"])
+    names = [f"{found['name']}-{number:05d}-of-{found['count']}.gguf" for number in range(1, count + 1)]
+    missing = [name for name in names if not (file.parent / name).is_file()]
+    if missing:
+        raise BadInput(
+            f"{file.name} is one of {count} parts, of which {missing[0]} is not beside it",
+            field="model",
+            value=str(file),
+            fix="fetch it too",
+        )
+    return [file.parent / name for name in names]
+
+
+_PART = re.compile(r"(?P<name>.+)-(\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) -> Location:

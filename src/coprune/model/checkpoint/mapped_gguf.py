@@ -1,0 +1,234 @@
+"""A GGUF file, or the parts of one, as a model whose blocks are decoded when they are needed.
+
+The file is mapped into memory and its pages are the system's, which takes them back when it wants. Which tensors make up a
+parameter, and what is done to them, transformers' own tables say.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import mmap
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
+from coprune.model.checkpoint.encoding import DENSE
+from coprune.model.checkpoint.lazy import LazyCheckpoint, ahead_to, build_skeleton
+from coprune.model.checkpoint.load import DtypeName, explained, gguf_reader, quiet_transformers, reading_once
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, gguf_parts
+from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_tensor
+from coprune.model.checkpoint.source import Source
+from coprune.model.transformers_private import GgufNames, gguf_names
+
+LLAMA_CPP = "llama_cpp_py_sync"
+"""The package that carries llama.cpp's library."""
+_LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
+_STRETCH = 1 << 22
+"""Weights that are decoded at a time: what is made on the way stays small."""
+
+
+class MappedGguf:
+    """All tensors of a GGUF file, or of the parts of one, mapped and not yet read."""
+
+    def __init__(self, file: GgufFile, field: str = "model") -> None:
+        """field: the setting that named the file. Raises BadInput where it or one of its parts cannot be read."""
+        self.parts = {part: gguf_reader(part, field) for part in gguf_parts(file.path)}
+        self.first: Any = next(iter(self.parts.values()))
+        """The reader of the part that holds the metadata of all."""
+        self.tensors: list[Any] = [stored for reader in self.parts.values() for stored in reader.tensors]
+        said = self.first.fields.get("split.tensors.count")
+        if said is not None and said.contents() != len(self.tensors):
+            raise BadInput(
+                f"the parts of {file.name} hold {len(self.tensors)} tensors, and the first says {said.contents()}",
+                field=field,
+                value=file.name,
+                fix="fetch them again",
+            )
+
+    def let_go(self) -> None:
+        """Let the system take back the pages that were read, which are not counted as this process's then."""
+        for reader in self.parts.values():
+            mapped = getattr(getattr(reader.data, "base", None), "_mmap", None)
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The part of llama.cpp that decodes, where its package is installed: some fifty times as fast as the package gguf."""
+    found = importlib.util.find_spec(LLAMA_CPP)
+    for place in () if found is None else found.submodule_search_locations or ():
+        for file in sorted(Path(place).glob("*ggml-base*")):
+            with suppress(OSError):
+                return ctypes.CDLL(str(file))
+    return None
+
+
+def _native(kind: str) -> Callable[[int, int, int], None] | None:
+    """What decodes a type, from an address to another, so many values; None where llama.cpp is not there or has it not."""
+    library, name = _library(), kind.lower()
+    spelled = re.sub(r"_k$", "_K", name)
+    function = None if library is None else getattr(library, f"dequantize_row_{spelled}", None)
+    if function is None:
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+
+    def decode(source: int, target: int, count: int) -> None:
+        function(source, target, count)
+
+    return decode
+
+
+def decode_into(stored: Any, rows: Any, out: Tensor) -> None:
+    """Decode rows of a tensor of a GGUF file.
+
+    Args:
+        stored: the tensor, of a reader of the package gguf.
+        rows: some of its data: bytes, the outermost axis first.
+        out: of as many values, float32 and contiguous.
+    """
+    from gguf import quants
+
+    native, flat = _native(stored.tensor_type.name), out.reshape(-1)
+    rows = rows.reshape(-1, rows.shape[-1])
+    width = flat.numel() // max(1, len(rows))
+    step = max(1, _STRETCH // max(1, width))
+    for start in range(0, len(rows), step):
+        some = np.ascontiguousarray(rows[start : start + step])
+        part = flat[start * width : (start + len(some)) * width]
+        if native is not None:
+            native(some.ctypes.data, part.data_ptr(), part.numel())
+        else:
+            part.numpy()[:] = quants.dequantize(some, stored.tensor_type).reshape(-1)
+
+
+def shape_of(stored: Any) -> list[int]:
+    """Return the shape of a tensor of a reader of the package gguf, rows last."""
+    return [int(size) for size in reversed(stored.shape)]
+
+
+def decode(stored: Any) -> Tensor:
+    """Return a tensor of a reader of the package gguf, decoded to float32."""
+    out = torch.empty(shape_of(stored))
+    decode_into(stored, stored.data, out)
+    return out
+
+
+@dataclass(frozen=True)
+class GgufEntry(TensorEntry):
+    """A parameter that is decoded from one or several tensors of a GGUF file when it is read."""
+
+    parts: tuple[TensorEntry, ...]
+    """Where these lie."""
+    tensors: tuple[Any, ...] = field(compare=False, repr=False)
+    """They themselves, as the package gguf gives them."""
+    names: GgufNames = field(compare=False, repr=False)
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return self.parts
+
+    def read(self, buffer: Buffer) -> Tensor:
+        out = buffer(self.shape, DTYPES[self.dtype])
+        if len(self.shape) == 3 and all(len(stored.data) == self.shape[0] for stored in self.tensors):
+            # The experts of a layer, which are most of what it has, one at a time.
+            for index in range(self.shape[0]):
+                self._read_into(out[index : index + 1], slice(index, index + 1))
+        else:
+            self._read_into(out, slice(None))
+        return out
+
+    def _read_into(self, out: Tensor, rows: slice) -> None:
+        """Decode some entries of the first axis. Raises BadInput where they have no room in `out`, or leave some."""
+        found: Tensor | None = None
+        parsed: dict[str, dict[str, Any]] = {"tensors": {}}
+        for stored in self.tensors:
+            shape = shape_of(stored)
+            shape[0] = len(range(*rows.indices(shape[0])))
+            direct = out.dtype == torch.float32 and len(self.tensors) == 1 and shape == [*out.shape]
+            values = out if direct else torch.empty(shape)
+            decode_into(stored, stored.data[rows], values)
+            found = self.names.arrange(stored.name, values, parsed)
+        assert found is not None
+        if found.shape != out.shape:
+            raise BadInput(
+                f"{self.tensors[0].name} gives {tuple(found.shape)} where the configuration says {tuple(out.shape)}",
+                field="model",
+            )
+        if (found.data_ptr(), found.stride(), found.dtype) != (out.data_ptr(), out.stride(), out.dtype):
+            out.copy_(found)
+
+
+class LazyGguf(LazyCheckpoint):
+    """The model of a GGUF file, streamed: float32 unless another dtype is asked for; implements `weights.Weights`.
+
+    Raises BadInput where the file is damaged, or transformers does not say which of its tensors make up a parameter.
+    """
+
+    def __init__(self, location: GgufFile, dtype: DtypeName = "auto", device: torch.device | str = "cpu") -> None:
+        self._encoding, self.stored_as, self._uncut = DENSE, None, {}
+        self.location, self.device = ModelFolder(location.path.parent, location.name), torch.device(device)
+        self.dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        self._mapped = MappedGguf(location)
+        self._ahead = ahead_to(self.device)
+        with quiet_transformers(), explained(location):
+            self._model, names = _skeleton(location, self._mapped, self.dtype, self.device)
+        self._entries = dict(self._entries_of(names))
+        self.source = Source(self.location, self._model, dtype, self._entries)
+
+    def _entries_of(self, names: GgufNames) -> Iterator[tuple[str, TensorEntry]]:
+        made_of: dict[str, list[tuple[TensorEntry, Any]]] = {}
+        for file, reader in self._mapped.parts.items():
+            for stored in reader.tensors:
+                place = TensorEntry(file, "U8", tuple(stored.data.shape), int(stored.data_offset), int(stored.n_bytes))
+                if (parameter := names.parameter(stored.name)) is not None:
+                    made_of.setdefault(parameter, []).append((place, stored))
+        for parameter, tensor in self._model.state_dict().items():
+            if parameter in made_of:
+                dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+                parts, tensors = zip(*made_of[parameter], strict=True)
+                whole = (tuple(tensor.shape), parts[0].start, math.prod(tensor.shape) * dtype.itemsize)
+                yield parameter, GgufEntry(parts[0].file, _LETTERS[dtype], *whole, parts, tensors, names)
+
+    def parameter(self, name: str) -> Tensor:
+        """Read one parameter by itself."""
+        return read_tensor(self._entries[name])
+
+    def release(self, prefix: str) -> None:
+        super().release(prefix)
+        self._mapped.let_go()
+
+    def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+        return dict(changes)
+
+    def write_companions(self, folder: Path, beside: Companions) -> None:
+        save_companions(self._model, beside.processor, folder)
+        write_text(folder / CARD_FILE, beside.card)
+
+
+@reading_once
+def _skeleton(
+    location: Location, mapped: MappedGguf, dtype: torch.dtype, device: torch.device, /
+) -> tuple[PreTrainedModel, GgufNames]:
+    """Return the model without weights, and which tensors its parameters are made of."""
+    file = next(iter(mapped.parts))
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    # Which transformers tells by the first part alone.
+    config.tie_word_embeddings = config.tie_word_embeddings and all(t.name != "output.weight" for t in mapped.tensors)
+    folder = ModelFolder(location.path.parent, location.name)
+    model = build_skeleton(folder, config, dtype, device, trust_remote_code=False)
+    return model, gguf_names(file, model)
