@@ -63,7 +63,7 @@ def whole_answers() -> Iterator[None]:
 # Files of few tests that take long, most of it in other processes: begun last, one of two workers would wait for them.
 LONGEST = (
     *("test_measured_peaks.py", "test_processes.py", "test_golden.py", "test_pool.py", "test_real_block.py"),
-    *("test_pages.py", "test_outside.py", "test_estimate.py", "test_interruption.py", "test_loading.py"),
+    *("test_pages.py", "test_outside.py", "test_interruption.py", "test_loading.py"),
     *("test_notebook.py", "test_hub.py", "test_simulated_device.py"),
 )
 

@@ -137,7 +137,7 @@ class Subject:
         )
 
     def _anew(self) -> list[Measured]:
-        """What is measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
+        """Measure what is not cached, since reading a folder of images to name it takes as long as the measurement."""
         task = task_for(self.recipe, self.loaded)
         found = []
         for name, data in task.evaluation(self._reporter).items():
@@ -270,7 +270,7 @@ def require_one_task(subjects: Sequence[Subject]) -> None:
 
 
 def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Evaluation | None = None) -> Evaluation:
-    """What was measured of a model, beside another one of the same kind. other: what was measured of that, if it was."""
+    """Compare a model's measurements with another one's of the same kind. other: that one's measurements, if there are any."""
     near: tuple[EmbeddingChange, ...] = ()
     if subject.task == "embeddings":
         pairs = zip((other or dense.measure()).embeddings, found.embeddings, strict=True)

@@ -67,7 +67,7 @@ class Perplexity(Measurement):
 
     @property
     def title(self) -> str:
-        """What the figure is called."""
+        """The name of the figure."""
         return "pseudo-perplexity" if self.masked else "perplexity"
 
     def of_model(self, which: str) -> str:
@@ -80,7 +80,7 @@ class Accuracy(Measurement):
 
     images: int
     unit: str = "images"
-    """What was counted."""
+    """The things that were counted."""
     top1: float
     top1_interval: Interval
     top5: float
@@ -128,7 +128,7 @@ class Embedded(Measurement):
         return torch.nn.functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=-1)
 
     def line(self) -> str:
-        """What was embedded, for people."""
+        """Describe the embedded texts for people."""
         return f"{self.width} values of each of {self.passages} passages of {self.seqlen} tokens on {self.data}"
 
     def of_model(self, which: str) -> str:

@@ -27,7 +27,7 @@ class Source(Protocol):
     fingerprint: str
     """By which measurements of it are kept."""
     task: TaskName
-    """What it is for."""
+    """The model's task."""
 
     def open(self, reporter: Reporter) -> Loaded:
         """The model in memory. reporter: who hears of it."""

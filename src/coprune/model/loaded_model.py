@@ -53,7 +53,7 @@ class Loaded:
 
     @property
     def task(self) -> TaskName:
-        """What the model is for."""
+        """The task of the model."""
         return task_of(self.model.config, type(self.model))
 
     @property

@@ -52,7 +52,7 @@ PASSAGES = 1024
 
 
 class _WholeText(TextTask):
-    """What these models have in common. Raises BadInput for what only models have that write text."""
+    """The common part of these tasks. Raises BadInput for settings that only models have that write text."""
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         super().__init__(recipe, loaded, processes, remember)

@@ -99,7 +99,7 @@ def _made_once() -> Iterator[None]:
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "masked", "labels", "embeddings", "images"]
-"""What a model is for: to go on with a text, to fill in masked tokens, to label texts, to embed them, to label images."""
+"""The task of a model: to continue a text, to fill in masked tokens, to label texts, to embed them, to label images."""
 
 HEADS: dict[TaskName, tuple[Any, ...]] = {
     "text": (AutoModelForCausalLM,),
@@ -108,7 +108,7 @@ HEADS: dict[TaskName, tuple[Any, ...]] = {
     "images": (AutoModelForImageClassification,),
     "embeddings": (AutoModel,),
 }
-"""What builds a model for each task; the first that knows it counts. timm's models are classifiers under a wrapper."""
+"""The classes that build a model for each task; the first that knows it counts. timm's models are classifiers under a wrapper."""
 
 WHAT: dict[TaskName, str] = {
     "text": "writes text",
@@ -117,11 +117,11 @@ WHAT: dict[TaskName, str] = {
     "embeddings": "embeds texts",
     "images": "classifies images",
 }
-"""What models do, in a sentence about one."""
+"""The verb phrases for models of each task, in a sentence about one."""
 
 
 def task_of(config: Any, model_class: type[PreTrainedModel] | None = None) -> TaskName:
-    """What a model with this configuration is for: by its class, or the one that it names, else by what its type has."""
+    """Return the task of a model with this configuration: by its class, or the one that it names, else by what its type has."""
     names = (getattr(config, "architectures", None) or ()) if model_class is None else (model_class.__name__,)
     for task, autos in HEADS.items():
         if any(choice is not None and choice.__name__ in names for choice in (auto_choice(a, config) for a in autos)):

@@ -24,7 +24,7 @@ from coprune.model.blocks import Block
 Place = int | str
 """Of a block's argument: its position behind the hidden states, or its name."""
 Stream = MutableMapping[Any, Any]
-"""What blocks leave for later ones, as it is between two blocks."""
+"""Values that blocks leave for later ones, as they are between two blocks."""
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _live_mappings(args: tuple[Any, ...], kwargs: dict[str, Any], call: BlockCal
 
 
 class _Streams:
-    """What blocks leave for later ones in a mapping that all are handed: found, and replayed beside the hidden states."""
+    """Values that blocks leave for later ones in a shared mapping: found, and replayed beside the hidden states."""
 
     def __init__(self) -> None:
         self._replayed: dict[Place, Stream] = {}
