@@ -15,7 +15,8 @@ from PIL import Image
 import coprune
 from coprune.data.images import LabelledImages, labelled_images
 from coprune.report.card import model_card
-from coprune.report.page import matrix_rows, run_page
+from coprune.report.heat_map import matrix_rows
+from coprune.report.page import run_page
 from coprune.report.schema import Report
 from coprune.report.several import Run, runs_page
 from coprune.run.facts import class_name, thumbnail

@@ -12,8 +12,9 @@ import pytest
 import coprune
 from coprune.evaluation.zero_shot import Estimate
 from coprune.report.card import model_card
+from coprune.report.heat_map import matrix_rows, place_of
 from coprune.report.html import MadeFacts, commit_of
-from coprune.report.page import matrix_rows, place_of, run_page
+from coprune.report.page import run_page
 from coprune.report.schema import Report
 from coprune.report.several import Run, names_apart, runs_page
 from support.browser import find_browser, opened_page

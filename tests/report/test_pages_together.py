@@ -13,9 +13,10 @@ import coprune
 from coprune.evaluation.comparison_table import Comparison
 from coprune.recipe.views import training_recipe
 from coprune.report.compared import comparison_page
+from coprune.report.heat_map import place_of
 from coprune.report.html import MadeFacts
 from coprune.report.links import link_back
-from coprune.report.page import picker_data, place_of, run_page, shown_matrices
+from coprune.report.page import picker_data, run_page, shown_matrices
 from coprune.report.plot import Axis
 from coprune.report.schema import Report
 from coprune.sweeps.page import write_sweep_page
