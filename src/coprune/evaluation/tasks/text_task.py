@@ -41,6 +41,7 @@ class TextTask:
     """A language model: windows of text, and perplexity."""
 
     measure_name = "Perplexity"
+    _measured = "Perplexity is"
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded = recipe, loaded
@@ -151,7 +152,7 @@ class TextTask:
                 why = say(error.cause)
                 continue
             reporter.say(
-                f"Perplexity is measured on {text.source}, {len(text.tokens):,} tokens that are held out for it."
+                f"{self._measured} measured on {text.source}, {len(text.tokens):,} tokens that are held out for it."
             )
             found[source.name] = text
         if not found:

@@ -86,6 +86,7 @@ class MaskedTask(_WholeText):
     """A model that fills in masked tokens: pseudo-perplexity (arXiv 1910.14659), with one token of seven masked at a time."""
 
     measure_name = "Pseudo-perplexity"
+    _measured = "Pseudo-perplexity is"
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         if self._recipe.evaluate.perplexity and self._loaded.tokenizer is not None:
@@ -174,6 +175,7 @@ class EmbeddingTask(_WholeText):
     """A model that embeds texts: vectors of passages, in which a pruned model is held against the dense one."""
 
     measure_name = "Embeddings"
+    _measured = "Embeddings are"
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         super().__init__(recipe, loaded, processes, remember)
