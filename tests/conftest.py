@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coprune.base.environment import kernel_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What takes seconds to import is imported by those that run tests, not by the process that shares them out.
 
 # A shell starts background jobs with Ctrl-C ignored, and commands that tests start and interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -32,6 +37,8 @@ def smollm2_folder() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of SmolLM2-135M-Instruct."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=SMOLLM2_FILE)
 
 
@@ -45,25 +52,38 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def short_answers() -> Iterator[None]:
+def _imported_objects_are_not_collected() -> Iterator[None]:
+    """Garbage is looked for among all that was ever imported, which is most of a tiny run."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short() -> Iterator[None]:
     """Hundreds of runs save a tiny model, and each looks at what it writes: a few tokens are enough of that."""
+    from support.short import shorten
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coprune.evaluation.answers.questions.SHORT_ANSWER", 4)
+        shorten(patch)
         yield
 
 
 @pytest.fixture(scope="module")
 def whole_answers() -> Iterator[None]:
     """Answers as long as users have them."""
+    from support.short import answer_whole
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coprune.evaluation.answers.questions.SHORT_ANSWER", 64)
+        answer_whole(patch)
         yield
 
 
 # Files of few tests that take long, most of it in other processes: begun last, one of two workers would wait for them.
 LONGEST = (
     *("test_measured_peaks.py", "test_processes.py", "test_golden.py", "test_pool.py", "test_real_block.py"),
-    *("test_pages.py", "test_outside.py", "test_interruption.py", "test_loading.py"),
+    *("test_pages.py", "test_resume.py", "test_interruption.py", "test_loading.py"),
     *("test_notebook.py", "test_hub.py", "test_simulated_device.py"),
 )
 
@@ -77,6 +97,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Children are forked, where pools of threads do not follow; and sums must be in one order."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

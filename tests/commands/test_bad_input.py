@@ -88,7 +88,7 @@ def test_a_good_command_in_the_same_place_works(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(place)
-    words = ["prune", "model", "--dataset", "words.txt", "--seqlen", "32", "--nsamples", "4"]
+    words = ["prune", "model", "--dataset", "words.txt", "--seqlen", "32", "--nsamples", "4", "-m", "wanda"]
     ended = run_command([*words, "--save", str(tmp_path / "run")], monkeypatch, capsys)
     assert ended.code == 0
     assert Path(tmp_path / "run" / "report.json").is_file()

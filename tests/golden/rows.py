@@ -28,9 +28,9 @@ ALLOCATIONS = ("owl", "fisher")
 COSTLY_ON_WIDE = ("admm", "alps")
 """Methods that leave the widest matrix of the real blocks alone, which would take them longer than all the others."""
 SLOW_METHODS = ("ablate", "admm", "alps")
-"""Those that take longest even on pico models, so that the normal tests have them on one, in one propagation."""
+"""Those that take longest even on pico models, so that the normal tests have them on one, at one target."""
 QUICK_METHODS = ("wanda ", "sparsegpt ")
-"""Those that the normal tests have in every propagation on every pico model."""
+"""Those that the normal tests have in every propagation, and on every pico model; the others in two, on one."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,11 @@ def _slow(model: str, short: str) -> bool:
     if model == REAL_BLOCKS:  # reading the model alone takes half a minute
         return True
     if short.startswith(SLOW_METHODS):
-        return model != "llama" or not short.endswith("block")
-    return model != "llama" and not short.startswith(QUICK_METHODS) and not short.endswith("block")
+        return model != "llama" or not short.endswith("2:4 block")
+    if short.startswith(QUICK_METHODS) and model == "llama":
+        return False
+    quick = model == "llama" or short.startswith(QUICK_METHODS)
+    return not (quick and short.endswith(("50% block", "2:4 sequential")))
 
 
 def _settings() -> Iterator[Row]:

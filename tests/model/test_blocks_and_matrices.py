@@ -19,10 +19,11 @@ from coprune.model.matrix_choice import choose_matrices
 from coprune.model.walk.block_calls import TensorPool, same_value, snapshot
 from coprune.model.walk.observe import Observe
 from support.pico import FAMILIES, MIXTURES, pico_model
+from support.sample import of_ten
 from support.toys import ToyModel
 
 
-@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+@pytest.mark.parametrize("family", of_ten(FAMILIES | MIXTURES))
 def test_the_blocks_of_every_family(family: str) -> None:
     model = pico_model(family)
     blocks = find_blocks(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from coprune.packed.quantizer import load_packed
 from coprune.run import stored_as
 from support.pico import pico_tokens
 from support.pico_folder import save_pico, write_words
+from support.sample import sampled
 from support.saved import assert_same_tensors, load_clean, tensors_of
 
 
@@ -36,9 +38,13 @@ def prune(place: Path, out: Path, family: str, **settings: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize("single", [True, False], ids=["single", "sharded"])
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "in memory"])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "stream", "single"),
+    sampled(
+        itertools.product(["llama", "mixtral"], [True, False], [True, False]),
+        quick=[("llama", True, True), ("llama", False, False), ("mixtral", True, False)],
+    ),
+)
 def test_a_run_writes_what_packing_its_dense_folder_gives(
     place: Path, tmp_path: Path, family: str, stream: bool, single: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,17 +30,21 @@ MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group
     [
         ("mixtral", {}, "experts=0.25,channels=0.4,heads=0.5,blocks=0.34"),  # saved one by one; all at once
         ("qwen2_moe", {}, "experts=0.25"),  # a shared expert behind a gate; gates that do not add up to one
-        ("qwen3_moe", {}, "experts=0.5"),
-        ("olmoe", {}, "experts=0.25"),
+        pytest.param("qwen3_moe", {}, "experts=0.5", marks=pytest.mark.slow),
+        pytest.param("olmoe", {}, "experts=0.25", marks=pytest.mark.slow),
         ("gpt_oss", {}, "experts=0.25,channels=0.4"),  # in one tensor, with biases of the router and the experts
-        ("deepseek_v2", {}, "experts=0.5"),  # three of sixteen, out of two of four groups
+        pytest.param(
+            "deepseek_v2", {}, "experts=0.5", marks=pytest.mark.slow
+        ),  # three of sixteen, out of two of four groups
         ("deepseek_v3", GROUPED, "experts=0.25"),  # a correction of the choice, groups by their best two
         ("deepseek_v3", GROUPED | MANY_GROUPS, "experts=0.25"),  # that a token's experts do not show by their number
-        ("jamba", {}, "experts=0.25"),  # one block of three has a mixture; as many experts as heads
-        ("granitemoehybrid", {}, "experts=0.25"),
-        ("nemotron_h", {}, "experts=0.25"),  # experts without a gate of their own
+        pytest.param(
+            "jamba", {}, "experts=0.25", marks=pytest.mark.slow
+        ),  # one block of three has a mixture; as many experts as heads
+        pytest.param("granitemoehybrid", {}, "experts=0.25", marks=pytest.mark.slow),
+        pytest.param("nemotron_h", {}, "experts=0.25", marks=pytest.mark.slow),  # experts without a gate of their own
         ("qwen3_next", {}, "experts=keep:20"),  # as many experts as the width of much else
-        ("lfm2_moe", {}, "experts=0.25"),  # the correction lies beside the router
+        pytest.param("lfm2_moe", {}, "experts=0.25", marks=pytest.mark.slow),  # the correction lies beside the router
     ],
 )
 def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(

@@ -32,18 +32,18 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
     [
         ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
         ("gpt2", "channels=0.4,blocks=0.34"),  # input × output weights, an MLP of four times the width by default
-        ("qwen2", "heads=0.5"),  # biases; the width of a head has to be said now
+        pytest.param("qwen2", "heads=0.5", marks=pytest.mark.slow),  # biases; the width of a head has to be said now
         ("gemma3_text", "channels=0.4,heads=0.5,blocks=0.25"),  # tied; norms after; two kinds of attention
-        ("phi3", "channels=0.4"),  # gate and up are one matrix
+        pytest.param("phi3", "channels=0.4", marks=pytest.mark.slow),  # gate and up are one matrix
         ("phi3", "heads=0.5"),  # query, key and value are one
-        ("falcon", "channels=0.4,blocks=0.34"),
+        pytest.param("falcon", "channels=0.4,blocks=0.34", marks=pytest.mark.slow),
         ("mixtral", "channels=0.4,heads=0.5"),  # every expert other channels; saved one by one
         ("gpt_oss", "channels=0.4,heads=0.5"),  # experts in one tensor, interleaved, with biases and sinks
         # Three sizes of MLPs; queries, keys and values of low rank.
         ("deepseek_v3", "channels=0.4,heads=0.5,blocks=0.34"),
-        ("minicpm3", "heads=0.5"),
-        ("afmoe", "heads=0.5"),  # a gate of every head's answers
-        ("jamba", "channels=0.4"),
+        pytest.param("minicpm3", "heads=0.5", marks=pytest.mark.slow),
+        pytest.param("afmoe", "heads=0.5", marks=pytest.mark.slow),  # a gate of every head's answers
+        pytest.param("jamba", "channels=0.4", marks=pytest.mark.slow),
     ],
 )
 def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remove: str, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_is_right_only_as_the_model_computes_its_attention_now_is_found_out
     assert load_clean(tmp_path / "small").config.num_key_value_heads == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_what_a_configuration_says_against_heads_is_said_with_a_share_that_works(family: str) -> None:
     """Six heads in a width of 64."""
     settings: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -168,8 +168,17 @@ def test_blocks_of_least_influence_go() -> None:
     assert all(torch.equal(a, b) for a, b in zip(left, expected, strict=True))
 
 
-@pytest.mark.parametrize("remove", ["blocks=0.34", "blocks=0.67", "parameters=0.2"])
-@pytest.mark.parametrize("score", ["influence", "kl:tokens=64"])
+@pytest.mark.parametrize(
+    ("score", "remove"),
+    [
+        ("influence", "blocks=0.34"),
+        ("kl:tokens=64", "parameters=0.2"),
+        pytest.param("influence", "blocks=0.67", marks=pytest.mark.slow),
+        pytest.param("influence", "parameters=0.2", marks=pytest.mark.slow),
+        pytest.param("kl:tokens=64", "blocks=0.34", marks=pytest.mark.slow),
+        pytest.param("kl:tokens=64", "blocks=0.67", marks=pytest.mark.slow),
+    ],
+)
 def test_a_block_of_which_nothing_is_wanted_stays(remove: str, score: str) -> None:
     """Whichever it is, since of any score one of the three would go first."""
     for stays in range(3):

@@ -250,7 +250,9 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
     assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
 
 
-@pytest.mark.parametrize("remove", ["channels=0.33,blocks=0.34", "parameters=0.3"])
+@pytest.mark.parametrize(
+    "remove", ["channels=0.33,blocks=0.34", pytest.param("parameters=0.3", marks=pytest.mark.slow)]
+)
 def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")

@@ -91,6 +91,7 @@ def on_the_simulated_device(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400)
 
 
+@pytest.mark.slow
 def test_a_part_of_it_runs_on_the_simulated_device() -> None:
     done = on_the_simulated_device("--sections", "kernels,cases,full", "--cases", "many rows,checksums")
     assert done.returncode == 0, done.stdout + done.stderr

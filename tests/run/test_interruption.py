@@ -20,7 +20,7 @@ from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
 # Many samples, so that the walk takes seconds and the signal finds it at work.
-OPTIONS = ["--seqlen", "64", "--nsamples", "600", "--batch-size", "4", "-m", "sparsegpt", "--eval-data", "test.txt"]
+OPTIONS = ["--seqlen", "64", "--nsamples", "300", "--batch-size", "4", "-m", "sparsegpt", "--eval-data", "test.txt"]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_copied(
     def full(source: object, target: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
-    quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval")
+    quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full)
         ended = run_command(quick, monkeypatch, capsys)

@@ -77,8 +77,8 @@ def logits(model: Any) -> Tensor:
     ("family", "method", "propagation"),
     [
         ("llama", "sparsegpt", "sequential"),
-        ("llama", "wanda", "block"),
-        ("gpt2", "sparsegpt", "sequential"),
+        pytest.param("llama", "wanda", "block", marks=pytest.mark.slow),
+        pytest.param("gpt2", "sparsegpt", "sequential", marks=pytest.mark.slow),
         ("mixtral", "wanda", "dense"),
     ],
 )

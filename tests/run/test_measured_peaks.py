@@ -26,8 +26,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "reconstruction": {"stream": True, "method": "wanda", "reconstruct": 2},
     "removal": {"stream": False, "remove": "channels=0.25"},
 }
-PICO = {"streamed"}
-"""What is run of a model of no size; the slow tests do all ways, and in bfloat16 too, at which many CPUs are slow."""
+QUICK = {"in memory"}, {"streamed"}
+"""What is run of a model of some size and of one of none; the slow tests do all ways, and in bfloat16 too, at which many
+CPUs are slow."""
 
 
 def runs_of(model: Path, name: str, page: bool, **settings: Any) -> dict[str, dict[str, Any]]:
@@ -67,8 +68,8 @@ def sizeless(folder: Path, page: bool) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Peak]:
     folder = tmp_path_factory.mktemp("peaks")
-    pico = only(PICO, sizeless(folder, page=True)) | only(PICO, sizeless(folder, page=False))
-    return measured_peaks(sized(folder, torch.float32) | pico)
+    some, none = QUICK
+    return measured_peaks(only(some, sized(folder, torch.float32)) | only(none, sizeless(folder, page=True)))
 
 
 def check(found: dict[str, Peak]) -> None:
@@ -83,8 +84,9 @@ def test_no_run_takes_more_than_its_bound(found: dict[str, Peak]) -> None:
 
 
 @pytest.mark.slow
-def test_in_half_precision(tmp_path: Path) -> None:
-    check(measured_peaks(sized(tmp_path, torch.bfloat16, page=True) | sizeless(tmp_path, page=True)))
+def test_all_ways_and_in_half_precision(tmp_path: Path) -> None:
+    sizes = sized(tmp_path, torch.float32) | sized(tmp_path, torch.bfloat16, page=True)
+    check(measured_peaks(sizes | sizeless(tmp_path, page=True) | sizeless(tmp_path, page=False)))
 
 
 @pytest.mark.slow

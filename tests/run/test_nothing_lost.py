@@ -20,6 +20,7 @@ from coprune.model.checkpoint.load import quiet_transformers
 from families.build import Kind, published_model
 from families.kept import lost_in_silence, pruned, save_published
 from support.pico_hybrids import COMMON
+from support.sample import sampled
 from support.whole import Differences, differences, stored_tensors
 
 TOKENS = torch.arange(3, 515).reshape(16, 32)
@@ -62,8 +63,13 @@ def made(source: Path, saved: Path, stream: bool | None, **settings: Any) -> Dif
     return pruned(source, saved, {**data, "stream": stream, **settings})
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    ("model_type", "stream"),
+    sampled(
+        [(name, stream) for name in TYPES for stream in (False, True)],
+        quick=[(name, number % 2 == 0) for number, name in enumerate(TYPES)],
+    ),
+)
 def test_zeros_change_nothing_else(published: dict[str, Path], model_type: str, stream: bool, tmp_path: Path) -> None:
     found = made(published[model_type], tmp_path / "saved", stream, **ZEROS)
     assert (found.unexplained(), found.keys) == ([], {})

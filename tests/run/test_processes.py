@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from coprune.base import processes as processes_module
+from coprune.base.processes import joined_processes
 from coprune.base.progress import Reporter
 from coprune.model.matrices import Matrix
 from coprune.recipe.recipe import Recipe, make_recipe
@@ -24,24 +25,18 @@ from coprune.report.schema import Report
 from coprune.run.share import share_out
 from coprune.run.stages import run_recipe
 from support.pico_folder import save_pico, write_words
+from support.together import together
 from support.torchrun import ENVIRONMENT, run_together, torchrun
 
-CASES: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("llama", "sparsegpt", "block", {}),
-    ("llama", "wanda", "sequential", {"pattern": "2:4", "stream": False}),
-    ("llama", "sparsegpt", "block", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
-    # Of samples in which no two scores tie: behind a tie the router may send a token to another expert.
-    ("mixtral", "sparsegpt", "sequential", {"seed": 1}),
-    ("mixtral", "wanda", "block", {}),
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "sparsegpt": ("llama", "sparsegpt", "block", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
     # So few tokens that experts go without, and some are seen by one process only.
-    ("mixtral", "sparsegpt", "sequential", {"seqlen": 2, "nsamples": 5, "evaluate": False}),
-    ("llama", "magnitude", "block", {"nsamples": 7}),
-    ("llama", "wanda", "block", {"allocation": "owl", "sparsity": 0.6}),
-    ("mixtral", "wanda", "block", {"allocation": "fisher", "sparsity": 0.6}),
-    ("llama", "wanda", "block", {"permute": True, "pattern": "2:4"}),
-    ("llama", "wanda", "block", {"rotate": True}),
-    ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
-    (
+    "few tokens": ("mixtral", "sparsegpt", "sequential", {"seqlen": 2, "nsamples": 5, "evaluate": False}),
+    "fisher": ("mixtral", "wanda", "block", {"allocation": "fisher", "sparsity": 0.6}),
+    "permuted": ("llama", "wanda", "block", {"permute": True, "pattern": "2:4", "evaluate": False}),
+    "parts": (
         "llama",
         "wanda",
         "block",
@@ -50,14 +45,29 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
             "align": 16,
             "score": "influence",
             "allocation": "search:rounds=5",
+            "evaluate": False,
         },
     ),
-    ("llama", "magnitude", "block", {"remove": "parameters=0.3", "align": 16, "allocation": "error", "pattern": "2:4"}),
     # Samples of two lengths, and each process has both.
-    ("llama", "wanda", "sequential", {"dataset": "{words}:seqlen=16=0.5,{own}=0.5", "evaluate": False}),
+    "two lengths": ("llama", "wanda", "sequential", {"dataset": "{words}:seqlen=16=0.5,{own}=0.5", "evaluate": False}),
+}
+MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "every matrix": ("llama", "sparsegpt", "block", {}),
+    "in memory": ("llama", "wanda", "sequential", {"pattern": "2:4", "stream": False}),
+    # Of samples in which no two scores tie: behind a tie the router may send a token to another expert.
+    "mixture": ("mixtral", "sparsegpt", "sequential", {"seed": 1}),
+    "mixture, wanda": ("mixtral", "wanda", "block", {}),
+    "odd number": ("llama", "magnitude", "block", {"nsamples": 7}),
+    "owl": ("llama", "wanda", "block", {"allocation": "owl", "sparsity": 0.6}),
+    "rotated": ("llama", "wanda", "block", {"rotate": True}),
+    "dense": ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
+    "parts by weights": (
+        *("llama", "magnitude", "block"),
+        {"remove": "parameters=0.3", "align": 16, "allocation": "error", "pattern": "2:4"},
+    ),
     # Of half of the samples no token is counted.
-    ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
-]
+    "generated": ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,48 +83,51 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(models: Path, out: Path, number: int, **changes: Any) -> Recipe:
-    family, method, propagation, more = CASES[number]
+def recipe_of(models: Path, out: Path, name: str, **changes: Any) -> Recipe:
+    family, method, propagation, more = (CASES | MORE)[name]
     settings: dict[str, Any] = dict(
         model=str(models / family),
         method=method,
         propagation=propagation,
         eval_data=str(models / "words.txt"),
-        eval_tokens=400,
+        eval_tokens=192,
         nsamples=10,
         seqlen=48,
         batch_size=2,
         device="cpu",
-        save=out / f"{number}-run",
-        save_model=out / f"{number}-model",
+        save=out / f"{name}-run",
+        save_model=out / f"{name}-model",
     )
     named = more.get("dataset", "{own}" if "calibrate_on" in more else "{words}")
     data = named.format(words=models / "words.txt", own=models / "own.jsonl")
     return make_recipe(settings | more | {"dataset": data} | changes)
 
 
-@pytest.fixture(scope="module")
-def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("alone")
-    for number in range(len(CASES)):
-        run_recipe(recipe_of(models, out, number), reporter=Reporter(quiet=True))
-    return out
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [
+        (2, tuple(CASES)),
+        pytest.param(2, tuple(MORE), marks=pytest.mark.slow),
+        pytest.param(4, (*CASES, *MORE), marks=pytest.mark.slow),
+    ],
+    ids=["two", "two-more", "four"],
+)
+def test_equal_masks_and_reports(processes: int, names: tuple[str, ...], models: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    for name in names:
+        run_recipe(recipe_of(models, alone, name), reporter=Reporter(quiet=True))
 
+    def prune() -> None:
+        with joined_processes() as all_of_them:
+            for name in names:
+                run_recipe(recipe_of(models, tmp_path, name), reporter=Reporter(quiet=True), processes=all_of_them)
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_equal_masks_and_reports(processes: int, models: Path, alone: Path, tmp_path: Path) -> None:
-    paths = []
-    for number in range(len(CASES)):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(recipe_of(models, tmp_path, number).to_yaml())
-        paths.append(str(path))
-    script = str(Path(__file__).parents[1] / "support" / "together.py")
-    run_together(torchrun(processes, script, *paths))
-    for number in range(len(CASES)):
-        differing, entries = compare_masks(alone / f"{number}-model", tmp_path / f"{number}-model")
+    together(processes, prune)
+    for name in names:
+        differing, entries = compare_masks(alone / f"{name}-model", tmp_path / f"{name}-model")
         # Sums are added up in another order, so only entries whose scores are equal but for rounding may differ.
-        assert differing <= entries / 10_000, (CASES[number], differing)
-        compare_reports(alone / f"{number}-run", tmp_path / f"{number}-run", exact=differing == 0)
+        assert differing <= entries / 10_000, (name, differing)
+        compare_reports(alone / f"{name}-run", tmp_path / f"{name}-run", exact=differing == 0)
 
 
 def compare_masks(one: Path, other: Path) -> tuple[int, int]:
@@ -146,13 +159,13 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path
 
     def command(out: Path) -> list[str]:
         path = tmp_path / f"{out.name}.yaml"
-        path.write_text(recipe_of(models, out, 0, **settings).to_yaml())
+        path.write_text(recipe_of(models, out, "sparsegpt", **settings).to_yaml())
         return torchrun(2, "-m", "coprune", "prune", "--recipe", str(path))
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with subprocess.Popen(command(killed), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
-        journal = killed / ".0-model.partial"
+        journal = killed / ".sparsegpt-model.partial"
         while not list(journal.glob("model-00003*.json")):
             assert running.poll() is None, running.stderr.read()
             time.sleep(0.005)
@@ -160,12 +173,12 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path
         _, told = running.communicate(timeout=60)
     assert running.returncode != 0
     assert re.search(r"^coprune: (process 0 was told to stop|another process of this run ended)", told, re.MULTILINE)
-    assert not (killed / "0-model").exists()
+    assert not (killed / "sparsegpt-model").exists()
 
     assert "blocks were finished by an earlier run" in run_together(command(killed))
     assert not journal.exists()
     run_together(command(whole))
-    resumed, uninterrupted = (load_file(out / "0-model" / "model.safetensors") for out in (killed, whole))
+    resumed, uninterrupted = (load_file(out / "sparsegpt-model" / "model.safetensors") for out in (killed, whole))
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 
 

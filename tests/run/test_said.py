@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = dict(dataset="words.txt", seqlen=32, nsamples=2, evaluat
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("said")
     save_pico(folder / "model", num_hidden_layers=2)
-    write_words(folder / "words.txt")
+    write_words(folder / "words.txt", 1500)
     return folder
 
 

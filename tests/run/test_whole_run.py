@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
 from support.pico import FAMILIES, MIXTURES, pico_model
 from support.pico_folder import pico_tokenizer, save, save_pico, write_words
+from support.sample import sampled
 from support.saved import load_clean, tensors_of
 from support.walking import Propagation, prune_with_full_forwards, wanda_as_published
 
@@ -43,8 +45,19 @@ def without_seconds(report: Report) -> list[dict[str, Any]]:
     return [matrix.model_dump(exclude={"seconds"}) for matrix in report.matrices]
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gemma2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    sampled(
+        itertools.product(["llama", "opt", "gpt2", "gemma2", "mixtral", "gpt_oss"], ["auto", "bfloat16"]),
+        quick=[
+            ("llama", "auto"),
+            ("gpt2", "bfloat16"),
+            ("gemma2", "auto"),
+            ("mixtral", "auto"),
+            ("gpt_oss", "bfloat16"),
+        ],
+    ),
+)
 def test_streamed_and_in_memory_are_bit_identical(family: str, dtype: Any, texts: Path, tmp_path: Path) -> None:
     assert family in FAMILIES | MIXTURES
     folder = save_pico(tmp_path / "model", family)
@@ -110,7 +123,7 @@ def test_a_run_folder_explains_itself(texts: Path, tmp_path: Path) -> None:
     )
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml") == result.report.recipe
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["pattern"]["sparsity"] == 0.6
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["prune"]["sparsity"] == 0.6
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert coprune.Report.read(tmp_path / "run" / "report.json") == result.report
     assert 0 < report["prune_seconds"] < report["total_seconds"]

@@ -31,6 +31,7 @@ from support.page_blocks import ROOT
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.pico_images import save_classifier
+from support.short import shorten
 from support.task_items import word_items
 
 FILE = "pico.Q4_1.gguf"
@@ -148,6 +149,7 @@ class World:
     def __init__(self, base: Base, folder: Path, patches: pytest.MonkeyPatch) -> None:
         self.base = base
         self.folder = folder
+        shorten(patches)
         self.pages = False
         """Whether the pages of runs are made, which takes longer than the runs."""
         write = run_folders.write_page
@@ -156,7 +158,7 @@ class World:
         patches.syspath_prepend(str(base["site"]))
         patches.setitem(PACKAGED, "smollm2-135m", Packaged(PACKAGE, FILE, "HuggingFaceTB/SmolLM2-135M-Instruct"))
         pages = "\n\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
-        calibration, held_out = JoinedText(pages[:20_000], "pages"), JoinedText(pages[-3_000:], "other pages", 4)
+        calibration, held_out = JoinedText(pages[:6_000], "pages"), JoinedText(pages[-600:], "other pages", 4)
         for name in ("embedded", "wikitext2", "c4", "ptb"):
             patches.setitem(EMBEDDED, name, lambda: calibration)
             patches.setitem(EMBEDDED_EVALUATION, name, lambda: held_out)

@@ -44,7 +44,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         pico_tokenizer().save_pretrained(folder)
 
 
-def write_words(file: Path, count: int = 3000, seed: int = 0) -> Path:
+def write_words(file: Path, count: int = 600, seed: int = 0) -> Path:
     """Write a text of random words, one token each; returns the file."""
     file.write_text(words_of(count, seed), encoding="utf-8")
     return file

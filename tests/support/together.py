@@ -1,18 +1,30 @@
-"""Do several runs together with the other processes that torchrun started: `torchrun … together.py RECIPE.yaml …`."""
+"""Work of several processes that find each other as those of torchrun do, in forks, which have imported everything already."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import os
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
 
-from coprune.base.processes import joined_processes
-from coprune.base.progress import Reporter
-from coprune.evaluation.answers import questions
-from coprune.recipe.recipe import Recipe
-from coprune.run.stages import run_recipe
+from support.forking import forked
 
-if __name__ == "__main__":
-    questions.SHORT_ANSWER = 4  # as in the tests' own process
-    with joined_processes() as processes:
-        for path in sys.argv[1:]:
-            run_recipe(Recipe.from_yaml(Path(path)), reporter=Reporter(quiet=True), processes=processes)
+_SECONDS = 300  # after which those that miss each other are ended
+
+
+def together(processes: int, work: Callable[[], object]) -> None:
+    """Do the same work in several processes, to its end; fails if one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [forked(partial(_begin, rank, processes, port, work)) for rank in range(processes)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
+
+
+def _begin(rank: int, processes: int, port: int, work: Callable[[], object]) -> None:
+    signal.alarm(_SECONDS)
+    number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in number.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    work()

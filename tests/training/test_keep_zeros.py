@@ -63,6 +63,27 @@ def copies(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+class Restless(torch.optim.Optimizer):
+    """Moves every weight, whatever its gradient is."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(0.01)
+
+
+def test_an_optimizer_that_asks_for_no_gradients_leaves_zeros_too() -> None:
+    model, zeros, _ = pruned()
+    before = copies(model)
+    with coprune.keep_zeros(model, quiet=True):
+        Restless(model.parameters()).step()
+    require_kept(model, zeros, before)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_plain_loop_keeps_every_zero_under(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, zeros, line = pruned()

@@ -21,6 +21,7 @@ from coprune.vocabulary.folder import MAP_FILE, Beside, cut_folder
 from support.pico import pico_model
 from support.pico_folder import listing
 from support.pico_hybrids import COMMON
+from support.sample import of_ten
 from support.tiny import tiny_model
 from support.vocabularies import SIZE, content_of, kept_of, save_with_tokens
 
@@ -40,7 +41,7 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", of_ten(FAMILIES))
 def test_logits_of_tokens_that_stayed_are_equal_bit_by_bit(family: str, tmp_path: Path) -> None:
     source = save_with_tokens(tmp_path / "dense", family)
     kept = kept_of(json.loads(content_of("bytes")), 640)

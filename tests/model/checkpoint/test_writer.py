@@ -3,13 +3,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter, join_files
 from support.disturbing import in_child, left_in
+from support.forking import forked
 from support.saved import (
     MODELS,
     assert_same_tensors,
@@ -202,22 +203,21 @@ def test_the_unfinished_folder_of_another_model_is_refused(tmp_path: Path) -> No
     part_writer(tmp_path, ["one", "two", "three"])
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
-    script = (
-        "import sys, pathlib\n"
-        "from coprune.model.checkpoint.writer import CheckpointWriter\n"
-        "writer = CheckpointWriter(pathlib.Path(sys.argv[1]), ['one', 'two'], 100)\n"
-        "print('writing', flush=True)\n"
-        "sys.stdin.readline()\n"
-    )
-    command = [sys.executable, "-c", script, str(part_writer(tmp_path).folder)]
-    part_writer(tmp_path).discard()
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "writing\n"
-        with pytest.raises(BadInput, match="another run is writing"):
-            part_writer(tmp_path)
-        other.kill()
+def test_two_processes_do_not_write_one_folder(tmp_path: Path, one_thread: None) -> None:
+    read, write = os.pipe()
+
+    def hold() -> None:
+        held = part_writer(tmp_path)
+        os.write(write, b"1")
+        signal.pause()
+        held.discard()
+
+    other = forked(hold)
+    assert os.read(read, 1) == b"1"
+    with pytest.raises(BadInput, match="another run is writing"):
+        part_writer(tmp_path)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
     writer = part_writer(tmp_path)
     for part in ("one", "two"):
         writer.write(part, {part: torch.ones(1)})
@@ -287,23 +287,19 @@ def test_killed_at_any_call_of_the_system_it_ends_with_the_same_files(tmp_path: 
     assert at > 40
 
 
-def test_a_full_disk_loses_no_finished_part(tmp_path: Path) -> None:
+def test_a_full_disk_loses_no_finished_part(tmp_path: Path, one_thread: None) -> None:
     """A limit on the size of files stands for the full disk: the write fails half-way, in the library's own code."""
-    script = f"""
-import resource, signal, sys, torch
-from pathlib import Path
-from coprune.model.checkpoint.writer import CheckpointWriter
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-writer = CheckpointWriter(Path({str(tmp_path / "model")!r}), ["one", "two"], 1000)
-writer.write("one", {{"a": torch.ones(3)}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    writer.write("two", {{"b": torch.ones(100_000)}})
-except BaseException as error:
-    print(type(error).__name__, error)
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "CopruneError files may not be as large here" in run.stdout
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        writer = part_writer(tmp_path)
+        writer.write("one", {"a": torch.ones(3)})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        with pytest.raises(CopruneError, match="files may not be as large here"):
+            writer.write("two", {"b": torch.ones(100_000)})
+
+    _, status = os.waitpid(forked(fill), 0)
+    assert status == 0
     again = part_writer(tmp_path)
     assert again.verify("one")
     assert not again.verify("two")
@@ -355,27 +351,24 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kill_between_blocks_leaves_no_folder_of_the_final_name(tmp_path: Path) -> None:
+def test_a_kill_between_blocks_leaves_no_folder_of_the_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
     save_model("mixtral", tmp_path / "source")
-    script = f"""
-import os, signal
-from pathlib import Path
-import coprune.model.checkpoint.writer as writer
-from support import saved
-whole, calls = writer.CheckpointWriter.write, []
-def write_twice(self, *args):
-    if len(calls) == 2:
-        self.settle()
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls.append(args)
-    whole(self, *args)
-writer.CheckpointWriter.write = write_twice
-saved.stream(Path({str(tmp_path / "source")!r}), Path({str(tmp_path / "copy")!r}))
-"""
-    paths = [str(Path(__file__).parents[2])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    whole = CheckpointWriter.write
+    calls: list[Any] = []
+
+    def write_twice(self: CheckpointWriter, *given: Any) -> None:
+        if len(calls) == 2:
+            self.settle()
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(given)
+        whole(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", write_twice)
+        _, status = os.waitpid(forked(lambda: stream(tmp_path / "source", tmp_path / "copy")), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
     assert not (tmp_path / "copy").exists()
     writer = CheckpointWriter(tmp_path / "copy", [REST, *(f"model.layers.{i}" for i in range(3))], 10**6)
     assert [writer.verify(part) for part in (REST, "model.layers.0", "model.layers.1")] == [True, True, False]

@@ -22,6 +22,7 @@ from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target
 from support.other_device import OTHER, OtherDevice
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
+from support.sample import sampled
 from support.walking import MOVES, Propagation, prove
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -120,8 +121,14 @@ def prune_within(
 @pytest.mark.parametrize(
     ("propagation", "family", "limit"),
     # 4 batches of 32 × 64 float32: room for one of them.
-    [("block", "llama", 8192), ("sequential", "llama", 8192)]
-    + [("sequential", family, 0) for family in FAMILIES | MIXTURES],
+    [
+        ("block", "llama", 8192),
+        ("sequential", "llama", 8192),
+        *sampled(
+            [("sequential", family, 0) for family in FAMILIES | MIXTURES],
+            quick=[("sequential", family, 0) for family in ("gpt2", "gemma3_text", "mixtral", "deepseek_v3")],
+        ),
+    ],
 )
 def test_pruning_is_bit_identical_with_activations_on_the_disk(
     propagation: Propagation, family: str, limit: int, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from coprune.model.walk.recording import ByBlock, Dense, Moves, Sequential, reco
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from support.pico import MIXTURES, MORE_MIXTURES, pico_model, pico_tokens
+from support.sample import of_ten
 from support.walking import prove
 
 TOKENS = pico_tokens(4, 24)
@@ -83,7 +84,7 @@ def test_every_statistic_in_every_propagation(family: str, kind: type[Statistic]
 
 @pytest.mark.parametrize(
     "family",
-    ["opt", "gpt2", *list(MIXTURES)[1:], *MORE_MIXTURES, "granitemoe"],
+    of_ten(["opt", "gpt2", *list(MIXTURES)[1:], *MORE_MIXTURES, "granitemoe"]),
 )
 def test_experts_of_every_layout(family: str) -> None:
     compare(family, Gram, Sequential())

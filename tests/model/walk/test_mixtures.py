@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from coprune.recipe.pattern import NM, Target, parse_pattern
 from support.pico import MIXTURES, pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.published import published_magnitude, published_wanda
+from support.sample import sampled
 from support.saved import load_clean
 from support.walking import Propagation, inputs_by_full_forwards, layers_of, prune_with_walk
 
@@ -157,9 +159,18 @@ def starved(family: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("family", "propagation", "method"),
+    sampled(
+        itertools.product(["mixtral", "qwen3_moe", "gpt_oss"], PROPAGATIONS, ["wanda", "sparsegpt"]),
+        quick=[
+            ("mixtral", "block", "sparsegpt"),
+            ("mixtral", "sequential", "wanda"),
+            ("qwen3_moe", "block", "wanda"),
+            ("gpt_oss", "sequential", "sparsegpt"),
+        ],
+    ),
+)
 def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(
     family: str, propagation: Propagation, method: str
 ) -> None:
@@ -202,8 +213,13 @@ def test_an_expert_with_few_tokens_leans_on_its_layers_average() -> None:
         assert any("tokens" in event for event in results[name].events) == (len(x) < 64)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    ("family", "stream"),
+    sampled(
+        itertools.product(MIXTURES, [True, False]),
+        quick=[(family, number % 2 == 0) for number, family in enumerate(MIXTURES)],
+    ),
+)
 def test_a_saved_mixture_reloads_clean(family: str, stream: bool, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model", family)
     data = write_words(tmp_path / "words.txt")

@@ -16,6 +16,7 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from support.pico import FAMILIES, pico_model, pico_tokens
+from support.sample import of_ten
 from support.walking import (
     Propagation,
     Solve,
@@ -46,7 +47,7 @@ def sparsegpt_on(target: Target) -> Solve:
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", of_ten(FAMILIES))
 def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation) -> None:
     model, oracle = pico_model(family), pico_model(family)
     results = prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
@@ -65,7 +66,7 @@ def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation)
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
+@pytest.mark.parametrize("family", of_ten(["llama", "gpt2", "gemma2", "falcon"]))
 def test_weights_of_sparsegpt_are_those_of_full_forwards(family: str, propagation: Propagation) -> None:
     # A solved weight goes on into the next matrix's inputs, so this compares far more than masks.
     model, oracle = (pico_model(family) for _ in range(2))

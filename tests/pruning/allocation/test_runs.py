@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from coprune.report.schema import Report
 from support.commands import run_command
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import pico_tokenizer, save_pico, write_words
+from support.sample import sampled
 from support.walking import make_walk
 
 BATCHES = pico_tokens(16, 32).split(8)
@@ -41,9 +43,15 @@ def plans(request: pytest.FixtureRequest) -> tuple[str, dict[tuple[str, str, flo
     return request.param, found
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("method", ["wanda", "magnitude", "alps"])
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize(
+    ("name", "method", "target"),
+    sampled(
+        itertools.product(ALLOCATIONS, ["wanda", "magnitude", "alps"], TARGETS),
+        quick=[(name, method, TARGETS[0]) for name in ALLOCATIONS for method in ("wanda", "alps")]
+        + [(name, "magnitude", target) for name in ALLOCATIONS for target in TARGETS[1:]],
+    ),
+    ids=str,
+)
 def test_the_achieved_sparsity_is_the_asked_one(
     plans: tuple[str, dict[tuple[str, str, float], dict[str, Target]]], name: str, method: str, target: Target
 ) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +17,7 @@ from coprune.commands.methods import describe_methods
 from coprune.pruning import methods
 from coprune.pruning.methods import METHODS, Pruned, Target, all_methods, apply_keep, method_named
 from coprune.pruning.methods.entry_points import brought_methods
+from support.commands import Ended, run_command
 from support.page_code import first_code
 from support.pico_folder import save_pico, write_words
 from support.plugin import install_package
@@ -107,57 +105,64 @@ def test_a_name_is_registered_once() -> None:
         coprune.register_method("largest", Largest())
 
 
-def run(place: Path, *arguments: str, site: list[Path]) -> subprocess.CompletedProcess[str]:
-    """`python -m coprune` with packages on its path."""
-    path = os.pathsep.join([*map(str, site), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "coprune", *arguments],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+Runs = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runs:
+    """Type `coprune` and its words where a package is installed."""
+    monkeypatch.chdir(tmp_path)
+
+    def typed(*words: str, site: Path) -> Ended:
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(site))
+            brought_methods.cache_clear()
+            return run_command(list(words), patch, capsys)
+
+    return typed
 
 
 SMALL = ("--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32", "--no-eval", "-p", "2:4", "-q")
 
 
-def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(tmp_path: Path) -> None:
+def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(
+    run: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     entries = {"lottery": "lottery:Lottery", "wanda": "lottery:Lottery"}
     site = install_package(tmp_path, "coprune-lottery", "lottery", first_code("adding-a-method.md"), entries)
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
-    listed = run(tmp_path, "methods", site=[site])
-    assert listed.returncode == 0, listed.stderr
-    assert "lottery: Prune at random; larger weights have better lots." in listed.stdout
-    assert "from coprune-lottery" in listed.stdout
-    assert "--luck" in listed.stdout
-    assert "How much the size of a weight counts." in listed.stdout
+    listed = run("methods", site=site)
+    assert listed.code == 0, listed.err
+    assert "lottery: Prune at random; larger weights have better lots." in listed.out
+    assert "from coprune-lottery" in listed.out
+    assert "--luck" in listed.out
+    assert "How much the size of a weight counts." in listed.out
     # Our own name stays ours, and that is told once.
-    assert "wanda: Prune the weights with the smallest |W| · n" in listed.stdout
-    assert [line for line in listed.stderr.splitlines() if "coprune-lottery" in line and "'wanda'" in line] == (
-        listed.stderr.splitlines()
-    )
+    assert "wanda: Prune the weights with the smallest |W| · n" in listed.out
+    (told,) = caplog.messages
+    assert "coprune-lottery" in told
+    assert "'wanda'" in told
 
     save = ("--save", "out", "--save-model", "pruned")
-    pruned = run(tmp_path, "prune", "model", "-m", "lottery", "--luck", "0.5", *SMALL, *save, site=[site])
-    assert pruned.returncode == 0, pruned.stderr
+    pruned = run("prune", "model", "-m", "lottery", "--luck", "0.5", *SMALL, *save, site=site)
+    assert pruned.code == 0, pruned.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["recipe"]["prune"]["method"] == {"name": "lottery", "luck": 0.5}
     assert report["sparsity"]["matrices"] == 0.5
     assert (tmp_path / "pruned" / "model.safetensors").is_file()
 
-    refused = run(tmp_path, "prune", "model", "-m", "lottery", "--luck", "much", *SMALL, site=[site])
-    assert refused.returncode == 2
-    assert "option 'luck' of method 'lottery' cannot be 'much'" in refused.stderr.splitlines()[-1]
-    gone = run(tmp_path, "prune", "model", "-m", "lottery", *SMALL, site=[])
-    assert gone.returncode == 2
-    assert "unknown method 'lottery'" in gone.stderr
+    refused = run("prune", "model", "-m", "lottery", "--luck", "much", *SMALL, site=site)
+    assert refused.code == 2
+    assert "option 'luck' of method 'lottery' cannot be 'much'" in refused.err.splitlines()[-1]
+    gone = run("prune", "model", "-m", "lottery", *SMALL, site=tmp_path / "nowhere")
+    assert gone.code == 2
+    assert "unknown method 'lottery'" in gone.err
 
 
-@pytest.mark.slow
-def test_a_package_that_is_broken_stops_only_its_own_method(tmp_path: Path) -> None:
+def test_a_package_that_is_broken_stops_only_its_own_method(
+    run: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     site = install_package(
         tmp_path,
         "coprune-broken",
@@ -167,17 +172,18 @@ def test_a_package_that_is_broken_stops_only_its_own_method(tmp_path: Path) -> N
     )
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
-    listed = run(tmp_path, "methods", site=[site])
-    assert listed.returncode == 0
-    assert "wanda:" in listed.stdout
-    assert "broken" not in listed.stdout
-    assert len(listed.stderr.splitlines()) == 1
+    listed = run("methods", site=site)
+    assert listed.code == 0
+    assert "wanda:" in listed.out
+    assert "broken" not in listed.out
+    (said,) = caplog.messages
     for told in ("coprune-broken", "'broken'", "no module named nothing at all"):
-        assert told in listed.stderr
-    used = run(tmp_path, "prune", "model", "-m", "broken", *SMALL, site=[site])
-    assert used.returncode == 2
-    assert len(used.stderr.splitlines()) == 1
-    assert "the method 'broken' cannot be used: the package coprune-broken" in used.stderr
-    other = run(tmp_path, "prune", "model", "-m", "magnitude", *SMALL, "--save", "out", site=[site])
-    assert other.returncode == 0, other.stderr
-    assert "coprune-broken" not in other.stderr
+        assert told in said
+    used = run("prune", "model", "-m", "broken", *SMALL, site=site)
+    assert used.code == 2
+    assert len(used.err.splitlines()) == 1
+    assert "the method 'broken' cannot be used: the package coprune-broken" in used.err
+    other = run("prune", "model", "-m", "magnitude", *SMALL, "--save", "out", site=site)
+    assert other.code == 0, other.err
+    assert "coprune-broken" not in other.err
+    assert caplog.messages == [said]

@@ -110,15 +110,16 @@ def prepare() -> None:
     faulthandler.enable()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
+    import pytest
     import torch
 
-    from coprune.evaluation.answers import questions
+    from support.short import shorten
 
     if NAME == SIMULATED:
         from support.simdevice import device
 
         assert device.library is not None
-    questions.SHORT_ANSWER = 4
+    shorten(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     for attention in ("flash", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{attention}_sdp")(False)

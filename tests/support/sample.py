@@ -1,0 +1,28 @@
+"""Cases of one promise, of which the quick tests try a few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+TEN = ("llama", "opt", "gpt2", "gemma3_text", "phi3", "bloom", "falcon", "mixtral", "gpt_oss", "deepseek_v3")
+"""Families of every kind: tied or not, weights as input × output, several matrices in one, experts in every layout."""
+
+
+def sampled(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
+    """Return all cases, those that are not among the quick ones marked as slow; every quick one has to be a case."""
+    cases, chosen = list(cases), list(quick)
+    assert all(one in cases for one in chosen)
+    return [case if case in chosen else _slow(case) for case in cases]
+
+
+def of_ten(families: Iterable[str]) -> list[Any]:
+    """Return all families, those that are not among the ten marked as slow."""
+    families = list(families)
+    return sampled(families, quick=[family for family in families if family in TEN])
+
+
+def _slow(case: Any) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
