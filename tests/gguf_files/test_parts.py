@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = len(json.loads(tokenizer)["model"]["vocab"])
     model = distinct_norms(pico_model("qwen3_moe", vocab_size=vocabulary, norm_topk_prob=True, **sizes))
     with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 2.0
         for name, parameter in model.named_parameters():
-            if name.startswith("model.layers.1.") and ("o_proj" in name or "down_proj" in name):
-                parameter.mul_(0.01)
+            if "o_proj" in name or "down_proj" in name:
+                parameter.mul_(0.01 if name.startswith("model.layers.1.") else 1)
+                parameter[..., 0, :] = 0  # so the first channel says the same of every token, in every block
     for kind in ("F16", "Q8_0"):
         write_pico_gguf(model, folder / f"{kind.lower()}.gguf", kind, "qwen3moe", tokenizer)
     for kind in ("q4_k_m", "iq4_xs") if has_llama_cpp() else ():
@@ -123,6 +126,28 @@ def test_transformers_computes_what_the_source_does_with_these_parts_masked(kind
 
 def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
+@pytest.mark.parametrize("kind", TYPES)
+def test_llama_cpp_computes_what_it_does_of_the_source_with_these_experts_masked(
+    kind: str, whole: Path, tmp_path: Path
+) -> None:
+    source, small, masked = whole / f"{kind}.gguf", tmp_path / "small.gguf", tmp_path / "masked.gguf"
+    coprune.prune(source, save=tmp_path / "run", save_model=small, **PRUNING, remove="experts=keep:6")
+    shutil.copyfile(source, masked)
+    kept = experts_left(source, small)
+    reader = GGUFReader(masked, "r+")
+    for stored in reader.tensors:
+        if "gate_inp" in stored.name:
+            # The first channel is above zero for every token, so that no other expert is ever chosen.
+            gone = np.setdiff1d(np.arange(8), kept[int(stored.name.split(".")[1])])
+            stored.data[gone] = 0
+            stored.data[gone, 0] = -1e6
+    reader.data.flush()
+    dense, expected, found = (in_llama_cpp(file, TOKENS) for file in (source, masked, small))
+    assert off(dense, expected) > 0.01  # so they are missed
+    assert off(found, expected) < 1e-6
 
 
 def in_llama_cpp(file: Path, tokens: Tensor) -> Tensor:

@@ -141,9 +141,51 @@ FORMATS = {
 }
 
 
+def _words(codes: Tensor) -> Tensor:
+    """Eight codes of a row in a word, the first in its lowest bits."""
+    fields = codes.long().unflatten(-1, (-1, 8)) << (4 * torch.arange(8))
+    return torch.from_numpy(fields.sum(dim=-1).numpy().astype("uint32").view("int32"))
+
+
+def _by_input(weight: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, zero points and scales of inputs × outputs, and the values out × in. groups: of each input."""
+    by_group = [weight[:, groups == group] for group in range(int(groups.max()) + 1)]
+    low, high = (torch.stack([own.min(dim=1).values for own in sign]) for sign in (by_group, [-g for g in by_group]))
+    scales = ((-high - low) / 15).clamp_min(1e-6).half()
+    zeros = (-low / scales.float()).round().clamp(1, 15)
+    codes = ((weight.T / scales[groups].float()).round() + zeros[groups]).clamp(0, 15)
+    return codes, zeros, scales, ((codes - zeros[groups]) * scales[groups].float()).T
+
+
+def gptq(weight: Tensor) -> Encoded:
+    """Groups of inputs in another order than they come; stored zero points are one less."""
+    inputs = weight.shape[1]
+    groups = torch.randperm(inputs, generator=torch.Generator().manual_seed(0)) // GROUP
+    codes, zeros, scales, values = _by_input(weight, groups)
+    stored = {".qweight": _words(codes.T).T, ".qzeros": _words(zeros - 1), ".scales": scales, ".g_idx": groups.int()}
+    return stored, values
+
+
+def awq(weight: Tensor) -> Encoded:
+    """A word holds outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight."""
+    codes, zeros, scales, values = _by_input(weight, torch.arange(weight.shape[1]) // GROUP)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    stored = {
+        end: _words(own.unflatten(-1, (-1, 8))[..., order].flatten(-2))
+        for end, own in ((".qweight", codes), (".qzeros", zeros))
+    }
+    return stored | {".scales": scales}, values
+
+
+READ_ONLY = {
+    "gptq": Format(gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
+    "awq": Format(awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
+}
+
+
 def quantised_pico(folder: Path, form: str, family: str, **changes: Any) -> tuple[Path, Path]:
     """Save a pico model quantised, and the dense model that it decodes to; returns both folders."""
-    how, dense, quantised = FORMATS[form], folder / "dense", folder / "quantised"
+    how, dense, quantised = {**FORMATS, **READ_ONLY}[form], folder / "dense", folder / "quantised"
     save_pico(dense, family, **changes)
     save_pico(quantised, family, **changes)
     config = json.loads((quantised / "config.json").read_text())

@@ -21,17 +21,18 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.encoding import Dense, Place, keep_place
 from coprune.model.checkpoint.formats import Rounding, Weight, find_weights
+from coprune.model.checkpoint.formats.by_input import PARTS, ByInput, bases_of, by_input
 from coprune.model.checkpoint.names import MODELOPT_FILE, QUANT_METHOD, kinds_of
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_json, read_tensor, stored_entries
 from coprune.model.kept_slices import KeptSlices
 
 READABLE = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
-"""Values of `quant_method` whose weights are read."""
+"""Values of `quant_method` whose weights are read, and written in the form that they have."""
+READ_ONLY = ("gptq", "awq")
+"""Those that are read alone."""
 _WHY_NOT = {
     "bitsandbytes": "its blocks of values run across rows, and its scales are quantised themselves",
     "torchao": "its tensors are pieces of Python objects",
-    "gptq": "its groups of columns may be in any order",
-    "awq": "its codes are interleaved for one kernel",
 }
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 _LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
@@ -127,6 +128,51 @@ class SourceEncoding(Dense):
         return [f"{kind}: {label}" for label, own in names.items() for kind in kinds_of(own)]
 
 
+@dataclass(frozen=True)
+class ByInputEntry(TensorEntry):
+    """A dense weight that is decoded from what GPTQ or AWQ store of it."""
+
+    form: ByInput
+    base: str
+    parts: tuple[tuple[str, TensorEntry], ...]
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return tuple(entry for _, entry in self.parts)
+
+    def read(self, buffer: Buffer) -> Tensor:
+        parts = {last: read_tensor(entry) for last, entry in self.parts}
+        try:
+            return self.form.decode(parts, buffer(self.shape, DTYPES[self.dtype]))
+        except BadInput as error:
+            raise error.within(self.base) from error
+
+
+class ReadOnly(SourceEncoding):
+    """How a checkpoint of GPTQ or AWQ stores its tensors, which become plain ones where they are written."""
+
+    name = Dense.name
+    store, require_cut, bytes_of = Dense.store, Dense.require_cut, Dense.bytes_of
+    configure, complete = Dense.configure, Dense.complete
+
+    def decoded(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+        form = by_input(self._quantization)
+        dense, used = dict[str, TensorEntry](), set[str]()
+        for base in bases_of(entries):
+            parts = tuple((last, entries[f"{base}.{last}"]) for last in PARTS if f"{base}.{last}" in entries)
+            shape, first = form.shape(base, entries), parts[0][1]
+            used |= {f"{base}.{last}" for last, _ in parts}
+            nbytes = math.prod(shape) * self.dtype.itemsize
+            dense[f"{base}.weight"] = ByInputEntry(
+                first.file, _LETTERS[self.dtype], shape, first.start, nbytes, form, base, parts
+            )
+        return {name: entry for name, entry in entries.items() if name not in used} | dense
+
+    def lines(self) -> list[str]:
+        names = [name for name, entry in self.entries.items() if isinstance(entry, ByInputEntry)]
+        return [f"{kind}: {by_input(self._quantization).label}" for kind in kinds_of(names)]
+
+
 def _place_layers(said: Any, place: Place) -> None:
     """Let lists of layers that are not quantised follow these, in place."""
     for key in _LISTS:
@@ -167,6 +213,8 @@ def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEnc
     method = found.get("quant_method", "compressed-tensors" if "compression_config" in config else None)
     if method == QUANT_METHOD:
         return None
+    if method in READ_ONLY:
+        return ReadOnly(found, stored_entries(folder), dtype or _own_dtype(config))
     if method not in READABLE:
         why = _WHY_NOT.get(str(method), "coprune does not know how")
         raise BadInput(

@@ -1,0 +1,104 @@
+"""GPTQ and AWQ, which pack a matrix of inputs × outputs: read, and not written.
+
+Their own libraries write them for kernels of their own: columns of GPTQ may be in any order, those of AWQ are interleaved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.formats.find import Entries
+
+_WORD = 32
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight outputs lies in each four bits of a word."""
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class ByInput:
+    """How such a checkpoint stores its weights."""
+
+    method: str
+    bits: int
+    added: int = 0
+    """To what is stored as the code of zero."""
+
+    @property
+    def label(self) -> str:
+        """The format in a few words."""
+        return f"{self.method.upper()} (INT{self.bits}); read, and written as plain weights"
+
+    @property
+    def _each(self) -> int:
+        return _WORD // self.bits
+
+    def shape(self, base: str, entries: Entries) -> tuple[int, int]:
+        """Return out × in of a weight. base: what its parts' names begin with. Raises BadInput where these do not fit."""
+        codes, scales, zeros = (self._part(entries, base, last) for last in ("qweight", "scales", "qzeros"))
+        inputs, outputs = (
+            (codes[0] * self._each, codes[1]) if self.method == "gptq" else (codes[0], codes[1] * self._each)
+        )
+        order = entries.get(f"{base}.g_idx")
+        uneven = order is None and bool(scales[0]) and inputs % scales[0] != 0
+        if not scales[0] or uneven or scales[1] != outputs or zeros != (scales[0], outputs // self._each):
+            raise BadInput(
+                f"{base}.scales and qzeros have the shapes {scales} and {zeros}, not those of {inputs} × {outputs}",
+                fix="fetch the checkpoint again",
+            )
+        if order is not None and tuple(order.shape) not in ((inputs,), (0,)):
+            raise BadInput(f"{base}.g_idx has the shape {tuple(order.shape)} for {inputs} inputs")
+        return outputs, inputs
+
+    def _part(self, entries: Entries, base: str, last: str) -> tuple[int, ...]:
+        found = entries.get(f"{base}.{last}")
+        if found is None or len(found.shape) != 2 or (last != "scales" and found.dtype != "I32"):
+            said = "is not there" if found is None else f"is {found.dtype} of the shape {tuple(found.shape)}"
+            raise BadInput(f"{base}.{last} {said}", fix="fetch the checkpoint again")
+        return tuple(found.shape)
+
+    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        """Fill an out × in tensor with a weight. Raises BadInput for groups that are not there, and for what is no number."""
+        scales, inputs = parts["scales"].float(), out.shape[1]
+        codes = self._unpacked(parts["qweight"].T).T if self.method == "gptq" else self._unpacked(parts["qweight"])
+        zeros = self._unpacked(parts["qzeros"]) + self.added
+        groups = parts.get("g_idx")
+        if groups is None or not len(groups):
+            groups = torch.arange(inputs) // (inputs // len(scales))
+        if int(groups.min()) < 0 or int(groups.max()) >= len(scales):
+            raise BadInput(f"g_idx names group {int(groups.max())}, and there are {len(scales)}")
+        groups = groups.long()
+        values = (codes - zeros[groups]).float() * scales[groups]
+        if not bool(torch.isfinite(values).all()):
+            raise BadInput("scales are no numbers (NaN or infinite)", fix="fetch the checkpoint again")
+        return out.copy_(values.T)
+
+    def _unpacked(self, words: Tensor) -> Tensor:
+        """R × C codes of R rows of words."""
+        shifts = torch.arange(0, _WORD, self.bits, dtype=torch.int32)
+        codes = (words[..., None] >> shifts) & ((1 << self.bits) - 1)
+        if self.method == "awq":
+            codes = codes[..., torch.tensor(_AWQ_ORDER).argsort()]
+        return codes.reshape(len(words), -1)
+
+
+def by_input(quantization: Mapping[str, Any]) -> ByInput:
+    """Return how a checkpoint of GPTQ or AWQ stores its weights. Raises BadInput for what is not read."""
+    method, bits = str(quantization.get("quant_method")), quantization.get("bits", quantization.get("w_bit", 4))
+    if bits not in ((4,) if method == "awq" else (2, 4, 8)):
+        raise BadInput(f"the checkpoint is quantised by {method} in {bits} bits, which is not read")
+    if method == "awq" and str(quantization.get("version", "gemm")).lower() != "gemm":
+        raise BadInput(f"the checkpoint is quantised by awq for the kernel {quantization['version']}, and gemm is read")
+    v2 = quantization.get("checkpoint_format") == "gptq_v2"
+    return ByInput(method, bits, 1 if method == "gptq" and not v2 else 0)
+
+
+def bases_of(entries: Entries) -> list[str]:
+    """Return what the names of all weights' parts begin with."""
+    return [name.removesuffix(".qweight") for name in entries if name.endswith(".qweight")]
