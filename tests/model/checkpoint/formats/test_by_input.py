@@ -13,6 +13,7 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.shards import read_tensor
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from support.pico import pico_tokens
 from support.quantised import quantised_pico
@@ -50,7 +51,7 @@ def test_damage_is_named(part: str, said: str, tmp_path: Path) -> None:
     tensors[name] = tensors[name][:-1] if part == "qzeros" else torch.full_like(tensors[name], 99)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
     with pytest.raises(BadInput, match=said):
-        checkpoint_entries(quantised)["model.layers.0.self_attn.q_proj.weight"].read(torch.empty)
+        read_tensor(checkpoint_entries(quantised)["model.layers.0.self_attn.q_proj.weight"])
 
 
 def test_bits_that_no_word_holds_are_refused(tmp_path: Path) -> None:
