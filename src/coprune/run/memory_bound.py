@@ -195,11 +195,13 @@ class TextSizes:
 class Bound:
     """The memory of one recipe's run, phase by phase."""
 
-    def __init__(self, recipe: Recipe, shapes: Shapes, text: TextSizes, loaded: Loaded, added: int) -> None:
+    def __init__(
+        self, recipe: Recipe, shapes: Shapes, text: TextSizes, loaded: Loaded, added: int, can_stream: bool
+    ) -> None:
         """added: bytes of what is added to pruned matrices."""
         self._recipe, self._shapes, self._added = recipe, shapes, added
         self._text = replace(text, samples=min(text.samples, recipe.calibrate.samples))
-        self.streams = streams(recipe) and (loaded.weights.streams or recipe.model.stream is True)
+        self.streams = streams(recipe) and can_stream
         self._trains = recipe.train.mode
         batch, length = max(
             ((samples_per_batch(recipe, one, loaded.device), one) for one in text.lengths),
@@ -334,10 +336,12 @@ def bound_run(
     added = 4 * rank * sum(sum(matrix.shape) for matrix in found.chosen.all() if rank and may_get_factors(matrix))
     (resident, peak), available, device = resident_peak(), available_bytes(), device_memory(loaded.device)
     unread, steady = unread_weights(), STEADY if shapes.itemsize == 4 else STEADY_IN_HALF
+    # A file of another kind is in memory though the recipe would stream it.
+    can_stream = loaded.weights.streams or not (streams(recipe) or loaded.quantised_source)
     held = sum(parameter.nbytes for parameter in loaded.model.parameters() if not parameter.is_meta)
 
     def bound(asked: Recipe) -> Estimate:
-        one = Bound(asked, shapes, text, loaded, added)
+        one = Bound(asked, shapes, text, loaded, added, can_stream)
         more = one.weights - held  # to come into memory, or to leave it
         base = max(0, resident + unread + steady + (more if device is None else 0))
         phases = _largest((one.tensors(False) if device is None else one.passing()), base)
@@ -351,7 +355,7 @@ def bound_run(
     if asked.fits:
         return asked
 
-    less, halves = _less(recipe, device is not None), shapes.itemsize == 4
+    less, halves = _less(recipe, device is not None, can_stream), shapes.itemsize == 4
     together = [dict(less[:count]) for count in range(2, len(less) + 1)]
     for settings in (*({name: value} for name, value in less), *together):
         with suppress(BadInput):  # two that do not go together
@@ -360,13 +364,13 @@ def bound_run(
     return replace(asked, proposal=Proposal(dict(less), False, halves))
 
 
-def _less(recipe: Recipe, has_device: bool) -> list[tuple[str, bool | int | str]]:
+def _less(recipe: Recipe, has_device: bool, can_stream: bool) -> list[tuple[str, bool | int | str]]:
     """Return settings with which a run takes less memory, those first that change no result."""
     calibrate = recipe.calibrate
     less: list[tuple[str, bool | int | str]] = [("batch_size", 1), ("activation_memory", 0)]
     if has_device:
         less.insert(1, ("device_activation_memory", 0))
-    if not streams(recipe):
+    if can_stream and not streams(recipe):
         less.insert(0, ("stream", True))
     if calibrate.propagation == "sequential":  # `dense` holds as much at once as `block`
         less.append(("propagation", "block"))
@@ -391,7 +395,6 @@ class Proposal:
     """Settings that make a run fit that does not."""
 
     settings: dict[str, bool | int | str]
-    """By their names."""
     enough: bool
     """Whether it would fit with them, or not even then."""
     halves: bool
@@ -431,14 +434,11 @@ class Estimate(Shown):
     available_bytes: int | None
     """Bytes that the process may still take; None if the system does not tell."""
     resident_bytes: int
-    """Bytes that it holds now."""
     phases: dict[str, int] = field(default_factory=dict)
-    """Peak of each phase."""
     processes: int = 1
     proposal: Proposal | None = None
     """Settings with which the run would fit, if it would not."""
     device: DevicePeak | None = None
-    """None for a run in host memory."""
     presets: dict[str, Estimate] = field(default_factory=dict)
     """The memory of the same run with each preset, if that was asked for."""
 
