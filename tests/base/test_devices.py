@@ -24,8 +24,9 @@ from coprune.base.errors import BadInput, LostProcess, OutOfMemory
 from coprune.base.progress import Reporter
 from coprune.base.words import Set
 from coprune.commands import app
+from coprune.recipe.recipe import make_recipe
+from coprune.run.context import NOTHING, Run
 from coprune.run.events import Phase
-from coprune.run.stages import Phases
 
 SECOND = torch.device("xpu", 1)
 
@@ -68,13 +69,14 @@ def test_memory_is_that_of_the_device_itself(module: Any) -> None:
 
 
 def test_a_run_counts_its_own_device_from_its_start(module: Any) -> None:
-    phases = Phases(Reporter(quiet=True), SECOND)
+    run, in_host_memory = (Run(make_recipe({"model": "none"}), NOTHING, Reporter(quiet=True)) for _ in range(2))
+    run.count_from_here(SECOND)
     assert module.max_memory_allocated(SECOND) == 300, "the peak of whatever was there before"
-    phases.done(Phase.PREPARE)
-    assert phases.facts[0].device_bytes == 300
-    in_host_memory = Phases(Reporter(quiet=True), torch.device("cpu"))
+    run.done(Phase.PREPARE)
+    assert run.phases[0].device_bytes == 300
+    in_host_memory.count_from_here(torch.device("cpu"))
     in_host_memory.done(Phase.PREPARE)
-    assert in_host_memory.facts[0].device_bytes is None
+    assert in_host_memory.phases[0].device_bytes is None
 
 
 TORCHS_WORDS = (

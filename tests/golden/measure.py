@@ -97,7 +97,7 @@ def figures_of(report: coprune.Report, weights: Mapping[str, Tensor]) -> Figures
         "masks": hashlib.sha256("\n".join(masks).encode()).hexdigest()[:16],
         "weights": checksum([tensor for _, tensor in sorted(weights.items())]),
         "matrices": len(masks),
-        "events": len(report.events),
+        "events": len(report.events) + len(report.trainings),
         "sparsity": report.sparsity.matrices,
         "error": [sum(errors) / len(errors), max(errors)],
         "perplexity": [perplexity.dense, perplexity.pruned],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import damped_cholesky, factor_inverse, invert_upper
 from support.problems import correlated_layer
 
@@ -36,7 +37,7 @@ def test_damping_escalates_and_says_so() -> None:
     matrix = torch.eye(8)
     matrix[0, 0] = -0.05
     lower, events = damped_cholesky(matrix, 0.01)
-    assert events == ("the Cholesky factorisation failed; damping raised to 0.1",)
+    assert events == (Event(kind="damping raised", figures={"damping": 0.1}),)
     damped = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(8)
     torch.testing.assert_close(lower @ lower.T, damped)
 
@@ -45,7 +46,7 @@ def test_then_the_spectrum_is_clipped() -> None:
     matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.9]))
     lower, events = damped_cholesky(matrix, 1e-4)
     assert len(events) == 4
-    assert "clipped" in events[-1]
+    assert events[-1].kind == "eigenvalues clipped"
     spectrum = torch.linalg.eigvalsh(lower @ lower.T)
     assert float(spectrum[0]) > 0
     torch.testing.assert_close(spectrum[1:], torch.ones(3))

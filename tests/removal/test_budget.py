@@ -17,9 +17,9 @@ from coprune.model.checkpoint.load import prepared
 from coprune.recipe.recipe import make_recipe
 from coprune.removal import budget
 from coprune.removal.cuts import Plan
+from coprune.run.context import Run
 from coprune.run.prune import read_call
 from coprune.run.result import Result
-from coprune.run.session import Session
 from coprune.run.stages import run_recipe
 from support.pico import pico_model
 
@@ -96,7 +96,7 @@ def test_heads_that_the_configuration_refuses_are_not_tried(monkeypatch: pytest.
     """Six of eight heads in a width of 64: such a way could win, and be refused in the end."""
     tried: list[Plan] = []
 
-    def costs(session: Session, plans: Sequence[Plan]) -> list[float]:
+    def costs(run: Run, plans: Sequence[Plan]) -> list[float]:
         tried.extend(plans)
         return [float("heads" not in plan.keep) for plan in plans]
 

@@ -97,8 +97,8 @@ def test_a_killed_streamed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
     whole = run(tmp_path, "whole", **asked)
-    _, lines = count_lines(lambda: run(tmp_path, "counted", **asked), ("journal",))
-    assert killed_at(lambda: run(tmp_path, "killed", **asked), lines * 8 // 10, ("journal",))
+    _, lines = count_lines(lambda: run(tmp_path, "counted", **asked), ("run/output",))
+    assert killed_at(lambda: run(tmp_path, "killed", **asked), lines * 8 // 10, ("run/output",))
     assert run(tmp_path, "killed", **asked) == whole
     torch.set_num_threads(threads)
 

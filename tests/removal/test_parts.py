@@ -17,6 +17,7 @@ from coprune.removal import rehearsal, shares, smaller_model
 from coprune.removal.rehearsal import alike
 from coprune.removal.smaller_model import Resized, possible_changes
 from coprune.run import stages
+from coprune.run.events import Phase
 from coprune.run.stages import run_recipe
 from support.killing import killed_when
 from support.pico import pico_model, pico_tokens
@@ -262,7 +263,7 @@ def test_a_refusal_comes_before_all_that_is_slow(
     def slow(*_: Any) -> Any:
         raise AssertionError("this takes hours")
 
-    monkeypatch.setattr(stages, "measure_dense", slow)
+    monkeypatch.setitem(stages.STAGES, Phase.MEASURE_DENSE, (slow,))
     monkeypatch.setattr(shares, "blocks_that_go", slow)
     with pytest.raises(UnsupportedModel):
         coprune.prune(pico_model(family), remove=remove, save=tmp_path / "run", **SETTINGS)

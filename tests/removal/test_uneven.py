@@ -22,9 +22,9 @@ from coprune.commands.app import app
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
-from coprune.removal import budget, candidates, removal_stage, shares, uneven_widths
+from coprune.removal import budget, candidates, shares, uneven_widths
 from coprune.report.schema import Report
-from coprune.run import stages
+from coprune.run import context, stages
 from coprune.run.result import Result
 from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
@@ -177,10 +177,10 @@ def test_a_killed_search_and_run_go_on_to_the_same_bytes(out: str, share: int, t
     write_words(tmp_path / "words.txt")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
-    _, lines = count_lines(lambda: run(tmp_path, "whole"), ("search/finds", "search/tries", "run/journal"))
+    _, lines = count_lines(lambda: run(tmp_path, "whole"), ("run/output",))
     finds = json.loads((tmp_path / "whole" / "run" / "search.json").read_text())
     assert len(finds["tried"]) == 8
-    assert killed_at(lambda: run(tmp_path, out), lines * share // 10, ("search/finds", "search/tries", "run/journal"))
+    assert killed_at(lambda: run(tmp_path, out), lines * share // 10, ("run/output",))
     tried = len(json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"])
     assert (0 < tried < 8) if out == "early" else tried == 8
     assert bool(list((tmp_path / out / ".small.partial").glob("model-*.json"))) == (out == "late")
@@ -263,7 +263,7 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
 
     go("whole")
     with monkeypatch.context() as patched:
-        patched.setattr(removal_stage, "finish_block", interrupt)
+        patched.setattr(context.Run, "finish_block", interrupt)
         with pytest.raises(KeyboardInterrupt):
             go("stopped")
     with monkeypatch.context() as patched:

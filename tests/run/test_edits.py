@@ -21,8 +21,9 @@ from coprune.model.edits import Edits, dump_edits, load_edits, pruned_names, sou
 from coprune.model.matrices import find_matrices
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.run.context import NOTHING, Run
+from coprune.run.opening import open_run
 from coprune.run.result import Result
-from coprune.run.session import NOTHING, Surroundings, open_run
 from coprune.run.stages import run_recipe
 from support.drop_block import DropBlock, drop_blocks
 from support.killing import count_lines, killed_at
@@ -109,8 +110,8 @@ def test_the_small_model_is_the_big_one_with_the_blocks_idle(place: Path, tmp_pa
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "in memory"])
 def test_a_killed_run_goes_on_with_the_edits_of_its_journal(place: Path, tmp_path: Path, stream: bool) -> None:
     run(place, tmp_path / "whole", stream)
-    _, lines = count_lines(lambda: run(place, tmp_path / "counted", stream), ("journal",))
-    assert killed_at(lambda: run(place, tmp_path / "killed", stream), lines * 9 // 10, ("journal",))
+    _, lines = count_lines(lambda: run(place, tmp_path / "counted", stream), ("run/output",))
+    assert killed_at(lambda: run(place, tmp_path / "killed", stream), lines * 9 // 10, ("run/output",))
     assert not (tmp_path / "killed" / "pruned").exists()
     notes = [json.loads(note.read_text()) for note in (tmp_path / "killed" / ".pruned.partial").glob("model-*.json")]
     kinds = {edit["kind"] for note in notes for edit in note["remember"].get("edits", [])}
@@ -175,4 +176,4 @@ def test_a_damaged_file_beside_the_source_is_found_before_anything_is_pruned(con
     (tmp_path / "llama" / EDITS_FILE).write_text(content)
     recipe = make_recipe({"model": str(tmp_path / "llama"), "method": "magnitude", "layer_error": False})
     with pytest.raises(BadInput, match=r"coprune_edits.json is damaged"):
-        open_run(recipe, NOTHING, Surroundings(Reporter(quiet=True)))
+        open_run(Run(recipe, NOTHING, Reporter(quiet=True)))

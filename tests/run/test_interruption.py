@@ -167,10 +167,10 @@ def test_a_run_that_lacks_only_its_name_is_finished_and_pushed_whoever_hears_of_
         return name
 
     monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    monkeypatch.setattr("coprune.run.halves.push", push)
+    monkeypatch.setattr("coprune.run.context.push", push)
     quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude", "--push-to-hub", "me/half")
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.run.halves.finish_run_folder", killed)
+        patch.setattr("coprune.run.context.finish_run_folder", killed)
         with pytest.raises(Killed):
             run_command(quick, monkeypatch, capsys)
     assert (place / "pruned" / "model.safetensors").is_file()

@@ -20,9 +20,9 @@ from coprune.base import processes as processes_module
 from coprune.base.processes import joined_processes
 from coprune.base.progress import Reporter
 from coprune.model.matrices import Matrix
+from coprune.pruning.pruner import share_out
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.report.schema import Report
-from coprune.run.share import share_out
 from coprune.run.stages import run_recipe
 from support.pico_folder import save_pico, write_words
 from support.together import together

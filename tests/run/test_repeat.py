@@ -12,7 +12,7 @@ import yaml
 
 from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.journal import run_identity
+from coprune.run.identity import run_identity
 from coprune.run.repeat import beside_finished, where_to
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words

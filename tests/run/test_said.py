@@ -85,11 +85,11 @@ def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
 ) -> None:
     save_pico(place / "half", num_hidden_layers=2, dtype=torch.bfloat16)
     trained: dict[str, Any] = {"reconstruct": 1, "reconstruct_dtype": "bfloat16"}
-    for module in ("coprune.run.session", "coprune.model.loaded_model"):
+    for module in ("coprune.run.opening", "coprune.model.loaded_model"):
         monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: True)
     coprune.prune("half", "wanda", **SMALL, **trained)
     assert not any(SLOW_IN_BFLOAT16 in line for line in said)
-    for module in ("coprune.run.session", "coprune.model.loaded_model"):
+    for module in ("coprune.run.opening", "coprune.model.loaded_model"):
         monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: False)
     coprune.prune("half", "wanda", **SMALL, **trained)
     told = [line.removeprefix(SLOW_IN_BFLOAT16) for line in said if SLOW_IN_BFLOAT16 in line]
@@ -122,8 +122,8 @@ def test_a_model_that_is_sparse_already_is_said_to_be(said: list[str], place: Pa
 
 def test_what_reconstruction_did_is_no_numerical_event(said: list[str]) -> None:
     report = coprune.prune("model", "magnitude", reconstruct=2, **SMALL).report
-    assert len(report.reconstructions) == 2
-    assert report.troubles == []
+    assert len(report.trainings) == 2
+    assert report.events == []
     rows = {line.split()[0]: line for line in str(report).splitlines()}
     assert "events" not in rows
     assert rows["trained"].startswith("trained   2 blocks, the last: relative error ")
@@ -142,8 +142,9 @@ def test_trainings_that_gain_nothing_are_said_with_what_may_help(said: list[str]
     trained: dict[str, Any] = {**SMALL, "nsamples": 8, "reconstruct": 6, "batch_size": 2}
     report = coprune.prune("model", "wanda", **trained).report
     assert not any("gained nothing" in line for line in said)
-    assert all("→" in line for line in report.reconstructions)
+    assert not any(training.is_idle for training in report.trainings)
     report = coprune.prune("model", "wanda", **trained, reconstruct_lr=100.0).report
-    assert all(line.startswith("nothing gained, relative error") for line in report.reconstructions)
+    assert all(training.is_idle for training in report.trainings)
+    assert ", the last: nothing gained, relative error" in str(report)
     assert said[-1] == "The training of 2 of 2 blocks gained nothing. A smaller reconstruct_lr=… may."
     assert said[-1] in report.events

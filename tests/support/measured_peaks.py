@@ -54,16 +54,16 @@ def _prune(name: str, arguments: dict[str, Any]) -> None:
 
     import coprune
     from coprune.base.memory import resident_peak
-    from coprune.run.session import Opened
+    from coprune.run.context import Run
 
     told: list[Any] = []
-    make = Opened.estimate
+    make = Run.estimate
 
-    def noted(opened: Opened) -> Any:
-        told.append(make(opened))
+    def noted(run: Run) -> Any:
+        told.append(make(run))
         return replace(told[-1])
 
-    Opened.estimate = noted  # type: ignore[method-assign, assignment]
+    Run.estimate = noted  # type: ignore[method-assign, assignment]
     coprune.prune(**arguments, quiet=True, device="cpu")
     said = told[0]
     found = Peak(said.peak_bytes, resident_peak()[1], said.resident_bytes, said.phases)

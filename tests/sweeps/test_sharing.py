@@ -13,8 +13,7 @@ import pytest
 
 from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
-from coprune.run import stages
-from coprune.run.session import Session
+from coprune.run import context, stages
 from coprune.sweeps import work
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
@@ -53,9 +52,9 @@ def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often which model is measured from now on."""
     times, measure = Counter[str](), stages.measure
 
-    def counting(session: Session, which: str) -> Any:
+    def counting(run: context.Run, which: str) -> Any:
         times[which] += 1
-        return measure(session, which)
+        return measure(run, which)
 
     monkeypatch.setattr(stages, "measure", counting)
     return times

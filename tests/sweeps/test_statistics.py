@@ -11,8 +11,7 @@ import pytest
 from torch import nn
 
 from coprune.report.schema import Report
-from coprune.run import stages
-from coprune.run.session import Session
+from coprune.run import context, stages
 from coprune.sweeps import statistics_store, work
 from coprune.sweeps.events import Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
@@ -48,13 +47,13 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted = Counter[str]()
     prune = stages.__dict__["prune_blocks"]
 
-    def counting(session: Session, *others: Any) -> Any:
+    def counting(run: context.Run, *others: Any) -> Any:
         def count(module: nn.Module, arguments: Any) -> None:
-            counted[session.opened.recipe.run_folder.as_posix()] += 1
+            counted[run.recipe.run_folder.as_posix()] += 1
 
-        hooks = [block.module.register_forward_pre_hook(count) for block in session.model.blocks]
+        hooks = [block.module.register_forward_pre_hook(count) for block in run.model.blocks]
         try:
-            return prune(session, *others)
+            return prune(run, *others)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ def test_the_trained_model_is_pushed_and_the_one_before_is_not(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed: list[Any] = []
-    monkeypatch.setattr("coprune.run.halves.require_login", pushed.append)
-    monkeypatch.setattr("coprune.run.halves.push", lambda *asked: pushed.append(asked))
+    monkeypatch.setattr("coprune.run.parts.require_login", pushed.append)
+    monkeypatch.setattr("coprune.run.context.push", lambda *asked: pushed.append(asked))
     where: dict[str, Any] = {
         "save": tmp_path / "run",
         "save_model": tmp_path / "model",
@@ -135,6 +136,16 @@ def test_the_trained_model_is_pushed_and_the_one_before_is_not(
     text = str(write_text(tmp_path / "text.txt", 700))
     coprune.prune(str(dense), finetune="dense", finetune_tokens=32, dataset=text, quiet=True, **SMALL, **where)
     assert pushed == ["me/small", (tmp_path / "model", "me/small", True)]
+
+
+def test_a_chat_template_that_fails_is_found_before_anything_is_pruned(dense: Path, tmp_path: Path) -> None:
+    model = tmp_path / "templated"
+    shutil.copytree(dense, model)
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no prompts here') }}")
+    asked: dict[str, Any] = {**SMALL, "dataset": str(write_text(tmp_path / "text.txt", 700)), "quiet": True}
+    with pytest.raises(BadInput, match="chat template"):
+        coprune.prune(str(model), finetune="dense", generate="builtin", save=tmp_path / "run", **asked)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_earlier_run_is_replaced_once_the_new_one_is_known_to_work(dense: Path, tmp_path: Path) -> None:

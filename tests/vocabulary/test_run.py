@@ -230,7 +230,7 @@ def test_a_run_that_was_killed_once_its_model_had_its_name_is_finished(
             coprune.prune(dense, remove="vocabulary=704", **asked)
     with monkeypatch.context() as patch:
         patch.setattr("coprune.vocabulary.cut.Cutting.__post_init__", lambda self: pytest.fail("all was known"))
-        patch.setattr("coprune.run.vocabulary.finished", stops)
+        patch.setattr("coprune.run.context.Run.finish", stops)
         with pytest.raises(KeyboardInterrupt):
             coprune.prune(dense, remove="vocabulary=704", **asked)
     before = listing(tmp_path / "small")

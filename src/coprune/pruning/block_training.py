@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
@@ -15,14 +16,29 @@ from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.refine.reconstruct import Examples, Reconstruction
 from coprune.pruning.refine.trainable_parameters import Trained, names_of, trained_in
 
-RECONSTRUCTED = "block reconstruction: "
-"""How an event begins that tells of a training, which is no trouble."""
-_IDLE = "nothing gained, "
+
+class BlockTraining(BaseModel):
+    """What the training of a block toward the dense model's outputs did, on the batches that watch it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    block: str
+    start: float
+    """Relative error before."""
+    end: float
+    """Relative error of what was kept; that before where no step was better."""
+    trained: str
+    """Names of what was trained."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it gained nothing."""
+        return self.end >= self.start
 
 
 def reconstruct_block(
     reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
-) -> list[MatrixResult]:
+) -> tuple[list[MatrixResult], BlockTraining | None]:
     """Train a block toward the dense model's outputs; one in which nothing was pruned is left alone.
 
     Args:
@@ -32,21 +48,21 @@ def reconstruct_block(
         results: what became of its matrices.
 
     Returns:
-        The results with their masks as they are now.
+        The results with their masks as they are now, and what the training did.
 
     Raises:
         NumericalError: with the block's name, if a weight that was zero is not zero any more, or nothing is finite.
     """
     if not results:
-        return results
+        return results, None
     matrices = {matrix.name: matrix for matrix in find_matrices(done.block.module, done.block.name)}
     before = {name: matrix.stored() == 0 for name, matrix in matrices.items()}
     trained = trained_in(done.block, [matrices[result.name] for result in results])
-    event = _train(reconstruction, done, recording, trained)
+    training = _train(reconstruction, done, recording, trained)
     for name, zeros in before.items():
         if bool((matrices[name].stored()[zeros] != 0).any()):
             raise NumericalError(f"{name}: reconstruction changed a weight that was pruned")
-    return _told(results, event, {result.name: matrices[result.name].mask_checksum() for result in results})
+    return _with_masks(results, {result.name: matrices[result.name].mask_checksum() for result in results}), training
 
 
 def reconstruct_cut(
@@ -55,7 +71,7 @@ def reconstruct_cut(
     recording: Recording,
     chosen: Sequence[Matrix],
     cut: tuple[Mapping[str, Tensor], list[MatrixResult]],
-) -> list[MatrixResult]:
+) -> tuple[list[MatrixResult], BlockTraining]:
     """Train what is left of a block, after parts of it were removed, toward the dense model's outputs.
 
     Args:
@@ -66,18 +82,18 @@ def reconstruct_cut(
         cut: what is kept of its parameters (bool, by name), and what became of matrices.
 
     Returns:
-        The results with their masks as they are now. Raises NumericalError as `reconstruct_block`.
+        As `reconstruct_block`. Raises NumericalError as that does.
     """
     masks, results = cut
     kept = {name.removeprefix(f"{done.block.name}."): mask for name, mask in masks.items()}
     trained = [_only(one, kept.get(one.name)) for one in trained_in(done.block, chosen)]
-    event = _train(reconstruction, done, recording, trained)
+    training = _train(reconstruction, done, recording, trained)
     for name, mask in kept.items():
         if bool((done.block.module.get_parameter(name)[~mask] != 0).any()):
             raise NumericalError(f"{done.block.name}.{name}: reconstruction changed what was removed")
     matrices = {matrix.name: matrix for matrix in chosen}
     checksums = {result.name: _checksum_of_rest(matrices[result.name], masks) for result in results}
-    return _told(results, event, checksums)
+    return _with_masks(results, checksums), training
 
 
 def _only(trained: Trained, kept: Tensor | None) -> Trained:
@@ -95,8 +111,10 @@ def _checksum_of_rest(matrix: Matrix, masks: Mapping[str, Tensor]) -> str:
     return mask_checksum(left)
 
 
-def _train(reconstruction: Reconstruction, done: BlockDone, recording: Recording, trained: Sequence[Trained]) -> str:
-    """Train parameters of a block in place; returns what that did, for the report."""
+def _train(
+    reconstruction: Reconstruction, done: BlockDone, recording: Recording, trained: Sequence[Trained]
+) -> BlockTraining:
+    """Train parameters of a block in place."""
     block = done.block
 
     def run(batch: int, hidden: Tensor) -> Tensor:
@@ -107,24 +125,8 @@ def _train(reconstruction: Reconstruction, done: BlockDone, recording: Recording
         start, end = reconstruction.on(recording.positions).improve(block.module, trained, run, examples)
     except NumericalError as error:
         raise error.within(block.name) from error
-    gained = f"relative error {start:.5f} → {end:.5f}" if end < start else f"{_IDLE}relative error {start:.5f}"
-    return f"{RECONSTRUCTED}{gained} on the watched batches; trained: {names_of(trained)}"
+    return BlockTraining(block=block.name, start=start, end=min(start, end), trained=names_of(trained))
 
 
-def idle_trainings(results: Iterable[MatrixResult]) -> tuple[int, int]:
-    """How many trainings gained nothing, and how many there were."""
-    trainings = [event for result in results for event in result.events if event.startswith(RECONSTRUCTED)]
-    return sum(event.startswith(f"{RECONSTRUCTED}{_IDLE}") for event in trainings), len(trainings)
-
-
-def _told(results: Sequence[MatrixResult], event: str, checksums: Mapping[str, str]) -> list[MatrixResult]:
-    """The results with their masks as they are now; the first one tells of the training."""
-    return [
-        result.model_copy(
-            update={
-                "mask_checksum": checksums[result.name],
-                "events": result.events + ((event,) if i == 0 else ()),
-            }
-        )
-        for i, result in enumerate(results)
-    ]
+def _with_masks(results: Sequence[MatrixResult], checksums: Mapping[str, str]) -> list[MatrixResult]:
+    return [result.model_copy(update={"mask_checksum": checksums[result.name]}) for result in results]

@@ -2,7 +2,7 @@
 
 Everything here is float32 unless it says otherwise. A factorisation that fails is never replaced by an identity
 matrix (that would be magnitude pruning under another name): the damping is raised, then the spectrum is clipped,
-each of which leaves a sentence in `events`, and what still fails raises NumericalError.
+each of which leaves an event, and what still fails raises NumericalError.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.pruning.events import Event
 
 ESCALATIONS = 3
 """How often the damping is raised tenfold before the spectrum is clipped."""
@@ -28,7 +29,7 @@ def unless_all_zero(values: Tensor) -> Tensor:
     return torch.where((values != 0).any(), values, torch.ones_like(values))
 
 
-def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[Event, ...]]:
     """Factor matrix + damping · mean(diag) · I; of a matrix of zeros, damping · I.
 
     Args:
@@ -42,7 +43,7 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, 
         NumericalError: the matrix is not finite or cannot be repaired.
     """
     mean = unless_all_zero(matrix.diagonal().mean())
-    events: list[str] = []
+    events: list[Event] = []
     strength = damping
     for _ in range(ESCALATIONS + 1):
         damped = matrix.clone()
@@ -53,8 +54,8 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, 
         if not bool(torch.isfinite(matrix).all()):
             raise NumericalError("the Gram matrix holds NaN or infinite values")
         strength *= 10
-        events.append(f"the Cholesky factorisation failed; damping raised to {strength:g}")
-    events[-1] = "the Cholesky factorisation failed at every damping; eigenvalues clipped from below in float64"
+        events.append(Event(kind="damping raised", figures={"damping": strength}))
+    events[-1] = Event(kind="eigenvalues clipped")
     return _clipped_cholesky(matrix, float(damping * mean)), tuple(events)
 
 
@@ -80,7 +81,7 @@ class InverseFactor(NamedTuple):
     unit: Tensor
     pivots: Tensor
     dead: Tensor
-    events: tuple[str, ...]
+    events: tuple[Event, ...]
 
 
 def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.base.processes import ALONE, Processes
 from coprune.base.reading import Reading, reading_later, refuse_if
 from coprune.base.words import Set
 from coprune.model.low_rank_factors import wrapped_of
@@ -21,6 +22,7 @@ from coprune.model.walk.block_events import BlockDone, MatricesReady
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram, Statistic, ratio_of
 from coprune.pruning.distributions import Distributions, distributions_in_host_memory, sampled
+from coprune.pruning.events import Event
 from coprune.pruning.low_rank_fit import LowRank
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned, prune_by_outputs
@@ -46,7 +48,7 @@ class MatrixResult(BaseModel):
     mask_checksum: str
     """CRC-32 of its zeros, by which a reloaded matrix is compared."""
     seconds: float
-    events: tuple[str, ...] = ()
+    events: tuple[Event, ...] = ()
     rank: int | None = None
     """Of the matrix of low rank that was added to it; the layer error is that of the sum."""
     distributions: Distributions | None = None
@@ -72,7 +74,7 @@ class Solver:
         statistic, events = _usable_statistic(inputs)
         if inputs is not None and statistic is None and self.statistic is not None:
             pruned = METHODS["magnitude"].prune(weight, None, target)
-            return pruned._replace(events=("no calibration token came to it, so it was pruned by magnitude",))
+            return pruned._replace(events=(Event(kind="no tokens"),))
         if self.low_rank is None:
             pruned = self._sparse(weight, statistic, target)
         else:
@@ -92,7 +94,7 @@ class Solver:
         return pruned
 
 
-def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[str, ...]]:
+def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Event, ...]]:
     """The statistic to prune by; an expert's is topped up from its layer's where it saw fewer tokens than inputs."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or statistic is None or statistic.count == 0:
@@ -101,34 +103,85 @@ def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[st
         return None, ()  # an expert that sees all tokens, times zero where they are others'
     if inputs.pool is None or statistic.count >= statistic.width:
         return statistic, ()
-    event = f"only {statistic.count} tokens for {statistic.width} inputs; the layer's average made up for the rest"
+    event = Event(kind="few tokens", figures={"tokens": statistic.count, "inputs": statistic.width})
     return statistic.topped_up(inputs.pool), (event,)
 
 
-class Solving(Protocol):
-    """Who prunes which matrix: one process all of them, or several some each."""
+class Solving:
+    """Who prunes which matrix: every one is pruned by one process, which sends its weights to the others.
+
+    Args:
+        processes: those of the run.
+        stages: groups that are known at the same time; their matrices are shared out together, the costly ones first.
+        at_once: whether results are needed as soon as a group was pruned (`sequential`), or only at the block's end.
+        gram: whether a matrix is solved by its Gram matrix, which costs more than in proportion to its size.
+    """
+
+    def __init__(
+        self,
+        processes: Processes = ALONE,
+        stages: Iterable[Sequence[Sequence[Matrix]]] = (),
+        at_once: bool = False,
+        gram: bool = False,
+    ) -> None:
+        self._processes, self._at_once = processes, at_once
+        self._owners: dict[str, int] = {}
+        for groups in stages if processes.size > 1 else ():
+            self._owners |= share_out(groups, processes.size, gram)
+        self._pending: list[Matrix] = []
+        self._own: dict[str, MatrixResult] = {}
+        self._results: list[MatrixResult] = []
+
+    def _owner(self, matrix: Matrix) -> int:
+        return self._owners[matrix.name] if self._processes.size > 1 else self._processes.rank
 
     def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
         """Prune matrices that share their inputs, or leave them to others."""
-        ...
+        for matrix in matrices:
+            if self._owner(matrix) == self._processes.rank:
+                self._own[matrix.name] = prune_one(matrix)
+        self._pending += matrices
+        if self._at_once:
+            self._exchange()
 
     def collect(self) -> list[MatrixResult]:
         """See to it that everything shown so far is pruned, and hand out the results since the last time."""
-        ...
-
-
-class SolvingAlone:
-    """One process prunes every matrix when it is shown."""
-
-    def __init__(self) -> None:
-        self._results: list[MatrixResult] = []
-
-    def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
-        self._results += map(prune_one, matrices)
-
-    def collect(self) -> list[MatrixResult]:
+        self._exchange()
         results, self._results = self._results, []
         return results
+
+    def _exchange(self) -> None:
+        if not self._pending:
+            return
+        known = {name: result for own in self._processes.gather(self._own) for name, result in own.items()}
+        self._processes.broadcast([(matrix.stored(), self._owner(matrix)) for matrix in self._pending])
+        self._results += [known[matrix.name] for matrix in self._pending]
+        self._pending, self._own = [], {}
+
+
+def share_out(groups: Sequence[Sequence[Matrix]], processes: int, gram: bool) -> dict[str, int]:
+    """Choose a process for every matrix, so that they end at about the same time: matrix name → rank.
+
+    groups: of matrices fed by the same tensor, which share a statistic and what is derived from it.
+    gram: count O·I² for an O × I matrix, and I³ once for each group that a process has a part of; else O·I.
+    """
+    loads = [0] * processes
+    factored: set[tuple[int, int]] = set()
+    owners: dict[str, int] = {}
+
+    def cost(number: int, matrix: Matrix, rank: int) -> int:
+        rows, width = matrix.shape
+        if not gram:
+            return rows * width
+        return rows * width**2 + (0 if (number, rank) in factored else width**3)
+
+    jobs = [(number, matrix) for number, group in enumerate(groups) for matrix in group]
+    for number, matrix in sorted(jobs, key=lambda job: -job[1].shape[0] * job[1].shape[1] ** 2):
+        rank = min(range(processes), key=lambda r: loads[r] + cost(number, matrix, r))
+        loads[rank] += cost(number, matrix, rank)
+        factored.add((number, rank))
+        owners[matrix.name] = rank
+    return owners
 
 
 def prune_walk(
@@ -155,7 +208,7 @@ def prune_walk(
     Raises:
         NumericalError: with the name of the matrix.
     """
-    solving = solving or SolvingAlone()
+    solving = solving or Solving()
     results: list[MatrixResult] = []
 
     def prune_one(inputs: Inputs | None, matrix: Matrix) -> MatrixResult:

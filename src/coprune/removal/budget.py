@@ -34,7 +34,7 @@ from coprune.removal.shares import (
 from coprune.removal.smaller_model import refusal_of
 from coprune.removal.unit_scores import Score, remove_units, score_named
 from coprune.run.calibrating import first_batches, record_calibration
-from coprune.run.session import Session
+from coprune.run.context import Run
 
 WAYS = (8, 4)
 """At most so many numbers of blocks, and so many numbers of heads, are tried."""
@@ -44,37 +44,37 @@ Level = Mapping[int, int]
 """How many units are kept, by how many there are."""
 
 
-def find_for_budget(session: Session) -> Removable:
+def find_for_budget(run: Run) -> Removable:
     """The parts of the kinds that a configuration can tell of, and whether it can of blocks."""
-    parts = dict(find_parts(session.model, ()))
-    require_align(session, parts)
-    return Removable(_removable(session, in_steps(session, parts)), blocks=_blocks_can_go(session))
+    parts = dict(find_parts(run.model, ()))
+    require_align(run, parts)
+    return Removable(_removable(run, in_steps(run, parts)), blocks=_blocks_can_go(run))
 
 
-def spread_budget(session: Session, share: float, found: Removable) -> Plan:
+def spread_budget(run: Run, share: float, found: Removable) -> Plan:
     """Try several ways to remove a share of the blocks' parameters, and take the one that changes the model least.
 
     Each way removes as many channels, heads and blocks everywhere; what is left is solved for as the run itself does. The
     cost is the divergence from the dense model's distributions on some of the calibration.
 
     Args:
-        session: of the run.
+        run: what it is asked and has found.
         share: of the blocks' parameters.
         found: what may go.
 
     Raises:
         UnsupportedModel: nothing of the model can be removed, or not as much.
     """
-    reporter, blocks = session.opened.around.reporter, len(session.model.blocks)
+    reporter, blocks = run.reporter, len(run.model.blocks)
     most = int(share * blocks) + 1
-    may_go = min(most, blocks - 1, blocks - len(session.model.chosen.untouched()))
-    order = blocks_that_go(session, may_go) if may_go and found.blocks else []
-    plans = list(_ways(session, found.parts, order, share))
+    may_go = min(most, blocks - 1, blocks - len(run.model.chosen.untouched()))
+    order = blocks_that_go(run, may_go) if may_go and found.blocks else []
+    plans = list(_ways(run, found.parts, order, share))
     if not plans:
         raise UnsupportedModel(
             f"no cut of channels, heads and blocks removes {per_cent(share, 0)} of the blocks' parameters"
         )
-    costs = costs_of(session, plans)
+    costs = costs_of(run, plans)
     for cost, plan in sorted(zip(costs, plans, strict=True), key=lambda pair: pair[0])[:4]:
         reporter.say(
             f"{per_cent(share, 0)} of the blocks' parameters as {', '.join(words_of(plan, blocks))}: KL {cost:.4f}."
@@ -82,38 +82,38 @@ def spread_budget(session: Session, share: float, found: Removable) -> Plan:
     return plans[costs.index(min(costs))]
 
 
-def _removable(session: Session, found: Parts) -> dict[str, list[Part]]:
+def _removable(run: Run, found: Parts) -> dict[str, list[Part]]:
     """The parts of the kinds that a configuration can tell of, tried one kind at a time."""
     kept: dict[str, list[Part]] = {name: [] for name in found}
     kinds: list[Kind] = ["channels", "heads"]
     for kind in kinds:
         own = {name: [part for part in parts if part.kind == kind] for name, parts in found.items()}
         groups = groups_of((part for parts in own.values() for part in parts), kind)
-        level = {size: kept_count(size, 0.5, _align(session, kind), group) for size, group in groups.items()}
+        level = {size: kept_count(size, 0.5, _align(run, kind), group) for size, group in groups.items()}
         if all(level[size] == size for size in groups):
             continue
         try:
-            rehearse(session, Plan((), own, {kind: level}))
+            rehearse(run, Plan((), own, {kind: level}))
         except UnsupportedModel as error:
-            why = left_alone(session, {kind: having(kind, own)}) or error
-            session.opened.around.reporter.say(f"Left alone, {kind}: {why}")
+            why = left_alone(run, {kind: having(kind, own)}) or error
+            run.reporter.say(f"Left alone, {kind}: {why}")
             continue
         for name, parts in own.items():
             kept[name] += parts
     return kept
 
 
-def _blocks_can_go(session: Session) -> bool:
+def _blocks_can_go(run: Run) -> bool:
     try:
-        rehearse(session, Plan([len(session.model.blocks) - 1]))
+        rehearse(run, Plan([len(run.model.blocks) - 1]))
     except UnsupportedModel as error:
-        session.opened.around.reporter.say(f"Left alone, blocks: {error}")
+        run.reporter.say(f"Left alone, blocks: {error}")
         return False
     return True
 
 
-def _align(session: Session, kind: Kind) -> int:
-    return session.opened.recipe.remove.align if kind == "channels" else 1
+def _align(run: Run, kind: Kind) -> int:
+    return run.recipe.remove.align if kind == "channels" else 1
 
 
 def _levels(parts: Parts, kind: Kind, align: int) -> list[Level]:
@@ -133,14 +133,14 @@ def _thinned(values: Sequence[Level], most: int) -> list[Level]:
     return list(values[::step])
 
 
-def _ways(session: Session, parts: Parts, order: Sequence[int], share: float) -> Iterator[Plan]:
+def _ways(run: Run, parts: Parts, order: Sequence[int], share: float) -> Iterator[Plan]:
     """Every number of blocks and heads, each with the fewest channels that make up the rest of the budget."""
-    sizes = {block.name: count_parameters(block.module) for block in session.model.blocks}
+    sizes = {block.name: count_parameters(block.module) for block in run.model.blocks}
     budget = share * sum(sizes.values()) * (1 - 1e-3)
-    heads = _thinned([*_sayable(session, parts, _levels(parts, "heads", 1))], WAYS[1])
-    channels = _levels(parts, "channels", _align(session, "channels"))
+    heads = _thinned([*_sayable(run, parts, _levels(parts, "heads", 1))], WAYS[1])
+    channels = _levels(parts, "channels", _align(run, "channels"))
     unit = {name: [(part, _parameters(part)) for part in own] for name, own in parts.items()}
-    names, step = session.model.names, -(-(len(order) + 1) // WAYS[0])
+    names, step = run.model.names, -(-(len(order) + 1) // WAYS[0])
     for count in range(0, len(order) + 1, step):
         dropped = sorted(order[:count])
         without = sum(sizes[names[index]] for index in dropped)
@@ -157,11 +157,11 @@ def _ways(session: Session, parts: Parts, order: Sequence[int], share: float) ->
             break
 
 
-def _sayable(session: Session, parts: Parts, levels: Sequence[Level]) -> Iterator[Level]:
+def _sayable(run: Run, parts: Parts, levels: Sequence[Level]) -> Iterator[Level]:
     """The numbers of heads that the configuration accepts."""
     for level in levels:
         plan = _cut((), parts, set(), {"heads": level})
-        if not plan.keep or refusal_of(session.model.module, resized_by(session, plan)) is None:
+        if not plan.keep or refusal_of(run.model.module, resized_by(run, plan)) is None:
             yield level
 
 
@@ -199,27 +199,27 @@ class _Trial:
 
 
 @torch.no_grad()
-def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
+def costs_of(run: Run, plans: Sequence[Plan]) -> list[float]:
     """KL(dense ‖ cut) of every plan, in nats per token, with what is left solved for on the dense model's inputs.
 
     Several processes gather the Gram matrices together, and share out the plans.
     """
-    opened, model, processes = session.opened, session.model, session.opened.around.processes
-    assert opened.samples is not None
+    model, processes = run.model, run.processes
+    assert run.samples is not None
     tried = processes.own(plans)
-    windows = first_batches(opened.task.batches(opened.samples.tokens), TOKENS)
+    windows = first_batches(run.task.batches(run.samples.tokens), TOKENS)
     recording = record_batches(model, windows)
     trial = _Trial(recording, [list(recording.hidden) for _ in range(len(tried) + 1)])
     every: dict[str, list[Part]] = defaultdict(list)
     for plan in plans:
         for name, parts in plan.parts.items():
             every[name] += [part for part in parts if part not in every[name]]
-    score = score_named(opened.recipe.remove.score_of("units"))
+    score = score_named(run.recipe.remove.score_of("units"))
     inputs: dict[str, Inputs] = {}
-    with opened.around.reporter.bar(f"Trying {len(plans)} ways", len(model.blocks)) as advance:
+    with run.reporter.bar(f"Trying {len(plans)} ways", len(model.blocks)) as advance:
         walk = Walk(
             only_consumers(model, Plan(parts=every)),
-            record_calibration(session),
+            record_calibration(run),
             Gram,
             Dense(),
             processes=processes,
@@ -231,7 +231,7 @@ def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
                 continue
             _try_block(trial, event.block, tried, inputs, score)
             inputs = {}
-    return processes.in_order(_divergences(session, trial, windows))
+    return processes.in_order(_divergences(run, trial, windows))
 
 
 def _try_block(trial: _Trial, block: Block, plans: Sequence[Plan], inputs: Mapping[str, Inputs], score: Score) -> None:
@@ -250,8 +250,8 @@ def _try_block(trial: _Trial, block: Block, plans: Sequence[Plan], inputs: Mappi
             trial.move(block, ways)
 
 
-def _divergences(session: Session, trial: _Trial, windows: Sequence[Tensor]) -> list[float]:
-    model = session.model
+def _divergences(run: Run, trial: _Trial, windows: Sequence[Tensor]) -> list[float]:
+    model = run.model
 
     def logits(way: int, batch: int) -> Tensor:
         return logits_of(model, windows[batch], trial.hidden[way][batch])

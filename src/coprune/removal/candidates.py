@@ -28,8 +28,8 @@ from coprune.removal.block_scores import kl_of_logits, logits_of
 from coprune.removal.channels_and_heads import Part
 from coprune.removal.unit_scores import Search, refitted, score_named
 from coprune.run.calibrating import first_batches
-from coprune.run.journal import run_identity
-from coprune.run.session import Session
+from coprune.run.context import Run
+from coprune.run.identity import run_identity
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Consumers:
     """Of every consumer, the dense weight."""
 
     @classmethod
-    def of(cls, session: Session, levels: Sequence[Levels]) -> Self:
+    def of(cls, run: Run, levels: Sequence[Levels]) -> Self:
         """Those of a dense model."""
-        refit = score_named(session.opened.recipe.remove.score_of("units")).refit
+        refit = score_named(run.recipe.remove.score_of("units")).refit
         return cls(levels, refit, {c.name: c.read().clone() for own in levels for c in own.part.fold.consumers})
 
     @property
@@ -103,7 +103,7 @@ Hidden = list[Tensor]
 class Candidates:
     """The model with one budget after another."""
 
-    session: Session
+    run: Run
     forms: Consumers
     dropped: Sequence[int]
     """Numbers of blocks that go."""
@@ -123,9 +123,9 @@ class Candidates:
 
     @classmethod
     @contextmanager
-    def of(cls, session: Session, forms: Consumers, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
+    def of(cls, run: Run, forms: Consumers, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
         """For a while; in the end the model is dense as before. tokens: of the calibration, to be looked at at least."""
-        found = cls._begun(session, forms, dropped, tokens)
+        found = cls._begun(run, forms, dropped, tokens)
         try:
             yield found
         finally:
@@ -135,12 +135,11 @@ class Candidates:
 
     @classmethod
     @torch.no_grad()
-    def _begun(cls, session: Session, forms: Consumers, dropped: Sequence[int], tokens: int) -> Candidates:
-        opened = session.opened
-        assert opened.samples is not None
-        recording = record_batches(session.model, first_batches(opened.task.batches(opened.samples.tokens), tokens))
+    def _begun(cls, run: Run, forms: Consumers, dropped: Sequence[int], tokens: int) -> Candidates:
+        assert run.samples is not None
+        recording = record_batches(run.model, first_batches(run.task.batches(run.samples.tokens), tokens))
         none = (0,) * len(forms.places)
-        found = cls(session, forms, (), recording, [], none, none, [list(recording.hidden)])
+        found = cls(run, forms, (), recording, [], none, none, [list(recording.hidden)])
         found._run_from(0)
         found.dense = [found._logits(batch, one) for batch, one in enumerate(found.hidden[-1])]
         if dropped:
@@ -167,7 +166,7 @@ class Candidates:
         rows, count = sum(len(one) for one in self.dense), len(self.dense)
         own: list[float] = []
         for batch, hidden in enumerate(self.hidden[first]):
-            for block in self.session.model.blocks[first:]:
+            for block in self.run.model.blocks[first:]:
                 hidden = self._run(block, batch, hidden)
             own.append(self._divergence(batch, hidden))
             seen = len(own)
@@ -195,7 +194,7 @@ class Candidates:
     def _first_other(self, one: Steps, other: Steps) -> int:
         """Number of the first block in which two budgets differ; the number of blocks where none does."""
         differing = (at for at, a, b in zip(self.forms.places, one, other, strict=True) if a != b)
-        return min(differing, default=len(self.session.model.blocks))
+        return min(differing, default=len(self.run.model.blocks))
 
     def _become(self, steps: Steps) -> None:
         """Give the parts the weights of a budget."""
@@ -211,14 +210,14 @@ class Candidates:
     def _run_from(self, first: int) -> None:
         """Run the blocks from one on, and note what each is given."""
         self.hidden = self.hidden[: first + 1]
-        for block in self.session.model.blocks[first:]:
+        for block in self.run.model.blocks[first:]:
             self.hidden.append([self._run(block, batch, one) for batch, one in enumerate(self.hidden[-1])])
 
     def _divergence(self, batch: int, hidden: Tensor) -> float:
         return kl_of_logits(self.dense[batch], self._logits(batch, hidden))
 
     def _logits(self, batch: int, hidden: Tensor) -> Tensor:
-        return logits_of(self.session.model, self.recording.tokens[batch], hidden)
+        return logits_of(self.run.model, self.recording.tokens[batch], hidden)
 
 
 FINDS_FILE = "search.json"
@@ -237,17 +236,16 @@ class Finds:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, session: Session) -> Finds:
+    def of(cls, run: Run) -> Finds:
         """Read the tries of an earlier run of the same kind, or none; the first process's answer for all."""
-        found = session.opened.around.processes.from_first(lambda: cls._read(session))
-        return found if session.opened.around.writes else replace(found, path=None)
+        found = run.processes.from_first(lambda: cls._read(run))
+        return found if run.writes else replace(found, path=None)
 
     @classmethod
-    def _read(cls, session: Session) -> Finds:
-        opened = session.opened
-        known = run_identity(opened.recipe, opened.loaded.fingerprint(session.model.blocks), opened.fingerprint)
+    def _read(cls, run: Run) -> Finds:
+        known = run_identity(run.recipe, run.loaded.fingerprint(run.model.blocks), run.fingerprint)
         identity = hashlib.sha256(json.dumps(known.settings, sort_keys=True, default=str).encode()).hexdigest()
-        found = cls(opened.recipe.run_folder / FINDS_FILE if opened.around.writes else None, identity)
+        found = cls(run.recipe.run_folder / FINDS_FILE if run.writes else None, identity)
         if found.path is not None and found.path.is_file():
             try:
                 content: dict[str, Any] = json.loads(found.path.read_text(encoding="utf-8"))
@@ -285,7 +283,7 @@ STARTS = ("uniform", "error")
 
 
 def search_steps(
-    session: Session,
+    run: Run,
     asked: Search,
     finds: Finds,
     exchanges: Exchanges,
@@ -295,14 +293,14 @@ def search_steps(
     """Search for the steps with which the model stays nearest to the dense one; every process makes a try at a time.
 
     Args:
-        session: of the run.
+        run: what it is asked and has found.
         asked: how long.
         finds: what was tried before.
         exchanges: what may change places.
         first: what is tried first; may be left out where that was done.
         opened: what tells the cost of a budget, for as long as it is entered.
     """
-    reporter, processes = session.opened.around.reporter, session.opened.around.processes
+    reporter, processes = run.reporter, run.processes
     if finds.tried:
         reporter.say(f"{len(finds.tried)} tries of the search were made by an earlier run.")
     with reporter.bar("Searching", 1.0) as advance, opened as candidates:
@@ -320,12 +318,12 @@ def search_steps(
             took = processes.gather(time.perf_counter() - started)[0]
             finds.add([*zip(tries, costs, strict=True)], took)
         advance(1.0 - done)
-    return say_best(session, finds)
+    return say_best(run, finds)
 
 
-def say_best(session: Session, finds: Finds) -> Steps:
+def say_best(run: Run, finds: Finds) -> Steps:
     """Tell of the best that was found, and return it."""
     steps, cost = finds.best
     starts = ", ".join(f"{name} {found:.4f}" for name, (_, found) in zip(STARTS, finds.tried, strict=False))
-    session.opened.around.reporter.say(f"The best of {len(finds.tried)} tries: KL {cost:.4f} ({starts}).")
+    run.reporter.say(f"The best of {len(finds.tried)} tries: KL {cost:.4f} ({starts}).")
     return steps

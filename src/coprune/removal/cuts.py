@@ -18,7 +18,7 @@ from coprune.model.saved_slices import Layout, masks_as_saved, saved_name, slice
 from coprune.recipe.structure import Left
 from coprune.removal.channels_and_heads import Kind, Part, filled, together
 from coprune.removal.mixtures import Mixture
-from coprune.run.session import Session
+from coprune.run.context import Run
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def _masks(units: Sequence[tuple[Part, Sequence[Tensor]]]) -> dict[str, Tensor]:
     return masks
 
 
-def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
+def edits_of_block(run: Run, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
     """Return the edits of a block. layout: of the checkpoint, if that is not as transformers would save the model."""
-    model = session.model
+    model = run.model
     if block.index in plan.dropped:
-        return [dropped(session, block.index, layout)]
+        return [dropped(run, block.index, layout)]
     edits: list[Edit] = []
     if cut.units:
         saved = cut.padded(plan)
@@ -106,9 +106,9 @@ def _pads(plan: Plan, cut: Cut, saved: Cut) -> Iterator[PadUnits]:
             yield PadUnits(part=part.kind, units=plan.saved(part), real=real)
 
 
-def dropped(session: Session, index: int, layout: Layout | None = None) -> DropBlock:
+def dropped(run: Run, index: int, layout: Layout | None = None) -> DropBlock:
     """A block as one that goes. layout: as in `edits_of_block`."""
-    model = session.model
+    model = run.model
     block = model.names[index]
     saved = saved_name(model.module, block, layout)
     entries = model.structure.answers[index].entries

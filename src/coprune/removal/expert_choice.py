@@ -31,31 +31,31 @@ from coprune.removal.expert_calls import Routed
 from coprune.removal.expert_scores import ExpertSums, coverage, expert_score_named, kept_experts, weight_score
 from coprune.removal.mixtures import Mixture, find_mixtures
 from coprune.run.calibrating import counted_batches, record_counted
-from coprune.run.session import Session
+from coprune.run.context import Run
 
 
-def find_experts(session: Session) -> dict[str, Mixture]:
+def find_experts(run: Run) -> dict[str, Mixture]:
     """The mixtures of all blocks, proven on one sample. Raises UnsupportedModel where one cannot be made smaller."""
-    model, found = session.model, dict[str, Mixture]()
+    model, found = run.model, dict[str, Mixture]()
     recording = record_batches(model, [model.structure.sample])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if not isinstance(event, BlockDone):
             continue
         block = event.block
-        run = partial(recording.run, block, 0, event.before[0])
-        for mixture in find_mixtures(block, model.chosen.blocks[block.index], run):
+        call = partial(recording.run, block, 0, event.before[0])
+        for mixture in find_mixtures(block, model.chosen.blocks[block.index], call):
             if isinstance(mixture, str):
                 raise UnsupportedModel(f"{mixture}, so experts cannot be removed")
             if block.name in found:
                 raise UnsupportedModel(f"{block.name} holds more than one mixture of experts")
             found[block.name] = mixture
     if not found:
-        raise _no_mixture(session)
+        raise _no_mixture(run)
     return found
 
 
-def _no_mixture(session: Session) -> UnsupportedModel:
-    listed = [path for block in session.model.blocks for path in lists_of(block)]
+def _no_mixture(run: Run) -> UnsupportedModel:
+    listed = [path for block in run.model.blocks for path in lists_of(block)]
     beside = f"; {listed[0]} is a list of modules, of which none could be proved to be a mixture" if listed else ""
     return UnsupportedModel(f"the model has no mixture of experts that tokens are routed to{beside}")
 
@@ -89,53 +89,52 @@ def experts_left(mixture: Mixture, asked: RemovePart) -> int:
     return kept
 
 
-def expert_scores(session: Session, mixtures: Mapping[str, Mixture]) -> Scored:
+def expert_scores(run: Run, mixtures: Mapping[str, Mixture]) -> Scored:
     """Return the sums of every expert, by domain: read from a file, or gathered in one pass of all domains over the dense model.
 
     Raises:
         BadInput: the scores that are named are of another model.
     """
-    opened = session.opened
-    named: dict[str, Samples] = dict(opened.domains)
-    if not named and opened.samples is not None:
-        named["calibration"] = opened.samples
-    counts = "" if opened.recipe.calibrate.calibrate_on == "all" else " generated"
+    named: dict[str, Samples] = dict(run.domains)
+    if not named and run.samples is not None:
+        named["calibration"] = run.samples
+    counts = "" if run.recipe.calibrate.calibrate_on == "all" else " generated"
     data = {name: f"{one.fingerprint}{counts}" for name, one in named.items()}
-    processes, model = opened.around.processes, opened.loaded.fingerprint(session.model.blocks)
-    known = processes.from_first(lambda: known_scores(session, model, data, mixtures))
+    processes, model = run.processes, run.loaded.fingerprint(run.model.blocks)
+    known = processes.from_first(lambda: known_scores(run, model, data, mixtures))
     if known is not None:
-        opened.around.reporter.say("The experts' scores are known, so no text runs through the model.")
+        run.reporter.say("The experts' scores are known, so no text runs through the model.")
         return known
-    scored = gather_scores(session, mixtures, named)
-    keep_scores(session, model, data, scored)
+    scored = gather_scores(run, mixtures, named)
+    keep_scores(run, model, data, scored)
     return scored
 
 
-def gather_scores(session: Session, mixtures: Mapping[str, Mixture], domains: Mapping[str, Samples]) -> Scored:
+def gather_scores(run: Run, mixtures: Mapping[str, Mixture], domains: Mapping[str, Samples]) -> Scored:
     """Run every domain's samples through the dense model once, and sum up what comes to each expert.
 
     Args:
-        session: the run.
+        run: the run.
         mixtures: by block.
         domains: samples by name.
     """
-    opened, model = session.opened, session.model
-    processes = opened.around.processes
+    model = run.model
+    processes = run.processes
     batches = [
         (name, batch)
         for name, samples in domains.items()
-        for batch in counted_batches(opened.task, opened.recipe, samples, processes)
+        for batch in counted_batches(run.task, run.recipe, samples, processes)
     ]
     sums = {name: {block: ExpertSums.empty(m.count) for block, m in mixtures.items()} for name in domains}
-    recording = record_counted(model, [batch for _, batch in batches], opened.activations())
-    with ExitStack() as watching, opened.around.reporter.bar("Scoring experts", len(model.blocks)) as advance:
+    recording = record_counted(model, [batch for _, batch in batches], run.activations())
+    with ExitStack() as watching, run.reporter.bar("Scoring experts", len(model.blocks)) as advance:
         for block in model.blocks:
             if (mixture := mixtures.get(block.name)) is not None:
                 see = _in_turn([(sums[name][block.name], batch.counted) for name, batch in batches])
                 watching.enter_context(mixture.watched(block.module, see))
         for _ in Walk(model.idle(), recording, None, Dense(), advance=advance):
             pass
-    return _of_all(session, sums)
+    return _of_all(run, sums)
 
 
 def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Routed], None]:
@@ -149,9 +148,9 @@ def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Ro
     return see
 
 
-def _of_all(session: Session, own: Scored) -> Scored:
+def _of_all(run: Run, own: Scored) -> Scored:
     """Add up the sums of all processes."""
-    first, *others = session.opened.around.processes.gather(own)
+    first, *others = run.processes.gather(own)
     for other in others:
         for name, blocks in other.items():
             for block, sums in blocks.items():
@@ -160,22 +159,22 @@ def _of_all(session: Session, own: Scored) -> Scored:
 
 
 def choose_experts(
-    session: Session, mixtures: Mapping[str, Mixture], left: Mapping[int, int]
+    run: Run, mixtures: Mapping[str, Mixture], left: Mapping[int, int]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Choose the experts of every block.
 
     Args:
-        session: the run.
+        run: the run.
         mixtures: by block.
         left: how many experts are kept, by how many there are.
 
     Returns:
         E bool by block, and the share of its score that every domain keeps, in the mean over the blocks.
     """
-    asked = session.opened.recipe.remove
+    asked = run.recipe.remove
     score = expert_score_named(asked.score_of("experts"))
-    scored = expert_scores(session, mixtures)
-    numbers = {block.name: block.index for block in session.model.blocks}
+    scored = expert_scores(run, mixtures)
+    numbers = {block.name: block.index for block in run.model.blocks}
     keeps, covered = dict[str, Tensor](), dict.fromkeys(scored, 0.0)
     for block, mixture in mixtures.items():
         scores = {name: score.score(sums[block], numbers[block]) for name, sums in scored.items()}
@@ -183,26 +182,26 @@ def choose_experts(
         for name, share in coverage(scores, keeps[block]).items():
             covered[name] += share / len(mixtures)
     kept = ", ".join(f"{name} {per_cent(share)}" for name, share in covered.items())
-    session.opened.around.reporter.say(f"The experts that stay have of the score of all: {kept}.")
+    run.reporter.say(f"The experts that stay have of the score of all: {kept}.")
     return keeps, covered
 
 
-def cut_carried(session: Session, mixtures: Mapping[str, Mixture], edits: Edits) -> list[KeepCarried]:
+def cut_carried(run: Run, mixtures: Mapping[str, Mixture], edits: Edits) -> list[KeepCarried]:
     """Choose the experts of mixtures that the model does not load, of which as many stay as of its blocks'.
 
     Args:
-        session: the run.
+        run: the run.
         mixtures: by block.
         edits: what was cut of the blocks.
     """
-    entries, made = session.model.weights.carried_entries, list[KeepCarried]()
+    entries, made = run.model.weights.carried_entries, list[KeepCarried]()
     cut = {name: edit for name, own in edits.by_block.items() for edit in own if isinstance(edit, KeepExperts)}
     for path, carried in find_carried({name: entry.shape for name, entry in entries.items()}, cut).items():
         block, like = next((name, edit) for name, edit in cut.items() if edit.count == carried.count)
         score = weight_score(carried.norms([*entries], lambda name: read_tensor(entries[name])))
         keep = kept_experts({path: score}, len(like.experts), mixtures[block].groups, None)
         made.append(carried.edit(keep))
-        session.opened.around.reporter.say(f"Removing {made[-1].describe()}.")
+        run.reporter.say(f"Removing {made[-1].describe()}.")
     return made
 
 
@@ -271,16 +270,16 @@ class ExpertScores(BaseModel):
             raise BadInput(f"{path} holds no scores of experts: {detail}", field="domains", value=path) from None
 
 
-def own_file(session: Session) -> Path:
+def own_file(run: Run) -> Path:
     """Where a run keeps its scores."""
-    return session.opened.recipe.run_folder / EXPERTS_FILE
+    return run.recipe.run_folder / EXPERTS_FILE
 
 
-def known_scores(session: Session, model: str, data: dict[str, str], mixtures: Mapping[str, Mixture]) -> Scored | None:
+def known_scores(run: Run, model: str, data: dict[str, str], mixtures: Mapping[str, Mixture]) -> Scored | None:
     """Scores that need no pass: those that the recipe names, or those of this run before it was killed.
 
     Args:
-        session: the run.
+        run: the run.
         model: fingerprint of its weights.
         data: fingerprints of the samples, by domain.
         mixtures: by block, those whose scores are wanted.
@@ -288,7 +287,7 @@ def known_scores(session: Session, model: str, data: dict[str, str], mixtures: M
     Raises:
         BadInput: the file that is named is of another model, lacks a mixture, or has other domains than have weights.
     """
-    asked = session.opened.recipe.remove
+    asked = run.recipe.remove
     if asked.kept_scores is not None:
         kept = ExpertScores.read(asked.kept_scores)
         if kept.model != model:
@@ -308,8 +307,8 @@ def known_scores(session: Session, model: str, data: dict[str, str], mixtures: M
             named = ", ".join(kept.sums)
             raise BadInput(f"blend has to give a weight for each domain ({named})", field="blend", value=asked.blend)
         return kept.scored()
-    path = own_file(session)
-    if not session.opened.around.writes or not path.is_file():
+    path = own_file(run)
+    if not run.writes or not path.is_file():
         return None
     try:
         kept = ExpertScores.read(path)
@@ -318,10 +317,10 @@ def known_scores(session: Session, model: str, data: dict[str, str], mixtures: M
     return kept.scored() if (kept.model, kept.data) == (model, data) else None
 
 
-def keep_scores(session: Session, model: str, data: dict[str, str], scored: Scored) -> None:
+def keep_scores(run: Run, model: str, data: dict[str, str], scored: Scored) -> None:
     """Keep a pass's sums beside the run, where it leaves anything."""
-    if session.opened.around.writes:
-        write_text(own_file(session), ExpertScores.of(model, data, scored).model_dump_json() + "\n")
+    if run.writes:
+        write_text(own_file(run), ExpertScores.of(model, data, scored).model_dump_json() + "\n")
 
 
 SERVED = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)

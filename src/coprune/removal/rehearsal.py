@@ -40,29 +40,29 @@ from coprune.removal.smaller_model import (
     refusal_of,
     smaller_skeleton,
 )
-from coprune.run.session import Session
+from coprune.run.context import Run
 
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
 
 
-def rehearse(session: Session, plan: Plan) -> Configure:
+def rehearse(run: Run, plan: Plan) -> Configure:
     """Cut the model at arbitrary places, build what results, and compare the two; then everything is as it was.
 
     So the configuration is found, and everything that could not work is refused before anything slow. Raises UnsupportedModel.
     """
-    model, module = session.model, session.model.module
+    model, module = run.model, run.model.module
     cuts = {block.name: anywhere(plan, block) for block in model.blocks}
     layout = partial(usual_layout, module) if model.weights.streams else None
-    edits = Edits({b.name: edits_of_block(session, plan, b, cuts[b.name], layout) for b in model.blocks})
-    cut = Rehearsed(session, plan, cuts, edits)
+    edits = Edits({b.name: edits_of_block(run, plan, b, cuts[b.name], layout) for b in model.blocks})
+    cut = Rehearsed(run, plan, cuts, edits)
     shapes = {name: tuple(tensor.shape) for name, tensor in smaller_tensors(module, edits, layout).items()}
     proof: Proof = cut.as_a_whole if layout is None else cut.block_by_block
-    changes, after = _proven_changes(session, plan, shapes, proof)
+    changes, after = _proven_changes(run, plan, shapes, proof)
     written = model.weights.in_file(changes)
     if written is None:
         raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} has no place for {_told(changes)}")
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
-    share = session.opened.recipe.remove.shares.get("experts")
+    share = run.recipe.remove.shares.get("experts")
     words = words_of(plan, len(model.blocks), share)
     removed = f"{', '.join(words)}: {_sizes(module.num_parameters(), after, padding)}"
     worded = None if written == changes else written
@@ -92,7 +92,7 @@ Proof = Callable[[Mapping[str, Any]], int | None]
 class Rehearsed:
     """A model that is cut at arbitrary places, and what it is compared with."""
 
-    session: Session
+    run: Run
     plan: Plan
     cuts: Mapping[str, Cut]
     """By block."""
@@ -111,10 +111,10 @@ class Rehearsed:
 
     def as_a_whole(self, changes: Mapping[str, Any]) -> int | None:
         """Compare the logits of the silenced model and of the small one."""
-        model, module = self.session.model, self.session.model.module
+        model, module = self.run.model, self.run.model.module
         idle = [block for block in model.blocks if block.index in self.plan.dropped]
         with ExitStack() as ended:
-            ended.enter_context(replaced_forwards(idle, lambda block: dropped(self.session, block.index).idle))
+            ended.enter_context(replaced_forwards(idle, lambda block: dropped(self.run, block.index).idle))
             for block in model.blocks:
                 ended.enter_context(self._silent(block))
             small = build_smaller(module, smaller_tensors(module, self.edits), changes)
@@ -136,7 +136,7 @@ class Rehearsed:
 
     def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
         """The same without the whole model in memory."""
-        model, module = self.session.model, self.session.model.module
+        model, module = self.run.model, self.run.model.module
         small = prepare(smaller_skeleton(module, changes))
         small.tie_weights()  # for the number of its parameters
         sample = model.structure.sample
@@ -149,7 +149,7 @@ class Rehearsed:
 
     def _ties(self) -> Ties:
         kept = {n: c.experts.nonzero().flatten().tolist() for n, c in self.cuts.items() if c.experts is not None}
-        return Ties(kept, self.session.model.module.dtype)
+        return Ties(kept, self.run.model.module.dtype)
 
     def _otherwise(self, both: Sequence[PreTrainedModel]) -> Iterator[None]:
         """Where heads go, have attention computed in each other way for a while: each reads other numbers of a configuration."""
@@ -180,12 +180,12 @@ def attending(model: PreTrainedModel, way: str) -> Iterator[None]:
 
 
 def _proven_changes(
-    session: Session, plan: Plan, shapes: Mapping[str, tuple[int, ...]], proof: Proof
+    run: Run, plan: Plan, shapes: Mapping[str, tuple[int, ...]], proof: Proof
 ) -> tuple[dict[str, Any], int]:
     """The change of the configuration with which a model of these shapes computes what the silenced model does; its size."""
-    module, resized = session.model.module, resized_by(session, plan)
+    module, resized = run.model.module, resized_by(run, plan)
     fitting, said = 0, ""
-    layout = usual_layout if session.model.weights.streams else None
+    layout = usual_layout if run.model.weights.streams else None
     for changes in possible_changes(module, shapes, resized, layout):
         fitting += 1
         try:
@@ -211,9 +211,9 @@ def _proven_changes(
     )
 
 
-def resized_by(session: Session, plan: Plan) -> Resized:
+def resized_by(run: Run, plan: Plan) -> Resized:
     """Return what the configuration has to tell of a plan."""
-    blocks, head = len(session.model.blocks), head_size(session.model.module)
+    blocks, head = len(run.model.blocks), head_size(run.model.module)
     unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
     return Resized(plan.sizes(), blocks, plan.dropped, unsaid, _arguments(plan, blocks))
 

@@ -19,7 +19,7 @@ from coprune.model.walk.block_events import BlockDone, Past
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.block_training import reconstruct_cut
+from coprune.pruning.block_training import BlockTraining, reconstruct_cut
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.removal.block_scores import block_score_named
@@ -34,10 +34,8 @@ from coprune.removal.smaller_model import build_smaller
 from coprune.removal.uneven_widths import spread_units
 from coprune.removal.unit_scores import remove_units, score_named, spreading_named
 from coprune.run.calibrating import moves_of, record_to_prune
-from coprune.run.journal import BlockOutcome, Output
-from coprune.run.prune_blocks import Outcome, all_edits, finish_block
-from coprune.run.session import Session
-from coprune.run.share import SharedOutput
+from coprune.run.context import Outcome, Run
+from coprune.run.output import BlockOutcome
 
 
 def check_names(recipe: Recipe) -> None:
@@ -49,117 +47,109 @@ def check_names(recipe: Recipe) -> None:
         spreading_named(recipe.prune.allocation)
 
 
-def what_may_go(session: Session) -> Removable | None:
-    """Find the parts that the recipe removes, before anything slow; None where it removes nothing.
+def what_may_go(run: Run) -> Removable:
+    """Find what the recipe removes, before anything slow.
 
     Raises:
         BadInput: nothing of it would go, or all.
         UnsupportedModel: the model has no such parts, or no configuration tells of what would be left.
     """
-    shares = session.opened.recipe.remove.shares
-    if not shares:
-        return None
-    return find_for_budget(session) if "parameters" in shares else find_removable(session)
+    return find_for_budget(run) if "parameters" in run.recipe.remove.shares else find_removable(run)
 
 
-def remove_parts(session: Session, output: Output | None, found: Removable) -> Outcome:
+def remove_parts(run: Run, found: Removable) -> Outcome:
     """Remove what the recipe says, going on where an earlier run stopped.
 
     Args:
-        session: of the run.
-        output: where the blocks go.
+        run: what it is asked and has found.
         found: what may go.
 
     Raises:
         UnsupportedModel: no configuration tells of what would be left.
     """
-    opened, model = session.opened, session.model
-    started = time.perf_counter()
-    shared = SharedOutput(opened.around.processes, output, model.weights)
-    finished = shared.finished()
-    plan, configure = _planned(session, shared, found)
-    opened.around.reporter.say(f"Removing {configure.removed}.")
-    experts, covered = choose_experts(session, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
-    with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
+    model, output, started = run.model, run.output, time.perf_counter()
+    finished = output.finished()
+    plan, configure = _planned(run, found)
+    run.reporter.say(f"Removing {configure.removed}.")
+    experts, covered = choose_experts(run, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
+    with run.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             only_consumers(model, plan),
             # Inputs are needed to cut parts, or to train the blocks that stay; blocks to drop are chosen already.
-            record_to_prune(session) if plan.parts or session.reconstruction is not None else None,
+            record_to_prune(run) if plan.parts or run.reconstruction is not None else None,
             Gram,
-            moves_of(session),
-            Past(finished, shared.restore),
-            opened.around.processes,
+            moves_of(run),
+            Past(finished, output.restore),
+            run.processes,
             advance,
         )
-        with shared.settled(), memory_within(lambda: walk.at):
-            results = _remove(session, walk, shared, plan, experts)
+        with output.settled(), memory_within(lambda: walk.at):
+            results = _remove(run, walk, plan, experts)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
-    carried = cut_carried(session, plan.mixtures, all_edits(session, shared))
-    return Outcome(earlier + results, all_edits(session, shared, configure, *carried), seconds, covered)
+    carried = cut_carried(run, plan.mixtures, output.edits())
+    return Outcome(earlier + results, output.edits(configure, *carried), seconds, output.trainings, covered)
 
 
-def _planned(session: Session, shared: SharedOutput, found: Removable) -> tuple[Plan, Configure]:
+def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:
     """Return the plan, as an earlier run settled it or as it is settled now, and its change of the configuration."""
-    settled = shared.settled_before() or {}
+    settled = run.output.settled_before() or {}
     if (known := settled.get("plan")) is not None:
-        plan = as_settled(session, found, known)
-        return plan, rehearse(session, plan)
-    even, configure = _even(session, found, settled.get("even"))
-    shared.keep_settled({"even": settled_in(even)})
-    plan = spread_units(session, even)
+        plan = as_settled(run, found, known)
+        return plan, rehearse(run, plan)
+    even, configure = _even(run, found, settled.get("even"))
+    run.output.keep_settled({"even": settled_in(even)})
+    plan = spread_units(run, even)
     if plan is not even:
-        configure = rehearse(session, plan)
-    shared.keep_settled({"plan": settled_in(plan)})
+        configure = rehearse(run, plan)
+    run.output.keep_settled({"plan": settled_in(plan)})
     return plan, configure
 
 
-def _even(session: Session, found: Removable, settled: dict[str, Any] | None) -> tuple[Plan, Configure]:
+def _even(run: Run, found: Removable, settled: dict[str, Any] | None) -> tuple[Plan, Configure]:
     """The same with as many units of every block. settled: by an earlier run, if it came so far."""
     if found.rehearsed is not None:
         return found.rehearsed
-    asked = session.opened.recipe.remove
+    asked = run.recipe.remove
     budget = asked.share("parameters") if "parameters" in asked.shares else None
     if settled is not None:
-        even = as_settled(session, found, settled)
+        even = as_settled(run, found, settled)
     else:
-        even = plan_removal(session, found) if budget is None else spread_budget(session, budget, found)
-    return even, rehearse(session, even)
+        even = plan_removal(run, found) if budget is None else spread_budget(run, budget, found)
+    return even, rehearse(run, even)
 
 
-def _remove(
-    session: Session, walk: Walk, shared: SharedOutput, plan: Plan, experts: Mapping[str, Tensor]
-) -> list[MatrixResult]:
+def _remove(run: Run, walk: Walk, plan: Plan, experts: Mapping[str, Tensor]) -> list[MatrixResult]:
     """Cut every block when the walk is through with it, and write it. experts: which are kept, by block."""
     inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
     # Blocks before the first cut have no error to compensate.
-    losing = [b.index for b in session.model.blocks if plan.parts.get(b.name) or b.name in experts]
+    losing = [b.index for b in run.model.blocks if plan.parts.get(b.name) or b.name in experts]
     first = min([*losing, *plan.dropped])
     for event in walk:
         if not isinstance(event, BlockDone):
             inputs |= event.known()
             continue
         block = event.block
-        units, own = _cut_units(session, plan, block, inputs)
-        layout = partial(session.model.weights.layout, block.name)
+        units, own = _cut_units(run, plan, block, inputs)
+        layout = partial(run.model.weights.layout, block.name)
         if (left := experts.get(block.name)) is not None:
             plan.mixtures[block.name].never_choose(block.module, left)
-        cut = Cut(units, left)
+        cut, training = Cut(units, left), None
         if first <= block.index and block.index not in plan.dropped:
-            own = _reconstruct(session, walk, event, (cut.masks, own))
-        edits = edits_of_block(session, plan, block, cut, layout)
-        finish_block(session, shared, block, BlockOutcome(own, edits))
+            own, training = _reconstruct(run, walk, event, (cut.masks, own))
+        edits = edits_of_block(run, plan, block, cut, layout)
+        run.finish_block(block, BlockOutcome(own, edits, training))
         results, inputs = results + own, {}
     return results
 
 
 def _cut_units(
-    session: Session, plan: Plan, block: Block, inputs: Mapping[str, Inputs]
+    run: Run, plan: Plan, block: Block, inputs: Mapping[str, Inputs]
 ) -> tuple[list[tuple[Part, list[Tensor]]], list[MatrixResult]]:
     """Cut a block's parts, in place. Each is cut by one process, which tells the others what is left of it."""
-    score = score_named(session.opened.recipe.remove.score_of("units"))
-    parts, processes = plan.parts.get(block.name, ()), session.opened.around.processes
+    score = score_named(run.recipe.remove.score_of("units"))
+    parts, processes = plan.parts.get(block.name, ()), run.processes
     apart = sum(len(part.parameters) for part in parts) == len({name for part in parts for name in part.parameters})
     jobs = [[part] for part in parts] if apart else [[*parts]]
 
@@ -179,20 +169,20 @@ def _cut_units(
 
 
 def _reconstruct(
-    session: Session, walk: Walk, done: BlockDone, cut: tuple[Mapping[str, Tensor], list[MatrixResult]]
-) -> list[MatrixResult]:
+    run: Run, walk: Walk, done: BlockDone, cut: tuple[Mapping[str, Tensor], list[MatrixResult]]
+) -> tuple[list[MatrixResult], BlockTraining | None]:
     """Train what is left of a block, if that is asked for."""
-    if session.reconstruction is None or walk.recording is None:
-        return cut[1]
-    chosen = session.model.chosen.blocks[done.block.index]
-    return reconstruct_cut(session.reconstruction, done, walk.recording, chosen, cut)
+    if run.reconstruction is None or walk.recording is None:
+        return cut[1], None
+    chosen = run.model.chosen.blocks[done.block.index]
+    return reconstruct_cut(run.reconstruction, done, walk.recording, chosen, cut)
 
 
-def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
+def smaller_model(run: Run, edits: Edits) -> PreTrainedModel:
     """Build the model that is left, in memory."""
-    module = session.model.module
+    module = run.model.module
     changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
-    layout = partial(session.model.weights.layout, "")
+    layout = partial(run.model.weights.layout, "")
     return build_smaller(module, smaller_tensors(module, edits, layout), changes)
 
 
@@ -203,15 +193,15 @@ def settled_in(plan: Plan) -> dict[str, Any]:
     return {"dropped": [*plan.dropped], "keep": sizes, "experts": experts, "uneven": dict(plan.uneven)}
 
 
-def as_settled(session: Session, found: Removable, settled: dict[str, Any]) -> Plan:
+def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
     """The plan in which this was chosen.
 
     Args:
-        session: of the run.
+        run: what it is asked and has found.
         found: what may go of its model.
         settled: as `settled_in` gave it.
     """
     keep: dict[Kind, dict[int, int]] = {kind: dict(sizes) for kind, sizes in settled["keep"].items()}
-    rest = found.without({session.model.names[index] for index in settled["dropped"]})
+    rest = found.without({run.model.names[index] for index in settled["dropped"]})
     parts = {name: [part for part in own if part.kind in keep] for name, own in rest.parts.items()} if keep else {}
     return Plan(settled["dropped"], parts, keep, rest.mixtures, dict(settled["experts"]), settled["uneven"])

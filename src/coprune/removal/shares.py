@@ -25,8 +25,7 @@ from coprune.removal.expert_choice import experts_left, find_experts, known_scor
 from coprune.removal.mixtures import Mixture
 from coprune.removal.rehearsal import rehearse, resized_by
 from coprune.removal.smaller_model import refusal_of
-from coprune.run.session import Session
-from coprune.run.stored_as import encoding_for
+from coprune.run.context import Run
 
 _MOST_SHARES = 3
 """Others that are rehearsed where the share of heads that was asked for is refused."""
@@ -58,36 +57,36 @@ class Removable:
         }
 
 
-def find_removable(session: Session) -> Removable:
+def find_removable(run: Run) -> Removable:
     """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
-    asked, model = session.opened.recipe.remove, session.model
+    asked, model = run.recipe.remove, run.model
     kinds = _kinds(asked.shares)
     parts = {
         name: [part for part in found if part.kind in kinds] for name, found in (find_parts(model, ()) if kinds else ())
     }
-    require_align(session, parts)
-    parts = in_steps(session, parts)
+    require_align(run, parts)
+    parts = in_steps(run, parts)
     for kind in kinds:
-        _say_without(session, kind, parts)
-    found = Removable(parts, find_experts(session) if "experts" in asked.shares else {})
+        _say_without(run, kind, parts)
+    found = Removable(parts, find_experts(run) if "experts" in asked.shares else {})
     if found.mixtures and asked.kept_scores is not None and "blocks" not in asked.shares:
-        whose = session.opened.loaded.fingerprint(model.blocks)
-        session.opened.around.processes.from_first(lambda: known_scores(session, whose, {}, found.mixtures))
+        whose = run.loaded.fingerprint(model.blocks)
+        run.processes.from_first(lambda: known_scores(run, whose, {}, found.mixtures))
     if "blocks" in asked.shares:
-        _require_blocks(session, _count_of_blocks(session, asked.share("blocks")))
-    rest = _plan_of(session, found, ())
+        _require_blocks(run, _count_of_blocks(run, asked.share("blocks")))
+    rest = _plan_of(run, found, ())
     if not rest.keep and not rest.experts:
         return found
     try:
-        configure = rehearse(session, rest)
+        configure = rehearse(run, rest)
     except UnsupportedModel as error:
         there: dict[str, Collection[str]] = {kind: having(kind, parts) for kind in kinds}
-        alone = left_alone(session, there | ({"experts": found.mixtures} if found.mixtures else {}))
-        raise alone or _with_a_share_that_works(session, rest, error) from None
+        alone = left_alone(run, there | ({"experts": found.mixtures} if found.mixtures else {}))
+        raise alone or _with_a_share_that_works(run, rest, error) from None
     return found if "blocks" in asked.shares else replace(found, rehearsed=(rest, configure))
 
 
-def _with_a_share_that_works(session: Session, plan: Plan, error: UnsupportedModel) -> UnsupportedModel:
+def _with_a_share_that_works(run: Run, plan: Plan, error: UnsupportedModel) -> UnsupportedModel:
     """The refusal of a plan, and the share of heads nearest to it with which the rest can go, if there is one."""
     heads = plan.keep.get("heads", {})
     if len(heads) != 1:
@@ -97,10 +96,10 @@ def _with_a_share_that_works(session: Session, plan: Plan, error: UnsupportedMod
     counts = range(step, units, step)
     others = [replace(plan, keep={**plan.keep, "heads": {units: kept}}) for kept in counts if kept != asked]
     near = sorted(others, key=lambda other: abs(other.keep["heads"][units] - asked))
-    accepted = (one for one in near if refusal_of(session.model.module, resized_by(session, one)) is None)
+    accepted = (one for one in near if refusal_of(run.model.module, resized_by(run, one)) is None)
     for other in islice(accepted, _MOST_SHARES):
         try:
-            rehearse(session, other)
+            rehearse(run, other)
         except UnsupportedModel:
             continue
         return error.advised(f"heads={share_of(units, other.keep['heads'][units])} works")
@@ -113,25 +112,25 @@ def share_of(units: int, kept: int) -> str:
     return next(share for share in shares if kept_count(units, float(share), 1) == kept)
 
 
-def plan_removal(session: Session, found: Removable) -> Plan:
+def plan_removal(run: Run, found: Removable) -> Plan:
     """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
-    asked = session.opened.recipe.remove
-    dropped = sorted(blocks_that_go(session, _count_of_blocks(session, asked.share("blocks"))))
+    asked = run.recipe.remove
+    dropped = sorted(blocks_that_go(run, _count_of_blocks(run, asked.share("blocks"))))
     score = asked.score_of("blocks")
-    session.opened.around.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
-    return _plan_of(session, found, dropped)
+    run.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
+    return _plan_of(run, found, dropped)
 
 
 def _kinds(shares: Collection[str]) -> list[Kind]:
     return [kind for kind in ("channels", "heads") if kind in shares]
 
 
-def left_alone(session: Session, there: Mapping[str, Collection[str]]) -> BadInput | None:
+def left_alone(run: Run, there: Mapping[str, Collection[str]]) -> BadInput | None:
     """Return an error where include and exclude spare parts that every block would have to lose; None where they don't.
 
     there: by what is removed, the names of the blocks in which some of it can go.
     """
-    model, selection = session.model, session.model.chosen.selection
+    model, selection = run.model, run.model.chosen.selection
     for kind, names in there.items():
         for block, own in zip(model.blocks, model.chosen.candidates, strict=True):
             if block.name not in names and any(selection.against(matrix.name) is not None for matrix in own):
@@ -146,32 +145,32 @@ def having(kind: Kind, parts: Mapping[str, Sequence[Part]]) -> set[str]:
     return {name for name, own in parts.items() if any(part.kind == kind for part in own)}
 
 
-def require_align(session: Session, parts: Mapping[str, Sequence[Part]]) -> None:
+def require_align(run: Run, parts: Mapping[str, Sequence[Part]]) -> None:
     """Raise BadInput where channels are to be kept in multiples of more than there are. The default gives way."""
-    align = session.opened.recipe.remove.align
+    align = run.recipe.remove.align
     most = max((part.count for own in parts.values() for part in own if part.kind == "channels"), default=align)
     if align > most and align != RemovePart.model_fields["align"].default:
         cause = f"the blocks have {most} channels at most, which cannot be kept in multiples of {align}"
         raise BadInput(cause, field="align", value=align, fix=f"give {step_of(most, most)} or less")
 
 
-def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
+def _say_without(run: Run, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
     """Say which blocks have no parts of a kind. Raises UnsupportedModel where none has."""
     there = having(kind, parts)
     without = [name for name in parts if name not in there]
     if len(without) == len(parts):
-        raise left_alone(session, {kind: there}) or UnsupportedModel(
+        raise left_alone(run, {kind: there}) or UnsupportedModel(
             f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
         )
     if without:
         have = " has" if len(without) == 1 else f" and {len(without) - 1} other blocks have"
-        session.opened.around.reporter.say(f"Left alone: {without[0]}{have} no {kind} that can be removed.")
+        run.reporter.say(f"Left alone: {without[0]}{have} no {kind} that can be removed.")
 
 
-def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan:
+def _plan_of(run: Run, found: Removable, dropped: Sequence[int]) -> Plan:
     """Return the plan in which some blocks go. Raises BadInput where nothing of what is asked for goes."""
-    asked, keep = session.opened.recipe.remove, dict[Kind, dict[int, int]]()
-    rest = found.without({session.model.names[index] for index in dropped})
+    asked, keep = run.recipe.remove, dict[Kind, dict[int, int]]()
+    rest = found.without({run.model.names[index] for index in dropped})
     for kind in _kinds(asked.shares):
         groups = groups_of((part for own in rest.parts.values() for part in own), kind)
         if not groups:
@@ -181,9 +180,9 @@ def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan
     return Plan(dropped, rest.parts, keep, rest.mixtures, left)
 
 
-def _count_of_blocks(session: Session, share: float) -> int:
+def _count_of_blocks(run: Run, share: float) -> int:
     """How many blocks go. Raises BadInput where that is none, all, or more than may go."""
-    model = session.model
+    model = run.model
     count, stay = round(share * len(model.blocks)), len(model.chosen.untouched())
     if not 0 < count < len(model.blocks):
         cause = f"{share:g} of {len(model.blocks)} blocks is {count}"
@@ -195,13 +194,13 @@ def _count_of_blocks(session: Session, share: float) -> int:
     return count
 
 
-def _require_blocks(session: Session, count: int) -> None:
+def _require_blocks(run: Run, count: int) -> None:
     """Raise UnsupportedModel where no configuration tells of so many blocks less, wherever they are."""
-    blocks = range(len(session.model.blocks))
+    blocks = range(len(run.model.blocks))
     refused = UnsupportedModel("no block can be removed")
     for some in (blocks[-count:], blocks[:count], blocks[:: -(-len(blocks) // count)]):
         try:
-            rehearse(session, Plan(list(some)))
+            rehearse(run, Plan(list(some)))
         except UnsupportedModel as error:
             refused = error
         else:
@@ -229,14 +228,13 @@ def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
     return min(kept, units)
 
 
-def blocks_that_go(session: Session, count: int) -> list[int]:
+def blocks_that_go(run: Run, count: int) -> list[int]:
     """Numbers of the blocks that are missed least."""
-    opened = session.opened
-    assert opened.samples is not None
-    score = block_score_named(opened.recipe.remove.score_of("blocks"))
-    with opened.around.reporter.bar("Choosing blocks", 1.0) as advance:
-        batches = opened.task.batches(opened.samples.tokens)
-        return score.choose(session.model, batches, count, advance, opened.around.processes)
+    assert run.samples is not None
+    score = block_score_named(run.recipe.remove.score_of("blocks"))
+    with run.reporter.bar("Choosing blocks", 1.0) as advance:
+        batches = run.task.batches(run.samples.tokens)
+        return score.choose(run.model, batches, count, advance, run.processes)
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
@@ -251,24 +249,24 @@ def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
 _MOST = 512
 
 
-def in_steps(session: Session, parts: Mapping[str, Sequence[Part]]) -> dict[str, list[Part]]:
+def in_steps(run: Run, parts: Mapping[str, Sequence[Part]]) -> dict[str, list[Part]]:
     """Return the same parts, whose units go in groups as large as the source's encoding needs.
 
     Raises:
         UnsupportedModel: its scales are for so much that no smaller group of units can go.
     """
-    encoding = encoding_for(session.opened.recipe, session.model.weights)
+    encoding = run.encoding
     if encoding.name != "source":
         return {name: [*own] for name, own in parts.items()}
     groups: dict[tuple[str, int], int] = {}
     for own in parts.values():
         for part in own:
             key = part.kind, part.count
-            groups[key] = _group(session, encoding, part, groups.get(key, 1))
+            groups[key] = _group(run, encoding, part, groups.get(key, 1))
     return {name: [replace(part, group=groups[part.kind, part.count]) for part in own] for name, own in parts.items()}
 
 
-def _group(session: Session, encoding: Encoding, part: Part, least: int) -> int:
+def _group(run: Run, encoding: Encoding, part: Part, least: int) -> int:
     """The smallest group of units that can go by itself. least: to begin with."""
     refused = UnsupportedModel(f"no {part.kind} of {part.block} can be removed")
     powers = (1 << power for power in range(_MOST.bit_length()))
@@ -277,9 +275,9 @@ def _group(session: Session, encoding: Encoding, part: Part, least: int) -> int:
             continue
         every_other = torch.arange(part.count) // group % 2 == 0
         masks = part.masks([every_other] * len(part.fold.consumers))
-        layout = partial(session.model.weights.layout, part.block)
+        layout = partial(run.model.weights.layout, part.block)
         try:
-            for name, kept in slices_kept(session.model.module, part.block, masks, layout).items():
+            for name, kept in slices_kept(run.model.module, part.block, masks, layout).items():
                 encoding.require_cut(name, kept)
         except UnsupportedModel as error:
             refused = error

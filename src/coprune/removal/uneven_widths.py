@@ -37,44 +37,41 @@ from coprune.removal.unit_scores import (
     spreading_named,
 )
 from coprune.run.calibrating import record_calibration
-from coprune.run.session import Session
+from coprune.run.context import Run
 
 
-def spread_units(session: Session, plan: Plan) -> Plan:
+def spread_units(run: Run, plan: Plan) -> Plan:
     """Let blocks keep different numbers of units, as many altogether as a rehearsed plan says, if the recipe asks for that."""
-    opened = session.opened
-    asked = spreading_named(opened.recipe.prune.allocation)
+    asked = spreading_named(run.recipe.prune.allocation)
     if isinstance(asked, Uniform):
         return plan
     if not any(plan.parts.values()):
-        opened.around.reporter.say("Only blocks go, so there is nothing to spread over the others.")
+        run.reporter.say("Only blocks go, so there is nothing to spread over the others.")
         return plan
-    levels = _measured(session, plan)
+    levels = _measured(run, plan)
     alike = alike_parts(levels)
     even = tuple(own.steps_to(plan.count(own.part)) for own in levels)
-    scales = _scales(session, plan, levels, even, asked if isinstance(asked, ByError) else ByError())
+    scales = _scales(run, plan, levels, even, asked if isinstance(asked, ByError) else ByError())
     # Another process's machine may round otherwise; what the first one finds counts.
-    steps = opened.around.processes.from_first(lambda: least_error(levels, alike, even, scales))
+    steps = run.processes.from_first(lambda: least_error(levels, alike, even, scales))
     if isinstance(asked, Search):
         exchanges = Exchanges(alike, [len(own.counts) - 1 for own in levels])
-        candidates = Candidates.of(session, Consumers.of(session, levels), plan.dropped, asked.tokens)
-        steps = search_steps(session, asked, Finds.of(session), exchanges, [even, steps], candidates)
+        candidates = Candidates.of(run, Consumers.of(run, levels), plan.dropped, asked.tokens)
+        steps = search_steps(run, asked, Finds.of(run), exchanges, [even, steps], candidates)
     return unevenly(plan, levels, steps)
 
 
-def _scales(session: Session, plan: Plan, levels: Sequence[Levels], even: Steps, asked: ByError) -> list[float]:
+def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: ByError) -> list[float]:
     """By what the errors of every part count."""
-    if not asked.tokens or session.model.weights.streams:
+    if not asked.tokens or run.model.weights.streams:
         if asked.tokens:
-            session.opened.around.reporter.say(
-                "A streamed model's blocks count by what they change in the hidden states."
-            )
+            run.reporter.say("A streamed model's blocks count by what they change in the hidden states.")
         return [own.moved**asked.movement for own in levels]
-    found, none, processes = [], [0] * len(levels), session.opened.around.processes
+    found, none, processes = [], [0] * len(levels), run.processes
     jobs = processes.own(range(len(levels)))
     with (
-        Candidates.of(session, Consumers.of(session, levels), plan.dropped, asked.tokens) as candidates,
-        session.opened.around.reporter.bar("Weighing blocks", len(jobs)) as advance,
+        Candidates.of(run, Consumers.of(run, levels), plan.dropped, asked.tokens) as candidates,
+        run.reporter.bar("Weighing blocks", len(jobs)) as advance,
     ):
         base = candidates.cost(tuple(none), None) if plan.dropped else 0.0
         for at in jobs:
@@ -119,17 +116,17 @@ def least_error(
 
 
 @torch.no_grad()
-def _measured(session: Session, plan: Plan) -> list[Levels]:
+def _measured(run: Run, plan: Plan) -> list[Levels]:
     """Measure what keeping fewer units costs every part, in one walk over the dense model."""
-    model, align = session.model, session.opened.recipe.remove.align
-    score = score_named(session.opened.recipe.remove.score_of("units"))
-    recording = record_calibration(session)
+    model, align = run.model, run.recipe.remove.align
+    score = score_named(run.recipe.remove.score_of("units"))
+    recording = record_calibration(run)
     batches = 0 if recording is None else len(recording.hidden)
     keep = partial(some_tokens, batches=batches, total=None if recording is None else recording.uneven)
     levels: list[Levels] = []
     inputs: dict[str, Inputs] = {}
-    with session.opened.around.reporter.bar("Measuring what blocks lose", len(model.blocks)) as advance:
-        processes = session.opened.around.processes
+    with run.reporter.bar("Measuring what blocks lose", len(model.blocks)) as advance:
+        processes = run.processes
         walk = Walk(
             only_consumers(model, plan), recording, Gram, Dense(keep=keep), processes=processes, advance=advance
         )

@@ -24,6 +24,7 @@ from coprune.model.matrices import Matrix, mask_checksum
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.allocation.allocation import Uniform
+from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import damped_cholesky
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.choice import Choice
@@ -280,15 +281,15 @@ def remove_units(
     return keeps, results
 
 
-def _known(inputs: Inputs | None) -> tuple[Gram | None, tuple[str, ...]]:
+def _known(inputs: Inputs | None) -> tuple[Gram | None, tuple[Event, ...]]:
     """Return the Gram matrix of a consumer's inputs if it saw any, and events."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or not isinstance(statistic, Gram) or not statistic.count:
-        return None, ("no calibration token came to it, so its channels went by their norm",)
+        return None, (Event(kind="no tokens"),)
     if not bool(
         statistic.gram.diagonal().any()
     ):  # as to an expert that sees all tokens, times zero where they are others'
-        return None, ("nothing but zeros came to it, so its channels went by their norm",)
+        return None, (Event(kind="only zeros"),)
     return statistic, ()
 
 

@@ -33,7 +33,7 @@ from coprune.report.html import (
     table,
     text,
 )
-from coprune.report.schema import Report
+from coprune.report.schema import Report, event_line, training_line
 from coprune.report.vocabulary import vocabulary_section
 
 _SAME = 0.001  # sparsities that differ by less are one figure
@@ -138,11 +138,11 @@ def _sample(report: Report) -> str:
 
 
 def _events(report: Report) -> str:
-    trained = listed("Block reconstruction", report.reconstructions)
-    if not report.troubles:
+    trained = listed("Block reconstruction", [f"{one.block}: {training_line(one)}" for one in report.trainings])
+    if not report.events:
         none = section("Numerical events", note="None: no matrix needed more damping, a fallback or topping up.")
         return trained + none
-    return trained + listed("Numerical events", report.troubles)
+    return trained + listed("Numerical events", report.events)
 
 
 def _phases(report: Report) -> str:
@@ -306,7 +306,7 @@ def _matrix(matrix: MatrixResult) -> list[Any]:
     error, shape = matrix.relative_layer_error, matrix.shape
     error = None if error is None or not math.isfinite(error) else round(error, 6)
     figures = [matrix.name, f"{shape[0]} × {shape[1]}", round(matrix.sparsity, 6), error, matrix.tokens]
-    return [*figures, " · ".join(matrix.events), _charts(matrix.distributions)]
+    return [*figures, " · ".join(map(event_line, matrix.events)), _charts(matrix.distributions)]
 
 
 def _charts(found: Distributions | None) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.extras import TextSample
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
-from coprune.pruning.block_training import RECONSTRUCTED
+from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.distributions import Distributions
+from coprune.pruning.events import Event, Kind
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts
@@ -124,8 +125,10 @@ class Report(Shown, BaseModel):
     peak_device_memory_bytes: int | None
     versions: dict[str, str]
     events: list[str]
-    """Numerical events, and what block reconstruction did, each with the name of its matrix."""
+    """Numerical events, each with the name of its matrix, and what else is to be known of the run."""
     matrices: list[MatrixResult]
+    trainings: list[BlockTraining] = []
+    """What block reconstruction did, block by block."""
     saved_model: Path | None = None
     zero_shot: ZeroShotFacts | None = None
     sample: TextSample | None = None
@@ -163,16 +166,6 @@ class Report(Shown, BaseModel):
     def has_zeros(self) -> bool:
         """Whether weights were set to zero, beside what may have been removed."""
         return self.recipe.sets_zeros
-
-    @property
-    def troubles(self) -> list[str]:
-        """The numerical events alone."""
-        return [event for event in self.events if f": {RECONSTRUCTED}" not in event]
-
-    @property
-    def reconstructions(self) -> list[str]:
-        """What block reconstruction did, a line for each block."""
-        return [event.partition(f": {RECONSTRUCTED}")[2] for event in self.events if f": {RECONSTRUCTED}" in event]
 
     def headline(self) -> str:
         """Model, method and pattern, and what that did to the first text."""
@@ -217,10 +210,10 @@ class Report(Shown, BaseModel):
         took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
         rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))
         rows += answer_rows(self.answers, self.no_answers, self.required)
-        if self.reconstructions:
-            rows.append(("trained", f"{len(self.reconstructions)} blocks, the last: {self.reconstructions[-1]}"))
-        if troubles := self.troubles:
-            rows.append(("events", f"numerical: {len(troubles)}, the first: {troubles[0]}"))
+        if self.trainings:
+            rows.append(("trained", f"{len(self.trainings)} blocks, the last: {training_line(self.trainings[-1])}"))
+        if self.events:
+            rows.append(("events", f"numerical: {len(self.events)}, the first: {self.events[0]}"))
         if self.saved_model is not None:
             how = "bytes compared with the source's" if recipe.output.as_gguf else "reloaded and compared"
             rows.append(("model in", f"{self.saved_model} ({how})"))
@@ -243,6 +236,29 @@ class Report(Shown, BaseModel):
             return report  # of an earlier version, or copied alone
         matrices = [matrix.model_copy(update={"distributions": found.get(matrix.name)}) for matrix in report.matrices]
         return report.model_copy(update={"matrices": matrices})
+
+
+_EVENTS: dict[Kind, str] = {
+    "no tokens": "no calibration token came to it, so it went by magnitude",
+    "only zeros": "nothing but zeros came to it, so it went by magnitude",
+    "few tokens": "only {tokens:g} tokens for {inputs:g} inputs; the layer's average made up for the rest",
+    "damping raised": "the Cholesky factorisation failed; damping raised to {damping:g}",
+    "eigenvalues clipped": "the Cholesky factorisation failed at every damping; eigenvalues clipped from below in float64",
+    "mask unsettled": "the mask still changed after {rounds:g} rounds",
+    "sparsity missed": "the sparsity is {reached:.4f} where {asked:.4f} was asked for",
+}
+
+
+def event_line(event: Event) -> str:
+    """Return what happened to a matrix, for people."""
+    return event.note or _EVENTS.get(event.kind, event.kind).format_map(event.figures)
+
+
+def training_line(training: BlockTraining) -> str:
+    """Return what the training of a block did, for people."""
+    start = f"relative error {training.start:.5f}"
+    gained = f"nothing gained, {start}" if training.is_idle else f"{start} → {training.end:.5f}"
+    return f"{gained} on the watched batches; trained: {training.trained}"
 
 
 def installed_versions() -> dict[str, str]:

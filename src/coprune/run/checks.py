@@ -74,7 +74,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
 
 
 def low_rank_of(recipe: Recipe) -> LowRank | None:
-    """What is added to pruned matrices, if the recipe asks for that. Raises BadInput where PEFT is missing."""
+    """Return what is added to pruned matrices, if the recipe asks for that. Raises BadInput where PEFT is missing."""
     asked = recipe.prune.low_rank
     if not asked.rank:
         return None
@@ -111,7 +111,7 @@ def _method_of(asked: Choice) -> Method:
 
 
 def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
-    """The training of every pruned block, if the recipe asks for it."""
+    """Return how every pruned block is trained; None if the recipe asks for no training."""
     asked = recipe.prune.reconstruct
     if asked.steps == 0:
         return None
@@ -216,13 +216,13 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
 
 
 def reads_calibration(recipe: Recipe) -> bool:
-    """Whether the calibration text is looked at: not where all that goes are experts, scored on texts of their own."""
+    """Return whether the calibration text is looked at: not where all that goes are experts, scored on texts of their own."""
     only_experts = set(recipe.remove.shares) == {"experts"} and bool(recipe.remove.domains)
     return not only_experts or recipe.prune.reconstruct.steps > 0
 
 
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
-    """Whether the calibration data decides the result: for a statistic, reconstruction, allocation, permutation or rotation."""
+    """Return whether the calibration data decides the result: by a statistic, a training, an allocation, a reordering."""
     if solver.statistic is not None or recipe.prune.reconstruct.steps > 0 or recipe.prune.reshapes:
         return True
     return allocation_named(recipe.prune.allocation).statistic is not None

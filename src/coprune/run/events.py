@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from coprune.base.progress import Event
+from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import PhaseFacts
@@ -54,10 +55,12 @@ class BlockPruned(Event):
     block: str
     matrices: tuple[MatrixResult, ...]
     """What became of each of its matrices."""
+    training: BlockTraining | None = None
 
     def facts(self) -> dict[str, Any]:
         matrices = [result.model_dump(mode="json", exclude={"distributions"}) for result in self.matrices]
-        return {"block": self.block, "matrices": matrices}
+        facts: dict[str, Any] = {"block": self.block, "matrices": matrices}
+        return facts if self.training is None else facts | {"training": self.training.model_dump(mode="json")}
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from coprune.base.devices import device_memory
@@ -15,76 +15,70 @@ from coprune.data.images import LabelledImages
 from coprune.data.labelled_text import LabelledTexts
 from coprune.evaluation.answers.facts import judge
 from coprune.evaluation.embeddings import embedding_change
-from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity
 from coprune.model.checkpoint.load import loaded_by_auto
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
 from coprune.report.html import MadeFacts
-from coprune.report.schema import CalibrationFacts, ModelFacts, PhaseFacts, Report, SparsityFacts, installed_versions
+from coprune.report.schema import (
+    CalibrationFacts,
+    ModelFacts,
+    Report,
+    SparsityFacts,
+    event_line,
+    installed_versions,
+)
+from coprune.run.context import Outcome, Run
 from coprune.run.low_rank import low_rank_facts
-from coprune.run.prune_blocks import Outcome
-from coprune.run.session import Opened, Session
 
 
-@dataclass(frozen=True)
-class Found:
-    """Everything that a run measured."""
-
-    outcome: Outcome
-    dense: dict[str, Measured]
-    """Of the dense model, by the name of the data."""
-    pruned: dict[str, Measured]
-    extras: Extras
-    phases: list[PhaseFacts]
-    total_seconds: float
-    alone: Mapping[str, Measured] = field(default_factory=dict)
-    """Of the pruned model without what was added to it."""
-
-
-def build_report(session: Session, found: Found) -> Report:
+def build_report(run: Run) -> Report:
     """Put together everything that a run measured."""
-    opened, model, edits = session.opened, session.model, found.outcome.edits
-    measured, results = found.pruned.items(), _placed(found.outcome)
+    model, extras, outcome = run.model, run.extras, run.outcome
+    edits, measured, results = outcome.edits, run.pruned.items(), _placed(outcome)
     cut = next((edit for edit in edits.all() if isinstance(edit, Configure)), None)
     return Report(
-        recipe=opened.recipe,
-        model=_model(session),
-        calibration=_calibration(opened),
-        sparsity=_sparsity(session, results),
+        recipe=run.recipe,
+        model=_model(run),
+        calibration=_calibration(run),
+        sparsity=_sparsity(run, results),
         perplexity=[
-            PerplexityFacts.of(before if isinstance(before := found.dense.get(name), Perplexity) else None, one)
+            PerplexityFacts.of(before if isinstance(before := run.dense.get(name), Perplexity) else None, one)
             for name, one in measured
             if isinstance(one, Perplexity)
         ],
-        accuracy=[_accuracy(opened, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)],
+        accuracy=[_accuracy(run, run.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)],
         embeddings=[
             embedding_change(before, one)
             for name, one in measured
-            if isinstance(one, Embedded) and isinstance(before := found.dense.get(name), Embedded)
+            if isinstance(one, Embedded) and isinstance(before := run.dense.get(name), Embedded)
         ],
-        bos=opened.bos,
-        left_out=[*map(str, model.chosen.left_out), *opened.loaded.left_out],
-        prune_seconds=found.outcome.seconds,
-        total_seconds=found.total_seconds,
+        bos=run.bos,
+        left_out=[*map(str, model.chosen.left_out), *run.loaded.left_out],
+        prune_seconds=outcome.seconds,
+        total_seconds=time.perf_counter() - run.began,
         peak_memory_bytes=peak_memory(),
-        peak_device_memory_bytes=None if (there := device_memory(opened.loaded.device)) is None else there.peak,
+        peak_device_memory_bytes=None if (there := device_memory(run.loaded.device)) is None else there.peak,
         versions=installed_versions(),
-        events=[*found.outcome.notes, *(f"{result.name}: {event}" for result in results for event in result.events)],
+        events=[
+            *outcome.notes,
+            *(f"{result.name}: {event_line(event)}" for result in results for event in result.events),
+        ],
+        trainings=list(outcome.trainings),
         matrices=results,
         edits=edits.lines(),
         left=None if cut is None else cut.parameters,
         padding=0 if cut is None else cut.padding,
-        low_rank=low_rank_facts(results, opened.target.pattern, session.not_added, found.alone, model.module),
-        covered=dict(found.outcome.covered),
-        saved_model=opened.recipe.output.model,
-        zero_shot=found.extras.zero_shot_facts(),
-        sample=found.extras.sample(),
-        answers=(answers := found.extras.look.facts()),
-        no_answers=found.extras.look.left_out,
-        required=judge(opened.recipe.evaluate.answers.conditions, answers),
-        phases=found.phases,
+        low_rank=low_rank_facts(results, run.target.pattern, run.not_added, run.alone, model.module),
+        covered=dict(outcome.covered),
+        saved_model=run.recipe.output.model,
+        zero_shot=extras.zero_shot_facts(),
+        sample=extras.sample(),
+        answers=(answers := extras.look.facts()),
+        no_answers=extras.look.left_out,
+        required=judge(run.recipe.evaluate.answers.conditions, answers),
+        phases=run.phases,
         made=MadeFacts.here(),
     )
 
@@ -99,15 +93,15 @@ def _placed(outcome: Outcome) -> list[MatrixResult]:
     ]
 
 
-def _model(session: Session) -> ModelFacts:
-    loaded, module = session.opened.loaded, session.model.module
+def _model(run: Run) -> ModelFacts:
+    loaded, module = run.loaded, run.model.module
     return ModelFacts(
         source=loaded.source,
         model_type=module.config.model_type,
         dtype=str(module.dtype).removeprefix("torch."),
         device=str(loaded.device),
-        blocks=len(session.model.blocks),
-        block_names=session.model.names,
+        blocks=len(run.model.blocks),
+        block_names=run.model.names,
         parameters=module.num_parameters(),
         quantised_source=loaded.quantised_source,
         task=loaded.task,
@@ -115,8 +109,8 @@ def _model(session: Session) -> ModelFacts:
     )
 
 
-def _calibration(opened: Opened) -> CalibrationFacts | None:
-    samples = opened.samples
+def _calibration(run: Run) -> CalibrationFacts | None:
+    samples = run.samples
     if samples is None:
         return None
     nsamples, *shape = samples.tokens.shape
@@ -125,33 +119,33 @@ def _calibration(opened: Opened) -> CalibrationFacts | None:
         nsamples=nsamples,
         seqlen=shape[0] if len(shape) == 1 else None,
         image_size=(shape[1], shape[2]) if len(shape) == 3 else None,
-        seed=opened.recipe.calibrate.seed,
+        seed=run.recipe.calibrate.seed,
         fingerprint=samples.fingerprint,
         sources=list(samples.parts) if isinstance(samples, Windows) else [],
-        counted=_counted(opened),
+        counted=_counted(run),
     )
 
 
-def _counted(opened: Opened) -> int | None:
-    marks = opened.samples.generated if isinstance(opened.samples, Windows) else None
-    return None if marks is None or opened.recipe.calibrate.calibrate_on == "all" else int(marks.sum())
+def _counted(run: Run) -> int | None:
+    marks = run.samples.generated if isinstance(run.samples, Windows) else None
+    return None if marks is None or run.recipe.calibrate.calibrate_on == "all" else int(marks.sum())
 
 
-def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
+def _sparsity(run: Run, results: list[MatrixResult]) -> SparsityFacts:
     """Zeros of the pruned matrices, over their own entries and over all parameters of the model."""
     sizes = [result.shape[0] * result.shape[1] for result in results]
     zeros = sum(round(result.sparsity * size) for result, size in zip(results, sizes, strict=True))
     return SparsityFacts(
-        target=session.opened.target.sparsity,
+        target=run.target.sparsity,
         matrices=zeros / max(sum(sizes), 1),
-        model=zeros / session.model.module.num_parameters(),
+        model=zeros / run.model.module.num_parameters(),
     )
 
 
-def _accuracy(opened: Opened, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
-    images, before = opened.data[pruned.data], dense if isinstance(dense, Accuracy) else None
+def _accuracy(run: Run, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
+    images, before = run.data[pruned.data], dense if isinstance(dense, Accuracy) else None
     assert isinstance(images, LabelledImages | LabelledTexts)
-    return accuracy_facts(images, opened.loaded.model.config.id2label, before, pruned)
+    return accuracy_facts(images, run.loaded.model.config.id2label, before, pruned)
 
 
 _EXAMPLES = 20  # images with a changed prediction that are named

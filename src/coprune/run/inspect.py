@@ -32,8 +32,8 @@ from coprune.recipe.structure import WHOLE_MODEL
 from coprune.run.arguments import PruneArguments
 from coprune.run.calibrating import counted_batches, first_counted, record_counted
 from coprune.run.checks import check_widths, prepare_solver
+from coprune.run.context import NOTHING, Given
 from coprune.run.prune import read_call
-from coprune.run.session import NOTHING, Given
 
 FEW_SAMPLES = 16
 """As many show how an allocation spreads the sparsity."""

@@ -63,7 +63,7 @@ def low_rank_facts(
     alone: Mapping[str, Measured],
     model: PreTrainedModel,
 ) -> LowRankFacts | None:
-    """What was added to pruned matrices, and what that takes; None where nothing was.
+    """Return what was added to pruned matrices, and what that takes; None where nothing was.
 
     Args:
         results: of all pruned matrices.
@@ -124,7 +124,7 @@ def _figures(alone: Mapping[str, Measured]) -> Iterator[tuple[str, float]]:
 
 
 def with_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with what its layers add as an adapter of PEFT, as `load_adapter` puts it there."""
+    """Return the model with what its layers add as an adapter of PEFT, as `load_adapter` puts it there."""
     factors: dict[str, Factors] = take_away(model)
     if factors:
         tensors: dict[str, Any] = stored_factors(factors, model.dtype)

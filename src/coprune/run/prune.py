@@ -43,9 +43,10 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.tree import FLAT, PARTS
 from coprune.run.arguments import PruneArguments
 from coprune.run.checks import check_widths, needs_inputs, prepare_solver
+from coprune.run.context import NOTHING, Given, Run
 from coprune.run.memory_bound import Estimate, TextSizes, bound_run
+from coprune.run.opening import open_run
 from coprune.run.result import Result
-from coprune.run.session import NOTHING, Given, Surroundings, open_run
 from coprune.run.stages import run_recipe
 from coprune.run.usual import recipe_that_fits
 from coprune.run.vocabulary import rest_of
@@ -138,7 +139,7 @@ def _recipe_of(model: Any, preset: str, processor: Any, settings: Mapping[str, A
 
 
 def _after_vocabulary(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """What a run does once it has cut a vocabulary. Raises BadInput where that is nothing."""
+    """Return what a run does once it has cut a vocabulary. Raises BadInput where that is nothing."""
     if recipe.remove.vocabulary is None:
         return recipe
     if (rest := rest_of(recipe)) is None:
@@ -186,7 +187,7 @@ def estimate_recipe(
 def _estimate(recipe: Recipe, given: Given, reporter: Reporter, remember: Remember) -> Estimate:
     if given.loaded is not None and isinstance(given.loaded.weights, Imagined):
         return _estimate_shapes(recipe, given.loaded, given.method, reporter)
-    found = open_run(recipe, given, Surroundings(reporter), remember).estimate()
+    found = open_run(Run(recipe, given, reporter), remember).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far", field="model")
     return found
@@ -260,7 +261,7 @@ def read_call(
 
 
 def options_of(method: Named) -> set[str]:
-    """The names of a method's own options. Raises BadInput for an unknown method."""
+    """Return the names of a method's own options. Raises BadInput for an unknown method."""
     return {field.name for field in dataclasses.fields(find_method(Choice.of(method).name))}
 
 

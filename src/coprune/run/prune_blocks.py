@@ -1,131 +1,110 @@
-"""The walk of a run: record its calibration batches, prune block by block, write what is finished.
-
-What comes before and after, loading, measuring and saving, is in stages.py.
-"""
+"""The walk of a run: look at the dense model once, then prune block by block and write what is finished."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 
 from coprune.base.devices import memory_within
 from coprune.base.memory import freed_memory_kept
-from coprune.base.words import Setting, say
-from coprune.model.blocks import Block
-from coprune.model.checkpoint.writer import REST
+from coprune.base.progress import NO_BAR
+from coprune.base.words import Setting, per_cent, say
 from coprune.model.edit import AddLowRank, Edit, FillZeros
-from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
 from coprune.model.walk.block_events import BlockDone, Past
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.block_training import idle_trainings, reconstruct_block
-from coprune.pruning.pruner import MatrixResult, prune_walk
+from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation.allocation_plan import plan_targets
+from coprune.pruning.block_training import BlockTraining, reconstruct_block
+from coprune.pruning.permutation import permute_model
+from coprune.pruning.pruner import MatrixResult, Solving, prune_walk
+from coprune.pruning.rotation import rotate_model
 from coprune.recipe.pattern import Target
-from coprune.recipe.recipe import Recipe
-from coprune.run.calibrating import moves_of, record_calibration, record_to_prune, solving_of
-from coprune.run.events import BlockPruned
-from coprune.run.journal import BlockOutcome, Output
-from coprune.run.look_at_dense import look_at_dense
-from coprune.run.session import Reuse, Session
-from coprune.run.share import SharedOutput
+from coprune.run.calibrating import (
+    counted_batches,
+    first_counted,
+    moves_of,
+    record_calibration,
+    record_counted,
+    record_to_prune,
+)
+from coprune.run.context import Outcome, Run
+from coprune.run.output import BlockOutcome
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the walk of a run did."""
-
-    results: list[MatrixResult]
-    """Of every matrix of the source that was pruned."""
-    edits: Edits
-    seconds: float
-    covered: Mapping[str, float] = field(default_factory=dict)
-    """What share of its experts' score every domain keeps, where experts were removed."""
-    notes: Sequence[str] = ()
-    """What is to be known of it beside the results."""
+_FEW_TOKENS = 2048
+"""Norms of inputs are looked at, and Gram matrices of single heads, which are narrow: so few tokens tell all of them."""
 
 
 @freed_memory_kept()
-def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outcome:
+def prune_blocks(run: Run) -> Outcome:
     """Walk over the blocks and prune them, going on where an earlier run stopped."""
-    opened, model = session.opened, session.model
-    recipe, reporter = opened.recipe, opened.around.reporter
-    shared = SharedOutput(opened.around.processes, output, model.weights)
-    finished = shared.finished()
+    model, recipe, reporter, output = run.model, run.recipe, run.reporter, run.output
+    finished = output.finished()
     if finished:
         reporter.say(f"{len(finished)} of {len(model.blocks)} blocks were finished by an earlier run.")
-    notes = [f"Blocks of an earlier run differ in last bits: {change}" for change in shared.changes if finished]
+    notes = [f"Blocks of an earlier run differ in last bits: {change}" for change in output.changes if finished]
     for note in notes:
         reporter.say(f"{note}.")
     started = time.perf_counter()
-    target_of = look_at_dense(session, lambda: record_calibration(session, dense=False))
-    known = reuse.gathered(session, finished, lambda: record_calibration(session, dense=False))
+    target_of = _look_at_dense(run)
+    known = run.reuse.gathered(run, finished, lambda: record_calibration(run))
     with reporter.bar(f"Pruning with {recipe.prune.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
-        recording = None if recipe.calibrate.propagation == "dense" and known else record_to_prune(session)
+        recording = None if recipe.calibrate.propagation == "dense" and known else record_to_prune(run)
         walk = Walk(
             model,
             recording,
-            opened.solver.statistic,
-            moves_of(session),
-            Past(finished, shared.restore, known),
-            opened.around.processes,
+            run.solver.statistic,
+            moves_of(run),
+            Past(finished, output.restore, known),
+            run.processes,
             advance,
         )
-        with shared.settled(), memory_within(lambda: walk.at):
-            results = _prune(session, walk, shared, target_of)
+        with output.settled(), memory_within(lambda: walk.at):
+            results = _prune(run, walk, target_of)
     earlier = [result for outcome in finished.values() for result in outcome.results]
-    if (idle := _idle_trainings(recipe, earlier + results)) is not None:
+    trainings = output.trainings
+    if (idle := _idle_trainings(trainings)) is not None:
         reporter.say(idle)
         notes.append(idle)
     outside = {matrix.name for matrix in model.chosen.outside}
     rest = FillZeros(masks=_masks(result for result in results if result.name in outside))
-    edits = all_edits(session, shared, rest)
-    return Outcome(earlier + results, edits, time.perf_counter() - started, notes=notes)
+    return Outcome(earlier + results, output.edits(rest), time.perf_counter() - started, trainings, notes=notes)
 
 
-def finish_block(session: Session, shared: SharedOutput, block: Block, outcome: BlockOutcome) -> None:
-    """Let a block be what its edits make of it, write it, and tell of it."""
-    for edit in outcome.edits:
-        edit.apply(block.module)
-    shared.write_block(block, outcome)
-    session.opened.around.reporter.tell(BlockPruned(block.name, tuple(outcome.results)))
-
-
-def all_edits(session: Session, shared: SharedOutput, *rest: Edit) -> Edits:
-    """What was done to the whole model, when all its blocks are finished. rest: to what lies outside them."""
-    return Edits({name: shared.outcomes[name].edits for name in session.model.names} | {REST: [*rest]})
-
-
-def _prune(
-    session: Session, walk: Walk, shared: SharedOutput, target_of: Callable[[Matrix], Target]
-) -> list[MatrixResult]:
+def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target]) -> list[MatrixResult]:
     """Prune what the walk shows; blocks are trained, if that is asked for, and written when they are finished."""
-    opened = session.opened
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
-        if session.reconstruction is not None and walk.recording is not None:
-            results = reconstruct_block(session.reconstruction, done, walk.recording, results)
-        finish_block(session, shared, done.block, BlockOutcome(results, edits_of(results)))
+        training = None
+        if run.reconstruction is not None and walk.recording is not None:
+            results, training = reconstruct_block(run.reconstruction, done, walk.recording, results)
+        run.finish_block(done.block, BlockOutcome(results, edits_of(results), training))
         return results
 
+    sequential = run.recipe.calibrate.propagation == "sequential"
+    stages = [*run.model.structure.groups, [[matrix] for matrix in run.model.chosen.outside]]
+    if sequential:  # the matrices of a group are all that can be pruned at the same time
+        stages = [[group] for groups in stages for group in groups]
     return prune_walk(
         walk,
-        opened.solver,
+        run.solver,
         target_of,
-        opened.recipe.evaluate.layer_error,
+        run.recipe.evaluate.layer_error,
         block_done,
-        solving_of(session),
+        Solving(run.processes, stages, sequential, gram=run.solver.statistic is Gram),
     )
 
 
-def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | None:
-    """What to say where the training of a third of the blocks gained nothing."""
-    idle, trainings = idle_trainings(results)
-    if not idle or 3 * idle < trainings:
+def _idle_trainings(trainings: Sequence[BlockTraining]) -> str | None:
+    """Return what to say where the training of a third of the blocks gained nothing."""
+    idle = sum(training.is_idle for training in trainings)
+    if not idle or 3 * idle < len(trainings):
         return None
     smaller = ("A smaller ", Setting("reconstruct_lr"), " may.")
-    return say((f"The training of {idle} of {trainings} blocks gained nothing. ", *smaller))
+    return say((f"The training of {idle} of {len(trainings)} blocks gained nothing. ", *smaller))
 
 
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
@@ -136,3 +115,43 @@ def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
 
 def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:
     return {result.name: result.mask_checksum for result in results}
+
+
+def _look_at_dense(run: Run) -> Callable[[Matrix], Target]:
+    """Permute channels, rotate values and allocate the sparsity, as the recipe says; return which target a matrix has.
+
+    All processes of a run call this together. Raises BadInput, NumericalError.
+    """
+    model, recipe, reporter, processes = run.model, run.recipe, run.reporter, run.processes
+    # In this order, since values are rotated for the groups in which inputs stand.
+    if recipe.prune.permute:
+        recording, pattern = _record_few(run, _FEW_TOKENS), run.target.pattern
+        with reporter.bar("Permuting channels", len(model.blocks)) as advance:
+            permuted = permute_model(model, recording, run.solver.method, pattern, processes, advance)
+        reporter.say(permuted.describe())
+    if recipe.prune.rotate:
+        recording = _record_few(run, _FEW_TOKENS)
+        with reporter.bar("Rotating values", len(model.blocks)) as advance:
+            rotated = rotate_model(model, recording, run.target, processes, advance)
+        reporter.say(rotated.describe())
+    allocation, inputs = allocation_named(recipe.prune.allocation), None
+    if allocation.statistic is not None:
+        inputs = _record_few(run, allocation.first) if allocation.first else record_calibration(run)
+    bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
+    with bar as advance:
+        targets = plan_targets(allocation, model, inputs, run.target, processes, advance)
+    targets = processes.from_first(lambda: targets)
+    if recipe.prune.allocation.name != "uniform":
+        sizes = {matrix.name: matrix.shape[0] * matrix.shape[1] for matrix in model.chosen.all()}
+        overall = sum(targets[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
+        sparsities = [target.sparsity for target in targets.values()]
+        spread = f"from {per_cent(min(sparsities))} to {per_cent(max(sparsities))} sparse, {per_cent(overall)} in all"
+        reporter.say(f"Allocation {recipe.prune.allocation}: matrices {spread}.")
+    return lambda matrix: targets[matrix.name]
+
+
+def _record_few(run: Run, tokens: int) -> Recording:
+    """Record the first calibration batches that hold so many tokens."""
+    assert run.samples is not None
+    batches = counted_batches(run.task, run.recipe, run.samples, run.processes)
+    return record_counted(run.model, first_counted(batches, tokens))

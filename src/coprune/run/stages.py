@@ -1,20 +1,19 @@
-"""One run from recipe to report: load, measure, walk and prune, measure again, save, verify, write down."""
+"""A run from top to bottom: its parts, each from folder to folder, and the stages of every part that cuts or prunes."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
-from coprune.base.devices import device_memory, enough_memory, in_host_memory, reset_peak
+from coprune.base.devices import enough_memory, in_host_memory
 from coprune.base.files import write_text
-from coprune.base.memory import resident_memory, return_free_memory
+from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Together, Words
@@ -25,7 +24,6 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
 from coprune.model.checkpoint.shards import ADAPTER_FOLDER
-from coprune.model.edits import Edits
 from coprune.model.loaded_model import choose_device, streams
 from coprune.model.low_rank_factors import without_factors
 from coprune.model.verification import verify_saved
@@ -33,24 +31,21 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.hub import require_login
-from coprune.report.schema import PhaseFacts, Report
+from coprune.report.schema import Report
 from coprune.run.checks import prepare_folders, replace_earlier
-from coprune.run.events import Finished, Phase, PhaseDone
-from coprune.run.facts import Found, build_report
-from coprune.run.halves import finished, push_if_asked, run_halves
-from coprune.run.journal import Output, may_round_otherwise, run_identity, weighs_blocks
-from coprune.run.look_at_dense import pruned_before
+from coprune.run.context import NOTHING, Given, Reuse, Run
+from coprune.run.events import Finished, Phase
+from coprune.run.facts import build_report
+from coprune.run.identity import may_round_otherwise, run_identity, weighs_blocks
 from coprune.run.low_rank import with_adapter
-from coprune.run.prune_blocks import Outcome, prune_blocks
+from coprune.run.opening import open_run, prove_run, say_if_sparse
+from coprune.run.output import Destination, Output
+from coprune.run.parts import Part, check_answers, check_parts, cut, prune, prune_rest, pruned_before, train
+from coprune.run.prune_blocks import prune_blocks
 from coprune.run.result import Result
-from coprune.run.session import NOTHING, Given, Reuse, Session, Surroundings, open_run, prove_run
-from coprune.run.stored_as import encoding_for
 from coprune.run.to_gguf import cut_of, refuse_other_changes
 from coprune.run.trackers import final_figures, listening
 from coprune.run.vocabulary import cut_vocabulary
-
-if TYPE_CHECKING:
-    from coprune.run.to_removal import Removable
 
 
 def run_recipe(
@@ -78,104 +73,224 @@ def run_recipe(
         BadInput, NumericalError, UnsupportedModel: as `prune`.
         LostProcess: another process ended.
     """
-    writes = write and processes.first
-    around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes, writes)
-    return _run_among(recipe, given, around, write, reuse)
+    heard = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
+    run = Run(recipe, given, heard, processes, write, reuse or Reuse(), replaces=bool(recipe.output.overwrite))
+    return cut_vocabulary(run, do_parts) if recipe.remove.vocabulary is not None else do_parts(run)
 
 
-def _run_among(recipe: Recipe, given: Given, around: Surroundings, write: bool, reuse: Reuse | None = None) -> Result:
-    """As `run_recipe`, of a whole run or of its half."""
-    started, processes = time.perf_counter(), around.processes
-    if recipe.remove.vocabulary is not None:
-        return cut_vocabulary(recipe, given, around, write, _run_among)
+def do_parts(run: Run) -> Result:
+    """Do a run of one part, or one part after another: each begins with the folder that the one before left."""
+    recipe = run.recipe
     if recipe.output.as_gguf:
-        refuse_other_changes(recipe, given)
-    if recipe.train.mode is not None or recipe.cuts_and_prunes:
-        return run_halves(recipe, given, around, write, _run_among, reuse)
-    if processes.size == 1 and write and (report := announced(recipe)) is not None:
-        finish_run_folder(recipe, report)
-        push_if_asked(recipe.output, around.reporter)
+        refuse_other_changes(recipe, run.given)
+    parts: list[Part] = [cut, prune_rest] if recipe.cuts_and_prunes else [prune]
+    if recipe.train.mode is not None:
+        parts.append(train)
+    if len(parts) == 1:
+        return do_stages(run)
+    check_parts(run)
+    result = pruned_before(run)
+    with run.closing:
+        for part in parts if result is None else [train]:
+            result = part(run, result, do_stages)
+    assert result is not None
+    if result.report.saved_model is not None:
+        run.push()
+    return result
+
+
+def do_stages(run: Run) -> Result:
+    """Do the stages of a run, or of the part of one that cuts or prunes."""
+    recipe, whole = run.recipe, run.whole or run
+    if run.processes.size == 1 and run.write and (report := announced(recipe)) is not None:
+        finish_run_folder(recipe, report)  # a run that was killed when only this was left
+        run.push()
         return Result(report)
     if recipe.output.push_to_hub is not None:
         require_login(recipe.output.push_to_hub)
-    if processes.first and (write or recipe.output.model):
-        prepare_folders(around.replaces or recipe)
-    told = listening(recipe, around.reporter) if processes.first else nullcontext()
-    with told, around.reporter.libraries():
-        device = choose_device(recipe.model.device) if given.loaded is None else given.loaded.device
-        phases = Phases(around.reporter, device, started)
-        with enough_memory(less_memory(recipe, device, given.loaded is not None), lambda: phases.now):
-            return _run(recipe, given, around, reuse or Reuse(), phases)
+    if run.first and (run.write or recipe.output.model):
+        prepare_folders(whole.recipe if whole.replaces else recipe)
+    with listening(recipe, run.reporter) if run.first else nullcontext(), run.reporter.libraries():
+        loaded = run.given.loaded
+        device = choose_device(recipe.model.device) if loaded is None else loaded.device
+        run.count_from_here(device)
+        with enough_memory(less_memory(recipe, device, loaded is not None), lambda: run.phase):
+            for phase, stages in STAGES.items():
+                for stage in stages:
+                    stage(run)
+                if phase is not Phase.SAVE or (run.first and recipe.output.model is not None):
+                    run.done(phase)
+            return end(run)
 
 
-def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phases: Phases) -> Result:
-    """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
-    first, write = around.processes.first, around.writes
-    extras = Extras.prepare(recipe, around.processes.size, given.loaded is None)
-    session = _open(recipe, given, around, reuse)
-    loaded, may_go = session.opened.loaded, _what_may_go(session)
-    file = cut_of(session, may_go.routers(session.model.blocks)) if first and may_go is not None else None
-    if first:
-        extras.look.prepare(loaded, around.reporter)
-    phases.done(Phase.PREPARE)
-    if first and (around.replaces is not None or recipe.output.overwrite):
-        replace_earlier(around.replaces or recipe)
-    output = _open_output(session) if first else None
-    if write:
-        write_text(recipe.run_folder / RECIPE_FILE, (around.whole or recipe).untold().to_yaml())
-    dense = reuse.dense(session, extras, lambda: measure_dense(session, extras))
-    extras.look.keep_rows(loaded)
-    phases.done(Phase.MEASURE_DENSE)
-    outcome = prune_blocks(session, output, reuse) if may_go is None else _remove_parts(session, output, may_go)
-    if output is not None and (note := output.rounding.line()) is not None:
-        around.reporter.say(f"{note}.")
-        outcome = replace(outcome, notes=[*outcome.notes, note])
-    phases.done(Phase.PRUNE)
-    pruned, alone = measure(session, "pruned"), measure_alone(session)
-    if first:
-        extras.measure("pruned", loaded, around.reporter)
-        look_at_pruned(session, extras, outcome.edits)
-    phases.done(Phase.MEASURE_PRUNED)
-    total = time.perf_counter() - phases.began
-    report = build_report(session, Found(outcome, dense, pruned, extras, phases.facts, total, alone))
-    if write:
-        announce(recipe, report)
-    if file is not None and recipe.output.model is not None:
-        file.cut(recipe.output.model, outcome.edits, around.reporter)
-    _save(session, output, report, outcome.edits)
-    if recipe.output.model is not None and first:
-        phases.done(Phase.SAVE)
+def open_source(run: Run) -> None:
+    """Check everything that can be checked, and read the data."""
+    run.extras = Extras.prepare(run.recipe, run.processes.size, run.given.loaded is None)
+    open_run(run, run.reuse.tokens)
+
+
+def estimate(run: Run) -> None:
+    """Say what the run will take; raise BadInput where that does not fit."""
+    if run.first and (found := run.reuse.estimate(run.estimate)) is not None:
+        run.reporter.say(found.line())
+        if run.recipe.model.check_memory:
+            found.require()
+    return_free_memory()  # of the blocks and matrices that were tried
+
+
+def prove(run: Run) -> None:
+    """Prove that the model can be walked, and that it can be asked what it will be asked."""
+    prove_run(run)
+    if run.first:
+        say_if_sparse(run)
+        run.extras.look.prepare(run.loaded, run.reporter)
+        check_answers(run)
+
+
+def plan(run: Run) -> None:
+    """Find how the blocks change: parts of them are removed, or weights set to zero."""
+    if not run.recipe.remove.parts:
+        run.change = prune_blocks
+        return
+    from coprune.run.to_removal import remove_parts, what_may_go
+
+    may_go = what_may_go(run)
+    run.change = partial(remove_parts, found=may_go)
+    if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
+        run.write_gguf = file.cut
+
+
+def claim(run: Run) -> None:
+    """Take the run's folders: what an earlier run left goes where that is asked for, and the recipe is kept."""
+    whole = run.whole or run
+    if run.first and whole.replaces:
+        replace_earlier(whole.recipe)
+    whole.replaces = False
+    run.output = Output(run.processes, run.model.weights, run.model.names, _destination(run) if run.first else None)
+    if run.writes:
+        recipes = {one.run_folder: one for one in (run.recipe, whole.recipe)}  # the whole's where both go to one
+        for folder, recipe in recipes.items():
+            write_text(folder / RECIPE_FILE, recipe.untold().to_yaml())
+
+
+def measure_dense(run: Run) -> None:
+    """Measure the dense model, or take over what another run measured of it."""
+
+    def measured() -> dict[str, Measured]:
+        found = measure(run, "dense") if run.recipe.evaluate.dense else {}
+        if run.first:
+            run.extras.measure("dense", run.loaded, run.reporter)
+        return found
+
+    run.dense = run.reuse.dense(run, measured)
+    run.extras.look.keep_rows(run.loaded)
+
+
+def change_blocks(run: Run) -> None:
+    """Walk over the blocks, change them, and write them."""
+    run.outcome = run.change(run)
+    if (note := run.output.rounding.line()) is not None:
+        run.reporter.say(f"{note}.")
+        run.outcome = replace(run.outcome, notes=[*run.outcome.notes, note])
+
+
+def measure_pruned(run: Run) -> None:
+    """Measure the pruned model, and let it answer; what lost parts as the smaller model that is saved."""
+    run.pruned, recipe = measure(run, "pruned"), run.recipe
+    run.alone = {}
+    if recipe.prune.low_rank.rank:
+        with without_factors(run.model.module):
+            run.alone = measure(run, "sparse")
+    if not run.first:
+        return
+    run.extras.measure("pruned", run.loaded, run.reporter)
+    if run.extras.look.looks:
+        with run.loaded.whole(run.reporter) as module:
+            model = _smaller_model(run) if recipe.remove.parts else module
+            run.extras.look.ask(model, run.loaded, run.reporter, recipe.calibrate.batch_size)
+
+
+def save(run: Run) -> None:
+    """Announce the report, then finish the checkpoint and prove that it holds what was pruned."""
+    run.report = build_report(run)
+    if run.writes:
+        announce(run.recipe, run.report)
+    if run.write_gguf is not None and run.recipe.output.model is not None:
+        run.write_gguf(run.recipe.output.model, run.outcome.edits, run.reporter)
+    _save(run, run.report)
+
+
+STAGES: dict[Phase, Sequence[Callable[[Run], None]]] = {
+    Phase.PREPARE: (open_source, estimate, prove, plan),
+    Phase.MEASURE_DENSE: (claim, measure_dense),
+    Phase.PRUNE: (change_blocks,),
+    Phase.MEASURE_PRUNED: (measure_pruned,),
+    Phase.SAVE: (save,),
+}
+
+
+def end(run: Run) -> Result:
+    """Write the report, push the model, and give both back."""
     return_free_memory()
-    report = finished(recipe, report.model_copy(update={"phases": phases.facts}), phases.began, around)
-    around.reporter.tell(Finished(final_figures(report)))
-    if first:
-        push_if_asked(recipe.output, around.reporter)
-    if loaded.weights.streams:
-        return Result(report, loaded.processor, partial(_saved_model, report.saved_model, recipe.model.device))
-    made = (
-        partial(_smaller_model, session, outcome.edits) if may_go is not None else partial(with_adapter, loaded.model)
-    )
-    return Result(report, loaded.processor, made)
+    report = run.finish(run.report.model_copy(update={"phases": run.phases}))
+    run.reporter.tell(Finished(final_figures(report)))
+    run.push()
+    made: Callable[[], PreTrainedModel | None]
+    if run.loaded.weights.streams:
+        made = partial(_saved_model, report.saved_model, run.recipe.model.device)
+    elif run.recipe.remove.parts:
+        made = partial(_smaller_model, run)
+    else:
+        made = partial(with_adapter, run.loaded.model)
+    return Result(report, run.loaded.processor, made)
 
 
-def _what_may_go(session: Session) -> Removable | None:
-    if not session.opened.recipe.remove.parts:
-        return None
-    from coprune.run.to_removal import what_may_go
-
-    return what_may_go(session)
-
-
-def _remove_parts(session: Session, output: Output | None, may_go: Removable) -> Outcome:
-    from coprune.run.to_removal import remove_parts
-
-    return remove_parts(session, output, may_go)
-
-
-def _smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
+def _smaller_model(run: Run) -> PreTrainedModel:
     from coprune.run.to_removal import smaller_model
 
-    return smaller_model(session, edits)
+    return smaller_model(run, run.outcome.edits)
+
+
+def _destination(run: Run) -> Destination | None:
+    """Where the blocks go, if a checkpoint is wanted or a streamed run has no other place for them."""
+    recipe, model = run.recipe, run.model
+    keep = recipe.output.model is not None and not recipe.output.as_gguf
+    if not keep and not model.weights.streams:
+        return None
+    # How windows begin is decided by now, whoever decided it.
+    used = "auto" if run.bos is None or run.bos.used == "as given" else run.bos.used
+    weights = run.loaded.fingerprint(model.blocks)
+    identity = run_identity(recipe.replaced(bos=used), weights, run.fingerprint, model.weights.streams)
+    if run.encoding.name == "source":  # unfinished files are of one encoding
+        identity = replace(identity, settings=identity.settings | {"encoding": run.encoding.name})
+    folder = recipe.output.model or recipe.run_folder / "checkpoint"
+    return Destination(folder, keep, identity, run.encoding)
+
+
+def _save(run: Run, report: Report) -> None:
+    """Finish the checkpoint, or let go of it if nobody wants it."""
+    if not run.output.keep:
+        run.output.discard()
+        return
+
+    def check(folder: Path) -> None:
+        run.reporter.say("Reloading the saved model to compare masks and logits")
+        verify_saved(folder, run.model, run.outcome.edits, run.output.encoding)
+
+    asked = run.recipe.model
+    beside = Companions(run.loaded.processor, model_card(report), asked.dtype, asked.name)
+    run.output.finish(beside, run.outcome.edits, check)
+
+
+def measure(run: Run, which: str) -> dict[str, Measured]:
+    """Perplexity or accuracy on everything that is measured on."""
+    found, reporter, task = dict[str, Measured](), run.reporter, run.task
+    for name, data in run.data.items():
+        with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
+            measured = task.measure(run.model, data, run.activations(), advance)
+        found[name] = named(measured, name, data)
+        reporter.say(found[name].of_model(which))
+    return found
 
 
 def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
@@ -189,123 +304,6 @@ def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
             model.load_adapter(str(folder / ADAPTER_FOLDER))
         model.requires_grad_(False)
     return model
-
-
-def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> Session:
-    """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
-    opened = open_run(recipe, given, around, reuse.tokens)
-    if around.processes.first and (estimate := reuse.estimate(opened.estimate)) is not None:
-        around.reporter.say(estimate.line())
-        if recipe.model.check_memory:
-            estimate.require()
-    return_free_memory()  # of the blocks and matrices that were tried
-    session = prove_run(opened)
-    if around.processes.first and (pruned := pruned_before(session)) is not None:
-        around.reporter.say(pruned)
-    return session
-
-
-def _open_output(session: Session) -> Output | None:
-    """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
-    opened, model = session.opened, session.model
-    recipe = opened.recipe
-    keep = recipe.output.model is not None and not recipe.output.as_gguf
-    if not keep and not model.weights.streams:
-        return None
-    # How windows begin is decided by now, whoever decided it.
-    used = "auto" if opened.bos is None or opened.bos.used == "as given" else opened.bos.used
-    weights = opened.loaded.fingerprint(model.blocks)
-    identity = run_identity(recipe.replaced(bos=used), weights, opened.fingerprint, model.weights.streams)
-    folder = recipe.output.model or recipe.run_folder / "checkpoint"
-    encoding = encoding_for(recipe, model.weights)
-    if encoding.name == "source":  # unfinished files are of one encoding
-        identity = replace(identity, settings=identity.settings | {"encoding": encoding.name})
-    return Output(folder, keep, model.weights, model.blocks, identity, encoding)
-
-
-def _save(session: Session, output: Output | None, report: Report, edits: Edits) -> None:
-    """Finish the checkpoint and prove that it holds what was pruned, or let go of it if nobody wants it."""
-    if output is None:
-        return
-    if not output.keep:
-        output.discard()
-        return
-
-    def check(folder: Path) -> None:
-        session.opened.around.reporter.say("Reloading the saved model to compare masks and logits")
-        verify_saved(folder, session.model, edits, output.encoding)
-
-    opened = session.opened
-    asked = opened.recipe.model
-    beside = Companions(opened.loaded.processor, model_card(report), asked.dtype, asked.name)
-    output.finish(beside, edits, check)
-
-
-class Phases:
-    """Notes every phase as it ends, and tells whoever listens to the reporter."""
-
-    def __init__(self, reporter: Reporter, device: torch.device, began: float | None = None) -> None:
-        """device: that the run computes on, whose peak is counted from now on; began: when the run did, if not now."""
-        reset_peak(device)
-        self.began = time.perf_counter() if began is None else began
-        self._device = device
-        self.facts: list[PhaseFacts] = []
-        self._reporter = reporter
-        self._started = time.perf_counter()
-
-    @property
-    def now(self) -> str:
-        """What the run is doing: the phase that has not ended, or what comes after all of them."""
-        return next((phase.value for phase in list(Phase)[len(self.facts) :]), "finish the report")
-
-    def done(self, phase: Phase) -> None:
-        """Note that a phase has just ended, and give back what it left free."""
-        return_free_memory()
-        now = time.perf_counter()
-        there = device_memory(self._device)
-        device = None if there is None else there.allocated
-        seconds, self._started = now - self._started, now
-        facts = PhaseFacts(name=phase.value, seconds=seconds, resident_bytes=resident_memory(), device_bytes=device)
-        self.facts.append(facts)
-        self._reporter.tell(PhaseDone(phase, facts))
-
-
-def measure_dense(session: Session, extras: Extras) -> dict[str, Measured]:
-    """Everything that is measured of the dense model."""
-    opened = session.opened
-    found = measure(session, "dense") if opened.recipe.evaluate.dense else {}
-    if opened.around.processes.first:
-        extras.measure("dense", opened.loaded, opened.around.reporter)
-    return found
-
-
-def look_at_pruned(session: Session, extras: Extras, edits: Edits) -> None:
-    """Let the pruned model answer; what lost parts as the smaller model that is saved, which keeps what it has seen."""
-    opened, reporter = session.opened, session.opened.around.reporter
-    if extras.look.looks:
-        with opened.loaded.whole(reporter) as module:
-            model = _smaller_model(session, edits) if opened.recipe.remove.parts else module
-            extras.look.ask(model, opened.loaded, reporter, opened.recipe.calibrate.batch_size)
-
-
-def measure_alone(session: Session) -> dict[str, Measured]:
-    """The same of what is in the weights alone, where matrices of low rank are added to them; nothing elsewhere."""
-    if not session.opened.recipe.prune.low_rank.rank:
-        return {}
-    with without_factors(session.model.module):
-        return measure(session, "sparse")
-
-
-def measure(session: Session, which: str) -> dict[str, Measured]:
-    """Perplexity or accuracy on everything that is measured on."""
-    opened, found = session.opened, dict[str, Measured]()
-    reporter, task = opened.around.reporter, opened.task
-    for name, data in opened.data.items():
-        with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
-            measured = task.measure(session.model, data, opened.activations(), advance)
-        found[name] = named(measured, name, data)
-        reporter.say(found[name].of_model(which))
-    return found
 
 
 def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -> Words:

@@ -14,7 +14,7 @@ from coprune.model.checkpoint.locate import GgufFile, locate, locates_gguf
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.weights import Weights
 from coprune.recipe.recipe import Recipe
-from coprune.run.session import Given, Session
+from coprune.run.context import Given, Run
 
 _INSTEAD: Words = ("name a folder, and run: ", Command("export", "FOLDER", "OUT.gguf"))
 
@@ -49,25 +49,25 @@ def _refused(recipe: Recipe, why: str) -> BadInput:
     return BadInput(f"{target} would be a GGUF file, and {why}", field="save_model", value=target, fix=_INSTEAD)
 
 
-def cut_of(session: Session, routers: Mapping[str, Sequence[Tensor]]) -> GgufParts | None:
+def cut_of(run: Run, routers: Mapping[str, Sequence[Tensor]]) -> GgufParts | None:
     """Return the file that a run makes another one of; None where it does not.
 
     Args:
-        session: of the run.
+        run: what it is asked and has found.
         routers: by block, the matrices that choose among experts, where some of these go.
 
     Raises:
         UnsupportedModel: its blocks or routers are not those of the model that was made of it.
     """
-    recipe = session.opened.recipe
+    recipe = run.recipe
     if not recipe.output.as_gguf:
         return None
     file = locate(recipe.model.name, recipe.model.cache_dir)
     assert isinstance(file, GgufFile)
-    parts = GgufParts(file, session.model.names)
-    for block in session.model.blocks:
+    parts = GgufParts(file, run.model.names)
+    for block in run.model.blocks:
         for router in routers.get(block.name, ()):
-            parts.require_router(block.name, _values(session.model.weights, block, router))
+            parts.require_router(block.name, _values(run.model.weights, block, router))
     return parts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coprune.removal.cut_and_prune import cut_and_prune
+from coprune.removal.cut_and_prune import check_cut_and_zeros, cutting_of, of_both, zeros_of
 from coprune.removal.mixtures import may_have_experts
 from coprune.removal.removal_stage import check_names, remove_parts, smaller_model, what_may_go
 from coprune.removal.shares import Removable
@@ -11,11 +11,14 @@ from coprune.removal.unit_scores import ByError, spreading_named
 __all__ = [
     "ByError",
     "Removable",
+    "check_cut_and_zeros",
     "check_names",
-    "cut_and_prune",
+    "cutting_of",
     "may_have_experts",
+    "of_both",
     "remove_parts",
     "smaller_model",
     "spreading_named",
     "what_may_go",
+    "zeros_of",
 ]

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,9 +28,8 @@ from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_f
 from coprune.report.html import MadeFacts
 from coprune.report.schema import ModelFacts, Report, SparsityFacts, installed_versions
 from coprune.run.checks import prepare_folders, replace_earlier
-from coprune.run.halves import finished, push_if_asked
+from coprune.run.context import Given, Run
 from coprune.run.result import Result
-from coprune.run.session import NOTHING, Given, Surroundings
 from coprune.run.to_gguf import require_gguf_source
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.cut import Asked, Cutting
@@ -41,7 +40,6 @@ FOLDER = "vocabulary"
 """Of a run folder: what the cut leaves there for the rest of the run."""
 REST = "rest"
 _CHOICE, _TRIES = "choice.json", "tries.json"
-Run = Callable[[Recipe, Given, Surroundings, bool], Result]
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,12 @@ class _Choice:
     model: ModelFacts
 
 
-def cut_vocabulary(recipe: Recipe, given: Given, around: Surroundings, write: bool, run: Run) -> Result:
+def cut_vocabulary(run: Run, do: Callable[[Run], Result]) -> Result:
     """Cut the vocabulary, then do the rest that a recipe asks for.
 
     Args:
-        recipe: of all.
-        given: what is taken instead of what the recipe names.
-        around: who hears of it.
-        write: whether to leave a run folder.
-        run: does the rest.
+        run: what is asked for.
+        do: does the rest.
 
     Returns:
         The report of all, and the model.
@@ -70,27 +65,27 @@ def cut_vocabulary(recipe: Recipe, given: Given, around: Surroundings, write: bo
         BadInput, UnsupportedModel: what is asked for cannot be done.
         VerificationError: what was written is not what should be there.
     """
-    started, rest = time.perf_counter(), rest_of(recipe)
-    _refuse(recipe, around, alone=rest is None)
-    if write and rest is None and (known := announced(recipe)) is not None:
+    recipe, rest = run.recipe, rest_of(run.recipe)
+    _refuse(run, alone=rest is None)
+    if run.write and rest is None and (known := announced(recipe)) is not None:
         finish_run_folder(recipe, known)
-        push_if_asked(recipe.output, around.reporter)
+        run.push()
         return Result(known)
     prepare_folders(recipe)
-    with _places(recipe, write, rest is None) as (target, keep):
+    with _places(recipe, run.write, rest is None) as (target, keep):
         if rest is None:
-            return _alone(recipe, given, around, (target, keep), started)
+            return _alone(run, target, keep)
         assert target is not None
-        choice = _for_rest(recipe, given, around, target, keep)
-        own = rest.replaced(model=str(target), save=recipe.run_folder / REST if write else None)
-        result = run(own, replace(NOTHING, method=given.method), replace(around, replaces=None), write)
-        report = _whole(recipe, choice, result.report, time.perf_counter() - started)
+        choice = _for_rest(run, target, keep)
+        own = rest.replaced(model=str(target), save=recipe.run_folder / REST if run.write else None)
+        result = do(Run(own, Given(method=run.given.method), run.reporter, run.processes, run.write))
+        report = _whole(recipe, choice, result.report, time.perf_counter() - run.began)
         if recipe.output.model is not None:
             write_text(recipe.output.model / CARD_FILE, model_card(report))
-        if around.writes:
+        if run.writes:
             announce(recipe, report)
             finish_run_folder(recipe, report)
-        push_if_asked(recipe.output, around.reporter)
+        run.push()
         model = result.model  # while the folder that it may be read from is there
         return Result(report, result.processor, lambda: model)
 
@@ -104,9 +99,10 @@ def rest_of(recipe: Recipe) -> Recipe | None:
     return recipe.model_copy(update={"remove": left}).replaced(**told)
 
 
-def _refuse(recipe: Recipe, around: Surroundings, alone: bool) -> None:
+def _refuse(run: Run, alone: bool) -> None:
     """Raise BadInput for what such a run does not do."""
-    if around.processes.size > 1:
+    recipe = run.recipe
+    if run.processes.size > 1:
         raise BadInput("a vocabulary is cut by one process", field="remove", fix="run it without torchrun")
     model = recipe.output.model
     if not alone:
@@ -135,21 +131,19 @@ def _places(recipe: Recipe, write: bool, alone: bool) -> Iterator[tuple[Path | N
             yield Path(folder) / "model", None
 
 
-def _alone(
-    recipe: Recipe, given: Given, around: Surroundings, places: tuple[Path | None, Path | None], started: float
-) -> Result:
-    """Do a run that does nothing else. places: where the model goes, and what was found out."""
-    target, keep = places
-    to_gguf = _becomes_gguf(recipe, given, target)
-    with _opened(recipe, given, to_gguf) as source:
-        choice = _chosen(recipe, around, source, keep)
-        report = _report(recipe, choice, time.perf_counter() - started)
-        if around.writes:
+def _alone(run: Run, target: Path | None, keep: Path | None) -> Result:
+    """Do a run that does nothing else. target: where the model goes; keep: where what was found out goes."""
+    recipe = run.recipe
+    to_gguf = _becomes_gguf(recipe, run.given, target)
+    with _opened(recipe, run.given, to_gguf) as source:
+        choice = _chosen(run, source, keep)
+        report = _report(recipe, choice, time.perf_counter() - run.began)
+        if run.writes:
             announce(recipe, report)  # a run that is killed once the model has its name has only this to finish
         if target is not None:
-            source.cut(target, choice.kept, around.reporter, "" if to_gguf else model_card(report))
-    report = finished(recipe, report, started, around)
-    push_if_asked(recipe.output, around.reporter)
+            source.cut(target, choice.kept, run.reporter, "" if to_gguf else model_card(report))
+    report = run.finish(report)
+    run.push()
     if target is None or to_gguf:
         return Result(report)
     where = ModelFolder(target, choice.model.source)
@@ -160,15 +154,15 @@ def _alone(
     return Result(report, processor, lambda: model)
 
 
-def _for_rest(recipe: Recipe, given: Given, around: Surroundings, target: Path, keep: Path | None) -> _Choice:
+def _for_rest(run: Run, target: Path, keep: Path | None) -> _Choice:
     """Write the smaller model that the rest of the run begins with, unless an interrupted run did."""
-    choice = _known(recipe, keep)
+    choice = _known(run.recipe, keep)
     if choice is not None and holds_model(target):
         return choice
-    with _opened(recipe, given, to_gguf=False) as source:
-        choice = _chosen(recipe, around, source, keep)
+    with _opened(run.recipe, run.given, to_gguf=False) as source:
+        choice = _chosen(run, source, keep)
         shutil.rmtree(target, ignore_errors=True)
-        source.cut(target, choice.kept, around.reporter)
+        source.cut(target, choice.kept, run.reporter)
     return choice
 
 
@@ -215,11 +209,12 @@ def _deciding(recipe: Recipe) -> dict[str, object]:
     return kept
 
 
-def _chosen(recipe: Recipe, around: Surroundings, source: Source, keep: Path | None) -> _Choice:
+def _chosen(run: Run, source: Source, keep: Path | None) -> _Choice:
     """Choose the tokens that stay and measure what that costs, unless an interrupted run did.
 
     Nothing is written before the recipe is known to be possible; raises BadInput where it is not, or saves too little.
     """
+    recipe = run.recipe
     if (known := _known(recipe, keep)) is not None:
         return known
     asked = Asked(
@@ -232,7 +227,7 @@ def _chosen(recipe: Recipe, around: Surroundings, source: Source, keep: Path | N
         tokens=recipe.evaluate.tokens,
         state=None if keep is None else keep / _TRIES,
     )
-    cutting = Cutting(source, asked, around.reporter)
+    cutting = Cutting(source, asked, run.reporter)
     cutting.require_possible()
     if recipe.output.overwrite:
         replace_earlier(recipe)
@@ -243,7 +238,7 @@ def _chosen(recipe: Recipe, around: Surroundings, source: Source, keep: Path | N
     cutting.refuse_useless(kept)
     choice = _Choice(kept, cutting.facts(kept, found), _model_facts(source, str(asked.device)))
     if (loud := choice.facts.loud()) is not None:
-        around.reporter.say(loud)
+        run.reporter.say(loud)
     if keep is not None:
         content = {
             "recipe": _deciding(recipe),

@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict
 from coprune.data import EvaluationText
 from coprune.evaluation.answers.answer_records import Answers
 from coprune.evaluation.answers.questions import plan_of
-from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.evaluation.result_cache import EvaluationCache
 from coprune.evaluation.zero_shot import ZeroShot
@@ -33,8 +32,8 @@ from coprune.model.walk.recording import Recording
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import installed_versions
+from coprune.run.context import Reuse, Run
 from coprune.run.memory_bound import Estimate
-from coprune.run.session import Reuse, Session
 from coprune.sweeps.statistics_store import StatisticsStore, shared_places
 
 SHARED_FOLDER = ".shared"
@@ -120,15 +119,13 @@ class SweepReuse(Reuse):
         key = estimate_key(self._recipe)
         return EvaluationCache(self._folder).get(key, KeptEstimate, estimate_now), anew
 
-    def dense(
-        self, session: Session, extras: Extras, measure: Callable[[], dict[str, Measured]]
-    ) -> dict[str, Measured]:
-        opened = session.opened
-        texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
-        alone = opened.around.processes.size == 1 and opened.loaded.task != "embeddings"  # whose vectors are not kept
-        if opened.recipe.evaluate.tasks.log_samples is not None and opened.recipe.evaluate.runs_tasks:
+    def dense(self, run: Run, measure: Callable[[], dict[str, Measured]]) -> dict[str, Measured]:
+        extras = run.extras
+        texts = [data for data in run.data.values() if isinstance(data, EvaluationText)]
+        alone = run.processes.size == 1 and run.loaded.task != "embeddings"  # whose vectors are not kept
+        if run.recipe.evaluate.tasks.log_samples is not None and run.recipe.evaluate.runs_tasks:
             return measure()  # whose items are logged beside the run's
-        if not opened.recipe.evaluate.dense or len(texts) < len(opened.data) or not alone:
+        if not run.recipe.evaluate.dense or len(texts) < len(run.data) or not alone:
             return measure()
         anew: dict[str, Measured] | None = None
 
@@ -141,7 +138,7 @@ class SweepReuse(Reuse):
             seconds, answers = time.perf_counter() - started, extras.look.dense
             return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=answers, seconds=seconds)
 
-        key = dense_key(session)
+        key = dense_key(run)
         facts = EvaluationCache(self._folder).get(key, DenseFacts, measure_now)
         if anew is not None:
             return anew
@@ -153,14 +150,12 @@ class SweepReuse(Reuse):
         extras.look.dense = facts.answers
         return dict(facts.perplexity)
 
-    def gathered(
-        self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]
-    ) -> Known:
-        places = shared_places(session, finished)
+    def gathered(self, run: Run, finished: Mapping[str, object], record: Callable[[], Recording | None]) -> Known:
+        places = shared_places(run, finished)
         if not places:
             return {}
-        key = statistics_key(session)
-        store = StatisticsStore(session, self._folder, key, places)
+        key = statistics_key(run)
+        store = StatisticsStore(run, self._folder, key, places)
         with self._alone(key):
             present = found = store.find()
             if len(found) < len(places):
@@ -169,7 +164,7 @@ class SweepReuse(Reuse):
         if len(found) < len(places):
             return {}
         self.saved.statistics += sum(kept.seconds for kept in present.values())
-        return {place: partial(kept.read, session.opened.loaded.device) for place, kept in found.items()}
+        return {place: partial(kept.read, run.loaded.device) for place, kept in found.items()}
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:
@@ -189,41 +184,41 @@ def estimate_key(recipe: Recipe) -> str:
     return json.dumps(recipe.deciding(Decides.COST), sort_keys=True, default=str)
 
 
-def dense_key(session: Session) -> str:
+def dense_key(run: Run) -> str:
     """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
-    texts = {n: data.fingerprint for n, data in session.opened.data.items() if isinstance(data, EvaluationText)}
+    texts = {n: data.fingerprint for n, data in run.data.items() if isinstance(data, EvaluationText)}
     names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
     names += ["apply_chat_template", "gen_kwargs"]
     names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"]
-    settings = {name: session.opened.recipe.setting(name) for name in names}
-    recipe = session.opened.recipe
+    settings = {name: run.recipe.setting(name) for name in names}
+    recipe = run.recipe
     plan = plan_of(recipe.evaluate.answers, recipe.output.model is not None)
     settings["answers"] = None if plan is None else plan.prompts.fingerprint
-    return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
+    return json.dumps(_computed(run) | settings | {"texts": texts}, sort_keys=True, default=str)
 
 
-def statistics_key(session: Session) -> str:
+def statistics_key(run: Run) -> str:
     """Names what is gathered of the dense model's blocks: as `dense_key`, and which matrices share which statistic."""
-    opened, model = session.opened, session.model
-    assert opened.samples is not None
-    statistic = opened.solver.statistic
+    model = run.model
+    assert run.samples is not None
+    statistic = run.solver.statistic
     facts = {
-        "samples": opened.samples.fingerprint,
-        "calibrate_on": opened.recipe.calibrate.calibrate_on,
-        "batches": [tuple(batch.shape) for batch in opened.task.batches(opened.samples.tokens)],
+        "samples": run.samples.fingerprint,
+        "calibrate_on": run.recipe.calibrate.calibrate_on,
+        "batches": [tuple(batch.shape) for batch in run.task.batches(run.samples.tokens)],
         "statistic": None if statistic is None else statistic.__name__,
         "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
         "outside": [matrix.name for matrix in model.chosen.outside],
     }
-    return json.dumps(_computed(session) | facts, sort_keys=True, default=str)
+    return json.dumps(_computed(run) | facts, sort_keys=True, default=str)
 
 
-def _computed(session: Session) -> dict[str, Any]:
+def _computed(run: Run) -> dict[str, Any]:
     """The weights, and how they are computed with."""
-    loaded, recipe = session.opened.loaded, session.opened.recipe
+    loaded, recipe = run.loaded, run.recipe
     return {
         "model": recipe.model.name,
-        "weights": loaded.fingerprint(session.model.blocks),
+        "weights": loaded.fingerprint(run.model.blocks),
         "dtype": str(loaded.model.dtype),
         "device": str(loaded.device),
         "streamed": streams(recipe),

@@ -30,22 +30,22 @@ from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.recording import Dense, Recording
 from coprune.model.walk.statistics import Statistic
 from coprune.model.walk.walk import Walk
-from coprune.run.session import Session
+from coprune.run.context import Run
 
 SPARE = 2
 """Nothing is kept where the disk has less room than so many times what it takes."""
 Kind = type[Statistic] | None
 
 
-def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]:
+def shared_places(run: Run, finished: Mapping[str, object]) -> list[str]:
     """Where a run's statistics are those of the dense model: names of blocks, or OUTSIDE for what comes after them.
 
     finished: blocks that an earlier run finished, of which nothing has to be known.
     """
-    opened, model = session.opened, session.model
-    recipe, alone = opened.recipe, opened.around.processes.size == 1
+    model = run.model
+    recipe, alone = run.recipe, run.processes.size == 1
     # Permuted or rotated weights are others in every run.
-    if not alone or opened.samples is None or recipe.prune.reshapes:
+    if not alone or run.samples is None or recipe.prune.reshapes:
         return []
     names = model.names
     if recipe.calibrate.propagation == "dense":
@@ -57,20 +57,20 @@ def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]
 
 
 class StatisticsStore:
-    """The statistics that a session's run has in common with others.
+    """The statistics that a run's run has in common with others.
 
     folder: where they lie; key: names them; places: which of them the run needs.
     """
 
-    def __init__(self, session: Session, folder: Path, key: str, places: Sequence[str]) -> None:
-        self._session = session
+    def __init__(self, run: Run, folder: Path, key: str, places: Sequence[str]) -> None:
+        self._run = run
         self._folder = folder
         self._key = key
         self._places = places
 
     def find(self) -> dict[str, Kept]:
         """What is kept and whole, by place."""
-        found = {place: Kept.find(self._file(place), self._session.opened.solver.statistic) for place in self._places}
+        found = {place: Kept.find(self._file(place), self._run.solver.statistic) for place in self._places}
         return {place: kept for place, kept in found.items() if kept is not None}
 
     def gather(self, present: Container[str], record: Callable[[], Recording | None]) -> None:
@@ -91,13 +91,13 @@ class StatisticsStore:
                 self._file(place).unlink(missing_ok=True)
 
     def _look(self, missing: Sequence[str], record: Callable[[], Recording | None]) -> None:
-        opened, model, started = self._session.opened, self._session.model, time.perf_counter()
+        run, model, started = self._run, self._run.model, time.perf_counter()
         outside = OUTSIDE in missing
         last = max(i for i, name in enumerate(model.names) if outside or name in missing)
         model = model.first_blocks(last + 1, outside)
-        with opened.around.reporter.bar("Gathering statistics of the dense model", len(model.blocks)) as advance:
+        with run.reporter.bar("Gathering statistics of the dense model", len(model.blocks)) as advance:
             past = Past(finished=set(model.names) - set(missing))
-            walk = Walk(model, record(), opened.solver.statistic, Dense(), past, advance=advance)
+            walk = Walk(model, record(), run.solver.statistic, Dense(), past, advance=advance)
             gathered: dict[str, Inputs] = {}
             for event in walk:
                 if isinstance(event, MatricesReady):
@@ -115,10 +115,10 @@ class StatisticsStore:
 
     def _bytes(self, place: str) -> int:
         """Size of a place's file, or a little more."""
-        model = self._session.model
+        model = self._run.model
         groups = {block.name: model.structure.groups[block.index] for block in model.blocks}
         groups[OUTSIDE] = [[matrix] for matrix in model.chosen.outside]
-        statistic, total = self._session.opened.solver.statistic, 0
+        statistic, total = self._run.solver.statistic, 0
         for group in groups[place]:
             width = group[0].shape[1]
             sums = {} if statistic is None else statistic.shapes(width)

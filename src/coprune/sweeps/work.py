@@ -97,12 +97,13 @@ def do_job(job: Work, tell: Tell) -> None:
 
 def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
-    from coprune.run.session import NOTHING, Surroundings, open_run
+    from coprune.run import context
+    from coprune.run.opening import open_run
     from coprune.sweeps.sharing import SweepReuse
 
     tell(Doing(job.run.name, "estimating"))
     reuse = SweepReuse(job.run.recipe, job.sweep, _texts)
-    opened = open_run(job.run.recipe, NOTHING, Surroundings(Reporter(quiet=True), writes=True), reuse.tokens)
+    opened = open_run(context.Run(job.run.recipe, context.NOTHING, Reporter(quiet=True), write=True), reuse.tokens)
     reuse.estimate(opened.estimate)
     return {}
 

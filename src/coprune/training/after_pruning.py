@@ -1,7 +1,4 @@
-"""Pruning and fine-tuning in one run: the pruned model goes to a folder, and is fine-tuned from there.
-
-So either half can be interrupted and goes on, and the pruned model stays to be compared with.
-"""
+"""The training of what a run pruned, from the folder of the pruned model: its settings, its checks, the report of both."""
 
 from __future__ import annotations
 
@@ -16,23 +13,23 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
-from coprune.base.words import Set, Setting, Together
+from coprune.base.words import Set, Together
 from coprune.data.mixture import reads_conversations
 from coprune.model.bare_configuration import Imagined
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import gguf_reader
-from coprune.model.checkpoint.locate import GgufFile, Location, holds_model, holds_weights, locate
+from coprune.model.checkpoint.locate import GgufFile, Location, holds_weights, locate
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import CalibratePart, Decides, ModelPart, PrunePart
+from coprune.recipe.parts import CalibratePart, ModelPart, PrunePart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.sources import split_sources
 from coprune.recipe.train import LEARNING_RATES, TrainPart, has_adapters, has_teacher
 from coprune.report.card import model_card
 from coprune.report.figures import FinetunedFacts
-from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
+from coprune.report.folder import RECIPE_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
 from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
@@ -42,44 +39,42 @@ from coprune.training.session import require_trainable
 from coprune.training.trainer import training_device
 
 
-def prune_and_finetune(
-    recipe: Recipe,
-    prune: Callable[[Recipe], Report],
-    reporter: Reporter,
-    processes: Processes,
-    in_memory: bool = False,
-    anew: bool = False,
-) -> Report:
-    """Prune, save to `pruned/` in the run folder, and fine-tune to the folder for the model (or `finetune/model/`).
+def check_training(recipe: Recipe, in_memory: bool) -> None:
+    """Check how a model is trained that is to be pruned before.
 
     Args:
         recipe: of both.
-        prune: runs a recipe.
+        in_memory: whether the model was handed over, so that its name need not lead to files.
+
+    Raises:
+        BadInput: the settings contradict each other, there is no teacher, or the training could never fit.
+    """
+    settings = training_of(recipe)
+    if in_memory:
+        _require_teacher(recipe)
+    else:
+        _require_room(recipe, settings)
+
+
+def train_pruned(recipe: Recipe, pruned: Report, reporter: Reporter, processes: Processes) -> Report:
+    """Fine-tune what a pruning saved to `pruned/` in the run folder, to the folder for the model (or `finetune/model/`).
+
+    Args:
+        recipe: of both.
+        pruned: the report of the pruning.
         reporter: who hears of it.
         processes: this one among those of the run.
-        in_memory: whether the model was handed over, so that its name need not lead to files.
-        anew: whether `prune` replaces an earlier run, of which nothing is gone on from.
 
     Returns:
         The report of the run, which speaks of the fine-tuned model; that of the fine-tuning alone is
-        `finetune/finetune.json`. Raises as both do.
+        `finetune/finetune.json`. Raises as `run_finetuning`.
     """
-    settings = training_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
-    pruning = pruning_of(recipe)
-    processes.from_first(lambda: _require_teacher(recipe) if in_memory else _require_room(recipe, settings))
-    done = processes.from_first(lambda: None if anew else _pruned_before(recipe, pruning))
-    if done is None:
-        report = prune(pruning)
-        processes.from_first(lambda: None)  # the first one is still saving what all of them are about to read
-    else:
-        reporter.say(f"Pruned by an earlier run: {pruning.output.model}")
-        report = done
-    settings = settings.replaced(**_measured_alike(report))
+    settings = training_of(recipe).replaced(**_measured_alike(pruned))
     if processes.first:
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
     before = processes.from_first(lambda: _finetuned_before(settings))
     found = run_finetuning(settings, reporter) if before is None else before
-    final = _of_both(report, recipe, found)
+    final = _of_both(pruned, recipe, found)
     if processes.first:
         if found.saved_model is not None:
             write_text(found.saved_model / CARD_FILE, model_card(final))
@@ -191,24 +186,6 @@ def training_of(recipe: Recipe) -> Recipe:
             "output": OutputPart(run=own, model=recipe.output.model, report_to=recipe.output.report_to),
         }
     )
-
-
-def _pruned_before(recipe: Recipe, pruning: Recipe) -> Report | None:
-    """The report of an earlier run of the same recipe, whose model is there; None if there was none."""
-    path = pruning.run_folder / REPORT_FILE
-    if not path.is_file() or pruning.output.model is None or not holds_model(pruning.output.model):
-        return None
-    report = Report.read(path)
-    # Whoever had no memory left goes on with smaller batches, as an unfinished pruning does.
-    what = Decides.RESULT | Decides.MEASUREMENT
-    if report.recipe.deciding(what) != pruning.deciding(what):
-        which = "a finished run" if report.recipe.gives_as(recipe) else "another run"
-        raise BadInput(
-            f"{pruning.run_folder} already holds {which}",
-            field="save",
-            fix=("name another folder with ", Setting("save")),
-        )
-    return report
 
 
 # A weight and its gradient in float32, and the moments of the optimiser.

@@ -22,7 +22,7 @@ from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
-from coprune.run.journal import Output
+from coprune.run.output import Output
 from coprune.run.stages import run_recipe
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save_pico, write_words
@@ -128,11 +128,11 @@ def test_a_resumed_run_is_the_same(stream: bool, place: Path, tmp_path: Path, mo
     write = Output.write_block
     written: list[Any] = []
 
-    def interrupted(self: Output, block: Any, results: Any, beside: bool = False) -> None:
+    def interrupted(self: Output, block: Any, outcome: Any) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(block.name)
-        write(self, block, results, beside)
+        write(self, block, outcome)
 
     monkeypatch.setattr(Output, "write_block", interrupted)
     with pytest.raises(KeyboardInterrupt):

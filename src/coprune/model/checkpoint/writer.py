@@ -66,7 +66,7 @@ class CheckpointWriter:
         self._parts = list(parts)
         self._joined = total_bytes <= SINGLE_FILE_BYTES
         self._beside = ThreadPoolExecutor(max_workers=1)
-        self._unsettled: Future[None] | None = None
+        self._unsettled: tuple[Future[None], Callable[[], None] | None] | None = None
         refuse_occupied(folder)
         self._require_space(total_bytes)
         self._claim()
@@ -131,12 +131,24 @@ class CheckpointWriter:
         return self.file(part).with_suffix(".json")
 
     def write(
-        self, part: str, tensors: Mapping[str, Tensor], remember: Mapping[str, Any] | None = None, beside: bool = False
+        self,
+        part: str,
+        tensors: Mapping[str, Tensor],
+        remember: Mapping[str, Any] | None = None,
+        beside: bool = False,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write a part, which can be read from its file at once, and is on the disk before the next one is written.
+        """Write a part, which is on the disk before the next one is written.
 
-        remember: JSON values to be given back by `recall`; beside: write it beside what the caller does next, so that it
-        can be read when it is settled. Raises CopruneError if the disk is full.
+        Args:
+            part: its name.
+            tensors: what is in it.
+            remember: JSON values to be given back by `recall`.
+            beside: whether to write it beside what the caller does next.
+            ready: called once the part can be read from its file: at once, or if it is written beside, when that is settled.
+
+        Raises:
+            CopruneError: the disk is full.
         """
         self.settle()
         self._note(part).unlink(missing_ok=True)
@@ -150,26 +162,32 @@ class CheckpointWriter:
             whole = apart({name: arrive().contiguous() for name, arrive in coming.items()})
             write_whole(self.file(part), lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
 
+        def secure() -> None:
+            """Wait until the part is on the disk, and only then note that it is good."""
+            if beside:
+                store()
+            file = self.file(part)
+            with full_disk_explained(file):
+                sync(file)
+                sync(file.parent)
+                size, checksum = file.stat().st_size, _sha256(file)
+                content = {"part": part, "bytes": size, "sha256": checksum, "remember": dict(remember or {})}
+                write_text(self._note(part), json.dumps(content))
+
         if not beside:
             store()
-        self._unsettled = self._beside.submit(self._secure, part, dict(remember or {}), store if beside else None)
-
-    def _secure(self, part: str, remember: dict[str, Any], store: Callable[[], None] | None) -> None:
-        """Wait until a part is on the disk, and only then note that it is good. store: writes it, if it is not yet."""
-        if store is not None:
-            store()
-        file = self.file(part)
-        with full_disk_explained(file):
-            sync(file)
-            sync(file.parent)
-            content = {"part": part, "bytes": file.stat().st_size, "sha256": _sha256(file), "remember": remember}
-            write_text(self._note(part), json.dumps(content))
+        self._unsettled = self._beside.submit(secure), ready if beside else None
+        if not beside:
+            ready()
 
     def settle(self) -> None:
-        """Wait until the last part that was written is on the disk. Raises what went wrong meanwhile."""
+        """Wait until the last part that was written is on the disk and can be read. Raises what went wrong meanwhile."""
         unsettled, self._unsettled = self._unsettled, None
         if unsettled is not None:
-            unsettled.result()
+            written, ready = unsettled
+            written.result()
+            if ready is not None:
+                ready()
 
     @property
     def holds_work(self) -> bool:
@@ -272,7 +290,7 @@ class CheckpointWriter:
     def discard(self) -> None:
         """Remove everything that was written."""
         if self._unsettled is not None:
-            self._unsettled.exception()  # what is removed need not have been written well
+            self._unsettled[0].exception()  # what is removed need not have been written well
             self._unsettled = None
         if self.partial.exists():
             with own_folder(self.partial) as gone:  # all at once, so that a kill leaves no piece of it under its name

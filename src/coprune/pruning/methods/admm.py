@@ -21,6 +21,7 @@ from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import refuse_if
 from coprune.model.walk.statistics import Gram
+from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import ScaledGram, damped_cholesky, scale_gram
 from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import Group, Target
@@ -76,7 +77,7 @@ class ADMM:
         refuse_if(~torch.isfinite(result).all(), NumericalError("the alternation gave NaN or infinite weights"))
         return Pruned(result, keep, events)
 
-    def _prepare(self, statistic: Gram) -> tuple[ScaledGram, Tensor, tuple[str, ...]]:
+    def _prepare(self, statistic: Gram) -> tuple[ScaledGram, Tensor, tuple[Event, ...]]:
         """The scaled problem and (Ĝ + ρI)⁻¹, which all matrices that share the statistic share."""
         problem = scale_gram(statistic.gram, self.damping)
         # Damping and ρ are absolute here, the diagonal being one; what damped_cholesky adds is far below both.

@@ -20,6 +20,7 @@ from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import Questions, refuse_if
 from coprune.model.walk.statistics import Gram
+from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import ScaledGram, scale_gram
 from coprune.pruning.masked_fit import Rounds, solve_masked
 from coprune.pruning.methods.base import Pruned
@@ -84,7 +85,7 @@ class ALPS:
             solved = solve_masked(dense, sparse, keep, problem.scaled, Rounds(self.refit_rounds))
             result = problem.out_of(solved)
         refuse_if(~torch.isfinite(result).all(), NumericalError("the alternation gave NaN or infinite weights"))
-        events = () if settled else (f"the mask of alps still changed after {self.rounds} rounds",)
+        events = () if settled else (Event(kind="mask unsettled", figures={"rounds": self.rounds}),)
         return Pruned(result, keep, events)
 
     def _alternate(self, dense: Tensor, shared: Shared, target: Target) -> tuple[State, bool]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coprune.model.low_rank_factors import Factors
 from coprune.model.walk.statistics import Statistic
+from coprune.pruning.events import Event
 from coprune.recipe.pattern import Target
 
 
@@ -20,7 +21,7 @@ class Pruned(NamedTuple):
 
     weight: Tensor
     keep: Tensor
-    events: tuple[str, ...] = ()
+    events: tuple[Event, ...] = ()
     added: Factors | None = None
 
 

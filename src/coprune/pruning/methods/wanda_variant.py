@@ -16,6 +16,7 @@ from torch import Tensor
 from coprune.base.devices import in_host_memory
 from coprune.base.selection import count_pruned, refuse_nan
 from coprune.model.walk.statistics import InputNorm, Statistic
+from coprune.pruning.events import Event
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.pruning.methods.wanda import wanda_score
 from coprune.recipe.pattern import Target
@@ -45,9 +46,9 @@ class WandaVariant:
         counts, reached = bisect_share(ascending, score.sum(dim=1, keepdim=True), target.sparsity)
         position = torch.arange(score.shape[1], device=score.device)
         keep = torch.empty_like(score, dtype=torch.bool).scatter_(1, order, position >= counts)
-        events: tuple[str, ...] = ()
+        events: tuple[Event, ...] = ()
         if abs(reached - target.sparsity) > TOLERANCE:
-            events = (f"wanda_variant reached a sparsity of {reached:.4f} where {target.sparsity:.4f} was asked for",)
+            events = (Event(kind="sparsity missed", figures={"reached": reached, "asked": target.sparsity}),)
         return Pruned(apply_keep(weight, keep), keep, events)
 
 

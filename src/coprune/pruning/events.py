@@ -1,0 +1,29 @@
+"""What a solver had to repair, or could not do as asked, of one matrix: records, which `report/` puts into words."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Kind = Literal[
+    "no tokens",  # came to the matrix, so it is pruned by magnitude, or its channels go by their norm
+    "only zeros",  # likewise
+    "few tokens",  # figures: tokens, inputs; the layer's average made up for the rest
+    "damping raised",  # figures: damping
+    "eigenvalues clipped",
+    "mask unsettled",  # figures: rounds
+    "sparsity missed",  # figures: reached, asked
+    "other",  # of a method from another package, with a note
+]
+
+
+class Event(BaseModel):
+    """What happened to a matrix."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind
+    figures: dict[str, float] = {}
+    note: str = ""
+    """What a method of another package says of it."""

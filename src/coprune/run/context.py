@@ -1,0 +1,257 @@
+"""A run: what it is asked, who does it together, and what its stages find one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from coprune.base.devices import device_memory, reset_peak
+from coprune.base.memory import resident_memory, return_free_memory
+from coprune.base.processes import ALONE, Processes
+from coprune.base.progress import Reporter
+from coprune.data import EvaluationText, Windows
+from coprune.evaluation.bos_choice import BosChoice
+from coprune.evaluation.extras import Extras
+from coprune.evaluation.measurement import Measured
+from coprune.evaluation.tasks import Data, Samples, Task, TextTask
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.encoding import DENSE, Encoding, Untouched
+from coprune.model.edits import Edits
+from coprune.model.loaded_model import Loaded
+from coprune.model.walk.activations import GIB, Activations, device_room
+from coprune.model.walk.block_events import Known
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
+from coprune.model.walk.recording import Recording
+from coprune.packed.encoding import PackedEncoding
+from coprune.pruning.block_training import BlockTraining
+from coprune.pruning.methods import Method
+from coprune.pruning.pruner import MatrixResult, Solver
+from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.recipe.pattern import Target
+from coprune.recipe.recipe import Recipe
+from coprune.report.folder import announce, finish_run_folder
+from coprune.report.hub import push
+from coprune.report.schema import PhaseFacts, Report
+from coprune.run.events import BlockPruned, Phase, PhaseDone
+from coprune.run.memory_bound import Estimate, TextSizes, bound_run
+from coprune.run.output import BlockOutcome, Output
+
+Tokens = TypeVar("Tokens")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Objects that a run takes instead of what its recipe names."""
+
+    loaded: Loaded | None = None
+    """A model that is open already."""
+    method: Method | None = None
+    """The method that the recipe tells of but cannot name."""
+    line: str | None = None
+    """What to say first, where the call left something open."""
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that is open already."""
+        return None if self.loaded is None else self.loaded.model
+
+
+NOTHING = Given()
+
+
+class Reuse:
+    """Takes nothing over from other runs: everything is done anew."""
+
+    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
+        """Return text as token ids. key: what decides them besides the model; read: tokenises the text."""
+        return read()
+
+    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
+        """Return what the run will take."""
+        return estimate()
+
+    def dense(self, run: Run, measure: Callable[[], dict[str, Measured]]) -> dict[str, Measured]:
+        """Return the dense model's figures by the name of the data, and fill in what else is measured."""
+        return measure()
+
+    def gathered(self, run: Run, finished: Mapping[str, object], record: Callable[[], Recording | None]) -> Known:
+        """Return what is known of the blocks' inputs before the run's own walk; in `dense` propagation of all blocks or none.
+
+        finished: blocks that an earlier run finished, of which nothing is known; record: records the calibration batches.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the walk of a run did."""
+
+    results: list[MatrixResult]
+    """Of every matrix of the source that was pruned."""
+    edits: Edits
+    seconds: float
+    trainings: Sequence[BlockTraining] = ()
+    """Of blocks, in their order."""
+    covered: Mapping[str, float] = field(default_factory=dict)
+    """What share of its experts' score every domain keeps, where experts were removed."""
+    notes: Sequence[str] = ()
+    """What is to be known of it beside the results."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One run, or one part of a run of several. What has no default is set by the stage that finds it."""
+
+    recipe: Recipe
+    given: Given
+    reporter: Reporter
+    processes: Processes = ALONE
+    write: bool = False
+    """Whether it leaves a run folder."""
+    reuse: Reuse = field(default_factory=Reuse)
+    whole: Run | None = None
+    """The run that this is a part of."""
+    replaces: bool = False
+    """Whether what an earlier run left in its folders goes, once all is checked."""
+    closing: ExitStack = field(default_factory=ExitStack)
+    """What ends with the run."""
+    began: float = field(default_factory=time.perf_counter)
+    phases: list[PhaseFacts] = field(default_factory=list)
+
+    # What is found without the blocks' weights.
+    solver: Solver = field(init=False)
+    target: Target = field(init=False)
+    loaded: Loaded = field(init=False)
+    found: FoundModel = field(init=False)
+    task: Task = field(init=False)
+    samples: Samples | None = field(init=False)
+    data: dict[str, Data] = field(init=False)
+    domains: dict[str, Windows] = field(init=False)
+    """Samples of every domain that experts are scored on."""
+    bos: BosChoice | None = None
+    """How windows of text begin, once that is settled."""
+
+    # What is found with the proof of the walk, and before anything slow.
+    model: ProvenModel = field(init=False)
+    reconstruction: Reconstruction | None = field(init=False)
+    not_added: Sequence[str] = ()
+    """Pruned matrices to which nothing of low rank can be added, with reasons, where that is asked for."""
+    extras: Extras = field(init=False)
+    change: Callable[[Run], Outcome] = field(init=False)
+    """Walks over the blocks and changes them."""
+    write_gguf: Callable[[Path, Edits, Reporter], None] | None = None
+    """Makes another GGUF file of the source, where that is one and parts of it go."""
+
+    # What is measured and done.
+    output: Output = field(init=False)
+    dense: dict[str, Measured] = field(init=False)
+    """Figures of the dense model, by the name of the data."""
+    outcome: Outcome = field(init=False)
+    pruned: dict[str, Measured] = field(init=False)
+    alone: dict[str, Measured] = field(init=False)
+    """Figures of the pruned model without what was added to it."""
+    report: Report = field(init=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.processes.first
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.write and self.processes.first
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the checkpoint is stored, as the recipe asks for it and the source allows."""
+        if self.recipe.output.as_gguf:
+            return Untouched()
+        asked, stored = self.recipe.output.encoding, self.loaded.weights.stored_as
+        if asked == "packed":
+            return PackedEncoding()
+        return DENSE if stored is None or asked == "dense" else stored
+
+    @property
+    def looked_at(self) -> Samples | None:
+        """Samples to try things on: of the calibration text, or of the first domain."""
+        return self.samples if self.samples is not None else next(iter(self.domains.values()), None)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Names everything that the model is calibrated on."""
+        own = {} if self.samples is None else {"": self.samples}
+        found = [f"{name} {one.fingerprint}".strip() for name, one in {**own, **self.domains}.items()]
+        return ", ".join(found) or None
+
+    def estimate(self) -> Estimate | None:
+        """Bound the memory of the run, once its data are read; None for models of images."""
+        if not isinstance(self.task, TextTask):
+            return None
+        texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
+        windows, processes = self.samples if isinstance(self.samples, Windows) else None, self.processes.size
+        text = TextSizes.of(self.task.seqlen, windows, texts, processes)
+        return bound_run(self.recipe, self.solver, text, self.loaded, self.found, processes)
+
+    def activations(self, lists: int = 1) -> Activations:
+        """An empty list of hidden states within the recipe's limits, or one of several that share the limits.
+
+        What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
+        """
+        asked, folder = self.recipe.calibrate, self.recipe.run_folder
+        limit = None if asked.activation_memory is None else int(asked.activation_memory * GIB / lists)
+        room = device_room(self.loaded.device, asked.device_activation_memory)
+        own = None if room is None else replace(room, nbytes=room.nbytes // lists)
+        return Activations(limit=limit, folder=folder if folder.is_dir() else None, room=own)
+
+    def finish_block(self, block: Block, outcome: BlockOutcome) -> None:
+        """Apply the edits of a block, write it, and report it."""
+        for edit in outcome.edits:
+            edit.apply(block.module)
+        self.output.write_block(block, outcome)
+        self.reporter.tell(BlockPruned(block.name, tuple(outcome.results), outcome.training))
+
+    def count_from_here(self, device: torch.device) -> None:
+        """Count the peak of a device's memory, and the time of the first phase, from now on."""
+        reset_peak(device)
+        self._device, self._phase_began = device, time.perf_counter()
+
+    @property
+    def phase(self) -> str:
+        """What the run is doing: the phase that has not ended, or what comes after all of them."""
+        return next((phase.value for phase in list(Phase)[len(self.phases) :]), "finish the report")
+
+    def done(self, phase: Phase) -> None:
+        """Note that a phase has just ended, and give back what it left free."""
+        return_free_memory()
+        now, there = time.perf_counter(), device_memory(self._device)
+        facts = PhaseFacts(
+            name=phase.value,
+            seconds=now - self._phase_began,
+            resident_bytes=resident_memory(),
+            device_bytes=None if there is None else there.allocated,
+        )
+        self._phase_began = now
+        self.phases.append(facts)
+        self.reporter.tell(PhaseDone(phase, facts))
+
+    def finish(self, report: Report) -> Report:
+        """Return the report with all that the run took but for its page, which is made if the run leaves a folder."""
+        report = report.model_copy(update={"total_seconds": time.perf_counter() - self.began})
+        if self.writes:
+            announce(self.recipe, report)
+            finish_run_folder(self.recipe, report)
+        return report
+
+    def push(self) -> None:
+        """Put the saved model on the Hub, where the recipe says so. Raises as `report.hub.push`."""
+        asked = self.recipe.output
+        if self.first and asked.push_to_hub is not None and asked.model is not None:
+            self.reporter.say(f"Pushed to {push(asked.model, asked.push_to_hub, bool(asked.private))}")

@@ -1,0 +1,172 @@
+"""The first stages of a run: what can be checked without the blocks' weights, then the proof of the walk."""
+
+from __future__ import annotations
+
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput, UnsupportedModel, about
+from coprune.base.memory import return_free_memory
+from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
+from coprune.base.progress import Reporter
+from coprune.base.words import Set, per_cent, say
+from coprune.data import Windows
+from coprune.data.corpora import EMBEDDED, HUB_CORPORA
+from coprune.data.hub import require_dataset
+from coprune.evaluation.bos_choice import score_of
+from coprune.evaluation.result_cache import plain_names
+from coprune.evaluation.tasks import Remember, TextTask, read_anew, task_for
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.locate import locates_gguf
+from coprune.model.checkpoint.names import is_below
+from coprune.model.edits import require_history
+from coprune.model.loaded_model import Loaded, open_model, say_of_bfloat16, streams
+from coprune.model.low_rank_factors import noting_calls
+from coprune.model.matrices import LEAST_SPARSITY
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.model_structure import FoundModel
+from coprune.model.walk.prove import prove_replay
+from coprune.pruning.allocation import allocation_named
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import split_sources
+from coprune.run.checks import (
+    check_allocation,
+    check_processes,
+    check_rank,
+    check_widths,
+    needs_inputs,
+    prepare_reconstruction,
+    prepare_solver,
+    reads_calibration,
+)
+from coprune.run.context import Run
+from coprune.run.low_rank import wrap_layers
+
+
+def open_run(run: Run, remember: Remember = read_anew) -> Run:
+    """Check everything that can be checked without the blocks, cheap things first, and read the data.
+
+    Args:
+        run: what is asked for; takes what is found.
+        remember: where tokenised texts come from, if they were tokenised before.
+
+    Returns:
+        The run.
+
+    Raises:
+        BadInput, UnsupportedModel: for what cannot be done as asked.
+    """
+    recipe, given, reporter = run.recipe, run.given, run.reporter
+    if recipe.evaluate.perplexity and recipe.evaluate.data is not None:
+        plain_names(recipe.evaluate.data)
+    run.solver, run.target = prepare_solver(recipe, given.method)
+    if not recipe.remove.parts:
+        allocation_named(recipe.prune.allocation)
+    check_processes(recipe, run.processes.size)
+    loaded = given.loaded
+    require_history(expand_home(recipe.model.name))
+    if loaded is None:
+        if needs_inputs(recipe, run.solver):
+            _require_reach(recipe)
+        reporter.say(f"Loading {recipe.model.name}")
+        loaded = open_model(recipe.model, stream=streams(recipe))
+    say_of_bfloat16(reporter, loaded, given.loaded is None, ", and saves float32")
+    _say_of_trained(recipe, loaded, reporter)
+    blocks = find_blocks(loaded.model)
+    run.found = FoundModel(
+        loaded.weights,
+        blocks,
+        choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude),
+    )
+    if "experts" in recipe.remove.shares:
+        from coprune.run.to_removal import may_have_experts
+
+        if not may_have_experts(run.found):
+            raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
+    # Whether parameters of three dimensions are experts shows when the model runs.
+    check_widths((matrix for matrix in run.found.chosen.all() if matrix.expert is None), run.target)
+    check_allocation(recipe, run.found, run.target)
+    check_rank((matrix for block in run.found.chosen.blocks for matrix in block), recipe.prune.low_rank.rank)
+    run.loaded, run.task = loaded, task_for(recipe, loaded, run.processes, remember)
+    run.samples = (
+        run.task.calibration(needs_inputs(recipe, run.solver), reporter) if reads_calibration(recipe) else None
+    )
+    run.domains = _domains(run, remember)
+    run.data = run.task.evaluation(reporter)
+    return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
+    return run
+
+
+def _require_reach(recipe: Recipe) -> None:
+    """Raise BadInput where the text is a corpus of the Hub, which does not answer: before a model is loaded."""
+    reads_text = "data" in recipe.calibrate.model_fields_set or locates_gguf(recipe.model.name)
+    for source in split_sources(recipe.calibrate.data) if reads_text and reads_calibration(recipe) else ():
+        corpus = HUB_CORPORA.get(source.name)
+        if corpus is not None and source.name not in EMBEDDED:
+            with about("dataset", recipe.calibrate.data):
+                require_dataset(corpus.dataset, recipe.model.cache_dir, Set("dataset", "embedded"))
+
+
+def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
+    """Say where bfloat16 was asked for, and a processor that lacks its products does without."""
+    # A training afterwards speaks for itself.
+    if recipe.prune.reconstruct.dtype == "bfloat16" and not multiplies_bfloat16(loaded.device):
+        reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
+
+
+def _domains(run: Run, remember: Remember) -> dict[str, Windows]:
+    """Samples of every domain. Raises BadInput where a model does not read text."""
+    found = {}
+    for name, text in run.recipe.remove.texts.items():
+        task = task_for(run.recipe.replaced(dataset=text), run.loaded, run.processes, remember)
+        samples = task.calibration(True, run.reporter)
+        if not isinstance(samples, Windows):
+            raise BadInput("domains are of text", field="domains", value=text)
+        found[name] = samples
+    return found
+
+
+def prove_run(run: Run) -> None:
+    """Prove that the model can be walked, and say what is left alone.
+
+    Raises:
+        UnsupportedModel, NumericalError, BadInput: as `prove_replay`; also if the pattern does not fit a matrix.
+    """
+    with noting_calls(run.found.chosen.all()) as called:
+        run.model = prove_replay(run.found, run.task.probe(run.looked_at, run.data))
+    check_widths(run.model.chosen.all(), run.target)
+    for left_out in [*run.model.chosen.left_out, *run.loaded.left_out]:
+        run.reporter.say(f"Left alone: {left_out}.")
+    _settle_bos(run)
+    run.reconstruction = prepare_reconstruction(run.recipe)
+    run.not_added = wrap_layers(run.model, called) if run.recipe.prune.low_rank.rank else []
+    for name in run.not_added:
+        run.reporter.say(f"Nothing is added to {name}.")
+
+
+def _settle_bos(run: Run) -> None:
+    """Let windows of text begin as the recipe says, or as the dense model speaks for."""
+    task = run.task
+    if not isinstance(task, TextTask) or not (run.looked_at or run.data):
+        return
+    choice = task.choose_bos(score_of(run.model, run.activations()), run.looked_at, run.data)
+    if (line := choice.line()) is not None:
+        run.reporter.say(f"The token that begins a text: {line}.")
+        if run.recipe.calibrate.bos == "auto" and choice.used == "every":
+            usual = ("The papers' way, once at the start of the text, is ", Set("bos", "first"), ".")
+            run.reporter.say(say(usual))
+    run.domains = {name: task.samples_begun(choice, one) for name, one in run.domains.items()}
+    if isinstance(run.samples, Windows):
+        run.samples = task.samples_begun(choice, run.samples)
+    run.data, run.bos = task.data_begun(choice, run.data), choice
+
+
+def say_if_sparse(run: Run) -> None:
+    """Say where the model is sparse already, as its first block tells."""
+    model, block = run.model, run.model.blocks[0]
+    matrices = [matrix for matrix in model.chosen.all() if is_below(matrix.name, block.name)]
+    model.weights.acquire(block.name)
+    zeros = sum(matrix.zeros() for matrix in matrices)
+    share = zeros / max(1, sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices))
+    model.weights.release(block.name)
+    if share >= LEAST_SPARSITY:
+        said = f"{run.loaded.source} was pruned before: {per_cent(share)} of the weights of {block.name} are zero"
+        run.reporter.say(f"{said}. What is called dense in the report is the model as it comes.")

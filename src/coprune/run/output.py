@@ -1,0 +1,280 @@
+"""The blocks that a run finishes: written by the first process, read by all, and taken over by a run that goes on.
+
+Every finished block is one file of the future checkpoint, with what was measured in it noted beside. A later run with
+the same recipe, model and data takes the good ones over and does the rest. Nothing has its final name before the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial as partial_of
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from coprune.base.devices import in_host_memory
+from coprune.base.errors import BadInput, LostProcess
+from coprune.base.files import write_text
+from coprune.base.processes import Processes
+from coprune.base.words import Setting
+from coprune.model.adapter_folder import write_adapter
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.companions import Companions, change_config
+from coprune.model.checkpoint.encoding import DENSE, Encoding
+from coprune.model.checkpoint.formats import Rounding
+from coprune.model.checkpoint.shards import ADAPTER_FOLDER, read_entries, read_tensor
+from coprune.model.checkpoint.weights import Weights
+from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.model.edit import AddLowRank, Edit
+from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
+from coprune.model.low_rank_factors import factors_below, factors_stored, give, stored_factors
+from coprune.pruning.block_training import BlockTraining
+from coprune.pruning.pruner import MatrixResult
+from coprune.run.identity import Identity, changes
+
+_IDENTITY = "journal.json"
+_SETTLED = "settled.json"
+_EARLIER = "changed meanwhile"
+
+
+@dataclass(frozen=True)
+class BlockOutcome:
+    """What was done in one block: figures of its matrices, and the edits that the saved model takes over."""
+
+    results: list[MatrixResult]
+    edits: list[Edit]
+    training: BlockTraining | None = None
+    """What the training of the block did, if it was trained."""
+
+
+_RESULTS = TypeAdapter(list[MatrixResult])
+_TRAINING = TypeAdapter(BlockTraining | None)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where blocks are written, and whose they are."""
+
+    folder: Path
+    """Of the checkpoint, its final name."""
+    keep: bool
+    """Whether it is wanted in the end, or only holds what a streamed run cannot hold in memory."""
+    identity: Identity
+    encoding: Encoding = DENSE
+
+
+class Output:
+    """What a run has made of the blocks so far, and the checkpoint that they become.
+
+    Args:
+        processes: those of the run, which all have one.
+        weights: of the model.
+        names: of its blocks, in their order.
+        to: where they are written; None if nothing is written, and in every process but the first.
+
+    Raises:
+        BadInput: the folder is taken, or another run's journal is there.
+    """
+
+    def __init__(self, processes: Processes, weights: Weights, names: Sequence[str], to: Destination | None) -> None:
+        self.outcomes: dict[str, BlockOutcome] = {}
+        """What was done in every block so far, by this run or one before it."""
+        self.rounding = Rounding()
+        """What was rounded so far to store it."""
+        self.changes: list[str] = []
+        """What earlier runs, whose blocks this one takes over, computed with otherwise."""
+        self.keep = to is not None and to.keep
+        self.encoding = DENSE if to is None else to.encoding
+        self._processes, self._weights, self._names = processes, weights, list(names)
+        self._writer = None if to is None else self._claimed(to)
+
+    def _claimed(self, to: Destination) -> CheckpointWriter:
+        def writer() -> CheckpointWriter:
+            total = to.encoding.bytes_of(self._weights.total_bytes)
+            return CheckpointWriter(to.folder, [REST, *self._names], total)
+
+        found, identity = writer(), to.identity
+        path = found.partial / _IDENTITY
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None  # without a readable note of whose they are, finished blocks cannot be trusted
+        differing = [] if before is None else changes(before, identity.settings)
+        if before is None or (differing and not found.holds_work):
+            found.discard()
+            found = writer()
+            write_text(path, json.dumps(identity.settings | identity.rounding, indent=2))
+            return found
+        if differing:
+            raise BadInput(
+                f"{found.partial} is the journal of an unfinished run in which {'; '.join(differing)}",
+                field="save_model",
+                value=to.folder,
+                fix="Finish that run with its own settings, or remove the folder, or choose another name",
+            )
+        changed = changes(before, identity.rounding)
+        self.changes = [*before.get(_EARLIER, []), *changed]
+        if changed:
+            now = identity.settings | identity.rounding | {_EARLIER: self.changes}
+            write_text(path, json.dumps(now, indent=2))
+        return found
+
+    def finished(self) -> dict[str, BlockOutcome]:
+        """Return the blocks that an earlier run finished, with what was done in them; the first process's answer for all.
+
+        Only the blocks before the first that is missing or damaged count, since later ones are done again anyway.
+        """
+        found = self._processes.from_first(lambda: dict(self._recalled()))
+        self.outcomes |= found
+        return found
+
+    def _recalled(self) -> Iterator[tuple[str, BlockOutcome]]:
+        for name in self._names if self._writer is not None else ():
+            remembered = None if self._writer is None else self._writer.recall(name)
+            if remembered is None:
+                return
+            self.rounding += Rounding(**remembered.get("rounding", {}))
+            results = _RESULTS.validate_python(remembered["results"])
+            training = _TRAINING.validate_python(remembered.get("training"))
+            yield name, BlockOutcome(results, load_edits(remembered["edits"]), training)
+
+    @property
+    def trainings(self) -> list[BlockTraining]:
+        """What the trainings of blocks did so far."""
+        return [outcome.training for outcome in self.outcomes.values() if outcome.training is not None]
+
+    def edits(self, *rest: Edit) -> Edits:
+        """Return what was done to the whole model, when all its blocks are finished. rest: to what lies outside them."""
+        return Edits({name: self.outcomes[name].edits for name in self._names} | {REST: [*rest]})
+
+    def settled_before(self) -> dict[str, Any] | None:
+        """Return what an earlier run settled before its first block; None if it did not come so far."""
+
+        def read() -> dict[str, Any] | None:
+            try:
+                if self._writer is None:
+                    return None
+                found: dict[str, Any] = json.loads((self._writer.partial / _SETTLED).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return None
+            return found
+
+        return self._processes.from_first(read)
+
+    def keep_settled(self, settled: Mapping[str, Any]) -> None:
+        """Keep what was settled, as JSON, for a later run that goes on."""
+        if self._writer is not None:
+            write_text(self._writer.partial / _SETTLED, json.dumps(settled))
+
+    def restore(self, block: Block) -> None:
+        """Restore a block finished by an earlier run."""
+        edits, file = self.outcomes[block.name].edits, self._file_of(block)
+        self._weights.read_from(file, uncut_by(edits))
+        self._weights.acquire(block.name)
+        for edit in edits:
+            edit.apply(block.module)
+            if isinstance(edit, AddLowRank):
+                tensors = {name: read_tensor(entry) for name, entry in read_entries(file).items() if ".lora_" in name}
+                give(self._weights.model, factors_stored(tensors, edit.ranks))
+
+    def write_block(self, block: Block, outcome: BlockOutcome) -> None:
+        """Write a finished block, which is read from its file from now on where blocks are not held."""
+        self.outcomes[block.name] = outcome
+        if self._writer is not None:
+            self._write(self._writer, block, outcome)
+        coded = self._weights.stored_as is not None
+        if self._processes.size > 1 and (self._weights.streams or coded):
+            self._weights.read_from(self._file_of(block), uncut_by(outcome.edits))
+            if coded:
+                self._weights.acquire(block.name)  # with what was rounded
+
+    def _write(self, writer: CheckpointWriter, block: Block, outcome: BlockOutcome) -> None:
+        writer.settle()
+        tensors, rounding = self._stored(self._weights.original_tensors(block.name), outcome.edits)
+        self.rounding += rounding
+        tensors |= stored_factors(factors_below(block.module, block.name), self._weights.model.dtype)
+        remember = {
+            "results": _RESULTS.dump_python(outcome.results, mode="json"),
+            "edits": dump_edits(outcome.edits),
+            "training": _TRAINING.dump_python(outcome.training, mode="json"),
+            "rounding": asdict(rounding),
+        }
+
+        def ready() -> None:
+            if self._weights.streams or rounding.values:
+                self._weights.read_from(writer.file(block.name), uncut_by(outcome.edits))
+            if rounding.values:
+                self._weights.acquire(block.name)  # what follows computes with what was rounded
+
+        # What is on a device is copied from there anyway; in host memory one block more would have to be held.
+        there = all(not in_host_memory(tensor.device) for tensor in block.module.parameters())
+        writer.write(
+            block.name,
+            tensors,
+            remember,
+            beside=there and self._processes.size == 1 and not rounding.values,
+            ready=ready,
+        )
+
+    def _stored(self, tensors: Mapping[str, Tensor], edits: Sequence[Edit]) -> tuple[dict[str, Tensor], Rounding]:
+        """Encode dense tensors of the source as they are written; return them with what was rounded for that."""
+        found, rounding = dict[str, Tensor](), Rounding()
+        for name, tensor in tensors.items():
+            if not any(edit.leaves_out(name) for edit in edits):
+                kept = [slices for edit in edits if (slices := edit.slices(name)) is not None]
+                stored, own = self.encoding.store(name, tensor, kept)
+                found, rounding = found | stored, rounding + own
+        return found, rounding
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Let all that was written be there and be read when no block follows, whatever is the reason for that."""
+        try:
+            yield
+        finally:
+            if self._writer is not None:
+                self._writer.settle()
+
+    def _file_of(self, block: Block) -> Path:
+        """Return where the first process wrote a block, which this one can see."""
+        writer = self._writer
+        file = self._processes.from_first(lambda: None if writer is None else writer.file(block.name).resolve())
+        assert file is not None
+        if not file.is_file():
+            raise LostProcess(
+                f"process {self._processes.rank} cannot see {file}, which process 0 wrote: all processes need one file "
+                "system in common",
+                fix=("name folders there with ", Setting("save"), " and ", Setting("save_model")),
+            )
+        return file
+
+    def finish(self, beside: Companions, edits: Edits, check: Callable[[Path], object]) -> None:
+        """Write what lies outside the blocks and beside the weights, and give the folder its final name.
+
+        Args:
+            beside: what makes a folder of weights a model.
+            edits: what was done to the model.
+            check: called with the whole checkpoint before it gets its name.
+        """
+        writer = self._writer
+        assert writer is not None
+        partial = writer.partial
+        rest = self._weights.rest_tensors(self._names)
+        writer.write(REST, self._stored(rest, edits.by_block.get(REST, ()))[0])
+        self._weights.write_companions(partial, beside)
+        edits.write(partial, beside.source)
+        change_config(partial, edits.configure, partial_of(self.encoding.configure, place=edits.place))
+        self.encoding.complete(partial, edits.place)
+        if factors := factors_below(self._weights.model):
+            write_adapter(partial / ADAPTER_FOLDER, self._weights.model, factors)
+        writer.finish([_IDENTITY, _SETTLED], check, edits.place, self.encoding)
+
+    def discard(self) -> None:
+        """Remove what was written, if anything was; the run is over and nobody asked for the model."""
+        if self._writer is not None:
+            self._writer.discard()
