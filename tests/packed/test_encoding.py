@@ -16,7 +16,7 @@ from coprune.model.checkpoint import writer
 from coprune.packed.encoding import PackedEncoding
 from coprune.packed.folder import is_packed_folder, pack, unpack
 from coprune.packed.quantizer import load_packed
-from coprune.run import stored_as
+from coprune.run import context
 from support.pico import pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.sample import sampled
@@ -84,7 +84,7 @@ def test_a_packed_file_that_lost_a_value_is_not_given_its_name(
             lost = ((name, tensor * 0 if name.endswith("q_proj.weight") else tensor) for name, tensor in tensors)
             super().write(file, names, lost)
 
-    monkeypatch.setattr(stored_as, "PackedEncoding", Losing)
+    monkeypatch.setattr(context, "PackedEncoding", Losing)
     with pytest.raises(VerificationError, match="q_proj"):
         prune(place, tmp_path / "packed", "llama", encoding="packed")
     assert not (tmp_path / "packed").exists()
