@@ -13,8 +13,9 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.gguf_files.importance import measured, read_importance
-from coprune.gguf_files.llama_cpp import decode, has_llama_cpp
+from coprune.gguf_files.llama_cpp import has_llama_cpp
 from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.mapped_gguf import decode
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, write_pico_gguf

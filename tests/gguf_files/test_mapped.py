@@ -102,7 +102,7 @@ def small(mixture: Path) -> Path:
 def cut(source: Path, name: str) -> Path:
     """Leave two of eight experts and one of three blocks out of a file; returns the one that is made."""
     target = source.with_name(f"{name}.gguf")
-    run = {"save": source.with_name(f"{name}-run"), "save_model": target}
+    run: dict[str, Any] = {"save": source.with_name(f"{name}-run"), "save_model": target}
     coprune.prune(source, remove="experts=keep:6,blocks=0.34", **PRUNING, **run)
     return target
 

@@ -289,7 +289,8 @@ class GgufNames:
         found = self.processor.process(
             weights=values.numpy(), name=tensor, tensor_key_mapping=self.parameters, parsed_parameters=parsed
         )
-        whole = parsed["tensors"].get(self.parameter(tensor)) if found.name is None else torch.from_numpy(found.weights)
+        known: dict[Any, Tensor] = parsed["tensors"]
+        whole = known.get(self.parameter(tensor)) if found.name is None else torch.from_numpy(found.weights)
         return values if whole is None else whole
 
 
@@ -299,7 +300,8 @@ def gguf_names(file: Path, model: PreTrainedModel) -> GgufNames:
 
     architecture = read_field(gguf.GGUFReader(file), "general.architecture")[0]
     said = load_gguf_checkpoint(str(file))["config"]
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=said)
+    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind(config=said)
     return GgufNames(get_gguf_hf_weights_map(model, processor), processor)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_it_is_pruned_as_the_plain_weights_that_it_holds(form: str, family: str,
     made = []
     for source in (quantised, dense):
         saved = tmp_path / f"{source.name}-pruned"
-        asked = {"method": "magnitude", "sparsity": 0.5, "dataset": pico_tokens(4, 16), "stream": True}
+        asked: dict[str, Any] = {"method": "magnitude", "sparsity": 0.5, "dataset": pico_tokens(4, 16), "stream": True}
         coprune.prune(
             source, **asked, save=tmp_path / f"{source.name}-run", save_model=saved, evaluate=False, quiet=True
         )
