@@ -23,7 +23,6 @@ from coprune.base.memory import available_bytes, resident_peak, unread_weights
 from coprune.base.words import Set, Sheet, Shown, Together, Words, parts_of, say
 from coprune.data import EvaluationText, Windows
 from coprune.data.text import lengths_of
-from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text_task import samples_per_batch
 from coprune.model.blocks import Block
@@ -225,9 +224,10 @@ class Bound:
         for windows in self._text.evaluated:
             yield "perplexity", self._perplexity(windows, block, limit) + self._added
         yield "pruning", block + self._pruning(limit) + self._added
-        if recipe.remove.parts:  # the smaller model is tried block by block, and answers beside the whole one
-            answers = plan_of(recipe.evaluate.answers, recipe.output.model is not None) is not None and not self.streams
-            yield "smaller model", shapes.total_bytes if answers else shapes.rest_bytes + shapes.block_bytes
+        if (
+            recipe.remove.parts
+        ):  # tried block by block; beside a model in memory it is built, from tensors that were cut
+            yield "smaller model", shapes.rest_bytes + shapes.block_bytes if self.streams else 2 * shapes.total_bytes
         if recipe.output.model is not None:
             compared = 2 * COMPARED_TOKENS * shapes.vocabulary * 4
             yield "verification", shapes.rest_bytes + shapes.block_bytes + compared + 2 * self._added
