@@ -113,8 +113,8 @@ def tiny_model(model_type: str, kind: Kind, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and parameter.is_floating_point():
                 parameter.normal_(0.0, 0.1)
-            elif "gamma" in name or "layer_scale" in name or "lambda" in name:
-                parameter.fill_(1.0)  # some begin at a millionth, which would hide every block
+            elif "gamma" in name or "scale" in name or "lambda" in name:
+                parameter.fill_(1.0)  # some begin at nothing, or a millionth, which would hide every block
             elif kind == "images" and name.endswith("bias"):
                 parameter.normal_(0.0, 0.1).abs_()  # else channels are zero for every image, and scores are equal
     return model.eval().requires_grad_(False)

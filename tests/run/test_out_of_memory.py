@@ -69,10 +69,10 @@ def full_where(monkeypatch: pytest.MonkeyPatch, too_much: Callable[[Recording, T
     """A device that has no memory for one of the blocks if something is too much for it."""
     real = Recording.run
 
-    def run_block(recording: Recording, block: Block, batch: int, hidden: Tensor) -> Tensor:
+    def run_block(recording: Recording, block: Block, batch: int, hidden: Tensor, *more: Any) -> Tensor:
         if block.name == BLOCK and too_much(recording, hidden):
             raise torch.OutOfMemoryError(FULL)
-        return real(recording, block, batch, hidden)
+        return real(recording, block, batch, hidden, *more)
 
     monkeypatch.setattr(Recording, "run", run_block)
 

@@ -27,7 +27,13 @@ from support.vocabularies import SIZE, content_of, kept_of, save_with_tokens
 
 FAMILIES = ("llama", "opt", "gpt2", "qwen3", "gemma2", "gemma3_text", "bloom", "cohere", "granite", "gpt_neox", "olmo2")
 GEMMA4: dict[str, Any] = dict(COMMON, vocab_size=SIZE, num_hidden_layers=2, hidden_size_per_layer_input=16)
-GEMMA4 |= dict(head_dim=16, global_head_dim=16, layer_types=["sliding_attention", "full_attention"], sliding_window=8)
+GEMMA4 |= dict(
+    num_kv_shared_layers=0,
+    head_dim=16,
+    global_head_dim=16,
+    layer_types=["sliding_attention", "full_attention"],
+    sliding_window=8,
+)
 QUIET = Reporter(quiet=True)
 
 
