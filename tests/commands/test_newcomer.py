@@ -69,13 +69,13 @@ def test_an_ordinary_checkpoint_is_pruned_and_asked_what_it_writes(works: Works,
     assert [phase.name for phase in report.phases][-1] == "save, reload and compare"
     page = (place / "out/run/report.html").read_text(encoding="utf-8")
     assert "dense, greedy" in page
-    assert "pruned, greedy" in page
+    assert "fine-tuned, greedy" in page
     assert page.count('class="asked"') == len(report.answers.samples)
     card = (place / "out/pruned/README.md").read_text(encoding="utf-8")
     assert report.answers.verdict() in card
     assert "timm" not in card
     recipe = card.split("```yaml\n")[1].split("```")[0]
-    assert len(recipe.splitlines()) < 25
+    assert len(recipe.splitlines()) < 35  # what the preset of a bare run chose, and no default
     (place / "card.yaml").write_text(recipe, encoding="utf-8")
     works("coprune estimate --recipe card.yaml")
 
