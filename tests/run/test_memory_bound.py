@@ -101,6 +101,11 @@ def test_more_work_takes_more(place: Path) -> None:
     assert "smaller model" in bound(place, nsamples=64, remove="channels=0.5").phases
 
 
+def test_what_was_given_back_counts_no_more(place: Path) -> None:
+    assert len(bytearray(2 * GIB)) == 2 * GIB  # held for a moment
+    assert bound(place).peak_bytes < 2 * GIB
+
+
 def test_what_is_proposed_fits(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"nsamples": 512, "propagation": "sequential"}
     needed = bound(place, **settings)

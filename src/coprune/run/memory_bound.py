@@ -19,7 +19,7 @@ from torch import nn
 
 from coprune.base.devices import device_memory
 from coprune.base.errors import BadInput
-from coprune.base.memory import available_bytes, resident_peak, unread_weights
+from coprune.base.memory import available_bytes, resident_memory, unread_weights
 from coprune.base.words import Set, Sheet, Shown, Together, Words, parts_of, say
 from coprune.data import EvaluationText, Windows
 from coprune.data.text import lengths_of
@@ -334,7 +334,7 @@ def bound_run(
     """Bound the memory of a run that has read its data and nothing of its blocks; propose settings that fit if it does not."""
     shapes, rank = Shapes.of(loaded, found, solver, bool(recipe.remove.parts)), recipe.prune.low_rank.rank
     added = 4 * rank * sum(sum(matrix.shape) for matrix in found.chosen.all() if rank and may_get_factors(matrix))
-    (resident, peak), available, device = resident_peak(), available_bytes(), device_memory(loaded.device)
+    resident, available, device = resident_memory() or 0, available_bytes(), device_memory(loaded.device)
     unread, steady = unread_weights(), STEADY if shapes.itemsize == 4 else STEADY_IN_HALF
     # A file of another kind is in memory though the recipe would stream it.
     can_stream = loaded.weights.streams or not (streams(recipe) or loaded.quantised_source)
@@ -349,7 +349,8 @@ def bound_run(
         if device is not None:
             on_it = _largest(one.tensors(True), max(0, device.allocated + more))
             there = DevicePeak(device.name, max(on_it.values()), device.available, device.allocated, on_it)
-        return Estimate(max(peak, *phases.values()), available, resident, phases, processes, device=there)
+        # What this process held earlier and gave back is no part of it.
+        return Estimate(max(phases.values()), available, resident, phases, processes, device=there)
 
     asked = bound(recipe)
     if asked.fits:
