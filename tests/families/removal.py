@@ -137,7 +137,9 @@ def kill_and_resume_model(model: Any, remove: str, folder: Path, **settings: Any
     torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
     try:
         run("whole")
-        assert killed_when(lambda: run("killed"), lambda: len(finished()) >= blocks // 2, ("journal", "writer", "walk"))
+        assert killed_when(
+            lambda: run("killed"), lambda: len(finished()) >= blocks // 2, ("run/output", "writer", "walk")
+        )
         assert finished()
         assert not (folder / "killed" / "small").exists()
         run("killed")

@@ -217,7 +217,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
     run("whole")
-    assert killed_when(lambda: run("killed"), lambda: len(finished()) >= 2, ("journal", "writer", "walk"))
+    assert killed_when(lambda: run("killed"), lambda: len(finished()) >= 2, ("run/output", "writer", "walk"))
     assert finished()
     assert not (tmp_path / "killed" / "small").exists()
     run("killed")

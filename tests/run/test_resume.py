@@ -29,7 +29,7 @@ Undisturbed = Callable[[str], tuple[Path, int, int]]
 """From a run's name to its folder, the lines that it takes, and those that write."""
 Left = Callable[[str], Path]
 """From a run's name to what is left of it."""
-WRITING = ("checkpoint", "journal", "files.py", "durable", "stages.py", "verify", "report")
+WRITING = ("checkpoint", "run/output", "files.py", "stages.py", "verification", "report")
 # Method, propagation, family, streamed, and more settings of the recipe.
 RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "wanda": ("wanda", "block", "llama", True, {}),

@@ -20,12 +20,12 @@ _SECONDS = 120  # after which a child that hangs is ended
 
 def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int, int]:
     """Do some work and count the executed lines of coprune: all, and those in files whose paths contain a word of files."""
-    everything, some = 0, 0
+    everything, some, counts = 0, 0, _one_of(files)
 
     def step(file: str) -> None:
         nonlocal everything, some
         everything += 1
-        some += any(word in file for word in files)
+        some += counts(file)
 
     _watched(work, step)
     return everything, some
@@ -33,11 +33,11 @@ def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int
 
 def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("",)) -> bool:
     """Do the work in a child process that is killed with SIGKILL when it executes its n-th line; whether it was."""
-    left = line
+    left, counts = line, _one_of(files)
 
     def now(file: str) -> bool:
         nonlocal left
-        left -= any(word in file for word in files)
+        left -= counts(file)
         return left == 0
 
     return _killed(work, now)
@@ -45,7 +45,15 @@ def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("
 
 def killed_when(work: Callable[[], object], condition: Callable[[], bool], files: tuple[str, ...]) -> bool:
     """The same at the first line of some files at which a condition holds, such as that a file is there."""
-    return _killed(work, lambda file: any(word in file for word in files) and condition())
+    counts = _one_of(files)
+    return _killed(work, lambda file: counts(file) and condition())
+
+
+def _one_of(files: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return what tells whether a path contains one of some words, each of which has to name a file that there is."""
+    there = [str(path) for path in Path(_SOURCE).rglob("*.py")]
+    assert all(any(word in path for path in there) for word in files), f"no file is called so: {files}"
+    return lambda file: any(word in file for word in files)
 
 
 def _killed(work: Callable[[], object], now: Callable[[str], bool]) -> bool:

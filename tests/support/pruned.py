@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
@@ -28,6 +29,19 @@ def pruned_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
         weight = matrix.read()
         matrix.write(weight * TARGETS[position % 2].keep(weight.abs()))
     return model
+
+
+class Restless(torch.optim.Optimizer):
+    """Moves every weight, whatever its gradient is."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(0.01)
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:

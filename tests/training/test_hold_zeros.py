@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -11,27 +9,13 @@ from transformers.optimization import Adafactor
 
 from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import find_masks
-from support.pruned import pruned_model, zeros_of
-
-
-class Leaking(torch.optim.Optimizer):
-    """An optimiser that moves every weight, whatever its gradient."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.add_(0.01)
-
+from support.pruned import Restless, pruned_model, zeros_of
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1, nesterov=True),
     "adafactor": lambda p: Adafactor(p, lr=1e-2, weight_decay=0.1, scale_parameter=False, relative_step=False),
-    "leaking": Leaking,
+    "restless": Restless,
 }
 
 

@@ -17,7 +17,7 @@ from transformers.optimization import Adafactor
 
 import coprune
 from support.pico import pico_model
-from support.pruned import pruned_model, zeros_of
+from support.pruned import Restless, pruned_model, zeros_of
 from support.words import word_tokenizer
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -61,19 +61,6 @@ def require_kept(model: PreTrainedModel, zeros: dict[str, Tensor], before: dict[
 
 def copies(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-class Restless(torch.optim.Optimizer):
-    """Moves every weight, whatever its gradient is."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.add_(0.01)
 
 
 def test_an_optimizer_that_asks_for_no_gradients_leaves_zeros_too() -> None:

@@ -1,10 +1,15 @@
-"""Less code to count than a user gets, for all tests of this room."""
+"""Less to count than a user gets, for all tests of this room, and read once."""
+
+from functools import cache
 
 import pytest
 
 from coprune.vocabulary import counts
 
+SOURCE = cache(counts.language_source)
+
 
 @pytest.fixture(autouse=True)
 def less_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counts, "_CODE", {("stdlib", ".py"): 200_000})
+    monkeypatch.setattr(counts, "language_source", SOURCE)

@@ -273,10 +273,6 @@ class Finds:
         """How much of the search is over; 1 at its end."""
         return min(1.0, self.seconds / (60 * asked.minutes) if asked.minutes else len(self.tried) / asked.rounds)
 
-    def is_over(self, asked: Search) -> bool:
-        """Whether nothing is left to be tried."""
-        return bool(self.tried) and self.share_done(asked) >= 1.0
-
 
 STARTS = ("uniform", "error")
 """The budgets that are tried first."""

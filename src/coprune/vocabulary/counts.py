@@ -192,7 +192,6 @@ def require_language(name: str) -> None:
         raise unknown_name("language", name, [*word_lists(), CODE], field="vocabulary_languages")
 
 
-@cache
 def language_source(name: str, share: float, most: int | None = None) -> Source:
     """Return words of a language as they stand in texts, each as often as it is used; or code.
 
@@ -216,7 +215,6 @@ def language_source(name: str, share: float, most: int | None = None) -> Source:
     return Source(name, share, pieces, weights)
 
 
-@cache
 def code_texts() -> list[str]:
     """Return code of Python's own library and of packages that are always there, and words of other languages."""
     found = list(KEYWORDS.values())
