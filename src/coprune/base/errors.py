@@ -77,7 +77,7 @@ class CopruneError(Exception):
 
 
 class BadInput(CopruneError, ValueError):
-    """What was asked for cannot be done as asked: an unknown name, a ratio out of range, a missing file."""
+    """Invalid input: an unknown name, a ratio out of range, a missing file."""
 
 
 class NumericalError(CopruneError):
@@ -105,7 +105,7 @@ class LostProcess(CopruneError):
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust met what its authors thought impossible. pyo3 lets no `except Exception` catch that."""
+    """Return whether an error is a panic of a Rust library, which pyo3 does not derive from Exception."""
     return type(error).__name__ == "PanicException"
 
 

@@ -40,9 +40,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def like_named(path: Path, least: float = 0.6) -> Path | None:
-    """What is beside a path that leads nowhere and is named most like it; None if nothing is.
+    """Return the entry beside a missing path whose name is most similar, or None.
 
-    least: how alike, from 0 to 1.
+    least: minimum similarity, from 0 to 1.
     """
     if not path.parent.is_dir():
         return None
@@ -126,7 +126,7 @@ def _begin(start: Path) -> tuple[Path, int]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path is named as what is being written, or was when its process was killed."""
+    """Return whether a path has the name of a temporary file, being written or left by a killed process."""
     return _OWN.fullmatch(path.name) is not None
 
 
@@ -179,7 +179,7 @@ def full_disk_explained(file: Path) -> Iterator[None]:
 
 
 def _why_not_written(error: Exception) -> str | None:
-    """What an error of writing says of the disk; None if it is about something else."""
+    """Return the disk problem behind a write error, or None if the cause is another."""
     number, said = getattr(error, "errno", None), str(error)
     for code, cause in _FULL.items():
         if number == code or os.strerror(code) in said:  # safetensors has words of its own around the system's

@@ -24,7 +24,7 @@ def available_bytes() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    """What the control group (version 2) still allows; None without a limit."""
+    """Return the memory that the control group (version 2) still allows; None without a limit."""
     try:
         path = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition(":")[2]
         folder = Path("/sys/fs/cgroup") / path.lstrip("/")

@@ -50,7 +50,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 no more slowly than in float32.
+    """Return whether a device multiplies in bfloat16 at least as fast as in float32.
 
     A processor without such instructions takes 2 (AVX-512) to 200 (AVX2) times as long.
     """
@@ -60,5 +60,5 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def precision_on(device: torch.device, asked: Literal["float32", "bfloat16"]) -> torch.dtype:
-    """What is computed in where bfloat16 is asked for its speed alone: float32 on a device on which there is none."""
+    """Return the dtype to compute in: bfloat16 if asked for and fast on the device, else float32."""
     return torch.bfloat16 if asked == "bfloat16" and multiplies_bfloat16(device) else torch.float32

@@ -50,7 +50,7 @@ class Processes:
         return torch.tensor_split(samples, self.size)[self.rank]
 
     def from_first(self, compute: Callable[[], Value]) -> Value:
-        """What the first process computes; the others get a copy."""
+        """Compute a value in the first process and broadcast it to the others."""
         if self.size == 1:
             return compute()
         values = [compute() if self.first else None]
@@ -149,7 +149,7 @@ def joined_processes(train: bool = False) -> Iterator[Processes]:
 
 
 def _backend() -> str:
-    """What the processes talk through: gloo for words, and for sums what the GPUs have (nccl), each process with its own.
+    """Return torch.distributed's backend: gloo on the host, and the accelerator's own (nccl) for its tensors.
 
     Raises BadInput where there are fewer GPUs than processes.
     """

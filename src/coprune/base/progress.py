@@ -1,4 +1,4 @@
-"""What a run is doing, on standard error, so that results can be piped: lines and bars, or a line a minute in a log."""
+"""Progress on standard error, so that results can be piped: lines and bars on a terminal, a line a minute in a log."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Event:
     """Something that happened, of which those who listen are told."""
 
     kind: ClassVar[str]
-    """What a log calls it."""
+    """Name of the event in a log."""
 
     def facts(self) -> dict[str, Any]:
-        """What a log says of it: by default its fields."""
+        """Return the event's fields for a log; by default all of them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

@@ -1,6 +1,6 @@
-"""What the host reads of a device: together what can be, since every time it waits until the device has done all before.
+"""Reads of device values by the host, batched, since each read waits for all queued work.
 
-What lies in host memory is at hand, and is looked at on the spot.
+Values in host memory are read at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ State = TypeVar("State")
 
 
 class _Doubt(NamedTuple):
-    """What is raised if a condition (a bool without dimensions, on a device) holds."""
+    """An error, and the condition (a scalar bool on a device) under which it is raised."""
 
     condition: Tensor
     error: NumericalError
@@ -112,10 +112,10 @@ def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 class Questions(Generic[State]):
-    """Whether an iteration is over, asked again and again.
+    """The stopping test of an iteration on a device.
 
-    A device is told of the next rounds before its last answer is read, so that it never stands still. What it does too much
-    is thrown away: what comes out is the state of the first question to which the answer is yes.
+    The next rounds are queued before the last answer is read, so that the device never idles. Surplus rounds are
+    discarded: the result is the state at the first positive answer.
     """
 
     def __init__(self) -> None:

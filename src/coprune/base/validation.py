@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with settings and reports, as one error of coprune's own."""
+"""pydantic's validation errors as one error of coprune."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def one_is_enough(value: Any) -> Any:
 
 
 def is_text(value: str) -> bool:
-    """Whether UTF-8 can write something, as it cannot the name of a file that is of another encoding."""
+    """Return whether a string can be encoded as UTF-8; a file name in another encoding cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -35,7 +35,7 @@ def is_text(value: str) -> bool:
 
 
 def reason(detail: Any) -> str:
-    """What pydantic says of one value, as the end of a sentence."""
+    """Return pydantic's complaint about one value, as the end of a sentence."""
     said = str(detail["msg"]).removeprefix("Value error, ").removesuffix(".")
     return said.replace("Input should", "it should", 1)
 

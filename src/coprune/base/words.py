@@ -1,7 +1,7 @@
-"""What a message says of settings and commands, as values: each face of the program names them in its own way.
+"""Messages about settings and commands as values, which each interface renders in its own way.
 
 A message for people is words: a string, one of the pieces below, or a tuple of both. In Python `Set("stream", False)`
-reads `stream=False`; on the command line, which has a face of its own, `--no-stream`.
+reads `stream=False`; on the command line `--no-stream`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Face:
     """How settings and commands are named; this one names them as in Python."""
 
     between = ", "
-    """What stands between settings that are given together."""
+    """Separator of settings that are given together."""
 
     def name(self, setting: str) -> str:
         """A setting's bare name."""
@@ -216,11 +216,11 @@ class Shown(ABC):
 
     @abstractmethod
     def headline(self) -> str:
-        """What it is, in one short line."""
+        """Return a summary of one short line."""
 
     @abstractmethod
     def sheet(self) -> Sheet:
-        """What it holds, in a few figures."""
+        """Return the main figures."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.headline()}>"

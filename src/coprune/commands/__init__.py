@@ -1,1 +1,1 @@
-"""What is typed: one command, one file, and no logic; nothing heavy is imported before one runs."""
+"""The command line: one command per file and no logic; nothing heavy is imported before a command runs."""

@@ -62,7 +62,7 @@ def _options_of_coprune(
         ),
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Accept the options that precede a command."""
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ _GOES_ON = ("prune", "finetune", "fit", "sweep", "compare")
 
 
 class Stop:
-    """Whether SIGTERM came."""
+    """The state of SIGTERM: received or not."""
 
     def __init__(self) -> None:
         self.terminated = False
@@ -226,7 +226,7 @@ def _is_alone() -> bool:
 
 
 def how_to_go_on(arguments: Sequence[str]) -> str:
-    """What to say of a command that was stopped. arguments: what was typed after `coprune`."""
+    """Return the message for a stopped command. arguments: those typed after `coprune`."""
     said = "stopped; nothing half-written was left under its final name."
     if not arguments or arguments[0] not in _GOES_ON:
         return said

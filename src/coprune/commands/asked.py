@@ -1,4 +1,4 @@
-"""What `prune` and `estimate` are asked: the options that both have, and the recipe that they make together."""
+"""The options that `prune` and `estimate` share, and the recipe that they make."""
 
 from __future__ import annotations
 

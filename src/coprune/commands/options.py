@@ -46,7 +46,7 @@ _FLAGS_OF_TRAINING = {
     "train": ["--train-only", "--train"],
 }
 _TITLES_OF_TRAINING = {"Calibration": "The data", "What is pruned, and how": "Fine-tuning"}
-"""What groups of options are called where nothing is pruned."""
+"""Titles of option groups in commands that prune nothing."""
 
 
 class ShortCommand(GroupedCommand):
@@ -63,7 +63,7 @@ class ShortCommand(GroupedCommand):
 
 
 def _is_shown_short(name: str) -> bool:
-    """Whether the short help shows an option, by the name of its parameter; what is no setting of a recipe is shown."""
+    """Return whether the short help shows an option, by its parameter's name; options outside the recipe are always shown."""
     return name not in (*_NAMED_TWICE, TRAIN) and (name not in FIELDS or is_common(FIELDS[name]))
 
 
@@ -152,7 +152,7 @@ def _option(
 
 
 def _is_read_otherwise(field: FieldInfo) -> bool:
-    """Whether a number may be written otherwise than as one, such as 50%: the recipe reads it."""
+    """Return whether a number may also be written in another form, such as 50%, which the recipe parses."""
     return field.annotation == float | None and any(isinstance(note, BeforeValidator) for note in field.metadata)
 
 
@@ -217,7 +217,7 @@ def _methods_options() -> set[str]:
 
 
 def _needs_methods() -> bool:
-    """Whether methods have to be imported, with torch and its seconds, to tell options: where others bring some."""
+    """Return whether listing options requires importing methods (and torch): where other packages register some."""
     return _METHODS in sys.modules or bool(entry_points(group="coprune.methods"))
 
 

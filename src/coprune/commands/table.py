@@ -66,7 +66,7 @@ def _home_in(value: Any) -> Any:
 
 
 class _Parsers(Mapping[str, Any]):
-    """What reads the arguments of each command, made when it is asked for."""
+    """Argument parsers of the commands, made on first use."""
 
     def __getitem__(self, name: str) -> Any:
         if name not in COMMANDS:

@@ -1,4 +1,4 @@
-"""What commands share on a terminal: tables, and the exit code of a model that is not as it was required to be."""
+"""Terminal helpers of the commands: tables, and the exit code of a model that misses a requirement."""
 
 from __future__ import annotations
 

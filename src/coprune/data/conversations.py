@@ -36,7 +36,7 @@ class Document(NamedTuple):
 
 
 def holds_conversations(name: str) -> bool:
-    """Whether the first row of a file is a conversation, or was generated, and has no text that would be read as such."""
+    """Return whether the first row of a file is a conversation or generated token ids, and has no `text` column."""
     path, column = split_column(name)
     if column is not None or not path.exists():
         return False

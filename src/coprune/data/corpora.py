@@ -191,7 +191,7 @@ def evaluation_corpus_for(calibration_name: str) -> str | None:
 
 
 def holds_out(name: str) -> bool:
-    """Whether a name is of the user's own text, which has no test split: its last tenth is held out for perplexity."""
+    """Return whether a name is of the user's own text, which has no test split: its last tenth is held out for perplexity."""
     given = given_data(name)
     return isinstance(given, JoinedText) if given is not None else evaluation_corpus_for(name) is None
 

@@ -54,10 +54,10 @@ _HERE: ContextVar[Mapping[str, GivenData]] = ContextVar("given data")
 
 
 def given_data(name: str) -> GivenData | None:
-    """What was handed over under a name; None for the name of something else.
+    """Return the data passed from Python under a name, or None if the name is of something else.
 
     Raises:
-        BadInput: the name is of something that was handed over in another call.
+        BadInput: the data was passed in another call.
     """
     if not name.startswith(PREFIX):
         return None
@@ -108,7 +108,7 @@ def handed_over(settings: Mapping[str, Any], calibration: str | None, evaluation
 
 
 def _named_sources(asked: Any, field: str) -> tuple[str, dict[str, GivenData]]:
-    """What to calibrate on as it is written in a recipe, and what was handed over under the names in it."""
+    """Return the calibration data as written in a recipe, and the objects passed from Python by the names in it."""
     several = isinstance(asked, Mapping) and not type(asked).__name__.endswith("DatasetDict")
     parts = _with_shares(asked, field) if several else {"": (asked, None)}
     said, found = [], dict[str, GivenData]()

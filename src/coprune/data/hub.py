@@ -27,7 +27,7 @@ class Part:
     splits: tuple[str, ...]
     """The first of these splits that the dataset has."""
     separator: str | None
-    """What rows are joined with; None keeps them apart as documents."""
+    """Separator between rows; None keeps them apart as documents."""
     file: str | None = None
     """The one file of the dataset that holds them."""
     first_rows: int | None = None

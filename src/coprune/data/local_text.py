@@ -48,7 +48,7 @@ def split_column(name: str) -> tuple[Path, str | None]:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name means a file or folder: it exists, or is written as only a path would be."""
+    """Return whether a name means a file or folder: it exists, or is written like a path."""
     path, _ = split_column(name)
     endings = {_ending(path), _ending(Path(name.rpartition(":")[0]))}
     written_as_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not endings.isdisjoint(READERS)
@@ -85,7 +85,7 @@ def _ending(path: Path) -> str:
 
 
 def _begins_as_text(file: Path) -> bool:
-    """Whether a file is text, as far as its beginning tells."""
+    """Return whether the beginning of a file is text."""
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             begin = stream.read(_LOOKED_AT)

@@ -22,7 +22,7 @@ class Marks:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase | None) -> Marks:
-        """What a tokenizer puts around any text; nothing without one."""
+        """Return the tokens that a tokenizer puts around any text; none without a tokenizer."""
         if tokenizer is None:
             return cls()
         bare: list[int] = encode(tokenizer, "a", add_special_tokens=False)["input_ids"]

@@ -20,7 +20,7 @@ from coprune.recipe.sources import Source
 
 
 def reads_conversations(source: Source) -> bool:
-    """Whether a source is read as conversations: it asks for it, or it is a file of them and nothing says otherwise."""
+    """Return whether a source is read as conversations: it asks for it, or is a file of them without another option."""
     if source.is_own or source.options.get("template") == "none":
         return False
     return source.options.get("template") == "chat" or holds_conversations(source.name)

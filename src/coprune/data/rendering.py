@@ -82,7 +82,7 @@ class _Child:
         weakref.finalize(self, _end, self._process, self._ask, self._told)
 
     def ask(self, question: Any) -> list[str | None] | None:
-        """What it answers; None if it ended over it."""
+        """Return the process's answer, or None if it ended meanwhile."""
         with self._lock, suppress(BrokenPipeError):
             self._ask.write(json.dumps(question).encode() + b"\n")
             self._ask.flush()

@@ -1,4 +1,4 @@
-"""What a corpus hands over: one joined text to cut windows from, or documents to draw windows from."""
+"""Text of a corpus: one joined text to cut windows from, or documents to draw windows from."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ from coprune.base.errors import BadInput, panics_caught
 
 
 class Tokenizes(Protocol):
-    """What is asked of a tokenizer."""
+    """The part of a tokenizer's interface that is used here."""
 
     @property
     def is_fast(self) -> bool:
-        """Whether it can tell where its tokens lie."""
+        """Whether the tokenizer can report its tokens' offsets."""
         ...
 
     def __call__(self, text: str, **options: Any) -> Any:

@@ -27,7 +27,7 @@ from coprune.data.tokenizing import Tokenizes, encode
 
 
 class SourcePart(BaseModel):
-    """What one source gave to the samples."""
+    """Samples drawn from one source."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -112,7 +112,7 @@ class Extras:
 
 
 def measures_anything(recipe: Recipe) -> bool:
-    """Whether a recipe names texts, tasks or prompts."""
+    """Return whether a recipe names texts, tasks or prompts."""
     return bool(recipe.evaluate.data) or recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked
 
 

@@ -50,7 +50,7 @@ class Perplexity(Measurement):
     per_byte: float | None
     """Perplexity per byte instead of per token: comparable between tokenizers."""
     masked: bool = False
-    """Whether tokens were predicted where they were masked, each from the text on both sides (pseudo-perplexity)."""
+    """Whether it is a pseudo-perplexity: each token was masked and predicted from both sides."""
     window_nll: tuple[float, ...]
     """Mean negative log likelihood of every window's predicted tokens in nats, from which models compare by pairs."""
 

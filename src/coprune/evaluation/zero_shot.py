@@ -56,7 +56,7 @@ class Estimate(BaseModel):
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is between 0 and 1, and shown in per cent; perplexities and BLEU are not."""
+    """Return whether a metric lies between 0 and 1 and is shown in per cent, unlike perplexity and BLEU."""
     return metric not in _NO_SHARES
 
 

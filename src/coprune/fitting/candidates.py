@@ -1,4 +1,4 @@
-"""What a fit may make of a model: parts removed, a short distillation, and bits."""
+"""Candidates of a fit: removed parts, a short distillation, and a number of bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 KINDS = ("vocabulary", "experts", "blocks", "channels", "heads", "embedding")
-"""What can be left out of a search by hand; bits never."""
+"""Kinds of changes that the user can exclude; quantisation always stays."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
 EMBEDDINGS = ("q5_0", "q4_0")
@@ -16,7 +16,7 @@ EMBEDDINGS = ("q5_0", "q4_0")
 VOCABULARIES = (0.5, 0.25, 0.125)
 """Shares of the tokens that stay."""
 STRUCTURES = ("experts=0.25", "channels=0.125", "blocks=0.1", "channels=0.25")
-"""What else is removed, each with a distillation."""
+"""Structured removals that are tried, each followed by a distillation."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Cut:
 
     @property
     def before(self) -> Cut | None:
-        """What its last part was removed from; None for the dense model."""
+        """The cut without its last part; None for the dense model."""
         return Cut(self.removed[:-1]) if self.removed else None
 
 
@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a quant as anybody would make it."""
+        """Whether it is a quant of the dense model and nothing else."""
         return self.cut == DENSE and self.embedding is None
 
     @property

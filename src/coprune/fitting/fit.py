@@ -41,7 +41,7 @@ _USUAL: dict[Kind, str] = {
     "text": "bits<=dense*1.02",
     "prompts": "acceptance>=0.9",
 }
-"""What is required where nobody says it."""
+"""Default requirement by kind of task."""
 _BUDGET = re.compile(r"(\d+\.?\d*)\s*(h|m|s|)")
 _SECONDS = {"h": 3600, "m": 60, "": 60, "s": 1}
 
@@ -50,7 +50,7 @@ class FitArguments(TypedDict, total=False):
     """How `fit` searches."""
 
     target: Target
-    """What is to be little: `size` of the file, `memory` with 2,048 tokens, or time a token (`speed`)."""
+    """Quantity to minimise: `size` of the file, `memory` with 2,048 tokens, or time per token (`speed`)."""
     runtime: Literal["llama.cpp"]
     """Where the model will run."""
     budget: str | float
@@ -63,7 +63,7 @@ class FitArguments(TypedDict, total=False):
     like: str | Path | None
     """A GGUF file of the source model, where that is a folder."""
     without: str | Sequence[str]
-    """What is not tried: vocabulary, experts, blocks, channels, heads, embedding."""
+    """Changes not to try: vocabulary, experts, blocks, channels, heads, embedding."""
     workers: int
     """Candidates that are measured at a time [1]."""
     ray: str | None
@@ -252,7 +252,7 @@ def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
 
 
 def _is_there(target: Path, chosen: Candidate, file: Path) -> bool:
-    """Whether an earlier call left this very model."""
+    """Return whether an earlier call already wrote this model."""
     try:
         said = yaml.safe_load((target / RECIPE_FILE).read_text(encoding="utf-8"))
         return Candidate.read(said) == chosen and hashlib.sha256(file.read_bytes()).hexdigest() == said["sha256"]

@@ -1,4 +1,4 @@
-"""What people read of a fit: the page with its picture, and the card."""
+"""The report of a fit: the page with its picture, and the model card."""
 
 from __future__ import annotations
 

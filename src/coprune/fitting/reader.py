@@ -46,7 +46,7 @@ class Reader:
 
     @property
     def begin(self) -> list[int]:
-        """What stands before a text of which every token is to be predicted."""
+        """Tokens before a text whose every token is predicted."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if isinstance(token, int):
                 return [token]

@@ -1,4 +1,4 @@
-"""What a smaller model has to keep: conditions such as `accuracy>=dense-0.01`, and what items say of them."""
+"""Requirements on a smaller model, such as `accuracy>=dense-0.01`, and their statistical test on items."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS: dict[str, str] = {
     "acceptance": "mean of Σ min(p, q) along the dense model's answers (prompts)",
     "kl": "KL(dense ‖ this) along the dense model's answers, nats per token (prompts)",
 }
-"""What is measured of every item, and of which kinds of tasks."""
+"""Metric of an item, and the kinds of tasks that have it."""
 _AGAINST = ("acceptance", "kl")
 """Metrics that compare with the dense model already."""
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
@@ -26,7 +26,7 @@ _CONDITION = re.compile(
 
 
 class Verdict(StrEnum):
-    """What items say of a condition, at the one-sided level."""
+    """Result of a condition's one-sided test."""
 
     KEPT = "kept"
     LOST = "not kept"
@@ -40,7 +40,7 @@ class Held:
     condition: str
     bounds: Bounds
     least: float
-    """What the difference has to be at least; signs are turned so that more is better."""
+    """Minimum of the difference; signs are such that more is better."""
     verdict: Verdict
     needed: int | None
     """Items that would prove it if all went on like this; None where none would."""

@@ -1,4 +1,4 @@
-"""What a fit found, as a value that shows itself."""
+"""The result of a fit."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Fitted(Shown):
-    """What a fit found."""
+    """The result of a fit."""
 
     file: Path
     """The model."""
     kept: bool
-    """Whether the unseen half proves that everything required is kept."""
+    """Whether the unseen half proves that all requirements are met."""
     chosen: str
     lines: tuple[str, ...]
     """The verdicts on the unseen half."""
@@ -61,7 +61,7 @@ class Fitted(Shown):
     notes: tuple[str, ...] = ()
 
     def headline(self) -> str:
-        """What was chosen, and whether that is proven."""
+        """Return the chosen model and whether its requirements are proven."""
         return f"{self.file}: {self.chosen}, {self.file.stat().st_size:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
 
     def sheet(self) -> Sheet:

@@ -25,7 +25,7 @@ _LEAST = 1e-9
 
 @dataclass
 class DenseAnswers:
-    """What the dense model writes to prompts, and how likely it found the tokens there: by the item's place."""
+    """The dense model's answers to prompts and its token probabilities, by the item's index."""
 
     ids: dict[int, list[int]] = field(default_factory=dict)
     likeliest: dict[int, Tensor] = field(default_factory=dict)
@@ -106,15 +106,15 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def answer_text(reader: Reader, item: Item) -> str:
-    """What a model writes to an item."""
+    """Generate a model's answer to an item."""
     line = (lambda text: False) if item.regex else (lambda text: "\n" in text.lstrip())
     return reader.text(reader.write(reader.ids(item.prompt) or reader.begin, ANSWER_TOKENS, line))
 
 
 def is_right(item: Item, text: str) -> bool:
-    """Whether an answer is as required: what is looked for is in it, or its first line is the right one.
+    """Return whether an answer matches: the pattern is found in it, or its first line is the expected one.
 
-    Case, spaces around it and a full stop at the end make no difference.
+    Case, surrounding spaces and a final full stop are ignored.
     """
     if item.regex:
         return re.search(item.regex, text) is not None

@@ -41,7 +41,7 @@ _TRAINING_COST = 4.0
 
 @dataclass(frozen=True)
 class Wish:
-    """What is wanted of the model."""
+    """The user's requirements, target and time budget."""
 
     conditions: tuple[Condition, ...]
     target: Target = "size"
@@ -54,7 +54,7 @@ class Wish:
 
 @dataclass
 class Finding:
-    """What a search found."""
+    """The result of a search."""
 
     chosen: Candidate
     held: list[Held]
@@ -199,7 +199,7 @@ class Search:
         return {task.name: [*task.seen[: max(1, len(task.seen) // part)]] for task in self.tasks}
 
     def cost(self, found: Measured) -> float:
-        """What is to be little."""
+        """Return the target quantity of a candidate, which is minimised."""
         return {"size": float(found.bytes), "memory": float(found.memory), "speed": -found.speed}[self.wish.target]
 
     def judged(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> list[Held]:
@@ -341,6 +341,6 @@ class Search:
 
 
 def verdict_of(held: Sequence[Held]) -> Verdict:
-    """What all conditions say together."""
+    """Combine the verdicts of all conditions."""
     said = {one.verdict for one in held}
     return next((one for one in (Verdict.LOST, Verdict.OPEN) if one in said), Verdict.KEPT)

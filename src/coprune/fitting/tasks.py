@@ -1,4 +1,4 @@
-"""What a model is used for, as items: choices, answers, text or prompts, in two halves of which the search sees one."""
+"""The tasks of a model as items (choices, answers, text or prompts), in two halves of which the search sees one."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Item:
     answer: str = ""
     """The right one of the choices, or what the first line of the answer has to be."""
     regex: str = ""
-    """What is looked for in the answer."""
+    """Pattern to find in the answer."""
     text: str = ""
 
     @property
     def kind(self) -> Kind:
-        """What it measures."""
+        """Kind of task."""
         if self.text:
             return "text"
         if self.choices:

@@ -56,7 +56,7 @@ class Team:
 
     @property
     def alone(self) -> bool:
-        """Whether candidates are measured in this process, one after another."""
+        """Whether candidates are measured one after another in this process."""
         return self.count == 1 and self._ray is None
 
     def measure(self, workshop: Workshop, pool: Sequence[Candidate], wanted: Mapping[str, Sequence[int]]) -> None:

@@ -45,7 +45,7 @@ _SPEED_TOKENS = 24
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides all that is made and measured."""
+    """The inputs that determine every candidate and measurement."""
 
     model: str
     tasks: tuple[Task, ...]
@@ -62,7 +62,7 @@ class Asked:
 
 
 class Measured(BaseModel):
-    """What is known of a candidate."""
+    """Measurements of a candidate."""
 
     bytes: int = 0
     memory: int = 0
@@ -110,7 +110,7 @@ class Workshop:
         return load_tokenizer(locate(self.asked.model))
 
     def known(self, candidate: Candidate) -> Measured:
-        """What was measured before."""
+        """Return the stored measurements of a candidate."""
         file = self._results(candidate)
         return Measured.model_validate_json(file.read_text(encoding="utf-8")) if file.exists() else Measured()
 

@@ -60,7 +60,7 @@ class Gguf(Shown):
     """The file whose metadata and order it has."""
     tensors: int
     removed: Sequence[str] = ()
-    """What is less in it than in that file, in words."""
+    """What the file lacks beside the other one, in words."""
     architecture: str = ""
     """As llama.cpp calls it: that file's, or `deci` where blocks differ in width."""
 
@@ -69,7 +69,7 @@ class Gguf(Shown):
         return f"{self.path}: {self.type}, {self.bytes:,} bytes"
 
     def sheet(self) -> Sheet:
-        """What it holds and where that came from."""
+        """Return the main figures and the source."""
         rows = [("tensors", f"{self.tensors} in {self.type}, {self.bytes:,} bytes"), ("like", str(self.like))]
         rows.append(("architecture", self.architecture))
         return Sheet(self.headline(), [*rows, *(("removed", line) for line in self.removed)])
@@ -321,7 +321,7 @@ _READS = re.compile(
     r"(vocab_size|context_length|embedding_length|block_count|feed_forward_length|attention\.(head_count|head_count_kv|key_length|"
     r"value_length|layer_norm_rms_epsilon)|rope\.(dimension_count|freq_base|scale_linear|scaling\..*))"
 )
-"""What it reads of a model's numbers; all others would be lost."""
+"""Numbers of the configuration that this architecture reads; all others would be lost."""
 _ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
 _PROBE = 32
 """Tokens that both files are given."""
@@ -337,7 +337,7 @@ class Deci:
     head: int
     """Width of a head."""
     halves: bool
-    """Whether the source's architecture turns the halves of a head against each other, and not neighbours."""
+    """Whether rotary embeddings pair the two halves of a head rather than neighbouring channels."""
 
     def arrange(self, name: str, tensor: Tensor) -> Tensor:
         """Rows of queries and keys in this architecture's order. name: in the source file."""
@@ -348,15 +348,15 @@ class Deci:
 
 
 def deci_plans(padded: Plan, example: Example, source: Exported) -> Iterator[Deci]:
-    """What a file with every block at its own width would hold, in either order of a head's rows.
+    """Yield the plans of a file whose blocks have different widths, for either order of a head's rows.
 
     Args:
-        padded: the file of the source's own architecture, all of whose blocks are alike.
-        example: the file that it is made like.
+        padded: the plan in the source's own architecture, with all blocks of the same width.
+        example: the file that serves as template.
         source: the model, every block at its own width.
 
     Raises:
-        UnsupportedModel: the metadata say something that this architecture does not read.
+        UnsupportedModel: the metadata have a number that this architecture does not read.
     """
     shapes, mixed = example.shapes, example.mixed
     tensors = {}
@@ -410,7 +410,7 @@ def _array() -> int:
 
 
 def same_in_llama_cpp(padded: Path, narrow: Path) -> bool:
-    """Whether llama.cpp computes the same of two files. Raises BadInput if it cannot load the first."""
+    """Return whether llama.cpp computes the same logits from two files. Raises BadInput if it cannot load the first."""
     with_zeros = LlamaCpp(padded, context=_PROBE)
     try:
         tokens = torch.randint(with_zeros.vocabulary, (_PROBE,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -22,7 +22,7 @@ PACKAGE = LLAMA_CPP
 
 
 def has_llama_cpp() -> bool:
-    """Whether the package with llama.cpp's library is installed."""
+    """Return whether the package with llama.cpp's library is installed."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 
@@ -48,7 +48,7 @@ def _library() -> tuple[Any, Any]:
 
 
 _KEPT: list[Any] = []
-"""What the library calls has to live as long as it."""
+"""Callbacks, which have to live as long as the library."""
 
 
 def quantize(
@@ -113,7 +113,7 @@ class LlamaCpp:
 
     @property
     def type(self) -> str:
-        """What most of its tensors are stored in, such as q4_k_m."""
+        """Type of most of its tensors, such as q4_k_m."""
         guessed = 1024  # is added where the file does not say it itself
         number = int(self._library.llama_model_ftype(self._model)) & ~guessed
         name: str = self._ffi.typeof("enum llama_ftype").elements[number]
@@ -156,7 +156,7 @@ class LlamaCpp:
         return bool(self._library.llama_memory_seq_rm(memory, 0, length, -1))
 
     def ends(self, token: int) -> bool:
-        """Whether a token ends an answer."""
+        """Return whether a token ends generation."""
         return bool(self._library.llama_vocab_is_eog(self._library.llama_model_get_vocab(self._model), token))
 
     def tokenize(self, text: str) -> list[int]:

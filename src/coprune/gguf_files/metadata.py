@@ -48,7 +48,7 @@ Fields = Mapping[str, Field]
 
 
 def read_fields(reader: Any, without: tuple[str, ...] = _OWN) -> dict[str, Field]:
-    """What a new file takes over of the metadata. reader: of the gguf package; without: beginnings of keys to leave out."""
+    """Return the metadata that a new file copies. reader: of the gguf package; without: prefixes of keys to leave out."""
     found = {}
     for key, stored in reader.fields.items():
         is_list = len(stored.types) > 0 and stored.types[0].name == "ARRAY"
@@ -74,7 +74,7 @@ def write_fields(writer: Any, fields: Fields) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was changed, as far as metadata may have to tell of it."""
+    """Changed sizes that metadata may have to reflect."""
 
     changes: Mapping[str, Any]
     """Of the configuration: new values by their places."""
@@ -121,7 +121,10 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
 
 
 def _is_read(place: str, new: int, fields: Fields, read: tuple[str, Mapping[str, Any]]) -> bool:
-    """Whether a number of the configuration comes out of the metadata. read: the architecture, and what comes out as they are."""
+    """Return whether a number of the configuration is derived from the metadata.
+
+    read: the architecture, and the configuration derived from the unchanged metadata.
+    """
     arch, before = read
     own = {key: field for key, field in fields.items() if key.startswith(f"{arch}.")}
     old = _at(before, place)
@@ -220,7 +223,7 @@ def _short(value: Any) -> str:
 
 
 def _says(config: Mapping[str, Any], before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a configuration says what is wanted, and all other numbers as before."""
+    """Return whether a configuration has the wanted values and leaves all other numbers unchanged."""
     numbers = {place: value for place, value in places_in(before) if _is_number(value)}
     return all(_at(config, place) == value for place, value in {**numbers, **wanted}.items())
 
@@ -266,7 +269,7 @@ class Plan:
     arch: str
     fields: Fields
     kind: str
-    """What most tensors are stored in."""
+    """Type of most tensors."""
     tensors: Mapping[str, Planned]
 
     @property

@@ -1,8 +1,7 @@
-"""What of a model is silent: channels and heads that are zeros everywhere, which a GGUF file need not hold.
+"""Silent units of a model: channels and heads that are zero everywhere, which a GGUF file need not store.
 
-A folder whose blocks have different numbers of them holds all blocks as wide as the widest, since its configuration says
-one number. Which rows and columns belong together is found by structure and proved, as `prune --remove` does it; that they
-are silent is seen by their values.
+A folder whose blocks differ in width stores all of them as wide as the widest, since its configuration has one number.
+Structure tells which rows and columns belong together, proven as `prune --remove` does it; values tell which are silent.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def _all_silent(silent: Sequence[Tensor]) -> bool:
 
 
 def _has_zeros(source: Exported, name: str) -> bool:
-    """Whether a tensor has a whole row or column of zeros: no unit is silent where none has."""
+    """Return whether a tensor has an all-zero row or column, without which no unit is silent."""
     if len(source.tensors[name].shape) < 2:
         return False
     zero = source.tensor(name) == 0
@@ -140,7 +139,7 @@ def _words(widths: Mapping[_Size, Sequence[int]]) -> Iterator[str]:
 
 
 def _changes(source: Exported, model: ProvenModel, silence: Silence, common: Mapping[_Size, int]) -> dict[str, Any]:
-    """What the configuration says of a model that is as narrow everywhere; nothing if it cannot say that."""
+    """Return the changes of configuration for a model of these common widths; empty if no configuration expresses them."""
     cut = source.without(Edits(_edits(model, silence, common)))
     shapes = {name: cut.own_shape(name) for name in source.tensors}
     units = {(part.kind, part.count, part.repeats) for found in silence.values() for part, _ in found}

@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 @cache
 def _by_expert() -> frozenset[str]:
-    """What the format calls tensors whose first axis is of experts."""
+    """Return the format's names of tensors whose first axis is the expert."""
     from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
 
     kinds = ("FFN_GATE_INP", "FFN_EXP_PROBS_B", "FFN_GATE_EXP", "FFN_UP_EXP", "FFN_DOWN_EXP", "FFN_GATE_UP_EXP")

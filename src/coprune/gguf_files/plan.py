@@ -1,4 +1,4 @@
-"""What a new GGUF file will hold: all but its values, found and checked before anything is written."""
+"""The plan of a new GGUF file: all but its values, derived and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Example:
     """By the names of its tensors; none for those that are in no checkpoint."""
 
     def values(self, name: str, source: Exported) -> Tensor:
-        """What a tensor is in the new file, float32."""
+        """Return a tensor's values for the new file, float32."""
         found = self.pieces[name]
         if found:
             return made(name, found, source)
@@ -52,12 +52,12 @@ class Example:
 
     @property
     def types(self) -> dict[str, str]:
-        """What its tensors are stored in."""
+        """Storage types of the tensors, by name."""
         return {stored.name: stored.tensor_type.name for stored in self.reader.tensors}
 
     @property
     def mixed(self) -> bool:
-        """Whether it has matrices in other types than float32."""
+        """Whether some matrices are not stored in float32."""
         shapes = self.shapes
         return any(kind != "F32" and len(shapes[name]) > 1 for name, kind in self.types.items())
 
@@ -214,7 +214,7 @@ def _require_all(
 
 
 def _is_double(name: str, others: Collection[str], source: Exported) -> bool:
-    """Whether a tensor holds what another one does: some folders keep tied embeddings twice."""
+    """Return whether a tensor duplicates another one: some folders store tied embeddings twice."""
     shape = tuple(source.tensors[name].shape)
     alike = (other for other in others if tuple(source.tensors[other].shape) == shape)
     return any(torch.equal(source.tensor(name), source.tensor(other)) for other in alike)

@@ -26,7 +26,7 @@ _BY_WRITER = ("GGUF.", "general.architecture", "split.")
 
 @dataclass(frozen=True)
 class Slice:
-    """What a new file takes over of a tensor."""
+    """The part of a tensor that a new file copies."""
 
     name: str
     """That it has there."""
@@ -54,7 +54,7 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class _Left:
-    """What is left of a tensor, as the package gguf writes one."""
+    """The remaining part of a tensor, with the interface that the gguf package writes."""
 
     nbytes: int
     pieces: Iterator[Any]
@@ -68,7 +68,7 @@ class _Left:
 
 
 Slices = Mapping[str, Slice]
-"""What is taken over, by the names of the source's tensors in its order; what is not named is left out."""
+"""Slices by the names of the source's tensors, in its order; tensors without one are left out."""
 
 
 class Sliced:
@@ -152,7 +152,7 @@ class Sliced:
 
 
 def _same(data: Any, pieces: Iterator[Any]) -> bool:
-    """Whether a tensor is made of these pieces, one after another."""
+    """Return whether a tensor is the concatenation of these pieces."""
     at = 0
     for piece in pieces:
         if not np.array_equal(data[at : at + len(piece)], piece):

@@ -31,7 +31,7 @@ class Exported:
     source: ModelFolder | None = None
     """The folder that the edits began from, where it is here; else the model's own if nothing was cut."""
     narrow: Edits = field(default_factory=Edits)
-    """What else is left out of the model's tensors, which is zeros; the last of the edits."""
+    """Removal of units that are zero; applied after all other edits."""
 
     def name(self, source: str) -> str | None:
         """Where a source tensor is now; None if it was left out. Raises BadInput if it should be there and is not."""
@@ -39,7 +39,7 @@ class Exported:
         return None if placed is None else self._spelled(placed)
 
     def _names(self, source: str) -> list[str | None]:
-        """What a source tensor was called before every set of edits, and after them all."""
+        """Return a source tensor's name before and after each set of edits."""
         names: list[str | None] = [source]
         for edits in self.edits:
             names.append(None if names[-1] is None else edits.place(names[-1]))
@@ -74,7 +74,10 @@ class Exported:
         return replace(self, edits=[*self.edits, edits], narrow=edits)
 
     def read(self, source: str) -> tuple[Tensor, Tensor | None] | None:
-        """What is left of a source tensor, float32, in the source's shape, and a mask of what was not cut; None for all."""
+        """Return a source tensor without its removed entries (float32, in the source's shape) and the mask of kept ones.
+
+        The mask is None where nothing was removed; the result is None where the whole tensor was.
+        """
         name = self.name(source)
         if name is None:
             return None

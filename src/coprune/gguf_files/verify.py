@@ -1,4 +1,4 @@
-"""Whether a GGUF file is of the same source model, and whether what was written is what was to be written."""
+"""Checks that a GGUF file is of the same source model, and that the written file equals its plan."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _towers(model: nn.Module) -> list[str]:
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Whether a module may be a list of blocks: a ModuleList, or a Sequential of modules that are not single layers."""
+    """Return whether a module may be a list of blocks: a ModuleList, or a Sequential of modules that are not single layers."""
     if isinstance(module, nn.ModuleList):
         return True
     elements = [element for element in module if count_parameters(element)] if isinstance(module, nn.Sequential) else []
@@ -96,10 +96,10 @@ def _parts_of_stage(name: str, stage: nn.Module) -> Iterator[tuple[str, nn.Modul
 
 
 def _are_stages(elements: Sequence[nn.Module]) -> bool:
-    """Whether the elements of a list are stages: most of each is a list, which they run in order.
+    """Return whether the elements of a list are stages: most of each is itself a list, run in order.
 
-    A Sequential says so itself. A ModuleList does not: it may as well hold a layer's experts. But stages differ in
-    their widths, while the blocks of a model without stages are alike.
+    Nested Sequentials are stages. A ModuleList may as well hold a layer's experts; but stages differ in their widths,
+    while the blocks of a model without stages are alike.
     """
     inner = [max([e, *e.children()], key=lambda m: (_is_list(m), count_parameters(m))) for e in elements]
     if not elements or not all(

@@ -130,7 +130,7 @@ def _has(shapes: Mapping[str, Sequence[int]], name: str, dim: int, pattern: _Pat
 
 
 def _numbered(shapes: Mapping[str, Sequence[int]], beginning: str, count: int) -> bool:
-    """Whether names go on with the numbers of all experts, and alike for each."""
+    """Return whether names are numbered by expert, with the same tensors for each of `count` experts."""
     kinds = defaultdict[str, set[int]](set)
     for name in shapes:
         if (found := _expert(name, beginning)) is not None:

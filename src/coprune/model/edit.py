@@ -51,7 +51,7 @@ class Edit(BaseModel):
         return tensor
 
     def leaves_out(self, name: str) -> bool:
-        """Whether a source tensor of the block need not be kept in the journal either."""
+        """Return whether the journal need not store a source tensor of the block."""
         return False
 
     def complete(self, tensors: dict[str, Tensor]) -> None:

@@ -155,7 +155,7 @@ def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
 
 
 def is_coprunes(folder: Path) -> bool:
-    """Whether a folder holds a model that coprune wrote."""
+    """Return whether a folder holds a model that coprune wrote."""
     return (folder / EDITS_FILE).is_file() and (folder / "config.json").is_file()
 
 

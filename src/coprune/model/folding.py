@@ -84,7 +84,7 @@ class Layout:
         return parts.permute(1, 2, 0, 3).reshape(self.segments, -1, self.size)
 
     def is_heads(self) -> bool:
-        """Whether its channels are those of attention heads, or simply channels."""
+        """Return whether the channels are those of attention heads."""
         return self.segments > 1 or self.repeats > 1 or self.before > 0
 
 
@@ -252,7 +252,7 @@ def _expert(matrix: Matrix) -> int:
 
 
 def _holds(fold: Fold, dense: Tensor, run: Callable[[], Tensor]) -> bool:
-    """Whether a random permutation leaves the block's output as it was, and would not without its producers."""
+    """Return whether a random permutation preserves the block's output, and permuting the consumers alone does not."""
     generator = torch.Generator().manual_seed(0)
     layout = fold.layout
     orders = [
@@ -271,7 +271,10 @@ def _holds(fold: Fold, dense: Tensor, run: Callable[[], Tensor]) -> bool:
 
 
 def close(output: Tensor, dense: Tensor, blocks: int = 1) -> bool:
-    """Whether two outputs differ by rounding alone, token by token. … × H, of one dtype; blocks: how many round in turn."""
+    """Return whether two outputs (… × H, of one dtype) differ by rounding alone, token by token.
+
+    blocks: how many blocks round one after another.
+    """
     tolerance = min(blocks * _TOLERANCE.get(dense.dtype, _HALF_TOLERANCE), _HALF_TOLERANCE)
     a, b = output.to(torch.float32), dense.to(torch.float32)
     return bool(((a - b).norm(dim=-1) <= tolerance * b.norm(dim=-1)).all())

@@ -63,7 +63,7 @@ class Answer:
     tokens: list[int]
     """Without the prompt; where the answer ended by itself, the token that ended it is the last."""
     ended: bool
-    """Whether it ended by itself."""
+    """Whether the model ended the answer."""
     seconds: float
     """Its share of the time that its batch took."""
 
@@ -168,7 +168,7 @@ def _answer_batch(
 
 
 def _masks(module: PreTrainedModel) -> bool:
-    """Whether a model can be told which tokens only fill a batch."""
+    """Return whether a model takes an attention mask for padding."""
     return "attention_mask" in signature(module.forward).parameters
 
 

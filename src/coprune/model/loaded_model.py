@@ -134,9 +134,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def streams(recipe: Recipe) -> bool:
-    """Whether a model's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for.
+    """Return whether a model's blocks stay on disk until the walk reaches them.
 
-    Always where one GGUF file is made of another: what is made takes over its bytes, and nothing else is kept of a block.
+    Removal streams only if asked to. GGUF to GGUF always does: the new file copies the old one's bytes.
     """
     if recipe.remove.parts and not recipe.output.as_gguf:
         return recipe.model.stream is True

@@ -53,7 +53,7 @@ class WithFactors:
 
 
 def may_get_factors(matrix: Matrix) -> bool:
-    """Whether a matrix is the whole weight of a linear layer, which is what PEFT puts its LoRA on."""
+    """Return whether a matrix is the whole weight of a linear layer, as PEFT's LoRA requires."""
     return matrix.expert is None and isinstance(matrix.owner, nn.Linear | Conv1D)
 
 

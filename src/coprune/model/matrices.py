@@ -157,10 +157,10 @@ def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
 
 
 def _are_transposed(module: nn.Module, stacks: Sequence[Tensor]) -> bool:
-    """Whether a module's experts are stored in × out: transformers says so of most mixtures.
+    """Return whether a module's experts are stored in × out, which transformers declares for most mixtures.
 
-    Where it does not, the first of two products (hidden to intermediate) must fit the second. A wrong guess is found
-    when the products are observed.
+    Otherwise the first of two products (hidden to intermediate) must fit the second. A wrong guess is noticed when the
+    products are observed.
     """
     said = input_first(module)
     if said is not None or len(stacks) != 2:

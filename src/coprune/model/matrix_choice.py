@@ -53,7 +53,7 @@ class Selection:
         return None if not self.include or self._hits(name) else "not included"
 
     def spells_out(self, name: str) -> bool:
-        """Whether a pattern to include says the end of a name, and none excludes it."""
+        """Return whether an include pattern gives the end of a name literally, and no pattern excludes it."""
         named = any(name.endswith(pattern.rpartition("*")[2] or "\n") for pattern in self._hits(name))
         return named and self.against(name) is None
 

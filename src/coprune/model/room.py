@@ -1,4 +1,4 @@
-"""Whether a model's weights alone have room where they are to be computed with, before any of them is read."""
+"""A check that a model's weights fit the memory, made before any is read."""
 
 from __future__ import annotations
 

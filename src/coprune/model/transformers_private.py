@@ -97,7 +97,7 @@ def used_among(conversions: Iterable[Any]) -> list[Any]:
 
 
 def splits(conversion: Any) -> bool:
-    """Whether several parameters come out of one conversion."""
+    """Return whether a conversion produces several parameters."""
     return len(conversion.target_patterns) > 1
 
 
@@ -191,7 +191,7 @@ def initialize_again(model: PreTrainedModel, modules: Iterable[nn.Module]) -> No
 
 
 def input_first(module: nn.Module) -> bool | None:
-    """Whether a fused mixture of experts stores every expert in × out instead of out × in; None if it does not say."""
+    """Return whether a fused mixture stores its experts as in × out; None if it does not declare it."""
     said: bool | None = getattr(module, "is_transposed", None)
     return said
 
@@ -215,7 +215,7 @@ def experts_run_as(model: PreTrainedModel) -> str | None:
 
 
 def builds(auto_class: Any, config: Any) -> bool:
-    """Whether an Auto class has a model for a configuration."""
+    """Return whether an Auto class has a model for a configuration."""
     return type(config) in auto_class._model_mapping
 
 

@@ -34,7 +34,7 @@ Form = Callable[[nn.Linear], nn.Module | None]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured for the linear layers of one shape, dtype and sparsity, and what they became."""
+    """Timings of linear layers of one shape, dtype and sparsity, and the form chosen for them."""
 
     kind: str
     """dense, kernel (dense, by our own product), packed or semi-structured."""
@@ -103,7 +103,7 @@ def _groups(model: nn.Module) -> dict[tuple[int, int, torch.dtype, int, bool], d
 
 
 def _forms(layers: dict[str, nn.Linear], shared: bool) -> dict[str, Form]:
-    """What the layers of a group may become."""
+    """Return the forms that the layers of a group can take."""
     forms: dict[str, Form] = {"kernel": kernel_linear}
     if not shared:
         forms["packed"] = PackedLinear.from_linear
@@ -190,7 +190,7 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.lru_cache(1024)
 def _matrix_at(weight: int, bias: int | None, outputs: int, inputs: int) -> tuple[MatrixStruct, int]:
-    """What the kernels take, and its address. Only addresses and sizes, so the same ones always mean the same."""
+    """Return the kernels' argument and its address, cached by addresses and sizes."""
     struct = MatrixStruct(None, weight, None, bias, outputs, inputs)
     return struct, ctypes.addressof(struct)
 

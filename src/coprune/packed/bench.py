@@ -1,4 +1,4 @@
-"""What packing brings on this machine: prefill and decoding, dense against packed, in turns within one process."""
+"""Benchmark of packing on this machine: prefill and decoding, dense against packed, in turns within one process."""
 
 from __future__ import annotations
 
@@ -240,16 +240,16 @@ class Bench(Shown):
     """Bytes on the disk of each form's weights, where several models were measured."""
 
     def baseline(self, form: str) -> str:
-        """What a form is compared with."""
+        """Return the name of the form that another is compared with."""
         return self.baselines.get(form, "dense")
 
     @property
     def reference(self) -> str:
-        """What all ratios are to, in words."""
+        """Name of the baseline of all ratios."""
         return "the first in the same runtime" if self.baselines else "dense"
 
     def gains(self, row: Row) -> bool:
-        """Whether a form is faster than what it is compared with, or that itself."""
+        """Return whether a form is faster than its baseline, or is the baseline."""
         return row.form == self.baseline(row.form) or row.speedup >= NO_GAIN
 
     def add(self, phase: str, batch: int, tokens: int, timings: Mapping[str, Timing]) -> None:
@@ -325,7 +325,7 @@ class Entrant:
 
     @property
     def form(self) -> str:
-        """What the tables call it."""
+        """Name in the tables."""
         return f"{self.name} in {self.kind}"
 
 

@@ -100,7 +100,7 @@ def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
 
 
 def _while_torch_compiles(compiled: Any) -> Callable[..., Any]:
-    """What was compiled, and from where torch compiles no more on what there is then; it raises there, with every call."""
+    """Wrap a compiled function so that it runs eagerly after torch's recompilation limit, at which torch would raise."""
     is_full = False
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +129,7 @@ def _cache(kwargs: dict[str, Any]) -> Any:
 
 
 def _is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether one token per sequence is read, with a cache of fixed size, and a mask that any attention can take."""
+    """Return whether a call reads one token per sequence with a static cache and a mask for any attention."""
     ids = args[0] if args else kwargs.get("input_ids")
     mask = kwargs.get("attention_mask")
     masks = mask.values() if isinstance(mask, dict) else [mask]

@@ -52,7 +52,7 @@ class PackedEncoding(Encoding):
 
 
 def shard_metadata(packed: Sequence[str], checksums: dict[str, int]) -> dict[str, str]:
-    """What a packed file's header says of it. checksums: `stored_checksum` of every tensor."""
+    """Return the metadata of a packed file's header. checksums: `stored_checksum` of every tensor."""
     content = {"version": VERSION, "packed": list(packed), "crc32": checksums}
     return {"format": "pt", METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
@@ -92,9 +92,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What pack wrote into a shard's header: version, names of packed tensors, checksums of dense ones.
+    """Return a shard's metadata: version, names of packed tensors, checksums of dense ones.
 
-    Empty where the file has none. Raises BadInput if it cannot be read.
+    Empty for a file without any. Raises BadInput if they cannot be read.
     """
     with readable(path), safe_open(str(path), framework="pt") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)

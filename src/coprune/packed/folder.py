@@ -166,13 +166,13 @@ def checkpoint_shards(folder: Path) -> list[Path]:
 
 
 def is_packed_config(config: dict[str, Any]) -> bool:
-    """Whether a config.json's content says that the folder is packed by coprune."""
+    """Return whether the content of a config.json declares coprune's packing."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def is_packed_folder(folder: Path | str) -> bool:
-    """Whether a folder is a checkpoint that coprune packed."""
+    """Return whether a folder is a checkpoint packed by coprune."""
     path = Path(folder) / CONFIG
     return path.is_file() and is_packed_config(read_json(path))
 

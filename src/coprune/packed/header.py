@@ -35,7 +35,7 @@ GROUP_SIZES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of a packed tensor say, checked against its length."""
+    """Header of a packed tensor, checked against its length."""
 
     layout: Layout
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class Header:
 
 
 def is_packed(tensor: Tensor) -> bool:
-    """Whether a tensor is a packed one, by its type and its first bytes."""
+    """Return whether a tensor is packed, by its dtype and first bytes."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() < HEADER.size:
         return False
     return bytes(tensor[: len(MAGIC)].tolist()) == MAGIC

@@ -50,7 +50,7 @@ class Weight(NamedTuple):
     """I."""
     dtype: torch.dtype
     two_of_four: bool
-    """Whether it `stores_two_of_four`."""
+    """Result of `stores_two_of_four`."""
 
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:
@@ -70,7 +70,7 @@ def packed_linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def unpacked_product(x: Tensor, *fields: Any) -> Tensor:
-    """What the operators do on any device: the weight is unpacked for the length of the call. fields: of a Weight."""
+    """Unpack the weight, multiply, and free it: the operators' fallback on any device. fields: of a Weight."""
     weight = Weight(*fields)
     dense, bias = dense_matrix(weight.packed, _header(weight)), weight.bias
     return functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -91,7 +91,7 @@ def _on_cpu(x: Tensor, *fields: Any) -> Tensor:
 
 
 def on_gpu(x: Tensor, *fields: Any) -> Tensor:
-    """What the operators do on CUDA. fields: of a Weight."""
+    """Multiply on CUDA. fields: of a Weight."""
     packed, starts, bias, inputs, dtype, two_of_four = weight = Weight(*fields)
     header = _known_header(packed.numel(), starts.numel() - 1, inputs, dtype)
     rows = x.reshape(-1, inputs)
@@ -114,7 +114,7 @@ def on_gpu(x: Tensor, *fields: Any) -> Tensor:
 def _kernel_matrix(
     packed: int, starts: int, bias: int | None, outputs: int, inputs: int, dtype: torch.dtype
 ) -> tuple[MatrixStruct, int]:
-    """What the kernels take, and its address. Only addresses and sizes, so the same ones always mean the same."""
+    """Return the kernels' argument and its address, cached by addresses and sizes."""
     struct = matrix_at(packed, starts, bias, Header("bitmask", dtype, (outputs, inputs), 0))
     return struct, ctypes.addressof(struct)
 
@@ -241,13 +241,13 @@ MOST_INPUTS = 16
 
 
 def kernel_serves(x: Tensor, header: Header) -> bool:
-    """Whether Triton is there and its kernel takes such inputs. x: T × I."""
+    """Return whether the Triton kernel can multiply by such inputs. x: T × I."""
     few = 0 < len(x) <= MOST_INPUTS
     return few and x.dtype == header.dtype and header.shape[1] % 32 == 0 and triton_is_there()
 
 
 def product_of_few(x: Tensor, blob: Tensor, header: Header, starts: Tensor) -> tuple[Kind, Product]:
-    """What multiplies from the packed bytes, and the kind of product that it would be.
+    """Return the product from packed bytes by Triton, and its kind.
 
     Args:
         x: T × I, which `kernel_serves`.

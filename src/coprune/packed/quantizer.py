@@ -44,7 +44,7 @@ from coprune.packed.registration import register_with_transformers
 
 
 class _Asked(Enum):
-    """What load_packed asks for. No file can say this, and transformers wants a plain table of settings."""
+    """The mode that load_packed requests; no file can hold it, and transformers wants plain settings."""
 
     PACKED = "packed"
 
@@ -68,7 +68,7 @@ class CopruneConfig(QuantizationConfig):
 
     @property
     def dequantize(self) -> bool:
-        """What transformers asks: whether the loaded model is an ordinary dense one."""
+        """Whether the loaded model is an ordinary dense one; read by transformers."""
         return not self.keep_packed
 
     @classmethod
@@ -78,11 +78,11 @@ class CopruneConfig(QuantizationConfig):
         return (config, other) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: how a model was held in memory is no property of its folder."""
+        """Return the saved settings; how a model was held in memory is not a property of its folder."""
         return {"quant_method": QUANT_METHOD, "version": self.version}
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a config given to from_pretrained may change of the one in the folder."""
+        """Return the settings of a config given to from_pretrained that override the folder's."""
         return {"keep_packed": self.keep_packed}
 
 

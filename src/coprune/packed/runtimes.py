@@ -23,7 +23,7 @@ from coprune.packed.timing import Clock, Timing, summarise, time_in_turns, time_
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed: sequences at a time, tokens of the prompt, decoding steps, and how often each prefill is done."""
+    """Workload of a benchmark: batch sizes, prompt length, decoding steps, repeats of each prefill."""
 
     batches: Sequence[int] = (1, 4)
     prompt: int = 128
@@ -119,7 +119,7 @@ def random_prompt(vocabulary: int, batch: int, length: int, generator: torch.Gen
 
 @dataclass(frozen=True)
 class Turns:
-    """What was timed of several runners, by their names."""
+    """Timings of several runners, by name."""
 
     prefill: dict[str, Timing]
     decode: dict[str, Timing]

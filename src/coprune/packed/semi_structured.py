@@ -21,18 +21,18 @@ from coprune.packed.timing import Kind, Product, gives_the_same
 from coprune.packed.two_of_four import CODES, COLUMNS, DTYPES, ROWS, fits
 
 INPUTS = 8
-"""What torch wants T to be a multiple of."""
+"""Divisor of T that torch requires."""
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Whether every four consecutive inputs of an O × I weight keep at most two."""
+    """Return whether every four consecutive inputs of an O × I weight have at most two nonzeros."""
     if weight.ndim != 2 or weight.shape[1] % 4:
         return False
     return bool(((weight != 0).view(weight.shape[0], -1, 4).sum(dim=2) <= 2).all())
 
 
 def can_convert(linear: nn.Linear) -> bool:
-    """Whether PyTorch has a semi-structured product for this layer: GPU, dtype, pattern and a shape that it takes."""
+    """Return whether PyTorch has a semi-structured product for a layer's device, dtype, shape and pattern."""
     weight = linear.weight
     if capability(weight.device) < (8, 0) or weight.dtype not in DTYPES:
         return False
@@ -68,16 +68,16 @@ def convert_linears(model: nn.Module) -> int:
 
 
 def product_serves(x: Tensor, header: Header) -> bool:
-    """Whether torch's product takes inputs (T × I) and a weight of such dtypes and shapes."""
+    """Return whether torch's product supports inputs (T × I) and a weight of these dtypes and shapes."""
     return len(x) > 0 and x.dtype == header.dtype and fits(header)
 
 
 def product_of_many(x: Tensor, blob: Tensor, header: Header) -> tuple[Kind, Product]:
-    """What multiplies by torch's semi-structured product, and the kind of product that it would be.
+    """Return torch's semi-structured product, and its kind.
 
     Args:
         x: T × I, which `product_serves`.
-        blob: a weight that `stores_two_of_four`, at aligned bytes of x's device.
+        blob: a weight that `stores_two_of_four`, aligned, on x's device.
         header: of the weight, O × I.
     """
     # Prompts have all lengths: one measurement serves all of as many bits.

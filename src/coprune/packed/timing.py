@@ -112,7 +112,7 @@ class Kind(NamedTuple):
 
 
 TRIED: dict[Kind, bool] = {}
-"""Whether the way won, of every kind that has come so far."""
+"""Whether the candidate won, for every kind tried so far."""
 
 
 def by_the_faster(kind: Kind, candidate: Product, known: Product, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def by_the_faster(kind: Kind, candidate: Product, known: Product, x: Tensor) -> 
 
 
 def wins(candidate: Product, known: Product, x: Tensor) -> bool:
-    """Whether a product gives what another gives, and takes less time. It may fail."""
+    """Return whether a candidate gives the known product's result in less time. It may fail."""
     if not gives_the_same(candidate, known, x):
         return False
     times = time_in_turns({"candidate": partial(candidate, x), "known": partial(known, x)}, REPEATS)
@@ -141,7 +141,7 @@ def wins(candidate: Product, known: Product, x: Tensor) -> bool:
 
 
 def gives_the_same(candidate: Product, known: Product, x: Tensor) -> bool:
-    """Whether a product gives what another gives, up to rounding. It may fail."""
+    """Return whether a candidate gives the known product's result, up to rounding. It may fail."""
     wanted = known(x)
     try:
         found = candidate(x)

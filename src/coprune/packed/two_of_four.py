@@ -21,13 +21,13 @@ MOST_ADDED = 0.01
 
 
 def fits(header: Header) -> bool:
-    """Whether torch has a 2:4 product for weights of such a dtype and shape."""
+    """Return whether torch has a 2:4 product for weights of this dtype and shape."""
     rows, columns = header.shape
     return header.dtype in DTYPES and not rows % ROWS and not columns % COLUMNS
 
 
 def stores_two_of_four(blob: Tensor, header: Header) -> bool:
-    """Whether a packed matrix stores exactly two of every four consecutive inputs, and `fits`.
+    """Return whether a packed matrix `fits` and stores exactly two of every four consecutive inputs.
 
     Args:
         blob: in the bitmask layout, in host memory.

@@ -18,7 +18,7 @@ from coprune.pruning.refine.trainable_parameters import Trained, names_of, train
 
 
 class BlockTraining(BaseModel):
-    """What the training of a block toward the dense model's outputs did, on the batches that watch it."""
+    """Effect of training a block toward the dense model's outputs, on held-out batches."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +32,7 @@ class BlockTraining(BaseModel):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it gained nothing."""
+        """Whether the training gained nothing."""
         return self.end >= self.start
 
 

@@ -1,4 +1,4 @@
-"""What a solver had to repair, or could not do as asked, of one matrix: records, which `report/` puts into words."""
+"""Repairs and limitations of a solver on one matrix, as records that `report/` puts into words."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Kind = Literal[
 
 
 class Event(BaseModel):
-    """What happened to a matrix."""
+    """A repair or limitation on one matrix."""
 
     model_config = ConfigDict(frozen=True)
 
     kind: Kind
     figures: dict[str, float] = {}
     note: str = ""
-    """What a method of another package says of it."""
+    """Text of a method from another package."""

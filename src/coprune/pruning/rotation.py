@@ -97,10 +97,10 @@ def rotate_model(
 
 
 def _may_turn(fold: Fold, reused: Sequence[str], target: Target) -> bool:
-    """Whether a fold is one of heads that is worth a try: a gate is multiplied with single channels; zeros would be filled.
+    """Return whether a fold is one of attention heads that may be rotated.
 
-    Weights that were rounded to a few bits have zeros too, a tenth at four bits, which are no loss; those of a matrix that
-    was pruned before are as many as the target asks for, or nearly.
+    A gate multiplies single channels, and rotation would fill zeros of an earlier pruning. The few zeros that come from
+    rounding to few bits, a tenth at four bits, do not count.
     """
     matrices = _matrices(fold)
     if not fold.layout.is_heads() or fold.gate is not None or len(matrices) != 2:
@@ -114,7 +114,7 @@ def _matrices(fold: Fold) -> list[Matrix]:
 
 
 def _gives(recording: Recording, done: BlockDone) -> bool:
-    """Whether a block gives on the first batch what it gave when it was shown, but for rounding."""
+    """Return whether a block reproduces its recorded outputs on the first batch, up to rounding."""
     return close(recording.run(done.block, 0, done.before[0]), done.after[0])
 
 

@@ -1,1 +1,1 @@
-"""What is asked for, as data; nothing here imports torch or transformers."""
+"""The settings of a run, as data; nothing here imports torch or transformers."""

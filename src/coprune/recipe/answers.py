@@ -18,7 +18,7 @@ _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
 
 class AnswersPart(Part):
-    """What the dense and the pruned model write."""
+    """Settings of the answers that the dense and the pruned model generate."""
 
     title = "What the models write"
     prefix = "generate_"
@@ -70,21 +70,21 @@ class AnswersPart(Part):
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What is required, read. Raises BadInput as `read_conditions`."""
+        """Requirements on the answers, parsed. Raises BadInput as `read_conditions`."""
         return read_conditions(self.require)
 
     @property
     def is_asked(self) -> bool:
-        """Whether somebody asked for answers, which are looked at anyway where a model is saved."""
+        """Whether the user asked for answers; a few are checked anyway when a model is saved."""
         return self.prompts is not None or self.require is not None
 
 
 def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
-    """What is wrong with what is required of answers; None if nothing is.
+    """Return the error in the requirements on answers, or None.
 
     Args:
         asked: the settings.
-        dense: how to have the dense model's answers; None where they are there.
+        dense: how to get the dense model's answers; None where they are available.
     """
     try:
         conditions = asked.conditions
@@ -140,19 +140,19 @@ class Condition:
     text: str
     name: str
     sampled: bool
-    """Whether it is about the sampled answers, not the likeliest ones."""
+    """Whether it is about sampled answers rather than greedy ones."""
     sign: str
     number: float
-    """What the figure is compared with, or what is added to the dense model's."""
+    """Bound, or offset from the dense model's figure."""
     against_dense: bool
 
     @property
     def needs_dense(self) -> bool:
-        """Whether the dense model's answers have to be known."""
+        """Whether it requires the dense model's answers."""
         return self.against_dense or self.name in LIKENESS
 
     def holds(self, figure: float, dense: float | None) -> bool:
-        """Whether a figure is as required. dense: the same of the dense model, where it is compared with that."""
+        """Return whether a figure meets the condition. dense: the dense model's figure, for relative conditions."""
         bound = self.number + (dense or 0.0) if self.against_dense else self.number
         if self.sign == "<=":
             return figure <= bound

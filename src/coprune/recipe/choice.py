@@ -118,12 +118,12 @@ class Choice(BaseModel):
 
     @property
     def is_given(self) -> bool:
-        """Whether it tells of an object, without which nothing can be repeated."""
+        """Whether it stands for a Python object, without which the run cannot be repeated."""
         return self.options.get(_GIVEN) is True
 
     @property
     def is_file(self) -> bool:
-        """Whether a file is named, which says the rest."""
+        """Whether it names a file that holds the rest."""
         return _is_file(self.name)
 
     @model_validator(mode="before")

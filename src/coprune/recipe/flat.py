@@ -27,7 +27,7 @@ _SCORE = "score"  # which some methods have as an option: it is theirs where not
 
 
 def is_setting(name: str) -> bool:
-    """Whether something names a setting, one that is retired, or a part of a recipe."""
+    """Return whether a name is that of a setting, a retired one, or a part of a recipe."""
     known = {*FLAT, *_OTHER_WORDS, *PARTS, *OLDER_PARTS, _VARIANT, PRESET, TRAIN, *GONE_PARTS}
     return name in known or "." in name or retired(name) is not None
 
@@ -128,7 +128,7 @@ def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What one entry of a mapping says: a setting, or those of a whole part."""
+    """Yield the settings of one entry of a mapping: one, or all of a part."""
     place, said = todays_place(key), value.__dict__ if isinstance(value, BaseModel) else value
     if (key in (_METHOD, "prune_method") or place in (_OF_METHOD, f"{_OF_METHOD}.name")) and isinstance(
         value, str | Mapping | Choice

@@ -81,7 +81,7 @@ class TasksPart(Part):
 
 
 class EvaluatePart(Part):
-    """What is measured of the dense and the pruned model."""
+    """Measurements of the dense and the pruned model."""
 
     title = "Measuring"
 
@@ -139,7 +139,7 @@ class EvaluatePart(Part):
 
 
 class OutputPart(Part):
-    """What is written, and who is told."""
+    """Settings of the output: files, folders and trackers."""
 
     title = "Where it goes"
 
@@ -196,5 +196,5 @@ class OutputPart(Part):
 
     @property
     def as_gguf(self) -> bool:
-        """Whether the model that is saved is to be a GGUF file."""
+        """Whether the model is saved as a GGUF file."""
         return self.model is not None and self.model.suffix.lower() == ".gguf"

@@ -27,7 +27,7 @@ from coprune.recipe.sources import split_sources, text_of
 
 
 class Decides(Flag):
-    """What changes when a setting does; several at once with `|`."""
+    """The results that a setting influences; several are combined with `|`."""
 
     WHERE = 0
     """Nothing but where things are read from, written to and told."""
@@ -36,7 +36,7 @@ class Decides(Flag):
     ROUNDING = auto()
     """The last bits of the result: in which order sums are added up."""
     MEASUREMENT = auto()
-    """What is measured of the result."""
+    """The measurements of the result."""
     COST = auto()
     """Memory and time."""
     WHETHER = auto()
@@ -65,7 +65,7 @@ def is_common(field: FieldInfo) -> bool:
 
 
 def decided_by(field: FieldInfo) -> Decides:
-    """What a field decides, as its annotation says. Raises TypeError if it does not say."""
+    """Return the results that a field influences, from its annotation. Raises TypeError without one."""
     for note in field.metadata:
         if isinstance(note, Decides):
             return note
@@ -100,9 +100,9 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     title: ClassVar[str]
-    """What the options of its fields are called together."""
+    """Title of the group of its options."""
     prefix: ClassVar[str] = ""
-    """What the flat names of its fields begin with."""
+    """Prefix of its fields' flat names."""
     head: ClassVar[str | None] = None
     """The field that asks for what the others say how to do: its text may hold them too, as in `6:tokens=6144`."""
 
@@ -171,7 +171,7 @@ def _per_cent(value: Any) -> Any:
 
 
 class LowRankPart(Part):
-    """What is added to pruned matrices."""
+    """Settings of the low-rank factors that are added to pruned matrices."""
 
     title = "What is pruned, and how"
     prefix = "low_rank_"
@@ -316,12 +316,12 @@ class PrunePart(Part):
 
     @property
     def reshapes(self) -> bool:
-        """Whether weights are changed before any is pruned."""
+        """Whether weights are permuted or rotated before pruning."""
         return self.permute or self.rotate
 
     @property
     def asks_for_zeros(self) -> bool:
-        """Whether somebody asked for zeros, or they are only what a run without any word of them makes."""
+        """Whether the user asked for zeros, rather than got them by default."""
         return self.sparsity is not None or self.pattern != "unstructured"
 
     @property
@@ -331,7 +331,7 @@ class PrunePart(Part):
 
 
 class CalibratePart(Part):
-    """What the model sees while it is pruned."""
+    """Settings of the calibration data."""
 
     title = "Calibration"
 
@@ -414,7 +414,7 @@ class CalibratePart(Part):
 
     @property
     def is_own(self) -> bool:
-        """Whether the dense model writes some of it."""
+        """Whether the dense model generates some of it."""
         return any(source.is_own for source in split_sources(self.data))
 
 
@@ -424,7 +424,7 @@ _ONE = re.compile(r"\d|\?|\[!?[^]]+\]")
 
 
 def tells_numbers_apart(glob: str) -> bool:
-    """Whether a pattern of names can match one block and not another of the same kind, as `model.layers.3.*` does."""
+    """Return whether a pattern can match one block and not another of its kind, as `model.layers.3.*` does."""
     return any(all(map(_may_be_digit, _ONE.findall(found))) for found in _WHOLE.findall(glob))
 
 
@@ -439,12 +439,12 @@ def tells_experts_apart(glob: str) -> bool:
 
 
 def refuse_numbers(globs: Iterable[str], field: str, removed: Collection[str]) -> BadInput | None:
-    """What is wrong with patterns in a run that removes parts, and prunes or trains what is left; None if nothing is.
+    """Return the error in name patterns that go by number, in a run that first removes parts; None without one.
 
     Args:
         globs: the patterns.
         field: the setting that holds them.
-        removed: kinds of parts that go.
+        removed: kinds of removed parts.
     """
     blocks = bool({"blocks", "parameters"} & set(removed))
     experts = "experts" in removed

@@ -56,11 +56,11 @@ WHOLE: dict[str, dict[str, Any]] = {
     "balanced": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 1.5e-3},
     "best": {**_TRAINED, "finetune_tokens": 122_880, "finetune_lr": 1.2e-3},
 }
-"""What those that train are where the whole model is trained."""
+"""Settings of the training presets where the whole model is trained."""
 OLDER = {"tuned": "balanced", "max": "best"}
 """Names that presets which train the whole model had."""
 BARE = "balanced"
-"""What a run takes that says nothing of how to prune."""
+"""Preset of a run without settings of pruning."""
 _WAYS = ("whole", "blocks")
 _HOW = {
     "method",
@@ -154,7 +154,7 @@ def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_n_of_m(pattern: Any) -> bool:
-    """Whether a pattern is said to be N:M; a recipe refuses what is none."""
+    """Return whether a pattern is N:M; invalid ones are left to the recipe."""
     try:
         return isinstance(pattern, str) and parse_pattern(pattern).n_of_m is not None
     except BadInput:

@@ -33,7 +33,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def contradiction(recipe: Tree) -> BadInput | None:
-    """What is wrong with a recipe's settings taken together, with the fix; None if nothing is."""
+    """Return the error in a recipe's settings taken together, or None."""
     return (
         _of_target(recipe.prune.pattern, recipe.prune.sparsity)
         or _of_reconstruction(recipe)
@@ -52,7 +52,7 @@ def contradiction(recipe: Tree) -> BadInput | None:
 
 
 def _unused(asked: Part, place: str, wanted: Set, why: str) -> BadInput | None:
-    """What is wrong where a part says how something is done that nobody asked for. wanted: what asks for it."""
+    """Return the error in a part that configures a step nobody asked for. wanted: the setting that asks for it."""
     said = asked.first_said()
     if said is None:
         return None
@@ -291,23 +291,23 @@ class Recipe(Tree):
 
     @property
     def cuts_and_prunes(self) -> bool:
-        """Whether what is left of a model that parts are removed from gets zeros too."""
+        """Whether parts are removed and the rest is pruned."""
         return bool(self.remove.shares) and self.prune.asks_for_zeros
 
     @property
     def sets_zeros(self) -> bool:
-        """Whether weights are set to zero, beside what may be removed."""
+        """Whether weights are set to zero, beside those removed."""
         return not self.remove.parts or self.prune.asks_for_zeros
 
     @property
     def way(self) -> str:
-        """What decides which weights go: the score of what is removed, the method of the zeros."""
+        """Names of the scores of removal and of the pruning method."""
         scores = [score.name for score in self.remove.scores.values()]
         return "-".join([*scores, *([self.prune.method.name] if self.sets_zeros else [])])
 
     @property
     def shape(self) -> str:
-        """What is removed, the pattern of the zeros, and the rank of what is added."""
+        """Removed parts, the pattern of zeros, and the rank of added factors."""
         removed, rank = self.remove.parts, self.prune.low_rank.rank
         zeros = [self.prune.pattern] if self.sets_zeros else []
         return ", ".join([*removed, *zeros, *([f"rank {rank} added"] if rank else [])])
@@ -367,7 +367,7 @@ class Recipe(Tree):
 
     @property
     def given(self) -> list[str]:
-        """What a call from Python handed over, so that the recipe by itself does not repeat the run."""
+        """Python objects of the call, without which the recipe cannot repeat the run."""
         return [f"the method {self.prune.method.name}"] if self.prune.method.is_given else []
 
     def deciding(self, what: Decides) -> dict[str, Any]:
@@ -380,7 +380,7 @@ class Recipe(Tree):
         return self.deciding(Decides.WHOLE)
 
     def gives_as(self, other: Recipe) -> bool:
-        """Whether another recipe gives the same weights and measurements."""
+        """Return whether another recipe gives the same weights and measurements."""
         return self.whole == other.whole
 
     def to_yaml(self, usual: bool = True) -> str:
@@ -425,7 +425,7 @@ def _with(part: Kind, path: tuple[str, ...], value: Any) -> Kind:
 
 
 DEFAULTS: dict[str, Any] = {**Recipe(model=ModelPart(name="-")).flat(), "model": None}
-"""What all settings are where nothing is said of them, by their flat names."""
+"""Defaults of all settings, by their flat names."""
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Retired:
     default: Any
     """Its value where nothing was said of it, which old recipes hold and which means the same as leaving it out."""
     instead: Words
-    """What to use in its place."""
+    """What to use instead."""
 
 
 RETIRED: dict[str, Retired] = {
@@ -64,7 +64,7 @@ def retired(name: str) -> BadInput | None:
 
 
 def passed_over(name: str, value: Any) -> bool:
-    """Whether a setting is gone and has its default, as in recipes of before. Raises BadInput if it has another value."""
+    """Return whether a setting is retired and has its default, as in old recipes. Raises BadInput for other values."""
     word, error = _word(name), retired(name)
     if word is None or error is None:
         return False

@@ -1,7 +1,7 @@
-"""What a model is calibrated on, as it is written: one source, or several with shares: `self=0.5,wikitext2=0.3,chat.jsonl=0.2`.
+"""The syntax of calibration data: one source, or several with shares: `self=0.5,wikitext2=0.3,chat.jsonl=0.2`.
 
-Each may have options of its own behind a colon, its share last: `chat.jsonl:template=chat,seqlen=512=0.2`. A comma before the
-name of an option goes on with the source before it: `self:temperature=0.8,top_p=0.9`.
+A source's options follow a colon, its share comes last: `chat.jsonl:template=chat,seqlen=512=0.2`. A comma before an
+option's name continues the same source: `self:temperature=0.8,top_p=0.9`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Source:
 
     @property
     def is_own(self) -> bool:
-        """Whether the dense model writes it."""
+        """Whether the dense model generates it."""
         return self.name == OWN or self.name.startswith(f"{OWN}:")
 
     @property
@@ -61,12 +61,12 @@ class Source:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is nothing but a name."""
+        """Whether it is only a name."""
         return not self.is_own and not self.options
 
     @property
     def is_text(self) -> bool:
-        """Whether it is read as it stands: a name, of which only the samples may have a length of their own."""
+        """Whether it is a name with at most a sample length, read without a template."""
         return not self.is_own and self.options.keys() <= {"seqlen"}
 
 
@@ -117,7 +117,7 @@ def counts_of(shares: Sequence[float], samples: int) -> list[int]:
 
 
 def exists(name: str) -> bool:
-    """Whether a file or folder has this name as it stands, with commas and all."""
+    """Return whether a path exists under this whole name, commas included."""
     try:
         return expand_home(name).exists()
     except (OSError, ValueError):

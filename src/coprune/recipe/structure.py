@@ -20,7 +20,7 @@ from coprune.recipe.vocabulary import Target, shares_of, target_of
 
 Removable = Literal["channels", "heads", "blocks", "experts", "parameters"]
 Scored = Literal["units", "blocks", "experts", "rows"]
-"""What a score is of: units are channels and heads, rows the tokens of a vocabulary."""
+"""Units that a score ranks: `units` are channels and heads, `rows` tokens of a vocabulary."""
 SCORES: dict[Scored, tuple[str, ...]] = {
     "units": ("obs", "wanda_sp", "flap", "magnitude"),
     "blocks": ("kl", "influence"),
@@ -53,7 +53,7 @@ def _as_words(value: Any) -> Any:
 
 
 class RemovePart(Part):
-    """What is removed: channels of the MLPs, attention heads, whole blocks, experts."""
+    """Settings of structured removal: channels of the MLPs, attention heads, whole blocks, experts."""
 
     title = "What is removed as a whole (--remove)"
 
@@ -161,7 +161,7 @@ class RemovePart(Part):
         return asked
 
     def score_of(self, scored: Scored) -> Choice:
-        """What decides which of these go."""
+        """Return the score that ranks units of a kind."""
         default = Choice(name=SCORES[scored][0])
         return next((one for one in self.score if _scored(one.name) == scored), default)
 
@@ -204,7 +204,7 @@ class RemovePart(Part):
 
     @property
     def spreads(self) -> bool:
-        """Whether channels or heads go, which may be spread unevenly over the blocks."""
+        """Whether channels or heads are removed, whose number may differ by block."""
         return bool({"channels", "heads", "parameters"} & self.shares.keys())
 
     @property
@@ -238,7 +238,7 @@ class RemovePart(Part):
 
 
 def cannot_score(asked: RemovePart) -> BadInput | None:
-    """What is wrong with a score of what is not removed; None if there is none."""
+    """Return the error in settings of parts that are not removed, or None."""
     if asked.vocabulary is None:
         for field in ("vocabulary_text", "vocabulary_languages", "vocabulary_force"):
             if getattr(asked, field):

@@ -17,12 +17,12 @@ LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-
 
 
 def has_adapters(mode: str | None) -> bool:
-    """Whether adapters are trained, and the weights are left alone."""
+    """Return whether a mode trains adapters and leaves the weights alone."""
     return mode in ("lora", "lora-distill")
 
 
 def has_teacher(mode: str | None) -> bool:
-    """Whether the model is trained toward the dense one."""
+    """Return whether a mode distils from the dense model."""
     return mode in ("distill", "lora-distill")
 
 
@@ -208,7 +208,7 @@ class TrainPart(Part):
 
 
 def cannot_train(asked: TrainPart) -> BadInput | None:
-    """What is wrong with a training that is asked for, with the fix; None if nothing is."""
+    """Return the error in the settings of a training, or None."""
     return _of_teacher(asked) or _of_mode(asked) or _of_how(asked)
 
 
@@ -227,7 +227,7 @@ def _of_teacher(asked: TrainPart) -> BadInput | None:
 
 
 def nothing_to_learn() -> BadInput:
-    """What to tell where every part of a distillation's loss has the weight zero."""
+    """Return the error of a distillation whose loss has weight zero in all parts."""
     fix: Words = ("leave out ", Set("finetune_kl_weight", 0))
     return BadInput("nothing is left of the distillation's loss", field="finetune_kl_weight", value=0, fix=fix)
 

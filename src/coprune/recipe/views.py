@@ -1,4 +1,4 @@
-"""What can be said where nothing is pruned, of a measurement or a training: settings of a recipe, by the names that fit there."""
+"""The settings of measuring and training without pruning: a recipe's settings, under the names that fit there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Setting(NamedTuple):
     word: str
     """The recipe's word for it."""
     description: str | None = None
-    """What it means here; None where it means what it does in a recipe."""
+    """Help text here; None for the recipe's."""
 
 
 def _alike(*words: str) -> dict[str, Setting]:

@@ -174,7 +174,7 @@ def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run:
 
 
 def _is_theirs(module: nn.Module, part: Part, other: tuple[Matrix, int], run: Callable[[], Tensor]) -> bool:
-    """Whether rows of a matrix are the heads' as well: those of silent heads touch no other head, and did something before."""
+    """Return whether rows of a matrix belong to the heads: rows of silent heads affect no other head, and did have an effect."""
     whole = replace(part, beside=(other,))
     if not is_apart(module, whole, run):
         return False
@@ -196,13 +196,13 @@ def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn
 
 @torch.no_grad()
 def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
-    """Whether what makes some units touches no other unit: a norm over all of them, between producer and consumer, does.
+    """Return whether silencing some units affects no other unit, as a norm over all of them would.
 
-    Units whose columns are silent in the consumers must make no difference any more when their rows are silent too.
+    Units whose columns are silent in the consumers must make no difference when their rows are silent too.
 
     Args:
-        module: the block, which is as before in the end.
-        part: as it was found.
+        module: the block; restored at the end.
+        part: the units and their matrices.
         run: runs the block on a sample and returns its output.
     """
     masks = part.masks([_every_other(part)] * len(part.fold.consumers))

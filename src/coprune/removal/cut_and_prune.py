@@ -56,7 +56,7 @@ def _for_zeros(recipe: Recipe) -> Choice:
 
 
 def _spreads_units(recipe: Recipe) -> bool:
-    """Whether the recipe's allocation is one of channels and heads, and such are removed."""
+    """Return whether the recipe's allocation applies to the channels or heads that it removes."""
     return recipe.remove.spreads and recipe.prune.allocation.name in SPREADINGS
 
 

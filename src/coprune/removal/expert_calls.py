@@ -77,7 +77,7 @@ class ExpertCall:
         return routed.total, routed
 
     def explains(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the experts' answers, times their gates, are what they return."""
+        """Return whether the experts' gated answers add up to the module's output."""
         return close(self.run(own, args, kwargs).total, own(*args, **kwargs))
 
     def index_of(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -101,7 +101,7 @@ class ListedCall:
     experts: nn.ModuleList
 
     def explains(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the experts' answers, times their gates, and what comes without them are what the holder returns."""
+        """Return whether the experts' gated answers and the part without experts add up to the module's output."""
         try:
             out, routed = self.watch(own, args, kwargs)
             return close(routed.total + self._with(own, args, kwargs, _silence), _rows(out))

@@ -252,7 +252,7 @@ class ExpertScores(BaseModel):
         }
 
     def tells_of(self, block: str, mixture: Mixture) -> bool:
-        """Whether every domain has sums of all experts of a mixture."""
+        """Return whether every domain has scores of all experts of a mixture."""
         found = [own.get(block) for own in self.sums.values()]
         return bool(found) and all(
             one is not None and len(one.tokens) == len(one.weighted) == mixture.count for one in found

@@ -187,7 +187,7 @@ class _Search:
         return self._described(router, count)
 
     def _told(self) -> bool:
-        """Whether the experts' call says what goes where, and their answers add up to what they return."""
+        """Return whether the experts' call shows the routing, and the answers add up to the output."""
         seen: list[bool] = []
         own = self._owner.forward
 
@@ -212,7 +212,7 @@ class _Search:
                 yield whole
 
     def _decides(self, router: str, count: int) -> bool:
-        """Whether other logits in its place decide which experts tokens go to."""
+        """Return whether replacing a module's logits changes the routing accordingly."""
 
         def turn(logits: Tensor) -> Tensor:
             tokens = torch.arange(len(logits), device=logits.device)
@@ -337,7 +337,7 @@ class _Search:
         return f"experts of {self._block.name}.{self._path} are chosen though their logits are minus infinity"
 
     def _avoids(self, mixture: Mixture) -> bool:
-        """Whether experts that must not be chosen never are; of every group the one that is chosen most."""
+        """Return whether excluded experts are never chosen; tried with the most chosen one of every group."""
         seen: list[Tensor] = []
         own = self._owner.forward
 

@@ -85,7 +85,7 @@ def _sizes(before: int, saved: int, padding: int) -> str:
 
 
 Proof = Callable[[Mapping[str, Any]], int | None]
-"""Whether a change of the configuration makes the model that is wanted: its number of parameters, None if it does not."""
+"""Returns the parameter count of the model that a changed configuration makes, or None if it is not the wanted one."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,11 @@ def _arguments(plan: Plan, blocks: int) -> dict[str, float]:
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether logits are the same but for rounding, which many blocks without half of their parts make a hundred times as large
-    as one block does; a configuration that fits the shapes alone is off by a hundredth at least."""
+    """Return whether logits are equal up to rounding.
+
+    Many blocks without half of their parts round a hundred times as much as one block does; a configuration that only
+    fits the shapes is off by at least a hundredth.
+    """
     a, b = found.float(), expected.float()
     rounding = _ROUNDING_OF_HALVES if expected.dtype.itemsize < 4 else _ROUNDING
     return close(found, expected) or bool((a - b).norm() <= rounding * b.norm())

@@ -39,7 +39,7 @@ class Removable:
     """Of the kinds that are asked for, by block; of all blocks."""
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
     blocks: bool = True
-    """Whether blocks may go, where that is left to a budget."""
+    """Whether a parameter budget may remove blocks."""
     rehearsed: tuple[Plan, Configure] | None = None
     """The plan and its change of the configuration, where no block has to be chosen first."""
 

@@ -188,7 +188,10 @@ def _together(choices: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[s
 def _may_fit(
     whole: Mapping[str, tuple[int, ...]], changed: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether every dimension that changes becomes what is wanted, and nothing goes; also if there can be no such model alone."""
+    """Return whether every changed dimension has its old or its wanted size, and no tensor is lost.
+
+    If `changed` is empty, no such model can be built alone, and the result is True.
+    """
     if changed and not wanted.keys() <= changed.keys():
         return False
     return all(

@@ -39,7 +39,7 @@ class Score(Protocol):
 
     @property
     def refit(self) -> bool:
-        """Whether the consumer's kept columns are solved for anew."""
+        """Whether the consumer's kept columns are solved for again."""
         ...
 
     def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:

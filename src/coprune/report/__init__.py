@@ -1,1 +1,1 @@
-"""What a run leaves for people: report.json, the page, the model card, the log line of the Wanda repository."""
+"""The report of a run: report.json, the page, the model card, the log line of the Wanda repository."""

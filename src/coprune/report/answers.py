@@ -1,4 +1,4 @@
-"""What a model writes, on its card: figures of its answers beside the dense model's, and samples."""
+"""Answers on the model card: figures beside the dense model's, and samples."""
 
 from __future__ import annotations
 

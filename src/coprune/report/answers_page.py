@@ -1,4 +1,4 @@
-"""What a model writes, on the page of a run: figures of its answers beside the dense model's, and samples side by side."""
+"""Answers on the page of a run: figures beside the dense model's, and samples side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: st
 
 
 def _ill(loops: bool, empty: bool) -> str:
-    """What is wrong with an answer, to stand behind its model's name."""
+    """Return the faults of an answer, to follow its model's name."""
     return ", loops" * loops + ", empty" * empty
 
 

@@ -100,7 +100,7 @@ def model_card(report: Report) -> str:
 
 
 def _results(report: Report) -> tuple[str, str]:
-    """What was measured, as a title and a table."""
+    """Return the measurements as a title and a table."""
     if report.model.task in ("images", "labels"):
         return "Accuracy", _accuracy_table(report)
     if report.model.task == "embeddings":
@@ -208,7 +208,7 @@ def _accuracy_table(report: Report) -> str:
 
 
 def _tuned(report: Report, data: str) -> str:
-    """What fine-tuning made of it, as one more cell."""
+    """Return the table cell of the fine-tuned model."""
     if (facts := report.finetuned) is None:
         return ""
     if data in facts.perplexity:

@@ -111,7 +111,7 @@ def _table(found: Comparison) -> str:
 
 
 def _answers(rows: Sequence[Row]) -> list[str]:
-    """What every model answers to a prompt, side by side."""
+    """Return the models' answers to each prompt side by side, as HTML."""
     known = [(place, row.name, row.evaluation.answers) for place, row in enumerate(rows)]
     told = [(place, name, answers.samples) for place, name, answers in known if answers is not None]
     if not told:

@@ -1,4 +1,4 @@
-"""What was measured of the dense and of the pruned model, side by side."""
+"""Measurements of the dense and of the pruned model, side by side."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class PerplexityFacts(BaseModel):
     """95 % bootstrap interval over the windows."""
     pruned_bits_per_byte: float | None
     masked: bool = False
-    """Whether it is a pseudo-perplexity, of tokens that were masked."""
+    """Whether it is a pseudo-perplexity, of masked tokens."""
 
     @property
     def title(self) -> str:
-        """What the figure is called."""
+        """Name of the metric."""
         return "pseudo-perplexity" if self.masked else "perplexity"
 
     @classmethod
@@ -55,7 +55,7 @@ class PerplexityFacts(BaseModel):
 
 
 class FinetunedFacts(BaseModel):
-    """What fine-tuning made of the pruned model, where a run did both: then this is the run's model."""
+    """Measurements of the fine-tuned model, for a run that prunes and then trains."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -72,7 +72,7 @@ class FinetunedFacts(BaseModel):
         return f"{self.mode}, {self.steps} steps in {self.minutes:.1f} minutes"
 
     def after(self, data: str) -> str:
-        """What to add to a line of the pruned model's figures: the figure of the same data; nothing if there is none."""
+        """Return the fine-tuned model's figure on the same data, to follow the pruned model's; empty without one."""
         if data in self.perplexity:
             return f" → fine-tuned {self.perplexity[data]:.2f}"
         return f" → fine-tuned {per_cent(self.top1[data])} top-1" if data in self.top1 else ""
@@ -102,7 +102,7 @@ class AccuracyFacts(BaseModel):
     source: str
     images: int
     unit: str = "images"
-    """What was counted."""
+    """Name of the counted items."""
     dense_top1: float | None
     dense_top1_interval: tuple[float, float] | None
     dense_top5: float | None
@@ -125,7 +125,7 @@ class AccuracyFacts(BaseModel):
 
 
 class LowRankFacts(BaseModel):
-    """What was added to pruned matrices, and what that takes."""
+    """Low-rank factors added to pruned matrices, and their size."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -147,7 +147,7 @@ class LowRankFacts(BaseModel):
     """Pruned matrices to which nothing was added, with the reasons."""
 
     def line(self) -> str:
-        """What was added and what it takes, for people."""
+        """Return a line on rank, bytes and effective sparsity."""
         without = ", ".join(f"{value:.2f} on {name}" for name, value in self.alone.items())
         return (
             f"rank {self.rank} in {self.matrices} matrices, {self.adapter_bytes:,} bytes beside {self.base_bytes:,} "

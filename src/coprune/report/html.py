@@ -130,14 +130,14 @@ def copyable(name: str, content: str) -> str:
 
 
 def quote(kind: str, tag: str, content: str, prompt: str = "") -> str:
-    """What a model wrote. kind: `dense`, `pruned` or `tuned`, by which it is coloured; tag: what it is called."""
+    """Return a model's text in a panel. kind: `dense`, `pruned` or `tuned`, its colour; tag: its title."""
     before = f'<span class="prompt">{text(prompt)}</span> ' if prompt else ""
     said = f"<blockquote>{before}{text(_told(content))}</blockquote>"
     return f'<div class="panel"><div class="tag {kind}">{text(tag)}</div>{said}</div>'
 
 
 def _told(content: str) -> str:
-    """What a model wrote, with lines that it repeats counted: an endless answer would be all there is to see."""
+    """Return a model's text with repeated lines counted, so that an endless answer stays short."""
     lines = [line.rstrip() for line in content.splitlines() if line.strip()]
     groups = [(line, len(list(same))) for line, same in groupby(lines)]
     return "\n".join(line if count < 3 else f"{line}   [{count} times]" for line, count in groups)
@@ -230,7 +230,7 @@ class MadeFacts(BaseModel):
     """When everything was measured, in UTC."""
     machine: str
     command: str | None
-    """What was typed; None for a call from Python."""
+    """Command line of the run; None for a call from Python."""
     version: str = ""
     """Of coprune; empty in reports of earlier versions."""
     commit: str | None = None

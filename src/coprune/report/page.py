@@ -283,7 +283,7 @@ def picker(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> str:
 
 
 def picker_data(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> dict[str, Any]:
-    """What the script reads: a short list per matrix, and the digits of its bins."""
+    """Return the data of the page's script: a short list per matrix, and the digits of its bins."""
     return {"digits": _DIGITS, "matrices": [_matrix(matrix) for matrix in shown_matrices(matrices, blocks)]}
 
 

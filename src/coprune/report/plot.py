@@ -16,7 +16,7 @@ _LETTER = 0.8  # per cent of the width that one of its letters takes
 
 @dataclass(frozen=True)
 class Axis:
-    """What is between `low` and `high`, by equal steps or equal ratios, with what stands at its ticks."""
+    """An axis from `low` to `high`, linear or logarithmic, with labelled ticks."""
 
     title: str
     low: float
@@ -156,7 +156,7 @@ _COLOURS = 6  # series of points that page.css tells apart
 
 @dataclass(frozen=True)
 class Reached:
-    """What a model reached. value: a perplexity or an accuracy; size: bytes on disk; mark: its number in the table."""
+    """The result of one model. value: a perplexity or an accuracy; size: bytes on disk; mark: its number in the table."""
 
     name: str
     method: str
@@ -213,7 +213,7 @@ def _plot(
 
 
 def _beats(one: Reached, other: Reached, place: Callable[[Reached], float], less: tuple[bool, bool]) -> bool:
-    """Whether a model is as good in both and better in one."""
+    """Return whether a model is at least as good in both quantities and better in one."""
     signs = [1 if smaller else -1 for smaller in less]
     ours, theirs = ((signs[0] * it.value, signs[1] * place(it)) for it in (one, other))
     return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]

@@ -78,7 +78,7 @@ class CalibrationFacts(BaseModel):
         return f"{'up to ' if len({part.seqlen for part in self.sources}) > 1 else ''}{self.seqlen}"
 
     def details(self) -> str:
-        """What of the tokens was counted, and what each source gave, as sentences behind another; empty for nothing."""
+        """Return sentences on the counted tokens and the sources, to follow another one; empty without either."""
         said = "" if self.counted is None else f" Statistics are of {self.counted:,} tokens that a model wrote."
         parts = "; ".join(part.line() for part in self.sources)
         return f"{said} Sources: {parts}." if parts else said
@@ -128,12 +128,12 @@ class Report(Shown, BaseModel):
     """Numerical events, each with the name of its matrix, and what else is to be known of the run."""
     matrices: list[MatrixResult]
     trainings: list[BlockTraining] = []
-    """What block reconstruction did, block by block."""
+    """Block reconstruction, by block."""
     saved_model: Path | None = None
     zero_shot: ZeroShotFacts | None = None
     sample: TextSample | None = None
     answers: AnswerFacts | None = None
-    """What the models write, where that was looked at."""
+    """Answers of the models, where they were checked."""
     no_answers: str | None = None
     """Why it was not, where it would have been."""
     required: tuple[Requirement, ...] = ()
@@ -144,7 +144,7 @@ class Report(Shown, BaseModel):
     bos: BosChoice | None = None
     """How windows of text begin; None where there is no text."""
     covered: dict[str, float] = {}
-    """What share of its experts' score every domain keeps, where experts were removed."""
+    """Share of its experts' score that each domain keeps, where experts were removed."""
     finetuned: FinetunedFacts | None = None
     """Of a run that fine-tuned what it had pruned; `saved_model` is the result of that then."""
     low_rank: LowRankFacts | None = None
@@ -156,7 +156,7 @@ class Report(Shown, BaseModel):
     padding: int = 0
     """Zeros saved beside them, where blocks keep different numbers of channels or heads."""
     edits: list[str] = []
-    """What was done to the model besides zeros, a line each."""
+    """Changes of the model besides zeros, a line each."""
     made: MadeFacts | None = None
     """None in reports of earlier versions."""
     left_out: list[str] = []
@@ -164,7 +164,7 @@ class Report(Shown, BaseModel):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether weights were set to zero, beside what may have been removed."""
+        """Whether weights were set to zero, beside those removed."""
         return self.recipe.sets_zeros
 
     def headline(self) -> str:
@@ -184,7 +184,7 @@ class Report(Shown, BaseModel):
         return f"{Path(self.model.source).name}: {asked}, {zeros}{measured}"
 
     def sheet(self) -> Sheet:
-        """What was pruned, how sparse it is, what that did, and what it took."""
+        """Return the settings, the sparsity, the measurements and the cost."""
         recipe, model, zeros = self.recipe, self.model, self.sparsity
         rows = [
             ("model", f"{model.source}, {model.parameters:,} parameters, {model.dtype}"),

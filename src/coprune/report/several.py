@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Top:
-    """What stands first on a page of several runs. made: HTML; tables: sections, HTML; commands: by the run's name."""
+    """The top of a page of several runs. made: HTML; tables: sections, HTML; commands: by the run's name."""
 
     kind: str
     title: str
@@ -120,7 +120,7 @@ def _models(runs: Sequence[Run]) -> str:
 
 
 def _of_text(runs: Sequence[Run], on: _Text) -> list[Reached]:
-    """What every run reached on a text, after a fine-tuning where it had one, and every dense model."""
+    """Return the perplexity of every run's final model and every dense model on a text."""
     found = []
     for number_, run in enumerate(runs, 1):
         if (facts := run.perplexity(on)) is not None:

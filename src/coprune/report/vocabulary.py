@@ -1,4 +1,4 @@
-"""What a smaller vocabulary costs, as a section of the page and of the model card."""
+"""The cost of a smaller vocabulary, as a section of the page and of the model card."""
 
 from __future__ import annotations
 

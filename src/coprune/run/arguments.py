@@ -1,6 +1,6 @@
-"""What `coprune.prune` and `coprune.estimate` take by name, as a type: so editors complete it, and checkers check it.
+"""Keyword arguments of `coprune.prune` and `coprune.estimate` as types, for editors and type checkers.
 
-A test keeps it equal to the settings of a recipe and the options of the methods.
+A test keeps them equal to the settings of a recipe and the options of the methods.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CalibrationArguments(TypedDict, total=False):
 
 
 class StructureArguments(TypedDict, total=False):
-    """What is removed as a whole."""
+    """Arguments of structured removal."""
 
     structure: RemovePart | Mapping[str, Any]
     remove: str | Sequence[str] | RemovePart | Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""What the walk of a run is made of: its calibration batches, and how they move on."""
+"""The calibration batches of a run's walk, and how they advance."""
 
 from __future__ import annotations
 

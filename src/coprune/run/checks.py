@@ -1,4 +1,4 @@
-"""What a run checks before anything slow starts: method, target, matrices, folders."""
+"""Checks of a run before anything slow starts: method, target, matrices, folders."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Given:
     method: Method | None = None
     """The method that the recipe tells of but cannot name."""
     line: str | None = None
-    """What to say first, where the call left something open."""
+    """First line of output, where a default was chosen for the call."""
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -91,7 +91,7 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the walk of a run did."""
+    """The result of a run's walk."""
 
     results: list[MatrixResult]
     """Of every matrix of the source that was pruned."""
@@ -100,9 +100,9 @@ class Outcome:
     trainings: Sequence[BlockTraining] = ()
     """Of blocks, in their order."""
     covered: Mapping[str, float] = field(default_factory=dict)
-    """What share of its experts' score every domain keeps, where experts were removed."""
+    """Share of its experts' score that each domain keeps, where experts were removed."""
     notes: Sequence[str] = ()
-    """What is to be known of it beside the results."""
+    """Remarks beside the results."""
 
 
 @dataclass(eq=False)
@@ -114,14 +114,14 @@ class Run:
     reporter: Reporter
     processes: Processes = ALONE
     write: bool = False
-    """Whether it leaves a run folder."""
+    """Whether the run writes a run folder."""
     reuse: Reuse = field(default_factory=Reuse)
     whole: Run | None = None
     """The run that this is a part of."""
     replaces: bool = False
-    """Whether what an earlier run left in its folders goes, once all is checked."""
+    """Whether an earlier run's output is deleted, once all checks have passed."""
     closing: ExitStack = field(default_factory=ExitStack)
-    """What ends with the run."""
+    """Closed at the end of the run."""
     began: float = field(default_factory=time.perf_counter)
     phases: list[PhaseFacts] = field(default_factory=list)
 
@@ -161,7 +161,7 @@ class Run:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process reports and writes for all."""
         return self.processes.first
 
     @property
@@ -225,7 +225,7 @@ class Run:
 
     @property
     def phase(self) -> str:
-        """What the run is doing: the phase that has not ended, or what comes after all of them."""
+        """Current phase, or the work after the last one."""
         return next((phase.value for phase in list(Phase)[len(self.phases) :]), "finish the report")
 
     def done(self, phase: Phase) -> None:

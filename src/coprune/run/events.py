@@ -1,4 +1,4 @@
-"""What happens in a run, as those hear it who listen to its reporter: logs, trackers, a sweep."""
+"""Events of a run for the listeners of its reporter: logs, trackers, a sweep."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class BlockPruned(Event):
     kind: ClassVar[str] = "block"
     block: str
     matrices: tuple[MatrixResult, ...]
-    """What became of each of its matrices."""
+    """Results of its matrices."""
     training: BlockTraining | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Finished(Event):
 
     kind: ClassVar[str] = "finished"
     figures: dict[str, float]
-    """What was measured, by name."""
+    """Measurements by name."""
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,14 @@ class GenerateArguments(TypedDict, total=False):
     seqlen: int
     """Tokens of a text at most, without its prompt [512, or the model's limit]."""
     temperature: float
-    """What logits are divided by; 0 takes the likeliest tokens [1]."""
+    """Divisor of the logits; 0 takes the likeliest tokens [1]."""
     top_p: float
     """Tokens are drawn from the likeliest that together have this probability [1]."""
     seed: int
     column: str
     """The column of the prompts."""
     template: Literal["chat", "none"]
-    """Whether prompts go through the chat template; by default where there is one."""
+    """Whether prompts go through the chat template; by default if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: str
     compile: bool

@@ -1,4 +1,4 @@
-"""What a run is, so that another goes on where it stopped."""
+"""The identity of a run, by which another one may resume it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from coprune.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is, so that another goes on where it stopped."""
+    """The identity of a run, by which another one may resume it."""
 
     settings: dict[str, Any]
-    """What must be the same: recipe, model and data."""
+    """Values that must be equal: recipe, model and data."""
     rounding: dict[str, Any] = field(default_factory=dict)
-    """What may differ, since only last bits hang on it."""
+    """Values that may differ, since they change only rounding."""
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -138,7 +138,7 @@ def _count_zeros(weights: Weights, block: str, matrices: list[Matrix]) -> dict[s
 
 
 def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, reporter: Reporter) -> dict[str, Target]:
-    """What every chosen matrix would become, by name."""
+    """Return the target of every chosen matrix, by name."""
     recording, allocation = None, allocation_named(recipe.prune.allocation)
     if allocation.statistic is not None:
         task = task_for(recipe, loaded)
@@ -160,7 +160,7 @@ class InspectedMatrix:
     shape: tuple[int, int]
     """(out, in)"""
     target: Target | None
-    """What it would be pruned to; None where it would be left alone."""
+    """Target of the matrix; None if it would be left alone."""
     zeros: int | None
     """Weights that are zero already; None if they were not read."""
 
@@ -190,7 +190,7 @@ class Inspection(Shown):
     left_out: tuple[str, ...]
     """Layers that cannot be pruned as matrices, each with the reason."""
     target: Target
-    """What is asked for of the model as a whole."""
+    """Target of the whole model."""
     allocation: str
     stored: tuple[str, ...] = ()
     """How quantised weights are stored, a line per kind."""

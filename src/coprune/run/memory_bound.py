@@ -56,7 +56,7 @@ OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
 TRIAL_TOKENS = 40 * 1024
 """Hidden states of all the cuts that a parameter budget is shared out by, together."""
 _TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")
-"""What configurations call the number of experts that a token goes to."""
+"""Names in configurations for the number of experts per token."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Bound:
         return (self._shapes.live + 3 * self._shapes.heads * length) * self._shapes.itemsize
 
     def _aside(self, size: float) -> float:
-        """What the host keeps of a device's hidden states: pinned memory comes in powers of two."""
+        """Return the host memory of hidden states that a device cannot hold; pinned memory comes in powers of two."""
         over = 0.0 if self._room is None else max(0.0, size - self._room.nbytes)
         return _within(2 * over, self._limit)
 
@@ -397,9 +397,9 @@ class Proposal:
 
     settings: dict[str, bool | int | str]
     enough: bool
-    """Whether it would fit with them, or not even then."""
+    """Whether the run would then fit."""
     halves: bool
-    """Whether weights of half the size are another way."""
+    """Whether a dtype of half the size is another way."""
 
     def words(self) -> Words:
         """Return one sentence for people."""
@@ -445,7 +445,7 @@ class Estimate(Shown):
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits the free memory, as far as the bound may be too high."""
+        """Whether the run fits the free memory, within the bound's error."""
         if self.device is not None and not self.device.fits():
             return False
         more = (self.peak_bytes - self.resident_bytes) * self.processes

@@ -44,12 +44,12 @@ _EARLIER = "changed meanwhile"
 
 @dataclass(frozen=True)
 class BlockOutcome:
-    """What was done in one block: figures of its matrices, and the edits that the saved model takes over."""
+    """Result of one block: figures of its matrices, and the edits of the saved model."""
 
     results: list[MatrixResult]
     edits: list[Edit]
     training: BlockTraining | None = None
-    """What the training of the block did, if it was trained."""
+    """Training of the block, if it was trained."""
 
 
 _RESULTS = TypeAdapter(list[MatrixResult])
@@ -63,22 +63,22 @@ class Destination:
     folder: Path
     """Of the checkpoint, its final name."""
     keep: bool
-    """Whether it is wanted in the end, or only holds what a streamed run cannot hold in memory."""
+    """Whether the checkpoint is kept, or only holds the blocks that a streamed run cannot hold in memory."""
     identity: Identity
     encoding: Encoding = DENSE
 
 
 class Output:
-    """What a run has made of the blocks so far, and the checkpoint that they become.
+    """Finished blocks of a run, and the checkpoint that they become.
 
     Args:
-        processes: those of the run, which all have one.
+        processes: of the run; all of them have an Output.
         weights: of the model.
-        names: of its blocks, in their order.
+        names: of its blocks, in order.
         to: where they are written; None if nothing is written, and in every process but the first.
 
     Raises:
-        BadInput: the folder is taken, or another run's journal is there.
+        BadInput: the folder is in use, or has another run's journal.
     """
 
     def __init__(self, processes: Processes, weights: Weights, names: Sequence[str], to: Destination | None) -> None:
@@ -145,7 +145,7 @@ class Output:
 
     @property
     def trainings(self) -> list[BlockTraining]:
-        """What the trainings of blocks did so far."""
+        """Trainings of the blocks finished so far."""
         return [outcome.training for outcome in self.outcomes.values() if outcome.training is not None]
 
     def edits(self, *rest: Edit) -> Edits:

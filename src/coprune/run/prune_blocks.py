@@ -108,7 +108,7 @@ def _idle_trainings(trainings: Sequence[BlockTraining]) -> str | None:
 
 
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
-    """What was done to a block whose matrices were pruned."""
+    """Return the edits of a block with pruned matrices."""
     ranks = {result.name: result.rank for result in results if result.rank is not None}
     return [FillZeros(masks=_masks(results)), *([AddLowRank(ranks=ranks)] if ranks else [])]
 

@@ -40,7 +40,10 @@ def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Rec
 
 
 def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
-    """What decides the run in a folder; None if there is none, nothing known if its recipe is of another version."""
+    """Return the settings that determine the run in a folder.
+
+    None if there is no run; empty if its recipe is of another version.
+    """
     if not (folder / RECIPE_FILE).is_file():
         return None
     try:

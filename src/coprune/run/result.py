@@ -1,4 +1,4 @@
-"""What a run gives back: its report, and the model as far as it is in memory."""
+"""The result of a run: its report, and the model if it is in memory."""
 
 from __future__ import annotations
 

@@ -307,9 +307,9 @@ def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
 
 
 def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -> Words:
-    """What would make a run take less memory: with what it goes on where it stopped, and with what it begins anew.
+    """Return settings with which a run takes less memory: those that let it resume, and those that start it again.
 
-    device: whose memory that is about; in_memory: whether the model was handed over, and so is there whatever is asked for.
+    device: whose memory is short; in_memory: whether the model was passed in, and so stays in memory.
     """
     calibration = recipe.calibrate
     batch = [Set("batch_size", 1)] if calibration.batch_size != 1 else []

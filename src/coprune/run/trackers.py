@@ -147,7 +147,7 @@ def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
 
 
 def block_figures(results: Sequence[MatrixResult]) -> dict[str, float]:
-    """What is tracked of a finished block: mean sparsity and layer error."""
+    """Return a finished block's figures for trackers: mean sparsity and layer error."""
     errors = [result.relative_layer_error for result in results if result.relative_layer_error is not None]
     figures = {"block/sparsity": sum(result.sparsity for result in results) / len(results)} if results else {}
     return figures | ({"block/layer_error": sum(errors) / len(errors)} if errors else {})

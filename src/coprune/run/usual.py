@@ -36,7 +36,7 @@ def recipe_that_fits(settings: Mapping[str, Any], in_memory: bool = False) -> Re
 
 
 def _fits(recipe: Recipe) -> bool:
-    """Whether all weights of a model's blocks can be trained here, beside the dense model, and be saved as the source is."""
+    """Return whether the whole model can be trained here beside the dense one, and be saved as the source is."""
     if find_spec("peft") is None:
         return False
     from coprune.training.after_pruning import require_room_to_train

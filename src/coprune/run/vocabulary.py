@@ -167,7 +167,7 @@ def _for_rest(run: Run, target: Path, keep: Path | None) -> _Choice:
 
 
 def _becomes_gguf(recipe: Recipe, given: Given, target: Path | None) -> bool:
-    """Whether a GGUF file becomes another one. Raises BadInput where something else should become one."""
+    """Return whether GGUF becomes GGUF. Raises BadInput if another format should become GGUF."""
     is_gguf = given.loaded is None and isinstance(locate(recipe.model.name, recipe.model.cache_dir), GgufFile)
     asked = target is not None and recipe.output.as_gguf
     if asked:
@@ -190,7 +190,7 @@ def _opened(recipe: Recipe, given: Given, to_gguf: bool) -> Iterator[Source]:
 
 
 def _known(recipe: Recipe, keep: Path | None) -> _Choice | None:
-    """What an interrupted run of the same recipe chose."""
+    """Return the choice of an interrupted run of the same recipe, or None."""
     if keep is None or not (keep / _CHOICE).is_file():
         return None
     found = read_json(keep / _CHOICE)
@@ -204,7 +204,7 @@ def _known(recipe: Recipe, keep: Path | None) -> _Choice | None:
 
 
 def _deciding(recipe: Recipe) -> dict[str, object]:
-    """What decides the cut, as JSON has it."""
+    """Return the settings that determine the cut, as JSON stores them."""
     kept: dict[str, object] = json.loads(json.dumps(recipe.whole, default=str))
     return kept
 

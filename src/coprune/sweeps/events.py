@@ -1,4 +1,4 @@
-"""What happens to the jobs of a sweep, as their workers tell it; plain values, which pass between processes."""
+"""Events of a sweep's jobs; plain values that can be sent between processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coprune.base.words import duration, printable
 
 @dataclass(frozen=True)
 class Doing:
-    """What a job does now."""
+    """Current activity of a job."""
 
     run: str
     """The name of its run."""
@@ -58,7 +58,7 @@ class NotDone:
 
     @property
     def text(self) -> str:
-        """What people are told of it."""
+        """Reason in words."""
         return str(self.reason).strip()
 
 

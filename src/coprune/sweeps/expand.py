@@ -30,7 +30,7 @@ class Run:
 
     @property
     def way(self) -> str:
-        """What tables call it: its method, or its preset with the method that it brought."""
+        """Label in tables: its method, or its preset with the method."""
         method = self.recipe.prune.method.name
         return method if self.preset is None else f"{self.preset} ({method})"
 
@@ -139,7 +139,7 @@ def _default_folder(sweep: Sweep, combination: Settings, model: str) -> str:
 
 
 def _model_parts(sweep: Sweep) -> dict[str, str]:
-    """What stands for each model in a path: the end of its name, and as much before it as tells it from those named earlier."""
+    """Return a short, unique path part for each model: the end of its name, and as much before it as needed."""
     named = [values["model"] for values in (sweep.settings, *sweep.include) if "model" in values]
     found: dict[str, str] = {}
     for model in (str(one) for value in named for one in (value if isinstance(value, list) else [value])):

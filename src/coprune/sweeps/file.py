@@ -174,7 +174,7 @@ def _words(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What Python says, as a file would say it: paths and choices as text, and every sequence, also of numpy, as a list."""
+    """Return a value as YAML would hold it: paths and choices as text, all sequences (numpy's too) as lists."""
     if isinstance(value, Path | Choice):
         return str(value)
     if isinstance(value, Mapping):
@@ -185,7 +185,7 @@ def _plain(value: Any) -> Any:
 
 
 def is_axis(name: str, value: Any) -> bool:
-    """Whether a field's value is a list of values."""
+    """Return whether a field holds a list of values to sweep over."""
     if not isinstance(value, list):
         return False
     return name not in _LIST_FIELDS or any(isinstance(one, list | tuple) for one in value)
@@ -219,7 +219,7 @@ def methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], bool
 
 
 def included(entry: dict[str, Any], with_options: bool) -> dict[str, Any]:
-    """What an included entry says. with_options: whether methods are listed with options, which are not those of another."""
+    """Return the settings of an included entry. with_options: whether methods are listed with options of their own."""
     own = {"options": {}, **entry} if with_options and "method" in entry else entry
     return own if isinstance(own.get("method"), list) else methods_with_options(own)[0]
 

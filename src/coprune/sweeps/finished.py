@@ -57,7 +57,7 @@ def finished_reports(runs: list[Run]) -> dict[str, Report]:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is a sweep's."""
+    """Return whether a folder holds a sweep."""
     return (folder / SWEEP_FILE).is_file()
 
 
@@ -101,7 +101,7 @@ def models_to_compare(name: str) -> list[str]:
 
 
 def _is_to_train(recipe: Recipe, report: Report) -> bool:
-    """Whether a run that trains has not done so yet: its report is the pruning's."""
+    """Return whether a run that trains has only been pruned so far."""
     return recipe.train.mode is not None and report.finetuned is None
 
 

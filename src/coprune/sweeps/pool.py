@@ -111,7 +111,7 @@ class LocalWorkers:
 
 
 def _sent(worker: _Worker, job: Work) -> bool:
-    """Whether an idle worker took a job; not if it was killed in the meantime."""
+    """Return whether an idle worker accepted a job; a killed one does not."""
     if not worker.process.is_alive():
         return False
     with suppress(OSError):
@@ -137,7 +137,7 @@ def _gpus() -> list[str]:
 
 
 def _work(connection: Connection, gpu: str | None, log: Path) -> None:
-    """What a worker process does: take jobs and do them until it is stopped or nobody is there any more."""
+    """Run jobs in a worker process until it is stopped or its parent is gone."""
     # Ctrl-C reaches every process of a terminal; whoever started this one decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)

@@ -1,4 +1,4 @@
-"""What has become of a sweep."""
+"""The result of a sweep."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SweepResult(Shown):
     failures: dict[str, str] = field(default_factory=dict)
     """Why others failed."""
     ledger: Ledger = field(default_factory=Ledger)
-    """What it took."""
+    """Cost of the sweep."""
 
     @property
     def commands(self) -> list[str]:

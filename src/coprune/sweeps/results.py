@@ -1,4 +1,4 @@
-"""What a sweep found: a row per run in `results.parquet` and `results.csv`, tables in `results.md`, and a page."""
+"""The results of a sweep: a row per run in `results.parquet` and `results.csv`, tables in `results.md`, and a page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the runs of a sweep take over from each other: only what is the same to the last bit.
+"""Results that the runs of a sweep share: only those that are equal to the last bit.
 
-The dense model's figures, its blocks' statistics and the estimates lie in the sweep's folder, where all processes and
-machines find them; token ids are kept by each process. Nothing that depends on how a model is pruned is ever taken over.
+The dense model's figures, its blocks' statistics and the estimates lie in the sweep's folder, for all processes and
+machines; token ids are kept by each process. Nothing that depends on how a model is pruned is shared.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class KeptEstimate(BaseModel):
 
 @dataclass
 class Saved:
-    """What one run took over, in seconds of the work that it did not do."""
+    """Seconds of work that one run saved by sharing."""
 
     dense: float = 0.0
     tokens: float = 0.0
@@ -175,7 +175,7 @@ class SweepReuse(Reuse):
 
 
 def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
-    """What an earlier estimate in the sweep's folder tells of runs like this one; None if there was none."""
+    """Return a stored estimate for runs like this one, or None."""
     return EvaluationCache(folder / SHARED_FOLDER).find(estimate_key(recipe), KeptEstimate)
 
 

@@ -69,7 +69,7 @@ class StatisticsStore:
         self._places = places
 
     def find(self) -> dict[str, Kept]:
-        """What is kept and whole, by place."""
+        """Return the complete stored statistics, by place."""
         found = {place: Kept.find(self._file(place), self._run.solver.statistic) for place in self._places}
         return {place: kept for place, kept in found.items() if kept is not None}
 
@@ -190,7 +190,7 @@ def write_kept(path: Path, gathered: Mapping[str, Inputs], seconds: float) -> No
 
 
 def _needs_rows(statistic: Statistic | Kind) -> bool:
-    """Whether layer errors are measured on sampled inputs; where the statistic tells them, their number is enough."""
+    """Return whether layer errors need sampled inputs; some statistics give them without."""
     return statistic is None or not statistic.tells_errors
 
 

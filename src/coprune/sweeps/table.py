@@ -50,19 +50,19 @@ class PaperTable:
 
 
 def perplexity_of(report: Report, facts: PerplexityFacts) -> float:
-    """What a run's model reached on a text, trained if the run trained it."""
+    """Return the perplexity of a run's final model on a text."""
     tuned = report.finetuned
     return facts.pruned if tuned is None else tuned.perplexity.get(facts.data, facts.pruned)
 
 
 def top1_of(report: Report, facts: AccuracyFacts) -> float:
-    """What a run's model reached on images, trained if the run trained it."""
+    """Return the accuracy of a run's final model on images."""
     tuned = report.finetuned
     return facts.pruned_top1 if tuned is None else tuned.top1.get(facts.data, facts.pruned_top1)
 
 
 def tasks_of(report: Report) -> ZeroShotFacts | None:
-    """What a run's model reached on tasks; None where there are none, or only of the model before its training."""
+    """Return the task scores of a run's final model; None where only the model before training was measured."""
     return report.zero_shot if report.finetuned is None else None
 
 

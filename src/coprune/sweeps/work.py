@@ -1,4 +1,4 @@
-"""What a worker does: one job after another, telling what happens; used by local processes and by Ray alike."""
+"""The loop of a worker, which runs jobs and reports events; for local processes and Ray alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Work(Protocol):
 
     @property
     def gpu(self) -> bool:
-        """Whether it needs one."""
+        """Whether it needs a GPU."""
         ...
 
     @property
@@ -169,7 +169,7 @@ def _quieten() -> None:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is for jobs on all machines together; memory in bytes, None if unknown."""
+    """Resources for jobs on all machines together; memory in bytes, None if unknown."""
 
     cores: int
     memory: int | None
@@ -187,7 +187,7 @@ class Workers(Protocol):
     """At most so many jobs run at a time."""
 
     def has_room(self, job: Work) -> bool:
-        """Whether a job can start now; always so if none is running."""
+        """Return whether a job can start now; always true if none is running."""
         ...
 
     def start(self, job: Work) -> None:
@@ -195,7 +195,7 @@ class Workers(Protocol):
         ...
 
     def events(self, seconds: float) -> list[JobEvent]:
-        """What happened; waits for something for so long."""
+        """Wait up to some seconds and return the events since the last call."""
         ...
 
     def stop(self) -> None:

@@ -153,7 +153,7 @@ def merge(adapted: PeftModel, masks: Masks) -> PreTrainedModel:
 
 
 def plain_warning(masks: Masks) -> str:
-    """What merging plain adapters would do to a model."""
+    """Return the warning about merging an adapter without masks."""
     zeros = sum(entry.zeros for entry in masks.matrices)
     return (
         f"Merging it would make nearly all of the {zeros:,} zeros in the adapted layers nonzero, and the model dense "

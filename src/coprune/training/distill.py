@@ -32,7 +32,7 @@ class TeacherCache:
         self.folder = folder
 
     def read(self, windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What was kept of some windows: log probabilities B × S × k float32, token ids B × S × k int64."""
+        """Return the stored log probabilities (B × S × k float32) and token ids (B × S × k int64) of some windows."""
         values, indices = [], []
         for window in windows.tolist():
             with safe_open(self._file(window // _WINDOWS_PER_FILE), "pt") as file:

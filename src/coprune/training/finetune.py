@@ -60,7 +60,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TrainingArguments(TypedDict, total=False):
-    """What is trained, on what, and how long."""
+    """Arguments of a training: data, mode and duration."""
 
     dataset: CalibrationData
     seqlen: int | None

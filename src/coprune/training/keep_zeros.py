@@ -88,7 +88,7 @@ register_optimizer_step_post_hook(_after_step)
 
 
 class ZeroKeeper(TrainerCallback):
-    """What keeps the zeros of a model; `coprune.keep_zeros` makes it. They are kept even if nobody holds it."""
+    """Callback that keeps a model's zeros, made by `coprune.keep_zeros`. It stays active even if nobody holds it."""
 
     def __init__(self, model: nn.Module, masks: Masks, reporter: Reporter) -> None:
         self.masks = masks
@@ -102,7 +102,7 @@ class ZeroKeeper(TrainerCallback):
             self._held.append((parameter, mask, _hook(parameter, mask.hold_gradient)))
 
     def line(self) -> str:
-        """What is kept, for people."""
+        """Return a line on the kept zeros."""
         patterns = ", ".join(f"{count} × {name}" for name, count in self.masks.patterns.items())
         return f"Every zero kept: {per_cent(self.masks.sparsity)} of {len(self.masks.matrices)} matrices ({patterns})."
 
@@ -205,11 +205,11 @@ class _Held:
     parameter: nn.Parameter
     keep: Tensor
     masked: bool = False
-    """Whether its gradient was, since the last step. No hook sees one that is not accumulated, or that is of a parameter which a
-    module's conversion has swapped (`torch.__future__.set_swap_module_params_on_conversion`), as it does on some devices."""
+    """Whether its gradient was masked since the last step. Hooks miss gradients that are not accumulated, and those of a
+    parameter that was swapped (`torch.__future__.set_swap_module_params_on_conversion`), as some devices do."""
     clean: bool | None = None
-    """Whether the optimiser keeps pruned weights zero by itself: its state is zero there, and stays so behind masked gradients.
-    None: not looked at yet, since a training that goes on may bring a state with it."""
+    """Whether the optimiser keeps pruned weights zero by itself: its state is zero there, and stays so with masked gradients.
+    None: not checked yet, since a resumed training may bring a state with it."""
 
     def mask_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:

@@ -39,11 +39,11 @@ class PrunedMatrix:
 
     @property
     def tied(self) -> bool:
-        """Whether its parameter is another module's first, as an embedding that is the output matrix, too."""
+        """Whether its parameter belongs to another module first, as an embedding shared with the output layer."""
         return self.parameter != _plain_name(self.matrix.parameter)
 
     def rows_of(self, whole: Tensor) -> Tensor:
-        """What belongs to the matrix of a tensor like its parameter, as out × in, a view."""
+        """Return the matrix's part of a tensor shaped like its parameter, as an out × in view."""
         return _rows(whole if self.matrix.expert is None else whole[self.matrix.expert], self.matrix)
 
 
@@ -248,19 +248,19 @@ def _rows(stored: Tensor, matrix: Matrix) -> Tensor:
 
 @dataclass(frozen=True)
 class History:
-    """What a folder tells of its model."""
+    """Edits of a model recorded in its folder."""
 
     steps: Sequence[Edits] = ()
-    """What was done to it, the earliest first."""
+    """Edits, oldest first."""
 
     @classmethod
     def read(cls, folder: Path) -> History:
-        """What a folder tells; nothing where there is none. Raises BadInput if that is damaged."""
+        """Read a folder's history; empty where there is none. Raises BadInput if it is damaged."""
         return cls(history_of(folder)[1])
 
     @property
     def removed(self) -> list[str]:
-        """What was removed, in words; nothing of a model that only has zeros."""
+        """Removed parts in words; empty for a model that only has zeros."""
         return [line for edits in self.steps for line in edits.lines()]
 
     def counterparts(self, blocks: int, teacher: int) -> list[int] | None:

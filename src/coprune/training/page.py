@@ -37,7 +37,7 @@ _MOST_POINTS = 400  # of a curve; more are averaged, which no page could show ap
 
 
 def is_finetuning(folder: Path) -> bool:
-    """Whether a folder is that of a fine-tuning."""
+    """Return whether a folder holds a fine-tuning."""
     return (folder / REPORT_FILE).is_file()
 
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves for people: `finetune.json` with its curves."""
+"""The report of a fine-tuning: `finetune.json` with its curves."""
 
 from __future__ import annotations
 
@@ -141,9 +141,9 @@ class FinetuneReport(Shown, BaseModel):
     versions: dict[str, str]
     accuracy: list[AccuracyChange] = []
     removed: list[str] = []
-    """What was removed of the model before."""
+    """Parts removed before the training."""
     answers: AnswerFacts | None = None
-    """What the model writes, where that was looked at."""
+    """Answers of the model, where they were checked."""
     no_answers: str | None = None
     """Why it was not, where it would have been."""
     required: tuple[Requirement, ...] = ()
@@ -161,7 +161,7 @@ class FinetuneReport(Shown, BaseModel):
         return f"{Path(self.settings.model.name).name}: {self.settings.train.mode}, {self.steps} steps{measured}"
 
     def sheet(self) -> Sheet:
-        """What was trained, what that did, and where it is."""
+        """Return the training, its measurements, and its folders."""
         patterns = ", ".join(f"{count} × {name}" for name, count in self.patterns.items())
         trained = f"{self.trained_parameters:,} parameters ({self.settings.train.mode}), {self.steps} steps"
         sparsity = f"{per_cent(self.sparsity_before)} before, {per_cent(self.sparsity_after)} after"

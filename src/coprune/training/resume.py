@@ -53,7 +53,7 @@ def finish_run_folder(report: FinetuneReport) -> None:
 
 
 def gives_as(report: FinetuneReport, settings: Recipe) -> bool:
-    """Whether a run is that of some settings: the same weights in the same folder and the same measurements, whoever is told."""
+    """Return whether a report is of the same training: equal results, measurements and folder."""
     what = Decides.RESULT | Decides.MEASUREMENT
     same = _deciding(report.settings, what) == _deciding(settings, what)
     return same and report.settings.trained_folder == settings.trained_folder
@@ -117,7 +117,7 @@ def beside_others(settings: Recipe) -> tuple[Recipe, str | None]:
 
 
 def _settings_in(folder: Path) -> dict[str, Any] | None:
-    """What decides the finished or unfinished run in a folder; None if there is none."""
+    """Return the settings that determine the finished or unfinished run in a folder, or None."""
     for file in (folder / REPORT_FILE, folder / "training" / _IDENTITY):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _deciding(settings: Recipe, what: Decides = Decides.RESULT) -> dict[str, Any]:
-    """What decides a training, by the names of its settings and as JSON holds it."""
+    """Return the settings that determine a training, by name and as JSON stores them."""
     found = settings.deciding(what)
     decides = {name: found[setting.word] for name, setting in TRAINING.items() if setting.word in found}
     return dict(json.loads(json.dumps(decides, default=str)))

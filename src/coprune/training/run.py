@@ -296,7 +296,7 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
 
 
 def _source(model: str) -> str:
-    """What the model that was fine-tuned was made from, as its folder tells."""
+    """Return the source of the fine-tuned model, from its folder."""
     try:
         return source_of(expand_home(model)) or ""
     except BadInput:
@@ -304,7 +304,7 @@ def _source(model: str) -> str:
 
 
 def _results(report: FinetuneReport) -> tuple[str, str]:
-    """What was measured: its name, and a table."""
+    """Return the measurements: a title and a table."""
     if report.block_size is None:
         title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
         rows = [

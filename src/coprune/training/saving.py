@@ -77,7 +77,7 @@ def round_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def _floating(model: torch.nn.Module) -> Iterator[Tensor]:
-    """What is saved of a model and has a floating dtype, itself and not a copy."""
+    """Return the saved floating-point tensors of a model, not copies."""
     return (tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point())
 
 

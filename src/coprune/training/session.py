@@ -1,4 +1,4 @@
-"""What a fine-tuning run checks and gathers before it trains: model, masks, adapters, data."""
+"""The checks and inputs of a fine-tuning before it trains: model, masks, adapters, data."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _training_data(settings: Recipe, task: Task, loaded: Loaded) -> TrainingData
 def _begun_alike(
     data: TrainingData, task: Task, loaded: Loaded, reporter: Reporter
 ) -> tuple[TrainingData, dict[str, Data]]:
-    """What is trained and what is measured on, with windows that begin as a text does where the model needs that."""
+    """Return training and evaluation data whose windows begin with a BOS token where the model needs it."""
     evaluation = task.evaluation(reporter)
     if not isinstance(task, TextTask):
         return data, evaluation

@@ -295,7 +295,7 @@ class AtItsEnd(Exception):
 
 
 class Along(TrainerCallback):
-    """What happens along the way: the bar moves, the held-out loss is measured at equal shares, time runs out."""
+    """Callback of a training: advance the bar, measure the held-out loss at equal intervals, stop at the time limit."""
 
     def __init__(self, settings: Recipe, pace: Pace, measure: bool, advance: Advance) -> None:
         self._settings, self._pace, self._advance = settings, pace, advance

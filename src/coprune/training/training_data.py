@@ -1,4 +1,4 @@
-"""What a training reads, whatever the model is for: samples to train on, samples to watch, and how they are learned."""
+"""The data of a training for any task: samples to train on, held-out samples, and the loss."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class TrainingData:
     accumulate: int = 8
     """Forward passes per optimiser step, unless the settings say so."""
     given: bool = False
-    """Whether it is token ids that were handed over, which nothing is added to."""
+    """Whether it is token ids from the caller, which are used unchanged."""
     loss: Objective | None = None
-    """What the samples are learned and measured by; None for the model's own loss."""
+    """Loss of training and measurement; None for the model's own."""
 
 
 def count_held_out(settings: Recipe, samples: int, most: int) -> int:

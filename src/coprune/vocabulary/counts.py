@@ -49,7 +49,7 @@ _USUAL = {"text": 0.3, "en": 0.5, CODE: 0.2}
 _FORMS = (" {word}", 0.7), (" {Word}", 0.18), ("{Word}", 0.08), ("{word}", 0.04)
 """How a word stands in texts."""
 _SIGNS = 0.02
-"""What signs beside words count, of all."""
+"""Share of all counts for signs beside words."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is counted, and what is held out of it to measure on."""
+    """Texts to count tokens in, and text held out to measure on."""
 
     sources: list[Source]
     held_out: list[str]
     """Passages of the user's text, or of the calibration corpus' other part."""
     label: str
-    """What these are called."""
+    """Name of the held-out text."""
     notes: list[str] = field(default_factory=list)
     languages: tuple[str, ...] = ()
     """Those that were asked for."""
@@ -170,7 +170,7 @@ def passages(text: str, size: int = _PASSAGE) -> Iterator[str]:
 
 
 def has_words() -> bool:
-    """Whether lists of words by their frequency are installed."""
+    """Return whether lists of word frequencies are installed."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 

@@ -46,7 +46,7 @@ _ALWAYS = ("en", "de", "fr", "es", "ru", "zh", "ar", "hi")
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a cut."""
+    """Settings of a cut."""
 
     structure: RemovePart
     data: str
@@ -257,7 +257,7 @@ class Cutting:
 
 
 class Tries:
-    """What sizes lost, kept in a file for a search that is interrupted."""
+    """Losses by vocabulary size, kept in a file so that a search can resume."""
 
     def __init__(self, file: Path | None, fingerprint: str) -> None:
         """Read what was tried with the same fingerprint."""

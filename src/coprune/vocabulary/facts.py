@@ -1,4 +1,4 @@
-"""What was cut of a vocabulary and what that cost, as data and in words."""
+"""The cut of a vocabulary and its cost, as data and in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOUD = 0.10
 
 
 class TextCost(BaseModel):
-    """What one text costs before and after."""
+    """Cost of one text before and after."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,7 +33,7 @@ class TextCost(BaseModel):
 
     @property
     def covered(self) -> bool:
-        """Whether the whole vocabulary had tokens for it, and not just bytes and letters."""
+        """Whether the full vocabulary has tokens for the text beyond bytes and letters."""
         return self.tokens[0] < _COVERED * self.bytes
 
     @property
@@ -74,7 +74,7 @@ class VocabularyFacts(BaseModel):
     parts: int
     """How many stayed because others are made by them."""
     counted: list[str]
-    """What was counted, with its share."""
+    """Counted texts with their shares."""
     bytes_before: int
     """Of all weights."""
     bytes_after: int
@@ -95,7 +95,7 @@ class VocabularyFacts(BaseModel):
 
     @property
     def pays(self) -> bool:
-        """Whether the first text's bits rise by less than fewer bits a weight would let them, for as many bytes."""
+        """Whether the first text's bits rise by less than fewer bits per weight would cost for the same bytes."""
         return not self.texts or self.texts[0].rise <= _WORTH * self.saved
 
     @property

@@ -118,7 +118,7 @@ def _saved(entry: TensorEntry, table: Table, kept: Kept) -> int:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a folder says of where it came from."""
+    """Origin of a folder."""
 
     asked: str | None = None
     """How somebody named the source, for the history of what was made from it."""

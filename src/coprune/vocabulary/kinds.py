@@ -49,10 +49,10 @@ class Bpe:
     merges: Mapping[tuple[str, str], int]
     """Rank of every pair."""
     letters: frozenset[str]
-    """What stands for the 256 bytes; empty where nothing does."""
+    """Characters of the 256 bytes; empty without byte-level encoding."""
     byte_fallback: bool
     ignore_merges: bool
-    """Whether a piece of text that is a token is not taken apart."""
+    """Whether a piece of text that is a token is used whole."""
     unknown: str | None
 
     def parts(self, token: str) -> tuple[int, ...] | None:
@@ -177,7 +177,7 @@ def _unsupported(kind: str) -> UnsupportedModel:
 
 
 def _has(content: Mapping[str, Any], kind: str) -> bool:
-    """Whether a tokenizer's normalizer or pre-tokenizer is, or holds, one of a kind."""
+    """Return whether a tokenizer's normalizer or pre-tokenizer is of a type, or contains one."""
 
     def within(part: Any) -> bool:
         if isinstance(part, Mapping):
@@ -222,7 +222,7 @@ class Vocabulary:
 
     @cached_property
     def texts(self) -> dict[int, str]:
-        """What every token stands for, as text; half of a character is a sign for none."""
+        """Text of every token; an incomplete character decodes to the replacement character."""
         letters = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
         if not isinstance(self.kind, Bpe) or not self.kind.letters:
             return self.tokens

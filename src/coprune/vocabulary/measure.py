@@ -1,7 +1,7 @@
-"""What a smaller vocabulary costs: tokens per byte by the tokenizers alone, bits per byte by the model.
+"""The cost of a smaller vocabulary: tokens per byte by the tokenizers alone, bits per byte by the model.
 
-The blocks stay as they are, so the dense model says what the smaller one would: it is given the smaller tokenizer's tokens under
-their old ids, and the softmax is taken over the tokens that stay.
+The blocks are unchanged, so the dense model predicts as the smaller one would: it reads the smaller tokenizer's tokens
+under their old ids, and the softmax is taken over the kept tokens.
 """
 
 from __future__ import annotations

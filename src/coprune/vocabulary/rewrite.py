@@ -1,4 +1,4 @@
-"""What names tokens by their ids, rewritten for the tokens that stay: tokenizer, configurations, generation settings."""
+"""Token ids in tokenizer, configuration and generation settings, rewritten for the kept tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cut_tokenizer(content: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
 
 
 def stays(pair: str | list[str], tokens: Any) -> bool:
-    """Whether a merge is left: both of its parts are there, and what they make."""
+    """Return whether a merge is kept: both of its parts are, and their result."""
     first, second = pair.split(" ") if isinstance(pair, str) else pair
     return first in tokens and second in tokens and first + second in tokens
 

@@ -213,6 +213,6 @@ PUNCTUATION = (
     " “ ” ‘ ’ „ « » ‹ › – — … • · © ® ™ § ¶ † ° ± × ÷ ≤ ≥ ≠ ≈ → ← ↑ ↓ € £ ¥ ½ ¼ ² ³ µ é è ê á à â ä ã å ç "
     "í ï ñ ó ö ô ú ü ß ø æ œ"
 )
-"""What every text in Latin letters may have beside ASCII."""
+"""Punctuation beside ASCII in texts of any Latin script."""
 ENDS, QUOTES = ". , ? ! … — ; : )", "” ’ » \" '"
 """What ends a speech, and what stands behind it: vocabularies have tokens of both together."""

@@ -1,4 +1,4 @@
-"""What a vocabulary is cut of: a folder, or a GGUF file, which are asked and written alike."""
+"""The sources of a vocabulary cut: a folder or a GGUF file, with one interface."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def launch(block: ColumnBlock) -> None:
 
 @cache
 def is_proven(device: torch.device) -> bool:
-    """Whether the kernel compiles for a device and does there what torch does, as one small block shows."""
+    """Return whether the kernel compiles for a device and agrees with torch there on one small block."""
     by_torch, by_kernel = _small_block(device), _small_block(device)
     walk_with_torch(by_torch)
     try:

@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
     name: str
     run: Callable[..., Any]
     there: Callable[[], bool] = always
-    """Whether this machine has what it takes."""
+    """Returns whether this machine can run the kernel."""
 
 
 KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {

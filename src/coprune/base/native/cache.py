@@ -48,7 +48,7 @@ def library_in(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def only_ours(path: Path) -> bool:
-    """Whether a file or folder, and all folders above it, can be changed by this user and root alone."""
+    """Return whether only this user and root can change a path and all folders above it."""
     lexical, real = Path(os.path.abspath(path)), Path(os.path.realpath(path))
     chain = {lexical, real, *lexical.parents, *real.parents}
     try:
@@ -68,7 +68,7 @@ def _ours(found: os.stat_result, above: bool) -> bool:
 
 
 def _private_group(group: int) -> bool:
-    """Whether a group is that of this user alone, as many systems make one for everybody."""
+    """Return whether a group has this user as its only member, as many systems create one per user."""
     try:
         user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
     except KeyError:

@@ -27,7 +27,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Places(Protocol):
-    """What a packed matrix is, and where in its bytes what lies: the part of its header that a product needs."""
+    """Shape, dtype and byte offsets of a packed matrix: the part of its header that a product needs."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -46,7 +46,7 @@ class Places(Protocol):
 
 
 class NativeMatrix:
-    """What a kernel needs to know of one packed matrix: pointers into it, kept alive here."""
+    """Pointers into one packed matrix, with their owners kept alive."""
 
     def __init__(self, blob: Tensor, starts: Tensor, places: Places, bias: Tensor | None, library: ctypes.CDLL) -> None:
         """Take the pointers.
@@ -121,7 +121,7 @@ def multiply_at(address: int, x: Tensor, rows: int, batch: int, dense: bool = Fa
 
 
 def matrix_at(blob: int, starts: int, bias: int | None, places: Places) -> MatrixStruct:
-    """What the kernels take, of three addresses and what a header says."""
+    """Return the kernels' argument for three addresses and a header."""
     return MatrixStruct(blob + places.pattern_at, blob + places.values_at, starts, bias, *places.shape)
 
 
@@ -147,7 +147,7 @@ def count_rows(blob: Tensor, places: Places) -> Tensor | None:
 
 
 def serves(weight: torch.dtype, bias: torch.dtype | None) -> bool:
-    """Whether the kernels take such numbers, and numbers are as the format stores them."""
+    """Return whether the kernels support these dtypes on a machine of this byte order."""
     return sys.byteorder == "little" and weight in KERNEL_DTYPES and bias in (None, weight)
 
 

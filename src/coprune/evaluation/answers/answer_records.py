@@ -14,7 +14,7 @@ from coprune.evaluation.measurement import Interval
 
 
 def is_empty(text: str) -> bool:
-    """Whether a text says nothing: white space and punctuation at most (accents that stand alone are such, too)."""
+    """Return whether a text has only white space and punctuation (including accents that stand alone)."""
     return not any((kind := unicodedata.category(letter))[0] in "LNS" and kind != "Sk" for letter in text)
 
 
@@ -31,7 +31,7 @@ class Answered(Facts):
     tokens: tuple[int, ...]
     """With the mark that ended it, if it ended by itself."""
     ended: bool
-    """Whether the model ended it, or the limit did."""
+    """Whether the model ended the answer; otherwise it reached the limit."""
     seconds: float
 
     @property

@@ -31,12 +31,12 @@ class Sample(Facts):
 
     @property
     def empty(self) -> bool:
-        """Whether the answer says nothing."""
+        """Whether the answer is empty."""
         return is_empty(self.answer)
 
     @property
     def dense_empty(self) -> bool:
-        """Whether the dense model's says nothing."""
+        """Whether the dense model's answer is empty."""
         return self.dense is not None and is_empty(self.dense)
 
 
@@ -47,13 +47,13 @@ class Asked(Facts):
     """Where the prompts are from."""
     fingerprint: str
     chat: bool
-    """Whether the tokenizer's chat template was put around them."""
+    """Whether the prompts were put in the tokenizer's chat template."""
     new_tokens: int
     temperature: float
     """Of the sampled answers."""
     seed: int
     short: bool = False
-    """Whether these are the few short ones that every run looks at which saves a model."""
+    """Whether these are only the few short answers that are checked whenever a model is saved."""
 
 
 class AnswerFacts(Asked):
@@ -67,7 +67,7 @@ class AnswerFacts(Asked):
     """Which model stands under `dense`: that one, or the one before a fine-tuning."""
 
     def verdict(self) -> str:
-        """Whether it degenerates, in plain words: `3 of 16 answers loop; dense 0`, `2 of 16 answers are empty; dense 0`."""
+        """Return a sentence on degenerate answers: `3 of 16 answers loop; dense 0`, `2 of 16 answers are empty; dense 0`."""
         found, dense = self.greedy.figures, self.greedy.dense
         ills = [("loops", "loop", found.loops, dense.loops if dense else 0)]
         if found.empty is not None:
@@ -94,7 +94,7 @@ class AnswerFacts(Asked):
 
     @property
     def degenerates(self) -> bool:
-        """Whether more answers loop, or are empty, than the dense model's, or they are much shorter."""
+        """Whether more answers loop or are empty than the dense model's, or they are much shorter."""
         found, dense = self.greedy.figures, self.greedy.dense
         if dense is None:
             return bool(found.loops or found.empty)

@@ -42,7 +42,7 @@ class Look:
 
     @property
     def looks(self) -> bool:
-        """Whether there is something to ask, once that is prepared."""
+        """Whether there are prompts to answer."""
         return self._questions is not None
 
     def prepare(self, loaded: Loaded, reporter: Reporter) -> None:

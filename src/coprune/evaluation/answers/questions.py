@@ -96,10 +96,10 @@ class Plan:
     """Of sampled answers; 0 for greedy ones alone."""
     seed: int
     is_asked: bool
-    """Whether somebody asked for it; else it is left out where it cannot be done."""
+    """Whether the user asked for answers; otherwise they are skipped where they are not possible."""
     measures_kl: bool
     is_short: bool
-    """Whether it is the few short answers that every run looks at which saves a model."""
+    """Whether these are only the few short answers that are checked whenever a model is saved."""
 
 
 def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:

@@ -128,7 +128,7 @@ class TextTask:
         }
 
     def _shifts(self, choice: BosChoice) -> bool:
-        """Whether windows are to begin otherwise than they were read: what was asked for is done in reading."""
+        """Return whether windows still need a BOS token, which only `bos="auto"` decides after reading."""
         return self._recipe.calibrate.bos == "auto" and choice.used == "every"
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:

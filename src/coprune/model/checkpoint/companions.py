@@ -175,7 +175,7 @@ def own_files(folder: Path, below: bool = False) -> list[Path]:
 
 
 def is_own(path: Path, folder: Path) -> bool:
-    """Whether a path is in a folder, through links or not, or in what the Hub's cache keeps for it."""
+    """Return whether a path leads, through links or not, into a folder or the Hub's cache of it."""
     # Not Path.resolve, which raises where links go round in a circle.
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):

@@ -143,7 +143,7 @@ def require_floats(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -
 
 
 def _is_plain(dtype: torch.dtype) -> bool:
-    """Whether weights can be of a dtype by themselves: floating numbers of 8 bits are nothing without scales."""
+    """Return whether weights can have a dtype on their own; 8-bit floats need scales."""
     return dtype.is_floating_point and dtype.itemsize > 1
 
 

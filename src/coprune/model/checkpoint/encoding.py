@@ -32,7 +32,7 @@ class Encoding(Protocol):
 
     @property
     def journalled(self) -> bool:
-        """Whether a run's unfinished files hold the tensors in this way already, so that their bytes are copied."""
+        """Whether the journal already stores tensors in this encoding, so that their bytes are copied."""
         return False
 
     def store(self, name: str, tensor: Tensor, kept: Sequence[KeptSlices]) -> tuple[dict[str, Tensor], Rounding]:

@@ -36,13 +36,13 @@ SHARE = 8
 
 
 def has_room(nbytes: int, device: torch.device) -> bool:
-    """Whether a block of so many bytes is fetched to a device beside another one."""
+    """Return whether a device has room for another block of `nbytes` bytes."""
     there = device_memory(device)
     return there is not None and there.available is not None and nbytes * SHARE <= there.available
 
 
 def fetches(nbytes: int, device: torch.device) -> bool:
-    """Whether blocks of so many bytes are fetched to a device as `Ahead` does."""
+    """Return whether `Ahead` prefetches blocks of `nbytes` bytes to a device."""
     return is_accelerator(device) and has_room(nbytes, device)
 
 

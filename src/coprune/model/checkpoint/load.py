@@ -158,7 +158,7 @@ def class_for(config: Any) -> Any:
 
 
 def _is_named(auto: Any, config: Any) -> bool:
-    """Whether a configuration names the class that an Auto class takes for it."""
+    """Return whether a configuration's `architectures` names the class that an Auto class chooses for it."""
     choice = auto_choice(auto, config)
     return choice is not None and choice.__name__ in (getattr(config, "architectures", None) or ())
 
@@ -173,7 +173,7 @@ def _not_for(config: Any, named: type | None, why: str) -> BadInput:
 
 
 def loaded_by_auto(model: PreTrainedModel) -> bool:
-    """Whether the usual Auto class of a task, given the configuration, loads a model as the class that it is of."""
+    """Return whether the task's Auto class loads the configuration as the model's own class."""
     return auto_choice(HEADS[task_of(model.config, type(model))][0], model.config) is type(model)
 
 

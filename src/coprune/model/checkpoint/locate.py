@@ -123,7 +123,7 @@ def _with_tag(name: str) -> str:
 
 
 def holds_weights(location: Location) -> bool:
-    """Whether files of weights, of whatever format, lie where a model was found; else its configuration is there alone."""
+    """Return whether a located model has weight files in any format, not only a configuration."""
     return isinstance(location, GgufFile) or any(file.suffix in _WEIGHTS for file in location.path.iterdir())
 
 
@@ -161,7 +161,7 @@ def _no_config(folder: ModelFolder) -> BadInput:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model: a configuration, and all weights that it names; or a GGUF file is there."""
+    """Return whether a path is a whole model: a configuration with all weights that it names, or a GGUF file."""
     if folder.suffix.lower() == ".gguf":
         return folder.is_file()  # which gets its name when it is whole
     try:
@@ -172,7 +172,7 @@ def holds_model(folder: Path) -> bool:
 
 
 def is_packed(folder: ModelFolder) -> bool:
-    """Whether the folder is one of coprune's own packed checkpoints, which transformers unpacks bit for bit on loading."""
+    """Return whether the folder is one of coprune's packed checkpoints, which load bit for bit."""
     quantization = read_json(folder.path / "config.json").get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
@@ -364,7 +364,7 @@ def _growth(step: Any) -> int:
 
 
 def _finds_nothing(pattern: str) -> bool:
-    """Whether a pattern may be found between two characters; as far as Python, whose patterns are a little different, tells."""
+    """Return whether a pattern can match the empty string, as far as Python's regular expressions can tell."""
     try:
         return any(found.start() == found.end() for found in re.finditer(re.sub(r"\\[pP]\{\w+\}", ".", pattern), "a b"))
     except re.error:
@@ -427,7 +427,7 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def names_timm_file(name: str) -> bool:
-    """Whether a name has the form `timm/NAME@FILE`."""
+    """Return whether a name has the form `timm/NAME@FILE`."""
     return name.startswith("timm/") and "@" in name
 
 

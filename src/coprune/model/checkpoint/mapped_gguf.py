@@ -79,7 +79,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _native(kind: str) -> Callable[[int, int, int], None] | None:
-    """What decodes a type, from an address to another, so many values; None where llama.cpp is not there or has it not."""
+    """Return llama.cpp's decoder of a type (source address, target address, number of values), or None without one."""
     library, name = _library(), kind.lower()
     spelled = re.sub(r"_k$", "_K", name)
     function = None if library is None else getattr(library, f"dequantize_row_{spelled}", None)

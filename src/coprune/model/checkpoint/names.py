@@ -24,10 +24,10 @@ def kinds_of(names: Iterable[str]) -> list[str]:
 
 
 def is_below(name: str, prefix: str) -> bool:
-    """Whether a parameter's name lies below a module's path; the empty path is the whole model's."""
+    """Return whether a parameter belongs to the module at a path; the empty path is the model."""
     return not prefix or name.startswith(f"{prefix}.")
 
 
 def is_below_any(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether a parameter's name lies below one of the modules' paths."""
+    """Return whether a parameter belongs to a module at one of the paths."""
     return any(is_below(name, prefix) for prefix in prefixes)

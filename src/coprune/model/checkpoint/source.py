@@ -65,7 +65,7 @@ class Source:
         return math.prod(entry.shape) * int(self._dtype.itemsize)
 
     def leads_back(self) -> bool:
-        """Whether the whole model can be saved as it lies in the files."""
+        """Return whether the whole model can be saved in the layout of its files."""
         if is_packed(self.location):
             return False
         without_values = {name: tensor.to("meta") for name, tensor in self._model.state_dict().items()}

@@ -191,7 +191,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def is_quantised(folder: Path) -> bool:
-    """Whether a folder's configuration says that its weights are quantised, otherwise than packed by coprune."""
+    """Return whether a folder's configuration declares quantised weights, other than packed by coprune."""
     found = quantization_of(read_json(folder / "config.json"))
     return found is not None and found.get("quant_method") != QUANT_METHOD
 

@@ -39,7 +39,7 @@ class Weights(Protocol):
 
     @property
     def streams(self) -> bool:
-        """Whether a block is in memory only between acquiring and releasing it, and what was changed is lost then."""
+        """Whether a block is in memory only between acquire and release, so that later changes are lost."""
         ...
 
     @property

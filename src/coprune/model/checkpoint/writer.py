@@ -191,12 +191,12 @@ class CheckpointWriter:
 
     @property
     def holds_work(self) -> bool:
-        """Whether another run may want to go on with what is unfinished: parts of a checkpoint that was not refused."""
+        """Whether unfinished parts are left that another run may resume."""
         notes = self.partial.glob("model-*-of-*.json")
         return any(True for _ in notes) and not (self.partial / _REFUSED).is_file()
 
     def verify(self, part: str) -> bool:
-        """Whether a part was written and its file is what was written then."""
+        """Return whether a part was written and its file is unchanged."""
         return self.recall(part) is not None
 
     def recall(self, part: str) -> dict[str, Any] | None:
@@ -298,7 +298,7 @@ class CheckpointWriter:
 
 
 def _is_unfinished_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one of a run that was stopped, at whichever moment: in the last it is a whole model of coprune's."""
+    """Return whether a folder was left by an interrupted run, at any moment; at the last it is already a whole model."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     names = {path.name for path in folder.iterdir() if not is_unfinished(path)}

@@ -37,7 +37,7 @@ class DeviceRoom:
 
     nbytes: int
     asked: bool
-    """Whether somebody asked for it; what batches hold while they wait inside a block then has to keep to it as well."""
+    """Whether the user set the limit, which then also covers batches that wait inside a block."""
 
 
 def device_room(device: torch.device, asked: float | None) -> DeviceRoom | None:

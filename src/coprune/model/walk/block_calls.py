@@ -115,12 +115,12 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
 
 
 def chooses_positions(model: nn.Module) -> bool:
-    """Whether a model's forward can give the logits of some positions only."""
+    """Return whether a model's forward can compute the logits of some positions only."""
     return "logits_to_keep" in signature(model.forward).parameters
 
 
 def _takes(model: nn.Module, option: str) -> bool:
-    """Whether a model's forward takes an option, by name or with all others."""
+    """Return whether a model's forward accepts an option, by name or as a keyword."""
     parameters = signature(model.forward).parameters
     return option in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
@@ -298,14 +298,14 @@ def cloned(value: Any) -> Any:
 
 
 def same_value(a: Any, b: Any, ignored: Container[int] = ()) -> bool:
-    """Whether two recorded arguments are the same: equal tensors, equal containers of such, or equal plain values.
+    """Return whether two recorded arguments are equal: tensors, containers of tensors, or plain values.
 
-    Objects of other kinds (a configuration, a function) count as the same if they are of one type.
+    Objects of other kinds (a configuration, a function) are equal if their types are.
 
     Args:
-        a: what was recorded.
-        b: likewise.
-        ignored: ids of tensors in `a` that may be missing or others in `b`.
+        a: one recorded argument.
+        b: the other.
+        ignored: ids of tensors in `a` that may be missing or different in `b`.
     """
     ours = list(tensors_in(a)) if ignored else []
     if ours and all(id(tensor) in ignored for tensor in ours):

@@ -80,7 +80,7 @@ class _Routed:
     """2 × P: numbers of rows that are equal, where only some of those are counted and nobody knows which."""
 
     def fits(self, rows: Tensor) -> bool:
-        """Whether the rows of a later product can be of the same tokens: then twins still are, but for rounding."""
+        """Return whether the rows of a later product can be of the same tokens: equal rows stay equal but for rounding."""
         if len(rows) != len(self.counted):
             return False
         if self.twins is None:
@@ -151,7 +151,7 @@ class CountedRows:
         return None
 
     def _in_order(self, x: Tensor) -> bool:
-        """Whether there is one row for every token."""
+        """Return whether there is one row per token."""
         sizes = [size for size in x.shape[:-1] if size != 1]
         return sizes in ([size for size in self._shape if size != 1], [len(self._counted)])
 

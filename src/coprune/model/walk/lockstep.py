@@ -197,7 +197,7 @@ class _Place:
     nbytes: int
     start: int | None = None
     written: bool = False
-    """Whether the file has the bytes as they are now."""
+    """Whether the file is up to date."""
 
 
 class Paging(TorchDispatchMode):

@@ -161,7 +161,7 @@ class Reads(TorchFunctionMode):
 
 
 def _asks_only(func: Callable[..., Any]) -> bool:
-    """Whether a function only asks a tensor for its dtype or shape, which is no use of it."""
+    """Return whether a function reads an attribute of a tensor (dtype, shape) and does not use its values."""
     return getattr(func, "__name__", "") == "__get__"
 
 

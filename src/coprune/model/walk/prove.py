@@ -211,7 +211,7 @@ class _Streams:
 
 
 def _holds_same(before: Stream, after: Stream) -> bool:
-    """Whether nothing was put into a mapping or taken out of it. before: its snapshot."""
+    """Return whether a mapping holds the same tensor objects as its snapshot `before`."""
     ours, theirs = list(tensors_in(before)), list(tensors_in(after))
     return before.keys() == after.keys() and len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 

@@ -135,7 +135,7 @@ class ByBlock:
     """The papers' way: a block's statistics come from its dense weights, then it runs again with the pruned ones."""
 
     keep_inputs: bool = False
-    """Whether a block's inputs are still there when it is done, for a caller that trains it."""
+    """Whether a block's inputs are kept until it is done, for a caller that trains it."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Statistic(Sums):
     per_channel: ClassVar[str]
     """Name of a sum of shape I that everything seen goes into."""
     tells_errors: ClassVar[bool] = False
-    """Whether layer errors can be measured on it (`relative_error`); otherwise a sample of the inputs is needed."""
+    """Whether layer errors can be computed from it (`relative_error`); otherwise a sample of the inputs is needed."""
 
     def update(self, x: Tensor) -> None:
         """Add a batch of inputs.

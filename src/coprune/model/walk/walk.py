@@ -209,7 +209,7 @@ class Walk:
             self.advance(share / len(self.recording.hidden))
 
     def _is_last(self, block: Block) -> bool:
-        """Whether nothing is done with what a block gives."""
+        """Return whether a block's outputs are not used."""
         return block is self.model.blocks[-1] and not self.model.chosen.outside
 
     def _visit_outside(self) -> Iterator[MatricesReady]:

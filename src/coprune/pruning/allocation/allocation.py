@@ -50,7 +50,7 @@ class Allocation(Protocol):
     # Properties for the same reason as in Method; an allocation writes class variables.
     @property
     def looks(self) -> bool:
-        """Whether it has to see the weights at all."""
+        """Whether it reads the weights."""
 
     @property
     def statistic(self) -> type[Statistic] | None:

@@ -84,7 +84,7 @@ class ByFisher:
         return grid_around(target, self.bound, self.points)
 
     def tells_outputs(self, target: Target) -> bool:
-        """Whether it says by how much a matrix's outputs count."""
+        """Return whether it weights the errors of a matrix's outputs."""
         return self.outputs > 0 and target.pattern.n_of_m is None
 
     def step(self, outputs: int, experts: int) -> int:
@@ -381,5 +381,5 @@ def convex_curve(sparsities: Floats, errors: Floats) -> Curve:
 
 
 def _above(a: int, b: int, c: int, x: Floats, y: Floats) -> bool:
-    """Whether the point b lies on or above the line from a to c."""
+    """Return whether the point b lies on or above the line from a to c."""
     return bool((y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a]))

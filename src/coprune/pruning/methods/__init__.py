@@ -89,7 +89,7 @@ def origin_of(name: str) -> str | None:
 
 
 def is_option(name: str) -> bool:
-    """Whether some method has an option of this name."""
+    """Return whether some method has an option of this name."""
     # Other packages are only loaded for names that are not known without them.
     return name in _options_of(METHODS | _registered) or name in option_names()
 

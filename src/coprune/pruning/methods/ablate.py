@@ -30,7 +30,7 @@ class Ablate:
     score: Literal["magnitude", "wanda"] = "wanda"
     """|W|, or |W| times the input norm."""
     selection: Literal["sequential", "iterative"] = "sequential"
-    """Whether the mask is chosen before the update or along with it."""
+    """Whether the mask is chosen before the update (`sequential`) or along with it (`iterative`)."""
     block_size: int = 128
     """Columns whose mask is chosen together (iterative, unstructured); for N:M it is rounded up to a multiple of M."""
     damping: float = 0.01

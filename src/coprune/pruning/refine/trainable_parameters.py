@@ -76,12 +76,12 @@ def names_of(trained: Sequence[Trained]) -> str:
 
 
 def _is_vector(attribute: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is no weight of its own; experts' biases are a table."""
+    """Return whether a parameter is a bias or scale; experts' biases are a table."""
     return parameter.ndim < 2 or "bias" in attribute
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module holds nothing but vectors, and no other module."""
+    """Return whether a module has only vectors and no submodules."""
     vectors = all(parameter.ndim < 2 for parameter in module.parameters(recurse=False))
     return vectors and next(module.children(), None) is None
 

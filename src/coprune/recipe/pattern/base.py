@@ -1,4 +1,4 @@
-"""What a pattern is: everything that the rest of the program asks about where zeros may be."""
+"""The contract of a pattern: which weights may be zero together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Group = Literal["row", "matrix"]
 """Which weights compete with each other where the pattern leaves that open."""
 
 DEFAULT_SPARSITY = 0.5
-"""What is asked for where neither a pattern nor a recipe says."""
+"""Sparsity where neither a pattern nor a recipe gives one."""
 
 
 class Pattern(ABC):
@@ -229,7 +229,7 @@ class NM(Pattern):
 
 @dataclass(frozen=True)
 class Target:
-    """What one matrix is to become: a pattern and a sparsity (the fraction of zeros, 0 ≤ s < 1)."""
+    """Target of one matrix: a pattern and a sparsity (the fraction of zeros, 0 ≤ s < 1)."""
 
     pattern: Pattern
     sparsity: float
@@ -260,7 +260,7 @@ class Target:
 
     @property
     def multiple(self) -> int:
-        """What divides every width that the pattern fits."""
+        """Divisor of every width that the pattern fits."""
         return self.pattern.group_size or 1
 
     def with_sparsity(self, sparsity: float) -> Target:

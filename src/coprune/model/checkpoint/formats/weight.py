@@ -31,11 +31,11 @@ class Form:
     grid: Grid
     packing: Packing
     exponents: bool = False
-    """Whether scales are exponents of two in bytes, 127 for 1 (E8M0)."""
+    """Whether scales are stored as exponents of two in one byte, with 127 for 1 (E8M0)."""
     divided: bool = False
-    """Whether scales are divided by the factor that all of them have in common, instead of multiplied."""
+    """Whether scales are divided, not multiplied, by their common factor."""
     transposed: bool = False
-    """Whether the weight is the transpose of what is stored."""
+    """Whether the weight is stored transposed."""
 
 
 @dataclass(frozen=True)
