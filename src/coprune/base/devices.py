@@ -48,7 +48,7 @@ def accelerator() -> torch.device | None:
 
 
 def accelerators() -> int:
-    """How many of them there are."""
+    """Return the number of accelerators."""
     return 0 if accelerator() is None else torch.accelerator.device_count()
 
 
@@ -64,8 +64,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def buffer_for(tensor: torch.Tensor) -> torch.Tensor:
-    """Host memory for what a tensor of a device holds, pinned where it can be: such is copied faster, and beside
-    what is computed."""
+    """Allocate host memory of a tensor's shape and dtype, pinned if it is on an accelerator, for fast asynchronous copies."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_accelerator(tensor.device))
 
 
@@ -126,7 +125,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def launching_at(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """While it is entered, kernels that are launched by hand go to a tensor's GPU, not to whichever is the current one."""
+    """Return a context in which kernels launched by hand go to a tensor's GPU rather than to the current one."""
     return torch.cuda.device_of(tensor)
 
 
@@ -140,7 +139,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_within(place: Callable[[], str]) -> Iterator[None]:
-    """Say where it was that memory ran out, unless that is said already. place: tells where the run is."""
+    """Name the place where memory ran out, unless the error already does. place: returns where the run is."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -151,7 +150,7 @@ def memory_within(place: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def enough_memory(fix: Words, stage: Callable[[], str] | None = None) -> Iterator[None]:
-    """Turn running out of memory into one message. fix: what would take less; stage: tells what is being done."""
+    """Replace an out-of-memory error by one message. fix: what would take less; stage: returns the current step."""
     try:
         yield
         return
@@ -171,5 +170,5 @@ def first_line_of(error: BaseException) -> str:
 
 
 def _module_of(device: torch.device) -> Any:
-    """Torch's module for a kind of device (`torch.cuda`); None for host memory and for kinds that have none."""
+    """Return torch's module for a kind of device (`torch.cuda`), or None for host memory and kinds without one."""
     return None if in_host_memory(device) else getattr(torch, device.type, None)

@@ -21,17 +21,17 @@ def require_posix() -> None:
 
 
 def rank() -> int:
-    """Position of this process among those that torchrun or accelerate started (RANK), 0 by itself."""
+    """Return this process's rank under torchrun or accelerate (RANK); 0 without them."""
     return _number("RANK", 0)
 
 
 def world_size() -> int:
-    """How many processes torchrun or accelerate started (WORLD_SIZE), 1 without them."""
+    """Return the number of processes that torchrun or accelerate started (WORLD_SIZE); 1 without them."""
     return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """Position of this process among those on its machine (LOCAL_RANK), by which it takes a GPU."""
+    """Return this process's rank on its machine (LOCAL_RANK), the index of its GPU."""
     return _number("LOCAL_RANK", 0)
 
 
@@ -41,10 +41,9 @@ def asks_for_fsdp() -> bool:
 
 
 def user_cache() -> Path:
-    """Where is kept what can be made again: `coprune` in XDG_CACHE_HOME or ~/.cache.
+    """Return the folder for reproducible files: `coprune` in XDG_CACHE_HOME or ~/.cache.
 
-    For a user without a home, or with one where nobody may write, as in some containers, it is a folder among the temporary
-    ones.
+    Without a writable home, as in some containers, it is a temporary folder.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "coprune"
@@ -57,7 +56,7 @@ def user_cache() -> Path:
 
 
 def kernel_cache() -> Path:
-    """Where compiled kernels are kept (COPRUNE_CACHE), by default the user's cache."""
+    """Return the folder of compiled kernels (COPRUNE_CACHE), by default the user's cache."""
     named = os.environ.get("COPRUNE_CACHE")
     return Path(named) if named else user_cache()
 
@@ -83,28 +82,28 @@ def visible_gpus() -> list[str]:
 
 
 def see_only(gpu: str) -> None:
-    """Let this process see one GPU alone; before it uses any."""
+    """Make only one GPU visible to this process; call it before any is used."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def quieten_tokenizers() -> None:
-    """Spare users the tokenizers' warning about forked processes (TOKENIZERS_PARALLELISM), unless they set it."""
+    """Disable the tokenizers' warning about forked processes (TOKENIZERS_PARALLELISM), unless the user set it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def keep_ray_private() -> None:
-    """Let Ray not report over the network how it is used (RAY_USAGE_STATS_ENABLED), unless the user wants it to."""
+    """Disable Ray's usage statistics (RAY_USAGE_STATS_ENABLED), unless the user set it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def give_ray_its_share() -> None:
-    """Let Ray's workers not give way to all else on this machine (RAY_worker_niceness), unless the user wants it."""
+    """Run Ray's workers at normal priority (RAY_worker_niceness), unless the user set it."""
     os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @contextmanager
 def accelerate_told(device: str) -> Iterator[None]:
-    """Let accelerate, which does the Trainer"s moving, take this device when it is set up."""
+    """Make accelerate, which moves models for the Trainer, use this device if it is set up in the body."""
     before = os.environ.get("ACCELERATE_TORCH_DEVICE")
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
     try:

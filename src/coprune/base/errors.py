@@ -111,7 +111,7 @@ def is_panic(error: BaseException) -> bool:
 
 @contextmanager
 def panics_caught() -> Iterator[None]:
-    """Turn such an error into a ValueError of the same words."""
+    """Convert a panic into a ValueError with the same message."""
     try:
         yield
     except BaseException as error:
@@ -122,7 +122,7 @@ def panics_caught() -> Iterator[None]:
 
 @contextmanager
 def about(field: str, value: object) -> Iterator[None]:
-    """Say which setting a BadInput came from, where it does not say so itself."""
+    """Add the setting to a BadInput that names none."""
     try:
         yield
     except BadInput as error:
@@ -150,7 +150,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None =
 
 
 def _bounded(text: str) -> str:
-    """Leave out the middle of what is too long to read."""
+    """Cut the middle out of a very long text."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST - 200]} […] {text[-190:]}"

@@ -190,9 +190,9 @@ def _why_not_written(error: Exception) -> str | None:
 
 
 def name_durably(partial: Path, folder: Path) -> None:
-    """Give a whole folder its name, once everything in it is on the disk.
+    """Rename a finished folder once all its files are on disk.
 
-    Raises OSError, rather than overwrites, if something is there.
+    Raises OSError, rather than overwrites, if the target exists.
     """
     for path in [*partial.rglob("*"), partial]:
         sync(path)
@@ -230,7 +230,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _as_readable(folder: Path) -> None:
-    """Let all files be as readable as the folder is; safetensors makes its own private."""
+    """Give all files the folder's read permissions; safetensors makes its own private."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():

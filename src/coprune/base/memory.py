@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def available_bytes() -> int | None:
-    """Memory that this process may still take: of the machine, its control group, and limits set on the process."""
+    """Return the memory still available: of the machine, its control group, and the process's limits; None if unknown."""
     status = _numbers(Path("/proc/self/status"))
     left = [_numbers(Path("/proc/meminfo")).get("MemAvailable")]
     for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
@@ -37,13 +37,13 @@ def _left_in_group() -> int | None:
 
 
 def resident_peak() -> tuple[int, int]:
-    """Resident set of this process now, and the largest so far, in bytes (zeros where /proc does not tell)."""
+    """Return this process's resident set now and at its peak, in bytes (zeros where /proc does not tell)."""
     status = _numbers(Path("/proc/self/status"))
     return status.get("VmRSS", 0), status.get("VmHWM", 0)
 
 
 def resident_memory() -> int | None:
-    """Resident set of this process now, in bytes; None where /proc does not tell."""
+    """Return this process's resident set in bytes, or None where /proc does not tell."""
     return resident_peak()[0] or None
 
 
@@ -76,7 +76,7 @@ def _numbers(file: Path) -> dict[str, int]:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Return the peak of this process's resident set, in bytes."""
     # Where /proc does not tell: getrusage counts what the process held that started this one, too.
     if peak := resident_peak()[1]:
         return peak
@@ -85,9 +85,9 @@ def peak_memory() -> int:
 
 
 def return_free_memory() -> None:
-    """Let the C library give memory that was freed back to the system, where it can (glibc).
+    """Return freed memory to the system, where the C library can (glibc).
 
-    Otherwise a quarter of one phase's activations would still be there, in pieces, at the peak of the next.
+    Otherwise a quarter of one phase's activations would still be there, in fragments, at the peak of the next.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -107,11 +107,10 @@ _depth = 0
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let the C library keep what is freed for what is asked for next, where it can (glibc); all of it goes back at the end.
+    """Keep freed memory in the C library for reuse, where it can (glibc), and return it to the system at the end.
 
-    Steps of training, blocks of one width that are pruned, and logits of window after window free and take the same large
-    tensors again and again. Given back in between, each of their pages is cleared and mapped anew by the system: a fifth of
-    a step of training on a CPU, a seventh of measuring perplexity, an eighth of pruning blocks of width 2,048.
+    Training steps, blocks of one width and windows of logits free and allocate the same large tensors again and again;
+    otherwise the system clears and maps their pages each time, which took an eighth to a fifth of the time on a CPU.
     """
     global _depth
     _depth += 1

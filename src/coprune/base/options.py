@@ -17,9 +17,9 @@ Configurable = TypeVar("Configurable")
 def one_of(
     table: Mapping[str, Configurable], kind: str, name: str, options: Mapping[str, object], field: str | None = None
 ) -> Configurable:
-    """Look up what is chosen by its name, and set its options.
+    """Find an entry of a table by name and set its options.
 
-    field: of the recipe, where it is not called like the kind. Raises BadInput for an unknown name, and as `with_options`.
+    field: the recipe's setting, if not named like the kind. Raises BadInput for an unknown name, and as `with_options`.
     """
     if name not in table:
         raise unknown_name(kind, name, table, field=field or kind)

@@ -69,7 +69,7 @@ def _take(size: int) -> Tensor:
 
 
 def _new_region(size: int) -> tuple[mmap.mmap, int]:
-    """Memory, and where in it the first large page begins."""
+    """Map memory, and return it with the offset of its first large page."""
     memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -46,7 +46,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, samples: Tensor) -> Tensor:
-        """This process's samples: a run of consecutive ones, as many as the others' or one more. May be none."""
+        """Return this process's consecutive samples; sizes differ by at most one, and may be zero."""
         return torch.tensor_split(samples, self.size)[self.rank]
 
     def from_first(self, compute: Callable[[], Value]) -> Value:
@@ -60,7 +60,7 @@ class Processes:
         return value
 
     def gather(self, value: Value) -> list[Value]:
-        """Everybody's value, in the order of the ranks."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Value] = [value] * self.size
@@ -98,7 +98,7 @@ class Processes:
         return sum(counts)
 
     def gather_rows(self, rows: Tensor, count: int, wanted: int) -> tuple[Tensor, int]:
-        """Everybody's rows (N × I), thinned out to about as many as one process would keep, and the tokens seen."""
+        """Gather the rows (N × I) of all processes, thinned out to about `wanted`, and the number of tokens seen."""
         if self.size == 1:
             return rows, count
         totals = self.gather((len(rows), count))
@@ -109,16 +109,16 @@ class Processes:
         return torch.cat(parts), sum(seen for _, seen in totals)
 
     def own(self, jobs: Sequence[Value]) -> Sequence[Value]:
-        """This process's jobs: every so many-th, from the one of its rank on. May be none."""
+        """Return this process's jobs: every `size`-th from its rank on, perhaps none."""
         return jobs[self.rank :: self.size]
 
     def in_order(self, answers: Sequence[Value]) -> list[Value]:
-        """Everybody's answers to `own` jobs, in the order of all jobs."""
+        """Gather the results of `own` jobs from all processes, in the order of all jobs."""
         found = self.gather(list(answers))
         return [found[at % self.size][at // self.size] for at in range(sum(map(len, found)))]
 
     def positions(self, position: int | None) -> list[int]:
-        """Everybody's position; those who have none are left out."""
+        """Gather the positions of all processes that have one."""
         return [other for other in self.gather(position) if other is not None]
 
 
@@ -127,7 +127,7 @@ ALONE = Processes()
 
 
 def started_processes() -> Processes:
-    """This process among those that torchrun or accelerate started, which may not have joined each other yet."""
+    """Return this process and the number that torchrun or accelerate started, which may not have joined yet."""
     return Processes(environment.rank(), environment.world_size())
 
 
@@ -168,7 +168,7 @@ def _backend() -> str:
 
 @contextmanager
 def _heard() -> Iterator[None]:
-    """Turn a broken connection into an error of one line, and say when another process is long in coming."""
+    """Convert a broken connection into an error of one line, and report a long wait for another process."""
     over = threading.Event()
     watch = threading.Thread(target=_tell_of_waiting, args=(over,), daemon=True)
     watch.start()

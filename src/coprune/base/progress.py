@@ -23,7 +23,7 @@ _BESIDE = 30  # columns of what else stands in its line
 
 
 def scaled(advance: Advance, by: float) -> Advance:
-    """Tell of work of which the amounts are told in another measure. by: one of that in this one."""
+    """Return a progress callback in another unit. by: one of its units in those of `advance`."""
     return lambda amount: advance(amount * by)
 
 
@@ -61,7 +61,7 @@ class Reporter:
         """Are told of every event, whether people are shown anything or not."""
 
     def tell(self, event: Event) -> None:
-        """Tell the listeners that something happened."""
+        """Send an event to the listeners."""
         for listener in self.listeners:
             listener(event)
 
@@ -126,7 +126,7 @@ class Reporter:
 
     @contextmanager
     def libraries(self) -> Iterator[None]:
-        """Let libraries that fetch files be as quiet as this is, while the body runs."""
+        """Hide the download bars of libraries in the body if this reporter is quiet."""
         from huggingface_hub import utils
 
         with bars_hidden(utils, self.quiet):

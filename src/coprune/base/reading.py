@@ -53,7 +53,7 @@ _WAITING: ContextVar[Reading | None] = ContextVar("waiting", default=None)
 
 @contextmanager
 def reading_later() -> Iterator[Reading]:
-    """While it is entered, what `refuse_if` is told of a device waits for a `read`, or for the end of the block."""
+    """Defer the conditions of `refuse_if` on a device until a `read`, or the end of the body."""
     reading = Reading()
     token = _WAITING.set(reading)
     try:
@@ -94,9 +94,9 @@ def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to host memory.
+    """Start copying a tensor to host memory.
 
-    Returns what gives the copy. It waits for what the device was told before, and not for what it was told since.
+    Returns a function that waits for the copy, but not for work queued later, and returns it.
     """
     if in_host_memory(tensor.device):
         return lambda: tensor
@@ -122,20 +122,20 @@ class Questions(Generic[State]):
         self._open: deque[tuple[Callable[[], Tensor], State]] = deque()
 
     def ask(self, over: Tensor, state: State) -> State | None:
-        """Ask once more, and hear an earlier answer (in host memory this one).
+        """Queue the next test, and read an earlier answer (in host memory this one).
 
         Args:
             over: bool without dimensions.
-            state: what has come out by now, which nobody changes later.
+            state: the state now, not modified later.
 
         Returns:
-            The state of an answer that is yes; None while there is none.
+            The state of the first positive answer, or None.
         """
         self._open.append((on_its_way(over), state))
         return self._hear(0 if in_host_memory(over.device) else 1)
 
     def rest(self) -> State | None:
-        """Hear all answers. Returns as `ask`."""
+        """Read all remaining answers. Returns as `ask`."""
         return self._hear(0)
 
     def _hear(self, left: int) -> State | None:

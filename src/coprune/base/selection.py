@@ -25,7 +25,7 @@ def refuse_nan(score: Tensor) -> None:
 
 
 def count_pruned(size: int, sparsity: float) -> int:
-    """floor(sparsity · size), not misled by binary fractions (0.29 · 100 is 28.999… in floating point)."""
+    """Return floor(sparsity · size), robust to binary fractions (0.29 · 100 is 28.999… in floating point)."""
     return int(size * sparsity + 1e-6)
 
 

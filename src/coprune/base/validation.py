@@ -41,12 +41,12 @@ def reason(detail: Any) -> str:
 
 
 def explain(error: ValidationError, names: Callable[[Place], tuple[str, str]] | None = None) -> BadInput:
-    """Turn what pydantic found wrong into one BadInput.
+    """Convert pydantic's validation errors into one BadInput.
 
     Args:
-        error: what pydantic raised. A BadInput that a validator raised is taken over as it is.
-        names: the setting that a place belongs to, and how to call the place in a message; by default the first name in
-            it, and all of them with dots between.
+        error: pydantic's error. A BadInput of a validator is kept as it is.
+        names: returns the setting of a location, and the location's name in a message; by default the first name in it,
+            and all of them joined by dots.
     """
     found = [_explain(detail, names or _plain) for detail in error.errors()]
     first = found[0]
@@ -132,7 +132,7 @@ def _refused(path: Path, what: str, field: str, why: str, fix: str | None = None
 
 
 def _loaded(text: str) -> Any:
-    """As yaml.safe_load, once it is known what the aliases come to: a few lines can stand for 10^9 values."""
+    """Parse YAML safely, refusing aliases that expand to very many values."""
     if _deepest(text) > _MOST_LEVELS:
         raise RecursionError
     root = yaml.compose(text, yaml.SafeLoader)
@@ -144,7 +144,7 @@ def _loaded(text: str) -> Any:
 
 
 def _deepest(text: str) -> int:
-    """How many brackets are open at a time. The parser takes minutes for those that it cannot follow."""
+    """Return the depth of open brackets, on which the parser can take minutes."""
     deepest = level = 0
     for bracket in re.findall(r"[\[{\]}]|(?:[-?][ \t]+)+", text):
         if bracket[0] in "-?":  # lists in lists on one line
@@ -156,7 +156,7 @@ def _deepest(text: str) -> int:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node comes to. Raises RecursionError where it holds itself."""
+    """Return the number of values of a node, aliases expanded. Raises RecursionError for a node that contains itself."""
     if isinstance(node, yaml.ScalarNode):
         return 1 + len(node.value) // 64
     if id(node) in known:

@@ -121,7 +121,7 @@ _speaking: list[Face] = [PYTHON]
 
 @contextmanager
 def speaking(face: Face) -> Iterator[None]:
-    """Say all words in this process as a face does, while the body runs."""
+    """Render all messages of this process for one interface in the body."""
     _speaking.append(face)
     try:
         yield
@@ -130,11 +130,11 @@ def speaking(face: Face) -> Iterator[None]:
 
 
 def say(words: Words, face: Face | None = None) -> str:
-    """Words as text.
+    """Render words as text.
 
     Args:
         words: the text and its pieces.
-        face: which one speaks; by default the one that this process speaks as, which is Python's unless told otherwise.
+        face: the interface; by default the process's own, which is Python's unless set.
     """
     chosen = face or _speaking[-1]
     return "".join(part if isinstance(part, str) else part.said_in(chosen) for part in parts_of(words))
@@ -151,7 +151,7 @@ def parts_of(words: Words) -> tuple[str | Piece, ...]:
 
 
 def renamed(words: Words, names: Mapping[str, str]) -> Words:
-    """Words that call settings by other names. names: by those of now."""
+    """Return words with settings renamed. names: new ones by old ones."""
 
     def other(part: str | Piece) -> str | Piece:
         if isinstance(part, Setting | Set | LeaveOut):

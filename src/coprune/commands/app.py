@@ -66,9 +66,9 @@ def _options_of_coprune(
 
 
 def main() -> None:
-    """Entry point: run the command; a known error is one message on standard error and exit code 2.
+    """Run the command line; a known error is one message on standard error and exit code 2.
 
-    A command may end with a code of its own, as where what was required does not hold.
+    A command may exit with a code of its own, as for an unmet requirement.
     """
     # Libraries' notes are for their developers; what matters to a user, coprune says itself.
     warnings.simplefilter("ignore")
@@ -178,9 +178,9 @@ class Stop:
 
 @contextmanager
 def stopped_alike(stop: Stop) -> Iterator[None]:
-    """Let SIGTERM stop the body as Ctrl-C does. stop: notes that it came.
+    """Make SIGTERM stop the body as Ctrl-C does. stop: records the signal.
 
-    Among several processes it ends this one with a line: whoever started them ends all when one is lost, which may be within a
+    Among several processes it ends this one with a line: the launcher ends all when one is lost, and this one may be in a
     call that no signal handler interrupts.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -200,7 +200,7 @@ def stopped_alike(stop: Stop) -> Iterator[None]:
 
 
 def _end_when_told() -> None:
-    """End this process at SIGTERM wherever it is, by a thread that hears of the signal when it comes."""
+    """End this process at SIGTERM from a thread, even inside an uninterruptible call."""
     hear, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)

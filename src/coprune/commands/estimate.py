@@ -23,7 +23,7 @@ class EstimateCommand(ShortCommand):
     """Lets `--json` stand without a file, for standard output."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a `--json` that no file follows one."""
+        """Complete a `--json` without a file."""
         return super().parse_args(ctx, with_value(args, "--json", PRINTED, lambda word: word.endswith(".json")))
 
 

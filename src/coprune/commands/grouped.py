@@ -16,7 +16,7 @@ _UNGROUPED = "Options"
 
 
 def with_value(arguments: Sequence[str], flag: str, value: str, is_value: Callable[[str], bool]) -> list[str]:
-    """Arguments in which a flag that may stand alone has a value. is_value: whether the word after it is its own one."""
+    """Return arguments in which a flag without a value has a default one. is_value: whether the next word is its value."""
     complete = list(arguments)
     for index, word in enumerate(arguments):
         following = arguments[index + 1 : index + 2]
@@ -29,7 +29,7 @@ class GroupedCommand(TyperCommand):
     """A command whose options are shown in the groups that they name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer does."""
+        """Parse arguments as typer does."""
         rest: list[str] = super().parse_args(ctx, args)
         return rest
 
@@ -40,9 +40,9 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(rows)
 
     def groups(self, ctx: Any, shown: Callable[[str], bool] = lambda name: True) -> dict[str, list[tuple[str, str]]]:
-        """Arguments, what is the command's own, and the groups: by title, each option's names and its help.
+        """Return the option groups: by title, each option's names and its help.
 
-        shown: whether an option is among them, by the name of its parameter.
+        shown: whether to include an option, by its parameter's name.
         """
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _UNGROUPED: []}
         for param in self.get_params(ctx):
@@ -59,7 +59,7 @@ class GroupedCommand(TyperCommand):
 
 @contextmanager
 def _by_todays_names(param: Any) -> Iterator[None]:
-    """Leave out names that are accepted for what was written with them."""
+    """Hide older spellings of an option in the body."""
     before = param.opts
     param.opts = [name for name in before if "_" not in name and name not in OLDER.get(param.name, ())] or before
     try:

@@ -24,7 +24,7 @@ def methods(
 
 
 def describe_methods(name: str | None = None) -> list[str]:
-    """Lines that list every method (or one) with its options. Raises BadInput for an unknown name."""
+    """Return lines that list every method (or one) with its options. Raises BadInput for an unknown name."""
     chosen = {name: find_method(name)} if name is not None else all_methods()
     lines = []
     for title, method in chosen.items():

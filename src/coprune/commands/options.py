@@ -90,12 +90,12 @@ def help_all_option() -> inspect.Parameter:
 
 
 def recipe_options() -> list[inspect.Parameter]:
-    """One command-line option per setting of a recipe."""
+    """Return one command-line option per setting of a recipe."""
     return [_option(name, Setting(name), []) for name in FIELDS if name not in _NOT_OPTIONS]
 
 
 def training_options() -> list[inspect.Parameter]:
-    """One command-line option per setting of a training."""
+    """Return one command-line option per setting of a training."""
     asked = {name: setting for name, setting in TRAINING.items() if name not in _NOT_OPTIONS}
     return [
         _option(name, setting, _FLAGS_OF_TRAINING.get(name, flags_of(name)), _TITLES_OF_TRAINING)
@@ -109,7 +109,7 @@ def inspecting_options() -> list[inspect.Parameter]:
 
 
 def measuring_options() -> list[inspect.Parameter]:
-    """One command-line option per setting of a measurement, which goes by the recipe's flags too."""
+    """Return one command-line option per setting of a measurement, which also has the recipe's flags."""
     return [
         _option(name, setting, list(dict.fromkeys([*flags_of(name), *flags_of(setting.word)])))
         for name, setting in MEASURING.items()
@@ -157,7 +157,7 @@ def _is_read_otherwise(field: FieldInfo) -> bool:
 
 
 def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Command]:
-    """Give a command options in place of its `**settings`."""
+    """Replace a command's `**settings` by options."""
 
     def decorate(function: Command) -> Command:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]

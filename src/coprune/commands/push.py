@@ -18,7 +18,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Let nobody else see the repository.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Put a saved model with its card on the Hugging Face Hub; the repository is made if it does not exist.
+    """Upload a saved model with its card to the Hugging Face Hub; the repository is created if it does not exist.
 
     Example: coprune push out/pruned me/SmolLM2-2-4 --private
     """

@@ -21,7 +21,7 @@ class SweepCommand(ShortCommand):
     """Lets `--ray` stand without a value, for a cluster of this machine alone."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a `--ray` that no address follows one."""
+        """Complete a `--ray` without an address."""
         return super().parse_args(ctx, with_value(args, "--ray", _LOCAL, _is_address))
 
 
@@ -65,20 +65,20 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live table.")] = False,
     **settings: Any,
 ) -> None:
-    """Do many runs: every combination of a file's lists, several at a time, and collect what they found in one table.
+    """Run every combination of a file's lists, several at a time, and collect the results in one table.
 
     Example file, 3 methods × 2 patterns × 2 seeds; any option of prune may have a list:
 
         {model: smollm2-135m, dataset: embedded, seqlen: 512, nsamples: 32,
          method: [wanda, sparsegpt, magnitude], pattern: [unstructured, "2:4"], seed: [0, 1], save: out/table}
 
-    Under sweep: a file may also name zip (lists that go in step), include, exclude and folders; see docs/sweeps.md.
+    Under sweep: a file may also have zip (lists that advance together), include, exclude and folders; see docs/sweeps.md.
 
-    Results: results.md, results.csv, results.parquet and report.html in the sweep's folder, beside one folder a run.
+    Results: results.md, results.csv, results.parquet and report.html in the sweep's folder, beside one folder per run.
 
-    The same command again goes on after Ctrl-C or a crash: what is finished is not done again.
+    After Ctrl-C or a crash, the same command resumes: finished runs are not repeated.
 
-    Options of prune that are given here replace what the file says for all of its runs.
+    Options of prune that are given here override the file for all of its runs.
     """
     typed = {name: value for name, value in settings.items() if value is not None}
     typed |= ({"model": model} if model else {}) | {"retries": retries}

@@ -25,13 +25,13 @@ class Requirement(Protocol):
 
 
 def end_unless_held(required: Iterable[Requirement]) -> None:
-    """End the command with 3 if anything that was required does not hold; what there is to save is saved by then."""
+    """Exit with code 3 if a requirement is not met; all output is saved by then."""
     if not all(one.holds for one in required):
         raise typer.Exit(NOT_AS_REQUIRED)
 
 
 def console() -> Console:
-    """Standard output; where that is no terminal, a row of a table stays one line, however long."""
+    """Return a console for standard output; outside a terminal a table row stays on one line."""
     found = Console()
     return found if found.is_terminal else Console(width=_NO_EDGE)
 

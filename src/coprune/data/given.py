@@ -68,7 +68,7 @@ def given_data(name: str) -> GivenData | None:
 
 
 def given_samples(name: Any) -> dict[str, int]:
-    """How many samples there are and how long, as settings, if token ids were handed over under this name."""
+    """Return the number and length of samples, as settings, if the caller passed token ids under this name."""
     data = given_data(name) if isinstance(name, str) and not {",", "="} & set(name) else None
     if not isinstance(data, GivenTokens) or data.tokens.ndim != 2:
         return {}
@@ -78,16 +78,15 @@ def given_samples(name: Any) -> dict[str, int]:
 
 @contextmanager
 def handed_over(settings: Mapping[str, Any], calibration: str | None, evaluation: str) -> Iterator[dict[str, Any]]:
-    """Settings in which data is named; what was handed over is found under its name inside the `with`.
+    """Yield settings in which the caller's data is replaced by names, valid inside the `with`.
 
     Args:
-        settings: as a caller gave them.
-        calibration: the setting whose value is text or token ids to calibrate or train on, if there is one.
-        evaluation: the setting whose value is what to measure on. There a list holds names, so texts are a mapping of
-            labels to them.
+        settings: the caller's.
+        calibration: the setting with text or token ids to calibrate or train on, if there is one.
+        evaluation: the setting with data to measure on. A list there holds names, so texts are a mapping from labels.
 
     Raises:
-        BadInput: something is neither a name nor text nor token ids.
+        BadInput: a value is neither a name nor text nor token ids.
     """
     named, found = dict(settings), dict[str, GivenData]()
     if calibration is not None and not _is_name(settings.get(calibration)):
@@ -124,8 +123,7 @@ def _named_sources(asked: Any, field: str) -> tuple[str, dict[str, GivenData]]:
 
 
 def _with_shares(asked: Mapping[Any, Any], field: str) -> dict[str, tuple[Any, Any]]:
-    """From labels to data and shares: `{"wikitext2": 0.5, "mine:seqlen=64": (texts, 0.5)}`; the label is the name of what is
-    not there, perhaps with options."""
+    """Return data and shares by label: `{"wikitext2": 0.5, "mine:seqlen=64": (texts, 0.5)}`; without data the label is a name."""
     found = {}
     for label, value in asked.items():
         data, share = value if isinstance(value, tuple) and len(value) == 2 else (label, value)

@@ -92,10 +92,10 @@ class HubCorpus:
 
 
 def require_dataset(dataset: str, cache_dir: Path | None = None, instead: Set | None = None) -> None:
-    """Ask the Hub once, without retries, whether a dataset is there; a copy in the cache is enough.
+    """Check once, without retries, that a dataset is on the Hub; a copy in the cache is enough.
 
-    instead: how to ask for what needs no network.
-    Raises BadInput if it does not exist, needs a login, or the Hub is out of reach.
+    instead: a setting that needs no network.
+    Raises BadInput if it does not exist, needs a login, or the Hub cannot be reached.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -160,7 +160,7 @@ def _one_line(error: Exception, most_characters: int = 300) -> str:
 
 
 def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
-    """`datasets.load_dataset`, whose bars are hidden where those of the Hub's downloads are. Raises what it raises."""
+    """Call `datasets.load_dataset` with its progress bars hidden where those of downloads are. Raises what it raises."""
     from datasets import utils  # slow to import, and only some data needs it
     from datasets.load import load_dataset
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled

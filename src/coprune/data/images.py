@@ -48,7 +48,7 @@ class LabelledImages:
         return len(self.labels)
 
     def first(self, limit: int | None) -> LabelledImages:
-        """Evenly spaced images, since files are often sorted by class: at most so many."""
+        """Return at most `limit` images, evenly spaced, since files are often sorted by class."""
         if limit is None or limit >= len(self):
             return self
         chosen = [i * len(self) // limit for i in range(limit)]
@@ -157,7 +157,7 @@ def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, class
 
 
 def fingerprint(pixels: Tensor) -> str:
-    """Name images by their content: 16 hex digits of SHA-256 over the float32 values, and the shape."""
+    """Return 16 hex digits of SHA-256 over the float32 values, and the shape."""
     values = pixels.to(device="cpu", dtype=torch.float32).contiguous().numpy().astype("<f4")
     return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{'x'.join(map(str, pixels.shape))}"
 
@@ -252,7 +252,7 @@ NO_LABEL = -1
 
 
 def read_labels(values: Sequence[Any], classes: tuple[str, ...], name: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Turn a column of labels into numbers.
+    """Convert a column of labels into numbers.
 
     Args:
         values: numbers, words, or None where an image has no label.

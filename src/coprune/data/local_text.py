@@ -110,7 +110,7 @@ def _read(file: Path, column: str | None) -> list[str]:
 
 
 def rows_of(file: Path) -> list[Any]:
-    """All rows of a .json, .jsonl or .parquet file as they are. Raises BadInput for another ending, or a damaged file."""
+    """Return all rows of a .json, .jsonl or .parquet file. Raises BadInput for another ending, or a damaged file."""
     ending = _ending(file).removesuffix(".gz")
     if ending not in (".json", ".jsonl", ".parquet"):
         raise BadInput(f"{file} has no rows", fix="Rows are read from .jsonl, .json and .parquet files")
@@ -180,9 +180,9 @@ def _rows_of_lines(content: str) -> list[Any]:
 
 
 def _parsed(content: str) -> Any:
-    """JSON in which half a character that is cut off ("\\ud83d") stands as the sign for what is none.
+    r"""Parse JSON, with lone surrogates ("\ud83d") replaced by the replacement character.
 
-    Raises ValueError where it is no JSON, holds a number that is none, or is nested too deep.
+    Raises ValueError if it is invalid, has a number that is not finite, or is nested too deeply.
     """
     try:
         value = json.loads(content)

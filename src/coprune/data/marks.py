@@ -33,12 +33,12 @@ class Marks:
         return cls(tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(bare) :]))
 
     def inside(self, length: int) -> slice:
-        """Where the text is in a window of so many tokens; everywhere where the marks leave it no room."""
+        """Return the slice of the text in a window of `length` tokens; all of it where the marks leave no room."""
         count = len(self.before) + len(self.behind)
         return slice(len(self.before), length - len(self.behind)) if count < length else slice(0, length)
 
     def around(self, tokens: Tensor) -> Tensor:
-        """Windows of tokens (N × S) that stand between the marks, which take the place of their first and last tokens."""
+        """Return windows of tokens (N × S) whose first and last tokens are replaced by the marks."""
         found = tokens.clone()
         for rows, length in of_each_length(tokens):
             inside = self.inside(length)
@@ -49,7 +49,7 @@ class Marks:
         return found
 
     def around_samples(self, windows: Windows) -> Windows:
-        """Calibration windows between the marks; ids that were handed over stay."""
+        """Return calibration windows with marks; ids from the caller are unchanged."""
         if windows.given:
             return windows
         tokens = self.around(windows.tokens)

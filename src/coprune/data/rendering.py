@@ -34,19 +34,19 @@ _MOST = (1_000_000, 100)
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answers: bool, open_end: bool = False
 ) -> str:
-    """Put messages through a tokenizer's chat template.
+    """Apply a tokenizer's chat template to messages, in a limited process.
 
     Args:
         tokenizer: one with a chat template.
         messages: role and content of each.
-        answers: whether the assistant is to go on.
+        answers: whether an answer of the assistant is to follow.
         open_end: whether the last message is left open, to be continued.
 
     Returns:
         The text.
 
     Raises:
-        ValueError: what the template raises, in its words, or that it takes too much.
+        ValueError: the template's error, or that it exceeded the limits.
     """
     child, state = _CHILDREN.get(tokenizer), repr((tokenizer.chat_template, tokenizer.special_tokens_map))
     question = [list(messages), answers, open_end]

@@ -51,7 +51,7 @@ def whole_characters(text: str) -> str:
 
 
 def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str) -> str:
-    """Pick the column that holds the text: the wanted one, else a usual name, else the only one of strings.
+    """Choose the column that holds the text: the wanted one, else a usual name, else the only one of strings.
 
     columns: name → whether it holds strings. Raises BadInput if there is no such column or no single candidate.
     """
@@ -83,7 +83,7 @@ def padded(parts: Sequence[Tensor], nothing: int | bool) -> Tensor:
 
 
 def lengths_of(tokens: Tensor) -> Tensor:
-    """How long every sample is: N int64. tokens: N × S int64."""
+    """Return the length of every sample: N int64. tokens: N × S int64."""
     return (tokens != NOTHING).sum(dim=1)
 
 

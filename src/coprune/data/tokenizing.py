@@ -16,7 +16,7 @@ class Tokenizes(Protocol):
         ...
 
     def __call__(self, text: str, **options: Any) -> Any:
-        """`input_ids`, and `offset_mapping` if that is asked for."""
+        """Return `input_ids`, and `offset_mapping` on request."""
         ...
 
 

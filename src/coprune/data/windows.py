@@ -39,7 +39,7 @@ class SourcePart(BaseModel):
     """Tokens of each; None in reports that do not say."""
 
     def line(self) -> str:
-        """For people."""
+        """Return a line on name, size and fingerprint."""
         each = "" if self.seqlen is None else f" of {self.seqlen} tokens"
         return f"{self.name}: {self.nsamples} samples{each}, fingerprint {self.fingerprint}"
 
@@ -218,7 +218,7 @@ def tokens_and_bytes(tokenizer: Tokenizes, text: str) -> tuple[Tensor, Tensor]:
 
 
 def fingerprint(tokens: Tensor) -> str:
-    """Name token ids by their content: 16 hex digits of SHA-256 over the int64 values, and the shape."""
+    """Return 16 hex digits of SHA-256 over the int64 values, and the shape."""
     values = tokens.to(device="cpu", dtype=torch.int64).contiguous().numpy().astype("<i8")
     return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{'x'.join(map(str, tokens.shape))}"
 

@@ -57,7 +57,7 @@ def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 @contextmanager
 def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
-    """Give the logits of a model in memory, without dropout or gradients; every part of it trains afterwards as it did."""
+    """Yield a function that computes logits of a model in memory, without dropout or gradients; training modes are restored."""
     device = input_device(model)
 
     def logits_of(batch: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def choose_bos(
 
 
 def score_in_memory(model: PreTrainedModel) -> Score:
-    """Of a model in memory."""
+    """Return the scoring function of a model in memory."""
 
     def score(windows: Sequence[Tensor]) -> list[Tensor]:
         length = _text_in(windows)
@@ -102,7 +102,7 @@ def score_in_memory(model: PreTrainedModel) -> Score:
 
 
 def score_of(model: ProvenModel, activations: Activations) -> Score:
-    """Of a model whose blocks may be read one at a time, each once."""
+    """Return the scoring function of a model whose blocks may be streamed, each read once."""
     if not model.weights.streams:
         return score_in_memory(model.module)
 

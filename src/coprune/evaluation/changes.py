@@ -63,7 +63,7 @@ class Row(BaseModel):
 
 
 def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:
-    """Put an evaluation beside the baseline's. Raises BadInput if they are of different tasks or items."""
+    """Compare an evaluation with the baseline's. Raises BadInput if they are of different tasks or items."""
     if baseline is None:
         facts = None if evaluation.zero_shot is None else compare_zero_shot(None, evaluation.zero_shot)
         return Row(

@@ -96,7 +96,7 @@ def compare_logits(dense: Tensor, pruned: Tensor) -> LogitComparison:
 
 
 def log_probabilities(logits: Tensor, device: torch.device) -> Tensor:
-    """Of every token after every row, in float32 on a device. logits: N × vocabulary."""
+    """Return log probabilities of the next token in float32 on a device. logits: N × vocabulary."""
     return functional.log_softmax(logits.to(device=device, dtype=torch.float32), dim=-1)
 
 
@@ -106,7 +106,7 @@ def summed_kl(expected: Tensor, found: Tensor) -> Tensor:
 
 
 def aggregate_closeness(compared: list[LogitComparison], seqlen: int) -> Closeness:
-    """Form the result from the batches' comparisons. Raises NumericalError if a divergence is NaN."""
+    """Aggregate the batches' comparisons. Raises NumericalError if a divergence is NaN."""
     kl = torch.cat([comparison.kl for comparison in compared])
     agreement = torch.cat([comparison.top1_agreement for comparison in compared])
     if bool(kl.isnan().any()):

@@ -244,13 +244,13 @@ class Comparison(Shown, BaseModel):
     rows: tuple[Row, ...]
 
     def headline(self) -> str:
-        """Which models were compared with which."""
+        """Return which models were compared with which."""
         first, *others = (row.name for row in self.rows)
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         return f"{', '.join(others[:3])}{more} with {first}"
 
     def sheet(self) -> Sheet:
-        """Models as columns and figures as lines, since there are more figures than models."""
+        """Return models as columns and figures as lines, since there are more figures than models."""
         rows = [(column.title, *map(column.show, self.rows)) for column in columns_of(self.rows)]
         return Sheet(self.headline(), rows, ("", *(row.name for row in self.rows)))
 
@@ -262,7 +262,7 @@ class Comparison(Shown, BaseModel):
         return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in sheet.rows)]) + "\n"
 
     def to_csv(self) -> str:
-        """One line per model, with bare numbers (fractions rather than per cent) and empty fields where there is none."""
+        """Return one line per model, with bare numbers (fractions rather than per cent) and empty fields for missing ones."""
         columns = columns_of(self.rows)
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")

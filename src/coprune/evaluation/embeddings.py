@@ -60,6 +60,6 @@ def embedding_change(before: Embedded, after: Embedded) -> EmbeddingChange:
 
 
 def _near(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """Which others are among the nearest of each: N × N bool."""
+    """Return which others are among the nearest of each: N × N bool."""
     likeness = (vectors @ vectors.T).fill_diagonal_(-torch.inf)
     return torch.zeros_like(likeness, dtype=torch.bool).scatter_(1, likeness.topk(count, dim=1).indices, True)

@@ -65,7 +65,7 @@ def evaluate(
 def _evaluate(
     model: Model, against: Model | None, processor: Any, reporter: Reporter, settings: dict[str, Any]
 ) -> Evaluation:
-    """As `evaluate`, with data that has names."""
+    """Evaluate as `evaluate`, with named data."""
     held = [Held(one, processor) if isinstance(one, PreTrainedModel) else None for one in (model, against)]
     if held[0] is not None and (held[1] is not None or against is None):
         refuse_what_loading_decides(settings)

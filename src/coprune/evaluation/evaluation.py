@@ -76,7 +76,7 @@ class Evaluation(Shown, _Facts):
         return ": ".join([Path(self.model).name, *first[:1]])
 
     def sheet(self) -> Sheet:
-        """Everything that was measured."""
+        """Return all measurements."""
         rows = [(found.title, found.line()) for found in self.perplexity]
         if self.bos is not None and (begins := self.bos.line()) is not None:
             rows.append(("BOS", begins))

@@ -76,7 +76,7 @@ class Extras:
         return cls(recipe, find_tasks(zero_shot_settings(recipe)), look)
 
     def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
-        """Let the dense model answer, and if the model is in memory run the tasks and continue the prompt."""
+        """Generate the dense model's answers, and for a model in memory run the tasks and continue the prompt."""
         asked, weights, tokenizer = self.recipe.evaluate, loaded.weights, loaded.tokenizer
         if tokenizer is None or (which == "dense" and not asked.dense):
             return
@@ -99,12 +99,12 @@ class Extras:
             self.texts[which] = continue_text(weights.model, tokenizer, asked.prompt)
 
     def zero_shot_facts(self) -> ZeroShotFacts | None:
-        """Both models' results side by side, if the tasks were run."""
+        """Return both models' results side by side, or None if the tasks were not run."""
         pruned = self.zero_shot.get("pruned")
         return None if pruned is None else compare_zero_shot(self.zero_shot.get("dense"), pruned)
 
     def sample(self) -> TextSample | None:
-        """Both models' continuations, if there are any."""
+        """Return both models' continuations, or None."""
         if "pruned" not in self.texts:
             return None
         prompt = self.recipe.evaluate.prompt
@@ -123,7 +123,7 @@ def nothing_to_measure() -> BadInput:
 
 
 def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
-    """Which tasks a recipe asks for, and how they are run."""
+    """Return the tasks of a recipe with their settings."""
     asked = recipe.evaluate.tasks
     names = PAPER_TASKS if asked.names is None else tuple(n.strip() for n in asked.names.split(",") if n.strip())
     return ZeroShotSettings(

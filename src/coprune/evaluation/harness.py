@@ -81,7 +81,7 @@ def zero_shot(
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say in one line why the harness cannot run its tasks, or form a figure of them."""
+    """Convert the harness's errors into one line each."""
     try:
         yield
     except OverflowError as error:  # perplexities, which upstream forms by math.exp
@@ -102,7 +102,7 @@ def _configure(task: Any, settings: ZeroShotSettings) -> None:
 
 
 def _write_samples(folder: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
-    """Every item of every task with its prompt, the model's answer and its scores, one JSON object a line."""
+    """Write every item of every task with its prompt, the model's answer and its scores, one JSON object a line."""
     for task, items in samples.items():
         lines = [json.dumps(item, ensure_ascii=False, default=str) for item in items]
         write_text(folder / f"{task}.jsonl", "\n".join(lines) + "\n")

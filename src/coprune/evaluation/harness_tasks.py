@@ -80,7 +80,7 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
 
 
 def generation_settings(settings: ZeroShotSettings) -> dict[str, Any]:
-    """How tasks that generate do so, as far as that is said. Raises BadInput for what is no list of settings."""
+    """Parse the settings of tasks that generate. Raises BadInput if they are not a list of settings."""
     if settings.gen_kwargs is None:
         return {}
     with about("gen_kwargs", settings.gen_kwargs):
@@ -88,7 +88,7 @@ def generation_settings(settings: ZeroShotSettings) -> dict[str, Any]:
 
 
 def tasks_fingerprint(tasks: dict[str, Any], limit: int | None = None) -> str:
-    """Name tasks by what is asked: their items (the first `limit`), templates and metrics; 32 hex digits."""
+    """Hash tasks by their items (the first `limit`), templates and metrics; 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name, task in tasks["tasks"].items():
         settings = {key: value for key, value in task.dump_config().items() if key != "num_fewshot"}
@@ -130,7 +130,7 @@ def _require_known(name: str, manager: Any) -> None:
 
 
 def _require_data(name: str, manager: Any) -> None:
-    """Ask the Hub once for a task's dataset, where the harness itself would ask for half a minute."""
+    """Check once that a task's dataset is on the Hub, for which the harness itself would retry for half a minute."""
     definition = getattr(manager.task_index.get(name), "cfg", None) or {}
     dataset = definition.get("dataset_path")
     local = definition.get("custom_dataset") is not None or dataset in _FILE_BUILDERS
@@ -145,7 +145,7 @@ def _require_data(name: str, manager: Any) -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Silence the harness's notes and bars, and seed the global generators for it; the caller's states come back."""
+    """Silence the harness and seed the global generators; the caller's states are restored."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -169,7 +169,7 @@ class Subject:
         )
 
     def answers(self, dense: Subject | None = None) -> AnswerFacts | None:
-        """Ask the model, and return its answers beside another one's; None where nothing is asked."""
+        """Return the model's answers beside another one's, or None if there are no prompts."""
         if self._answers is None:
             return None
         return self._answers.facts(None if dense is None else dense._answers)

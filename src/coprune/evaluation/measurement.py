@@ -55,7 +55,7 @@ class Perplexity(Measurement):
     """Mean negative log likelihood of every window's predicted tokens in nats, from which models compare by pairs."""
 
     def losses(self) -> Tensor:
-        """`window_nll` as a tensor: N float64."""
+        """Return `window_nll` as a tensor: N float64."""
         return torch.tensor(self.window_nll, dtype=torch.float64)
 
     def line(self) -> str:
@@ -118,7 +118,7 @@ class Embedded(Measurement):
 
     @classmethod
     def of(cls, vectors: Tensor, seqlen: int) -> Embedded:
-        """vectors: N × H."""
+        """Store embeddings as float16. vectors: N × H."""
         raw = vectors.to(torch.float16).numpy().tobytes()
         return cls(seqlen=seqlen, passages=len(vectors), width=vectors.shape[1], vectors=base64.b64encode(raw).decode())
 

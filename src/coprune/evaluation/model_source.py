@@ -34,7 +34,7 @@ class Source(Protocol):
         ...
 
     def bytes_of_weights(self) -> int:
-        """Size of its files, or in memory."""
+        """Return the size of its files, or in memory."""
         ...
 
 

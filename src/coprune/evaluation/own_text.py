@@ -55,15 +55,15 @@ class Wanted:
 def own_documents(
     source: Source, loaded: Loaded, nsamples: int, seqlen: int, seed: int, reporter: Reporter
 ) -> list[Document]:
-    """Let a model write enough for some samples, or take what it wrote before.
+    """Generate enough text for some samples with a model, or use stored text.
 
     Args:
         source: `self` with its options.
         loaded: the dense model, in memory.
-        nsamples: how many samples.
+        nsamples: number of samples.
         seqlen: tokens of each.
-        seed: of what is drawn.
-        reporter: hears how fast it goes.
+        seed: of the sampling.
+        reporter: shows the speed.
 
     Raises:
         BadInput: the model streams, or the prompts cannot be used.
@@ -99,7 +99,7 @@ def own_documents(
 
 
 def settings_for(loaded: Loaded, length: int, temperature: float, top_p: float, seed: int) -> Generation:
-    """How a model writes: ended by the tokens that end an answer, too."""
+    """Return the settings of generation, which also stops at the tokens that end an answer."""
     tokenizer, model = loaded.tokenizer, loaded.model
     assert tokenizer is not None
     end_ids = ends_of(tokenizer, model)
@@ -156,7 +156,7 @@ def prompt_ids(
 
 
 def write_own(loaded: Loaded, given: Sequence[list[int]], wanted: Wanted, reporter: Reporter) -> OwnText:
-    """Let a model write, or take what it wrote before of the same; kept in the user's cache."""
+    """Generate a model's text, or use what it generated earlier with the same settings, from the user's cache."""
     key = {
         "own text": loaded.fingerprint(find_blocks(loaded.model)),
         "dtype": str(loaded.model.dtype),
@@ -190,7 +190,7 @@ def _write(loaded: Loaded, given: Sequence[list[int]], wanted: Wanted, reporter:
 
 
 def _missing(pairs: Sequence[tuple[list[int], list[int]]], given: Sequence[list[int]], wanted: Wanted) -> int:
-    """How many texts are still to be written, if all become as long as they may."""
+    """Return how many more texts are needed, if all become as long as possible."""
     if wanted.texts is not None:
         return wanted.texts - len(pairs)
     if wanted.settings.temperature == 0 and len(pairs) >= len(given):

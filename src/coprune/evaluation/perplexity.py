@@ -94,7 +94,7 @@ def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = None) -> Perplexity:
-    """Form the perplexity from the windows' mean negative log likelihoods.
+    """Compute the perplexity from the windows' mean negative log likelihoods.
 
     nll_per_window: N, nats; token_bytes: N × S, the bytes of text behind each token. Raises NumericalError for NaN.
     """
@@ -149,7 +149,7 @@ def streamed_perplexity(
     advance: Callable[[float], None] = lambda blocks: None,
     activations: Activations | None = None,
 ) -> Perplexity:
-    """As `perplexity`, for weights that may be streamed; advance and activations as in `streamed_logits`."""
+    """Compute `perplexity` with weights that may be streamed; advance and activations as in `streamed_logits`."""
     windows = cut_windows(text.tokens, seqlen).to(input_device(model.module))
     size = batch_size or default_batch_size(seqlen, model.module.config.get_text_config().vocab_size)
     parts = list(batches(windows, size))

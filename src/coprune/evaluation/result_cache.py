@@ -74,12 +74,12 @@ def _file_of(folder: Path, key: str) -> Path:
 
 
 def default_cache_folder() -> Path:
-    """`coprune/evaluations` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    """Return `coprune/evaluations` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     return user_cache() / "evaluations"
 
 
 def model_fingerprint(path: Path) -> str:
-    """Name a model by its files' bytes: a GGUF file, or a folder's weights, configuration and tokenizer; 32 hex digits."""
+    """Hash a model's files: a GGUF file, or a folder's weights, configuration and tokenizer; 32 hex digits."""
     if path.is_file():
         return _digest([path])
     files = [file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES]
@@ -87,7 +87,7 @@ def model_fingerprint(path: Path) -> str:
 
 
 def bytes_of_weights(path: Path) -> int:
-    """Size of a model's weight files."""
+    """Return the size of a model's weight files."""
     files = [path] if path.is_file() else [file for pattern in _WEIGHTS for file in path.glob(pattern)]
     return sum(file.stat().st_size for file in files)
 
@@ -101,7 +101,7 @@ def require_texts(texts: Iterable[Text]) -> None:
 
 
 def text_fingerprint(name: str) -> str:
-    """Name an evaluation text: a local file or folder by its bytes, a corpus by its name."""
+    """Identify an evaluation text: a local file or folder by its bytes, a corpus by its name."""
     if not looks_local(name):
         return name
     path, column = split_column(name)

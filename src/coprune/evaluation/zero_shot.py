@@ -78,7 +78,7 @@ def main_of(metrics: Mapping[str, Estimate]) -> str:
 
 
 def _side_by_side(metric: str, dense: Estimate | None, pruned: Estimate | None, delta: Estimate | None) -> list[str]:
-    """Both models' figures and their difference, for people."""
+    """Return both models' figures and their difference as text."""
     return [shown(metric, dense), shown(metric, pruned), shown(metric, delta, "+")]
 
 
@@ -159,7 +159,7 @@ class ZeroShotFacts(BaseModel):
 
 
 def compare_zero_shot(dense: ZeroShot | None, pruned: ZeroShot) -> ZeroShotFacts:
-    """Put two models' results side by side. Raises BadInput if they are not of the same tasks and items."""
+    """Compare two models' results. Raises BadInput if they are not of the same tasks and items."""
     before = {} if dense is None else {scores.task: scores for scores in dense.tasks}
     if dense is not None and set(before) != {scores.task for scores in pruned.tasks}:
         raise BadInput("the two models were evaluated on different tasks, so their results cannot be compared")

@@ -29,14 +29,14 @@ class Bounds:
 
 
 def bounds_of(differences: Sequence[float], of_answers: bool = False) -> Bounds:
-    """Bound the mean of the population that items were drawn from.
+    """Return confidence bounds of the mean of the population that items were drawn from.
 
     Differences of right and wrong answers (-1, 0, 1) get Tango's score interval for paired proportions (1998) with a continuity
     correction, which holds where few or no items differ; all others get Student's.
 
     Args:
         differences: one of every item.
-        of_answers: whether they are of right and wrong answers; nothing is concluded from the values, which may all be zero.
+        of_answers: whether they are of right and wrong answers; not inferred from the values, which may all be zero.
 
     Returns:
         The mean and its bounds; infinite ones for fewer than eight items.
@@ -78,7 +78,7 @@ def score_bound(gained: float, lost: float, items: float) -> float:
 
 
 def _score(gained: float, lost: float, items: float, difference: float) -> float:
-    """How far above a difference the items are, in standard errors, with that difference as the truth."""
+    """Return the distance of the items from a difference in standard errors, with that difference as the truth."""
     second = -gained - lost + (2 * items - gained + lost) * difference
     third = -lost * difference * (1 - difference)
     loses = (math.sqrt(max(0.0, second**2 - 8 * items * third)) - second) / (4 * items)

@@ -44,7 +44,7 @@ def page(found: Fitted, model: str, target: str) -> str:
 
 
 def _picture(found: Fitted, target: str) -> str | None:
-    """Cost against the difference to dense, with bounds."""
+    """Plot the cost against the difference to the dense model, with bounds."""
     shown = [row for row in found.rows if all(math.isfinite(value) for value in row.bounds)]
     shown = [row for row in shown if row.bounds]
     if len(shown) < 2:

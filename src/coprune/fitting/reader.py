@@ -82,7 +82,7 @@ class Reader:
         ]
 
     def write(self, before: Sequence[int], most: int, enough: Callable[[str], bool] = lambda text: False) -> list[int]:
-        """Go on from a prompt by the likeliest tokens. enough: whether a text need not go on."""
+        """Continue a prompt greedily. enough: returns whether the text may end."""
         self.llama.forget()
         self.llama.read(before)
         found: list[int] = []

@@ -64,7 +64,7 @@ class Condition:
     number: float
 
     def judge(self, found: Sequence[float], dense: Sequence[float]) -> Held:
-        """Judge items. found, dense: both models' figures of the same items."""
+        """Test the condition on items. found, dense: both models' figures of the same items."""
         sign = 1.0 if self.up else -1.0
         pairs = zip(found, dense, strict=True)
         differences = [sign * (value - self.factor * before) + 0.0 for value, before in pairs]

@@ -34,7 +34,7 @@ class DenseAnswers:
     """Their probabilities, float32."""
 
     def add(self, reader: Reader, place: int, item: Item) -> None:
-        """Let the dense model answer."""
+        """Generate the dense model's answer to an item."""
         before = reader.ids(item.prompt) or reader.begin
         ids = reader.write(before, ANSWER_TOKENS)
         self.ids[place] = ids
@@ -100,7 +100,7 @@ def _chosen(reader: Reader, item: Item) -> str:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike, the other's last one left out."""
+    """Return the length of the common prefix of two lists, the other's last token left out."""
     most = min(len(one), len(other) - 1)
     return next((place for place in range(most) if one[place] != other[place]), most)
 
@@ -123,7 +123,7 @@ def is_right(item: Item, text: str) -> bool:
 
 
 def bits_per_byte(reader: Reader, text: str) -> float:
-    """Bits that a text takes by a model's predictions, per byte."""
+    """Return the bits per byte of a text under a model."""
     ids = reader.ids(text)
     before, after = (reader.begin, ids) if reader.begin and ids[:1] != reader.begin else (ids[:1], ids[1:])
     (found,) = reader.log_likelihood(before, [after])
@@ -164,7 +164,7 @@ def _own_ids(reader: Reader, ids: Sequence[int]) -> list[int]:
 
 
 def _of_old(shares: Tensor, old_ids: Tensor | None, largest: int) -> Tensor:
-    """Probabilities by the dense model's ids; 0 for those that were removed."""
+    """Return probabilities by the dense model's ids; 0 for removed ones."""
     if old_ids is None:
         return shares
     whole = torch.zeros(len(shares), max(largest, int(old_ids.max())) + 1)

@@ -203,7 +203,7 @@ class Search:
         return {"size": float(found.bytes), "memory": float(found.memory), "speed": -found.speed}[self.wish.target]
 
     def judged(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> list[Held]:
-        """All conditions on some items."""
+        """Test all conditions on some items."""
         found, dense = self.workshop.known(candidate), self.workshop.known(EXACT_DENSE)
         return [
             condition.judge(*(one.of(task, condition.metric, places[task.name]) for one in (found, dense)))
@@ -211,7 +211,7 @@ class Search:
         ]
 
     def judged_so_far(self, candidate: Candidate) -> list[Held]:
-        """All conditions on what was measured of the seen half; none where nothing was."""
+        """Test all conditions on the items of the seen half measured so far; empty without any."""
         known = self.workshop.known(candidate)
         places = {
             name: [one for one in own if not self._missing(known, {name: [one]})] for name, own in self._seen().items()
@@ -318,10 +318,10 @@ class Search:
     # The last word.
 
     def _proven(self, winners: Sequence[Candidate], out_of_time: bool) -> Finding:
-        """Judge winners on the unseen half, from the safest to the cheapest, up to the first that fails.
+        """Test winners on the unseen half, from the safest to the cheapest, up to the first that fails.
 
-        In this order every one can be judged at the full level, and still no more than one in twenty searches ends with a model
-        that does not keep what is said (testing in a fixed sequence).
+        In this order each is tested at the full level, and still at most one in twenty searches ends with a model that misses a
+        requirement (testing in a fixed sequence).
         """
         safest = next(iter(self.tried))
         plain = next((one for one in winners if one.plain), None)

@@ -50,7 +50,10 @@ class Team:
     """Workers that share a fit's folder, started when they are first needed."""
 
     def __init__(self, count: int, ray: str | None = None) -> None:
-        """count: candidates at a time. ray: address of a cluster, or `local`; None for processes of this machine."""
+        """Create a team; workers start on first use.
+
+        count: candidates at a time. ray: address of a cluster, or `local`; None for processes of this machine.
+        """
         self.count, self._ray = count, ray
         self._workers: Workers | None = None
 
@@ -80,7 +83,7 @@ class Team:
             conduct(jobs, self._workers, _RETRIES, listen)
 
     def stop(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         if self._workers is not None:
             self._workers.stop()
             self._workers = None

@@ -78,7 +78,7 @@ class Measured(BaseModel):
     """By task and metric: figures of items by their places."""
 
     def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
-        """Figures of some items."""
+        """Return the figures of some items."""
         found = self.scores[task.name][metric]
         return [found[place] for place in places]
 
@@ -87,7 +87,7 @@ class Workshop:
     """Makes and measures candidates in a folder."""
 
     def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
-        """folder: for all that is kept. Raises BadInput if another fit's things are there."""
+        """Open a folder of measurements. Raises BadInput if it belongs to another fit."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
         self._noted = 0.0  # seconds that this process has accounted for
         note, facts = folder / "asked.json", asked.facts()
@@ -297,7 +297,7 @@ class Workshop:
         return self.folder / "text" / "answers.safetensors"
 
     def prepare(self) -> None:
-        """Let the dense model answer prompts, and collect the text of the seen half. Raises CopruneError."""
+        """Generate the dense model's answers, and collect the text of the seen half. Raises CopruneError."""
         dense = Candidate(DENSE, EXACT)
 
         def answer() -> None:
@@ -351,7 +351,7 @@ class Workshop:
 
 
 def _joined(texts: Sequence[str]) -> list[str]:
-    """Short texts put together to documents of some length."""
+    """Join short texts into documents of some length."""
     found, length = list[list[str]](), 0
     for text in texts:
         if not found or length > _PROXY_CHARACTERS:

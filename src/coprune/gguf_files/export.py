@@ -65,7 +65,7 @@ class Gguf(Shown):
     """As llama.cpp calls it: that file's, or `deci` where blocks differ in width."""
 
     def headline(self) -> str:
-        """Where the file is, and its size."""
+        """Return the path, type and size of the file."""
         return f"{self.path}: {self.type}, {self.bytes:,} bytes"
 
     def sheet(self) -> Sheet:
@@ -340,7 +340,7 @@ class Deci:
     """Whether rotary embeddings pair the two halves of a head rather than neighbouring channels."""
 
     def arrange(self, name: str, tensor: Tensor) -> Tensor:
-        """Rows of queries and keys in this architecture's order. name: in the source file."""
+        """Reorder rows of queries and keys for this architecture. name: in the source file."""
         if not self.halves or not _ROTARY.fullmatch(name):
             return tensor
         halves: Tensor = tensor.reshape(-1, 2, self.head // 2, *tensor.shape[1:])

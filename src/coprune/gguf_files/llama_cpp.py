@@ -37,7 +37,7 @@ def require_llama_cpp(why: str, field: str, value: object) -> None:
 
 @cache
 def _library() -> tuple[Any, Any]:
-    """cffi's view of llama.cpp's functions, and the functions."""
+    """Return cffi's interface and llama.cpp's functions."""
     bindings: Any = importlib.import_module(f"{PACKAGE}._cffi_bindings")
     ffi, library = bindings.get_ffi(), bindings.get_lib()
     silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, data: None)
@@ -54,17 +54,17 @@ _KEPT: list[Any] = []
 def quantize(
     source: Path, target: Path, kind: str, importance: Mapping[str, Tensor] | None = None, embedding: str | None = None
 ) -> None:
-    """Let llama.cpp quantise a file of float16.
+    """Quantise a float16 file with llama.cpp.
 
     Args:
         source: the file.
         target: the new file.
         kind: a type such as q4_k_m.
-        importance: mean squares of the inputs of the file's tensors, by their names.
+        importance: mean squares of the inputs of the file's tensors, by name.
         embedding: another type for the embeddings and the head, such as q4_0.
 
     Raises:
-        BadInput: it refuses.
+        BadInput: llama.cpp reports an error.
     """
     ffi, library = _library()
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
@@ -89,7 +89,10 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, which is given tokens and answers with logits."""
 
     def __init__(self, file: Path, context: int = 512, threads: int | None = None) -> None:
-        """context: tokens at most. threads: by default as many as torch has. Raises BadInput if llama.cpp cannot load it."""
+        """Load a file. Raises BadInput if llama.cpp cannot.
+
+        context: maximum number of tokens; threads: by default torch's.
+        """
         self._ffi, self._library = _library()
         ffi, library = self._ffi, self._library
         options = library.llama_model_default_params()
@@ -120,7 +123,7 @@ class LlamaCpp:
         return name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 
     def forget(self) -> None:
-        """Begin a new text."""
+        """Start a new text."""
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
     def read(self, tokens: Sequence[int], all_logits: bool = False) -> None:
@@ -140,18 +143,18 @@ class LlamaCpp:
         self._library.llama_synchronize(self._context)
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Of a text from its beginning: tokens × vocabulary, float32."""
+        """Return the logits of a text from its beginning: tokens × vocabulary, float32."""
         self.forget()
         self.read(tokens, all_logits=True)
         return self.last_logits(len(tokens))
 
     def last_logits(self, count: int) -> Tensor:
-        """Of as many tokens as were just read with all their logits: tokens × vocabulary, float32."""
+        """Return the logits of the last `count` tokens, which were read with all logits: tokens × vocabulary, float32."""
         raw = self._ffi.buffer(self._library.llama_get_logits(self._context), count * self.vocabulary * 4)
         return torch.from_numpy(np.frombuffer(bytes(raw), dtype=np.float32).reshape(count, -1).copy())
 
     def cut_back(self, length: int) -> bool:
-        """Forget all but the first so many tokens of the text; not in every architecture, where nothing is forgotten."""
+        """Truncate the text to `length` tokens; return whether the architecture can."""
         memory = self._library.llama_get_memory(self._context)
         return bool(self._library.llama_memory_seq_rm(memory, 0, length, -1))
 
@@ -173,7 +176,7 @@ class LlamaCpp:
         return int(self._library.llama_state_get_size(self._context))
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._context != self._ffi.NULL:
             self._library.llama_free(self._context)
             self._context = self._ffi.NULL
@@ -231,16 +234,16 @@ def file_type(name: str) -> int:
 
 
 def tensor_type(name: str, shape: Sequence[int], asked: str, source_type: str, mixed: bool) -> str:
-    """How one tensor is stored.
+    """Return the storage type of a tensor.
 
-    Vectors, and what the source file kept in float32 beside other types, stay float32. What lies outside the blocks, the
-    embeddings above all, gets eight bits where the others get fewer, and rows that no blocks of 32 fill get sixteen.
+    Vectors stay float32, as do the source file's float32 tensors if it also has other types. Tensors outside the blocks,
+    above all embeddings, get eight bits where others get fewer; rows that are not multiples of 32 get sixteen.
 
     Args:
         name: of the tensor in the file.
         shape: of the tensor, rows last.
-        asked: the type that was asked for, one that the gguf package makes.
-        source_type: what the source file has it in.
+        asked: the requested type, one that the gguf package can make.
+        source_type: its type in the source file.
         mixed: whether the source file has matrices in other types than float32.
     """
     if len([size for size in shape if size > 1]) < 2 or (mixed and source_type.lower() == "f32"):
@@ -272,7 +275,7 @@ def encode(tensor: Tensor, kind: str) -> Any:
 
 
 def encoded_bytes(shape: Sequence[int], kind: str) -> tuple[int, tuple[int, ...]]:
-    """How many bytes a tensor of a type has, and the shape of the array that holds them."""
+    """Return the bytes of a tensor in a type, and the shape of the array that holds them."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 

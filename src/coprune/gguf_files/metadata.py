@@ -64,7 +64,7 @@ def architecture(reader: Any) -> str:
 
 
 def write_fields(writer: Any, fields: Fields) -> None:
-    """Give a writer of the gguf package all metadata."""
+    """Write all metadata to a writer of the gguf package."""
     from gguf import GGUFValueType
 
     for key, field in fields.items():

@@ -50,7 +50,7 @@ class Narrow:
 
 
 def narrowed(source: Exported) -> Narrow:
-    """Leave out of a folder's model what is silent in it.
+    """Remove the silent units of a folder's model.
 
     Raises:
         UnsupportedModel, BadInput, NumericalError: its blocks cannot be walked or loaded.
@@ -103,7 +103,7 @@ def _proven(folder: ModelFolder) -> ProvenModel:
 
 
 def _width(part: Part, silent: Sequence[Tensor]) -> int:
-    """Units of a part that are kept at least: those that are heard, for whichever consumer has most, in whole steps."""
+    """Return the number of units that a part keeps: the most that any consumer uses, rounded up to whole steps."""
     heard = max(int((~own).sum()) for own in silent)
     step = 1 if part.kind == "heads" else step_of(part.count, _ALIGN)
     return max(1, -(-heard // step)) * step

@@ -37,7 +37,7 @@ class GgufParts(Sliced):
     """A GGUF file, and which of its blocks are those of the model that transformers makes of it."""
 
     def __init__(self, file: GgufFile, blocks: Sequence[str]) -> None:
-        """blocks: names of the model's blocks in their order. Raises BadInput, UnsupportedModel where others are in the file."""
+        """Open a file for blocks with these names, in order. Raises BadInput, UnsupportedModel if the file has others."""
         super().__init__(file)
         self.blocks = blocks
         there = {int(found[1]) for stored in self.tensors if (found := _BLOCK.fullmatch(stored.name))}

@@ -93,7 +93,7 @@ class Matcher:
         return None
 
     def _candidates(self, wanted: Tensor, expert: int | None) -> Iterator[tuple[Piece, Tensor]]:
-        """Tensors of as many values and the same norm: order and transposition change neither."""
+        """Yield tensors with as many values and the same norm, which neither order nor transposition changes."""
         norm = float(wanted.norm())
         for name, tensor in self.tensors.items():
             part = expert if expert is not None and tensor.ndim == 3 and expert < len(tensor) else None
@@ -114,7 +114,7 @@ class Matcher:
         return next((replace(piece, order=order) for order in fitting if self._close(tensor[order], wanted)), None)
 
     def _in_found_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
-        """Rows are told apart by their products with an arbitrary vector."""
+        """Match rows by their products with an arbitrary vector."""
         if tensor.shape != wanted.shape:
             return None
         vector = torch.randn(tensor.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -134,7 +134,7 @@ class Matcher:
         return replace(piece, order=order)
 
     def _in_nearest_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
-        """Every row of a quantised matrix is nearer to its own than to all others."""
+        """Match each row of a quantised matrix to the nearest one."""
         if tensor.shape != wanted.shape or tensor.ndim < 2:
             return None
         likeness = normalize(wanted, dim=1) @ normalize(tensor, dim=1).T

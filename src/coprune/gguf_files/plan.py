@@ -81,10 +81,10 @@ def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Exampl
 
 
 def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter) -> tuple[Mapping[str, Tensor], float]:
-    """Tensors that the file's are looked for in, and by how much of their norm they may differ.
+    """Return the tensors to match the file's with, and the relative difference allowed.
 
-    What transformers makes of the file has the very same values; of an architecture that it does not read, the source's own
-    folder has them as they were before they were stored in the file's types.
+    transformers reads the exact values of the file; for an architecture that it does not read, the source folder has them
+    before quantisation.
     """
     if source.location == file:  # a GGUF file that is stored in another type is its own example
         return {name: source.tensor(name) for name in source.tensors}, EXACT
@@ -133,7 +133,7 @@ def _each(reader: Any, advance: Callable[[float], None]) -> Iterator[tuple[str, 
 
 
 def planned(example: Example, source: Exported, kind: str) -> Plan:
-    """Shapes, types, names and metadata of the new file. Raises UnsupportedModel where metadata cannot say them."""
+    """Plan shapes, types, names and metadata of the new file. Raises UnsupportedModel if metadata cannot express them."""
     shapes = example.shapes
     new = {
         name: planned_shape(own, shapes[name], source) if own else shapes[name] for name, own in example.pieces.items()
@@ -168,7 +168,7 @@ def _moved(name: str, left: Sequence[int]) -> str:
 
 
 def _sizes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int] | None]) -> dict[int, int]:
-    """New dimensions by old ones that no tensor has any more. Raises UnsupportedModel if blocks differ in what is left."""
+    """Return new dimensions by those that no tensor has any more. Raises UnsupportedModel if the blocks differ."""
     kinds: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
     for name, shape in after.items():
         if shape is not None:

@@ -34,7 +34,7 @@ class Exported:
     """Removal of units that are zero; applied after all other edits."""
 
     def name(self, source: str) -> str | None:
-        """Where a source tensor is now; None if it was left out. Raises BadInput if it should be there and is not."""
+        """Return a source tensor's name in the model, or None if it was removed. Raises BadInput if it is missing."""
         placed = self._names(source)[-1]
         return None if placed is None else self._spelled(placed)
 
@@ -55,18 +55,18 @@ class Exported:
         return near[0]
 
     def tensor(self, name: str) -> Tensor:
-        """One of the model's own tensors, float32."""
+        """Read one of the model's own tensors, float32."""
         own = self._spelled(name)
         stored = self.tensors[own]
         return self.narrow.cut(own, (read_tensor(stored) if isinstance(stored, TensorEntry) else stored).float())
 
     def shape(self, source: str) -> tuple[int, ...] | None:
-        """Of what is left of a source tensor."""
+        """Return the shape of a source tensor's remaining part."""
         name = self.name(source)
         return None if name is None else self.own_shape(name)
 
     def own_shape(self, name: str) -> tuple[int, ...]:
-        """Of one of the model's own tensors."""
+        """Return the shape of one of the model's own tensors."""
         return tuple(self.narrow.cut(name, torch.empty(tuple(self.tensors[name].shape), device="meta")).shape)
 
     def without(self, edits: Edits) -> Exported:
@@ -133,7 +133,7 @@ def planned_shape(pieces: Sequence[Piece], shape: Sequence[int], model: Exported
 
 
 def _spread(sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Sizes with the ones that a shape of as many others has between them."""
+    """Insert the ones of a shape into sizes, where it has as many others."""
     if len([size for size in shape if size > 1]) != len(sizes):
         return tuple(sizes) if len(sizes) == len(shape) else (*[1] * (len(shape) - len(sizes)), *sizes)
     left = iter(sizes)

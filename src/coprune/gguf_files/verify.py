@@ -63,20 +63,20 @@ def require_same_source(
 
 
 def require_same(file: Path, source: Exported, kind: str) -> str | None:
-    """Let transformers load what was written, and compare it with the model.
+    """Load the written file with transformers, and compare it with the model.
 
     Args:
-        file: that was written.
+        file: the written file.
         source: the model.
-        kind: the type that it was written in.
+        kind: its storage type.
 
     Returns:
-        What to say where transformers cannot read it back, but llama.cpp can: in some architectures transformers takes the width
-        of a head to follow from their number.
+        A remark if only llama.cpp can read it back: for some architectures transformers derives the width of a head from the
+        number of heads.
 
     Raises:
-        UnsupportedModel: nothing that is installed can read it.
-        VerificationError: it holds something else.
+        UnsupportedModel: nothing installed can read it.
+        VerificationError: its content differs.
     """
     try:
         written = whole_tensors(GgufFile(file, file.name))

@@ -22,10 +22,10 @@ _PREFIX = "base_model.model."
 
 
 def adapter_config(model: PreTrainedModel, factors: Mapping[str, Factors]) -> Any:
-    """PEFT's configuration of what layers add, by their whole names: LoRA whose scale is 1.
+    """Return PEFT's configuration of added factors: LoRA with scale 1 on layers by their full names.
 
     Args:
-        model: the one that they are added to.
+        model: the base model.
         factors: by the names of the layers, all of one rank.
     """
     from peft import LoraConfig

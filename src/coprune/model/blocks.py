@@ -56,7 +56,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def _towers(model: nn.Module) -> list[str]:
-    """Paths of the models inside of one that have a configuration of their own, which is not that of its text."""
+    """Return the paths of submodels with a configuration other than that of the text."""
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return []
@@ -114,5 +114,5 @@ def _are_stages(elements: Sequence[nn.Module]) -> bool:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, each counted once."""
+    """Return the number of parameters, each counted once."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -27,13 +27,13 @@ class Edit(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def apply(self, module: nn.Module) -> None:
-        """Let the block, in the model as it was, act as what becomes of it. Its tensors hold their new values already."""
+        """Make a block of the original model act as edited. Its tensors already hold their new values."""
 
     def place(self, name: str) -> str | None:
-        """Where a source tensor or module goes: its name in the edited model, None if it is left out.
+        """Return the name of a source tensor or module in the edited model, or None if it is removed.
 
-        Names are those of the source. A later block's edits are asked before an earlier one's, so that an edit which
-        moves the names of all later blocks does not have to know of the others.
+        Names are those of the source. Later blocks' edits are asked first, so that an edit which renames all later blocks need
+        not know of the others.
         """
         return name
 
@@ -43,7 +43,7 @@ class Edit(BaseModel):
         return tensor if kept is None else kept.cut(tensor)
 
     def slices(self, name: str) -> KeptSlices | None:
-        """Which slices are left of a source tensor of the block; None if it is not cut."""
+        """Return the kept slices of a source tensor of the block, or None if it is not cut."""
         return None
 
     def uncut(self, name: str, tensor: Tensor) -> Tensor:
@@ -55,17 +55,17 @@ class Edit(BaseModel):
         return False
 
     def complete(self, tensors: dict[str, Tensor]) -> None:
-        """Put zeros for what the journal left out, in place. tensors: of the block, uncut."""
+        """Add zeros for tensors that the journal left out, in place. tensors: of the block, uncut."""
 
     def configure(self, config: dict[str, Any]) -> None:
         """Change the content of `config.json`, in place."""
 
     def checksums(self) -> Mapping[str, str]:
-        """Masks to be found in the saved model: `Matrix.mask_checksum` by the matrix's name in the source."""
+        """Return masks of the saved model to verify: `Matrix.mask_checksum` by the matrix's name in the source."""
         return {}
 
     def describe(self) -> str | None:
-        """One line for people; None where the matrices' own figures tell it."""
+        """Return one line for the report; None where the matrices' own figures suffice."""
         return None
 
 
@@ -213,7 +213,7 @@ class DropBlock(Edit):
         module.forward = self.idle
 
     def idle(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass the hidden states on, as the block answers."""
+        """Return the hidden states, in the form of the block's output."""
         hidden = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
         return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
 

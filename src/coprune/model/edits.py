@@ -51,12 +51,12 @@ class Edits:
     by_block: Mapping[str, Sequence[Edit]] = field(default_factory=dict)
 
     def all(self) -> Iterator[Edit]:
-        """Every edit, the first block's first."""
+        """Yield every edit, in the order of the blocks."""
         for edits in self.by_block.values():
             yield from edits
 
     def apply(self, block: str, module: nn.Module) -> None:
-        """Let a block of the source model act as what becomes of it."""
+        """Make a block of the source model act as edited."""
         for edit in self.by_block.get(block, ()):
             edit.apply(module)
 
@@ -81,7 +81,7 @@ class Edits:
             edit.configure(config)
 
     def checksums(self) -> dict[str, str]:
-        """Masks to be found in the edited model, by the matrix's name there."""
+        """Return masks of the edited model to verify, by the matrix's name there."""
         found = {name: mask for edit in self.all() for name, mask in edit.checksums().items()}
         placed = ((self.place(name), mask) for name, mask in found.items())
         return {name: mask for name, mask in placed if name is not None}
@@ -111,7 +111,7 @@ class Edits:
 
     @classmethod
     def of_results(cls, by_block: Mapping[str, Mapping[str, str]]) -> Self:
-        """Edits that only fill in zeros. by_block: checksums by matrix, by block."""
+        """Return edits that only fill in zeros. by_block: checksums by matrix, by block."""
         return cls({block: [FillZeros(masks=dict(masks))] for block, masks in by_block.items()})
 
 
@@ -132,7 +132,7 @@ def uncut_by(edits: Sequence[Edit]) -> Callable[[Mapping[str, Tensor]], dict[str
 
 
 def dump_edits(edits: Sequence[Edit]) -> list[dict[str, Any]]:
-    """Edits as JSON values, each with its kind."""
+    """Return edits as JSON values, each with its kind."""
     kinds = {kind: name for name, kind in EDITS.items()}
     return [{"kind": kinds[type(edit)], **edit.model_dump(mode="json")} for edit in edits]
 

@@ -60,11 +60,11 @@ class Layout:
         return (channels + copy[:, None] * len(channels)).reshape(-1)
 
     def channels(self) -> Tensor:
-        """Which of the producer's outputs are a segment's channels, where each channel has one: segments × size int64."""
+        """Return the producer's outputs that are a segment's channels: segments × size int64."""
         return self._values(torch.arange(self.segments * (self.before + self.size)))
 
     def _values(self, rows: Tensor) -> Tensor:
-        """Those of a producer's outputs that are channels, and not before them: segments × size."""
+        """Select the channels from a producer's outputs, without those before them: segments × size."""
         if self.stacks:
             return rows[-self.segments * self.size :].view(self.segments, self.size).clone()
         return rows.view(self.segments, self.before + self.size)[:, -self.size :].clone()
@@ -79,7 +79,7 @@ class Layout:
         return channels.repeat_interleave(self.copies) if self.interleaved else channels.repeat(self.copies)
 
     def scores(self, score: Tensor) -> Tensor:
-        """Every segment's scores, with those of its repeats below each other. score: O × I → segments × O' × size."""
+        """Stack every segment's scores over its repeats. score: O × I → segments × O' × size."""
         parts = score.reshape(score.shape[0], self.segments, self.repeats, self.size)
         return parts.permute(1, 2, 0, 3).reshape(self.segments, -1, self.size)
 
@@ -109,7 +109,7 @@ def heads_of(model: Any) -> Heads:
 
 
 def head_size(model: Any) -> int | None:
-    """Width of an attention head by the configuration, if it says so."""
+    """Return the width of an attention head if the configuration has it."""
     return heads_of(model).size
 
 
@@ -174,7 +174,7 @@ def find_folds(groups: Sequence[Sequence[Matrix]], heads: Heads, run: Callable[[
 
 
 def _by_parameter(groups: Sequence[Sequence[Matrix]]) -> list[list[list[Matrix]]]:
-    """Groups in the order of use, in which the experts of one parameter count as one entry."""
+    """Group matrices in the order of use, with the experts of one parameter as one entry."""
     units: list[list[list[Matrix]]] = []
     experts: dict[str, list[Matrix]] = {}
     for group in groups:
@@ -194,7 +194,7 @@ def _by_parameter(groups: Sequence[Sequence[Matrix]]) -> list[list[list[Matrix]]
 
 
 def _candidates(consumer: list[Matrix], producers: list[list[Matrix]], heads: Heads) -> Iterator[Fold]:
-    """Every arrangement that fits by its shapes: all fitting producers together, or one of them."""
+    """Yield every arrangement with fitting shapes: all fitting producers together, or one of them."""
     width = consumer[0].shape[1]
     fitting = [p for p in producers if len(p) == len(consumer) and not any(m.name == consumer[0].name for m in p)]
     consumers = sorted(consumer, key=_expert)
@@ -226,13 +226,13 @@ def _candidates(consumer: list[Matrix], producers: list[list[Matrix]], heads: He
 
 
 def _of_heads(width: int, rows: int, size: int | None) -> Iterator[Layout]:
-    """How so many rows may be the values of heads that make the consumer's so many inputs."""
+    """Yield layouts of `rows` as the values of heads that make the consumer's `width` inputs."""
     if size and rows % size == 0 and width % rows == 0:
         yield Layout(rows // size, size, repeats=width // rows)
 
 
 def _beside_keys(width: int, rows: int, heads: Heads) -> Iterator[Layout]:
-    """How values may be one matrix with queries and keys, or with what every head makes of compressed keys and values."""
+    """Yield layouts of values stored with queries and keys, or with heads' projections of compressed keys and values."""
     if rows <= width:
         return
     if (size := heads.size) and width % size == 0 and (rows - width) % (2 * size) == 0:
@@ -281,7 +281,7 @@ def close(output: Tensor, dense: Tensor, blocks: int = 1) -> bool:
 
 
 def _permute_outputs(matrix: Matrix, rows: Tensor) -> None:
-    """Put a matrix's outputs, with their biases, into another order."""
+    """Permute a matrix's outputs, with their biases."""
     order = rows.to(matrix.stored().device)
     matrix.write(matrix.read()[order])
     bias = bias_of(matrix)
@@ -291,7 +291,7 @@ def _permute_outputs(matrix: Matrix, rows: Tensor) -> None:
 
 
 def bias_of(matrix: Matrix) -> Tensor | None:
-    """One value per output, beside the weight; for an expert its row of the parameter `…_bias`. A view."""
+    """Return a view of the bias beside a weight; for an expert its row of the parameter `…_bias`."""
     name = "bias" if matrix.expert is None else f"{matrix.attribute}_bias"
     bias = getattr(matrix.owner, name, None)
     if not isinstance(bias, nn.Parameter):

@@ -71,21 +71,20 @@ class Answer:
 def generate(
     module: PreTrainedModel, prompts: Sequence[list[int]], settings: Generation, advance: Advance | None = None
 ) -> list[Answer]:
-    """Answer prompts: the same answers whatever the batch size, but for rounding.
+    """Generate answers to prompts, independent of the batch size up to rounding.
 
     Args:
-        module: a language model in memory, on any device. What its own generation settings say is left aside. It comes
-            back as it came.
+        module: a language model in memory, on any device. Its own generation settings are ignored. It is restored.
         prompts: token ids, at least one each, fewer than the model has positions.
-        settings: how the answers are written.
-        advance: called with the number of tokens that were written, as they are.
+        settings: of the generation.
+        advance: called with the number of new tokens.
 
     Returns:
-        One answer for every prompt, in their order.
+        One answer for every prompt, in order.
 
     Raises:
         BadInput: a prompt is empty, or leaves no position for an answer.
-        UnsupportedModel: the model does not write text.
+        UnsupportedModel: the model does not generate text.
     """
     if not module.can_generate():
         raise UnsupportedModel(f"{type(module).__name__} does not write text, token by token")
@@ -99,7 +98,7 @@ def generate(
 
 
 def positions_of(module: PreTrainedModel) -> int | None:
-    """How many positions a model has for a prompt and its answer; None for no limit that it tells of."""
+    """Return a model's number of positions for a prompt and its answer; None for no known limit."""
     config: Any = module.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
     return int(limit) if int(limit) > 0 else None
@@ -120,9 +119,9 @@ def _room(module: PreTrainedModel, prompts: Sequence[list[int]]) -> int | None:
 def _batches(
     module: PreTrainedModel, prompts: Sequence[list[int]], settings: Generation, room: int | None
 ) -> Iterator[tuple[list[int], int]]:
-    """Batches of prompts, by their places, each with the tokens that its answers may have; long prompts first.
+    """Yield batches of prompts by index, with the maximum length of their answers; long prompts first.
 
-    Prompts that cannot have an answer of full length, and all of a model that takes no mask, go with their equals.
+    Prompts without room for a full answer, and all of a model that takes no mask, go with others of their length.
     """
     masked = _masks(module)
     groups: dict[tuple[int, int], list[int]] = {}
@@ -191,7 +190,7 @@ def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
 
 @contextmanager
 def _plain(module: PreTrainedModel) -> Iterator[None]:
-    """For a while, a model that evaluates and has no settings of its own (penalties, top-k …)."""
+    """Put a model in evaluation mode without generation settings (penalties, top-k …) in the body."""
     own = module.generation_config
     module.generation_config = GenerationConfig()
     # The head gets the last positions of a batch, a view with gaps, for which torch may copy it once for every row (in

@@ -42,7 +42,7 @@ class KeptSlices(BaseModel):
 
 
 def runs_of(keep: Tensor) -> list[tuple[int, int]]:
-    """First and last + 1 of every run of entries that are kept. keep: bool."""
+    """Return the start and end of every run of kept entries. keep: bool."""
     edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
     starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
     return list(zip(starts, ends, strict=True))

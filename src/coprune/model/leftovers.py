@@ -43,7 +43,7 @@ class LargeParameter:
 
 
 def large_parameters(block: Block) -> list[LargeParameter]:
-    """Every parameter of a block with two dimensions or more but biases, in the order of its modules."""
+    """Return all parameters of a block with two dimensions or more but biases, in module order."""
     found = []
     for path, module in block.module.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -104,7 +104,7 @@ def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
 
 
 def lists_of(block: Block) -> dict[str, int]:
-    """Lists of modules of one class that all hold linear layers, by path, with their lengths."""
+    """Return the lengths of lists of modules of one class that all hold linear layers, by path."""
     return {
         f"{block.name}.{path}": len(module)
         for path, module in block.module.named_modules()
@@ -137,7 +137,7 @@ def refuse_mostly_other(found: Sequence[tuple[Block, Collection[str], Collection
 
 
 def _require_share(name: str, parameters: Sequence[LargeParameter], others: Sequence[LargeParameter]) -> None:
-    """others: those of the parameters that are no matrices and hold none."""
+    """Refuse a model of which too little can be pruned. others: parameters without prunable matrices."""
     size, rest = sum(p.size for p in parameters), sum(p.size for p in others)
     if size - rest >= LEAST_SHARE * size:
         return
@@ -163,7 +163,7 @@ class LeftOut:
 
 
 def left_out(alone: Sequence[tuple[str, str]]) -> list[LeftOut]:
-    """Put names with their reasons together by kind, in the order of the first."""
+    """Group names with their reasons by kind, in the order of the first."""
     layers = dict.fromkeys((re.sub(r"\[\d+\]", "[*]", name), why) for name, why in alone)
     counts = Counter((kind_of(name), why) for name, why in layers)
     return [LeftOut(kind, why, count) for (kind, why), count in counts.items()]

@@ -79,7 +79,7 @@ class Loaded:
 
     @contextmanager
     def whole(self, reporter: Reporter) -> Iterator[PreTrainedModel]:
-        """Hold the whole model in memory while the body runs: the blocks of a streamed one are read for it."""
+        """Hold the whole model in memory in the body; a streamed model's blocks are read for it."""
         if not self.weights.streams:
             yield self.model
             return
@@ -114,7 +114,7 @@ class Loaded:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn `auto` or a device's name into a device that is there. Raises BadInput if it is not."""
+    """Return an available device by name or `auto`. Raises BadInput if there is none."""
     if name == "auto":
         return default_device()
     try:
@@ -208,13 +208,13 @@ def open_without_weights(asked: ModelPart) -> Loaded | None:
 
 
 def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, more: str = "") -> None:
-    """Say once where a processor that lacks products of bfloat16 has to do them all the same.
+    """Report once that a processor computes slowly in bfloat16.
 
     Args:
-        reporter: who says it.
+        reporter: prints it.
         loaded: the model.
         by_name: whether coprune loaded it, and so can load it in another precision.
-        more: what else comes of another precision, as the rest of the sentence.
+        more: other effects of another precision, as the rest of the sentence.
     """
     if loaded.model.dtype == torch.bfloat16 and not multiplies_bfloat16(loaded.device):
         other = Set("dtype", "float32") if by_name else "float32"

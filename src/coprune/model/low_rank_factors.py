@@ -58,7 +58,7 @@ def may_get_factors(matrix: Matrix) -> bool:
 
 
 def wrap(matrix: Matrix) -> WithFactors:
-    """Let a layer add factors as soon as it has some; one that does already is left as it is."""
+    """Make a layer add factors once it has some; a wrapped layer is unchanged."""
     wrapped = wrapped_of(matrix.owner)
     if wrapped is None:
         wrapped = matrix.owner.forward = WithFactors(matrix.owner)
@@ -72,7 +72,7 @@ def wrapped_of(layer: nn.Module) -> WithFactors | None:
 
 
 def factors_below(module: nn.Module, prefix: str = "") -> dict[str, Factors]:
-    """All factors below a module, by the names of their layers. prefix: the module's own path."""
+    """Return all factors below a module, by the names of their layers. prefix: the module's own path."""
     found = {}
     for path, layer in module.named_modules():
         wrapped = wrapped_of(layer)
@@ -82,7 +82,7 @@ def factors_below(module: nn.Module, prefix: str = "") -> dict[str, Factors]:
 
 
 def give(model: nn.Module, factors: Mapping[str, Factors]) -> None:
-    """Let layers of a model, by their names, add these factors."""
+    """Add factors to layers, by name."""
     for name, own in factors.items():
         layer = model.get_submodule(name)
         weight: Tensor = layer.get_parameter("weight")
@@ -91,7 +91,7 @@ def give(model: nn.Module, factors: Mapping[str, Factors]) -> None:
 
 
 def take_away(model: nn.Module) -> dict[str, Factors]:
-    """Let every layer be as it was before it was wrapped; returns the factors that they had."""
+    """Unwrap every layer and return the factors."""
     found = factors_below(model)
     for layer in model.modules():
         wrapped = wrapped_of(layer)
@@ -104,7 +104,7 @@ def take_away(model: nn.Module) -> dict[str, Factors]:
 
 @contextmanager
 def without_factors(model: nn.Module) -> Iterator[None]:
-    """While it is entered, the model computes with what is in its weights alone."""
+    """Compute without factors in the body."""
     wrapped = [own for layer in model.modules() if (own := wrapped_of(layer)) is not None]
     for own in wrapped:
         own.silent = True
@@ -117,9 +117,9 @@ def without_factors(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def noting_calls(matrices: Iterable[Matrix]) -> Iterator[set[str]]:
-    """While it is entered, the names of those matrices are noted whose layers are called.
+    """Record in the body which matrices' layers are called.
 
-    A weight that a model multiplies with by itself, without its layer, would be without what the layer adds.
+    A weight that a model multiplies by without its layer would miss the layer's factors.
     """
     called: set[str] = set()
 
@@ -135,7 +135,7 @@ def noting_calls(matrices: Iterable[Matrix]) -> Iterator[set[str]]:
 
 
 def stored_factors(factors: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Factors as tensors of a file, which PEFT's names end with. dtype: of the model."""
+    """Return factors as tensors of a file, with names as PEFT's end. dtype: of the model."""
     found = {}
     for name, own in factors.items():
         found[f"{name}.lora_A.weight"] = own.down.to(dtype)

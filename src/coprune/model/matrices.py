@@ -75,28 +75,28 @@ class Matrix:
         return self.view().to(torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:
-        """Put an out × in weight in place, rounded to the model's dtype; zeros stay zeros."""
+        """Store an out × in weight in place, rounded to the model's dtype; zeros stay zeros."""
         stored = self.stored()
         with torch.no_grad():
             stored.copy_(weight if self.input_dim == 1 else weight.T)
 
     def zeros(self) -> int:
-        """Number of entries that are exactly zero."""
+        """Return the number of entries that are exactly zero."""
         stored = self.stored()
         return stored.numel() - int(torch.count_nonzero(stored))
 
     def mask_checksum(self) -> str:
-        """`mask_checksum` of the weight as it is stored."""
+        """Return `mask_checksum` of the stored weight."""
         return mask_checksum(self.stored())
 
 
 def mask_checksum(stored: Tensor) -> str:
-    """CRC-32 of where the zeros of a weight are, 8 hex digits."""
+    """Return the CRC-32 of a weight's zero mask, 8 hex digits."""
     return checksum_of(mask_bits(stored).cpu())
 
 
 def mask_bits(stored: Tensor) -> Tensor:
-    """Where the zeros of a weight are: a bit for each entry, the first the highest of its byte (uint8, on its device)."""
+    """Return a bit per entry, 1 where it is not zero, the first the highest of its byte (uint8, on the weight's device)."""
     kept = stored != 0
     if in_host_memory(kept.device):
         return torch.from_numpy(np.packbits(kept.numpy()))
@@ -129,7 +129,7 @@ def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:
 
 
 def why_no_matrix(convolution: _ConvNd) -> str | None:
-    """Why a convolution cannot be seen as one matrix; None if it can."""
+    """Return why a convolution is not one matrix, or None if it is."""
     kernel, stride = tuple(convolution.kernel_size), tuple(convolution.stride)
     if convolution.groups > 1:
         return "depth-wise" if convolution.groups == convolution.in_channels else "a grouped convolution"

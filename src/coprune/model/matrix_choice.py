@@ -47,7 +47,7 @@ class Selection:
     exclude: tuple[str, ...] = ()
 
     def against(self, name: str) -> str | None:
-        """Why a matrix is not wanted; None if it is."""
+        """Return why a matrix is not selected, or None if it is."""
         if any(_matches(name, pattern) for pattern in self.exclude):
             return "excluded"
         return None if not self.include or self._hits(name) else "not included"
@@ -75,7 +75,7 @@ class Chosen:
 
     @classmethod
     def nothing(cls, blocks: int) -> Chosen:
-        """No matrix of so many blocks."""
+        """Return a choice of no matrix in `blocks` blocks."""
         return cls([[] for _ in range(blocks)], [], candidates=[[] for _ in range(blocks)])
 
     def untouched(self) -> set[int]:
@@ -84,7 +84,7 @@ class Chosen:
         return {index for index, (all_of_it, own) in pairs if all_of_it and not own}
 
     def all(self) -> Iterator[Matrix]:
-        """Every chosen matrix, in the order of the model."""
+        """Yield every chosen matrix, in the order of the model."""
         for matrices in self.blocks:
             yield from matrices
         yield from self.outside
@@ -175,7 +175,7 @@ def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[s
 
 
 def _no_matrices(candidates: Sequence[Matrix], seen: Evidence) -> dict[str, str]:
-    """Which candidates of a block are no matrices to prune, by name with the reason."""
+    """Return the candidates of a block that cannot be pruned, by name with the reason."""
     multiplied = seen.multiplied | seen.backwards
     mixtures = {matrix.parameter for matrix in candidates if matrix.expert is not None and matrix.name in multiplied}
     # A layer of a list of which another one ran, such as an expert of its own module that no token was routed to.
@@ -195,7 +195,7 @@ def _unobservable(matrix: Matrix, what: str) -> UnsupportedModel:
 
 
 def _check_patterns(field: str, patterns: Sequence[str], names: Sequence[str], others: Sequence[str]) -> None:
-    """others: names of what is no matrix, which may be left out all the same."""
+    """Refuse patterns that match no name. others: names of modules that are no matrices and may be excluded too."""
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in [*names, *others]):
             raise BadInput(
@@ -248,6 +248,6 @@ def _refuse_shared(model: nn.Module, blocks: Sequence[Block], chosen: Chosen) ->
 
 
 def _place(parameter: nn.Parameter) -> tuple[str, int]:
-    """Where a parameter's values are: in memory, if it has any there."""
+    """Return a parameter's address in memory, or its identity without one."""
     address = 0 if parameter.is_meta else parameter.data_ptr()
     return ("memory", address) if address else ("object", id(parameter))

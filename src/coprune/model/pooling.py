@@ -24,7 +24,7 @@ class Pooling:
 
     @classmethod
     def of_folder(cls, folder: Path | None) -> Pooling:
-        """As the folder says. Raises BadInput for a way of pooling that is unknown here."""
+        """Read a folder's pooling. Raises BadInput for an unknown mode."""
         for module in modules_of(folder):
             config = module / "config.json"
             said = read_json(config) if config.is_file() else {}
@@ -38,7 +38,7 @@ class Pooling:
         return cls()
 
     def of_hidden(self, hidden: Tensor) -> Tensor:
-        """One vector of length 1 of every text: B × (modes · H) float32. hidden: B × S × H, all of them of the text."""
+        """Return a unit vector per text: B × (modes · H) float32. hidden: B × S × H, without padding."""
         found = torch.cat([_pooled(hidden.to(torch.float32), mode) for mode in self.modes], dim=-1)
         return torch.nn.functional.normalize(found, dim=-1)
 

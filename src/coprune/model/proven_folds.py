@@ -26,7 +26,7 @@ def first_tokens(sample: Tensor) -> Tensor:
 def folds_of_blocks(
     model: ProvenModel, dropped: Sequence[int] = ()
 ) -> Iterator[tuple[Block, list[Fold], Callable[[], Tensor]]]:
-    """Every block that stays, while its weights are there: its folds, and what runs it on the sample."""
+    """Yield every kept block while its weights are loaded: its folds, and a function that runs it on the sample."""
     recording = record_batches(model, [first_tokens(model.structure.sample)])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if isinstance(event, BlockDone) and event.block.index not in dropped:

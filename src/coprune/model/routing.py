@@ -24,7 +24,7 @@ class OtherLogits(TorchFunctionMode):
     """While active, the results of products that give one value per expert are changed: a router's logits."""
 
     def __init__(self, experts: int, change: Callable[[Tensor], Tensor]) -> None:
-        """change: gives other logits for T × E of them."""
+        """Wrap a router. change: replaces T × E logits."""
         super().__init__()
         self._experts, self._change = experts, change
 
@@ -41,7 +41,7 @@ class NeverChosen:
     """A router's forward in which some experts cannot be chosen."""
 
     def __init__(self, router: nn.Module, keep: Tensor, vectors: Sequence[tuple[nn.Module, str]]) -> None:
-        """keep: E bool; vectors: modules and the names of what they add to the logits or scores of the experts."""
+        """Exclude experts. keep: E bool; vectors: modules and names of the tensors they add to the experts' logits or scores."""
         before = router.forward
         self._forward: Callable[..., Any] = before._forward if isinstance(before, NeverChosen) else before
         self._keep, self._vectors = keep, vectors
@@ -59,7 +59,7 @@ class NeverChosen:
 
 @contextmanager
 def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """For a while, let a module run another function instead of its forward."""
+    """Replace a module's forward in the body."""
     before = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
@@ -90,13 +90,13 @@ class Ties:
 
     @contextmanager
     def noted(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-        """For a while, note what the whole model's blocks choose. blocks: by name."""
+        """Record the choices of the whole model's blocks in the body. blocks: by name."""
         with _seeing({name: module for name, module in blocks.items() if name in self._kept}, self._note):
             yield
 
     @contextmanager
     def followed(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-        """For a while, let the smaller model's blocks choose the same where that is as good. blocks: as in `noted`."""
+        """Make the smaller model's blocks choose alike where scores are tied, in the body. blocks: as in `noted`."""
         with _seeing({name: module for name, module in blocks.items() if name in self._kept}, self._follow):
             yield
 
@@ -145,7 +145,7 @@ class _Choosing(TorchFunctionMode):
 
 @contextmanager
 def _seeing(blocks: Mapping[str, nn.Module], see: _Seen) -> Iterator[None]:
-    """For a while, show what blocks choose with `topk`."""
+    """Observe the choices of blocks by `topk` in the body."""
 
     def shown(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(own)

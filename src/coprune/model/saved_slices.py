@@ -26,16 +26,16 @@ Layout = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def slices_kept(
     model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor], layout: Layout | None = None
 ) -> dict[str, KeptSlices]:
-    """Translate masks of a block's parameters into slices of its checkpoint's tensors; tensors that go whole have none.
+    """Translate masks of a block's parameters into slices of its checkpoint's tensors; whole tensors have none.
 
     Args:
-        model: the model, whose weights are not looked at.
+        model: the model, whose weights are not read.
         prefix: the block's path.
-        masks: bool, by parameter; what is not named is kept.
-        layout: of the checkpoint; without it, as transformers would save the model.
+        masks: bool, by parameter; others are kept.
+        layout: of the checkpoint; by default transformers'.
 
     Raises:
-        UnsupportedModel: what is kept of a tensor is no whole slices of it.
+        UnsupportedModel: the kept part of a tensor is not a set of whole slices.
     """
     return whole_slices(masks_as_saved(model, prefix, masks, layout))
 
@@ -43,9 +43,9 @@ def slices_kept(
 def masks_as_saved(
     model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor], layout: Layout | None = None
 ) -> dict[str, Tensor]:
-    """Masks of a block's parameters as masks of all tensors of its checkpoint, by name: not zero where something is kept.
+    """Translate masks of a block's parameters into masks of its checkpoint's tensors, nonzero where something is kept.
 
-    They go the way that the parameters go when they are saved, so that no layout has to be known.
+    They are converted as the parameters are on saving, so that no layout has to be known.
     """
     below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
     # What is alike along a dimension takes no memory for it.
@@ -69,7 +69,7 @@ def _floats(mask: Tensor) -> Tensor:
 
 
 def whole_slices(masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
-    """Masks as slices that are kept, where a part of a tensor is. Raises UnsupportedModel as `slices_kept`."""
+    """Return the slices of partly kept tensors. Raises UnsupportedModel as `slices_kept`."""
     found = {}
     for name, mask in sorted(masks.items()):
         keep = mask != 0
@@ -90,7 +90,7 @@ def _as_slices(name: str, keep: Tensor) -> KeptSlices:
 
 
 def _along(keep: Tensor, dim: int) -> Tensor | None:
-    """Which slices along a dimension are kept, if the mask keeps whole ones."""
+    """Return the kept slices along a dimension, or None if the mask does not consist of whole ones."""
     others = [other for other in range(keep.ndim) if other != dim]
     along = keep.any(dim=others) if others else keep
     shape = [-1 if d == dim else 1 for d in range(keep.ndim)]
@@ -111,7 +111,7 @@ def smaller_tensors(
 
 
 def usual_layout(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values as transformers would save them of a new model, whatever checkpoint this one was read from."""
+    """Convert tensors to transformers' current layout, whatever checkpoint the model was read from."""
     before = conversions_to_revert(model)
     set_conversions_to_revert(model, None)
     try:

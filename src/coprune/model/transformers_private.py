@@ -73,7 +73,7 @@ class Renaming:
     """How the names of one model's parameters come from those of its checkpoint's tensors."""
 
     def __init__(self, model: PreTrainedModel, conversions: Iterable[Any], known: dict[str, Any]) -> None:
-        """known: the model's tensors by name."""
+        """Collect a model's renamings and converters. known: the model's tensors by name."""
         conversions = list(conversions)
         self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -92,7 +92,7 @@ def conversions_of(model: PreTrainedModel) -> list[Any]:
 
 
 def used_among(conversions: Iterable[Any]) -> list[Any]:
-    """Those that renamed or converted anything so far."""
+    """Return the conversions used so far."""
     return [conversion for conversion in conversions if conversion.was_used()]
 
 
@@ -129,7 +129,7 @@ def conversions_to_revert(model: nn.Module) -> list[Any] | None:
 
 
 def set_conversions_to_revert(model: nn.Module, conversions: list[Any] | None) -> None:
-    """Say which conversions saving has to revert; None lets it look them up."""
+    """Set the conversions that saving reverts; None lets transformers derive them."""
     model.__dict__.pop("_weight_conversions", None)
     if conversions is not None:
         model.__dict__["_weight_conversions"] = conversions
@@ -152,7 +152,7 @@ def convert_every_tensor(operation: Operation) -> Converter:
 def without_known_exceptions(
     model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]
 ) -> tuple[set[str], set[str]]:
-    """Which of the missing and of the unexpected names are a surprise, since each model knows some that are none."""
+    """Return the missing and unexpected names that the model's class does not declare as ignorable."""
     info = LoadStateDictInfo(
         missing_keys=set(missing),
         unexpected_keys=set(unexpected),
@@ -171,7 +171,7 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 
 def tie_read_weights(model: PreTrainedModel, missing: set[str]) -> None:
-    """Let the missing ones of tied parameters be those that they are tied to."""
+    """Tie missing parameters to those that they share."""
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
@@ -197,19 +197,19 @@ def input_first(module: nn.Module) -> bool | None:
 
 
 def run_experts_as(model: PreTrainedModel, implementation: str) -> None:
-    """Let a model's mixtures run in one of the ways that transformers has for them."""
+    """Set transformers' implementation of a model's mixtures."""
     model.set_experts_implementation(implementation)
 
 
 def run_experts_singly(model: PreTrainedModel) -> None:
-    """Let every expert be products of its own, where one product over all of them is the default."""
+    """Run each expert as products of its own, where one product over all is the default."""
     # The implementation is a private field of the configuration that is never saved.
     if experts_run_as(model) not in (None, "eager"):
         model.set_experts_implementation("eager")
 
 
 def experts_run_as(model: PreTrainedModel) -> str | None:
-    """How a model's experts are run; None where it has none, or says nothing."""
+    """Return the implementation of a model's experts; None without any."""
     implementation: str | None = getattr(model.config, "_experts_implementation", None)
     return implementation
 
@@ -252,7 +252,7 @@ def build(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
 
 
 def name_model(model: PreTrainedModel, name: str) -> None:
-    """Say where a model came from, as from_pretrained does."""
+    """Set a model's origin, as from_pretrained does."""
     model.config._name_or_path = model.name_or_path = name
 
 

@@ -79,7 +79,7 @@ def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15, *, compile: 
 
 
 def _save_packed(model: nn.Module) -> None:
-    """Let `save_pretrained` write packed layers as a packed folder has them: by themselves they have no `weight`."""
+    """Make `save_pretrained` write packed layers, which have no `weight`, as a packed folder does."""
     made: Any = model
     if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
         config = CopruneConfig(keep_packed=True)
@@ -153,7 +153,7 @@ class KernelLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """… × I to … × O."""
+        """Multiply … × I to … × O."""
         if torch.is_grad_enabled():
             return super().forward(input)
         operators: Any = torch.ops.coprune

@@ -253,20 +253,20 @@ class Bench(Shown):
         return row.form == self.baseline(row.form) or row.speedup >= NO_GAIN
 
     def add(self, phase: str, batch: int, tokens: int, timings: Mapping[str, Timing]) -> None:
-        """Note how long a phase took in every form. tokens: of all sequences, in one forward pass."""
+        """Add the timings of a phase in every form. tokens: of all sequences, in one forward pass."""
         for form, timing in timings.items():
             speedup = timings[self.baseline(form)].median / timing.median
             self.rows.append(Row(phase, form, batch, timing, tokens / timing.median, speedup))
 
     def add_turns(self, batch: int, prompt: int, turns: Turns, compiled: Iterable[str]) -> None:
-        """Note both phases of all forms at one batch size, and what the compiled ones waited for. prompt: tokens."""
+        """Add both phases of all forms at one batch size, and the compile times. prompt: tokens."""
         self.add("prefill", batch, batch * prompt, turns.prefill)
         self.add("decode", batch, batch, turns.decode)
         for form in compiled:
             self.compiling.setdefault(form, turns.first[form])
 
     def headline(self) -> str:
-        """Model, device, and the best speed-up of decoding."""
+        """Return model, device, and the best speed-up of decoding."""
         best = max((row for row in self.rows if row.phase == "decode"), key=lambda row: row.speedup, default=None)
         speed = "" if best is None else f", decodes {best.speedup:.2f}× as fast {best.form} (batch {best.batch})"
         return f"{Path(self.model).name}: {self.dtype}, {self.threads} threads, {self.device}{speed}"
@@ -308,7 +308,7 @@ class Bench(Shown):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the report."""
+        """Return plain values for the report."""
         return asdict(self)
 
 

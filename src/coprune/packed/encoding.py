@@ -68,7 +68,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what safetensors says about a file into BadInput with the file's name."""
+    """Convert errors of safetensors into BadInput with the file's name."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -114,7 +114,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def stored_checksum(tensor: Tensor) -> int:
-    """CRC-32 by which a tensor is known beside its name: of a packed one that in its header, else of its bytes."""
+    """Return a tensor's CRC-32: of a packed one that in its header, else of its bytes."""
     return read_header(tensor).checksum if is_packed(tensor) else zlib.crc32(tensor_bytes(tensor))
 
 
@@ -144,7 +144,7 @@ def check_shard(path: Path) -> dict[str, Header | None]:
 
 @contextmanager
 def named(path: Path, name: str) -> Iterator[None]:
-    """Say which file and tensor a BadInput is about."""
+    """Add file and tensor to a BadInput."""
     try:
         yield
     except BadInput as error:
@@ -162,7 +162,7 @@ class ShardWriter:
     """Writes a safetensors file tensor by tensor. The file must not be used before `finish`."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
-        """path: the file; names: every tensor that may be added (they set the room left for the header)."""
+        """Open a file. names: of all tensors that may be added, for which the header has room."""
         room = 512 + sum(map(_room_of, names))
         self.header_bytes = -(-(8 + room) // ALIGNMENT) * ALIGNMENT - 8
         self.file = path.open("wb")

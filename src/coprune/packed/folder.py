@@ -140,7 +140,7 @@ def unpack(source: Path | str, target: Path | str) -> Path:
 
 
 def _say_in_card(path: Path, say: Callable[[str], str]) -> dict[str, bytes]:
-    """Let a folder's card say how it is stored now; returns the card as it was, by its name."""
+    """Change a folder's model card to its new storage; return the old card, by name."""
     before = path.read_bytes()
     try:
         path.write_bytes(say(before.decode("utf-8")).encode("utf-8"))
@@ -350,7 +350,7 @@ class Sizes(Shown):
         return self.packed / max(self.dense, 1)
 
     def headline(self) -> str:
-        """Where the checkpoint is, and its size."""
+        """Return path and size of the checkpoint."""
         return f"{self.folder}: {self.packed:,} bytes, {self.ratio:.3f} of dense"
 
     def sheet(self) -> Sheet:

@@ -80,7 +80,7 @@ def pack_tensor(tensor: Tensor, format: Format = "auto", drop_negative_zeros: bo
 
 
 def negative_zeros(tensor: Tensor) -> Tensor:
-    """Bool, where a floating tensor is −0.0."""
+    """Return where a floating-point tensor is −0.0, as bool."""
     wide = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor  # 8-bit floats cannot be compared
     return (wide == 0) & torch.signbit(wide)
 
@@ -104,7 +104,7 @@ def check_packed(blob: Tensor) -> Header:
 
 
 def unpack_tensor(blob: Tensor) -> Tensor:
-    """Give back the dense tensor, bit for bit. blob: uint8 on the CPU. Raises BadInput on any damage."""
+    """Restore the dense tensor, bit for bit. blob: uint8 on the CPU. Raises BadInput on any damage."""
     return expand_checked(blob, check_packed(blob))
 
 
@@ -121,7 +121,7 @@ def expand_checked(blob: Tensor, header: Header) -> Tensor:
 
 
 def keep_bits(blob: Tensor, header: Header) -> Bytes:
-    """One byte per element in row-major order, 1 where a value is stored (for N:M that value may be a zero)."""
+    """Return one byte per element in row-major order, 1 where a value is stored (for N:M that value may be a zero)."""
     pattern = blob.numpy()[header.pattern_at : header.pattern_at + header.pattern_bytes]
     if header.layout == "bitmask":
         return np.unpackbits(pattern, count=header.numel, bitorder="little")
@@ -145,7 +145,7 @@ def in_byte_order(stored: Tensor, size: int) -> Tensor:
 
 
 def count_bits(pattern: Bytes) -> int:
-    """Number of ones in a uint8 array."""
+    """Return the number of ones in a uint8 array."""
     whole = pattern.size // 8 * 8
     words = pattern[:whole].tobytes() if pattern.ctypes.data % 8 else pattern[:whole]
     ones = np.bitwise_count(np.frombuffer(words, dtype=np.uint64)).sum(dtype=np.int64)

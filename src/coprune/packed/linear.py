@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
-        """packed: of a two-dimensional weight, either layout (else BadInput on damage); bias: O, on its device, or None."""
+        """Wrap a packed two-dimensional weight, in either layout. Raises BadInput on damage. bias: O, on its device, or None."""
         super().__init__()
         check_packed(packed.cpu())
         self._finish(packed, bias)
@@ -82,7 +82,7 @@ class PackedLinear(nn.Module):
         return 1 - self.header.kept / self.header.numel
 
     def forward(self, x: Tensor) -> Tensor:
-        """… × I to … × O, in x's dtype."""
+        """Multiply … × I to … × O, in x's dtype."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return packed_linear(x, self._weight())
         # An operator's way costs some microseconds, a good part of a small product.
@@ -147,7 +147,7 @@ class PackedSlot(PackedLinear):
     """A PackedLinear before its weight is there: a `weight` buffer on the meta device for transformers to fill."""
 
     def __init__(self, header: Header, linear: nn.Linear) -> None:
-        """header: of the packed weight that will come, of the shape of the layer's weight."""
+        """Reserve a place for a packed weight of the layer's shape. header: of the packed weight."""
         nn.Module.__init__(self)
         self.expected = header
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -155,9 +155,9 @@ class PackedSlot(PackedLinear):
         self.register_parameter("bias", linear.bias)
 
     def fill(self) -> None:
-        """Become a PackedLinear. The weight has been loaded, and was checked in the file.
+        """Become a PackedLinear, once the weight is loaded; it was checked in the file.
 
-        Raises BadInput if what came is not what the slot was made for: only that was compared with the layer.
+        Raises BadInput if the weight's header is not the expected one, the only one compared with the layer.
         """
         packed = self._buffers.pop("weight")
         assert packed is not None

@@ -148,7 +148,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x and the bias; what is packed does not train. The weight is unpacked anew, so that no graph holds it dense."""
+    """Return the gradients of x and the bias. The weight is unpacked again, so that no graph holds it dense."""
     packed, starts = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
@@ -193,7 +193,7 @@ def for_kernels(blob: Tensor) -> Tensor:
 
 
 def row_starts(blob: Tensor, header: Header) -> Tensor:
-    """How many values come before each row of a packed matrix in the bitmask layout.
+    """Count the values before each row of a packed matrix in the bitmask layout.
 
     Args:
         blob: on any device.
@@ -203,7 +203,7 @@ def row_starts(blob: Tensor, header: Header) -> Tensor:
         O + 1 int64 on its device; the last is the number of all values.
 
     Raises:
-        BadInput: the bitmask has another number of ones than there are values, which kernels would read past.
+        BadInput: the bitmask's number of ones differs from the number of values, so that kernels would read past the end.
     """
     starts = count_rows(blob, header) if in_host_memory(blob.device) else None
     if starts is None:
@@ -215,7 +215,7 @@ def row_starts(blob: Tensor, header: Header) -> Tensor:
 
 
 def native_matrix(blob: Tensor, starts: Tensor, header: Header, bias: Tensor | None) -> NativeMatrix | None:
-    """Prepare a packed matrix for the kernels; None where they do not serve its device or dtype or are missing."""
+    """Prepare a packed matrix for the kernels; None if they are missing or do not support its device or dtype."""
     found: NativeMatrix | None = kernel("packed_product", blob.device)(blob, starts, header, bias)
     return found
 

@@ -53,9 +53,9 @@ class CopruneConfig(QuantizationConfig):
     """`quantization_config` of a packed folder."""
 
     def __init__(self, version: int = VERSION, keep_packed: bool = False, **other: Any) -> None:
-        """version: of the format; keep_packed: whether linear layers stay packed in memory.
+        """Create a configuration. version: of the format; keep_packed: whether linear layers stay packed in memory.
 
-        A folder's own configuration cannot ask for the latter (see `from_dict`).
+        A folder's own configuration cannot set keep_packed (see `from_dict`).
         """
         if version != VERSION:
             raise BadInput(
@@ -90,7 +90,7 @@ class Unpack(Operation):
     """The load operation: packed tensors become dense ones, all others pass."""
 
     def __init__(self, quantizer: CopruneQuantizer, alone: bool) -> None:
-        """alone: whether this is the only operation, and so has to name its result."""
+        """Create the operation. alone: whether it is the only one, and so has to name its result."""
         self.slots = quantizer.slots
         self.alone = alone
 
@@ -156,9 +156,9 @@ class CopruneQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """For save_pretrained of a model that is kept packed: packed tensors under the weights' names.
+        """Return packed tensors under the weights' names, for save_pretrained of a packed model.
 
-        What else is known of a file is left out: tensors get other names and are spread over files afterwards.
+        File metadata is left out: tensors are renamed and distributed over files afterwards.
         """
         layers = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         state: dict[str, Tensor] = {}

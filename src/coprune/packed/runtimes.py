@@ -108,12 +108,12 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def cache_argument(model: Any) -> str:
-    """transformers renamed the argument in 5.2x and warns about the old name."""
+    """Return the name of the cache argument, which transformers renamed in 5.2x."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def random_prompt(vocabulary: int, batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Arbitrary tokens, batch × length int64: what they are does not change how long they take."""
+    """Return random tokens, batch × length int64; their values do not affect the time."""
     return torch.randint(0, vocabulary, (batch, length), generator=generator)
 
 
@@ -128,7 +128,7 @@ class Turns:
 
 
 def time_runners(runners: Mapping[str, Runner], ids: Tensor, work: Work, clock: Clock) -> Turns:
-    """Time a prefill and decoding steps, in turns: every runner reads the same tokens."""
+    """Time a prefill and decoding steps in turns; all runners read the same tokens."""
     prefill = time_in_turns({name: partial(one.prefill, ids) for name, one in runners.items()}, work.repeats, clock)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     step = ids[:, -1:]

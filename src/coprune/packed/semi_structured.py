@@ -95,7 +95,7 @@ def multiply(blob: Tensor, header: Header, x: Tensor) -> Tensor:
 
 
 def metadata(blob: Tensor, header: Header) -> Tensor:
-    """Where the values lie, as CUTLASS wants to read it.
+    """Return the positions of values in CUTLASS's layout.
 
     Args:
         blob: a weight that `stores_two_of_four`.

@@ -49,7 +49,7 @@ def time_in_turns(
 
 
 def time_once(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Seconds of one call, a GPU's work included."""
+    """Return the seconds of one call, including the GPU's work."""
     wait_for_device()
     start = clock()
     call()
@@ -58,7 +58,7 @@ def time_once(call: Callable[[], object], clock: Clock = time.perf_counter) -> f
 
 
 def summarise(seconds: list[float]) -> Timing:
-    """Median and quartiles of a few measurements."""
+    """Return median and quartiles of a few measurements."""
     if len(seconds) < 2:
         return Timing(seconds[0], seconds[0], seconds[0])
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -66,7 +66,7 @@ def summarise(seconds: list[float]) -> Timing:
 
 
 def wait_for_device() -> None:
-    """Let a GPU finish what it was given."""
+    """Wait for the GPU's queued work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 

@@ -57,7 +57,7 @@ def fill_up(blob: Tensor, header: Header) -> Tensor:
 
 
 def _added(pattern: Bytes, filled: Bytes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """How many values of a pattern come before each bit that another has more."""
+    """Return the number of values of a pattern before each bit that `filled` adds."""
     changed = np.flatnonzero(filled != pattern)
     old, added = pattern[changed], filled[changed] ^ pattern[changed]
     before = np.bitwise_count(pattern).cumsum(dtype=np.int64)[changed] - np.bitwise_count(old)
@@ -74,7 +74,7 @@ def _pattern(blob: Tensor, header: Header) -> Bytes:
 
 
 def _code(four: int) -> int:
-    """CUTLASS's four bits for a pattern of four bits: both positions that are kept; 0, which is no code, where not two are."""
+    """Return CUTLASS's code of a four-bit pattern, both kept positions; 0, an invalid code, unless two are kept."""
     kept = [position for position in range(4) if four >> position & 1]
     return kept[0] | kept[1] << 2 if len(kept) == 2 else 0
 

@@ -56,13 +56,13 @@ def distributions_of(weight: Tensor, keep: Tensor, norm: Tensor | None) -> Distr
 
 
 def sampled(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitudes of some of a matrix's rows, and which of those weights are kept."""
+    """Return the magnitudes of some of a matrix's rows, and which of those weights are kept."""
     step = max(1, -(-weight.numel() // SAMPLED_WEIGHTS))
     return weight[::step].abs(), keep[::step]
 
 
 def distributions_in_host_memory(magnitude: Tensor, kept: Tensor, norm: Tensor | None) -> Distributions:
-    """`distributions_of` what was `sampled`."""
+    """Return `distributions_of` the values from `sampled`."""
     return Distributions(
         magnitude=histogram(magnitude, kept),
         norm=None if norm is None else histogram(norm, None),

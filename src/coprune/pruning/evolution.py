@@ -39,7 +39,7 @@ class Exchanges:
         return tuple(changed)
 
     def _exchange(self, steps: list[int], group: Sequence[int], draw: random.Random) -> None:
-        """Give a step back and take another, in place."""
+        """Move one step from a part to another, in place."""
         giving = [part for part in group if steps[part] > 0]
         taking = [part for part in group if steps[part] < self.most[part]]
         if giving and taking:
@@ -49,16 +49,16 @@ class Exchanges:
 
 
 def next_tries(tried: Sequence[tuple[Steps, float]], exchanges: Exchanges, seed: int, number: int = 1) -> list[Steps]:
-    """Change the best budget.
+    """Propose variations of the best budget.
 
     Args:
         tried: budgets with their costs.
-        exchanges: what may change places.
-        seed: of what is drawn.
+        exchanges: the allowed exchanges.
+        seed: of the random choice.
         number: how many are tried side by side.
 
     Returns:
-        At most so many, the likeliest first, that were not tried yet, as far as there are any nearby; one at least.
+        At most `number` new budgets, the most promising first; at least one, tried before if no other is near.
     """
     best = min(tried, key=lambda one: one[1])
     known = {steps for steps, _ in tried}

@@ -60,7 +60,7 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[Event
 
 
 def _clipped_cholesky(matrix: Tensor, floor: float) -> Tensor:
-    """Lower factor of the matrix whose eigenvalues are raised to at least `floor` (and 1e-6 of the largest)."""
+    """Return the lower factor of the matrix with eigenvalues clipped to at least `floor` (and 1e-6 of the largest)."""
     values, vectors = torch.linalg.eigh(matrix.double())
     clipped = values.clamp_min(max(floor, 1e-6 * float(values[-1])))
     repaired: Tensor = (vectors * clipped) @ vectors.T
@@ -87,10 +87,10 @@ class InverseFactor(NamedTuple):
 def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
     """Factor the inverse of gram + damping · mean(diag) · I, the U of SparseGPT (arXiv 2301.00774).
 
-    The authors factor, invert and factor again. Here one factorisation from the last row to the first gives H = RRᵀ
-    with R upper triangular, so U = R⁻¹: half the work, and one place where it can fail instead of two.
-    Dead inputs get the mean of the live diagonal instead of the authors' 1, which depends on the scale of the
-    activations and would leak into everybody's damping. Where all are dead, none is called so, since only weights can tell.
+    The authors factor, invert and factor again. Here one factorisation from the last row to the first gives H = RRᵀ with R
+    upper triangular, so U = R⁻¹: half the work, and one step that can fail instead of two. Dead inputs get the mean of the
+    live diagonal instead of the authors' 1, which depends on the scale of the activations and would change the damping. If
+    all inputs are dead, none is treated as dead, since only the weights can rank them.
 
     Args:
         gram: I × I float32.
@@ -147,7 +147,7 @@ class ScaledGram(NamedTuple):
         return weight.to(torch.float32) * self.scale
 
     def out_of(self, scaled_weight: Tensor) -> Tensor:
-        """Back to the weight's own scale; what multiplies dead inputs is zero."""
+        """Return a weight in its own scale, with zeros for dead inputs."""
         return scaled_weight / torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
 
 

@@ -74,18 +74,18 @@ class LowRank:
 
 
 def leading_directions(left: Tensor, gram: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
-    """Directions in the outputs in which an error is largest, the largest first: eigenvectors of RGRᵀ.
+    """Return the directions in the outputs with the largest error, largest first: eigenvectors of RGRᵀ.
 
-    By subspace iteration, since a whole decomposition of every matrix in every round would take longer than pruning it.
+    Found by subspace iteration, since a full decomposition of every matrix in every round would take longer than pruning.
 
     Args:
         left: the error R, O × I float32.
         gram: of the inputs, I × I float32.
-        rank: how many are wanted.
-        start: what an earlier call gave for a similar error.
+        rank: the wanted number.
+        start: result of an earlier call for a similar error.
 
     Returns:
-        O × K float32 with orthonormal columns; K is the rank and some more, and at most O.
+        O × K float32 with orthonormal columns; K is somewhat more than the rank, and at most O.
 
     Raises:
         NumericalError: the error is not finite in float32.

@@ -28,14 +28,14 @@ class Rounds:
 
 
 def damp_diagonal(gram: Tensor, damping: float) -> Tensor:
-    """G + damping · diag(G), I × I: every input damped in proportion to itself, dead ones not at all."""
+    """Return G + damping · diag(G), I × I: every input damped in proportion to itself, dead ones not at all."""
     return gram + torch.diag(damping * gram.diagonal())
 
 
 def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    """Layer error of every row, ΔGΔᵀ.
+    """Return the layer error of every row, ΔGΔᵀ.
 
-    In float64, because where there are fewer tokens than inputs the terms cancel to less than float32 can tell.
+    In float64, because with fewer tokens than inputs the terms cancel beyond float32's precision.
 
     Args:
         delta: O × I.
@@ -96,13 +96,13 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
 
 
 def rows_improved(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -> Tensor:
-    """Tell in which rows the layer error of `after` is less than that of `before`.
+    """Return the rows whose layer error is lower in `after` than in `before`.
 
-    The difference of the two errors, ΔGΔᵀ before and after, is the change times G times both Δ together: one product instead
-    of two, and no difference of large numbers. What float32 cannot tell from its rounding does not count as less.
+    The difference of both errors ΔGΔᵀ is the change times G times the sum of both Δ: one product instead of two, and no
+    difference of large numbers. Differences within float32's rounding do not count.
 
     Args:
-        weight: O × I float32, what is aimed at.
+        weight: O × I float32, the target.
         before: O × I float32.
         after: O × I float32.
         gram: I × I float32.
@@ -119,5 +119,5 @@ def rows_improved(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and zero where a row has converged and nothing is left to divide by."""
+    """Return above / below, and zero where a row has converged and below is zero."""
     return torch.where(below > 0, above / below, torch.zeros_like(above))

@@ -44,7 +44,7 @@ class Permuted:
     """How many matrices there are to prune."""
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line on the result."""
         if not self.names:
             return "No inputs could be permuted without changing the model; it is as it was."
         gained = self.after / self.before - 1 if self.before else 0.0  # all weights may be zero
@@ -182,7 +182,7 @@ def permute_channels(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def deal_serpentine(totals: Tensor, m: int) -> Tensor:
-    """Deal channels, the greatest first, over groups of m: forwards, backwards, forwards … Returns I/m × m int64."""
+    """Distribute channels, the greatest first, over groups of m: forwards, backwards, forwards … Returns I/m × m int64."""
     descending = totals.argsort(descending=True, stable=True).reshape(m, -1)
     hands = [hand.flip(0) if number % 2 else hand for number, hand in enumerate(descending)]
     return torch.stack(hands, dim=1)
@@ -224,7 +224,7 @@ def _values(score: Tensor, channels: Tensor, others: Tensor, n: int) -> Tensor:
 
 
 def summed_maxima(first: Tensor, second: Tensor) -> Tensor:
-    """Σᵢ max(aᵢ, bᵢ) of every row a of one and b of the other: A × n and B × n float, gives A × B.
+    """Return Σᵢ max(aᵢ, bᵢ) of every row a of one matrix and b of the other: A × n and B × n float, gives A × B.
 
     In tiles that stay in the cache: torch.cdist, from whose L1 distances they follow, takes four times as long on a CPU.
     """

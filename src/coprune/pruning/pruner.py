@@ -145,7 +145,7 @@ class Solving:
             self._exchange()
 
     def collect(self) -> list[MatrixResult]:
-        """See to it that everything shown so far is pruned, and hand out the results since the last time."""
+        """Finish pruning all matrices shown so far, and return the results since the last call."""
         self._exchange()
         results, self._results = self._results, []
         return results
@@ -273,18 +273,18 @@ class Noted(NamedTuple):
 def note(
     reading: Reading, matrix: Matrix, inputs: Inputs | None, weight: Tensor, after: Tensor, layer_error: bool
 ) -> Noted:
-    """Look at a pruned matrix, by one reading.
+    """Measure a pruned matrix, with one read of the device.
 
     Args:
-        reading: with what the solving left to be looked at.
+        reading: with the solver's own deferred checks.
         matrix: as the model now holds it.
-        inputs: what is known of them.
+        inputs: statistics of its inputs.
         weight: before pruning, O × I.
-        after: what its layer now multiplies with, O × I: what the matrix holds, and what may be added to it.
+        after: the layer's effective weight, O × I: the matrix and any added factors.
         layer_error: whether to measure it.
 
     Raises:
-        NumericalError: of the solving.
+        NumericalError: of the solver.
     """
     stored = matrix.stored()
     # First, since it takes most memory: nothing else is held beside it.
@@ -316,7 +316,7 @@ def refuse_overflow(matrix: Matrix, weight: Tensor, after: Tensor) -> None:
 
 
 def _norm(inputs: Inputs) -> Tensor | None:
-    """Root mean square of every input channel (I float32), on the sample if nothing better was gathered."""
+    """Return the root mean square of every input channel (I float32), from the sample if there is no statistic."""
     if inputs.sample.count == 0:
         return None
     if inputs.statistic is not None:

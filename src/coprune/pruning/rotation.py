@@ -33,7 +33,7 @@ class Rotated:
     names: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line on the result."""
         if not self.names:
             return "No attention head's values could be rotated without changing the model; it is as it was."
         before, after = torch.stack(self.shares).sum(dim=0).tolist()
@@ -149,7 +149,7 @@ def _rotate(
 
 
 def _values_of(layout: Layout, weights: Sequence[Tensor], values: Statistic, answers: Statistic) -> HeadValues:
-    """Weights and inputs by head. weights: of the consumer, and of what produces the values."""
+    """Return weights and inputs by head. weights: of the consumer and of the producer of the values."""
     assert isinstance(values, Gram)
     assert isinstance(answers, Gram)
     segments, repeats, size = layout.segments, layout.repeats, layout.size
@@ -188,7 +188,7 @@ class HeadValues:
         return rotation @ self.weight, torch.einsum("osrd,sed->osre", self.consumer, rotation)
 
     def scores(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Wanda's score, squared, of the two turned weights as matrices: S·D × I, and O × S·R·D."""
+        """Return Wanda's score, squared, of the two rotated weights as matrices: S·D × I, and O × S·R·D."""
         weight, consumer = self.rotated(rotation)
         turn = rotation[:, None]
         squares = ((turn @ self.gram) * turn).sum(dim=-1)
@@ -211,18 +211,18 @@ def lost_share(values: HeadValues, rotation: Tensor, keep: Callable[[Tensor], Te
 
 
 def learn_rotation(values: HeadValues, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Turn the values of every key-value head so that a pattern takes less of the scores.
+    """Rotate the values of every key-value head so that a pattern removes less of the scores.
 
-    The Q of a QR decomposition is learned by Adam, thirty steps (DenoiseRotator, arXiv 2505.23049). Other objectives and
-    matrices that are not orthogonal did not do better (LOG.md).
+    Adam trains the Q of a QR decomposition for thirty steps (DenoiseRotator, arXiv 2505.23049). Other objectives and
+    matrices that are not orthogonal did no better (LOG.md).
 
     Args:
         values: of all heads.
-        keep: chooses what is kept by a matrix of scores, as a bool matrix.
+        keep: returns the mask of kept entries for a matrix of scores.
 
     Returns:
-        S × D × D float32, orthogonal: the identity where nothing better was found. And the shares that are lost before and
-        after, 2 float32.
+        S × D × D float32, orthogonal: the identity where nothing better was found. And the shares lost before and after,
+        2 float32.
     """
     segments, size = values.weight.shape[:2]
     identity = torch.eye(size, device=values.weight.device).repeat(segments, 1, 1)

@@ -113,7 +113,7 @@ class Choice(BaseModel):
 
     @classmethod
     def given(cls, name: str, options: Mapping[str, Scalar]) -> Self:
-        """Tell of an object that was handed over by a call from Python, and that no name stands for."""
+        """Make the choice that stands for a Python object without a registered name."""
         return cls(name=name, options={_GIVEN: True, **options})
 
     @property

@@ -48,15 +48,15 @@ def word_for(name: str) -> str:
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their words, however they were said. Raises BadInput for an unknown name, or a setting said twice."""
+    """Return settings by their flat names, however spelled. Raises BadInput for an unknown name, or a setting given twice."""
     return {word: value for word, _, value in _said(settings)}
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Several mappings of settings as one, in which what comes later wins.
+    """Merge several mappings of settings; later ones win.
 
-    A method's options add up, unless a later layer names another method; steps of reconstruction take the place of an earlier
-    layer's tokens, and none of them of all that it says. Settings keep their names. Raises BadInput as `flatten`.
+    A method's options add up, unless a later layer names another method; steps of reconstruction replace an earlier layer's
+    tokens, and no steps replace all its settings. Settings keep their names. Raises BadInput as `flatten`.
     """
     found: dict[str, tuple[str, Any]] = {}
     for layer in layers:
@@ -74,7 +74,7 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as the parts of a recipe. Raises BadInput as `flatten`."""
+    """Return settings as the parts of a recipe. Raises BadInput as `flatten`."""
     flat = flatten(settings)
     if flat.pop(_VARIANT, False):
         if flat.get(_METHOD, _DEFAULT_METHOD) != "wanda":
@@ -102,12 +102,12 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names_said(settings: Mapping[str, Any]) -> dict[str, str]:
-    """By which name each setting was said, by its word."""
+    """Return the name under which each setting was given, by its flat name."""
     return {word: name for word, name, _ in _said(settings)}
 
 
 def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Every setting: its word, the name by which it was said, and its value."""
+    """Return every setting: its flat name, the name under which it was given, and its value."""
     found: dict[str, tuple[str, Any]] = {}
     for name, value in ((inner, value) for key, said in settings.items() for inner, value in _within(str(key), said)):
         if passed_over(name, value):
@@ -156,7 +156,7 @@ def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _with_options(key: str, place: str, value: str) -> dict[str, Any] | None:
-    """Settings from the text of one that asks for something, with how behind its colon; None where nothing is behind one."""
+    """Return the settings in a text with options after a colon, or None without any."""
     word = key if key in FLAT else WORDS.get(place)
     found = _TEXT_WITH_OPTIONS.fullmatch(value)
     if word not in HEADS or found is None:

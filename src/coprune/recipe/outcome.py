@@ -15,7 +15,7 @@ _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
 
 def _or_none(value: Any) -> Any:
-    """`none` is how transformers calls no tracker."""
+    """Read `none`, transformers' name for no tracker, as None."""
     return None if value == "none" else value
 
 

@@ -73,12 +73,12 @@ def decided_by(field: FieldInfo) -> Decides:
 
 
 def deciding(values: Mapping[str, Any], fields: Mapping[str, FieldInfo], what: Decides) -> dict[str, Any]:
-    """Those of some settings that decide something.
+    """Return the settings that influence some results.
 
     Args:
         values: settings by name.
-        fields: the fields that they are values of, under the same names.
-        what: what they have to decide, any of it.
+        fields: their fields, under the same names.
+        what: the results, any of which they have to influence.
     """
     found = {}
     for name, field in fields.items():
@@ -308,7 +308,7 @@ class PrunePart(Part):
     @field_validator("pattern", mode="before")
     @classmethod
     def _quoted(cls, value: Any) -> Any:
-        """YAML reads 2:4 as two minutes and four seconds."""
+        """Refuse an unquoted 2:4, which YAML reads as two minutes and four seconds."""
         if isinstance(value, int) and not isinstance(value, bool):
             minutes, seconds = divmod(value, 60)
             raise ValueError(f'YAML takes N:M without quotes for a time; write pattern: "{minutes}:{seconds}"')

@@ -131,10 +131,10 @@ def way_said(settings: Mapping[str, Any]) -> Any:
 
 
 def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings with those of the preset that is named among them, if one is; what is said beside it wins.
+    """Replace a preset in settings by its settings; explicit ones win.
 
     Raises:
-        BadInput: there is no such preset, or a setting is unknown or said twice.
+        BadInput: there is no such preset, or a setting is unknown or given twice.
     """
     preset, train = settings.get(PRESET), way_said(settings)
     said = {name: value for name, value in settings.items() if name != PRESET and (name != TRAIN or train is None)}

@@ -142,7 +142,7 @@ def _of_reshaping(recipe: Tree) -> BadInput | None:
 
 
 def _of_removal(recipe: Tree) -> BadInput | None:
-    """Removing makes a smaller model; what sets weights to zero needs a pattern or a sparsity beside it."""
+    """Check a removal: setting weights to zero as well needs a pattern or a sparsity."""
     if not recipe.remove.parts:
         return None
     if recipe.prune.asks_for_zeros:
@@ -168,7 +168,7 @@ def _of_removal(recipe: Tree) -> BadInput | None:
 
 
 def _of_both(recipe: Tree) -> BadInput | None:
-    """Parts removed and zeros in what is left are two halves of a run."""
+    """Check a run that removes parts and prunes the rest."""
     if recipe.evaluate.runs_tasks:
         fix: Words = ("save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...)))
         return BadInput("zero-shot tasks are not run by a run that cuts and prunes", field="tasks", fix=fix)
@@ -177,7 +177,7 @@ def _of_both(recipe: Tree) -> BadInput | None:
 
 
 def _of_allocation(recipe: Tree) -> BadInput | None:
-    """Zeros are spread over matrices, channels and heads over blocks; with both in one run, one word may be for either."""
+    """Check the allocation, which can be of zeros over matrices or of channels and heads over blocks."""
     asked, shares = recipe.prune.allocation.name, recipe.remove.shares.keys()
     if asked in WHOLE_MODEL and recipe.model.stream:
         wrong = f"{WHOLE_MODEL[asked]}, which has to be in memory"
@@ -196,7 +196,7 @@ def _of_allocation(recipe: Tree) -> BadInput | None:
 
 
 def _of_domains(asked: RemovePart) -> BadInput | None:
-    """Domains and their weights are for experts."""
+    """Check domains and their weights, which are for experts."""
     weights = asked.weights
     if asked.domains and "experts" not in asked.shares:
         fix: Words = ("add ", Set("remove", "experts=0.25"), ", or leave it out")
@@ -344,7 +344,7 @@ class Recipe(Tree):
         return self.output.model or self.training_folder / "model"
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its flat name; what has options is written as text, but for the method's."""
+        """Return every setting by its flat name; one with options is written as text, except the method's."""
         return {word: self.setting(word) for word in FLAT}
 
     def setting(self, word: str) -> Any:

@@ -107,7 +107,7 @@ def text_of(value: Any) -> Any:
 
 
 def counts_of(shares: Sequence[float], samples: int) -> list[int]:
-    """How many of the samples each share is: as many as it says, the rest to the largest remainders, of equal ones the first."""
+    """Return the number of samples of each share, rounded by largest remainder; of equal ones the first."""
     exact = [share * samples for share in shares]
     counts = [int(one + 1e-9) for one in exact]
     order = sorted(range(len(shares)), key=lambda i: (-round(exact[i] - counts[i], 9), i))

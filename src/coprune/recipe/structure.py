@@ -303,7 +303,7 @@ def _pairs(asked: tuple[str, ...]) -> dict[str, str]:
 
 
 def _vocabulary(asked: tuple[str, ...]) -> Target | None:
-    """How much of the vocabulary goes. Raises BadInput where that is said twice, or is no size."""
+    """Return the target size of the vocabulary. Raises BadInput if it is given twice or invalid."""
     own = _pairs(asked).get(VOCABULARY)
     return None if own is None else target_of(own)
 

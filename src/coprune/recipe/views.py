@@ -118,7 +118,7 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
 
 
 def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a training by a recipe's words. Raises BadInput for one that is unknown, or retired."""
+    """Return settings of a training under a recipe's names. Raises BadInput for one that is unknown, or retired."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if passed_over(name, value):

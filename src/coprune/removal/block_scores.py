@@ -111,7 +111,7 @@ BLOCK_SCORES: dict[str, BlockScore] = {"influence": Influence(), "kl": Divergenc
 
 
 def block_score_named(asked: Choice) -> BlockScore:
-    """Look up a score with its options. Raises BadInput for an unknown name or option."""
+    """Return a score with its options. Raises BadInput for an unknown name or option."""
     return one_of(BLOCK_SCORES, "score", asked.name, asked.options)
 
 
@@ -122,9 +122,9 @@ def influences(
     advance: Advance = lambda share: None,
     processes: Processes = ALONE,
 ) -> list[float]:
-    """One minus the mean cosine of every block's inputs and outputs, token by token; infinite where these differ in shape.
+    """Return one minus the mean cosine of every block's inputs and outputs over tokens; infinite where their shapes differ.
 
-    model, batches, advance, processes: as in `BlockScore.choose`; the batches are shared out.
+    model, batches, advance, processes: as in `BlockScore.choose`; the batches are divided among processes.
     """
     total, count = [0.0] * len(model.blocks), [0] * len(model.blocks)
     own = processes.own(batches)
@@ -147,7 +147,7 @@ def influences(
 
 
 def _together(model: ProvenModel, batches: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
-    """Batches that go through the blocks side by side: all where each block is read for that, else one, for its memory."""
+    """Group batches that go through the blocks together: all for a streamed model, else one, to save memory."""
     return [batches] if model.weights.streams and batches else [[batch] for batch in batches]
 
 
@@ -155,19 +155,19 @@ def _together(model: ProvenModel, batches: Sequence[Tensor]) -> Sequence[Sequenc
 def divergences(
     model: ProvenModel, batches: Sequence[Tensor], tried: Collection[int], gone: Collection[int] = ()
 ) -> dict[int, float]:
-    """KL(dense ‖ without one more block), in nats per token (per image).
+    """Return KL(dense ‖ without one more block), in nats per token (per image).
 
-    All ways go through the blocks side by side, so that each block is read once; what comes before the block that is tried is
-    computed once for all of them.
+    All variants go through the blocks together, so that each block is read once; the blocks before the removed one are
+    computed once for all.
 
     Args:
         model: the dense model.
         batches: as in `record_batches`.
-        tried: numbers of the blocks that are left out one at a time.
-        gone: numbers of blocks that are left out in any case.
+        tried: numbers of the blocks to remove one at a time.
+        gone: numbers of blocks that are removed in any case.
 
     Returns:
-        By the number of the block; infinite for one that changes the shape of what goes through it.
+        By the number of the block; infinite for one that changes the shape of its input.
     """
     total, count = dict.fromkeys(tried, 0.0), 0
     for some in _together(model, batches):

@@ -52,15 +52,15 @@ def find_for_budget(run: Run) -> Removable:
 
 
 def spread_budget(run: Run, share: float, found: Removable) -> Plan:
-    """Try several ways to remove a share of the blocks' parameters, and take the one that changes the model least.
+    """Try several ways to remove a share of the blocks' parameters, and choose the one that changes the model least.
 
-    Each way removes as many channels, heads and blocks everywhere; what is left is solved for as the run itself does. The
-    cost is the divergence from the dense model's distributions on some of the calibration.
+    Each way removes the same number of channels, heads and blocks everywhere; the rest is refitted as in the run itself. The
+    cost is the divergence from the dense model's distributions on some of the calibration data.
 
     Args:
-        run: what it is asked and has found.
+        run: the run, with its model and data.
         share: of the blocks' parameters.
-        found: what may go.
+        found: the removable parts.
 
     Raises:
         UnsupportedModel: nothing of the model can be removed, or not as much.
@@ -117,7 +117,7 @@ def _align(run: Run, kind: Kind) -> int:
 
 
 def _levels(parts: Parts, kind: Kind, align: int) -> list[Level]:
-    """Every number of units that may be kept, all of them first; of several sizes, numbers of about the same share."""
+    """Return every number of units that may be kept, all of them first; parts of several sizes keep about the same share."""
     groups = groups_of((part for own in parts.values() for part in own), kind)
     sizes = sorted(groups)
     if not sizes:
@@ -128,13 +128,13 @@ def _levels(parts: Parts, kind: Kind, align: int) -> list[Level]:
 
 
 def _thinned(values: Sequence[Level], most: int) -> list[Level]:
-    """At most so many of the values, evenly spaced, with the first."""
+    """Return at most `most` of the values, evenly spaced, with the first."""
     step = -(-len(values) // most)
     return list(values[::step])
 
 
 def _ways(run: Run, parts: Parts, order: Sequence[int], share: float) -> Iterator[Plan]:
-    """Every number of blocks and heads, each with the fewest channels that make up the rest of the budget."""
+    """Yield every number of blocks and heads, each with the fewest removed channels that meet the budget."""
     sizes = {block.name: count_parameters(block.module) for block in run.model.blocks}
     budget = share * sum(sizes.values()) * (1 - 1e-3)
     heads = _thinned([*_sayable(run, parts, _levels(parts, "heads", 1))], WAYS[1])
@@ -173,7 +173,7 @@ def _cut(dropped: Sequence[int], parts: Parts, gone: set[str], levels: Mapping[K
 
 
 def _parameters(part: Part) -> int:
-    """How many parameters go with a unit, of every expert."""
+    """Return the number of parameters of a unit, over all experts."""
     keep = torch.arange(part.count) > 0
     return sum(int((~mask).sum()) for mask in part.masks([keep] * len(part.fold.consumers)).values())
 
@@ -200,9 +200,9 @@ class _Trial:
 
 @torch.no_grad()
 def costs_of(run: Run, plans: Sequence[Plan]) -> list[float]:
-    """KL(dense ‖ cut) of every plan, in nats per token, with what is left solved for on the dense model's inputs.
+    """Return KL(dense ‖ cut) of every plan, in nats per token, with the rest refitted on the dense model's inputs.
 
-    Several processes gather the Gram matrices together, and share out the plans.
+    Several processes gather the Gram matrices together, and divide the plans.
     """
     model, processes = run.model, run.processes
     assert run.samples is not None

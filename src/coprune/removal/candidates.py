@@ -50,7 +50,7 @@ class Levels:
     """Of the consumers in the dense model, by name."""
 
     def steps_to(self, count: int) -> int:
-        """How many steps it loses when so many units are kept."""
+        """Return the number of steps at which `count` units are kept."""
         return self.counts.index(count)
 
 
@@ -65,7 +65,7 @@ class Consumers:
 
     @classmethod
     def of(cls, run: Run, levels: Sequence[Levels]) -> Self:
-        """Those of a dense model."""
+        """Copy the consumers of a dense model."""
         refit = score_named(run.recipe.remove.score_of("units")).refit
         return cls(levels, refit, {c.name: c.read().clone() for own in levels for c in own.part.fold.consumers})
 
@@ -75,7 +75,7 @@ class Consumers:
         return [own.block.index for own in self.levels]
 
     def write(self, part: int, level: int) -> None:
-        """Silence what a part loses at a level."""
+        """Silence the units that a part loses at a level."""
         own = self.levels[part]
         for keep, consumer in zip(own.keeps[level], own.part.fold.consumers, strict=True):
             consumer.write(self._solved(own, consumer, keep))
@@ -124,7 +124,7 @@ class Candidates:
     @classmethod
     @contextmanager
     def of(cls, run: Run, forms: Consumers, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
-        """For a while; in the end the model is dense as before. tokens: of the calibration, to be looked at at least."""
+        """Yield candidates, and restore the dense model at the end. tokens: minimum of calibration tokens to use."""
         found = cls._begun(run, forms, dropped, tokens)
         try:
             yield found
@@ -149,14 +149,14 @@ class Candidates:
 
     @torch.no_grad()
     def cost(self, steps: Steps, near: Steps | None) -> float:
-        """KL(dense ‖ with these steps), in nats per token.
+        """Return KL(dense ‖ with these steps), in nats per token.
 
         Args:
             steps: the budget.
-            near: one that this and the next ones are much like, and are compared with; None to look at all tokens.
+            near: a budget like this and the next ones, with which they are compared; None to use all tokens.
 
         Returns:
-            For one that fell behind, the cost of `near` and what it is behind so far, as if the rest were alike.
+            For one that fell behind early, the cost of `near` plus the difference so far.
         """
         if near is not None:
             self._settle(near)
@@ -186,18 +186,18 @@ class Candidates:
             self.settled = near
 
     def _sums_of(self, settled: Steps) -> list[float]:
-        """Of the budget by which the hidden states are known; another process, or run, may have looked at it."""
+        """Return the sums of the budget whose hidden states are stored; another process or run may have computed them."""
         if settled not in self.sums:
             self.sums[settled] = [self._divergence(batch, one) for batch, one in enumerate(self.hidden[-1])]
         return self.sums[settled]
 
     def _first_other(self, one: Steps, other: Steps) -> int:
-        """Number of the first block in which two budgets differ; the number of blocks where none does."""
+        """Return the number of the first block in which two budgets differ, or the number of blocks."""
         differing = (at for at, a, b in zip(self.forms.places, one, other, strict=True) if a != b)
         return min(differing, default=len(self.run.model.blocks))
 
     def _become(self, steps: Steps) -> None:
-        """Give the parts the weights of a budget."""
+        """Set the parts to the weights of a budget."""
         for part, (before, after) in enumerate(zip(self.now, steps, strict=True)):
             if before != after:
                 self.touched.add(part)
@@ -257,7 +257,7 @@ class Finds:
         return found
 
     def add(self, tries: Sequence[tuple[Steps, float]], seconds: float) -> None:
-        """Note tries that were made side by side, all at once, so that a killed search makes the same ones again."""
+        """Record tries made side by side, all at once, so that a killed search repeats the same ones."""
         self.tried += tries
         self.seconds += seconds
         if self.path is not None:
@@ -270,7 +270,7 @@ class Finds:
         return min(self.tried, key=lambda one: one[1])
 
     def share_done(self, asked: Search) -> float:
-        """How much of the search is over; 1 at its end."""
+        """Return the finished share of the search, from 0 to 1."""
         return min(1.0, self.seconds / (60 * asked.minutes) if asked.minutes else len(self.tried) / asked.rounds)
 
 
@@ -318,7 +318,7 @@ def search_steps(
 
 
 def say_best(run: Run, finds: Finds) -> Steps:
-    """Tell of the best that was found, and return it."""
+    """Report the best budget and return it."""
     steps, cost = finds.best
     starts = ", ".join(f"{name} {found:.4f}" for name, (_, found) in zip(STARTS, finds.tried, strict=False))
     run.reporter.say(f"The best of {len(finds.tried)} tries: KL {cost:.4f} ({starts}).")

@@ -68,11 +68,11 @@ class Part:
         return self.units.view(self.count // self.group, -1)
 
     def ungrouped(self, keep: Tensor) -> Tensor:
-        """Units that are kept, U bool, by the groups that are: U / group bool."""
+        """Expand a mask of groups (U / group bool) to units (U bool)."""
         return keep.repeat_interleave(self.group)
 
     def columns(self, keep: Tensor) -> Tensor:
-        """Which of the consumer's columns are kept: C bool. keep: U bool."""
+        """Return the kept columns of the consumer: C bool. keep: U bool."""
         return keep.repeat_interleave(self.units.shape[1])
 
     def masks(self, keeps: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Part:
         return frozenset(self.masks([torch.ones(self.count, dtype=torch.bool)] * len(self.fold.consumers)))
 
     def silent(self) -> list[Tensor]:
-        """Units that are zeros in every matrix and bias: U bool for each consumer. The block has to be in memory."""
+        """Return the units that are zero in every matrix and bias: U bool for each consumer. The block has to be in memory."""
         units = torch.arange(self.count)
         found = []
         for consumer, producers in zip(self.fold.consumers, self.fold.producers, strict=True):
@@ -106,7 +106,7 @@ class Part:
 
 
 def _speaks(matrix: Matrix) -> Tensor:
-    """Which of a matrix's outputs can be anything else than zero: bool."""
+    """Return which outputs of a matrix can be nonzero: bool."""
     bias = bias_of(matrix)
     speaks = _any_number(matrix.read())
     return speaks if bias is None else speaks | (bias != 0).cpu()
@@ -117,7 +117,7 @@ def _any_number(rows: Tensor) -> Tensor:
 
 
 def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) -> None:
-    """Note what is kept of a matrix's inputs or outputs, and of the bias of its outputs."""
+    """Record the kept inputs or outputs of a matrix, and the biases of its outputs."""
     parameter: Tensor = getattr(matrix.owner, matrix.attribute)
     keep = keep.to(_place_of(parameter))
     whole = found.setdefault(matrix.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=keep.device))
@@ -137,7 +137,7 @@ def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) 
 
 
 def _place_of(parameter: Tensor) -> torch.device:
-    """Where a parameter is; a mask of one that is not in memory can be made all the same."""
+    """Return the device of a parameter's mask, which exists also for one that is not in memory."""
     return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
@@ -155,7 +155,7 @@ def parts_of(
 
 
 def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]) -> Part:
-    """Heads with the queries and keys that are theirs."""
+    """Return attention heads with their queries and keys."""
     layout, value = fold.layout, fold.producers[0][0]
     part = Part(block.name, "heads", fold, vectors=tuple(_per_head(block, value, layout.segments * layout.repeats)))
     if layout.before:  # its matrix holds the keys, and may hold the queries; else these are made of something else
@@ -186,7 +186,7 @@ def _is_theirs(module: nn.Module, part: Part, other: tuple[Matrix, int], run: Ca
 
 
 def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the module that holds the value projection, with one value per query head (attention sinks)."""
+    """Yield parameters with one value per query head (attention sinks) of the module with the value projection."""
     path = value.name.rpartition(".")[0]
     holder = block.module.get_submodule(path.removeprefix(f"{block.name}").removeprefix("."))
     for name, parameter in holder.named_parameters(recurse=False):
@@ -219,9 +219,9 @@ def _every_other(part: Part) -> Tensor:
 
 
 def step_of(units: int, align: int, group: int = 1) -> int:
-    """How many units are kept or removed together: `align`, or the largest power of two below it, that divides them.
+    """Return how many units are kept or removed together: `align`, or the largest power of two below it, that divides them.
 
-    group: so many can only go together, whatever `align` is.
+    group: units that can only be removed together, whatever `align` is.
     """
     units, align = units // group, -(-align // group)
     steps = [align, *(1 << power for power in reversed(range((align - 1).bit_length())))]
@@ -229,12 +229,12 @@ def step_of(units: int, align: int, group: int = 1) -> int:
 
 
 def groups_of(parts: Iterable[Part], kind: Kind) -> dict[int, int]:
-    """How many units of a kind go together, by how many there are."""
+    """Return the group size of units of a kind, by their number."""
     return {part.count: part.group for part in parts if part.kind == kind}
 
 
 def filled(keep: Tensor, count: int) -> Tensor:
-    """So many units: those that are kept, and the first of the others. keep: U bool."""
+    """Extend kept units to `count` by the first of the others. keep: U bool."""
     whole = keep.clone()
     whole[(~keep).nonzero().flatten()[: count - int(keep.sum())]] = True
     return whole
@@ -251,7 +251,7 @@ def parameter_of(module: nn.Module, prefix: str, name: str) -> nn.Parameter:
 
 @contextmanager
 def put_back(module: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
-    """Give some parameters of a module their values again when the block ends. prefix: the module's path."""
+    """Restore some parameters of a module at the end of the body. prefix: the module's path."""
     before = {name: parameter_of(module, prefix, name).detach().clone() for name in names}
     try:
         yield

@@ -46,12 +46,12 @@ def check_cut_and_zeros(recipe: Recipe, method: Method | None) -> None:
 
 
 def _for_units(recipe: Recipe) -> Choice:
-    """How the cut spreads channels and heads."""
+    """Return the allocation of channels and heads in the cut."""
     return recipe.prune.allocation if _spreads_units(recipe) else _UNIFORM
 
 
 def _for_zeros(recipe: Recipe) -> Choice:
-    """How the zeros are spread."""
+    """Return the allocation of zeros."""
     return _UNIFORM if _spreads_units(recipe) else recipe.prune.allocation
 
 

@@ -39,15 +39,15 @@ class Plan:
     """How many units are kept where blocks differ, by the part's name; the others that are saved are zeros."""
 
     def count(self, part: Part) -> int:
-        """Units of a part that are kept."""
+        """Return the number of kept units of a part."""
         return self.uneven.get(part.name, self.saved(part))
 
     def saved(self, part: Part) -> int:
-        """Units of a part in the saved model: as many as the configuration can say."""
+        """Return the number of a part's units in the saved model, which the configuration limits to one per kind."""
         return self.keep[part.kind][part.count]
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Old numbers and new ones that the configuration has to tell: units, query heads, experts."""
+        """Return old and new numbers for the configuration: units, query heads, experts."""
         units = [part for parts in self.parts.values() for part in parts]
         found = [(part.count * times, self.saved(part) * times) for part in units for times in (1, part.repeats)]
         return list(dict.fromkeys([*found, *self.experts.items()]))
@@ -72,7 +72,7 @@ class Cut:
         return Cut([(part, [filled(keep, plan.saved(part)) for keep in keeps]) for part, keeps in self.units])
 
     def padding(self, plan: Plan) -> int:
-        """How many parameters are saved as zeros for nothing else than to pad."""
+        """Return the number of saved parameters that are only padding."""
         real = self.masks
         return sum(int((mask & ~real[name]).sum()) for name, mask in self.padded(plan).masks.items())
 
@@ -116,7 +116,7 @@ def dropped(run: Run, index: int, layout: Layout | None = None) -> DropBlock:
 
 
 def anywhere(plan: Plan, block: Block) -> Cut:
-    """Arbitrary places of a block to cut at."""
+    """Choose arbitrary units of a block to cut, for a rehearsal."""
     if block.index in plan.dropped:
         return Cut()
     # Each expert keeps other units, so that a dependence on their positions would show.
@@ -136,7 +136,7 @@ def anywhere(plan: Plan, block: Block) -> Cut:
 
 
 def _spread(units: int, count: int) -> Tensor:
-    """So many units, all over those that there are."""
+    """Choose `count` of the units, evenly spaced."""
     keep = torch.zeros(units, dtype=torch.bool)
     keep[torch.linspace(0, units - 1, count).round().long()] = True
     return keep
@@ -157,7 +157,7 @@ def words_of(plan: Plan, blocks: int, share: float | Left | None = None) -> Iter
 
 
 def _kept(plan: Plan, kind: Kind, old: int) -> str:
-    """How many units are kept of parts that had so many."""
+    """Return the number of kept units, in words, of parts that had `old`."""
     parts = [part for own in plan.parts.values() for part in own if (part.kind, part.count) == (kind, old)]
     counts = [plan.count(part) for part in parts] or [plan.keep[kind][old]]
     least, most, mean = min(counts), max(counts), sum(counts) / len(counts)
@@ -167,17 +167,17 @@ def _kept(plan: Plan, kind: Kind, old: int) -> str:
 def keep_experts(
     model: PreTrainedModel, block: nn.Module, mixture: Mixture, keep: Tensor, layout: Layout | None = None
 ) -> KeepExperts:
-    """Tell which experts of a mixture are left.
+    """Return the edit that keeps some experts of a mixture.
 
     Args:
         model: the model.
         block: that the mixture is in.
-        mixture: as it was found.
+        mixture: its structure.
         keep: E bool.
         layout: as in `slices_kept`.
 
     Raises:
-        UnsupportedModel: what would be left of a tensor is no whole slices of it.
+        UnsupportedModel: the rest of a tensor would not be whole slices of it.
     """
     masks = masks_as_saved(model, mixture.block, mixture.masks(block, keep), layout)
     gone = {number for number, kept in enumerate(keep.tolist()) if not kept}
@@ -193,7 +193,7 @@ def keep_experts(
 
 
 def _numbered(masks: Mapping[str, Tensor], gone: set[int], count: int) -> Iterator[str]:
-    """Beginnings of tensors' names in which an expert's number follows: all numbers are there, and those gone have no mask."""
+    """Yield prefixes of tensor names followed by an expert's number, if all numbers exist and exactly those gone are removed."""
     left_out = {name for name, mask in masks.items() if not bool(mask.any())}
     found = set()
     for name in left_out:

@@ -81,7 +81,7 @@ class ExpertCall:
         return close(self.run(own, args, kwargs).total, own(*args, **kwargs))
 
     def index_of(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """T × k int64: which experts the tokens of a call go to."""
+        """Return the experts of each token of a call: T × k int64."""
         found: Tensor = args[self.index] if isinstance(self.index, int) else kwargs[self.index]
         return found
 
@@ -109,7 +109,7 @@ class ListedCall:
             return False
 
     def index_of(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """T × k int64: which experts the tokens of a call go to."""
+        """Return the experts of each token of a call: T × k int64."""
         return self._chosen(own, args, kwargs)[0]
 
     def watch(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
@@ -152,7 +152,7 @@ class ListedCall:
 
     @contextmanager
     def _answering(self, answer: _Answer) -> Iterator[None]:
-        """For a while, let every expert answer something else."""
+        """Replace every expert's answer in the body."""
 
         def instead(number: int, forward: Forward) -> Forward:
             return lambda hidden, *args, **kwargs: answer(number, forward, hidden)
@@ -172,7 +172,7 @@ def _silence(number: int, forward: Forward, hidden: Tensor) -> Tensor:
 
 
 def _speak(number: int, forward: Forward, hidden: Tensor) -> Tensor:
-    """One, in a channel of the expert's own."""
+    """Return one, in a channel of the expert's own."""
     out = torch.zeros_like(hidden)
     out[..., number] = 1
     return out

@@ -138,7 +138,7 @@ def gather_scores(run: Run, mixtures: Mapping[str, Mixture], domains: Mapping[st
 
 
 def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Routed], None]:
-    """Adds what one batch after the other shows. places: where to, and which tokens count, batch by batch."""
+    """Return a function that adds up successive batches. places: the sums and counted tokens of each batch."""
     left = iter(places)
 
     def see(routed: Routed) -> None:
@@ -242,7 +242,7 @@ class ExpertScores(BaseModel):
         return cls(model=model, data=data, sums=sums)
 
     def scored(self) -> Scored:
-        """As a pass gives it."""
+        """Return the sums as a pass does."""
         return {
             name: {
                 block: ExpertSums(*(torch.tensor(values, dtype=torch.float64) for values in (s.tokens, s.weighted)))
@@ -271,21 +271,21 @@ class ExpertScores(BaseModel):
 
 
 def own_file(run: Run) -> Path:
-    """Where a run keeps its scores."""
+    """Return the file of a run's scores."""
     return run.recipe.run_folder / EXPERTS_FILE
 
 
 def known_scores(run: Run, model: str, data: dict[str, str], mixtures: Mapping[str, Mixture]) -> Scored | None:
-    """Scores that need no pass: those that the recipe names, or those of this run before it was killed.
+    """Return scores that need no pass: those that the recipe names, or this run's from before it was killed.
 
     Args:
         run: the run.
         model: fingerprint of its weights.
         data: fingerprints of the samples, by domain.
-        mixtures: by block, those whose scores are wanted.
+        mixtures: by block, those whose scores are needed.
 
     Raises:
-        BadInput: the file that is named is of another model, lacks a mixture, or has other domains than have weights.
+        BadInput: the named file is of another model, lacks a mixture, or has other domains than the weights.
     """
     asked = run.recipe.remove
     if asked.kept_scores is not None:

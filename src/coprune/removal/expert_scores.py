@@ -33,7 +33,7 @@ class ExpertSums:
 
     @classmethod
     def empty(cls, experts: int) -> ExpertSums:
-        """Of no token."""
+        """Return sums of no tokens."""
         return cls(torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64))
 
     def update(self, routed: Routed, counted: Tensor | None = None) -> None:
@@ -71,7 +71,7 @@ class ExpertScore(Protocol):
     """Says how much every expert matters."""
 
     def score(self, sums: ExpertSums, block: int) -> Tensor:
-        """E float64, larger for what is kept first.
+        """Return E float64; experts with larger values are kept first.
 
         Args:
             sums: of the tokens of one domain.
@@ -112,7 +112,7 @@ EXPERT_SCORES: dict[str, ExpertScore] = {"reap": REAP(), "frequency": Frequency(
 
 
 def expert_score_named(asked: Choice) -> ExpertScore:
-    """Look up a score with its options. Raises BadInput for an unknown name or option."""
+    """Return a score with its options. Raises BadInput for an unknown name or option."""
     return one_of(EXPERT_SCORES, "score", asked.name, asked.options)
 
 

@@ -68,7 +68,7 @@ class Mixture:
         return [tensor for tensor in own if tensor.ndim > 1]
 
     def never_choose(self, module: nn.Module, keep: Tensor) -> None:
-        """From now on, let some experts of a block not be chosen. keep: E bool."""
+        """Exclude some experts of a block from routing, permanently. keep: E bool."""
         module.get_submodule(self.router).forward = self._without(module, keep)
 
     @contextmanager
@@ -88,7 +88,7 @@ class Mixture:
 
     @contextmanager
     def watched(self, module: nn.Module, see: Callable[[Routed], None]) -> Iterator[None]:
-        """For a while, show every call of the experts with each of their answers."""
+        """Observe every call of the experts with each of their answers, in the body."""
         owner = module.get_submodule(self.owner)
         own = owner.forward
 
@@ -201,7 +201,7 @@ class _Search:
         return seen == [True]
 
     def _candidates(self, count: int) -> Iterator[str]:
-        """Modules beside the experts with a table of one row or column per expert, by their paths in the block."""
+        """Yield modules beside the experts with a table of one row or column per expert, by their paths in the block."""
         above = self._module.get_submodule(self._above)
         for path, module in above.named_modules():
             whole = ".".join(part for part in (self._above, path) if part)
@@ -225,7 +225,7 @@ class _Search:
         return bool((index == wanted[:, None]).any(dim=1).all())
 
     def _chosen(self, router: str, count: int, logits: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """T × k: the experts that tokens go to when a router's logits are others, and what is added to them is zero."""
+        """Return the experts of tokens (T × k) for other logits of a router, with everything added to them zero."""
         added = {path: tensor_at(self._module, path) for path in self._vectors(router, count)}
         before = {path: tensor.detach().clone() for path, tensor in added.items()}
         module, seen = self._module.get_submodule(router), list[Tensor]()
@@ -266,14 +266,14 @@ class _Search:
         return list(dict.fromkeys(found))
 
     def _groups(self, router: str, count: int) -> tuple[int, int]:
-        """In how many groups the experts stand, and from how many of these a token's experts come; (1, 1) for none."""
+        """Return the number of expert groups, and of groups that a token's experts come from; (1, 1) for none."""
         found: list[tuple[int, int]] = []
         for groups in (number for number in range(2, count) if count % number == 0):
             size = count // groups
             generator = torch.Generator().manual_seed(0)
 
             def one_of_each(logits: Tensor, size: int = size, generator: torch.Generator = generator) -> Tensor:
-                """Every other token is drawn to one expert of each of the first groups, the others to any."""
+                """Draw every other token to one expert of each of the first groups, the others to any."""
                 other = torch.randn(logits.shape, generator=generator)
                 places = torch.randint(size, (len(other), count // size), generator=generator)
                 drawn = places + torch.arange(count // size) * size
@@ -290,9 +290,9 @@ class _Search:
         return max(((groups, used) for groups, used in found if used == fewest), default=(1, 1))
 
     def _groups_by_two(self, router: str, count: int, top: int) -> int:
-        """In how many groups the experts stand where a token may use as many as it has experts, and the best two count; or 1.
+        """Return the number of expert groups that are scored by their best two experts, or 1 if there are none.
 
-        The experts with the highest logits are alone in their groups then, and lose against two that stand together.
+        The experts with the highest logits are then alone in their groups, and lose against two that share one.
         """
         found: list[tuple[int, int]] = []
         for groups in (number for number in range(top + 1, count // 2 + 1) if count % number == 0):

@@ -70,12 +70,12 @@ def rehearse(run: Run, plan: Plan) -> Configure:
 
 
 def _told(changes: Mapping[str, Any]) -> str:
-    """Changes of a configuration, in words."""
+    """Return changes of a configuration in words."""
     return ", ".join(f"{place} = {value}" for place, value in changes.items())
 
 
 def _sizes(before: int, saved: int, padding: int) -> str:
-    """How many parameters there were and are, in words. padding: zeros among those that are saved."""
+    """Return the numbers of parameters before and after in words. padding: saved parameters that are only zeros."""
     left = saved - padding
     words = f"{before:,} → {left:,} parameters ({per_cent(left / before - 1, 1, signed=True)})"
     if not padding:
@@ -100,7 +100,7 @@ class Rehearsed:
 
     @contextmanager
     def _silent(self, block: Block) -> Iterator[None]:
-        """For a while, let a block do without what is cut."""
+        """Silence the cut parts of a block in the body."""
         cut = self.cuts[block.name]
         with ExitStack() as ended:
             ended.enter_context(put_back(block.module, block.name, cut.masks))
@@ -152,7 +152,7 @@ class Rehearsed:
         return Ties(kept, self.run.model.module.dtype)
 
     def _otherwise(self, both: Sequence[PreTrainedModel]) -> Iterator[None]:
-        """Where heads go, have attention computed in each other way for a while: each reads other numbers of a configuration."""
+        """Yield once per other implementation of attention, since each reads other numbers of a configuration."""
         ways = [*ATTENTION] if "heads" in self.plan.keep else []
         for way in ways:
             if way != both[0].config._attn_implementation and all(one._supports_sdpa or way == "eager" for one in both):
@@ -168,7 +168,7 @@ ATTENTION = ("eager", "sdpa")
 
 @contextmanager
 def attending(model: PreTrainedModel, way: str) -> Iterator[None]:
-    """For a while, have a model compute its attention in another way, as transformers calls these."""
+    """Compute attention with another of transformers' implementations in the body."""
     own = {key: getattr(model.config, key) for key in model.config.sub_configs}
     before = {key: one._attn_implementation for key, one in own.items() if one is not None}
     before[""] = model.config._attn_implementation

@@ -39,7 +39,7 @@ from coprune.run.output import BlockOutcome
 
 
 def check_names(recipe: Recipe) -> None:
-    """Look up the scores and the allocation that a recipe names. Raises BadInput for an unknown name or option."""
+    """Check the scores and the allocation of a recipe. Raises BadInput for an unknown name or option."""
     score_named(recipe.remove.score_of("units"))
     block_score_named(recipe.remove.score_of("blocks"))
     expert_score_named(recipe.remove.score_of("experts"))

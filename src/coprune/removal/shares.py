@@ -155,7 +155,7 @@ def require_align(run: Run, parts: Mapping[str, Sequence[Part]]) -> None:
 
 
 def _say_without(run: Run, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
-    """Say which blocks have no parts of a kind. Raises UnsupportedModel where none has."""
+    """Report blocks without parts of a kind. Raises UnsupportedModel if none has any."""
     there = having(kind, parts)
     without = [name for name in parts if name not in there]
     if len(without) == len(parts):
@@ -181,7 +181,7 @@ def _plan_of(run: Run, found: Removable, dropped: Sequence[int]) -> Plan:
 
 
 def _count_of_blocks(run: Run, share: float) -> int:
-    """How many blocks go. Raises BadInput where that is none, all, or more than may go."""
+    """Return the number of blocks to remove. Raises BadInput if it is zero, all, or more than allowed."""
     model = run.model
     count, stay = round(share * len(model.blocks)), len(model.chosen.untouched())
     if not 0 < count < len(model.blocks):
@@ -209,7 +209,7 @@ def _require_blocks(run: Run, count: int) -> None:
 
 
 def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> dict[int, int]:
-    """How many units are kept, by how many there are. Raises BadInput where none goes."""
+    """Return kept numbers of units by the present ones. Raises BadInput if none is removed."""
     kept = {old: kept_count(old, share, align if kind == "channels" else 1, group) for old, group in groups.items()}
     if all(new == old for old, new in kept.items()):
         of, fix = " and ".join(map(str, sorted(groups))), "give a larger share, or leave it out"
@@ -219,9 +219,9 @@ def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> di
 
 
 def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
-    """How many units are kept: a multiple of `align`, or of the largest power of two below it that divides them.
+    """Return the number of kept units: a multiple of `align`, or of the largest power of two below it that divides them.
 
-    group: so many can only go together.
+    group: units that can only be removed together.
     """
     step = step_of(units, align, group)
     kept = max(step, round(units * (1 - share) / step) * step)

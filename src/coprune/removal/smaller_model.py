@@ -180,7 +180,7 @@ def _fitting(
 
 
 def _together(choices: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """One of each together, at most so many."""
+    """Yield combinations of one choice each, up to a limit."""
     for chosen in islice(product(*choices), MOST_CANDIDATES):
         yield {place: value for part in chosen for place, value in part.items()}
 
@@ -246,7 +246,7 @@ def smaller_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreT
 
 
 def fill(small: PreTrainedModel, below: nn.Module, tensors: Mapping[str, Tensor], like: PreTrainedModel) -> None:
-    """Give the parameters below a module of a skeleton their values.
+    """Load values into the parameters below a module of a skeleton.
 
     Args:
         small: the skeleton.
@@ -267,7 +267,7 @@ def fill(small: PreTrainedModel, below: nn.Module, tensors: Mapping[str, Tensor]
 
 
 def lend_outside(small: PreTrainedModel, model: PreTrainedModel, blocks: Sequence[str]) -> None:
-    """Give a skeleton what lies outside the blocks, which are the same parameters and buffers then. blocks: of the model."""
+    """Share the parameters and buffers outside the blocks with a skeleton. blocks: of the model."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if is_below_any(name, blocks):
             continue
@@ -391,7 +391,7 @@ def leading_of(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str
 
 
 def _renumbered(places: Sequence[tuple[str, Any]], blocks: int, left: int) -> dict[str, Any]:
-    """Lists that name the last block by its number, counted from one, or all of them and what is before."""
+    """Return new values of lists that name the last block, counted from one, or have one entry more than blocks."""
 
     def last(item: Any) -> Any:
         if isinstance(item, str) and item.endswith(str(blocks)):
@@ -418,9 +418,9 @@ def ratio_of(new: int, width: float) -> float:
 
 
 def _subsets(places: Sequence[str]) -> list[list[str]]:
-    """Heads with the key-value heads beside them, one place alone, all of them, all but one.
+    """Return combinations of places: heads with the key-value heads beside them, one place, all, all but one.
 
-    Where keys and values are made of compressed ones no shape shows their number, though eager attention goes by it.
+    Where keys and values are made of compressed ones no shape shows their number, though eager attention uses it.
     """
     key_values = {p.rpartition(".")[0]: p for p in places if p.endswith(("key_value_heads", "kv_heads"))}
     holders = [(p, key_values.get(p.rpartition(".")[0])) for p in places if "head" in p.rpartition(".")[2]]
@@ -434,6 +434,6 @@ def _subsets(places: Sequence[str]) -> list[list[str]]:
 
 
 def _some(lists: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All lists, each alone, none."""
+    """Return combinations of lists: all, each alone, none."""
     alone = [{place: value} for place, value in lists.items()] if len(lists) > 1 else []
     return [dict(lists), *alone, {}] if lists else []

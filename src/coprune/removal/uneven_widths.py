@@ -41,7 +41,7 @@ from coprune.run.context import Run
 
 
 def spread_units(run: Run, plan: Plan) -> Plan:
-    """Let blocks keep different numbers of units, as many altogether as a rehearsed plan says, if the recipe asks for that."""
+    """Allocate different numbers of units to blocks, with a rehearsed plan's total, if the recipe asks for it."""
     asked = spreading_named(run.recipe.prune.allocation)
     if isinstance(asked, Uniform):
         return plan
@@ -62,7 +62,7 @@ def spread_units(run: Run, plan: Plan) -> Plan:
 
 
 def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: ByError) -> list[float]:
-    """By what the errors of every part count."""
+    """Return the weights of the parts' errors."""
     if not asked.tokens or run.model.weights.streams:
         if asked.tokens:
             run.reporter.say("A streamed model's blocks count by what they change in the hidden states.")
@@ -106,7 +106,7 @@ def alike_parts(levels: Sequence[Levels]) -> list[list[int]]:
 def least_error(
     levels: Sequence[Levels], alike: Sequence[Sequence[int]], even: Steps, scales: Sequence[float]
 ) -> Steps:
-    """Steps where they cost least, as many altogether as evenly. scales: by what the errors of every part count."""
+    """Allocate steps at the lowest cost, as many as evenly. scales: weights of the parts' errors."""
     steps = [0] * len(levels)
     for group in alike:
         costs = [[cost * scales[at] for cost in levels[at].costs] for at in group]

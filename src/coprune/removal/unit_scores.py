@@ -134,7 +134,7 @@ class Surgery:
 
     @classmethod
     def on(cls, weight: Tensor, statistic: Gram, units: Tensor, damping: float) -> Surgery:
-        """With all units there. Arguments as of `Score.keep`; damping: as of `OBS`."""
+        """Start with all units. Arguments as of `Score.keep`; damping: as of `OBS`."""
         lower, _ = damped_cholesky(statistic.gram, damping)
         left = torch.ones(len(units), dtype=torch.bool, device=weight.device)
         return cls(units, left, weight.clone(), inverse_of_factor(lower))
@@ -178,7 +178,7 @@ def curve(score: Score, weight: Tensor, statistic: Gram, units: Tensor, counts: 
 
 
 def energy(weight: Tensor, statistic: Gram) -> float:
-    """‖XWᵀ‖² / T, of all tokens seen. weight: O × C float32."""
+    """Return ‖XWᵀ‖² / T over all tokens seen. weight: O × C float32."""
     with full_float32():
         return float(total((weight @ statistic.gram) * weight))
 
@@ -200,7 +200,7 @@ SCORES: dict[str, Score] = {"magnitude": Magnitude(), "wanda_sp": WandaSP(), "fl
 
 
 def score_named(asked: Choice) -> Score:
-    """Look up a score with its options. Raises BadInput for an unknown name or option."""
+    """Return a score with its options. Raises BadInput for an unknown name or option."""
     return one_of(SCORES, "score", asked.name, asked.options)
 
 
@@ -210,14 +210,14 @@ def by_norm(weight: Tensor, units: Tensor, count: int) -> Tensor:
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """True for the `count` largest entries; of equal ones, the first."""
+    """Return the mask of the `count` largest entries; of equal ones, the first."""
     keep = torch.zeros(len(score), dtype=torch.bool, device=score.device)
     keep[score.argsort(descending=True, stable=True)[:count]] = True
     return keep
 
 
 def removal_cost(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
-    """tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) for every unit R: U. weight: O × C; inverse: H⁻¹, C × C; units: U × K."""
+    """Return tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) for every unit R: U. weight: O × C; inverse: H⁻¹, C × C; units: U × K."""
     own = inverse[units[:, :, None], units[:, None, :]]
     parts = weight[:, units].permute(1, 2, 0)
     cost: Tensor = (parts * torch.linalg.solve(own, parts)).sum(dim=(1, 2))
@@ -354,7 +354,7 @@ SPREADINGS: dict[str, Uniform | ByError | Search] = {"uniform": Uniform(), "erro
 
 
 def spreading_named(asked: Choice) -> Uniform | ByError | Search:
-    """Look a way up; what spreads zeros alone is uniform for units. Raises BadInput for an option that there is not."""
+    """Return an allocation of units; one that is for zeros alone counts as uniform. Raises BadInput for an unknown option."""
     if asked.name not in SPREADINGS:
         return SPREADINGS["uniform"]
     found = with_options(SPREADINGS[asked.name], "allocation", asked.name, asked.options)
@@ -401,10 +401,9 @@ MOVED_TOKENS = 1024
 
 
 def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:
-    """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
-    samples. Each of several processes has its own.
+    """Return some rows of one batch's hidden states (N × H float32), about a thousand over all batches and processes.
 
-    total: rows of all batches, where they hold different numbers of them (`Recording.uneven`).
+    For models of images, rows are whole samples. total: rows of all batches, where these differ in size (`Recording.uneven`).
     """
     rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
     per_batch = -(-MOVED_TOKENS // batches) if total is None else -(-MOVED_TOKENS * len(rows) // total)
@@ -413,12 +412,12 @@ def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tenso
 
 
 def joined(rows: Sequence[Tensor]) -> Tensor | None:
-    """All rows as one tensor; None where there are none."""
+    """Concatenate the rows; None without any."""
     return torch.cat(list(rows)) if len(rows) else None
 
 
 def movement(before: Tensor | None, after: Tensor | None, processes: Processes = ALONE) -> float:
-    """How much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
+    """Return how much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
 
     By rows, because the first token of many models is a thousand times larger than the rest.
 
@@ -428,7 +427,7 @@ def movement(before: Tensor | None, after: Tensor | None, processes: Processes =
         processes: those that go through the block together, each with rows of its own.
 
     Returns:
-        1 where that means nothing: without data, or where a block changes their shape.
+        1 without data, or for a block that changes the shape.
     """
     found = processes.gather(_changes(before, after))
     rows = sum(number for _, number in found)

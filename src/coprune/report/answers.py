@@ -26,9 +26,9 @@ _FIGURES: dict[str, Callable[[Figures], str]] = {
 
 
 def answer_table(facts: AnswerFacts, who: str = "this model") -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each figure of the dense model and of this one, for greedy and for sampled answers.
+    """Return header and rows: each figure of the dense model and of this one, for greedy and for sampled answers.
 
-    who: what this one is called.
+    who: the name of this one.
     """
     ways = [("greedy", facts.greedy)]
     ways += [(f"sampled at {facts.temperature:g}", facts.sampled)] if facts.sampled is not None else []
@@ -57,7 +57,7 @@ _LIKENESS: dict[str, Callable[[Way], str]] = {
 
 
 def note(facts: AnswerFacts) -> str:
-    """Which prompts, and how they were put."""
+    """Return a sentence on the prompts and the template."""
     how = "in the tokenizer's chat template" if facts.chat else "continued as they stand"
     return f"Prompts: {facts.prompts} ({len(facts.samples)}), {how}; at most {facts.new_tokens} tokens an answer."
 

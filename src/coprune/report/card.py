@@ -59,7 +59,7 @@ def _how_to_load(report: Report) -> str:
 
 
 def model_card(report: Report) -> str:
-    """Markdown with the Hub's metadata header: what this is, how it was made, what was measured, how to load it."""
+    """Return Markdown with the Hub's metadata header: the model, the method, the measurements, how to load it."""
     base = base_of(report.model.source)
     images = report.model.task == "images"
     header = [
@@ -114,7 +114,7 @@ def _results(report: Report) -> tuple[str, str]:
 
 
 def _stored(report: Report) -> str:
-    """How the weights are stored; a GGUF file's are decoded when it is read."""
+    """Return how the weights are stored; a GGUF file's are decoded when it is read."""
     asked = report.recipe.output.encoding
     return "dense" if asked == "source" and report.model.quantised_source else asked
 

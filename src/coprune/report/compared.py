@@ -32,7 +32,7 @@ def comparison_page(found: Comparison, made: MadeFacts | None = None, beside: Pa
 
 
 def _links(rows: Sequence[Row], beside: Path) -> list[str]:
-    """Links to the pages of the runs that made the models, by their numbers in the table."""
+    """Return links to the pages of the runs that made the models, by their numbers in the table."""
     pages = [(place, row.name, target(expand_home(row.name) / PAGE_FILE, beside)) for place, row in enumerate(rows, 1)]
     return [link(address, f"{place} {name}") for place, name, address in pages if address is not None]
 
@@ -43,7 +43,7 @@ def _kind(place: int) -> str:
 
 
 def _perplexity(rows: Sequence[Row]) -> list[str]:
-    """Bars for every text."""
+    """Return bars for every text."""
     groups = []
     for index, text_ in enumerate(rows[0].evaluation.perplexity):
         found = [row.evaluation.perplexity[index] for row in rows]
@@ -59,7 +59,7 @@ def _bars(rows: Sequence[Row], figures: Sequence[tuple[float, str, tuple[float, 
 
 
 def _size(rows: Sequence[Row]) -> list[str]:
-    """Each perplexity against the sparsity and the size of the files."""
+    """Return plots of perplexity against sparsity and file size."""
     parts = []
     for index, text_ in enumerate(rows[0].evaluation.perplexity if len(rows) > 2 else ()):
         reached = [
@@ -87,7 +87,7 @@ def _accuracy(rows: Sequence[Row]) -> list[str]:
 
 
 def _tasks(rows: Sequence[Row]) -> list[str]:
-    """Bars for every zero-shot task."""
+    """Return bars for every zero-shot task."""
     names = [] if rows[0].zero_shot is None else [task.task for task in rows[0].zero_shot.tasks]
     groups = []
     for index, name in enumerate(names):
@@ -101,7 +101,7 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(found: Comparison) -> str:
-    """Models as columns, since there are more figures than models; many models as rows."""
+    """Return the table, with models as columns, since there are more figures than models; many models are rows."""
     sheet = found.sheet()
     names = [f"{place} {row.name}" for place, row in enumerate(found.rows, 1)]
     if len(names) <= _COLUMNS:

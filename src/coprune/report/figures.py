@@ -34,7 +34,7 @@ class PerplexityFacts(BaseModel):
 
     @classmethod
     def of(cls, dense: Perplexity | None, pruned: Perplexity) -> PerplexityFacts:
-        """Put both measurements on the same text side by side. dense: None if that model was not measured."""
+        """Compare two measurements on the same text. dense: None if that model was not measured."""
         return cls(
             data=pruned.data,
             source=pruned.source,
@@ -49,7 +49,7 @@ class PerplexityFacts(BaseModel):
         )
 
     def line(self, after: str = "") -> str:
-        """Both figures, for people. after: what follows them."""
+        """Return both figures as a line. after: text to follow them."""
         dense = "" if self.dense is None else f"dense {self.dense:.2f} → "
         return f"{dense}pruned {self.pruned:.2f}{after} on {self.data} (sequence length {self.seqlen})"
 
@@ -68,7 +68,7 @@ class FinetunedFacts(BaseModel):
     """Accuracy, by the name of the set of images."""
 
     def line(self) -> str:
-        """How it was trained, for people."""
+        """Return a line on mode, steps and time."""
         return f"{self.mode}, {self.steps} steps in {self.minutes:.1f} minutes"
 
     def after(self, data: str) -> str:
@@ -116,7 +116,7 @@ class AccuracyFacts(BaseModel):
     """The first of them."""
 
     def line(self, after: str = "") -> str:
-        """Both figures, for people. after: what follows them."""
+        """Return both figures as a line. after: text to follow them."""
         before = "" if self.dense_top1 is None else f"dense {per_cent(self.dense_top1)} → "
         low, high = self.pruned_top1_interval
         top5 = f", {per_cent(self.pruned_top5)} top-5" if self.unit == "images" else ""

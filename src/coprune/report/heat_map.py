@@ -32,7 +32,7 @@ def place_of(name: str, blocks: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def matrix_rows(matrices: Sequence[MatrixResult], blocks: Sequence[str] = ()) -> list[Row]:
-    """One row per block and kind: experts of a layer are averaged by their size. blocks: their names."""
+    """Return one row per block and kind; experts of a layer are averaged by size. blocks: their names."""
     groups: dict[tuple[str, str], list[MatrixResult]] = {}
     for matrix in matrices:
         groups.setdefault(place_of(matrix.name, blocks), []).append(matrix)

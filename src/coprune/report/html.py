@@ -28,7 +28,7 @@ _STACKED = 24  # a table of at most so many rows becomes a list of cards on a ph
 
 
 def page(title: str, body: str, data: dict[str, Any] | None = None) -> str:
-    """Put a page together. body: HTML; data: what page.js reads, see `matrices.picker_data`."""
+    """Return a whole page. body: HTML; data: for page.js, see `matrices.picker_data`."""
     assets = files("coprune.report") / "assets"
     style = (assets / "page.css").read_text(encoding="utf-8")
     script = (assets / "page.js").read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def header(kind: str, title: str, lead: str, made: str, links: Sequence[str] = (
 
 
 def made_lines(made: MadeFacts | None) -> str:
-    """When, where and by which command something was made; nothing for a report of an earlier version."""
+    """Return date, machine and command as HTML; empty for a report of an earlier version."""
     if made is None:
         return ""
     typed = '<p class="soft">Called from Python.</p>' if made.command is None else copyable("command", made.command)
@@ -78,7 +78,7 @@ def card(label: str, figure: str, note: str = "") -> str:
 
 
 def from_to(figures: Sequence[str]) -> str:
-    """Figures of a card, each followed by what became of it; the last is the result."""
+    """Return successive figures of a card with arrows between; the last is the result."""
     return "".join(f'<span class="from">{text(figure)} →</span> ' for figure in figures[:-1]) + text(figures[-1])
 
 
@@ -177,9 +177,9 @@ class Bar:
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]], top: float | None = None) -> str:
-    """Groups of bars, each with its title.
+    """Return groups of bars with titles.
 
-    top: where all bars end; without, those of each group end at its largest figure, so that groups need not compare.
+    top: common maximum of all bars; by default each group ends at its largest figure, for groups that do not compare.
     """
     return panel('<div class="bars">', *(_group(title, group, top) for title, group in groups if group), "</div>")
 
@@ -238,7 +238,7 @@ class MadeFacts(BaseModel):
 
     @classmethod
     def here(cls) -> Self:
-        """Of this process."""
+        """Describe this process."""
         cores = usable_cores()
         machine = f"{platform.system()} {platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
         return cls(
@@ -250,7 +250,7 @@ class MadeFacts(BaseModel):
         )
 
     def line(self) -> str:
-        """Date, machine, version and commit, for people."""
+        """Return date, machine, version and commit as a line."""
         return f"{self.date:%Y-%m-%d %H:%M} UTC, on {self.machine}{self._software()}"
 
     def _software(self) -> str:
@@ -259,7 +259,7 @@ class MadeFacts(BaseModel):
 
 
 def of_several(made: Sequence[MadeFacts | None]) -> str:
-    """When, where and with what several runs were made, in one line; empty where none tells."""
+    """Return dates, machines and versions of several runs in one line; empty if unknown."""
     known = [one for one in made if one is not None]
     if not known:
         return ""

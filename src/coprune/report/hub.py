@@ -26,19 +26,19 @@ def require_login(repository: str) -> None:
 
 
 def push(folder: Path | str, repository: str, private: bool = False) -> str:
-    """Put the folder of a model, with its card, on the Hugging Face Hub.
+    """Upload the folder of a model, with its card, to the Hugging Face Hub.
 
     Args:
         folder: of a saved model (packed or not), of adapters, or of a run that saved its model.
-        repository: its name there, `owner/name`; it is made if it does not exist.
-        private: let nobody else see it.
+        repository: its name there, `owner/name`; created if it does not exist.
+        private: whether only its owner can see it.
 
     Returns:
         Its address.
 
     Raises:
-        BadInput: there is no model, nobody is logged in, the repository is there and public though it should be private,
-            or the Hub refuses or is out of reach; the folder stays as it is.
+        BadInput: there is no model, nobody is logged in, the repository exists and is public though it should be private, or
+            the Hub refuses or cannot be reached; the folder is unchanged.
     """
     place = expand_home(model_of(str(folder)))
     if not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):

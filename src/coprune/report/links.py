@@ -23,7 +23,7 @@ def target(page: Path, beside: Path) -> str | None:
 
 
 def links_of_run(folder: Path, beside: Path) -> list[str]:
-    """Links on the page of a run: to the sweep that it belongs to, and to its fine-tuning."""
+    """Return links from the page of a run to its sweep and its fine-tuning."""
     sweep = next((parent for parent in folder.absolute().parents if (parent / SWEEP_FILE).is_file()), None)
     found = [] if sweep is None else [_link(sweep / PAGE_FILE, beside, f"The sweep {sweep.name}")]
     found.append(_link(folder / FINETUNE_FOLDER / PAGE_FILE, beside, "Its fine-tuning"))
@@ -31,7 +31,7 @@ def links_of_run(folder: Path, beside: Path) -> list[str]:
 
 
 def links_of_finetuning(folder: Path, model: Path) -> list[str]:
-    """Links on the page of a fine-tuning: to the run that pruned its model, where that lies around it or the model."""
+    """Return a link from the page of a fine-tuning to the run that pruned its model, if that is found beside either."""
     places = [folder.parent] if folder.name == FINETUNE_FOLDER else []
     for place in [*places, model, model.parent]:
         if (place / "report.json").is_file() and (one := _link(place / PAGE_FILE, folder, "The pruning")) is not None:
@@ -40,7 +40,7 @@ def links_of_finetuning(folder: Path, model: Path) -> list[str]:
 
 
 def link_back(page: Path, to: Path, name: str) -> None:
-    """Put a link to a page that was made later on top of another one, if that is there and has none yet."""
+    """Add a link to a later page to an existing one that lacks it."""
     address = target(to, page.parent)
     if address is None or not page.is_file():
         return

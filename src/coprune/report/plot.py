@@ -105,7 +105,7 @@ class Plot:
         return "".join(rows)
 
     def _dots(self) -> list[str]:
-        """Points, each with its name where that does not cover another one's."""
+        """Return points, each with its name where that covers no other's."""
         dots, taken = [], [(self.x.at(point.x), self.x.at(point.x), 100 - self.y.at(point.y)) for point in self.points]
         for point in self.points:
             left, top = self.x.at(point.x), 100 - self.y.at(point.y)
@@ -131,7 +131,7 @@ def _covers(ends: tuple[float, float], top: float, other: tuple[float, float, fl
 
 
 def _even(low: float, high: float) -> list[float]:
-    """About five round figures between two others."""
+    """Return about five round figures between two others."""
     rough = (high - low) / _TICKS
     size = 10.0 ** math.floor(math.log10(rough))
     step = min((m * size for m in (1.0, 2.0, 2.5, 5.0, 10.0)), key=lambda step: abs(step - rough))
@@ -167,7 +167,7 @@ class Reached:
 
 
 def fronts(title: str, note: str, found: Sequence[Reached], less: bool = True) -> list[str]:
-    """Sections with a chart against sparsity, and one against size where sizes differ. less: whether less is better."""
+    """Return sections with a chart against sparsity, and one against size where sizes differ. less: whether less is better."""
     drawn = [one for one in found if math.isfinite(one.value)]
     note = note if len(drawn) == len(found) else f"{note} What is infinite is not drawn."
     if not drawn:

@@ -168,7 +168,7 @@ class Report(Shown, BaseModel):
         return self.recipe.sets_zeros
 
     def headline(self) -> str:
-        """Model, method and pattern, and what that did to the first text."""
+        """Return model, method and pattern, and the effect on the first text."""
         recipe, measured = self.recipe, ""
         for text in self.perplexity[:1]:
             dense = "" if text.dense is None else f"{text.dense:.2f} → "
@@ -262,7 +262,7 @@ def training_line(training: BlockTraining) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {package: version for package in PACKAGES if (version := installed_version(package))}
     return {"python": platform.python_version(), **found}
 

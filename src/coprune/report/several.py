@@ -46,11 +46,11 @@ class Run:
         return cls(name or file.parent.name or str(path), report, size, file.parent)
 
     def perplexity(self, on: _Text) -> PerplexityFacts | None:
-        """Its perplexity on a text, if that was measured."""
+        """Return its perplexity on a text, if measured."""
         return next((facts for facts in self.report.perplexity if _text_of(facts) == on), None)
 
     def accuracy(self, on: _Images) -> AccuracyFacts | None:
-        """Its accuracy on a set of images, if that was measured."""
+        """Return its accuracy on a set of images, if measured."""
         return next((facts for facts in self.report.accuracy if _images_of(facts) == on), None)
 
 
@@ -199,7 +199,7 @@ _BENCH = TypeAdapter(Bench)
 
 
 def speed_sections(folder: Path) -> list[str]:
-    """HTML of the figures in a run's folder, none if it has none. Raises BadInput if they are not bench's."""
+    """Return the benchmark of a run's folder as HTML, empty without one. Raises BadInput if it is not bench's."""
     file = folder / BENCH_FILE
     if not file.is_file():
         return []

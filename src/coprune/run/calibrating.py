@@ -67,7 +67,7 @@ class Counted(NamedTuple):
 
 
 def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Processes = ALONE) -> list[Counted]:
-    """This process's share of some samples, in batches."""
+    """Return this process's share of the samples, in batches."""
     own, marks = processes.share(samples.tokens), samples.generated if isinstance(samples, Windows) else None
     batches = task.batches(own)
     if recipe.calibrate.calibrate_on == "all" or marks is None:

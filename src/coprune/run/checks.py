@@ -40,14 +40,14 @@ LARGEST_GROUP = 1024
 
 
 def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver, Target]:
-    """Look up the method with its options, the refinements and the target, and try them on a tiny matrix.
+    """Resolve the method, the refinements and the target, and try them on a tiny matrix.
 
     Args:
-        recipe: what is asked for.
-        given: the method, if it was handed over.
+        recipe: the settings.
+        given: the method, if passed as an object.
 
     Raises:
-        BadInput: a name or option is unknown, or a combination cannot be.
+        BadInput: a name or option is unknown, or the combination is not possible.
     """
     if recipe.cuts_and_prunes:  # what is left gets zeros, whose turn comes when the cut is done
         prepare_solver(recipe.model_copy(update={"remove": RemovePart()}), given)

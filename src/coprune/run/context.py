@@ -229,7 +229,7 @@ class Run:
         return next((phase.value for phase in list(Phase)[len(self.phases) :]), "finish the report")
 
     def done(self, phase: Phase) -> None:
-        """Note that a phase has just ended, and give back what it left free."""
+        """Record the end of a phase, and return free memory to the system."""
         return_free_memory()
         now, there = time.perf_counter(), device_memory(self._device)
         facts = PhaseFacts(
@@ -251,7 +251,7 @@ class Run:
         return report
 
     def push(self) -> None:
-        """Put the saved model on the Hub, where the recipe says so. Raises as `report.hub.push`."""
+        """Upload the saved model to the Hub, if the recipe says so. Raises as `report.hub.push`."""
         asked = self.recipe.output
         if self.first and asked.push_to_hub is not None and asked.model is not None:
             self.reporter.say(f"Pushed to {push(asked.model, asked.push_to_hub, bool(asked.private))}")

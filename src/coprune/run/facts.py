@@ -34,7 +34,7 @@ from coprune.run.low_rank import low_rank_facts
 
 
 def build_report(run: Run) -> Report:
-    """Put together everything that a run measured."""
+    """Build the report of a run."""
     model, extras, outcome = run.model, run.extras, run.outcome
     edits, measured, results = outcome.edits, run.pruned.items(), _placed(outcome)
     cut = next((edit for edit in edits.all() if isinstance(edit, Configure)), None)
@@ -132,7 +132,7 @@ def _counted(run: Run) -> int | None:
 
 
 def _sparsity(run: Run, results: list[MatrixResult]) -> SparsityFacts:
-    """Zeros of the pruned matrices, over their own entries and over all parameters of the model."""
+    """Return the sparsity of the pruned matrices and of the whole model."""
     sizes = [result.shape[0] * result.shape[1] for result in results]
     zeros = sum(round(result.sparsity * size) for result, size in zip(results, sizes, strict=True))
     return SparsityFacts(
@@ -159,7 +159,7 @@ def accuracy_facts(
     dense: Accuracy | None,
     pruned: Accuracy,
 ) -> AccuracyFacts:
-    """Both models' accuracies side by side, with the images (or texts) whose predicted class changed.
+    """Compare both models' accuracies, with the images (or texts) whose predicted class changed.
 
     id2label: the model's names of its classes.
     """

@@ -73,14 +73,14 @@ def generate(
     quiet: bool = False,
     **settings: Unpack[GenerateArguments],
 ) -> Path:
-    """Let a model write texts, or answers to prompts, into a file to calibrate on.
+    """Generate texts, or answers to prompts, with a model into a file to calibrate on.
 
     Args:
         model: a Hub id, a folder, a GGUF file, `smollm2-135m`, or a model in memory.
-        target: the .jsonl file, which is not there yet. Every row has `prompt`, `answer`, `ended`, `prompt_ids` and
+        target: the .jsonl file, which must not exist. Every row has `prompt`, `answer`, `ended`, `prompt_ids` and
             `answer_ids`, so that `calibrate_on="generated"` knows the model's own tokens.
-        prompts: a .jsonl file of prompts, texts in a column `prompt` or conversations; without one, every text begins with
-            the token that begins a text.
+        prompts: a .jsonl file of prompts, texts in a column `prompt` or conversations; without one, every text starts from
+            the BOS token.
         processor: the tokenizer of a model in memory.
         quiet: no progress bar on standard error.
         settings: `samples`, `seqlen`, `temperature`, `top_p`, `seed`; `column` and `template` of prompts; `compile`; `dtype`,
@@ -90,7 +90,7 @@ def generate(
         The file.
 
     Raises:
-        BadInput: a setting is unknown or makes no sense, the file is there, or a prompt cannot be used.
+        BadInput: a setting is unknown or invalid, the file exists, or a prompt cannot be used.
     """
     asked: dict[str, Any] = dict(settings)
     path = expand_home(target)

@@ -47,22 +47,22 @@ def inspect(
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Inspection:
-    """Look at a model's blocks and matrices, what would be pruned, and how sparse it is already; nothing is changed.
+    """List a model's blocks and matrices with their targets and present sparsity; nothing is changed.
 
     Args:
-        model: as in `coprune.prune`; the blocks of a folder stay on the disk until they are looked at. A folder with
-            config.json alone is enough, and of a Hub id no weights are fetched.
-        weights: read the weights, to tell how sparse they are, if they are here.
-        processor: the tokenizer or image processor of a model in memory, where an allocation looks at data.
+        model: as in `coprune.prune`; the blocks of a folder stay on disk until they are read. A folder with only
+            config.json is enough, and of a Hub id no weights are fetched.
+        weights: read the weights, if they are local, to report their sparsity.
+        processor: the tokenizer or image processor of a model in memory, for an allocation that needs data.
         quiet: no progress bars and lines on standard error.
-        settings: as in `coprune.prune`: what is asked for (`pattern`, `sparsity`, `include`, `exclude`, `allocation`), and
-            the data for an allocation that looks at some (16 samples).
+        settings: as in `coprune.prune`: the target (`pattern`, `sparsity`, `include`, `exclude`, `allocation`), and the data
+            for an allocation that needs some (16 samples).
 
     Returns:
-        Blocks and matrices with their shapes, what each would be pruned to, and its zeros.
+        Blocks and matrices with their shapes, targets and zeros.
 
     Raises:
-        BadInput: for what cannot be done as asked.
+        BadInput: a setting is invalid.
         UnsupportedModel: the model has no blocks.
     """
     recipe, given = read_call(model, None, None, processor, layered({"nsamples": FEW_SAMPLES}, settings))
@@ -71,7 +71,7 @@ def inspect(
 
 
 def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, given: Given = NOTHING) -> Inspection:
-    """Look at what a recipe would prune. Raises BadInput as a run with the recipe would."""
+    """List the matrices that a recipe would prune. Raises BadInput as a run with the recipe would."""
     if recipe.remove.parts:
         cause = "inspect tells where zeros would be, and not which parts would be removed"
         raise BadInput(cause, field="remove", fix=LeaveOut("remove"))
@@ -201,7 +201,7 @@ class Inspection(Shown):
         return [matrix for matrix in self.matrices if matrix.target is not None]
 
     def headline(self) -> str:
-        """Size and blocks."""
+        """Return size and number of blocks."""
         return f"{self.model}: {self.model_type}, {self.parameters:,} parameters, {len(self.blocks)} blocks"
 
     def sheet(self) -> Sheet:
@@ -216,7 +216,7 @@ class Inspection(Shown):
         return "\n".join(self.lines())
 
     def lines(self, every_matrix: bool = False) -> list[str]:
-        """Everything, for people. every_matrix: a line per matrix instead of one per kind."""
+        """Return everything as lines. every_matrix: a line per matrix instead of one per kind."""
         return [
             f"{self.headline()} ({self.blocks[0]} … {self.blocks[-1]})",
             *(self._matrix_lines() if every_matrix else self._kind_lines()),
@@ -235,7 +235,7 @@ class Inspection(Shown):
         )
 
     def _kinds(self) -> Iterator[tuple[str, list[InspectedMatrix]]]:
-        """Matrices that differ in the numbers in their names only, by what they have in common."""
+        """Group matrices whose names differ only in numbers."""
         kinds: dict[tuple[str, tuple[int, int], bool], list[InspectedMatrix]] = defaultdict(list)
         for matrix in self.matrices:
             kinds[matrix.kind, matrix.shape, matrix.target is not None].append(matrix)
@@ -253,7 +253,7 @@ class Inspection(Shown):
             yield f"  {what}  {matrix.name}  {_shape([matrix])}{aim}{_zero([matrix])}"
 
     def _allocation_lines(self) -> Iterator[str]:
-        """Every block's sparsity, and that of its least and most pruned matrix."""
+        """Yield every block's sparsity, and that of its least and most pruned matrix."""
         least, mean, most = _spread(self.chosen)
         span = f"from {per_cent(least)} to {per_cent(most)} sparse, {per_cent(mean)} in all"
         yield f"allocation {self.allocation}: matrices {span}."

@@ -21,17 +21,17 @@ from coprune.report.figures import LowRankFacts
 
 
 def wrap_layers(model: ProvenModel, called: Collection[str]) -> list[str]:
-    """Let the layers of pruned matrices add something, as far as PEFT will find it there.
+    """Prepare the layers of pruned matrices for added factors, as far as PEFT can load them.
 
     Args:
-        model: nothing of which is pruned yet.
+        model: not pruned yet.
         called: names of the matrices whose layers were called in a forward.
 
     Returns:
-        The matrices to which nothing is added, each with the reason.
+        The matrices that get no factors, each with the reason.
 
     Raises:
-        BadInput: these are all.
+        BadInput: no matrix gets any.
     """
     reasons = {matrix.parameter: "it lies outside the blocks" for matrix in model.chosen.outside}
     wrapped = 0

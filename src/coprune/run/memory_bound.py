@@ -197,7 +197,7 @@ class Bound:
     def __init__(
         self, recipe: Recipe, shapes: Shapes, text: TextSizes, loaded: Loaded, added: int, can_stream: bool
     ) -> None:
-        """added: bytes of what is added to pruned matrices."""
+        """Prepare the bound of a run. added: bytes of factors added to pruned matrices."""
         self._recipe, self._shapes, self._added = recipe, shapes, added
         self._text = replace(text, samples=min(text.samples, recipe.calibrate.samples))
         self.streams = streams(recipe) and can_stream
@@ -269,14 +269,14 @@ class Bound:
         return _within(2 * over, self._limit)
 
     def _proof(self, block: int) -> float:
-        """One sample, every block twice; then the logits of all its positions twice, and their difference in float32."""
+        """Bound the proof: one sample, every block twice; then all its logits twice, and their difference in float32."""
         tokens, shapes = min(PROBED, self._text.seqlen), self._shapes
         hidden = 4 * tokens * self._hidden
         logits = min(tokens, COMPARED_TOKENS) * shapes.vocabulary * (2 * shapes.itemsize + 12)
         return hidden + max(block + tokens * self._running(tokens), logits)
 
     def _perplexity(self, windows: int, block: int, limit: int | None) -> float:
-        """Hidden states, of one batch or all, and the larger of what a block takes and what the logits take."""
+        """Bound perplexity: hidden states of one batch or all, and the larger of a block's memory and the logits."""
         shapes, seqlen = self._shapes, self._text.seqlen
         batch = self._recipe.calibrate.batch_size or default_batch_size(seqlen, max(1, shapes.vocabulary))
         tokens = min(batch, windows) * seqlen
@@ -286,7 +286,7 @@ class Bound:
         return hidden + max(block + tokens * self._running(seqlen), logits)
 
     def _pruning(self, limit: int | None) -> float:
-        """Activations, statistics and one solve; or a training of the block; or the gradients of an allocation."""
+        """Bound pruning: activations, statistics and one solve; or a training of the block; or an allocation's gradients."""
         recipe, shapes, tokens = self._recipe, self._shapes, self._text.samples * self._text.mean
         hidden, statistics = _within(self._all_hidden, limit), shapes.statistics
         batch = self._batch * (self._running(self._longest) + self._hidden)
@@ -308,11 +308,11 @@ class Bound:
         return max(sizes)
 
     def _trained(self, length: int) -> int:
-        """Values per token of a block's forward pass and of what its backward pass needs."""
+        """Return the values per token of a block's forward pass and of those kept for its backward pass."""
         return self._shapes.live + self._shapes.kept + 4 * self._shapes.heads * length
 
     def _training(self) -> float:
-        """Weights, gradients, moments, the dense model beside them, and one window's activations and logits."""
+        """Bound training: weights, gradients, moments, the dense model, and one window's activations and logits."""
         asked, shapes, length = self._recipe.train, self._shapes, self._text.seqlen
         # Adapters are small beside the weights, which are held as they are.
         numbers = sum(size for _, size in self._sizes)
@@ -331,7 +331,7 @@ def _within(size: float, limit: int | None) -> float:
 def bound_run(
     recipe: Recipe, solver: Solver, text: TextSizes, loaded: Loaded, found: FoundModel, processes: int
 ) -> Estimate:
-    """Bound the memory of a run that has read its data and nothing of its blocks; propose settings that fit if it does not."""
+    """Bound the memory of a run that has read its data but no blocks; if it does not fit, propose settings that do."""
     shapes, rank = Shapes.of(loaded, found, solver, bool(recipe.remove.parts)), recipe.prune.low_rank.rank
     added = 4 * rank * sum(sum(matrix.shape) for matrix in found.chosen.all() if rank and may_get_factors(matrix))
     resident, available, device = resident_memory() or 0, available_bytes(), device_memory(loaded.device)
@@ -421,7 +421,7 @@ class DevicePeak:
     phases: dict[str, int] = field(default_factory=dict)
 
     def fits(self) -> bool:
-        """As `Estimate.fits`; processes on one machine have a device each."""
+        """Return whether the run fits, as `Estimate.fits`; processes on one machine have a device each."""
         more = self.peak_bytes - self.allocated_bytes
         return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
 

@@ -106,7 +106,7 @@ def _require_reach(recipe: Recipe) -> None:
 
 
 def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
-    """Say where bfloat16 was asked for, and a processor that lacks its products does without."""
+    """Report that bfloat16 was requested on a processor that computes it slowly, so that float32 is used."""
     # A training afterwards speaks for itself.
     if recipe.prune.reconstruct.dtype == "bfloat16" and not multiplies_bfloat16(loaded.device):
         reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
@@ -143,7 +143,7 @@ def prove_run(run: Run) -> None:
 
 
 def _settle_bos(run: Run) -> None:
-    """Let windows of text begin as the recipe says, or as the dense model speaks for."""
+    """Make windows of text begin as the recipe says, or as the dense model prefers."""
     task = run.task
     if not isinstance(task, TextTask) or not (run.looked_at or run.data):
         return
@@ -160,7 +160,7 @@ def _settle_bos(run: Run) -> None:
 
 
 def say_if_sparse(run: Run) -> None:
-    """Say where the model is sparse already, as its first block tells."""
+    """Report that the model is already sparse, judged by its first block."""
     model, block = run.model, run.model.blocks[0]
     matrices = [matrix for matrix in model.chosen.all() if is_below(matrix.name, block.name)]
     model.weights.acquire(block.name)

@@ -233,7 +233,7 @@ class Output:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Let all that was written be there and be read when no block follows, whatever is the reason for that."""
+        """Finish pending writes and checks at the end of the body, even after an error."""
         try:
             yield
         finally:

@@ -54,7 +54,7 @@ def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> No
 
 
 def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distributions:
-    """Walk over the dense model up to a matrix and count what it sees. Raises BadInput if not exactly one matches."""
+    """Walk over the dense model up to a matrix and count its distributions. Raises BadInput unless exactly one matches."""
     solver, target = prepare_solver(recipe.replaced(method="wanda", options={}))
     loaded = open_model(recipe.model, stream=True)
     blocks = find_blocks(loaded.model)
@@ -102,7 +102,7 @@ def plot_spec(name: str, found: Distributions) -> dict[str, Any]:
 
 
 def _bins(title: str, split: bool = True) -> dict[str, Any]:
-    """Bars over log₁₀. split: whether there are pruned ones among the values, so that a legend is wanted."""
+    """Return bars over log₁₀. split: whether the values include pruned ones, which need a legend."""
     import altair as alt
 
     chart = (

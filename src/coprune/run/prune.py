@@ -109,22 +109,22 @@ def estimate(
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Estimate:
-    """Bound the memory that `coprune.prune` would take here with the same arguments, without doing it.
+    """Bound the memory of `coprune.prune` with the same arguments, without running it.
 
     Args:
-        model: as in `coprune.prune`; a folder with config.json alone is enough, and of a Hub id no weights are fetched.
+        model: as in `coprune.prune`; a folder with only config.json is enough, and of a Hub id no weights are fetched.
         method: as in `coprune.prune`.
         preset: as in `coprune.prune`.
-        presets: also tell it of every preset.
+        presets: whether to estimate every preset too.
         processor: as in `coprune.prune`.
         quiet: no progress bars and lines on standard error.
         settings: as in `coprune.prune`.
 
     Returns:
-        The peak of memory at most, whether that fits, and settings that would.
+        An upper bound of the peak memory, whether it fits, and settings that would.
 
     Raises:
-        BadInput: for what cannot be done as asked.
+        BadInput: a setting is invalid.
         UnsupportedModel: the model cannot be walked.
     """
     with handed_over(settings, "dataset", "eval_data") as named:
@@ -155,10 +155,9 @@ def estimate_recipe(
     given: Given = NOTHING,
     presets: Mapping[str, Callable[[], Recipe]] | None = None,
 ) -> Estimate:
-    """Bound the memory of a run, which is prepared up to where its blocks would be read. Raises as `prune`.
+    """Bound the memory of a run, prepared up to the reading of its blocks. Raises as `prune`.
 
-    presets: make recipes of other runs on the same model, by the names of their presets, to be told beside it; what cannot
-    be as asked is left out.
+    presets: make recipes of other runs on the same model, by preset, to compare; impossible ones are left out.
     """
     read: dict[tuple[Hashable, ...], Any] = {}
 
@@ -194,7 +193,7 @@ def _estimate(recipe: Recipe, given: Given, reporter: Reporter, remember: Rememb
 
 
 def _estimate_shapes(recipe: Recipe, loaded: Loaded, method: Method | None, reporter: Reporter) -> Estimate:
-    """As `_estimate`, of a configuration alone: no text is read, since how much there will be says the recipe."""
+    """Estimate as `_estimate` from a configuration alone; no text is read, since the recipe gives its length."""
     solver, target = prepare_solver(recipe, method)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude)
@@ -230,12 +229,12 @@ def read_call(
     settings: Mapping[str, Any],
     prunes: bool = False,
 ) -> tuple[Recipe, Given]:
-    """Turn a call's arguments into a recipe; what is said by itself wins over the preset.
+    """Turn a call's arguments into a recipe; explicit settings win over the preset.
 
-    prunes: whether a call that says nothing of how to prune takes the preset that a bare run has.
+    prunes: whether a call without settings of pruning takes the default preset.
 
     Raises:
-        BadInput: something is unknown, said twice, or of the wrong kind.
+        BadInput: an argument is unknown, given twice, or of the wrong type.
     """
     said = {name: value for name, value in settings.items() if name not in _PROCESSORS}
     for name in _PROCESSORS:
@@ -266,11 +265,11 @@ def options_of(method: Named) -> set[str]:
 
 
 def sort_options(settings: Mapping[str, Any], own: set[str] | None) -> dict[str, Any]:
-    """Put a method's options among plain settings under `options`; those of another method are left to it to refuse.
+    """Move a method's options from plain settings to `options`; options of other methods stay, to be refused later.
 
     Args:
         settings: by name.
-        own: the names of the method's options; None if it was handed over with all that it has.
+        own: the names of the method's options; None for a method passed as an object.
 
     Raises:
         BadInput: a name is neither a setting's nor an option's; with the nearest match.

@@ -39,7 +39,7 @@ _FEW_TOKENS = 2048
 
 @freed_memory_kept()
 def prune_blocks(run: Run) -> Outcome:
-    """Walk over the blocks and prune them, going on where an earlier run stopped."""
+    """Walk over the blocks and prune them, resuming an earlier run."""
     model, recipe, reporter, output = run.model, run.recipe, run.reporter, run.output
     finished = output.finished()
     if finished:

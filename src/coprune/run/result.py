@@ -34,9 +34,9 @@ class Result(Shown):
         return self.processor if self.report.model.task == "text" else None
 
     def headline(self) -> str:
-        """As of its report."""
+        """Return its report's headline."""
         return self.report.headline()
 
     def sheet(self) -> Sheet:
-        """As of its report."""
+        """Return its report's sheet."""
         return self.report.sheet()

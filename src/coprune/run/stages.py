@@ -56,15 +56,15 @@ def run_recipe(
     processes: Processes = ALONE,
     reuse: Reuse | None = None,
 ) -> Result:
-    """Do what a recipe says.
+    """Run a recipe.
 
     Args:
-        recipe: what is asked for.
-        given: what is taken instead of what the recipe names, such as a model that is open already.
-        reporter: who hears of it; without it, standard error.
-        write: whether to leave a run folder (the model is saved if the recipe names a folder for it).
-        processes: this one among those that do the run together, which all call this.
-        reuse: what the run takes over from others.
+        recipe: the settings.
+        given: objects that replace parts of the recipe, such as a loaded model.
+        reporter: receives messages and events; by default on standard error.
+        write: whether to write a run folder (the model is saved if the recipe names a folder for it).
+        processes: this one among those of the run, which all call this.
+        reuse: results shared with other runs.
 
     Returns:
         The report, with the model and its processor as far as they are in memory.
@@ -79,7 +79,7 @@ def run_recipe(
 
 
 def do_parts(run: Run) -> Result:
-    """Do a run of one part, or one part after another: each begins with the folder that the one before left."""
+    """Run the parts one after another, each from the folder that the one before wrote."""
     recipe = run.recipe
     if recipe.output.as_gguf:
         refuse_other_changes(recipe, run.given)
@@ -100,7 +100,7 @@ def do_parts(run: Run) -> Result:
 
 
 def do_stages(run: Run) -> Result:
-    """Do the stages of a run, or of the part of one that cuts or prunes."""
+    """Run the stages of a run, or of one part of it."""
     recipe, whole = run.recipe, run.whole or run
     if run.processes.size == 1 and run.write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)  # a run that was killed when only this was left
@@ -130,7 +130,7 @@ def open_source(run: Run) -> None:
 
 
 def estimate(run: Run) -> None:
-    """Say what the run will take; raise BadInput where that does not fit."""
+    """Report the memory bound; raise BadInput if it does not fit."""
     if run.first and (found := run.reuse.estimate(run.estimate)) is not None:
         run.reporter.say(found.line())
         if run.recipe.model.check_memory:
@@ -211,7 +211,7 @@ def measure_pruned(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Announce the report, then finish the checkpoint and prove that it holds what was pruned."""
+    """Announce the report, then finish the checkpoint and verify it."""
     run.report = build_report(run)
     if run.writes:
         announce(run.recipe, run.report)
@@ -252,7 +252,7 @@ def _smaller_model(run: Run) -> PreTrainedModel:
 
 
 def _destination(run: Run) -> Destination | None:
-    """Where the blocks go, if a checkpoint is wanted or a streamed run has no other place for them."""
+    """Return the destination of the blocks, if a checkpoint is wanted or the model is streamed."""
     recipe, model = run.recipe, run.model
     keep = recipe.output.model is not None and not recipe.output.as_gguf
     if not keep and not model.weights.streams:
@@ -283,7 +283,7 @@ def _save(run: Run, report: Report) -> None:
 
 
 def measure(run: Run, which: str) -> dict[str, Measured]:
-    """Perplexity or accuracy on everything that is measured on."""
+    """Measure perplexity or accuracy on all evaluation data."""
     found, reporter, task = dict[str, Measured](), run.reporter, run.task
     for name, data in run.data.items():
         with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:

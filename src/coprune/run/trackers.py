@@ -23,7 +23,7 @@ class Tracker(Protocol):
     """One run in an experiment tracker."""
 
     def log(self, figures: dict[str, float], step: int) -> None:
-        """Note figures by name."""
+        """Log figures by name."""
         ...
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ TRACKERS: dict[str, Callable[[Recipe], Tracker]] = {
 
 @contextmanager
 def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
-    """Let the file and the trackers that the recipe names hear the reporter's events while the body runs.
+    """Send the reporter's events to the recipe's log file and trackers in the body.
 
     Raises BadInput for a tracker that is unknown or not installed, or a file that cannot be written.
     """

@@ -119,7 +119,7 @@ def _refuse(run: Run, alone: bool) -> None:
 
 @contextmanager
 def _places(recipe: Recipe, write: bool, alone: bool) -> Iterator[tuple[Path | None, Path | None]]:
-    """Give the folder or file that the smaller model goes to (None for nowhere), and the folder for what was found out."""
+    """Yield the target of the smaller model (None for nowhere), and the folder for intermediate results."""
     keep = recipe.run_folder / FOLDER if write else None
     if alone and recipe.output.model is not None:
         require_usable(recipe.output.model, "save_model")
@@ -132,7 +132,7 @@ def _places(recipe: Recipe, write: bool, alone: bool) -> Iterator[tuple[Path | N
 
 
 def _alone(run: Run, target: Path | None, keep: Path | None) -> Result:
-    """Do a run that does nothing else. target: where the model goes; keep: where what was found out goes."""
+    """Run a vocabulary cut without other changes. target: of the model; keep: of intermediate results."""
     recipe = run.recipe
     to_gguf = _becomes_gguf(recipe, run.given, target)
     with _opened(recipe, run.given, to_gguf) as source:
@@ -177,7 +177,7 @@ def _becomes_gguf(recipe: Recipe, given: Given, target: Path | None) -> bool:
 
 @contextmanager
 def _opened(recipe: Recipe, given: Given, to_gguf: bool) -> Iterator[Source]:
-    """Give what is cut; a model in memory is saved for that time."""
+    """Yield the source of the cut; a model in memory is saved for it."""
     if given.loaded is None:
         with source_of(locate(recipe.model.name, recipe.model.cache_dir), recipe.model.name, to_gguf) as source:
             yield source

@@ -63,7 +63,7 @@ def compare(
 
 
 def _folder(evaluations: str | Path | None) -> Path:
-    """Where evaluations are kept. Raises BadInput for a file, and where nobody may write."""
+    """Return the folder of evaluations. Raises BadInput if it is a file or not writable."""
     if evaluations is None:
         return default_cache_folder()
     folder = expand_home(evaluations)
@@ -127,7 +127,7 @@ def compare_models(
 
 
 def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple[Closeness, ...]:
-    """How close a model is to the baseline: only where both write, and of models with other tokens, measured by themselves."""
+    """Measure the closeness of a model to the baseline, where both are text models with comparable tokens."""
     if subject.task != "text":
         return ()
     try:

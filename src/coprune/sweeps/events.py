@@ -136,7 +136,7 @@ class Board:
             self.states[event.run] = State(event.run)
 
     def remaining(self) -> float | None:
-        """Seconds until the last run ends, if the others take what those that are done took; None before one is done."""
+        """Estimate the seconds until the last run ends from the mean of finished ones; None before one is done."""
         done = [state.seconds for state in self.states.values() if state.kind == "done" and state.seconds]
         if not done:
             return None

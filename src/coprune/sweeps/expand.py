@@ -97,7 +97,7 @@ def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterat
 
 
 def _in_step(lists: Mapping[str, Sequence[Any]]) -> list[Settings]:
-    """Lists of one length as settings. Raises BadInput where those of an included run are not."""
+    """Combine lists of one length into settings. Raises BadInput if an included run's lengths differ."""
     if len({len(values) for values in lists.values()}) > 1:
         told = ", ".join(f"{name} has {len(values)}" for name, values in lists.items())
         raise BadInput(f"zipped lists must be of one length: {told}", field="sweep.include")
@@ -128,7 +128,7 @@ def _run(sweep: Sweep, combination: Settings, models: Mapping[str, str]) -> Run:
 
 
 def _default_folder(sweep: Sweep, combination: Settings, model: str) -> str:
-    """One part for each axis; what else an included run has follows the last part, so that no other run is renamed."""
+    """Return one path part per axis; other settings of an included run are appended, so that no other run is renamed."""
     axes = _axes(sweep.settings)
 
     def part(field: str) -> str:

@@ -169,7 +169,7 @@ class Sweep(BaseModel):
 
 
 def _words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their flat names, as a file would say them."""
+    """Return settings by their flat names, as a file would hold them."""
     return {name: _plain(value) for name, value in flatten(settings).items()}
 
 
@@ -231,7 +231,7 @@ def added_to(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
 
 
 def excluded(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Entries that exclude together what one excludes in which methods are listed with their options."""
+    """Split an exclusion whose methods are listed with options into one per method."""
     taken, paired = methods_with_options(entry)
     if not paired:
         return [taken]

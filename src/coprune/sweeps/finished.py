@@ -144,7 +144,7 @@ class Ledger(BaseModel):
         write_text(folder / SHARED_FOLDER / _FILE, self.model_dump_json(indent=2) + "\n")
 
     def line(self) -> str:
-        """One sentence or two for people; empty before anything was done."""
+        """Return a sentence or two on the time; empty before anything was done."""
         if not self.wall:
             return ""
         sittings = "" if len(self.wall) == 1 else f" in {len(self.wall)} sittings"
@@ -155,7 +155,7 @@ class Ledger(BaseModel):
 
 
 def command_of(recipe: Recipe) -> str:
-    """`coprune prune …` with every field that is not at its default, quoted for a shell."""
+    """Return `coprune prune …` with every non-default setting, quoted for a shell."""
     words = ["coprune", "prune", recipe.model.name]
     for name, value in recipe.flat().items():
         if name not in ("model", "options") and value != DEFAULTS[name]:
@@ -167,7 +167,7 @@ def command_of(recipe: Recipe) -> str:
 
 
 def sweep_command(folder: Path) -> str:
-    """`coprune sweep …` of what lies in a folder, which does what is not done yet, quoted for a shell."""
+    """Return `coprune sweep …` for a sweep's folder, which resumes it, quoted for a shell."""
     return shlex.join(["coprune", "sweep", str(folder / SWEEP_FILE)])
 
 

@@ -76,7 +76,7 @@ class RayWorkers:
 
 
 def _do(job: Work, folder: Path, told: Any) -> JobEvent:
-    """Do a job on a node of the cluster; what it does on the way goes to the queue, how it ended is returned."""
+    """Run a job on a node of the cluster; intermediate events go to the queue, the last one is returned."""
     os.chdir(folder)  # paths of a recipe may be relative
     ended: list[JobEvent] = []
 

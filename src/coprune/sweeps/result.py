@@ -33,7 +33,7 @@ class SweepResult(Shown):
         return [command_of(run.recipe) + ("  # done" if run.name in self.reports else "") for run in self.runs]
 
     def headline(self) -> str:
-        """Its folder, and how many runs are done."""
+        """Return its folder, and the number of finished runs."""
         failed = f", {len(self.failures)} failed" if self.failures else ""
         return f"{self.sweep.folder}: {len(self.reports)} of {len(self.runs)} runs done{failed}"
 

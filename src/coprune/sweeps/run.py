@@ -30,10 +30,10 @@ from coprune.sweeps.work import Job, Work, Workers
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
-    """Do the runs of a sweep that are not done yet and write its tables.
+    """Run the unfinished runs of a sweep and write its tables.
 
-    Raises BadInput before anything is done if one of its runs cannot be as asked, another process is at the sweep, or
-    its folder belongs to something else.
+    Raises BadInput before anything starts if a run is invalid, another process uses the sweep, or its folder belongs to
+    something else.
     """
     runs = check_sweep(sweep)
     outcome = SweepResult(sweep, runs, finished_reports(runs), ledger=Ledger.read(sweep.folder))
@@ -68,7 +68,7 @@ def check_sweep(sweep: Sweep) -> list[Run]:
 
 
 def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, quiet: bool) -> None:
-    """Do the runs that are not done yet."""
+    """Run the unfinished runs."""
     started = time.perf_counter()
     outcome.ledger.wall.append(0.0)
     workers: Workers = (
@@ -131,10 +131,10 @@ Listen = Callable[[JobEvent, bool], None]
 
 
 def conduct(jobs: Sequence[Work], workers: Workers, retries: int, listen: Listen) -> None:
-    """Do all jobs, the first ones first.
+    """Run all jobs in order.
 
-    retries: how often a job is tried again that was lost with its worker or met an unforeseen error. What is running
-    when this is left by an exception is left to `workers.stop`.
+    retries: how often a job is retried after losing its worker or an unforeseen error. After an exception, running jobs are
+    left to `workers.stop`.
     """
     waiting, running = deque(jobs), dict[str, Work]()
     tries: Counter[str] = Counter()
@@ -183,7 +183,7 @@ class Plan:
     too_large: list[NotDone] = field(default_factory=list)
 
     def to_estimate(self) -> list[Job]:
-        """One job for all runs that take about the same, as far as nothing is known of them; none if they go singly."""
+        """Return one job per kind of run without an estimate; none if runs go one by one."""
         if self._most() == 1:
             return []
         unknown = [run for run in self.waiting if run.recipe.model.check_memory and self._kept(run) is None]
@@ -242,7 +242,7 @@ class Plan:
 
 
 def _how_many_fit(sizes: Sequence[int], memory: int | None) -> int:
-    """How many of the smallest fit together."""
+    """Return how many of the smallest fit together."""
     if memory is None:
         return len(sizes)
     total, count = 0, 0

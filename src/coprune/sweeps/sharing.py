@@ -168,7 +168,7 @@ class SweepReuse(Reuse):
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:
-        """Let one process at a time measure: the others wait for what it finds. A killed process lets go."""
+        """Hold a lock so that one process measures and the others wait for its result; a killed process releases it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.lock"):
             yield

@@ -38,9 +38,9 @@ Kind = type[Statistic] | None
 
 
 def shared_places(run: Run, finished: Mapping[str, object]) -> list[str]:
-    """Where a run's statistics are those of the dense model: names of blocks, or OUTSIDE for what comes after them.
+    """Return the places whose statistics are those of the dense model: names of blocks, or OUTSIDE.
 
-    finished: blocks that an earlier run finished, of which nothing has to be known.
+    finished: blocks that an earlier run finished, which need no statistics.
     """
     model = run.model
     recipe, alone = run.recipe, run.processes.size == 1
@@ -74,9 +74,9 @@ class StatisticsStore:
         return {place: kept for place, kept in found.items() if kept is not None}
 
     def gather(self, present: Container[str], record: Callable[[], Recording | None]) -> None:
-        """Look at the dense model for what is missing and keep it, if the disk has room.
+        """Compute missing statistics of the dense model and store them, if the disk has room.
 
-        present: places that are kept already; record: records the calibration batches. Raises NumericalError.
+        present: places already stored; record: records the calibration batches. Raises NumericalError.
         """
         missing = [place for place in self._places if place not in present]
         if shutil.disk_usage(self._folder).free < SPARE * sum(map(self._bytes, missing)):
@@ -114,7 +114,7 @@ class StatisticsStore:
         return self._folder / f"{name}.safetensors"
 
     def _bytes(self, place: str) -> int:
-        """Size of a place's file, or a little more."""
+        """Return an upper bound of the size of a place's file."""
         model = self._run.model
         groups = {block.name: model.structure.groups[block.index] for block in model.blocks}
         groups[OUTSIDE] = [[matrix] for matrix in model.chosen.outside]

@@ -40,25 +40,25 @@ def sweep(
     quiet: bool = False,
     **settings: Unpack[SweepArguments],
 ) -> SweepResult:
-    """Do many runs: every combination of some lists, several at a time, and collect what they found.
+    """Run every combination of some lists, several at a time, and collect the results.
 
-    Runs are done in processes of their own, so a script that calls this needs `if __name__ == "__main__":`. The same call
-    again goes on where it stopped: what is finished is not done again.
+    Runs are processes of their own, so a script that calls this needs `if __name__ == "__main__":`. The same call resumes an
+    interrupted sweep.
 
     Args:
-        lists: a file, or a mapping of what it would say, in which any setting of `coprune.prune` may have a list, such as
+        lists: a file, or a mapping of its content, in which any setting of `coprune.prune` may have a list, such as
             `{"model": "smollm2-135m", "method": ["wanda", "sparsegpt"], "seed": [0, 1], "save": "out/table"}`.
         script: instead of that, a batch script of the Wanda repository (`llama-7b`, `opt` …).
-        dry_run: only say which runs there are.
+        dry_run: only list the runs.
         quiet: no live table on standard error.
-        settings: settings that replace what the lists say for all runs; `workers` (runs at a time), `threads` (cores of a
-            run), `retries` (of a run that was lost) and `ray` (the address of a Ray cluster, or `local`).
+        settings: settings that override the lists for all runs; `workers` (runs at a time), `threads` (cores of a run),
+            `retries` (of a lost run) and `ray` (the address of a Ray cluster, or `local`).
 
     Returns:
-        The runs with their reports, the reasons of those that failed, and what it took; tables are in the sweep's folder.
+        The runs with their reports, the reasons of failed ones, and the cost; tables are in the sweep's folder.
 
     Raises:
-        BadInput: one of the runs cannot be as asked, or the folder belongs to something else.
+        BadInput: one of the runs is invalid, or the folder belongs to something else.
     """
     how = Execution(**{name: value for name, value in settings.items() if name in _EXECUTION})  # type: ignore[arg-type]
     fixed = {name: value for name, value in settings.items() if name not in _EXECUTION}
@@ -91,7 +91,7 @@ _ALL_PATTERNS = ["unstructured", "2:4", "4:8"]
 
 
 def _paper_table(model: str | list[str], folder: str, folders: str = "{pattern}/{method}") -> dict[str, Any]:
-    """Three methods × three patterns at 50 %, in the order of the scripts."""
+    """Return three methods × three patterns at 50 %, in the order of the scripts."""
     return {
         "model": model,
         "method": ["wanda", "sparsegpt", "magnitude"],

@@ -133,7 +133,7 @@ def _number(value: float, form: str) -> str:
 
 
 def _measures(runs: Sequence[Run], reports: Mapping[str, Report]) -> Iterator[Measure]:
-    """Perplexity on every text, accuracy on every set of images, mean accuracy over tasks; as far as measured."""
+    """Yield perplexity on every text, accuracy on every set of images, and mean accuracy over tasks, as far as measured."""
     found = {run.name: reports[run.name] for run in runs if run.name in reports}
     texts = {(facts.data, facts.seqlen): None for report in found.values() for facts in report.perplexity}
     for data, seqlen in texts:

@@ -44,7 +44,7 @@ class Work(Protocol):
         ...
 
     def do(self, tell: Tell) -> Mapping[str, float]:
-        """Do it, and return the seconds of work that were taken over from others."""
+        """Run it, and return the seconds saved by shared results."""
         ...
 
 
@@ -66,7 +66,7 @@ class Job:
         return self.run.name
 
     def do(self, tell: Tell) -> Mapping[str, float]:
-        """Do or estimate the run."""
+        """Run or estimate it."""
         return _ACTIONS[self.action](self, tell)
 
 
@@ -75,7 +75,7 @@ _texts: dict[tuple[Hashable, ...], tuple[Any, float]] = {}
 
 
 def do_job(job: Work, tell: Tell) -> None:
-    """Do a job and tell how it ended; only an interruption passes."""
+    """Run a job and report its end; only an interruption is raised."""
     import torch
 
     from coprune.base.errors import CopruneError
@@ -161,7 +161,7 @@ def _forget_peak() -> None:
 
 
 def _quieten() -> None:
-    """Leave out the libraries' notes, as the command does."""
+    """Silence the libraries' notes, as the command does."""
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     quieten_tokenizers()
@@ -199,5 +199,5 @@ class Workers(Protocol):
         ...
 
     def stop(self) -> None:
-        """End all jobs, finished or not, and whatever did them."""
+        """End all jobs and workers."""
         ...

@@ -84,7 +84,7 @@ class AdapterSize:
 
 
 def add_adapter(model: PreTrainedModel, masks: Masks, targets: list[str], size: AdapterSize, masked: bool) -> PeftModel:
-    """Put trainable adapters on some layers of a model; masked ones, or PEFT's plain ones."""
+    """Add trainable adapters to some layers of a model; masked ones, or PEFT's plain ones."""
     settings: dict[str, Any] = {
         "r": size.rank,
         "lora_alpha": size.alpha,
@@ -112,7 +112,7 @@ def save_adapter(adapted: PeftModel, folder: Path, card: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftModel:
-    """Put saved adapters, masked or plain, on the pruned model that they were trained on.
+    """Load adapters, masked or plain, onto the pruned model that they were trained on.
 
     Raises BadInput for a folder without adapters, or adapters of another model or of other masks.
     """
@@ -163,7 +163,7 @@ def plain_warning(masks: Masks) -> str:
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """PEFT still asks transformers for properties by names that are on their way out."""
+    """Silence warnings about transformers' properties that PEFT uses by deprecated names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -243,7 +243,7 @@ class MaskedProduct(torch.autograd.Function):
 
 
 def masked_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """W + s·(B A) ⊙ keep, out × in. weight: out × in; a: rank × in; b: out × rank."""
+    """Return W + s·(B A) ⊙ keep, out × in. weight: out × in; a: rank × in; b: out × rank."""
     # Multiplying by the mask is vectorised, which filling by it is not: seven times as fast on a CPU.
     update = torch.mm(b, a).mul_(weight != 0)
     return torch.add(weight, update, alpha=scaling)

@@ -86,7 +86,7 @@ def train_pruned(recipe: Recipe, pruned: Report, reporter: Reporter, processes: 
 
 
 def _measured_alike(report: Report) -> dict[str, Any]:
-    """Settings by which the figures of the fine-tuned model are of the same windows as those of the pruned one."""
+    """Return the settings with which the fine-tuned model is measured on the same windows as the pruned one."""
     found: dict[str, Any] = {}
     if report.bos is not None and report.bos.used != "as given":
         found["bos"] = report.bos.used  # as the dense model spoke for
@@ -259,7 +259,7 @@ def training_bytes(sizes: Iterable[tuple[str, int]], optimizer: str, scope: str)
 
 
 def _sizes(location: Location) -> tuple[list[tuple[str, int]], int]:
-    """How many weights the tensors of a model have, by their names, and the bytes of all of them once loaded."""
+    """Return the number of weights of each tensor of a model, and the bytes of all once loaded."""
     if isinstance(location, GgufFile):
         sizes = [(t.name, int(t.n_elements)) for t in gguf_reader(location.path, field="model").tensors]
         return sizes, 4 * sum(size for _, size in sizes)  # decoded to float32

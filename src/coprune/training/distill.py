@@ -68,7 +68,7 @@ class TeacherCache:
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over a temperature, in float32; at temperature 1 themselves, as they are.
+    """Return logits over a temperature, in float32; at temperature 1 the logits themselves.
 
     logits: … × vocabulary.
     """
@@ -77,7 +77,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Logarithms of the probabilities at a temperature, in float32.
+    """Return log probabilities at a temperature, in float32.
 
     logits: … × vocabulary.
     """
@@ -94,7 +94,7 @@ _LOGITS = PerMemory(host=2**18, gpu=2**24)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(teacher ‖ student) of distributions at temperature T, in nats, mean over the tokens.
+    """Return T²·KL(teacher ‖ student) of distributions at temperature T, in nats, mean over the tokens.
 
     student, teacher: … × vocabulary logits. T² keeps the gradient's size independent of T.
     """
@@ -111,7 +111,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Both N × vocabulary."""
+        """Compute the loss and its gradient. student, teacher: N × vocabulary."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         threads = torch.get_num_threads() if in_host_memory(student.device) else 1
@@ -128,23 +128,23 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        """See `torch.autograd.Function`. The derivative of KL by a logit is the difference of the probabilities, over T."""
+        """Return the gradient: the difference of the probabilities, over T."""
         # In place, since another tensor of this size costs four times what the product does; so it is gone then.
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(gradients[0]), None, None
 
 
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (N × vocabulary float32), and what their logarithm is above the logits (N).
+    """Return probabilities (N × vocabulary float32), and by how much their logarithms exceed the logits (N).
 
-    logits: N × vocabulary float32, over the temperature already.
+    logits: N × vocabulary float32, already over the temperature.
     """
     probabilities = functional.softmax(logits, dim=-1)
     return probabilities, probabilities.amax(dim=-1).log() - logits.amax(dim=-1)
 
 
 def divergence_of_top(student: Tensor, log_teacher: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """As `divergence`, of the teacher's k likeliest tokens and of all others taken as one outcome.
+    """Compute `divergence` with the teacher's k likeliest tokens and all others taken as one outcome.
 
     student: … × vocabulary logits; log_teacher: … × k, log probabilities at the temperature; indices: … × k.
     Never more than the whole divergence, and equal to it where k is the vocabulary.
@@ -159,7 +159,7 @@ def divergence_of_top(student: Tensor, log_teacher: Tensor, indices: Tensor, tem
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Iterable[Tensor]) -> Tensor:
-    """Squared error of every block's hidden states relative to the dense ones, mean over tokens and blocks.
+    """Return the squared error of every block's hidden states relative to the dense ones, mean over tokens and blocks.
 
     student, teacher: per block B × S × H.
     """
@@ -175,12 +175,12 @@ class Objective(Protocol):
     """A loss of a model on a batch of samples."""
 
     def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
-        """inputs: what the model takes, and `labels`; windows: B int64, the samples' numbers. Returns a mean."""
+        """Return the mean loss. inputs: the model's, and `labels`; windows: B int64, the samples' numbers."""
         ...
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with the labels, a mean.
+    """Return the mean cross-entropy with the labels.
 
     logits: B × S × V with labels B × S, each position's for the next one (text), or B × classes with labels B (images).
     """
@@ -202,7 +202,7 @@ class Distillation:
     """Which of the teacher's hidden states each block is held to, if blocks are missing; else all in their order."""
 
     def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
-        """See `Objective`."""
+        """Return the loss: see `Objective`."""
         taken: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
         hidden = self.hidden_weight > 0 and not isinstance(self.teacher, TeacherCache)
         if "input_ids" in inputs:

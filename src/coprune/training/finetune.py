@@ -55,7 +55,7 @@ def finetune(
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are written in a file: names of data and models are text."""
+    """Return settings as a file holds them, with names of data and models as text."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 

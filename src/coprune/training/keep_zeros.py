@@ -153,7 +153,7 @@ class ZeroKeeper(TrainerCallback):
 
 
 def _hook(parameter: nn.Parameter, mask: Any) -> RemovableHandle:
-    """Have a gradient masked as it is accumulated; of a frozen parameter, once it is trained after all."""
+    """Mask a gradient when it is accumulated; for a frozen parameter, once it is trained after all."""
     trained = parameter.requires_grad
     handle: RemovableHandle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(mask)
     parameter.requires_grad_(trained)
@@ -171,9 +171,9 @@ _WEIGHT_BY_WEIGHT = (Adam, AdamW, SGD)
 
 
 def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
-    """Let an optimiser leave every pruned weight of a model at zero, for as long as both live.
+    """Make an optimiser leave every pruned weight of a model at zero, for as long as both live.
 
-    model: the parameters that the optimiser has, wrapped or sharded as they may be; masks: of the plain model.
+    model: has the optimiser's parameters, wrapped or sharded as they may be; masks: of the plain model.
     """
     held: list[_Held] = []
     by_itself = type(optimizer) in _WEIGHT_BY_WEIGHT
@@ -217,7 +217,7 @@ class _Held:
             self.masked = True
 
     def after_step(self, state: Mapping[str, Any]) -> None:
-        """state: the optimiser's of the parameter."""
+        """Restore zeros after a step. state: the optimiser's of the parameter."""
         if self.clean is None:
             moments = [one for one in state.values() if isinstance(one, Tensor) and one.shape == self.keep.shape]
             keep = _own(self.keep)
@@ -229,7 +229,7 @@ class _Held:
 
 
 def _own(whole: Tensor) -> Tensor:
-    """This process's shard of a tensor; what is not sharded is all its own."""
+    """Return this process's shard of a tensor, or the tensor if it is not sharded."""
     return whole.to_local() if isinstance(whole, DTensor) else whole
 
 

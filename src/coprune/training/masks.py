@@ -173,14 +173,14 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters_within(model: nn.Module, blocks: Sequence[str], masks: Masks) -> Iterator[nn.Parameter]:
-    """Parameters of a model's blocks, which are named, and outside of them those that were pruned, and vectors."""
+    """Yield the parameters of a model's blocks, given by name, and outside of them the pruned ones and vectors."""
     for name, parameter in model.named_parameters():
         if name in masks.pruned or parameter.ndim < 2 or is_below_any(name, blocks):
             yield parameter
 
 
 def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.Parameter]:
-    """Parameters whose name, or whose module's name, matches a shell-like glob; all without globs.
+    """Yield parameters whose name, or whose module's name, matches a shell-like glob; all without globs.
 
     Raises BadInput for a glob that matches nothing.
     """
@@ -264,16 +264,16 @@ class History:
         return [line for edits in self.steps for line in edits.lines()]
 
     def counterparts(self, blocks: int, teacher: int) -> list[int] | None:
-        """Which of the dense model's hidden states (the first is the embeddings) each block's output stands for.
+        """Return the dense model's hidden state (the first is the embeddings) for each block's output.
 
-        A block before some that went stands for the last of them.
+        A block before removed ones stands for the last of them.
 
         Args:
-            blocks: how many there are.
-            teacher: how many the dense model has.
+            blocks: their number.
+            teacher: the dense model's number.
 
         Returns:
-            None where that is not known.
+            None if unknown.
         """
         left = list(range(teacher))
         for edits in self.steps if teacher != blocks else ():

@@ -33,11 +33,11 @@ class Merged(Shown):
     """How many these are."""
 
     def headline(self) -> str:
-        """Where the model is, and its zeros."""
+        """Return the model's folder and its sparsity."""
         return f"{self.folder}: {per_cent(self.sparsity)} zeros in {self.matrices} matrices"
 
     def sheet(self) -> Sheet:
-        """Where the model is, and that its zeros are kept."""
+        """Return the model's folder and its kept zeros."""
         zeros = f"{per_cent(self.sparsity)} zeros in {self.matrices} matrices, every zero kept"
         return Sheet(self.headline(), [("model in", f"{self.folder} ({zeros})")])
 

@@ -104,7 +104,7 @@ def _cards(report: FinetuneReport) -> str:
 
 
 def _perplexity(report: FinetuneReport) -> str:
-    """Before and after on every text that was measured."""
+    """Return bars of perplexity before and after, on every text."""
     groups = [
         (
             f"{found.data}, sequence length {found.seqlen}",
@@ -159,7 +159,7 @@ def _curves(report: FinetuneReport) -> str:
 
 
 def _curve(title: str, places: Sequence[tuple[float, float]], kind: str) -> str:
-    """One curve with axes that fit it; few places are marked."""
+    """Return one curve with fitting axes; a few points are marked."""
     drawn = _thinned(places)
     x = Axis.of("step", [at for at, _ in drawn], lambda value: f"{value:,.0f}")
     x = replace(x, ticks=[tick for tick in x.ticks if tick[0] == round(tick[0])])  # there is no half step

@@ -52,7 +52,7 @@ class PerplexityChange(BaseModel):
     after: float
 
     def line(self) -> str:
-        """Both figures, for people."""
+        """Return both figures as a line."""
         return f"{self.before:.2f} → {self.after:.2f} on {self.data} (sequence length {self.seqlen})"
 
 
@@ -72,7 +72,7 @@ class AccuracyChange(BaseModel):
     after_top5: float
 
     def line(self) -> str:
-        """Both figures, for people."""
+        """Return both figures as a line."""
         low, high = self.after_top1_interval
         top1 = f"top-1 {per_cent(self.before_top1)} → {per_cent(self.after_top1)} [{per_cent(low)}, {per_cent(high)}]"
         return f"{top1}, top-5 {per_cent(self.before_top5)} → {per_cent(self.after_top5)} on {self.data} ({self.images} images)"
@@ -82,7 +82,7 @@ Change = PerplexityChange | AccuracyChange
 
 
 def change(before: Measured, after: Measured) -> Change:
-    """Put two measurements on the same data side by side."""
+    """Compare two measurements on the same data."""
     if isinstance(before, Perplexity) and isinstance(after, Perplexity):
         return PerplexityChange(
             data=after.data, source=after.source, seqlen=after.seqlen, before=before.value, after=after.value
@@ -103,7 +103,7 @@ def change(before: Measured, after: Measured) -> Change:
 
 
 def _in_parts(settings: Any) -> Any:
-    """Settings of a report, also those of earlier versions, which had no parts."""
+    """Read settings of a report, also of earlier versions, which had no parts."""
     return in_a_recipes_words(settings) if isinstance(settings, Mapping) and "mode" in settings else settings
 
 
@@ -156,7 +156,7 @@ class FinetuneReport(Shown, BaseModel):
         return self.model_copy(update={"answers": answers, "no_answers": left_out, "required": required})
 
     def headline(self) -> str:
-        """Model and mode, and what that did to the first text."""
+        """Return model and mode, and the effect on the first text."""
         measured = f", perplexity {self.perplexity[0].line()}" if self.perplexity else ""
         return f"{Path(self.settings.model.name).name}: {self.settings.train.mode}, {self.steps} steps{measured}"
 

@@ -123,7 +123,7 @@ def _release(model: PreTrainedModel | PeftModel, trainer: ZeroKeepingTrainer) ->
 
 
 def _measure(session: Session, which: str) -> dict[str, Measured]:
-    """Perplexity or accuracy of the model as it is now, adapters included, on everything that is measured on."""
+    """Measure perplexity or accuracy of the model as it is now, adapters included, on all evaluation data."""
     found: dict[str, Measured] = {}
     model: Any = session.model
     torch.nn.Module.to(model, training_device(session.settings.model.device))
@@ -208,10 +208,10 @@ def _sparsity_now(session: Session) -> float:
 
 
 def look_before(session: Session) -> Look:
-    """Let the model answer that is to be fine-tuned, or the dense one in its place.
+    """Generate answers with the model before its fine-tuning, or with the dense one instead.
 
     Raises:
-        BadInput: answers that somebody asked for cannot be had, or the dense model has other tokens.
+        BadInput: answers that the user asked for are not possible, or the dense model has other tokens.
     """
     settings, reporter = session.settings, session.reporter
     plan = plan_of(settings.evaluate.answers, saves=True)
@@ -248,12 +248,12 @@ def _require_same_tokens(session: Session, dense: Loaded) -> None:
 
 
 def finetune_card(report: FinetuneReport) -> str:
-    """Markdown with the Hub's metadata header for the fine-tuned model."""
+    """Return Markdown with the Hub's metadata header for the fine-tuned model."""
     return _card(report, "transformers", "")
 
 
 def adapter_card(report: FinetuneReport, warning: str) -> str:
-    """As `finetune_card`, for adapters; warning: what merging plain ones would do."""
+    """Return the card of adapters. warning: the effect of merging plain ones."""
     if not report.settings.train.adapters.masked:
         return _card(report, "peft", f"Plain adapters of PEFT. {warning}\n\n")
     return _card(

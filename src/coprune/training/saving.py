@@ -61,10 +61,9 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
 
 
 def bring_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Bring what is saved to a dtype, in place.
+    """Convert the saved tensors to a dtype, in place.
 
-    Buffers that are computed anew whenever a model is loaded keep theirs: rotary frequencies in half precision would move
-    every position.
+    Buffers that are recomputed on loading keep theirs: rotary frequencies in half precision would shift every position.
     """
     for tensor in _floating(model):
         tensor.data = tensor.data.to(dtype)

@@ -46,7 +46,7 @@ def distillation_of(session: Session, first: bool) -> Objective | None:
 
 
 def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
-    """Let a teacher compute in the student's precision, whatever dtype its weights came in."""
+    """Make a teacher compute in bfloat16 like the student, whatever dtype its weights have."""
     for module in teacher.modules():
         if isinstance(module, torch.nn.Linear):
             # Autocast would do the same, once more for every batch; a weight that is also the embedding stays as it is there.
@@ -55,7 +55,7 @@ def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
 
 
 def _counterparts(session: Session, teacher: PreTrainedModel) -> list[int] | None:
-    """Which of the teacher's hidden states each block is held to; None, which is said, where they do not compare."""
+    """Return the teacher's hidden state for each block; None, with a message, where they do not compare."""
     mine = session.loaded.model
     blocks, theirs = len(find_blocks(mine)), len(find_blocks(teacher))
     found = session.history.counterparts(blocks, theirs)

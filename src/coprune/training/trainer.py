@@ -63,7 +63,7 @@ class ZeroKeepingTrainer(Trainer):
         own_loss: Objective | None = None,
         **kwargs: Any,
     ) -> None:
-        """objective: what to train for instead of the data's own loss; own_loss: that one, None for the model's."""
+        """Create a trainer. objective: replaces the data's own loss; own_loss: the data's, None for the model's."""
         super().__init__(*args, **kwargs)
         self._masks, self._settings, self._pace = masks, settings, pace
         self._objective, self._own_loss = objective or own_loss, own_loss
@@ -107,7 +107,7 @@ class ZeroKeepingTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Note when it was, so that an interrupted training goes on with the time that is left."""
+        """Log with the elapsed time, so that a resumed training has the remaining time."""
         super().log({**logs, "seconds": self._pace.seconds}, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -194,7 +194,7 @@ def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> Tr
 
 
 def steps_asked(settings: Recipe, data: TrainingData) -> int | None:
-    """Optimiser steps that were asked for, as such or as tokens; None where other things say how long."""
+    """Return the requested number of optimiser steps, from steps or tokens; None if another setting limits the training."""
     if settings.train.tokens is None:
         return settings.train.max_steps
     windows = (settings.train.batch_size or data.batch_size) * (settings.train.accumulate or data.accumulate)
@@ -219,7 +219,7 @@ _ALWAYS: dict[str, Any] = {
 
 
 def _watching(settings: Recipe, data: TrainingData) -> dict[str, Any]:
-    """When held-out data is measured and states are saved; `Along` decides where a state goes by the watch."""
+    """Return when held-out data is measured and states are saved; `Along` saves by time."""
     held_out = data.held_out is not None
     watch = settings.train.patience is not None and held_out
     return {
@@ -234,7 +234,7 @@ def _watching(settings: Recipe, data: TrainingData) -> dict[str, Any]:
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Ask for recomputed activations under the name that this version of transformers has for them."""
+    """Request activation checkpointing under the name that this version of transformers has for it."""
     if not wanted:
         return {}
     known = TrainingArguments.__dataclass_fields__
@@ -278,9 +278,9 @@ class Pace:
 
 
 def rate_at(done: float, schedule: str, warmup: float) -> float:
-    """Learning rate relative to its peak when a share of the training is done.
+    """Return the learning rate relative to its peak at a share of the training.
 
-    It starts at a tenth, so that the first step of a short training is not lost.
+    It starts at a tenth, so that the first step of a short training is not wasted.
     """
     if done < warmup:
         return max(0.1, done / warmup)
@@ -356,7 +356,7 @@ class Along(TrainerCallback):
             )
 
     def _due(self) -> int:
-        """How many measurements should have been made by now."""
+        """Return the number of measurements due by now."""
         return math.floor(self._pace.done * self._settings.train.evaluations + 1e-9)
 
     def _show(self) -> None:
@@ -387,7 +387,7 @@ def rates_by_size(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _median(parameter: torch.Tensor) -> float | None:
-    """Median size of a vector's entries that are not zero; None of a matrix, or where there are none."""
+    """Return the median magnitude of a vector's nonzero entries; None for a matrix, or without any."""
     if parameter.ndim > 1:
         return None
     there = parameter.detach()[parameter != 0].abs()
@@ -421,7 +421,7 @@ class OneDeviceArguments(TrainingArguments):
 
 
 def arguments_on(device: torch.device, **settings: Any) -> OneDeviceArguments:
-    """Settings of a training on a device. settings: those of `TrainingArguments`, but for the device."""
+    """Return the Trainer's arguments for a device. settings: of `TrainingArguments`, except the device."""
     settings |= {"use_cpu": in_host_memory(device), "dataloader_pin_memory": is_accelerator(device)}
     if world_size() > 1:
         return OneDeviceArguments(**settings)

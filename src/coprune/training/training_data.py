@@ -48,7 +48,7 @@ class TrainingData:
 
 
 def count_held_out(settings: Recipe, samples: int, most: int) -> int:
-    """How many of the samples to hold out for measurements during the training: none if there are none, never all."""
+    """Return the number of samples to hold out for measurements: zero without measurements, never all."""
     if not settings.train.evaluations or not settings.train.held_out:
         return 0
     return max(1, min(most, samples - 1, round(settings.train.held_out * samples)))
@@ -100,14 +100,14 @@ def read_training_text(settings: Recipe, tokenizer: PreTrainedTokenizerBase, blo
 
 
 def begun(data: TrainingData, bos: int) -> TrainingData:
-    """Training text of which every window begins with BOS, as those of calibration and perplexity do where this is better."""
+    """Return training data whose windows all begin with BOS, as calibration and evaluation do where this is better."""
     train = TextWindows(tokens_at_bos(data.train.tokens, bos))
     held_out = data.held_out and TextWindows(tokens_at_bos(data.held_out.tokens, bos))
     return replace(data, train=train, held_out=held_out, fingerprint=fingerprint(train.tokens))
 
 
 def _most_held_out(settings: Recipe, block_size: int) -> int:
-    """How many windows may be held out: so few that measuring them takes a short training a twentieth of its time."""
+    """Return the maximum number of held-out windows, such that measuring takes a short training a twentieth of its time."""
     if settings.train.tokens is None or not settings.train.evaluations:
         return MOST_HELD_OUT
     # A window without gradients or a teacher takes about a quarter of the time that training on it takes.
@@ -121,7 +121,7 @@ def _stream(
     settings: Recipe,
     block_size: int,
 ) -> list[int]:
-    """All tokens of a text; of documents no more than max_samples and the held-out windows take."""
+    """Return all tokens of a text; of documents only as many as max_samples and the held-out windows need."""
     if isinstance(text, GivenTokens):
         given: list[int] = text.tokens.flatten().tolist()
         return given

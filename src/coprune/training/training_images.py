@@ -67,8 +67,8 @@ def read_training_images(settings: Recipe, task: ImageTask) -> TrainingData:
 
 
 def image_loss(model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
-    """Cross-entropy of a classifier with the labels, an `Objective`.
+    """Return the cross-entropy of a classifier with the labels, an `Objective`.
 
-    Formed here, since the models' own loss writes the kind of problem into their configuration.
+    Computed here, since the models' own loss writes the problem type into their configuration.
     """
     return label_loss(model(pixel_values=inputs["pixel_values"]).logits, inputs["labels"])

@@ -63,7 +63,7 @@ def by_bits(
 
 
 def _expected(lost: Weights, seen: Weights, depths: Weights) -> Weights:
-    """Bits of one occurrence: its own mean, drawn to that of tokens of as many parts."""
+    """Return the bits of one occurrence: a token's own mean, shrunk toward that of tokens with as many parts."""
     usual = defaultdict[float, float](lambda: float(lost.sum() / max(seen.sum(), 1)))
     for depth in np.unique(depths):
         own = depths == depth
@@ -88,13 +88,13 @@ class _Firsts:
         return max(begins)[1] if begins else None
 
     def depth(self, token: int) -> float:
-        """How many pieces a token leaves, at least two where it has parts."""
+        """Return the number of pieces of a removed token, at least two if it has parts."""
         own = self._parts(token)
         return 2.0 if own else 1.0
 
 
 def _first_costs(judge: Judge, ids: Sequence[int], firsts: _Firsts) -> list[float]:
-    """Bits by which the first part of every token is less likely than the token."""
+    """Return the bits by which the first part of every token is less likely than the token."""
     given = ([] if judge.begin is None else [judge.begin]) + list(ids)
     with inference_logits(judge.model) as logits_of:
         logits = logits_of(torch.tensor([given]))[0]

@@ -129,7 +129,7 @@ def read_texts(
 
 
 def _split(name: str, cache_dir: Path | None, setting: str) -> tuple[list[str], list[str]]:
-    """Passages of a text that are counted, and those that are held out."""
+    """Split a text into counted and held-out passages."""
     try:
         read = calibration_text(name, cache_dir)
     except BadInput as error:

@@ -180,7 +180,7 @@ class Cutting:
         return self.choose(found.size), {"tries": dict(tries.known), "proven": found.proven}
 
     def halves(self) -> tuple[list[str], list[str]]:
-        """Held-out passages to search on, and others to prove with. Raises BadInput where there are too few."""
+        """Return held-out passages to search on, and others to prove with. Raises BadInput if there are too few."""
         limit = self.asked.tokens or SEARCHED
         held = first_tokens(self.tokenizer, self.texts.held_out, limit, least=2)
         halves = held[::2], held[1::2]
@@ -227,7 +227,7 @@ class Cutting:
         return [int(number) for number in order if int(number) not in self.essential][: count - len(self.essential)]
 
     def _measured(self) -> list[tuple[str, list[str], bool]]:
-        """Texts by their labels, and whether the model is run on them."""
+        """Return texts with their labels, and whether the model is run on them."""
         held = first_tokens(self.tokenizer, self.texts.held_out, self.asked.tokens or MEASURED)
         found = [(self.texts.label, held, True)] if held else []
         run = {*_ALWAYS, *self.texts.languages}

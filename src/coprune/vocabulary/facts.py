@@ -52,7 +52,7 @@ class TextCost(BaseModel):
         return self.more_tokens if self.more_bits is None else self.more_bits
 
     def line(self) -> str:
-        """Before and after, for people."""
+        """Return the cost before and after as a line."""
         first, second = (count / self.bytes for count in self.tokens)
         said = f"{self.text}: {first:.3f} → {second:.3f} tokens per byte ({self.more_tokens:+.1%})"
         if self.bits is None or self.more_bits is None:
@@ -112,7 +112,7 @@ class VocabularyFacts(BaseModel):
         return f"LOST MORE THAN A TENTH ({what}): {named}"
 
     def lines(self) -> list[str]:
-        """Everything, a line each."""
+        """Return everything, a line each."""
         first = (
             f"{self.before:,} → {self.after:,} tokens ({self.kind}), {per_cent(self.saved)} of the weights' bytes saved"
         )

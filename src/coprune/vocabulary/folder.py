@@ -311,10 +311,10 @@ def _row(entry: TensorEntry, number: int) -> bytes:
 
 
 def require_same_tokens(source: Location, written: Location, kept: Kept) -> None:
-    """Let transformers load both tokenizers, and compare them on texts, of which all tokens of some stayed.
+    """Load both tokenizers with transformers, and compare them on texts with kept tokens only.
 
     Raises:
-        VerificationError: the one that was written cuts such a text otherwise, or does not give one back as the other does.
+        VerificationError: the written one tokenises such a text differently, or decodes a text differently.
     """
     dense, cut = (load_tokenizer(one).backend_tokenizer for one in (source, written))
     for text in (*LANGUAGES.values(), *SOURCES.values()):

@@ -56,7 +56,7 @@ class Bpe:
     unknown: str | None
 
     def parts(self, token: str) -> tuple[int, ...] | None:
-        """As in `Kind`."""
+        """Return the parts as in `Kind`."""
         symbols, seen = [], set[str]()
         for letter in token:
             own = [letter] if letter in self.ids else [f"<0x{byte:02X}>" for byte in letter.encode()]
@@ -78,7 +78,7 @@ class Bpe:
         return () if self.ignore_merges else None
 
     def needed(self) -> Iterator[int]:
-        """As in `Kind`."""
+        """Yield the needed ids as in `Kind`."""
         if self.unknown is not None and self.unknown in self.ids:
             yield self.ids[self.unknown]
         if self.letters or self.byte_fallback:
@@ -98,11 +98,11 @@ class Unigram:
     unknown: int | None
 
     def parts(self, token: str) -> tuple[int, ...] | None:
-        """As in `Kind`: a path needs its own tokens alone."""
+        """Return no parts: a path needs only its own tokens."""
         return ()
 
     def needed(self) -> Iterator[int]:
-        """As in `Kind`. The penalty of unknown characters hangs on the lowest score."""
+        """Yield the needed ids as in `Kind`. The penalty of unknown characters depends on the lowest score."""
         yield min(range(len(self.scores)), key=self.scores.__getitem__)
         if self.unknown is not None:
             yield self.unknown
@@ -121,11 +121,11 @@ class WordPiece:
     unknown: str
 
     def parts(self, token: str) -> tuple[int, ...] | None:
-        """As in `Kind`."""
+        """Return no parts."""
         return ()
 
     def needed(self) -> Iterator[int]:
-        """As in `Kind`."""
+        """Yield the needed ids as in `Kind`."""
         if self.unknown in self.ids:
             yield self.ids[self.unknown]
         yield from _without_fallback(self.ids, self._letters)
@@ -138,7 +138,7 @@ class WordPiece:
 
 
 def _without_fallback(ids: Mapping[str, int], letters_of: Any) -> Iterator[int]:
-    """Single characters, and tokens that could not be written by them."""
+    """Yield single characters, and tokens that they cannot spell."""
     for token, number in ids.items():
         letters = letters_of(token)
         if len(letters) == 1 or any(letter not in ids for letter in letters):

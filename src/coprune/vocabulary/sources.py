@@ -75,7 +75,7 @@ class FolderSource:
     """A folder."""
 
     def __init__(self, folder: ModelFolder, asked: str | None) -> None:
-        """asked: how somebody named it. Raises BadInput or UnsupportedModel where it cannot be cut."""
+        """Open a folder. asked: the name that the user gave. Raises BadInput or UnsupportedModel if it cannot be cut."""
         self.location: Location = folder
         self.folder, self._asked = folder, asked
         refuse_folder(folder)
@@ -101,7 +101,7 @@ class FolderSource:
         return sum(entry.nbytes // sizes.get(entry.dtype, 1) for entry in stored_entries(self.folder.path).values())
 
     def bytes_of(self, kept: Kept) -> tuple[int, int]:
-        """As in `Source`."""
+        """Return the sizes as in `Source`."""
         return bytes_of(self.folder, self.config, kept)
 
     @property
@@ -110,7 +110,7 @@ class FolderSource:
         return stale_files(self.folder)
 
     def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
-        """As in `Source`."""
+        """Cut as in `Source`."""
         return cut_folder(self.folder, target, kept, reporter, Beside(self._asked, card))
 
 
@@ -135,7 +135,7 @@ class GgufSource(Gguf):
 
 @contextmanager
 def saved(model: PreTrainedModel, processor: Any) -> Iterator[Path]:
-    """Give a folder with a model in memory, which is gone in the end."""
+    """Yield a temporary folder with a model in memory."""
     with tempfile.TemporaryDirectory(prefix="coprune-") as folder, quiet_transformers():
         model.save_pretrained(folder)
         save_companions(model, processor, Path(folder))
@@ -143,7 +143,7 @@ def saved(model: PreTrainedModel, processor: Any) -> Iterator[Path]:
 
 
 def opened(location: Location, asked: str | None, to_gguf: bool) -> Iterator[Source]:
-    """Give what is cut: a GGUF file itself if it becomes one, its dequantised model otherwise. Raises as the sources."""
+    """Yield the source of a cut: a GGUF file itself if it becomes one, else its dequantised model. Raises as the sources."""
     if isinstance(location, ModelFolder):
         yield FolderSource(location, asked)
     elif to_gguf:

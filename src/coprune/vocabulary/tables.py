@@ -90,7 +90,7 @@ def find_tables(
 def _stored(
     conversion: Conversion, tables: Mapping[str, Table], entries: Mapping[str, TensorEntry], rows: int
 ) -> dict[str, Table]:
-    """Tables by the names that they have in files. Raises UnsupportedModel where a tensor as long is of no table."""
+    """Return tables by their names in files. Raises UnsupportedModel for a tensor of the same length that is no table."""
     found: dict[str, Table] = {}
     for group in conversion.groups:
         if (table := tables.get(group.target)) is None:

@@ -49,7 +49,7 @@ class ColumnBlock(NamedTuple):
 
 
 def walk_with_torch(block: ColumnBlock) -> None:
-    """By torch, on any device: some small operations per column."""
+    """Update the columns with torch, on any device: a few small operations per column."""
     columns, keep, errors, unit, pivots, n_of_m = block
     size = columns.shape[0]
     n, m = n_of_m or (0, size)
@@ -63,7 +63,7 @@ def walk_with_torch(block: ColumnBlock) -> None:
 
 
 def walk_natively(block: ColumnBlock) -> None:
-    """By a native kernel on the CPU, a row's errors held in registers."""
+    """Update the columns with a native CPU kernel, which holds a row's errors in registers."""
     *tensors, n_of_m = block
     solving.update_columns(tensors, n_of_m or (0, 0))
 
@@ -81,9 +81,9 @@ def push_errors(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
 
 
 def _walk_group(block: ColumnBlock) -> None:
-    """Walk through one group of columns whose mask is known, strip by strip; columns and errors are written in place.
+    """Update one group of columns with a known mask, strip by strip; columns and errors are written in place.
 
-    Each column takes up the errors before it when its turn comes: that reads what pushing forward would read and write.
+    Each column adds the errors before it when its turn comes, which reads what pushing forward would read and write.
     """
     columns, keep, errors, unit, _, _ = block
     pruned = (~keep).to(columns.dtype)

@@ -26,7 +26,7 @@ LARGEST_GROUP = 16
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
 def _pushed(columns, unit, errors, row, exists, rows, down, right, j, begin, end, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Column j less what the errors of columns begin … end − 1 change in it. down, right: strides of unit."""
+    """Return column j minus the effect of the errors of columns begin … end − 1. down, right: strides of unit."""
     column = tl.arange(0, SIZE)
     factor = tl.load(unit + column * down + j * right, mask=(column >= begin) & (column < end), other=0.0)
     weight = tl.load(columns + j * rows + row, mask=exists, other=0.0)
@@ -73,7 +73,7 @@ def _update(  # type: ignore[no-untyped-def]
 
 
 def walk_columns(block: ColumnBlock) -> None:
-    """Walk through the columns of one block, in place; by torch where the kernel serves not such groups or not the device."""
+    """Update the columns of one block in place; with torch if the kernel supports neither the group nor the device."""
     group = 1 if block.n_of_m is None else block.n_of_m[1]
     served = group <= LARGEST_GROUP and not group & (group - 1)
     if served and is_proven(block.columns.device):
@@ -83,7 +83,7 @@ def walk_columns(block: ColumnBlock) -> None:
 
 
 def launch(block: ColumnBlock) -> None:
-    """Walk through the columns of one block by the kernel. M is a power of two."""
+    """Update the columns of one block with the kernel. M is a power of two."""
     columns, keep, errors, unit, pivots, n_of_m = block
     size, rows = columns.shape
     n, group = n_of_m or (1, 1)
@@ -108,7 +108,7 @@ def is_proven(device: torch.device) -> bool:
 
 
 def _small_block(device: torch.device) -> ColumnBlock:
-    """Eight columns of forty rows to be pruned to 2:4."""
+    """Return eight columns of forty rows to prune to 2:4."""
     columns = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)).to(device)
     unit = (torch.eye(8) + torch.full((8, 8), 0.1).triu(1)).to(device)
     keep, errors = torch.empty(8, 40, dtype=torch.bool, device=device), torch.empty(8, 40, device=device)

@@ -22,7 +22,7 @@ WIDE_PANEL = 2048
 
 
 def panel_for_caches(width: int) -> int:
-    """Panels, so that little more than half of the products are computed."""
+    """Return the panel size at which little more than half of the products are computed."""
     return PANEL
 
 
@@ -37,16 +37,16 @@ def panels(width: int, size: int) -> Iterator[slice]:
 
 
 def add_with_torch(gram: Tensor, x: Tensor, panel_size: int) -> None:
-    """By torch's products in float32."""
+    """Add with torch's float32 products."""
     x = x.to(torch.float32)
     for panel in panels(x.shape[1], panel_size):
         gram[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
 
 
 def add_on_tensor_cores(gram: Tensor, x: Tensor, panel_size: int) -> None:
-    """By products of 16-bit inputs, which are exact in float32 and are summed there; of other inputs as by torch.
+    """Add with products of 16-bit inputs, exact and summed in float32; other inputs as with torch.
 
-    Not run on a GPU yet. Before NVIDIA's Ampere there are no such products of bfloat16.
+    Not run on a GPU yet. NVIDIA GPUs before Ampere have no such products of bfloat16.
     """
     if x.dtype not in (torch.bfloat16, torch.float16) or (x.is_cuda and capability(x.device) < (8, 0)):
         add_with_torch(gram, x, panel_size)
@@ -56,6 +56,6 @@ def add_on_tensor_cores(gram: Tensor, x: Tensor, panel_size: int) -> None:
 
 
 def add_natively(gram: Tensor, x: Tensor, panel_size: int) -> None:
-    """By a native kernel for bfloat16, where the processor has such products; they are summed in float32."""
+    """Add with a native bfloat16 kernel, summed in float32, where the processor has such products."""
     if not solving.add_to_gram(gram, x, panel_size):
         add_with_torch(gram, x, panel_size)

@@ -19,7 +19,7 @@ LARGE_GROUP = 16
 
 
 def rank_in_groups(grouped: Tensor) -> Tensor:
-    """How many of its group an entry beats, of equals those before it.
+    """Return each entry's rank in its group, ascending; of equal entries the first ranks lower.
 
     Args:
         grouped: groups × M float.
@@ -57,10 +57,10 @@ def _rank_at_once(planes: Tensor) -> Tensor:
 
 @cache
 def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All pairs of positions i < j, and how they decide ranks.
+    """Return all pairs of positions i < j, and the matrices by which they determine ranks.
 
-    Returns i and j (pairs int64), and two to be multiplied and added: wins (M × pairs float32) is 1 for j and −1 for i
-    of a pair whose entry at i is not larger, and start (M × 1): before that, every entry beats those after it.
+    Returns i and j (pairs int64), wins (M × pairs float32), which is 1 for j and −1 for i of a pair whose entry at i is not
+    larger, and start (M × 1), the rank of an entry that beats all after it.
     """
     before, after = torch.triu_indices(size, size, 1, device=device)
     pair = torch.arange(len(before), device=device)
@@ -74,9 +74,9 @@ _WORTH_A_THREAD = 2**17  # scores, for which NumPy takes as long as it takes to 
 
 
 def by_partition(score: Tensor, position: int) -> Tensor:
-    """By NumPy, whose selection is vectorised: about forty times as fast as kthvalue on the same core.
+    """Select with NumPy, which is vectorised: about forty times as fast as kthvalue on the same core.
 
-    NumPy uses one core, so the rows are shared among as many threads as torch has.
+    NumPy uses one core, so the rows are divided among torch's threads.
     """
     if score.dtype not in (torch.float32, torch.float64):
         return by_kth_value(score, position)
@@ -93,5 +93,5 @@ def by_partition(score: Tensor, position: int) -> Tensor:
 
 
 def by_kth_value(score: Tensor, position: int) -> Tensor:
-    """By torch, on any device."""
+    """Select with torch, on any device."""
     return score.kthvalue(position, dim=1, keepdim=True).values

@@ -19,7 +19,7 @@ Inverse = Callable[[Tensor], Tensor]
 
 
 def by_eigenvalues(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
-    """By one decomposition in float64, after which a shift costs one product. Raises NumericalError if A is not finite."""
+    """Invert with one float64 decomposition, after which a shift costs one product. Raises NumericalError if A is not finite."""
     if not bool(
         torch.isfinite(matrix).all()
     ):  # now, since a decomposition of such a matrix is an error of another kind
@@ -35,10 +35,9 @@ def by_eigenvalues(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
 
 
 def by_factors(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
-    """By a Cholesky factor for every shift, for devices: on those the decomposition of a wide matrix takes minutes, and
-    a factor with its inverse half the arithmetic of the product that a decomposition needs for a shift.
+    """Invert with a Cholesky factor for every shift, for devices, where decomposing a wide matrix takes minutes.
 
-    The smallest shift is tried first. Where A cannot be factored with it, A is decomposed.
+    The smallest shift is tried first; if A cannot be factored with it, A is decomposed.
     """
 
     def inverse(shift: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def by_factors(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
 
 
 def inverse_of_factor(lower: Tensor) -> Tensor:
-    """(LLᵀ)⁻¹, I × I, of a Cholesky factor L."""
+    """Return (LLᵀ)⁻¹, I × I, of a Cholesky factor L."""
     if in_host_memory(lower.device):
         return torch.cholesky_inverse(lower)
     # For the inverse itself the host would wait, to see whether it succeeded.

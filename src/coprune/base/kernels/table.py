@@ -31,17 +31,17 @@ def native_is_there() -> bool:
 
 @cache
 def triton_is_there() -> bool:
-    """Looked for once, since looking takes longer than a small product."""
+    """Return whether Triton is installed; cached, since the search takes longer than a small product."""
     return find_spec("triton") is not None
 
 
 def nvidia_is_there() -> bool:
-    """Torch calls AMD's GPUs `cuda` too."""
+    """Return whether torch's `cuda` means NVIDIA; it covers AMD's GPUs too."""
     return torch.version.cuda is not None
 
 
 def walk_with_triton(block: columns.ColumnBlock) -> None:
-    """By one launch of a Triton kernel, which is imported here: only where it is used."""
+    """Update the columns with one launch of a Triton kernel, imported on first use."""
     from coprune.base.kernels.columns_triton import walk_columns
 
     walk_columns(block)

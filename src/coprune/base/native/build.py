@@ -75,7 +75,7 @@ def load_kernels() -> ctypes.CDLL | None:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Say what the functions take. Raises AttributeError if one is missing."""
+    """Declare the functions' argument types. Raises AttributeError if one is missing."""
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.coprune_multiply.argtypes = [pointer, integer, integer, pointer, pointer, wide, integer]
     library.coprune_multiply.restype = None
@@ -98,13 +98,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """Name of the kernels in use: portable, avx2, avx512, avx512_vbmi2, or none."""
+    """Return the name of the kernels in use: portable, avx2, avx512, avx512_vbmi2, or none."""
     library = load_kernels()
     return "none" if library is None else LEVELS[library.coprune_level()]
 
 
 def _openmp_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that PyTorch uses; None (one thread) where there is none."""
+    """Return the address of GOMP_parallel in PyTorch's OpenMP runtime; None (one thread) without one."""
     folder = Path(torch.__file__).parent / "lib"
     for path in sorted(folder.glob("lib*omp*")):
         try:

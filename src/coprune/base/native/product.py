@@ -73,14 +73,14 @@ class NativeMatrix:
         self.library = library
 
     def product(self, x: Tensor) -> Tensor:
-        """… × I to … × O, in the way that is faster for as many inputs. x: of the weights' dtype, on the CPU."""
+        """Multiply … × I to … × O, in the faster way for the number of inputs. x: of the weights' dtype, on the CPU."""
         batch = x.numel() // self.columns
         if batch <= IN_KERNEL[self.dtype]:
             return self.multiply(x.contiguous(), batch)
         return self.multiply_by_tiles(x, batch)
 
     def multiply(self, x: Tensor, batch: int) -> Tensor:
-        """… × I to … × O in the kernel. x: contiguous, of the weights' dtype, `batch` rows in all."""
+        """Multiply … × I to … × O in the kernel. x: contiguous, of the weights' dtype, with `batch` rows in all."""
         return multiply_at(self.address, x, self.rows, batch)
 
     def multiply_by_tiles(self, x: Tensor, batch: int) -> Tensor:
@@ -103,13 +103,13 @@ class NativeMatrix:
 
 
 def multiply_at(address: int, x: Tensor, rows: int, batch: int, dense: bool = False) -> Tensor:
-    """… × I to … × O in the kernel.
+    """Multiply … × I to … × O in the kernel.
 
     Args:
         address: of a MatrixStruct, whose matrix has x's dtype.
         x: contiguous, float32 or bfloat16.
         rows: O.
-        batch: how many inputs there are in all.
+        batch: total number of inputs.
         dense: whether the values are the whole matrix.
     """
     y, library = x.new_empty((*x.shape[:-1], rows)), load_kernels()
@@ -137,7 +137,7 @@ def _scratch(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def count_rows(blob: Tensor, places: Places) -> Tensor | None:
-    """O + 1 int64: how many values come before each row, counted by the kernels; None where there are none."""
+    """Return the number of values before each row (O + 1 int64), counted by the kernels; None without kernels."""
     library = load_kernels()
     if library is None or sys.byteorder != "little":
         return None
@@ -152,7 +152,7 @@ def serves(weight: torch.dtype, bias: torch.dtype | None) -> bool:
 
 
 def prepare_natively(blob: Tensor, starts: Tensor, places: Places, bias: Tensor | None) -> NativeMatrix | None:
-    """For the native kernels, on a copy of the blob; None where they do not serve."""
+    """Prepare a matrix for the native kernels, on a copy of the blob; None if they do not support it."""
     library = load_kernels()
     if library is None or not serves(places.dtype, None if bias is None else bias.dtype):
         return None
@@ -161,4 +161,4 @@ def prepare_natively(blob: Tensor, starts: Tensor, places: Places, bias: Tensor 
 
 
 def leave_packed(blob: Tensor, starts: Tensor, places: Places, bias: Tensor | None) -> None:
-    """There is no kernel: the matrix is unpacked for every product."""
+    """Prepare nothing: without a kernel the matrix is unpacked for every product."""

@@ -33,7 +33,7 @@ class _Tokens(ctypes.Structure):
 
 
 def update_columns(tensors: Sequence[Tensor], group: tuple[int, int]) -> None:
-    """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place: see `ColumnBlock`.
+    """Update one block of SparseGPT's columns (arXiv 2301.00774) in place: see `ColumnBlock`.
 
     Args:
         tensors: its columns, keep, errors, unit and pivots.

@@ -36,20 +36,20 @@ def ask(
     reporter: Reporter,
     batch_size: int | None = None,
 ) -> Answers:
-    """Let a model answer, greedily and, if the plan says so, sampled.
+    """Generate a model's answers, greedy and, if the plan says so, sampled.
 
     Args:
         model: in memory; it is not changed.
         tokenizer: its tokenizer.
         questions: the prompts, as token ids.
-        reporter: whose bar goes on with every token.
+        reporter: its bar advances with every token.
         batch_size: prompts at a time (default: 16).
 
     Returns:
         One answer per prompt and way.
 
     Raises:
-        UnsupportedModel: the model does not write text, or transformers does not let it.
+        UnsupportedModel: transformers cannot generate text with the model.
     """
     found = [_ask(model, tokenizer, questions, 0.0, reporter, batch_size or _BATCH)]
     if (temperature := questions.plan.temperature) > 0:

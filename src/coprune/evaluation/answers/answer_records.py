@@ -81,7 +81,7 @@ class Figures(Facts):
 
     @classmethod
     def of(cls, answers: Sequence[Answered]) -> Figures:
-        """Of one answer or more."""
+        """Compute the figures of one or more answers."""
         shares = {f"distinct{n}": fmean(distinct(answer.tokens, n) for answer in answers) for n in (1, 2, 3)}
         return cls(
             answers=len(answers),
@@ -107,7 +107,7 @@ class Likeness(Facts):
 
     @classmethod
     def of(cls, dense: Sequence[Answered], answers: Sequence[Answered]) -> Likeness:
-        """Of answers to the same prompts in the same order."""
+        """Compare answers to the same prompts in the same order."""
         pairs = list(zip(dense, answers, strict=True))
         written = [script_agreement(one.text, other.text) for one, other in pairs]
         known = [share for share in written if share is not None]
@@ -128,7 +128,7 @@ class Way(Facts):
 
     @classmethod
     def of(cls, dense: Sequence[Answered], answers: Sequence[Answered]) -> Way | None:
-        """None where nothing was answered this way. dense: empty if there is no other model."""
+        """Summarise the answers of one way, or return None without any. dense: empty if there is no other model."""
         if not answers:
             return None
         likeness = Likeness.of(dense, answers) if dense else None
@@ -140,14 +140,14 @@ _DRAWN = {"FULLWIDTH", "HALFWIDTH", "MODIFIER", "MATHEMATICAL", "KATAKANA-HIRAGA
 
 
 def agreed_share(dense: Sequence[int], answer: Sequence[int]) -> float:
-    """Share of the dense model's tokens that an answer begins with: those before the first difference.
+    """Return the share of the dense model's tokens before the first difference.
 
     Args:
         dense: token ids of the dense model's answer.
         answer: token ids of the other model's.
 
     Returns:
-        Between 0 and 1; 1 where the dense model says nothing and the other one neither, 0 where only that one speaks.
+        Between 0 and 1; 1 if both answers are empty, 0 if only the dense model's is.
     """
     if not dense:
         return 0.0 if answer else 1.0
@@ -177,15 +177,14 @@ def _script(letter: str) -> str | None:
 
 
 def script_agreement(dense: str, answer: str) -> float | None:
-    """How far two answers are written in the same scripts: what their shares of letters in each have in common.
+    """Return the overlap of two answers' distributions of letters over scripts.
 
     Args:
         dense: the dense model's answer.
         answer: the other model's.
 
     Returns:
-        1 for the same mixture, 0 for no script in common or no letter at all; None where the dense model's has no letters,
-        which tells nothing.
+        1 for the same mixture, 0 for no script in common or no letters in the answer; None if the dense one has no letters.
     """
     expected, found = scripts(dense), scripts(answer)
     if not expected:
@@ -221,7 +220,7 @@ class Loop:
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
-    """Share of an answer's n-grams that are distinct (arXiv 1510.03055); 1 where there are none.
+    """Return the share of an answer's n-grams that are distinct (arXiv 1510.03055); 1 without any.
 
     Args:
         tokens: the answer's token ids.

@@ -171,13 +171,13 @@ def _one_line(text: str) -> str:
 def facts_of(
     asked: Asked, prompts: Sequence[str], models: tuple[Answers | None, Answers], along: Along | None = None
 ) -> AnswerFacts:
-    """Put two models' answers to the same prompts side by side.
+    """Compare two models' answers to the same prompts.
 
     Args:
-        asked: what both were asked, and how.
-        prompts: the prompts themselves.
-        models: the answers of the dense model (None where there is none), and of the other.
-        along: how far that one diverges along the dense model's answers.
+        asked: the prompts' settings.
+        prompts: the prompts.
+        models: the answers of the dense model (None without one), and of the other.
+        along: the other's divergence along the dense model's answers.
     """
     dense, answers = models
     greedy = Way.of(() if dense is None else dense.greedy, answers.greedy)
@@ -209,7 +209,7 @@ class Requirement(BaseModel):
     holds: bool
 
     def line(self) -> str:
-        """For people."""
+        """Return a line on the condition and its figures."""
         found = "not measured" if self.figure is None else f"{self.figure:.4g}"
         dense = "" if self.dense is None else f", dense {self.dense:.4g}"
         return f"{self.condition} {'holds' if self.holds else 'does not hold'} ({found}{dense})"
@@ -225,14 +225,14 @@ def answer_rows(
 
 
 def judge(conditions: Sequence[Condition], facts: AnswerFacts | None) -> tuple[Requirement, ...]:
-    """Hold answers against conditions.
+    """Check answers against conditions.
 
     Args:
-        conditions: what is required.
-        facts: the answers; None where none could be had, so that no condition holds.
+        conditions: the requirements.
+        facts: the answers; None if there are none, so that no condition holds.
 
     Returns:
-        One requirement per condition; and those of `no_emptier` that do not hold, where empty answers were counted.
+        One requirement per condition, and the unmet ones of `no_emptier` where empty answers were counted.
     """
     found = [_judge(condition, facts) for condition in conditions]
     beside_dense = facts is not None and facts.greedy.dense is not None

@@ -46,10 +46,10 @@ class Look:
         return self._questions is not None
 
     def prepare(self, loaded: Loaded, reporter: Reporter) -> None:
-        """Turn the prompts into the model's tokens, or find that they are left out.
+        """Tokenise the prompts, or skip them where the model cannot answer.
 
         Raises:
-            BadInput: answers that somebody asked for cannot be had.
+            BadInput: the model cannot give answers that the user asked for.
         """
         if self._plan is None:
             return
@@ -67,10 +67,10 @@ class Look:
         reporter.say(f"What the model writes is not looked at: {self.left_out}.")
 
     def ask_dense(self, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
-        """Let the dense model answer, or take the answers that it gave before.
+        """Generate the dense model's answers, or use stored ones.
 
         Raises:
-            UnsupportedModel: it cannot, and somebody asked for its answers.
+            UnsupportedModel: it cannot generate, and the user asked for its answers.
         """
         if (questions := self._questions) is None or (tokenizer := loaded.tokenizer) is None:
             return
@@ -93,10 +93,10 @@ class Look:
             self._rows = KeptRows(rows_along(loaded.model, self._questions, self.dense))
 
     def ask(self, model: PreTrainedModel, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
-        """Let the run's result answer. loaded: whose tokenizer it reads with.
+        """Generate the answers of the run's model. loaded: has the tokenizer.
 
         Raises:
-            UnsupportedModel: it cannot, and somebody asked for its answers.
+            UnsupportedModel: it cannot generate, and the user asked for its answers.
         """
         if self._questions is None or loaded.tokenizer is None:
             return
@@ -111,7 +111,7 @@ class Look:
             self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
 
     def facts(self) -> AnswerFacts | None:
-        """Both models' answers side by side, once the second has answered."""
+        """Return both models' answers side by side, or None before the second has answered."""
         if self._questions is None or self.answers is None:
             return None
         prompts = self._questions.plan.prompts.texts

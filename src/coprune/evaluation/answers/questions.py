@@ -156,18 +156,18 @@ def asked_of(plan: Plan, chat: bool, new_tokens: int) -> Asked:
 
 
 def questions_for(plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Questions:
-    """Turn a plan's prompts into token ids.
+    """Tokenise a plan's prompts.
 
     Args:
         plan: the prompts, and how they are answered.
         tokenizer: the model's.
-        model: whose configuration says how long a text may be, and which tokens end it.
+        model: its configuration gives the maximum length and the end tokens.
 
     Returns:
         One sequence of token ids per prompt.
 
     Raises:
-        BadInput: the chat template fails, a prompt is no token, or one is too long for the model with its answer.
+        BadInput: the chat template fails, or a prompt is empty or too long for the model with its answer.
     """
     chat = bool(getattr(tokenizer, "chat_template", None))
     ids = tuple(

@@ -162,7 +162,7 @@ class ImageTask:
         activations: Activations,
         advance: Advance,
     ) -> list[Tensor]:
-        """As many images at a time as may be held, since every such part reads all blocks once."""
+        """Rank classes for as many images at a time as fit in memory, since every such part reads all blocks once."""
         device = input_device(model.module)
         size = self._batch_size(self.transform([data.image(0)]))
         ranked = []
@@ -193,7 +193,7 @@ def rank_classes(logits: Tensor) -> Tensor:
 
 
 def aggregate_accuracy(ranked: Tensor, labels: Tensor) -> Accuracy:
-    """Form the accuracies from every image's ranked classes (N × 5) and label (N)."""
+    """Compute the accuracies from every image's ranked classes (N × 5) and label (N)."""
     hits = ranked == labels[:, None]
     first, five, count = int(hits[:, 0].sum()), int(hits.any(dim=1).sum()), len(labels)
     return Accuracy(
@@ -208,7 +208,7 @@ def aggregate_accuracy(ranked: Tensor, labels: Tensor) -> Accuracy:
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share. hits of count, which is at least 1."""
+    """Return Wilson's 95 % interval of the share hits / count; count is at least 1."""
     share, z2 = hits / count, _Z * _Z
     centre = share + z2 / (2 * count)
     spread = _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))

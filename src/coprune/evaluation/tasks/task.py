@@ -27,7 +27,7 @@ class Remember(Protocol):
 
 
 def read_anew(key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
-    """Remember nothing."""
+    """Read without a cache."""
     return read()
 
 
@@ -53,7 +53,7 @@ class Task(Protocol):
         ...
 
     def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        """One sample to prove the replay with."""
+        """Return one sample for proving the replay."""
         ...
 
     def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:

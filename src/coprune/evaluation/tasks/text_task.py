@@ -98,12 +98,12 @@ class TextTask:
         return bos_of(self._loaded.tokenizer, "every")
 
     def choose_bos(self, score: Score, samples: Samples | None, data: dict[str, Data]) -> BosChoice:
-        """How windows begin: as asked for, or, where that is left open, as the dense model speaks for.
+        """Choose the beginning of windows: as asked, or by the dense model's loss.
 
         Args:
-            score: by which the dense model is tried.
-            samples: as `calibration` gave them.
-            data: as `evaluation` gave it.
+            score: computes the dense model's loss.
+            samples: from `calibration`.
+            data: from `evaluation`.
         """
         texts = [one for one in data.values() if isinstance(one, EvaluationText) and not one.given]
         windows = None
@@ -119,7 +119,7 @@ class TextTask:
         return windows_at_bos(samples, self._bos) if self._shifts(choice) else samples
 
     def data_begun(self, choice: BosChoice, data: dict[str, Data]) -> dict[str, Data]:
-        """Let the windows of evaluation data begin as a choice says."""
+        """Make the windows of evaluation data begin as chosen."""
         if not self._shifts(choice):
             return data
         return {
@@ -226,14 +226,14 @@ def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
 
 
 def _unused_positions(model: PreTrainedModel, limit: int) -> int:
-    """Rows of a table of positions that no token has: up to that of padding, where positions are counted from it."""
+    """Return the number of position embeddings before the first token's, where positions count from the padding index."""
     tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
     own = next((m for m in tables if m.num_embeddings == limit and m.padding_idx is not None), None)
     return 0 if own is None or own.padding_idx is None else own.padding_idx + 1
 
 
 def probe_tokens(windows: Windows | None, texts: Sequence[EvaluationText], seqlen: int, loaded: Loaded) -> torch.Tensor:
-    """One sample (1 × S int64, at most 512 tokens) to prove the replay with: of the data, or random without any."""
+    """Return one sample (1 × S int64, at most 512 tokens) for proving the replay: of the data, or random without any."""
     length = min(seqlen, 512)
     if windows is not None:
         sample = a_longest(windows.tokens)[:, :512]
@@ -246,10 +246,10 @@ def probe_tokens(windows: Windows | None, texts: Sequence[EvaluationText], seqle
 
 
 def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
-    """Calibration samples that cross a block together: as many as were asked for, or as many as are fastest.
+    """Return the number of calibration samples per batch: as asked, or as is fastest.
 
-    On a CPU about 512 tokens, whose activations stay in its caches and leave the allocator alone. A rule and not a
-    measurement, since sums over other batches differ in their last bits, and a run must give the same again.
+    On a CPU about 512 tokens, whose activations stay in its caches. A rule rather than a measurement, since sums over
+    other batches differ in their last bits, and a run must be repeatable.
     """
     # Reconstruction takes one step per batch, so there the size decides more than the time.
     tokens = 512 if in_host_memory(device) and not recipe.prune.reconstruct.steps else 4096

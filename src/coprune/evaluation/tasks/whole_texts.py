@@ -71,11 +71,11 @@ class _WholeText(TextTask):
         return self._marks.around_text(super()._read(name, held_out), self.seqlen)
 
     def choose_bos(self, score: Score, samples: Samples | None, data: dict[str, Data]) -> BosChoice:
-        """Windows begin with the marks, which are there already."""
+        """Return the default, since the windows already begin with the marks."""
         return BosChoice()
 
     def _size(self, values: int) -> int:
-        """Windows that go through the model at once. values: that it answers per token."""
+        """Return the number of windows per batch. values: outputs of the model per token."""
         return self._recipe.calibrate.batch_size or default_batch_size(self.seqlen, values)
 
     def _own_windows(self, text: EvaluationText) -> Tensor:
@@ -132,7 +132,7 @@ class MaskedTask(_WholeText):
         return self._summed(found)
 
     def _masked(self, windows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of windows, each as often as it takes to mask every token of it once, with what was there and where."""
+        """Yield batches of masked windows with the original tokens and the masked places, until every token was masked once."""
         mask, positions = self._mask(), torch.arange(self.seqlen, device=windows.device)
         inside = self._marks.inside(self.seqlen)
         text = (positions >= inside.start) & (positions < inside.stop)
@@ -157,7 +157,7 @@ class MaskedTask(_WholeText):
 
 
 def _masked_nll(logits: Tensor, original: Tensor, where: Tensor) -> Tensor:
-    """Summed negative log likelihood of every window's masked tokens in nats: B float64, on the CPU.
+    """Return the summed negative log likelihood of every window's masked tokens in nats: B float64, on the CPU.
 
     logits: B × S × vocabulary; original: B × S int64; where: S bool.
     """
@@ -225,7 +225,7 @@ class EmbeddingTask(_WholeText):
 
 
 def _folder_of(recipe: Recipe, loaded: Loaded) -> Path | None:
-    """Where the files of a model lie; None of one in memory that came from nowhere."""
+    """Return the folder of a model's files, or None for a model in memory without one."""
     if (folder := Path(loaded.source)).is_dir():
         return folder
     with suppress(BadInput):
@@ -323,7 +323,7 @@ class LabelTask(_WholeText):
         return dict(encoded), first
 
     def _ranked(self, logits: Tensor, first: list[int]) -> Tensor:
-        """Classes from the likeliest on, of a text or of its words. logits: 1 or S × classes."""
+        """Return the classes of a text or of its words, likeliest first. logits: 1 or S × classes."""
         own = logits[first] if self._each_word else logits[:1]
         if own.shape[-1] > 1:
             return rank_classes(own)

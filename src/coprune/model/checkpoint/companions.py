@@ -100,7 +100,7 @@ def modules_of(folder: Path | None) -> list[Path]:
 
 
 def change_config(folder: Path, *changes: Callable[[dict[str, Any]], None]) -> None:
-    """Change the content of a folder's configuration; the file stays as it is where nothing differs."""
+    """Change a folder's configuration; the file is not rewritten if nothing differs."""
     path = folder / "config.json"
     before = read_json(path)
     after = copy.deepcopy(before)
@@ -111,7 +111,7 @@ def change_config(folder: Path, *changes: Callable[[dict[str, Any]], None]) -> N
 
 
 def put_into(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Change the content of a configuration, in place. changes: values by their places, with dots between."""
+    """Change a configuration in place. changes: values by dotted path."""
     for place, value in changes.items():
         *path, key = place.split(".")
         part = config
@@ -123,7 +123,7 @@ def put_into(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def places_in(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in a configuration, by its place with dots between."""
+    """Yield every value in a configuration with its dotted path."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from places_in(value, f"{above}{key}.")

@@ -49,7 +49,7 @@ class Conversion:
     """How the tensors of one checkpoint become the parameters of one model (which may be on the meta device)."""
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """names: of every tensor in the checkpoint.
+        """Match a checkpoint's tensors with the model's. names: of every tensor in the checkpoint.
 
         Raises BadInput if the checkpoint lacks weights that the model needs.
         """
@@ -91,7 +91,7 @@ class Conversion:
         return without_known_exceptions(self._model, missing, unknown.values())[0]
 
     def load(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
-        """Put tensors of the checkpoint (or lazy slices of them) into the model, converted.
+        """Convert and load tensors of the checkpoint (or lazy slices of them) into the model.
 
         Raises BadInput where a shape differs from the configuration's or a conversion fails.
         """
@@ -158,9 +158,9 @@ def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> 
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> None:
-    """Put some tensors of a checkpoint, converted, into a model that is in memory; the others stay as they are.
+    """Convert some tensors of a checkpoint and load them into a model in memory; the others are unchanged.
 
-    device: where they go, if that is not where the model is. Raises BadInput where a shape differs or a conversion fails.
+    device: of the tensors, if not the model's. Raises BadInput where a shape differs or a conversion fails.
     """
     before = conversions_to_revert(model)
     _convert_into(model, tensors, model.dtype, device or model.device, conversions_of(model))
@@ -171,7 +171,7 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: 
 def _convert_into(
     model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, device: Any, mapping: Iterable[Any]
 ) -> None:
-    """Let transformers convert and load tensors (or lazy slices) of a checkpoint; what went wrong is a BadInput."""
+    """Convert and load tensors (or lazy slices) with transformers, whose errors become BadInput."""
     info = convert_into(model, tensors, dtype, device, mapping)
     if info.mismatched_keys:
         name, found, expected = min(info.mismatched_keys)

@@ -18,7 +18,7 @@ Place = Callable[[str], str | None]
 
 
 def keep_place(name: str) -> str | None:
-    """Leave every tensor where it is."""
+    """Return the name unchanged."""
     return name
 
 
@@ -64,11 +64,11 @@ class Encoding(Protocol):
         ...
 
     def complete(self, folder: Path, place: Place) -> None:
-        """Change what else beside the weights tells how they are stored; here none of it is true any more."""
+        """Update files beside the weights that describe their storage; here those that are no longer true are removed."""
         (folder / MODELOPT_FILE).unlink(missing_ok=True)
 
     def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
-        """Say in the content of `config.json`, in place, how the tensors are stored. place: where the source's go."""
+        """Describe the storage of tensors in the content of `config.json`, in place. place: new names of the source's."""
         ...
 
 

@@ -60,7 +60,7 @@ def _names(config: Any, place: str) -> list[str]:
 
 
 def _places(file: Mapping[str, Any], holder: str, names: list[str], old: Any) -> list[str]:
-    """Where a holder says the old value: under all of its names that are there, else under the first."""
+    """Return the keys of a holder that have the old value: all of its names present, else the first."""
     said = dict(places_in(file))
     there = [f"{holder}{name}" for name in names if f"{holder}{name}" in said]
     return [place for place in there if said[place] == old] or there or [f"{holder}{names[0]}"]

@@ -55,7 +55,7 @@ class Ahead:
         self._coming: dict[TensorEntry, Future[Coming]] = {}
 
     def begin(self, entries: Sequence[TensorEntry]) -> bool:
-        """Begin to fetch tensors, and forget those that were fetched and not taken; whether there is room for them."""
+        """Start fetching tensors and drop fetched ones that were not used; return whether there is room."""
         for future in self._coming.values():
             future.cancel()
         self._coming = {}
@@ -98,11 +98,11 @@ class Channel(Protocol):
     """A way to a device, for a thread that reads beside the one that computes."""
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Host memory that can be sent."""
+        """Allocate host memory that can be sent."""
         ...
 
     def send(self, held: Tensor) -> Coming:
-        """Begin to copy a buffer, which nobody writes to any more."""
+        """Start copying a buffer, which must not change any more."""
         ...
 
 
@@ -231,14 +231,14 @@ class LazyCheckpoint:
         self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
 
     def expect(self, prefix: str) -> None:
-        """Begin to bring a block's tensors to the device, or in host memory to read them, where the system can."""
+        """Prefetch a block's tensors to the device, or into the system's cache."""
         names = [name for group in self.source.below(prefix) for name in group.originals]
         whole = [self._entries[name] for name in names if self._uncut.get(name) is None]
         if self._ahead is None or not self._ahead.begin(whole):
             read_ahead(self._entries[name] for name in names)
 
     def release(self, prefix: str) -> None:
-        """Forget the parameters below a module's path; what was changed and not written is lost."""
+        """Free the parameters below a module's path; unwritten changes are lost."""
         forget_parameters(self._model.get_submodule(prefix))
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -278,7 +278,7 @@ class LazyCheckpoint:
         self.source.write_companions(folder, beside)
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
-        """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
+        """Read the tensors of this file from it in future: a block that an earlier run finished."""
         entries = read_entries(file)
         if self.stored_as is not None:
             entries = self.stored_as.decoded(entries)
@@ -350,7 +350,7 @@ def build_skeleton(
 
 
 def forget_parameters(root: nn.Module) -> None:
-    """Put the parameters below a module on the meta device; those that are shared stay shared."""
+    """Move the parameters below a module to the meta device; shared ones stay shared."""
     forgotten: dict[int, nn.Parameter] = {}
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

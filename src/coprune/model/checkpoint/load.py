@@ -84,7 +84,7 @@ def reading_once(
 
 @contextmanager
 def _made_once() -> Iterator[None]:
-    """Whoever asks the package gguf for a file's reader or an architecture's names meanwhile gets what was made at first."""
+    """Cache the gguf package's readers and tensor names in the body, since loading asks for them repeatedly."""
     package: Any = importlib.import_module("gguf")
     own = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
     if isinstance(package.GGUFReader, type):  # else one loading calls another, and the file has been read
@@ -305,7 +305,7 @@ def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTr
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Put a model into the state that the walk needs: evaluation mode, no gradients, experts one by one."""
+    """Prepare a model for the walk: evaluation mode, no gradients, experts one by one."""
     model.eval()
     model.requires_grad_(False)
     run_experts_singly(model)
@@ -314,7 +314,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def prepared(model: PreTrainedModel | None) -> Iterator[None]:
-    """Put somebody's model into that state for a while; afterwards it is as it was, but for its weights."""
+    """Prepare the caller's model in the body, and restore all but its weights."""
     if model is None:
         yield
         return
@@ -344,7 +344,7 @@ def require_all_weights(name: str, missing: set[str]) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and notes while coprune itself reports on what it does."""
+    """Silence transformers' progress bars and notes while coprune reports itself."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -360,7 +360,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def explained(location: Location, fix: str | None = None) -> Iterator[None]:
-    """Turn what transformers raises on files that it cannot use into a BadInput of one line. fix: what may help."""
+    """Convert transformers' errors on unusable files into a BadInput of one line. fix: a possible fix."""
     try:
         with panics_caught():
             yield
@@ -406,7 +406,7 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Let a model evaluate while the body runs. Its parts may differ: somebody may train some and hold others still."""
+    """Put a model in evaluation mode in the body, and restore each module's own mode."""
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:

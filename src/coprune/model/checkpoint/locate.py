@@ -112,7 +112,7 @@ def locates_gguf(model: str) -> bool:
 
 
 def _with_tag(name: str) -> str:
-    """timm's name of an architecture (`timm/deit_base_patch16_224`) with the tag of its default weights, as on the Hub."""
+    """Add the tag of its default weights to timm's name of an architecture (`timm/deit_base_patch16_224`), as on the Hub."""
     architecture = name.removeprefix("timm/")
     if architecture == name or "." in architecture or importlib.util.find_spec("timm") is None:
         return name
@@ -234,7 +234,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _nearest(path: Path) -> str | None:
-    """Hint at a similar name in the same folder, or at the folder that does not exist."""
+    """Suggest a similar name in the same folder, or report that the folder is missing."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
     near = like_named(path)
@@ -347,7 +347,7 @@ def check_tokenizer(file: Path) -> None:
 
 
 def _growth(step: Any) -> int:
-    """How many times as long a text may get, at most."""
+    """Return the factor by which a step may lengthen a text."""
     if not isinstance(step, Mapping):
         return 1
     inner = [one for value in step.values() if isinstance(value, list) for one in value]

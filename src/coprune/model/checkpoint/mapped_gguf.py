@@ -45,7 +45,7 @@ class MappedGguf:
     """All tensors of a GGUF file, or of the parts of one, mapped and not yet read."""
 
     def __init__(self, file: GgufFile, field: str = "model") -> None:
-        """field: the setting that named the file. Raises BadInput where it or one of its parts cannot be read."""
+        """Map a file and its parts. field: the setting that named it. Raises BadInput if a part cannot be read."""
         self.parts = {part: gguf_reader(part, field) for part in gguf_parts(file.path)}
         self.first: Any = next(iter(self.parts.values()))
         """The reader of the part that holds the metadata of all."""
@@ -60,7 +60,7 @@ class MappedGguf:
             )
 
     def let_go(self) -> None:
-        """Let the system take back the pages that were read, which are not counted as this process's then."""
+        """Release the pages that were read, so that they no longer count as this process's memory."""
         for reader in self.parts.values():
             mapped = getattr(getattr(reader.data, "base", None), "_mmap", None)
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):

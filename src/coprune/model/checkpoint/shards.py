@@ -134,7 +134,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def stored_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor that a checkpoint's files hold, by its name there.
+    """Return every tensor of a checkpoint's files, by name.
 
     Raises BadInput on a damaged shard, and where the index names a tensor that its file does not hold.
     """
@@ -188,8 +188,7 @@ def _read_stored(entry: TensorEntry, buffer: Buffer) -> Tensor:
 
 
 def read_ahead(entries: Iterable[TensorEntry]) -> None:
-    """Let the system begin to read tensors while others are computed with. It reads into its own cache, which is no
-    memory of this process, and only where it has that call (Linux)."""
+    """Ask the system to read tensors into its cache in the background, where it can (Linux)."""
     if not hasattr(os, "posix_fadvise"):
         return
     stored = sorted((one for entry in entries for one in entry.stored), key=lambda e: (e.file, e.start))
@@ -318,6 +317,6 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @cache
 def tell_of_adapter(folder: Path) -> None:
-    """Say once that a folder's weights are read without what is added to them, which they may count on."""
+    """Warn once that a folder's weights are read without its adapter."""
     if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
         logger.warning("%s is left out: %s is read without it", folder / ADAPTER_FOLDER, folder)

@@ -41,7 +41,7 @@ class Source:
         dtype: DtypeName = "auto",
         entries: dict[str, TensorEntry] | None = None,
     ) -> None:
-        """dtype: of what is written, "auto" for every tensor's own. entries: of the folder, if they are known."""
+        """Open a folder. dtype: of the output, "auto" for every tensor's own. entries: of the folder, if known."""
         self.location = location
         self.stored_as: SourceEncoding | None = None
         """How the folder stores quantised weights, where its entries are not given."""
@@ -84,7 +84,7 @@ class Source:
         return [group for group in self.conversion.groups if not is_below_any(group.target, prefixes)]
 
     def as_written(self, groups: Sequence[Renamed], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters under the files' names, in their layout and dtypes (or the one asked for).
+        """Return parameters under the files' names, in their layout and dtypes (or the requested one).
 
         state: the model's tensors that the groups cover. Raises UnsupportedModel as `Conversion.revert`.
         """

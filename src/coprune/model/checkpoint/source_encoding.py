@@ -65,7 +65,7 @@ class SourceEncoding(Dense):
     name = "source"
 
     def __init__(self, quantization: Mapping[str, Any], entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> None:
-        """dtype: that weights are decoded to. Raises BadInput for damaged parts of a weight."""
+        """Find the quantised weights. dtype: that they are decoded to. Raises BadInput for damaged parts of a weight."""
         self._quantization = quantization
         self.dtype = dtype
         self.entries = self.decoded(entries)
@@ -121,7 +121,7 @@ class SourceEncoding(Dense):
             write_text(file, json.dumps(content, indent=2) + "\n")
 
     def lines(self) -> list[str]:
-        """How quantised weights are stored, a line per kind, and in which steps they can be cut."""
+        """Return a line per kind of quantised weight: its format, and the steps in which it can be cut."""
         names = defaultdict[str, list[str]](list)
         for name, entry in self.weights.items():
             names[entry.weight.label].append(name)
@@ -174,7 +174,7 @@ class ReadOnly(SourceEncoding):
 
 
 def _place_layers(said: Any, place: Place) -> None:
-    """Let lists of layers that are not quantised follow these, in place."""
+    """Rename lists of layers that are not quantised, in place."""
     for key in _LISTS:
         if isinstance(said, dict) and isinstance(listed := said.get(key), list):
             said[key] = [left for name in listed if (left := place(str(name))) is not None]
@@ -240,10 +240,10 @@ _DTYPES = ("dtype", "torch_dtype")
 
 
 def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint by its name; quantised weights as dense ones.
+    """Return every tensor of the checkpoint by name; quantised weights as dense ones.
 
-    Raises BadInput on a damaged shard, where the index names a tensor that its file does not hold, and for what is quantised
-    in a way that is not read.
+    Raises BadInput on a damaged shard, where the index names a tensor that its file does not hold, and for unsupported
+    quantisation.
     """
     source = source_encoding(folder) if (folder / "config.json").is_file() else None
     return stored_entries(folder) if source is None else source.entries

@@ -62,17 +62,17 @@ class Weights(Protocol):
         ...
 
     def expect(self, prefix: str) -> None:
-        """Say that the block will be acquired soon, so that reading it may begin."""
+        """Prefetch a block."""
         ...
 
     def release(self, prefix: str) -> None:
-        """Say that the block's parameters are not needed for now."""
+        """Free the block's parameters if they can be read again."""
         ...
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
-        """From now on take the tensors that this safetensors file holds from it: a block that was finished.
+        """Read the tensors of this safetensors file from it in future: a finished block.
 
-        uncut: gives tensors that were made smaller their shapes in the model.
+        uncut: restores the model's shapes of tensors that were made smaller.
         """
         ...
 
@@ -81,7 +81,7 @@ class Weights(Protocol):
         ...
 
     def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Values of all of a block's tensors as they would stand in a checkpoint. state: by the model's names."""
+        """Return a block's tensors as a checkpoint stores them. state: by the model's names."""
         ...
 
     def pieces(self, prefix: str) -> dict[str, bytes]:
@@ -111,7 +111,7 @@ class InMemory:
     streams = False
 
     def __init__(self, model: PreTrainedModel, source: Source | None = None) -> None:
-        """source: the folder that it was read from, which what is saved follows; without it, it is saved as by transformers."""
+        """Wrap a model in memory. source: the folder whose layout is saved; by default transformers'."""
         self._model = model
         self._source = source
         self._names = source if source is not None and source.leads_back() else None
@@ -192,13 +192,13 @@ class InMemory:
         return {name: tensor for name, tensor in self._model.state_dict().items() if wanted(name)}
 
     def _reverted(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Those of the saved tensors whose names are wanted, as they are in a checkpoint."""
+        """Return the saved tensors with wanted names, in the checkpoint's layout."""
         state = {name: tensor for name, tensor in saved_tensors(self._model).items() if wanted(name)}
         return revert_conversion(self._model, state)
 
 
 def piece_places(nbytes: int) -> list[slice]:
-    """Which bytes of a tensor are its pieces: eight stretches of up to 512, spread over it."""
+    """Return the slices of a tensor's bytes that are its pieces: eight of up to 512 bytes, spread over it."""
     return [slice(start, min(start + 512, nbytes)) for start in range(0, nbytes, max(512, nbytes // 8))]
 
 

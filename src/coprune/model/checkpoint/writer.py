@@ -56,10 +56,10 @@ class CheckpointWriter:
     """Writes one checkpoint folder. `parts` are the names of the parts in the order of the shards."""
 
     def __init__(self, folder: Path, parts: Sequence[str], total_bytes: int) -> None:
-        """total_bytes: size of all tensors, to see beforehand whether they fit on the disk.
+        """Open a checkpoint for writing, resuming an earlier writer's for the same folder.
 
-        Goes on with what an earlier writer for the same folder left. Raises BadInput if the folder already holds
-        something, if the unfinished one was made for other parts or another process is at it, or if the disk is too full.
+        total_bytes: size of all tensors, to check the free disk space. Raises BadInput if the folder already holds something,
+        if the unfinished one was made for other parts or is in use by another process, or if the disk is too full.
         """
         self.folder = folder
         self.partial = folder.with_name(f".{folder.name}.partial")
@@ -124,7 +124,7 @@ class CheckpointWriter:
             )
 
     def file(self, part: str) -> Path:
-        """Where a part is written. Raises ValueError for a part that was not announced."""
+        """Return a part's file. Raises ValueError for an unknown part."""
         return self.partial / f"model-{self._parts.index(part) + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
     def _note(self, part: str) -> Path:

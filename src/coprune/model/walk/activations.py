@@ -165,7 +165,7 @@ class Activations(Sequence[Tensor]):
         self._places[index] = self._put(tensor, self._places[index])
 
     def _put(self, tensor: Tensor, old: Tensor | _InHost | _OnDisk | None) -> Tensor | _InHost | _OnDisk:
-        """Where a tensor goes: to its device, host memory or the file, whichever has room, but never back up."""
+        """Store a tensor on its device, in host memory or in the file, whichever has room, but never back up."""
         here = in_host_memory(tensor.device)
         self._elsewhere |= not here
         if isinstance(old, _InHost) and old.held.shape == tensor.shape and old.held.dtype == tensor.dtype:
@@ -228,7 +228,7 @@ class ScratchFile:
         return self._end
 
     def extend(self, nbytes: int) -> int:
-        """First byte of a new piece of the file, at a multiple of the system's pages, where a mapping may begin."""
+        """Reserve a piece of the file and return its start, aligned to pages for mapping."""
         start = self._end
         self._end += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return start

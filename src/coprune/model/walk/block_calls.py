@@ -79,14 +79,14 @@ def _handed_over(value: Any, streams: Sequence[Stream]) -> Any:
 
 
 def open_streams(calls: Sequence[BlockCall], places: Sequence[Place]) -> tuple[list[BlockCall], list[Stream]]:
-    """Leave streams open in a model's calls, as they were recorded with idle blocks.
+    """Make streams arguments of a model's calls, as recorded with idle blocks.
 
     Args:
         calls: of all blocks.
-        places: where the streams are handed over.
+        places: where the streams are passed.
 
     Returns:
-        The calls, and every stream as it is before the first block.
+        The calls, and every stream before the first block.
     """
     first = [next(value for call in calls if (value := call.at(place)) is not None) for place in places]
     return [call.with_streams(places) for call in calls] if places else list(calls), first
@@ -130,7 +130,7 @@ class Finished(Exception):
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model wants its token ids or images."""
+    """Return the device of a model's inputs."""
     embeddings = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return next((embeddings or model).parameters()).device
 
@@ -156,12 +156,12 @@ class Answer:
 
     @classmethod
     def of(cls, output: Any, hidden: Tensor) -> Answer:
-        """hidden: what the block was given."""
+        """Derive the form of a block's output. hidden: its input."""
         shape = tuple(hidden_of(output).shape[1:])
         return cls(len(output) if isinstance(output, tuple | list) else 0, shape if shape != hidden.shape[1:] else None)
 
     def wrap(self, hidden: Tensor) -> Any:
-        """Hidden states as the block would answer them."""
+        """Return hidden states in the form of the block's output."""
         return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
 
     def idle(self, hidden: Tensor) -> Any:
@@ -182,7 +182,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, B
 
 @contextmanager
 def replaced_forwards(blocks: Sequence[Block], forward: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
-    """For a while, let every block run another function instead of its own forward."""
+    """Replace the forward of every block in the body."""
     with ExitStack() as stack:
         for block in blocks:
             own = vars(block.module)
@@ -260,7 +260,7 @@ def snapshot(value: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a value."""
+    """Yield every tensor in a value."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -335,7 +335,7 @@ class TensorPool:
         ] = {}  # by identity; holds the tensor, so that its id stays its own
 
     def forget_batch(self) -> None:
-        """Let go of the identities of one batch's tensors."""
+        """Forget the identities of one batch's tensors."""
         self._known.clear()
 
     def share(self, value: Any) -> Any:

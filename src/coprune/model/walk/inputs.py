@@ -49,7 +49,7 @@ class InputSample:
         self._rows.append(x_TI[step // 2 :: step][:kept].to(torch.float32, copy=True))
 
     def reduce(self, processes: Processes, needed: bool) -> None:
-        """Put in place what the samples of all processes hold together; needed: whether its rows are, or only the count."""
+        """Combine the samples of all processes in place. needed: whether the rows are, or only the count."""
         if needed:
             self.restore(*processes.gather_rows(self.inputs, self.count, self.tokens))
         else:
@@ -66,7 +66,7 @@ class InputSample:
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self._device)
 
     def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
-        """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² on the kept tokens (2 float64). weight, pruned: O × I."""
+        """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² on the kept tokens (2 float64). weight, pruned: O × I."""
         x = self.inputs
         return torch.stack([total((x @ rows.T).square()) for rows in (weight - pruned, weight)])
 
@@ -93,7 +93,7 @@ class CountedRows:
     """The counted rows of one batch's products while it runs through one block."""
 
     def __init__(self, counted: Tensor) -> None:
-        """counted: B × S bool, which tokens are."""
+        """Select the tokens that count. counted: B × S bool."""
         self._shape, self._all = tuple(counted.shape), bool(counted.all())
         self._counted = counted.flatten()
         self._known: list[Tensor] = []  # keys of the rows of what had a row for every token, the newest last
@@ -135,7 +135,7 @@ class CountedRows:
         return found.counted
 
     def _found_again(self, keys: Tensor) -> _Routed | None:
-        """Which of some rows are counted, if each is one of the rows of a product that had all tokens."""
+        """Return which rows are counted, if all of them are rows of a product that had all tokens."""
         keys, order = keys.sort(stable=True)
         # Equal rows are told apart by their number among them: whichever is taken, the sums are the same.
         number = torch.arange(len(keys), device=keys.device) - torch.searchsorted(keys, keys)
@@ -189,7 +189,7 @@ class Inputs:
             self.statistic.refuse_infinite(place)
 
     def reduce(self, processes: Processes) -> None:
-        """Complete what is known with what the other processes saw of the same tensor, in place, before it is used."""
+        """Combine the inputs of all processes in place, before their use."""
         if processes.size == 1:
             return
         if self.statistic is not None:
@@ -217,7 +217,7 @@ class Gathered:
         processes: Processes,
         known: Mapping[str, Inputs] | None = None,
     ) -> None:
-        """batches: what is taken of each; known: what was gathered before, by the name of a group's first matrix."""
+        """Prepare to gather. batches: the rows used of each; known: earlier inputs, by the name of a group's first matrix."""
         self._groups = {group[0].name: group for group in groups}
         self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
         self._statistic = statistic
@@ -228,7 +228,7 @@ class Gathered:
         self._pools: dict[str, Statistic] = {}
 
     def see(self, batch: int, matrix: Matrix, x: Tensor) -> None:
-        """Note one product. The first matrix of a group speaks for all of them."""
+        """Record one product. The first matrix of a group represents all of them."""
         leader = self._leader[matrix.name]
         if leader != matrix.name:
             return
@@ -251,13 +251,13 @@ class Gathered:
         return self._inputs[leader]
 
     def take(self, matrix: Matrix) -> tuple[list[Matrix], Inputs]:
-        """Hand out a group and what was gathered for it, and forget it."""
+        """Remove a group and return it with its inputs."""
         leader = self._leader[matrix.name]
         self._finish(leader)
         return self._groups.pop(leader), self._inputs.pop(leader)
 
     def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
-        """Hand out all groups that are left, in order."""
+        """Yield all remaining groups in order, and remove them."""
         # All of them are complete before the first is shown, so that every expert knows its whole layer.
         with reading_later():
             for leader in self._groups:
@@ -266,7 +266,7 @@ class Gathered:
             yield self.take(next(iter(self._groups.values()))[0])
 
     def _finish(self, leader: str) -> None:
-        """Complete the inputs of a group, to which nothing will be added any more."""
+        """Complete the inputs of a group, which get no more data."""
         if leader in self._complete:
             return
         matrix = self._groups[leader][0]

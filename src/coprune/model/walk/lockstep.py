@@ -53,21 +53,21 @@ class Lane:
             self._greenlet.switch()
 
     def stop_at(self, matrix: Matrix) -> None:
-        """Called from inside the lane: hand control back to the walk until the matrix is solved."""
+        """Return control from the lane to the walk until the matrix is solved."""
         self.waits_for = matrix
         assert self._walk is not None
         with _own_gradient_mode():
             self._walk.switch()
 
     def abandon(self) -> None:
-        """End a lane that is not wanted any more, now rather than whenever it would be collected."""
+        """End a lane that is no longer needed, now rather than at garbage collection."""
         with _own_gradient_mode():
             self._greenlet.throw()
 
 
 @contextmanager
 def _own_gradient_mode() -> Iterator[None]:
-    """Come back to the gradient mode of before: it belongs to the thread, and so is shared by all lanes and the walk."""
+    """Restore the gradient mode, which belongs to the thread and so is shared by all lanes and the walk."""
     enabled = torch.is_grad_enabled()
     try:
         yield
@@ -154,7 +154,7 @@ class Lockstep:
         return lane
 
     def next_matrix(self) -> Matrix | None:
-        """Let every lane run as far as it can; return the matrix to solve next, or None when there is nothing left to do."""
+        """Run every lane as far as possible; return the matrix to solve next, or None at the end."""
         if not self._to_the_end and self._order.keys() <= self._solved:
             return None
         for lane in self._lanes:
@@ -175,11 +175,11 @@ class Lockstep:
         return min(experts or waiting, key=lambda m: (m.expert if m.expert is not None else 0, self._order[m.name]))
 
     def solved(self, matrices: Collection[Matrix]) -> None:
-        """Note that these matrices have their final weights."""
+        """Mark matrices as final."""
         self._solved.update(matrix.name for matrix in matrices)
 
     def close(self) -> None:
-        """Let go of lanes that have not ended: nobody wants their output, or the walk was left early."""
+        """Abandon unfinished lanes: their output is not needed, or the walk ended early."""
         for lane in self._lanes:
             if not lane.ended:
                 lane.abandon()
@@ -240,7 +240,7 @@ class Paging(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For a while, inside of what runs, see nothing: for tensors that others keep (statistics)."""
+        """Suspend paging in the body, for tensors that others keep (statistics)."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
@@ -248,7 +248,7 @@ class Paging(TorchDispatchMode):
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def bring(self, tensor: Tensor) -> None:
-        """See to it that a tensor has its bytes."""
+        """Load a tensor's bytes if they were paged out."""
         storage = tensor.untyped_storage()
         place = self._emptied.pop(storage._cdata, None)
         if place is None:
@@ -264,12 +264,12 @@ class Paging(TorchDispatchMode):
         self._admit(storage._cdata, place)
 
     def release(self, tensor: Tensor) -> None:
-        """Bring a tensor back for good: others keep it from now on."""
+        """Load a tensor for good, since others keep it from now on."""
         self.bring(tensor)
         self._forget(tensor.untyped_storage()._cdata)
 
     def stop(self) -> None:
-        """Empty what is too much, now that a batch waits: the newest first, since the oldest is needed again first."""
+        """Page out the excess while a batch waits: the newest first, since the oldest is needed first."""
         with self.paused():
             for key, place in reversed(list(self._resident.items())) if self._bytes > self._limit else ():
                 storage = place.storage()

@@ -67,8 +67,10 @@ class Observe(TorchFunctionMode):
         on_backwards: Callable[[Matrix], None] = refuse_backwards,
         hear: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """on_backwards: called for a matrix that is used the other way round than it is stored; hear: called with what any
-        weight, tracked or not, is multiplied with."""
+        """Observe products with matrices.
+
+        on_backwards: called for a matrix that is used transposed; hear: called with the other operand of any weight.
+        """
         super().__init__()
         self._on_product = on_product
         self._on_backwards = on_backwards
@@ -108,7 +110,7 @@ class Observe(TorchFunctionMode):
             self._see_operands(weight.mT, x, 1 - positions[2])
 
     def _see_operands(self, x: Tensor, weight: Tensor, input_dim: int) -> None:
-        """x: what `weight` is multiplied with, if that is a matrix, or a mixture's experts (then E × T × I)."""
+        """Report a product. x: the other operand of a matrix `weight`, or of a mixture's experts (then E × T × I)."""
         if weight.ndim == 2 and (matrix := self._tracked.get(_address(weight))) is not None:
             self._see_matrix(matrix, x, weight, input_dim)
         elif weight.ndim == 3:
@@ -166,7 +168,7 @@ def _asks_only(func: Callable[..., Any]) -> bool:
 
 
 def _operands(args: tuple[Any, ...], kwargs: Any) -> list[Any]:
-    """All that a function is given, also within lists."""
+    """Return all arguments of a function, also within lists."""
     given = [*args, *(kwargs or {}).values()]
     return given + [part for value in given if isinstance(value, list | tuple) for part in value]
 

@@ -96,7 +96,7 @@ class Recording:
             self.streams[batch] = streams
 
     def move_dense(self, block: Block, batch: int) -> None:
-        """As `move`, of what the blocks of the dense model would be given."""
+        """Advance the dense model's inputs by a block, as `move`."""
         assert self.dense is not None
         if self.dense_streams is None:
             self.dense_streams = [self.streams_of(number) for number in range(len(self.streams))]

@@ -44,7 +44,7 @@ class Sums(ABC):
     @classmethod
     @abstractmethod
     def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every float32 sum, from which memory can be estimated."""
+        """Return name and shape of every float32 sum, for estimates of memory."""
 
     def merge(self, other: Self) -> None:
         """Add what another statistic of the same kind and width has seen."""
@@ -121,7 +121,7 @@ class Statistic(Sums):
 
     @abstractmethod
     def _sum_square(self) -> Tensor:
-        """I float32: sum over the tokens of each channel's square."""
+        """Return the sum of squares of each channel over the tokens, I float32."""
 
     @property
     def mean_square(self) -> Tensor:
@@ -147,11 +147,11 @@ class Statistic(Sums):
         return mixed
 
     def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
-        """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64), if `tells_errors`. weight, pruned: O × I."""
+        """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64), if `tells_errors`. weight, pruned: O × I."""
         raise TypeError(f"{type(self).__name__} does not tell errors")
 
     def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
-        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², of all tokens seen (0.0 where the dense output is zero), if `tells_errors`.
+        """Return ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of all tokens seen (0.0 where the dense output is zero), if `tells_errors`.
 
         weight, pruned: O × I.
         """
@@ -232,13 +232,13 @@ class Gram(Statistic):
         return gram
 
     def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
-        """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64). weight, pruned: O × I."""
+        """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64). weight, pruned: O × I."""
         dense = weight.to(torch.float32)
         with full_float32():
             return torch.stack([self._squared_outputs(dense - pruned), self._squared_outputs(dense)])
 
     def _squared_outputs(self, rows: Tensor) -> Tensor:
-        """‖X rowsᵀ‖² (rows: O × I float32), from the half of the Gram matrix that there is."""
+        """Return ‖X rowsᵀ‖² (rows: O × I float32) from the stored half of the Gram matrix."""
         found = torch.zeros((), dtype=torch.float64, device=rows.device)
         for panel in self._panels():
             products = (rows[:, panel] @ self.sums["gram"][panel, panel.start :]).mul_(rows[:, panel.start :])

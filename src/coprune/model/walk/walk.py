@@ -187,7 +187,7 @@ class Walk:
         self.advance(0.5 if self.moves.keep_inputs else 0.0)
 
     def _gathered(self, place: str, groups: Sequence[list[Matrix]]) -> Gathered:
-        """Where the inputs of a place's groups are gathered: empty, unless they are known."""
+        """Return the inputs of a place's groups: empty, unless known."""
         batches = [] if self.recording is None else self.recording.rows(InputSample.tokens)
         known = self.past.known[place]() if place in self.past.known else {}
         return Gathered(groups, self.statistic, batches, self.processes, known)

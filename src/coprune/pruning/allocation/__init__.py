@@ -26,7 +26,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 
 
 def allocation_named(asked: Choice | str | Mapping[str, Any]) -> Allocation:
-    """Look up how zeros are spread.
+    """Return an allocation by name.
 
     Args:
         asked: a name, a name with options (`owl:spread=0.1,threshold=7`), or a YAML file.

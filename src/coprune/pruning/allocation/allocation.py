@@ -61,7 +61,7 @@ class Allocation(Protocol):
         """How many calibration tokens it looks at, the first ones, in whole batches; 0: all."""
 
     def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
-        """Look at the matrices of one block of the dense model, together.
+        """Measure the matrices of one block of the dense model.
 
         Args:
             shown: the block's matrices with the statistics of their inputs.
@@ -73,15 +73,15 @@ class Allocation(Protocol):
         ...
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
-        """Give every unit its target, so that all together have the sparsity of the overall one.
+        """Allocate a target to every unit, so that together they have the overall sparsity.
 
         Args:
-            units: all that are to be pruned.
-            sums: what was measured, by name of unit.
+            units: all units to prune.
+            sums: measurements by name of unit.
             target: the overall one.
 
         Raises:
-            BadInput: that cannot be.
+            BadInput: the overall sparsity cannot be reached.
         """
         ...
 
@@ -256,7 +256,7 @@ def _exchange(costs: Sequence[Floats], masses: Sequence[int], taken: list[int], 
 
 
 def _moves(costs: Sequence[Floats], masses: Sequence[int], taken: Sequence[int]) -> list[tuple[int, int, float, float]]:
-    """Every step that can be taken or given back: unit, direction, mass, change of cost; and at the end no step."""
+    """Return every possible step up or down: unit, direction, mass, change of cost; and finally no step."""
     moves: list[tuple[int, int, float, float]] = []
     for u, (cost, mass, now) in enumerate(zip(costs, masses, taken, strict=True)):
         for direction in (1, -1):

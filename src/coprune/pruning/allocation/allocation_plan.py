@@ -31,12 +31,12 @@ def plan_targets(
     processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda blocks: None,
 ) -> dict[str, Target]:
-    """Give every chosen matrix its target; all together have the sparsity of the overall one.
+    """Allocate a target to every chosen matrix, so that together they have the overall sparsity.
 
     Args:
-        allocation: spreads the sparsity.
+        allocation: the rule.
         model: the model; proven, if the allocation needs data.
-        recording: calibration batches of its own, since it moves their hidden states on; None if it needs none.
+        recording: calibration batches of its own, whose hidden states it advances; None if it needs none.
         target: of all matrices together.
         processes, advance: as in `Walk`.
 
@@ -44,8 +44,8 @@ def plan_targets(
         Targets by the name of the matrix.
 
     Raises:
-        BadInput: if the budget cannot be kept.
-        NumericalError: where the activations are not finite.
+        BadInput: the overall sparsity cannot be reached.
+        NumericalError: the activations are not finite.
     """
     if allocation.statistic is None:
         recording = None

@@ -68,7 +68,7 @@ class ByFisher:
         require_points(self.points)
 
     def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
-        """Sums of squares of every matrix's inputs, of which masks are made; those of experts are added up."""
+        """Return sums of squares of every matrix's inputs, for masks; those of experts are added up."""
         return {
             matrix.name: statistic.count * statistic.root_mean_square.double().square()
             for matrix, statistic in shown
@@ -76,7 +76,7 @@ class ByFisher:
         }
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
-        """As in `Allocation`. sums: what each unit loses at the targets of the grid."""
+        """Allocate as in `Allocation`. sums: each unit's loss at the targets of the grid."""
         return spend_where_least_is_lost(units, sums, self.grid(target), target)
 
     def grid(self, target: Target) -> list[Target]:
@@ -88,35 +88,35 @@ class ByFisher:
         return self.outputs > 0 and target.pattern.n_of_m is None
 
     def step(self, outputs: int, experts: int) -> int:
-        """Of how many rows of a matrix one is measured on. experts: matrices that the rows are shared among."""
+        """Return the stride of the measured rows of a matrix. experts: number of matrices that share the rows."""
         return max(1, outputs * experts // self.rows)
 
 
 def goes_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
-    """At which target of a grid each weight is first taken by Wanda's mask.
+    """Return the first target of a grid at which Wanda's mask removes each weight.
 
     Args:
         rows: R × I float32, weights.
         squares: I, sums of squares of the inputs.
-        grid: ascending, so that what one takes the next one takes too.
+        grid: ascending, so that a removed weight stays removed.
 
     Returns:
-        R × I int64: a number of the grid; its length where none takes the weight.
+        R × I int64: an index of the grid; its length for weights that are never removed.
     """
     score = score_by_norms(rows, squares.sqrt().to(rows))
     return torch.stack([target.keep(score, "row") for target in grid]).sum(dim=0)
 
 
 def shares_of_outputs(squares: Tensor, power: float) -> Tensor:
-    """By how much an error in each output counts, 1 being the mean.
+    """Return the weight of an error in each output, with mean 1.
 
     Args:
-        squares: O float64, sums of squares of the gradients by a row's weights, which are those by its output times the inputs.
-        power: of that. To second order it is 1, but so many zeros are no small change, and rows that count most then keep
-            more than is good for the others.
+        squares: O float64, sums over a row's weights of squared gradients, which are the output's times the inputs.
+        power: exponent. Second order gives 1, but pruning is not a small change, and rows with the largest weights would then
+            keep too much at the cost of others.
 
     Returns:
-        O float32, of squares no less and no more than a factor of 256 from their mean; all 1 where there are no gradients.
+        O float32, of squares clipped to within a factor of 256 of their mean; all 1 where there are no gradients.
     """
     mean = squares.mean()
     shares = squares / mean if float(mean) > 0 else torch.ones_like(squares)
@@ -125,12 +125,12 @@ def shares_of_outputs(squares: Tensor, power: float) -> Tensor:
 
 
 def squared_changes(rows: Tensor, slopes: Tensor, goes: Tensor, points: int) -> Tensor:
-    """Σ over rows of ⟨ΔW, ∇⟩² at every target, where ΔW is the weights that it takes.
+    """Return Σ over rows of ⟨ΔW, ∇⟩² at every target, where ΔW is the removed weights.
 
     Args:
         rows: R × I float32, weights.
-        slopes: R × I float32, the gradient of the log probability of what was drawn.
-        goes: R × I int64, as `goes_at` gives it.
+        slopes: R × I float32, the gradient of the log probability of the sampled tokens.
+        goes: R × I int64, from `goes_at`.
         points: targets of the grid.
 
     Returns:
@@ -251,13 +251,13 @@ def lost_by_slopes(
 
 
 def drawn_noise(vectors: Tensor, seed: int) -> Tensor:
-    """As `drawn_slopes`, where a row is a vector and no logits: its distribution is a normal one around it, of variance 1."""
+    """Sample as `drawn_slopes`, for rows that are vectors rather than logits: from a normal distribution of variance 1."""
     drawn = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
     return drawn.to(device=vectors.device, dtype=vectors.dtype)
 
 
 def outputs_by_slopes(watched: Sequence[Watched], power: float) -> dict[str, Tensor]:
-    """By how much errors in each output count, by name of matrix, after `lost_by_slopes`; nothing where it was not asked for.
+    """Return the weights of errors in each output by name of matrix, after `lost_by_slopes`; empty unless requested.
 
     power: as in `shares_of_outputs`.
     """
@@ -265,7 +265,7 @@ def outputs_by_slopes(watched: Sequence[Watched], power: float) -> dict[str, Ten
 
 
 def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
-    """Give every parameter that is looked at its gradient; logits are let go of before the next sample makes others."""
+    """Compute the gradients of watched parameters; logits are freed before the next sample."""
     tokens, counted = sample
     logits = forward_logits(model.module, tokens).flatten(0, -2)
     if not logits.requires_grad:
@@ -279,7 +279,7 @@ def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
 
 @contextmanager
 def _looking(watched: Sequence[Watched]) -> Iterator[None]:
-    """For a while, look at every gradient when it is there; none is kept."""
+    """Process every gradient as soon as it is computed, in the body; none is kept."""
     parameters: dict[nn.Parameter, list[Watched]] = {}
     for one in watched:
         parameters.setdefault(getattr(one.matrix.owner, one.matrix.attribute), []).append(one)
@@ -323,12 +323,12 @@ def require_points(points: int) -> None:
 
 
 def grid_around(target: Target, bound: float, points: int) -> list[Target]:
-    """Targets around the overall one, from the lowest sparsity on.
+    """Return targets around the overall one, ascending.
 
     Args:
         target: the overall one.
-        bound: how far a sparsity may be from it (N:M: at least one of M).
-        points: how many (N:M: every N within the bound).
+        bound: maximum distance of a sparsity from it (N:M: at least one of M).
+        points: number of targets (N:M: every N within the bound).
     """
     near = target.pattern.sparsities_near(target.sparsity, bound, points)
     return [target.with_sparsity(sparsity) for sparsity in near]
@@ -337,16 +337,16 @@ def grid_around(target: Target, bound: float, points: int) -> list[Target]:
 def spend_where_least_is_lost(
     units: Sequence[Unit], lost: Mapping[str, Tensor], grid: Sequence[Target], target: Target
 ) -> list[Target]:
-    """Give every unit its target, so that the summed loss is least under the overall budget.
+    """Allocate a target to every unit, minimising the summed loss at the overall sparsity.
 
     Args:
-        units: all that are to be pruned.
-        lost: by name of unit, what it loses at each target of the grid (float64, in host memory); without any it loses nothing.
+        units: all units to prune.
+        lost: by name of unit, its loss at each target of the grid (float64, in host memory); a missing unit loses nothing.
         grid: ascending.
         target: the overall one.
 
     Raises:
-        BadInput: that cannot be.
+        BadInput: the overall sparsity cannot be reached.
     """
     sparsities = np.array([point.sparsity for point in grid])
     none = np.zeros_like(sparsities)

@@ -38,7 +38,7 @@ class OWL:
         require_not_negative(spread=self.spread, first=self.first)
 
     def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
-        """Outliers and entries of every matrix. Scores are computed twice rather than all kept."""
+        """Count outliers and entries of every matrix. Scores are computed twice rather than all kept."""
         known = [(matrix, statistic) for matrix, statistic in shown if statistic is not None]
         total, entries = 0.0, 0
         for matrix, statistic in known:

@@ -74,7 +74,7 @@ def register_method(name: str, method: Method | type[Method]) -> None:
 
 
 def all_methods() -> dict[str, Method]:
-    """Every method by name: coprune's own, those of installed packages, and those that were registered."""
+    """Return every method by name: coprune's own, those of installed packages, and registered ones."""
     brought = brought_methods(frozenset(METHODS))
     for problem in brought.problems.values():
         tell(problem)
@@ -82,7 +82,7 @@ def all_methods() -> dict[str, Method]:
 
 
 def origin_of(name: str) -> str | None:
-    """Where a method comes from that is not coprune's own: a package, or the module of its class."""
+    """Return the package or module of a method that is not coprune's own, else None."""
     if name in _registered:
         return type(_registered[name]).__module__
     return None if name in METHODS else brought_methods(frozenset(METHODS)).packages[name]
@@ -104,7 +104,7 @@ def _options_of(methods: Mapping[str, Method]) -> set[str]:
 
 
 def find_method(name: str) -> Method:
-    """Look a method up. Raises BadInput for an unknown name, or one whose package does not work."""
+    """Return a method by name. Raises BadInput for an unknown name, or one whose package does not work."""
     # Other packages are only loaded for names that are not known without them.
     known = METHODS | _registered
     if name in known:
@@ -118,7 +118,7 @@ def find_method(name: str) -> Method:
 
 
 def method_named(name: str, options: Mapping[str, object] | None = None) -> Method:
-    """Look a method up and set its options.
+    """Return a method by name with its options set.
 
     Args:
         name: of one of `all_methods`.

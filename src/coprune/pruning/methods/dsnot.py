@@ -95,10 +95,10 @@ def swap_by_mean(
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """values[row, index[row]] for every row."""
+    """Return values[row, index[row]] for every row."""
     return values.gather(1, index[:, None]).squeeze(1)
 
 
 def _put(values: Tensor, index: Tensor, value: Tensor) -> None:
-    """Let values[row, index[row]] be value[row] for every row."""
+    """Set values[row, index[row]] to value[row] for every row."""
     values.scatter_(1, index[:, None], value[:, None])

@@ -34,18 +34,18 @@ class Brought(NamedTuple):
 
 
 def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
-    """Look whether something is a method that can be used under a name.
+    """Check that an object is a method that can be used under a name.
 
     Args:
-        name: how it is to be called, on the command line too.
-        method: an instance, or its class, which is then taken with its defaults.
-        taken: names of the methods that there are.
+        name: its name, also on the command line.
+        method: an instance, or its class, which is then created with its defaults.
+        taken: names of existing methods.
 
     Returns:
         The instance.
 
     Raises:
-        BadInput: the name is taken or none that a folder could have, or it is no method.
+        BadInput: the name is taken or not usable as a folder name, or the object is not a method.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise BadInput(f"a method cannot be called {name!r}", fix="use letters, digits, '_', '-' and '.'")
@@ -62,7 +62,7 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
 
 
 def missing_in(method: Any) -> str | None:
-    """Name what an object lacks to be a method; None if nothing."""
+    """Return what an object lacks to be a method, or None."""
     if not dataclasses.is_dataclass(method) or not getattr(type(method), "__dataclass_params__").frozen:  # noqa: B009
         return f"{type(method).__name__} is not a frozen dataclass"
     if not callable(getattr(method, "prune", None)):

@@ -13,17 +13,17 @@ from coprune.recipe.choice import Choice, Scalar
 
 
 def choice_of(method: Method | type[Method]) -> tuple[Choice, Method]:
-    """Name a method by what repeats it, where that is known, and else by its class.
+    """Return the choice that stands for a method object: its name where that is known, else its class.
 
     Args:
-        method: an instance, or its class, which is then taken with its defaults.
+        method: an instance, or its class, which is then created with its defaults.
 
     Returns:
-        Its name with the options that differ from the name's own, which stand for it; or the qualified name of its class
-        with what its fields hold, marked as given, which does not. And the instance.
+        A registered name with the options that differ from its defaults, by which a run can be repeated; or the qualified name
+        of the class with its fields, marked as given. And the instance.
 
     Raises:
-        BadInput: it is no method.
+        BadInput: the object is not a method.
     """
     made: Any = method() if isinstance(method, type) else method
     if (missing := missing_in(made)) is not None:

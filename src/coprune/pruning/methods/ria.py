@@ -19,12 +19,12 @@ from coprune.recipe.pattern import Group, Target
 
 
 def ria_score(weight: Tensor, statistic: Statistic, power: float) -> Tensor:
-    """(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · n_j^power.
+    """Return (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · n_j^power.
 
     Args:
         weight: O × I float32.
         statistic: of its inputs, whose norms are n_j.
-        power: how much the norms count.
+        power: exponent of the norms.
 
     Returns:
         O × I float32.

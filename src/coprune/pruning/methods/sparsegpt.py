@@ -77,20 +77,20 @@ def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
 def update_columns(
     weight: Tensor, factor: InverseFactor, target: Target, block_size: int, choose: Choose | None, walk: str = "torch"
 ) -> Pruned:
-    """Zero the columns one after another, each pruned weight's error pushed into the columns after it.
+    """Prune the columns one after another, with each pruned weight's error compensated in later columns.
 
     Args:
         weight: O × I float, not modified.
         factor: of the inverse of the inputs' damped Gram matrix.
         target: pattern and sparsity.
-        block_size: columns that are walked through before later ones get their errors; rounded up to whole groups.
-        choose: asked for the mask of columns that have to be chosen together, in order, with weights that hold every
-            earlier column's error; None to keep N of M by SparseGPT's own score, which the walk does by itself.
+        block_size: columns processed before later ones get their errors; rounded up to whole groups.
+        choose: returns the mask of columns that have to be chosen together, in order, from weights that include every earlier
+            column's error; None to keep N of M by SparseGPT's own score, which the kernel computes.
         walk: name of the kernel for `walk_columns`, or auto.
 
     Raises:
         BadInput: the pattern does not fit the width.
-        NumericalError: the weights that come out are not finite.
+        NumericalError: the resulting weights are not finite.
     """
     rows, width = weight.shape
     pattern = target.pattern

@@ -14,7 +14,7 @@ from coprune.recipe.pattern import Group, Target
 
 
 def wanda_score(weight: Tensor, statistic: Statistic) -> Tensor:
-    """|W_ij| · n_j, where n_j is the root mean square of input channel j (|W_ij| where all inputs were zero).
+    """Return |W_ij| · n_j, where n_j is the root mean square of input channel j (|W_ij| where all inputs were zero).
 
     Args:
         weight: O × I float32.

@@ -89,7 +89,7 @@ def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> tuple[Ten
 
 
 def possible_shares() -> list[float]:
-    """Every α that the bisection may come to, up to its shortest interval."""
+    """Return every α that the bisection may reach, down to its shortest interval."""
     found, intervals = [], [(0.0, HIGHEST)]
     while intervals:
         halves = [(low, (low + high) / 2, high) for low, high in intervals]

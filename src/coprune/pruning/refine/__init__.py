@@ -42,7 +42,7 @@ REFINEMENTS: dict[str, Refinement] = {
 
 
 def refinement_named(asked: Choice | str | Mapping[str, Any]) -> Refinement:
-    """Look a refinement up and set its options.
+    """Return a refinement by name with its options set.
 
     Args:
         asked: a name, or a name with options (`refit:rounds=10`), the fields of its dataclass.

@@ -106,7 +106,7 @@ class Reconstruction:
         return {*watched, *islice(endless(trained, self.seed), self.steps)}
 
     def passes(self, shares: Sequence[float]) -> float:
-        """How often each batch is trained on. shares: as of `Examples`."""
+        """Return the number of times each batch is trained on. shares: as of `Examples`."""
         return self.steps / max(1, len(self._split(shares)[1]))
 
     def _split(self, shares: Sequence[float]) -> tuple[list[int], list[int]]:
@@ -205,7 +205,7 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _in_float32(module: nn.Module) -> Iterator[None]:
-    """Hold parameters and buffers in float32 for a while; small updates would vanish in half precision."""
+    """Hold parameters and buffers in float32 in the body; small updates would vanish in half precision."""
     tensors = [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point()]
     dtypes = [tensor.dtype for tensor in tensors]
     for tensor in tensors:
@@ -238,16 +238,14 @@ class Examples:
 
     @torch.no_grad()
     def weights(self, batches: Iterable[int]) -> Tensor:
-        """By how much an error in each feature counts: one over the feature's part of the dense hidden states.
+        """Return the weight of an error in each feature: one over its share of the dense hidden states.
 
-        Features differ by orders of magnitude: one of 640 holds nine tenths of the size of Gemma-3-270M's hidden states,
-        and what reads them scales it down as much, so that errors in it were nearly all of the loss and cost the model
-        next to nothing. The square of the loss's gradient by a feature, what its errors would have to be weighed with
-        (BRECQ, arXiv 2102.05426), goes with one over its size there (correlation of logarithms -0.76 to -0.95 behind all
-        blocks but the last), and this takes no backward pass through the whole model.
+        Features differ by orders of magnitude, and what reads them scales large ones down, so errors in the largest would be
+        nearly all of the loss and hardly matter to the model. The ideal weight, the square of the loss's gradient by a feature
+        (BRECQ, arXiv 2102.05426), is nearly proportional to this one, which needs no backward pass through the whole model.
 
         Args:
-            batches: numbers of those that are looked at.
+            batches: numbers of the batches to use.
 
         Returns:
             H float32; all of them 1 where all features are of one size.
@@ -277,7 +275,7 @@ class Examples:
 
 
 def endless(batches: Sequence[int], seed: int) -> Iterator[int]:
-    """All batches in a random order, again and again."""
+    """Yield all batches in a random order, again and again."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for position in torch.randperm(len(batches), generator=generator).tolist():
@@ -285,10 +283,10 @@ def endless(batches: Sequence[int], seed: int) -> Iterator[int]:
 
 
 def _relative_errors(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Squared error, token by token relative to the size of the dense hidden state, both with features weighed.
+    """Return the weighted squared error of each token relative to its dense hidden state.
 
-    The next block normalises each token by its size; without that the first token of many models, a thousand
-    times larger than the others, would be all that counts.
+    The next block normalises each token by its size; otherwise the first token of many models, a thousand times larger than
+    the others, would dominate.
     """
     dense = target.to(torch.float32)
     error = ((output.to(torch.float32) - dense).square() * weights).sum(dim=-1)

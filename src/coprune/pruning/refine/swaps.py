@@ -72,12 +72,12 @@ class Swaps:
 
 
 def restoring_costs(delta: Tensor, residual: Tensor, diagonal: Tensor) -> Tensor:
-    """Change of the error from setting Δ to zero in one place: Δ²G_ii − 2Δr."""
+    """Return the change of the error from setting Δ to zero in one place: Δ²G_ii − 2Δr."""
     return delta * (delta * diagonal - 2 * residual)
 
 
 def dropping_costs(current: Tensor, residual: Tensor, diagonal: Tensor) -> Tensor:
-    """Change of the error from setting Ŵ to zero in one place: Ŵ²G_jj + 2Ŵr."""
+    """Return the change of the error from setting Ŵ to zero in one place: Ŵ²G_jj + 2Ŵr."""
     return current * (current * diagonal + 2 * residual)
 
 

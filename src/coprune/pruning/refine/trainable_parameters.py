@@ -31,9 +31,9 @@ class Trained:
 
 @torch.no_grad()
 def sizes_of(trained: Iterable[tuple[Tensor, Tensor | None]]) -> list[float]:
-    """Root mean squares of parameters, by which rates are relative; 1 where there is nothing but zeros.
+    """Return root mean squares of parameters, to which learning rates are relative; 1 for parameters that are zero.
 
-    trained: parameters, each with those of its entries that may change (bool, of its shape; None: all).
+    trained: parameters, each with the mask of its trainable entries (bool, of its shape; None: all).
     """
     found = []
     for parameter, entries in trained:
@@ -71,7 +71,7 @@ def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
 
 
 def names_of(trained: Sequence[Trained]) -> str:
-    """Name the trained parameters for people: without `.weight`, layers that differ in a number only once."""
+    """Return the names of trained parameters as text: without `.weight`, layers that differ only in a number once."""
     return ", ".join(dict.fromkeys(kind_of(one.name.removesuffix(".weight")) for one in trained))
 
 
@@ -87,7 +87,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _kept(parameter: nn.Parameter, matrices: Sequence[Matrix]) -> Tensor:
-    """Where a parameter is not zero, in the matrices of it that were chosen."""
+    """Return where a parameter is not zero, in its chosen matrices."""
     kept = parameter.detach() != 0
     chosen = {matrix.expert for matrix in matrices}
     if None in chosen:

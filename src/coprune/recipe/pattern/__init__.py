@@ -32,6 +32,6 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def find_pattern(keep: Tensor) -> Pattern:
-    """Tell which pattern a mask (O × I bool) follows: the most special of those that fit."""
+    """Return the most specific pattern that a mask (O × I bool) follows."""
     found = [pattern for kind in PATTERNS.values() if (pattern := kind.found_in(keep)) is not None]
     return found[-1]

@@ -39,7 +39,7 @@ class Pattern(ABC):
 
     @classmethod
     def found_in(cls, keep: Tensor) -> Self | None:
-        """Tell which pattern of this kind a pruned matrix follows; None if none that can be told from its mask."""
+        """Return the pattern of this kind that a mask follows, or None if the mask cannot show one."""
         return None
 
     @property
@@ -74,7 +74,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def holds(self, keep: Tensor) -> bool:
-        """Tell whether a mask follows the pattern; fewer weights than it allows may be kept."""
+        """Return whether a mask follows the pattern; it may keep fewer weights than allowed."""
 
     def choose_early(self, score: Tensor, sparsity: float, reached: float, group: Group) -> Tensor:
         """Choose a mask on the way to `sparsity` when only `reached` ≤ sparsity is to be pruned.
@@ -93,11 +93,11 @@ class Pattern(ABC):
         return keep_share(others, reached, group == "row") | final
 
     def columns_together(self, size: int) -> int:
-        """Of so many columns that are walked through in order, how many have to be chosen at once."""
+        """Return how many of `size` columns, processed in order, have to be chosen at once."""
         return size
 
     def exchange_within(self) -> int | None:
-        """Within how many consecutive inputs of a row a zero may change places with a kept weight; None: the row.
+        """Return the number of consecutive inputs within which a zero and a kept weight may be exchanged; None: the row.
 
         Raises BadInput where that would break the pattern.
         """
@@ -114,7 +114,7 @@ class Pattern(ABC):
         return DEFAULT_SPARSITY if asked is None else asked
 
     def allowed(self, sparsity: float) -> bool:
-        """Tell whether the pattern can have this fraction of zeros."""
+        """Return whether the pattern can have this fraction of zeros."""
         return 0 <= sparsity < 1 and (self.sparsity is None or abs(sparsity - self.sparsity) <= 1e-9)
 
     def with_sparsity(self, sparsity: float) -> Pattern:
@@ -122,17 +122,17 @@ class Pattern(ABC):
         return self
 
     def steps(self, width: int) -> int:
-        """In how many equal steps a matrix of this width goes from no zeros to nothing but zeros."""
+        """Return the number of equal steps from no zeros to all zeros for a matrix of this width."""
         return width // (self.group_size or 1)
 
     def sparsities_near(self, sparsity: float, reach: float, points: int) -> list[float]:
-        """At most `points` sparsities up to `reach` below and above this one, ascending."""
+        """Return at most `points` sparsities up to `reach` below and above this one, ascending."""
         low, high = max(0.0, sparsity - reach), min(1.0, sparsity + reach)
         step = (high - low) / (points - 1)
         return [*(i * step + low for i in range(points - 1)), high]
 
     def fits(self, width: int) -> bool:
-        """Tell whether a matrix with so many inputs can have the pattern."""
+        """Return whether a matrix of this width can have the pattern."""
         return width % (self.group_size or 1) == 0
 
     def check_width(self, width: int) -> None:

@@ -80,7 +80,7 @@ class ByInput:
         return out.copy_(values.T)
 
     def _unpacked(self, words: Tensor) -> Tensor:
-        """R × C codes of R rows of words."""
+        """Unpack R rows of words into R × C codes."""
         shifts = torch.arange(0, _WORD, self.bits, dtype=torch.int32)
         codes = (words[..., None] >> shifts) & ((1 << self.bits) - 1)
         if self.method == "awq":

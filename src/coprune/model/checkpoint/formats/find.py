@@ -79,7 +79,7 @@ def _weight_at(quantization: Mapping[str, Any], entries: Entries, name: str, ent
 
 
 def _mxfp4_experts(entries: Entries, base: str) -> Weight:
-    """gpt-oss stores a layer's experts as one tensor, of which a row is an output."""
+    """Return the experts of a gpt-oss layer, stored as one tensor with a row per output."""
     parts = {CODES: f"{base}_blocks", SCALES: f"{base}_scales"}
     blocks = entries[parts[CODES]]
     if blocks.dtype != "U8" or len(blocks.shape) != 4 or blocks.shape[-1] * 2 != _MXFP4_GROUP:

@@ -109,17 +109,17 @@ class Weight:
         return out
 
     def encode(self, dense: Tensor, stored: Parts) -> tuple[dict[str, Tensor], Rounding]:
-        """Put values on the weight's own grid.
+        """Round values to the weight's own grid.
 
-        A code stays where the value is what it decodes to; zero gets the code of zero, everything else the nearest one under
-        the scale that is there.
+        A code is kept where the value equals its decoded one; zero gets the code of zero, other values the nearest code under
+        the existing scale.
 
         Args:
             dense: the values, in the shape of the weight.
-            stored: what it was decoded from.
+            stored: the parts that it was decoded from.
 
         Returns:
-            The parts with other codes, and what was rounded.
+            The parts with new codes, and the rounding.
         """
         found, rounding = dict(stored), Rounding()
         codes = stored[CODES].clone()
@@ -175,7 +175,7 @@ class Weight:
                 self._blocks_left(axis, indices)
 
     def _axis(self, kept: KeptSlices) -> int | None:
-        """Which axis of a stored matrix is cut; None for the stack."""
+        """Return the cut axis of a stored matrix; None for the stack."""
         axis = kept.dim - (self.lead is not None)
         if axis < 0:
             return None
@@ -198,7 +198,7 @@ class Weight:
         return {role: tensor.contiguous() for role, tensor in found.items()}
 
     def _blocks_left(self, axis: int, indices: Tensor) -> Tensor | None:
-        """Which scales are left along an axis; None where one is for all of it."""
+        """Return the remaining scales along an axis; None where one covers it all."""
         size, step = (self.rows, self.columns)[axis], self.block[axis]
         if step >= size:
             return None
@@ -243,7 +243,7 @@ class Weight:
         return values.view(len(values), -1, step).mul_(blocks).view(values.shape)
 
     def _scales(self, plane: Parts, rows: slice) -> Tensor:
-        """Scales of some rows in float32, as they broadcast."""
+        """Return the scales of some rows in float32, broadcast."""
         return self._expanded(self._factors(plane), rows)
 
     def _factors(self, plane: Parts) -> Tensor:
@@ -273,7 +273,7 @@ class Weight:
         return scales if len(scales) == 1 else scales.index_select(0, blocks)
 
     def _zeros(self, plane: Parts) -> Tensor | None:
-        """Zero points, one for each block; they are packed down the rows."""
+        """Return zero points, one per block; they are packed along the rows."""
         if ZEROS not in plane or not isinstance(self.form.packing, Words):
             return None
         return self.form.packing.unpack(plane[ZEROS].T.contiguous(), self.rows).T
@@ -296,6 +296,6 @@ def _indices(kept: KeptSlices) -> list[Tensor]:
 
 
 def _index(like: Tensor, scales: Tensor, axis: int, blocks: Tensor) -> Tensor:
-    """Scales of some blocks, with as many dimensions as they are stored in. like: as they are stored."""
+    """Select the scales of some blocks, with the stored number of dimensions. like: the stored scales."""
     left = scales.index_select(axis, blocks)
     return left if like.ndim == 2 else left.reshape(-1)
