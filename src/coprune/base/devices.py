@@ -18,7 +18,7 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def kind_of(device: torch.device) -> Kind:
-    """The kind of a device as kernels tell them apart."""
+    """Return the kind of a device, by which kernels are chosen."""
     if device.type == "cpu":
         return "cpu"
     return "cuda" if device.type == "cuda" else "other"
@@ -41,7 +41,7 @@ class PerMemory(NamedTuple):
 
 
 def accelerator() -> torch.device | None:
-    """The kind of GPU that torch finds here, without a number; None if there is none that serves."""
+    """Return the kind of GPU that torch finds, without a number; None without a supported one."""
     found = torch.accelerator.current_accelerator(check_available=True)
     # Apple's have no float64, in which errors are added up.
     return None if found is None or found.type == "mps" else found
@@ -53,7 +53,7 @@ def accelerators() -> int:
 
 
 def default_device() -> torch.device:
-    """A GPU if there is one, else the CPU."""
+    """Return a GPU if there is one, else the CPU."""
     return accelerator() or torch.device("cpu")
 
 
@@ -69,7 +69,7 @@ def buffer_for(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def buffer_size(nbytes: int, device: torch.device) -> int:
-    """Bytes that a buffer takes: torch hands out pinned memory in powers of two."""
+    """Return the bytes of a buffer: torch allocates pinned memory in powers of two."""
     return 1 << (nbytes - 1).bit_length() if nbytes and is_accelerator(device) else nbytes
 
 
@@ -80,12 +80,12 @@ def is_accelerator(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of an NVIDIA GPU; (0, 0) for any other device."""
+    """Return the compute capability of an NVIDIA GPU; (0, 0) for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def describe(device: torch.device) -> str:
-    """A GPU's name, or the kind of device."""
+    """Return a GPU's name, or the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
@@ -104,7 +104,7 @@ class DeviceMemory:
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """The memory of a device; None for host memory, or where the device's module counts nothing."""
+    """Return the memory of a device; None for host memory, or where the device's module counts nothing."""
     module = _module_of(device)
     if module is None or not hasattr(module, "memory_allocated"):
         return None

@@ -67,17 +67,17 @@ def wants_native_kernels() -> bool:
 
 
 def named_compiler() -> str | None:
-    """The C++ compiler that CXX names."""
+    """Return the C++ compiler from CXX."""
     return os.environ.get("CXX") or None
 
 
 def wandb_project() -> str:
-    """The project of Weights & Biases that runs go to (WANDB_PROJECT)."""
+    """Return the Weights & Biases project from WANDB_PROJECT."""
     return os.environ.get("WANDB_PROJECT", "coprune")
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may see, by number or name (CUDA_VISIBLE_DEVICES); empty if nothing is said."""
+    """Return the visible GPUs by number or name (CUDA_VISIBLE_DEVICES); empty if unset."""
     return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
 
@@ -115,7 +115,7 @@ def accelerate_told(device: str) -> Iterator[None]:
 
 
 def expand_home(name: str | Path) -> Path:
-    """A path with its `~` replaced by the home that it stands for; as it is where there is no such home."""
+    """Return a path with `~` expanded, or unchanged where there is no such home."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -123,14 +123,14 @@ def expand_home(name: str | Path) -> Path:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use, of which a batch system gives it a part."""
+    """Return the cores that this process may use, which a batch system may limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package that is installed; None if it is not."""
+    """Return the version of an installed package, or None."""
     import importlib.metadata  # which `import coprune` does without
 
     try:
@@ -156,7 +156,7 @@ def _number(name: str, default: int) -> int:
 
 @functools.cache
 def _temporary_cache() -> Path:
-    """A folder that only this user can have written to, since compiled code is loaded from it."""
+    """Return a folder that only this user can have written to, since compiled code is loaded from it."""
     folder = Path(tempfile.gettempdir()) / f"coprune-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -52,7 +52,7 @@ class CopruneError(Exception):
         return self.text()
 
     def text(self, face: Face | None = None) -> str:
-        """The whole message, as a face says it; by default the one that this process speaks as."""
+        """Return the whole message for an interface, by default the process's own."""
         cause = _bounded(say(self.cause, face))
         if self.fix is None:
             return ended(cause)
@@ -60,18 +60,18 @@ class CopruneError(Exception):
         return ended(f"{cause.removesuffix('.')}{'.' if fix[:1].isupper() else ';'} {fix}")
 
     def advised(self, fix: Words) -> Self:
-        """The same error with one more thing to do about it."""
+        """Return the error with another fix."""
         more = fix if self.fix is None else (*parts_of(self.fix), ". ", *parts_of(fix))
         return type(self)(self.cause, field=self.field, value=self.value, fix=more)
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """The same error with settings under other names. names: by those of now."""
+        """Return the error with settings renamed. names: new ones by old ones."""
         fix = None if self.fix is None else renamed(self.fix, names)
         field = names.get(self.field or "", self.field)
         return type(self)(renamed(self.cause, names), field=field, value=self.value, fix=fix)
 
     def within(self, place: str) -> Self:
-        """The same error with the place in front where it came about: a run, a file, a matrix."""
+        """Return the error prefixed by its place: a run, a file, a matrix."""
         cause = (f"{place}: ", *parts_of(self.cause))
         return type(self)(cause, field=self.field, value=self.value, fix=self.fix)
 

@@ -71,7 +71,7 @@ def write_durably(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """The same without waiting for the disk: a crash of the machine may leave a damaged file, until `sync` is called."""
+    """Write as `write_durably` without waiting for the disk: a machine crash may leave a damaged file until `sync`."""
     _write(file, write, wait=False)
 
 
@@ -211,7 +211,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, which gets its name when the block ends well, and is removed otherwise.
+    """Yield a hidden folder beside the target, renamed to it on success and removed otherwise.
 
     Its content is on the disk before it gets its name. What killed processes left of the same target is removed first.
 
@@ -245,7 +245,7 @@ _BESIDES = ("given", "not given")  # of what only matters whether it is there
 def folder_apart(
     folder: Path, settings: Mapping[str, Any], settings_in: Callable[[Path], Mapping[str, Any] | None]
 ) -> tuple[Path, list[str]]:
-    """A folder for a run: the usual one, unless that holds a run with other settings.
+    """Return a folder for a run: the usual one, unless that holds a run with other settings.
 
     Args:
         folder: the usual one.
@@ -276,7 +276,7 @@ def _differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> list[s
 
 
 def _word(name: str, value: Any) -> str:
-    """A setting with its value, as a part of a folder's name."""
+    """Return a setting with its value as part of a folder's name."""
     word = name.replace("_", "-")
     if value is True or value == _BESIDES[0]:
         return word
@@ -310,7 +310,7 @@ def require_usable(path: Path, field: str | None = None) -> None:
 
 
 def require_file(path: Path | None, field: str | None = None) -> None:
-    """The same for a file that a command is asked to write at its end; its folder is made if need be.
+    """Require that a file can be written at the end of a command; its folder is created if needed.
 
     Args:
         path: of the file; None where none is asked for.
@@ -355,7 +355,7 @@ def _try_to_write(folder: Path) -> None:
 
 
 def require_own_name(path: Path, field: str | None = None) -> None:
-    """The same for a folder that gets its name when it is whole, which a link cannot give it."""
+    """Require that a folder can be renamed into place at its end, which a link prevents."""
     require_usable(path, field)
     if path.is_symlink():
         raise BadInput(f"{path} is a link", field=field, value=path, fix="name the folder that it leads to")

@@ -48,7 +48,7 @@ def resident_memory() -> int | None:
 
 
 def unread_weights() -> int:
-    """Bytes of weights in safetensors files that are mapped into memory and have not been used yet (0 without /proc).
+    """Return the bytes of mapped safetensors weights that have not been used yet (0 without /proc).
 
     A model that was loaded so holds little before its first forward, and all of its weights after it.
     """
@@ -67,7 +67,7 @@ def unread_weights() -> int:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """The lines of a file of /proc that hold kilobytes, in bytes; empty where there is none."""
+    """Return the kilobyte values of a file of /proc in bytes; empty without the file."""
     try:
         lines = file.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -153,7 +153,7 @@ def bars_hidden(library: Any, wanted: bool) -> Iterator[None]:
 
 
 def shortened(text: str, width: int) -> str:
-    """Text that is cut in the middle where it is too long, since the end of a path tells most."""
+    """Return a text, cut in the middle if too long, since the end of a path says most."""
     if len(text) <= width:
         return text
     end = (width - 1) * 2 // 3

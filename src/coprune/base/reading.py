@@ -38,7 +38,7 @@ class Reading:
         self._doubts.append(_Doubt(condition, error))
 
     def read(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        """The tensors in host memory (None stays None). Raises the first error whose condition holds."""
+        """Return the tensors in host memory (None stays None). Raises the first error whose condition holds."""
         doubts, self._doubts = self._doubts, []
         conditions = torch.stack([doubt.condition for doubt in doubts]) if doubts else None
         *found, held = to_host(*tensors, conditions)
@@ -76,7 +76,7 @@ def refuse_if(condition: Tensor, error: NumericalError) -> None:
 
 
 def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in host memory (None stays None), by one copy for all that lie on a device."""
+    """Copy tensors to host memory (None stays None), with one copy for all on a device."""
     there = [tensor for tensor in tensors if tensor is not None and not in_host_memory(tensor.device)]
     if not there:
         return list(tensors)

@@ -92,7 +92,7 @@ def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def most_kept(keep: Tensor, group: int) -> int:
-    """The most weights that any group of consecutive inputs keeps. keep: O × I bool, the group's size divides I."""
+    """Return the most weights that any group of inputs keeps. keep: O × I bool, the group's size divides I."""
     return int(keep.reshape(keep.shape[0], -1, group).sum(dim=2).max())
 
 

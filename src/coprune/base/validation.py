@@ -21,7 +21,7 @@ Place = tuple[str, ...]
 
 
 def one_is_enough(value: Any) -> Any:
-    """A validator: a single text or mapping stands for a list of one."""
+    """Accept a single text or mapping as a list of one; a validator."""
     return (value,) if isinstance(value, str | Mapping) else value
 
 
@@ -76,7 +76,7 @@ def _plain(place: Place) -> tuple[str, str]:
 
 
 def _short(value: Any) -> str:
-    """A value as Python writes it, cut where that is longer than a message should be."""
+    """Return a value's repr, cut for messages."""
     written = repr(value)
     return written if len(written) <= _MOST_LETTERS else f"{written[:_MOST_LETTERS]}…"
 
@@ -98,7 +98,7 @@ _MOST_LEVELS = 200
 
 
 def read_yaml(path: Path, what: str, field: str) -> Any:
-    """The content of a YAML file: plain values, lists and mappings, None of an empty file.
+    """Return the content of a YAML file: plain values, lists and mappings, None of an empty file.
 
     Args:
         path: the file.

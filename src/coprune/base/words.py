@@ -19,7 +19,7 @@ class Piece(Protocol):
     """A part of a message that depends on the face."""
 
     def said_in(self, face: Face) -> str:
-        """The piece as text."""
+        """Return the piece as text."""
         ...
 
 
@@ -94,19 +94,19 @@ class Face:
     """Separator of settings that are given together."""
 
     def name(self, setting: str) -> str:
-        """A setting's bare name."""
+        """Return a setting's name."""
         return setting
 
     def setting(self, name: str) -> str:
-        """A setting, to be given a value."""
+        """Return a setting to which a value is to be given."""
         return f"{name}=…"
 
     def set(self, name: str, value: Any) -> str:
-        """A setting with its value."""
+        """Return a setting with its value."""
         return self.setting(name) if value is ... else f"{name}={_literal(value)}"
 
     def command(self, name: str, parts: tuple[str | Path | Set, ...]) -> str:
-        """A call."""
+        """Return a command with its settings."""
         return f"coprune.{name}({', '.join(self._argument(part) for part in parts)})"
 
     def _argument(self, part: str | Path | Set) -> str:
@@ -141,12 +141,12 @@ def say(words: Words, face: Face | None = None) -> str:
 
 
 def ended(text: str) -> str:
-    """Text that ends like a sentence."""
+    """Return a text that ends like a sentence."""
     return text if text.endswith((".", "?", "!", "…")) else f"{text}."
 
 
 def parts_of(words: Words) -> tuple[str | Piece, ...]:
-    """The parts of words, also where they are a single one."""
+    """Return the parts of words, or a single one."""
     return words if isinstance(words, tuple) else (words,)
 
 
@@ -171,12 +171,12 @@ _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 16
 
 
 def printable(text: str) -> str:
-    """Text whose control characters stand as their escapes: by them, what others wrote could steer a terminal."""
+    """Escape control characters, which could steer the terminal in foreign text."""
     return text.translate(_CONTROLS)
 
 
 def per_cent(share: float, digits: int = 2, signed: bool = False) -> str:
-    """A share as it is written everywhere: 0.5 is `50.00 %`."""
+    """Return a share as written everywhere: 0.5 is `50.00 %`."""
     return f"{100 * share:{'+' if signed else ''}.{digits}f} %"
 
 
@@ -191,7 +191,7 @@ class Sheet(NamedTuple):
     columns: Sequence[str] = ()
 
     def html(self) -> str:
-        """The table as HTML, with every text escaped."""
+        """Return the table as HTML, with every text escaped."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         rows = [f"<tr>{head}</tr>"] if head else []
         for name, *cells in self.rows:
@@ -200,7 +200,7 @@ class Sheet(NamedTuple):
         return f"<table><caption>{escape(self.title)}</caption>{''.join(rows)}</table>"
 
     def lines(self) -> list[str]:
-        """Names and values as lines, or named columns below each other."""
+        """Return names and values as lines, or named columns below each other."""
         if not self.columns:
             return [f"{name:<9} {' '.join(cells)}" for name, *cells in self.rows]
         table = [self.columns, *self.rows]

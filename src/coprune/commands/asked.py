@@ -51,7 +51,7 @@ _OWN: dict[str, Any] = {
 
 
 def run_options() -> list[inspect.Parameter]:
-    """The options of a run: where its settings come from, and every setting."""
+    """Return the options of a run: the sources of its settings, and every setting."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _OWN.items()]
     return [*own, *recipe_options(), help_all_option()]
@@ -93,7 +93,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
 
 
 def named_model(model: str | None, model_option: str | None, example: Command) -> str:
-    """The model that is named. Raises BadInput, with an example, if none is, and as `one_model`."""
+    """Return the named model. Raises BadInput, with an example, without one, and as `one_model`."""
     if found := one_model(model, model_option):
         return found
     raise _no_model(example)
@@ -104,7 +104,7 @@ def _no_model(example: Command) -> BadInput:
 
 
 def one_model(model: str | None, model_option: str | None) -> str | None:
-    """The model that is named, as the argument or as an option. Raises BadInput if two are."""
+    """Return the model given as argument or as option. Raises BadInput if both are."""
     if model and model_option and model != model_option:
         raise BadInput(f"two models are named: {model} and {model_option}", field="model", value=model)
     return model or model_option

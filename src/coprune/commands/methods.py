@@ -40,7 +40,7 @@ def describe_methods(name: str | None = None) -> list[str]:
 
 
 def field_comments(cls: type[Method]) -> dict[str, str]:
-    """The string below each field of a class, on one line. Python keeps no such strings, so the source is read."""
+    """Return the docstring of each field of a class on one line, from the source, since Python does not keep them."""
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):  # a class that was made in a shell

@@ -68,7 +68,7 @@ def _is_shown_short(name: str) -> bool:
 
 
 def _in_few_words(told: str) -> str:
-    """The first statement of a help text, with the default that stands at its end."""
+    """Return the first statement of a help text, with the default from its end."""
     default = re.search(r" \[[^\[\]]*\]$", told)
     said = told.removesuffix(default[0]) if default else told
     return re.split(r"\. |; | \(", said, maxsplit=1)[0].removesuffix(".") + (default[0] if default else "")
@@ -82,7 +82,7 @@ def _show_all(context: typer.Context, asked: bool | None) -> None:
 
 
 def help_all_option() -> inspect.Parameter:
-    """The option of a `ShortCommand` that shows all the others."""
+    """Return the option of a `ShortCommand` that shows all the others."""
     told = "Show every option, in full, and exit."
     option = typer.Option("--help-all", is_eager=True, callback=_show_all, show_default=False, help=told)
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -104,7 +104,7 @@ def training_options() -> list[inspect.Parameter]:
 
 
 def inspecting_options() -> list[inspect.Parameter]:
-    """The options of a recipe that say what would be pruned."""
+    """Return the options of a recipe that determine what would be pruned."""
     return [_option(name, setting, []) for name, setting in INSPECTING.items()]
 
 
@@ -119,7 +119,7 @@ def measuring_options() -> list[inspect.Parameter]:
 def _option(
     name: str, setting: Setting, flags: list[str], titles: Mapping[str, str] = MappingProxyType({})
 ) -> inspect.Parameter:
-    """The option of a setting.
+    """Return the option of a setting.
 
     Args:
         name: of the parameter, whose flags are taken where none are given.

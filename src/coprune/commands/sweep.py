@@ -93,7 +93,7 @@ def sweep(
 
 
 def _show(found: SweepResult) -> None:
-    """The tables, and where they are. Ends with 3 where something that was required does not hold.
+    """Print the tables and their paths. Exits with 3 if a requirement is not met.
 
     Raises CopruneError if a run failed.
     """

@@ -50,7 +50,7 @@ def command_named(name: str) -> Callable[..., None]:
 
 
 def _at_home(function: Callable[..., None]) -> Callable[..., None]:
-    """A command to which no path comes with a `~`, which shells leave in `--output=~/page.html`."""
+    """Wrap a command to expand `~` in its paths, which shells leave in `--output=~/page.html`."""
 
     @wraps(function)
     def called(*arguments: Any, **typed: Any) -> None:
@@ -93,7 +93,7 @@ class Commands(TyperGroup):
         self.commands: Any = _Parsers()
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names in the order of the table."""
+        """Return the names in the order of the table."""
         return list(COMMANDS)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -26,13 +26,13 @@ AskedBos = Literal["auto", "first", "every", "never"]
 
 
 def put_by(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS that a tokenizer puts before a text by itself; None if it puts none."""
+    """Return the BOS that a tokenizer adds to a text, or None."""
     bos, ids = tokenizer.bos_token_id, encode(tokenizer, "a")["input_ids"]
     return bos if isinstance(bos, int) and ids[:1] == [bos] else None
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, asked: AskedBos) -> int:
-    """A tokenizer's BOS. Raises BadInput if it has none."""
+    """Return a tokenizer's BOS. Raises BadInput without one."""
     bos = tokenizer.bos_token_id
     if not isinstance(bos, int):
         never = ("take ", Set("bos", "never"))
@@ -41,7 +41,7 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, asked: AskedBos) -> int:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase | None, asked: AskedBos) -> Tokenizes | None:
-    """A tokenizer that begins a text as asked; with its own habit for `auto` and `every`, which is about windows.
+    """Return a tokenizer that begins a text as asked; unchanged for `auto` and `every`, which are about windows.
 
     Raises:
         BadInput: a BOS is asked for, and it has none.
@@ -90,7 +90,7 @@ def tokens_at_bos(tokens: Tensor, bos: int) -> Tensor:
 
 
 def text_at_bos(text: EvaluationText, bos: int, seqlen: int) -> EvaluationText:
-    """An evaluation text of which every window of seqlen tokens begins with BOS; ids that were handed over stay.
+    """Return an evaluation text whose windows of seqlen tokens all begin with BOS; the caller's ids are unchanged.
 
     There are as many windows as before, so that each has one token of the text less.
     """

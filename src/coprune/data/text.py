@@ -46,7 +46,7 @@ def join(texts: list[str], separator: str, source: str, most_windows: int | None
 
 
 def whole_characters(text: str) -> str:
-    """Text that tokenizers take: half a character, which UTF-8 cannot write, becomes the sign for what is none (U+FFFD)."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by the replacement character (U+FFFD)."""
     return text if is_text(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -77,7 +77,7 @@ NOTHING = -1
 
 
 def padded(parts: Sequence[Tensor], nothing: int | bool) -> Tensor:
-    """Samples of several parts below each other. parts: N × S, S its own in each; nothing: what stands behind an end."""
+    """Stack samples of several parts. parts: N × S, each with its own S; nothing: the padding value."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=nothing) for part in parts])
 
@@ -88,14 +88,14 @@ def lengths_of(tokens: Tensor) -> Tensor:
 
 
 def of_each_length(tokens: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Numbers of the samples of one length (int64), and that length, in the order of their first samples."""
+    """Yield the numbers of the samples of one length (int64), and the length, in order of their first samples."""
     lengths = lengths_of(tokens)
     for length in dict.fromkeys(lengths.tolist()):
         yield (lengths == length).nonzero().flatten(), length
 
 
 def first_of_a_length(tokens: Tensor) -> Tensor:
-    """The samples that are as long as the first one, with nothing behind them: N × S int64."""
+    """Return the samples that are as long as the first, without padding: N × S int64."""
     if len(tokens) == 0:
         return tokens
     rows, length = next(of_each_length(tokens))
@@ -103,6 +103,6 @@ def first_of_a_length(tokens: Tensor) -> Tensor:
 
 
 def a_longest(tokens: Tensor) -> Tensor:
-    """The first of the longest samples: 1 × S int64."""
+    """Return the first of the longest samples: 1 × S int64."""
     place = int(lengths_of(tokens).argmax())
     return tokens[place : place + 1]

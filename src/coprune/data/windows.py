@@ -236,7 +236,7 @@ def _require_room(nsamples: int, seqlen: int) -> None:
 
 
 def _first_windows(given: GivenTokens, nsamples: int, seqlen: int) -> Tensor:
-    """The first of the samples that were handed over, which were drawn already. Raises BadInput if they do not fit."""
+    """Return the first of the caller's samples. Raises BadInput if they do not fit."""
     found = given.tokens if given.tokens.ndim == 2 else given.tokens[None]
     if found.shape[1] != seqlen:
         raise BadInput(f"the samples have {found.shape[1]} tokens, not {seqlen}", field="seqlen", fix="leave it out")

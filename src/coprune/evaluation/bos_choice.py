@@ -43,7 +43,7 @@ class BosChoice(BaseModel):
     """How many were tried."""
 
     def line(self) -> str | None:
-        """The choice, for people; None where there was none."""
+        """Return a line on the choice; None without one."""
         if self.used == "as given" or (self.asked == "auto" and self.used == "never"):
             return None
         said = {"first": "at the start of the text", "every": "at the start of every window", "never": "nowhere"}
@@ -115,10 +115,10 @@ def score_of(model: ProvenModel, activations: Activations) -> Score:
 
 
 def _text_in(windows: Sequence[Tensor]) -> int:
-    """Tokens of text in each of some windows, to some of which BOS was added."""
+    """Return the number of text tokens in each window, to some of which BOS was added."""
     return min(window.shape[1] for window in windows)
 
 
 def _behind(logits: Tensor, window: Tensor, length: int) -> Tensor:
-    """Mean negative log likelihood of a window's last tokens but the first of them, on the CPU."""
+    """Return the mean negative log likelihood of a window's last tokens without their first, on the CPU."""
     return window_nll(logits[:, -length:], window[:, -length:]).cpu()

@@ -18,7 +18,7 @@ from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, shown
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """The columns that compared models fill; the first of them is the baseline."""
+    """Return the columns of compared models; the first of these is the baseline."""
     first = rows[0].evaluation
     columns = [
         plain("parameters", lambda row: row.evaluation.weights.parameters, "{:,}"),
@@ -106,7 +106,7 @@ def _accuracy_columns(data: str, index: int) -> list[Column]:
 def _share(
     title: str, value: Callable[[Row], float | None], interval: Callable[[Row], Interval | None], signed: bool = False
 ) -> Column:
-    """A share, or a difference of shares, in per cent with its interval."""
+    """Return a share, or a difference of shares, in per cent with its interval."""
     sign = "+" if signed else ""
 
     def show(row: Row) -> str:
@@ -169,7 +169,7 @@ class Column:
 
 
 def plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
-    """A column whose number people see in one form. form: as of `str.format`."""
+    """Make a column of numbers. form: as of `str.format`."""
 
     def show(row: Row) -> str:
         number = value(row)
@@ -179,7 +179,7 @@ def plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
 
 
 def share(title: str, value: Callable[[Row], Number], digits: int = 2) -> Column:
-    """A column of shares, which people see in per cent."""
+    """Make a column of shares, shown in per cent."""
 
     def show(row: Row) -> str:
         number = value(row)
@@ -201,7 +201,7 @@ _LIKENESS = {"agreed": "tokens that agree", "script": "same script"}
 
 
 def answer_columns(sampled: bool, against: bool) -> list[Column]:
-    """The columns. sampled: whether answers were sampled too; against: whether there is a model beside the baseline."""
+    """Make the columns of answers. sampled: whether answers were sampled too; against: whether there are two models."""
     columns = _columns("greedy", against)
     if against:
         columns.append(plain("KL along answers", _kl, "{:.4f}"))
@@ -255,7 +255,7 @@ class Comparison(Shown, BaseModel):
         return Sheet(self.headline(), rows, ("", *(row.name for row in self.rows)))
 
     def to_markdown(self) -> str:
-        """The same as Markdown."""
+        """Return the table as Markdown."""
         sheet = self.sheet()
         names = " | ".join(name.replace("|", "\\|") for name in sheet.columns[1:])
         lines = [f"| | {names} |", "| --- |" + " ---: |" * len(self.rows)]

@@ -31,7 +31,7 @@ class EmbeddingChange(BaseModel):
     overlap_interval: Interval | None
 
     def line(self, against: str | None) -> str:
-        """The figures, for people. against: the other model."""
+        """Return a line on the figures. against: the other model."""
         low, high = self.cosine_interval or (self.cosine, self.cosine)
         share, (least, most) = self.overlap, self.overlap_interval or (self.overlap, self.overlap)
         found = f"overlap@{self.nearest} {per_cent(share)} [{per_cent(least)}, {per_cent(most)}]"

@@ -66,7 +66,7 @@ class Evaluation(Shown, _Facts):
         return [found.model_dump(mode="json", exclude={"vectors"}) for found in embeddings]
 
     def headline(self) -> str:
-        """The model, and the first of what was measured."""
+        """Return the model and the first measurement."""
         first = [f"{found.title} {found.value:.2f} on {found.data}" for found in self.perplexity]
         first += [f"cosine {found.cosine:.4f} with {self.against} on {found.data}" for found in self.near]
         first += [f"top-1 accuracy {per_cent(found.top1)} on {found.data}" for found in self.accuracy]

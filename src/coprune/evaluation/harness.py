@@ -132,7 +132,7 @@ def _scores(name: str, results: dict[str, Any]) -> TaskScores:
 
 
 def _estimates(result: dict[str, Any]) -> dict[str, Estimate]:
-    """The numbers in `{"acc,none": 0.5, "acc_stderr,none": 0.1, …}` by metric."""
+    """Return the numbers in `{"acc,none": 0.5, "acc_stderr,none": 0.1, …}` by metric."""
     found = {}
     for key, value in result.items():
         metric, comma, name = key.partition(",")

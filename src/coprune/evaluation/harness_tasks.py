@@ -114,7 +114,7 @@ def _manager(settings: ZeroShotSettings) -> Any:
 
 @cache
 def _upstream_tasks() -> Any:
-    """The harness's own thousands of definitions, which take seconds to read."""
+    """Return the harness's own thousands of definitions, which take seconds to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()

@@ -178,7 +178,7 @@ class Subject:
         return weight_facts(self.loaded.model, self._source.bytes_of_weights())
 
     def text(self, asked: Text) -> Any:
-        """An evaluation text in this model's tokens."""
+        """Return an evaluation text in this model's tokens."""
         if asked.label not in self._texts:
             used = "auto" if self.bos is None or self.bos.used == "as given" else self.bos.used
             self._texts[asked.label] = self._task(asked, used).evaluation(self._reporter)[asked.name]
@@ -238,7 +238,7 @@ class Subject:
         return run() if settings.log_samples else self._cache.get(key, ZeroShot, run)
 
     def _begun_key(self, what: str, asked: Text, **settings: Any) -> str:
-        """A key for what is measured on a text, which also says how its windows begin."""
+        """Return a key of a text's measurements, which includes how its windows begin."""
         return self._key(what, bos=None if self.bos is None else self.bos.used, **settings, **self._text_key(asked))
 
     def _text_key(self, asked: Text) -> dict[str, Any]:
@@ -322,7 +322,7 @@ class MeasuredAnswers:
         return ask(loaded.model, loaded.tokenizer, questions, self._reporter, size)
 
     def facts(self, dense: MeasuredAnswers | None) -> AnswerFacts:
-        """The answers, beside another model's. Raises BadInput where the two do not read the same tokens."""
+        """Return the answers, beside another model's. Raises BadInput if the two have different tokens."""
         asked = asked_of(self._plan, self.answers.chat, self._plan.new_tokens)
         if dense is None:
             return facts_of(asked, self._plan.prompts.texts, (None, self.answers))

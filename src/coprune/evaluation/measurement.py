@@ -31,7 +31,7 @@ class Measurement(BaseModel):
     """Names a text's tokens: only on the same ones do figures per token compare. Empty for images."""
 
     def on(self, name: str, source: str, fingerprint: str = "") -> Self:
-        """The same figures, with what they were measured on. name: as it was asked for."""
+        """Return the figures with their data. name: as requested."""
         return self.model_copy(update={"data": name, "source": source, "fingerprint": fingerprint})
 
 
@@ -59,7 +59,7 @@ class Perplexity(Measurement):
         return torch.tensor(self.window_nll, dtype=torch.float64)
 
     def line(self) -> str:
-        """The figures, for people."""
+        """Return a line on the figures."""
         low, high = self.interval or (self.value, self.value)
         per_byte = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         windows = f"({self.windows} windows, sequence length {self.seqlen})"
@@ -71,7 +71,7 @@ class Perplexity(Measurement):
         return "pseudo-perplexity" if self.masked else "perplexity"
 
     def of_model(self, which: str) -> str:
-        """The figure in a sentence. which: the model, as "dense"."""
+        """Return a sentence. which: the model, as "dense"."""
         return f"{self.title.capitalize()} of the {which} model on {self.data} (sequence length {self.seqlen}): {self.value:.2f}"
 
 
@@ -91,14 +91,14 @@ class Accuracy(Measurement):
     """Every image's likeliest class, from which models compare by pairs."""
 
     def line(self) -> str:
-        """The figures, for people."""
+        """Return a line on the figures."""
         (low, high), (low5, high5) = self.top1_interval, self.top5_interval
         top1 = f"top-1 {per_cent(self.top1)} [{per_cent(low)}, {per_cent(high)}]"
         top5 = f", top-5 {per_cent(self.top5)} [{per_cent(low5)}, {per_cent(high5)}]" if self.unit == "images" else ""
         return f"{top1}{top5} on {self.data} ({self.images} {self.unit})"
 
     def of_model(self, which: str) -> str:
-        """The figures in a sentence. which: the model, as "dense"."""
+        """Return a sentence. which: the model, as "dense"."""
         low, high = self.top1_interval
         top5 = f", top-5 {per_cent(self.top5)}" if self.unit == "images" else ""
         return (
@@ -123,7 +123,7 @@ class Embedded(Measurement):
         return cls(seqlen=seqlen, passages=len(vectors), width=vectors.shape[1], vectors=base64.b64encode(raw).decode())
 
     def read(self) -> Tensor:
-        """The vectors as a tensor: N × H float32, of length 1."""
+        """Return the vectors as a tensor: N × H float32, of length 1."""
         raw = np.frombuffer(base64.b64decode(self.vectors), dtype=np.float16).reshape(self.passages, self.width)
         return torch.nn.functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=-1)
 
@@ -132,7 +132,7 @@ class Embedded(Measurement):
         return f"{self.width} values of each of {self.passages} passages of {self.seqlen} tokens on {self.data}"
 
     def of_model(self, which: str) -> str:
-        """The same in a sentence. which: the model, as "dense"."""
+        """Return a sentence. which: the model, as "dense"."""
         return f"The {which} model embedded {self.passages} passages of {self.seqlen} tokens of {self.data}"
 
 
@@ -150,7 +150,7 @@ class Closeness(Measurement):
     top1_interval: Interval | None
 
     def line(self, against: str | None) -> str:
-        """The figures, for people. against: the other model."""
+        """Return a line on the figures. against: the other model."""
         low, high = self.kl_interval or (self.kl, self.kl)
         kl = f"KL {self.kl:.4f} [{low:.4f}, {high:.4f}] nats"
         return f"{kl}, top-1 agreement {per_cent(self.top1_agreement)} with {against} on {self.data}"

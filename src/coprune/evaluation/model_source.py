@@ -30,7 +30,7 @@ class Source(Protocol):
     """The model's task."""
 
     def open(self, reporter: Reporter) -> Loaded:
-        """The model in memory. reporter: who hears of it."""
+        """Load the model into memory."""
         ...
 
     def bytes_of_weights(self) -> int:

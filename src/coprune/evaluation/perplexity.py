@@ -77,7 +77,7 @@ def perplexity(
 
 
 def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean negative log likelihood of every window's tokens but its first, in nats: B float64.
+    """Return mean negative log likelihood of every window's tokens but its first, in nats: B float64.
 
     logits: B × S × vocabulary, any floating dtype, on any device; tokens: B × S int64, on any device. The softmax is
     taken in float32, slice by slice, so that no second copy of all the logits is made.

@@ -134,7 +134,7 @@ class Text:
     """Settings of a recipe, which count for this text alone."""
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """A recipe that measures on this text alone."""
+        """Return a recipe that measures on this text alone."""
         return recipe.replaced(eval_data=self.name, **self.settings)
 
 
@@ -173,7 +173,7 @@ def _settings(label: str, text: str) -> dict[str, int]:
 
 
 def plain_names(eval_data: str) -> list[str]:
-    """The names of texts that are all measured alike. Raises BadInput if there is none, or one has settings of its own."""
+    """Return the names of texts that are all measured alike. Raises BadInput without any, or for one with own settings."""
     texts = split_texts(eval_data)
     if not texts:
         fix = ("name some, as in ", Set("eval_data", "embedded"), ", or leave it out")

@@ -42,7 +42,7 @@ class ZeroShotSettings:
     """Folder for every item with the model's answer, a .jsonl file per task."""
 
     def logging_as(self, model: str) -> ZeroShotSettings:
-        """The same for one model of several, whose items go to a folder of its own."""
+        """Return the settings for one model of several, whose items go to a folder of its own."""
         return self if self.log_samples is None else replace(self, log_samples=self.log_samples / model)
 
 
@@ -61,7 +61,7 @@ def is_share(metric: str) -> bool:
 
 
 def shown(metric: str, found: Estimate | None, sign: str = "") -> str:
-    """An estimate with its standard error, for people: a share in per cent, and what is none (perplexity, BLEU) as it is.
+    """Return an estimate with its standard error: shares in per cent, other metrics (perplexity, BLEU) as numbers.
 
     found: a dash stands for None; sign: `+` for a difference.
     """
@@ -73,7 +73,7 @@ def shown(metric: str, found: Estimate | None, sign: str = "") -> str:
 
 
 def main_of(metrics: Mapping[str, Estimate]) -> str:
-    """The metric that a task is judged by: `acc`, or else its first one."""
+    """Return the main metric of a task: `acc`, or else its first one."""
     return MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
 
 
@@ -137,7 +137,7 @@ class TaskComparison(BaseModel):
     """Pruned minus dense, with the standard error of the mean of the items' differences."""
 
     def side_by_side(self, metric: str) -> list[str]:
-        """A metric of the dense and the pruned model and the difference, for people."""
+        """Return a metric of the dense and the pruned model and the difference as text."""
         dense, delta = ({} if known is None else known for known in (self.dense, self.delta))
         return _side_by_side(metric, dense.get(metric), self.pruned[metric], delta.get(metric))
 
@@ -154,7 +154,7 @@ class ZeroShotFacts(BaseModel):
     harness: str
 
     def means_side_by_side(self) -> list[str]:
-        """The means of both models and their difference, for people."""
+        """Return the means of both models and their difference as text."""
         return _side_by_side(MAIN_METRIC, self.mean_dense, self.mean_pruned, self.mean_delta)
 
 
@@ -186,7 +186,7 @@ def compare_zero_shot(dense: ZeroShot | None, pruned: ZeroShot) -> ZeroShotFacts
 
 
 def paired_difference(dense: TaskScores, pruned: TaskScores) -> dict[str, Estimate]:
-    """Mean and standard error of the items' differences, pruned minus dense, for every metric that has item scores.
+    """Return mean and standard error of the items' differences, pruned minus dense, for metrics with item scores.
 
     Raises BadInput if the two did not answer the same items with the same prompts.
     """
@@ -200,7 +200,7 @@ def paired_difference(dense: TaskScores, pruned: TaskScores) -> dict[str, Estima
 
 
 def mean_and_error(values: Sequence[float]) -> Estimate:
-    """Mean of N values and its standard error: their standard deviation (N − 1) over √N; None for one value."""
+    """Return the mean of N values and its standard error: their standard deviation (N − 1) over √N; None for one value."""
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
@@ -210,7 +210,7 @@ def mean_and_error(values: Sequence[float]) -> Estimate:
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate | None:
-    """The unweighted mean of independent estimates; None for none."""
+    """Return the unweighted mean of independent estimates; None for none."""
     if not estimates:
         return None
     errors = [estimate.stderr for estimate in estimates]

@@ -68,7 +68,7 @@ class Candidate:
         return json.dumps(asdict(self), sort_keys=True)
 
     def of(self, cut: Cut) -> Candidate:
-        """The same of another cut."""
+        """Return the candidate of another cut."""
         return replace(self, cut=cut)
 
     @classmethod

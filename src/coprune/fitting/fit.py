@@ -199,7 +199,7 @@ def _paths(task: Any) -> list[str]:
 
 
 def _names(said: str | Sequence[str]) -> tuple[str, ...]:
-    """Names that are separated by commas, or a list."""
+    """Return names from a comma-separated text or a list."""
     parts = said.split(",") if isinstance(said, str) else [part for one in said for part in one.split(",")]
     return tuple(part.strip() for part in parts if part.strip())
 

@@ -14,7 +14,7 @@ _COSTS = {"size": ("megabytes", 1e6), "memory": ("megabytes in memory", 1e6), "s
 
 
 def page(found: Fitted, model: str, target: str) -> str:
-    """The page: the verdict, the picture, all candidates."""
+    """Return the page: the verdict, the picture, all candidates."""
     verdict = "kept" if found.kept else "NOT kept"
     lead = f"<p>{text(found.chosen)}: what is required is <b>{verdict}</b> on the unseen half.</p>"
     parts = [header("Fit", f"{model}, for {target}", lead, made_lines(MadeFacts.here()))]
@@ -69,7 +69,7 @@ def _picture(found: Fitted, target: str) -> str | None:
 
 
 def card(found: Fitted, model: str) -> str:
-    """The model card, in Markdown."""
+    """Return the model card, in Markdown."""
     verdict = "is kept" if found.kept else "is **not** kept"
     lines = "\n".join(f"- {line}" for line in (*found.lines, *found.notes))
     return (

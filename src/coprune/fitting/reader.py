@@ -97,5 +97,5 @@ class Reader:
         return found
 
     def text(self, ids: Sequence[int]) -> str:
-        """Tokens as text."""
+        """Decode tokens."""
         return str(self.tokenizer.decode([*ids], skip_special_tokens=True))

@@ -46,7 +46,7 @@ class Held:
     """Items that would prove it if all went on like this; None where none would."""
 
     def line(self) -> str:
-        """The finding in one line."""
+        """Return the finding in one line."""
         shown = f"{self.condition}: {self.verdict} ({self.bounds.mean:+.4f}, at least {self.bounds.low:+.4f}"
         return f"{shown} at 95 %, required {self.least:+.4f}, {self.bounds.items} items)"
 

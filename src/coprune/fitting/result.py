@@ -65,7 +65,7 @@ class Fitted(Shown):
         return f"{self.file}: {self.chosen}, {self.file.stat().st_size:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
 
     def sheet(self) -> Sheet:
-        """The verdict with its figures."""
+        """Return the verdict with its figures."""
         rows = [("chosen", self.chosen), ("file", f"{self.file}, {self.file.stat().st_size:,} bytes")]
         rows += [("note", note) for note in self.notes]
         rows += [("unseen", line) for line in self.lines]

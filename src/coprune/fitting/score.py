@@ -87,7 +87,7 @@ def score_item(reader: Reader, task: Task, place: int, dense: DenseAnswers | Non
 
 
 def _chosen(reader: Reader, item: Item) -> str:
-    """The likeliest choice, by log probability per byte."""
+    """Return the likeliest choice, by log probability per byte."""
     space = "" if not isinstance(item.prompt, str) or item.prompt.endswith((" ", "\n")) else " "
     before = reader.ids(item.prompt)
     wholes = [reader.ids(item.prompt, space + choice) for choice in item.choices]
@@ -151,7 +151,7 @@ def _closeness(reader: Reader, item: Item, place: int, dense: DenseAnswers) -> S
 
 
 def _own_ids(reader: Reader, ids: Sequence[int]) -> list[int]:
-    """The dense model's tokens as this one numbers them, up to the first that it has not."""
+    """Return the dense model's tokens in this one's numbering, up to the first that it lacks."""
     if reader.old_ids is None:
         return [*ids]
     new = {int(old): place for place, old in enumerate(reader.old_ids)}

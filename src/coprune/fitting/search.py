@@ -285,7 +285,7 @@ class Search:
         return [replace(base, type=one, embedding=stored) for one in near for stored in EMBEDDINGS]
 
     def _lower(self, kind: str) -> list[str]:
-        """The next type with fewer bits, if there is one."""
+        """Return the next type with fewer bits, or None."""
         types = [*self.wish.types]
         return types[types.index(kind) + 1 :][:1] if kind in types else []
 
@@ -301,7 +301,7 @@ class Search:
         return [base.of(Cut((*base.cut.removed, one), tokens)) for one in asked] if tokens else []
 
     def _distilled(self) -> int:
-        """Tokens of a distillation that the budget has time for; 0 for too few.
+        """Return the tokens of a distillation that fits the time budget; 0 for too few.
 
         By what reading them takes the dense model, in powers of two, so that a few seconds more or less change nothing.
         """

@@ -56,7 +56,7 @@ class Asked:
     """A GGUF file of the source model."""
 
     def facts(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """Return the inputs as JSON."""
         tasks = {task.name: task.fingerprint for task in self.tasks}
         return {"model": self.model, "tasks": tasks, "seed": self.seed, "text": self.text, "like": self.like}
 
@@ -221,7 +221,7 @@ class Workshop:
         return target
 
     def _importance(self, cut: Cut) -> Path:
-        """An importance matrix; fewer tokens leave it as it is."""
+        """Return an importance matrix; fewer tokens leave an existing one unchanged."""
         only = Cut(tuple(one for one in cut.removed if not one.startswith("vocabulary")), cut.tokens)
         seen = DENSE if only == DENSE else cut
         target = self.folder / "files" / f"{_hash(repr(seen))}.imatrix.gguf"
@@ -371,5 +371,5 @@ def _hash(text: str) -> str:
 
 
 def recipe_of(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as it is written in a recipe."""
+    """Return a candidate in the form of a recipe."""
     return asdict(candidate)

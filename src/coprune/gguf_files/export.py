@@ -182,7 +182,7 @@ def _write(making: Making, kind: str, final: Path, beside: Beside, weighing: Ask
 
 @contextmanager
 def _beside(final: Path) -> Iterator[Path]:
-    """A temporary file in the same folder."""
+    """Yield a temporary file in the same folder."""
     path = final.with_name(f"{secrets.token_hex(4)}.{final.name}")
     try:
         yield path
@@ -201,7 +201,7 @@ def _require_free(target: Path) -> None:
 
 
 def _example(location: Location, like: Path | str | None) -> GgufFile:
-    """The GGUF file to do it like: the one that was named, or the one that the model was made from."""
+    """Return the GGUF file that serves as template: the named one, or the source of the model."""
     if like is not None:
         try:
             found = locate(like)
@@ -267,7 +267,7 @@ class Making:
     reporter: Reporter
 
     def alike(self, kind: str) -> Whole:
-        """A file of the example's architecture. kind: a type that the gguf package makes."""
+        """Make a file of the template's architecture. kind: a type that the gguf package makes."""
         source = self.narrow.alike
         return Whole(planned(self.example, source, kind), lambda name: self.example.values(name, source), source)
 
@@ -282,13 +282,13 @@ class Making:
             yield Whole(found.plan, values, source, number)
 
     def again(self, whole: Whole, kind: str) -> Whole:
-        """The same file in another type."""
+        """Convert the file to another type."""
         if whole.number is None:
             return self.alike(kind)
         return next(other for other in self._apart(kind) if other.number == whole.number)
 
     def chosen(self, kind: str, beside: Beside) -> Whole:
-        """The file with every block at its own width where that computes the same in llama.cpp, the padded one otherwise."""
+        """Return the file with every block at its own width if llama.cpp computes the same, else the padded one."""
         whole = self.alike(kind)
         if self.narrow.apart is None:
             return whole

@@ -227,7 +227,7 @@ def require_type(name: str) -> None:
 
 
 def file_type(name: str) -> int:
-    """The number by which a file says what most of its tensors are."""
+    """Return the number of a file's main type in its metadata."""
     from gguf import LlamaFileType
 
     return int(LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
@@ -256,7 +256,7 @@ def tensor_type(name: str, shape: Sequence[int], asked: str, source_type: str, m
 
 
 def encode(tensor: Tensor, kind: str) -> Any:
-    """A float32 tensor as the bytes of a type, in an array of numpy. Raises BadInput where float16 cannot hold it."""
+    """Encode a float32 tensor as the bytes of a type, in a numpy array. Raises BadInput beyond float16's range."""
     from gguf import GGMLQuantizationType, quants
 
     values = tensor.contiguous().numpy()

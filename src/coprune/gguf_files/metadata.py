@@ -59,7 +59,7 @@ def read_fields(reader: Any, without: tuple[str, ...] = _OWN) -> dict[str, Field
 
 
 def architecture(reader: Any) -> str:
-    """The name before the keys that describe the model."""
+    """Return the prefix of the keys that describe the model."""
     return str(reader.fields["general.architecture"].contents())
 
 
@@ -88,7 +88,7 @@ class Counts:
 
 
 def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
-    """The metadata of the smaller model. Raises UnsupportedModel where it cannot be told which number means what."""
+    """Return the metadata of the smaller model. Raises UnsupportedModel if a number's meaning is unclear."""
     if not counts.changes and not counts.sizes and len(counts.kept_blocks) == counts.blocks:
         return dict(fields)
     try:
@@ -142,7 +142,7 @@ def _instead(value: Any, new: int) -> Any:
 
 
 def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
-    """The same where transformers cannot read the configuration: every number that is as large as what was cut.
+    """Correct by value, where transformers cannot read the configuration: every number equal to a cut size.
 
     Widths of the model are never cut, and the number of blocks has a name of its own. Raises UnsupportedModel if one number
     became two.
@@ -199,14 +199,14 @@ def _tells(value: Any, number: int) -> bool:
 
 
 def _without_blocks(field: Field, counts: Counts) -> Field:
-    """A list of one value per block loses those of the blocks that go."""
+    """Remove the entries of removed blocks from a list with one value per block."""
     if not isinstance(field.value, list) or len(field.value) != counts.blocks:
         return field
     return replace(field, value=[field.value[index] for index in counts.kept_blocks])
 
 
 def _head_width(before: Fields, after: Fields, arch: str) -> dict[str, Field]:
-    """The width of a head where it was not said, since the format takes it to be the embedding's over the number of heads."""
+    """Return the width of a head, which the format derives from the embedding and the number of heads if absent."""
     heads, width = f"{arch}.attention.head_count", before.get(f"{arch}.embedding_length")
     said = f"{arch}.attention.key_length"
     if heads not in before or width is None or said in before or after[heads].value == before[heads].value:
@@ -218,7 +218,7 @@ def _head_width(before: Fields, after: Fields, arch: str) -> dict[str, Field]:
 
 
 def _short(value: Any) -> str:
-    """A value in words: of a list, what it says of every block, one letter each."""
+    """Return a value in words; a list of one value per block with one letter each."""
     return "".join(str(one)[:1] for one in value) if isinstance(value, list) else str(value)
 
 
@@ -229,7 +229,7 @@ def _says(config: Mapping[str, Any], before: Mapping[str, Any], wanted: Mapping[
 
 
 def config_of(fields: Fields, arch: str) -> dict[str, Any]:
-    """The configuration that transformers reads out of metadata."""
+    """Return the configuration that transformers reads from metadata."""
     from gguf import GGUFWriter
 
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():

@@ -125,7 +125,7 @@ def _edits(model: ProvenModel, silence: Silence, common: Mapping[_Size, int] | N
 
 
 def _with_words(edits: dict[str, list[Edit]], told: Mapping[str, Any], widths: Mapping[_Size, Sequence[int]]) -> Edits:
-    """The edits with what the configuration says of them, and with words for people."""
+    """Add the changes of configuration and a description to the edits."""
     edits[[*edits][-1]].append(Configure(changes=dict(told), removed=f"zeros: {', '.join(_words(widths))}"))
     return Edits(edits)
 

@@ -39,7 +39,7 @@ class Piece:
     added: float = 0.0
 
     def arrange(self, tensor: Tensor) -> Tensor:
-        """The checkpoint's tensor, or a mask of it, in the shape and order of the GGUF file."""
+        """Bring the checkpoint's tensor, or a mask of it, into the shape and order of the GGUF file."""
         part = squeezed(tensor if self.expert is None else tensor[self.expert])
         part = part.T if self.transposed else part
         return part if self.order is None else part[self.order]
@@ -58,7 +58,7 @@ class Matcher:
     """Row orders that were found, each of which other blocks will have too."""
 
     def find(self, wanted: Iterable[tuple[str, Tensor]]) -> dict[str, list[Piece]]:
-        """The pieces of every tensor of a GGUF file; none for one that was made of no tensor of the checkpoint.
+        """Return the pieces of every tensor of a GGUF file; none for one without a source in the checkpoint.
 
         wanted: the file's tensors by name, dequantised. Raises UnsupportedModel if the order of equal rows cannot be told.
         """
@@ -164,11 +164,11 @@ class Matcher:
 
 
 def squeezed(tensor: Tensor) -> Tensor:
-    """The tensor without dimensions of one entry, but with one dimension at least."""
+    """Return the tensor without dimensions of size one, but with at least one dimension."""
     return tensor.squeeze() if tensor.numel() > 1 else tensor.reshape(-1)
 
 
 def _block_number(name: str) -> int | None:
-    """The first number between dots in a name."""
+    """Return the first number between dots in a name."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else None

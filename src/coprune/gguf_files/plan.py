@@ -162,7 +162,7 @@ def planned(example: Example, source: Exported, kind: str) -> Plan:
 
 
 def _moved(name: str, left: Sequence[int]) -> str:
-    """The name of a tensor when only some blocks are left."""
+    """Return the name of a tensor after blocks were removed."""
     found = _BLOCK.fullmatch(name)
     return name if found is None else f"blk.{left.index(int(found[1]))}.{found[2]}"
 

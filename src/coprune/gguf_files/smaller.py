@@ -70,7 +70,7 @@ class Exported:
         return tuple(self.narrow.cut(name, torch.empty(tuple(self.tensors[name].shape), device="meta")).shape)
 
     def without(self, edits: Edits) -> Exported:
-        """The same model without more of its tensors, all of which is zeros."""
+        """Return the model with more units removed, all of them zeros."""
         return replace(self, edits=[*self.edits, edits], narrow=edits)
 
     def read(self, source: str) -> tuple[Tensor, Tensor | None] | None:
@@ -111,13 +111,13 @@ def _folder_named(name: str | None) -> ModelFolder | None:
 
 
 def whole_tensors(location: Location) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as transformers loads it, under the names that it would save them by."""
+    """Return the tensors of a checkpoint as transformers loads it, under the names by which it would save them."""
     model, _ = load_model(location, processed=False)
     return revert_conversion(model, saved_tensors(model))
 
 
 def planned_shape(pieces: Sequence[Piece], shape: Sequence[int], model: Exported) -> tuple[int, ...] | None:
-    """The shape that a tensor of the GGUF file will have; None if nothing is left of it.
+    """Return a tensor's shape in the new GGUF file, or None if nothing is left of it.
 
     shape: what it has in the GGUF file that the pieces were found in.
     """
@@ -141,7 +141,7 @@ def _spread(sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def made(name: str, pieces: Sequence[Piece], model: Exported) -> Tensor:
-    """A tensor of the new GGUF file, float32. Raises UnsupportedModel where it cannot be told what it is made of."""
+    """Make a tensor of the new GGUF file, float32. Raises UnsupportedModel if its source is unknown."""
     parts = [part for piece in pieces if (part := _made(name, piece, model)) is not None]
     return parts[0] if len(pieces) == 1 else torch.stack(parts)
 

@@ -42,5 +42,5 @@ class Imagined(InMemory):
         return sum(parameter.nbytes for parameter in self._model.parameters())
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """The parameters outside the blocks."""
+        """Return the parameters outside the blocks."""
         return {n: p.detach() for n, p in self._model.named_parameters() if not is_below_any(n, block_prefixes)}

@@ -77,7 +77,7 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _blocks_of(name: str, elements: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The elements of a list with their paths; of a list of stages what the stages are made of, in order."""
+    """Yield the elements of a list with their paths; of a list of stages their elements, in order."""
     stages = _are_stages([element for element in elements.children() if count_parameters(element)])
     for path, element in elements.named_children():
         if stages:
@@ -87,7 +87,7 @@ def _blocks_of(name: str, elements: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 def _parts_of_stage(name: str, stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of a stage and what lies before or after them, as far as it has parameters."""
+    """Yield the blocks of a stage and the modules with parameters before and after them."""
     for path, part in stage.named_children():
         if not _is_list(stage) and _is_list(part):
             yield from ((f"{name}.{path}.{i}", block) for i, block in part.named_children())

@@ -101,7 +101,7 @@ class _Pattern:
 
 
 def _within(name: str, number: str) -> str:
-    """A name of a block's tensor without what it has in common with all of the block."""
+    """Return a block tensor's name without the block's prefix."""
     return name.partition(f".{number}.")[2]
 
 
@@ -139,7 +139,7 @@ def _numbered(shapes: Mapping[str, Sequence[int]], beginning: str, count: int) -
 
 
 def _expert(name: str, beginning: str) -> tuple[int, str] | None:
-    """The number of an expert in a name, and what follows it."""
+    """Return the number of an expert in a name, and the rest of it."""
     number, _, rest = name.removeprefix(beginning).partition(".") if name.startswith(beginning) else ("", "", "")
     return (int(number), rest) if number.isdecimal() else None
 

@@ -47,7 +47,7 @@ class Edit(BaseModel):
         return None
 
     def uncut(self, name: str, tensor: Tensor) -> Tensor:
-        """The source tensor again, with zeros in place of what was cut away."""
+        """Return the source tensor with zeros in place of removed parts."""
         return tensor
 
     def leaves_out(self, name: str) -> bool:
@@ -124,7 +124,7 @@ class KeepNumbered(KeepSlices):
         return self.place(name) is None
 
     def _number(self, name: str) -> tuple[int | None, str, str]:
-        """The number of an expert in a name, and what stands before and after it."""
+        """Return the number of an expert in a name, and the parts before and after it."""
         for beginning in self.numbered:
             if name.startswith(beginning) and (digits := re.match(r"\d+", name[len(beginning) :])):
                 return int(digits[0]), beginning, name[len(beginning) + digits.end() :]

@@ -61,7 +61,7 @@ class Edits:
             edit.apply(module)
 
     def place(self, name: str) -> str | None:
-        """The name that a source tensor, matrix or block has in the edited model; None if it is left out."""
+        """Return the name of a source tensor, matrix or block in the edited model, or None if it is removed."""
         placed: str | None = name
         for edit in reversed(list(self.all())):
             if placed is None:
@@ -165,7 +165,7 @@ def require_history(folder: Path) -> None:
 
 
 def pruned_names(folder: Path) -> set[str]:
-    """Names of the matrices that were pruned in a folder's model; empty where nothing tells. Raises BadInput if damaged."""
+    """Return the names of a folder's pruned matrices; empty if not recorded. Raises BadInput if damaged."""
     try:
         return {str(name) for name in dict(_content(folder).get("masks", {}))}
     except (TypeError, ValueError):
@@ -204,7 +204,7 @@ def _earlier(source: str | None) -> tuple[list[Any], str | None]:
 
 
 def _found_from(folder: Path, source: Any) -> str | None:
-    """A source that a folder's file names: a path from there, or a name."""
+    """Return a source named in a folder's file: a path relative to the folder, or a name."""
     if source is None or not str(source).startswith(".."):
         return None if source is None else str(source)
     return str((folder / str(source)).resolve())

@@ -42,12 +42,12 @@ class Layout:
     stacks: bool = False
 
     def columns(self, orders: Tensor) -> Tensor:
-        """The order of the consumer's inputs. orders: segments × size int64, within each segment."""
+        """Return the order of the consumer's inputs. orders: segments × size int64, within each segment."""
         starts = torch.arange(self.segments * self.repeats)[:, None] * self.size
         return (orders.repeat_interleave(self.repeats, dim=0) + starts).reshape(-1)
 
     def rows(self, orders: Tensor) -> Tensor:
-        """The order of the producer's outputs."""
+        """Return the order of the producer's outputs."""
         if self.before:
             rows = torch.arange(self.segments * (self.before + self.size))
             values = self._values(rows)

@@ -105,7 +105,7 @@ def positions_of(module: PreTrainedModel) -> int | None:
 
 
 def _room(module: PreTrainedModel, prompts: Sequence[list[int]]) -> int | None:
-    """The model's positions. Raises BadInput for a prompt that is empty or takes all of them."""
+    """Return the model's positions. Raises BadInput for a prompt that is empty or fills all of them."""
     limit = positions_of(module)
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
@@ -172,7 +172,7 @@ def _masks(module: PreTrainedModel) -> bool:
 
 
 def _cut(tokens: list[int], end_ids: Iterable[int], seconds: float) -> Answer:
-    """A row of what was written, without what fills it behind its end."""
+    """Return a row of tokens without the padding after its end."""
     ends = set(end_ids)
     for place, token in enumerate(tokens):
         if token in ends:
@@ -209,7 +209,7 @@ def _without_gaps(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _numbers(seed: int, places: Sequence[int], new_tokens: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) that decide on tokens: prompts × new tokens float64, each prompt's by the seed and its place."""
+    """Return uniform numbers in [0, 1) for sampling: prompts × new tokens float64, each by seed, prompt and place."""
     rows = []
     for place in places:
         # The generator's own scrambling keeps neighbouring seeds apart.
@@ -251,14 +251,14 @@ class _Heard(StoppingCriteria):
 
 
 def ends_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens that end a text that a model writes: its tokenizer's, its settings' for generation, its configuration's."""
+    """Return the tokens that end generated text: the tokenizer's, the generation settings', the configuration's."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     # Some configurations of text models inside of others do not have it at all.
     return ends_among(tokenizer.eos_token_id, own, getattr(model.config.get_text_config(), "eos_token_id", None))
 
 
 def ends_among(*said: Any) -> tuple[int, ...]:
-    """Tokens that end a text, each once. said: ids, lists of ids, or None, as tokenizers and configurations have them."""
+    """Return the distinct end tokens. said: ids, lists of ids, or None, as tokenizers and configurations have them."""
     found = [end for one in said for end in (one if isinstance(one, list | tuple) else [one])]
     return tuple(dict.fromkeys(end for end in found if isinstance(end, int)))
 

@@ -31,7 +31,7 @@ class KeptSlices(BaseModel):
         return torch.stack([part.index_select(self.dim - 1, own) for part, own in zip(tensor, indices, strict=True)])
 
     def uncut(self, tensor: Tensor) -> Tensor:
-        """The tensor in its size, with zeros where slices were."""
+        """Return the tensor at full size, with zeros in place of removed slices."""
         whole = tensor.new_zeros([*tensor.shape[: self.dim], self.size, *tensor.shape[self.dim + 1 :]])
         indices = self._indices(tensor)
         if len(self.ranges) == 1:

@@ -64,7 +64,7 @@ def _why_no_matrix(module: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[LargeParameter]) -> set[str]:
-    """Names of a block's routers: what gives one value per expert, or one per token, beside a mixture of experts.
+    """Return the names of a block's routers: modules with one output per expert, or per token, beside the experts.
 
     A router is a layer beside the experts, or the last one of a module beside them; so neither attention nor a shared
     expert is one, whatever its width.
@@ -88,7 +88,7 @@ def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[La
 
 
 def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
-    """The modules that hold a mixture, by path, with the number of experts.
+    """Return the modules that hold a mixture, by path, with the number of experts.
 
     It may be two numbers: where some experts do nothing, not every parameter has a place for these.
     """
@@ -170,5 +170,5 @@ def left_out(alone: Sequence[tuple[str, str]]) -> list[LeftOut]:
 
 
 def kind_of(name: str) -> str:
-    """A name without its numbers: `model.layers.*.mlp.experts.down_proj[*]`."""
+    """Return a name without its numbers: `model.layers.*.mlp.experts.down_proj[*]`."""
     return re.sub(r"\[\d+\]", "[*]", re.sub(r"\.\d+(?=[.\[]|$)", ".*", name))

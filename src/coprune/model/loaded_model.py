@@ -102,7 +102,7 @@ class Loaded:
         return [*(f"{kind}, which the model does not load" for kind in kinds[:_MOST_KINDS]), *more]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
-        """Names the weights by what lies outside the blocks, and pieces of every tensor in them: 16 hex digits."""
+        """Hash the weights: those outside the blocks, and pieces of every tensor inside; 16 hex digits."""
         digest = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in self.model.named_parameters()]).encode())
         for name, tensor in sorted(self.weights.rest_tensors([block.name for block in blocks]).items()):
             digest.update(name.encode())
@@ -168,7 +168,7 @@ def open_model(asked: ModelPart, stream: bool) -> Loaded:
 
 
 def in_memory(model: PreTrainedModel, location: Location, dtype: DtypeName = "auto") -> InMemory:
-    """A model that was loaded from a place, to be saved as what is there.
+    """Wrap a loaded model, to be saved in the layout of its source.
 
     dtype: that it was loaded in. Raises BadInput for a packed folder that holds more than the model loads.
     """

@@ -25,11 +25,11 @@ class Factors(NamedTuple):
     down: Tensor
 
     def product(self) -> Tensor:
-        """The matrix itself, O × I."""
+        """Return the product, O × I."""
         return self.up @ self.down
 
     def stored_as(self, dtype: torch.dtype) -> Factors:
-        """The same with values that a dtype holds, in float32."""
+        """Return the factors rounded to a dtype, in float32."""
         return Factors(*(factor.to(dtype).to(torch.float32).contiguous() for factor in self))
 
 

@@ -39,7 +39,7 @@ class Matrix:
     expert: int | None = None
 
     def stored(self) -> Tensor:
-        """The 2-D weight as it is stored, a view of the parameter."""
+        """Return the 2-D weight as stored, a view of the parameter."""
         return self._own(getattr(self.owner, self.attribute).detach())
 
     def _own(self, whole: Tensor) -> Tensor:
@@ -60,18 +60,18 @@ class Matrix:
         return stored.shape[1 - self.input_dim], stored.shape[self.input_dim]
 
     def view(self) -> Tensor:
-        """The weight as out × in, a view of the parameter."""
+        """Return the weight as out × in, a view of the parameter."""
         return self._out_by_in(self.stored())
 
     def slopes(self) -> Tensor:
-        """The gradient that the parameter has just got, as out × in, a view of it."""
+        """Return the parameter's current gradient as out × in, a view of it."""
         return self._out_by_in(self._own(getattr(self.owner, self.attribute).grad))
 
     def _out_by_in(self, stored: Tensor) -> Tensor:
         return stored if self.input_dim == 1 else stored.T
 
     def read(self) -> Tensor:
-        """The weight as out × in float32, a copy."""
+        """Return the weight as out × in float32, a copy."""
         return self.view().to(torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:
@@ -106,7 +106,7 @@ def mask_bits(stored: Tensor) -> Tensor:
 
 
 def checksum_of(bits: Tensor) -> str:
-    """The checksum of `mask_bits` that are in host memory."""
+    """Return the checksum of `mask_bits` in host memory."""
     return f"{zlib.crc32(bits.numpy().tobytes()):08x}"
 
 

@@ -79,7 +79,7 @@ class Chosen:
         return cls([[] for _ in range(blocks)], [], candidates=[[] for _ in range(blocks)])
 
     def untouched(self) -> set[int]:
-        """Numbers of the blocks of which the user wants no matrix."""
+        """Return the numbers of blocks without a selected matrix."""
         pairs = enumerate(zip(self.candidates, self.blocks, strict=True))
         return {index for index, (all_of_it, own) in pairs if all_of_it and not own}
 

@@ -35,7 +35,7 @@ def folds_of_blocks(
 
 
 def known_folds(model: ProvenModel) -> Mapping[str, Sequence[Fold]]:
-    """The folds of every block by its name, found once and then remembered. The model has to be in memory."""
+    """Return the folds of every block by name, cached. The model has to be in memory."""
     if not model.structure.folds:
         model.structure.folds = {block.name: found for block, found, _ in folds_of_blocks(model)}
     return model.structure.folds

@@ -50,7 +50,7 @@ def require_room(
 def room_on(
     device: torch.device, memory: Callable[[torch.device], DeviceMemory | None] = device_memory
 ) -> tuple[int | None, str]:
-    """Bytes that may still be taken where a device's tensors lie (None: nobody tells), and words for that place."""
+    """Return the free bytes for a device's tensors (None if unknown), and the name of that memory."""
     if in_host_memory(device):
         return available_bytes(), "of memory"
     there = memory(device)

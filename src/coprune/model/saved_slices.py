@@ -100,7 +100,7 @@ def _along(keep: Tensor, dim: int) -> Tensor | None:
 def smaller_tensors(
     model: PreTrainedModel, edits: Edits, layout: Layout | None = None, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """The tensors of the smaller model's checkpoint, by name. layout: as in `slices_kept`; prefix: of a block, if only its."""
+    """Return the tensors of the smaller model's checkpoint, by name. layout: as in `slices_kept`; prefix: of one block."""
     state = {name: tensor for name, tensor in saved_tensors(model).items() if not prefix or is_below(name, prefix)}
     found = {}
     for name, tensor in (revert_conversion(model, state) if layout is None else layout(state)).items():

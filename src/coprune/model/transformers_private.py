@@ -63,7 +63,7 @@ in_natural_order = dot_natural_key
 
 
 def installed_trackers() -> list[str]:
-    """Names of the experiment trackers that are installed, as the Trainer calls them."""
+    """Return the names of installed experiment trackers, as the Trainer calls them."""
     from transformers.integrations import integration_utils  # slow to import, and seldom needed
 
     return list(integration_utils.get_available_reporting_integrations())
@@ -80,13 +80,13 @@ class Renaming:
         self._prefix, self._known = model.base_model_prefix, known
 
     def of(self, name: str) -> tuple[str, bool]:
-        """The model's name for a tensor of the checkpoint, and whether its layout changes on the way."""
+        """Return the model's name for a tensor of the checkpoint, and whether it is converted."""
         key, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._known)
         return key, pattern is not None
 
 
 def conversions_of(model: PreTrainedModel) -> list[Any]:
-    """The renamings and conversions between a model's parameters and its family's checkpoints."""
+    """Return the renamings and conversions between a model's parameters and its family's checkpoints."""
     found: list[Any] = get_model_conversion_mapping(model)
     return found
 
@@ -117,13 +117,13 @@ def convert_into(
 
 
 def revert_conversion(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors under the checkpoint's names and in its layout."""
+    """Return a model's tensors under the checkpoint's names and in its layout."""
     reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
     return reverted
 
 
 def conversions_to_revert(model: nn.Module) -> list[Any] | None:
-    """The conversions that a model was loaded by, which saving reverts; None if it looks them up."""
+    """Return the conversions that saving reverts; None if transformers derives them."""
     found: list[Any] | None = model.__dict__.get("_weight_conversions")
     return found
 
@@ -136,7 +136,7 @@ def set_conversions_to_revert(model: nn.Module, conversions: list[Any] | None) -
 
 
 def begin_with(operation: Operation, converter: Any) -> Any:
-    """A copy of a converter that does something else first."""
+    """Return a copy of a converter with another first step."""
     return converter.copy(
         converter._original_source_patterns.copy(),
         converter._original_target_patterns.copy(),
@@ -145,7 +145,7 @@ def begin_with(operation: Operation, converter: Any) -> Any:
 
 
 def convert_every_tensor(operation: Operation) -> Converter:
-    """A conversion of all tensors that no other is for, which leaves their names as they are."""
+    """Return a conversion of all otherwise unconverted tensors, under their own names."""
     return WeightConverter([r"^(.+)$"], [r"\1"], [operation])
 
 
@@ -166,7 +166,7 @@ def without_known_exceptions(
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """The names of all parameters that are tied to another, on both sides."""
+    """Return the names of all parameters that are tied to another, on both sides."""
     return {name for pair in model.all_tied_weights_keys.items() for name in pair}
 
 
@@ -220,12 +220,12 @@ def builds(auto_class: Any, config: Any) -> bool:
 
 
 def auto_choice(auto_class: Any, config: Any) -> type[PreTrainedModel] | None:
-    """The class that an Auto class takes for a configuration; None if it has none."""
+    """Return an Auto class's class for a configuration, or None."""
     return _get_model_class(config, auto_class._model_mapping) if builds(auto_class, config) else None
 
 
 def own_class(config: Any) -> type[PreTrainedModel] | None:
-    """The class that a configuration names itself, if transformers has it and it is for such a configuration."""
+    """Return the class that a configuration names itself, if transformers has it for such a configuration."""
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
         return named
@@ -233,7 +233,7 @@ def own_class(config: Any) -> type[PreTrainedModel] | None:
 
 
 def class_built_by(model_class: Any, config: Any) -> type[PreTrainedModel]:
-    """The class of transformers that one of its Auto classes builds for a configuration; such a class itself."""
+    """Return the class that an Auto class builds for a configuration; a concrete class itself."""
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         return model_class
     found: Any = model_class._model_mapping[type(config)]
@@ -242,7 +242,7 @@ def class_built_by(model_class: Any, config: Any) -> type[PreTrainedModel]:
 
 
 def build(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
-    """A model with random weights, of a class of transformers or by one of its Auto classes."""
+    """Build a model with random weights from a class of transformers or one of its Auto classes."""
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         options.pop("trust_remote_code", None)
         model: PreTrainedModel = model_class._from_config(config, **options)

@@ -162,7 +162,7 @@ class KernelLinear(nn.Linear):
 
 
 def kernel_linear(linear: nn.Linear) -> KernelLinear | None:
-    """The layer with the same parameters, multiplied by the kernels; None where they do not serve it."""
+    """Return the layer multiplied by the kernels, with the same parameters; None if they do not support it."""
     weight, bias = linear.weight, linear.bias
     there = in_host_memory(weight.device) and weight.is_contiguous()
     if not there or load_kernels() is None or not serves(weight.dtype, None if bias is None else bias.dtype):

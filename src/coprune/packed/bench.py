@@ -143,7 +143,7 @@ def _load(folder: Path, how: BenchArguments) -> Any:
 def bench_model(
     dense: Any, name: str, work: Work, *, compiles: bool = False, clock: Clock = time.perf_counter
 ) -> Bench:
-    """The same for a model in memory, which is not changed. clock: see time_in_turns."""
+    """Benchmark a model in memory, which is not changed. clock: see time_in_turns."""
     require_positions(dense, work)
     forms = make_forms(dense)
     fast = next((form for form in ("accelerated", "packed") if form in forms), "dense")
@@ -172,7 +172,7 @@ def bench_model(
 
 
 def make_forms(dense: nn.Module) -> dict[str, Any]:
-    """The model itself and copies of it in every form that this device has. Weights that stay dense are shared."""
+    """Return the model and copies in every form that this device has. Dense weights are shared."""
     forms: dict[str, Any] = {"dense": dense}
     packed = share_weights(dense)
     if pack_linears(packed):
@@ -187,7 +187,7 @@ def make_forms(dense: nn.Module) -> dict[str, Any]:
 
 
 def share_weights(model: nn.Module) -> Any:
-    """A copy of the modules that holds the same parameters and buffers."""
+    """Copy the modules with shared parameters and buffers."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo)
 
@@ -272,7 +272,7 @@ class Bench(Shown):
         return f"{Path(self.model).name}: {self.dtype}, {self.threads} threads, {self.device}{speed}"
 
     def sheet(self) -> Sheet:
-        """A row per measurement."""
+        """Return a row per measurement."""
         rows = [
             (
                 row.phase,
@@ -287,7 +287,7 @@ class Bench(Shown):
         return Sheet(self.headline(), rows, ("phase", "batch", "form", "ms (quartiles)", "tokens/s", "speed-up"))
 
     def __str__(self) -> str:
-        """A table for people, which says plainly where there is no gain."""
+        """Return a table, which says plainly where there is no gain."""
         lines = [f"{self.model}: {self.dtype}, {self.threads} threads, {self.device}, {self.instruction_set}"]
         wide = max(16, *map(len, self.bytes))
         for form, size in self.bytes.items():

@@ -62,7 +62,7 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
 
 
 def _saving(model: PreTrainedModel, settings: GenerationConfig, before: tuple[Any, Any]) -> Callable[..., Any]:
-    """The model's save_pretrained, with the settings as they were: elsewhere nothing is compiled."""
+    """Return the model's save_pretrained with the original settings, since nothing is compiled elsewhere."""
     own = cast(Any, model.save_pretrained)
 
     @functools.wraps(own)
@@ -78,7 +78,7 @@ def _saving(model: PreTrainedModel, settings: GenerationConfig, before: tuple[An
 
 
 def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
-    """The model's forward, with a compiled one for steps. attention: the implementation that prompts have."""
+    """Return the model's forward, with a compiled one for steps. attention: the implementation for prompts."""
     eager = cast(Any, model.forward)
     compiled = _while_torch_compiles(torch.compile(eager, fullgraph=True, dynamic=False))
     # One query against a short cache: on a CPU the compiler's own sums take a third of what a call of torch's attention does.

@@ -62,7 +62,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
+    """Return the raw little-endian bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -78,7 +78,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def stored_order(header: bytes) -> dict[str, int]:
-    """Names in the order of their data, and the bytes of each. Raises BadInput on anything that is not a header."""
+    """Return names in the order of their data, and the bytes of each. Raises BadInput for an invalid header."""
     return {name: stored.end - stored.begin for name, stored in parse_header(header).items()}
 
 
@@ -152,7 +152,7 @@ def named(path: Path, name: str) -> Iterator[None]:
 
 
 def _room_of(name: str) -> int:
-    """Bytes of a header that a tensor takes: its own entry and, quoted once more, two in coprune's metadata."""
+    """Return the header bytes of a tensor: its own entry and, quoted again, two in coprune's metadata."""
     once = json.dumps(name)
     twice = len(json.dumps(once))
     return len(once) + twice + max(256, twice + 128)

@@ -150,7 +150,7 @@ def _say_in_card(path: Path, say: Callable[[str], str]) -> dict[str, bytes]:
 
 
 def checkpoint_shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, by name. Raises BadInput if it is not one."""
+    """Return the safetensors files of a checkpoint folder, by name. Raises BadInput if it is not one."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder", field="source", value=folder)
     if not (folder / CONFIG).exists():
@@ -179,7 +179,7 @@ def is_packed_folder(folder: Path | str) -> bool:
 
 @contextmanager
 def replacing_folder(source: Path, target: Path) -> Iterator[Path]:
-    """A temporary folder with source's other files, renamed to target when the block ends well, else removed."""
+    """Yield a temporary folder with the source's other files, renamed to the target on success, else removed."""
     require_own_name(target, "target")
     if target.resolve() == source.resolve():
         raise BadInput(f"{target} is the source itself", field="target", value=target, fix="give another folder")
@@ -260,7 +260,7 @@ STORED = {
 
 
 def packed_card(card: str) -> str:
-    """The card of a dense folder as that of the packed one: it says how to load, first of all if nothing else did."""
+    """Turn the card of a dense folder into that of the packed one, with a section on loading."""
     said = card.replace(STORED["dense"], STORED["packed"]).replace(STORED["source"], STORED["packed"])
     said = re.sub(r"^(```python\n)(?=from transformers import)", rf"\1{IMPORT}", said, count=1, flags=re.MULTILINE)
     if STORED["packed"] in said:
@@ -271,7 +271,7 @@ def packed_card(card: str) -> str:
 
 
 def dense_card(card: str) -> str:
-    """The card of a folder that a run wrote packed as that of a dense one."""
+    """Turn the card of a folder that a run wrote packed into that of a dense one."""
     return card.replace(STORED["packed"], STORED["dense"]).replace(IMPORT, "")
 
 
@@ -294,7 +294,7 @@ def write_manifest(path: Path, files: Mapping[str, bytes], headers: Mapping[str,
 
 
 def read_manifest(path: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """The files and headers that were replaced. Raises BadInput if the manifest is damaged."""
+    """Return the replaced files and headers. Raises BadInput if the manifest is damaged."""
     content = read_json(path)
     try:
         files, headers = content.get("files", {}), content.get("safetensors_headers", {})
@@ -307,7 +307,7 @@ def read_manifest(path: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
 
 
 def _inflated(header: Any) -> bytes:
-    """A header as it was. A small one can stand for gigabytes, so no more is written than a header may have."""
+    """Decompress a header, up to the maximum size of one, since a small one can expand to gigabytes."""
     stream = zlib.decompressobj()
     found = stream.decompress(base64.b64decode(header, validate=True), MAX_HEADER_BYTES + 1)
     if len(found) > MAX_HEADER_BYTES or not stream.eof:
@@ -354,7 +354,7 @@ class Sizes(Shown):
         return f"{self.folder}: {self.packed:,} bytes, {self.ratio:.3f} of dense"
 
     def sheet(self) -> Sheet:
-        """Bytes before and after."""
+        """Return bytes before and after."""
         rows = [
             ("packed", f"{len(self.names)} tensors, {self.bytes_before:,} → {self.bytes_after:,} bytes"),
             ("in all", f"{self.dense:,} → {self.packed:,} bytes ({self.ratio:.3f}) in {self.folder}"),

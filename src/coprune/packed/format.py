@@ -109,7 +109,7 @@ def unpack_tensor(blob: Tensor) -> Tensor:
 
 
 def expand_checked(blob: Tensor, header: Header) -> Tensor:
-    """The dense tensor of a packed one that check_packed has already accepted."""
+    """Unpack a tensor that check_packed has accepted."""
     keep = torch.from_numpy(keep_bits(blob, header)).view(torch.bool)
     end = header.values_at + header.values_bytes
     bits_dtype = BITS_OF_SIZE[header.dtype.itemsize]
@@ -131,14 +131,14 @@ def keep_bits(blob: Tensor, header: Header) -> Bytes:
 
 
 def aligned_bytes(blob: Tensor) -> Tensor:
-    """The same bytes at an address that 64 divides, copied only where necessary (a mapped file's are arbitrary)."""
+    """Return the bytes at an address that 64 divides, copied only if necessary (mapped files are unaligned)."""
     if blob.storage_offset() % 8 == 0 and blob.data_ptr() % ALIGNMENT == 0:
         return blob
     return blob.clone()
 
 
 def in_byte_order(stored: Tensor, size: int) -> Tensor:
-    """Bytes of values of `size` bytes each, from this machine's order to the format's (little-endian) or back."""
+    """Convert values of `size` bytes each between this machine's byte order and the format's (little-endian)."""
     if sys.byteorder == "little" or size == 1:
         return stored
     return stored.reshape(-1, size).flip(1).reshape(-1)
@@ -184,7 +184,7 @@ def _positions(header: Header, pattern: Bytes) -> Bytes:
 
 
 def assemble_packed(header: Header, pattern: Bytes, values: Tensor) -> Tensor:
-    """A packed tensor from its parts: the bytes of the pattern, and the values as any dtype of their size."""
+    """Build a packed tensor from the bytes of the pattern, and the values as any dtype of their size."""
     blob = torch.zeros(header.total_bytes, dtype=torch.uint8)
     data = blob.numpy()
     codes = (LAYOUT_CODES[header.layout], DTYPE_CODES[header.dtype], header.n, header.m, len(header.shape))

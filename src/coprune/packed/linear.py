@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
         return made
 
     def to_linear(self) -> nn.Linear:
-        """The ordinary layer with the same weight, bit for bit."""
+        """Return an ordinary layer with the same weight, bit for bit."""
         weight = self.weight
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = self.in_features, self.out_features

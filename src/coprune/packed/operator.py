@@ -120,7 +120,7 @@ def _kernel_matrix(
 
 
 def _header(weight: Weight) -> Header:
-    """A header that says where what lies. How many values there are the bitmask knows; here they reach to the end."""
+    """Return a header with the offsets. The bitmask has the number of values; here they reach to the end."""
     return _header_of(weight.packed.numel(), weight.starts.numel() - 1, weight.inputs, weight.dtype)
 
 
@@ -176,7 +176,7 @@ def pack_matrix(weight: Tensor) -> Tensor | None:
 
 
 def for_kernels(blob: Tensor) -> Tensor:
-    """The same matrix in the bitmask layout that the kernels read, at aligned bytes; a 2:4 one may gain zeros (`fill_up`).
+    """Convert a matrix to the bitmask layout of the kernels, aligned; a 2:4 one may gain zeros (`fill_up`).
 
     blob: a packed tensor that check_packed accepts, with two dimensions (else BadInput).
     """
@@ -221,7 +221,7 @@ def native_matrix(blob: Tensor, starts: Tensor, header: Header, bias: Tensor | N
 
 
 def dense_matrix(blob: Tensor, header: Header) -> Tensor:
-    """The dense weight of a packed matrix in the bitmask layout, on the blob's device. Only torch operations."""
+    """Unpack a matrix in the bitmask layout on the blob's device, with torch operations only."""
     keep = _bits(blob, header).to(torch.bool)
     stored = blob[header.values_at : header.values_at + header.values_bytes]
     values = in_byte_order(stored, header.dtype.itemsize).view(header.dtype)
@@ -230,7 +230,7 @@ def dense_matrix(blob: Tensor, header: Header) -> Tensor:
 
 
 def _bits(blob: Tensor, header: Header) -> Tensor:
-    """The bitmask, an uint8 for every weight."""
+    """Return the bitmask, a uint8 for every weight."""
     pattern = blob[header.pattern_at : header.pattern_at + header.pattern_bytes]
     shifts = torch.arange(8, dtype=torch.uint8, device=blob.device)
     return ((pattern[:, None] >> shifts) & 1).reshape(-1)[: header.numel]

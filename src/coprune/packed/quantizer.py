@@ -187,7 +187,7 @@ class CopruneQuantizer(HfQuantizer):
 
 
 def load_packed(folder: Path | str, keep_packed: bool = True, **options: Any) -> Any:
-    """A causal language model from a packed folder, with its linear layers kept packed in memory.
+    """Load a causal language model from a packed folder, with its linear layers kept packed in memory.
 
     Args:
         folder: as `coprune.pack` writes it.
@@ -231,7 +231,7 @@ logger = logging.getLogger(__name__)
 
 
 def keys_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """The model's name for every tensor of the files, and whether its layout changes on the way.
+    """Return the model's name for every tensor of the files, and whether it is converted.
 
     Raises BadInput where two tensors would become one parameter: one would be checked and the other computed with.
     """

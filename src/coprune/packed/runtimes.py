@@ -102,7 +102,7 @@ class InLlamaCpp:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, shared ones once."""
+    """Return the bytes of the parameters and buffers, shared ones once."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
 

@@ -42,7 +42,7 @@ def can_convert(linear: nn.Linear) -> bool:
 
 
 def semi_structured_linear(linear: nn.Linear) -> nn.Linear | None:
-    """A copy of the layer with a semi-structured weight (can_convert must hold), for inference; None where torch refuses it.
+    """Copy a layer with a semi-structured weight (can_convert must hold), for inference; None if torch refuses it.
 
     Which GPUs torch converts for depends on what it was built with.
     """
@@ -86,7 +86,7 @@ def product_of_many(x: Tensor, blob: Tensor, header: Header) -> tuple[Kind, Prod
 
 
 def multiply(blob: Tensor, header: Header, x: Tensor) -> Tensor:
-    """The product itself. Arguments: those of `product_of_many`. Returns T × O."""
+    """Multiply. Arguments: those of `product_of_many`. Returns T × O."""
     stored = blob[header.values_at : header.values_at + header.numel // 2 * header.dtype.itemsize]
     values = stored.view(header.dtype).view(header.shape[0], -1)
     padded = functional.pad(x, (0, 0, 0, -len(x) % INPUTS))

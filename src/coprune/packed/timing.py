@@ -72,7 +72,7 @@ def wait_for_device() -> None:
 
 
 def measure_bandwidth(repeats: int = 9, clock: Clock = time.perf_counter) -> float:
-    """Bytes per second that this machine's memory gives to PyTorch's number of threads: the best of several reads.
+    """Measure the memory bandwidth of PyTorch's threads in bytes per second: the best of several reads.
 
     Reads 256 MiB on large pages, far more than the caches hold, and does nothing else.
     """

@@ -37,7 +37,7 @@ def stores_two_of_four(blob: Tensor, header: Header) -> bool:
 
 
 def fill_up(blob: Tensor, header: Header) -> Tensor:
-    """The same matrix with zeros stored, so that it `stores_two_of_four`; as it is where that does not go or adds too much.
+    """Store zeros so that a matrix `stores_two_of_four`; unchanged if that is impossible or adds too much.
 
     Args:
         blob: in the bitmask layout, in host memory, at aligned bytes.
@@ -80,7 +80,7 @@ def _code(four: int) -> int:
 
 
 def _filled(four: int) -> int:
-    """A pattern of four bits with the lowest others added until there are two; 0 where there are more."""
+    """Return a pattern of four bits with the lowest others added until there are two; 0 if there are more."""
     for position in range(4):
         if four.bit_count() < 2:
             four |= 1 << position
@@ -88,7 +88,7 @@ def _filled(four: int) -> int:
 
 
 def _of_bytes(of_four: list[int]) -> Bytes:
-    """The same table for eight bits; 0 where one of both halves has 0."""
+    """Return the table for eight bits; 0 where one of both halves has 0."""
     pairs = [(of_four[byte & 15], of_four[byte >> 4]) for byte in range(256)]
     return np.array([low | high << 4 if low and high else 0 for low, high in pairs], dtype=np.uint8)
 

@@ -97,7 +97,7 @@ def reconstruct_cut(
 
 
 def _only(trained: Trained, kept: Tensor | None) -> Trained:
-    """The same parameter, of which nothing is trained that is not kept. A vector's entries are all trained otherwise."""
+    """Restrict the training of a parameter to its kept entries; a vector's entries are all trained."""
     if kept is None:
         return trained
     return replace(trained, entries=kept if trained.entries is None else trained.entries & kept)

@@ -22,7 +22,7 @@ SMALLEST_HALF = 128
 
 
 def unless_all_zero(values: Tensor) -> Tensor:
-    """The values; ones where every one of them is zero, as where nothing but zeros was seen: then only weights can tell.
+    """Return the values, or ones if all are zero, so that only the weights rank.
 
     values: such as mean squares of inputs.
     """
@@ -143,7 +143,7 @@ class ScaledGram(NamedTuple):
     scale: Tensor
 
     def into(self, weight: Tensor) -> Tensor:
-        """The weight in the scaled problem, O × I float32: multiplied by the root mean square of each input."""
+        """Return the weight in the scaled problem, O × I float32: multiplied by the root mean square of each input."""
         return weight.to(torch.float32) * self.scale
 
     def out_of(self, scaled_weight: Tensor) -> Tensor:

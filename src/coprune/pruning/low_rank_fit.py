@@ -108,7 +108,7 @@ def leading_directions(left: Tensor, gram: Tensor, rank: int, start: Tensor | No
 
 
 def _better(new: tuple[Tensor, Pruned], old: tuple[Tensor, Pruned]) -> tuple[Tensor, Pruned]:
-    """The one with the smaller error, without asking a device which that is."""
+    """Return the one with the smaller error, without reading from the device."""
     improved = new[0] < old[0]
 
     def choose(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Permuted:
 
 
 def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
-    """The N and M to permute channels for. Raises BadInput where permuting makes no sense or is not possible."""
+    """Return the N and M to permute channels for. Raises BadInput if permuting makes no sense or is not possible."""
     if pattern.n_of_m is None:
         raise BadInput(
             "permute reorders channels for groups of N:M",
@@ -150,7 +150,7 @@ _GROUPS = 512
 
 
 def retained_score(score: Tensor, n: int, m: int) -> float:
-    """The summed score of what N:M keeps. score: O × I float."""
+    """Return the summed score that N:M keeps. score: O × I float."""
     return float(score[keep_n_of_m(score, n, m)].sum(dtype=torch.float64))
 
 
@@ -201,7 +201,7 @@ def _exchange(score: Tensor, groups: Tensor, n: int) -> Tensor:
 
 
 def _exchange_among(score: Tensor, groups: Tensor, n: int) -> None:
-    """The same among all of these groups, in place."""
+    """Exchange channels among all of these groups, in place."""
     for place in range(groups.shape[1]):
         others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
         value = _values(score, groups[:, place].to(score.device), others.to(score.device), n)

@@ -83,7 +83,7 @@ class Solver:
         return pruned._replace(events=events + pruned.events)
 
     def _sparse(self, weight: Tensor, statistic: Statistic | None, target: Target) -> Pruned:
-        """A pruned matrix, whatever may be added to it."""
+        """Prune a matrix, without added factors."""
         if target.sparsity == 0:
             # Nothing falls, so there is nothing to make up for either: no method and no refinement changes a weight.
             return Pruned(weight, weight != 0)
@@ -95,7 +95,7 @@ class Solver:
 
 
 def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Event, ...]]:
-    """The statistic to prune by; an expert's is topped up from its layer's where it saw fewer tokens than inputs."""
+    """Return the statistic to prune by; an expert's with too few tokens is topped up from its layer's."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or statistic is None or statistic.count == 0:
         return None, ()

@@ -184,7 +184,7 @@ class HeadValues:
     """S × R × D × D float32: Gram matrix of every query head's answers."""
 
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """The two weights with every key-value head turned. rotation: S × D × D."""
+        """Return the two weights with every key-value head rotated. rotation: S × D × D."""
         return rotation @ self.weight, torch.einsum("osrd,sed->osre", self.consumer, rotation)
 
     def scores(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ class HeadValues:
 
 
 def lost_share(values: HeadValues, rotation: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
-    """The share of both weights' scores that a pattern takes, added up.
+    """Return the shares of both weights' scores that a pattern removes, added up.
 
     Args:
         values: of all heads.

@@ -75,12 +75,12 @@ def read_scalar(text: str) -> Scalar:
 
 
 def write_named(name: str, options: Mapping[str, Scalar]) -> str:
-    """The text that `read_named` reads."""
+    """Write the text that `read_named` reads."""
     return f"{name}:{','.join(f'{key}={write_scalar(value)}' for key, value in options.items())}" if options else name
 
 
 def write_scalar(value: Scalar) -> str:
-    """A value as `read_scalar` reads it."""
+    """Write a value as `read_scalar` reads it."""
     if isinstance(value, str):
         return value if read_scalar(value) == value else f"'{value}'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

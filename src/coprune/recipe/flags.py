@@ -43,5 +43,5 @@ OLDER: dict[str, list[str]] = {
 
 
 def flags_of(setting: str) -> list[str]:
-    """The names of a setting's option, its own first."""
+    """Return the flags of a setting's option, its own first."""
     return _FLAGS.get(setting, [f"--{setting.replace('_', '-')}"])

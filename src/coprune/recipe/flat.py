@@ -33,7 +33,7 @@ def is_setting(name: str) -> bool:
 
 
 def word_for(name: str) -> str:
-    """The word for a setting that is named by any of its words or by its place. Raises BadInput for no setting."""
+    """Return the flat name of a setting by any of its names or its path. Raises BadInput for an unknown one."""
     word = _OTHER_WORDS.get(name, name)
     if word in FLAT or word in (_VARIANT, PRESET, TRAIN):
         return word
@@ -169,7 +169,7 @@ def _with_options(key: str, place: str, value: str) -> dict[str, Any] | None:
 
 
 def _within_method(key: str, value: str | Mapping[str, Any] | Choice) -> Iterator[tuple[str, Any]]:
-    """A method's name and its options, from text with options, a mapping, or a choice."""
+    """Yield a method's name and its options, from text with options, a mapping, or a choice."""
     if isinstance(value, str) and ":" not in value:
         yield key, value
         return

@@ -20,7 +20,7 @@ def _or_none(value: Any) -> Any:
 
 
 def _joined(value: Any) -> Any:
-    """Names that are separated by commas may be a list too, and a name may be a path."""
+    """Join a list of names or a path into comma-separated text."""
     if isinstance(value, Path):
         return str(value)
     named = isinstance(value, list | tuple) and value and all(isinstance(part, str | Path) for part in value)

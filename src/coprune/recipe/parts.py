@@ -116,7 +116,7 @@ class Part(BaseModel):
         return expand_home(value) if isinstance(value, Path) else value
 
     def first_said(self) -> tuple[str, ...] | None:
-        """The way to the first field that is not as it is where nothing is said; None if all are. Every field has a default."""
+        """Return the path of the first field that differs from its default, or None."""
         unsaid = type(self)()
         name, value = next(((name, value) for name, value in self if value != getattr(unsaid, name)), (None, None))
         if name is None:
@@ -433,7 +433,7 @@ def _may_be_digit(one: str) -> bool:
 
 
 def tells_experts_apart(glob: str) -> bool:
-    """The same of experts, `*.experts.3.*` or `*.experts.down_proj[3]`."""
+    """Return whether a pattern can match one expert and not another: `*.experts.3.*`, `*.experts.down_proj[3]`."""
     _, named, behind = glob.rpartition("expert")
     return bool(re.search(r"\[\d+\]$", glob)) or bool(named and tells_numbers_apart(behind))
 

@@ -348,11 +348,11 @@ class Recipe(Tree):
         return {word: self.setting(word) for word in FLAT}
 
     def setting(self, word: str) -> Any:
-        """The value of one setting, by its flat name."""
+        """Return the value of one setting, by its flat name."""
         return _as_text(attrgetter(FLAT[word])(self))
 
     def replaced(self, **settings: Any) -> Recipe:
-        """The recipe with other values, by their flat names, which are not checked anew."""
+        """Return the recipe with other values, by flat name, without validation."""
         changed = self
         for word, value in settings.items():
             path = LEAVES[word].path
@@ -362,7 +362,7 @@ class Recipe(Tree):
         return changed
 
     def untold(self) -> Recipe:
-        """The recipe as a run keeps it: repeated, it tells nobody and replaces nothing unless that is asked for again."""
+        """Return the recipe as a run stores it: repeated, it notifies nobody and overwrites nothing."""
         return self.replaced(report_to=None, push_to_hub=None, private=None, log_json=None, overwrite=None)
 
     @property
@@ -371,7 +371,7 @@ class Recipe(Tree):
         return [f"the method {self.prune.method.name}"] if self.prune.method.is_given else []
 
     def deciding(self, what: Decides) -> dict[str, Any]:
-        """The settings that decide something, by their flat names."""
+        """Return the settings that influence some results, by flat name."""
         return deciding(self.flat(), FIELDS, what)
 
     @property
@@ -384,7 +384,7 @@ class Recipe(Tree):
         return self.whole == other.whole
 
     def to_yaml(self, usual: bool = True) -> str:
-        """The recipe as YAML that `Recipe.from_yaml` reads back: its parts, without what is not set.
+        """Return the recipe as YAML for `Recipe.from_yaml`: its parts, without unset values.
 
         Where a call from Python handed something over that no file holds, a comment says so.
 
@@ -412,14 +412,14 @@ def _without_empty(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> Any:
-    """A choice, or several, as text; all else as it is."""
+    """Return a choice, or several, as text; other values unchanged."""
     if isinstance(value, tuple):
         return tuple(_as_text(one) for one in value)
     return str(value) if isinstance(value, Choice) else value
 
 
 def _with(part: Kind, path: tuple[str, ...], value: Any) -> Kind:
-    """A part, or a recipe, with another value at a place in it."""
+    """Return a part, or a recipe, with another value at a path."""
     first, *rest = path
     return part.model_copy(update={first: _with(getattr(part, first), tuple(rest), value) if rest else value})
 
@@ -463,7 +463,7 @@ def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = 
 
 
 def _named(place: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, str]:
-    """The word of the setting at a place, and what to call it: by the name by which it was said."""
+    """Return the flat name of the setting at a path, and the name under which it was given."""
     for word, leaf in LEAVES.items():
         # Of a method's name and options, the place is that of both.
         path = leaf.path[:-1] if leaf.field.annotation is Choice and leaf.path[-1] == "name" else leaf.path

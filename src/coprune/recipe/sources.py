@@ -98,7 +98,7 @@ def split_sources(data: str) -> list[Source]:
 
 
 def text_of(value: Any) -> Any:
-    """A validator: a path, or a mapping of names to shares (or to nothing), as it is written in one line."""
+    """Accept a path, or a mapping of names to shares (or to nothing), as one line of text; a validator."""
     if isinstance(value, Path):
         return str(value)
     if not isinstance(value, Mapping):

@@ -46,7 +46,7 @@ class Left:
 
 
 def _as_words(value: Any) -> Any:
-    """A mapping of names and texts, as Python may give it, as words."""
+    """Accept a mapping of names and texts from Python as words."""
     return (
         tuple(f"{name}={text}" for name, text in value.items()) if isinstance(value, Mapping) else one_is_enough(value)
     )
@@ -213,7 +213,7 @@ class RemovePart(Part):
         return shares(self.parts)
 
     def share(self, kind: Removable) -> float:
-        """The share of something that is removed, which is asked for as a share."""
+        """Return the requested share of a kind of part."""
         found = self.shares[kind]
         assert not isinstance(found, Left)
         return found

@@ -233,7 +233,7 @@ def nothing_to_learn() -> BadInput:
 
 
 def _of_mode(asked: TrainPart) -> BadInput | None:
-    """A setting of another mode, which this one would not look at."""
+    """Return the error for a setting that this mode ignores."""
     unused: list[Part] = [] if has_teacher(asked.mode) else [asked.distill]
     unused += [] if has_adapters(asked.mode) else [asked.adapters]
     for part in unused:

@@ -133,7 +133,7 @@ def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe that measures a model, on WikiText-2 unless a text, a task or prompts are named.
+    """Return the recipe that measures a model, on WikiText-2 unless a text, a task or prompts are named.
 
     Args:
         model: as in a recipe.

@@ -45,7 +45,7 @@ Level = Mapping[int, int]
 
 
 def find_for_budget(run: Run) -> Removable:
-    """The parts of the kinds that a configuration can tell of, and whether it can of blocks."""
+    """Return the parts of kinds that a configuration can express, and whether blocks are among them."""
     parts = dict(find_parts(run.model, ()))
     require_align(run, parts)
     return Removable(_removable(run, in_steps(run, parts)), blocks=_blocks_can_go(run))
@@ -83,7 +83,7 @@ def spread_budget(run: Run, share: float, found: Removable) -> Plan:
 
 
 def _removable(run: Run, found: Parts) -> dict[str, list[Part]]:
-    """The parts of the kinds that a configuration can tell of, tried one kind at a time."""
+    """Return the parts of kinds that a configuration can express, tried one kind at a time."""
     kept: dict[str, list[Part]] = {name: [] for name in found}
     kinds: list[Kind] = ["channels", "heads"]
     for kind in kinds:
@@ -158,7 +158,7 @@ def _ways(run: Run, parts: Parts, order: Sequence[int], share: float) -> Iterato
 
 
 def _sayable(run: Run, parts: Parts, levels: Sequence[Level]) -> Iterator[Level]:
-    """The numbers of heads that the configuration accepts."""
+    """Yield the numbers of heads that the configuration accepts."""
     for level in levels:
         plan = _cut((), parts, set(), {"heads": level})
         if not plan.keep or refusal_of(run.model.module, resized_by(run, plan)) is None:
@@ -166,7 +166,7 @@ def _sayable(run: Run, parts: Parts, levels: Sequence[Level]) -> Iterator[Level]
 
 
 def _cut(dropped: Sequence[int], parts: Parts, gone: set[str], levels: Mapping[Kind, Level]) -> Plan:
-    """A plan without the kinds of which everything is kept."""
+    """Return a plan without the kinds that are kept whole."""
     keep = {kind: level for kind, level in levels.items() if any(old != new for old, new in level.items())}
     left = {name: [part for part in own if part.kind in keep] for name, own in parts.items() if name not in gone}
     return Plan(dropped, left if keep else {}, keep)

@@ -144,7 +144,7 @@ def _place_of(parameter: Tensor) -> torch.device:
 def parts_of(
     block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]
 ) -> Iterator[Part]:
-    """The parts of a block. groups: its matrices by the tensor that feeds them; run: runs it on a sample."""
+    """Yield the parts of a block. groups: its matrices by their input tensor; run: runs it on a sample."""
     for fold in folds:
         if not fold.layout.is_heads():
             part = Part(block.name, "channels", fold)

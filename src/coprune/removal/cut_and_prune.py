@@ -61,13 +61,13 @@ def _spreads_units(recipe: Recipe) -> bool:
 
 
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
-    """The recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
+    """Return the recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
     own = recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
     return own.replaced(method=USUAL_METHOD, allocation=_for_units(recipe))
 
 
 def zeros_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
-    """The recipe of the zeros in what the cut left. folder: of its run, if it leaves one."""
+    """Return the recipe of the pruning after the cut. folder: of its run, if it leaves one."""
     # As the dense model spoke for, so that all figures are of the same windows.
     bos = recipe.calibrate.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
     model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)

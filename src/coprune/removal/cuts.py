@@ -68,7 +68,7 @@ class Cut:
         return _masks(self.units)
 
     def padded(self, plan: Plan) -> Cut:
-        """The same with silent units, as many as are saved."""
+        """Return the cut with silent units up to the saved number."""
         return Cut([(part, [filled(keep, plan.saved(part)) for keep in keeps]) for part, keeps in self.units])
 
     def padding(self, plan: Plan) -> int:
@@ -107,7 +107,7 @@ def _pads(plan: Plan, cut: Cut, saved: Cut) -> Iterator[PadUnits]:
 
 
 def dropped(run: Run, index: int, layout: Layout | None = None) -> DropBlock:
-    """A block as one that goes. layout: as in `edits_of_block`."""
+    """Return the cut of a removed block. layout: as in `edits_of_block`."""
     model = run.model
     block = model.names[index]
     saved = saved_name(model.module, block, layout)

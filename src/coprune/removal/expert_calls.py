@@ -87,7 +87,7 @@ class ExpertCall:
 
 
 def _places(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Place, Any]:
-    """A call's arguments by where they stand."""
+    """Return a call's arguments by place."""
     found: dict[Place, Any] = dict(enumerate(args))
     for name, value in kwargs.items():
         found[name] = value
@@ -138,7 +138,7 @@ class ListedCall:
         return out, Routed(index, gates, answers)
 
     def _chosen(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The experts of every token, T × k int64, and their gates."""
+        """Return the experts of every token, T × k int64, and their gates."""
         base, told = (self._with(own, args, kwargs, answer) for answer in (_silence, _speak))
         gates = (told - base)[:, : len(self.experts)].float()
         rounding = _NOTHING if base.dtype.itemsize >= 4 else _NOTHING_OF_HALVES

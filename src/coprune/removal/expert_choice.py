@@ -35,7 +35,7 @@ from coprune.run.context import Run
 
 
 def find_experts(run: Run) -> dict[str, Mixture]:
-    """The mixtures of all blocks, proven on one sample. Raises UnsupportedModel where one cannot be made smaller."""
+    """Return the mixtures of all blocks, proven on one sample. Raises UnsupportedModel if one cannot be made smaller."""
     model, found = run.model, dict[str, Mixture]()
     recording = record_batches(model, [model.structure.sample])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):

@@ -158,7 +158,7 @@ def _largest(score: Tensor, count: int, groups: int) -> Tensor:
 
 
 def _max_min(shares: Tensor, count: int, groups: int) -> Tensor:
-    """The choice whose worst domain keeps most: from the best weighted means, by exchanges as long as they help.
+    """Return the choice whose worst domain keeps most: from the best weighted means, by exchanges while they help.
 
     shares: D × E, every domain's adding up to one.
     """

@@ -73,7 +73,7 @@ class Mixture:
 
     @contextmanager
     def silent(self, module: nn.Module, keep: Tensor) -> Iterator[None]:
-        """The same for a while."""
+        """Exclude some experts of a block from routing in the body."""
         before = {path: tensor_at(module, path).detach().clone() for path in self.added}
         try:
             with forward_as(module.get_submodule(self.router), self._without(module, keep)):
@@ -102,7 +102,7 @@ class Mixture:
 
 
 def tensor_at(module: nn.Module, path: str) -> Tensor:
-    """A parameter or buffer by its path."""
+    """Return a parameter or buffer by its path."""
     owner, _, name = path.rpartition(".")
     found: Tensor = getattr(module.get_submodule(owner), name)
     return found

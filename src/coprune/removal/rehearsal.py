@@ -135,7 +135,7 @@ class Rehearsed:
         return small.num_parameters() if same else None
 
     def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
-        """The same without the whole model in memory."""
+        """Rehearse without the whole model in memory."""
         model, module = self.run.model, self.run.model.module
         small = prepare(smaller_skeleton(module, changes))
         small.tie_weights()  # for the number of its parameters
@@ -182,7 +182,7 @@ def attending(model: PreTrainedModel, way: str) -> Iterator[None]:
 def _proven_changes(
     run: Run, plan: Plan, shapes: Mapping[str, tuple[int, ...]], proof: Proof
 ) -> tuple[dict[str, Any], int]:
-    """The change of the configuration with which a model of these shapes computes what the silenced model does; its size."""
+    """Return the changes of configuration with which a model of these shapes computes as the silenced one; its size."""
     module, resized = run.model.module, resized_by(run, plan)
     fitting, said = 0, ""
     layout = usual_layout if run.model.weights.streams else None
@@ -280,7 +280,7 @@ def same_block_by_block(
 def _calls(
     model: ProvenModel, small: PreTrainedModel, edits: Edits, left: Sequence[Block], sample: Tensor
 ) -> Iterator[tuple[torch.nn.Module, BlockCall]]:
-    """The small model's blocks, and how it calls them on the sample."""
+    """Return the small model's blocks and calls on the sample."""
     names = [edits.place(block.name) or "" for block in left]
     blocks = [Block(index, name, small.get_submodule(name)) for index, name in enumerate(names)]
     answers = [model.structure.answers[block.index] for block in left]

@@ -107,7 +107,7 @@ def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:
 
 
 def _even(run: Run, found: Removable, settled: dict[str, Any] | None) -> tuple[Plan, Configure]:
-    """The same with as many units of every block. settled: by an earlier run, if it came so far."""
+    """Return the plan with as many units in every block. settled: by an earlier run, if it came so far."""
     if found.rehearsed is not None:
         return found.rehearsed
     asked = run.recipe.remove
@@ -194,7 +194,7 @@ def settled_in(plan: Plan) -> dict[str, Any]:
 
 
 def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
-    """The plan in which this was chosen.
+    """Return the plan of this choice.
 
     Args:
         run: what it is asked and has found.

@@ -44,7 +44,7 @@ class Removable:
     """The plan and its change of the configuration, where no block has to be chosen first."""
 
     def without(self, gone: Collection[str]) -> Removable:
-        """The same of the blocks that stay. gone: names of the others."""
+        """Return the parts of the kept blocks. gone: names of the others."""
         parts = {name: own for name, own in self.parts.items() if name not in gone}
         return replace(self, parts=parts, mixtures={n: own for n, own in self.mixtures.items() if n not in gone})
 
@@ -87,7 +87,7 @@ def find_removable(run: Run) -> Removable:
 
 
 def _with_a_share_that_works(run: Run, plan: Plan, error: UnsupportedModel) -> UnsupportedModel:
-    """The refusal of a plan, and the share of heads nearest to it with which the rest can go, if there is one."""
+    """Return the error of a plan, with the nearest possible share of heads, if there is one."""
     heads = plan.keep.get("heads", {})
     if len(heads) != 1:
         return error
@@ -141,7 +141,7 @@ def left_alone(run: Run, there: Mapping[str, Collection[str]]) -> BadInput | Non
 
 
 def having(kind: Kind, parts: Mapping[str, Sequence[Part]]) -> set[str]:
-    """Names of the blocks that have parts of a kind."""
+    """Return names of the blocks that have parts of a kind."""
     return {name for name, own in parts.items() if any(part.kind == kind for part in own)}
 
 
@@ -229,7 +229,7 @@ def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
 
 
 def blocks_that_go(run: Run, count: int) -> list[int]:
-    """Numbers of the blocks that are missed least."""
+    """Return the numbers of the least important blocks."""
     assert run.samples is not None
     score = block_score_named(run.recipe.remove.score_of("blocks"))
     with run.reporter.bar("Choosing blocks", 1.0) as advance:
@@ -238,7 +238,7 @@ def blocks_that_go(run: Run, count: int) -> list[int]:
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
-    """The model with no other matrix than those whose inputs have to be known."""
+    """Return the model with only those matrices whose inputs are needed."""
     wanted = {m.name for parts in plan.parts.values() for part in parts for m in part.fold.consumers}
     blocks = [[matrix for matrix in own if matrix.name in wanted] for own in model.chosen.blocks]
     groups = [[g for group in own if (g := [m for m in group if m.name in wanted])] for own in model.structure.groups]
@@ -267,7 +267,7 @@ def in_steps(run: Run, parts: Mapping[str, Sequence[Part]]) -> dict[str, list[Pa
 
 
 def _group(run: Run, encoding: Encoding, part: Part, least: int) -> int:
-    """The smallest group of units that can go by itself. least: to begin with."""
+    """Return the smallest group of units that can be removed by itself. least: to start from."""
     refused = UnsupportedModel(f"no {part.kind} of {part.block} can be removed")
     powers = (1 << power for power in range(_MOST.bit_length()))
     for group in powers:

@@ -130,12 +130,12 @@ def _of_blocks(
 
 
 def _blocks_named(names: Iterable[str]) -> set[str]:
-    """Names up to their first number."""
+    """Return names up to their first number."""
     return {found[0] for name in names if (found := re.match(r"(?:.*?\.)?\d+(?=\.)", name))}
 
 
 def _outline(names: Iterable[str]) -> set[str]:
-    """Names up to their second number: what blocks there are, whatever of experts there is in them."""
+    """Return names up to their second number: the blocks' structure without single experts."""
     return {re.sub(r"^((?:.*?\.)?\d+\..*?)\.\d+(\.|$).*", r"\1", name) for name in names}
 
 
@@ -221,7 +221,7 @@ class _Making:
         return found
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the checkpoint of a model with another configuration; none if there can be no such model."""
+        """Return the shapes of the checkpoint for another configuration; empty if it has no model."""
         try:
             small = _skeleton(self.model, config)
         except Exception:  # whatever a model's code says to numbers that do not go together
@@ -241,7 +241,7 @@ def _skeleton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedMo
 
 
 def smaller_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
-    """The smaller model without its weights. changes: of the configuration, as `possible_changes` gives them."""
+    """Return the smaller model without its weights. changes: of the configuration, from `possible_changes`."""
     return _skeleton(model, _changed(model.config.to_dict(), changes))
 
 
@@ -283,7 +283,7 @@ def lend_outside(small: PreTrainedModel, model: PreTrainedModel, blocks: Sequenc
 
 
 def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> PreTrainedModel:
-    """The smaller model in memory, ready to be run.
+    """Build the smaller model in memory, ready to be run.
 
     Args:
         model: as it was, which lends its settings for generation.
@@ -403,7 +403,7 @@ def _renumbered(places: Sequence[tuple[str, Any]], blocks: int, left: int) -> di
 
 
 def _ratios(places: Sequence[tuple[str, Any]], old: int, new: int) -> Iterator[dict[str, Any]]:
-    """Numbers that are said as multiples of another one, as of channels for each of the model's width."""
+    """Yield numbers given as multiples of another one, as of channels by the model's width."""
     whole = {value for _, value in places if type(value) is int and value > 0}
     for place, value in places:
         if type(value) in (int, float) and value > 0 and old / value in whole:

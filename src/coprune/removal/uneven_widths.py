@@ -83,7 +83,7 @@ def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: 
 
 
 def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
-    """The plan in which every part loses so many steps, and is saved as wide as the widest of its size."""
+    """Return the plan with steps per part, each saved as wide as the widest of its size."""
     counts = {own.part.name: own.counts[taken] for own, taken in zip(levels, steps, strict=True)}
     widest: dict[Kind, dict[int, int]] = {kind: dict(keep) for kind, keep in plan.keep.items()}
     for kind, keep in widest.items():
@@ -95,7 +95,7 @@ def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
 
 
 def alike_parts(levels: Sequence[Levels]) -> list[list[int]]:
-    """Numbers of the parts among which steps can be exchanged: of one kind, with as many units of the same size."""
+    """Return groups of parts among which steps can be exchanged: of one kind, with as many units of the same size."""
     found: dict[tuple[str, int, int], list[int]] = defaultdict(list)
     for at, own in enumerate(levels):
         consumers = own.part.fold.consumers

@@ -184,7 +184,7 @@ def energy(weight: Tensor, statistic: Gram) -> float:
 
 
 def _in_one_go(score: OBS, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
-    """The whole curve from one removal that goes on to the last count."""
+    """Return the whole curve from one removal down to the last count."""
     found, most = Curve(), max(1, len(units) // (3 * score.steps))  # as fine as removing a third in all steps
     with full_float32():
         surgery = Surgery.on(weight, statistic, units, score.damping)
@@ -229,7 +229,7 @@ LEAST_DAMPING = 0.01
 
 
 def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | None = None) -> Tensor:
-    """The consumer whose kept columns give what all gave, as well as they can: W_k = W H_:k H_kk⁻¹, zeros elsewhere.
+    """Return the consumer whose kept columns best reproduce all: W_k = W H_:k H_kk⁻¹, zeros elsewhere.
 
     Args:
         weight: O × C float32.

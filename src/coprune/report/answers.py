@@ -63,7 +63,7 @@ def note(facts: AnswerFacts) -> str:
 
 
 def answers_markdown(facts: AnswerFacts, required: Sequence[Requirement]) -> str:
-    """The section of a card."""
+    """Return the section of a card."""
     header, rows = answer_table(facts)
     lines = [f"**{facts.verdict()}** (greedy). {inline(note(facts))}", ""]
     lines += [
@@ -81,7 +81,7 @@ def answers_markdown(facts: AnswerFacts, required: Sequence[Requirement]) -> str
 
 
 def shortened(answer: str) -> str:
-    """An answer, cut where it is longer than one wants to read; one without any says so."""
+    """Return an answer, cut if very long; an empty one is named so."""
     if not answer.strip():
         return "(no text)"
     return answer if len(answer) <= _MOST_LETTERS else f"{answer[:_MOST_LETTERS]} …"

@@ -14,7 +14,7 @@ _KINDS = {"dense": "dense", "before": "pruned", "pruned": "pruned", "fine-tuned"
 
 
 def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: str = "pruned") -> str:
-    """The section of a run's page, as HTML. who: what the model is called, `pruned` or `fine-tuned`."""
+    """Return the section of a run's page, as HTML. who: the model's title, `pruned` or `fine-tuned`."""
     warn = ' class="warn"' if facts.degenerates else ""
     lines = f"<p{warn}>{text(facts.verdict())}.</p>"
     lines += "".join(f"<p>Required: {text(one.line())}.</p>" for one in required)

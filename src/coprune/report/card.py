@@ -174,7 +174,7 @@ def _task_table(facts: ZeroShotFacts) -> str:
 
 
 def _model_index(report: Report) -> str:
-    """The results as the Hub's metadata, which it shows beside the model."""
+    """Return the results as the Hub's metadata, shown beside the model."""
     tuned = report.finetuned
     texts = {p.data: p.pruned for p in report.perplexity} | ({} if tuned is None else tuned.perplexity)
     images = {a.data: a.pruned_top1 for a in report.accuracy} | ({} if tuned is None else tuned.top1)

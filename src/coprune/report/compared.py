@@ -38,7 +38,7 @@ def _links(rows: Sequence[Row], beside: Path) -> list[str]:
 
 
 def _kind(place: int) -> str:
-    """The colour of a row: the baseline has that of the dense model."""
+    """Return the colour of a row; the baseline has the dense model's."""
     return "dense" if place == 0 else "pruned"
 
 
@@ -54,7 +54,7 @@ def _perplexity(rows: Sequence[Row]) -> list[str]:
 
 
 def _bars(rows: Sequence[Row], figures: Sequence[tuple[float, str, tuple[float, float] | None]]) -> list[Bar]:
-    """A bar for every model. figures: what each reached, how that is written, and its interval, if there is one."""
+    """Return a bar per model. figures: value, text, and interval, if there is one."""
     return [Bar(row.name, _kind(place), *of) for place, (row, of) in enumerate(zip(rows, figures, strict=True))]
 
 

@@ -30,7 +30,7 @@ def announce(recipe: Recipe, report: Report) -> None:
 
 
 def announced(recipe: Recipe) -> Report | None:
-    """The report of a run of this recipe that was killed when only its name was wanting; None if there is none."""
+    """Return the report of a finished run of this recipe that was killed before its last rename, or None."""
     blocks_left = any(recipe.run_folder.glob(".*.partial"))  # what a streamed run without a model to save needs
     if blocks_left or (recipe.output.model is not None and not holds_model(recipe.output.model)):
         return None
@@ -73,7 +73,7 @@ def _require_report(run: Path) -> None:
 
 
 def model_of(name: str) -> str:
-    """The model that a name stands for: a run folder's saved model, or the name itself.
+    """Return the model behind a name: a run folder's saved model, or the name itself.
 
     Raises BadInput for a run that saved no model, or whose model is gone.
     """

@@ -54,7 +54,7 @@ def matrix_rows(matrices: Sequence[MatrixResult], blocks: Sequence[str] = ()) ->
 
 
 def heat_map(rows: Sequence[Row], field: str) -> str:
-    """The chart of `sparsity` or `error`, from the least to the largest there is."""
+    """Return the chart of `sparsity` or `error`, from the minimum to the maximum."""
     known = [row for row in rows if row[field] is not None]
     low, high = min(row[field] for row in known), max(row[field] for row in known)
     blocks = list(dict.fromkeys(row["block"] for row in known))
@@ -78,7 +78,7 @@ def _cell(row: Row | None, field: str, low: float, high: float) -> str:
 
 
 def _numbers(blocks: Sequence[str]) -> str:
-    """The blocks' numbers below the cells; of many blocks every so many has its own."""
+    """Return the blocks' numbers below the cells; of many blocks only some."""
     every = -(-len(blocks) // _LABELLED)
     names = "".join(
         f'<span style="grid-column:{place + 1}">{text(block)}</span>'
@@ -89,7 +89,7 @@ def _numbers(blocks: Sequence[str]) -> str:
 
 
 def colour(share: float) -> str:
-    """The colour of a share between 0 and 1 as six hex digits."""
+    """Return the colour of a share between 0 and 1 as six hex digits."""
     place = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
     left = min(int(place), len(_SCALE) - 2)
     ends = [[int(_SCALE[index][at : at + 2], 16) for at in (0, 2, 4)] for index in (left, left + 1)]

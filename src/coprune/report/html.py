@@ -46,7 +46,7 @@ def page(title: str, body: str, data: dict[str, Any] | None = None) -> str:
 
 
 def header(kind: str, title: str, lead: str, made: str, links: Sequence[str] = ()) -> str:
-    """The top of every page.
+    """Return the top of a page.
 
     Args:
         kind: what the page is of, such as `Pruning run`; a plain text.
@@ -72,7 +72,7 @@ def text(value: object) -> str:
 
 
 def card(label: str, figure: str, note: str = "") -> str:
-    """A headline figure; label and note are plain text, figure is HTML."""
+    """Return a headline figure; label and note are plain text, figure is HTML."""
     below = f'<div class="note">{text(note)}</div>' if note else ""
     return f'<div class="card"><div class="label">{text(label)}</div><div class="figure">{figure}</div>{below}</div>'
 
@@ -83,7 +83,7 @@ def from_to(figures: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], links: Sequence[str | None] = ()) -> str:
-    """A table of plain texts. links: where the first cell of each row leads, None for nowhere."""
+    """Return a table of plain texts. links: of the first cell of each row, None for none."""
     stacked = len(header) > 3 and len(rows) <= _STACKED
     head = "".join(f"<th>{text(cell)}</th>" for cell in header)
     targets = [*links, *[None] * (len(rows) - len(links))]
@@ -95,7 +95,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], links: Sequence[
 
 
 def _line(names: Sequence[str], row: Sequence[str], target: str | None) -> str:
-    """A row of a table. names: of its columns, where a phone shows them beside the cells."""
+    """Return a row of a table. names: of its columns, which a phone shows beside the cells."""
     cells = [text(cell) for cell in row]
     if target is not None:
         cells[0] = link(target, row[0])
@@ -105,23 +105,23 @@ def _line(names: Sequence[str], row: Sequence[str], target: str | None) -> str:
 
 
 def link(target: str, name: str) -> str:
-    """A link within the folder of the page."""
+    """Return a link within the folder of the page."""
     return f'<a href="{text(target)}">{text(name)}</a>'
 
 
 def panel(*parts: str, whole: bool = True) -> str:
-    """A frame around charts, or a list. whole: whether it fits a printed page, so that it is not cut there."""
+    """Return a frame around charts, or a list. whole: whether it fits a printed page, so that it is not cut there."""
     return f'<div class="{"panel whole" if whole else "panel"}">{"".join(parts)}</div>'
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """A heading with what belongs under it; note is plain text."""
+    """Return a heading with its content; note is plain text."""
     below = f'<p class="soft">{text(note)}</p>' if note else ""
     return f"<section><h2>{text(title)}</h2>{below}{''.join(parts)}</section>"
 
 
 def copyable(name: str, content: str) -> str:
-    """Text in a fixed-width box with a button that copies it; a line breaks between words, not at an option's hyphens."""
+    """Return text in a fixed-width box with a copy button; lines break between words, not at hyphens."""
     words = "".join(f"<span>{text(part)}</span>" if part.strip() else part for part in re.split(r"(\s+)", content))
     return (
         f'<div class="withcopy"><pre id="{text(name)}">{words}</pre>'
@@ -144,7 +144,7 @@ def _told(content: str) -> str:
 
 
 def listed(title: str, lines: Sequence[str], most: int = 200) -> str:
-    """A section with a list of plain texts, nothing for none. most: how many are shown."""
+    """Return a section with a list of plain texts, empty without any. most: maximum number shown."""
     if not lines:
         return ""
     items = "".join(f"<li>{text(line)}</li>" for line in lines[:most])
@@ -153,12 +153,12 @@ def listed(title: str, lines: Sequence[str], most: int = 200) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time, in the unit that suits it."""
+    """Return a time in a fitting unit."""
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
 def short(count: int) -> str:
-    """A number of weights: 134.5 M."""
+    """Return a number of weights: 134.5 M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.4g} {letter}"
@@ -212,12 +212,12 @@ _CARRIED = re.compile(r" \([^()/]+\.gguf\)$")
 
 
 def base_of(source: str) -> str:
-    """A source without the file that a package carries it in: a path, or a name of the Hub."""
+    """Return a source without the file in a package: a path, or a name on the Hub."""
     return _CARRIED.sub("", source)
 
 
 def name_of(source: str) -> str:
-    """The last part of that."""
+    """Return the last part of a source."""
     return base_of(source).rstrip("/").rpartition("/")[2]
 
 
@@ -271,7 +271,7 @@ def of_several(made: Sequence[MadeFacts | None]) -> str:
 
 @functools.cache
 def commit_of(checkout: Path) -> str | None:
-    """The commit that a folder has checked out; None where it is no checkout, or there is no git."""
+    """Return the checked-out commit of a folder, or None without a checkout or git."""
     if not (checkout / ".git").exists():
         return None
     # Without locks: looking must not get in the way of what somebody else does in the checkout.

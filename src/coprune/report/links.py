@@ -16,7 +16,7 @@ _NAV = "<nav>"
 
 
 def target(page: Path, beside: Path) -> str | None:
-    """The address of a page for another in the folder `beside`; None where it is not there."""
+    """Return the address of a page as seen from the folder `beside`, or None if it does not exist."""
     if not page.is_file():
         return None
     return quote(os.path.relpath(page.absolute(), beside.absolute()).replace(os.sep, "/"))

@@ -14,30 +14,30 @@ _PLACE = re.compile(r"(?<![\w/:.~\-])/(?:[^\s/,;:'\"`|()\[\]\\<>]+/)+([^\s/,;:'\
 
 
 def inline(text: str) -> str:
-    """Text on one line, which ends no table's cell and opens nothing."""
+    """Return text on one line that neither ends a table cell nor opens markup."""
     return re.sub(r"([\\`|<>\[\]*])", r"\\\1", " ".join(text.split()))
 
 
 def fenced(content: str, language: str) -> str:
-    """A block of code, whose fence is longer than any within it."""
+    """Return a code block with a fence longer than any in it."""
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{content.rstrip()}\n{fence}"
 
 
 def field(name: str, value: Any) -> str:
-    """A line of the metadata at the head of a card, quoted where YAML asks for it."""
+    """Return a line of a card's metadata, quoted where YAML needs it."""
     return yaml.safe_dump({name: value}, allow_unicode=True, width=10_000).rstrip("\n")
 
 
 def hub_id(name: str) -> str | None:
-    """A name as one of the Hub, `owner/name`; None where it is a path, or a folder of this machine goes by it."""
+    """Return a name as a Hub id, `owner/name`, or None if it is a path or a local folder."""
     known = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
     return name if known else None
 
 
 def values_in(settings: Any) -> Iterable[str]:
-    """Every text in nested settings."""
+    """Yield every text in nested settings."""
     if isinstance(settings, dict):
         for value in settings.values():
             yield from values_in(value)
@@ -49,7 +49,7 @@ def values_in(settings: Any) -> Iterable[str]:
 
 
 def without_places(text: str, settings: Any) -> str:
-    """Text in which files of this machine go by their names alone, since where they lay is nobody's business.
+    """Return text with local files reduced to their names, since paths are private.
 
     settings: in which paths may be that hold spaces, and so are known from them alone.
     """

@@ -109,7 +109,7 @@ def _cards(report: Report) -> str:
 
 
 def _matrices(report: Report) -> str:
-    """Sparsity, as a sentence where it is the same everywhere, and layer error."""
+    """Return sparsity, as a sentence where it is uniform, and layer error."""
     rows = matrix_rows(report.matrices, report.model.block_names)
     shares = [row["sparsity"] for row in rows]
     parts = []
@@ -173,20 +173,20 @@ def _recipe(report: Report) -> str:
 
 
 def accuracy_card(found: AccuracyFacts) -> str:
-    """The headline figure."""
+    """Return the headline figure."""
     before = [] if found.dense_top1 is None else [f"{100 * found.dense_top1:.2f}"]
     shown = from_to([*before, per_cent(found.pruned_top1)])
     return card(f"top-1 accuracy on {found.data}", shown, f"of {found.images:,} {found.unit}")
 
 
 def embedding_card(found: EmbeddingChange) -> str:
-    """The headline figure of a model that embeds texts."""
+    """Return the headline figure of an embedding model."""
     overlap = f"{per_cent(found.overlap)} of the {found.nearest} nearest of {found.passages:,} passages alike"
     return card(f"cosine with the dense model on {found.data}", f"{found.cosine:.4f}", overlap)
 
 
 def accuracy_section(found: list[AccuracyFacts]) -> str:
-    """Bars and a table of all sets of images, and the images of each whose predicted class changed."""
+    """Return bars and a table of all sets of images, with the images whose predicted class changed."""
     header = [
         found[0].unit,
         "number",
@@ -260,7 +260,7 @@ _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*
 
 
 def picker(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> str:
-    """The section with the list and its charts; without distributions it tells the figures alone."""
+    """Return the section with the list of matrices and its charts; without distributions only the figures."""
     if not matrices:
         return ""
     charts = "".join(
@@ -288,7 +288,7 @@ def picker_data(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> dict
 
 
 def shown_matrices(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> list[MatrixResult]:
-    """As many matrices as a page holds: all; or of a block's experts the worst; or those of every so many blocks."""
+    """Return as many matrices as a page holds: all, or the worst expert per block, or those of some blocks."""
     if len(matrices) <= _MOST:
         return list(matrices)
     worst: dict[tuple[str, str], MatrixResult] = {}
@@ -315,7 +315,7 @@ def _charts(found: Distributions | None) -> dict[str, Any]:
 
 
 def _packed(histogram: Histogram) -> list[Any]:
-    """Ends, the count of the fullest bin, and the bins of what is kept and of what is pruned as digits."""
+    """Return the ends, the largest count, and the bins of kept and pruned values as digits."""
     pruned = histogram.pruned or (0,) * len(histogram.kept)
     top = max(1, *(a + b for a, b in zip(histogram.kept, pruned, strict=True)))
     # Rounded up, so that what is in a bin is seen.
@@ -324,7 +324,7 @@ def _packed(histogram: Histogram) -> list[Any]:
 
 
 def perplexity_card(report: Report, entry: PerplexityFacts) -> str:
-    """The figures of one text, the run's result last."""
+    """Return the figures of one text, the run's result last."""
     tuned = {} if report.finetuned is None else report.finetuned.perplexity
     figures = [*([] if entry.dense is None else [entry.dense]), entry.pruned]
     figures += [tuned[entry.data]] if entry.data in tuned else []
@@ -333,7 +333,7 @@ def perplexity_card(report: Report, entry: PerplexityFacts) -> str:
 
 
 def perplexity_section(report: Report) -> str:
-    """Bars and a table of all texts."""
+    """Return bars and a table of all texts."""
     tuned = None if report.finetuned is None else report.finetuned.perplexity
     rows = [_row(entry, tuned) for entry in report.perplexity]
     header = ["text", "dense", "pruned", *([] if tuned is None else ["fine-tuned"])]
@@ -369,7 +369,7 @@ def _row(entry: PerplexityFacts, tuned: dict[str, float] | None) -> list[str]:
 
 
 def number(value: float) -> str:
-    """A perplexity with as many digits as tell something."""
+    """Return a perplexity with its significant digits."""
     if not math.isfinite(value):
         return "∞"
     return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"
@@ -379,7 +379,7 @@ _REACH = 1.96  # standard errors to either end of a 95 % interval
 
 
 def zero_shot_card(facts: ZeroShotFacts | None) -> str:
-    """The headline figure; nothing without a mean."""
+    """Return the headline figure; empty without a mean."""
     if facts is None or facts.mean_pruned is None:
         return ""
     before = [] if facts.mean_dense is None else [f"{100 * facts.mean_dense.value:.2f}"]
@@ -389,7 +389,7 @@ def zero_shot_card(facts: ZeroShotFacts | None) -> str:
 
 
 def zero_shot_section(facts: ZeroShotFacts) -> str:
-    """Bars and a table of all tasks."""
+    """Return bars and a table of all tasks."""
     rows = [_zero_shot_row(task, metric) for task in facts.tasks for metric in task.pruned]
     if facts.mean_pruned is not None:
         rows.append(["mean", "acc", *facts.means_side_by_side(), "", ""])
@@ -418,7 +418,7 @@ def _zero_shot_bars(task: TaskComparison) -> list[Bar]:
 
 
 def task_bar(name: str, kind: str, metrics: Mapping[str, Estimate]) -> Bar:
-    """The bar of what a model reached in a task, by its main metric, with a 95 % interval."""
+    """Return the bar of a model's result in a task, by its main metric, with a 95 % interval."""
     found = metrics[main_of(metrics)]
     reach = _REACH * (found.stderr or 0.0)
     return Bar(name, kind, found.value, per_cent(found.value), (found.value - reach, found.value + reach))

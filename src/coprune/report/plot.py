@@ -26,7 +26,7 @@ class Axis:
 
     @classmethod
     def of(cls, title: str, values: Sequence[float], show: Callable[[float], str], ratios: bool = False) -> Axis:
-        """An axis that fits some values. show: how one is written; ratios: by equal ratios, for values above 0."""
+        """Return an axis for some values. show: formats one; ratios: logarithmic, for values above 0."""
         low, high = min(values), max(values)
         if ratios:
             room = max((high / low) ** 0.08, 1.02)
@@ -39,7 +39,7 @@ class Axis:
         return cls(title, low, high, [(place, show(place)) for place in places], ratios)
 
     def at(self, value: float) -> float:
-        """Where a value is, in per cent of the axis."""
+        """Return the position of a value, in per cent of the axis."""
         low, high, value = (math.log(one) if self.ratios else one for one in (self.low, self.high, value))
         return 100 * (value - low) / (high - low)
 
@@ -76,7 +76,7 @@ class Plot:
     """Class and name of each kind of point or line."""
 
     def html(self) -> str:
-        """The chart as HTML."""
+        """Return the chart as HTML."""
         legend = "".join(f'<span><i class="{kind}"></i>{text(name)}</span>' for kind, name in self.legend)
         legend = f'<div class="legend">{legend}</div>' if legend else ""
         wide = max((len(shown) for _, shown in self.y.ticks), default=1)
@@ -139,7 +139,7 @@ def _even(low: float, high: float) -> list[float]:
 
 
 def _by_ratio(low: float, high: float) -> list[float]:
-    """A few round figures between two others, spread by ratios."""
+    """Return a few round figures between two others, spaced by ratios."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
         found = [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
@@ -187,7 +187,7 @@ def _plot(
     across: tuple[str, Callable[[Reached], float], Callable[[float], str]],
     less: tuple[bool, bool],
 ) -> str:
-    """The chart. across: title of the x axis, where a model is on it, how that is written; less: is better, of y and x."""
+    """Return the chart. across: title, position and format of the x axis; less: whether less is better, of y and x."""
     name, place, show = across
     front = [one for one in found if not any(_beats(other, one, place, less) for other in found)]
     methods = list(dict.fromkeys(one.method for one in found if one.method not in _FIRST))

@@ -268,6 +268,6 @@ def installed_versions() -> dict[str, str]:
 
 
 def reference_log(method: str, sparsity: float, perplexity: float | None) -> str:
-    """The Wanda repository's log: a tab-separated header and one line (an unmeasured perplexity is `nan`)."""
+    """Return the Wanda repository's log: a tab-separated header and one line (an unmeasured perplexity is `nan`)."""
     value = float("nan") if perplexity is None else perplexity
     return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{value:.4f}\n"

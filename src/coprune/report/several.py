@@ -66,7 +66,7 @@ class Top:
 
 
 def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
-    """The page of one run, or one page for several. Raises BadInput if a report is missing or cannot be read.
+    """Return the page of one run, or of several. Raises BadInput if a report is missing or cannot be read.
 
     beside: the folder that the page is for, from which links lead; by default that of a single run.
     """
@@ -80,7 +80,7 @@ def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
 
 
 def names_apart(paths: Sequence[Path]) -> list[str]:
-    """A name for every run: its folder's, with as many of those above it as tell all of them apart."""
+    """Return a unique name for every run: its folder's, with as many of the parents' as needed."""
     folders = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
     for depth in range(1, max(map(len, folders))):
         names = ["/".join(parts[-depth:]) for parts in folders]
@@ -141,7 +141,7 @@ def _of_images(runs: Sequence[Run], on: _Images) -> list[Reached]:
 
 
 def _reached(run: Run, number_: int, value: float, dense: float | None) -> list[Reached]:
-    """A run's point and its dense model's; equal ones of several runs are one."""
+    """Return a run's point and its dense model's; equal ones of several runs are merged."""
     before = [] if dense is None else [Reached(f"dense {name_of(run.report.model.source)}", "dense", dense, 0.0, None)]
     # A few weights more or less, as rounding gives them, make no run better than another.
     zeros = round(run.report.sparsity.model, 4)
@@ -185,7 +185,7 @@ def _top1(run: Run, on: _Images) -> str:
 
 
 def _commands(runs: Sequence[Run], given: Mapping[str, str] | None) -> str:
-    """The command of every run, so that one can be repeated by itself."""
+    """Return the command of every run."""
     own = {run.name: run.report.made.command for run in runs if run.report.made is not None}
     known = [(run.name, command) for run in runs if (command := (given or own).get(run.name))]
     if not known:

@@ -10,7 +10,7 @@ _HEAD = ("text", "bytes", "tokens per byte", "change", "bits per byte", "change"
 
 
 def vocabulary_section(facts: VocabularyFacts) -> str:
-    """Tokens and bits per byte before and after, and what else is known of the cut, as HTML."""
+    """Return tokens and bits per byte before and after, with the rest of the facts, as HTML."""
     loud = facts.loud()
     warn = "" if loud is None else f'<p class="warn">{text(loud)}</p>'
     others = [line for line in facts.lines() if line not in {one.line() for one in facts.texts} and line != loud]
@@ -19,7 +19,7 @@ def vocabulary_section(facts: VocabularyFacts) -> str:
 
 
 def vocabulary_markdown(facts: VocabularyFacts) -> str:
-    """The same as Markdown."""
+    """Return the section as Markdown."""
     rows = [f"| {' | '.join([inline(first), *rest])} |" for first, *rest in map(_row, facts.texts)]
     loud = facts.loud()
     others = [line for line in facts.lines() if line not in {one.line() for one in facts.texts} and line != loud]

@@ -201,7 +201,7 @@ class Run:
         return bound_run(self.recipe, self.solver, text, self.loaded, self.found, processes)
 
     def activations(self, lists: int = 1) -> Activations:
-        """An empty list of hidden states within the recipe's limits, or one of several that share the limits.
+        """Return an empty list of hidden states within the recipe's limits, or one of several that share them.
 
         What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
         """

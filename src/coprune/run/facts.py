@@ -84,7 +84,7 @@ def build_report(run: Run) -> Report:
 
 
 def _placed(outcome: Outcome) -> list[MatrixResult]:
-    """The matrices that are left, under the names that they have in the saved model."""
+    """Return the remaining matrices under their names in the saved model."""
     named = [(outcome.edits.place(result.name), result) for result in outcome.results]
     return [
         result if name == result.name else result.model_copy(update={"name": name})
@@ -190,7 +190,7 @@ def accuracy_facts(
 
 
 def class_name(number: int, images: LabelledImages | LabelledTexts, id2label: Mapping[Any, str] | None) -> str:
-    """A class as the model calls it, or as the images do where the model only counts."""
+    """Return a class's name in the model, or in the images if the model only has numbers."""
     written = (id2label or {}).get(number, "")
     if written and not written.startswith("LABEL_"):
         return written
@@ -199,7 +199,7 @@ def class_name(number: int, images: LabelledImages | LabelledTexts, id2label: Ma
 
 
 def thumbnail(image: Any) -> str:
-    """A small copy of a PIL image as a data URI: JPEG, or PNG for what is tiny already."""
+    """Return a small copy of a PIL image as a data URI: JPEG, or PNG if it is already tiny."""
     small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE))
     kind, options = ("png", {}) if max(small.size) < _SIDE // 2 else ("jpeg", {"quality": 80})

@@ -205,7 +205,7 @@ class Inspection(Shown):
         return f"{self.model}: {self.model_type}, {self.parameters:,} parameters, {len(self.blocks)} blocks"
 
     def sheet(self) -> Sheet:
-        """A line per kind of matrices, and what would be pruned in all."""
+        """Return a line per kind of matrix, and the totals."""
         rows = [
             ("prune" if group[0].target is not None else "leave", kind, _shape(group), str(len(group)), _present(group))
             for kind, group in self._kinds()
@@ -266,7 +266,7 @@ class Inspection(Shown):
 
 
 def _spread(matrices: Sequence[InspectedMatrix]) -> tuple[float, float, float]:
-    """The least, mean and largest sparsity that some matrices would be pruned to."""
+    """Return the least, mean and largest target sparsity of some matrices."""
     sparsities = [matrix.target.sparsity for matrix in matrices if matrix.target is not None]
     sizes = [matrix.size for matrix in matrices]
     mean = sum(sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)) / sum(sizes)
@@ -279,7 +279,7 @@ def _shape(matrices: Sequence[InspectedMatrix]) -> str:
 
 
 def _present(matrices: Sequence[InspectedMatrix]) -> str:
-    """The fraction of zeros that some matrices have already; empty if they were not read."""
+    """Return the present sparsity of some matrices; empty if they were not read."""
     zeros = [matrix.zeros for matrix in matrices if matrix.zeros is not None]
     return per_cent(sum(zeros) / sum(matrix.size for matrix in matrices)) if len(zeros) == len(matrices) else ""
 

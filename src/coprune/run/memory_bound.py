@@ -216,7 +216,7 @@ class Bound:
         self.weights = shapes.rest_bytes if self.streams else shapes.total_bytes
 
     def tensors(self, on_device: bool) -> Iterator[tuple[str, float]]:
-        """Bytes that each phase holds at its peak where it computes, beside the weights that are always there."""
+        """Yield the bytes of each phase at its peak where it computes, beside the permanent weights."""
         shapes, recipe = self._shapes, self._recipe
         limit = self._room.nbytes if on_device and self._room is not None else self._limit
         block = shapes.block_bytes + self._ahead if self.streams else 0
@@ -235,7 +235,7 @@ class Bound:
             yield "training", self._training() - self.weights
 
     def passing(self) -> Iterator[tuple[str, float]]:
-        """Bytes in host memory of weights on their way to a device or a file, and of what the device has no room for."""
+        """Yield the bytes in host memory of weights in transit, and of tensors that the device has no room for."""
         shapes, text = self._shapes, self._text
         read = shapes.block_bytes + 2 * self._ahead if self.streams else 0  # pinned, as activations are
         yield "reading", read
@@ -260,7 +260,7 @@ class Bound:
         return (1 + bool(self._recipe.prune.reconstruct.steps)) * self._text.samples * self._text.mean * self._hidden
 
     def _running(self, length: int) -> int:
-        """Bytes per token while a block runs on windows of a length."""
+        """Return the bytes per token while a block runs on windows of a length."""
         return (self._shapes.live + 3 * self._shapes.heads * length) * self._shapes.itemsize
 
     def _aside(self, size: float) -> float:

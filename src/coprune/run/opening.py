@@ -113,7 +113,7 @@ def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
 
 
 def _domains(run: Run, remember: Remember) -> dict[str, Windows]:
-    """Samples of every domain. Raises BadInput where a model does not read text."""
+    """Return samples of every domain. Raises BadInput if the model does not read text."""
     found = {}
     for name, text in run.recipe.remove.texts.items():
         task = task_for(run.recipe.replaced(dataset=text), run.loaded, run.processes, remember)

@@ -83,7 +83,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
 
 
 def plot_spec(name: str, found: Distributions) -> dict[str, Any]:
-    """The three histograms beside each other, as one Vega-Lite specification."""
+    """Return the three histograms side by side, as one Vega-Lite specification."""
     panels = []
     for kind, title in _PANELS.items():
         histogram = getattr(found, kind)

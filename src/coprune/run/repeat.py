@@ -16,7 +16,7 @@ from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 
 
 def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Recipe, str | None]:
-    """The recipe with the folders that it writes to, and what to say of them where they are not the usual ones.
+    """Return the recipe with its output folders, and a message where they are not the usual ones.
 
     Args:
         recipe: as it was asked for.
@@ -63,7 +63,7 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
 
 
 def beside_finished(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
-    """The recipe with other folders where its own hold a finished run: `out/run-2` for `out/run`, and so on.
+    """Return the recipe with other folders where its own hold a finished run: `out/run-2` for `out/run`, and so on.
 
     A run that was interrupted keeps its folder and goes on there.
 

@@ -102,7 +102,7 @@ class Trackio:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as flat settings of plain values, which trackers can filter by."""
+    """Return a recipe as flat settings of plain values, which trackers can filter by."""
     settings: dict[str, Any] = json.loads(json.dumps(recipe.flat(), default=str))
     return settings
 
@@ -154,7 +154,7 @@ def block_figures(results: Sequence[MatrixResult]) -> dict[str, float]:
 
 
 def final_figures(report: Report) -> dict[str, float]:
-    """The figures of a finished run, by name."""
+    """Return the figures of a finished run, by name."""
     figures = {
         "sparsity/matrices": report.sparsity.matrices,
         "sparsity/model": report.sparsity.model,
@@ -208,6 +208,6 @@ def _json_lines(path: Path) -> Iterator[Listener]:
 
 
 def _plain(name: str) -> str:
-    """A name that every tracker takes: the last part of a path, without signs that some refuse."""
+    """Return a name that every tracker accepts: the last part of a path, without special characters."""
     last = name.rstrip("/").rpartition("/")[2]
     return "".join(sign if sign.isalnum() or sign in "-_. " else "_" for sign in last)

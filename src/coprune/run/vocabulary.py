@@ -266,7 +266,7 @@ def _model_facts(source: Source, device: str) -> ModelFacts:
 
 
 def _report(recipe: Recipe, choice: _Choice, seconds: float) -> Report:
-    """The report of a run that did nothing else."""
+    """Return the report of a run without other changes."""
     return Report(
         recipe=recipe,
         model=choice.model,
@@ -292,7 +292,7 @@ def _removed(facts: VocabularyFacts) -> str:
 
 
 def _whole(recipe: Recipe, choice: _Choice, rest: Report, seconds: float) -> Report:
-    """The report of the rest, which begins with what the cut did."""
+    """Return the report of the later parts, with the cut in front."""
     own = {name: getattr(rest.model, name) for name in ("blocks", "block_names", "device", "dtype", "loaded_by")}
     return rest.model_copy(
         update={

@@ -75,7 +75,7 @@ def _folder(evaluations: str | Path | None) -> Path:
 
 
 def _names(models: Sequence[str | Path]) -> list[str]:
-    """Names of models. Raises BadInput for a single one, and for a model in memory, of which nothing can be kept."""
+    """Return names of models. Raises BadInput for a single one, and for a model in memory, which cannot be cached."""
     if isinstance(models, str | Path):
         raise BadInput(
             "models are compared with each other", field="models", value=models, fix="give a list of two or more"
@@ -142,7 +142,7 @@ def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple
 
 
 def labels_of(names: Sequence[str]) -> list[str]:
-    """Names of folders for the models' items: the last parts of paths and Hub ids, or all of them where those are alike."""
+    """Return names of folders for the models' items: the last parts of paths and Hub ids, or all where those are equal."""
     last = [Path(name).name for name in names]
     return [
         short if last.count(short) == 1 else "__".join(part for part in Path(name).parts if part != "/")

@@ -147,7 +147,7 @@ class Board:
         return left / min(self.at_once, max(1, self._count("waiting") + self._count("running")))
 
     def render(self) -> Group:
-        """The table as it is now."""
+        """Return the table as it is now."""
         table = Table(box=box.SIMPLE, pad_edge=False)
         for column in ("", "run", "time", ""):
             table.add_column(column, no_wrap=True, overflow="ellipsis")

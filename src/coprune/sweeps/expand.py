@@ -70,7 +70,7 @@ def expand(sweep: Sweep) -> list[Run]:
 
 
 def varied(sweep: Sweep) -> list[str]:
-    """The fields in which a sweep's runs may differ, in the order of the file."""
+    """Return the fields in which a sweep's runs may differ, in the order of the file."""
     added = [name for entry in sweep.include for name in entry]
     return list(dict.fromkeys([*_axes(sweep.settings), *added]))
 
@@ -174,12 +174,12 @@ def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
 
 
 def _by_word(field: re.Match[str]) -> str:
-    """A field of a template by its flat name."""
+    """Return a field of a template by its flat name."""
     return f"{{{word_for(field[1])}}}" if is_setting(field[1]) else field[0]
 
 
 def folder_part(field: str, value: Any, bare: bool = False) -> str:
-    """A field's value as part of a path: `wanda`, `2-4`, `seed-0`. bare: without the field's name."""
+    """Return a field's value as part of a path: `wanda`, `2-4`, `seed-0`. bare: without the field's name."""
     if value is None:
         return "default"
     if isinstance(value, dict) and "name" in value:

@@ -86,7 +86,7 @@ class Sweep(BaseModel):
         return cls.make(layered({"save": str(Path("out") / path.stem)}, data) | rules)
 
     def _by_words(self, paired: bool) -> Self:
-        """The same with all settings by their flat names. paired: whether methods and their options go in step."""
+        """Return the sweep with settings by flat name. paired: whether methods and their options advance together."""
         groups = [tuple(map(word_for, group)) for group in self.zip]
         if paired:
             groups = [(*group, "options") if "method" in group else group for group in groups]
@@ -135,7 +135,7 @@ class Sweep(BaseModel):
             raise BadInput(f"zipped lists must be of one length: {told}", field="sweep.zip", value=group)
 
     def with_settings(self, typed: Mapping[str, Any]) -> Sweep:
-        """The sweep with fields fixed to other values, which also replace those of its included runs."""
+        """Return the sweep with fields fixed, also in its included runs."""
         if not typed:
             return self
         typed, method = _words(typed), self.settings.get("method", "wanda")
@@ -162,7 +162,7 @@ class Sweep(BaseModel):
         return expand_home(self.settings["save"])
 
     def to_yaml(self) -> str:
-        """The sweep as the file that `read` takes."""
+        """Return the sweep as the file that `read` reads."""
         rules = self.model_dump(mode="json", exclude={"settings"}, exclude_defaults=True)
         data = self.settings | ({"sweep": rules} if rules else {})
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -225,7 +225,7 @@ def included(entry: dict[str, Any], with_options: bool) -> dict[str, Any]:
 
 
 def added_to(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an included entry's runs: its own, and the sweep's; a preset brings a method of its own."""
+    """Return the settings of an included entry's runs: its own, and the sweep's; a preset sets its own method."""
     gone = ("method", "options") if entry.get(PRESET) is not None and "method" not in entry else ()
     return {**{name: value for name, value in settings.items() if name not in gone}, **entry}
 

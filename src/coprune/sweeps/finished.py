@@ -24,7 +24,7 @@ from coprune.sweeps.sharing import SHARED_FOLDER
 
 
 def finished_report(recipe: Recipe) -> Report | None:
-    """The report that a finished run left; None if it has not ended.
+    """Return the report of a finished run, or None.
 
     Raises BadInput if the folder holds the report of another run, or one that cannot be read.
     """
@@ -51,7 +51,7 @@ def finished_report(recipe: Recipe) -> Report | None:
 
 
 def finished_reports(runs: list[Run]) -> dict[str, Report]:
-    """The reports of all finished runs by name, in the order of the runs."""
+    """Return the reports of all finished runs by name, in the order of the runs."""
     found = {run.name: finished_report(run.recipe) for run in runs}
     return {name: report for name, report in found.items() if report is not None}
 
@@ -62,7 +62,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
-    """A sweep from its folder, wherever that lies now: its runs and the reports of those that are finished.
+    """Read a sweep from its folder, also after a move: its runs and the reports of finished ones.
 
     Raises BadInput if none is.
     """
@@ -79,7 +79,7 @@ def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
 
 
 def models_to_compare(name: str) -> list[str]:
-    """The models that a name stands for: of a sweep its dense models and what its runs saved; else the name itself.
+    """Return the models behind a name: a sweep's dense models and saved ones; else the name itself.
 
     Raises BadInput for a sweep whose runs saved no models.
     """
@@ -106,7 +106,7 @@ def _is_to_train(recipe: Recipe, report: Report) -> bool:
 
 
 def _pruning_of(recipe: Recipe) -> Recipe:
-    """The recipe of the half that prunes."""
+    """Return the recipe of the pruning part."""
     from coprune.training.after_pruning import pruning_of
 
     return pruning_of(recipe)
@@ -133,7 +133,7 @@ class Ledger(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The ledger in a sweep's folder, or an empty one."""
+        """Return the ledger in a sweep's folder, or an empty one."""
         try:
             return cls.model_validate_json((folder / SHARED_FOLDER / _FILE).read_text(encoding="utf-8"))
         except (OSError, ValidationError):

@@ -129,7 +129,7 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
     from coprune.base.devices import accelerators
 
     count, named = accelerators(), visible_gpus()

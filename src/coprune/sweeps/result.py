@@ -38,7 +38,7 @@ class SweepResult(Shown):
         return f"{self.sweep.folder}: {len(self.reports)} of {len(self.runs)} runs done{failed}"
 
     def sheet(self) -> Sheet:
-        """A line per run."""
+        """Return a line per run."""
         return Sheet(
             self.headline(), [self._row(run) for run in self.runs], ("run", "", "zeros", "measured", "seconds")
         )

@@ -68,7 +68,7 @@ def _text(words: str) -> Text:
 def results_markdown(
     sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], failures: Mapping[str, str], ledger: Ledger
 ) -> str:
-    """The tables, what is missing in them, and what the sweep took."""
+    """Return the tables, the missing runs, and the cost of the sweep."""
     parts = [markdown(table) for table in paper_tables(sweep, runs, reports)]
     seeds = {run.recipe.calibrate.seed for run in runs}
     if len(seeds) > 1:
@@ -112,7 +112,7 @@ def _measured(report: Report) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as one field of a table."""
+    """Return a setting as one field of a table."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):

@@ -194,7 +194,7 @@ class Plan:
         ]
 
     def to_run(self) -> list[Job]:
-        """The jobs of the runs that fit, with their shares of the cores; sets how many go at once."""
+        """Return the jobs of the runs that fit, with their shares of the cores; sets how many run at once."""
         fitting, memory = [], list[int]()
         for run in self.waiting:
             kept = self._kept(run)
@@ -221,7 +221,7 @@ class Plan:
         return self.workers.capacity.gpus > 0 and run.recipe.model.device in ("auto", "cuda")
 
     def _memory(self, run: Run, kept: KeptEstimate | None) -> int | None:
-        """Bytes to reserve; None where nothing is known, for which a run goes alone."""
+        """Return the bytes to reserve; None if unknown, so that the run goes alone."""
         if not run.recipe.model.check_memory:
             return 0
         if kept is None:

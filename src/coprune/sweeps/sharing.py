@@ -108,7 +108,7 @@ class SweepReuse(Reuse):
         return replace(kept.estimate, available_bytes=None)
 
     def _kept_estimate(self, estimate: Callable[[], Estimate | None]) -> tuple[KeptEstimate, bool]:
-        """The estimate for runs like this one, and whether it was made just now."""
+        """Return the estimate for runs like this one, and whether it is new."""
         anew = False
 
         def estimate_now() -> KeptEstimate:
@@ -180,12 +180,12 @@ def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
 
 
 def estimate_key(recipe: Recipe) -> str:
-    """Names the runs that take as much memory as this one."""
+    """Return the key of runs that take as much memory as this one."""
     return json.dumps(recipe.deciding(Decides.COST), sort_keys=True, default=str)
 
 
 def dense_key(run: Run) -> str:
-    """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
+    """Return the key of a dense model's measurements: its weights, the tokens, and everything that affects rounding."""
     texts = {n: data.fingerprint for n, data in run.data.items() if isinstance(data, EvaluationText)}
     names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
     names += ["apply_chat_template", "gen_kwargs"]
@@ -198,7 +198,7 @@ def dense_key(run: Run) -> str:
 
 
 def statistics_key(run: Run) -> str:
-    """Names what is gathered of the dense model's blocks: as `dense_key`, and which matrices share which statistic."""
+    """Return the key of the dense model's statistics: `dense_key`, and which matrices share which statistic."""
     model = run.model
     assert run.samples is not None
     statistic = run.solver.statistic
@@ -214,7 +214,7 @@ def statistics_key(run: Run) -> str:
 
 
 def _computed(run: Run) -> dict[str, Any]:
-    """The weights, and how they are computed with."""
+    """Return the weights and the settings of their computation."""
     loaded, recipe = run.loaded, run.recipe
     return {
         "model": recipe.model.name,

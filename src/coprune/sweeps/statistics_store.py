@@ -154,7 +154,7 @@ class Kept:
         return float(self.facts["seconds"])
 
     def read(self, device: torch.device) -> dict[str, Inputs]:
-        """The inputs of every group, by the name of its first matrix."""
+        """Read the inputs of every group, by the name of its first matrix."""
         return {name: self._read(name, counts, device) for name, counts in self.facts["groups"].items()}
 
     def _read(self, name: str, counts: dict[str, int], device: torch.device) -> Inputs:

@@ -129,7 +129,7 @@ SWEEPS: dict[str, dict[str, Any]] = {
 
 
 def sweep_of_script(name: str) -> Sweep:
-    """A shipped sweep. Raises BadInput for an unknown name."""
+    """Return a shipped sweep. Raises BadInput for an unknown name."""
     if name not in SWEEPS:
         raise unknown_name("script", name, SWEEPS, field="script")
     return Sweep.make(SWEEPS[name])

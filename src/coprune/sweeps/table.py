@@ -78,7 +78,7 @@ def paper_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report
 
 
 def markdown(table: PaperTable) -> str:
-    """A table as Markdown, with the best of every column in bold."""
+    """Return a table as Markdown, with the best of every column in bold."""
     lines = ["| method | " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * len(table.columns)]
     for name, cells in table.rows.items():
         shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]

@@ -131,7 +131,7 @@ _ACTIONS: dict[Action, Callable[[Job, Tell], dict[str, float]]] = {"estimate": _
 
 
 def _teller(name: str, tell: Tell) -> Listener:
-    """A listener to a run's events, which tells of the run by name what it does now."""
+    """Return a listener to a run's events that reports its current activity."""
     from coprune.run.events import BlockPruned, Phase, PhaseDone
 
     following = {

@@ -38,7 +38,7 @@ from coprune.training.saving import require_finite
 
 
 def choose_targets(masks: Masks, patterns: Sequence[str], rank: int, alone: Container[int] = ()) -> list[str]:
-    """Names of the pruned linear layers that get an adapter.
+    """Return names of the pruned linear layers that get an adapter.
 
     patterns: shell-like; without, all of them. alone: ids of parameters that get none. Experts that share one parameter,
     convolutions and an output matrix that is the embedding, too, get none and stay as they are. Raises BadInput for a pattern
@@ -190,13 +190,13 @@ class MaskedLinear(LoraLinear):
     """PEFT's LoRA layer with a masked update; one adapter at a time."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update as it is merged, in the layout of the weight and, as it is formed in a forward, in its own dtype."""
+        """Return the update to merge, in the weight's layout and, as in a forward, in its dtype."""
         delta: Tensor = super().get_delta_weight(adapter)
         base: Any = self.get_base_layer()
         return delta.masked_fill_(base.weight == 0, 0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer with its update (B × S × in → B × S × out)."""
+        """Apply the layer with its update (B × S × in → B × S × out)."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not active:
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -268,7 +268,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def adapter_settings(folder: Path, config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The settings of PEFT's LoRA for a saved adapter, with every layer by its full name.
+    """Return PEFT's LoRA settings of a saved adapter, with every layer by its full name.
 
     Args:
         folder: of the adapter.

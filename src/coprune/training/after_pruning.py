@@ -96,7 +96,7 @@ def _measured_alike(report: Report) -> dict[str, Any]:
 
 
 def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
-    """The report of the pruning, with what the fine-tuning made of it."""
+    """Return the report of the pruning with the result of the fine-tuning."""
     facts = FinetunedFacts(
         mode=str(found.settings.train.mode),
         steps=found.steps,
@@ -139,7 +139,7 @@ def _require_room(recipe: Recipe, settings: Recipe) -> None:
 
 
 def _finetuned_before(settings: Recipe) -> FinetuneReport | None:
-    """The report of the fine-tuning if an earlier run came so far; None if not."""
+    """Return the report of an earlier run's fine-tuning, or None."""
     try:
         report = FinetuneReport.model_validate_json(
             (settings.training_folder / FINETUNE_FILE).read_text(encoding="utf-8")
@@ -150,14 +150,14 @@ def _finetuned_before(settings: Recipe) -> FinetuneReport | None:
 
 
 def pruning_of(recipe: Recipe) -> Recipe:
-    """The recipe of the pruning alone."""
+    """Return the recipe of the pruning alone."""
     pruned = recipe.run_folder / "pruned"
     untrained = recipe.model_copy(update={"train": TrainPart()})
     return untrained.replaced(save_model=pruned, generate=None, require=None, push_to_hub=None, private=None)
 
 
 def training_of(recipe: Recipe) -> Recipe:
-    """The recipe of the training alone: the same data, seed, measurements and device, for the model that was pruned."""
+    """Return the recipe of the training alone: the same data, seed, measurements and device, for the pruned model."""
     # A dataset that nobody named stays so, since it depends on the model what that means.
     # Of several the largest that is text as it stands: a training reads one.
     sources = split_sources(recipe.calibrate.data)

@@ -67,7 +67,7 @@ class _Mask:
         tensor.mul_(self._keep)
 
     def hold_gradient(self, parameter: Tensor) -> None:
-        """The same of the gradient that a parameter has accumulated."""
+        """Mask the gradient that a parameter has accumulated."""
         if parameter.grad is not None:
             self.hold(parameter.grad)
 
@@ -142,7 +142,7 @@ class ZeroKeeper(TrainerCallback):
         self._tell()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The same, unless it was just saved."""
+        """Check the zeros at the end, unless they were just saved."""
         if self._said != state.global_step:
             self._tell()
 
@@ -161,7 +161,7 @@ def _hook(parameter: nn.Parameter, mask: Any) -> RemovableHandle:
 
 
 def _pruned_before(model: nn.Module) -> set[str]:
-    """Names of the matrices that were pruned, as the model's folder tells, if it comes from one."""
+    """Return the names of pruned matrices recorded in the model's folder, if it has one."""
     folder = str(getattr(model, "name_or_path", ""))
     return pruned_names(Path(folder)) if folder and Path(folder).is_dir() else set()
 
@@ -234,7 +234,7 @@ def _own(whole: Tensor) -> Tensor:
 
 
 def _like(keep: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A mask where its parameter is, sharded alike."""
+    """Move a mask to its parameter's device, sharded alike."""
     if isinstance(parameter, DTensor):
         # Every process derived the whole mask from the same zeros: it cuts its shard out without hearing the others.
         return distribute_tensor(

@@ -73,7 +73,7 @@ class Masks:
         return counts
 
     def fingerprint(self) -> str:
-        """Names the masks by their content: 16 hex digits of SHA-256."""
+        """Hash the masks: 16 hex digits of SHA-256."""
         digest = hashlib.sha256()
         for name, pruned in sorted(self.pruned.items()):
             digest.update(name.encode())
@@ -168,7 +168,7 @@ def _no_matrices(known: Mapping[int, str], model: nn.Module) -> Iterator[tuple[s
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's own parameters by their names before adapters, data parallelism or compilation wrapped them."""
+    """Return a model's parameters by their names before adapters, data parallelism or compilation wrapped them."""
     return {_plain_name(name): p for name, p in model.named_parameters() if not _is_adapter(name)}
 
 
@@ -242,7 +242,7 @@ def _plain_name(name: str) -> str:
 
 
 def _rows(stored: Tensor, matrix: Matrix) -> Tensor:
-    """A stored weight as out × in; a convolution's is out × channels × height × width."""
+    """Return a stored weight as out × in; a convolution's is out × channels × height × width."""
     return stored.flatten(1) if matrix.input_dim == 1 else stored.T
 
 
@@ -283,6 +283,6 @@ class History:
 
 
 def masks_of(model: nn.Module, folder: Path) -> Masks:
-    """The masks of a folder's model; of one that parts were removed from, with its other matrices. Raises BadInput."""
+    """Return the masks of a folder's model; after removal, also of its other matrices. Raises BadInput."""
     smaller = [block.name for block in find_blocks(model)] if History.read(folder).removed else []
     return find_masks(model, named=pruned_names(folder), smaller=smaller)

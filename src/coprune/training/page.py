@@ -141,7 +141,7 @@ def _accuracy(report: FinetuneReport) -> str:
 
 
 def _curves(report: FinetuneReport) -> str:
-    """The loss of training and of the held-out samples, and the learning rate and gradients by themselves."""
+    """Return the training and held-out losses, and separately the learning rate and gradients."""
     if not report.curve:
         return ""
     training = [(float(one.step), one.loss) for one in report.curve]

@@ -151,7 +151,7 @@ class FinetuneReport(Shown, BaseModel):
     """None in reports of earlier versions."""
 
     def answered(self, answers: AnswerFacts | None, left_out: str | None) -> FinetuneReport:
-        """The same with what the model writes, and whether that is as required. left_out: why there are no answers."""
+        """Return the report with answers and their requirements. left_out: why there are no answers."""
         required = judge(self.settings.evaluate.answers.conditions, answers)
         return self.model_copy(update={"answers": answers, "no_answers": left_out, "required": required})
 

@@ -102,7 +102,7 @@ def prepare_folders(settings: Recipe) -> None:
 
 
 def beside_others(settings: Recipe) -> tuple[Recipe, str | None]:
-    """The settings with a run folder of its own, where nobody named one and the usual one holds a run of others.
+    """Return the settings with another run folder, where the usual one holds another run and none was named.
 
     Returns the settings, and what to say of the folder if it is not the usual one.
     """
@@ -153,7 +153,7 @@ def replace_earlier(settings: Recipe) -> None:
 
 
 def resume_from(session: Session, first: bool) -> Path | None:
-    """The last whole state of an interrupted run with the same settings, model and data, if there is one.
+    """Return the last complete state of an interrupted run with the same settings, model and data, if there is one.
 
     Raises BadInput if the folder holds an unfinished run of something else.
     """
@@ -195,7 +195,7 @@ def resume_from(session: Session, first: bool) -> Path | None:
 
 
 def _fingerprint(session: Session) -> str:
-    """Names all weights that training starts from, adapters aside, by their names and bytes: 16 hex digits."""
+    """Hash all weights that the training starts from, adapters aside: 16 hex digits."""
     digest = hashlib.sha256()
     for name, parameter in sorted(plain_parameters(session.model).items()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())

@@ -82,7 +82,7 @@ def run_finetuning(settings: Recipe, reporter: Reporter | None = None) -> Finetu
 
 
 def in_precision_of_the_device(settings: Recipe) -> Recipe:
-    """The settings without bfloat16 where that is slow, since it is there for speed."""
+    """Return the settings without bfloat16 where it is slow."""
     if settings.train.dtype != "bfloat16" or multiplies_bfloat16(training_device(settings.model.device)):
         return settings
     return settings.replaced(finetune_dtype="float32")

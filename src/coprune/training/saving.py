@@ -88,7 +88,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def edits_of(masks: Masks, blocks: Sequence[str]) -> Edits:
-    """The masks as edits of the model's blocks; what lies outside of them stands under the last one."""
+    """Return the masks as edits of the model's blocks; masks outside of them are listed under the last one."""
     found: dict[str, dict[str, str]] = {block: {} for block in blocks}
     for entry in masks.matrices:
         own = next((block for block in blocks if is_below(entry.matrix.name, block)), blocks[-1])

@@ -94,7 +94,7 @@ def require_trainable(location: Location) -> None:
 
 
 def _task(settings: Recipe, loaded: Loaded) -> Task:
-    """The task of the model, as of one that is pruned."""
+    """Return the model's task, as for pruning."""
     if loaded.task == "text":
         settings = settings.replaced(seqlen=settings.train.eval_seqlen or _window_length(settings, loaded))
     return task_for(settings, loaded)

@@ -16,7 +16,7 @@ from coprune.training.trainer import training_device
 
 
 def distillation_of(session: Session, first: bool) -> Objective | None:
-    """The loss of distillation, with its teacher beside the model or run ahead; None for the data's own loss."""
+    """Return the loss of distillation, with a teacher in memory or precomputed; None for the data's own loss."""
     settings = session.settings
     if not has_teacher(settings.train.mode):
         return None

@@ -72,7 +72,7 @@ class ZeroKeepingTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's own optimiser, which leaves pruned weights at zero."""
+        """Create the Trainer's own optimiser, which leaves pruned weights at zero."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
@@ -83,7 +83,7 @@ class ZeroKeepingTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """A learning rate that follows the share of the training that is done, in steps or in minutes."""
+        """Create a schedule that follows the finished share of the training, in steps or in minutes."""
         if self.lr_scheduler is None:
 
             def rate(_: int) -> float:
@@ -97,7 +97,7 @@ class ZeroKeepingTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective while training; the data's own loss without one, and when measuring, so that modes compare."""
+        """Compute the objective in training; the data's own loss without one, and when measuring, so that modes compare."""
         inputs = dict(inputs)
         windows: Tensor = inputs.pop("window")
         objective = self._objective if model.training else self._own_loss
@@ -135,7 +135,7 @@ def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
 
 
 def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
-    """A trainer for a session's settings that keeps its states in the session's folder."""
+    """Create a trainer for a session's settings that saves its states in the session's folder."""
     settings, data = session.settings, session.data
     pace = Pace(settings.train.minutes)
     callbacks: list[TrainerCallback] = [Along(settings, pace, data.held_out is not None, advance)]
@@ -163,7 +163,7 @@ def build_trainer(session: Session, objective: Objective | None, advance: Advanc
 
 
 def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> TrainingArguments:
-    """The settings in transformers' words."""
+    """Return the settings as transformers' arguments."""
     device = training_device(settings.model.device)
     optimizer, optimizer_arguments = _OPTIMIZERS[settings.train.optimizer]
     if optimizer == "adamw_torch" and kind_of(device) != "other":
@@ -243,7 +243,7 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Samples of one size make a batch without padding."""
+    """Stack samples of one size into a batch without padding."""
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
@@ -395,7 +395,7 @@ def _median(parameter: torch.Tensor) -> float | None:
 
 
 def training_device(name: str) -> torch.device:
-    """The device that this process trains on. name: `auto`, or a device's; raises BadInput if that is not there."""
+    """Return the training device of this process. name: `auto`, or a device's; raises BadInput if unavailable."""
     found = accelerator()
     if found is not None and name in ("auto", found.type):
         return torch.device(found.type, local_rank())

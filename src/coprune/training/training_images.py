@@ -38,7 +38,7 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
         return {"pixel_values": pixels, "labels": self._labels[number], "window": torch.tensor(index)}
 
     def fingerprint(self) -> str:
-        """Names the images by all labels and the pixels of a few."""
+        """Hash all labels and the pixels of a few images."""
         few = [int(i) for i in torch.linspace(0, len(self) - 1, min(_NAMING, len(self)))]
         pixels = torch.stack([self[i]["pixel_values"] for i in few])
         labels = self._labels[self.chosen].numpy().astype("<i8").tobytes()

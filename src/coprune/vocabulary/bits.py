@@ -81,7 +81,7 @@ class _Firsts:
         self._tokenizer, self._parts = tokenizer, parts
 
     def first(self, token: int) -> int | None:
-        """The longest part that a token begins with."""
+        """Return the longest part that a token begins with."""
         text = self._tokenizer.id_to_token(token) or ""
         names = [(self._tokenizer.id_to_token(part) or "", part) for part in self._parts(token) or ()]
         begins = [(len(name), part) for name, part in names if name and text.startswith(name)]

@@ -222,7 +222,7 @@ class Cutting:
         )
 
     def _weightiest(self, count: int) -> list[int]:
-        """The tokens that would stay if none was needed by another."""
+        """Return the tokens that would be kept if none was needed by another."""
         order = (-self.weights).argsort(kind="stable")
         return [int(number) for number in order if int(number) not in self.essential][: count - len(self.essential)]
 

@@ -104,7 +104,7 @@ class VocabularyFacts(BaseModel):
         return sorted((one for one in self.texts if one.covered and one.rise > LOUD), key=lambda one: -one.rise)
 
     def loud(self) -> str | None:
-        """The line that nobody should miss; None where no text loses much."""
+        """Return the warning; None if no text loses much."""
         if not self.lost:
             return None
         named = ", ".join(f"{one.text} {one.rise:+.0%}" for one in self.lost)

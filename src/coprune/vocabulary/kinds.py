@@ -188,7 +188,7 @@ def _has(content: Mapping[str, Any], kind: str) -> bool:
 
 
 def _byte_letters() -> str:
-    """The letters by which GPT-2 and its kin write the 256 bytes."""
+    """Return the letters by which GPT-2 and its kin write the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))

@@ -27,12 +27,12 @@ def panel_for_caches(width: int) -> int:
 
 
 def panel_for_devices(width: int) -> int:
-    """The whole matrix, unless its products take a GPU far longer than to be told of them."""
+    """Return the whole matrix as one panel, unless a GPU's time is in the products rather than the launches."""
     return min(width, WIDE_PANEL)
 
 
 def panels(width: int, size: int) -> Iterator[slice]:
-    """The panels of a matrix of this width, in order."""
+    """Return the panels of a matrix of this width, in order."""
     return (slice(start, min(start + size, width)) for start in range(0, width, size))
 
 

@@ -50,7 +50,7 @@ def _rank_by_comparisons(grouped: Tensor) -> Tensor:
 
 
 def _rank_at_once(planes: Tensor) -> Tensor:
-    """The same for few groups (M × groups): all pairs of positions in five operations instead of five for each pair."""
+    """Rank few groups (M × groups) with five operations for all pairs of positions instead of five per pair."""
     before, after, wins, start = _pairs(len(planes), planes.device)
     return torch.addmm(start, wins, (planes[before] <= planes[after]).to(torch.float32))
 

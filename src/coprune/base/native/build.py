@@ -61,7 +61,7 @@ class CompilationFailed(Exception):
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (with one log message) where they are turned off or cannot be compiled."""
+    """Return the compiled kernels, or None (with one log message) if disabled or not compilable."""
     if not environment.wants_native_kernels():
         return None
     try:
@@ -116,7 +116,7 @@ def _openmp_parallel() -> int | None:
 
 
 def _compiler() -> tuple[str, dict[str, tuple[str, ...]]]:
-    """The compiler, and what it compiles for this processor. Raises CompilationFailed if there is none."""
+    """Return the compiler and its flags for this processor. Raises CompilationFailed without one."""
     compiler = next((c for c in (environment.named_compiler(), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
         raise CompilationFailed("no C++ compiler was found; install g++ or clang++, or set CXX")
@@ -124,7 +124,7 @@ def _compiler() -> tuple[str, dict[str, tuple[str, ...]]]:
 
 
 def _digest(compiler: str, units: dict[str, tuple[str, ...]]) -> str:
-    """Names what would be compiled, by all that it depends on."""
+    """Hash everything that the compiled library depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256(repr((compiler, version, BASE_FLAGS, units, platform.machine())).encode())
     for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def library_in(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """The library that a folder keeps, for as long as it takes to load it.
+    """Yield the library of a folder while it is loaded.
 
     make: compiles it to a path. It is called where the folder holds no whole library; and where the folder cannot keep
     one, for a private folder that is removed afterwards. Raises what it raises, and OSError where there is no private
@@ -77,7 +77,7 @@ def _private_group(group: int) -> bool:
 
 
 def _kept(folder: Path, make: Callable[[Path], object]) -> Path | None:
-    """The folder's whole library, made if need be; None where it cannot be kept there."""
+    """Return the folder's complete library, built if needed; None if it cannot be stored there."""
     library = folder / LIBRARY
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

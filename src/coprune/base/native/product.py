@@ -84,7 +84,7 @@ class NativeMatrix:
         return multiply_at(self.address, x, self.rows, batch)
 
     def multiply_by_tiles(self, x: Tensor, batch: int) -> Tensor:
-        """The same for many inputs: unpack some rows, multiply them as a dense matrix, go on."""
+        """Multiply many inputs: unpack some rows, multiply them as a dense matrix, and so on."""
         x_TI = x.reshape(batch, self.columns)
         tile_rows = max(min(TILE_BYTES // (self.columns * self.bytes), self.rows), 1)
         tile = _scratch(tile_rows * self.columns, x.dtype).view(tile_rows, self.columns)
@@ -129,7 +129,7 @@ _scratches = threading.local()
 
 
 def _scratch(size: int, dtype: torch.dtype) -> Tensor:
-    """A buffer that this thread keeps: fresh pages for every product would cost more than unpacking into them."""
+    """Return this thread's buffer: fresh pages for every product would cost more than unpacking into them."""
     kept: Tensor | None = getattr(_scratches, "bytes", None)
     if kept is None or kept.numel() < size * dtype.itemsize:
         kept = _scratches.bytes = on_large_pages(torch.empty(size * dtype.itemsize, dtype=torch.uint8))

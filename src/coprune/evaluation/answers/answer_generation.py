@@ -94,7 +94,7 @@ def _ask(
 
 
 def rows_along(model: PreTrainedModel, questions: Questions, answers: Answers) -> Iterator[Tensor]:
-    """A model's logits wherever a token of the (dense model's) greedy answers is predicted.
+    """Yield a model's logits at every predicted token of the (dense model's) greedy answers.
 
     Args:
         model: in memory.
@@ -116,7 +116,7 @@ def rows_along(model: PreTrainedModel, questions: Questions, answers: Answers) -
 
 
 def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along:
-    """Mean KL(dense ‖ other) of the next-token distributions along answers.
+    """Return the mean KL(dense ‖ other) of the next-token distributions along answers.
 
     Args:
         dense: the dense model's logits, an answer each: tokens × vocabulary.
@@ -134,7 +134,7 @@ def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along:
 
 
 def _divergence(dense: Tensor, rows: Tensor) -> Tensor:
-    """Mean over one answer's tokens: float64, on the CPU."""
+    """Return the mean over one answer's tokens: float64, on the CPU."""
     total = torch.zeros((), dtype=torch.float64)
     for part in slices(dense):
         expected, found = (log_probabilities(one[part], rows.device) for one in (dense, rows))
@@ -161,7 +161,7 @@ class KeptRows:
 
 
 def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> str:
-    """Names answers, or what is measured along them, by everything that decides them but the batch size.
+    """Hash everything that determines answers, or measurements along them, except the batch size.
 
     Args:
         fingerprint: of the model's files, the tokenizer's among them.
@@ -185,7 +185,7 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
 
 
 def kept_answers(model: ModelPart, plan: Plan, answer: Callable[[], Answers]) -> Answers:
-    """The answers of a model in files, from the user's cache or asked for now.
+    """Return the answers of a model in files, from the user's cache or generated now.
 
     Args:
         model: names the model.

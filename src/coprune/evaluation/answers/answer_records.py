@@ -254,7 +254,7 @@ def find_loop(tokens: Sequence[int], ended: bool = False) -> Loop | None:
 
 
 def _repeating_tail(tokens: Sequence[int], period: int) -> int:
-    """The longest tail whose tokens are, in SAME_SHARE of the places, those of one period before; with that period."""
+    """Return the longest tail that repeats with some period in SAME_SHARE of its places, and that period."""
     same = longest = 0
     for count, place in enumerate(range(len(tokens) - 1, period - 1, -1), start=1):
         if tokens[place] == tokens[place - period]:
@@ -265,7 +265,7 @@ def _repeating_tail(tokens: Sequence[int], period: int) -> int:
 
 
 def longest_repeat(tokens: Sequence[int]) -> int:
-    """Tokens of the longest stretch anywhere in a text that says something at least twice in a row; 0 for none.
+    """Return the length in tokens of the longest stretch that repeats a phrase at least twice in a row; 0 for none.
 
     Args:
         tokens: the text's token ids.

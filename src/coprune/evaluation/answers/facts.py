@@ -101,7 +101,7 @@ class AnswerFacts(Asked):
         return found.loops > dense.loops or (found.empty or 0) > (dense.empty or 0) or self._stops_soon
 
     def beside(self, dense: AnswerFacts | None) -> AnswerFacts:
-        """The same with the dense model's figures and answers out of another run's, of the same prompts."""
+        """Return the facts with the dense model's figures and answers of another run on the same prompts."""
         if dense is None or (dense.fingerprint, dense.new_tokens) != (self.fingerprint, self.new_tokens):
             return self
         pairs = zip(self.samples, dense.samples, strict=True)
@@ -144,7 +144,7 @@ class AnswerFacts(Asked):
         return f"{Path(self.prompts).name}{', in the chat template' if self.chat else ''}"
 
     def line(self, way: Way) -> str:
-        """The figures of one way, each with the other model's behind it."""
+        """Return the figures of one way, each followed by the other model's."""
         parts = [
             self._pair(way, "loops", lambda found: f"{found.loops} of {found.answers}"),
             self._pair(way, "empty", lambda found: "?" if found.empty is None else f"{found.empty} of {found.answers}"),
@@ -250,7 +250,7 @@ def _judge(condition: Condition, facts: AnswerFacts | None) -> Requirement:
 
 
 def _figures(condition: Condition, facts: AnswerFacts) -> tuple[float | None, float | None]:
-    """The figure that a condition is about, and the dense model's."""
+    """Return the figure of a condition, and the dense model's."""
     way = facts.sampled if condition.sampled else facts.greedy
     if condition.name == "kl":
         return None if facts.along is None else facts.along.kl, None

@@ -67,7 +67,7 @@ def _question(prompt: str | list[conversations.Message], number: int, asked: str
 
 
 def short_prompts() -> Prompts:
-    """The few of our own that every run which saves a model looks at."""
+    """Return coprune's few prompts that are checked whenever a model is saved."""
     return Prompts(BUILTIN, tuple(row["prompt"] for row in _own_rows() if row.get("gate")))
 
 
@@ -194,7 +194,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, place: 
 
 
 def _room(plan: Plan, lengths: list[int], limit: int | None) -> int:
-    """The most tokens that an answer gets."""
+    """Return the maximum length of an answer."""
     longest = max(lengths)
     if limit is None or longest + plan.new_tokens <= limit:
         return plan.new_tokens

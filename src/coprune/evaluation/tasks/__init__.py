@@ -38,7 +38,7 @@ TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {
 
 
 def task_for(recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew) -> Task:
-    """The task of a loaded model, ready to be asked.
+    """Return the task of a loaded model.
 
     Args:
         recipe: what is asked for.

@@ -54,7 +54,7 @@ class ImageTask:
             )
 
     def _named(self, names: str | None) -> str:
-        """The images that were asked for: by these names or else the dataset, whose default is a text."""
+        """Return the requested images: by these names, or the dataset, whose default is a text."""
         if names is None and "data" not in self._recipe.calibrate.model_fields_set:
             raise BadInput(
                 f"{self._loaded.source} classifies images, and none are named",
@@ -92,7 +92,7 @@ class ImageTask:
         return draw_images(images, self.transform, nsamples, recipe.calibrate.seed)
 
     def training_images(self) -> tuple[LabelledImages, Tensor]:
-        """The images of the dataset, and their labels (N int64) as the model numbers its classes."""
+        """Return the images of the dataset, and their labels (N int64) in the model's numbering."""
         images = labelled_images(self._named(None), "calibration", self._recipe.model.cache_dir)
         return images, self._labels(images)
 
@@ -183,7 +183,7 @@ _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
 def rank_classes(logits: Tensor) -> Tensor:
-    """The five likeliest classes of each image (fewer if there are not so many): B × 5 int64, on the CPU.
+    """Return the five likeliest classes of each image (fewer if there are not as many): B × 5 int64, on the CPU.
 
     logits: B × classes. Raises NumericalError for NaN.
     """

@@ -32,7 +32,7 @@ def read_anew(key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
 
 
 def named(found: Measured, name: str, data: Data) -> Measured:
-    """A measurement with what it was made on. name: as it was asked for."""
+    """Add the data to a measurement. name: as requested."""
     return found.on(name, data.source, data.fingerprint if isinstance(data, EvaluationText) else "")
 
 

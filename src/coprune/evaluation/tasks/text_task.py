@@ -115,7 +115,7 @@ class TextTask:
         return self._processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
 
     def samples_begun(self, choice: BosChoice, samples: Windows) -> Windows:
-        """Samples that `calibration` gave, as they begin by a choice."""
+        """Return the samples of `calibration` with the chosen beginning."""
         return windows_at_bos(samples, self._bos) if self._shifts(choice) else samples
 
     def data_begun(self, choice: BosChoice, data: dict[str, Data]) -> dict[str, Data]:
@@ -212,7 +212,7 @@ class TextTask:
 
 
 def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
-    """The sequence length that is asked for, or min(2048, the model's limit). Raises BadInput if it is above that limit."""
+    """Return the requested sequence length, or min(2048, the model's limit). Raises BadInput above that limit."""
     config: Any = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
     limit = max(0, int(limit) - _unused_positions(model, limit))  # XLNet says -1 for none
@@ -318,7 +318,7 @@ def read_samples(
 
 
 def sample_lengths(data: str, loaded: Loaded, seqlen: int) -> list[int]:
-    """Tokens of a sample of every source. Raises BadInput for more than the model has positions."""
+    """Return the sample length of every source. Raises BadInput for more than the model has positions."""
     limit, found = positions_of(loaded.model), list[int]()
     for source in split_sources(data):
         length = length_of(source, seqlen)

@@ -146,7 +146,7 @@ class MaskedTask(_WholeText):
         return int(self._loaded.model.config.get_text_config().vocab_size)
 
     def _summed(self, scores: Sequence[Tensor]) -> Tensor:
-        """Mean negative log likelihood of every window's tokens, from that of its turns."""
+        """Return the mean negative log likelihood of every window's tokens, from that of its turns."""
         turns = [sum(scores[i : i + MASKED_APART]) for i in range(0, len(scores), MASKED_APART)]
         count = len(range(self.seqlen)[self._marks.inside(self.seqlen)])
         return torch.cat([torch.as_tensor(turn) for turn in turns] or [torch.zeros(0, dtype=torch.float64)]) / count
@@ -307,7 +307,7 @@ class LabelTask(_WholeText):
         return self._recipe.calibrate.batch_size or max(1, 4096 // length)
 
     def _tokens(self, row: LabelledText) -> tuple[dict[str, Tensor], list[int]]:
-        """A text as the model reads it, and for every word its first token."""
+        """Return a text's tokens, and the first token of every word."""
         tokenizer: Any = self._loaded.tokenizer
         if tokenizer is None:
             raise BadInput("a classifier in memory needs its tokenizer", field="processor")

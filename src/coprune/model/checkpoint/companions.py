@@ -69,7 +69,7 @@ def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto"
 
 
 def _beside_weights(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint folder, and of the folders in it, that belong to the model and are not written anew."""
+    """Yield the files of a checkpoint folder and its subfolders that belong to the model and are not rewritten."""
     inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
     modules = modules_of(folder)
     for place in [folder, *sorted(path for path in inside if not path.name.startswith("."))]:
@@ -86,7 +86,7 @@ def _beside_weights(folder: Path) -> Iterator[Path]:
 
 
 def modules_of(folder: Path | None) -> list[Path]:
-    """The folders in one of sentence-transformers whose modules run behind the model; none of another model."""
+    """Return the folders of sentence-transformers' modules that run after the model; empty for other models."""
     if folder is None or not (folder / MODULES_FILE).is_file():
         return []
     try:
@@ -157,7 +157,7 @@ logger = logging.getLogger(__name__)
 
 
 def own_files(folder: Path, below: bool = False) -> list[Path]:
-    """The regular files of a folder by name, less links that lead out of it, which are logged.
+    """Return the regular files of a folder by name, without links that lead out of it, which are logged.
 
     below: those of its subfolders too; a link to a folder is never followed.
     """

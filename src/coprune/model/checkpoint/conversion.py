@@ -148,7 +148,7 @@ def _is_plain(dtype: torch.dtype) -> bool:
 
 
 def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> dict[str, Tensor] | None:
-    """The tensors under the wanted names; a checkpoint may leave out, or add, the base model's prefix."""
+    """Match tensors with the wanted names; a checkpoint may lack or add the base model's prefix."""
     spellings: list[Callable[[str], str]] = [str, lambda n: n.removeprefix(f"{prefix}."), lambda n: f"{prefix}.{n}"]
     for spell in spellings:
         named = {spell(name): tensor for name, tensor in found.items()}

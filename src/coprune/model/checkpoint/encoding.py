@@ -60,7 +60,7 @@ class Encoding(Protocol):
         ...
 
     def decode(self, stored: Tensor) -> Tensor:
-        """A tensor as it was before it was stored. Raises BadInput if it is damaged."""
+        """Decode a stored tensor. Raises BadInput if it is damaged."""
         ...
 
     def complete(self, folder: Path, place: Place) -> None:

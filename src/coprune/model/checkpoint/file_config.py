@@ -43,7 +43,7 @@ def changes_in_file(
 
 
 def _holders(file: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """The places of the configurations inside a configuration, each with a dot at its end."""
+    """Yield the paths of the configurations inside a configuration, each with a final dot."""
     for key, value in file.items():
         if isinstance(value, Mapping):
             yield f"{above}{key}."
@@ -51,7 +51,7 @@ def _holders(file: Mapping[str, Any], above: str = "") -> Iterator[str]:
 
 
 def _names(config: Any, place: str) -> list[str]:
-    """A place with the other names that the configuration's class knows for it."""
+    """Return a key with its aliases in the configuration's class."""
     *path, key = place.split(".")
     for part in path:
         config = getattr(config, part, None)

@@ -65,7 +65,7 @@ class Ahead:
         return True
 
     def take(self, entry: TensorEntry) -> Tensor | None:
-        """A tensor on the device; None if it was not fetched. Raises as `read_tensor`."""
+        """Return a prefetched tensor on the device, or None. Raises as `read_tensor`."""
         future = self._coming.pop(entry, None)
         if future is None:
             return None
@@ -90,7 +90,7 @@ class Coming(Protocol):
     """A tensor on its way."""
 
     def arrive(self) -> Tensor:
-        """The tensor, for what is computed from now on."""
+        """Wait for the tensor and return it."""
         ...
 
 
@@ -141,7 +141,7 @@ class SideStream:
 
 
 def channel_to(device: torch.device) -> Channel | None:
-    """A way to a device beside what it computes; None for host memory, and for devices that have none."""
+    """Return a copy channel to a device, beside its computations; None if there is none."""
     return SideStream(device) if is_accelerator(device) else None
 
 
@@ -242,16 +242,16 @@ class LazyCheckpoint:
         forget_parameters(self._model.get_submodule(prefix))
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """An acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
+        """Return an acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
         below = {name: tensor for name, tensor in self._model.state_dict().items() if is_below(name, prefix)}
         return self.source.as_written(self.source.below(prefix), below)
 
     def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A block's values under the checkpoint's names and in its layout."""
+        """Return a block's values under the checkpoint's names and in its layout."""
         return self.source.conversion.revert(self.source.below(prefix), state)
 
     def pieces(self, prefix: str) -> dict[str, bytes]:
-        """A few bytes of every tensor of a block, read from the files."""
+        """Read a few bytes of every tensor of a block from the files."""
         names = [name for group in self.source.below(prefix) for name in group.originals]
         return {name: self._read_pieces(self._entries[name]) for name in names}
 
@@ -265,7 +265,7 @@ class LazyCheckpoint:
         return found
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors outside the blocks as they are written, with those that the model does not load."""
+        """Return the tensors outside the blocks, with those that the model does not load."""
         state = {n: t for n, t in self._model.state_dict().items() if not is_below_any(n, block_prefixes)}
         return self.source.as_written(self.source.outside(block_prefixes), state) | self.source.carried()
 

@@ -66,7 +66,7 @@ _Found = TypeVar("_Found")
 def reading_once(
     load: Callable[Concatenate[Location, _Rest], _Found],
 ) -> Callable[Concatenate[Location, _Rest], _Found]:
-    """A function that loads something from a location, as one that reads a GGUF file once; other locations are not touched.
+    """Wrap a loading function to parse a GGUF file only once; other locations are not affected.
 
     transformers reads a file anew for configuration, tokenizer and weights, and makes the map of names for every module:
     two thirds of the time that loading a small model took.
@@ -205,7 +205,7 @@ def task_at(location: Location) -> TaskName:
 
 
 def undoubled(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that timm keeps to build a model with, less the number of classes.
+    """Return timm's model arguments without the number of classes.
 
     timm writes it twice, and transformers' wrapper would pass both on.
     """
@@ -388,14 +388,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _arguments(location: Location) -> tuple[Path, dict[str, str]]:
-    """The folder, and what names the file within it, as transformers wants them."""
+    """Return transformers' arguments for the folder and the file in it."""
     if isinstance(location, GgufFile):
         return location.path.parent, {"gguf_file": gguf_parts(location.path)[0].name}
     return location.path, {}
 
 
 def dtype_name(dtype: torch.dtype) -> DtypeName:
-    """The name of a dtype that weights may have."""
+    """Return the name of a dtype that weights may have."""
     names: dict[torch.dtype, DtypeName] = {
         torch.float32: "float32",
         torch.bfloat16: "bfloat16",
@@ -417,7 +417,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def gguf_reader(file: Path, field: str) -> Any:
-    """The package's reader of a file: its tensors and metadata, mapped and not yet read.
+    """Return the package's reader of a file, whose tensors and metadata are mapped.
 
     Raises BadInput, of the setting that named the file, where the package is missing or cannot read it.
     """
@@ -435,7 +435,7 @@ def gguf_reader(file: Path, field: str) -> Any:
 
 @cache
 def plain(reader: type[Any]) -> type[Any]:
-    """The same class of readers, but they see the mapped file as a plain array.
+    """Return the reader class with the file mapped as a plain array.
 
     A vocabulary is hundreds of thousands of slices, and a slice of numpy's memmap is a memmap again, which costs more than
     all else: 262,144 tokens took 13 s of a core, and take 4.

@@ -229,7 +229,7 @@ def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) 
 
 
 def _looks_like_path(name: str) -> bool:
-    """A Hub id is `name` or `owner/name` of a few safe characters; anything else can only be meant as a path."""
+    """Return whether a name cannot be a Hub id (`name` or `owner/name` of a few safe characters)."""
     return re.fullmatch(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", name) is None or name.endswith((".gguf", ".safetensors"))
 
 
@@ -387,7 +387,7 @@ def check_gguf(file: Path) -> None:
 
 
 def _metadata(stream: BinaryIO, entries: int) -> Iterator[tuple[str, int | None]]:
-    """The keys of a GGUF file, and the values that are whole numbers; the others are None."""
+    """Yield the keys of a GGUF file with integer values; the others are None."""
     for _ in range(entries):
         name = _text(stream).decode()
         (kind,) = struct.unpack("<I", stream.read(4))
@@ -432,7 +432,7 @@ def names_timm_file(name: str) -> bool:
 
 
 def folder_of_timm_file(name: str, cache_dir: Path | None = None) -> Path:
-    """A folder that holds the architecture with the file's weights, as timm saves it; made only the first time.
+    """Return a folder with the architecture and the file's weights as timm saves it, created on first use.
 
     The head gets as many classes as the file's. Pickled files are read as tensors alone, so that no code in them runs.
     Raises BadInput for an architecture that timm does not know, or a file that is not there or does not fit it.

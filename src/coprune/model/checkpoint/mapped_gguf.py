@@ -69,7 +69,7 @@ class MappedGguf:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The part of llama.cpp that decodes, where its package is installed: some fifty times as fast as the package gguf."""
+    """Return llama.cpp's decoder library if installed, some fifty times as fast as the package gguf."""
     found = importlib.util.find_spec(LLAMA_CPP)
     for place in () if found is None else found.submodule_search_locations or ():
         for file in sorted(Path(place).glob("*ggml-base*")):

@@ -18,7 +18,7 @@ QUANT_METHOD = "coprune"
 
 
 def kinds_of(names: Iterable[str]) -> list[str]:
-    """Names that differ in their numbers only as one each, with how many they are, the most frequent first."""
+    """Return names that differ only in numbers once each, with their count, the most frequent first."""
     kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
     return [f"{kind} ({count:,})" if count > 1 else kind for kind, count in kinds.most_common()]
 

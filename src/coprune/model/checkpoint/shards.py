@@ -245,7 +245,7 @@ class Stored:
 
 
 def read_header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file as it is there. Raises BadInput if the file is too short for one."""
+    """Return the JSON header of a safetensors file. Raises BadInput if the file is too short for one."""
     try:
         if not file.is_file():  # a pipe would be waited for without end
             raise BadInput(f"{file} is not a file", fix="fetch or save it again")
@@ -259,7 +259,7 @@ def read_header_bytes(file: Path) -> bytes:
 
 
 def parse_header(text: bytes) -> dict[str, Stored]:
-    """The tensors of a header in the order of their data.
+    """Return the tensors of a header in the order of their data.
 
     Raises BadInput, which does not know the file, on anything that is no sound header.
     """

@@ -108,7 +108,7 @@ class Source:
         return {name: self.entries[name] for name in self.conversion.carried}
 
     def carried(self) -> dict[str, Tensor]:
-        """The tensors that the model does not load, as they are."""
+        """Return the tensors that the model does not load, unchanged."""
         return {name: read_tensor(entry) for name, entry in self.carried_entries.items()}
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:

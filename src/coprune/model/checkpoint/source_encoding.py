@@ -230,7 +230,7 @@ def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEnc
 
 
 def _own_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that a configuration computes in; bfloat16 where it says none that weights can have."""
+    """Return the compute dtype of a configuration; bfloat16 if it names none that weights can have."""
     said = [one.get(key) for one in (config, config.get("text_config")) if isinstance(one, Mapping) for key in _DTYPES]
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return next((known[str(name)] for name in said if str(name) in known), torch.bfloat16)

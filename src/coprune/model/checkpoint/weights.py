@@ -77,7 +77,7 @@ class Weights(Protocol):
         ...
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """An acquired block's present tensors, as they are written to a checkpoint."""
+        """Return an acquired block's present tensors as a checkpoint stores them."""
         ...
 
     def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,12 +85,11 @@ class Weights(Protocol):
         ...
 
     def pieces(self, prefix: str) -> dict[str, bytes]:
-        """A few bytes of every tensor of a block that was not changed yet, as it is in a checkpoint: to tell models apart
-        without reading them whole."""
+        """Return a few bytes of every tensor of an unchanged block as a checkpoint stores it, to identify the model."""
         ...
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors outside all blocks, as they are written to a checkpoint."""
+        """Return the tensors outside all blocks as a checkpoint stores them."""
         ...
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:

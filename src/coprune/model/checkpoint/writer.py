@@ -261,7 +261,7 @@ class CheckpointWriter:
         return self.folder
 
     def _final(self, part: Path, place: Place, encoding: Encoding) -> Path | None:
-        """The shard that a part becomes: itself if nothing in it changes, None if nothing of it is left.
+        """Return the shard that a part becomes: itself if unchanged, None if nothing is left of it.
 
         A part that changes stays until the end, since a run that is killed meanwhile goes on from it.
         """
@@ -314,7 +314,7 @@ COPY_BYTES = 1 << 24
 
 
 def placed_entries(files: Sequence[Path], place: Callable[[str], str | None] = str) -> dict[str, TensorEntry]:
-    """The tensors of several safetensors files by the names that they get. place: None for those that are left out."""
+    """Return the tensors of several safetensors files by their new names. place: None for those that are left out."""
     found: dict[str, TensorEntry] = {}
     for file in files:
         names = ((place(name), entry) for name, entry in read_entries(file).items())
@@ -363,7 +363,7 @@ def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: En
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, no two in one memory, as tied ones are: some checkpoints hold them under both names."""
+    """Copy tensors that share memory, as tied ones do: some checkpoints hold them under both names."""
     found: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():

@@ -118,7 +118,7 @@ class Activations(Sequence[Tensor]):
         return None if self._limit is None else max(0, self._limit - self._in_memory)
 
     def copy(self) -> Activations:
-        """The same tensors in a list of their own, under limits of its own of the same size."""
+        """Return the tensors in a new list with limits of the same size."""
         return Activations(self, self._limit, self._folder, self._room)
 
     @property
@@ -259,7 +259,7 @@ class ScratchFile:
             rest = rest[file.readinto(rest) :]
 
     def map(self, start: int, nbytes: int) -> mmap.mmap:
-        """A private mapping of what was written there: what is done to it in place does not reach the file."""
+        """Map a piece of the file privately: in-place changes do not reach the file."""
         return mmap.mmap(self._opened().fileno(), nbytes, access=mmap.ACCESS_COPY, offset=start)
 
     def _opened(self) -> IO[bytes]:

@@ -58,19 +58,19 @@ class BlockCall:
         return hidden_of(block(*args, **{self.keyword: hidden}, **kwargs))
 
     def at(self, place: Place) -> Any:
-        """The argument at a place; None if there is none."""
+        """Return the argument at a place, or None."""
         if isinstance(place, str):
             return self.kwargs.get(place)
         return self.args[place] if place < len(self.args) else None
 
     def with_streams(self, places: Sequence[Place]) -> BlockCall:
-        """The same call with what is at these places left open. Numbers of streams are their places' in the list."""
+        """Return the call with the arguments at these places left open, numbered by their order."""
         numbers = {place: FromStream(number) for number, place in enumerate(places) if self.at(place) is not None}
         args = tuple(numbers.get(position, value) for position, value in enumerate(self.args))
         return BlockCall(args, {name: numbers.get(name, value) for name, value in self.kwargs.items()}, self.keyword)
 
     def in_float32(self) -> BlockCall:
-        """The same call for a block whose parameters are float32."""
+        """Return the call for a block with float32 parameters."""
         return BlockCall(in_float32(self.args), in_float32(self.kwargs), self.keyword)
 
 
@@ -136,7 +136,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a block's output: the output itself, or the first entry of a tuple."""
+    """Return the hidden states in a block's output: the output itself, or the first entry of a tuple."""
     # What has names for its entries may hold more than one stream of hidden states (Reformer).
     if isinstance(output, tuple | list) and output and not hasattr(output, "_fields"):
         output = output[0]
@@ -165,7 +165,7 @@ class Answer:
         return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
 
     def idle(self, hidden: Tensor) -> Any:
-        """The answer of a block that does nothing but pass its input on, or zeros where the shape changes."""
+        """Return the output of a block that passes its input on, or zeros if the shape changes."""
         return self.wrap(hidden if self.shape is None else hidden.new_zeros(hidden.shape[0], *self.shape))
 
 
@@ -272,7 +272,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _mapped(value: MutableMapping[Any, Any], change: Callable[[Any], Any]) -> MutableMapping[Any, Any]:
-    """A copy of a mapping of any kind with its items changed."""
+    """Copy a mapping of any kind with changed items."""
     changed = copy.copy(value)
     for key, item in value.items():
         changed[key] = change(item)
@@ -289,7 +289,7 @@ def in_float32(value: Any) -> Any:
 
 
 def cloned(value: Any) -> Any:
-    """A copy of a value with tensors of its own; containers of other kinds are copied as they are."""
+    """Copy a value with its tensors; containers of unknown kinds are shared."""
     if isinstance(value, Tensor):
         return value.clone()
     if type(value) in (tuple, list):

@@ -30,7 +30,7 @@ class MatricesReady:
         return {} if self.inputs is None else dict.fromkeys((m.name for m in self.matrices), self.inputs)
 
     def statistics(self) -> dict[str, Statistic]:
-        """The statistic of each matrix's inputs, by its name; none where no token was seen."""
+        """Return the statistic of each matrix's inputs, by name; empty if no token was seen."""
         found = {name: inputs.statistic for name, inputs in self.known().items()}
         return {name: statistic for name, statistic in found.items() if statistic and statistic.count}
 

@@ -108,7 +108,7 @@ class CountedRows:
         self._known.append(_keys(x.reshape(len(self._counted), -1)))
 
     def of(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """The counted rows of what a matrix is multiplied with: N × I.
+        """Return the counted rows of a matrix's input: N × I.
 
         Raises:
             UnsupportedModel: nobody can tell which tokens the rows are of.
@@ -157,7 +157,7 @@ class CountedRows:
 
 
 def _keys(rows: Tensor) -> Tensor:
-    """A number for every row that only equal rows have in common: T int64. rows: T × I, of any floating dtype."""
+    """Return a number per row that only equal rows share: T int64. rows: T × I, of any floating dtype."""
     width = rows.shape[1]
     # Bits, of which the widening from a narrower dtype loses none, weighed with odd numbers and added up modulo 2⁶⁴.
     bits = rows.detach().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
@@ -278,7 +278,7 @@ class Gathered:
         self._complete.add(leader)
 
     def _pool_of(self, matrix: Matrix, statistic: Statistic) -> Statistic:
-        """The merged statistic of the experts that share this one's parameter.
+        """Return the merged statistic of the experts that share this one's parameter.
 
         In `block` and `dense` propagation it holds all of them by the time that the first is shown. In `sequential`
         those further on are not known yet: an expert's pool is then of itself and the experts before it.

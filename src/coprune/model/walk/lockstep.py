@@ -287,7 +287,7 @@ class Paging(TorchDispatchMode):
         self._bytes += place.nbytes
 
     def _forget(self, key: int) -> None:
-        """A storage is gone, or is not ours any more: its piece of the file is free."""
+        """Free the file piece of a storage that is gone or no longer managed."""
         place = self._emptied.pop(key, None)
         if place is None:
             place = self._resident.pop(key, None)
@@ -309,7 +309,7 @@ class Paging(TorchDispatchMode):
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among an operation's arguments or results, also those in lists."""
+    """Return the tensors among an operation's arguments or results, also those in lists."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
@@ -324,5 +324,5 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _memory_of(storage: torch.UntypedStorage) -> Buffer:
-    """The bytes of a storage on the CPU, in place. Not by way of NumPy, which would forbid to empty it."""
+    """Return the bytes of a CPU storage, in place. Not through NumPy, which would prevent resizing it."""
     return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())

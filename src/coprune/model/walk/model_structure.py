@@ -27,7 +27,7 @@ class FoundModel:
 
     @classmethod
     def without_matrices(cls, weights: Weights) -> FoundModel:
-        """A model of which no matrix is chosen: to be run block by block as it is."""
+        """Return the model without chosen matrices, to be run block by block unchanged."""
         blocks = find_blocks(weights.model)
         return cls(weights, blocks, Chosen.nothing(len(blocks)))
 
@@ -67,18 +67,18 @@ class ProvenModel(FoundModel):
     structure: Structure
 
     def first_blocks(self, count: int, outside: bool) -> ProvenModel:
-        """The model up to a block. outside: whether the chosen matrices after the blocks belong to it."""
+        """Return the model up to a block. outside: whether to include the chosen matrices after the blocks."""
         chosen = replace(self.chosen, outside=self.chosen.outside if outside else [])
         return replace(self, blocks=self.blocks[:count], chosen=chosen)
 
     def only(self, names: Collection[str]) -> ProvenModel:
-        """The same with no more than some of the chosen matrices. names: theirs."""
+        """Return the model with only some of the chosen matrices. names: theirs."""
         blocks = [[matrix for matrix in block if matrix.name in names] for block in self.chosen.blocks]
         groups = [[[m for m in group if m.name in names] for group in block] for block in self.structure.groups]
         structure = replace(self.structure, groups=[[group for group in block if group] for block in groups])
         return replace(self, chosen=replace(self.chosen, blocks=blocks, outside=[]), structure=structure)
 
     def idle(self) -> ProvenModel:
-        """The same without any chosen matrix."""
+        """Return the model without chosen matrices."""
         structure = replace(self.structure, groups=[[] for _ in self.blocks], reused=[])
         return replace(self, chosen=Chosen.nothing(len(self.blocks)), structure=structure)

@@ -122,7 +122,7 @@ class _Watched:
         self._found = found
 
     def run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The block's own answer. Raises UnsupportedModel, NumericalError where the replay gives another."""
+        """Return the block's own output. Raises UnsupportedModel, NumericalError if the replay gives another."""
         if block.index != len(self.calls):
             raise UnsupportedModel(f"{block.name} runs out of order or twice, and coprune walks blocks once, in order")
         hidden, call = split_call(args, kwargs)
@@ -152,7 +152,7 @@ class _Watched:
 
 
 def _live_mappings(args: tuple[Any, ...], kwargs: dict[str, Any], call: BlockCall) -> dict[Place, Stream]:
-    """The mappings themselves that a block is handed, which it may write into, by their places in its call."""
+    """Return the mutable mappings passed to a block, which it may write to, by their places in its call."""
     skipped = len(args) - len(call.args)
     found: dict[Place, Any] = {position - skipped: value for position, value in enumerate(args) if position >= skipped}
     found |= {name: value for name, value in kwargs.items() if name in call.kwargs}
@@ -201,7 +201,7 @@ class _Streams:
         return call.with_streams(places).run(block, hidden, [self._replayed[place] for place in places])
 
     def parted(self, live: Mapping[Place, Stream]) -> Place | None:
-        """The place of a stream that holds something else than the replayed one; None where all are alike."""
+        """Return the place of a stream that differs from the replayed one, or None."""
         for place, replayed in self._replayed.items():
             if self._objects.get(place) is live.get(place):
                 theirs, ours = list(tensors_in(live[place])), list(tensors_in(replayed))
@@ -217,7 +217,7 @@ def _holds_same(before: Stream, after: Stream) -> bool:
 
 
 def _not_finite(block: Block) -> NumericalError:
-    """The error for a block whose output is not finite: its fault, or that of what came in."""
+    """Return the error of a block with a non-finite output, caused by it or by its input."""
     wrong = [name for name, weight in block.module.named_parameters() if not bool(torch.isfinite(weight).all())]
     if wrong:
         return NumericalError(f"{block.name}.{wrong[0]} of the dense model holds NaN or infinite values")
@@ -274,7 +274,7 @@ def _evidence(seen: Products) -> Evidence:
 
 
 def _groups(seen: Products, chosen: Sequence[Matrix]) -> list[list[Matrix]]:
-    """A block's chosen matrices in groups that are fed by the same tensor, in order of first use."""
+    """Return a block's chosen matrices grouped by their input tensor, in order of first use."""
     names = {matrix.name for matrix in chosen}
     groups = [[matrix for matrix in group if matrix.name in names] for group in seen.groups]
     # An expert that this sample was not routed to is a group of its own.

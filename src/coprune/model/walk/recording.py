@@ -76,7 +76,7 @@ class Recording:
         return self.calls[batch][block.index].run(block.module, hidden, own)
 
     def streams_of(self, batch: int) -> list[Stream]:
-        """A copy of what was left for the next block of a batch, tensors apart."""
+        """Copy the streams of a batch for its next block."""
         return [snapshot(stream) for stream in self.streams[batch]] if self.streams else []
 
     def run_in_float32(self, block: Block, batch: int, hidden: Tensor) -> Tensor:

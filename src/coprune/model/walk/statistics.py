@@ -25,7 +25,7 @@ Derived = TypeVar("Derived")
 
 
 def ratio_of(errors: Tensor) -> float:
-    """The first of two numbers as a share of the second, 0.0 where that is zero."""
+    """Return the first of two numbers over the second; 0.0 where that is zero."""
     error, total = errors.tolist()
     return error / total if total > 0 else 0.0
 
@@ -134,7 +134,7 @@ class Statistic(Sums):
         return self.mean_square.sqrt()
 
     def topped_up(self, pool: Self) -> Self:
-        """A new statistic in which tokens that are missing to as many as there are inputs come from a pool's average.
+        """Return a statistic with as many tokens as inputs, the missing ones from a pool's average.
 
         For an expert that saw few tokens, whose own Gram matrix would be singular: pool is its layer's statistic.
         """

@@ -122,7 +122,7 @@ def targets_by_matrix(
 
 
 def unit_name(matrix_name: str) -> str:
-    """The unit that a matrix belongs to."""
+    """Return the unit that a matrix belongs to."""
     return matrix_name.partition("[")[0]
 
 
@@ -157,7 +157,7 @@ class Curve:
 
 
 def wish(sparsity: float, unit: Unit) -> Curve:
-    """The curve of a unit that should have a certain sparsity: the squared distance from it, for every weight."""
+    """Return the cost curve of a wanted sparsity: the squared distance from it, for every weight."""
     return Curve(lambda s: unit.weights * (s - sparsity) ** 2)
 
 

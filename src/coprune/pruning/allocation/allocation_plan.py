@@ -97,7 +97,7 @@ def _by_looks(
 
 
 def _samples(recording: Recording) -> list[Sample]:
-    """The recorded samples one by one, with which of their tokens count."""
+    """Return the recorded samples one by one, with the mask of counted tokens."""
     found: list[Sample] = []
     for batch, tokens in enumerate(recording.tokens):
         marks = [None] * len(tokens) if recording.counted is None else recording.counted[batch].split(1)

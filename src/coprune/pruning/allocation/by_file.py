@@ -101,7 +101,7 @@ class ByFile:
 
 
 def _near(sparsity: float, unit: Unit, reach: float) -> Curve:
-    """The curve of a sparsity that is wished for, and may be left by `reach` at most (and whole steps)."""
+    """Return the curve of a wanted sparsity that may be missed by at most `reach` (and whole steps)."""
     return Curve(lambda s: unit.weights * (s - sparsity) ** 2, max(0.0, sparsity - reach), min(1.0, sparsity + reach))
 
 

@@ -80,7 +80,7 @@ class ByFisher:
         return spend_where_least_is_lost(units, sums, self.grid(target), target)
 
     def grid(self, target: Target) -> list[Target]:
-        """The targets at which losses are measured, from the lowest sparsity on."""
+        """Return the targets at which losses are measured, ascending."""
         return grid_around(target, self.bound, self.points)
 
     def tells_outputs(self, target: Target) -> bool:
@@ -142,7 +142,7 @@ def squared_changes(rows: Tensor, slopes: Tensor, goes: Tensor, points: int) -> 
 
 @torch.no_grad()
 def drawn_slopes(logits: Tensor, seed: int) -> Tensor:
-    """The gradient of −log p(y) by the logits, for one y drawn from each row's own distribution p: p less one at y.
+    """Return the gradient of −log p(y) by the logits, for one y sampled from each row's distribution p: p, less one at y.
 
     Args:
         logits: N × V.
@@ -299,7 +299,7 @@ def _looking(watched: Sequence[Watched]) -> Iterator[None]:
 
 
 def _run_again(block: Block) -> Callable[..., Any]:
-    """A block's forward that keeps its inputs alone, and runs again when its gradients are wanted."""
+    """Return a block's forward that keeps only its inputs and is recomputed for its gradients."""
     return partial(checkpoint, block.module.forward, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -355,7 +355,7 @@ def spend_where_least_is_lost(
 
 
 def convex_curve(sparsities: Floats, errors: Floats) -> Curve:
-    """The largest convex function below the measured points, with straight lines between its corners.
+    """Return the largest convex function below the measured points, linear between its corners.
 
     Args:
         sparsities: ascending.

@@ -95,7 +95,7 @@ def is_option(name: str) -> bool:
 
 
 def option_names() -> set[str]:
-    """The names of all methods' options."""
+    """Return the names of all methods' options."""
     return _options_of(all_methods())
 
 

@@ -78,7 +78,7 @@ class ADMM:
         return Pruned(result, keep, events)
 
     def _prepare(self, statistic: Gram) -> tuple[ScaledGram, Tensor, tuple[Event, ...]]:
-        """The scaled problem and (Ĝ + ρI)⁻¹, which all matrices that share the statistic share."""
+        """Return the scaled problem and (Ĝ + ρI)⁻¹, shared by all matrices with the same statistic."""
         problem = scale_gram(statistic.gram, self.damping)
         # Damping and ρ are absolute here, the diagonal being one; what damped_cholesky adds is far below both.
         shifted = problem.scaled + self.rho * torch.eye(statistic.width, device=problem.scaled.device)

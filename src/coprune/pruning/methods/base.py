@@ -51,7 +51,7 @@ class Method(Protocol):
 
 
 def apply_keep(weight: Tensor, keep: Tensor) -> Tensor:
-    """The weight with zeros where keep is False (a true zero, also where the weight is inf or negative)."""
+    """Return the weight with zeros where keep is False (also where the weight is inf or negative)."""
     return weight.masked_fill(~keep, 0.0)
 
 

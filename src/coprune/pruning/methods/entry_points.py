@@ -74,7 +74,7 @@ def missing_in(method: Any) -> str | None:
 
 
 def names_brought() -> set[str]:
-    """Names under which installed packages bring methods; nothing is loaded."""
+    """Return the names of methods from installed packages, without loading any."""
     return {entry.name for entry in entry_points(group=GROUP)}
 
 

@@ -33,7 +33,7 @@ def choice_of(method: Method | type[Method]) -> tuple[Choice, Method]:
 
 
 def _as_named(method: Any, name: str, known: Any) -> Choice | None:
-    """The choice by name that stands for a method; None if there is none."""
+    """Return the named choice that stands for a method, or None."""
     if type(method) is not type(known):
         return None
     differing = {field: value for field, value in _fields(method).items() if value != getattr(known, field)}

@@ -65,7 +65,7 @@ class SparseGPT:
 
 
 def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
-    """The factor of a statistic's damped inverse, computed once and kept with the statistic."""
+    """Return the factor of a statistic's damped inverse, cached with the statistic."""
 
     def compute() -> InverseFactor:
         with full_float32():

@@ -27,7 +27,7 @@ def wanda_score(weight: Tensor, statistic: Statistic) -> Tensor:
 
 
 def score_by_norms(weight: Tensor, norms: Tensor) -> Tensor:
-    """The same where only the norms of the input channels are known (I float32), in any unit."""
+    """Compute `wanda_score` from the norms of the input channels (I float32), in any unit."""
     return weight.abs() * unless_all_zero(norms)
 
 

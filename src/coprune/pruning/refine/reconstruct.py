@@ -53,7 +53,7 @@ class Reconstruction:
         require_not_negative(held_out=self.held_out, tokens=self.tokens)
 
     def on(self, positions: Sequence[int]) -> Reconstruction:
-        """The same with the steps that its tokens take on batches of so many positions each, one batch a step."""
+        """Return the settings with steps from tokens, for batches with these numbers of positions, one batch a step."""
         needed = -(-self.tokens * len(positions) // max(1, sum(positions)))
         return replace(self, steps=max(self.steps, needed), tokens=0)
 
@@ -101,7 +101,7 @@ class Reconstruction:
         return before, best
 
     def batches_used(self, shares: Sequence[float]) -> set[int]:
-        """Numbers of the batches that are looked at: short trainings do not see all of them. shares: as of `Examples`."""
+        """Return the numbers of the batches that are used, fewer in a short training. shares: as of `Examples`."""
         watched, trained = self._split(shares)
         return {*watched, *islice(endless(trained, self.seed), self.steps)}
 
@@ -110,7 +110,7 @@ class Reconstruction:
         return self.steps / max(1, len(self._split(shares)[1]))
 
     def _split(self, shares: Sequence[float]) -> tuple[list[int], list[int]]:
-        """Numbers of the batches to watch and to train on; too few batches serve for both."""
+        """Return the numbers of the held-out and the training batches; too few batches serve as both."""
         everything = [batch for batch, share in enumerate(shares) if share > 0]
         batches = len(everything)
         held_out = round(batches * self.held_out) if self.held_out == 0 else max(1, round(batches * self.held_out))
@@ -261,7 +261,7 @@ class Examples:
         return 1 / (total * (len(total) / shares)).clamp_min(_SMALLEST_PART)
 
     def error(self, batch: int, output: Tensor, weights: Tensor) -> Tensor:
-        """The error of what the block gives for a batch, mean over the tokens that count: e, or 1 + log e beyond 1.
+        """Return the error of a block's output for a batch, mean over the counted tokens: e, or 1 + log e beyond 1.
 
         e is the relative error of a token. A pruned block may make a few tokens many times larger than the dense one
         does, and their e, up to 30 where the median is 0.006 in Gemma-3-270M, was nearly all of a mean of e and of its

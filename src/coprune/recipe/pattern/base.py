@@ -108,7 +108,7 @@ class Pattern(ABC):
         )
 
     def ratio(self, asked: float | None) -> float:
-        """The fraction of zeros that is meant by what was asked for, if anything was."""
+        """Return the fraction of zeros meant by the requested sparsity, if any."""
         if self.sparsity is not None:
             return self.sparsity
         return DEFAULT_SPARSITY if asked is None else asked
@@ -118,7 +118,7 @@ class Pattern(ABC):
         return 0 <= sparsity < 1 and (self.sparsity is None or abs(sparsity - self.sparsity) <= 1e-9)
 
     def with_sparsity(self, sparsity: float) -> Pattern:
-        """The pattern of the same kind with, or next to, this fraction of zeros."""
+        """Return the pattern of the same kind with this fraction of zeros, or the nearest."""
         return self
 
     def steps(self, width: int) -> int:
@@ -143,11 +143,11 @@ class Pattern(ABC):
             )
 
     def describe(self, sparsity: float) -> str:
-        """A sparsity and the pattern of its zeros, for people."""
+        """Return a sparsity and the pattern of its zeros as text."""
         return f"{per_cent(sparsity)} ({self})"
 
     def label(self, sparsity: str) -> str:
-        """A short name of the pattern with a sparsity, written as the caller likes, where that is free."""
+        """Return a short name of the pattern with a sparsity, formatted by the caller where it is free."""
         return f"{self} {sparsity}" if self.sparsity is None else str(self)
 
 
@@ -264,7 +264,7 @@ class Target:
         return self.pattern.group_size or 1
 
     def with_sparsity(self, sparsity: float) -> Target:
-        """The target with another sparsity, and with the pattern that has it where that fixes it."""
+        """Return the target with another sparsity, and the pattern that has it where the pattern fixes it."""
         pattern = self.pattern.with_sparsity(sparsity)
         return replace(self, pattern=pattern, sparsity=sparsity if pattern.sparsity is None else pattern.sparsity)
 

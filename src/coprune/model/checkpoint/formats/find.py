@@ -52,7 +52,7 @@ def find_weights(quantization: Mapping[str, Any], entries: Entries) -> dict[str,
 
 
 def _weight_at(quantization: Mapping[str, Any], entries: Entries, name: str, entry: Stored) -> Weight | None:
-    """The weight whose codes are in a tensor; None if it holds no codes."""
+    """Return the weight whose codes a tensor holds, or None."""
     if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in entries:
         return _mxfp4_experts(entries, name.removesuffix("_blocks"))
     base, _, last = name.rpartition(".")
@@ -91,7 +91,7 @@ def _mxfp4_experts(entries: Entries, base: str) -> Weight:
 
 
 def _packed(quantization: Mapping[str, Any], entries: Entries, base: str, entry: Stored) -> Weight:
-    """A weight that compressed-tensors packed: FP4 in bytes, or whole numbers in words of 32 bits."""
+    """Return a weight packed by compressed-tensors: FP4 in bytes, or integers in words of 32 bits."""
     if entry.dtype == "U8":
         if f"{base}.weight_global_scale" in entries:
             roles = {CODES: "weight_packed", SCALES: "weight_scale", FACTOR: "weight_global_scale"}
@@ -117,7 +117,7 @@ def _packed(quantization: Mapping[str, Any], entries: Entries, base: str, entry:
 
 
 def _parts(entries: Entries, base: str, roles: Mapping[str, str]) -> dict[str, str]:
-    """Names of the parts of a weight, with what is stored of its layer's activations. Raises BadInput where one is missing."""
+    """Return the names of a weight's parts and of its activation scales. Raises BadInput if one is missing."""
     found = {role: f"{base}.{last}" for role, last in roles.items()}
     for role, name in found.items():
         if name not in entries:
@@ -130,7 +130,7 @@ def _parts(entries: Entries, base: str, roles: Mapping[str, str]) -> dict[str, s
 
 
 def _weight(entries: Entries, name: str, form: Form, parts: dict[str, str], block: tuple[int, int]) -> Weight:
-    """A weight by the shapes of its parts. Raises BadInput where these do not fit each other."""
+    """Return a weight from the shapes of its parts. Raises BadInput if these do not match."""
     codes, scales = entries[parts[CODES]], entries[parts[SCALES]]
     grouped = isinstance(form.packing, Nibbles) and form.packing.groups is not None
     matrix = codes.shape[:-1] if grouped else codes.shape

@@ -213,7 +213,7 @@ class Weight:
         return left
 
     def _planes(self, stored: Parts) -> Iterator[dict[str, Tensor]]:
-        """The parts of every matrix of a stack; views."""
+        """Yield views of the parts of every matrix of a stack."""
         if self.lead is None:
             yield dict(stored)
             return
@@ -222,7 +222,7 @@ class Weight:
             yield {**stored, **own}
 
     def _matrices(self, dense: Tensor) -> Sequence[Tensor]:
-        """The matrices of a dense weight as they are stored; views."""
+        """Return views of the matrices of a dense weight as stored."""
         matrices = [dense] if self.lead is None else list(dense.unbind(0))
         return [matrix.T for matrix in matrices] if self.form.transposed else matrices
 
