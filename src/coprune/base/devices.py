@@ -30,7 +30,7 @@ def in_host_memory(device: torch.device) -> bool:
 
 
 class PerMemory(NamedTuple):
-    """How much is done at a time, in host memory and on a GPU."""
+    """An amount of work per batch, in host memory and on a GPU."""
 
     host: int
     gpu: int
@@ -94,11 +94,11 @@ class DeviceMemory:
     """Memory of a device, in bytes."""
 
     name: str
-    """Of the device: `cuda:0`."""
+    """Name of the device: `cuda:0`."""
     allocated: int
-    """Of this process's tensors now."""
+    """Bytes of this process's tensors now."""
     peak: int
-    """Of its tensors at most, since `reset_peak`."""
+    """Peak bytes of its tensors since `reset_peak`."""
     available: int | None
     """Memory still available to this process; None where the device does not report it."""
 

@@ -23,7 +23,7 @@ from typing import Self
 from coprune.base.words import Face, Words, ended, parts_of, renamed, say
 
 _FEW = 30
-"""So many names are listed in a message."""
+"""Maximum number of names listed in a message."""
 _LONGEST = 1_000
 """Characters of a cause or a fix, which may quote what somebody's file holds."""
 
@@ -101,7 +101,7 @@ class OutOfMemory(CopruneError):
 
 
 class LostProcess(CopruneError):
-    """Another process of the run is gone, or does not answer."""
+    """Another process of the run ended or does not answer."""
 
 
 def is_panic(error: BaseException) -> bool:

@@ -102,7 +102,7 @@ _USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20
 
 
 _depth = 0
-"""How many `freed_memory_kept` are open, one within another."""
+"""Number of nested `freed_memory_kept`."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""In which precision products are computed."""
+"""The precision of products."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from coprune.base.words import printable
 
 Advance = Callable[[float], None]
 NO_BAR: AbstractContextManager[Advance] = nullcontext(lambda amount: None)
-"""In place of a bar where there is nothing to wait for."""
+"""Progress bar for work without waiting time."""
 _LINE_SECONDS = 60.0
 _WORDS, _BAR = 28, 40  # columns of a bar's description at least, and of the bar at most
 _BESIDE = 30  # columns of what else stands in its line

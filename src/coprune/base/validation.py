@@ -17,7 +17,7 @@ from coprune.base.words import Words, parts_of
 _MOST_LETTERS = 200
 Kind = TypeVar("Kind", bound=BaseModel)
 Place = tuple[str, ...]
-"""Where a value is: the names of fields, and indices, from the outside in."""
+"""Path of a value: names of fields, and indices, from the outside in."""
 
 
 def one_is_enough(value: Any) -> Any:

@@ -49,7 +49,7 @@ class Set:
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """Not to give a setting: `leave out stream`, `leave out --stream`."""
+    """The advice to drop a setting: `leave out stream`, `leave out --stream`."""
 
     name: str
 
@@ -88,7 +88,7 @@ class Command:
 
 
 class Face:
-    """How settings and commands are named; this one names them as in Python."""
+    """Names of settings and commands in an interface; this class is Python's."""
 
     between = ", "
     """Separator of settings that are given together."""

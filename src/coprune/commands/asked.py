@@ -18,7 +18,7 @@ from coprune.recipe.presets import usual_preset
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 
 METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
-"""How typer is told to leave a method's own options to `recipe_asked`."""
+"""Typer's settings by which a method's own options are left to `recipe_asked`."""
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.", show_default=False)

@@ -37,7 +37,7 @@ COMMANDS: dict[str, str] = {
     "export": "Write a model as a GGUF file for llama.cpp and others.",
     "bench": "Measure how fast models are on this machine.",
 }
-"""Every command, with what it does in one line of a narrow terminal. Its function is in the file of its name."""
+"""Every command, with its summary in one line of a narrow terminal. Its function is in the file of its name."""
 CALLED = {"evaluate": "eval"}
 """Commands that are not called like their function, which is that of Python's face too."""
 

@@ -22,7 +22,7 @@ REACH_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Part:
-    """Which rows of a dataset are read, and how they become text."""
+    """The rows of a dataset to read, and how they become text."""
 
     splits: tuple[str, ...]
     """The first of these splits that the dataset has."""

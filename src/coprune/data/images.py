@@ -248,7 +248,7 @@ def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
 
 
 NO_LABEL = -1
-"""Of an image whose class nobody tells, as the Hub's test splits often have it."""
+"""Label of an image without one, as in the Hub's test splits."""
 
 
 def read_labels(values: Sequence[Any], classes: tuple[str, ...], name: str) -> tuple[Tensor, tuple[str, ...]]:

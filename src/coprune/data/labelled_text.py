@@ -18,11 +18,11 @@ HINT = (
 
 @dataclass(frozen=True)
 class LabelledText:
-    """One text, a pair of texts, or the words of one, with the label of each."""
+    """A text, a pair of texts, or the words of one, with labels."""
 
     text: str | tuple[str, str] | list[str]
     labels: tuple[int, ...]
-    """Of the whole, or of every word."""
+    """Labels of the whole, or of every word."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class JoinedText(NamedTuple):
 
     text: str
     source: str
-    """Where the text comes from, in words for the report."""
+    """Origin of the text, in words for the report."""
     most_windows: int | None = None
     """Evaluate at most so many windows (the published evaluation on C4 stops at 256)."""
 

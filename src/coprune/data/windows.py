@@ -1,4 +1,4 @@
-"""From text to tokens: calibration windows drawn as the authors draw them, and the token stream of an evaluation.
+"""Tokens from text: calibration windows drawn as the authors draw them, and the token stream of an evaluation.
 
 Everything is seeded by a generator of its own, which draws the numbers that `random.seed(seed)` would.
 """
@@ -49,7 +49,7 @@ class TooShort(BadInput):
 
 
 class Sampling(NamedTuple):
-    """How many samples are drawn, and how."""
+    """Number, length and seed of samples."""
 
     nsamples: int
     seqlen: int
@@ -72,9 +72,9 @@ class Windows:
     given: bool = False
     """Token ids that were handed over, which nothing is added to."""
     generated: Tensor | None = None
-    """Which tokens a model wrote, samples × seqlen bool; None where nobody says."""
+    """Mask of tokens that a model generated, samples × seqlen bool; None if unknown."""
     parts: tuple[SourcePart, ...] = ()
-    """Of several sources, or of one with options: what each gave."""
+    """Contribution of each source, for several sources or one with options."""
     text_tokens: int | None = None
     """Tokens of the one text that they were drawn from; None of separate documents and of several sources."""
 

@@ -1,4 +1,4 @@
-"""Which windows begin with BOS: what was asked for, or what a few windows of the dense model speak for."""
+"""The choice of windows that begin with BOS: as asked, or by the dense model's loss on a few windows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.walk import streamed_logits
 
 CLEARLY_BETTER = 0.05
-"""By so much perplexity has to fall for `auto` to leave the tokenizer's own habit."""
+"""Share by which perplexity has to fall for `auto` to override the tokenizer's default."""
 TRIED_TOKENS = 2048
 FEWEST, MOST = 2, 8
 """Windows to try, as many as hold so many tokens."""
@@ -40,7 +40,7 @@ class BosChoice(BaseModel):
     with_bos: float | None = None
     """The same with BOS before each."""
     windows: int = 0
-    """How many were tried."""
+    """Number of windows tried."""
 
     def line(self) -> str | None:
         """Return a line on the choice; None without one."""

@@ -25,9 +25,9 @@ class PerplexityChange(BaseModel):
 
     data: str
     difference: float | None
-    """This one minus the baseline's; None where their tokens differ."""
+    """Difference from the baseline; None where their tokens differ."""
     ratio: float | None
-    """This one over the baseline's; None where their tokens differ."""
+    """Ratio to the baseline; None where their tokens differ."""
     ratio_interval: Interval | None
     """95 % bootstrap interval over pairs of windows."""
     bits_per_byte_difference: float | None
@@ -40,7 +40,7 @@ class AccuracyChange(BaseModel):
 
     data: str
     top1_difference: float
-    """This one minus the baseline's."""
+    """Difference from the baseline."""
     top1_interval: Interval | None
     """95 % bootstrap interval of that over the images."""
     top5_difference: float
@@ -49,12 +49,12 @@ class AccuracyChange(BaseModel):
 
 
 class Row(BaseModel):
-    """One model of a comparison, and what differs from the baseline (None for the baseline itself)."""
+    """One model of a comparison, and its differences from the baseline (None for the baseline)."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
-    """As it was asked for."""
+    """Name as requested."""
     evaluation: Evaluation
     bytes_ratio: float | None
     perplexity_changes: tuple[PerplexityChange, ...] | None

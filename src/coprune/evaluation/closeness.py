@@ -1,5 +1,8 @@
-"""How close a pruned model stays to the dense one, without labels: on every position of real text that perplexity
-predicts from, the divergence of its next-token distribution and whether its first choice is the same."""
+"""Closeness of a pruned model to the dense one, without labels.
+
+Measured at every position from which perplexity predicts: the divergence of next-token distributions and the agreement of
+first choices.
+"""
 
 from __future__ import annotations
 

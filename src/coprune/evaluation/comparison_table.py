@@ -161,7 +161,7 @@ Number = float | int | None
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of every row. value: the bare number; show: the number for people."""
+    """One figure of every row. value: the bare number; show: formats it."""
 
     title: str
     value: Callable[[Row], Number]
@@ -237,7 +237,7 @@ def _columns(name: str, against: bool) -> list[Column]:
 
 
 class Comparison(Shown, BaseModel):
-    """Several models; the first row is the baseline."""
+    """Evaluations of several models; the first row is the baseline."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,4 +1,4 @@
-"""How close the vectors of two models are that embed the same passages: their cosine, and what a search would find."""
+"""Closeness of two models' embeddings of the same passages: cosine, and agreement of search results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEAREST = 10
 
 
 class EmbeddingChange(BaseModel):
-    """How close vectors of the same passages are to the baseline's."""
+    """Closeness of embeddings to the baseline's on the same passages."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,7 +25,7 @@ class EmbeddingChange(BaseModel):
     """Mean cosine of both models' vectors of a passage."""
     cosine_interval: Interval | None
     nearest: int
-    """Of so many nearest passages the overlap is."""
+    """Number of nearest passages in the overlap."""
     overlap: float
     """Mean share of a passage's nearest others that both models find."""
     overlap_interval: Interval | None

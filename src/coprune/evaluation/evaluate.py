@@ -1,4 +1,4 @@
-"""One model measured: perplexity, zero-shot tasks and closeness to another model, in memory or by name."""
+"""Evaluation of one model: perplexity, zero-shot tasks and closeness to another model, in memory or by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that is measured of one model, as data: what `coprune eval` and `coprune compare` show and keep."""
+"""All measurements of one model, as data: the results that `coprune eval` and `coprune compare` show and store."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class _Facts(BaseModel):
 
 
 class WeightFacts(_Facts):
-    """How many parameters a model has, how many are not zero, and how much room its files take."""
+    """Numbers of parameters and nonzeros, and bytes of the files."""
 
     parameters: int
     nonzeros: int
     matrix_sparsity: float
     """Fraction of zeros in the weights of two or more dimensions, without the embeddings and the head."""
     bytes_on_disk: int
-    """Of the files with weights."""
+    """Bytes of the files with weights."""
 
     @property
     def sparsity(self) -> float:
@@ -39,25 +39,25 @@ class WeightFacts(_Facts):
 
 
 class Evaluation(Shown, _Facts):
-    """One model and what was measured of it."""
+    """One model and its measurements."""
 
     model: str
     weights: WeightFacts
     perplexity: tuple[Perplexity, ...] = ()
     bos: BosChoice | None = None
-    """How windows of text begin; None where no text was asked for."""
+    """How windows of text begin; None without a text."""
     accuracy: tuple[Accuracy, ...] = ()
-    """Of a classifier."""
+    """Accuracy of a classifier."""
     embeddings: tuple[Embedded, ...] = ()
-    """Of a model that embeds texts."""
+    """Embeddings of an embedding model."""
     zero_shot: ZeroShot | None = None
     against: str | None = None
     """The model that closeness was measured to."""
     closeness: tuple[Closeness, ...] = ()
     near: tuple[EmbeddingChange, ...] = ()
-    """How close its vectors are to that model's."""
+    """Closeness of its embeddings to the other model's."""
     answers: AnswerFacts | None = None
-    """Its answers, beside that model's."""
+    """Answers, beside the other model's."""
     required: tuple[Requirement, ...] = ()
     """The requirements on them, and whether they hold."""
 

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 
 class AnswerArguments(TypedDict, total=False):
-    """Which prompts are answered, and how."""
+    """Prompts, and how they are answered."""
 
     generate: str | Path | None
     generate_prompts: int | None

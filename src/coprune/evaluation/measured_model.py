@@ -38,13 +38,13 @@ _VERSIONS = ("torch", "transformers", "lm_eval")
 
 
 class Subject:
-    """One model to measure: found and named at once, loaded when a measurement is not in the cache.
+    """One model to measure: located and identified at once, loaded when a measurement is not in the cache.
 
     Args:
-        recipe: its model, and how everything is measured.
-        cache: what was measured before.
-        reporter: who hears of it.
-        tasks: what lm-eval is to run, as `Extras` found it; None for nothing.
+        recipe: its model, and the settings of all measurements.
+        cache: earlier measurements.
+        reporter: receives messages.
+        tasks: tasks for lm-eval, from `Extras`; None for none.
         source: the model, if the recipe does not name it.
 
     Raises:
@@ -99,7 +99,7 @@ class Subject:
 
     @cached_property
     def bos(self) -> BosChoice | None:
-        """How windows of text begin: as asked for, or as the first text speaks for; None where there is no text."""
+        """How windows of text begin: as asked, or as the first text decides; None without a text."""
         if self._leader is not None:
             return self._leader.bos
         if self.task != "text" or not self._asked:
@@ -279,15 +279,15 @@ def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Eva
 
 
 class MeasuredAnswers:
-    """One model's answers, asked when they are not in the cache.
+    """One model's answers, generated if they are not in the cache.
 
     Args:
-        recipe: its model, and how it is held.
-        plan: what it is asked.
+        recipe: its model, and how it is loaded.
+        plan: the prompts.
         fingerprint: of its files.
-        loaded: gives the model.
-        cache: what was measured before.
-        reporter: who hears of it.
+        loaded: returns the model.
+        cache: earlier measurements.
+        reporter: receives messages.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class Measurement(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     data: str = ""
-    """As it was asked for."""
+    """Name as requested."""
     source: str = ""
     fingerprint: str = ""
     """Names a text's tokens: only on the same ones do figures per token compare. Empty for images."""
@@ -86,9 +86,9 @@ class Accuracy(Measurement):
     top5: float
     top5_interval: Interval
     labels: tuple[int, ...]
-    """Of every image, as the model numbers its classes."""
+    """Labels of all images, in the model's numbering."""
     predicted: tuple[int, ...]
-    """Every image's likeliest class, from which models compare by pairs."""
+    """Likeliest class of every image, for paired comparisons."""
 
     def line(self) -> str:
         """Return a line on the figures."""

@@ -1,4 +1,4 @@
-"""Where a model that is measured comes from: from files, when a measurement needs it, or from memory, where it is."""
+"""The sources of a measured model: files, loaded when a measurement needs them, or memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Source(Protocol):
 
     name: str
     fingerprint: str
-    """By which measurements of it are kept."""
+    """Key of its stored measurements."""
     task: TaskName
     """The model's task."""
 

@@ -37,16 +37,16 @@ class OwnText(BaseModel):
 
     @property
     def documents(self) -> list[Document]:
-        """As samples are cut from."""
+        """The texts as documents to cut samples from."""
         return [Document(a + b, [False] * len(a) + [True] * len(b)) for a, b in self.pairs]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How much is written, and how."""
+    """Amount and settings of generated text."""
 
     tokens: int
-    """At least so many together, what was given included."""
+    """Minimum number of tokens in all, prompts included."""
     settings: Generation
     texts: int | None = None
     """Exactly so many texts instead."""

@@ -125,10 +125,10 @@ _TEXT = re.compile(r"(?P<name>[^,]*?)(?P<settings>(?:@\w+=[^@,]*)*)")
 
 @dataclass(frozen=True)
 class Text:
-    """One text with what it has of its own."""
+    """One text with its own settings."""
 
     label: str
-    """As it was asked for."""
+    """Name as requested."""
     name: str
     settings: dict[str, int]
     """Settings of a recipe, which count for this text alone."""

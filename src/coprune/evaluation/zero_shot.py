@@ -24,7 +24,7 @@ _NO_SHARES = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte
 
 @dataclass(frozen=True)
 class ZeroShotSettings:
-    """Which tasks are run, and how."""
+    """Settings of zero-shot tasks."""
 
     tasks: tuple[str, ...] = PAPER_TASKS
     """Names of tasks, tags or groups of the harness, or paths of task definitions."""
@@ -32,12 +32,12 @@ class ZeroShotSettings:
     include_path: Path | None = None
     """Folder with more task definitions, which win over the harness's own of the same name."""
     limit: int | None = None
-    """Only the first so many items of each task."""
+    """Maximum number of items per task, the first ones."""
     batch_size: int | None = None
     chat_template: bool = False
     """Whether prompts are put in the tokenizer's chat template."""
     gen_kwargs: str | None = None
-    """How tasks that generate do so, in place of what they say themselves: `max_gen_toks=64,temperature=0.7`."""
+    """Settings of tasks that generate, in place of their own: `max_gen_toks=64,temperature=0.7`."""
     log_samples: Path | None = None
     """Folder for every item with the model's answer, a .jsonl file per task."""
 

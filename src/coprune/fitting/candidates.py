@@ -24,13 +24,13 @@ class Cut:
     """A model without some parts, before it is quantised."""
 
     removed: tuple[str, ...] = ()
-    """As `--remove` says it, one after another."""
+    """Removed parts in the syntax of `--remove`, one after another."""
     tokens: int = 0
-    """Of a distillation afterwards."""
+    """Tokens of a distillation afterwards."""
 
     @property
     def name(self) -> str:
-        """In words; empty for the dense model."""
+        """Description; empty for the dense model."""
         trained = [f"distilled on {self.tokens:,} tokens"] if self.tokens else []
         return ", ".join([*self.removed, *trained])
 
@@ -53,7 +53,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Description."""
         bits = self.type if self.embedding is None else f"{self.type}, embeddings {self.embedding}"
         return f"{self.cut.name} {bits}".strip()
 

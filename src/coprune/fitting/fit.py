@@ -47,12 +47,12 @@ _SECONDS = {"h": 3600, "m": 60, "": 60, "s": 1}
 
 
 class FitArguments(TypedDict, total=False):
-    """How `fit` searches."""
+    """Arguments of the search."""
 
     target: Target
     """Quantity to minimise: `size` of the file, `memory` with 2,048 tokens, or time per token (`speed`)."""
     runtime: Literal["llama.cpp"]
-    """Where the model will run."""
+    """Runtime of the model."""
     budget: str | float
     """Time of the search: `60m`, `2h`, or minutes [60]."""
     seed: int

@@ -53,14 +53,14 @@ class Held:
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition, read."""
+    """One condition, parsed."""
 
     text: str
     metric: str
     up: bool
     """Whether more is better."""
     factor: float
-    """By which the dense model's figure is multiplied; 0 where it has no part."""
+    """Factor of the dense model's figure; 0 for an absolute condition."""
     number: float
 
     def judge(self, found: Sequence[float], dense: Sequence[float]) -> Held:

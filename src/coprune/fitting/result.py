@@ -25,10 +25,10 @@ class Row:
     proxy: float
     refused: str
     part: str
-    """Which half the figures are of."""
+    """Half of the items that the figures are of."""
     verdict: str
     mean: float | None = None
-    """Of the first condition: by how much it is more than kept, and at least and at most."""
+    """Margin of the first condition, with its bounds."""
     low: float | None = None
     high: float | None = None
 
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def series(self) -> int:
-        """How it is drawn."""
+        """Series in the plot."""
         return CHOSEN if self.chosen else DENSE if self.name.startswith("dense") else PLAIN if self.plain else OURS
 
 

@@ -31,7 +31,7 @@ class DenseAnswers:
     likeliest: dict[int, Tensor] = field(default_factory=dict)
     """Tokens × likeliest: ids, int32."""
     shares: dict[int, Tensor] = field(default_factory=dict)
-    """Their probabilities, float32."""
+    """Probabilities of these tokens, float32."""
 
     def add(self, reader: Reader, place: int, item: Item) -> None:
         """Generate the dense model's answer to an item."""

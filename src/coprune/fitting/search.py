@@ -32,7 +32,7 @@ _RUNGS = (4, 2)
 """Parts of the seen items that losers are dropped on."""
 _ALIGN = 64
 _DISTILLED_SHARE = 0.3
-"""Of the budget that is left, for one distillation."""
+"""Share of the remaining budget for one distillation."""
 _DISTILLED = (8_192, 262_144)
 """Tokens of a distillation at least and at most."""
 _TRAINING_COST = 4.0
@@ -58,7 +58,7 @@ class Finding:
 
     chosen: Candidate
     held: list[Held]
-    """On the unseen half."""
+    """Conditions on the unseen half."""
     kept: bool
     plain: Candidate | None
     """The best plain quant that passed on the seen half."""

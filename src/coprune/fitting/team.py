@@ -1,4 +1,4 @@
-"""Several candidates measured at a time, by the workers of sweeps: local processes, or a Ray cluster."""
+"""Parallel measurement of candidates by the workers of sweeps: local processes, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Measuring:
     threads: int
     gpu: bool = False
     memory: int | None = 0
-    """As many go at a time as were asked for."""
+    """Not reserved: the user sets the number of candidates at a time."""
 
     @property
     def name(self) -> str:

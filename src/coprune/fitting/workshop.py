@@ -1,4 +1,4 @@
-"""Where candidates are made and measured: every product once, kept by what it was made of, so that a killed fit goes on."""
+"""The folder in which candidates are made and measured: each product once, stored by its inputs, so that a killed fit resumes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Measured(BaseModel):
     refused: str = ""
     """Why it cannot be made."""
     scores: dict[str, dict[str, dict[int, float]]] = {}
-    """By task and metric: figures of items by their places."""
+    """Figures of items by task, metric and the item's index."""
 
     def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
         """Return the figures of some items."""

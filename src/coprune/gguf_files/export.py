@@ -62,7 +62,7 @@ class Gguf(Shown):
     removed: Sequence[str] = ()
     """What the file lacks beside the other one, in words."""
     architecture: str = ""
-    """As llama.cpp calls it: that file's, or `deci` where blocks differ in width."""
+    """Name in llama.cpp: that file's, or `deci` where blocks differ in width."""
 
     def headline(self) -> str:
         """Return the path, type and size of the file."""
@@ -238,14 +238,14 @@ Beside = Callable[[], AbstractContextManager[Path]]
 
 @dataclass(frozen=True)
 class Whole:
-    """All of a new file."""
+    """The content of a new file."""
 
     plan: Plan
     values: Callable[[str], Tensor]
     """Makes a tensor, float32, by its name in the example."""
     source: Exported
     number: int | None = None
-    """Which of the ways to say every block's own width it is; None where all blocks are alike."""
+    """Index of the way to store every block's own width; None where all blocks are alike."""
 
     def write(self, file: Path, reporter: Reporter) -> None:
         """Write it, read it again, and compare. Raises VerificationError, UnsupportedModel where it is not the model."""

@@ -1,4 +1,4 @@
-"""How much every input of a matrix matters, for llama.cpp's quantiser: the mean squares that a walk sees (its imatrix)."""
+"""The importance of each input of a matrix for llama.cpp's quantiser: mean squares from a walk (its imatrix)."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from coprune.model.walk.statistics import InputNorm
 from coprune.model.walk.walk import Walk
 
 Importance = Mapping[str, Tensor]
-"""By the name of a tensor in the file: mean squares of its inputs (experts × inputs, or 1 × inputs), float32."""
+"""Mean squares of the inputs (experts × inputs, or 1 × inputs), float32, by the tensor's name in the file."""
 AUTO, NONE = "auto", "none"
 _SAMPLES, _SEQLEN = 16, 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LEAST = 1e-10
-"""In place of zero, which would leave a weight to chance."""
+"""Replacement of zero, which would leave a weight to chance."""
 
 
 class ImatrixArguments(TypedDict, total=False):
-    """Which importance matrix the quantiser is given."""
+    """The importance matrix for the quantiser."""
 
     imatrix: Path | str | None
     """`auto` to measure it, a file in llama.cpp's format, or `none`."""

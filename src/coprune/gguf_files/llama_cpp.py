@@ -111,7 +111,7 @@ class LlamaCpp:
 
     @property
     def bytes(self) -> int:
-        """Of all weights in memory."""
+        """Bytes of all weights in memory."""
         return int(self._library.llama_model_size(self._model))
 
     @property
@@ -172,7 +172,7 @@ class LlamaCpp:
 
     @property
     def context_bytes(self) -> int:
-        """Of what is kept of the text that was read."""
+        """Bytes of the state of the text read so far."""
         return int(self._library.llama_state_get_size(self._context))
 
     def close(self) -> None:

@@ -77,12 +77,12 @@ class Counts:
     """Changed sizes that metadata may have to reflect."""
 
     changes: Mapping[str, Any]
-    """Of the configuration: new values by their places."""
+    """New values of the configuration by dotted path."""
     sizes: Mapping[int, int]
     """New dimensions by old ones that no tensor has any more."""
     kept_blocks: Sequence[int]
     blocks: int
-    """How many there were."""
+    """Original number of blocks."""
     config: Mapping[str, Any]
     """The source's configuration, where that is here."""
 
@@ -264,7 +264,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a new file but its values."""
+    """A new file without its values."""
 
     arch: str
     fields: Fields
@@ -274,7 +274,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(encoded_bytes(tensor.shape, tensor.kind)[0] for tensor in self.tensors.values())
 
 

@@ -34,7 +34,7 @@ from coprune.removal.smaller_model import Resized, possible_changes
 _ALIGN = 64
 """Channels are kept in multiples of this, as `--align` does it, for types with blocks of 32."""
 Silence = Mapping[str, Sequence[tuple[Part, Sequence[Tensor]]]]
-"""By block, its parts with the units of each consumer that are zeros."""
+"""Parts of each block, with the zero units of each consumer."""
 _Size = tuple[Kind, int]
 """Parts that are alike: of one kind, with as many units."""
 
@@ -44,9 +44,9 @@ class Narrow:
     """A model without the units that are silent."""
 
     alike: Exported
-    """As narrow as all blocks can be alike, which is the model itself where every unit is heard in some block."""
+    """The model at the smallest width that is the same for all blocks."""
     apart: Exported | None
-    """Every block at its own width; None if that is the same."""
+    """The model with every block at its own width; None if that is the same."""
 
 
 def narrowed(source: Exported) -> Narrow:

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint every tensor of a GGUF file was made of, found by the values alone.
+"""The source of every tensor of a GGUF file in a checkpoint, found by values alone.
 
-A converter renames, transposes, stacks experts, puts the rows of attention in another order, and adds one to some norms.
-None of that is known here by a model's name: transformers loads the file, and what it made of it tells where each tensor went.
-Where transformers does not know the architecture, the source's own checkpoint does, as far as the file's types are exact.
+A converter renames, transposes, stacks experts, reorders the rows of attention, and adds one to some norms. No model name
+is used for that: transformers loads the file, and its result shows where each tensor went. For an architecture unknown to
+transformers, the source's own checkpoint serves, as far as the file's types are exact.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Piece:
     names: tuple[str, ...]
     """Tensors of the checkpoint that have these values; more than one where they hold the same."""
     expert: int | None = None
-    """Which entry of the first dimension of that tensor; None for all of it."""
+    """Index in the tensor's first dimension; None for all of it."""
     transposed: bool = False
     order: Tensor | None = None
     """The checkpoint's row for every row, int64; None if they are in the same order."""
@@ -50,7 +50,7 @@ class Matcher:
     """Finds what the tensors of a GGUF file were made of."""
 
     tensors: Mapping[str, Tensor]
-    """Of the checkpoint, float32."""
+    """Tensors of the checkpoint, float32."""
     tolerance: float = EXACT
     """Error of a tensor over its norm, by which the file's may differ from them."""
     _norms: dict[tuple[str, int | None], float] = field(default_factory=dict)

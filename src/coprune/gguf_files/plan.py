@@ -34,9 +34,9 @@ class Example:
 
     path: Path
     reader: Any
-    """Of the gguf package."""
+    """Reader of the gguf package."""
     pieces: Mapping[str, Sequence[Piece]]
-    """By the names of its tensors; none for those that are in no checkpoint."""
+    """Sources of the tensors by name; empty for those without any in the checkpoint."""
 
     def values(self, name: str, source: Exported) -> Tensor:
         """Return a tensor's values for the new file, float32."""
@@ -47,7 +47,7 @@ class Example:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of its tensors, rows last."""
+        """Shapes of the tensors, rows last."""
         return {stored.name: tuple(int(size) for size in reversed(stored.shape)) for stored in self.reader.tensors}
 
     @property

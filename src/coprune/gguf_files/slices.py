@@ -29,7 +29,7 @@ class Slice:
     """The part of a tensor that a new file copies."""
 
     name: str
-    """That it has there."""
+    """Name in the new file."""
     kept: NDArray[np.int64] | None = None
     """Entries of its first axis; None for all."""
 

@@ -18,7 +18,7 @@ from coprune.base.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Block:
-    """One block: its position, its path in the model (`model.layers.3`) and its module."""
+    """A block: its index, its path in the model (`model.layers.3`) and its module."""
 
     index: int
     name: str

@@ -82,7 +82,7 @@ def find_carried(shapes: Mapping[str, Sequence[int]], blocks: Mapping[str, KeepE
 
 @dataclass(frozen=True)
 class _Pattern:
-    """How the tensors of a block's mixture are called within the block."""
+    """Names of the tensors of a block's mixture, relative to the block."""
 
     sliced: Mapping[str, int]
     """The dimension of the experts, by name."""

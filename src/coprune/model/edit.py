@@ -22,7 +22,7 @@ from coprune.model.routing import NeverChosen
 
 
 class Edit(BaseModel):
-    """One change of one block. By itself it changes nothing; a kind of edit overrides what it changes."""
+    """A change of one block. This class changes nothing; a kind of edit overrides what it changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -83,7 +83,7 @@ class AddLowRank(Edit):
     """Matrices of low rank were added to pruned ones. The journal keeps them with the block, the folder as an adapter."""
 
     ranks: dict[str, int]
-    """By the name of the matrix."""
+    """Rank by the name of the matrix."""
 
     def place(self, name: str) -> str | None:
         layer, _, factor = name.rpartition(".lora_")
@@ -94,7 +94,7 @@ class KeepSlices(Edit):
     """Channels or heads of a block were removed: its tensors are smaller. In memory they are zeros until it is saved."""
 
     kept: dict[str, KeptSlices]
-    """By the name of the source tensor."""
+    """Kept slices by the name of the source tensor."""
 
     def slices(self, name: str) -> KeptSlices | None:
         return self.kept.get(name)
@@ -108,9 +108,9 @@ class KeepNumbered(KeepSlices):
     """Experts were removed: tables and router rows are smaller, and those with tensors of their own have other numbers."""
 
     count: int
-    """How many experts there were."""
+    """Original number of experts."""
     experts: list[int]
-    """Those that are left."""
+    """Numbers of the kept experts."""
     numbered: list[str]
     """Beginnings of names in which a number of an expert follows: `….experts.` of tensors, `….down_proj[` of matrices."""
 
@@ -168,7 +168,7 @@ class CutVocabulary(Edit):
     """Tokens were removed, with their rows of every table."""
 
     size: int
-    """How many rows there were."""
+    """Original number of rows."""
     left: int
     ranges: list[tuple[int, int]]
     """First and last + 1 of every run of ids that stayed."""
@@ -203,7 +203,7 @@ class DropBlock(Edit):
     """A block is left out, and the later ones move up."""
 
     block: str
-    """Its name: the path of the list of blocks, and its number."""
+    """Name of the block: the path of the list and its number."""
     entries: int
     """Length of the tuple that a block answers with; 0 if it answers with the hidden states themselves."""
     saved: str | None = None
@@ -232,12 +232,12 @@ class DropBlock(Edit):
 
 
 class PadUnits(Edit):
-    """Some units of a block are zeros in every tensor: other blocks keep more, and the configuration says one number."""
+    """Zero units of a block, saved because other blocks keep more and the configuration has one number."""
 
     part: str
     """channels, or heads: key-value heads with their query heads."""
     units: int
-    """How many are saved."""
+    """Number of saved units."""
     real: list[list[tuple[int, int]]]
     """First and last + 1 of every run of saved units that are no padding, by consumer (expert)."""
 
@@ -251,9 +251,9 @@ class Configure(Edit):
     """The same as `config.json` words them, where that differs."""
     removed: str
     parameters: int | None = None
-    """How many are left in the whole model."""
+    """Number of parameters left in the whole model."""
     padding: int = 0
-    """How many zeros are saved beside them, since blocks differ."""
+    """Number of zeros saved beside them as padding."""
 
     def configure(self, config: dict[str, Any]) -> None:
         put_into(config, self.changes if self.written is None else self.written)

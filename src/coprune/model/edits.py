@@ -1,4 +1,4 @@
-"""All edits of a model together, in the order of its blocks: asked as one, and kept as JSON."""
+"""All edits of a model, in the order of its blocks, queried as one and stored as JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EDITS: dict[str, type[Edit]] = {
 
 @dataclass(frozen=True)
 class Edits:
-    """All that was done to a model, by block in the order of the model."""
+    """All edits of a model, by block in the order of the model."""
 
     by_block: Mapping[str, Sequence[Edit]] = field(default_factory=dict)
 

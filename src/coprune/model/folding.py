@@ -24,13 +24,12 @@ from coprune.model.matrices import Matrix
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows of a producer become inputs of a consumer: channels that may be permuted among each other.
+    """The mapping of a producer's rows to a consumer's inputs: channels that may be permuted.
 
-    segments: permutations that are independent of each other (key-value heads), each of `size` channels; repeats: how
-    many times in a row the consumer has each segment (query heads per key-value head); copies: rows of a producer for
-    each channel (2 where gate and up are one matrix), interleaved or one stack after the other; before: rows of the producer
-    that a segment has beside its channels, and before them (queries and keys, or keys alone); stacks: whether these are
-    all queries, then all keys, then all channels.
+    segments: independent permutations (key-value heads), each of `size` channels; repeats: number of consecutive copies of
+    each segment in the consumer (query heads per key-value head); copies: rows of a producer for each channel (2 where gate and
+    up are one matrix), interleaved or stacked; before: rows of the producer that a segment has before its channels (queries
+    and keys, or keys alone); stacks: whether these are all queries, then all keys, then all channels.
     """
 
     segments: int
@@ -125,7 +124,7 @@ class Fold:
     layout: Layout
     consumers: tuple[Matrix, ...]
     producers: tuple[tuple[Matrix, ...], ...]
-    """For each consumer what produces its inputs."""
+    """Producers of each consumer's inputs."""
     gate: Matrix | None = None
     """The matrix that gives a gate for every input of the only consumer, behind each head's queries or by itself."""
 

@@ -1,8 +1,8 @@
-"""Let a model write: answers to prompts of token ids, in batches, by transformers' own `generate` and its cache.
+"""Generation of answers to prompts of token ids, in batches, by transformers' own `generate` and its cache.
 
-Transformers draws one random number per row of a batch from the generator that all of a process shares, so a sampled
-answer would depend on the answers beside it. Here every prompt has numbers of its own, drawn from the seed and the
-prompt's place, and a processor of the logits turns them into the token that they stand for.
+Transformers draws one random number per row of a batch from the process's generator, so a sampled answer would depend on
+the answers beside it. Here every prompt has numbers of its own, drawn from the seed and the prompt's place, and a logits
+processor turns them into tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are written."""
+    """Settings of generation."""
 
     max_new_tokens: int = 256
     """An answer has at most so many tokens, or as many as the model's positions leave for it."""
@@ -65,7 +65,7 @@ class Answer:
     ended: bool
     """Whether the model ended the answer."""
     seconds: float
-    """Its share of the time that its batch took."""
+    """Share of the batch's time."""
 
 
 def generate(

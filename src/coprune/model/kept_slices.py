@@ -1,4 +1,4 @@
-"""Which slices of a tensor are left, as data: cut away, and put back as zeros."""
+"""The kept slices of a tensor as data: cut away, and restored as zeros."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class KeptSlices(BaseModel):
-    """Which slices of a tensor are left, along one of its dimensions."""
+    """Kept slices of a tensor along one of its dimensions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dim: int
     size: int
-    """Of the source tensor along that dimension."""
+    """Size of the source tensor along that dimension."""
     ranges: list[list[tuple[int, int]]]
     """First and last + 1 of every run of slices that are left: once, or for each entry of the first dimension (experts),
     of which all keep as many."""

@@ -16,7 +16,7 @@ from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix, why_no_matrix
 
 LEAST_SHARE = 0.5
-"""Of a block's weights so many have to be in matrices; else pruning these would hardly prune the block."""
+"""Minimum share of a block's weights in prunable matrices; below it, pruning would hardly change the block."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LargeParameter:
 
     @property
     def name(self) -> str:
-        """As matrices are named: without `.weight`."""
+        """Name in the style of matrices: without `.weight`."""
         return self.path.removesuffix(".weight")
 
     @property

@@ -35,7 +35,7 @@ from coprune.recipe.structure import WHOLE_MODEL
 
 _MOST_KINDS = 30
 _SHARE_FOR_WEIGHTS = 0.75
-"""Of the memory that is free, what the weights of a model may take that is read whole for a while."""
+"""Share of free memory allowed for the weights of a model that is temporarily read whole."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids or images go."""
+        """Device of token ids or images."""
         return self.weights.device if isinstance(self.weights, Imagined) else input_device(self.model)
 
     def lacks_room(self) -> str | None:

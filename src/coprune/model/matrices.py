@@ -22,20 +22,21 @@ from coprune.base.devices import in_host_memory
 from coprune.model.transformers_private import Conv1D, input_first
 
 LEAST_SPARSITY = 0.05
-"""With a smaller share of zeros a matrix is taken for one that was never pruned."""
+"""Minimum share of zeros by which a matrix counts as pruned."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One prunable weight: where it lives and how it is stored. Parameters are looked up when used, since a
-    streamed block gets new ones each time that it is loaded."""
+    """A prunable weight: its owner and its storage. Parameters are looked up on use, since a streamed block gets new ones each
+    time it is loaded.
+    """
 
     name: str
     """Path of the parameter without `.weight`; an expert's number in brackets: `…mlp.experts.down_proj[3]`."""
     owner: nn.Module
     attribute: str
     input_dim: int
-    """Which dimension of the stored 2-D weight runs over the inputs: 1 for out × in, 0 for in × out."""
+    """Dimension of the stored 2-D weight that runs over the inputs: 1 for out × in, 0 for in × out."""
     expert: int | None = None
 
     def stored(self) -> Tensor:

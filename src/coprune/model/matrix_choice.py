@@ -38,7 +38,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which matrices the user wants, as shell-like patterns (`*.q_proj`, `model.layers.0.*`).
+    """The user's choice of matrices, as shell-like patterns (`*.q_proj`, `model.layers.0.*`).
 
     They match a matrix's name, or the name without an expert's bracket.
     """
@@ -70,7 +70,7 @@ class Chosen:
     left_out: list[LeftOut] = field(default_factory=list)
     """The other tensors of the blocks with more than one dimension, with the reasons."""
     candidates: list[list[Matrix]] = field(default_factory=list)
-    """For every block all that may be matrices, also those that are not chosen."""
+    """All candidates of every block, also those not chosen."""
     selection: Selection = Selection()
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How a folder of sentence-transformers makes one vector of a text's hidden states; without such files, by their mean."""
+"""The pooling of hidden states to one vector per text in a sentence-transformers folder; the mean without such files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OLD = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weighte
 
 @dataclass(frozen=True)
 class Pooling:
-    """Which vectors of a text are put behind one another."""
+    """Concatenated pooling modes."""
 
     modes: tuple[str, ...] = ("mean",)
 

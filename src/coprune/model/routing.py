@@ -21,7 +21,7 @@ from coprune.model.walk.observe import PRODUCTS
 
 
 class OtherLogits(TorchFunctionMode):
-    """While active, the results of products that give one value per expert are changed: a router's logits."""
+    """Changes, while active, the results of products that give one value per expert: a router's logits."""
 
     def __init__(self, experts: int, change: Callable[[Tensor], Tensor]) -> None:
         """Wrap a router. change: replaces T × E logits."""
@@ -124,7 +124,7 @@ class Ties:
 
 
 class _Choosing(TorchFunctionMode):
-    """While active, the largest values along the last dimension may be others."""
+    """Changes, while active, the largest values along the last dimension."""
 
     def __init__(self, change: Callable[[Tensor, Any], Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From masks of a block's parameters to slices of its checkpoint's tensors: whole slices, or nothing at all."""
+"""Translation of masks of a block's parameters to slices of its checkpoint's tensors: whole slices, or nothing at all."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ _SKIPPED: dict[str, Any] = (
 )
 
 Operation = ConversionOps
-"""One step of a conversion, from tensors of a checkpoint toward a parameter of the model."""
+"""A step of a conversion from a checkpoint's tensors to a model's parameter."""
 Converter = WeightConverter
 """A conversion that changes the layout of tensors."""
 QuantizationConfig = quantization_config.QuantizationConfigMixin
@@ -70,7 +70,7 @@ def installed_trackers() -> list[str]:
 
 
 class Renaming:
-    """How the names of one model's parameters come from those of its checkpoint's tensors."""
+    """Mapping of a checkpoint's tensor names to a model's parameter names."""
 
     def __init__(self, model: PreTrainedModel, conversions: Iterable[Any], known: dict[str, Any]) -> None:
         """Collect a model's renamings and converters. known: the model's tensors by name."""
@@ -275,7 +275,7 @@ for _family in ("qwen2_moe", "qwen3_moe"):  # transformers takes the default's w
 
 @dataclass(frozen=True)
 class GgufNames:
-    """Which parameters the tensors of a GGUF file become, and how."""
+    """Parameters of the tensors of a GGUF file, and their conversion."""
 
     parameters: Mapping[str, str]
     processor: Any

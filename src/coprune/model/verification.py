@@ -1,4 +1,4 @@
-"""After saving: reload the checkpoint from the disk and compare its masks and logits with what the run made."""
+"""Verification of a saved checkpoint: reload it from disk and compare its masks and logits with the run's."""
 
 from __future__ import annotations
 

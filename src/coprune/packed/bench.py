@@ -47,7 +47,7 @@ class BenchArguments(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: str
     compile: bool
-    """Also with a compiled decoding step, which takes half a minute for thirty blocks before its first token."""
+    """Whether to time a compiled decoding step too, which takes half a minute for thirty blocks before its first token."""
 
 
 _MEASURING = ("prompt", "tokens", "repeats", "busy")
@@ -197,7 +197,7 @@ NO_GAIN = 1.03
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: a form of the model, at one batch size, in one phase."""
+    """One timing: a form of the model, at one batch size, in one phase."""
 
     phase: str
     """prefill (a whole prompt at once) or decode (one token per sequence)."""
@@ -206,7 +206,7 @@ class Row:
     compiled; where several models were measured, one of them in one runtime."""
     batch: int
     seconds: Timing
-    """Of one forward pass."""
+    """Seconds of one forward pass."""
     tokens_per_second: float
     speedup: float
     """Median time of the baseline over this one's."""
@@ -220,7 +220,7 @@ class Row:
 
 @dataclass(repr=False)
 class Bench(Shown):
-    """Everything that `bench` measured, on this machine."""
+    """All timings of `bench` on this machine."""
 
     model: str
     device: str
@@ -230,10 +230,10 @@ class Bench(Shown):
     bandwidth: float
     """Bytes per second, measured; 0 where it was not (GPU)."""
     bytes: dict[str, int] = field(default_factory=dict)
-    """Of each form's weights in memory."""
+    """Bytes of each form's weights in memory."""
     rows: list[Row] = field(default_factory=list)
     baselines: dict[str, str] = field(default_factory=dict)
-    """Which form each is compared with: dense, unless said otherwise."""
+    """Baseline of each form: dense by default."""
     compiling: dict[str, float] = field(default_factory=dict)
     """Seconds that the first step of each compiled form took, at the first batch size."""
     files: dict[str, int] = field(default_factory=dict)

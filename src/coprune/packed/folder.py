@@ -256,7 +256,7 @@ STORED = {
     "packed": "The weights are stored packed: `pip install coprune`, and `import coprune` before transformers loads this folder. "
     "`coprune unpack FOLDER DENSE` makes a dense folder of it that needs no coprune.",
 }
-"""How weights are stored, by the encoding."""
+"""Description of each encoding."""
 
 
 def packed_card(card: str) -> str:
@@ -320,7 +320,7 @@ class Sizes(Shown):
     """Bytes of a checkpoint's tensors, dense and packed."""
 
     folder: Path
-    """Of the packed checkpoint."""
+    """Folder of the packed checkpoint."""
     dense: int = 0
     packed: int = 0
     bytes_before: int = 0

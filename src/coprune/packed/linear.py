@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
 
     packed: Tensor
     starts: Tensor
-    """How many values come before each row."""
+    """Number of values before each row."""
     bias: Tensor | None
 
     def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:

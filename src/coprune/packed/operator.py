@@ -41,7 +41,7 @@ class Weight(NamedTuple):
     """A packed weight and its bias, as the operators take them behind the inputs."""
 
     packed: Tensor
-    """In the bitmask layout, as `for_kernels` gives it."""
+    """Packed weight in the bitmask layout, from `for_kernels`."""
     starts: Tensor
     """O + 1 int64, as `row_starts` gives them."""
     bias: Tensor | None
@@ -237,7 +237,7 @@ def _bits(blob: Tensor, header: Header) -> Tensor:
 
 
 MOST_INPUTS = 16
-"""With more, a product of a dense copy is bound by arithmetic and no longer by what is read."""
+"""Maximum inputs at which a product is bound by memory bandwidth; above, by arithmetic."""
 
 
 def kernel_serves(x: Tensor, header: Header) -> bool:

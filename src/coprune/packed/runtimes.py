@@ -48,10 +48,10 @@ def require_positions(model: Any, work: Work) -> None:
 
 
 class Runner(Protocol):
-    """One model in one runtime, with tokens that it has read."""
+    """A model in one runtime, with the tokens that it has read."""
 
     bytes: int
-    """Of its weights in memory."""
+    """Bytes of its weights in memory."""
 
     def prefill(self, ids: Tensor) -> None:
         """Read a prompt from its beginning: B × T int64."""

@@ -92,7 +92,7 @@ def measure_bandwidth(repeats: int = 9, clock: Clock = time.perf_counter) -> flo
 
 REPEATS = 5
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Of the largest output; both ways add up in another order."""
+"""Tolerance relative to the largest output; both ways sum in different orders."""
 
 Product = Callable[[Tensor], Tensor]
 
@@ -101,14 +101,14 @@ class Kind(NamedTuple):
     """Products that take about equally long."""
 
     way: str
-    """Of making them: what is compared with an unpacked copy."""
+    """Name of the candidate that is compared with an unpacked copy."""
     device: torch.device
     shape: tuple[int, ...]
     dtype: torch.dtype
     twentieths: int
-    """Of the weights that are kept."""
+    """Twentieths of the weights that are kept."""
     inputs: int
-    """How many there are, or of how many bits that number is."""
+    """Number of inputs, or its bit length."""
 
 
 TRIED: dict[Kind, bool] = {}

@@ -1,1 +1,1 @@
-"""From a weight and what is known of its inputs to a pruned weight."""
+"""Pruned weights from weights and statistics of their inputs."""

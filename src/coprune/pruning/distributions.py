@@ -29,7 +29,7 @@ class Histogram(BaseModel):
 
 
 class Distributions(BaseModel):
-    """Of one matrix W (O × I) with input norms n: the magnitudes |W|, the norms n, and the scores |W|·n."""
+    """Distributions of a matrix W (O × I) with input norms n: of the magnitudes |W|, the norms n, and the scores |W|·n."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Steps = tuple[int, ...]
-"""How many steps every part loses."""
+"""Number of steps that every part loses."""
 GUESSED = 24
-"""So many changed budgets are drawn for each that is tried, and those with the lowest guesses are."""
+"""Number of proposals per try, of which the one with the lowest predicted cost is tried."""
 RIDGE = 1.0
-"""How strongly guesses are pulled to zero, in squared steps."""
+"""Ridge penalty of the predictions, in squared steps."""
 MOST_EXCHANGES = 6
 
 

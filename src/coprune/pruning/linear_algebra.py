@@ -16,7 +16,7 @@ from coprune.base.errors import NumericalError
 from coprune.pruning.events import Event
 
 ESCALATIONS = 3
-"""How often the damping is raised tenfold before the spectrum is clipped."""
+"""Number of tenfold increases of the damping before the spectrum is clipped."""
 SMALLEST_HALF = 128
 """Size from which on a triangular matrix is inverted at once."""
 

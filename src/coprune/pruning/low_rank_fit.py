@@ -33,9 +33,9 @@ class LowRank:
     """
 
     rank: int
-    """Of the second part; at most the smaller side of the weight."""
+    """Rank of the second part; at most the smaller side of the weight."""
     rounds: int
-    """How often the weight is pruned; the best of all rounds counts."""
+    """Number of prunings of the weight; the best counts."""
 
     def __post_init__(self) -> None:
         require_positive(rank=self.rank, rounds=self.rounds)

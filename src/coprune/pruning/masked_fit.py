@@ -11,12 +11,12 @@ from coprune.base.precision import total
 from coprune.base.reading import Questions
 
 ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""Of a dot product in float32, times the root of its length and the sizes of its factors, no less than what is lost."""
+"""Bound of a float32 dot product's rounding, relative to the root of its length and the sizes of its factors."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """How far conjugate gradients go."""
+    """Limits of conjugate gradients."""
 
     most: int
     """Rounds at most."""

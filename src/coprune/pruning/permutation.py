@@ -41,7 +41,7 @@ class Permuted:
     after: float = 0.0
     names: list[str] = field(default_factory=list)
     of: int = 0
-    """How many matrices there are to prune."""
+    """Number of matrices to prune."""
 
     def describe(self) -> str:
         """Return one line on the result."""

@@ -50,14 +50,14 @@ class MatrixResult(BaseModel):
     seconds: float
     events: tuple[Event, ...] = ()
     rank: int | None = None
-    """Of the matrix of low rank that was added to it; the layer error is that of the sum."""
+    """Rank of the added factors; the layer error is that of the sum."""
     distributions: Distributions | None = None
-    """Of its weights, inputs and scores before pruning; in a file of their own beside the report."""
+    """Distributions of weights, inputs and scores before pruning; in a file of their own beside the report."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How every matrix is pruned: a method, and refinements of its result."""
+    """A method, and refinements of its result."""
 
     method: Method
     refinements: tuple[Refinement, ...] = ()
@@ -108,13 +108,13 @@ def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Ev
 
 
 class Solving:
-    """Who prunes which matrix: every one is pruned by one process, which sends its weights to the others.
+    """The distribution of matrices over processes: each is pruned by one, which sends its weights to the others.
 
     Args:
         processes: those of the run.
-        stages: groups that are known at the same time; their matrices are shared out together, the costly ones first.
-        at_once: whether results are needed as soon as a group was pruned (`sequential`), or only at the block's end.
-        gram: whether a matrix is solved by its Gram matrix, which costs more than in proportion to its size.
+        stages: groups that are known at the same time; their matrices are distributed together, costly ones first.
+        at_once: whether results are needed as soon as a group is pruned (`sequential`), or only at the block's end.
+        gram: whether solving a matrix costs more than in proportion to its size, as with a Gram matrix.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class Rotated:
     """The outcome of a rotation: shares of the scores that the pattern takes before and after, and in which matrices."""
 
     shares: list[Tensor] = field(default_factory=list)
-    """Before and after, two numbers for each place that was rotated."""
+    """Lost shares before and after, for each rotated place."""
     names: list[str] = field(default_factory=list)
 
     def describe(self) -> str:

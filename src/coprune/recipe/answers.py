@@ -135,7 +135,7 @@ _CONDITION = re.compile(
 
 @dataclass(frozen=True)
 class Condition:
-    """One of them, read."""
+    """A condition, parsed."""
 
     text: str
     name: str

@@ -30,7 +30,7 @@ class Decides(Flag):
     """The results that a setting influences; several are combined with `|`."""
 
     WHERE = 0
-    """Nothing but where things are read from, written to and told."""
+    """Only sources, destinations and notifications."""
     RESULT = auto()
     """The weights, and what is noted of them while they are pruned or trained."""
     ROUNDING = auto()
@@ -40,16 +40,16 @@ class Decides(Flag):
     COST = auto()
     """Memory and time."""
     WHETHER = auto()
-    """Only whether it is given counts, not what it says."""
+    """Counts only by its presence, not by its value."""
     WHOLE = RESULT | ROUNDING | MEASUREMENT
     """The result to the last bit, and what is measured of it."""
 
 
 class Shown(Enum):
-    """Where `--help` shows the setting."""
+    """Visibility of a setting in `--help`."""
 
     COMMON = auto()
-    """In the short help, since most people need it at some time; every other one in `--help-all`."""
+    """In the short help; all others only in `--help-all`."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Part(BaseModel):
 
 
 class ModelPart(Part):
-    """Which model, and how it is held."""
+    """Settings of the model."""
 
     title = "The model"
 
@@ -235,7 +235,7 @@ class ReconstructPart(Part):
 
 
 class PrunePart(Part):
-    """Which weights are pruned, in which pattern, and what mends the rest."""
+    """Settings of pruning: method, pattern, refinements."""
 
     title = "What is pruned, and how"
 

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct_tokens": 204_800,
     },
 }
-"""By name, the quickest first: what each is where the whole model is not trained."""
+"""Settings of presets by name, the quickest first, where the whole model is not trained."""
 # Training the whole model toward the dense one reaches what no block alone can mend; reconstructing blocks before that gains
 # less than more of these steps in its time. The fewer steps there are, the longer they may be.
 WHOLE: dict[str, dict[str, Any]] = {

@@ -276,7 +276,7 @@ _NOT_HELD = "This file alone does not repeat the run: {what} was handed over in 
 
 
 class Recipe(Tree):
-    """One pruning run, part by part; it is made from the parts as from flat settings such as `nsamples`."""
+    """The settings of a run, made from parts or from flat settings such as `nsamples`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -314,7 +314,7 @@ class Recipe(Tree):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run's report goes."""
+        """Folder of the run's report."""
         if self.output.run is not None:
             return self.output.run
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
@@ -333,14 +333,14 @@ class Recipe(Tree):
 
     @property
     def training_folder(self) -> Path:
-        """Where curves, adapters and resumable states of a training go that is all the recipe asks for."""
+        """Folder of curves, adapters and resumable states, for a recipe that only trains."""
         return self.output.run or Path("out") / "finetune" / (Path(self.model.name).name or "model") / str(
             self.train.mode
         )
 
     @property
     def trained_folder(self) -> Path:
-        """Where the model goes that is trained."""
+        """Folder of the trained model."""
         return self.output.model or self.training_folder / "model"
 
     def flat(self) -> dict[str, Any]:

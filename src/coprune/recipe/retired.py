@@ -17,9 +17,9 @@ class Retired:
     """A setting that is gone."""
 
     place: str | None
-    """Its place in a recipe; None if it was none of a recipe's."""
+    """Path in a recipe; None if it was not in one."""
     default: Any
-    """Its value where nothing was said of it, which old recipes hold and which means the same as leaving it out."""
+    """Former default, which old recipes hold and which means the same as leaving it out."""
     instead: Words
     """What to use instead."""
 
@@ -46,7 +46,7 @@ RETIRED: dict[str, Retired] = {
         None, None, (LeaveOut("move_zeros"), ": as long a training with every zero kept comes nearer")
     ),
 }
-"""By the flat name."""
+"""Retired settings by flat name."""
 GONE_PARTS = {"quantization": "grid"}
 """Parts of a recipe of which nothing is left, with the field that each was about."""
 ALLOCATIONS = ("alpha", "error", "search")

@@ -25,7 +25,7 @@ OPTIONS: dict[str, str] = {
     "length": "a whole number of at least 1",
     "seqlen": "a whole number of at least 2",
 }
-"""Every option of a source, and what it can be."""
+"""Options of a source, with their values."""
 _NAMES = "|".join(OPTIONS)
 _OPTION = re.compile(rf"(?P<key>{_NAMES})=(?P<value>[^=]*)(?:=(?P<share>[^=]*))?")
 _WITH_OPTION = re.compile(rf"(?P<name>.*?):(?P<option>(?:{_NAMES})=.*)")
@@ -42,7 +42,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of calibration samples."""
+    """A source of calibration samples."""
 
     name: str
     """A corpus, a file, a data set, what was handed over; `self` or `self:PROMPTS` for what the model writes."""

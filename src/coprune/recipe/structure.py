@@ -37,7 +37,7 @@ SPREADING = ("uniform", "error", "search")
 
 @dataclass(frozen=True)
 class Left:
-    """How many experts of every mixture stay."""
+    """Number of experts to keep in every mixture."""
 
     count: int
 
@@ -220,7 +220,7 @@ class RemovePart(Part):
 
     @property
     def vocabulary(self) -> Target | None:
-        """How much of the vocabulary is removed; None for nothing."""
+        """Target size of the vocabulary; None if it is not cut."""
         return _vocabulary(self.parts)
 
     def without_vocabulary(self) -> Self:

@@ -20,7 +20,7 @@ from coprune.recipe.train import TrainPart
 
 
 class Tree(BaseModel):
-    """All settings of a run, part by part."""
+    """All settings of a run, by part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,15 +70,15 @@ def _parts(kind: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, 
 
 OF_METHOD = "method"
 PARTS: dict[str, type[Part]] = dict(_parts(Tree, ()))
-"""Every part by its place, also those within others."""
+"""All parts by path, nested ones too."""
 LEAVES: dict[str, Leaf] = {
     word: leaf for place, part in PARTS.items() if "." not in place for word, leaf in _leaves(part, (place,))
 }
-"""Every setting by its flat name."""
+"""All settings by flat name."""
 FLAT: dict[str, str] = {word: leaf.place for word, leaf in LEAVES.items()}
 """The place of every setting by its flat name."""
 FIELDS: dict[str, FieldInfo] = {word: leaf.field for word, leaf in LEAVES.items()}
-"""Its field; of a method's name and options, that of the method."""
+"""Fields by flat name; of a method's name and options, that of the method."""
 WORDS: dict[str, str] = {place: word for word, place in FLAT.items()}
 """The flat name of every setting by its place."""
 

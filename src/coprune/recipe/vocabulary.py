@@ -1,4 +1,4 @@
-"""How much of a vocabulary is removed, and whose texts decide which tokens stay, as they are written."""
+"""The syntax of a vocabulary cut: its size, and the texts that decide which tokens stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which blocks are kept: by how little a block changes what goes through it, or by what the model says without it."""
+"""Scores of blocks: by how much a block changes its input, or by the model's output without it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class BlockScore(Protocol):
 
 @dataclass(frozen=True)
 class Influence:
-    """Let the blocks go that turn their inputs least (ShortGPT, arXiv 2403.03853)."""
+    """Remove the blocks that change the direction of their inputs least (ShortGPT, arXiv 2403.03853)."""
 
     def choose(
         self,
@@ -69,15 +69,15 @@ class Influence:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Let one block after another go: the one without which the model's distributions stay nearest to the dense model's.
+    """Remove one block after another: the one without which the model's distributions stay closest to the dense model's.
 
-    After the first round only the blocks that did best in the last one are tried again.
+    After the first round only the best blocks of the last one are tried again.
     """
 
     tokens: int = 2048
-    """Of the calibration, at least so many are looked at (of images: one batch)."""
+    """Minimum of calibration tokens to use (of images: one batch)."""
     candidates: int = 6
-    """How many blocks are tried again after one went; 0: all."""
+    """Number of blocks tried again after one is removed; 0: all."""
 
     def __post_init__(self) -> None:
         require_positive(tokens=self.tokens)
@@ -107,7 +107,7 @@ class Divergence:
 
 
 BLOCK_SCORES: dict[str, BlockScore] = {"influence": Influence(), "kl": Divergence()}
-"""Every score of blocks by its name."""
+"""Scores of blocks by name."""
 
 
 def block_score_named(asked: Choice) -> BlockScore:
@@ -197,7 +197,7 @@ class _Ways:
     base: list[Tensor]
     """Without those that are gone."""
     without: dict[int, list[Tensor]] = field(default_factory=dict)
-    """By the number of the block that is left out as well."""
+    """Hidden states by the number of the block that is also removed."""
 
     def move(self, block: Block) -> None:
         if block.index in self.gone:

@@ -37,11 +37,11 @@ from coprune.run.calibrating import first_batches, record_calibration
 from coprune.run.context import Run
 
 WAYS = (8, 4)
-"""At most so many numbers of blocks, and so many numbers of heads, are tried."""
+"""Maximum numbers of block counts and of head counts to try."""
 
 Parts = Mapping[str, Sequence[Part]]
 Level = Mapping[int, int]
-"""How many units are kept, by how many there are."""
+"""Number of kept units, by the number present."""
 
 
 def find_for_budget(run: Run) -> Removable:
@@ -183,12 +183,12 @@ def _removed(plan: Plan, units: Sequence[tuple[Part, int]]) -> int:
 
 
 TOKENS = 1024
-"""Of the calibration, at least so many are run through every way that is tried (of images: one batch)."""
+"""Minimum of calibration tokens to run through every variant (of images: one batch)."""
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Some of the calibration on its way through the dense model (the first entry) and through every way's own."""
+    """Calibration data on its way through the dense model (the first entry) and through every variant."""
 
     recording: Recording
     hidden: list[list[Tensor]]

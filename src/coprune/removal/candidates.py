@@ -41,13 +41,13 @@ class Levels:
     counts: list[int]
     """Units that are kept."""
     keeps: list[list[Tensor]]
-    """Which: U bool for each consumer, by level."""
+    """Kept units by level: U bool for each consumer."""
     costs: list[float]
     """Squared error of the consumers' outputs, relative to them."""
     moved: float
-    """How far the block moves the hidden states of the dense model."""
+    """How much the block changes the dense model's hidden states."""
     inputs: Mapping[str, Inputs]
-    """Of the consumers in the dense model, by name."""
+    """Inputs of the consumers in the dense model, by name."""
 
     def steps_to(self, count: int) -> int:
         """Return the number of steps at which `count` units are kept."""
@@ -61,7 +61,7 @@ class Consumers:
     levels: Sequence[Levels]
     refit: bool
     before: Mapping[str, Tensor]
-    """Of every consumer, the dense weight."""
+    """Dense weight of every consumer."""
 
     @classmethod
     def of(cls, run: Run, levels: Sequence[Levels]) -> Self:
@@ -115,9 +115,9 @@ class Candidates:
     settled: Steps
     """The budget by which is known what every block is given."""
     hidden: list[Hidden]
-    """Those inputs, and at the end the last block's output."""
+    """Inputs of the blocks, and finally the last block's output."""
     sums: dict[Steps, list[float]] = field(default_factory=dict)
-    """Of budgets that were looked at to the end: KL in nats, by batch."""
+    """KL in nats by batch, of fully evaluated budgets."""
     touched: set[int] = field(default_factory=set)
     """Numbers of the parts that are not as they were, or may not be."""
 
@@ -229,9 +229,9 @@ class Finds:
     """The tries so far, and their costs."""
 
     path: Path | None
-    """Where that is kept; None where no folder is wanted."""
+    """File of the tries; None without a folder."""
     identity: str
-    """Of the recipe, the model and the data."""
+    """Hash of the recipe, the model and the data."""
     tried: list[tuple[Steps, float]] = field(default_factory=list)
     seconds: float = 0.0
 

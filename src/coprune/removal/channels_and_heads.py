@@ -33,11 +33,11 @@ class Part:
     kind: Kind
     fold: Fold
     beside: tuple[tuple[Matrix, int], ...] = ()
-    """Other matrices that lose rows with a unit, with the rows that one unit has."""
+    """Other matrices that lose rows with a unit, with the number of rows per unit."""
     vectors: tuple[tuple[str, nn.Parameter], ...] = ()
     """Parameters with one value per query head."""
     group: int = 1
-    """So many units are kept or go together."""
+    """Number of units that are kept or removed together."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class Part:
 
     @property
     def count(self) -> int:
-        """How many units there are."""
+        """Number of units."""
         return self.fold.layout.size if self.kind == "channels" else self.fold.layout.segments
 
     @property

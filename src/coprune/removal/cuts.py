@@ -30,13 +30,13 @@ class Plan:
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     """Parts that may get smaller, by block."""
     keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
-    """How many units of a part are saved, by kind and by how many there are."""
+    """Number of saved units of a part, by kind and by the number present."""
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
     """Whose experts get fewer, by block."""
     experts: Mapping[int, int] = field(default_factory=dict)
-    """How many are kept, by how many there are."""
+    """Number of kept experts, by the number present."""
     uneven: Mapping[str, int] = field(default_factory=dict)
-    """How many units are kept where blocks differ, by the part's name; the others that are saved are zeros."""
+    """Number of kept units where blocks differ, by the part's name; the other saved units are zeros."""
 
     def count(self, part: Part) -> int:
         """Return the number of kept units of a part."""

@@ -18,12 +18,12 @@ Forward = Callable[..., Any]
 _NOTHING, _NOTHING_OF_HALVES = 1e-4, 2e-2
 """Gates below this share of the largest are rounding."""
 Place = int | str
-"""Where an argument stands in a call: its position or its keyword."""
+"""Place of an argument in a call: its position or its keyword."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """One call of a mixture's experts: T tokens, k of the experts for each."""
+    """A call of a mixture's experts: T tokens, k of the experts for each."""
 
     index: Tensor
     """T × k int64: which experts a token goes to."""
@@ -40,7 +40,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class ExpertCall:
-    """How a mixture's experts are called: with tokens, the experts that each goes to, and their gates."""
+    """The signature of a mixture's experts: tokens, the experts of each, and their gates."""
 
     hidden: Place
     index: Place
@@ -96,7 +96,7 @@ def _places(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Place, Any]:
 
 @dataclass(frozen=True)
 class ListedCall:
-    """How the experts of a list are called: one after another, with the rows of their tokens."""
+    """The calls of a list of experts: one after another, with the rows of their tokens."""
 
     experts: nn.ModuleList
 

@@ -206,7 +206,7 @@ def cut_carried(run: Run, mixtures: Mapping[str, Mixture], edits: Edits) -> list
 
 
 EXPERTS_FILE = "experts.json"
-"""In a run's folder."""
+"""File of expert scores in a run's folder."""
 Scored = dict[str, dict[str, ExpertSums]]
 """Sums of every mixture's experts, by domain and block."""
 
@@ -230,7 +230,7 @@ class ExpertScores(BaseModel):
     data: dict[str, str]
     """Fingerprint of the samples, by domain."""
     sums: dict[str, dict[str, _Kept]]
-    """By domain and block."""
+    """Sums by domain and block."""
 
     @classmethod
     def of(cls, model: str, data: dict[str, str], scored: Scored) -> Self:

@@ -1,6 +1,6 @@
-"""Which experts of a mixture are kept: scores of single experts, and the choice among them, for one domain or several.
+"""Scores of single experts of a mixture, and the choice among them for one domain or several.
 
-E experts. Scores add over tokens, so they are gathered once per domain of text, and blended as often as one likes.
+E experts. Scores add over tokens, so they are gathered once per domain of text, and can be blended repeatedly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coprune.recipe.choice import Choice
 from coprune.removal.expert_calls import Routed
 
 _STARTS = 8
-"""From so many choices exchanges begin."""
+"""Number of choices from which exchanges start."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class REAP:
 
 @dataclass(frozen=True)
 class Frequency:
-    """How many of the tokens come to an expert."""
+    """Share of the tokens that are routed to an expert."""
 
     def score(self, sums: ExpertSums, block: int) -> Tensor:
         return sums.tokens / sums.tokens.sum().clamp_min(1)
@@ -108,7 +108,7 @@ class RandomExperts:
 
 
 EXPERT_SCORES: dict[str, ExpertScore] = {"reap": REAP(), "frequency": Frequency(), "random": RandomExperts()}
-"""Every score of experts by its name."""
+"""Scores of experts by name."""
 
 
 def expert_score_named(asked: Choice) -> ExpertScore:

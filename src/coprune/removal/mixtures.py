@@ -38,7 +38,7 @@ class Mixture:
     sliced: dict[str, int]
     """Tensors with one entry per expert: path, and the dimension of the experts."""
     added: tuple[str, ...]
-    """Those that are added to logits or scores, so that minus infinity there keeps an expert from being chosen."""
+    """Tensors added to logits or scores, where minus infinity excludes an expert."""
     count: int
     top: int
     """Experts that a token goes to."""
@@ -156,7 +156,7 @@ class _Stop(Exception):
 
 
 class _Search:
-    """One mixture of a block, while it is looked at."""
+    """The search for the parts of one mixture of a block."""
 
     def __init__(self, block: Block, experts: str, run: Run) -> None:
         self._block, self._path, self._run = block, experts, run

@@ -95,7 +95,7 @@ class Rehearsed:
     run: Run
     plan: Plan
     cuts: Mapping[str, Cut]
-    """By block."""
+    """Cuts by block."""
     edits: Edits
 
     @contextmanager

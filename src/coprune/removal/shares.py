@@ -1,4 +1,4 @@
-"""From the shares that a recipe asks for to a plan: the parts there are, how many of each stay, which blocks go."""
+"""The plan of a removal from the recipe's shares: the parts, how many of each stay, which blocks go."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Removable:
     """The parts that a run may remove, found and rehearsed before anything slow."""
 
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    """Of the kinds that are asked for, by block; of all blocks."""
+    """Parts of the requested kinds, by block; of all blocks."""
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
     blocks: bool = True
     """Whether a parameter budget may remove blocks."""

@@ -209,7 +209,7 @@ def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 @dataclass(frozen=True)
 class _Making:
-    """How a model is made with other configurations."""
+    """A factory of the model under other configurations."""
 
     model: PreTrainedModel
     layout: Layout | None
@@ -308,7 +308,7 @@ class Resized:
     sizes: Sequence[tuple[int, int]] = ()
     """Old numbers with the new ones; two things may have been as large as each other, and are not any more."""
     blocks: int = 0
-    """How many there were."""
+    """Original number of blocks."""
     dropped: Sequence[int] = ()
     extra: dict[str, int] = field(default_factory=dict)
     """Values that may have to be written though they were not: the width of a head, which followed from their number."""
@@ -319,7 +319,7 @@ class Resized:
 _EXPERTS = re.compile(r"(?!.*shared)(?:\w+_)?n(?:um)?_(?:\w+_)?experts")
 """Names under which programs look for the number of experts that tokens are routed to."""
 Choices = list[list[dict[str, Any]]]
-"""For each number that is another now, what may tell of it."""
+"""Candidate changes of configuration for each changed number."""
 
 
 def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices, Choices]:

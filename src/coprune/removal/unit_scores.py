@@ -1,7 +1,7 @@
-"""Which channels or heads of a block are kept: the published scores, and the one that removes what costs least.
+"""Scores of channels or heads of a block: the published ones, and the one that removes at the lowest cost.
 
 Shapes: O × C is the consumer, the matrix whose inputs the channels are (a down projection, an output projection). A unit
-is what is removed as a whole: one channel, or the K channels of a key-value head with all its query heads. U units.
+is removed as a whole: one channel, or the K channels of a key-value head with all its query heads. U units.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class OBS:
     damping: float = 0.01
     """Added to the Gram matrix, as a fraction of its mean diagonal."""
     steps: int = 32
-    """In how many steps the units are removed."""
+    """Number of steps in which the units are removed."""
 
     def __post_init__(self) -> None:
         require_positive(damping=self.damping, steps=self.steps)
@@ -196,7 +196,7 @@ def _in_one_go(score: OBS, weight: Tensor, statistic: Gram, units: Tensor, count
 
 
 SCORES: dict[str, Score] = {"magnitude": Magnitude(), "wanda_sp": WandaSP(), "flap": FLAP(), "obs": OBS()}
-"""Every score of channels and heads by its name."""
+"""Scores of channels and heads by name."""
 
 
 def score_named(asked: Choice) -> Score:
@@ -225,7 +225,7 @@ def removal_cost(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
 
 
 LEAST_DAMPING = 0.01
-"""Of a refit, however many tokens it sees."""
+"""Minimum damping of a refit, however many tokens it sees."""
 
 
 def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | None = None) -> Tensor:
@@ -315,9 +315,9 @@ class ByError:
     """
 
     tokens: int = 1024
-    """Of the calibration, at least so many are run for that (of images: one batch); 0: errors count by `movement`."""
+    """Minimum of calibration tokens for the weights of errors (of images: one batch); 0: errors are weighted by `movement`."""
     movement: float = 1.0
-    """With 0 tokens, errors count by what their block changes in the hidden states, to this power; 0: all blocks alike."""
+    """With 0 tokens, exponent of a block's change of the hidden states, which weights its errors; 0: all blocks alike."""
 
     def __post_init__(self) -> None:
         require_not_negative(tokens=self.tokens, movement=self.movement)
@@ -331,11 +331,11 @@ class Search:
     """
 
     minutes: float = 0.0
-    """How long, all runs that were killed in between together."""
+    """Time limit in minutes, over all interrupted runs together."""
     rounds: int = 0
     """Or how many tries."""
     tokens: int = 2048
-    """Of the calibration, at least so many are looked at (of images: one batch)."""
+    """Minimum of calibration tokens to use (of images: one batch)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -350,7 +350,7 @@ class Search:
 
 
 SPREADINGS: dict[str, Uniform | ByError | Search] = {"uniform": Uniform(), "error": ByError(), "search": Search()}
-"""Every way to spread units over the blocks, by its name."""
+"""Allocations of units to blocks, by name."""
 
 
 def spreading_named(asked: Choice) -> Uniform | ByError | Search:
@@ -397,7 +397,7 @@ def _slopes(costs: Sequence[float]) -> list[float]:
 
 
 MOVED_TOKENS = 1024
-"""Of the hidden states that blocks change, about so many are looked at."""
+"""Approximate number of hidden states used for a block's change."""
 
 
 def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:

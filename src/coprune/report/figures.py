@@ -63,7 +63,7 @@ class FinetunedFacts(BaseModel):
     steps: int
     minutes: float
     perplexity: dict[str, float] = {}
-    """By the name of the text."""
+    """Perplexity by the name of the text."""
     top1: dict[str, float] = {}
     """Accuracy, by the name of the set of images."""
 
@@ -88,7 +88,7 @@ class ChangedPrediction(BaseModel):
     dense: int
     pruned: int
     names: tuple[str, str, str] | None = None
-    """Of these three classes, in this order."""
+    """Names of these three classes, in this order."""
     thumbnail: str | None = None
     """A small copy as a data URI, of the first of them."""
 
@@ -132,15 +132,15 @@ class LowRankFacts(BaseModel):
     rank: int
     matrices: int
     parameters: int
-    """Of all that was added."""
+    """Number of added parameters."""
     adapter_bytes: int
-    """In the model's dtype."""
+    """Bytes of the factors in the model's dtype."""
     base_bytes: int
-    """Of the sparse model as it is saved, with its zeros."""
+    """Bytes of the saved sparse model, zeros included."""
     sparse_bytes: int
-    """Of the same if its matrices were kept values and where they are, every bit counted."""
+    """Bytes of the sparse model if only kept values and their positions were stored."""
     effective_sparsity: float
-    """Of the pruned matrices, with what was added counted as if it were kept."""
+    """Sparsity of the pruned matrices, with added parameters counted as kept weights."""
     alone: dict[str, float] = {}
     """Perplexity (or top-1 accuracy) of the sparse part without it, by the name of the data."""
     left_out: list[str] = []

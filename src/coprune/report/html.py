@@ -222,19 +222,19 @@ def name_of(source: str) -> str:
 
 
 class MadeFacts(BaseModel):
-    """When, where and with what."""
+    """Date, machine, command and version."""
 
     model_config = ConfigDict(frozen=True)
 
     date: datetime
-    """When everything was measured, in UTC."""
+    """Date of the measurements, in UTC."""
     machine: str
     command: str | None
     """Command line of the run; None for a call from Python."""
     version: str = ""
-    """Of coprune; empty in reports of earlier versions."""
+    """Version of coprune; empty in reports of earlier versions."""
     commit: str | None = None
-    """Of coprune, where it runs from a git checkout; `-dirty` behind it where files differ from it."""
+    """Commit of coprune, if it runs from a git checkout; with `-dirty` if files differ from it."""
 
     @classmethod
     def here(cls) -> Self:

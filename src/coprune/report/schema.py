@@ -30,13 +30,13 @@ from coprune.vocabulary.facts import VocabularyFacts
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
 OF_IMAGES = ("timm", "torchvision")
-"""Those that a model of text has nothing to do with."""
+"""Packages that only image models need."""
 
 _DISTRIBUTIONS = TypeAdapter(dict[str, Distributions])
 
 
 class ModelFacts(BaseModel):
-    """Which model was pruned."""
+    """The pruned model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,11 +51,11 @@ class ModelFacts(BaseModel):
     task: TaskName = "text"
     block_names: list[str] = []
     loaded_by: str = ""
-    """Which class of transformers loads it, where that is none of its Auto classes."""
+    """Class of transformers that loads it, if that is none of its Auto classes."""
 
 
 class CalibrationFacts(BaseModel):
-    """Which tokens or images calibrated it."""
+    """The calibration data."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,9 +66,9 @@ class CalibrationFacts(BaseModel):
     seed: int
     fingerprint: str
     sources: list[SourcePart] = []
-    """Of several sources, or of one with options: what each gave."""
+    """Contribution of each source, for several sources or one with options."""
     counted: int | None = None
-    """How many of the tokens the statistics are of, where that is not all."""
+    """Number of tokens in the statistics, if not all."""
     image_size: tuple[int, int] | None = None
     """(height, width) that the model's transforms gave; None for text."""
 
@@ -95,7 +95,7 @@ class SparsityFacts(BaseModel):
 
 
 class PhaseFacts(BaseModel):
-    """One phase of a run, with the memory in use when it ended."""
+    """A phase of a run, with the memory in use at its end."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -108,7 +108,7 @@ class PhaseFacts(BaseModel):
 
 
 class Report(Shown, BaseModel):
-    """One pruning run."""
+    """The report of a pruning run."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -140,17 +140,17 @@ class Report(Shown, BaseModel):
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
     embeddings: list[EmbeddingChange] = []
-    """How close the pruned model's vectors are to the dense model's."""
+    """Closeness of the pruned model's embeddings to the dense model's."""
     bos: BosChoice | None = None
-    """How windows of text begin; None where there is no text."""
+    """How windows of text begin; None without a text."""
     covered: dict[str, float] = {}
     """Share of its experts' score that each domain keeps, where experts were removed."""
     finetuned: FinetunedFacts | None = None
-    """Of a run that fine-tuned what it had pruned; `saved_model` is the result of that then."""
+    """Results of fine-tuning after pruning, whose model is then `saved_model`."""
     low_rank: LowRankFacts | None = None
-    """Where matrices of low rank were added, which all figures but its own have in them."""
+    """Added factors of low rank, which all figures but its own include."""
     vocabulary: VocabularyFacts | None = None
-    """Where tokens were removed, before all else; perplexity is then of what is left of them, on both sides."""
+    """Tokens removed first; perplexity on both sides is then of the cut model."""
     left: int | None = None
     """Parameters of what is left, where parts were removed."""
     padding: int = 0

@@ -1,4 +1,4 @@
-"""One page for several runs: what each reached, and which of them no other beats."""
+"""A page for several runs: the result of each, and the Pareto front."""
 
 from __future__ import annotations
 

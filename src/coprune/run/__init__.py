@@ -1,1 +1,1 @@
-"""One run from recipe to folder: checks, session, walk, journal, verification."""
+"""A run from recipe to folder: checks, walk, journal, verification."""

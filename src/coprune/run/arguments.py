@@ -45,7 +45,7 @@ class MethodArguments(TypedDict, total=False):
 
 
 class CalibrationArguments(TypedDict, total=False):
-    """How much is pruned, of what, on which data."""
+    """Arguments of pruning and calibration."""
 
     prune: PrunePart | Mapping[str, Any]
     options: Options
@@ -97,7 +97,7 @@ class StructureArguments(TypedDict, total=False):
 
 
 class OutcomeArguments(AnswerArguments, total=False):
-    """How the model is held, trained, measured and written."""
+    """Arguments of loading, training, measuring and writing."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: str
@@ -144,7 +144,7 @@ class OutcomeArguments(AnswerArguments, total=False):
 
 
 class ProcessorArguments(TypedDict, total=False):
-    """Other names of `processor`."""
+    """Aliases of `processor`."""
 
     tokenizer: PreTrainedTokenizerBase | None
     image_processor: Any

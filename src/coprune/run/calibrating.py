@@ -59,11 +59,11 @@ def record_calibration(run: Run, dense: bool = False) -> Recording | None:
 
 
 class Counted(NamedTuple):
-    """One batch."""
+    """A batch."""
 
     tokens: Tensor
     counted: Tensor | None
-    """Which of its tokens count, B × S bool; None for all."""
+    """Mask of its counted tokens, B × S bool; None for all."""
 
 
 def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Processes = ALONE) -> list[Counted]:

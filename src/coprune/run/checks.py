@@ -34,7 +34,7 @@ from coprune.report.links import PAGE_FILE
 from coprune.report.schema import DISTRIBUTIONS_FILE
 
 LARGE_GROUP = 64
-"""Of groups of more inputs than these one is enough to try a method on."""
+"""Group size above which a method is tried on one group."""
 LARGEST_GROUP = 1024
 """Larger ones are not tried, which takes their cube: hardly any width can be divided by them, and that is told at once."""
 

@@ -94,11 +94,11 @@ class Outcome:
     """The result of a run's walk."""
 
     results: list[MatrixResult]
-    """Of every matrix of the source that was pruned."""
+    """Results of all pruned matrices of the source."""
     edits: Edits
     seconds: float
     trainings: Sequence[BlockTraining] = ()
-    """Of blocks, in their order."""
+    """Trainings of blocks, in order."""
     covered: Mapping[str, float] = field(default_factory=dict)
     """Share of its experts' score that each domain keeps, where experts were removed."""
     notes: Sequence[str] = ()
@@ -107,7 +107,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class Run:
-    """One run, or one part of a run of several. What has no default is set by the stage that finds it."""
+    """A run, or a part of a run of several. Fields without a default are set by the stage that finds them."""
 
     recipe: Recipe
     given: Given
@@ -136,7 +136,7 @@ class Run:
     domains: dict[str, Windows] = field(init=False)
     """Samples of every domain that experts are scored on."""
     bos: BosChoice | None = None
-    """How windows of text begin, once that is settled."""
+    """How windows of text begin, once decided."""
 
     # What is found with the proof of the walk, and before anything slow.
     model: ProvenModel = field(init=False)
@@ -171,7 +171,7 @@ class Run:
 
     @property
     def encoding(self) -> Encoding:
-        """How the checkpoint is stored, as the recipe asks for it and the source allows."""
+        """Encoding of the checkpoint, as requested and as the source allows."""
         if self.recipe.output.as_gguf:
             return Untouched()
         asked, stored = self.recipe.output.encoding, self.loaded.weights.stored_as

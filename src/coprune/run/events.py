@@ -41,7 +41,7 @@ class PhaseDone(Event):
     kind: ClassVar[str] = "phase"
     phase: Phase
     measured: PhaseFacts
-    """Its time and memory."""
+    """Time and memory of the phase."""
 
     def facts(self) -> dict[str, Any]:
         return self.measured.model_dump()

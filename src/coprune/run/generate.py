@@ -38,11 +38,11 @@ _FITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "top_p": (int | float, lambda said: 0 < said <= 1, "above 0, up to 1"),
     "seed": (int, lambda said: True, "a whole number"),
 }
-"""Of what kind a setting is, whether a value fits, and what fits, as the end of a sentence."""
+"""Type of a setting, test of a value, and the valid values as the end of a sentence."""
 
 
 class GenerateArguments(TypedDict, total=False):
-    """How `generate` writes."""
+    """Settings of `generate`."""
 
     samples: int
     """Texts; by default one for every prompt, or 16 without any."""

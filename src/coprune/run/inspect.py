@@ -36,7 +36,7 @@ from coprune.run.context import NOTHING, Given
 from coprune.run.prune import read_call
 
 FEW_SAMPLES = 16
-"""As many show how an allocation spreads the sparsity."""
+"""Number of samples that suffice to show an allocation."""
 
 
 def inspect(
@@ -152,7 +152,7 @@ def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, rep
 
 @dataclass(frozen=True)
 class InspectedMatrix:
-    """One matrix of a model."""
+    """A matrix of a model."""
 
     name: str
     block: str | None
@@ -171,7 +171,7 @@ class InspectedMatrix:
 
     @property
     def kind(self) -> str:
-        """Its name without the numbers, which all matrices of its kind have in common."""
+        """Name without numbers, shared by all matrices of its kind."""
         name, expert, _ = self.name.partition("[")
         return ".".join("*" if part.isdigit() else part for part in name.split(".")) + ("[*]" if expert else "")
 
@@ -186,14 +186,14 @@ class Inspection(Shown):
     blocks: tuple[str, ...]
     """Names."""
     matrices: tuple[InspectedMatrix, ...]
-    """Of all blocks in order, then what lies outside and would be pruned."""
+    """Matrices of all blocks in order, then those outside that would be pruned."""
     left_out: tuple[str, ...]
     """Layers that cannot be pruned as matrices, each with the reason."""
     target: Target
     """Target of the whole model."""
     allocation: str
     stored: tuple[str, ...] = ()
-    """How quantised weights are stored, a line per kind."""
+    """Formats of quantised weights, a line per kind."""
 
     @property
     def chosen(self) -> list[InspectedMatrix]:

@@ -50,7 +50,7 @@ PROBED = 512
 SLICE_VALUES = 2**24
 """Logits that become float32 at a time (see `evaluation.batches.slices`)."""
 COMPARED_TOKENS = 64
-"""Of the saved model's logits, so many tokens' are compared with those of the one in memory."""
+"""Number of tokens whose logits are compared between the saved model and the one in memory."""
 OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
 """Solving a matrix takes at most so many float32 copies of it and of inputs × inputs, and the libraries' workspace."""
 TRIAL_TOKENS = 40 * 1024
@@ -65,7 +65,7 @@ class Shapes:
 
     total_bytes: int
     rest_bytes: int
-    """Of what lies outside the blocks."""
+    """Bytes of the parameters outside the blocks."""
     block_bytes: int
     blocks: int
     itemsize: int
@@ -83,7 +83,7 @@ class Shapes:
     statistics: int
     """Bytes of the sums of all matrices of a block, as if each had inputs of its own."""
     statistic: int
-    """Of those that are gathered in one go where matrices are pruned one after another."""
+    """Bytes of the statistics gathered at once when matrices are pruned one after another."""
     solve: int
     """Bytes that solving the largest matrix takes."""
 
@@ -130,7 +130,7 @@ class _Stored:
     inputs: int
     count: int
     experts: int
-    """How many a token chooses among; 0 for what every token is multiplied with."""
+    """Number of experts that a token chooses among; 0 for a matrix that every token uses."""
 
     def statistic_bytes(self, solver: Solver) -> int:
         """Return the size of what is gathered of one of them."""
@@ -171,13 +171,13 @@ def _values_per_token(block: Block, stored: Sequence[_Stored], config: Any, hidd
 
 @dataclass(frozen=True)
 class TextSizes:
-    """How much text a run reads, as this process's share."""
+    """Amount of text that a run reads, as this process's share."""
 
     seqlen: int
     samples: int
-    """Of calibration; 0 if none run through the model."""
+    """Number of calibration samples; 0 if none run through the model."""
     lengths: tuple[int, ...]
-    """Of the samples, each once."""
+    """Distinct lengths of the samples."""
     mean: float
     evaluated: tuple[int, ...]
     """Windows of each text that perplexity is measured on."""
@@ -256,7 +256,7 @@ class Bound:
 
     @property
     def _all_hidden(self) -> float:
-        """Of all calibration samples, and the dense model's beside them where blocks are trained toward it."""
+        """Bytes of all calibration samples' hidden states, and the dense model's if blocks are trained toward it."""
         return (1 + bool(self._recipe.prune.reconstruct.steps)) * self._text.samples * self._text.mean * self._hidden
 
     def _running(self, length: int) -> int:

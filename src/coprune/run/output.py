@@ -58,10 +58,10 @@ _TRAINING = TypeAdapter(BlockTraining | None)
 
 @dataclass(frozen=True)
 class Destination:
-    """Where blocks are written, and whose they are."""
+    """Folder of the blocks, and the identity of their run."""
 
     folder: Path
-    """Of the checkpoint, its final name."""
+    """Final folder of the checkpoint."""
     keep: bool
     """Whether the checkpoint is kept, or only holds the blocks that a streamed run cannot hold in memory."""
     identity: Identity

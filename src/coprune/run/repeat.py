@@ -1,4 +1,4 @@
-"""Where a run goes that named no folder, or is repeated from its recipe: on where it was interrupted, or beside others."""
+"""The folder of a run without a named one, or of a repeated recipe: that of an interrupted run, or a new one."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from coprune.run.events import BlockPruned, Failed, Finished, Started
 
 
 class Tracker(Protocol):
-    """One run in an experiment tracker."""
+    """A run in an experiment tracker."""
 
     def log(self, figures: dict[str, float], step: int) -> None:
         """Log figures by name."""

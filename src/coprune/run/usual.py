@@ -1,4 +1,4 @@
-"""Where a preset trains: the whole model where that fits the memory, else its blocks one by one."""
+"""The training of a preset: of the whole model if it fits the memory, else block by block."""
 
 from __future__ import annotations
 

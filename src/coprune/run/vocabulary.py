@@ -37,14 +37,14 @@ from coprune.vocabulary.facts import VocabularyFacts
 from coprune.vocabulary.sources import Source, saved, source_of
 
 FOLDER = "vocabulary"
-"""Of a run folder: what the cut leaves there for the rest of the run."""
+"""Subfolder of a run folder for the cut's intermediate results."""
 REST = "rest"
 _CHOICE, _TRIES = "choice.json", "tries.json"
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Which tokens stay, and what is known of that."""
+    """The chosen tokens, with their facts."""
 
     kept: Kept
     facts: VocabularyFacts

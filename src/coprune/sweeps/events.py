@@ -43,7 +43,7 @@ class Cause(StrEnum):
     REFUSED = "refused"
     """It would fail again the same way."""
     BROKEN = "broken"
-    """By an error that nobody foresaw."""
+    """An unforeseen error."""
     LOST = "lost"
     """The worker is gone."""
 
@@ -71,7 +71,7 @@ _SHOWN = 12  # rows of runs on a terminal
 
 @dataclass
 class State:
-    """One run. seconds: that it took, once it has ended."""
+    """State of a run. seconds: its time, once it has ended."""
 
     name: str
     kind: Literal["waiting", "running", "done", "failed"] = "waiting"

@@ -1,4 +1,4 @@
-"""From a sweep to its runs: every combination of its lists, each with a folder of its own."""
+"""The runs of a sweep: every combination of its lists, each with a folder of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep. name: its folder within the sweep's; preset: that its settings come from, if there is one."""
+    """A run of a sweep. name: its folder within the sweep's; preset: source of its settings, if there is one."""
 
     name: str
     recipe: Recipe

@@ -158,7 +158,7 @@ class Sweep(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Where everything goes."""
+        """Folder of all output."""
         return expand_home(self.settings["save"])
 
     def to_yaml(self) -> str:

@@ -1,4 +1,4 @@
-"""Which runs of a sweep are done: those whose folder holds the report of the very same recipe."""
+"""The finished runs of a sweep: those whose folder has the report of the same recipe."""
 
 from __future__ import annotations
 
@@ -125,11 +125,11 @@ class Ledger(BaseModel):
     """Seconds of a sweep."""
 
     wall: list[float] = []
-    """Of every sitting, from the first job to the last."""
+    """Seconds of every sitting, from the first job to the last."""
     saved: dict[str, dict[str, float]] = {}
-    """By run and by kind: the work that it took over from others."""
+    """Seconds saved by sharing, by run and kind of work."""
     runs: dict[str, float] = {}
-    """Of every run, loading included."""
+    """Seconds of every run, loading included."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -15,7 +15,7 @@ from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
 from coprune.sweeps.work import Capacity, Work, do_job
 
 LOCAL = "local"
-"""In place of an address: a cluster of this machine alone, for the time of the sweep."""
+"""Address of a temporary cluster on this machine."""
 _OBJECTS = 100 << 20  # jobs and what is told of them are all that passes through the object store
 
 

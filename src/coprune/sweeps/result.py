@@ -21,7 +21,7 @@ class SweepResult(Shown):
     sweep: Sweep
     runs: list[Run]
     reports: dict[str, Report]
-    """Of the finished runs, by name."""
+    """Reports of the finished runs, by name."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why others failed."""
     ledger: Ledger = field(default_factory=Ledger)

@@ -160,10 +160,10 @@ def conduct(jobs: Sequence[Work], workers: Workers, retries: int, listen: Listen
 
 @dataclass(frozen=True)
 class Execution:
-    """Where a sweep is done, and how hard it tries.
+    """Workers of a sweep.
 
-    ray: None for local processes, an address or `local` for a cluster; workers: runs at a time at most; threads: cores
-    of a run; retries: of a run that was lost with its worker or met an unforeseen error.
+    ray: None for local processes, an address or `local` for a cluster; workers: maximum of runs at a time; threads: cores of
+    a run; retries: of a run that was lost with its worker or met an unforeseen error.
     """
 
     ray: str | None = None

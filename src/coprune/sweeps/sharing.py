@@ -42,7 +42,7 @@ _TEXTS_KEPT = 16
 
 
 class DenseFacts(BaseModel):
-    """Everything that was measured of a dense model, and how long that took."""
+    """Measurements of a dense model, and their time."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -33,7 +33,7 @@ from coprune.model.walk.walk import Walk
 from coprune.run.context import Run
 
 SPARE = 2
-"""Nothing is kept where the disk has less room than so many times what it takes."""
+"""Factor of free disk space below which nothing is stored."""
 Kind = type[Statistic] | None
 
 
@@ -129,11 +129,11 @@ class StatisticsStore:
 
 @dataclass(frozen=True)
 class Kept:
-    """One place's statistics, in a file that was found whole."""
+    """A place's statistics, in a complete file."""
 
     statistic: Kind
     facts: dict[str, Any]
-    """By group: its width and counts; and how long it took to gather all of them."""
+    """Width and counts by group, and the time to gather them all."""
     entries: dict[str, TensorEntry]
 
     @classmethod
@@ -150,7 +150,7 @@ class Kept:
 
     @property
     def seconds(self) -> float:
-        """How long it took to gather."""
+        """Seconds of gathering."""
         return float(self.facts["seconds"])
 
     def read(self, device: torch.device) -> dict[str, Inputs]:

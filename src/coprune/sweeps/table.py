@@ -25,7 +25,7 @@ class Measure:
 
     title: str
     values: dict[str, float]
-    """By run."""
+    """Values by run."""
     dense: float | None
     less: bool
     form: str
@@ -33,7 +33,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Cell:
-    """All seeds of one method with one pattern. text: for people; mean: None if none is finished."""
+    """All seeds of one method with one pattern. mean: None if none is finished."""
 
     text: str
     mean: float | None

@@ -175,7 +175,7 @@ class Capacity:
     memory: int | None
     gpus: int
     cores_each: int
-    """Of the largest machine, which is all that one job can have."""
+    """Cores of the largest machine, the maximum for one job."""
     memory_each: int | None
 
 
@@ -184,7 +184,7 @@ class Workers(Protocol):
 
     capacity: Capacity
     at_once: int
-    """At most so many jobs run at a time."""
+    """Maximum number of jobs at a time."""
 
     def has_room(self, job: Work) -> bool:
         """Return whether a job can start now; always true if none is running."""

@@ -76,7 +76,7 @@ def choose_targets(masks: Masks, patterns: Sequence[str], rank: int, alone: Cont
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """How large an adapter is, and how strong its update."""
+    """Size and strength of an adapter."""
 
     rank: int
     alpha: float

@@ -90,7 +90,7 @@ def _likeliest(output: Any, top_k: int, temperature: float) -> tuple[Tensor, Ten
 
 
 _LOGITS = PerMemory(host=2**18, gpu=2**24)
-"""How many logits are compared at once: by each thread of a CPU as many as stay in its cache, on a GPU enough for few starts."""
+"""Number of logits compared at once: per CPU thread as many as fit its cache, on a GPU enough for few launches."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -199,7 +199,7 @@ class Distillation:
     hidden_weight: float
     text_weight: float
     counterparts: Sequence[int] = ()
-    """Which of the teacher's hidden states each block is held to, if blocks are missing; else all in their order."""
+    """Teacher's hidden state for each block, if blocks are missing; else all in order."""
 
     def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
         """Return the loss: see `Objective`."""

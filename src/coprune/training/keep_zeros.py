@@ -55,7 +55,7 @@ def keep_zeros(model: nn.Module, *, quiet: bool = False) -> ZeroKeeper:
 
 
 class _Mask:
-    """Where a parameter is kept. It knows nothing of the parameter, whose hook holds it: both go together."""
+    """Mask of a parameter's kept entries. It does not refer to the parameter, whose hook holds it, so both are freed together."""
 
     def __init__(self, keep: Tensor) -> None:
         self._keep = keep
@@ -167,7 +167,7 @@ def _pruned_before(model: nn.Module) -> set[str]:
 
 
 _WEIGHT_BY_WEIGHT = (Adam, AdamW, SGD)
-"""With gradients and moments of zero their update is zero, and so is the decay of a weight that is."""
+"""Optimisers whose update and decay are zero for a zero weight with zero gradients and moments."""
 
 
 def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:

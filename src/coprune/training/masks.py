@@ -29,7 +29,7 @@ from coprune.recipe.pattern import Pattern, find_pattern
 
 @dataclass(frozen=True)
 class PrunedMatrix:
-    """One pruned matrix: its view, the parameter that holds it, its zeros and their pattern."""
+    """A pruned matrix: its view, the parameter that holds it, its zeros and their pattern."""
 
     matrix: Matrix
     parameter: str
@@ -56,7 +56,7 @@ class Masks:
     """Parameter name → bool in the stored layout, True where a weight is pruned and has to stay zero; also of what is no
     matrix, as most routers."""
     whole: list[Matrix] = field(default_factory=list)
-    """Of a model that parts were removed from: matrices of its blocks without zeros to keep, which are trained as well."""
+    """After removal: matrices of the blocks without zeros to keep, which are trained as well."""
 
     @property
     def sparsity(self) -> float:
@@ -66,7 +66,7 @@ class Masks:
 
     @property
     def patterns(self) -> dict[str, int]:
-        """How many matrices follow each pattern."""
+        """Number of matrices by pattern."""
         counts: dict[str, int] = {}
         for entry in self.matrices:
             counts[str(entry.pattern)] = counts.get(str(entry.pattern), 0) + 1

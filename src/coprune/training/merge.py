@@ -30,7 +30,7 @@ class Merged(Shown):
     sparsity: float
     """Fraction of zeros in the pruned matrices, as before."""
     matrices: int
-    """How many these are."""
+    """Number of these matrices."""
 
     def headline(self) -> str:
         """Return the model's folder and its sparsity."""

@@ -108,7 +108,7 @@ def _in_parts(settings: Any) -> Any:
 
 
 class FinetuneReport(Shown, BaseModel):
-    """One fine-tuning run."""
+    """The report of a fine-tuning run."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -116,19 +116,19 @@ class FinetuneReport(Shown, BaseModel):
     source: str
     """The text or images."""
     windows: int
-    """Of text, or images."""
+    """Number of windows of text, or of images."""
     block_size: int | None
     """Tokens per window; None for images."""
     fingerprint: str
-    """Of the training data."""
+    """Fingerprint of the training data."""
     processes: int
     trained_parameters: int
     pruned_matrices: int
     patterns: dict[str, int]
-    """How many pruned matrices follow each pattern."""
+    """Number of pruned matrices by pattern."""
     sparsity_before: float
     sparsity_after: float
-    """Of the pruned matrices; of unmerged adapters: of the weights beside them."""
+    """Sparsity of the pruned matrices; with unmerged adapters, of the weights beside them."""
     masks: str
     """Fingerprint of the masks, all of which were verified at every save."""
     steps: int

@@ -1,4 +1,4 @@
-"""Where a run writes, and whether an interrupted one with the same settings, model and data goes on there."""
+"""The folder of a training, and the resumption of an interrupted one with the same settings, model and data."""
 
 from __future__ import annotations
 

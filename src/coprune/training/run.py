@@ -1,4 +1,4 @@
-"""One fine-tuning run from settings to report: load, find the masks, measure, train, measure again, save."""
+"""A fine-tuning run from settings to report: load, find the masks, measure, train, measure again, save."""
 
 from __future__ import annotations
 

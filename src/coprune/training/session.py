@@ -32,7 +32,7 @@ from coprune.training.training_images import read_training_images
 
 @dataclass
 class Session:
-    """All that a run has gathered before it trains. `model` has its adapters on, if it gets any."""
+    """Inputs of a training. `model` includes its adapters, if it gets any."""
 
     settings: Recipe
     model: PreTrainedModel | PeftModel
@@ -40,14 +40,14 @@ class Session:
     """The same model, without the wrapper around its adapters, and its tokenizer or image processor."""
     task: Task
     dtype: torch.dtype
-    """Of the checkpoint, in which the result is saved."""
+    """Dtype of the checkpoint, in which the result is saved."""
     masks: Masks
     data: TrainingData
     evaluation: dict[str, Data]
     reporter: Reporter
     history: History = field(default_factory=History)
     location: Location | None = None
-    """Where the model was loaded from."""
+    """Source of the model."""
 
     @property
     def block_size(self) -> int | None:
@@ -56,7 +56,7 @@ class Session:
 
     @property
     def training_folder(self) -> Path:
-        """Where the Trainer keeps what a run resumes from; removed when it is over."""
+        """Folder of the Trainer's resumable states, removed at the end."""
         return self.settings.training_folder / "training"
 
 

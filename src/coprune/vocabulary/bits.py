@@ -22,9 +22,9 @@ from coprune.vocabulary.counts import Texts
 from coprune.vocabulary.measure import Judge, first_tokens
 
 TOKENS = 16_384
-"""Of counted text that the model reads."""
+"""Number of counted tokens that the model reads."""
 _FEW = 4.0
-"""As many occurrences weigh as much as the mean of tokens of as many parts."""
+"""Number of occurrences that weigh as much as the mean of tokens with as many parts."""
 _LATER = 3.0
 """Bits of every further part, on Gemma-3-270M's English."""
 

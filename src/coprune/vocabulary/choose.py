@@ -21,7 +21,7 @@ class Kept:
     """The tokens that stay, by their ids before, which is how many rows each table keeps."""
 
     old: tuple[int, ...]
-    """In rising order: a token's new id is its place."""
+    """Old ids in ascending order; a token's new id is its index."""
 
     @cached_property
     def new(self) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""How much every token is used: in texts, in lists of words by their frequency, in code; and the texts that are held out."""
+"""Counts of tokens in texts, word-frequency lists and code; and the held-out texts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGE = "wordfreq"
 _PASSAGE = 2_000
 """Characters of a passage, which is measured as one text."""
 _HELD_OUT = 8
-"""One of so many passages of a text is held out."""
+"""One of this many passages of a text is held out."""
 _CODE = {
     ("stdlib", ".py"): 5_000_000,
     ("torch", ".py"): 2_500_000,
@@ -47,7 +47,7 @@ _FILLING = {"en": 20_000, CODE: 200}
 _USUAL = {"text": 0.3, "en": 0.5, CODE: 0.2}
 """Shares where nothing is said: measured on Gemma-3-270M."""
 _FORMS = (" {word}", 0.7), (" {Word}", 0.18), ("{Word}", 0.08), ("{word}", 0.04)
-"""How a word stands in texts."""
+"""Forms of a word in texts, with their shares."""
 _SIGNS = 0.02
 """Share of all counts for signs beside words."""
 
@@ -60,7 +60,7 @@ class Source:
     share: float
     pieces: Sequence[str]
     weights: Sequence[float] | None = None
-    """Of the pieces; None where each counts as often as it stands there."""
+    """Weights of the pieces; None for their counts."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Texts:
     """Name of the held-out text."""
     notes: list[str] = field(default_factory=list)
     languages: tuple[str, ...] = ()
-    """Those that were asked for."""
+    """Requested languages."""
 
 
 def read_texts(

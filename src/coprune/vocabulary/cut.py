@@ -57,7 +57,7 @@ class Asked:
     runs: bool = True
     """Whether a model may be run to measure."""
     tokens: int | None = None
-    """Of held-out text; None for as many as usual."""
+    """Held-out tokens; None for the default."""
     state: Path | None = None
     """File of what was found out, with which an interrupted search goes on."""
 
@@ -104,7 +104,7 @@ class Cutting:
 
     @cached_property
     def weights(self) -> Weights:
-        """How much every token counts."""
+        """Weight of every token."""
         found = weigh(self.tokenizer, self.texts, self.source.rows, self.vocabulary.texts, self.reporter)
         if self.asked.structure.score_of("rows").name == "bits":
             found = by_bits(found, self._require_judge(), self.tokenizer, self.texts, self._parts, self.reporter)

@@ -22,7 +22,7 @@ class TextCost(BaseModel):
     text: str
     bytes: int
     tokens: tuple[int, int]
-    """Before and after."""
+    """Number of tokens before and after."""
     bits: tuple[float, float] | None = None
     """Bits per byte before and after; None where no model was run."""
     renormalised: float | None = None
@@ -68,15 +68,15 @@ class VocabularyFacts(BaseModel):
     before: int
     after: int
     kind: str
-    """Of the tokenizer."""
+    """Kind of tokenizer."""
     essential: int
-    """How many tokens stayed whatever was counted."""
+    """Number of tokens kept regardless of counts."""
     parts: int
-    """How many stayed because others are made by them."""
+    """Number of tokens kept as parts of others."""
     counted: list[str]
     """Counted texts with their shares."""
     bytes_before: int
-    """Of all weights."""
+    """Bytes of all weights before."""
     bytes_after: int
     texts: list[TextCost]
     left_out: list[str] = []

@@ -63,7 +63,7 @@ class Written:
 
     path: Path
     bytes_before: int
-    """Of all weights."""
+    """Bytes of all weights before."""
     bytes_after: int
     tables: Mapping[str, Table]
 
@@ -121,7 +121,7 @@ class Beside:
     """Origin of a folder."""
 
     asked: str | None = None
-    """How somebody named the source, for the history of what was made from it."""
+    """User's name of the source, for the history of the result."""
     card: str = ""
 
 

@@ -57,7 +57,7 @@ class Gguf(Sliced):
 
     @property
     def stale(self) -> list[str]:
-        """As of a folder: a file holds its vocabulary once."""
+        """Always empty: a file holds its vocabulary once."""
         return []
 
     def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:

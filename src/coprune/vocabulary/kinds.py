@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from coprune.base.errors import UnsupportedModel
 
 _NAMED_FREE = re.compile(r"unused|reserved|\[PAD\d+\]", re.IGNORECASE)
-"""How added tokens are named that stand for nothing."""
+"""Names of unused added tokens."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _OTHERS = {"WordLevel": "a list of whole words has no parts to fall back to"}
 
@@ -29,7 +29,7 @@ class Kind(Protocol):
 
     @property
     def ids(self) -> Mapping[str, int]:
-        """Of the model's tokens, without what was added."""
+        """Ids of the model's tokens, without added ones."""
         ...
 
     def parts(self, token: str) -> tuple[int, ...] | None:
@@ -117,7 +117,7 @@ class WordPiece:
 
     ids: Mapping[str, int]
     prefix: str
-    """Of tokens that go on with a word."""
+    """Prefix of tokens that continue a word."""
     unknown: str
 
     def parts(self, token: str) -> tuple[int, ...] | None:
@@ -199,10 +199,10 @@ BYTE_LETTERS = _byte_letters()
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All tokens of a tokenizer: its model's and those that were added."""
+    """All tokens of a tokenizer, added ones included."""
 
     content: Mapping[str, Any]
-    """Of `tokenizer.json`."""
+    """Content of `tokenizer.json`."""
     kind: Kind
 
     @classmethod
@@ -217,7 +217,7 @@ class Vocabulary:
 
     @cached_property
     def tokens(self) -> dict[int, str]:
-        """Every token by its id."""
+        """Tokens by id."""
         return {number: token for token, number in [*self.kind.ids.items(), *self.added.items()]}
 
     @cached_property

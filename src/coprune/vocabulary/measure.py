@@ -29,7 +29,7 @@ _EXCERPT = 160
 
 @dataclass(frozen=True)
 class Cuts:
-    """Both tokenizers, which read the same text."""
+    """Both tokenizers, for the same text."""
 
     dense: Tokenizer
     cut: Tokenizer

@@ -91,7 +91,7 @@ LANGUAGES = {
         "anh vừa trở về sau mười năm xa quê. Không ai biết vì sao bà bỗng mỉm cười."
     ),
 }
-"""By their codes."""
+"""Texts by language code."""
 NAMES = {
     "en": "English",
     "de": "German",

@@ -11,7 +11,7 @@ from coprune.vocabulary.choose import ALIGN
 _STEPS = 256
 """Sizes are told apart by one of so many parts of the vocabulary."""
 _WIDER = 1.08
-"""By how much a size grows that other text does not prove."""
+"""Factor by which a size grows if other text does not prove it."""
 
 
 @dataclass(frozen=True)

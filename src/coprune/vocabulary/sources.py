@@ -39,7 +39,7 @@ class Source(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many rows the embedding has."""
+        """Number of rows of the embedding."""
         ...
 
     @property
@@ -49,12 +49,12 @@ class Source(Protocol):
 
     @property
     def content(self) -> dict[str, Any]:
-        """Of `tokenizer.json`."""
+        """Content of `tokenizer.json`."""
         ...
 
     @property
     def parameters(self) -> int:
-        """How many there are."""
+        """Number of parameters."""
         ...
 
     def bytes_of(self, kept: Kept) -> tuple[int, int]:

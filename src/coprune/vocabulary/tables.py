@@ -1,4 +1,4 @@
-"""Which tensors of a model have an axis as long as its vocabulary, told by the models that two configurations build."""
+"""The tensors of a model with an axis as long as its vocabulary, found by building the model for two vocabulary sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Table:
 
     axis: int
     size: int
-    """How many rows it has; the tokens of the smallest ids have one."""
+    """Number of rows; its tokens are those with the smallest ids."""
 
 
 def skeleton(folder: ModelFolder, config: Mapping[str, Any]) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""How the entries of small groups rank among each other."""
+"""Ranks of entries in small groups."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which kernel does what on which device: one table, and the one place that chooses from it.
+"""The table of kernels by operation and device, and the choice from it.
 
-An operation has the same signature and gives the same results, up to rounding, whichever kernel does it; the file of
-the operation says what they are. A new kernel is a function there and a line here.
+All kernels of an operation have the same signature and give the same results up to rounding; the operation's file says
+what they are. A new kernel is a function there and a line here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def walk_with_triton(block: columns.ColumnBlock) -> None:
 
 
 class Kernel(NamedTuple):
-    """One way to do an operation."""
+    """One implementation of an operation."""
 
     name: str
     run: Callable[..., Any]
@@ -94,7 +94,7 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
     ("packed_product", "cuda"): (Kernel("torch", product.leave_packed),),
     ("packed_product", "other"): (Kernel("torch", product.leave_packed),),
 }
-"""For every operation and kind of device its kernels, the preferred ones first."""
+"""Kernels by operation and kind of device, preferred ones first."""
 
 
 def kernel(operation: Operation, device: torch.device, name: str = "auto") -> Callable[..., Any]:

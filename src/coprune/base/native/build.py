@@ -56,7 +56,7 @@ class MatrixStruct(ctypes.Structure):
 
 
 class CompilationFailed(Exception):
-    """There is no usable compiler; the message says why."""
+    """No usable compiler was found; the message says why."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Let a model answer prompts, and measure how far it diverges from the dense model along that one's answers."""
+"""Generated answers to prompts, and the divergence from the dense model along that one's answers."""
 
 from __future__ import annotations
 

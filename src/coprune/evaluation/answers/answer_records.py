@@ -29,7 +29,7 @@ class Answered(Facts):
 
     text: str
     tokens: tuple[int, ...]
-    """With the mark that ended it, if it ended by itself."""
+    """Token ids, with the end token if the model ended the answer."""
     ended: bool
     """Whether the model ended the answer; otherwise it reached the limit."""
     seconds: float
@@ -46,7 +46,7 @@ class Answered(Facts):
 
 
 class Answers(Facts):
-    """One model's answers to the same prompts, the likeliest ones and sampled ones (empty where none were sampled)."""
+    """One model's greedy and sampled answers to the same prompts (none sampled: empty)."""
 
     greedy: tuple[Answered, ...]
     sampled: tuple[Answered, ...] = ()
@@ -75,7 +75,7 @@ class Figures(Facts):
     distinct2: float
     distinct3: float
     repeat: int
-    """Of all answers the longest stretch that says something at least twice in a row, in tokens."""
+    """Length in tokens of the longest stretch in any answer that repeats a phrase at least twice in a row."""
     empty: int | None = None
     """None where a report was written before they were counted."""
 
@@ -215,7 +215,7 @@ class Loop:
 
     @property
     def times(self) -> float:
-        """How often it goes round."""
+        """Number of repetitions."""
         return self.tokens / self.period
 
 

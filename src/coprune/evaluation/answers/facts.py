@@ -21,7 +21,7 @@ _MOST_LETTERS = 160
 
 
 class Sample(Facts):
-    """One prompt with the likeliest answers to it."""
+    """One prompt with its greedy answers."""
 
     prompt: str
     dense: str | None
@@ -44,13 +44,13 @@ class Asked(Facts):
     """The prompts that were asked, and how."""
 
     prompts: str
-    """Where the prompts are from."""
+    """Source of the prompts."""
     fingerprint: str
     chat: bool
     """Whether the prompts were put in the tokenizer's chat template."""
     new_tokens: int
     temperature: float
-    """Of the sampled answers."""
+    """Temperature of the sampled answers."""
     seed: int
     short: bool = False
     """Whether these are only the few short answers that are checked whenever a model is saved."""
@@ -64,7 +64,7 @@ class AnswerFacts(Asked):
     along: Along | None
     samples: tuple[Sample, ...]
     reference: Reference = "dense"
-    """Which model stands under `dense`: that one, or the one before a fine-tuning."""
+    """Model under `dense`: the dense one, or the one before a fine-tuning."""
 
     def verdict(self) -> str:
         """Return a sentence on degenerate answers: `3 of 16 answers loop; dense 0`, `2 of 16 answers are empty; dense 0`."""
@@ -197,7 +197,7 @@ def facts_of(
 
 
 class Requirement(BaseModel):
-    """One condition, and what was found."""
+    """One condition, and the figure found."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 

@@ -1,4 +1,4 @@
-"""One run's look at what its models write: the dense one before, the result afterwards, side by side."""
+"""Answers of a run's models: the dense one before, the result afterwards, side by side."""
 
 from __future__ import annotations
 

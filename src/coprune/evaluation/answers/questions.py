@@ -88,12 +88,12 @@ SHORT_ANSWER = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Which prompts are answered, and how."""
+    """Prompts, and how they are answered."""
 
     prompts: Prompts
     new_tokens: int
     temperature: float
-    """Of sampled answers; 0 for greedy ones alone."""
+    """Temperature of sampled answers; 0 for greedy ones only."""
     seed: int
     is_asked: bool
     """Whether the user asked for answers; otherwise they are skipped where they are not possible."""

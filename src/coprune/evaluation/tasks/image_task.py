@@ -76,7 +76,7 @@ class ImageTask:
 
     @property
     def _channels(self) -> int:
-        """Of the images that the model takes: timm's transforms know it, transformers' models say it."""
+        """Number of image channels, which timm's transforms or transformers' configuration know."""
         own = getattr(self._loaded.processor, "data_config", None)
         return int(own["input_size"][0] if own else getattr(self._loaded.model.config, "num_channels", 3))
 

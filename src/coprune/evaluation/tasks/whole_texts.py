@@ -44,11 +44,11 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
 
 MASKED_APART = 7
-"""Of so many tokens one is masked at a time, about the 15 % that such models are trained with."""
+"""Distance of masked tokens, for about the 15 % that such models are trained with."""
 PASSAGE = 128
 """Tokens of a passage that is embedded, if nobody asks for another length."""
 PASSAGES = 1024
-"""At most so many are: each is compared with all others."""
+"""Maximum number of passages, each of which is compared with all others."""
 
 
 class _WholeText(TextTask):

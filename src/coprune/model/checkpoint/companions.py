@@ -25,7 +25,7 @@ from coprune.model.checkpoint.shards import read_json
 CARD_FILE = "README.md"
 COPIED = ("*.json", "*.txt", "*.jinja", "*.py", *VOCABULARIES, *LICENCES)
 COPIED_BELOW = ("*.json", "*.jinja", *VOCABULARIES)
-"""Of folders inside: further chat templates, the modules of sentence-transformers."""
+"""Files copied from subfolders: further chat templates, the modules of sentence-transformers."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 MODULES_FILE = "modules.json"
 MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -41,7 +41,7 @@ class Companions:
     source: str | None = None
     """The source of the model, as it was asked for."""
     location: Location | None = None
-    """Where a model that is in memory was loaded from, as long as it still has those shapes."""
+    """Origin of a model in memory, as long as it has the same shapes."""
 
 
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:

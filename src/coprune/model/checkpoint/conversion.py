@@ -1,8 +1,8 @@
-"""From a checkpoint's tensors to a model's parameters and back, some of them at a time.
+"""Partial conversion between a checkpoint's tensors and a model's parameters.
 
-transformers keeps the two apart: names change, and the experts of a layer become one tensor. Its own conversion does
-the work here, in both directions; this module only finds out which tensors belong together, so that one block can be
-converted without the others.
+transformers keeps the two apart: names change, and the experts of a layer become one tensor. Its own conversion does the
+work here, in both directions; this module only finds which tensors belong together, so that one block can be converted
+without the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Renamed:
 
 
 class Conversion:
-    """How the tensors of one checkpoint become the parameters of one model (which may be on the meta device)."""
+    """Conversion of one checkpoint's tensors to one model's parameters (which may be on the meta device)."""
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Match a checkpoint's tensors with the model's. names: of every tensor in the checkpoint.

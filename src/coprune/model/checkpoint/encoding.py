@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint are stored, and what its configuration says of that."""
+"""The storage of a checkpoint's tensors, and its description in the configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coprune.model.checkpoint.names import MODELOPT_FILE
 from coprune.model.kept_slices import KeptSlices
 
 Place = Callable[[str], str | None]
-"""Where a tensor goes, by its name; None if it is left out."""
+"""Returns a tensor's new name, or None if it is removed."""
 
 
 def keep_place(name: str) -> str | None:
@@ -23,11 +23,11 @@ def keep_place(name: str) -> str | None:
 
 
 class Encoding(Protocol):
-    """One way of storing tensors in safetensors files."""
+    """A way to store tensors in safetensors files."""
 
     @property
     def name(self) -> str:
-        """In a few letters; names the files where they are not the dense ones."""
+        """Short name, used in the names of files that are not dense."""
         ...
 
     @property
@@ -73,7 +73,7 @@ class Encoding(Protocol):
 
 
 class Dense(Encoding):
-    """Every value as it is, as any tool reads it."""
+    """Plain values, readable by any tool."""
 
     name = "dense"
     journalled = True
@@ -92,7 +92,7 @@ class Dense(Encoding):
 
 
 class Untouched(Dense):
-    """Not at all: what is made of the source takes over its bytes, and edits say of which tensors."""
+    """No storage: the result copies the source's bytes, and edits say which tensors."""
 
     name = "edits"
 

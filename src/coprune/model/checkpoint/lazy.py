@@ -205,7 +205,7 @@ class LazyCheckpoint:
 
     @property
     def carried_entries(self) -> dict[str, TensorEntry]:
-        """Where the tensors lie that the model does not load, which are written as they are."""
+        """Entries of tensors that the model does not load, saved unchanged."""
         return self.source.carried_entries
 
     @property

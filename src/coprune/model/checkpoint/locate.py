@@ -1,4 +1,4 @@
-"""From what the user typed to files on this machine: a packaged model, a GGUF file, a folder, or a Hub id."""
+"""Resolution of a typed model name to local files: a packaged model, a GGUF file, a folder, or a Hub id."""
 
 from __future__ import annotations
 

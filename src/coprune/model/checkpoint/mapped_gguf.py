@@ -133,7 +133,7 @@ class GgufEntry(TensorEntry):
     """A parameter that is decoded from one or several tensors of a GGUF file when it is read."""
 
     parts: tuple[TensorEntry, ...]
-    """Where these lie."""
+    """Entries of these parts."""
     tensors: tuple[Any, ...] = field(compare=False, repr=False)
     """They themselves, as the package gguf gives them."""
     names: GgufNames = field(compare=False, repr=False)

@@ -36,7 +36,7 @@ Buffer = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: file, dtype in the format's letters (F32, BF16 …), shape, first byte and size in bytes."""
+    """Location of a tensor: file, dtype in the format's letters (F32, BF16 …), shape, first byte and size in bytes."""
 
     file: Path
     dtype: str

@@ -104,7 +104,7 @@ class Source:
 
     @property
     def carried_entries(self) -> dict[str, TensorEntry]:
-        """Where the tensors lie that the model does not load."""
+        """Entries of tensors that the model does not load."""
         return {name: self.entries[name] for name in self.conversion.carried}
 
     def carried(self) -> dict[str, Tensor]:

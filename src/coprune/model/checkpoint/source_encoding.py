@@ -1,7 +1,7 @@
-"""How a quantised checkpoint stores its weights, kept through a run: read as dense weights, written back on its grid.
+"""The encoding of a quantised checkpoint, kept through a run: read as dense weights, written back on its grid.
 
-Everything else sees *decoded entries*: dense names and shapes, whose values are decoded from codes and scales when they are
-read. What a run writes are the source's codes where their values stayed, so that untouched bytes stay untouched.
+Other modules see *decoded entries*: dense names and shapes, whose values are decoded when they are read. A run writes the
+source's codes wherever the values are unchanged, so that untouched bytes stay untouched.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from coprune.model.kept_slices import KeptSlices
 READABLE = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
 """Values of `quant_method` whose weights are read, and written in the form that they have."""
 READ_ONLY = ("gptq", "awq")
-"""Those that are read alone."""
+"""Formats that are read but not written."""
 _WHY_NOT = {
     "bitsandbytes": "its blocks of values run across rows, and its scales are quantised themselves",
     "torchao": "its tensors are pieces of Python objects",
 }
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 _LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
-"""Where a configuration names layers that are not quantised."""
+"""Keys of a configuration that list layers without quantisation."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DecodedEntry(TensorEntry):
 
 
 class SourceEncoding(Dense):
-    """How a quantised checkpoint stores its tensors. entries: what its files hold, by name."""
+    """Encoding of a quantised checkpoint. entries: content of its files, by name."""
 
     name = "source"
 
@@ -149,7 +149,7 @@ class ByInputEntry(TensorEntry):
 
 
 class ReadOnly(SourceEncoding):
-    """How a checkpoint of GPTQ or AWQ stores its tensors, which become plain ones where they are written."""
+    """Encoding of a GPTQ or AWQ checkpoint, which is written as plain values."""
 
     name = Dense.name
     store, require_cut, bytes_of = Dense.store, Dense.require_cut, Dense.bytes_of

@@ -1,8 +1,8 @@
-"""Where the walk gets a block's weights from, and where they go when it moves on.
+"""The source and destination of a block's weights during a walk.
 
-A model in memory has them all the time; a streamed one (`lazy.LazyCheckpoint`) reads a block when it is acquired and
-lets go of it when it is released. Both give a block's tensors under the names and in the layout of a checkpoint,
-which for a mixture of experts differ from the model's own, where the experts of a layer are one tensor.
+A model in memory holds them all the time; a streamed one (`lazy.LazyCheckpoint`) reads a block when it is acquired and
+frees it when it is released. Both return a block's tensors under the names and in the layout of a checkpoint, which for a
+mixture of experts differ from the model's own, where the experts of a layer are one tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Weights(Protocol):
 
     @property
     def stored_as(self) -> SourceEncoding | None:
-        """How its files store quantised weights; None where they store none, or there are no files."""
+        """Encoding of quantised weights in its files; None for plain ones, or without files."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class Weights(Protocol):
 
     @property
     def carried_entries(self) -> Mapping[str, TensorEntry]:
-        """Where the tensors lie that the model does not load, if it came from files; they are saved as they are."""
+        """Entries of tensors that the model does not load, saved unchanged; empty without files."""
         ...
 
     def acquire(self, prefix: str) -> None:

@@ -67,7 +67,7 @@ class _InHost:
 
 @dataclass(frozen=True)
 class _OnDisk:
-    """Where a tensor lies in the file: first byte, shape, dtype, and the device that it came from."""
+    """Location of a tensor in the file: first byte, shape, dtype, and original device."""
 
     start: int
     shape: torch.Size
@@ -107,7 +107,7 @@ class Activations(Sequence[Tensor]):
 
     @property
     def folder(self) -> Path | None:
-        """Where the file goes; None for the folder for temporary files."""
+        """Folder of the file; None for the folder for temporary files."""
         return self._folder
 
     @property

@@ -22,7 +22,7 @@ from coprune.base.errors import UnsupportedModel
 from coprune.model.blocks import Block
 
 Place = int | str
-"""Of a block's argument: its position behind the hidden states, or its name."""
+"""Place of a block's argument: its position after the hidden states, or its name."""
 Stream = MutableMapping[Any, Any]
 """Values that blocks leave for later ones, as they are between two blocks."""
 
@@ -152,7 +152,7 @@ class Answer:
     entries: int
     """Length of the tuple that begins with the hidden states; 0 if they are the answer themselves."""
     shape: tuple[int, ...] | None
-    """Of one sample's hidden states, where the block changes it (down-sampling); None where it does not."""
+    """Shape of one sample's hidden states if the block changes it (down-sampling), else None."""
 
     @classmethod
     def of(cls, output: Any, hidden: Tensor) -> Answer:

@@ -13,7 +13,7 @@ from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Statistic
 
 OUTSIDE = "outside"
-"""In `Past.known`, the matrices after the blocks."""
+"""Key in `Past.known` of the matrices after the blocks."""
 Known = Mapping[str, Callable[[], dict[str, Inputs]]]
 
 
@@ -37,7 +37,7 @@ class MatricesReady:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """All matrices of a block were shown; it is let go of when the walk goes on."""
+    """The end of a block's matrices; the block is released when the walk continues."""
 
     block: Block
     before: Sequence[Tensor] = ()

@@ -73,7 +73,7 @@ class InputSample:
 
 @dataclass(frozen=True)
 class _Routed:
-    """Which rows of a product are counted."""
+    """Mask of a product's counted rows."""
 
     counted: Tensor
     twins: Tensor | None = None
@@ -173,7 +173,7 @@ class Inputs:
     statistic: Statistic | None
     sample: InputSample
     pool: Statistic | None = None
-    """For an expert: the statistic of all experts of its layer, as far as they are known."""
+    """For an expert: the statistic of all experts of its layer, as far as known."""
 
     def update(self, x: Tensor, kept: int | None = None) -> None:
         """Add a batch's rows. kept: as in `InputSample.update`."""
@@ -201,9 +201,9 @@ class BatchRows(NamedTuple):
     """The rows that are taken of one batch."""
 
     counted: CountedRows | None = None
-    """Which are counted; None for all."""
+    """Counted rows; None for all."""
     kept: int | None = None
-    """How many the sample keeps; None for as many as of every other batch."""
+    """Number of sampled rows; None for the same as of every other batch."""
 
 
 class Gathered:

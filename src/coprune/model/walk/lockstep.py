@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """One batch on its way through a block."""
+    """A batch on its way through a block."""
 
     def __init__(self, run: Callable[[], Tensor], finish: Callable[[Tensor], None]) -> None:
         self._greenlet = greenlet.greenlet(lambda: finish(run()))
@@ -80,22 +80,22 @@ class Lanes:
     """The work of a block's lanes."""
 
     run: Callable[[int], Tensor]
-    """From a batch's number to the block's output for it."""
+    """Returns the block's output for a batch's number."""
     see: Callable[[int, Matrix, Tensor], None]
     """Called for every product with the batch's number, the matrix and its input."""
     finish: Callable[[int, Tensor], None] | None
     """Called with a batch's number and the block's output. None: nobody wants that, so what comes after the block's last
     matrix to solve is not computed."""
     hear: Callable[[int], Callable[[Tensor], None] | None] = lambda batch: None
-    """From a batch's number to what is told of every product's operand, if anything is."""
+    """Returns, for a batch's number, the listener to every product's operand, if any."""
 
 
 class Lockstep:
     """All lanes of one block.
 
-    batches: how many lanes there are; lanes: what they do; agree: turns the position of the matrix that this process
-    would solve next (None if its lanes have ended) into the positions of all processes that walk in step; paging: takes
-    what waiting lanes hold out of memory.
+    batches: number of lanes; lanes: their functions; agree: turns the position of the matrix that this process would solve
+    next (None if its lanes have ended) into the positions of all processes that walk in step; paging: moves tensors of waiting
+    lanes out of memory.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class _Place:
 
 
 class Paging(TorchDispatchMode):
-    """While active, notes the storages that come into being and brings back those that an operation needs.
+    """Tracks, while active, new storages, and pages in those that an operation needs.
 
     limit: bytes of them that may stay in memory when a batch stops; folder: of the file (default: the folder for temporary
     files). Only operations of torch's dispatcher are seen, as all of torch's own are. Raises CopruneError if the disk is full.

@@ -49,15 +49,15 @@ class Structure:
     sample: Tensor
     """The batch of one that was sent through."""
     answers: list[Answer] = field(default_factory=list)
-    """For every block, what its answer looks like."""
+    """Form of every block's output."""
     groups: list[list[list[Matrix]]] = field(default_factory=list)
-    """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
+    """Every block's matrices grouped by input tensor, in order of first use."""
     streams: tuple[Place, ...] = ()
-    """Where blocks are handed what earlier ones left for them in a mapping."""
+    """Places of the mappings in which earlier blocks leave tensors for later ones."""
     reused: list[str] = field(default_factory=list)
     """Names of matrices that are multiplied more than once in a forward."""
     folds: Mapping[str, Sequence[Fold]] = field(default_factory=dict)
-    """By the block's name: matrices whose inputs can be permuted, with what produces these; empty until somebody has looked."""
+    """Matrices with permutable inputs and their producers, by block; filled on first use."""
 
 
 @dataclass(frozen=True)

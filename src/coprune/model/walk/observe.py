@@ -55,7 +55,7 @@ def refuse_backwards(matrix: Matrix) -> None:
 
 
 class Observe(TorchFunctionMode):
-    """While active, call `on_product(matrix, input)` just before a tracked matrix is multiplied.
+    """Calls, while active, `on_product(matrix, input)` just before a tracked matrix is multiplied.
 
     The experts of a mixture may be multiplied one by one, or all at once as a batch of matrices.
     """
@@ -130,7 +130,7 @@ class Observe(TorchFunctionMode):
 
 
 class Touches(TorchFunctionMode):
-    """While active, note which matrices take part in any operation, in `names`."""
+    """Records, while active, the `names` of matrices that take part in any operation."""
 
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Touches(TorchFunctionMode):
 
 
 class Reads(TorchFunctionMode):
-    """While active, note which of some tensors take part in any operation, by their ids in `ids`."""
+    """Records, while active, the `ids` of those of some tensors that take part in any operation."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
@@ -175,10 +175,10 @@ def _operands(args: tuple[Any, ...], kwargs: Any) -> list[Any]:
 
 @dataclass
 class Products:
-    """Which matrices were multiplied while a block ran."""
+    """Matrices that were multiplied while a block ran."""
 
     groups: list[list[Matrix]] = field(default_factory=list)
-    """In order of first use; those of one group are fed by the same tensor."""
+    """Matrices in order of first use, grouped by input tensor."""
     reused: list[Matrix] = field(default_factory=list)
     """Once for every use after the first."""
     unseen: list[Matrix] = field(default_factory=list)

@@ -52,8 +52,10 @@ class Recording:
 
     @property
     def shares(self) -> list[float]:
-        """By how much every batch counts where a mean is over batches: 1, or where only some tokens count, or samples differ
-        in length, the batch's tokens that count over those of a batch in the mean."""
+        """Weight of every batch in a mean over batches.
+
+        1, or if only some tokens count or samples differ in length, the batch's counted tokens over the mean batch's.
+        """
         if self.counted is None and self.uneven is None:
             return [1.0] * len(self.tokens)
         counts = [one.numel() if self.counted is None else int(one.sum()) for one in self.counted or self.tokens]
@@ -140,7 +142,7 @@ class ByBlock:
 
 @dataclass(frozen=True)
 class Sequential:
-    """Every matrix is shown just before its first use, so that it sees what its pruned predecessors give; one pass."""
+    """Yields every matrix just before its first use, so that it sees the outputs of pruned predecessors; one pass."""
 
     keep_inputs: bool = False
     """As in `ByBlock`; the block then runs once more."""
@@ -148,13 +150,12 @@ class Sequential:
 
 @dataclass(frozen=True)
 class Dense:
-    """Every block runs once, with its dense weights: it sees what it would see in the dense model, whatever is pruned
-    before it. Also the way of callers that only look."""
+    """Runs every block once with its dense weights, on the dense model's inputs. Also for callers that only observe."""
 
     keep: Callable[[Tensor], Tensor] | None = None
     """Returns the part of a batch's inputs (B × S × H) to keep until their block is done; None keeps nothing."""
     batches: int | None = None
-    """Of how many batches that is kept, the first ones; None for all."""
+    """Number of batches for which it is kept, the first ones; None for all."""
 
 
 Moves = ByBlock | Sequential | Dense

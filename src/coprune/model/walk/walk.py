@@ -45,16 +45,16 @@ class Walk:
     recording: Recording | None = None
     """None: no data runs through the model; the blocks are shown one after another."""
     statistic: type[Statistic] | None = None
-    """Which statistic to gather for every matrix; None for none (a sample of the inputs is kept all the same)."""
+    """Statistic to gather for every matrix; None for none (a sample of the inputs is always kept)."""
     moves: Moves = BY_BLOCK
-    """How the inputs go from block to block, and what is kept of them."""
+    """How inputs advance from block to block, and what is kept of them."""
     past: Past = NO_PAST
     processes: Processes = ALONE
-    """Those that walk together, each with its share of the samples."""
+    """Processes that walk together, each with its share of the samples."""
     advance: Callable[[float], None] = lambda blocks: None
     """Called with the share of a block that was done, for a progress bar."""
     at: str = field(default="before the blocks", init=False)
-    """Where the walk is: the name of a block."""
+    """Position of the walk: the name of a block."""
 
     def __post_init__(self) -> None:
         if self.past.known and (isinstance(self.moves, Sequential) or self.processes.size > 1):

@@ -1,4 +1,4 @@
-"""How one budget of zeros is spread over the matrices: allocations, one file each, in one table."""
+"""The allocation of one sparsity over the matrices: one file per allocation, and a table of them."""
 
 from __future__ import annotations
 

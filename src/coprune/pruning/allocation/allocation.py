@@ -38,7 +38,7 @@ class Unit:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """Number of weights."""
         return self.rows * self.width
 
 
@@ -58,7 +58,7 @@ class Allocation(Protocol):
 
     @property
     def first(self) -> int:
-        """How many calibration tokens it looks at, the first ones, in whole batches; 0: all."""
+        """Number of calibration tokens to use, the first ones, in whole batches; 0: all."""
 
     def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
         """Measure the matrices of one block of the dense model.

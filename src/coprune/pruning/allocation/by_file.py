@@ -24,7 +24,7 @@ from coprune.pruning.allocation.allocation import Curve, Shown, Unit, within_bud
 from coprune.recipe.pattern import Target, parse_pattern
 
 TOLERANCE = 1e-4
-"""How far the file's sparsities may be from the overall one on average, if they cover all matrices."""
+"""Maximum difference of the file's mean sparsity from the overall one, if it covers all matrices."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from coprune.pruning.methods.wanda import score_by_norms
 from coprune.recipe.pattern import Target
 
 _MOST_APART = 256.0
-"""Of a few samples, some outputs see next to no gradient; more than so much is not believed."""
+"""Maximum ratio to the mean: with few samples, some outputs see next to no gradient."""
 _ROWS_AT_A_TIME = 64
 """Distributions that are drawn from at a time, each of which is as long as the vocabulary."""
 
@@ -48,16 +48,15 @@ class ByFisher:
     """
 
     bound: float = 0.2
-    """How far a matrix's sparsity may be from the overall one (N:M: at least one of M)."""
+    """Maximum difference of a matrix's sparsity from the overall one (N:M: at least one of M)."""
     points: int = 7
-    """At how many sparsities losses are measured (N:M: at every N within the bound)."""
+    """Number of sparsities at which losses are measured (N:M: every N within the bound)."""
     rows: int = 256
     """Outputs of a matrix to measure on, evenly spaced: its loss is a sum over them."""
     first: int = 2048
-    """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
+    """Number of calibration tokens to use, the first ones, in whole batches; 0: all."""
     outputs: float = 0.5
-    """How much masks that leave open how many zeros a row has are chosen by what errors in each output cost, too: the power of
-    that; 0: not at all."""
+    """Exponent of the errors' weights by output, where the number of zeros in a row is free; 0: outputs count alike."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm
@@ -168,13 +167,13 @@ class Watched:
 
     matrix: Matrix
     step: int
-    """Of so many rows one counts."""
+    """Stride of the measured rows."""
     goes: Tensor
-    """At which target each of its weights goes, as bytes."""
+    """Grid index at which each weight is removed, as bytes."""
     lost: Tensor
-    """By target, float64, added to."""
+    """Summed losses by target, float64."""
     by_row: Tensor | None
-    """Of each row's gradient, the sum of squares, float64, added to; None where nobody asks for it."""
+    """Sums of squares of each row's gradient, float64; None unless requested."""
 
     @classmethod
     def of(cls, matrix: Matrix, step: int, squares: Tensor, grid: Sequence[Target], outputs: bool) -> Watched:

@@ -28,7 +28,7 @@ class OWL:
     spread: float = 0.08
     """Half the distance between the largest and the smallest share of kept weights (the paper's λ)."""
     first: int = 0
-    """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
+    """Number of calibration tokens to use, the first ones, in whole batches; 0: all."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm

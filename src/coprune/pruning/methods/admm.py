@@ -37,13 +37,13 @@ class ADMM:
     rounds: int = 20
     """Rounds of the alternation."""
     mask_rounds: int = 15
-    """In how many of the first rounds the mask is chosen anew, on a cubic schedule of sparsity."""
+    """Number of first rounds in which the mask is chosen again, on a cubic schedule of sparsity."""
     damping: float = 0.1
     """Added to the unit diagonal of the scaled Gram matrix."""
     rho: float = 1.0
     """Strength of the pull toward the sparse weights."""
     group: Group = "matrix"
-    """Which weights compete when the pattern is unstructured."""
+    """Weights that compete when the pattern is unstructured."""
 
     statistic: ClassVar[type[Gram]] = Gram
 

@@ -56,13 +56,13 @@ class ALPS:
     rounds: int = 300
     """Rounds at most; it stops as soon as the mask stands still."""
     rounds_per_rho: int = 3
-    """After how many rounds the mask is looked at and ρ raised."""
+    """Number of rounds after which the mask is checked and ρ raised."""
     damping: float = 0.01
     """Added to the Gram matrix's diagonal before it is scaled, as a fraction of its mean."""
     refit_rounds: int = 10
     """Rounds of conjugate gradients on the final mask."""
     group: Group = "matrix"
-    """Which weights compete when the pattern is unstructured."""
+    """Weights that compete when the pattern is unstructured."""
 
     statistic: ClassVar[type[Gram]] = Gram
 

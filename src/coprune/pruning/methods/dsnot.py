@@ -36,7 +36,7 @@ class DSnoT:
     start: Literal["magnitude", "wanda", "ria"] = "wanda"
     """The method whose mask it begins from."""
     cycles: int = 50
-    """How many swaps a row may make at most."""
+    """Maximum number of swaps per row."""
 
     statistic: ClassVar[type[InputMoments]] = InputMoments
 

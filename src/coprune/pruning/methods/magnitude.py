@@ -16,7 +16,7 @@ class Magnitude:
     """Prune the weights with the smallest |W|; no weight is changed and no input is looked at."""
 
     group: Group = "matrix"
-    """Which weights compete: those of the whole matrix (the usual baseline) or of one output row."""
+    """Weights that compete: those of the whole matrix (the usual baseline) or of one output row."""
 
     statistic: ClassVar[None] = None
 

@@ -44,9 +44,9 @@ class RIA:
     """
 
     power: float = 0.5
-    """How much the input norms count: n^power."""
+    """Exponent of the input norms: n^power."""
     group: Group = "matrix"
-    """Which weights compete: those of the whole matrix (as in the authors' code) or of one output row."""
+    """Weights that compete: those of the whole matrix (as in the authors' code) or of one output row."""
 
     statistic: ClassVar[type[Statistic]] = InputNorm
 

@@ -28,7 +28,7 @@ from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import Target
 
 Choose = Callable[[Tensor, slice], Tensor]
-"""Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
+"""Returns the mask of kept weights of some columns: (weights as updated so far, O × C; which columns) → O × C bool."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Wanda:
     """
 
     group: Group = "row"
-    """Which weights compete: those of one output row (the paper's choice) or the whole matrix."""
+    """Weights that compete: those of one output row (the paper's choice) or the whole matrix."""
 
     statistic: ClassVar[type[Statistic]] = InputNorm
 

@@ -22,7 +22,7 @@ from coprune.pruning.methods.wanda import wanda_score
 from coprune.recipe.pattern import Target
 
 TOLERANCE = 0.001
-"""How near the sparsity has to come, and how short the interval of α may become (the authors' values)."""
+"""Tolerance of the sparsity, and shortest interval of α (the authors' values)."""
 HIGHEST = 0.8
 """α is searched for between 0 and this."""
 

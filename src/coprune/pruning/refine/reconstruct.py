@@ -35,7 +35,7 @@ class Reconstruction:
     steps: int = 100
     """Steps per block."""
     tokens: int = 0
-    """At least so many tokens; where the steps hold fewer, there are more steps. 0: as many as the steps hold."""
+    """Minimum number of tokens; steps are added until they have as many. 0: as many as the steps have."""
     learning_rate: float = 2.5e-3
     """Peak learning rate, times the root mean square of each parameter's entries that may change.
 
@@ -155,7 +155,7 @@ class Reconstruction:
 
     @property
     def _watching(self) -> tuple[int, int]:
-        """After how many steps the error is watched again, and how often it may not have fallen before a training ends."""
+        """Steps between checks of the held-out error, and the number of checks without improvement that end the training."""
         # Watching takes a tenth of the batches: after each of a few steps it would cost more than they do.
         if self.steps >= 20:
             return max(10, self.steps // 10), 3
@@ -218,9 +218,9 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
 
 
 _TINY = 1e-12
-"""So that nothing is divided by zero."""
+"""Lower bound of divisors."""
 _SMALLEST_PART = 1e-4
-"""Of the mean of all features: what a feature's part is at least, so that one that is nearly silent is not all that counts."""
+"""Lower bound of a feature's part relative to the mean, so that a nearly silent one does not dominate."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,9 @@ class Examples:
     targets: Sequence[Tensor]
     """The dense block's outputs, likewise."""
     shares: Sequence[float]
-    """By how much every batch counts; one of 0 is not looked at."""
+    """Weight of every batch; one with 0 is skipped."""
     counted: Sequence[Tensor] | None = None
-    """Which tokens count, B × S bool per batch; None for all."""
+    """Mask of counted tokens, B × S bool per batch; None for all."""
 
     @torch.no_grad()
     def weights(self, batches: Iterable[int]) -> Tensor:

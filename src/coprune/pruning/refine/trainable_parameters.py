@@ -26,7 +26,7 @@ class Trained:
     """Path within the block."""
     parameter: nn.Parameter
     entries: Tensor | None
-    """Which of its entries may change (bool, of its shape); None: all."""
+    """Mask of its trainable entries (bool, of its shape); None: all."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where zeros may be: patterns, one file each, in one table, and the one place that reads their names.
+"""Patterns of zeros, one file each, in one table, and the parser of their names.
 
 Nothing heavy is imported before a mask is chosen.
 """
@@ -19,7 +19,7 @@ PATTERNS: dict[str, type[Pattern]] = {
     "unstructured": Unstructured,
     "N:M": NM,
 }
-"""From the most general to the most special."""
+"""Patterns by name, from the most general to the most specific."""
 
 
 def parse_pattern(text: str) -> Pattern:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 Group = Literal["row", "matrix"]
-"""Which weights compete with each other where the pattern leaves that open."""
+"""Weights that compete where the pattern leaves that open."""
 
 DEFAULT_SPARSITY = 0.5
 """Sparsity where neither a pattern nor a recipe gives one."""
@@ -28,7 +28,7 @@ class Pattern(ABC):
     """
 
     usage: ClassVar[str]
-    """How it is written, for messages."""
+    """Syntax, for messages."""
     first_step: ClassVar[int] = 0
     """The fewest of its `steps` of sparsity that it can be pruned by."""
 
@@ -49,7 +49,7 @@ class Pattern(ABC):
 
     @property
     def group_size(self) -> int | None:
-        """How many consecutive inputs of a row belong together, so that it has to divide a width; None: no groups."""
+        """Number of consecutive inputs of a row that form a group, a divisor of every width; None: no groups."""
         return None
 
     @property
@@ -234,8 +234,7 @@ class Target:
     pattern: Pattern
     sparsity: float
     outputs: Tensor | None = field(default=None, compare=False, repr=False)
-    """By how much an error in each output counts beside the others' (O float32, positive); None: all alike. A method need
-    not know: it is given rows that are larger by as much."""
+    """Weight of an error in each output (O float32, positive); None: all alike. A method need not know: its rows are scaled."""
 
     def keep(self, score: Tensor, group: Group = "matrix") -> Tensor:
         """Choose the weights to keep, those with the largest scores.

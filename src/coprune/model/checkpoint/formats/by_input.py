@@ -17,13 +17,13 @@ from coprune.model.checkpoint.formats.find import Entries
 
 _WORD = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs lies in each four bits of a word."""
+"""Output in each four bits of a word."""
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
 class ByInput:
-    """How such a checkpoint stores its weights."""
+    """Storage of weights in such a checkpoint."""
 
     method: str
     bits: int

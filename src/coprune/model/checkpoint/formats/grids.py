@@ -90,7 +90,7 @@ class Integers:
 
 
 class Packing(Protocol):
-    """How the codes of a row lie in a tensor."""
+    """Layout of a row's codes in a tensor."""
 
     def unpack(self, stored: Tensor, columns: int) -> Tensor:
         """Return R × columns codes of R stored rows."""

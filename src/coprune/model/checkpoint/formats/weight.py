@@ -1,6 +1,6 @@
-"""One weight of a quantised checkpoint: several stored tensors that together are a matrix, or a stack of matrices.
+"""A weight of a quantised checkpoint: several stored tensors that form a matrix, or a stack of matrices.
 
-It is decoded, encoded on the grid that it has, and cut, always by its parts: codes, scales and what else belongs to it.
+It is decoded, encoded on its own grid, and cut by its parts: codes, scales and so on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """How the weights of a format are stored."""
+    """Storage format of weights."""
 
     label: str
     grid: Grid
@@ -40,7 +40,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How many values that are not zero were rounded to another code, and how far."""
+    """Number of nonzero values that were rounded to another code, and their error."""
 
     values: int = 0
     error: float = 0.0
@@ -77,7 +77,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the dense weight."""
+        """Shape of the dense weight."""
         matrix = (self.columns, self.rows) if self.form.transposed else (self.rows, self.columns)
         return matrix if self.lead is None else (self.lead, *matrix)
 
