@@ -13,7 +13,7 @@ from coprune.base.errors import OutOfMemory
 from coprune.base.words import Words
 
 Kind = Literal["cpu", "cuda", "other"]
-# In the words of torch's allocators, and of NVIDIA's libraries, which take memory by themselves.
+# Messages of torch's allocators, and of NVIDIA's libraries, which allocate on their own.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
@@ -43,7 +43,7 @@ class PerMemory(NamedTuple):
 def accelerator() -> torch.device | None:
     """Return the kind of GPU that torch finds, without a number; None without a supported one."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    # Apple's have no float64, in which errors are added up.
+    # Apple's lack float64, in which errors are summed.
     return None if found is None or found.type == "mps" else found
 
 
@@ -110,7 +110,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
         return None
     allocated, available = int(module.memory_allocated(device)), None
     if hasattr(module, "mem_get_info"):
-        # What the allocator keeps for later tensors is free for them, though the device counts it as taken.
+        # Memory that the allocator caches is available, though the device counts it as used.
         kept = int(module.memory_reserved(device)) - allocated if hasattr(module, "memory_reserved") else 0
         available = int(module.mem_get_info(device)[0]) + kept
     peak = int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else allocated

@@ -1,16 +1,15 @@
-"""The errors that coprune raises on purpose: values that say the cause and the fix.
+"""The errors that coprune raises on purpose: values with a cause and a fix.
 
     CopruneError              anything that stops a run with a message instead of a traceback
-    ├── BadInput              what was asked for cannot be done as asked; also a ValueError
+    ├── BadInput              invalid input; also a ValueError
     ├── NumericalError        the numbers do not allow an honest result
-    ├── UnsupportedModel      the model does what the walk cannot reproduce
-    ├── VerificationError     a saved model is not what was computed
-    ├── BrokenMask            a weight that was pruned is not zero any more
-    ├── OutOfMemory           a device, or the host, has no memory left
+    ├── UnsupportedModel      the walk cannot reproduce the model
+    ├── VerificationError     a saved model differs from what was computed
+    ├── BrokenMask            a pruned weight is not zero any more
+    ├── OutOfMemory           a device, or the host, is out of memory
     └── LostProcess           another process of the run is gone
 
-The text of an error names settings as the face does that speaks (see `coprune.base.words`): arguments in Python, flags
-on the command line.
+Messages name settings as the interface does (see `coprune.base.words`): arguments in Python, flags on the command line.
 """
 
 from __future__ import annotations

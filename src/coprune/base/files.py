@@ -184,7 +184,7 @@ def _why_not_written(error: Exception) -> str | None:
     for code, cause in _FULL.items():
         if number == code or os.strerror(code) in said:  # safetensors has words of its own around the system's
             return cause
-    # torch and numpy say neither the file nor the cause.
+    # torch and numpy name neither the file nor the cause.
     silent = ("PytorchStreamWriter", "inline_container", " requested and ")
     return "the disk is full or cannot be written" if any(words in said for words in silent) else None
 

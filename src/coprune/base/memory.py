@@ -77,7 +77,7 @@ def _numbers(file: Path) -> dict[str, int]:
 
 def peak_memory() -> int:
     """Return the peak of this process's resident set, in bytes."""
-    # Where /proc does not tell: getrusage counts what the process held that started this one, too.
+    # Only a fallback for /proc: getrusage also counts the parent process's memory.
     if peak := resident_peak()[1]:
         return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

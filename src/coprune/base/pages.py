@@ -1,8 +1,7 @@
 """Memory on large pages for packed matrices, where Linux has them.
 
-Decoding reads every weight once, in order, and a processor that looks up an address every 4 KiB cannot keep up with
-its memory (in a virtual machine a look-up costs most: reading went from 17 to 30 GB/s on one core with pages of
-2 MiB). Matrices follow each other in one region, so that small ones share a page.
+Decoding reads every weight once, in order, and address look-ups every 4 KiB slow it down, most in a virtual machine.
+Matrices follow each other in one region, so that small ones share a page.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def page_out(blob: Tensor) -> None:
     start = -(-blob.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (blob.data_ptr() + blob.numel()) // mmap.PAGESIZE * mmap.PAGESIZE
     if sys.platform == "linux" and end > start:
-        # Advice that an older kernel does not know does nothing.
+        # Older kernels ignore this advice.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 

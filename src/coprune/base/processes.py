@@ -1,8 +1,7 @@
-"""The processes that prune one model together, as torchrun starts them, and what they tell each other.
+"""The processes that prune one model together, as torchrun starts them, and their communication.
 
-Every process makes the same decisions in the same order; only the calibration samples, the solving of a block's
-matrices and the evaluation windows are shared out. A run by itself is a run of one process, for which all of this
-does nothing. gloo for words and on CPUs, nccl for sums and weights on GPUs.
+All processes make the same decisions in the same order; only calibration samples, the solving of a block's matrices and
+evaluation windows are divided. In a run of one process all of this does nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from coprune.base.errors import BadInput, LostProcess
 
 Value = TypeVar("Value")
 
-# Longer than any process computes between two meetings: a block of a large model solved by a slow method takes minutes.
+# Longer than any process computes between two exchanges: a block of a large model takes minutes with a slow method.
 TIMEOUT = timedelta(minutes=30)
 _TIMEOUT_OF_TRAINING = timedelta(hours=24)  # the first process measures and saves before and after it, the others wait
 _TELL_AFTER_SECONDS = 60.0
@@ -90,7 +89,7 @@ class Processes:
         """Add everybody's totals up, in place; returns the sum of everybody's counts."""
         if self.size == 1:
             return count
-        # Words first: that a process is gone shows at once in them, and in sums on GPUs only when the time is over.
+        # gloo first: it notices a lost process at once, sums on GPUs only after the timeout.
         counts = self.gather(count)
         with _heard():
             for total in totals:
@@ -143,7 +142,7 @@ def joined_processes(train: bool = False) -> Iterator[Processes]:
     with _heard():
         dist.init_process_group(_backend(), timeout=_TIMEOUT_OF_TRAINING if train else TIMEOUT)
     yield Processes(dist.get_rank(), dist.get_world_size())
-    # Not after an error: the others may be waiting for something else. Nor twice: a fine-tuning ends them itself.
+    # Not after an error, when others may wait for something else, and not twice, since a fine-tuning ends them itself.
     if dist.is_initialized():
         dist.destroy_process_group()
 

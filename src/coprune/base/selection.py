@@ -64,7 +64,7 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     tied = score == threshold
     # Of the entries at the threshold only so many are pruned as the strictly smaller ones leave to prune.
     quota = pruned - (score < threshold).sum(dim=1, keepdim=True)
-    # A device adds nothing faster than the host would learn from it that there is nothing to add.
+    # On a device an empty addition is cheaper than a read that would avoid it.
     if not in_host_memory(score.device) or bool((tied.sum(dim=1, keepdim=True) > quota).any()):
         dtype = torch.int32 if score.shape[1] < 2**31 else torch.int64
         keep |= tied & (tied.cumsum(dim=1, dtype=dtype) > quota)

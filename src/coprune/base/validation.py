@@ -92,7 +92,7 @@ def read_as(kind: type[Kind], path: Path) -> Kind:
 
 
 _MOST_BYTES = 1_000_000
-# A sweep of thousands of lines has some ten thousand; each alias counts as what it stands for.
+# A sweep of thousands of lines has some ten thousand, aliases expanded.
 _MOST_NODES = 100_000
 _MOST_LEVELS = 200
 

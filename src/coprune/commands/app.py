@@ -36,9 +36,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
 )
-# What every error of typer's own (a missing argument, no number) derives from; it has no public name.
+# Base class of typer's own errors (a missing argument, an invalid number); it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
-# What the user can mend; any other error of the system is a bug that needs its traceback.
+# Errors that the user can fix; any other system error is a bug that needs its traceback.
 _FILE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.EPERM, errno.EIO),
@@ -70,7 +70,7 @@ def main() -> None:
 
     A command may exit with a code of its own, as for an unmet requirement.
     """
-    # Libraries' notes are for their developers; what matters to a user, coprune says itself.
+    # Libraries' warnings are for developers; coprune itself reports what matters to users.
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     quieten_tokenizers()
@@ -104,13 +104,13 @@ def _run(arguments: list[str]) -> int:
     except _UsageError as error:
         if (gone := retired(getattr(error, "option_name", ""))) is not None:
             _fail(gone.text(CommandLine()))
-        # What pydantic says of a value, in the words of coprune's own errors.
+        # Reported in the style of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")
-        # A missing argument: how the command is typed.
+        # For a missing argument, also show the usage.
         usage = error.ctx.get_usage().removeprefix("Usage: ") if said.startswith("Missing argument") else ""
         _fail(ended(said.removesuffix(".") + (f"; type {usage}" if usage else "")))
     except BrokenPipeError:
-        # Whoever read has heard enough, as `| head` does; nor is there anybody to be told so at the end of the process.
+        # The reader closed the pipe, as `| head` does; Python must not complain about that at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # as typer does
     except OSError as error:
@@ -143,7 +143,7 @@ if __name__ == "__main__":
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _AGAIN_SECONDS = 1.0
-# What was done so far is taken over by the same command.
+# Commands that resume when repeated.
 _GOES_ON = ("prune", "finetune", "fit", "sweep", "compare")
 
 

@@ -39,7 +39,7 @@ _HELP_ALL = "help_all"
 _FEW = 6
 _NAMED_TWICE = ("model_option", "use_variant")
 """Options of the Wanda repository for what an argument and a method are called here."""
-# A training's settings that are called otherwise on the command line, where the word has another meaning.
+# Training settings with another flag on the command line, where the name has another meaning.
 _FLAGS_OF_TRAINING = {
     "seqlen": ["--seqlen", "--block-size", "--block_size"],
     "temperature": ["--distill-temperature", "--temperature"],
@@ -137,7 +137,7 @@ def _option(
         more = " … (coprune finetune --help)" if len(details) > _FEW else ""
         told = f"{told} Options behind a colon: {', '.join(most)}{more}."
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
-    # 0 equals False, and is a default to be shown.
+    # 0 equals False, but is a default to show.
     unsaid = default is None or default is False or several or told.endswith("]")
     option = typer.Option(
         *flags or flags_of(name),

@@ -72,7 +72,7 @@ class _Parsers(Mapping[str, Any]):
         if name not in COMMANDS:
             raise KeyError(name)
         function = command_named(name)
-        # Its file may say how it wants to be read otherwise than others.
+        # A command's file may override how its arguments are parsed.
         settings = getattr(import_module(function.__module__), "READ_WITH", {})
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
         alone.command(name, **{"cls": GroupedCommand, **settings})(_at_home(function))

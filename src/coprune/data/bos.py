@@ -1,9 +1,8 @@
-"""The token that begins a text (BOS): whether a text has it at its start, before every window, or not at all.
+"""The token that begins a text (BOS): only at the start of a text, before every window, or absent.
 
-A tokenizer has a habit of its own: LLaMA's and Gemma's put BOS before every text that they are given, GPT-2's and Qwen's put
-none. As a corpus is one text, the papers' windows of a LLaMA have none but the first: that is `first`. Some models have never
-seen a window without it and are lost there, which `every` is for: BOS takes the first place of each window, and the text goes
-on behind it, so that windows stay as long as they were.
+LLaMA's and Gemma's tokenizers put BOS before every text, GPT-2's and Qwen's do not. As a corpus is one text, only the first of
+the papers' windows of a LLaMA has it: that is `first`. Some models fail on windows without it, which `every` is for: BOS takes
+the first place of each window, and the last token is dropped.
 """
 
 from __future__ import annotations

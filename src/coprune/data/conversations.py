@@ -125,7 +125,7 @@ def document_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
             continue
         before = template_text(messages[:number], tokenizer, place, answers=True) if number else ""
         upto = template_text(messages[: number + 1], tokenizer, place)
-        # A template that writes earlier turns anew (without their thoughts, say) marks only those that stay.
+        # If a template rewrites earlier turns (without their thoughts, say), only unchanged ones are marked.
         if whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto):
             edges.append((len(before), len(upto)))
     ids, offsets = _encoded(whole, edges, tokenizer, place)
@@ -140,7 +140,7 @@ def _encoded(
         found = encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         offsets, last = list[tuple[int, int]](), 0
         for start, end in found["offset_mapping"]:
-            # Byte-level tokenizers trim spaces from offsets; a "▁" put before a word covers nothing, and belongs to the word.
+            # Byte-level tokenizers trim spaces from offsets; a "▁" before a word covers no text, and belongs to the word.
             offsets.append((start, end) if start < end else (last, end) if last < end else (end, end + 1))
             last = max(last, end)
         return list(found["input_ids"]), offsets

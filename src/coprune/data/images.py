@@ -144,7 +144,7 @@ def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, class
     own = {int(number): str(name) for number, name in (id2label or {}).items()}
     names = {name: number for number, name in own.items()}
     if images.classes and all(name in names for name in images.classes):
-        # Two of ImageNet's classes are cranes: where both count alike, a number says which.
+        # Two of ImageNet's classes are named crane; if both models number them alike, the number decides.
         numbers = [at if own.get(at) == name else names[name] for at, name in enumerate(images.classes)]
         return torch.tensor(numbers)[images.labels]
     if len(images) and int(images.labels.max()) >= classes:
@@ -176,7 +176,7 @@ def _digits(part: Part) -> LabelledImages:
     split = {"evaluation": order[:DIGITS_FOR_EVALUATION], "calibration": order[DIGITS_FOR_EVALUATION:]}[part]
 
     def image(i: int) -> Any:
-        # Their 17 shades of grey, light on dark.
+        # 17 shades of grey, light on dark.
         pixels = (raw[split[i]].reshape(8, 8) * (255 / 16)).round().astype("uint8")
         return Image.fromarray(pixels).convert("RGB")
 

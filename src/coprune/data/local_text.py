@@ -89,7 +89,7 @@ def _begins_as_text(file: Path) -> bool:
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             begin = stream.read(_LOOKED_AT)
-        # A character may be cut off at the end.
+        # The last character may be truncated.
         return b"\0" not in begin and bool(begin) and codecs.getincrementaldecoder("utf-8")().decode(begin) is not None
     except (OSError, UnicodeDecodeError, EOFError, zlib.error):
         return False

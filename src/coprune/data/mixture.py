@@ -109,7 +109,7 @@ def mixed(found: Sequence[tuple[Source, Windows]], seed: int) -> Windows:
     tokens = padded([one.tokens for _, one in found], NOTHING)[order]
     marks = None
     if any(one.generated is not None for _, one in found):
-        # Of text that nobody marked there is no prompt to leave out.
+        # Unmarked text has no prompt to exclude.
         whole = [torch.ones_like(one.tokens, dtype=torch.bool) for _, one in found]
         own = [all_ if one.generated is None else one.generated for all_, (_, one) in zip(whole, found, strict=True)]
         marks = padded(own, False)[order]

@@ -1,8 +1,7 @@
-"""Chat templates, rendered where they can neither take the machine's memory nor its time.
+"""Chat templates, rendered with limits on memory and time.
 
-A template is a program that comes with a model. transformers runs it in jinja2's sandbox, which lets it reach nothing, but
-loops in loops, `'x' * 10**10` and an indent of as many spaces are allowed there. So it runs in a child of this process, with
-limits. The child goes on for as long as there is something to render, and ends a few seconds later.
+A template is a program that comes with a model. transformers runs it in jinja2's sandbox, which still allows loops in loops,
+`'x' * 10**10` and an indent of as many spaces. So it runs in a limited child process, which ends when it is idle.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def _serve(tokenizer: PreTrainedTokenizerBase, asked: int, tell: int) -> None:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
-        # Locks that this process holds, and pipes of others, have to end with it and not with the child.
+        # The child must not inherit this process's locks and pipes.
         edges = [2, *sorted((asked, tell)), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]
         for before, after in pairwise(edges):
             os.closerange(before + 1, min(after, 1 << 16))

@@ -170,7 +170,7 @@ def evaluation_tokens(
     text, most = evaluation_text(name, cache_dir), None
     source = text.source
     if isinstance(text, GivenTokens):
-        # Nobody knows how much text they stand for, so there is nothing to tell per byte.
+        # The amount of text is unknown, so there are no figures per byte.
         tokens, sizes = text.tokens.flatten(), torch.zeros(text.tokens.numel(), dtype=torch.int64)
     else:
         most = text.most_windows
@@ -206,7 +206,7 @@ def tokens_and_bytes(tokenizer: Tokenizes, text: str) -> tuple[Tensor, Tensor]:
         return torch.tensor(ids, dtype=torch.int64), edges.diff()
     encoded = encode(tokenizer, text, return_offsets_mapping=True)
     starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
-    # Marks that stand for no text report (0, 0), also at the end.
+    # Special tokens report (0, 0), also at the end.
     starts = np.maximum.accumulate(starts)
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)

@@ -84,7 +84,7 @@ def choose_bos(
     texts = windows[:count, 1:]
     marked = torch.cat([torch.full_like(texts[:, :1], bos), texts], dim=1)
     found = score([*texts.split(1), *marked.split(1)])
-    # By torch, since math.exp raises where a model is so broken that the result is beyond a float.
+    # torch rather than math.exp, which raises on overflow for a broken model.
     without, with_bos = (float(torch.cat(part).double().mean().exp()) for part in (found[:count], found[count:]))
     used: Literal["first", "every"] = "every" if with_bos < (1 - CLEARLY_BETTER) * without else "first"
     return BosChoice(used=used, without=without, with_bos=with_bos, windows=count)

@@ -84,7 +84,7 @@ def _evaluate(
     cache, dense = EvaluationCache(None), None
     tasks = Extras.prepare(recipe).tasks
     if against is not None:
-        # What a model in files answered, and how its texts begin, is kept; one in memory may change.
+        # Only results of a model in files are cached; one in memory may change.
         kept = cache if held[1] is not None else EvaluationCache(default_cache_folder())
         dense = Subject(recipe.replaced(model=str(against)), kept, reporter, None, held[1])
     subject = Subject(recipe, cache, reporter, tasks, held[0])

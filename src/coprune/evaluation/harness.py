@@ -171,12 +171,12 @@ def watched_model(
     if batch_size is None and in_host_memory(model.device):
         # Automatic choice tries 64 sequences of full length first, which on a CPU takes minutes and much memory.
         batch_size = max(1, min(16, BATCH_LOGITS // (512 * model.config.get_text_config().vocab_size)))
-    # What stands before an empty context; a tokenizer without such a mark leaves it to the model's configuration.
+    # The token before an empty context; without one in the tokenizer it comes from the model's configuration.
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id)
     mark = next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
     with _parted(model):
         found = _watched_class()(
-            # The harness gives a tokenizer without a mark for padding one.
+            # The harness adds a padding token to a tokenizer without one.
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size or "auto",
@@ -208,7 +208,7 @@ def _watched_class() -> Any:
 
         @property
         def eot_token_id(self) -> int | None:
-            # As with what stands before a context: a tokenizer may have no mark of its own.
+            # The tokenizer may lack one, as above.
             own: int | None = super().eot_token_id
             return self.prefix_token_id if own is None else own
 
@@ -236,7 +236,7 @@ def _watched_class() -> Any:
 
         def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
             logits = super()._model_call(inps, *arguments, **options)
-            # Of the first token alone, since what is NaN before the head is so for every token.
+            # Only of the first token, since NaN before the head affects all tokens.
             if bool(logits[..., 0].isnan().any()):
                 raise NumericalError("the model's output is NaN for items of the tasks", field="tasks")
             self.advance(len(inps))

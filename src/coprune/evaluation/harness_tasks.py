@@ -151,8 +151,7 @@ def isolated() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        # Its bars know no switch, so that all of standard error is held back; coprune's own bar finds its way around.
-        # Other notes it prints where figures stand.
+        # Its bars cannot be disabled, so standard error is discarded (coprune's bar bypasses that), and standard output as well.
         silent, nowhere = redirect_stderr(StringIO()), redirect_stdout(StringIO())
         with silent, nowhere, warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -167,7 +166,7 @@ def isolated() -> Iterator[None]:
 
 
 def _named(value: Any) -> str:
-    # The address of a function in its repr is another in every process.
+    # A function's repr has its address, which differs between processes.
     return getattr(value, "__qualname__", None) or str(value)
 
 

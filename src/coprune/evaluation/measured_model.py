@@ -234,7 +234,7 @@ class Subject:
             generation=(settings.chat_template, settings.gen_kwargs),
             tasks=tasks_fingerprint(tasks, settings.limit),
         )
-        # What is kept holds no items.
+        # The cache holds no items.
         return run() if settings.log_samples else self._cache.get(key, ZeroShot, run)
 
     def _begun_key(self, what: str, asked: Text, **settings: Any) -> str:

@@ -1,8 +1,7 @@
 """Results of zero-shot (or few-shot) tasks: per-task metrics, the papers' mean, and differences item by item.
 
-The items, prompts and metrics are those of the EleutherAI harness (see `harness`). Two models that answered the same
-items are compared by pairs: the standard error of a mean difference then leaves out how hard the items are, and is
-often a third of what two independent errors would give.
+The items, prompts and metrics are those of the EleutherAI harness (see `harness`). Two models are compared by pairs of the same
+items, so that the standard error of a mean difference excludes the items' difficulty.
 """
 
 from __future__ import annotations

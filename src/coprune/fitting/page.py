@@ -51,7 +51,7 @@ def _picture(found: Fitted, target: str) -> str | None:
         return None
     name, unit = _COSTS[target]
     points, lines = list[Point](), list[Line]()
-    # Of few items the bounds are far apart, and would flatten all else.
+    # With few items the bounds are so wide that they would flatten everything else.
     floor = min(0.0, 3 * min(row.bounds[1] for row in shown)) - 0.05
     ceiling = max(0.0, 3 * max(row.bounds[1] for row in shown)) + 0.05
     for row in shown:

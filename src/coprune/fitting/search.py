@@ -93,8 +93,6 @@ class Search:
                 fix = ("add a condition on ", " or ".join(METRICS_OF[task.kind]), " to ", Setting("require"))
                 raise BadInput(cause, field="require", fix=fix)
 
-    # The dense model.
-
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
         self.workshop.prepare()
@@ -154,8 +152,6 @@ class Search:
             for task in self.tasks
             if condition.metric in METRICS_OF[task.kind]
         ]
-
-    # Candidates.
 
     @property
     def _elapsed(self) -> float:
@@ -314,8 +310,6 @@ class Search:
         found = 0 if tokens < least else min(most, 1 << (int(tokens).bit_length() - 1))
         write_text(file, str(found))
         return found
-
-    # The last word.
 
     def _proven(self, winners: Sequence[Candidate], out_of_time: bool) -> Finding:
         """Test winners on the unseen half, from the safest to the cheapest, up to the first that fails.

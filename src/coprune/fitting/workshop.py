@@ -178,8 +178,6 @@ class Workshop:
         speed = _SPEED_TOKENS / (time.perf_counter() - started)
         return {"bytes": file.stat().st_size, "memory": memory, "speed": speed, "proxy": proxy}
 
-    # What is made.
-
     def file(self, candidate: Candidate) -> Path:
         """Return a candidate's file, made if need be. Raises CopruneError where it cannot be."""
         exact = self._exact(candidate.cut)
@@ -281,8 +279,6 @@ class Workshop:
                 took = time.perf_counter() - started - (self._noted - noted)
                 self._noted += took
                 write_text(note, json.dumps({"seconds": took}))
-
-    # Text.
 
     @property
     def text(self) -> Path:

@@ -103,7 +103,7 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
     for matrix in chosen.all():
-        # Of an expert that no token was routed to, all inputs matter alike.
+        # An expert without tokens has uniform importance.
         mean = seen.get(matrix.name, torch.ones(matrix.shape[1]))
         matrix.write(mean.clamp_min(_LEAST).expand(matrix.shape))
     return revert_conversion(model, saved_tensors(model))
@@ -146,7 +146,7 @@ def write_importance(file: Path, importance: Importance) -> None:
 
     def write(path: Path) -> None:
         with closing(GGUFWriter(path, "")) as writer:
-            # The package names an architecture in every file; what llama.cpp reads is this type.
+            # The package writes an architecture in every file; llama.cpp recognises this type.
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", ["coprune"])
             writer.add_uint32("imatrix.chunk_count", 1)

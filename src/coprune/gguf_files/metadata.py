@@ -99,7 +99,7 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     kept = {
         key: _without_blocks(field, counts) if key.startswith(f"{arch}.") else field for key, field in fields.items()
     }
-    # What transformers does not read of this architecture is told by value, as where it reads nothing.
+    # Numbers that transformers does not read are corrected by value.
     unread = {place: new for place, new in wanted.items() if not _is_read(place, new, kept, (arch, before))}
     wanted = {place: new for place, new in wanted.items() if place not in unread}
     lists = {place: new for place, new in counts.changes.items() if isinstance(_at(before, place), list)}

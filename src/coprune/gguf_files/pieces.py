@@ -103,7 +103,7 @@ class Matcher:
             key = (name, part)
             if key not in self._norms:
                 self._norms[key] = float(own.norm())
-            # A vector to which something was added has another norm.
+            # Added constants change a vector's norm.
             if wanted.ndim < 2 or abs(self._norms[key] - norm) <= max(1e-3, self.tolerance) * norm:
                 yield Piece((name,), part), squeezed(own)
 

@@ -53,7 +53,7 @@ def write_adapter(folder: Path, model: PreTrainedModel, factors: Mapping[str, Fa
     folder.mkdir(exist_ok=True)
     adapter_config(model, factors).save_pretrained(str(folder))
     content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    # PEFT keeps a set, whose order is another in every process.
+    # PEFT keeps a set, whose order differs between processes.
     content["target_modules"] = list(factors)
     write_text(folder / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
     tensors = {f"{_PREFIX}{name}": tensor for name, tensor in stored_factors(factors, model.dtype).items()}

@@ -35,7 +35,7 @@ class Imagined(InMemory):
             super().__init__(build_skeleton(location, config, kind, device, trust_remote_code=False))
         self.device = device
 
-    # By parameter, of which tied weights are one: storages on the meta device all look alike.
+    # By parameter, shared by tied weights: storages on the meta device are indistinguishable.
     @property
     def total_bytes(self) -> int:
         """Size of all parameters."""

@@ -1,8 +1,8 @@
 """Find a model's blocks by structure: the list of modules that holds most of the parameters.
 
-Where the elements of that list are stages, which are lists of blocks themselves (with a change of width and resolution
-between them), the blocks are what the stages are made of, in order; a stage's own down-sampling is a block like any
-other. No class name and no family is known here, so a model that appears tomorrow is found as well as LLaMA.
+If the elements of that list are stages (lists of blocks with a change of width and resolution between them), the blocks are
+the elements of the stages, in order; a stage's down-sampling counts as a block. No class or family is named here, so new
+models are found too.
 """
 
 from __future__ import annotations

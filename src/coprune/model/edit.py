@@ -1,9 +1,8 @@
-"""Edits: what pruning did to a model, as values, one or more per block.
+"""Edits: the changes of a model by pruning, as values, one or more per block.
 
-A run keeps them in its journal. The writer asks them where every source tensor goes and what becomes of the
-configuration; who reloads the model, which masks to find in it; a resumed run applies them to blocks that were finished
-before; the report says them in words; fine-tuning learns from them what has to stay zero. A new way of making a model
-smaller is a class here.
+A run keeps them in its journal. They give the writer the place of every source tensor and the configuration, verification
+the masks, a resumed run the state of finished blocks, the report its words, and fine-tuning the zeros to keep. A new way to
+make a model smaller is a class here.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Edits:
         """
         before, source = _earlier(source)
         if source is not None and Path(source).is_absolute():
-            # What is published should not tell of somebody's folders. Whoever follows it, follows links on the way first.
+            # A published folder must not contain local paths. Readers resolve links first.
             source = os.path.relpath(source, folder.resolve())
         edits = {block: dump_edits(own) for block, own in self.by_block.items()}
         content = {"source": source, "before": before, "masks": self.checksums(), "edits": edits}

@@ -1,13 +1,10 @@
-"""Fold a permutation of a matrix's inputs into what produces them, so that the model computes what it did before.
+"""Fold a permutation of a matrix's inputs into their producers, so that the model computes the same.
 
-The inputs of a down projection are, channel by channel, what rows of the gate and up projections give; those of an
-output projection what rows of the value projection give, within each head, also where query and key (or keys alone) are in
-the same matrix, and where the heads' answers are multiplied with a gate that other rows give.
-Which matrices these are is not known by name: every arrangement that fits by its shapes is tried with a random permutation on
-a recorded call of the block, and only one that leaves the block's output as it was (while the permutation without its
-producers does not) is taken.
-Inputs that come from the residual stream through a norm (query, key, value, gate, up) stay as they are: permuting them
-would mean permuting the stream of the whole model.
+The input channels of a down projection come from rows of the gate and up projections; those of an output projection from rows
+of the value projection, within each head, also where query and key share its matrix, or a gate multiplies the heads' outputs.
+No names are used: every arrangement with fitting shapes is tried with a random permutation on a recorded call of the block,
+and accepted only if the block's output stays the same (and changes without the producers' part).
+Inputs from the residual stream through a norm (query, key, value, gate, up) are left alone.
 """
 
 from __future__ import annotations
@@ -101,7 +98,7 @@ def heads_of(model: Any) -> Heads:
     """Read the attention heads from the configuration."""
     config = model.config.get_text_config()
     size, count = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
-    # Where stages have numbers of their own, a list says them.
+    # A list has one number per stage.
     count = count if isinstance(count, int) and count else None
     width = getattr(config, "hidden_size", None)
     return Heads(width // count if size is None and count and width else size, count)

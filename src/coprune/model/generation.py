@@ -183,7 +183,7 @@ def _cut(tokens: list[int], end_ids: Iterable[int], seconds: float) -> Answer:
 def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
     how: dict[str, Any] = dict(eos_token_id=list(settings.end_ids) or None, pad_token_id=settings.pad_id)
     how["cache_implementation"] = "static" if settings.fixed_cache else None
-    # Whoever asks for such a cache has compiled the step; on GPUs transformers would do it once more around that.
+    # A caller with such a cache has compiled the step; on GPUs transformers would compile it again.
     how["disable_compile"] = settings.fixed_cache
     return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True, **how)
 
@@ -232,7 +232,7 @@ class _Draw(LogitsProcessor):
             probability, tokens = probability.sort(descending=True)
             probability = probability.where(probability.cumsum(-1) - probability < self._settings.top_p, 0)
         up_to = probability.cumsum(-1)
-        # The first token with which it goes beyond the number's share of the sum.
+        # The first token at which the cumulative sum exceeds the number's share.
         drawn = (up_to <= number * up_to[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, drawn), 0.0)
 
@@ -253,7 +253,7 @@ class _Heard(StoppingCriteria):
 def ends_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
     """Return the tokens that end generated text: the tokenizer's, the generation settings', the configuration's."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    # Some configurations of text models inside of others do not have it at all.
+    # Some nested text configurations lack it.
     return ends_among(tokenizer.eos_token_id, own, getattr(model.config.get_text_config(), "eos_token_id", None))
 
 

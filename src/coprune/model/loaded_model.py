@@ -72,7 +72,7 @@ class Loaded:
             return None
         needed = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.is_meta)
         available, where = room_on(self.device)
-        # What is computed with the model takes memory too, and so may others while it does.
+        # Computing with the model takes memory too, and other programs may meanwhile.
         if available is None or needed <= available * _SHARE_FOR_WEIGHTS:
             return None
         return f"the whole model takes {needed / GIB:.1f} GiB {where}, too much of the {available / GIB:.1f} that are there"

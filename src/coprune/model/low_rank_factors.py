@@ -44,7 +44,7 @@ class WithFactors:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         answer: Tensor = self.forward(*args, **kwargs)
-        # Asked afterwards: the layer's matrix may have been pruned meanwhile.
+        # Checked after the product, in which the layer's matrix may have been pruned.
         if self.factors is None or self.silent:
             return answer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))

@@ -1,10 +1,9 @@
-"""Views of prunable weights as out × in matrices: the one place that knows how modules store them.
+"""Views of prunable weights as out × in matrices: the one module that knows how layers store them.
 
-`nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a
-mixture of experts a 3-D parameter with one matrix per expert, out × in or in × out. Whether a 3-D parameter is a
-mixture at all shows only when its products are observed (`coprune.model.matrix_choice`). A convolution is a matrix where no
-two of its positions overlap: 1 × 1, or cutting the image into patches (the stride is the kernel). Its inputs are then a
-patch's values, channel by channel.
+`nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a mixture of
+experts a 3-D parameter with one matrix per expert, out × in or in × out; whether a 3-D parameter is a mixture shows when its
+products are observed (`coprune.model.matrix_choice`). A convolution is a matrix if its positions do not overlap: 1 × 1, or
+patches (the stride is the kernel). Its inputs are then a patch's values, channel by channel.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Choose what to prune: the matrices of the blocks that are wanted, and all that is left alone with the reason.
+"""Choose what to prune: the wanted matrices of the blocks, and the reasons for those left alone.
 
-Before anything has run, every parameter of three dimensions is taken for a mixture of experts. A forward then shows
-what is multiplied with what (`Evidence`), and the choice is made once more: a parameter of which no slice was
-multiplied is no mixture, and only mixtures have routers.
+At first every 3-D parameter counts as a mixture of experts. A forward then shows the products (`Evidence`), and the choice is
+repeated: a parameter without a multiplied slice is no mixture, and only mixtures have routers.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ def _no_matrices(candidates: Sequence[Matrix], seen: Evidence) -> dict[str, str]
     """Return the candidates of a block that cannot be pruned, by name with the reason."""
     multiplied = seen.multiplied | seen.backwards
     mixtures = {matrix.parameter for matrix in candidates if matrix.expert is not None and matrix.name in multiplied}
-    # A layer of a list of which another one ran, such as an expert of its own module that no token was routed to.
+    # Also layers whose siblings in a list ran, such as an expert module without tokens.
     kinds = {kind_of(name) for name in multiplied}
     dropped = {}
     for matrix in candidates:
@@ -234,7 +233,7 @@ def _refuse_shared(model: nn.Module, blocks: Sequence[Block], chosen: Chosen) ->
     for block, candidates in zip(blocks, chosen.candidates, strict=True):
         for matrix in {matrix.parameter: matrix for matrix in candidates}.values():
             for place, owner in places[_place(getattr(matrix.owner, matrix.attribute))]:
-                # One layer that a block uses under two names is one matrix.
+                # A layer with two names in a block is one matrix.
                 if place.startswith(f"{block.name}.") and owner is matrix.owner:
                     continue
                 shared = f"{matrix.parameter} shares its weights with {place}"

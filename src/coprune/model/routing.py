@@ -1,9 +1,8 @@
-"""The routing of a mixture of experts: experts that are never chosen, and choices that a smaller model repeats.
+"""The routing of a mixture of experts: excluded experts, and choices that a smaller model repeats.
 
-An expert that is removed gives no zeros: it is never chosen, and the gates of the others are what they are without it.
-So a mixture is made smaller in memory by its router's logits, which are minus infinity for what is gone.
-Among router values that are equal but for rounding, `topk` of fewer values takes others, and tokens go to other experts
-though every weight is right. A smaller model that is compared with the whole one follows it there, nowhere else.
+A removed expert is never chosen, and the gates of the others are as without it. So a mixture is made smaller in memory by its
+router's logits, minus infinity for removed experts. Where router values are equal up to rounding, `topk` of fewer values may
+choose others; a smaller model that is compared with the whole one follows it there, nowhere else.
 """
 
 from __future__ import annotations

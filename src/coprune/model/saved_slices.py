@@ -48,7 +48,7 @@ def masks_as_saved(
     They are converted as the parameters are on saving, so that no layout has to be known.
     """
     below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
-    # What is alike along a dimension takes no memory for it.
+    # An expanded tensor takes no memory along its equal dimensions.
     state = {n: _floats(masks[n]) if n in masks else torch.ones(()).expand(t.shape) for n, t in below.items()}
     return revert_conversion(model, state) if layout is None else layout(state)
 

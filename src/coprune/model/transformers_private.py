@@ -1,8 +1,7 @@
-"""Internals of transformers that coprune uses: they are not documented, and may change in any version.
+"""Undocumented internals of transformers that coprune uses, which may change in any version.
 
-Everything of that kind is here under a name of our own, so that a new version is met in one place; one test holds
-each of them to what is relied on. Only the import hook of packed folders names its table itself, as it must not import
-transformers, and fine-tuning overrides what a Trainer does when it saves; the same test covers both.
+They are all wrapped here, and one test checks each of them. Only the import hook of packed folders names its table itself,
+as it must not import transformers, and fine-tuning overrides a Trainer's saving; the same test covers both.
 """
 
 from __future__ import annotations
@@ -258,7 +257,7 @@ def name_model(model: PreTrainedModel, name: str) -> None:
 
 def unpack_gguf() -> dict[str, Any]:
     """Return the arguments with which from_pretrained makes a GGUF file's weights dense."""
-    # Newer versions can keep the weights packed, and have to be told not to.
+    # Newer versions keep the weights packed by default.
     wanted = getattr(quantization_config, "GgufConfig", None)
     return {} if wanted is None else {"quantization_config": wanted(dequantize=True)}
 

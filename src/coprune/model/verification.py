@@ -47,7 +47,7 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
     for block in found.blocks:
         saved.acquire(block.name)
         matrices = [matrix for matrix in find_matrices(block.module, block.name) if matrix.name in checksums]
-        # All masks of a block by one copy from a device.
+        # One copy from the device for all masks of a block.
         for matrix, bits in zip(matrices, to_host(*(mask_bits(m.stored()) for m in matrices)), strict=True):
             if bits is None or checksum_of(bits) != checksums[matrix.name]:
                 raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")

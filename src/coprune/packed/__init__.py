@@ -1,6 +1,5 @@
-"""The packed format: pruned weights stored as their kept values and where they are, and products computed from them.
+"""The packed format: pruned weights stored as kept values and their positions, and products computed from them.
 
-Nothing here is imported or compiled before it is used: `folder` packs and unpacks folders, `encoding` lets a run write
-packed, `linear` and `matrix` multiply from packed weights, `quantizer` lets transformers load a packed folder,
-`registration` makes that happen on `import coprune`, `accelerate` and `bench` measure where it pays.
+Nothing here is imported or compiled before its use, except that `registration` tells transformers about packed folders
+on `import coprune`.
 """

@@ -391,7 +391,7 @@ def _enter(model: Path | str, work: Work, dtype: DtypeName, compiles: bool) -> E
     register_with_transformers()
     location = locate(model)
     packed = isinstance(location, ModelFolder) and is_packed(location)
-    # Kept packed, which is what is to be measured; what loads a folder for other work unpacks it.
+    # Kept packed for the measurement; other loaders unpack the folder.
     loaded: Any = (
         load_packed(location.path, dtype=dtype).eval() if packed else load_model(location, dtype, processed=False)[0]
     )

@@ -41,7 +41,7 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
     own, attention, settings = vars(model).copy(), model.config._attn_implementation, model.generation_config
     assert settings is not None
     before = settings.cache_implementation, settings.disable_compile
-    # On a GPU transformers would compile once more around what is compiled here.
+    # On a GPU transformers would compile again around this.
     settings.cache_implementation, settings.disable_compile = "static", True
     changed: dict[str, Callable[..., Any]] = {
         "forward": _stepping(model, attention),
@@ -133,7 +133,7 @@ def _is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     ids = args[0] if args else kwargs.get("input_ids")
     mask = kwargs.get("attention_mask")
     masks = mask.values() if isinstance(mask, dict) else [mask]
-    # A mask of four dimensions that says yes or no was made for torch's attention; others would add it to their scores.
+    # A 4-D bool mask is for torch's attention; others would add it to their scores.
     if any(isinstance(one, Tensor) and one.ndim == 4 and one.dtype == torch.bool for one in masks):
         return False
     return isinstance(ids, Tensor) and ids.shape[-1] == 1 and isinstance(_cache(kwargs), StaticCache)

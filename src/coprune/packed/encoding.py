@@ -133,7 +133,7 @@ def check_shard(path: Path) -> dict[str, Header | None]:
                 headers[name] = check_packed(tensor)
             elif name in metadata.get("packed", []):
                 raise BadInput("it should be packed and is not", fix="copy or pack the model again")
-            # Of a packed tensor too, since one of another layer is whole in itself.
+            # For packed tensors too, since a swapped one is valid in itself.
             if name in checksums and stored_checksum(tensor) != checksums[name]:
                 raise BadInput("the checksum does not match", fix="copy or pack the model again")
     missing = (set(checksums) | set(metadata.get("packed", []))) - headers.keys()

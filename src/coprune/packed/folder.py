@@ -1,8 +1,7 @@
-"""Packing a checkpoint folder and unpacking it again, byte for byte.
+"""Pack a checkpoint folder and unpack it again, byte for byte.
 
-A packed folder is a Hugging Face folder whose safetensors files hold packed tensors under the tensors' own names,
-whose `config.json` names coprune as the quantization method, and which keeps what packing rewrote (the
-configuration, the index, the safetensors headers) in `coprune_packed.json`, so that unpacking restores every file.
+A packed folder is a Hugging Face folder whose safetensors files hold packed tensors under the tensors' own names and whose
+`config.json` names coprune as quantization method. `coprune_packed.json` keeps what packing rewrote, to restore it.
 """
 
 from __future__ import annotations

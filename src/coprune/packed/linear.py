@@ -27,9 +27,9 @@ from coprune.packed.two_of_four import stores_two_of_four
 class PackedLinear(nn.Module):
     """`nn.Linear` whose weight is one buffer, `packed` (uint8); `weight` unpacks a fresh dense copy on every access.
 
-    Products on the CPU in float32 and bfloat16 come from the native kernels; on CUDA, where that wins, those of a few inputs from
-    Triton's and those of many with a 2:4 weight from torch's semi-structured one. Everything else multiplies by an unpacked copy
-    that lives for the length of the call. torch.compile, torch.export and autograd see one operator (packed/operator).
+    Products on the CPU in float32 and bfloat16 use the native kernels; on CUDA, where that is faster, few inputs use Triton and
+    many with a 2:4 weight torch's semi-structured product. All others multiply by a temporary unpacked copy. torch.compile,
+    torch.export and autograd see one operator (packed/operator).
     """
 
     packed: Tensor
@@ -85,7 +85,7 @@ class PackedLinear(nn.Module):
         """Multiply … × I to … × O, in x's dtype."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return packed_linear(x, self._weight())
-        # An operator's way costs some microseconds, a good part of a small product.
+        # torch's operator dispatch costs some microseconds, a good part of a small product.
         native = self._native if self._prepared else self._prepare()
         if native is None or x.dtype != native.dtype or x.device != native.blob.device:
             return packed_linear(x, self._weight())

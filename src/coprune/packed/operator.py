@@ -1,10 +1,9 @@
-"""The product of a packed matrix as an operator of torch, which torch.compile and torch.export take as it is.
+"""The product of a packed matrix as an operator of torch, for torch.compile and torch.export.
 
-`coprune::packed_linear` has gradients; `coprune::packed_product` is the same without, since the way through torch's gradients
-costs as much as a small product. Both have one implementation for every device, which unpacks the weight for the length of the
-call, and two that multiply from the packed bytes: for the CPU, by the native kernels where they serve, and for CUDA, where that
-wins (`proven`), by Triton's for a few inputs (`of_few`) and by torch's semi-structured product for many (`semi_structured`). They
-are functions of tensors alone, so an exported program needs nothing but `import coprune.packed.operator` where it runs.
+`coprune::packed_linear` has gradients; `coprune::packed_product` has none, since torch's dispatch for gradients costs as much as
+a small product. Both have one implementation for every device, which unpacks the weight, and two that multiply from the packed
+bytes: native kernels on the CPU, and on CUDA, where that is faster (`proven`), Triton for few inputs and torch's
+semi-structured product for many. An exported program needs only `import coprune.packed.operator`.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ def _header_of(nbytes: int, outputs: int, inputs: int, dtype: torch.dtype) -> He
     return replace(header, kept=(nbytes - header.values_at) // dtype.itemsize)
 
 
-# Where products are computed: what is traced may have sizes that are no numbers.
+# Only for real tensors: traced ones may have symbolic sizes.
 _known_header = functools.lru_cache(8192)(_header_of)
 
 

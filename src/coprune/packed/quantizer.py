@@ -1,9 +1,8 @@
 """Loading packed folders with transformers' from_pretrained.
 
-A packed tensor has the dense one's name, so all of transformers' renamings and fusions (experts, qkv) apply as they
-are, once it is unpacked: unpacking is put before the operations of every conversion, and on its own for every tensor
-that has none. To keep a linear layer packed, the layer is replaced by a PackedSlot, whose `weight` buffer has the
-length of the packed tensor; transformers fills it as any other.
+A packed tensor has the dense one's name, so transformers' renamings and fusions (experts, qkv) apply once it is unpacked:
+unpacking is the first step of every conversion, and the only one for other tensors. To keep a linear layer packed, it is
+replaced by a PackedSlot, whose `weight` buffer has the length of the packed tensor; transformers fills it as any other.
 """
 
 from __future__ import annotations

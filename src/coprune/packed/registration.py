@@ -1,9 +1,8 @@
-"""Telling transformers about packed folders, without importing it.
+"""Registration of packed folders with transformers, without importing it.
 
-`import coprune` must stay cheap, and yet `AutoModelForCausalLM.from_pretrained(packed)` must work after it. So the
-quantizer is registered at once if transformers' table of quantizers is loaded already, and otherwise in the moment
-when it is: an import hook runs the table's own loader and registers right after it. What is registered imports
-torch and the rest of coprune when a packed folder is first opened.
+`import coprune` must stay cheap, and yet `AutoModelForCausalLM.from_pretrained(packed)` must work after it. So the quantizer
+is registered at once if transformers' table of quantizers is loaded, and otherwise by an import hook when it is. torch and
+the rest of coprune are imported when a packed folder is first opened.
 """
 
 from __future__ import annotations

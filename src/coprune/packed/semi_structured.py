@@ -1,10 +1,8 @@
-"""PyTorch's semi-structured (2:4) products on NVIDIA GPUs: of dense layers that are converted, and of packed weights.
+"""PyTorch's semi-structured (2:4) products on NVIDIA GPUs, of converted dense layers and of packed weights.
 
-A packed weight that stores exactly two of every four inputs holds its values as torch's CUTLASS product takes them. What that
-wants beside them, the metadata, says the same as the bitmask in as many bits, in other codes and another order. It is made
-from the bitmask for every product, so nothing is held twice. Torch takes it on GPUs of compute capability 8.x.
-
-Not measured: it was written without such a GPU. `bench`, `accelerate` and the packed operator measure before they use it.
+A packed weight that stores exactly two of every four inputs has its values in the order of torch's CUTLASS product. The
+metadata that it needs besides are made from the bitmask for every product, so nothing is stored twice. Torch supports GPUs of
+compute capability 8.x. Not measured on such a GPU: `bench`, `accelerate` and the packed operator time it before use.
 """
 
 from __future__ import annotations
@@ -80,7 +78,7 @@ def product_of_many(x: Tensor, blob: Tensor, header: Header) -> tuple[Kind, Prod
         blob: a weight that `stores_two_of_four`, aligned, on x's device.
         header: of the weight, O × I.
     """
-    # Prompts have all lengths: one measurement serves all of as many bits.
+    # Prompt lengths vary, so one measurement serves all lengths of the same bit count.
     kind = Kind("semi-structured", x.device, header.shape, header.dtype, 10, len(x).bit_length())
     return kind, partial(multiply, blob, header)
 

@@ -91,6 +91,6 @@ def histogram(values: Tensor, keep: Tensor | None) -> Histogram | None:
     bins = ((logarithms - low) * (BINS / (high - low))).long().clamp_(0, BINS - 1)
     if keep is None:
         return Histogram(low=low, high=high, kept=tuple(torch.bincount(bins, minlength=BINS).tolist()), pruned=())
-    # Those that are kept in bins of their own, behind the others: both are counted at once.
+    # Kept values are counted in separate bins after the others, in one pass.
     counts = torch.bincount(bins.add_(keep.reshape(-1), alpha=BINS), minlength=2 * BINS).tolist()
     return Histogram(low=low, high=high, kept=tuple(counts[BINS:]), pruned=tuple(counts[:BINS]))

@@ -1,8 +1,8 @@
-"""Factorisations that the solvers share: damped, checked, and honest about what they had to repair.
+"""Damped, checked factorisations that the solvers share.
 
-Everything here is float32 unless it says otherwise. A factorisation that fails is never replaced by an identity
-matrix (that would be magnitude pruning under another name): the damping is raised, then the spectrum is clipped,
-each of which leaves an event, and what still fails raises NumericalError.
+float32 unless stated otherwise. A failed factorisation is never replaced by an identity matrix (which would be magnitude
+pruning under another name): the damping is raised, then the spectrum is clipped, both recorded as events; then
+NumericalError is raised.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Solver:
     def _sparse(self, weight: Tensor, statistic: Statistic | None, target: Target) -> Pruned:
         """Prune a matrix, without added factors."""
         if target.sparsity == 0:
-            # Nothing falls, so there is nothing to make up for either: no method and no refinement changes a weight.
+            # With no weight to prune, no method and no refinement may change one.
             return Pruned(weight, weight != 0)
         pruned = prune_by_outputs(self.method, weight, statistic, target)
         for refinement in self.refinements:
@@ -231,11 +231,11 @@ def prune_matrix(
     if wrapped is None:
         solver = replace(solver, low_rank=None)
     try:
-        # All that the host has to know of the result is read at once.
+        # One read of the device for all results.
         with reading_later() as reading:
             pruned = solver.solve(weight, inputs, target)
             matrix.write(pruned.weight)
-            # The error of what the model now holds, so after rounding to its dtype.
+            # The error after rounding to the model's dtype.
             after = matrix.read()
             refuse_overflow(matrix, weight, after)
             added = None if pruned.added is None else pruned.added.stored_as(matrix.stored().dtype)

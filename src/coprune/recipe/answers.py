@@ -176,7 +176,7 @@ def read_conditions(text: str | None) -> tuple[Condition, ...]:
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",")]
-    # A comma at the end is no mistake that changes what is meant.
+    # A final comma is harmless.
     return tuple(map(_read, parts[:-1] if parts[1:] and not parts[-1] else parts))
 
 

@@ -26,7 +26,7 @@ _FLAGS: dict[str, list[str]] = {
     "rotate": ["--rotate/--no-rotate"],
 }
 
-# Names that are still accepted and no longer shown, as they had another meaning in other commands; by the option.
+# Old names by option, accepted but hidden, since they had another meaning in other commands.
 OLDER: dict[str, list[str]] = {
     "method": ["--prune-method"],
     "sparsity": ["--sparsity-ratio"],

@@ -112,7 +112,7 @@ class Part(BaseModel):
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str | Path) and not is_text(str(text)):
                 raise ValueError("it is no text in UTF-8, in which recipes and reports are written")
-        # As a shell does, which files and Python do not pass.
+        # Files and Python do not pass a shell, which would expand it.
         return expand_home(value) if isinstance(value, Path) else value
 
     def first_said(self) -> tuple[str, ...] | None:
@@ -146,7 +146,7 @@ class ModelPart(Part):
     cache_dir: Annotated[
         Path | None, Decides.WHERE, Field(description="Where downloads are kept. [the Hugging Face cache]")
     ] = None
-    # Of a model whose blocks are streamed, less is measured; the weights come out the same.
+    # Streaming limits what is measured; the weights are the same.
     stream: Annotated[
         bool | None,
         Decides.MEASUREMENT | Decides.COST,

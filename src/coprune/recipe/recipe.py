@@ -85,7 +85,7 @@ def _of_training(recipe: Tree) -> BadInput | None:
     if recipe.output.encoding == "packed":
         pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
         return BadInput("a fine-tuned model is saved dense", field="encoding", value=recipe.output.encoding, fix=pack)
-    # A training leaves alone what pruning did.
+    # A training keeps the zeros of the pruning.
     return refuse_numbers(recipe.prune.exclude, "exclude", recipe.remove.shares)
 
 
@@ -465,7 +465,7 @@ def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = 
 def _named(place: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, str]:
     """Return the flat name of the setting at a path, and the name under which it was given."""
     for word, leaf in LEAVES.items():
-        # Of a method's name and options, the place is that of both.
+        # A method's name and options share one path.
         path = leaf.path[:-1] if leaf.field.annotation is Choice and leaf.path[-1] == "name" else leaf.path
         if place[: len(path)] == path or path[: len(place)] == place:
             return word, ".".join([names.get(word, word), *place[len(path) :]])

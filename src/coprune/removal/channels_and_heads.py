@@ -1,8 +1,8 @@
 """Parts of a block that can be removed as a whole: channels of an MLP, key-value heads with their query heads.
 
-A part is a fold (`coprune.model.folding`): what a consumer is multiplied with, channel by channel, comes from certain rows
-of certain producers, which was proven on the block's output. Removing a channel takes those rows, and the consumer's
-column. A head takes the rows of its query and key as well; they are the matrices fed by the same tensor as its value.
+A part is a fold (`coprune.model.folding`): a consumer's input channels come from certain rows of certain producers, proven
+on the block's output. Removing a channel removes those rows and the consumer's column. Removing a head also removes the rows
+of its query and key, which are the matrices with the same input as its value.
 """
 
 from __future__ import annotations

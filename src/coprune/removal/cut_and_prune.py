@@ -17,7 +17,7 @@ from coprune.removal.unit_scores import SPREADINGS
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_solver
 
-# What belongs to the zeros alone, as it is where nothing is said of it.
+# Settings of the pruning alone, at their defaults.
 _NO_ZEROS: dict[str, Any] = {
     "pattern": "unstructured",
     "sparsity": None,
@@ -68,7 +68,7 @@ def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
 
 def zeros_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     """Return the recipe of the pruning after the cut. folder: of its run, if it leaves one."""
-    # As the dense model spoke for, so that all figures are of the same windows.
+    # As the dense model decided, so that all figures are of the same windows.
     bos = recipe.calibrate.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
     model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)
     whole = recipe.model_copy(update={"remove": RemovePart()}).replaced(allocation=_for_zeros(recipe))

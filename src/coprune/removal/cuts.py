@@ -127,7 +127,7 @@ def anywhere(plan: Plan, block: Block) -> Cut:
     mixture = plan.mixtures.get(block.name)
     if mixture is None:
         return Cut(units)
-    # Unevenly, so that groups which nobody noticed would show.
+    # Unevenly, so that unnoticed groups would show.
     generator = torch.Generator().manual_seed(block.index)
     order = (
         torch.rand(mixture.groups, mixture.count // mixture.groups, generator=generator).argsort(dim=1).argsort(dim=1)

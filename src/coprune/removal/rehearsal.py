@@ -119,7 +119,7 @@ class Rehearsed:
                 ended.enter_context(self._silent(block))
             small = build_smaller(module, smaller_tensors(module, self.edits), changes)
             ties, left = self._ties(), {block.name: self.edits.place(block.name) for block in model.blocks}
-            # While the silence lasts: of what is not cut, the small model has the very tensors.
+            # While the parts are silent, since the small model shares all uncut tensors.
             big = {block.name: block.module for block in model.blocks}
             own = {name: small.get_submodule(place) for name, place in left.items() if place is not None}
 

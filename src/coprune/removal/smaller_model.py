@@ -53,7 +53,7 @@ def possible_changes(
         New values by their places, with dots between; only what differs.
     """
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
-    # Of tied weights only one is saved, which a model without weights does not show.
+    # Only one of tied weights is saved, but a model without weights shows both.
     unsaved = set(model.state_dict()) - set(saved_tensors(model))
     making = _Making(model, layout)
     before = making.before
@@ -235,7 +235,7 @@ def _skeleton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedMo
     made._attn_implementation = model.config._attn_implementation
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         small: PreTrainedModel = type(model)(made)
-    # What the model was loaded by says how its checkpoint names things, timm's for one.
+    # The loader determines the checkpoint's names, for example timm's.
     set_conversions_to_revert(small, conversions_to_revert(model))
     return small
 
@@ -329,12 +329,12 @@ def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Ch
     for old, new in resized.sizes:
         single = [p for p, v in places if type(v) is int and v == old]
         equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
-        # In the end without a change, since some sizes follow from others, and where nothing was said.
+        # Finally no change, since some sizes follow from others or are not given.
         silent: list[dict[str, Any]] = [{p: new} for p, v in places if v is None]
         ratios = [] if single else [*_ratios(places, old, new)]
         sizes += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), *ratios, {}, *silent], _some(equal)]
     for key, value in resized.extra.items():
-        # What a configuration does not say follows from others there, which change now.
+        # Values absent from a configuration are derived from others, which change now.
         beside = re.compile(r"(.*\.)?(num_attention_heads|hidden_size)")
         holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
         silent_places = [holder + key for holder in holders if dict(places).get(holder + key) is None]

@@ -52,7 +52,7 @@ def spread_units(run: Run, plan: Plan) -> Plan:
     alike = alike_parts(levels)
     even = tuple(own.steps_to(plan.count(own.part)) for own in levels)
     scales = _scales(run, plan, levels, even, asked if isinstance(asked, ByError) else ByError())
-    # Another process's machine may round otherwise; what the first one finds counts.
+    # The first process decides, since another machine may round differently.
     steps = run.processes.from_first(lambda: least_error(levels, alike, even, scales))
     if isinstance(asked, Search):
         exchanges = Exchanges(alike, [len(own.counts) - 1 for own in levels])

@@ -151,7 +151,7 @@ class Surgery:
         push = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
         current -= gone @ push
         inverse -= inverse[:, columns] @ push
-        # What was removed stays removed, whatever rounding leaves there.
+        # Removed units stay removed despite rounding.
         inverse[columns], inverse[:, columns] = 0.0, 0.0
         inverse[columns, columns] = 1.0
         current[:, columns] = 0.0

@@ -9,7 +9,7 @@ from coprune.report.answers import answer_table, note, shortened
 from coprune.report.html import quote, section, table, text
 
 _OPEN = 4  # answers to be seen at once
-# How each model is coloured: what stands before a fine-tuning is the pruned one.
+# The model before a fine-tuning has the pruned one's colour.
 _KINDS = {"dense": "dense", "before": "pruned", "pruned": "pruned", "fine-tuned": "tuned"}
 
 
@@ -18,7 +18,7 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: st
     warn = ' class="warn"' if facts.degenerates else ""
     lines = f"<p{warn}>{text(facts.verdict())}.</p>"
     lines += "".join(f"<p>Required: {text(one.line())}.</p>" for one in required)
-    # Those that loop or are empty come first, since they are what to look at.
+    # Looping and empty answers first, since they matter most.
     shown = sorted(facts.samples, key=lambda sample: not (sample.loops or sample.empty))
     samples = [
         f'<p class="asked">{text(sample.prompt)}</p><div class="two">'

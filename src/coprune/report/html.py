@@ -32,7 +32,7 @@ def page(title: str, body: str, data: dict[str, Any] | None = None) -> str:
     assets = files("coprune.report") / "assets"
     style = (assets / "page.css").read_text(encoding="utf-8")
     script = (assets / "page.js").read_text(encoding="utf-8")
-    # "<" never stands in the data as such, so that no name can end the element.
+    # "<" is escaped, so that no name can end the element.
     payload = json.dumps(data or {}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     payload = payload.replace("<", "\\u003c")
     return (
@@ -274,7 +274,7 @@ def commit_of(checkout: Path) -> str | None:
     """Return the checked-out commit of a folder, or None without a checkout or git."""
     if not (checkout / ".git").exists():
         return None
-    # Without locks: looking must not get in the way of what somebody else does in the checkout.
+    # Without locks, so as not to disturb other work in the checkout.
     describe = ["git", "--no-optional-locks", "-C", str(checkout), "describe"]
     describe += ["--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -47,7 +47,7 @@ def push(folder: Path | str, repository: str, private: bool = False) -> str:
         )
     require_login(repository)
     api = HfApi()
-    # No link that leads out of the folder, wherever it came from.
+    # Links out of the folder are never uploaded.
     files = [glob.escape(str(path.relative_to(place))) for path in own_files(place, below=True)]
     try:
         made = api.create_repo(repository, exist_ok=True, private=private or None)

@@ -255,7 +255,7 @@ _KINDS = {
     "score": "log₁₀ |weight| · input norm",
 }
 _MOST = 600  # matrices whose histograms a page holds, at about 300 bytes each
-# A bin is one character: its height in so many steps, which on the page is less than a pixel each.
+# A bin is one character: its height in steps of less than a pixel.
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+,-./:;=?@[]^_`{|}~"
 
 
@@ -318,7 +318,7 @@ def _packed(histogram: Histogram) -> list[Any]:
     """Return the ends, the largest count, and the bins of kept and pruned values as digits."""
     pruned = histogram.pruned or (0,) * len(histogram.kept)
     top = max(1, *(a + b for a, b in zip(histogram.kept, pruned, strict=True)))
-    # Rounded up, so that what is in a bin is seen.
+    # Rounded up, so that every nonempty bin is visible.
     bins = ["".join(_DIGITS[math.ceil(n / top * (len(_DIGITS) - 1))] for n in row) for row in (histogram.kept, pruned)]
     return [round(histogram.low, 3), round(histogram.high, 3), top, bins[0], bins[1] if any(pruned) else ""]
 

@@ -33,7 +33,7 @@ class Axis:
             low, high = low / room, high * room
         else:
             room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-            # Nothing is below zero where nothing that is shown is.
+            # The axis does not extend below zero unless a value does.
             low, high = low - room if low < 0 else max(0.0, low - room), high + room
         places = _by_ratio(low, high) if ratios else _even(low, high)
         return cls(title, low, high, [(place, show(place)) for place in places], ratios)

@@ -28,7 +28,7 @@ def moves_of(run: Run) -> Moves:
     if asked.propagation == "dense":
         return Dense()
     if asked.propagation == "sequential":
-        # What is rounded when a block is written is what the next block's inputs come from.
+        # The next block's inputs must come from the rounded weights.
         return Sequential(keep or run.encoding.name == "source")
     return ByBlock(keep)
 

@@ -55,13 +55,13 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         from coprune.run.to_removal import check_names
 
         check_names(recipe)
-        # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
+        # Removal needs Gram matrices, as SparseGPT does, and sets nothing to zero.
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.prune.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.prune.refine)
     solver = Solver(method, refinements, low_rank_of(recipe))
     target = Target(parse_pattern(recipe.prune.pattern), recipe.prune.ratio)
-    # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
+    # A trial costs milliseconds and finds errors that would otherwise stop the run at its first matrix.
     group = target.multiple if target.multiple > 1 else 4
     if group > LARGEST_GROUP:
         return solver, target

@@ -125,7 +125,7 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     phases: list[PhaseFacts] = field(default_factory=list)
 
-    # What is found without the blocks' weights.
+    # Set without the blocks' weights.
     solver: Solver = field(init=False)
     target: Target = field(init=False)
     loaded: Loaded = field(init=False)
@@ -138,7 +138,7 @@ class Run:
     bos: BosChoice | None = None
     """How windows of text begin, once decided."""
 
-    # What is found with the proof of the walk, and before anything slow.
+    # Set by the proof of the walk, before anything slow.
     model: ProvenModel = field(init=False)
     reconstruction: Reconstruction | None = field(init=False)
     not_added: Sequence[str] = ()
@@ -149,7 +149,7 @@ class Run:
     write_gguf: Callable[[Path, Edits, Reporter], None] | None = None
     """Makes another GGUF file of the source, where that is one and parts of it go."""
 
-    # What is measured and done.
+    # Set by measuring and pruning.
     output: Output = field(init=False)
     dense: dict[str, Measured] = field(init=False)
     """Figures of the dense model, by the name of the data."""

@@ -336,7 +336,7 @@ def bound_run(
     added = 4 * rank * sum(sum(matrix.shape) for matrix in found.chosen.all() if rank and may_get_factors(matrix))
     resident, available, device = resident_memory() or 0, available_bytes(), device_memory(loaded.device)
     unread, steady = unread_weights(), STEADY if shapes.itemsize == 4 else STEADY_IN_HALF
-    # A file of another kind is in memory though the recipe would stream it.
+    # Other file formats are in memory even if the recipe would stream.
     can_stream = loaded.weights.streams or not (streams(recipe) or loaded.quantised_source)
     held = sum(parameter.nbytes for parameter in loaded.model.parameters() if not parameter.is_meta)
 
@@ -349,7 +349,7 @@ def bound_run(
         if device is not None:
             on_it = _largest(one.tensors(True), max(0, device.allocated + more))
             there = DevicePeak(device.name, max(on_it.values()), device.available, device.allocated, on_it)
-        # What this process held earlier and gave back is no part of it.
+        # Memory that was freed earlier does not count.
         return Estimate(max(phases.values()), available, resident, phases, processes, device=there)
 
     asked = bound(recipe)

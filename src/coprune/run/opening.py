@@ -107,7 +107,7 @@ def _require_reach(recipe: Recipe) -> None:
 
 def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
     """Report that bfloat16 was requested on a processor that computes it slowly, so that float32 is used."""
-    # A training afterwards speaks for itself.
+    # A later training reports itself.
     if recipe.prune.reconstruct.dtype == "bfloat16" and not multiplies_bfloat16(loaded.device):
         reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
 

@@ -211,7 +211,7 @@ class Output:
             if rounding.values:
                 self._weights.acquire(block.name)  # what follows computes with what was rounded
 
-        # What is on a device is copied from there anyway; in host memory one block more would have to be held.
+        # Tensors on a device are copied anyway; in host memory this would hold one more block.
         there = all(not in_host_memory(tensor.device) for tensor in block.module.parameters())
         writer.write(
             block.name,

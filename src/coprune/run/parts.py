@@ -140,7 +140,7 @@ def _between(run: Run) -> Path | None:
     target = recipe.output.model
     if run.given.loaded is not None or target is None or run.processes.size > 1:
         return None
-    # A folder holds more than the model in memory: what its class does not load.
+    # A folder also holds tensors that the model's class does not load.
     target.parent.mkdir(parents=True, exist_ok=True)
     return Path(run.closing.enter_context(TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)))
 

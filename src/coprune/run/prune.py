@@ -245,7 +245,7 @@ def read_call(
     chosen = named if named is not None else usual.get("method", _DEFAULT_METHOD)
     own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
     by_call = ({} if named is None else {"method": named}) | sort_options(said, own)
-    # Where nothing is saved, the model in memory is what a call is for.
+    # If nothing is saved, the caller wants the model in memory.
     usual_stream = None if said.get("save_model") is not None else False
     base = {"stream": usual_stream, "model": str(model) if loaded is None else loaded.source, PRESET: preset}
     asked: Mapping[str, Any] = layered(base, given_samples(said.get("dataset")), by_call)
@@ -254,7 +254,7 @@ def read_call(
     line = None
     if preset is None:
         asked, line = usual_preset({name: value for name, value in asked.items() if name != PRESET})
-    # What trains a whole model leaves folders, which a call that names none does not want.
+    # Training the whole model writes folders, which a call without one does not want.
     keeps = loaded is None and said.get("save") is not None
     return recipe_that_fits(asked, in_memory=not keeps), Given(loaded, given, None if line is None else say(line))
 
@@ -303,7 +303,7 @@ def _in_memory(model: Any, processor: Any, settings: Mapping[str, Any]) -> Loade
 def _refuse_adapters(model: Any) -> None:
     """Raise BadInput if there are adapters of PEFT on a model: their matrices would be pruned as if they were its own."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    # What PEFT puts in a layer's place keeps the layer under this name.
+    # PEFT's wrappers keep the original layer under this name.
     adapted = [name for name, module in modules if hasattr(module, "base_layer") and hasattr(module, "active_adapters")]
     if adapted:
         raise BadInput(

@@ -51,7 +51,7 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     except BadInput:
         return {}
     if not (folder / REPORT_FILE).is_file():
-        # An unfinished run goes on where only last bits would differ, as its journal does.
+        # An unfinished run resumes even if rounding would differ, as its journal does.
         there |= {name: value for name, value in recipe.deciding(Decides.ROUNDING).items() if name in there}
     if recipe.train.mode is None:
         return there

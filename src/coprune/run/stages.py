@@ -257,7 +257,7 @@ def _destination(run: Run) -> Destination | None:
     keep = recipe.output.model is not None and not recipe.output.as_gguf
     if not keep and not model.weights.streams:
         return None
-    # How windows begin is decided by now, whoever decided it.
+    # The beginning of windows is decided by now.
     used = "auto" if run.bos is None or run.bos.used == "as given" else run.bos.used
     weights = run.loaded.fingerprint(model.blocks)
     identity = run_identity(recipe.replaced(bos=used), weights, run.fingerprint, model.weights.streams)

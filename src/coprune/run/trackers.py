@@ -40,7 +40,7 @@ class TensorBoard:
 
     def log(self, figures: dict[str, float], step: int) -> None:
         if self._writer is None:
-            # The writer makes its folder at once, and a run that is refused leaves none.
+            # Created late, since the writer makes its folder at once, and a refused run leaves none.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._recipe.run_folder / "tensorboard"))

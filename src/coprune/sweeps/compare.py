@@ -114,7 +114,7 @@ def compare_models(
         subject.label = label
     for subject in subjects[1:]:
         subject.begin_as(subjects[0])
-    # The others are held against it, and it against nothing.
+    # The baseline itself is not compared.
     baseline = subjects[0].measure().model_copy(update={"required": ()})
     rows = [row(models[0], baseline, None)]
     for name, subject in zip(models[1:], subjects[1:], strict=True):
@@ -133,7 +133,7 @@ def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple
     try:
         return subject.closeness_to(baseline)
     except BadInput as error:
-        # Of other tokens the one may be missing by which the baseline's windows begin.
+        # A model with other tokens may lack the token that begins the baseline's windows.
         if not isinstance(error, OtherTokens) and error.field != "bos":
             raise
         reporter.say(f"No closeness: {say(error.cause)}.")

@@ -1,8 +1,7 @@
 """A sweep as data: a recipe in which a field may have a list of values, and how the lists combine.
 
-A field with a list is an axis, and the axes multiply, the first of the file outermost. A field that is a list itself
-(include, exclude, refine) becomes an axis when one of its values is a list. `sweep.yaml` reads like `recipe.yaml`, with
-everything that no recipe knows under `sweep:`.
+A field with a list is an axis, and the axes multiply, the first of the file outermost. A field that is itself a list (include,
+exclude, refine) is an axis if one of its values is a list. `sweep.yaml` is a `recipe.yaml` with more fields under `sweep:`.
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ class Sweep(BaseModel):
             return self
         typed, method = _words(typed), self.settings.get("method", "wanda")
         with_options = any({"method", "options"} <= set(group) for group in self.zip)
-        # What was said of the options of another method goes with it, as in a recipe.
+        # Options of another method are dropped with it, as in a recipe.
         if "method" in typed and (with_options or not (isinstance(method, list) or method == typed["method"])):
             typed = {"options": {}, **typed}
         kept = [entry for entry in self.exclude if all(_has(typed[n], v) for n, v in entry.items() if n in typed)]

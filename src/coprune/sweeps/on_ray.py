@@ -51,7 +51,7 @@ class RayWorkers:
 
     def start(self, job: Work) -> None:
         needed: dict[str, Any] = {"num_cpus": job.threads, "num_gpus": int(job.gpu), "memory": job.memory or None}
-        # Retries are counted and reported here, whatever a job was lost to.
+        # Retries are counted and reported here, whatever the cause.
         task = self._task.options(**needed, max_retries=0, name=job.name)
         self._running[task.remote(job, Path.cwd(), self._told)] = job
 

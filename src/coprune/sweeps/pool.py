@@ -138,7 +138,7 @@ def _gpus() -> list[str]:
 
 def _work(connection: Connection, gpu: str | None, log: Path) -> None:
     """Run jobs in a worker process until it is stopped or its parent is gone."""
-    # Ctrl-C reaches every process of a terminal; whoever started this one decides what to do about it.
+    # Ctrl-C reaches every process of a terminal, but the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()

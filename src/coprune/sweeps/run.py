@@ -144,7 +144,7 @@ def conduct(jobs: Sequence[Work], workers: Workers, retries: int, listen: Listen
             running[job.name] = job
             workers.start(job)
         for event in workers.events(_TICK):
-            # What a worker told before it was lost may arrive later.
+            # Events of a lost worker may still arrive.
             if event.run not in running:
                 continue
             again = False
@@ -227,7 +227,7 @@ class Plan:
         if kept is None:
             return None
         needed, there = kept.estimate.peak_bytes if kept.estimate else 0, self.workers.capacity.memory_each
-        # An estimate that is a little above what there is may be wrong; the run gets a machine for itself.
+        # An estimate slightly above the available memory may be wrong; the run gets a machine of its own.
         return needed if there is None else min(needed, there)
 
     def _too_large(self, run: Run, kept: KeptEstimate | None) -> str | None:

@@ -104,7 +104,7 @@ class SweepReuse(Reuse):
         if kept.estimate is None or anew:
             return kept.estimate
         self.saved.estimate += kept.seconds
-        # Whether there is room was decided before the run was started.
+        # The memory was checked before the run started.
         return replace(kept.estimate, available_bytes=None)
 
     def _kept_estimate(self, estimate: Callable[[], Estimate | None]) -> tuple[KeptEstimate, bool]:

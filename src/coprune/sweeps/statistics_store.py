@@ -1,8 +1,7 @@
 """Statistics of the dense model's blocks in a sweep's folder, so that its runs gather them once.
 
-In `dense` propagation all of them are the same for every run with the same data and the same kind of statistic; in
-`block` propagation those of the first block. A run that finds them missing looks at the dense model, a walk that changes
-nothing, while the others wait; then all of them prune from what is kept. One safetensors file per block, with a digest.
+With `dense` propagation all of them are equal in runs with the same data and kind of statistic; with `block` propagation those
+of the first block. The first run gathers them while the others wait. One safetensors file per block, with a digest.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def shared_places(run: Run, finished: Mapping[str, object]) -> list[str]:
     """
     model = run.model
     recipe, alone = run.recipe, run.processes.size == 1
-    # Permuted or rotated weights are others in every run.
+    # Permuted or rotated weights differ in every run.
     if not alone or run.samples is None or recipe.prune.reshapes:
         return []
     names = model.names
@@ -86,7 +85,7 @@ class StatisticsStore:
         except (CopruneError, OSError) as error:
             if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError | SafetensorError):
                 raise
-            # The disk filled up meanwhile: leave the room to others. If it was something else, the run meets it again.
+            # If the disk is full, leave it to others; any other error will recur in the run.
             for place in missing:
                 self._file(place).unlink(missing_ok=True)
 

@@ -228,7 +228,7 @@ class MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
         x, weight, a, b = ctx.saved_tensors
         gradient = gradients[0]
-        # Formed once more rather than kept, which would take a second copy of the model.
+        # Recomputed rather than stored, which would take a second copy of the model.
         needed = ctx.needs_input_grad[0]
         x_gradient = gradient @ masked_weight(weight, a, b, ctx.scaling).to(x.dtype) if needed else None
         outputs, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -249,7 +249,7 @@ def masked_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
     return torch.add(weight, update, alpha=scaling)
 
 
-# What would make another model of the base, or patterns that somebody else wrote.
+# Settings that would change the base model, or patterns from an untrusted file.
 _REFUSED = (
     *("layer_replication", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "target_parameters"),
     *("trainable_token_indices", "alora_invocation_tokens", "use_qalora", "lora_bias"),

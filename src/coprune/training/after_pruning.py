@@ -158,14 +158,14 @@ def pruning_of(recipe: Recipe) -> Recipe:
 
 def training_of(recipe: Recipe) -> Recipe:
     """Return the recipe of the training alone: the same data, seed, measurements and device, for the pruned model."""
-    # A dataset that nobody named stays so, since it depends on the model what that means.
+    # A default dataset stays unset, since it depends on the model.
     # Of several the largest that is text as it stands: a training reads one.
     sources = split_sources(recipe.calibrate.data)
     plain = [source for source in sources if source.is_text and not reads_conversations(source)]
     named = "data" in recipe.calibrate.model_fields_set and plain
     data: dict[str, Any] = {"data": max(plain, key=lambda source: source.share).name} if named else {}
     asked, answers, toward = recipe.calibrate, recipe.evaluate.answers, recipe.train.distill
-    # The dense model is loaded once more for answers, so only where those are asked for.
+    # Only for requested answers, since the dense model has to be loaded again.
     compares = answers.prompts is not None or any(condition.needs_dense for condition in answers.conditions)
     train = recipe.train.model_copy(
         update={

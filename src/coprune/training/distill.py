@@ -1,9 +1,9 @@
-"""Distillation: train a pruned model toward what the dense one says and, block by block, what it holds.
+"""Distillation: train a pruned model toward the dense one's outputs and hidden states.
 
-The loss is the divergence of the next-token distributions at a temperature (Hinton et al., arXiv 1503.02531) plus the
-error of every block's hidden states relative to their size (SquareHead, arXiv 2310.06927), here token by token, since
-the first token of many models, a thousand times larger than the others, would be all that counts otherwise. A teacher
-that is run ahead leaves its largest logits: all the others are compared as one outcome.
+The loss is the divergence of the next-token distributions at a temperature (Hinton et al., arXiv 1503.02531) plus the error of
+every block's hidden states relative to their size (SquareHead, arXiv 2310.06927), here per token, since the first token of
+many models is a thousand times larger than the others. A precomputed teacher stores its largest logits; the rest are compared
+as one outcome.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 
     logits: … × vocabulary.
     """
-    # Logits are the largest tensors of a step, so none is copied that need not be.
+    # Logits are the largest tensors of a step, so copies are avoided.
     return logits if temperature == 1 else logits.to(torch.float32) / temperature
 
 
@@ -129,7 +129,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         """Return the gradient: the difference of the probabilities, over T."""
-        # In place, since another tensor of this size costs four times what the product does; so it is gone then.
+        # In place, since allocating another tensor of this size costs four times as much as the product.
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(gradients[0]), None, None
 

@@ -1,8 +1,7 @@
-"""Keep the zeros of a pruned model while something else trains it: a plain loop, transformers' Trainer, TRL.
+"""Keep the zeros of a pruned model in any training: a plain loop, transformers' Trainer, TRL.
 
-What `hold_zeros` does for the optimiser that coprune makes is done here for any optimiser of torch, whoever makes it and
-whenever: gradients are masked as they are accumulated, and after every step of an optimiser that has a pruned weight
-that weight is set to zero once more.
+As `hold_zeros` does for coprune's own optimiser, for any optimiser of torch, created at any time: gradients are masked as they
+are accumulated, and a pruned weight is set to zero again after every step.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
                 mask.hold(parameter)
 
 
-# Of all optimisers, also of those that are made later.
+# Applies to all optimisers, also those created later.
 register_optimizer_step_post_hook(_after_step)
 
 
@@ -224,7 +223,7 @@ class _Held:
             self.clean = not any(bool(_own(one).masked_fill(keep, 0).any()) for one in moments)
         self.masked = False
         if not self.clean:
-            # Faster than to fill by the mask. A weight that is not finite stays so and fails the next save.
+            # Faster than masked_fill. A weight that is not finite stays so and fails the next save.
             self.parameter.mul_(self.keep)
 
 
@@ -236,7 +235,7 @@ def _own(whole: Tensor) -> Tensor:
 def _like(keep: Tensor, parameter: nn.Parameter) -> Tensor:
     """Move a mask to its parameter's device, sharded alike."""
     if isinstance(parameter, DTensor):
-        # Every process derived the whole mask from the same zeros: it cuts its shard out without hearing the others.
+        # Every process has the whole mask, so it takes its shard without communication.
         return distribute_tensor(
             keep.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )

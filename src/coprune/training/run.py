@@ -229,7 +229,7 @@ def look_before(session: Session) -> Look:
         reporter.say(f"Loading the dense model {settings.train.against}")
         dense = open_model(part, stream=False)
         _require_same_tokens(session, dense)
-        # What it is asked are the tokens of the model's own tokenizer.
+        # The prompts are tokens of the model's own tokenizer.
         dense = Loaded(InMemory(dense.model), session.loaded.processor, dense.source, dense.quantised_source)
         look.ask_dense(dense, reporter)
         look.keep_rows(dense)

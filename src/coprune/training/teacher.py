@@ -49,7 +49,7 @@ def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
     """Make a teacher compute in bfloat16 like the student, whatever dtype its weights have."""
     for module in teacher.modules():
         if isinstance(module, torch.nn.Linear):
-            # Autocast would do the same, once more for every batch; a weight that is also the embedding stays as it is there.
+            # Autocast would convert the weight again for every batch; the embedding keeps a tied weight unconverted.
             module.weight = torch.nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
     teacher.forward = torch.autocast(device.type, torch.bfloat16)(teacher.forward)
 

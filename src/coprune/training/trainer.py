@@ -116,7 +116,7 @@ class ZeroKeepingTrainer(Trainer):
         self._masks.verify(plain_parameters(model))
         if not self.args.should_save:
             return
-        # As the model holds its weights, since that is how the Trainer reads them back.
+        # In the model's own form, as the Trainer reads them back.
         layout = (
             {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {"save_original_format": False}
         )
@@ -338,7 +338,7 @@ class Along(TrainerCallback):
         if self._measure and self._due() > self._measured:
             self._measured = self._due()
             control.should_evaluate = True
-            # The best state can only be gone back to if it was saved.
+            # The best state can only be restored if it was saved.
             control.should_save = control.should_save or self._settings.train.patience is not None
         if control.should_save:
             self._saved = self._pace.agreed
@@ -428,7 +428,7 @@ def arguments_on(device: torch.device, **settings: Any) -> OneDeviceArguments:
     with accelerate_told(str(device)):
         arguments = OneDeviceArguments(**settings)
         arguments._taken = device
-        # Asked now, while accelerate is told.
+        # Read now, while accelerate's setting is in place.
         if is_accelerator(arguments.device) and device.index is not None:
             torch.accelerator.set_device_index(device.index)
     return arguments

@@ -1,8 +1,8 @@
-"""Weigh tokens by what the model loses without them, instead of by how often they are used.
+"""Weights of tokens by the model's loss without them, rather than by their frequency.
 
-Where a token goes, the text is cut into its parts: the model has to say the first part instead, which it finds less likely,
-and then the others, which cost what tokens of their kind cost. One pass over some of the counted text tells the first of every
-occurrence; tokens that it does not have lose as much as others of as many parts.
+Without a token, the text is split into its parts: the model has to predict the first part, which is less likely, and then the
+others at the usual cost of their kind. One pass over some of the counted text gives the first cost of every occurrence;
+tokens absent from it get the mean of those with as many parts.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Kinds of tokenizers whose vocabulary can be cut: which tokens have to stay, and which parts a token is made by.
+"""Kinds of tokenizers whose vocabulary can be cut: which tokens have to stay, and the parts of a token.
 
-A text whose tokens all stay is cut into the same tokens by the smaller vocabulary. For BPE that holds if every token
-keeps the intermediate tokens by which its own merges make it: within the token's span the merges run as they do on the token
-alone, and a merge whose result went was in no derivation of a token that stayed. For Unigram the best path stays the best of
-fewer; for WordPiece the longest match stays the longest. Text that needs a token that went falls back to its characters or
-bytes, so these stay.
+The smaller vocabulary must tokenise a text of kept tokens alike. For BPE that holds if every token keeps the intermediate
+tokens of its own merges: within its span the merges run as on the token alone, and a removed merge was in no derivation of
+a kept token. For Unigram the best path stays the best of fewer; for WordPiece the longest match stays the longest. Text with
+a removed token falls back to its characters or bytes, so these stay.
 """
 
 from __future__ import annotations

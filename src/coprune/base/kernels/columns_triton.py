@@ -1,11 +1,10 @@
 """The operation `walk_columns` as one Triton kernel.
 
 On a GPU the plain loop launches several small operations per column; here one launch does a whole block. No GPU has run it
-yet, only Triton's interpreter. So before a device's first block a small one is walked through by the kernel and by torch, and
-where that fails or differs, torch goes on.
+yet, only Triton's interpreter, so on each device it is first compared with torch on a small block.
 
-Rows are independent, so a program takes ROWS of them through all columns of the block, with the errors that they left so
-far in registers. The weights are transposed: a column's rows are neighbours in memory.
+Rows are independent, so a program processes ROWS of them through all columns of the block, with their errors so far in
+registers. The weights are transposed: a column's rows are neighbours in memory.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def inverse_of_factor(lower: Tensor) -> Tensor:
     """Return (LLᵀ)⁻¹, I × I, of a Cholesky factor L."""
     if in_host_memory(lower.device):
         return torch.cholesky_inverse(lower)
-    # For the inverse itself the host would wait, to see whether it succeeded.
+    # Inverting directly would make the host wait for an error check.
     return torch.cholesky_solve(torch.eye(len(lower), dtype=lower.dtype, device=lower.device), lower)
 
 

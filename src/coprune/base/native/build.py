@@ -1,10 +1,8 @@
-"""Compiling the CPU kernels on first use, into the user's cache.
+"""Compilation of the CPU kernels on first use, into the user's cache.
 
-The sources have a plain C interface and include nothing of PyTorch or Python: they compile in about three seconds,
-need no ninja, and do not depend on the ABI of any PyTorch version. Without a compiler everything still works: packed
-weights are unpacked for each product, and pruning is left to torch alone.
-
-Environment: COPRUNE_KERNELS=0 turns them off, COPRUNE_CACHE sets the cache folder, CXX names the compiler.
+The sources have a plain C interface and include nothing of PyTorch or Python: they compile in about three seconds and do
+not depend on the ABI of a PyTorch version. Without a compiler, packed weights are unpacked for each product, and pruning
+uses torch alone. Environment: COPRUNE_KERNELS=0 disables them, COPRUNE_CACHE sets the folder, CXX names the compiler.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The compiled library on the disk: loaded only if nobody else could have written it, and if it is whole.
+"""The compiled library on disk, loaded only if it is complete and nobody else could have written it.
 
-What is loaded runs, so the folder that holds it, and every folder above, must belong to this user or to root, and
-nobody else may write there (or only beside, as in /tmp). Elsewhere the library is compiled for this process alone. A
-checksum beside it tells a file that a crash of the machine cut off, which would end the process when it is mapped.
+Its folder, and every folder above, must belong to this user or to root, and nobody else may write there (or only beside,
+as in /tmp); otherwise the library is compiled for this process alone. A checksum detects a truncated file.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def _ours(found: os.stat_result, above: bool) -> bool:
     if stat.S_ISLNK(found.st_mode):
         return True  # its own mode means nothing; whoever may replace it, the folder around it tells
     others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _private_group(found.st_gid))
-    # In a sticky folder nobody can rename or remove what is another's.
+    # In a sticky folder nobody can rename or remove another user's files.
     return not others or (above and bool(found.st_mode & stat.S_ISVTX))
 
 

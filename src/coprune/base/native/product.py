@@ -1,9 +1,8 @@
-"""The operation `packed_product`: prepare a packed matrix, so that inputs can be multiplied from it as it is.
+"""The operation `packed_product`: prepare a packed matrix for products.
 
 (blob, starts, places, bias) → an object that multiplies, or None where the matrix has to be unpacked for every product. The
-kernels read the bytes of the file as they are: kept values and bitmask, plus one number per row (how many values come
-before it). Up to `IN_KERNEL` inputs are multiplied straight from the packed weights; more of them (a long prompt) are
-bound by arithmetic, so rows are unpacked tile by tile and given to PyTorch's dense product.
+kernels read kept values and bitmask as in the file, plus the number of values before each row. Up to `IN_KERNEL` inputs are
+multiplied from the packed weights; more are bound by arithmetic, so rows are unpacked tile by tile for PyTorch's product.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _ask(
             raise UnsupportedModel(f"transformers does not let {type(model).__name__} write: {error}") from error
     return tuple(
         Answered(
-            # The mark that ended it says nothing, and not every tokenizer knows that it is one.
+            # The end token is no text, and not every tokenizer marks it as special.
             text=str(tokenizer.decode(answer.tokens[: -1 if answer.ended else None], skip_special_tokens=True)),
             tokens=tuple(answer.tokens),
             ended=answer.ended,
@@ -109,7 +109,7 @@ def rows_along(model: PreTrainedModel, questions: Questions, answers: Answers) -
         if not answer.tokens:
             continue
         text = torch.tensor([[*prompt, *answer.tokens]], dtype=torch.int64, device=device)
-        # One by one, so that no padding and no other answer has a part in it.
+        # One by one, so that neither padding nor other answers influence it.
         with inference_logits(model):
             logits = forward_logits(model, text, last=len(answer.tokens) + 1)
         yield logits[0, -len(answer.tokens) - 1 : -1]

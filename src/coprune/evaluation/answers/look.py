@@ -58,7 +58,7 @@ class Look:
         except BadInput as error:
             if self._plan.is_asked:
                 raise
-            # A classifier has none to look at, which goes without saying.
+            # A classifier has no answers; no message is needed.
             if loaded.task == "text":
                 self._leave_out(error, reporter)
 

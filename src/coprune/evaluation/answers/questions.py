@@ -198,7 +198,7 @@ def _room(plan: Plan, lengths: list[int], limit: int | None) -> int:
     longest = max(lengths)
     if limit is None or longest + plan.new_tokens <= limit:
         return plan.new_tokens
-    # A few short answers that nobody asked for may be shorter, as long as loops can be told.
+    # The automatic check may use shorter answers, as long as loops can be detected.
     if not plan.is_asked and limit - longest >= LEAST_TOKENS:
         return limit - longest
     place = lengths.index(longest) + 1

@@ -84,7 +84,7 @@ class ImageTask:
         recipe = self._recipe
         if not needed and not recipe.evaluate.layer_error:
             return None
-        # Layer errors alone take a thousand patches or so.
+        # Layer errors need only about a thousand patches.
         nsamples = recipe.calibrate.samples if needed else min(recipe.calibrate.samples, 64)
         reporter.say(f"Calibration: {nsamples} images from {recipe.calibrate.data}.")
         with about("dataset", recipe.calibrate.data):

@@ -64,7 +64,7 @@ class TextTask:
             except BadInput as error:
                 if needed or "data" in recipe.calibrate.model_fields_set:
                     raise
-                # Nobody named a text, and what is pruned does not depend on any.
+                # No text was named, and pruning does not need one.
                 reporter.say(f"No layer errors, since nothing is calibrated on: {error}")
                 return None
             if recipe.calibrate.calibrate_on == "generated":
@@ -251,7 +251,7 @@ def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
     On a CPU about 512 tokens, whose activations stay in its caches. A rule rather than a measurement, since sums over
     other batches differ in their last bits, and a run must be repeatable.
     """
-    # Reconstruction takes one step per batch, so there the size decides more than the time.
+    # Reconstruction takes one step per batch, so the size matters beyond speed.
     tokens = 512 if in_host_memory(device) and not recipe.prune.reconstruct.steps else 4096
     return recipe.calibrate.batch_size or max(1, tokens // seqlen)
 
@@ -270,7 +270,7 @@ def split_batches(
     for rows, length in groups:
         for own in rows.split(samples_per_batch(recipe, length, device)):
             found.append((int(own[0]), values[own, :length].to(device)))
-    # So that the first batches, and the last, are of several lengths like the others.
+    # Shuffled, so that the first and last batches have several lengths like the others.
     return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -301,7 +301,7 @@ class LabelTask(_WholeText):
         return "words" if self._each_word else "texts"
 
     def _together(self, length: int) -> int:
-        # A model that looks for a text's last token needs to know what fills up a batch.
+        # A model that uses a text's last token needs the padding token.
         if self._config.get_text_config().pad_token_id is None:
             return 1
         return self._recipe.calibrate.batch_size or max(1, 4096 // length)

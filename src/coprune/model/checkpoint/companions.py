@@ -94,7 +94,7 @@ def modules_of(folder: Path | None) -> list[Path]:
     except (OSError, ValueError, RecursionError):
         return []
     paths = [entry.get("path") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    # Names that somebody else wrote have to mean a folder in this one.
+    # Names from the file are not trusted to stay inside this folder.
     inside = [folder / path for path in paths if isinstance(path, str) and Path(path).name == path != ".."]
     return [path for path in inside if path.is_dir() and not path.is_symlink()]
 
@@ -145,7 +145,7 @@ def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> Non
     if processor is not None:
         with quiet_transformers():
             processor.save_pretrained(folder)
-    # One that was built in memory came from nowhere, and an empty name would be the folder that one is in.
+    # A model built in memory has no source, and an empty name would mean the current folder.
     if model.name_or_path and (source := Path(model.name_or_path)).is_dir():
         licences = [path for pattern in LICENCES for path in source.glob(pattern)]
         for path in licences:
@@ -176,7 +176,7 @@ def own_files(folder: Path, below: bool = False) -> list[Path]:
 
 def is_own(path: Path, folder: Path) -> bool:
     """Return whether a path leads, through links or not, into a folder or the Hub's cache of it."""
-    # Not Path.resolve, which raises where links go round in a circle.
+    # Not Path.resolve, which raises on circular links.
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):
         return True

@@ -96,7 +96,7 @@ class Conversion:
         Raises BadInput where a shape differs from the configuration's or a conversion fails.
         """
         _convert_into(self._model, tensors, dtype, device, self._mapping)
-        # Loading notes which conversions it used, as what to revert when saving; here that is all of them together.
+        # Loading records only its own conversions for saving to revert; here that has to be all of them.
         set_conversions_to_revert(self._model, self._used)
 
     def revert(self, groups: Iterable[Renamed], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

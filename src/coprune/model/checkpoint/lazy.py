@@ -128,13 +128,13 @@ class SideStream:
         self._stream = torch.Stream(device)
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # Torch hands it out again only when what copies from it is done.
+        # Torch reuses the memory only after the copy.
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def send(self, held: Tensor) -> Sent:
         with self._stream:
             tensor = torch.empty_like(held, device=self._device)
-            # The memory may have been a released block's, with which the device still computes.
+            # The memory may belong to a released block that the device still uses.
             self._stream.wait_event(self._computing.record_event())
             tensor.copy_(held, non_blocking=True)
         return Sent(tensor, self._stream.record_event(), self._computing)
@@ -337,7 +337,7 @@ def build_skeleton(
     with init_empty_weights(include_buffers=False):
         model = built()
     if any(buffer.is_meta for buffer in model.buffers()):
-        # Some of timm's modules compute their tables where their parameters are, which therefore must be somewhere.
+        # Some of timm's modules compute their tables on their parameters' device, which must not be meta.
         model = built()
         forget_parameters(model)
     name_model(model, location.name)

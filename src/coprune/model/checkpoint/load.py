@@ -1,8 +1,7 @@
-"""A model and its tokenizer, wholly in memory, as plain weights that nothing distinguishes from a saved model's.
+"""A model and its tokenizer, wholly in memory, as plain weights that can be saved.
 
-A GGUF file is dequantised by transformers, and every trace of the quantisation is then removed, so that the model
-can be saved. A mixture of experts runs its experts one after another ("eager"), each as products of its own: that is
-how the walk sees every expert's inputs, where the default is one product over all of them.
+A GGUF file is dequantised by transformers, and every trace of the quantisation is removed. A mixture of experts runs them
+one after another ("eager"), so that the walk sees every expert's inputs; the default is one product over all of them.
 """
 
 from __future__ import annotations
@@ -349,7 +348,7 @@ def quiet_transformers() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        # The bar of the GGUF reader is not one of transformers' own and knows no switch.
+        # The GGUF reader's progress bar cannot be disabled.
         with redirect_stderr(StringIO()):
             yield
     finally:

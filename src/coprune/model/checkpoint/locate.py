@@ -289,7 +289,7 @@ def _nearest_here(name: str) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-# Of composite models one part may be missing from a file: so many are built in seconds, whoever asks for them.
+# A limit on what a configuration can make us build: a composite model without weights takes seconds up to this size.
 _HARMLESS = 1000
 _COUNTS = re.compile(
     r"(?:(?:n|num)_(?:\w+_)?|\w+\.)?(?:layers?|layer_count|block_count|experts?|expert_count|labels|classes)"

@@ -145,7 +145,7 @@ class GgufEntry(TensorEntry):
     def read(self, buffer: Buffer) -> Tensor:
         out = buffer(self.shape, DTYPES[self.dtype])
         if len(self.shape) == 3 and all(len(stored.data) == self.shape[0] for stored in self.tensors):
-            # The experts of a layer, which are most of what it has, one at a time.
+            # A layer's experts one at a time, since they are most of its size.
             for index in range(self.shape[0]):
                 self._read_into(out[index : index + 1], slice(index, index + 1))
         else:
@@ -227,7 +227,7 @@ def _skeleton(
     """Return the model without weights, and which tensors its parameters are made of."""
     file = next(iter(mapped.parts))
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    # Which transformers tells by the first part alone.
+    # Transformers reads only the first part.
     config.tie_word_embeddings = config.tie_word_embeddings and all(t.name != "output.weight" for t in mapped.tensors)
     folder = ModelFolder(location.path.parent, location.name)
     model = build_skeleton(folder, config, dtype, device, trust_remote_code=False)

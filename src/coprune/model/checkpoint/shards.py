@@ -1,8 +1,8 @@
-"""The safetensors files of one checkpoint folder: which there are, what they hold, and whether they are whole.
+"""The safetensors files of a checkpoint folder: their names, content and integrity.
 
-A safetensors file begins with the length of a JSON header that gives every tensor's dtype, shape and place, so a file
-that was cut off or is no safetensors file at all is recognised in microseconds. Tensors are read with plain reads: the
-library maps the whole file into the address space while it opens it, which a limit set on the process may forbid.
+A safetensors file begins with the length of a JSON header with every tensor's dtype, shape and place, so a truncated or
+foreign file is recognised in microseconds. Tensors are read with plain reads, since the library maps the whole file into the
+address space, which a limit on the process may forbid.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def read_ahead(entries: Iterable[TensorEntry]) -> None:
         return
     stored = sorted((one for entry in entries for one in entry.stored), key=lambda e: (e.file, e.start))
     for file, tensors in groupby(stored, key=lambda entry: entry.file):
-        # A file that has gone says so when it is read.
+        # A missing file is reported when it is read.
         with suppress(OSError), file.open("rb", buffering=0) as stream:
             for entry in tensors:
                 os.posix_fadvise(stream.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)

@@ -98,7 +98,7 @@ class Source:
         written = DTYPES[self.entries[name].dtype]
         if written == tensor.dtype:
             return tensor
-        # Computing in a smaller dtype must not round what nobody changed (a router's bias kept in float32).
+        # Computing in a smaller dtype must not round unchanged tensors (a router's bias in float32).
         source = read_tensor(self.entries[name])
         return source if torch.equal(source.to(tensor.dtype), tensor) else tensor.to(written)
 

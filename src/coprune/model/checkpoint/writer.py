@@ -1,10 +1,8 @@
-"""A checkpoint folder written part by part, under its final name only when it is whole.
+"""A checkpoint folder written part by part, which gets its final name when it is complete.
 
-Everything goes into a hidden folder beside the final one. Each part (a block, or what lies outside the blocks) is one
-safetensors file with a note beside it that holds its checksum and whatever the caller wants to remember of the part,
-so a run that was killed finds out which parts are good, and does the others again. Waiting for the disk and computing
-the checksum happen beside the caller's next part. In the end the parts are the
-shards of the checkpoint, or, if they are small, are joined to one file.
+Everything goes into a hidden folder beside the final one. Each part (a block, or the rest of the model) is a safetensors file
+and a note with its checksum and data of the caller, so that a killed run can tell which parts are complete. Disk writes and
+checksums run in the background. In the end the parts are the checkpoint's shards, or, if small, joined to one file.
 """
 
 from __future__ import annotations
@@ -152,7 +150,7 @@ class CheckpointWriter:
         """
         self.settle()
         self._note(part).unlink(missing_ok=True)
-        # Written beside, a device's tensors are copied into pinned memory, and nobody waits for that but the one who writes.
+        # Tensors of a device are copied into pinned memory by the background writer.
         own = {name: tensor.detach() for name, tensor in tensors.items()}
         coming: dict[str, Callable[[], Tensor]] = {
             name: on_its_way(tensor) if beside else tensor.cpu for name, tensor in own.items()
@@ -250,7 +248,7 @@ class CheckpointWriter:
         except VerificationError:
             write_text(self.partial / _REFUSED, "")
             raise
-        # From the last part to the first, so that a run that is killed here goes on after those that are left.
+        # From the last part to the first, so that a run killed here resumes after the remaining ones.
         for part in reversed(self._parts):
             self._note(part).unlink()
             if self.file(part) not in files:
@@ -328,7 +326,7 @@ def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str |
     place: the name that a tensor gets, None if it is left out.
     """
     entries = placed_entries(files, place)
-    # The order that the safetensors library writes: wide dtypes first, so that every tensor is aligned.
+    # The safetensors library's order: wide dtypes first, so that every tensor is aligned.
     order = sorted(entries, key=lambda name: (-_item_bytes(entries[name]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -342,7 +340,7 @@ def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str |
     with joined.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            # Opened for every tensor: there may be more blocks than a process may have files open.
+            # Opened for every tensor, since there may be more blocks than a process may open files.
             with entries[name].file.open("rb") as source:
                 source.seek(entries[name].start)
                 for start in range(0, entries[name].nbytes, COPY_BYTES):

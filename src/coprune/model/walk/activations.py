@@ -1,8 +1,7 @@
-"""Hidden states of all calibration batches on their way through the model: on their device, in host memory, on the disk.
+"""Hidden states of all calibration batches on their way through the model: on their device, in host memory, on disk.
 
-Each place has a limit, and takes what does not fit the one before. What is on the disk lies in one file without a name: a
-batch is mapped into memory when it is read and unmapped when the block is done with it, so that it costs the memory of one
-batch. The bytes are the same in all places, and so are the results.
+Each place has a limit, and takes what does not fit the one before. Those on disk are in one unnamed file; a batch is mapped
+while a block uses it, so that it costs the memory of one batch. The bytes, and so the results, are the same in all places.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ class Activations(Sequence[Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self._places[index]
         if isinstance(place, _InHost):
-            # Later copies into this buffer wait for this one: all are told in one order to one device.
+            # Later copies into this buffer wait for this one, since one device runs them in order.
             return place.held.to(place.device, non_blocking=True)
         return place if isinstance(place, Tensor) else self._map(place)
 

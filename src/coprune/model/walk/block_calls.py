@@ -1,9 +1,8 @@
-"""Record every block's own arguments in one cheap forward, and prove that replaying them gives the real model.
+"""Record every block's arguments in one cheap forward, so that it can be replayed alone.
 
-Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is
-kept. For recording, the blocks do nothing but pass their input on: what a model hands to its blocks besides the hidden
-states depends on shapes and positions only, or is what earlier blocks have put into a mapping for later ones (keys and
-values that layers share): a stream. That this holds is checked on one sample before anything is changed.
+Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is kept. For
+recording, blocks only pass their input on: a model's other arguments depend on shapes and positions only, or are streams,
+mappings in which earlier blocks leave tensors (shared keys and values) for later ones. One sample proves that this holds.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
         batch = batch.to(next(model.parameters()).dtype)
     options: dict[str, Any] = {"use_cache": False} if name == "input_ids" and _takes(model, "use_cache") else {}
     if last is not None and chooses_positions(model):
-        # As positions, not as a number: a slice of the hidden states would make torch copy the head's whole weight.
+        # Positions rather than a number: with a slice of the hidden states torch would copy the head's whole weight.
         positions = batch.shape[-1]
         options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
     answer = model(**{name: batch}, **options)
@@ -137,7 +136,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden states in a block's output: the output itself, or the first entry of a tuple."""
-    # What has names for its entries may hold more than one stream of hidden states (Reformer).
+    # A structure with named entries may hold several streams of hidden states (Reformer).
     if isinstance(output, tuple | list) and output and not hasattr(output, "_fields"):
         output = output[0]
     if not isinstance(output, Tensor):
@@ -186,7 +185,7 @@ def replaced_forwards(blocks: Sequence[Block], forward: Callable[[Block], Callab
     with ExitStack() as stack:
         for block in blocks:
             own = vars(block.module)
-            # Some tools (accelerate's hooks) already put a forward on the instance: that one comes back afterwards.
+            # Some tools (accelerate's hooks) set a forward on the instance, which is restored.
             if "forward" in own:
                 stack.callback(own.__setitem__, "forward", own["forward"])
             else:

@@ -137,7 +137,7 @@ class CountedRows:
     def _found_again(self, keys: Tensor) -> _Routed | None:
         """Return which rows are counted, if all of them are rows of a product that had all tokens."""
         keys, order = keys.sort(stable=True)
-        # Equal rows are told apart by their number among them: whichever is taken, the sums are the same.
+        # Equal rows are matched in order: whichever is taken, the sums are the same.
         number = torch.arange(len(keys), device=keys.device) - torch.searchsorted(keys, keys)
         for known in reversed(self._known):
             rows, places = known.sort(stable=True)
@@ -159,7 +159,7 @@ class CountedRows:
 def _keys(rows: Tensor) -> Tensor:
     """Return a number per row that only equal rows share: T int64. rows: T × I, of any floating dtype."""
     width = rows.shape[1]
-    # Bits, of which the widening from a narrower dtype loses none, weighed with odd numbers and added up modulo 2⁶⁴.
+    # A hash of the bits, which widening the dtype preserves: a sum weighted with odd numbers, modulo 2⁶⁴.
     bits = rows.detach().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
     generator = torch.Generator().manual_seed(width)
     weights = torch.randint(-(2**63), 2**63 - 1, (width,), dtype=torch.int64, generator=generator) | 1

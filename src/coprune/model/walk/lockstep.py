@@ -1,12 +1,11 @@
 """Run one block on all calibration batches in step, so that a matrix can be pruned just before it is first used.
 
-Each batch runs in a lane of its own, a greenlet. A lane stops when it comes to a matrix that is not solved yet; when
-every lane has stopped or ended, the walk solves what they wait for and lets them go on. So the whole calibration set
-crosses the block once, and later matrices (o_proj) see what the earlier ones (pruned q, k, v) really give them.
+Each batch runs in a lane, a greenlet, which stops at a matrix that is not solved yet; when all lanes have stopped or ended,
+the walk solves that matrix and continues them. So the calibration set crosses the block once, and later matrices (o_proj) see
+the outputs of pruned ones (q, k, v).
 
-Greenlets rather than threads: all lanes share one pool of compute threads, nothing runs at the same time, and the
-order is the same in every run. A lane only ever stops inside `Observe`, where the function mode is off, so the lanes'
-modes do not get entangled.
+Greenlets rather than threads: all lanes share one pool of compute threads, and the order is the same in every run. A lane only
+stops inside `Observe`, where the function mode is off, so the lanes' modes do not get entangled.
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ class Paging(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._limit = limit
         self._file = ScratchFile(folder)
-        # By the address of the storage, which stays the same until it is gone: far cheaper than by weak references.
+        # Keyed by the storage's address, which is far cheaper than weak references.
         self._resident: dict[int, _Place] = {}
         self._emptied: dict[int, _Place] = {}
         self._bytes = 0
@@ -220,7 +219,7 @@ class Paging(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Called some hundred times for every batch and block, so it does little and calls little.
+        # Called hundreds of times per batch and block, so it has to be fast.
         kwargs = kwargs or {}
         given = set()
         for tensor in _tensors(args, kwargs):

@@ -1,9 +1,8 @@
-"""Observe the products themselves: see what every tracked matrix is about to be multiplied with.
+"""Observe products: the input of every tracked matrix, just before it is multiplied.
 
-A `TorchFunctionMode` sees each `linear`, `addmm`, `matmul` … of a running block. An argument that starts where a
-tracked matrix starts in memory is that matrix, and the other argument is its input. No hook per class, no family code,
-and every single expert of a mixture is seen with exactly the tokens routed to it. It acts before the product runs, so
-a matrix may be pruned in the very moment in which it is first used.
+A `TorchFunctionMode` sees each `linear`, `addmm`, `matmul` … of a running block. An argument at a tracked matrix's address is
+that matrix, and the other argument is its input. So no hook per class and no family code is needed, every expert is seen with
+its own tokens, and a matrix may be pruned just before its first use.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Prove on one sample that the blocks, replayed one by one, are the model; refuse the model if they are not.
 
-One real forward of one sample, in which every block is also replayed from its recorded call on the output of the
-replayed block before it. It also tells what the walk has to know: what a block's answer looks like, what is a mixture
-of experts, which matrices are fed by the same tensor, and which are used more than once.
+In one forward, every block is also replayed from its recorded call on the output of the replayed block before it. This also
+shows the form of a block's output, the mixtures of experts, the matrices that share an input, and those used repeatedly.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ class _Watched:
         weights, candidates = self._found.weights, self._found.chosen.candidates[block.index]
         weights.acquire(block.name)
         given = list(tensors_in((call.args, call.kwargs)))
-        # Noted before the block runs, so that one which runs inside another is seen to be out of order.
+        # Recorded before the block runs, so that a nested block is noticed as out of order.
         self.calls.append((call, set()))
         live = _live_mappings(args, kwargs, call)
         with Reads(given) as reads:

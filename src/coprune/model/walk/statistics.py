@@ -112,7 +112,7 @@ class Statistic(Sums):
 
     @property
     def _look(self) -> Tensor:
-        # A NaN or inf anywhere in a channel shows in that channel's sum, so T × I values need no look.
+        # A NaN or inf in a channel shows in its sum, so the T × I values need not be checked.
         return self.sums[self.per_channel]
 
     @abstractmethod
@@ -203,7 +203,7 @@ class Gram(Statistic):
 
     def _add(self, x_TI: Tensor) -> None:
         self.sums["sum"] += x_TI.sum(dim=0, dtype=torch.float32)
-        # Only what lies on the diagonal's panels and right of them: little more than half of the products.
+        # Only the diagonal's panels and those right of them: little more than half of the products.
         kernel("add_to_gram", x_TI.device)(self.sums["gram"], x_TI, self._panel_size())
 
     def _panel_size(self) -> int:

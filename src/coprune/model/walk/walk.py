@@ -1,8 +1,7 @@
 """The walk: the only loop over blocks in the project.
 
-A generator that takes up one block at a time, shows its matrices with what they were multiplied with, lets the caller
-change them, and moves the calibration inputs on to the next block. What the caller changed is what later blocks see;
-a caller that changes nothing sees the dense model.
+A generator that loads one block at a time, yields its matrices with their inputs, lets the caller change them, and advances
+the calibration data to the next block. Later blocks see the caller's changes; without any they see the dense model.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ class Walk:
             yield from self._show_in_step(block, gathered)
         else:
             self._observe(block, gathered)
-        # In sequential moves, experts that no token was routed to; in the others, everything.
+        # In sequential order only experts without tokens are left; in the others, everything.
         yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
 
     def _observe(self, block: Block, gathered: Gathered) -> None:

@@ -239,7 +239,7 @@ def _exchange(costs: Sequence[Floats], masses: Sequence[int], taken: list[int], 
         moves = _moves(costs, masses, taken)
         mass = np.array([m for _, _, m, _ in moves])
         cost = np.array([c for _, _, _, c in moves])
-        # The last row and column stand for no move, so that single ones are pairs too.
+        # The last row and column mean no move, so that single moves are pairs too.
         total = np.abs(left - (mass[:, None] + mass[None, :]))
         own = np.array([u for u, _, _, _ in moves])
         total[own[:, None] == own[None, :]] = np.inf

@@ -124,7 +124,7 @@ def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Te
         statistic = None if event.inputs is None else event.inputs.statistic
         known = None if statistic is None or statistic.count == 0 else statistic
         shown += [(matrix, known) for matrix in event.matrices]
-    # What is shown after the blocks is measured one by one, each a place of its own.
+    # Matrices after the blocks are measured one by one.
     for one in shown:
         measure([one])
     return sums

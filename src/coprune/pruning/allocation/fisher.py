@@ -1,9 +1,8 @@
-"""Allocation by the Fisher information: what the model's own distributions lose, to second order, and zeros where it is least.
+"""Allocation by the Fisher information: zeros where the model's own distributions lose least, to second order.
 
 With labels y drawn from the model's own distribution, half the mean of ⟨ΔW, ∇ log p(y)⟩² is, to second order, the divergence
-KL(before ‖ after) that a change ΔW of a matrix makes. So the losses of all matrices have one unit, nats, whatever lies between a
-matrix and the logits: nothing has to be said of how much its block counts. Here ΔW is what Wanda's mask takes. A matrix's rows
-are counted as independent of each other, and its loss is a sum over a part of them.
+KL(before ‖ after) of a change ΔW of a matrix, here Wanda's mask. So the losses of all matrices have one unit, nats, and need no
+weight per block. Rows are treated as independent, and a matrix's loss is estimated on some of them.
 """
 
 from __future__ import annotations
@@ -240,7 +239,7 @@ def lost_by_slopes(
         UnsupportedModel: the model has no gradients.
         NumericalError: they are not finite.
     """
-    # A sample's draws are its own, in whichever process it is.
+    # Seeded per sample, so that the draws do not depend on the process.
     before = sum(processes.gather(len(samples))[: processes.rank])
     with _looking(watched), replaced_forwards(model.blocks, _run_again):
         for seed, sample in enumerate(samples, before):

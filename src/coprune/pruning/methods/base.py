@@ -69,5 +69,5 @@ def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Tar
     scale = target.outputs.to(weight).sqrt()[:, None]  # an error counts squared
     larger = weight * scale
     pruned = method.prune(larger, statistic, target)
-    # Weights that a method leaves stay as they are, to the last bit.
+    # Unpruned weights stay equal to the last bit.
     return pruned._replace(weight=torch.where(pruned.weight == larger, weight, pruned.weight / scale))

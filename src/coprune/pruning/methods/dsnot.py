@@ -85,7 +85,7 @@ def swap_by_mean(
         _, removed = importance.masked_fill(~(removable & same_group), torch.inf).min(dim=1)
         change = _take(contribution, removed) - _take(contribution, regrown)
         accepted = (best_gain > 0) & ((error + change).abs() < error.abs())
-        # A device makes cycles that change nothing faster than the host would learn that they do not.
+        # On a device idle cycles are cheaper than a read that would tell the host to stop.
         if in_host_memory(keep.device) and not bool(accepted.any()):
             break
         _put(keep, regrown, _take(keep, regrown) | accepted)

@@ -96,7 +96,7 @@ def update_columns(
     pattern = target.pattern
     pattern.check_width(width)
     if target.sparsity == 0:
-        # Where nothing falls, zeros that the model has already stay zeros.
+        # With no weight to prune, existing zeros stay zeros.
         mask = weight != 0
         choose = lambda _, columns: mask[:, columns]  # noqa: E731
         factor = factor._replace(dead=torch.zeros_like(factor.dead))

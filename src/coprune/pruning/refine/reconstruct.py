@@ -1,9 +1,8 @@
-"""Block reconstruction: train what a mask has left of a block against the dense block's outputs.
+"""Block reconstruction: train the kept weights of a block toward the dense block's outputs.
 
-A few hundred steps of AdamW on the kept weights, norms and biases of one block (see `trainable_parameters.py`), on calibration
-inputs behind the pruned blocks, toward what the dense model gives at the same place (EBFT, arXiv 2402.12419; Wanda++,
-arXiv 2503.04992). Autograd reaches through one block only, so memory is that of one. A block in half precision is trained
-as the same block in float32.
+A few hundred steps of AdamW on one block's kept weights, norms and biases (see `trainable_parameters.py`), with calibration
+inputs from the pruned blocks before it, toward the dense model's hidden states (EBFT, arXiv 2402.12419; Wanda++, arXiv
+2503.04992). Memory is that of one block, which is trained in float32.
 """
 
 from __future__ import annotations
@@ -156,10 +155,10 @@ class Reconstruction:
     @property
     def _watching(self) -> tuple[int, int]:
         """Steps between checks of the held-out error, and the number of checks without improvement that end the training."""
-        # Watching takes a tenth of the batches: after each of a few steps it would cost more than they do.
+        # The check uses a tenth of the batches: after every few steps it would cost more than the training.
         if self.steps >= 20:
             return max(10, self.steps // 10), 3
-        # Adam's first steps are as long as its rate, whatever the gradient: one look after two of them decides nothing.
+        # Adam's first steps have full length whatever the gradient, so a check after two of them says nothing.
         return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 2
 
     def _optimizer(self, trained: Sequence[Trained]) -> torch.optim.AdamW:
@@ -263,11 +262,8 @@ class Examples:
     def error(self, batch: int, output: Tensor, weights: Tensor) -> Tensor:
         """Return the error of a block's output for a batch, mean over the counted tokens: e, or 1 + log e beyond 1.
 
-        e is the relative error of a token. A pruned block may make a few tokens many times larger than the dense one
-        does, and their e, up to 30 where the median is 0.006 in Gemma-3-270M, was nearly all of a mean of e and of its
-        gradient. What reads them normalises them, so that they can be no worse than wholly wrong.
-
-        weights: H float32, of the features.
+        e is the relative error of a token. A few tokens may become many times larger than in the dense model and would
+        dominate the mean and its gradient, though the next norm limits their effect. weights: H float32, of the features.
         """
         relative = _relative_errors(output, self.targets[batch], weights)
         errors = torch.where(relative < 1, relative, 1 + relative.clamp_min(1).log())

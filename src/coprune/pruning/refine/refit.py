@@ -1,9 +1,8 @@
-"""Masked refit: the best values for the weights that a mask has left, by conjugate gradients on all rows at once.
+"""Masked refit: the best values for the kept weights of a mask, by conjugate gradients on all rows at once.
 
-Every row is a least-squares problem of its own (its kept inputs), but all share one Gram matrix, so one product per
-round serves them all. This is the last step of ALPS (arXiv 2406.07831), made available to any mask. Its damping
-pulls toward the dense weights: without it, a matrix that saw fewer tokens than it has inputs (an expert) would be
-fitted to their noise.
+Every row is a least-squares problem of its own, but all share one Gram matrix, so one product per round serves them all. This
+is the last step of ALPS (arXiv 2406.07831) for any mask. Damping pulls toward the dense weights; without it, a matrix with
+fewer tokens than inputs (an expert) would be fitted to their noise.
 """
 
 from __future__ import annotations

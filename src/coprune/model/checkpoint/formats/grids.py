@@ -81,7 +81,7 @@ class Integers:
         rounded = values.round()
         rounded = torch.where(rounded == 0, torch.sign(values), rounded)
         codes = (rounded + zero).clamp(0, most)
-        # Below the smallest code, as where zero is the smallest itself.
+        # Below the smallest code, which may be zero itself.
         codes = torch.where(codes == zero, torch.where(zero < most, zero + 1, zero - 1), codes)
         return codes.to(torch.uint8)
 

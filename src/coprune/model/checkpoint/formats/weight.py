@@ -102,7 +102,7 @@ class Weight:
         for plane, target in zip(self._planes(stored), self._matrices(out), strict=True):
             for rows in self._stretches():
                 values = self._values(plane, rows, self._codes(plane, rows))
-                # The sum is no number if a value is none, and costs a tenth of looking at each.
+                # The sum is NaN if a value is, and costs a tenth of checking each.
                 if not (bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())):
                     raise self._no_number(stored)
                 target[rows] = values
