@@ -33,6 +33,7 @@ RUNS = (
     "coprune sequential --activation-memory 0.3",
     "coprune sequential --activation-memory 0",
     "coprune block",
+    "command",
     "plain published",
     "llm-compressor",
 )
@@ -162,6 +163,7 @@ def table(method: str, found: dict[str, list[Found]]) -> str:
             f"{results[0]['perplexity']:.2f}" if "perplexity" in results[0] else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"Of the command: {one['parts']}." for one in found.get("command", [])[:1])]
     if FLOOR in found:
         floor = found[FLOOR][0]
         lines += [
@@ -190,7 +192,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--dataset", default="embedded")
     parser.add_argument("--methods", default="wanda,sparsegpt")
-    parser.add_argument("--runs", default="forward,coprune,plain,llm-compressor", help="beginnings of their names")
+    parser.add_argument(
+        "--runs", default="forward,coprune,command,plain,llm-compressor", help="beginnings of their names"
+    )
     parser.add_argument("--pattern", default="2:4", help="N:M, or unstructured (50 %%)")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)

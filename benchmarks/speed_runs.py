@@ -10,6 +10,9 @@ llm-compressor's process has no coprune, and coprune's no llm-compressor.
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -140,6 +143,32 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def command(settings: dict[str, Any]) -> dict[str, Any]:
+    """The whole command as a user types it, from its start to its end, with a streamed folder that it reads and writes."""
+    out = Path(settings["out"])
+    shutil.rmtree(out, ignore_errors=True)
+    named = {key: str(settings[key]) for key in ("method", "pattern", "dataset", "nsamples", "seqlen", "seed")}
+    words = [word for key, value in named.items() for word in (f"--{key}", value)]
+    words += ["--propagation", "sequential", "--no-eval", "--no-gate", "--prompt", "", "--device", "cpu"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "coprune", "prune", settings["model"], *words, "--save-model", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "seconds": seconds,
+        "cpu": used.ru_utime + used.ru_stime,
+        "process": seconds,
+        "peak": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
+        "faults": used.ru_minflt,
+        "parts": next(line for line in done.stdout.splitlines() if line.startswith("time ")).split(maxsplit=1)[1],
+    }
+
+
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     from published import prune_published
 
@@ -201,6 +230,7 @@ def group_of(settings: dict[str, Any]) -> tuple[int, int] | None:
 RUNS = {
     "forward": floor,
     "coprune": coprune,
+    "command": command,
     "plain": plain,
     "llm-compressor": llm_compressor,
     "evaluate": evaluate,

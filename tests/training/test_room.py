@@ -13,7 +13,8 @@ from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.recipe.recipe import make_recipe
 from coprune.run.stages import run_recipe
 from coprune.training import after_pruning
-from coprune.training.after_pruning import TRAINED_BYTES, require_room_to_train
+from coprune.training.after_pruning import require_room_to_train
+from coprune.training.footprint import TRAINED_BYTES
 from support.pico import pico_model
 from support.pruned import save, write_text
 

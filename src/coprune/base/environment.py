@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shlex
 import sys
@@ -18,6 +19,17 @@ def require_posix() -> None:
     """Raises BadInput on Windows, where files have none of the locks that keep a run's folders whole."""
     if sys.platform == "win32":
         raise BadInput("coprune runs on Linux and macOS", fix="on Windows, install it in WSL, the Linux of Windows")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import libraries in the body without looking for garbage, of which there is none and which takes a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def rank() -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.base.environment import importing
 from coprune.commands.options import measuring_options, with_options
 from coprune.commands.terminal import show
 
@@ -43,9 +44,10 @@ def compare(
 
     Example: coprune compare smollm2-135m out/wanda out/sparsegpt --data embedded --seqlen 512 --json table.json
     """
-    from coprune.base.files import require_file, write_text
-    from coprune.commands.terminal import end_unless_held, print_sheet
-    from coprune.sweeps.compare import compare
+    with importing():
+        from coprune.base.files import require_file, write_text
+        from coprune.commands.terminal import end_unless_held, print_sheet
+        from coprune.sweeps.compare import compare
 
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
         require_file(file, field)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.base.environment import importing
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import measuring_options, with_options
@@ -30,8 +31,9 @@ def evaluate(
 
     Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
     """
-    from coprune.base.files import require_file, write_text
-    from coprune.evaluation.evaluate import evaluate
+    with importing():
+        from coprune.base.files import require_file, write_text
+        from coprune.evaluation.evaluate import evaluate
 
     require_file(json_file, "json")
     example = Command("evaluate", "smollm2-135m", Set("data", "embedded"))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.base.environment import rank
+from coprune.base.environment import importing, rank
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelOption, named_model
 from coprune.commands.options import training_options, with_options
@@ -31,7 +31,8 @@ def finetune(
     typed = {name: value for name, value in (settings | {"bf16": bf16}).items() if value is not None}
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
     training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
-    from coprune.training.finetune import finetune
+    with importing():
+        from coprune.training.finetune import finetune
 
     report = finetune(named, quiet=quiet, **typed)
     if rank() == 0:

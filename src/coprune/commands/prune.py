@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coprune.base.environment import rank
+from coprune.base.environment import importing, rank
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
@@ -35,9 +36,12 @@ def prune(
     recipe = recipe_asked(context, typed, reporter)
     if rank() == 0:  # before torch and transformers are imported, which takes seconds
         reporter.say(f"{recipe.model.name}: {recipe.way}, {recipe.shape}")
-    from coprune.base.processes import joined_processes
-    from coprune.run.repeat import where_to
-    from coprune.run.stages import run_recipe
+    began = time.perf_counter()
+    with importing():
+        from coprune.base.processes import joined_processes
+        from coprune.run.repeat import where_to
+        from coprune.run.stages import run_recipe
+    imported = time.perf_counter() - began
 
     with joined_processes(train=recipe.train.mode is not None) as processes:
         asked, named = recipe, {name for name in ("save", "save_model") if typed[name] is not None}
@@ -47,11 +51,27 @@ def prune(
         report = run_recipe(recipe, reporter=reporter, processes=processes).report
     if processes.first:
         show(str(report))
+        show(f"time      {where_time_went(report, imported)}")
         show(f"report    {recipe.run_folder / 'report.json'}")
         show(f"page      {recipe.run_folder / 'report.html'}")
         for name, line in closing(report):
             show(f"{name:<9} {line}")
         end_unless_held(report.required)
+
+
+def where_time_went(report: Report, imported: float) -> str:
+    """Return the seconds of every part of a run that took a tenth of one. imported: seconds that imports took."""
+    from coprune.run.events import Phase
+
+    weights = sum(matrix.seconds for matrix in report.matrices)
+    parts = [("import libraries", imported)]
+    for phase in report.phases:
+        if phase.name == Phase.PRUNE:
+            parts.append(("run the blocks", phase.seconds - weights))
+            parts.append(("choose weights and compare layers", weights))
+        else:
+            parts.append((phase.name, phase.seconds))
+    return ", ".join(f"{seconds:.1f} s to {what}" for what, seconds in parts if seconds >= 0.1)
 
 
 def closing(report: Report) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coprune.base.environment import importing
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, help_all_option, recipe_options, with_options
 from coprune.commands.terminal import show
@@ -83,7 +84,8 @@ def sweep(
     typed = {name: value for name, value in settings.items() if value is not None}
     typed |= ({"model": model} if model else {}) | {"retries": retries}
     typed |= {"ray": ray, "workers": workers, "threads": threads}
-    from coprune.sweeps.sweep import sweep
+    with importing():
+        from coprune.sweeps.sweep import sweep
 
     found = sweep(file, script=script, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:

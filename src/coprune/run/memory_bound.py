@@ -37,7 +37,7 @@ from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.pruner import Solver
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train import has_adapters, has_teacher
-from coprune.training.after_pruning import training_bytes
+from coprune.training.footprint import training_bytes
 
 ERROR = 0.15
 """The bound may be too high by so much, so only a run that exceeds the free memory by more is refused."""

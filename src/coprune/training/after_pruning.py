@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from coprune.report.card import model_card
 from coprune.report.figures import FinetunedFacts
 from coprune.report.folder import RECIPE_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
+from coprune.training.footprint import training_bytes
 from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
 from coprune.training.resume import gives_as
@@ -188,12 +189,6 @@ def training_of(recipe: Recipe) -> Recipe:
     )
 
 
-# A weight and its gradient in float32, and the moments of the optimiser.
-TRAINED_BYTES = {"adamw": 16, "sgd": 12, "adafactor": 8}
-_HELD_BYTES = 4
-"""A weight that is not trained, in float32 beside those that are."""
-
-
 def require_room_to_train(
     location: Location,
     optimizer: str,
@@ -241,21 +236,6 @@ def require_room_to_train(
             Set("check_memory", False),
         ),
     )
-
-
-def training_bytes(sizes: Iterable[tuple[str, int]], optimizer: str, scope: str) -> int:
-    """Return what a model's weights take while they are trained, with gradients and moments.
-
-    Args:
-        sizes: names of its tensors, and how many weights each has.
-        optimizer: as the settings of a fine-tuning name it.
-        scope: likewise; what is in a block is told by numbers in names.
-    """
-    needed = 0
-    for name, size in sizes:
-        trained = scope == "all" or any(map(str.isdigit, name.split(".")))
-        needed += size * (TRAINED_BYTES[optimizer] if trained else _HELD_BYTES)
-    return needed
 
 
 def _sizes(location: Location) -> tuple[list[tuple[str, int]], int]:
