@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from support.forking import forked
 from support.page_blocks import ROOT
-from support.page_world import make_base
+from support.page_world import World, make_base
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-# What stands before the first cell: the small world of the pages, in the notebook's own process.
-FIRST = """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, {tests!r})
-import pytest
-from support.page_world import Base, World
-
-World(Base(Path({base!r})), Path({folder!r}), pytest.MonkeyPatch())
-"""
 
 
 def smaller(source: str) -> str:
@@ -37,16 +28,24 @@ def smaller(source: str) -> str:
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
 def test_it_runs(file: Path, tmp_path: Path) -> None:
-    notebook = nbformat.read(file, as_version=4)
-    make_base(tmp_path / "base")
+    """In the shell of a notebook's process, without the process, and in the small world of the pages."""
+    sources = [smaller(cell.source) for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code"]
     (tmp_path / "place").mkdir()
-    first = FIRST.format(tests=str(ROOT / "tests"), base=str(tmp_path / "base"), folder=str(tmp_path / "place"))
-    for cell in notebook.cells:
-        cell.source = smaller(cell.source) if cell.cell_type == "code" else cell.source
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("text/html" in output.get("data", {}) for output in shown) >= 5
+
+    def run() -> None:
+        from IPython.core.interactiveshell import InteractiveShell
+        from traitlets.config import Config
+
+        World(make_base(tmp_path / "base"), tmp_path / "place", pytest.MonkeyPatch())
+        shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+        tables = 0
+        for source in sources:
+            cell = shell.run_cell(source)
+            cell.raise_error()
+            tables += "text/html" in shell.display_formatter.format(cell.result)[0]
+        assert tables >= 5
+
+    assert os.waitpid(forked(run), 0)[1] == 0
 
 
 @pytest.mark.slow

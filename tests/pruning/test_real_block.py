@@ -24,6 +24,9 @@ from support.problems import TARGETS
 from support.published import published_column_update, published_magnitude, published_wanda
 from support.walking import inputs_by_full_forwards, layers_of, make_walk
 
+# Reading the real model takes longer than the rest, and test_reference_parity.py has the same formulas.
+pytestmark = pytest.mark.slow
+
 BLOCK = 3
 COUNTS = {"unstructured": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
 SEED_METHODS = [

@@ -28,10 +28,17 @@ def load(folder: Path) -> PreTrainedModel:
     ("family", "remove", "left"),
     [
         ("transformers vit", "channels=0.4,heads=0.5", "channels 64 → 32 of every block, key-value heads"),
-        ("transformers vit", "parameters=0.3", "channels 64 → 48 of every block, key-value heads"),
+        pytest.param(
+            "transformers vit",
+            "parameters=0.3",
+            "channels 64 → 48 of every block, key-value heads",
+            marks=pytest.mark.slow,
+        ),
         # timm's names are others in the checkpoint than in memory.
         ("vit", "channels=0.4,blocks=0.5", "channels 128 → 80"),
-        ("vit of twelve blocks", "blocks=0.25", "blocks 12 → 9"),  # which only the architecture's name says
+        pytest.param(
+            "vit of twelve blocks", "blocks=0.25", "blocks 12 → 9", marks=pytest.mark.slow
+        ),  # which only the architecture's name says
     ],
 )
 def test_a_smaller_vision_transformer_loads_and_computes_what_was_measured(
@@ -68,7 +75,9 @@ def classifier(family: str) -> Any:
         ("transformers dinov2", "channels=0.25", "channels 128 → 96"),  # said as a multiple of the width
         ("transformers dinov2", "heads=0.5", "key-value heads with their query heads 2 → 1"),
         pytest.param("transformers dinov2", "blocks=0.5", "blocks 2 → 1", marks=pytest.mark.slow),
-        ("transformers deit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32"),
+        pytest.param(
+            "transformers deit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32", marks=pytest.mark.slow
+        ),
         pytest.param(
             "transformers beit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32", marks=pytest.mark.slow
         ),

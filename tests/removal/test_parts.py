@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
         pytest.param("qwen2", "heads=0.5", marks=pytest.mark.slow),  # biases; the width of a head has to be said now
         ("gemma3_text", "channels=0.4,heads=0.5,blocks=0.25"),  # tied; norms after; two kinds of attention
         pytest.param("phi3", "channels=0.4", marks=pytest.mark.slow),  # gate and up are one matrix
-        ("phi3", "heads=0.5"),  # query, key and value are one
+        pytest.param("phi3", "heads=0.5", marks=pytest.mark.slow),  # query, key and value are one
         pytest.param("falcon", "channels=0.4,blocks=0.34", marks=pytest.mark.slow),
         ("mixtral", "channels=0.4,heads=0.5"),  # every expert other channels; saved one by one
         ("gpt_oss", "channels=0.4,heads=0.5"),  # experts in one tensor, interleaved, with biases and sinks
@@ -77,7 +77,7 @@ def test_the_configuration_says_which_of_the_blocks_left_are_dense(
     assert getattr(small.config, place) == left
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_is_right_only_as_the_model_computes_its_attention_now_is_found_out(
     stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +173,7 @@ def test_blocks_of_least_influence_go() -> None:
     ("score", "remove"),
     [
         ("influence", "blocks=0.34"),
-        ("kl:tokens=64", "parameters=0.2"),
+        pytest.param("kl:tokens=64", "parameters=0.2", marks=pytest.mark.slow),
         pytest.param("influence", "blocks=0.67", marks=pytest.mark.slow),
         pytest.param("influence", "parameters=0.2", marks=pytest.mark.slow),
         pytest.param("kl:tokens=64", "blocks=0.34", marks=pytest.mark.slow),

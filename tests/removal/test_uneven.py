@@ -59,7 +59,7 @@ def real_counts(folder: Path) -> list[tuple[str, list[int]]]:
         ("llama", "channels=0.33", "error", {"channels": 3 * 64}),
         ("llama", "channels=0.33,heads=0.5", "search:rounds=6", {"channels": 3 * 64, "heads": 3}),
         ("mixtral", "channels=0.33", "error:tokens=0", {"channels": 3 * 64}),  # other channels of every expert
-        ("gemma3_text", "channels=0.4,blocks=0.25", "search:rounds=4", None),
+        pytest.param("gemma3_text", "channels=0.4,blocks=0.25", "search:rounds=4", None, marks=pytest.mark.slow),
     ],
 )
 def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
@@ -82,7 +82,7 @@ def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
         assert result.report.left == even.report.left
 
 
-@pytest.mark.parametrize("allocation", ["error:tokens=0", "search:rounds=3"])
+@pytest.mark.parametrize("allocation", [pytest.param("error:tokens=0", marks=pytest.mark.slow), "search:rounds=3"])
 def test_a_budget_over_parameters_is_spread_unevenly_too(allocation: str) -> None:
     def run(spread: str) -> Report:
         return coprune.prune(damped(), remove="parameters=0.2", score="magnitude", allocation=spread, **SETTINGS).report

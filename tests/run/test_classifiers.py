@@ -23,6 +23,7 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
 from support.pico_images import CLASSES, CLASSIFIERS, SIZE, TIMM, pico_classifier, pico_pixels, save_classifier
+from support.sample import sampled
 from support.walking import (
     Layer,
     Propagation,
@@ -149,7 +150,10 @@ def test_a_saved_classifier_is_loaded_again(tmp_path: Path, family: str, stream:
             torch.testing.assert_close(again(pixels), reloaded(pixel_values=pixels).logits)
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "deit distilled", "transformers vit"])
+@pytest.mark.parametrize(
+    "family",
+    sampled(["vit", "swin", "convnext", "deit distilled", "transformers vit"], quick=["convnext", "transformers vit"]),
+)
 def test_a_preset_that_permutes_and_turns_takes_classifiers(tmp_path: Path, family: str) -> None:
     source = save_classifier(family, tmp_path / "source")
     images: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 40, "quiet": True}

@@ -102,7 +102,11 @@ def test_a_part_of_it_runs_on_the_simulated_device() -> None:
     assert "**Verdict: right as on the CPU, by 3 sections.**" in done.stdout
 
 
-def test_what_is_not_right_there_is_its_exit_code() -> None:
-    done = on_the_simulated_device("--sections", "cases", "--cases", "no case has such a name")
-    assert done.returncode == 1
-    assert "**Verdict: not right here. Failed: cases.**" in done.stdout
+def test_what_is_not_right_there_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = f"print({ENDING + json.dumps([False, '1 of 2'])!r})"
+    monkeypatch.setattr(gpu, "command_of", lambda name, asked: [sys.executable, "-c", wrong])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "sim", "--sections", "cases"])
+    assert gpu.main() == 1
+    assert "**Verdict: not right here. Failed: cases.**" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Ctrl-C, kills and full disks, with the real command: nothing half-written bears its final name, and a rerun completes."""
+"""Ctrl-C, kills and full disks, with the whole command: nothing half-written bears its final name, and a rerun completes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,11 +15,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from coprune.commands.app import main
 from support.commands import run_command
+from support.forking import forked
 from support.pico_folder import save_pico, write_words
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Many samples, so that the walk takes seconds and the signal finds it at work.
-OPTIONS = ["--seqlen", "64", "--nsamples", "300", "--batch-size", "4", "-m", "sparsegpt", "--eval-data", "test.txt"]
+OPTIONS = ["--seqlen", "64", "--nsamples", "200", "--batch-size", "4", "-m", "sparsegpt", "--eval-data", "test.txt"]
 
 
 @pytest.fixture
@@ -37,25 +40,29 @@ def command(*more: Any) -> list[str]:
 
 
 def interrupt(place: Path, sent: signal.Signals) -> tuple[int, str]:
-    """Start the command, wait until it has finished a block, and send it a signal; its exit code and standard error."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "coprune", *command(*OPTIONS)],
-        cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """Begin the command in a fork, wait until it has finished a block, and send it a signal; its exit code and standard error."""
+    errors = place / "stderr"
+
+    def work() -> None:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+        sys.argv = ["coprune", *command(*OPTIONS)]
+        main()
+
+    child = forked(work)
     try:
         deadline = time.monotonic() + 120
         while not list(place.glob(".pruned.partial/model-*.json")):
-            assert process.poll() is None, "the run ended before it could be interrupted"
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before it could be interrupted"
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
+        os.kill(child, sent)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
     finally:
-        process.kill()
-    return process.returncode, err
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, errors.read_text()
 
 
 # That a kill at any moment is survived, test_resume shows without starting a command.

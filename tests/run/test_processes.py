@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "wanda",
         "block",
         {
-            "remove": "channels=0.33,heads=0.5,blocks=0.34",
+            "remove": "channels=0.33,heads=0.5,blocks=0.5",
             "align": 16,
             "score": "influence",
             "allocation": "search:rounds=5",
@@ -74,7 +74,7 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for family in ("llama", "mixtral"):
-        save_pico(folder / family, family, tie_word_embeddings=False)
+        save_pico(folder / family, family, tie_word_embeddings=False, num_hidden_layers=2)
     write_words(folder / "words.txt")
     ids = torch.randint(4, 250, (10, 48), generator=torch.Generator().manual_seed(0)).tolist()
     pairs = [(row, []) if number < 5 else (row[:9], row[9:]) for number, row in enumerate(ids)]

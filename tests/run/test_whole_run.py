@@ -52,8 +52,6 @@ def without_seconds(report: Report) -> list[dict[str, Any]]:
         quick=[
             ("llama", "auto"),
             ("gpt2", "bfloat16"),
-            ("gemma2", "auto"),
-            ("mixtral", "auto"),
             ("gpt_oss", "bfloat16"),
         ],
     ),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -20,44 +22,42 @@ _SECONDS = 120  # after which a child that hangs is ended
 
 def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int, int]:
     """Do some work and count the executed lines of coprune: all, and those in files whose paths contain a word of files."""
-    everything, some, counts = 0, 0, _one_of(files)
+    times = Counter[str]()
 
     def step(file: str) -> None:
-        nonlocal everything, some
-        everything += 1
-        some += counts(file)
+        times[file] += 1
 
-    _watched(work, step)
-    return everything, some
+    _watched(work, step, ("",))
+    counts = _one_of(files)
+    return times.total(), sum(number for file, number in times.items() if counts(file))
 
 
 def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("",)) -> bool:
     """Do the work in a child process that is killed with SIGKILL when it executes its n-th line; whether it was."""
-    left, counts = line, _one_of(files)
+    left = line
 
-    def now(file: str) -> bool:
+    def now() -> bool:
         nonlocal left
-        left -= counts(file)
+        left -= 1
         return left == 0
 
-    return _killed(work, now)
+    return _killed(work, now, files)
 
 
 def killed_when(work: Callable[[], object], condition: Callable[[], bool], files: tuple[str, ...]) -> bool:
     """The same at the first line of some files at which a condition holds, such as that a file is there."""
-    counts = _one_of(files)
-    return _killed(work, lambda file: counts(file) and condition())
+    return _killed(work, condition, files)
 
 
 def _one_of(files: tuple[str, ...]) -> Callable[[str], bool]:
     """Return what tells whether a path contains one of some words, each of which has to name a file that there is."""
     there = [str(path) for path in Path(_SOURCE).rglob("*.py")]
     assert all(any(word in path for path in there) for word in files), f"no file is called so: {files}"
-    return lambda file: any(word in file for word in files)
+    return functools.cache(lambda file: file.startswith(_SOURCE) and any(word in file for word in files))
 
 
-def _killed(work: Callable[[], object], now: Callable[[str], bool]) -> bool:
-    _, status = os.waitpid(forked(lambda: _be_killed(work, now)), 0)
+def _killed(work: Callable[[], object], now: Callable[[], bool], files: tuple[str, ...]) -> bool:
+    _, status = os.waitpid(forked(lambda: _be_killed(work, now, files)), 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
         return True
@@ -65,27 +65,29 @@ def _killed(work: Callable[[], object], now: Callable[[str], bool]) -> bool:
     return False
 
 
-def _be_killed(work: Callable[[], object], now: Callable[[str], bool]) -> None:
+def _be_killed(work: Callable[[], object], now: Callable[[], bool], files: tuple[str, ...]) -> None:
     def step(file: str) -> None:
-        if now(file):
+        if now():
             os.kill(os.getpid(), signal.SIGKILL)
 
     signal.alarm(_SECONDS)
-    _watched(work, step)
+    _watched(work, step, files)
 
 
-def _watched(work: Callable[[], object], step: Callable[[str], None]) -> None:
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
+def _watched(work: Callable[[], object], step: Callable[[str], None], files: tuple[str, ...]) -> None:
+    counts = _one_of(files)
+
+    def begun(frame: FrameType, event: str, argument: Any) -> Any:
         # What a module says when it is imported is said once in a process, so it would not be counted again.
-        if not name.startswith(_SOURCE) or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-            return None
+        return executed if counts(frame.f_code.co_filename) and frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
+
+    def executed(frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
-            step(name)
-        return trace
+            step(frame.f_code.co_filename)
+        return executed
 
     before = sys.gettrace()
-    sys.settrace(trace)
+    sys.settrace(begun)
     try:
         work()
     finally:

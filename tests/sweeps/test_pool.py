@@ -35,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place: Path) -> None:
-    sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], nsamples=64, save_model="models")
+    sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], nsamples=32, save_model="models")
     workers = LocalWorkers(place / "log.txt")
     workers.at_once = 2
     events, killed = list[JobEvent](), list[str]()

@@ -69,7 +69,7 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monke
     assert times == {"dense": 1, "pruned": 4}
     assert ended[runs[0].name].saved["dense"] == 0
     assert all(ended[run.name].saved["dense"] > 0 for run in runs[1:])
-    for run in runs:
+    for run in (runs[0], runs[-1]):
         separate = alone(run, place / "separate")
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
         for file in run.recipe.output.model.glob("*.safetensors"):

@@ -102,9 +102,12 @@ class LocalWorkers:
         return [gpu for gpu in self._gpus if gpu not in taken]
 
     def _hire(self, gpu: str | None) -> _Worker:
-        context = get_context("spawn")
+        # What takes seconds to import is imported by one process, from which every worker is forked.
+        context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context.set_forkserver_preload(["coprune.run.stages", "coprune.sweeps.sharing"])
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, gpu, self._log), name="coprune-sweep", daemon=True)
+        given = (theirs, gpu, self._log, dict(os.environ))
+        process = context.Process(target=_work, args=given, name="coprune-sweep", daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the connection
         return _Worker(process, ours, gpu)
@@ -136,12 +139,13 @@ def _gpus() -> list[str]:
     return named[:count] if named else [str(number) for number in range(count)]
 
 
-def _work(connection: Connection, gpu: str | None, log: Path) -> None:
+def _work(connection: Connection, gpu: str | None, log: Path, environment: dict[str, str]) -> None:
     """Run jobs in a worker process until it is stopped or its parent is gone."""
     # Ctrl-C reaches every process of a terminal, but the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(environment)
     if gpu is not None:
         see_only(gpu)
     with log.open("a", encoding="utf-8") as file:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
-import subprocess
+import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.model.checkpoint.weights import InMemory
+from support.forking import forked
 from support.pico import pico_tokens
 from support.saved import MODELS, assert_same_tensors, load_clean, save_model, tensors_of
 
@@ -226,44 +229,32 @@ def test_a_configuration_of_another_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
 def test_a_file_larger_than_the_address_space_allowed_is_streamed(tmp_path: Path) -> None:
-    """The file is sparse: it says it holds 1 GB of weights in 64 blocks, and takes no room on the disk."""
-    script = f"""
-import json, resource
-from pathlib import Path
-import torch
-from transformers import AutoConfig
-from coprune.model.checkpoint.lazy import LazyCheckpoint
-from coprune.model.checkpoint.locate import locate
-folder = Path({str(tmp_path)!r})
-config = AutoConfig.for_model("llama", vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=64,
-    num_attention_heads=8, dtype="float32", tie_word_embeddings=True, pad_token_id=0)
-config.save_pretrained(folder)
-shapes = {{"embed_tokens": (64, 512), "norm": (512,)}}
-for i in range(64):
-    for name in "qkvo":
-        shapes[f"layers.{{i}}.self_attn.{{name}}_proj"] = (512, 512)
-    shapes[f"layers.{{i}}.mlp.up_proj"] = shapes[f"layers.{{i}}.mlp.gate_proj"] = (1536, 512)
-    shapes[f"layers.{{i}}.mlp.down_proj"] = (512, 1536)
-    shapes[f"layers.{{i}}.input_layernorm"] = shapes[f"layers.{{i}}.post_attention_layernorm"] = (512,)
-header, end = {{}}, 0
-for name, shape in shapes.items():
-    size = 4 * torch.Size(shape).numel()
-    header[f"model.{{name}}.weight"] = {{"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}}
-    end += size
-text = json.dumps(header).encode()
-with (folder / "model.safetensors").open("wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(8 + len(text) + end)
-pages = int(Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + end // 2
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-lazy = LazyCheckpoint(locate(folder))
-for i in range(64):
-    lazy.acquire(f"model.layers.{{i}}")
-    lazy.release(f"model.layers.{{i}}")
-print(end)
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 800_000_000
+    """The file is sparse: it says it holds 1 GB of weights in 32 blocks, and takes no room on the disk."""
+    sizes: dict[str, Any] = dict(vocab_size=64, hidden_size=768, intermediate_size=2048, num_hidden_layers=32)
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=8, dtype="float32", tie_word_embeddings=True)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in AutoModelForCausalLM.from_config(config).named_parameters()}
+    header, end = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        size = 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    assert end > 800_000_000
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+    def stream() -> None:
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # every thread takes addresses of its own
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + end // 2
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with pytest.raises((OSError, MemoryError, RuntimeError)):
+            mmap.mmap(-1, end)
+        lazy = LazyCheckpoint(locate(tmp_path))
+        for number in range(32):
+            lazy.acquire(f"model.layers.{number}")
+            lazy.release(f"model.layers.{number}")
+
+    assert os.waitpid(forked(stream), 0)[1] == 0

@@ -1,17 +1,41 @@
-"""A GGUF file that is loaded is read once, and the package gguf is afterwards as it was."""
+"""A GGUF file that is loaded is read once, as the package gguf reads it, and the package is afterwards as it was."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
-from coprune.model.checkpoint.load import load_model, reading_once
-from coprune.model.checkpoint.locate import Location, ModelFolder, locate
+from coprune.model.checkpoint.load import gguf_reader, load_model, reading_once
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
+from support.pico import pico_model
+from support.pico_gguf import write_pico_gguf
+from support.vocabularies import SIZE, content_of
 
 
-def test_a_file_is_read_once_for_model_and_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
+    model = pico_model("llama", vocab_size=SIZE)
+    return GgufFile(
+        write_pico_gguf(model, tmp_path_factory.mktemp("gguf") / "a.gguf", "Q4_1", tokenizer=content_of("bytes")), "a"
+    )
+
+
+def test_a_reader_says_what_that_of_the_package_says(file: GgufFile) -> None:
+    ours, theirs = gguf_reader(file.path, field="model"), gguf.GGUFReader(file.path)
+    assert type(ours.data) is np.ndarray  # not a memmap, each slice of which is one again
+    assert list(ours.fields) == list(theirs.fields)
+    for name in ("general.architecture", "tokenizer.ggml.tokens", "llama.block_count"):
+        assert ours.fields[name].contents() == theirs.fields[name].contents()
+    assert [(t.name, t.tensor_type, t.data_offset) for t in ours.tensors] == [
+        (t.name, t.tensor_type, t.data_offset) for t in theirs.tensors
+    ]
+    assert all(np.array_equal(mine.data, own.data) for mine, own in zip(ours.tensors, theirs.tensors, strict=True))
+
+
+def test_a_file_is_read_once_for_model_and_tokenizer(file: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 
     class Counted(gguf.GGUFReader):
@@ -20,14 +44,14 @@ def test_a_file_is_read_once_for_model_and_tokenizer(monkeypatch: pytest.MonkeyP
             super().__init__(path)
 
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
-    model, tokenizer = load_model(locate("smollm2-135m"))
+    model, tokenizer = load_model(file)
     assert len(read) == 1
-    assert model.config.num_hidden_layers == 30
+    assert model.config.num_hidden_layers == 3
     assert tokenizer("a").input_ids
     assert gguf.GGUFReader is Counted
 
 
-def test_the_package_is_left_as_it_was_after_an_error() -> None:
+def test_the_package_is_left_as_it_was_after_an_error(file: GgufFile) -> None:
     own = gguf.GGUFReader, gguf.get_tensor_name_map
 
     @reading_once
@@ -35,14 +59,14 @@ def test_the_package_is_left_as_it_was_after_an_error() -> None:
         raise RuntimeError(gguf.GGUFReader is own[0])
 
     with pytest.raises(RuntimeError, match="False"):
-        stop(locate("smollm2-135m"))
+        stop(file)
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
 
 
-def test_what_is_no_gguf_file_is_loaded_without_the_package(tmp_path: Path) -> None:
+def test_what_is_no_gguf_file_is_loaded_without_the_package(file: GgufFile, tmp_path: Path) -> None:
     @reading_once
     def look(location: Location) -> bool:
         return isinstance(gguf.GGUFReader, type)
 
     assert look(ModelFolder(tmp_path, "model"))
-    assert not look(locate("smollm2-135m"))
+    assert not look(file)
