@@ -124,7 +124,7 @@ def finetuning_cell(arguments: argparse.Namespace, pattern: str, mode: str) -> d
         "learning_rate": rates[mode],
         "rank": arguments.rank,
         "alpha": 2.0 * arguments.rank,
-        "evaluations": 0,
+        "held_out": 0.0,
         "eval_data": ",".join(TEXTS),
         "eval_tokens": arguments.eval_tokens,
         "save_every": 50,
@@ -236,7 +236,7 @@ def step_of(folder: Path, kind: str) -> Callable[[int], None]:
 
     from coprune.model.checkpoint.load import load_model
     from coprune.model.checkpoint.locate import locate
-    from coprune.training.adapters import AdapterSize, add_adapter, choose_targets
+    from coprune.training.adapters import add_adapter, choose_targets
     from coprune.training.masks import find_masks
 
     loaded, _ = load_model(locate(folder))
@@ -245,9 +245,7 @@ def step_of(folder: Path, kind: str) -> Callable[[int], None]:
     if kind == "dense":
         model.requires_grad_(True)
     else:
-        model = add_adapter(
-            loaded, masks, choose_targets(masks, (), 8), AdapterSize(8, 16.0, 0.0), masked=kind == "masked"
-        )
+        model = add_adapter(loaded, masks, choose_targets(masks, (), 8), 8, 16.0, masked=kind == "masked")
     model.train()
 
     def step(tokens: int) -> None:

@@ -68,11 +68,7 @@ def test_a_flag_has_one_meaning_in_all_commands() -> None:
         (["sweep", "--script", "opt", "--dry-run"], {"script": "opt"}),
         (["compare", "a", "b", "--evaluations", "x"], {"evaluations": Path("x")}),
         (["compare", "a", "b", "--evaluation-cache", "x"], {"evaluations": Path("x")}),
-        (["finetune", "m", *TAUGHT, "--block-size", "16", "--temperature", "3"], {"seqlen": 16, "temperature": 3.0}),
-        (
-            ["finetune", "--model", "m", *TAUGHT, "--seqlen", "16", "--distill-temperature", "3"],
-            {"seqlen": 16, "temperature": 3.0},
-        ),
+        (["finetune", "--model", "m", *TAUGHT, "--block-size", "16"], {"seqlen": 16}),
     ],
 )
 def test_older_names_are_accepted(
@@ -111,7 +107,7 @@ def test_help_is_grouped_and_as_wide_as_the_terminal(
     text = "\n".join(lines)
     assert "--sparsity_ratio" not in text
     assert "--save-model" in text[text.index("Where it goes:") :]
-    assert "Distillation (--mode distill or lora-distill):" in coprune("finetune", "--help")
+    assert "Adapters (--mode lora or lora-distill):" in coprune("finetune", "--help")
 
 
 @pytest.fixture

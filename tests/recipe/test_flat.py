@@ -189,14 +189,18 @@ def test_what_comes_later_wins_and_options_add_up() -> None:
 
 
 def test_what_asks_for_something_may_say_how_behind_a_colon() -> None:
-    short = {"model": "m", "reconstruct": "6:tokens=6144,lr=0.001", "finetune": "distill:max_steps=3,kl_weight=0.5"}
+    short = {
+        "model": "m",
+        "reconstruct": "6:tokens=6144,lr=0.001",
+        "finetune": "distill:max_steps=3,scope=blocks,kl_weight=1",
+    }
     assert make_recipe(short | {"generate": "p.jsonl:ask:count=2"}) == make_recipe(
         {
             "model": "m",
             "reconstruct": 6,
             "reconstruct_tokens": 6144,
             "reconstruct_lr": 0.001,
-            "train": {"mode": "distill", "max_steps": 3, "distill": {"kl_weight": 0.5}},
+            "train": {"mode": "distill", "max_steps": 3, "scope": "blocks"},
             "generate": "p.jsonl:ask",
             "generate_prompts": 2,
         }

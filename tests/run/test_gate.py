@@ -193,7 +193,7 @@ def test_a_fine_tuning_looks_before_and_after(
     pruned: dict[str, Any] = {"dataset": "words.txt", "gate": False, "save_model": tmp_path / "pruned", **SETTINGS}
     coprune.prune("model", "magnitude", **pruned)
     command = ["finetune", str(tmp_path / "pruned"), "--mode", "lora", "--dataset", "words.txt", "--block-size", "16"]
-    command += ["--max-steps", "1", "--evaluations", "0", "--no-eval", "--quiet", "--save"]
+    command += ["--max-steps", "1", "--held-out", "0", "--no-eval", "--quiet", "--save"]
     ended = run_command([*command, str(tmp_path / "a"), "--require", "loops<0"], monkeypatch, capsys)
     assert ended.code == 3, ended.err
     report = json.loads((tmp_path / "a" / "finetune.json").read_text())

@@ -24,7 +24,7 @@ SMALL: dict[str, int] = dict(nsamples=2, seqlen=32, max_steps=1, max_samples=8, 
 )
 # Only where a page says something.
 SMALLER: dict[str, float | None] = dict(
-    eval_tokens=64, low_rank=4, tokens=64, finetune_minutes=0.001, minutes=None, epochs=None, patience=None
+    eval_tokens=64, low_rank=4, tokens=64, finetune_minutes=0.001, minutes=None, epochs=None
 )
 _TASKS = ("tasks", "eval_zero_shot", "zero_shot")
 _TEXTS = ("dataset", "eval_data", "data", "generate", "domains", "prompts")

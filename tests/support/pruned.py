@@ -78,7 +78,7 @@ def settings_for(folder: Path, model: Path, text: Path, **changes: Any) -> dict[
         "device": "cpu",
         "evaluate": False,
         "gate": False,
-        "evaluations": 0,
+        "held_out": 0.0,
         "save": folder,
         **changes,
     }

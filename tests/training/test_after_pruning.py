@@ -40,7 +40,7 @@ def test_a_pruning_hands_on_how_it_is_trained() -> None:
         2,
         "bfloat16",
     )
-    assert found.train.distill.teacher == "m"
+    assert found.train.teacher == "m"
     alone = pruning_of(recipe).train
     assert alone == type(alone)()
     with pytest.raises(BadInput, match=r"'model.layers.1.\*' goes by numbers"):

@@ -16,7 +16,6 @@ from torch.nn import functional
 from coprune.base.errors import BadInput
 from coprune.training import adapters
 from coprune.training.adapters import (
-    AdapterSize,
     MaskedProduct,
     add_adapter,
     choose_targets,
@@ -36,7 +35,7 @@ def adapted(family: str = "llama", masked: bool = True, rank: int = 4, trained: 
     model = pruned_model(family)
     masks = find_masks(model)
     torch.manual_seed(1)
-    peft = add_adapter(model, masks, choose_targets(masks, (), rank), AdapterSize(rank, 8.0, 0.0), masked)
+    peft = add_adapter(model, masks, choose_targets(masks, (), rank), rank, 8.0, masked)
     if trained:
         with torch.no_grad():
             for name, parameter in peft.named_parameters():

@@ -27,12 +27,10 @@ from coprune.training.merge import merge
 from coprune.training.run import run_finetuning
 from coprune.training.saving import save_model
 from coprune.training.trainer import ZeroKeepingTrainer
-from coprune.training.training_data import read_training_text
 from support.pico import pico_model, pico_tokens
 from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text, zeros_of
 from support.together import together
 from support.torchrun import run_together, torchrun
-from support.words import word_tokenizer
 
 QUIET = Reporter(quiet=True)
 
@@ -59,21 +57,16 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 MODES = [
     ("lora", {}),
     ("dense", {}),
-    ("distill", {"top_k": 9}),
+    ("distill", {}),
     ("lora-distill", {"bf16": True}),
-    ("distill", {"text_weight": 0.5, "bf16": True, "gradient_checkpointing": True}),
+    ("distill", {"bf16": True, "gradient_checkpointing": True}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("mode", "more", "optimizer"),
-    [*((mode, more, "adamw") for mode, more in MODES), ("dense", {}, "sgd"), ("lora", {}, "adafactor")],
-)
-def test_every_mode_keeps_every_zero(
-    home: Path, tmp_path: Path, mode: str, more: dict[str, Any], optimizer: str
-) -> None:
+@pytest.mark.parametrize(("mode", "more"), MODES)
+def test_every_mode_keeps_every_zero(home: Path, tmp_path: Path, mode: str, more: dict[str, Any]) -> None:
     more = {**more, "teacher": str(home / "dense")} if "distill" in mode else more
-    report = run(home, tmp_path / "run", mode=mode, optimizer=optimizer, weight_decay=0.1, max_steps=3, **more)
+    report = run(home, tmp_path / "run", mode=mode, max_steps=3, **more)
     assert report.sparsity_after == report.sparsity_before
     assert len(report.curve) == report.steps == 3
     before = AutoModelForCausalLM.from_pretrained(home / "llama")
@@ -108,15 +101,14 @@ def test_training_teaches_and_the_report_tells(home: Path, tmp_path: Path) -> No
         home,
         tmp_path / "run",
         mode="dense",
-        max_steps=12,
+        max_steps=10,
         evaluate=True,
         eval_data=str(home / "text.txt"),
-        evaluations=3,
         held_out=0.1,
     )
     (change,) = report.perplexity
     assert change.after < 0.8 * change.before
-    assert [point.step for point in report.held_out] == [4, 8, 12]
+    assert [point.step for point in report.held_out] == [2, 4, 6, 8, 10]
     assert report.held_out[-1].loss < report.held_out[0].loss
     stored = json.loads((tmp_path / "run" / "finetune.json").read_text())
     assert [point["loss"] for point in stored["curve"]] == [point.loss for point in report.curve]
@@ -140,7 +132,7 @@ def test_lora_leaves_an_adapter_that_merges_to_the_saved_model(home: Path, tmp_p
 
 
 def test_plain_adapters_stay_unmerged(home: Path, tmp_path: Path) -> None:
-    report = run(home, tmp_path / "run", mode="lora", masked=False, dropout=0.1)
+    report = run(home, tmp_path / "run", mode="lora", masked=False)
     assert report.saved_model is None
     assert not (tmp_path / "run" / "model").exists()
     assert "dense again" in (tmp_path / "run" / "adapter" / "README.md").read_text()
@@ -163,9 +155,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(
         "mode": mode,
         "save_every": 2,
         "max_steps": 5,
-        "evaluations": 2,
         "held_out": 0.1,
-        "weight_decay": 0.1,
     }
     whole = run(home, tmp_path / "whole", family, **more)
     with pytest.raises(KeyboardInterrupt):
@@ -216,28 +206,6 @@ def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
     assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(tmp_path / "run" / "model").items())
 
 
-def test_early_stop_keeps_the_best_state(home: Path, tmp_path: Path) -> None:
-    more: dict[str, Any] = {
-        "mode": "dense",
-        "learning_rate": 0.3,
-        "max_steps": 20,
-        "evaluations": 20,
-        "held_out": 0.1,
-        "patience": 3,
-    }
-    report = run(home, tmp_path / "run", "mixtral", **more)
-    losses = [point.loss for point in report.held_out]
-    best = losses.index(min(losses))
-    assert report.steps == best + 4 < 20
-    # What was saved has the best loss that was measured, not the last.
-    settings = training_recipe(settings_for(tmp_path, home / "mixtral", home / "text.txt", **more))
-    windows = read_training_text(settings, word_tokenizer(), 16).held_out.tokens
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    with torch.no_grad():
-        assert float(saved(input_ids=windows, labels=windows).loss) == pytest.approx(losses[best], rel=1e-4)
-    assert losses[-1] > losses[best] * 1.001
-
-
 def test_time_ends_a_training(home: Path, tmp_path: Path) -> None:
     report = run(home, tmp_path / "run", mode="lora", max_steps=None, minutes=0.02)
     assert report.steps >= 1
@@ -251,8 +219,8 @@ def test_tokens_are_as_many_steps_as_they_fill(home: Path, tmp_path: Path, token
 
 
 def test_two_processes_follow_the_same_curve_as_one(home: Path, tmp_path: Path, one_thread: None) -> None:
-    alone = run(home, tmp_path / "one", mode="dense", batch_size=2, accumulate=2, weight_decay=0.1)
-    shared = dict(mode="dense", accumulate=2, weight_decay=0.1, batch_size=1)
+    alone = run(home, tmp_path / "one", mode="dense", batch_size=2, accumulate=2)
+    shared = dict(mode="dense", accumulate=2, batch_size=1)
     settings = settings_for(tmp_path / "two", home / "llama", home / "text.txt", **shared)
     together(2, lambda: run_finetuning(training_recipe(settings), QUIET))
     both = json.loads((tmp_path / "two" / "finetune.json").read_text())
@@ -378,4 +346,4 @@ def test_nothing_is_saved_once_a_zero_is_lost(home: Path, tmp_path: Path, monkey
 
 def test_a_loss_that_is_not_finite_ends_a_training(home: Path, tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match="not finite"):
-        run(home, tmp_path / "run", mode="dense", optimizer="sgd", learning_rate=1e30, max_grad_norm=0)
+        run(home, tmp_path / "run", mode="dense", learning_rate=1e30)

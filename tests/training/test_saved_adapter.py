@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, merge_adapter, save_adapter
+from coprune.training.adapters import add_adapter, choose_targets, merge_adapter, save_adapter
 from coprune.training.masks import find_masks
 from support.pruned import pruned_model
 
@@ -25,7 +25,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = pruned_model(num_hidden_layers=1)
     masks = find_masks(model)
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    adapted = add_adapter(model, masks, choose_targets(masks, (), 4), AdapterSize(4, 8, 0.0), masked=True)
+    adapted = add_adapter(model, masks, choose_targets(masks, (), 4), 4, 8, masked=True)
     save_adapter(adapted, folder, "card")
     return folder
 

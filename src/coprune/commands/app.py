@@ -26,6 +26,7 @@ from coprune.commands.grouped import WIDEST
 from coprune.commands.table import CommandLine, Commands
 from coprune.commands.terminal import tell
 from coprune.recipe.retired import retired
+from coprune.recipe.views import retired_in_training
 
 app = typer.Typer(
     name="coprune",
@@ -102,7 +103,9 @@ def _run(arguments: list[str]) -> int:
     except CopruneError as error:
         _fail(error.text(CommandLine()))
     except _UsageError as error:
-        if (gone := retired(getattr(error, "option_name", ""))) is not None:
+        option = getattr(error, "option_name", "")
+        in_training = error.ctx is not None and error.ctx.info_name == "finetune"
+        if (gone := retired_in_training(option) if in_training else retired(option)) is not None:
             _fail(gone.text(CommandLine()))
         # Reported in the style of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")

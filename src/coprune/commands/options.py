@@ -42,7 +42,6 @@ _NAMED_TWICE = ("model_option", "use_variant")
 # Training settings with another flag on the command line, where the name has another meaning.
 _FLAGS_OF_TRAINING = {
     "seqlen": ["--seqlen", "--block-size", "--block_size"],
-    "temperature": ["--distill-temperature", "--temperature"],
     "train": ["--train-only", "--train"],
 }
 _TITLES_OF_TRAINING = {"Calibration": "The data", "What is pruned, and how": "Fine-tuning"}

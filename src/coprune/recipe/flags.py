@@ -32,7 +32,6 @@ OLDER: dict[str, list[str]] = {
     "sparsity": ["--sparsity-ratio"],
     "pattern": ["--sparsity-type"],
     "seqlen": ["--block-size"],
-    "temperature": ["--temperature"],
     "prompt_tokens": ["--prompt"],
     "decode_tokens": ["--tokens"],
     "script": ["--preset"],

@@ -161,7 +161,8 @@ def _with_options(key: str, place: str, value: str) -> dict[str, Any] | None:
     found = _TEXT_WITH_OPTIONS.fullmatch(value)
     if word not in HEADS or found is None:
         return None
-    own, options = HEADS[word], read_named(f"{word}:{found['options']}")[1]
+    own, said = HEADS[word], read_named(f"{word}:{found['options']}")[1]
+    options = {name: option for name, option in said.items() if not passed_over(f"{word}_{name}", option)}
     for name in options:
         if name not in own:
             raise unknown_name(f"option of {word}", name, own, field=word)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from coprune.base.errors import BadInput
-from coprune.base.words import Command, LeaveOut, Set, Setting, Words
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words, parts_of
+from coprune.recipe.tree import todays_place
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,18 @@ class Retired:
     """What to use instead."""
 
 
+def _of_training(field: str, default: Any, instead: Words = "") -> tuple[str, Retired]:
+    word = f"finetune_{field}"
+    return word, Retired(f"train.{field}", default, (LeaveOut(word), *((": ", *parts_of(instead)) if instead else ())))
+
+
 RETIRED: dict[str, Retired] = {
     "reconstruct_window": Retired(
-        "reconstruction.window", 1, ("train each block for longer: ", Set("reconstruct", 12))
+        "prune.reconstruct.window", 1, ("train each block for longer: ", Set("reconstruct", 12))
     ),
-    "reconstruct_parts": Retired("reconstruction.parts", "together", LeaveOut("reconstruct_parts")),
-    "reconstruct_rates": Retired("reconstruction.rates", "relative", LeaveOut("reconstruct_rates")),
-    "target": Retired(
-        "calibration.aim", "pruned", ("train what is left of each block instead: ", Set("reconstruct", 6))
-    ),
+    "reconstruct_parts": Retired("prune.reconstruct.parts", "together", LeaveOut("reconstruct_parts")),
+    "reconstruct_rates": Retired("prune.reconstruct.rates", "relative", LeaveOut("reconstruct_rates")),
+    "target": Retired("calibrate.aim", "pruned", ("train what is left of each block instead: ", Set("reconstruct", 6))),
     "quantize": Retired(
         "quantization.grid",
         None,
@@ -44,6 +48,23 @@ RETIRED: dict[str, Retired] = {
     ),
     "move_zeros": Retired(
         None, None, (LeaveOut("move_zeros"), ": as long a training with every zero kept comes nearer")
+    ),
+    **dict(
+        [
+            _of_training("schedule", "linear", "the rate falls linearly"),
+            _of_training("warmup", 0.03),
+            _of_training("optimizer", "adamw", ("adapters take less memory, ", Set("finetune", "lora"))),
+            _of_training("weight_decay", 0.0),
+            _of_training("max_grad_norm", 1.0),
+            _of_training("evaluations", 5, ("nothing is watched with ", Set("finetune_held_out", 0))),
+            _of_training("patience", None, "the rate has come down where a training ends"),
+            _of_training("dropout", 0.0),
+            _of_training("temperature", None),
+            _of_training("kl_weight", 1.0),
+            _of_training("hidden_weight", None),
+            _of_training("text_weight", 0.0),
+            _of_training("top_k", None, ("adapters take less memory, ", Set("finetune", "lora-distill"))),
+        ]
     ),
 }
 """Retired settings by flat name."""
@@ -90,6 +111,5 @@ def retired_allocation(name: str) -> BadInput | None:
 
 
 def _word(name: str) -> str | None:
-    older = name.replace("prune.reconstruct.", "reconstruction.")
-    word = _WORDS.get(older, name.removeprefix("--").replace("-", "_"))
+    word = _WORDS.get(todays_place(name), name.removeprefix("--").replace("-", "_"))
     return word if word in RETIRED else None

@@ -34,44 +34,11 @@ class AdapterPart(Part):
 
     rank: Annotated[int, _RESULT, Field(description="lora: rank of the adapters.", ge=1)] = 8
     alpha: Annotated[float, _RESULT, Field(description="lora: the update is scaled by alpha / rank.", gt=0)] = 16.0
-    dropout: Annotated[float, _RESULT, Field(description="lora: dropout before plain adapters.", ge=0, lt=1)] = 0.0
     masked: Annotated[
         bool,
         _RESULT,
         Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
     ] = True
-
-
-class DistillPart(Part):
-    """Training toward the dense model."""
-
-    title = "Distillation (--mode distill or lora-distill)"
-    prefix = "finetune_"
-
-    teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model. [in prune: the model]")] = None
-    temperature: Annotated[
-        float | None,
-        _RESULT,
-        Field(description="distill: of the compared distributions. [1 of text, 2 of images]", gt=0),
-    ] = None
-    kl_weight: Annotated[float, _RESULT, Field(description="distill: weight of the logits' divergence.", ge=0)] = 1.0
-    hidden_weight: Annotated[
-        float | None,
-        _RESULT,
-        Field(description="distill: weight of the blocks' relative errors. [1; 0 with --top-k or for images]", ge=0),
-    ] = None
-    text_weight: Annotated[float, _RESULT, Field(description="distill: weight of the data's own loss.", ge=0)] = 0.0
-    top_k: Annotated[
-        int | None,
-        _RESULT,
-        Field(description="distill: run the teacher ahead and keep its so many largest logits per token.", ge=1),
-    ] = None
-
-    @property
-    def weight_of_hidden(self) -> float:
-        """Weight of the hidden states' error."""
-        default = 0.0 if self.top_k is not None else 1.0
-        return default if self.hidden_weight is None else self.hidden_weight
 
 
 class TrainPart(Part):
@@ -132,17 +99,6 @@ class TrainPart(Part):
             "matrix and vector, so that one rate serves models with smaller or larger weights."
         ),
     ] = "absolute"
-    schedule: Annotated[
-        Literal["cosine", "linear", "constant"],
-        _RESULT,
-        Field(description="How the learning rate falls after the warm-up."),
-    ] = "linear"
-    warmup: Annotated[float, _RESULT, Field(description="Share of the training in which it rises.", ge=0, lt=1)] = 0.03
-    optimizer: Annotated[
-        Literal["adamw", "sgd", "adafactor"], _RESULT, Field(description="sgd has a momentum of 0.9.")
-    ] = "adamw"
-    weight_decay: Annotated[float, _RESULT, Field(description="Weight decay.", ge=0)] = 0.0
-    max_grad_norm: Annotated[float, _RESULT, Field(description="Clip gradients to this norm; 0: not.", ge=0)] = 1.0
     scope: Annotated[
         Literal["all", "blocks"],
         _RESULT,
@@ -165,19 +121,15 @@ class TrainPart(Part):
         Field(description="What the fine-tuning computes in; trained weights are float32."),
     ] = "float32"
     gradient_checkpointing: Annotated[bool, _RESULT, Field(description="Recompute activations to save memory.")] = False
-    evaluations: Annotated[
-        int, _RESULT, Field(description="How often the loss on held-out samples is measured.", ge=0)
-    ] = 5
     held_out: Annotated[
         float,
         _RESULT,
-        Field(description="Share of the samples held out (at most 64 windows or 2,048 images).", ge=0, lt=1),
+        Field(
+            description="Share of the samples held out (at most 64 windows or 2,048 images); 0: nothing is watched.",
+            ge=0,
+            lt=1,
+        ),
     ] = 0.05
-    patience: Annotated[
-        int | None,
-        _RESULT,
-        Field(description="Stop after so many evaluations without a better loss, and keep the best.", ge=1),
-    ] = None
     save_every: Annotated[
         int,
         Decides.WHERE,
@@ -196,8 +148,8 @@ class TrainPart(Part):
             "asked for; else with those from before]"
         ),
     ] = None
+    teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model. [in prune: the model]")] = None
     adapters: AdapterPart = AdapterPart()
-    distill: DistillPart = DistillPart()
 
     @property
     def rate(self) -> float:
@@ -209,47 +161,23 @@ class TrainPart(Part):
 
 def cannot_train(asked: TrainPart) -> BadInput | None:
     """Return the error in the settings of a training, or None."""
-    return _of_teacher(asked) or _of_mode(asked) or _of_how(asked)
-
-
-def _of_teacher(asked: TrainPart) -> BadInput | None:
-    toward = asked.distill
-    if not has_teacher(asked.mode) and (toward.teacher is not None or toward.top_k is not None):
-        cause: Words = ("a teacher belongs to ", Set("finetune", "distill"), " or ", Set("finetune", "lora-distill"))
-        return BadInput(cause, field="finetune", value=asked.mode)
-    if toward.top_k is not None and toward.hidden_weight:
-        cause = ("a teacher that runs ahead (", Set("finetune_top_k", toward.top_k), ") leaves no hidden states")
-        fix: Words = ("add ", Set("finetune_hidden_weight", 0))
-        return BadInput(cause, field="finetune_hidden_weight", value=toward.hidden_weight, fix=fix)
-    if has_teacher(asked.mode) and not toward.kl_weight + toward.weight_of_hidden + toward.text_weight:
-        return nothing_to_learn()
-    return None
-
-
-def nothing_to_learn() -> BadInput:
-    """Return the error of a distillation whose loss has weight zero in all parts."""
-    fix: Words = ("leave out ", Set("finetune_kl_weight", 0))
-    return BadInput("nothing is left of the distillation's loss", field="finetune_kl_weight", value=0, fix=fix)
+    return _of_mode(asked) or _of_how(asked)
 
 
 def _of_mode(asked: TrainPart) -> BadInput | None:
     """Return the error for a setting that this mode ignores."""
-    unused: list[Part] = [] if has_teacher(asked.mode) else [asked.distill]
-    unused += [] if has_adapters(asked.mode) else [asked.adapters]
-    for part in unused:
-        if (said := part.first_said()) is not None:
-            word = f"{part.prefix}{said[-1]}"
-            cause: Words = (Setting(word), " means nothing to ", Set("finetune", asked.mode))
-            return BadInput(cause, field=word, value=getattr(part, said[-1]), fix=LeaveOut(word))
+    if not has_teacher(asked.mode) and asked.teacher is not None:
+        cause: Words = ("a teacher belongs to ", Set("finetune", "distill"), " or ", Set("finetune", "lora-distill"))
+        return BadInput(cause, field="finetune", value=asked.mode)
+    if not has_adapters(asked.mode) and (said := asked.adapters.first_said()) is not None:
+        word = f"{asked.adapters.prefix}{said[-1]}"
+        cause = (Setting(word), " means nothing to ", Set("finetune", asked.mode))
+        return BadInput(cause, field=word, value=getattr(asked.adapters, said[-1]), fix=LeaveOut(word))
     return None
 
 
 def _of_how(asked: TrainPart) -> BadInput | None:
     adapters = has_adapters(asked.mode)
-    if adapters and asked.adapters.masked and asked.adapters.dropout:
-        product = "the masked update is one product with the weights, which leaves no place for dropout"
-        word = "finetune_dropout"
-        return BadInput(product, field=word, value=asked.adapters.dropout, fix=LeaveOut(word))
     if adapters and asked.rates == "relative":
         empty = "adapters begin at zero, which has no size that a rate could be relative to"
         return BadInput(empty, field="finetune_rates", value=asked.rates, fix=LeaveOut("finetune_rates"))
@@ -263,9 +191,4 @@ def _of_how(asked: TrainPart) -> BadInput | None:
     if asked.tokens is not None and asked.max_steps is not None:
         cause: Words = (Set("finetune_max_steps", asked.max_steps), " says how long to train, too")
         return BadInput(cause, field="finetune_tokens", value=asked.tokens, fix=LeaveOut("finetune_max_steps"))
-    if asked.patience is not None and not (asked.evaluations and asked.held_out):
-        cause = (Set("finetune_patience", asked.patience), " needs evaluations during the training")
-        missing = "finetune_held_out" if asked.evaluations else "finetune_evaluations"
-        fix: Words = ("ask for some with ", Setting(missing))
-        return BadInput(cause, field="finetune_patience", value=asked.patience, fix=fix)
     return None

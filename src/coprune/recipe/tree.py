@@ -112,6 +112,8 @@ _OLDER = {
     "reconstruction": "prune.reconstruct",
     "structure": "remove",
     "calibration": "calibrate",
+    "finetune.distill": "train",
+    "train.distill": "train",
     "finetune": "train",
     "evaluation": "evaluate",
     "answers": "evaluate.answers",

@@ -13,7 +13,7 @@ from coprune.base.words import Setting as Named
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.flat import flatten, names_said
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.retired import passed_over
+from coprune.recipe.retired import RETIRED, retired
 from coprune.recipe.train import has_teacher
 from coprune.recipe.tree import LEAVES
 
@@ -89,7 +89,17 @@ TRAINING: dict[str, Setting] = {
     **_alike("overwrite"),
 }
 """Settings of a training by name, likewise: those of its own part go without that part's prefix."""
-_CALLED_IN_TRAINING = {setting.word: name for name, setting in TRAINING.items()}
+_GONE = {word.removeprefix("finetune_"): word for word in RETIRED}
+_CALLED_IN_TRAINING = {setting.word: name for name, setting in TRAINING.items()} | {
+    w: name for name, w in _GONE.items()
+}
+
+
+def retired_in_training(flag: str) -> BadInput | None:
+    """Return the error for an option of `coprune finetune` that is gone; None for any other."""
+    name = flag.removeprefix("--").removeprefix("distill-").replace("-", "_")
+    gone = retired(_GONE.get(name, name))
+    return None if gone is None else gone.renamed(_CALLED_IN_TRAINING)
 
 
 def training_recipe(settings: Mapping[str, Any]) -> Recipe:
@@ -108,7 +118,7 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
             fix="use data parallel processes: torchrun, or accelerate without FSDP",
         )
     recipe = make_recipe({"finetune": "lora"} | in_a_recipes_words(settings), _CALLED_IN_TRAINING)
-    if has_teacher(recipe.train.mode) and recipe.train.distill.teacher is None:
+    if has_teacher(recipe.train.mode) and recipe.train.teacher is None:
         needs = f"{recipe.train.mode} needs the dense model"
         raise BadInput(needs, field="teacher", fix=("name it with ", Named("teacher")))
     against = None if recipe.train.against else ("ask for them with ", Named("against"))
@@ -121,14 +131,12 @@ def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of a training under a recipe's names. Raises BadInput for one that is unknown, or retired."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        if passed_over(name, value):
-            continue
         if name == "bf16":  # what `dtype` was called
             name, value = "dtype", "bfloat16" if value else "float32"
         name = "seqlen" if name == "block_size" else name
-        if name not in TRAINING:
+        if name not in TRAINING and name not in _GONE:
             raise unknown_name("setting", name, TRAINING, field=name)
-        found[TRAINING[name].word] = value
+        found[_GONE[name] if name in _GONE else TRAINING[name].word] = value
     return found
 
 

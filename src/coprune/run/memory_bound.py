@@ -316,7 +316,7 @@ class Bound:
         asked, shapes, length = self._recipe.train, self._shapes, self._text.seqlen
         # Adapters are small beside the weights, which are held as they are.
         numbers = sum(size for _, size in self._sizes)
-        own = 4 * numbers if has_adapters(asked.mode) else training_bytes(self._sizes, "adamw", asked.scope)
+        own = 4 * numbers if has_adapters(asked.mode) else training_bytes(self._sizes, asked.scope)
         halves = asked.dtype == "bfloat16"
         own += 2 * numbers if halves else 0  # the copies that are multiplied
         beside = shapes.total_bytes if has_teacher(asked.mode) else 0

@@ -47,7 +47,7 @@ def _fits(recipe: Recipe) -> bool:
     if recipe.output.encoding != "dense" and location.path.is_dir() and is_quantised(location.path):
         return False  # what is trained as a whole is saved dense
     try:
-        require_room_to_train(location, "adamw", "blocks", True, choose_device(recipe.model.device))
+        require_room_to_train(location, "blocks", True, choose_device(recipe.model.device))
     except BadInput:
         return False
     return True

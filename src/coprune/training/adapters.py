@@ -74,21 +74,14 @@ def choose_targets(masks: Masks, patterns: Sequence[str], rank: int, alone: Cont
     return [matrix.name for matrix in chosen]
 
 
-@dataclass(frozen=True)
-class AdapterSize:
-    """Size and strength of an adapter."""
-
-    rank: int
-    alpha: float
-    dropout: float
-
-
-def add_adapter(model: PreTrainedModel, masks: Masks, targets: list[str], size: AdapterSize, masked: bool) -> PeftModel:
-    """Add trainable adapters to some layers of a model; masked ones, or PEFT's plain ones."""
+def add_adapter(
+    model: PreTrainedModel, masks: Masks, targets: list[str], rank: int, alpha: float, masked: bool
+) -> PeftModel:
+    """Add trainable adapters to some layers of a model; masked ones, or PEFT's plain ones. alpha: as in PEFT."""
     settings: dict[str, Any] = {
-        "r": size.rank,
-        "lora_alpha": size.alpha,
-        "lora_dropout": size.dropout,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
         "target_modules": targets,
         "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
         "task_type": "CAUSAL_LM" if task_of(model.config) == "text" else None,

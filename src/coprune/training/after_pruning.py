@@ -134,9 +134,7 @@ def _require_room(recipe: Recipe, settings: Recipe) -> None:
     if has_adapters(recipe.train.mode) or recipe.remove.parts or not recipe.model.check_memory:
         return
     distills = has_teacher(recipe.train.mode)
-    require_room_to_train(
-        where, settings.train.optimizer, settings.train.scope, distills, training_device(settings.model.device)
-    )
+    require_room_to_train(where, settings.train.scope, distills, training_device(settings.model.device))
 
 
 def _finetuned_before(settings: Recipe) -> FinetuneReport | None:
@@ -165,15 +163,13 @@ def training_of(recipe: Recipe) -> Recipe:
     plain = [source for source in sources if source.is_text and not reads_conversations(source)]
     named = "data" in recipe.calibrate.model_fields_set and plain
     data: dict[str, Any] = {"data": max(plain, key=lambda source: source.share).name} if named else {}
-    asked, answers, toward = recipe.calibrate, recipe.evaluate.answers, recipe.train.distill
+    asked, answers = recipe.calibrate, recipe.evaluate.answers
     # Only for requested answers, since the dense model has to be loaded again.
     compares = answers.prompts is not None or any(condition.needs_dense for condition in answers.conditions)
     train = recipe.train.model_copy(
         update={
             "against": recipe.train.against or (recipe.model.name if compares else None),
-            "distill": toward.model_copy(
-                update={"teacher": toward.teacher or recipe.model.name} if has_teacher(recipe.train.mode) else {}
-            ),
+            "teacher": (recipe.train.teacher or recipe.model.name) if has_teacher(recipe.train.mode) else None,
         }
     )
     pruned, own = recipe.run_folder / "pruned", recipe.run_folder / "finetune"
@@ -191,7 +187,6 @@ def training_of(recipe: Recipe) -> Recipe:
 
 def require_room_to_train(
     location: Location,
-    optimizer: str,
     scope: str,
     distills: bool,
     device: torch.device,
@@ -203,14 +198,14 @@ def require_room_to_train(
 
     Args:
         location: the model that is to be pruned and then trained, and the teacher of a distillation.
-        optimizer: as the settings of a fine-tuning name it.
-        scope: what is trained, as they name it, too. No model is loaded yet: numbers in names tell what is in a block.
+        scope: what is trained, as the settings of a fine-tuning name it. No model is loaded yet: numbers in names tell what
+            is in a block.
         distills: whether the dense model lies beside the trained one.
         device: where both go.
         memory: reads a device's memory.
     """
     sizes, stored = _sizes(location)
-    needed = training_bytes(sizes, optimizer, scope) + (stored if distills else 0)
+    needed = training_bytes(sizes, scope) + (stored if distills else 0)
     available, where = room_on(device, memory)
     if available is None or needed <= available:
         return

@@ -74,23 +74,12 @@ class TrainingArguments(TypedDict, total=False):
     learning_rate: float | None
     rates: Literal["absolute", "relative"]
     scope: Literal["all", "blocks"]
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup: float
-    optimizer: Literal["adamw", "sgd", "adafactor"]
-    weight_decay: float
-    max_grad_norm: float
     train: str | Sequence[str]
     exclude: str | Sequence[str]
     rank: int
     alpha: float
-    dropout: float
     masked: bool
     teacher: str | Path | None
-    temperature: float | None
-    kl_weight: float
-    hidden_weight: float | None
-    text_weight: float
-    top_k: int | None
     bf16: bool
     dtype: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
@@ -101,9 +90,7 @@ class TrainingArguments(TypedDict, total=False):
 class FinetuneArguments(TrainingArguments, AnswerArguments, total=False):
     """The settings of a fine-tuning but for model and mode."""
 
-    evaluations: int
     held_out: float
-    patience: int | None
     save_every: int
     evaluate: bool
     eval_data: TextData | None

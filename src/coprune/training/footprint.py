@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 # A weight and its gradient in float32, and the moments of the optimiser.
-TRAINED_BYTES = {"adamw": 16, "sgd": 12, "adafactor": 8}
+TRAINED_BYTES = 16
 _HELD_BYTES = 4
 """A weight that is not trained, in float32 beside those that are."""
 
 
-def training_bytes(sizes: Iterable[tuple[str, int]], optimizer: str, scope: str) -> int:
+def training_bytes(sizes: Iterable[tuple[str, int]], scope: str) -> int:
     """Return what a model's weights take while they are trained, with gradients and moments.
 
     Args:
         sizes: names of its tensors, and how many weights each has.
-        optimizer: as the settings of a fine-tuning name it.
-        scope: likewise; what is in a block is told by numbers in names.
+        scope: as the settings of a fine-tuning name it; what is in a block is told by numbers in names.
     """
     needed = 0
     for name, size in sizes:
         trained = scope == "all" or any(map(str.isdigit, name.split(".")))
-        needed += size * (TRAINED_BYTES[optimizer] if trained else _HELD_BYTES)
+        needed += size * (TRAINED_BYTES if trained else _HELD_BYTES)
     return needed

@@ -170,7 +170,7 @@ def resume_from(session: Session, first: bool) -> Path | None:
         earlier = None
     # The Trainer writes this file last, so a state that has it is whole.
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    if earlier is None or (earlier != identity and not whole and not any(folder.glob("teacher/*"))):
+    if earlier is None or (earlier != identity and not whole):
         if first:  # also of a run that failed before it left anything to go on from
             shutil.rmtree(folder, ignore_errors=True)
             write_text(folder / _IDENTITY, json.dumps(identity, indent=2))

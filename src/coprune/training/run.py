@@ -95,7 +95,7 @@ def _run(settings: Recipe, reporter: Reporter, first: bool) -> FinetuneReport:
     resume = resume_from(session, first)
     before = _measure(session, "pruned") if first else {}
     look = look_before(session) if first else Look(None)
-    objective = distillation_of(session, first)
+    objective = distillation_of(session)
     with reporter.bar(f"Fine-tuning ({settings.train.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)

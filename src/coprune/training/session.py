@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
-from coprune.base.words import LeaveOut, Set, Setting, per_cent
+from coprune.base.words import LeaveOut, Setting, per_cent
 from coprune.data import Windows
 from coprune.data.bos import bos_of
 from coprune.evaluation.bos_choice import score_in_memory
@@ -24,7 +24,7 @@ from coprune.model.loaded_model import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train import has_adapters
-from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
+from coprune.training.adapters import add_adapter, choose_targets, plain_warning
 from coprune.training.masks import History, Masks, leave_alone, masks_of, parameters_within, select_parameters
 from coprune.training.training_data import TrainingData, begun, read_training_text
 from coprune.training.training_images import read_training_images
@@ -77,7 +77,6 @@ def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
         )
     dtype = model.dtype
     loaded = Loaded(in_memory(model, location), processor, location.name, False)
-    _check_top_k(settings, loaded)
     task = _task(settings, loaded)
     data, evaluation = _begun_alike(_training_data(settings, task, loaded), task, loaded, reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
@@ -135,7 +134,7 @@ def _begun_alike(
 
 def _check_named(settings: Recipe) -> None:
     """Refuse models and trackers that are not there, long before anything asks for them."""
-    for setting, name in (("teacher", settings.train.distill.teacher), ("against", settings.train.against)):
+    for setting, name in (("teacher", settings.train.teacher), ("against", settings.train.against)):
         if name is not None:
             with about(setting, name):
                 locate(name, settings.model.cache_dir)
@@ -145,28 +144,12 @@ def _check_named(settings: Recipe) -> None:
             raise BadInput(f"no tracker {tracker} is installed", field="report_to", value=tracker, fix=fix)
 
 
-def _check_top_k(settings: Recipe, loaded: Loaded) -> None:
-    vocabulary = int(loaded.model.config.get_text_config().vocab_size) if loaded.task == "text" else 0
-    top_k = settings.train.distill.top_k
-    if top_k is not None and vocabulary and top_k > vocabulary:
-        cause = (Set("top_k", top_k), f" is above the vocabulary of {vocabulary} tokens")
-        raise BadInput(cause, field="top_k", value=top_k)
-
-
 def _refuse_what_only_text_has(settings: Recipe) -> None:
     for name, value in (("seqlen", settings.calibrate.seqlen), ("eval_seqlen", settings.train.eval_seqlen)):
         if value is not None:
             raise BadInput("images are not cut into windows", field=name, fix=LeaveOut(name))
     if settings.train.tokens is not None:
         raise BadInput("images have no tokens", field="tokens", fix=("use ", Setting("max_steps")))
-    if settings.train.distill.top_k is not None:
-        raise BadInput("a classifier's teacher runs beside it", field="top_k", fix=LeaveOut("top_k"))
-    if settings.train.distill.hidden_weight:
-        raise BadInput(
-            "a classifier is compared with its teacher by its classes alone",
-            field="hidden_weight",
-            fix=LeaveOut("hidden_weight"),
-        )
 
 
 def _make_trainable(
@@ -183,8 +166,8 @@ def _make_trainable(
             reporter.say(f"{left} matrices (fused experts, convolutions) get no adapter; they stay as they are.")
         if not settings.train.adapters.masked:
             reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
-        size = AdapterSize(settings.train.adapters.rank, settings.train.adapters.alpha, settings.train.adapters.dropout)
-        return add_adapter(model, masks, targets, size, masked=settings.train.adapters.masked)
+        asked = settings.train.adapters
+        return add_adapter(model, masks, targets, asked.rank, asked.alpha, masked=asked.masked)
     # Small updates would vanish in half precision, so what is trained is float32.
     torch.nn.Module.to(model, dtype=torch.float32)
     if settings.train.scope == "blocks":

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: loaded, checked, and set beside the student or run ahead."""
+"""The teacher of a distillation: loaded, checked, and set beside the student."""
 
 from __future__ import annotations
 
@@ -9,40 +9,32 @@ from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model, task_of
 from coprune.model.checkpoint.locate import locate
-from coprune.recipe.train import has_teacher, nothing_to_learn
-from coprune.training.distill import Distillation, Objective, TeacherCache
+from coprune.recipe.train import has_teacher
+from coprune.training.distill import Distillation, Objective
 from coprune.training.session import Session
 from coprune.training.trainer import training_device
 
+_OF_TOKENS, _OF_CLASSES = 1.0, 2.0
+"""Temperatures at which distributions over tokens, and over classes, are compared."""
 
-def distillation_of(session: Session, first: bool) -> Objective | None:
-    """Return the loss of distillation, with a teacher in memory or precomputed; None for the data's own loss."""
+
+def distillation_of(session: Session) -> Objective | None:
+    """Return the loss of distillation, with its teacher in memory; None for the data's own loss."""
     settings = session.settings
     if not has_teacher(settings.train.mode):
         return None
-    assert settings.train.distill.teacher is not None
-    session.reporter.say(f"Loading the teacher {settings.train.distill.teacher}")
-    teacher, _ = load_model(locate(settings.train.distill.teacher, settings.model.cache_dir), "auto")
+    assert settings.train.teacher is not None
+    session.reporter.say(f"Loading the teacher {settings.train.teacher}")
+    teacher, _ = load_model(locate(settings.train.teacher, settings.model.cache_dir), "auto")
     _require_same_outputs(session.loaded.model, teacher)
     device = training_device(settings.model.device)
     torch.nn.Module.to(teacher, device)
     if settings.train.dtype == "bfloat16":
         _in_bfloat16(teacher, device)
-    hidden = settings.train.distill.weight_of_hidden if session.block_size is not None else 0.0
-    counterparts = _counterparts(session, teacher) if hidden else []
-    hidden = 0.0 if counterparts is None else hidden
-    temperature = settings.train.distill.temperature or (1.0 if session.block_size is not None else 2.0)
-    if not settings.train.distill.kl_weight + hidden + settings.train.distill.text_weight:
-        raise nothing_to_learn().renamed({"finetune_kl_weight": "kl_weight"})
-    weights = (temperature, settings.train.distill.kl_weight, hidden, settings.train.distill.text_weight)
-    if settings.train.distill.top_k is None:
-        return Distillation(teacher, *weights, counterparts or [])
-    cache = TeacherCache(session.training_folder / "teacher")
-    tokens = session.data.train.tokens
-    with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
-        if first:
-            cache.fill(teacher, tokens, settings.train.distill.top_k, temperature, device, advance)
-    return Distillation(cache, *weights)
+    if session.block_size is None:
+        return Distillation(teacher, _OF_CLASSES, hidden=False)
+    counterparts = _counterparts(session, teacher)
+    return Distillation(teacher, _OF_TOKENS, counterparts is not None, counterparts or [])
 
 
 def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:

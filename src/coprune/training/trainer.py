@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -40,13 +40,10 @@ from coprune.training.distill import Objective
 from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
 from coprune.training.session import Session
-from coprune.training.training_data import TrainingData
+from coprune.training.training_data import EVALUATIONS, TrainingData
 
-_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
-    "adamw": ("adamw_torch", None),
-    "sgd": ("sgd", "momentum=0.9"),
-    "adafactor": ("adafactor", None),
-}
+_WARMUP = 0.03
+"""Share of a training in which the rate rises."""
 _NEVER = 10**9  # steps: for what `Along` decides
 
 
@@ -87,7 +84,7 @@ class ZeroKeepingTrainer(Trainer):
         if self.lr_scheduler is None:
 
             def rate(_: int) -> float:
-                return rate_at(self._pace.done, self._settings.train.schedule, self._settings.train.warmup)
+                return rate_at(self._pace.done)
 
             stepping: Any = optimizer or self.optimizer
             self.lr_scheduler = LambdaLR(stepping, rate)
@@ -99,11 +96,10 @@ class ZeroKeepingTrainer(Trainer):
     ) -> Any:
         """Compute the objective in training; the data's own loss without one, and when measuring, so that modes compare."""
         inputs = dict(inputs)
-        windows: Tensor = inputs.pop("window")
         objective = self._objective if model.training else self._own_loss
         if objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = objective(model, inputs, windows)
+        loss = objective(model, inputs)
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -127,27 +123,21 @@ class ZeroKeepingTrainer(Trainer):
 
 def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
     """Train to the end. going_on: a state of an interrupted training."""
-    try:
+    with suppress(AtItsEnd):  # its state is loaded by then
         trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
-    except AtItsEnd:  # its state is loaded by now
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-            trainer._load_best_model()
 
 
 def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
     """Create a trainer for a session's settings that saves its states in the session's folder."""
     settings, data = session.settings, session.data
     pace = Pace(settings.train.minutes)
-    callbacks: list[TrainerCallback] = [Along(settings, pace, data.held_out is not None, advance)]
-    if settings.train.patience is not None and data.held_out is not None:
-        callbacks.append(EarlyStoppingCallback(settings.train.patience))
     trainer = ZeroKeepingTrainer(
         model=session.model,
         args=training_arguments(settings, data, session.training_folder),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         data_collator=stack,
-        callbacks=callbacks,
+        callbacks=[Along(pace, data.held_out is not None, advance)],
         masks=session.masks,
         settings=settings,
         pace=pace,
@@ -165,9 +155,6 @@ def build_trainer(session: Session, objective: Objective | None, advance: Advanc
 def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> TrainingArguments:
     """Return the settings as transformers' arguments."""
     device = training_device(settings.model.device)
-    optimizer, optimizer_arguments = _OPTIMIZERS[settings.train.optimizer]
-    if optimizer == "adamw_torch" and kind_of(device) != "other":
-        optimizer = "adamw_torch_fused"  # one pass over each weight instead of ten, a tenth of a small step on a CPU
     steps = steps_asked(settings, data)
     until_time = settings.train.minutes is not None and steps is None
     return arguments_on(
@@ -179,15 +166,15 @@ def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> Tr
         num_train_epochs=settings.train.epochs,
         max_steps=_NEVER if until_time else steps or -1,
         learning_rate=settings.train.rate,
-        optim=optimizer,
-        optim_args=optimizer_arguments,
-        weight_decay=settings.train.weight_decay,
-        max_grad_norm=settings.train.max_grad_norm,
+        # Fused: one pass over each weight instead of ten, a tenth of a small step on a CPU.
+        optim="adamw_torch" if kind_of(device) == "other" else "adamw_torch_fused",
         bf16=settings.train.dtype == "bfloat16",
         seed=settings.calibrate.seed,
         data_seed=settings.calibrate.seed,
         report_to=[name.strip() for name in (settings.output.report_to or "none").split(",")],
-        **_watching(settings, data),
+        eval_strategy="no" if data.held_out is None else "steps",
+        eval_steps=None if data.held_out is None else _NEVER,
+        save_steps=settings.train.save_every,
         **_ALWAYS,
         **_checkpointing(settings.train.gradient_checkpointing),
     )
@@ -216,21 +203,6 @@ _ALWAYS: dict[str, Any] = {
     "log_level": "error",
     "label_names": ["labels"],
 }
-
-
-def _watching(settings: Recipe, data: TrainingData) -> dict[str, Any]:
-    """Return when held-out data is measured and states are saved; `Along` saves by time."""
-    held_out = data.held_out is not None
-    watch = settings.train.patience is not None and held_out
-    return {
-        "eval_strategy": "steps" if held_out else "no",
-        "eval_steps": _NEVER if held_out else None,
-        "save_steps": _NEVER if watch else settings.train.save_every,
-        "load_best_model_at_end": watch,
-        "metric_for_best_model": "loss" if watch else None,
-        "greater_is_better": False if watch else None,
-        "restore_callback_states_from_checkpoint": watch,
-    }
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -277,17 +249,12 @@ class Pace:
         self.done = min(1.0, by_steps if self.limit is None else max(by_steps, self.agreed / self.limit))
 
 
-def rate_at(done: float, schedule: str, warmup: float) -> float:
+def rate_at(done: float) -> float:
     """Return the learning rate relative to its peak at a share of the training.
 
     It starts at a tenth, so that the first step of a short training is not wasted.
     """
-    if done < warmup:
-        return max(0.1, done / warmup)
-    rest = (done - warmup) / (1 - warmup)
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * rest))
-    return 1 - rest if schedule == "linear" else 1.0
+    return max(0.1, done / _WARMUP) if done < _WARMUP else (1 - done) / (1 - _WARMUP)
 
 
 class AtItsEnd(Exception):
@@ -297,9 +264,8 @@ class AtItsEnd(Exception):
 class Along(TrainerCallback):
     """Callback of a training: advance the bar, measure the held-out loss at equal intervals, stop at the time limit."""
 
-    def __init__(self, settings: Recipe, pace: Pace, measure: bool, advance: Advance) -> None:
-        self._settings, self._pace, self._advance = settings, pace, advance
-        self._measure = measure
+    def __init__(self, pace: Pace, measure: bool, advance: Advance) -> None:
+        self._pace, self._measure, self._advance = pace, measure, advance
         self._measured = 0
         self._shown = 0.0
         self._saved = 0.0
@@ -329,17 +295,13 @@ class Along(TrainerCallback):
     ) -> TrainerControl:
         """Save a state in time, measure at equal shares of the training, and stop when the time is up."""
         self._show()
-        # The Trainer would count the steps itself, but not where it watches for the best state.
-        late = self._pace.agreed - self._saved >= _SECONDS_BETWEEN_STATES
-        if late or state.global_step % self._settings.train.save_every == 0:
+        if self._pace.agreed - self._saved >= _SECONDS_BETWEEN_STATES:
             control.should_save = True
         if self._pace.done >= 1:
             control.should_training_stop = control.should_save = True
         if self._measure and self._due() > self._measured:
             self._measured = self._due()
             control.should_evaluate = True
-            # The best state can only be restored if it was saved.
-            control.should_save = control.should_save or self._settings.train.patience is not None
         if control.should_save:
             self._saved = self._pace.agreed
         return control
@@ -357,7 +319,7 @@ class Along(TrainerCallback):
 
     def _due(self) -> int:
         """Return the number of measurements due by now."""
-        return math.floor(self._pace.done * self._settings.train.evaluations + 1e-9)
+        return math.floor(self._pace.done * EVALUATIONS + 1e-9)
 
     def _show(self) -> None:
         self._advance(self._pace.done - self._shown)

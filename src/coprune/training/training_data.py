@@ -27,7 +27,7 @@ from coprune.training.distill import Objective
 class TrainingData:
     """The samples to train on, those held out, and where they come from.
 
-    A sample is a dictionary of tensors: what the model takes, `labels`, and `window`, its number.
+    A sample is a dictionary of tensors: what the model takes, and `labels`.
     """
 
     train: Any
@@ -49,12 +49,14 @@ class TrainingData:
 
 def count_held_out(settings: Recipe, samples: int, most: int) -> int:
     """Return the number of samples to hold out for measurements: zero without measurements, never all."""
-    if not settings.train.evaluations or not settings.train.held_out:
+    if not settings.train.held_out:
         return 0
     return max(1, min(most, samples - 1, round(settings.train.held_out * samples)))
 
 
 MOST_HELD_OUT = 64
+EVALUATIONS = 5
+"""How often what is held out is measured along a training."""
 
 
 class TextWindows(Dataset[dict[str, Tensor]]):
@@ -68,7 +70,7 @@ class TextWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self.tokens[index]
-        return {"input_ids": window, "labels": window, "window": torch.tensor(index)}
+        return {"input_ids": window, "labels": window}
 
 
 def read_training_text(settings: Recipe, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
@@ -108,11 +110,11 @@ def begun(data: TrainingData, bos: int) -> TrainingData:
 
 def _most_held_out(settings: Recipe, block_size: int) -> int:
     """Return the maximum number of held-out windows, such that measuring takes a short training a twentieth of its time."""
-    if settings.train.tokens is None or not settings.train.evaluations:
+    if settings.train.tokens is None:
         return MOST_HELD_OUT
     # A window without gradients or a teacher takes about a quarter of the time that training on it takes.
     trained = settings.train.tokens / block_size
-    return min(MOST_HELD_OUT, round(0.2 * trained / settings.train.evaluations))
+    return min(MOST_HELD_OUT, round(0.2 * trained / EVALUATIONS))
 
 
 def _stream(

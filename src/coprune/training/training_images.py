@@ -35,7 +35,7 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number = int(self.chosen[index])
         pixels = self._transform([self._images.image(number)])[0]
-        return {"pixel_values": pixels, "labels": self._labels[number], "window": torch.tensor(index)}
+        return {"pixel_values": pixels, "labels": self._labels[number]}
 
     def fingerprint(self) -> str:
         """Hash all labels and the pixels of a few images."""
@@ -66,7 +66,7 @@ def read_training_images(settings: Recipe, task: ImageTask) -> TrainingData:
     )
 
 
-def image_loss(model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
+def image_loss(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """Return the cross-entropy of a classifier with the labels, an `Objective`.
 
     Computed here, since the models' own loss writes the problem type into their configuration.
