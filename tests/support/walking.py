@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from coprune.data.pairs import Pairs
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
@@ -113,8 +114,10 @@ def watched(layers: Iterable[Layer]) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def full_forward(model: PreTrainedModel, batch: Tensor) -> None:
-    """The whole model on a batch of tokens (samples × S) or of pixels (images × channels × height × width)."""
-    if batch.is_floating_point():
+    """The whole model on a batch of tokens (samples × S), of pairs, or of pixels (images × channels × height × width)."""
+    if isinstance(batch, Pairs):
+        model(**{model.main_input_name: batch.source}, decoder_input_ids=batch.written, use_cache=False)
+    elif batch.is_floating_point():
         model(pixel_values=batch)
     else:
         model(input_ids=batch, use_cache=False)

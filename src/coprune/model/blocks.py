@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.names import is_below
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,39 @@ class Block:
     index: int
     name: str
     module: nn.Module
+    part: int = 0
+    """Number of the list that it is of: an encoder's blocks are 0, its decoder's 1."""
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
     """Return the blocks of the largest list of modules (those of its stages, if it is a list of stages), in order.
 
     Parameters on the meta device count as well, so this works before any weight is loaded.
+    Of an encoder with a decoder, the encoder's come first.
     Lists of what sees or hears for a language model do not count: a text does not pass them.
-    Raises UnsupportedModel if there is no such list, or if a second one (an encoder beside a decoder) holds more than
+    Raises UnsupportedModel if there is no such list, or if a second one that belongs to no decoder holds more than
     half as much.
     """
+    found: list[Block] = []
+    for part, (path, half) in enumerate(_halves(model)):
+        for name, module in _largest_list(half):
+            found.append(Block(len(found), f"{path}.{name}" if path else name, module, part))
+    return found
+
+
+def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of an encoder and its decoder, in the order in which they run; else the model itself."""
+    if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
+        halves = [model.get_encoder(), model.get_decoder()]
+        paths = [name for half in halves for name, module in model.named_modules() if module is half]
+        first, second = [*paths, "", ""][:2]
+        if first and second and not is_below(first, second) and not is_below(second, first):
+            return list(zip(paths, halves, strict=True))
+    return [("", model)]
+
+
+def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of the largest list within a module, with their paths in it."""
     towers = _towers(model)
     lists = {
         name: module
@@ -49,7 +74,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         raise UnsupportedModel(
             f"the model has more than one long list of blocks beside {name!r}, and coprune walks one"
         )
-    blocks = [Block(i, path, module) for i, (path, module) in enumerate(_blocks_of(name, lists[name]))]
+    blocks = list(_blocks_of(name, lists[name]))
     if not blocks:
         raise UnsupportedModel("the model has no blocks: its configuration says that their number is 0")
     return blocks
@@ -109,8 +134,9 @@ def _are_stages(elements: Sequence[nn.Module]) -> bool:
         return False
     if all(isinstance(part, nn.Sequential) for part in inner):
         return True
-    shapes = {tuple(sorted({p.shape for p in element.parameters()})) for element in elements}
-    return 1 < len(elements) == len(shapes)
+    shapes = [{p.shape for p in element.parameters()} for element in elements]
+    # A block may have one table more than those behind it, which share it.
+    return len(elements) > 1 and not any(one <= other for one, other in permutations(shapes, 2))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,8 +1,10 @@
 """Record every block's arguments in one cheap forward, so that it can be replayed alone.
 
-Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is kept. For
-recording, blocks only pass their input on: a model's other arguments depend on shapes and positions only, or are streams,
-mappings in which earlier blocks leave tensors (shared keys and values) for later ones. One sample proves that this holds.
+Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is
+kept. For recording, the blocks do nothing but pass their input on: what a model hands to its blocks besides the hidden
+states depends on shapes and positions only, or is a stream: what earlier blocks have put into a mapping for later ones
+(keys and values that layers share), what they answer beside the hidden states (position biases), or what an encoder's
+blocks have made of its input. That this holds is checked on one sample before anything is changed.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coprune.base.errors import UnsupportedModel
+from coprune.data.pairs import Pairs
 from coprune.model.blocks import Block
 
 Place = int | str
@@ -28,9 +31,25 @@ Stream = MutableMapping[Any, Any]
 
 @dataclass(frozen=True)
 class FromStream:
-    """Stands in a recorded call where a stream is handed over."""
+    """Stands in a recorded call where a stream, or what one holds under a key, is handed over."""
 
     number: int
+    key: Place | None = None
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What one block is handed of what others computed, as arguments of its own, and what it answers for later ones.
+
+    Both lie in one stream, behind those that are mappings of the model itself, under their places as arguments.
+    """
+
+    takes: tuple[Place, ...] = ()
+    leaves: tuple[tuple[int, Place], ...] = ()
+    """Positions in the block's answer, with the places of what they are to later blocks."""
+
+
+NOTHING_HANDED = Handed()
 
 
 @dataclass(frozen=True)
@@ -41,20 +60,34 @@ class BlockCall:
     kwargs: dict[str, Any]
     keyword: str | None
     """Name of the keyword that carries the hidden states, or None if they come first."""
+    leaves: tuple[tuple[int, Place], ...] = ()
+    """As in `Handed`."""
 
     def run(self, block: Callable[..., Any], hidden: Tensor, streams: Sequence[Stream] = ()) -> Tensor:
         """Run the block (its module or its forward) on these hidden states and return the new ones.
 
         streams: what earlier blocks left, to which the block adds what it leaves.
         """
+        output = self.answer(block, hidden, streams)
+        for entry, place in self.leaves:
+            streams[-1][place] = output[entry]
+        return hidden_of(output)
+
+    def answer(self, block: Callable[..., Any], hidden: Tensor, streams: Sequence[Stream] = ()) -> Any:
+        """As `run`, but return all that the block answers, and leave nothing of it in the streams."""
         # Some blocks leave things in a mapping that they are given, though nobody reads it.
         args, kwargs = snapshot(self.args), snapshot(self.kwargs)
         if streams:
             args = tuple(_handed_over(value, streams) for value in args)
             kwargs = {name: _handed_over(value, streams) for name, value in kwargs.items()}
         if self.keyword is None:
-            return hidden_of(block(hidden, *args, **kwargs))
-        return hidden_of(block(*args, **{self.keyword: hidden}, **kwargs))
+            return block(hidden, *args, **kwargs)
+        return block(*args, **{self.keyword: hidden}, **kwargs)
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the call has arguments."""
+        return [*range(len(self.args)), *self.kwargs]
 
     def at(self, place: Place) -> Any:
         """Return the argument at a place, or None."""
@@ -62,53 +95,68 @@ class BlockCall:
             return self.kwargs.get(place)
         return self.args[place] if place < len(self.args) else None
 
-    def with_streams(self, places: Sequence[Place]) -> BlockCall:
-        """Return the call with the arguments at these places left open, numbered by their order."""
+    def with_streams(self, places: Sequence[Place], handed: Handed = NOTHING_HANDED) -> BlockCall:
+        """The same call with what is at these places left open, and what is handed to the block beside them.
+
+        Numbers of streams are their places' in the list.
+        """
         numbers = {place: FromStream(number) for number, place in enumerate(places) if self.at(place) is not None}
+        numbers |= {place: FromStream(len(places), place) for place in handed.takes}
         args = tuple(numbers.get(position, value) for position, value in enumerate(self.args))
-        return BlockCall(args, {name: numbers.get(name, value) for name, value in self.kwargs.items()}, self.keyword)
+        kwargs = {name: numbers.get(name, value) for name, value in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs, leaves=handed.leaves)
 
     def in_float32(self) -> BlockCall:
-        """Return the call for a block with float32 parameters."""
-        return BlockCall(in_float32(self.args), in_float32(self.kwargs), self.keyword)
+        """The same call for a block whose parameters are float32."""
+        return replace(self, args=in_float32(self.args), kwargs=in_float32(self.kwargs))
 
 
 def _handed_over(value: Any, streams: Sequence[Stream]) -> Any:
-    return streams[value.number] if isinstance(value, FromStream) else value
+    if not isinstance(value, FromStream):
+        return value
+    stream = streams[value.number]
+    return stream if value.key is None else stream[value.key]
 
 
-def open_streams(calls: Sequence[BlockCall], places: Sequence[Place]) -> tuple[list[BlockCall], list[Stream]]:
-    """Make streams arguments of a model's calls, as recorded with idle blocks.
+def open_streams(
+    calls: Sequence[BlockCall], places: Sequence[Place], handed: Sequence[Handed]
+) -> tuple[list[BlockCall], list[Stream]]:
+    """Leave streams open in a model's calls, as they were recorded with idle blocks.
 
     Args:
         calls: of all blocks.
-        places: where the streams are passed.
+        places: where the streams are handed over that are mappings.
+        handed: of every block what it is handed beside them.
 
     Returns:
         The calls, and every stream before the first block.
     """
-    first = [next(value for call in calls if (value := call.at(place)) is not None) for place in places]
-    return [call.with_streams(places) for call in calls] if places else list(calls), first
+    first: list[Stream] = [next(v for call in calls if (v := call.at(place)) is not None) for place in places]
+    beside: list[Stream] = [{}] if any(one.takes for one in handed) else []
+    return [call.with_streams(places, own) for call, own in zip(calls, handed, strict=True)], [*first, *beside]
 
 
 def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> Tensor:
-    """Run a model on one batch of whatever it takes: token ids (B × S) or images (B × C × H × W).
+    """Run a model on one batch of whatever it takes: token ids (B × S), images (B × C × H × W), or `Pairs`.
 
     Models of transformers say what their main input is called; images take on the model's dtype. last: of text, only the
     logits of so many positions at the end, where the model's forward has such an option (all take memory: S × V).
     Returns logits: B × S × V, B × classes or B × S × classes; of a model without a head its hidden states, B × S × H.
     """
     name: str = getattr(model, "main_input_name", "input_ids")
-    if batch.is_floating_point():
-        batch = batch.to(next(model.parameters()).dtype)
-    options: dict[str, Any] = {"use_cache": False} if name == "input_ids" and _takes(model, "use_cache") else {}
+    given = batch.source if isinstance(batch, Pairs) else batch
+    if given.is_floating_point():
+        given = given.to(next(model.parameters()).dtype)
+    options: dict[str, Any] = {"decoder_input_ids": batch.written} if isinstance(batch, Pairs) else {}
+    if (name == "input_ids" or options) and _takes(model, "use_cache"):
+        options["use_cache"] = False
     if last is not None and chooses_positions(model):
         # Positions rather than a number: with a slice of the hidden states torch would copy the head's whole weight.
         positions = batch.shape[-1]
         options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
-    answer = model(**{name: batch}, **options)
-    for given in ("logits", "last_hidden_state"):
-        if isinstance(found := getattr(answer, given, None), Tensor):
+    answer = model(**{name: given}, **options)
+    for called in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(answer, called, None), Tensor):
             return found
     raise UnsupportedModel("the model answers without logits or hidden states")
 
@@ -222,6 +270,40 @@ def run_without_blocks(
     if len(calls) != len(blocks):
         raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks")
     return first[0], calls
+
+
+def enter_part(
+    model: nn.Module, blocks: Sequence[Block], block: Block, batch: Tensor, answers: Sequence[Answer], hidden: Tensor
+) -> tuple[Tensor, BlockCall]:
+    """Run the model up to the first block of another list than the first one: a decoder's, behind its encoder.
+
+    Args:
+        model: whose blocks before that one are idle.
+        blocks: the model's.
+        block: that block.
+        batch: as in `forward_logits`.
+        answers: one for every block.
+        hidden: what the block before it answers.
+
+    Returns:
+        The hidden states that the block is given, and its call.
+    """
+    found: list[tuple[Tensor, BlockCall]] = []
+
+    def stop(other: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given, call = split_call(args, kwargs)
+            if other is block:
+                found.append((given, call))
+                raise Finished
+            own = answers[other.index]
+            return own.wrap(hidden) if other.index + 1 == block.index else own.idle(given)
+
+        return forward
+
+    with replaced_forwards(blocks[: block.index + 1], stop), suppress(Finished):
+        forward_logits(model, batch)
+    return found[0]
 
 
 def run_after_blocks(

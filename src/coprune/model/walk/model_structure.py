@@ -13,7 +13,7 @@ from coprune.model.checkpoint.weights import Weights
 from coprune.model.folding import Fold
 from coprune.model.matrices import Matrix
 from coprune.model.matrix_choice import Chosen
-from coprune.model.walk.block_calls import Answer, Place
+from coprune.model.walk.block_calls import Answer, Handed, Place
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Structure:
     groups: list[list[list[Matrix]]] = field(default_factory=list)
     """Every block's matrices grouped by input tensor, in order of first use."""
     streams: tuple[Place, ...] = ()
-    """Places of the mappings in which earlier blocks leave tensors for later ones."""
+    """Where blocks are handed what earlier ones left for them in a mapping."""
+    handed: list[Handed] = field(default_factory=list)
+    """For every block, what else it is handed of what others computed."""
     reused: list[str] = field(default_factory=list)
     """Names of matrices that are multiplied more than once in a forward."""
     folds: Mapping[str, Sequence[Fold]] = field(default_factory=dict)

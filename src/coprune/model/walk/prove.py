@@ -10,6 +10,7 @@ import operator
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from coprune.model.matrix_choice import Evidence, confirm
 from coprune.model.walk.block_calls import (
     Answer,
     BlockCall,
+    Handed,
     Place,
     Stream,
+    enter_part,
     forward_logits,
     hidden_of,
     open_streams,
@@ -38,6 +41,7 @@ from coprune.model.walk.block_calls import (
     tensors_in,
 )
 from coprune.model.walk.model_structure import FoundModel, ProvenModel, Structure
+from coprune.model.walk.recording import begin_part
 from coprune.model.walk.observe import Products, Reads, observe_products
 
 # The replay repeats the very same operations; only devices that add in no fixed order differ, by rounding. A wrong mask
@@ -77,8 +81,8 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         logits = forward_logits(model, sample, COMPARED_LOGITS)
     structure, last = watched.structure, watched.replayed
     assert last is not None
-    structure.streams = watched.streams.read
-    _require_same_calls(found, structure, watched.calls, last)
+    structure.streams, structure.handed = watched.streams.read, watched.streams.handed
+    _require_same_calls(found, structure, watched)
     after = run_after_blocks(model, blocks, sample, structure.answers, last, COMPARED_LOGITS)
     if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward")
@@ -117,6 +121,8 @@ class _Watched:
         """Every block's call, with the tensors among its arguments that the block does not use."""
         self.replayed: Tensor | None = None
         """The last replayed hidden states."""
+        self.begun: list[tuple[Tensor, Tensor]] = []
+        """Of every list of blocks but the first, the replayed hidden states at the end of the one before it, and its own first."""
         self.streams = _Streams()
         self._found = found
 
@@ -125,6 +131,9 @@ class _Watched:
         if block.index != len(self.calls):
             raise UnsupportedModel(f"{block.name} runs out of order or twice, and coprune walks blocks once, in order")
         hidden, call = split_call(args, kwargs)
+        if self.replayed is not None and block.part != self._found.blocks[block.index - 1].part:
+            self.begun.append((self.replayed, hidden))
+            self.replayed = None
         if self.replayed is not None and not _close(hidden, self.replayed):
             raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}")
         weights, candidates = self._found.weights, self._found.chosen.candidates[block.index]
@@ -138,6 +147,7 @@ class _Watched:
         self.calls[-1] = call, {id(tensor) for tensor in given} - reads.ids
         self.products.append(seen)
         again = self.streams.replay(call, live, reads.ids, forward, hidden if self.replayed is None else self.replayed)
+        self.streams.answered(output)
         if not bool(torch.isfinite(hidden_of(output)).all()):
             raise _not_finite(block)
         weights.release(block.name)
@@ -159,12 +169,24 @@ def _live_mappings(args: tuple[Any, ...], kwargs: dict[str, Any], call: BlockCal
 
 
 class _Streams:
-    """Values that blocks leave for later ones in a shared mapping: found, and replayed beside the hidden states."""
+    """Values that blocks leave for later ones, in a shared mapping or in their answers: found, and replayed beside the
+    hidden states."""
 
     def __init__(self) -> None:
         self._replayed: dict[Place, Stream] = {}
         self._objects: dict[Place, Stream] = {}
         self._read: set[Place] = set()
+        self._takes: list[tuple[Place, ...]] = []
+        self._leaves: list[dict[int, Place]] = []
+        self._answered: dict[int, _Entry] = {}
+        self._again: Sequence[Any] = ()
+
+    @property
+    def handed(self) -> list[Handed]:
+        """What every block takes of the answers of earlier ones, and leaves for later ones."""
+        return [
+            Handed(takes, tuple(leaves.items())) for takes, leaves in zip(self._takes, self._leaves, strict=True)
+        ]
 
     @property
     def read(self) -> tuple[Place, ...]:
@@ -197,7 +219,23 @@ class _Streams:
             if place in self._replayed and any(id(tensor) in read for tensor in tensors_in(before)):
                 self._read.add(place)
         places = [place for place in self._replayed if place in live and self._objects[place] is live[place]]
-        return call.with_streams(places).run(block, hidden, [self._replayed[place] for place in places])
+        found = {place: entry for place in call.places if (entry := self._answered.get(id(call.at(place)))) is not None}
+        for place, entry in found.items():
+            self._leaves[entry.block][entry.position] = place
+        self._takes.append(tuple(found))
+        self._leaves.append({})
+        beside: Stream = {place: entry.replayed for place, entry in found.items()}
+        opened = call.with_streams(places, Handed(tuple(found)))
+        again = opened.answer(block, hidden, [*(self._replayed[place] for place in places), beside])
+        self._again = again if isinstance(again, tuple | list) else ()
+        return hidden_of(again)
+
+    def answered(self, output: Any) -> None:
+        """Note what a block has answered beside the hidden states: output, as it was, of that which was replayed last."""
+        pairs = zip(output, self._again, strict=True) if self._again and len(output) == len(self._again) else ()
+        for position, (own, replayed) in enumerate(pairs):
+            if position and isinstance(own, Tensor) and isinstance(replayed, Tensor):
+                self._answered[id(own)] = _Entry(len(self._leaves) - 1, position, replayed, own)
 
     def parted(self, live: Mapping[Place, Stream]) -> Place | None:
         """Return the place of a stream that differs from the replayed one, or None."""
@@ -207,6 +245,17 @@ class _Streams:
                 if len(theirs) != len(ours) or not all(_close(*pair) for pair in zip(theirs, ours, strict=True)):
                     return place
         return None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One entry of a block's answer."""
+
+    block: int
+    position: int
+    replayed: Tensor
+    own: Tensor
+    """As the model's forward gave it; held, so that its id stays its own."""
 
 
 def _holds_same(before: Stream, after: Stream) -> bool:
@@ -223,25 +272,23 @@ def _not_finite(block: Block) -> NumericalError:
     return NumericalError(f"{block.name} of the dense model gives NaN or infinite activations")
 
 
-def _require_same_calls(
-    found: FoundModel, structure: Structure, calls: Sequence[tuple[BlockCall, set[int]]], last: Tensor
-) -> None:
+def _require_same_calls(found: FoundModel, structure: Structure, watched: _Watched) -> None:
     """Raise UnsupportedModel where a block is called otherwise when the blocks before it are idle.
 
     What it is given and makes no use of does not count, and then the blocks have to do the same without.
 
     Args:
         found: the model.
-        structure: what was sent through, what the blocks' answers look like, and the streams.
-        calls: of every block its call in a real forward, and ids of the tensors in it that the block does not use.
-        last: what the last block answered.
+        structure: what was sent through, what the blocks' answers look like, and the streams; takes what a list of blocks
+            is given of the one before it.
+        watched: a real forward.
     """
-    hidden, recorded = run_without_blocks(found.module, found.blocks, structure.sample, structure.answers)
-    streams = structure.streams
-    recorded, left = open_streams(recorded, streams)
-    exact = True
-    for block, (call, unread), idle in zip(found.blocks, calls, recorded, strict=True):
-        real = call.with_streams(streams)
+    first, recorded = run_without_blocks(found.module, found.blocks, structure.sample, structure.answers)
+    _note_parts(found, structure, watched, recorded)
+    streams, exact = structure.streams, True
+    idle_calls, left = open_streams(recorded, streams, structure.handed)
+    for block, (call, unread), idle in zip(found.blocks, watched.calls, idle_calls, strict=True):
+        real = call.with_streams(streams, structure.handed[block.index])
         a, b = (real.args, real.kwargs), (idle.args, idle.kwargs)
         if not same_value(a, b):
             exact = False
@@ -249,15 +296,54 @@ def _require_same_calls(
                 raise _depends(block)
     if exact:
         return
-    for block, idle in zip(found.blocks, recorded, strict=True):
+    hidden, part = first, found.blocks[0].part
+    for block, idle in zip(found.blocks, idle_calls, strict=True):
+        if block.part != part:
+            part = block.part
+            hidden, left = begin_part(found, structure, block, structure.sample, hidden)
         found.weights.acquire(block.name)
         try:
             hidden = idle.run(block.module, hidden, left)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise _depends(block) from error
         found.weights.release(block.name)
-    if not _close(last, hidden):
+    assert watched.replayed is not None
+    if not _close(watched.replayed, hidden):
         raise _depends(found.blocks[-1])
+
+
+def _note_parts(
+    found: FoundModel, structure: Structure, watched: _Watched, recorded: Sequence[BlockCall]
+) -> None:
+    """Note in the structure what the blocks of every further list are given of what the one before it gives.
+
+    Args:
+        found: the model.
+        structure: as in `_require_same_calls`.
+        watched: a real forward.
+        recorded: every block's call with idle blocks, which is given something else there.
+
+    Raises:
+        UnsupportedModel: the list begins otherwise behind idle blocks and the replay's last answer.
+    """
+    firsts = [b for before, b in zip(found.blocks, found.blocks[1:], strict=False) if b.part != before.part]
+    for block, (end, hidden) in zip(firsts, watched.begun, strict=True):
+        again, entered = enter_part(found.module, found.blocks, block, structure.sample, structure.answers, end)
+        real, idle = watched.calls[block.index][0], recorded[block.index]
+        given = {
+            place: value
+            for place in real.places
+            if isinstance(value := real.at(place), Tensor) and not same_value(value, idle.at(place))
+        }
+        for place, value in given.items():
+            if not isinstance(own := entered.at(place), Tensor) or not _close(value, own):
+                raise _depends(block)
+        if not _close(hidden, again):
+            raise UnsupportedModel(f"{block.name} is given something else behind the replayed blocks before it")
+        for other in (one for one in found.blocks if one.part == block.part):
+            call, own_handed = watched.calls[other.index][0], structure.handed[other.index]
+            taken = tuple(place for place in given if call.at(place) is given[place])
+            structure.handed[other.index] = replace(own_handed, takes=(*own_handed.takes, *taken))
 
 
 def _depends(block: Block) -> UnsupportedModel:

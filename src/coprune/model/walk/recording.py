@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from coprune.model.walk.block_calls import (
     BlockCall,
     Stream,
     TensorPool,
+    enter_part,
     in_float32,
     open_streams,
     run_without_blocks,
     snapshot,
 )
 from coprune.model.walk.inputs import BatchRows, CountedRows
-from coprune.model.walk.model_structure import ProvenModel
+from coprune.model.walk.model_structure import FoundModel, ProvenModel, Structure
 
 
 @dataclass
@@ -92,6 +94,19 @@ class Recording:
         self.hidden[batch] = self.run(block, batch, self.hidden[batch], streams)
         self.moved(batch, streams)
 
+    @torch.no_grad()
+    def enter(self, model: ProvenModel, block: Block, batch: int) -> None:
+        """Begin a further list of blocks, as the model itself does with what the list before it gives for a batch."""
+        begin = partial(begin_part, model, model.structure, block, self.tokens[batch])
+        self.hidden[batch], streams = begin(self.hidden[batch])
+        self.moved(batch, streams)
+        if self.dense is not None and (self.aims is None or batch in self.aims):
+            self.dense[batch], streams = begin(self.dense[batch])
+            if self.dense_streams is None:
+                self.dense_streams = [self.streams_of(number) for number in range(len(self.streams))]
+            if self.dense_streams:
+                self.dense_streams[batch] = streams
+
     def moved(self, batch: int, streams: list[Stream]) -> None:
         """Take over what a block left."""
         if self.streams:
@@ -104,6 +119,24 @@ class Recording:
             self.dense_streams = [self.streams_of(number) for number in range(len(self.streams))]
         streams = self.dense_streams[batch] if self.dense_streams else []
         self.dense[batch] = self.run(block, batch, self.dense[batch], streams)
+
+
+def begin_part(
+    model: FoundModel, structure: Structure, block: Block, batch: Tensor, hidden: Tensor
+) -> tuple[Tensor, list[Stream]]:
+    """What the first block of a further list is given, and the streams as they are before it.
+
+    Args:
+        model: the model; no block of it is needed.
+        structure: what is known of its blocks.
+        block: that block.
+        batch: as in `forward_logits`.
+        hidden: what the last block of the list before it gives.
+    """
+    first, call = enter_part(model.module, model.blocks, block, batch, structure.answers, hidden)
+    streams: list[Stream] = [{} if (own := call.at(place)) is None else own for place in structure.streams]
+    beside = {place: call.at(place) for place in structure.handed[block.index].takes}
+    return first, [*streams, beside] if any(one.takes for one in structure.handed) else streams
 
 
 @torch.no_grad()
@@ -125,8 +158,9 @@ def record_batches(model: ProvenModel, batches: Sequence[Tensor], activations: A
         recording.tokens.append(tokens)
         recording.hidden.append(hidden)
         recording.positions.append(hidden.shape[:-1].numel())
-        calls, streams = open_streams(calls, model.structure.streams)
-        recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
+        handed = [model.structure.handed[block.index] for block in model.blocks]
+        calls, streams = open_streams(calls, model.structure.streams, handed)
+        recording.calls.append([replace(c, args=pool.share(c.args), kwargs=pool.share(c.kwargs)) for c in calls])
         recording.streams += [streams] if streams else []
         pool.forget_batch()
     return recording

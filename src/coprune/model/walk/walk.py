@@ -62,9 +62,13 @@ class Walk:
     def __iter__(self) -> Iterator[MatricesReady | BlockDone]:
         self._refuse_used_twice()
         blocks, weights = self.model.blocks, self.model.weights
+        part = blocks[0].part if blocks else 0
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             self.at = block.name
             with memory_within(lambda: self.at):
+                if block.part != part:
+                    part = block.part
+                    self._enter(block)
                 weights.acquire(block.name)
                 try:
                     if following is not None:
@@ -87,6 +91,12 @@ class Walk:
                 f"{reused[0]} is used more than once in a forward, so there is no moment just before its use",
                 fix=("take ", Set("propagation", "block")),
             )
+
+    def _enter(self, block: Block) -> None:
+        """Begin a further list of blocks with what the one before it gives."""
+        if self.recording is not None and isinstance(self.model, ProvenModel):
+            for batch in range(len(self.recording.hidden)):
+                self.recording.enter(self.model, block, batch)
 
     def _pass(self, block: Block) -> None:
         """Move the inputs on through a finished block."""

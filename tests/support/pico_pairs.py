@@ -1,0 +1,62 @@
+"""Tiny encoders with decoders, with random weights large enough that every block matters, and what they read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from coprune.data.pairs import Pairs
+from support.pico_hybrids import VOCABULARY
+
+_BART: dict[str, Any] = dict(
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=64,
+    decoder_ffn_dim=48,
+    vocab_size=VOCABULARY,
+    pad_token_id=4,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=4,
+)
+_T5: dict[str, Any] = dict(
+    d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, num_decoder_layers=3, vocab_size=VOCABULARY,
+    pad_token_id=4, eos_token_id=2, decoder_start_token_id=4,
+)  # fmt: skip
+_WHISPER = _BART | dict(num_mel_bins=16, max_source_positions=20, max_target_positions=64)
+SIZES: dict[str, dict[str, Any]] = {
+    "T5": _T5,
+    "Bart": _BART | dict(max_position_embeddings=64),
+    "Marian": _BART | dict(max_position_embeddings=64),
+    "MBart": _BART | dict(max_position_embeddings=64),
+    "Whisper": _WHISPER,
+}
+CLASSES = {"Marian": "MarianMTModel"}
+
+
+def pico_pair_model(family: str, **changes: Any) -> PreTrainedModel:
+    """A model of a family."""
+    config = getattr(transformers, f"{family}Config")(**SIZES[family] | changes)
+    torch.manual_seed(0)
+    model: PreTrainedModel = getattr(transformers, CLASSES.get(family, f"{family}ForConditionalGeneration"))(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.2)
+    return model.eval().requires_grad_(False)
+
+
+def pico_pairs(model: PreTrainedModel, count: int, seed: int = 0) -> Pairs:
+    """What it reads: sources of 12 tokens, or features of sound, and 9 tokens to write."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, VOCABULARY, (count, 9), generator=generator)
+    if model.main_input_name == "input_ids":
+        return Pairs.of(torch.randint(5, VOCABULARY, (count, 12), generator=generator), tokens)
+    bins, frames = model.config.num_mel_bins, 2 * model.config.max_source_positions
+    return Pairs.of(torch.randn(count, bins, frames, generator=generator), tokens)
