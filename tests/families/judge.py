@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -16,12 +17,17 @@ from transformers import PreTrainedModel, ViTImageProcessor
 
 import coprune
 from coprune.base.errors import CopruneError
+from coprune.base.progress import Reporter
 from coprune.data import calibration_windows
 from coprune.data.images import draw_images, labelled_images, transform_of
+from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import loaded_by_auto, quiet_transformers
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target, parse_pattern
+from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
 from families.build import ALONE, AUTO, Kind, image_size, published_model, tiny_model
 from families.kept import lost_in_silence, save_published
@@ -91,6 +97,8 @@ def judge(
     try:
         model = _built(model_type, kind)
         data = _images(model, samples) if kind == "images" else _text(folder, samples)
+        if kind == "seq2seq":
+            data = _pairs(model, folder, samples)
         if kind in ALONE:
             _open(model, folder / "alone")
         _require_forward(model, data.batches[0])
@@ -144,6 +152,23 @@ def _text(folder: Path, samples: int) -> Data:
     return Data(settings | {"nsamples": samples, "processor": tokenizer}, list(windows.tokens.split(BATCH)))
 
 
+def _pairs(model: PreTrainedModel, folder: Path, samples: int) -> Data:
+    """Pairs of random words, and what a run makes of them."""
+    numbers = torch.randint(1000, (samples, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [" ".join(f"w{number}" for number in row) for row in numbers]
+    file, tokenizer = folder / "pairs.jsonl", word_tokenizer()
+    rows = [{"source": text, "target": " ".join(reversed(text.split()))} for text in texts]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings = {"dataset": str(file), "eval_data": str(file), "seqlen": LENGTH, "nsamples": samples}
+    settings |= {"processor": tokenizer, "batch_size": BATCH}
+    loaded = Loaded(InMemory(model), tokenizer, "model", False)
+    recipe = make_recipe({"model": "model", **{key: settings[key] for key in settings.keys() - {"processor"}}})
+    task = task_for(recipe, loaded)
+    drawn = task.calibration(True, Reporter(quiet=True))
+    assert drawn is not None
+    return Data(settings, list(task.batches(drawn.tokens)))
+
+
 def _images(model: PreTrainedModel, samples: int) -> Data:
     size = image_size(model.config)
     processor = ViTImageProcessor(size={"height": size, "width": size})
@@ -162,10 +187,9 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
             "wanda",
             sparsity=target.sparsity,
             pattern="2:4" if name == "2:4" else "unstructured",
-            batch_size=BATCH,
             save_model=folder,
             quiet=True,
-            **data.settings | ({"evaluate": False, "eval_data": None} if kind == "labels" else {}),
+            **{"batch_size": BATCH} | data.settings | ({"evaluate": False, "eval_data": None} if kind == "labels" else {}),
         ).report
     verdict.blocks, verdict.matrices, verdict.left_alone = report.model.blocks, len(report.matrices), report.left_out
     with _called(name):
@@ -183,6 +207,8 @@ def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path
         verdict.kept = [f"not built: {first_line(error)}"]
         return
     dataset = {"dataset": "digits"} if verdict.kind == "images" else {"dataset": data.batches[0]}
+    if verdict.kind == "seq2seq":
+        dataset = {"dataset": data.settings["dataset"], "nsamples": 4, "seqlen": LENGTH}
     settings = {**dataset, "method": "magnitude", "sparsity": 0.5}
     told, wrong = lost_in_silence(source, folder / "kept", settings)
     verdict.kept = [f"{type(model).__name__} {line}" for line in told]

@@ -21,6 +21,7 @@ from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at, killed_when
 from support.pico import pico_model
 from support.pico_folder import listing, save, save_pico, write_words
+from support.pico_pairs import save_pair_model
 from support.sample import sampled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +49,8 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
         {"dataset": "{place}/words.txt:seqlen=9=0.3,{place}/rows.jsonl=0.4,{place}/other.txt:seqlen=24=0.3"},
     ),
     "shared keys and values": ("wanda", "block", "gemma4_text", True, {}),
+    "encoder and decoder": ("sparsegpt", "sequential", "T5", True, {}),
+    "encoder and decoder in memory": ("wanda", "block", "T5", False, {"dataset": "{place}/pairs.jsonl"}),
     "low rank": ("sparsegpt", "sequential", "llama", True, {"low_rank": 4, "low_rank_rounds": 2}),
     "low rank in memory": ("wanda", "block", "llama", False, {"low_rank": 4, "pattern": "2:4"}),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
@@ -61,11 +64,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     for family in ("llama", "mixtral", "gpt2", "gemma4_text"):
         save_pico(folder / family, family)
+    save_pair_model(folder / "T5", "T5")
     write_words(folder / "words.txt")
     write_words(folder / "test.txt", count=300, seed=1)
     write_words(folder / "other.txt", seed=2)
     words = (folder / "words.txt").read_text().split()
     rows = [" ".join(words[start : start + 30]) for start in range(100, 400, 30)]
+    pairs = [{"source": row, "target": " ".join(row.split()[: 9 + at % 3])} for at, row in enumerate(rows)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from coprune.data.pairs import Pairs
+from coprune.model.checkpoint.load import quiet_transformers
 from support.pico_hybrids import VOCABULARY
+from support.pico_readers import marking_tokenizer
 
 _BART: dict[str, Any] = dict(
     d_model=32,
@@ -60,3 +63,11 @@ def pico_pairs(model: PreTrainedModel, count: int, seed: int = 0) -> Pairs:
         return Pairs.of(torch.randint(5, VOCABULARY, (count, 12), generator=generator), tokens)
     bins, frames = model.config.num_mel_bins, 2 * model.config.max_source_positions
     return Pairs.of(torch.randn(count, bins, frames, generator=generator), tokens)
+
+
+def save_pair_model(folder: Path, family: str, **changes: Any) -> Path:
+    """Save a model that reads and writes text, with a tokenizer that puts marks around a text and has one that masks."""
+    with quiet_transformers():
+        pico_pair_model(family, **changes).save_pretrained(folder, max_shard_size="100KB")
+        marking_tokenizer().save_pretrained(folder)
+    return folder

@@ -45,8 +45,9 @@ class Processes:
         return self.rank == 0
 
     def share(self, samples: Tensor) -> Tensor:
-        """Return this process's consecutive samples; sizes differ by at most one, and may be zero."""
-        return torch.tensor_split(samples, self.size)[self.rank]
+        """This process's samples: a run of consecutive ones, as many as the others' or one more. May be none."""
+        own = torch.arange(len(samples)).tensor_split(self.size)[self.rank]
+        return samples[: len(own)] if self.rank == 0 else samples[int(own[0]) : int(own[-1]) + 1] if len(own) else samples[:0]
 
     def from_first(self, compute: Callable[[], Value]) -> Value:
         """Compute a value in the first process and broadcast it to the others."""

@@ -19,6 +19,7 @@ from typing import Any
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import like_named
+from coprune.data.speech import holds_recordings
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join, whole_characters
 
 _LOOKED_AT = 1 << 16
@@ -64,10 +65,14 @@ def files_of(path: Path) -> list[Path]:
         near = like_named(path, least=0.7)
         hint = f"Did you mean {near}? {LOCAL_FILE_HINT}" if near else LOCAL_FILE_HINT
         raise BadInput(f"there is no file or folder {str(path)!r}", fix=hint)
-    if path.is_file():
+    if path.is_file() and not holds_recordings(path):
         return [path]
+    if path.is_file():
+        raise BadInput(f"{path} is a recording, where text is expected", fix=LOCAL_FILE_HINT)
     if not path.is_dir():
         raise BadInput(f"{path} is neither a file nor a folder", fix=LOCAL_FILE_HINT)
+    if holds_recordings(path):
+        raise BadInput(f"{path} holds recordings, where text is expected", fix=LOCAL_FILE_HINT)
     seen = sorted(
         file
         for file in path.rglob("*")

@@ -1,11 +1,27 @@
-"""Pairs of what an encoder reads and what a decoder writes, in step, as one tensor."""
+"""Pairs of what an encoder reads and what a decoder writes, in step, as one tensor; where they come from."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.data.local_text import files_of, rows_of, split_column
+from coprune.data.marks import Marks
+from coprune.data.text import NOTHING, lengths_of, padded
+from coprune.data.tokenizing import encode
+from coprune.data.windows import EvaluationText, Windows
+
+COLUMNS = (("source", "target"), ("input", "output"))
+HINT = 'a row is like {"source": "…", "target": "…"}, or has "input" and "output"'
+_SPAN, _HIDDEN = 3, 0.15
+"""Tokens of a span that is hidden from the encoder, and the share of all that are (arXiv 1910.10683)."""
 
 
 class Pairs(Tensor):
@@ -16,12 +32,12 @@ class Pairs(Tensor):
 
     source: Tensor
     """N × S int64, or N × features floating."""
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(source: Tensor, tokens: Tensor) -> Pairs:
         """Join what the encoder reads with the decoder's tokens. Both have one row, or more, for every sample."""
-        found = cast(Pairs, tokens.as_subclass(Pairs))
+        found = tokens.as_subclass(Pairs)
         found.source = source
         return found
 
@@ -47,3 +63,142 @@ class Pairs(Tensor):
 
     def __iter__(self) -> Any:
         return iter(self.written)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPairs(EvaluationText):
+    """Pairs to measure on; `tokens` are those that the decoder writes."""
+
+    pairs: Pairs
+
+    @classmethod
+    def of(cls, windows: Windows) -> EvaluationPairs:
+        """Samples as what is measured on."""
+        assert isinstance(windows.tokens, Pairs)
+        written = windows.tokens.written[:, 1:]
+        tokens = written[written != NOTHING]
+        return cls(tokens, torch.zeros_like(tokens), windows.fingerprint, windows.source, pairs=windows.tokens)
+
+
+def alike(pairs: Pairs) -> Iterator[tuple[Tensor, Pairs]]:
+    """Numbers of the pairs of the same two lengths (int64), and these pairs with nothing behind their ends."""
+    heard = pairs.source.is_floating_point()
+    sources = torch.full((len(pairs),), pairs.source.shape[1]) if heard else lengths_of(pairs.source)
+    lengths = list(zip(sources.tolist(), lengths_of(pairs.written).tolist(), strict=True))
+    for source, tokens in dict.fromkeys(lengths):
+        rows = torch.tensor([row for row, own in enumerate(lengths) if own == (source, tokens)])
+        yield rows, Pairs.of(pairs.source[rows, :source], pairs.written[rows, :tokens])
+
+
+def pair_fingerprint(pairs: Pairs) -> str:
+    """Name pairs by their content: 16 hex digits of SHA-256, and the shape of what the decoder reads."""
+    digest = hashlib.sha256()
+    for part in (pairs.source, pairs.written):
+        digest.update(part.contiguous().numpy().tobytes())
+    return f"{digest.hexdigest()[:16]}-{'x'.join(map(str, pairs.shape))}"
+
+
+def holds_pairs(name: str) -> bool:
+    """Whether the first row of a file is a pair of texts."""
+    path, column = split_column(name)
+    if column is not None or not path.exists():
+        return False
+    try:
+        rows = next((rows for file in files_of(path) if (rows := rows_of(file))), [])
+    except BadInput:
+        return False  # text without rows, or a file whose reader says what is wrong with it
+    return bool(rows) and _pair(rows[0]) is not None
+
+
+def read_pairs(name: str) -> list[tuple[str, str]]:
+    """Read every row of a file or folder. Raises BadInput for a row that is no pair of texts."""
+    found = []
+    for file in files_of(split_column(name)[0]):
+        for number, row in enumerate(rows_of(file), start=1):
+            if (pair := _pair(row)) is None:
+                raise BadInput(f"row {number} of {file} is no pair of texts", fix=HINT)
+            found.append(pair)
+    return found
+
+
+def _pair(row: Any) -> tuple[str, str] | None:
+    for one, other in COLUMNS if isinstance(row, Mapping) else ():
+        if isinstance(row.get(one), str) and isinstance(row.get(other), str):
+            return row[one], row[other]
+    return None
+
+
+def tokenised(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, start: int, length: int) -> Pairs:
+    """Pairs of texts as a model reads them.
+
+    Args:
+        pairs: sources and targets.
+        tokenizer: the model's.
+        start: the token that a decoder begins with.
+        length: most tokens of either.
+    """
+    limits: dict[str, Any] = {"truncation": True, "max_length": length}
+    sources = [torch.tensor([encode(tokenizer, source, **limits)["input_ids"]]) for source, _ in pairs]
+    targets = [
+        torch.tensor([tokenizer(text_target=target, verbose=False, **limits)["input_ids"]]) for _, target in pairs
+    ]
+    return Pairs.of(padded(sources, NOTHING), padded([begun(one, start) for one in targets], NOTHING))
+
+
+def begun(targets: Tensor, start: int) -> Tensor:
+    """Targets behind the token that a decoder begins with, if they have it not. targets: N × T int64."""
+    if targets.shape[1] and bool((targets[:, 0] == start).all()):
+        return targets
+    return torch.nn.functional.pad(targets, (1, 0), value=start)
+
+
+def from_text(windows: Windows, tokenizer: PreTrainedTokenizerBase | None, marks: Marks, start: int) -> Windows:
+    """Make pairs of plain text, as such models are trained on it.
+
+    Args:
+        windows: of one length, between the marks.
+        tokenizer: whose sentinels take the place of hidden spans, which are the target (T5); or whose mask does, and the
+            target is the text (BART). With neither, or of token ids that were handed over, source and target are the same.
+        marks: around a text.
+        start: the token that a decoder begins with.
+    """
+    tokens, generator = windows.tokens, torch.Generator().manual_seed(0)
+    inside = marks.inside(tokens.shape[1])
+    length = inside.stop - inside.start
+    count = max(1, round(_HIDDEN * length / _SPAN))
+    sentinels = [] if tokenizer is None or windows.given else _sentinels(tokenizer, count + 1)
+    mask = None if tokenizer is None or windows.given or sentinels else tokenizer.mask_token_id
+    if length // count <= _SPAN or not (sentinels or isinstance(mask, int)):
+        pairs, how = Pairs.of(tokens, begun(tokens, start)), "read and written as it is"
+    else:
+        signs = torch.tensor(sentinels or [mask] * count)
+        rows = [_hidden(row, inside, signs[:count], generator) for row in tokens]
+        sources = torch.stack([source for source, _ in rows])
+        if sentinels:
+            end = torch.cat([signs[count:], torch.tensor(marks.behind, dtype=tokens.dtype)])
+            written, how = torch.stack([torch.cat([spans, end]) for _, spans in rows]), "spans hidden and written"
+        else:
+            written, how = tokens, "spans masked and the whole written"
+        pairs = Pairs.of(sources, begun(written, start))
+    return Windows(
+        pairs, pair_fingerprint(pairs), f"{windows.source} ({how})", windows.given, text_tokens=windows.text_tokens
+    )
+
+
+def _sentinels(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """The numbers of so many tokens that stand for a hidden span each, in their order; none where there are not so many."""
+    vocabulary = tokenizer.get_vocab()
+    found = [vocabulary.get(f"<extra_id_{number}>") for number in range(count)]
+    return [one for one in found if one is not None] if None not in found else []
+
+
+def _hidden(row: Tensor, inside: slice, signs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One text with a span hidden in each of as many equal pieces as there are signs, and the signs with their spans."""
+    piece = (inside.stop - inside.start) // len(signs)
+    source, spans, at = [row[: inside.start]], [], inside.start
+    for number, sign in enumerate(signs):
+        begin = inside.start + number * piece + int(torch.randint(piece - _SPAN + 1, (), generator=generator))
+        source += [row[at:begin], sign[None]]
+        spans += [sign[None], row[begin : begin + _SPAN]]
+        at = begin + _SPAN
+    return torch.cat([*source, row[at:]]), torch.cat(spans)

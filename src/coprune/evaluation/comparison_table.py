@@ -14,6 +14,7 @@ from coprune.evaluation.answers.answer_records import Way
 from coprune.evaluation.changes import AccuracyChange, Row
 from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.measurement import Accuracy, Interval, Perplexity
+from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, shown
 
 
@@ -34,9 +35,11 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     nearest = next((row.evaluation.closeness for row in rows if row.evaluation.closeness), ())
     for index, near in enumerate(nearest):
         columns += _closeness_columns(near.data, index)
-    embedded = next((row.evaluation.near for row in rows if row.evaluation.near), ())
-    for index, one in enumerate(embedded):
-        columns += _embedding_columns(one, index)
+    close = next((row.evaluation.near for row in rows if row.evaluation.near), ())
+    for index, one in enumerate(close):
+        columns += (
+            _embedding_columns(one, index) if isinstance(one, EmbeddingChange) else _transcript_columns(one, index)
+        )
     if first.answers is not None:
         columns += answer_columns(first.answers.sampled is not None, against=len(rows) > 1)
     if first.zero_shot is not None:
@@ -131,15 +134,25 @@ def _closeness_columns(data: str, index: int) -> list[Column]:
 
 def _embedding_columns(first: EmbeddingChange, index: int) -> list[Column]:
     def cosine(row: Row) -> Number:
-        return row.evaluation.near[index].cosine if row.evaluation.near else None
+        return getattr(row.evaluation.near[index], "cosine", None) if row.evaluation.near else None
 
     def overlap(row: Row) -> Number:
-        return row.evaluation.near[index].overlap if row.evaluation.near else None
+        return getattr(row.evaluation.near[index], "overlap", None) if row.evaluation.near else None
 
     return [
         plain(f"cosine {first.data}", cosine, "{:.4f}"),
         share(f"overlap@{first.nearest} {first.data}", overlap),
     ]
+
+
+def _transcript_columns(first: TranscriptChange, index: int) -> list[Column]:
+    def error(row: Row) -> Number:
+        return row.evaluation.transcripts[index].word_error if row.evaluation.transcripts else None
+
+    def agreement(row: Row) -> Number:
+        return getattr(row.evaluation.near[index], "agreement", None) if row.evaluation.near else None
+
+    return [share(f"word error {first.data}", error), share(f"words alike {first.data}", agreement)]
 
 
 def _task_columns(task: str, metric: str, index: int) -> list[Column]:

@@ -30,6 +30,10 @@ class EmbeddingChange(BaseModel):
     """Mean share of a passage's nearest others that both models find."""
     overlap_interval: Interval | None
 
+    def headline(self) -> str:
+        """The first of the figures, for people."""
+        return f"cosine {self.cosine:.4f}"
+
     def line(self, against: str | None) -> str:
         """Return a line on the figures. against: the other model."""
         low, high = self.cosine_interval or (self.cosine, self.cosine)

@@ -13,7 +13,8 @@ from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.embeddings import EmbeddingChange
-from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Perplexity
+from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Perplexity, Transcribed
+from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
 from coprune.packed.linear import PackedLinear
 
@@ -54,8 +55,9 @@ class Evaluation(Shown, _Facts):
     against: str | None = None
     """The model that closeness was measured to."""
     closeness: tuple[Closeness, ...] = ()
-    near: tuple[EmbeddingChange, ...] = ()
-    """Closeness of its embeddings to the other model's."""
+    transcripts: tuple[Transcribed, ...] = ()
+    near: tuple[EmbeddingChange | TranscriptChange, ...] = ()
+    """How close its vectors are to that model's."""
     answers: AnswerFacts | None = None
     """Answers, beside the other model's."""
     required: tuple[Requirement, ...] = ()
@@ -68,7 +70,7 @@ class Evaluation(Shown, _Facts):
     def headline(self) -> str:
         """Return the model and the first measurement."""
         first = [f"{found.title} {found.value:.2f} on {found.data}" for found in self.perplexity]
-        first += [f"cosine {found.cosine:.4f} with {self.against} on {found.data}" for found in self.near]
+        first += [f"{found.headline()} with {self.against} on {found.data}" for found in self.near]
         first += [f"top-1 accuracy {per_cent(found.top1)} on {found.data}" for found in self.accuracy]
         if self.zero_shot is not None and self.zero_shot.mean is not None:
             first.append(f"mean acc {per_cent(self.zero_shot.mean.value)} over {len(self.zero_shot.tasks)} tasks")
@@ -82,6 +84,7 @@ class Evaluation(Shown, _Facts):
             rows.append(("BOS", begins))
         rows += [("accuracy", found.line()) for found in self.accuracy]
         rows += [("embeddings", found.line()) for found in self.embeddings]
+        rows += [("transcripts", found.line()) for found in self.transcripts]
         rows += [("closeness", found.line(self.against)) for found in self.closeness]
         rows += [("closeness", found.line(self.against)) for found in self.near]
         zero_shot = self.zero_shot

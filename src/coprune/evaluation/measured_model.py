@@ -23,12 +23,13 @@ from coprune.evaluation.closeness import OtherTokens, closeness
 from coprune.evaluation.embeddings import EmbeddingChange, embedding_change
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
-from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Measured, Perplexity
+from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Measured, Perplexity, Transcribed
 from coprune.evaluation.model_source import Source, Stored
 from coprune.evaluation.perplexity import aggregate, perplexity
 from coprune.evaluation.result_cache import EvaluationCache, Text, require_texts, split_texts, text_fingerprint
 from coprune.evaluation.tasks import named, read_anew, task_for
 from coprune.evaluation.tasks.text_task import TextTask, choose_seqlen
+from coprune.evaluation.transcripts import TranscriptChange, transcript_change
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.checkpoint.load import WHAT
 from coprune.model.loaded_model import Loaded
@@ -65,7 +66,7 @@ class Subject:
         self.label = Path(self.name).name
         self.task = self._source.task
         self._asked = split_texts(recipe.evaluate.data)
-        require_texts([] if self.task in ("images", "labels") else self._asked)
+        require_texts([] if self.task in ("images", "labels", "speech") else self._asked)
         self._tasks = tasks
         self._cache = cache
         plan = plan_of(recipe.evaluate.answers, saves=False)
@@ -131,6 +132,7 @@ class Subject:
             bos=self.bos,
             accuracy=tuple(one for one in anew if isinstance(one, Accuracy)),
             embeddings=tuple(one for one in anew if isinstance(one, Embedded)),
+            transcripts=tuple(one for one in anew if isinstance(one, Transcribed)),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
             answers=answers,
             required=() if answers is None else judge(self.recipe.evaluate.answers.conditions, answers),
@@ -151,7 +153,7 @@ class Subject:
         Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
         """
         require_one_task([dense, self])
-        if self.task == "embeddings":
+        if self.task in ("embeddings", "speech"):
             return ()
         if self.task != "text":
             raise BadInput(
@@ -271,10 +273,12 @@ def require_one_task(subjects: Sequence[Subject]) -> None:
 
 def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Evaluation | None = None) -> Evaluation:
     """Compare a model's measurements with another one's of the same kind. other: that one's measurements, if there are any."""
-    near: tuple[EmbeddingChange, ...] = ()
-    if subject.task == "embeddings":
-        pairs = zip((other or dense.measure()).embeddings, found.embeddings, strict=True)
-        near = tuple(embedding_change(before, after) for before, after in pairs)
+    near: tuple[EmbeddingChange | TranscriptChange, ...] = ()
+    if subject.task in ("embeddings", "speech"):
+        theirs = other or dense.measure()
+        vectors = zip(theirs.embeddings, found.embeddings, strict=True)
+        heard = zip(theirs.transcripts, found.transcripts, strict=True)
+        near = (*(embedding_change(*pair) for pair in vectors), *(transcript_change(*pair) for pair in heard))
     return found.model_copy(update={"against": dense.name, "near": near})
 
 

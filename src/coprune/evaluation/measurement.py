@@ -50,7 +50,9 @@ class Perplexity(Measurement):
     per_byte: float | None
     """Perplexity per byte instead of per token: comparable between tokenizers."""
     masked: bool = False
-    """Whether it is a pseudo-perplexity: each token was masked and predicted from both sides."""
+    """Whether tokens were predicted where they were masked, each from the text on both sides (pseudo-perplexity)."""
+    targets: bool = False
+    """Whether the tokens are those that a decoder writes for what its encoder reads, and the windows are pairs."""
     window_nll: tuple[float, ...]
     """Mean negative log likelihood of every window's predicted tokens in nats, from which models compare by pairs."""
 
@@ -68,7 +70,7 @@ class Perplexity(Measurement):
     @property
     def title(self) -> str:
         """The name of the figure."""
-        return "pseudo-perplexity" if self.masked else "perplexity"
+        return "pseudo-perplexity" if self.masked else "perplexity of targets" if self.targets else "perplexity"
 
     def of_model(self, which: str) -> str:
         """Return a sentence. which: the model, as "dense"."""
@@ -156,4 +158,23 @@ class Closeness(Measurement):
         return f"{kl}, top-1 agreement {per_cent(self.top1_agreement)} with {against} on {self.data}"
 
 
-Measured = Perplexity | Accuracy | Embedded
+class Transcribed(Measurement):
+    """What a model writes of recordings, and how many words of it are wrong."""
+
+    heard: tuple[str, ...]
+    """The transcript of each."""
+    word_error: float | None
+    """Wrong words over the words that are said, where somebody says what these are; None where nobody does."""
+
+    def line(self) -> str:
+        """The figures, for people."""
+        error = "" if self.word_error is None else f"word error {per_cent(self.word_error)}, "
+        first = f", the first: {self.heard[0]!r:.80}" if self.heard else ""
+        return f"{error}{len(self.heard)} transcripts on {self.data}{first}"
+
+    def of_model(self, which: str) -> str:
+        """The same in a sentence. which: the model, as "dense"."""
+        return f"The {which} model hears: {self.line()}"
+
+
+Measured = Perplexity | Accuracy | Embedded | Transcribed

@@ -59,6 +59,8 @@ class Loaded:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of a model of text."""
+        if self.task == "speech":
+            return getattr(self.processor, "tokenizer", None)
         return self.processor if self.task != "images" else None
 
     @property

@@ -33,6 +33,8 @@ _AUTO = {
     "masked": {"model": "AutoModelForMaskedLM", **_TOKENIZER},
     "labels": {"model": "AutoModelForSequenceClassification", **_TOKENIZER},
     "embeddings": {"model": "AutoModel", **_TOKENIZER},
+    "pairs": {"model": "AutoModelForSeq2SeqLM", **_TOKENIZER},
+    "speech": {"model": "AutoModelForSpeechSeq2Seq", "processor": "AutoProcessor", "name": "processor"},
     "images": {
         "model": "AutoModelForImageClassification",
         "processor": "AutoImageProcessor",
@@ -47,6 +49,8 @@ _PIPELINES = {
     "labels": "text-classification",
     "embeddings": "feature-extraction",
     "images": "image-classification",
+    "pairs": "text2text-generation",
+    "speech": "automatic-speech-recognition",
 }
 
 
@@ -110,7 +114,11 @@ def _results(report: Report) -> tuple[str, str]:
         nearest = report.embeddings[0].nearest if report.embeddings else 0
         header = f"| text | passages | cosine with the dense model | of the {nearest} nearest, alike |"
         return "Embeddings", _table(header, rows)
-    return ("Pseudo-perplexity" if report.model.task == "masked" else "Perplexity"), _perplexity_table(report)
+    if report.model.task == "speech":
+        rows = [f"| {inline(one.data)} | {inline(one.line(None))} |" for one in report.transcripts]
+        return "Transcripts", _table("| recordings | dense → pruned |", rows)
+    titles = {"masked": "Pseudo-perplexity", "pairs": "Perplexity of targets"}
+    return titles.get(report.model.task, "Perplexity"), _perplexity_table(report)
 
 
 def _stored(report: Report) -> str:

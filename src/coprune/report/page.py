@@ -97,6 +97,7 @@ def _cards(report: Report) -> str:
     cards += [perplexity_card(report, entry) for entry in report.perplexity]
     cards += [accuracy_card(found) for found in report.accuracy]
     cards += [embedding_card(found) for found in report.embeddings]
+    cards += [card(f"transcripts of {one.data}", one.headline(), one.line("dense")) for one in report.transcripts]
     cards.append(zero_shot_card(report.zero_shot))
     parameters = report.model.parameters if report.left is None else report.left
     left = parameters - round(report.sparsity.model * parameters)

@@ -16,6 +16,7 @@ from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_ro
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.extras import TextSample
+from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
 from coprune.pruning.block_training import BlockTraining
@@ -140,7 +141,9 @@ class Report(Shown, BaseModel):
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
     embeddings: list[EmbeddingChange] = []
-    """Closeness of the pruned model's embeddings to the dense model's."""
+    """How close the pruned model's vectors are to the dense model's."""
+    transcripts: list[TranscriptChange] = []
+    """What the pruned model writes of what both hear."""
     bos: BosChoice | None = None
     """How windows of text begin; None without a text."""
     covered: dict[str, float] = {}
@@ -175,8 +178,8 @@ class Report(Shown, BaseModel):
             tuned = {} if self.finetuned is None else self.finetuned.perplexity
             after = f" → {tuned[text.data]:.2f} after {recipe.train.mode}" if text.data in tuned else ""
             measured = f", {text.title} {dense}{text.pruned:.2f}{after} on {text.data}"
-        for vectors in self.embeddings[:1]:
-            measured = f", cosine {vectors.cosine:.4f} with dense on {vectors.data}"
+        for near in [*self.embeddings, *self.transcripts][:1]:
+            measured = f", {near.headline()} with dense on {near.data}"
         if self.vocabulary is not None and not self.perplexity:
             measured = "".join(f", {text.line()}" for text in self.vocabulary.texts[:1])
         asked = f"{recipe.way} {recipe.shape}"
@@ -201,6 +204,7 @@ class Report(Shown, BaseModel):
             rows.append(("BOS", begins))
         rows += [] if self.vocabulary is None else [("vocabulary", line) for line in self.vocabulary.lines()]
         rows += [("embeddings", vectors.line("dense")) for vectors in self.embeddings]
+        rows += [("transcripts", heard.line("dense")) for heard in self.transcripts]
         rows += [("accuracy", images.line(after(images.data))) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
         if self.covered:

@@ -15,7 +15,8 @@ from coprune.data.images import LabelledImages
 from coprune.data.labelled_text import LabelledTexts
 from coprune.evaluation.answers.facts import judge
 from coprune.evaluation.embeddings import embedding_change
-from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity
+from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity, Transcribed
+from coprune.evaluation.transcripts import transcript_change
 from coprune.model.checkpoint.load import loaded_by_auto
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
@@ -53,6 +54,11 @@ def build_report(run: Run) -> Report:
             embedding_change(before, one)
             for name, one in measured
             if isinstance(one, Embedded) and isinstance(before := run.dense.get(name), Embedded)
+        ],
+        transcripts=[
+            transcript_change(before, one)
+            for name, one in measured
+            if isinstance(one, Transcribed) and isinstance(before := run.dense.get(name), Transcribed)
         ],
         bos=run.bos,
         left_out=[*map(str, model.chosen.left_out), *run.loaded.left_out],

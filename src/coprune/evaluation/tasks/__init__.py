@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from coprune.base.processes import ALONE, Processes
 from coprune.evaluation.tasks.image_task import ImageTask
+from coprune.evaluation.tasks.pair_task import PairTask
+from coprune.evaluation.tasks.speech_task import SpeechTask
 from coprune.evaluation.tasks.task import Data, Remember, Samples, Task, named, read_anew
 from coprune.evaluation.tasks.text_task import TextTask
 from coprune.evaluation.tasks.whole_texts import EmbeddingTask, LabelTask, MaskedTask
@@ -34,6 +36,8 @@ TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {
     "labels": LabelTask,
     "embeddings": EmbeddingTask,
     "images": ImageTask,
+    "pairs": PairTask,
+    "speech": SpeechTask,
 }
 
 

@@ -11,12 +11,13 @@ from coprune.base.progress import Advance, Reporter
 from coprune.data import EvaluationText, Windows
 from coprune.data.images import ImageSamples, LabelledImages
 from coprune.data.labelled_text import LabelledTexts
+from coprune.data.speech import Recordings
 from coprune.evaluation.measurement import Measured
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.model_structure import ProvenModel
 
 Samples = Windows | ImageSamples
-Data = EvaluationText | LabelledImages | LabelledTexts
+Data = EvaluationText | LabelledImages | LabelledTexts | Recordings
 Tokens = TypeVar("Tokens")
 
 

@@ -214,7 +214,8 @@ class TextTask:
 def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
     """Return the requested sequence length, or min(2048, the model's limit). Raises BadInput above that limit."""
     config: Any = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
+    named = ("max_position_embeddings", "n_positions", "max_target_positions")
+    limit = next((found for name in named if (found := getattr(config, name, None))), 0)
     limit = max(0, int(limit) - _unused_positions(model, limit))  # XLNet says -1 for none
     if seqlen is None:
         return min(2048, limit) if limit else 2048

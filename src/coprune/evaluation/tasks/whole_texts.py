@@ -51,8 +51,8 @@ PASSAGES = 1024
 """Maximum number of passages, each of which is compared with all others."""
 
 
-class _WholeText(TextTask):
-    """The common part of these tasks. Raises BadInput for settings that only models have that write text."""
+class WholeTextTask(TextTask):
+    """The common part of tasks of whole texts. Raises BadInput for settings that only models have that write text."""
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         super().__init__(recipe, loaded, processes, remember)
@@ -82,7 +82,7 @@ class _WholeText(TextTask):
         return self._processes.share(cut_windows(text.tokens, self.seqlen))
 
 
-class MaskedTask(_WholeText):
+class MaskedTask(WholeTextTask):
     """A model that fills in masked tokens: pseudo-perplexity (arXiv 1910.14659), with one token of seven masked at a time."""
 
     measure_name = "Pseudo-perplexity"
@@ -171,7 +171,7 @@ def _masked_nll(logits: Tensor, original: Tensor, where: Tensor) -> Tensor:
     return torch.stack(found).cpu()
 
 
-class EmbeddingTask(_WholeText):
+class EmbeddingTask(WholeTextTask):
     """A model that embeds texts: vectors of passages, in which a pruned model is held against the dense one."""
 
     measure_name = "Embeddings"
@@ -234,7 +234,7 @@ def _folder_of(recipe: Recipe, loaded: Loaded) -> Path | None:
     return None
 
 
-class LabelTask(_WholeText):
+class LabelTask(WholeTextTask):
     """A classifier of texts, pairs of texts or words, or a reranker: accuracy on a file with labels."""
 
     measure_name = "Accuracy"

@@ -27,8 +27,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -97,17 +100,23 @@ def _made_once() -> Iterator[None]:
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-TaskName = Literal["text", "masked", "labels", "embeddings", "images"]
-"""The task of a model: to continue a text, to fill in masked tokens, to label texts, to embed them, to label images."""
+TaskName = Literal["text", "masked", "labels", "embeddings", "images", "pairs", "speech"]
+"""The task of a model: to continue a text, to fill in masked tokens, to label texts, to embed them, to label images, to
+write one text for another, to write what is heard."""
 
 HEADS: dict[TaskName, tuple[Any, ...]] = {
     "text": (AutoModelForCausalLM,),
     "masked": (AutoModelForMaskedLM,),
     "labels": (AutoModelForSequenceClassification, AutoModelForTokenClassification),
     "images": (AutoModelForImageClassification,),
+    "pairs": (AutoModelForSeq2SeqLM,),
+    "speech": (AutoModelForSpeechSeq2Seq,),
     "embeddings": (AutoModel,),
 }
 """The classes that build a model for each task; the first that knows it counts. timm's models are classifiers under a wrapper."""
+
+PAIRED: tuple[TaskName, ...] = ("pairs", "speech")
+"""Tasks of an encoder with a decoder."""
 
 WHAT: dict[TaskName, str] = {
     "text": "writes text",
@@ -115,6 +124,8 @@ WHAT: dict[TaskName, str] = {
     "labels": "labels texts",
     "embeddings": "embeds texts",
     "images": "classifies images",
+    "pairs": "writes one text for another",
+    "speech": "writes what it hears",
 }
 """The verb phrases for models of each task, in a sentence about one."""
 
@@ -123,8 +134,12 @@ def task_of(config: Any, model_class: type[PreTrainedModel] | None = None) -> Ta
     """Return the task of a model with this configuration: by its class, or the one that it names, else by what its type has."""
     names = (getattr(config, "architectures", None) or ()) if model_class is None else (model_class.__name__,)
     for task, autos in HEADS.items():
+        if task in PAIRED and not getattr(config, "is_encoder_decoder", False):
+            continue  # a model of text that also hears, under another name
         if any(choice is not None and choice.__name__ in names for choice in (auto_choice(a, config) for a in autos)):
             return task
+    if getattr(config, "is_encoder_decoder", False) and not names:
+        return next((task for task in PAIRED if builds(HEADS[task][0], config)), "text")
     lists = [task for task in ("text", "images") if builds(HEADS[task][0], config)]
     return "images" if lists == ["images"] else "text"
 
@@ -138,8 +153,8 @@ def class_for(config: Any) -> Any:
         BadInput: that class is for something else than text or the classification of images.
     """
     task, named = task_of(config), own_class(config)
-    if getattr(config, "is_encoder_decoder", False) and not _is_named(HEADS["text"][0], config):
-        raise _not_for(config, named, "is an encoder with a decoder, and coprune prunes models of one list of blocks")
+    if getattr(config, "is_encoder_decoder", False) and task not in ("text", *PAIRED):
+        raise _not_for(config, named, "is an encoder with a decoder, and writes no text")
     for auto in HEADS[task]:
         if _is_named(auto, config):
             if task == "embeddings" and class_built_by(auto, config).main_input_name != "input_ids":
@@ -283,10 +298,11 @@ def _decoded(source: SourceEncoding) -> dict[str, Any]:
 
 def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:
     """Load what turns text or images into a model's inputs. Raises BadInput if it is not there."""
-    if task != "images":
+    if task not in ("images", "speech"):
         return load_tokenizer(location, trust_remote_code)
+    loader = AutoImageProcessor if task == "images" else AutoProcessor
     with quiet_transformers(), explained(location):
-        return AutoImageProcessor.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
+        return loader.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
 
 
 @reading_once

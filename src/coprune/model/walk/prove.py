@@ -41,8 +41,8 @@ from coprune.model.walk.block_calls import (
     tensors_in,
 )
 from coprune.model.walk.model_structure import FoundModel, ProvenModel, Structure
-from coprune.model.walk.recording import begin_part
 from coprune.model.walk.observe import Products, Reads, observe_products
+from coprune.model.walk.recording import begin_part
 
 # The replay repeats the very same operations; only devices that add in no fixed order differ, by rounding. A wrong mask
 # or position table changes some token's hidden states by far more. Compared token by token, since the first token of
@@ -122,7 +122,7 @@ class _Watched:
         self.replayed: Tensor | None = None
         """The last replayed hidden states."""
         self.begun: list[tuple[Tensor, Tensor]] = []
-        """Of every list of blocks but the first, the replayed hidden states at the end of the one before it, and its own first."""
+        """Of every further list of blocks: the replayed hidden states at the end of the one before it, and its own first."""
         self.streams = _Streams()
         self._found = found
 
@@ -184,9 +184,7 @@ class _Streams:
     @property
     def handed(self) -> list[Handed]:
         """What every block takes of the answers of earlier ones, and leaves for later ones."""
-        return [
-            Handed(takes, tuple(leaves.items())) for takes, leaves in zip(self._takes, self._leaves, strict=True)
-        ]
+        return [Handed(takes, tuple(leaves.items())) for takes, leaves in zip(self._takes, self._leaves, strict=True)]
 
     @property
     def read(self) -> tuple[Place, ...]:
@@ -312,9 +310,7 @@ def _require_same_calls(found: FoundModel, structure: Structure, watched: _Watch
         raise _depends(found.blocks[-1])
 
 
-def _note_parts(
-    found: FoundModel, structure: Structure, watched: _Watched, recorded: Sequence[BlockCall]
-) -> None:
+def _note_parts(found: FoundModel, structure: Structure, watched: _Watched, recorded: Sequence[BlockCall]) -> None:
     """Note in the structure what the blocks of every further list are given of what the one before it gives.
 
     Args:

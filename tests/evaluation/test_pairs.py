@@ -1,0 +1,102 @@
+"""Encoders with decoders: what they are calibrated on, and the perplexity of targets, against forwards of the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.data.marks import Marks
+from coprune.data.pairs import Pairs, from_text
+from coprune.data.windows import Windows
+from support.pico_folder import write_words
+from support.pico_pairs import save_pair_model
+from support.pico_readers import FIRST, LAST, MASK, marking_tokenizer
+
+START = 4
+PRUNING: dict[str, Any] = dict(nsamples=6, seqlen=16, sparsity=0.6, quiet=True, layer_error=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    write_words(folder / "words.txt", 600)
+    words = (folder / "words.txt").read_text().split()
+    rows = [{"input": " ".join(words[i : i + 9]), "output": " ".join(words[i : i + 4 + i % 3])} for i in range(30)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_pair_model(folder / "T5", "T5")
+    return folder
+
+
+@torch.no_grad()
+def loss_of_targets(folder: Path, place: Path) -> float:
+    """Mean loss of every token of the targets, pair by pair."""
+    model, tokenizer, total, count = AutoModelForSeq2SeqLM.from_pretrained(folder), marking_tokenizer(), 0.0, 0
+    for line in (place / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        source, labels = (tokenizer(row[key], return_tensors="pt")["input_ids"] for key in ("input", "output"))
+        logits: Tensor = model(input_ids=source, labels=labels).logits[0]
+        total += float(functional.cross_entropy(logits, labels[0], reduction="sum"))
+        count += labels.numel()
+    return total / count
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_perplexity_is_that_of_forwards_before_and_after(stream: bool, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    settings = {"dataset": place / "pairs.jsonl", "eval_data": place / "pairs.jsonl", **PRUNING}
+    (found,) = coprune.prune(place / "T5", "wanda", save_model=out, stream=stream, **settings).report.perplexity
+    for folder, value in ((place / "T5", found.dense), (out, found.pruned)):
+        assert value == pytest.approx(torch.tensor(loss_of_targets(folder, place)).exp().item(), rel=1e-5)
+    (again,) = coprune.evaluate(out, place / "pairs.jsonl", quiet=True).perplexity
+    assert (again.title, again.windows) == ("perplexity of targets", 30)
+    assert again.value == pytest.approx(found.pruned, rel=1e-5)
+
+
+def text_of(*rows: list[int]) -> Windows:
+    return Windows(torch.tensor(rows), "", "text")
+
+
+def test_of_plain_text_spans_are_masked_hidden_or_left() -> None:
+    ids = [FIRST, *range(10, 30), LAST]
+    marks = Marks((FIRST,), (LAST,))
+    masked = from_text(text_of(ids), marking_tokenizer(), marks, START).tokens
+    assert isinstance(masked, Pairs)
+    assert masked.written.tolist() == [[START, *ids]]
+    (source,) = masked.source.tolist()
+    assert (source[0], source[-1], source.count(MASK), len(source)) == (FIRST, LAST, 1, len(ids) - 2)
+    bare = marking_tokenizer()
+    bare.mask_token = None
+    same = from_text(text_of(ids), bare, marks, START)
+    assert (same.tokens.source.tolist(), same.tokens.written.tolist()) == ([ids], [[START, *ids]])  # type: ignore[attr-defined]
+    assert same.source == "text (read and written as it is)"
+    bare.add_tokens([f"<extra_id_{number}>" for number in range(2)])
+    assert hidden_and_written(bare, ids, marks) == ids[1:-1]
+
+
+def hidden_and_written(tokenizer: PreTrainedTokenizerFast, ids: list[int], marks: Marks) -> list[int]:
+    """The text, put together again from a source with a sentinel and the target that says what it stands for."""
+    pairs = from_text(text_of(ids), tokenizer, marks, START).tokens
+    assert isinstance(pairs, Pairs)
+    (source,), (target,) = pairs.source.tolist(), pairs.written.tolist()
+    first, second = (tokenizer.convert_tokens_to_ids(f"<extra_id_{number}>") for number in range(2))
+    assert (target[0], target[1], target[-2], target[-1]) == (START, first, second, LAST)
+    at = source.index(first)
+    return [*source[1:at], *target[2:-2], *source[at + 1 : -1]]
+
+
+def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"source": "w5", "target": "w6"}\n{"source": "w5"}')
+    with pytest.raises(BadInput, match=r"row 2 of .* is no pair of texts"):
+        coprune.prune(place / "T5", "wanda", dataset=file, **PRUNING)
+    with pytest.raises(BadInput, match="has 27 pairs to calibrate on, fewer than 28"):
+        coprune.prune(place / "T5", "wanda", dataset=place / "pairs.jsonl", **PRUNING | {"nsamples": 28})
