@@ -20,9 +20,10 @@ from coprune.base.errors import CopruneError
 from coprune.base.progress import Reporter
 from coprune.data import calibration_windows
 from coprune.data.images import draw_images, labelled_images, transform_of
+from coprune.data.pairs import Pairs
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import loaded_by_auto, quiet_transformers
+from coprune.model.checkpoint.load import loaded_by_auto, quiet_transformers, task_of
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import find_matrices
@@ -97,7 +98,7 @@ def judge(
     try:
         model = _built(model_type, kind)
         data = _images(model, samples) if kind == "images" else _text(folder, samples)
-        if kind == "seq2seq":
+        if kind == "seq2seq" and task_of(model.config, type(model)) == "pairs":
             data = _pairs(model, folder, samples)
         if kind in ALONE:
             _open(model, folder / "alone")
@@ -189,7 +190,9 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
             pattern="2:4" if name == "2:4" else "unstructured",
             save_model=folder,
             quiet=True,
-            **{"batch_size": BATCH} | data.settings | ({"evaluate": False, "eval_data": None} if kind == "labels" else {}),
+            **{"batch_size": BATCH}
+            | data.settings
+            | ({"evaluate": False, "eval_data": None} if kind == "labels" else {}),
         ).report
     verdict.blocks, verdict.matrices, verdict.left_alone = report.model.blocks, len(report.matrices), report.left_out
     with _called(name):
@@ -207,7 +210,7 @@ def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path
         verdict.kept = [f"not built: {first_line(error)}"]
         return
     dataset = {"dataset": "digits"} if verdict.kind == "images" else {"dataset": data.batches[0]}
-    if verdict.kind == "seq2seq":
+    if verdict.kind == "seq2seq" and isinstance(data.batches[0], Pairs):
         dataset = {"dataset": data.settings["dataset"], "nsamples": 4, "seqlen": LENGTH}
     settings = {**dataset, "method": "magnitude", "sparsity": 0.5}
     told, wrong = lost_in_silence(source, folder / "kept", settings)

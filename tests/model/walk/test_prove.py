@@ -186,7 +186,7 @@ def test_what_a_block_leaves_for_the_next_is_carried_to_it() -> None:
     structure = prove(model)
     assert structure.streams == ("notes",)
     hidden, calls = run_without_blocks(model, find_blocks(model), TOKENS, structure.answers)
-    calls, streams = open_streams(calls, structure.streams)
+    calls, streams = open_streams(calls, structure.streams, structure.handed)
     for block, call in zip(model.layers, calls, strict=True):
         hidden = call.run(block, hidden, streams)
     assert torch.equal(model.head(hidden), model(TOKENS).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ class PairTask(WholeTextTask):
         """The token that the decoder begins with."""
         model: Any = self._loaded.model
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is not None:
-            return int(shift(labels=torch.tensor([[5, 6]]))[0, 0])
+        with suppress(ValueError):  # of a configuration that does not say
+            if shift is not None:
+                return int(shift(labels=torch.tensor([[5, 6]]))[0, 0])
         config = model.config
         said = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
         return next((int(one) for one in said if one is not None), 0)

@@ -133,12 +133,13 @@ WHAT: dict[TaskName, str] = {
 def task_of(config: Any, model_class: type[PreTrainedModel] | None = None) -> TaskName:
     """Return the task of a model with this configuration: by its class, or the one that it names, else by what its type has."""
     names = (getattr(config, "architectures", None) or ()) if model_class is None else (model_class.__name__,)
-    for task, autos in HEADS.items():
-        if task in PAIRED and not getattr(config, "is_encoder_decoder", False):
-            continue  # a model of text that also hears, under another name
+    both = getattr(config, "is_encoder_decoder", False)
+    # A decoder alone may be a model of text that also hears, and BART fills in masked tokens as well.
+    for task in (*PAIRED, *HEADS) if both else [one for one in HEADS if one not in PAIRED]:
+        autos = HEADS[task]
         if any(choice is not None and choice.__name__ in names for choice in (auto_choice(a, config) for a in autos)):
             return task
-    if getattr(config, "is_encoder_decoder", False) and not names:
+    if both and not names:
         return next((task for task in PAIRED if builds(HEADS[task][0], config)), "text")
     lists = [task for task in ("text", "images") if builds(HEADS[task][0], config)]
     return "images" if lists == ["images"] else "text"
