@@ -47,8 +47,6 @@ _NAMES: dict[Kind, Any] = {
     "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "speech": MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }
-ALONE: tuple[Kind, ...] = ("speech",)
-"""Kinds that coprune opens to say why it does not prune them."""
 DEFAULT_IMAGE_SIZE = 64
 CLASSES = 10
 

@@ -30,7 +30,7 @@ from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
-from families.build import ALONE, AUTO, Kind, image_size, published_model, tiny_model
+from families.build import AUTO, Kind, image_size, published_model, tiny_model
 from families.kept import lost_in_silence, save_published
 from support.walking import full_forward
 from support.whole_forwards import kind_of, prune_by_whole_forwards
@@ -100,8 +100,6 @@ def judge(
         data = _images(model, samples) if kind == "images" else _text(folder, samples)
         if kind == "seq2seq" and task_of(model.config, type(model)) == "pairs":
             data = _pairs(model, folder, samples)
-        if kind in ALONE:
-            _open(model, folder / "alone")
         _require_forward(model, data.batches[0])
         for name in TARGETS:
             _try(model_type, name, data, verdict, folder / name.replace(":", "-"))
@@ -131,15 +129,6 @@ def _require_forward(model: PreTrainedModel, batch: Tensor) -> None:
             full_forward(model, batch)
     except Exception as error:
         raise NotBuilt(f"transformers cannot run it on this alone: {first_line(error)}") from error
-
-
-def _open(model: PreTrainedModel, folder: Path) -> None:
-    """Raise what coprune says of a folder that it does not open."""
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        word_tokenizer().save_pretrained(folder)
-    coprune.inspect(folder, quiet=True)
-    raise Wrong("it is opened, and nothing here tries it")
 
 
 def _text(folder: Path, samples: int) -> Data:

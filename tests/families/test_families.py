@@ -52,13 +52,6 @@ def test_models_that_read_a_text_as_a_whole_work(kind: Kind, tmp_path: Path) -> 
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("whisper", "speech")])
-def test_encoders_with_decoders_are_refused(model_type: str, kind: Kind, tmp_path: Path) -> None:
-    verdict = judge(model_type, all_types(kind)[model_type], kind, tmp_path)
-    assert verdict.result == "refused"
-    assert "is an encoder with a decoder" in verdict.reason
-
-
 REFUSED = {
     "zamba2": "shares its weights with model.layers.3.shared_transformer",
     "mllama": "model.layers.2 runs out of order or twice",

@@ -133,7 +133,7 @@ HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 NOT_OPENED = {
     ("vit", "ViTModel"): "no classifier of images",
     ("bart", "BartForSequenceClassification"): "an encoder with a decoder",
-    ("whisper", "WhisperForAudioClassification"): "no classifier of images",
+    ("whisper", "WhisperForAudioClassification"): "no head that predicts tokens",
 }
 
 

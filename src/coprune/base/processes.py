@@ -45,9 +45,10 @@ class Processes:
         return self.rank == 0
 
     def share(self, samples: Tensor) -> Tensor:
-        """This process's samples: a run of consecutive ones, as many as the others' or one more. May be none."""
-        own = torch.arange(len(samples)).tensor_split(self.size)[self.rank]
-        return samples[: len(own)] if self.rank == 0 else samples[int(own[0]) : int(own[-1]) + 1] if len(own) else samples[:0]
+        """Return this process's consecutive samples; sizes differ by at most one, and may be zero."""
+        each, more = divmod(len(samples), self.size)
+        start = self.rank * each + min(self.rank, more)
+        return samples[start : start + each + (self.rank < more)]
 
     def from_first(self, compute: Callable[[], Value]) -> Value:
         """Compute a value in the first process and broadcast it to the others."""

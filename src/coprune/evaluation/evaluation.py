@@ -57,7 +57,7 @@ class Evaluation(Shown, _Facts):
     closeness: tuple[Closeness, ...] = ()
     transcripts: tuple[Transcribed, ...] = ()
     near: tuple[EmbeddingChange | TranscriptChange, ...] = ()
-    """How close its vectors are to that model's."""
+    """Closeness of its embeddings or transcripts to the other model's."""
     answers: AnswerFacts | None = None
     """Answers, beside the other model's."""
     required: tuple[Requirement, ...] = ()

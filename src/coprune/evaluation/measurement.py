@@ -50,7 +50,7 @@ class Perplexity(Measurement):
     per_byte: float | None
     """Perplexity per byte instead of per token: comparable between tokenizers."""
     masked: bool = False
-    """Whether tokens were predicted where they were masked, each from the text on both sides (pseudo-perplexity)."""
+    """Whether it is a pseudo-perplexity: each token was masked and predicted from both sides."""
     targets: bool = False
     """Whether the tokens are those that a decoder writes for what its encoder reads, and the windows are pairs."""
     window_nll: tuple[float, ...]

@@ -141,7 +141,7 @@ class Report(Shown, BaseModel):
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
     embeddings: list[EmbeddingChange] = []
-    """How close the pruned model's vectors are to the dense model's."""
+    """Closeness of the pruned model's embeddings to the dense model's."""
     transcripts: list[TranscriptChange] = []
     """What the pruned model writes of what both hear."""
     bos: BosChoice | None = None
