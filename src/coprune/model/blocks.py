@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
-from coprune.model.checkpoint.names import is_below
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:
         halves = [model.get_encoder(), model.get_decoder()]
         paths = [name for half in halves for name, module in model.named_modules() if module is half]
         first, second = [*paths, "", ""][:2]
-        if first and second and not is_below(first, second) and not is_below(second, first):
+        if first and second and not f"{first}.".startswith(f"{second}.") and not f"{second}.".startswith(f"{first}."):
             return list(zip(paths, halves, strict=True))
     return [("", model)]
 
