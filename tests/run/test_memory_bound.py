@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DeepseekV3Config, GptOssConfig, PretrainedConfig
+from transformers import DeepseekV3Config, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
 
 import coprune
 from coprune.base.devices import DeviceMemory
@@ -186,23 +186,43 @@ FP8: dict[str, Any] = {"quantization_config": {"quant_method": "fp8", "weight_bl
 MXFP4: dict[str, Any] = {"quantization_config": {"quant_method": "mxfp4"}}
 
 
+INT4: dict[str, Any] = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}},
+    }
+}
+KIMI: dict[str, Any] = {
+    "vocab_size": 163840,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+}
+KIMI |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+QWEN: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "head_dim": 128}
+QWEN |= {"num_experts": 128, "moe_intermediate_size": 1536, "intermediate_size": 12288, "norm_topk_prob": True}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "weights", "block"),
+    ("config", "weights", "block", "outside", "codes"),
     [
-        (DeepseekV3Config(**FP8), 1342e9, 23e9),
-        (GptOssConfig(**MXFP4), 234e9, 6.5e9),
+        pytest.param(DeepseekV3Config(**FP8), 1342e9, 23e9, 3.7e9, 11.5e9, id="DeepSeek-V3"),
+        pytest.param(DeepseekV3Config(**KIMI, **INT4), 2050e9, 33e9, 4.7e9, 9.6e9, id="Kimi-K2"),
+        pytest.param(Qwen3MoeConfig(**QWEN, **FP8), 469e9, 4.9e9, 2.5e9, 2.5e9, id="Qwen3-235B"),
+        pytest.param(GptOssConfig(**MXFP4), 234e9, 6.5e9, 2.3e9, 1.8e9, id="gpt-oss-120b"),
     ],
-    ids=lambda value: getattr(value, "model_type", None),
 )
 def test_a_large_quantised_model_is_bounded_from_its_configuration(
-    config: PretrainedConfig, weights: float, block: float, tmp_path: Path
+    config: PretrainedConfig, weights: float, block: float, outside: float, codes: float, tmp_path: Path
 ) -> None:
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.dtype = "bfloat16"
     config.save_pretrained(tmp_path)
-    whole, streamed = (
-        coprune.estimate(tmp_path, "wanda", nsamples=4, quiet=True, stream=stream) for stream in (False, True)
-    )
+    asked: dict[str, Any] = {"nsamples": 4, "seqlen": 512, "quiet": True}
+    whole, streamed = (coprune.estimate(tmp_path, "wanda", stream=stream, **asked) for stream in (False, True))
     assert weights < whole.peak_bytes < 1.2 * weights
     assert block < streamed.peak_bytes < 4 * block
+    # Experts that go leave the others as they are: one layer is in memory as it is written, and one of them decoded.
+    cut = coprune.estimate(tmp_path, remove="experts=0.25", stream=True, **asked)
+    assert outside + codes < cut.peak_bytes < 1.25 * (outside + codes) + 1.2e9

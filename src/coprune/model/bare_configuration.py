@@ -11,6 +11,8 @@ from coprune.model.checkpoint.lazy import build_skeleton
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.names import is_below_any
+from coprune.model.checkpoint.shards import read_json
+from coprune.model.checkpoint.source_encoding import quantization_of, stored_share
 from coprune.model.checkpoint.weights import InMemory
 
 
@@ -33,7 +35,12 @@ class Imagined(InMemory):
             config = read_config(location.path)
             kind = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
             super().__init__(build_skeleton(location, config, kind, device, trust_remote_code=False))
-        self.device = device
+        self.device, self._quantization = device, quantization_of(read_json(location.path / "config.json"))
+
+    @property
+    def stored_share(self) -> float:
+        """As the configuration says that weights are quantised: of the whole, of which they are nearly all."""
+        return stored_share(self._quantization, self._model.dtype.itemsize)
 
     # By parameter, shared by tied weights: storages on the meta device are indistinguishable.
     @property

@@ -147,20 +147,37 @@ def streams(recipe: Recipe) -> bool:
     return recipe.model.stream is not False and not whole
 
 
-def open_model(asked: ModelPart, stream: bool) -> Loaded:
-    """Open the model that a recipe names. stream: whether the blocks of a folder stay on the disk for now."""
+def keeps_experts(recipe: Recipe) -> bool:
+    """Whether a recipe changes no matrix of an expert: such parts go, if any do, as experts and blocks are."""
+    changed = (
+        recipe.sets_zeros
+        or recipe.train.mode is not None
+        or recipe.prune.reconstruct.steps
+        or recipe.prune.low_rank.rank
+    )
+    return bool(recipe.remove.parts) and {*recipe.remove.shares} <= {"experts", "blocks"} and not changed
+
+
+def open_model(asked: ModelPart, stream: bool, experts_apart: bool = False) -> Loaded:
+    """Open the model that a recipe names.
+
+    Args:
+        asked: the model.
+        stream: whether the blocks of a folder stay on the disk for now.
+        experts_apart: whether experts then stay there until they are multiplied, one at a time.
+    """
     location = locate(asked.name, asked.cache_dir)
     device = choose_device(asked.device)
     # A packed folder is unpacked by transformers as a whole.
     if stream and isinstance(location, ModelFolder) and not is_packed(location):
-        lazy = LazyCheckpoint(location, asked.dtype, device)
+        lazy = LazyCheckpoint(location, asked.dtype, device, experts_apart=experts_apart)
         blocks = find_blocks(lazy.model)
         if asked.check_memory:
             require_room(location, len(blocks), device)
         lazy.acquire_rest([block.name for block in blocks])
         return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)
     if stream and isinstance(location, GgufFile):
-        mapped = LazyGguf(location, asked.dtype, device)
+        mapped = LazyGguf(location, asked.dtype, device, experts_apart)
         mapped.acquire_rest([block.name for block in find_blocks(mapped.model)])
         return Loaded(mapped, load_processor(location, "text"), location.name, True)
     if isinstance(location, ModelFolder) and asked.check_memory:

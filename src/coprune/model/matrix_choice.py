@@ -17,6 +17,7 @@ from torch import nn
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Command, Set, Setting
 from coprune.model.blocks import Block
+from coprune.model.checkpoint.deferred import address_of
 from coprune.model.leftovers import LeftOut, kind_of, large_parameters, left_out, refuse_mostly_other, routers_of
 from coprune.model.matrices import Matrix, find_matrices
 
@@ -248,5 +249,5 @@ def _refuse_shared(model: nn.Module, blocks: Sequence[Block], chosen: Chosen) ->
 
 def _place(parameter: nn.Parameter) -> tuple[str, int]:
     """Return a parameter's address in memory, or its identity without one."""
-    address = 0 if parameter.is_meta else parameter.data_ptr()
+    address = 0 if parameter.is_meta else address_of(parameter)
     return ("memory", address) if address else ("object", id(parameter))

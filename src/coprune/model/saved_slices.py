@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.deferred import filled, values_of
 from coprune.model.checkpoint.names import is_below
 from coprune.model.edits import Edits
 from coprune.model.kept_slices import KeptSlices, runs_of
@@ -49,8 +50,9 @@ def masks_as_saved(
     """
     below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
     # An expanded tensor takes no memory along its equal dimensions.
-    state = {n: _floats(masks[n]) if n in masks else torch.ones(()).expand(t.shape) for n, t in below.items()}
-    return revert_conversion(model, state) if layout is None else layout(state)
+    state = {name: _floats(masks.get(name, torch.ones(()).expand(t.shape))) for name, t in below.items()}
+    found = revert_conversion(model, state) if layout is None else layout(state)
+    return {name: _expanded(mask) for name, mask in found.items()}
 
 
 def saved_name(model: PreTrainedModel, block: str, layout: Layout | None = None) -> str:
@@ -64,15 +66,28 @@ def saved_name(model: PreTrainedModel, block: str, layout: Layout | None = None)
 
 
 def _floats(mask: Tensor) -> Tensor:
-    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())
-    return mask[once].float().cpu().expand(mask.shape)
+    values = _once(mask).float().cpu()
+    if mask.ndim == 3 and values.numel() == len(values):  # which transformers would make whole tensors of
+        return filled(values.expand(len(mask), 1, 1).flatten().tolist(), mask.shape[1:])
+    return values.expand(mask.shape)
+
+
+def _expanded(mask: Tensor) -> Tensor:
+    """Return a mask of one value for each matrix as a tensor in memory, where it takes no more than these."""
+    values = values_of(mask)
+    return mask if values is None else torch.tensor(values).view(-1, *[1] * (mask.ndim - 1)).expand(mask.shape)
+
+
+def _once(mask: Tensor) -> Tensor:
+    """Return a mask with one entry along dimensions in which it repeats itself."""
+    return mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
 
 
 def whole_slices(masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
     """Return the slices of partly kept tensors. Raises UnsupportedModel as `slices_kept`."""
     found = {}
     for name, mask in sorted(masks.items()):
-        keep = mask != 0
+        keep = _once(mask) != 0
         if bool(keep.any()) and not bool(keep.all()):
             found[name] = _as_slices(name, keep)
     return found

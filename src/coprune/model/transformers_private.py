@@ -178,8 +178,11 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors that save_pretrained would save: of tied weights one, and none that the model says not to save."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, model)
-    return kept
+    # Tensors of a class of their own are in no memory that others could share.
+    lying = {name for name, tensor in state.items() if type(tensor) not in (Tensor, nn.Parameter)}
+    held = {name: tensor for name, tensor in state.items() if name not in lying}
+    kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(held, model)
+    return {name: tensor for name, tensor in state.items() if name in lying or name in kept}
 
 
 def initialize_again(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:

@@ -40,10 +40,10 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
         VerificationError: names the first difference.
     """
     location = check_folder(ModelFolder(folder, str(folder)))
-    saved = LazyCheckpoint(location, device=input_device(model.module), encoding=encoding)
+    checksums, device = edits.checksums(), input_device(model.module)
+    saved = LazyCheckpoint(location, device=device, encoding=encoding, experts_apart=not checksums)
     found = FoundModel.without_matrices(saved)
     saved.acquire_rest(found.names)
-    checksums = edits.checksums()
     for block in found.blocks:
         saved.acquire(block.name)
         matrices = [matrix for matrix in find_matrices(block.module, block.name) if matrix.name in checksums]

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from coprune.base.devices import device_memory
+from coprune.base.devices import device_memory, in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes, resident_memory, unread_weights
 from coprune.base.words import Set, Sheet, Shown, Together, Words, parts_of, say
@@ -28,7 +28,7 @@ from coprune.evaluation.tasks.text_task import samples_per_batch
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import fetches
 from coprune.model.leftovers import lists_of
-from coprune.model.loaded_model import Loaded, streams
+from coprune.model.loaded_model import Loaded, keeps_experts, streams
 from coprune.model.low_rank_factors import may_get_factors
 from coprune.model.matrices import Matrix
 from coprune.model.walk.activations import GIB, device_room
@@ -86,6 +86,11 @@ class Shapes:
     """Bytes of the statistics gathered at once when matrices are pruned one after another."""
     solve: int
     """Bytes that solving the largest matrix takes."""
+    experts: int
+    """Bytes of the experts of the largest block, and of what one of them is made of."""
+    expert: int
+    written: int
+    """Bytes of what is written of the largest block, in the form of its source."""
 
     @classmethod
     def of(cls, loaded: Loaded, found: FoundModel, solver: Solver, removes: bool) -> Shapes:
@@ -104,6 +109,7 @@ class Shapes:
         sums = [[one.count * one.statistic_bytes(solver) for one in own] for own in pruned]
         solved = [one.solve_bytes for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
         head = loaded.model.get_output_embeddings()
+        stacks = [parameter for parameter in block.module.parameters() if parameter.ndim == 3]
         return cls(
             total_bytes=loaded.weights.total_bytes,
             rest_bytes=sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(found.names).values()),
@@ -119,6 +125,9 @@ class Shapes:
             statistics=max(map(sum, sums)),
             statistic=max((size for own in sums for size in own), default=0),
             solve=max(solved, default=0),
+            experts=sum(stack.nbytes for stack in stacks),
+            expert=sum(stack.nbytes // len(stack) for stack in stacks),
+            written=int(sizes[largest] * loaded.weights.stored_share),
         )
 
 
@@ -214,23 +223,28 @@ class Bound:
         self._room = device_room(loaded.device, recipe.calibrate.device_activation_memory)
         self._ahead = shapes.block_bytes if self.streams and fetches(shapes.block_bytes, loaded.device) else 0
         self.weights = shapes.rest_bytes if self.streams else shapes.total_bytes
+        self._block, self._written = shapes.block_bytes, 0
+        if self.streams and keeps_experts(recipe) and in_host_memory(loaded.device):
+            # One is decoded at a time, to a new tensor while the one before is still there.
+            self._block += 2 * shapes.expert - shapes.experts
+            self._written = 0 if recipe.output.as_gguf else shapes.written
 
     def tensors(self, on_device: bool) -> Iterator[tuple[str, float]]:
         """Yield the bytes of each phase at its peak where it computes, beside the permanent weights."""
         shapes, recipe = self._shapes, self._recipe
         limit = self._room.nbytes if on_device and self._room is not None else self._limit
-        block = shapes.block_bytes + self._ahead if self.streams else 0
+        block = self._block + self._ahead if self.streams else 0
         yield "proof", self._proof(block)
         for windows in self._text.evaluated:
             yield "perplexity", self._perplexity(windows, block, limit) + self._added
-        yield "pruning", block + self._pruning(limit) + self._added
+        yield "pruning", block + max(self._pruning(limit), self._written) + self._added
         if (
             recipe.remove.parts
         ):  # tried block by block; beside a model in memory it is built, from tensors that were cut
-            yield "smaller model", shapes.rest_bytes + shapes.block_bytes if self.streams else 2 * shapes.total_bytes
+            yield "smaller model", shapes.rest_bytes + self._block if self.streams else 2 * shapes.total_bytes
         if recipe.output.model is not None:
             compared = 2 * COMPARED_TOKENS * shapes.vocabulary * 4
-            yield "verification", shapes.rest_bytes + shapes.block_bytes + compared + 2 * self._added
+            yield "verification", shapes.rest_bytes + self._block + compared + 2 * self._added
         if self._trains is not None:  # by then the pruned model is loaded anew
             yield "training", self._training() - self.weights
 

@@ -18,7 +18,7 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.locate import locates_gguf
 from coprune.model.checkpoint.names import is_below
 from coprune.model.edits import require_history
-from coprune.model.loaded_model import Loaded, open_model, say_of_bfloat16, streams
+from coprune.model.loaded_model import Loaded, keeps_experts, open_model, say_of_bfloat16, streams
 from coprune.model.low_rank_factors import noting_calls
 from coprune.model.matrices import LEAST_SPARSITY
 from coprune.model.matrix_choice import choose_matrices
@@ -67,7 +67,7 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
         if needs_inputs(recipe, run.solver):
             _require_reach(recipe)
         reporter.say(f"Loading {recipe.model.name}")
-        loaded = open_model(recipe.model, stream=streams(recipe))
+        loaded = open_model(recipe.model, streams(recipe), keeps_experts(recipe))
     say_of_bfloat16(reporter, loaded, given.loaded is None, ", and saves float32")
     _say_of_trained(recipe, loaded, reporter)
     blocks = find_blocks(loaded.model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class BlockOutcome:
     edits: list[Edit]
     training: BlockTraining | None = None
     """Training of the block, if it was trained."""
+    rounded: Rounding = field(default_factory=Rounding)
+    """What was rounded while it was pruned, to values that its source's form has."""
 
 
 _RESULTS = TypeAdapter(list[MatrixResult])
@@ -196,13 +198,13 @@ class Output:
     def _write(self, writer: CheckpointWriter, block: Block, outcome: BlockOutcome) -> None:
         writer.settle()
         tensors, rounding = self._stored(self._weights.original_tensors(block.name), outcome.edits)
-        self.rounding += rounding
+        self.rounding += rounding + outcome.rounded
         tensors |= stored_factors(factors_below(block.module, block.name), self._weights.model.dtype)
         remember = {
             "results": _RESULTS.dump_python(outcome.results, mode="json"),
             "edits": dump_edits(outcome.edits),
             "training": _TRAINING.dump_python(outcome.training, mode="json"),
-            "rounding": asdict(rounding),
+            "rounding": asdict(rounding + outcome.rounded),
         }
 
         def ready() -> None:

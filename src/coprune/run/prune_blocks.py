@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
 
 from coprune.base.devices import memory_within
 from coprune.base.memory import freed_memory_kept
 from coprune.base.progress import NO_BAR
 from coprune.base.words import Setting, per_cent, say
+from coprune.model.checkpoint.formats import Rounding
 from coprune.model.edit import AddLowRank, Edit, FillZeros
 from coprune.model.matrices import Matrix
 from coprune.model.walk.block_events import BlockDone, Past
@@ -21,7 +25,7 @@ from coprune.pruning.block_training import BlockTraining, reconstruct_block
 from coprune.pruning.permutation import permute_model
 from coprune.pruning.pruner import MatrixResult, Solving, prune_walk
 from coprune.pruning.rotation import rotate_model
-from coprune.recipe.pattern import Target
+from coprune.recipe.pattern import Grid, Target
 from coprune.run.calibrating import (
     counted_batches,
     first_counted,
@@ -48,7 +52,8 @@ def prune_blocks(run: Run) -> Outcome:
     for note in notes:
         reporter.say(f"{note}.")
     started = time.perf_counter()
-    target_of = _look_at_dense(run)
+    rounded: list[Rounding] = []
+    target_of = _on_grids(run, _look_at_dense(run), rounded)
     known = run.reuse.gathered(run, finished, lambda: record_calibration(run))
     with reporter.bar(f"Pruning with {recipe.prune.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
@@ -63,7 +68,7 @@ def prune_blocks(run: Run) -> Outcome:
             advance,
         )
         with output.settled(), memory_within(lambda: walk.at):
-            results = _prune(run, walk, target_of)
+            results = _prune(run, walk, target_of, rounded)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     trainings = output.trainings
     if (idle := _idle_trainings(trainings)) is not None:
@@ -74,14 +79,19 @@ def prune_blocks(run: Run) -> Outcome:
     return Outcome(earlier + results, output.edits(rest), time.perf_counter() - started, trainings, notes=notes)
 
 
-def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target]) -> list[MatrixResult]:
-    """Prune what the walk shows; blocks are trained, if that is asked for, and written when they are finished."""
+def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> list[MatrixResult]:
+    """Prune what the walk shows; blocks are trained, if that is asked for, and written when they are finished.
+
+    rounded: gets what is rounded meanwhile.
+    """
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         training = None
         if run.reconstruction is not None and walk.recording is not None:
             results, training = reconstruct_block(run.reconstruction, done, walk.recording, results)
-        run.finish_block(done.block, BlockOutcome(results, edits_of(results), training))
+        own = sum((part for parts in run.processes.gather(rounded) for part in parts), Rounding())
+        rounded.clear()
+        run.finish_block(done.block, BlockOutcome(results, edits_of(results), training, own))
         return results
 
     sequential = run.recipe.calibrate.propagation == "sequential"
@@ -148,6 +158,31 @@ def _look_at_dense(run: Run) -> Callable[[Matrix], Target]:
         spread = f"from {per_cent(min(sparsities))} to {per_cent(max(sparsities))} sparse, {per_cent(overall)} in all"
         reporter.say(f"Allocation {recipe.prune.allocation}: matrices {spread}.")
     return lambda matrix: targets[matrix.name]
+
+
+def _on_grids(run: Run, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> Callable[[Matrix], Target]:
+    """Let targets say which values a matrix can hold that is written in the form of its source, under the scales there.
+
+    rounded: gets what is rounded to these.
+    """
+    weights = run.model.weights
+    if run.encoding is not weights.stored_as or run.solver.statistic is not Gram or run.recipe.prune.reshapes:
+        return target_of
+
+    def counted(grid: Grid) -> Grid:
+        def nearest(values: Tensor, columns: slice) -> Tensor:
+            found = grid(values, columns)
+            rounded[:] = [sum(rounded, Rounding.between(values, found))]
+            return found
+
+        return nearest
+
+    def target_on_grid(matrix: Matrix) -> Target:
+        as_stored = matrix.expert is None and matrix.input_dim == 1
+        grid = weights.grid_of(matrix.parameter) if as_stored else None
+        return target_of(matrix) if grid is None else replace(target_of(matrix), grid=counted(grid))
+
+    return target_on_grid
 
 
 def _record_few(run: Run, tokens: int) -> Recording:

@@ -19,6 +19,7 @@ that are not finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ from coprune.base.native import solving
 
 STRIP = 32
 """Columns that are brought up to date together: few enough that a column's own update reads little memory."""
+
+
+Put = Callable[[Tensor, int], Tensor]
+"""Gives the values nearest to some of a column's (O float32) on the grid that it is stored on; which column of the block."""
 
 
 class ColumnBlock(NamedTuple):
@@ -48,8 +53,11 @@ class ColumnBlock(NamedTuple):
     """N and M to choose by, M dividing C; None where the mask is given."""
 
 
-def walk_with_torch(block: ColumnBlock) -> None:
-    """Update the columns with torch, on any device: a few small operations per column."""
+def walk_with_torch(block: ColumnBlock, put: Put | None = None) -> None:
+    """Update the columns with torch, on any device: a few small operations per column.
+
+    put: rounds what is kept of a column to a grid, zero to zero; what that changes is an error as what is pruned is.
+    """
     columns, keep, errors, unit, pivots, n_of_m = block
     size = columns.shape[0]
     n, m = n_of_m or (0, size)
@@ -59,7 +67,12 @@ def walk_with_torch(block: ColumnBlock) -> None:
         if n_of_m is not None:
             score = (columns[group].T / pivots[group]).square()
             keep[group] = (rank_in_groups(score.reshape(-1, m)) >= m - n).reshape(-1, m).T
-        _walk_group(ColumnBlock(columns[group], keep[group], errors[group], unit[group, group], pivots, None))
+        own = None if put is None else _from(put, first)
+        _walk_group(ColumnBlock(columns[group], keep[group], errors[group], unit[group, group], pivots, None), own)
+
+
+def _from(put: Put, first: int) -> Put:
+    return lambda column, number: put(column, first + number)
 
 
 def walk_natively(block: ColumnBlock) -> None:
@@ -80,7 +93,7 @@ def push_errors(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
         columns.addmm_(unit.T, errors, alpha=-1)
 
 
-def _walk_group(block: ColumnBlock) -> None:
+def _walk_group(block: ColumnBlock, put: Put | None) -> None:
     """Update one group of columns with a known mask, strip by strip; columns and errors are written in place.
 
     Each column adds the errors before it when its turn comes, which reads what pushing forward would read and write.
@@ -95,5 +108,10 @@ def _walk_group(block: ColumnBlock) -> None:
             column = columns[j]
             if j > start:
                 column.addmv_(errors[start:j].T, unit[start:j, j], alpha=-1)
-            torch.mul(column, pruned[j], out=errors[j])
+            if put is None:
+                torch.mul(column, pruned[j], out=errors[j])
+            else:
+                stays = put(column.masked_fill(~keep[j], 0.0), j)
+                torch.sub(column, stays, out=errors[j])
+                column.copy_(stays)
     columns.masked_fill_(~keep, 0.0)

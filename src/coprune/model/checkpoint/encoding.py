@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coprune.model.checkpoint.deferred import held
 from coprune.model.checkpoint.formats import Rounding
 from coprune.model.checkpoint.names import MODELOPT_FILE
 from coprune.model.kept_slices import KeptSlices
@@ -42,7 +43,7 @@ class Encoding(Protocol):
         """
         for one in kept:
             tensor = one.cut(tensor)
-        return {name: tensor}, Rounding()
+        return {name: held(tensor)}, Rounding()
 
     def require_cut(self, name: str, kept: KeptSlices) -> None:
         """Raise UnsupportedModel where `store` cannot keep these slices of a dense tensor."""

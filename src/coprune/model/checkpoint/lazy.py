@@ -16,11 +16,12 @@ from accelerate.big_modeling import init_empty_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from coprune.base.devices import device_memory, is_accelerator, is_out_of_memory
+from coprune.base.devices import device_memory, in_host_memory, is_accelerator, is_out_of_memory
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Set
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.conversion import Renamed, require_floats
+from coprune.model.checkpoint.deferred import deferred
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import DtypeName, class_for, explained, prepare, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
@@ -30,6 +31,7 @@ from coprune.model.checkpoint.source import FLOATS, Source
 from coprune.model.checkpoint.source_encoding import source_encoding
 from coprune.model.checkpoint.weights import Uncut, piece_places
 from coprune.model.transformers_private import build, initialize_again, name_model, tie_read_weights
+from coprune.recipe.pattern import Grid
 
 SHARE = 8
 """A block is fetched beside another only if it takes no more than this part of what is free on the device."""
@@ -156,19 +158,28 @@ class Unread:
     """Restores the model's shape of a tensor that was made smaller."""
     ahead: Ahead | None = None
     """The prefetcher that may hold it already."""
+    apart: bool = False
+    """Whether it stays there until it is multiplied, where that can be."""
 
     def __getitem__(self, everything: object) -> Tensor:
+        if self.apart and (there := deferred(self.entry, None if self.uncut is None else self._in_full)) is not None:
+            return there
         if self.ahead is not None and (fetched := self.ahead.take(self.entry)) is not None:
             return fetched
         tensor = self.encoding.decode(read_tensor(self.entry))
-        return tensor if self.uncut is None else self.uncut({self.name: tensor})[self.name]
+        return tensor if self.uncut is None else self._in_full(tensor)
+
+    def _in_full(self, tensor: Tensor) -> Tensor:
+        assert self.uncut is not None
+        return self.uncut({self.name: tensor})[self.name]
 
 
 class LazyCheckpoint:
     """The model of a folder, streamed; implements `weights.Weights`.
 
     dtype: "auto" computes in the configuration's and writes every tensor in its own; another is both computed in and
-    written. encoding: how the files store their tensors. Raises BadInput if the folder is damaged or lacks weights,
+    written. encoding: how the files store their tensors. experts_apart: whether experts stay in their files until they are
+    multiplied, one at a time, which are not changed then. Raises BadInput if the folder is damaged or lacks weights,
     before any weight is read.
     """
 
@@ -181,8 +192,10 @@ class LazyCheckpoint:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         encoding: Encoding = DENSE,
+        experts_apart: bool = False,
     ) -> None:
         self._encoding = encoding
+        self._apart = experts_apart and encoding.journalled and in_host_memory(torch.device(device))
         self.location = location
         self.device = torch.device(device)
         self.stored_as = source_encoding(location.path, None if dtype == "auto" else getattr(torch, dtype))
@@ -212,8 +225,15 @@ class LazyCheckpoint:
     def total_bytes(self) -> int:
         return self.source.total_bytes
 
+    @property
+    def stored_share(self) -> float:
+        return 1.0 if self.stored_as is None else self.stored_as.bytes_of(self.total_bytes) / self.total_bytes
+
     def _first_dtype(self) -> torch.dtype:
         return next((DTYPES[e.dtype] for e in self._entries.values() if e.dtype in FLOATS), torch.float32)
+
+    def grid_of(self, parameter: str) -> Grid | None:
+        return self.source.grid_of(parameter)
 
     def acquire(self, prefix: str) -> None:
         """Read the parameters and buffers below a module's path. Raises BadInput if the files lack one."""
@@ -288,15 +308,20 @@ class LazyCheckpoint:
     def _load(self, groups: Sequence[Renamed]) -> None:
         """Convert group by group, so that no more than one merged parameter exists twice at a time."""
         plain = [group.originals[0] for group in groups if not group.converted]
+        apart = {name for group in groups if self._stays(group) for name in group.originals}
         with quiet_transformers():
             for names in [plain, *(group.originals for group in groups if group.converted)]:
-                slices = {name: self._unread(name) for name in names}
+                slices = {name: self._unread(name, name in apart) for name in names}
                 self.source.conversion.load(slices, self.dtype, self.device)
         for group in groups:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
 
-    def _unread(self, name: str) -> Unread:
-        return Unread(self._entries[name], self._encoding, name, self._uncut.get(name), self._ahead)
+    def _stays(self, group: Renamed) -> bool:
+        """Whether a group are the experts of a layer, which stay in their files."""
+        return self._apart and self._model.get_parameter_or_buffer(group.target).ndim == 3
+
+    def _unread(self, name: str, apart: bool = False) -> Unread:
+        return Unread(self._entries[name], self._encoding, name, self._uncut.get(name), self._ahead, apart)
 
     def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self._model.named_parameters(remove_duplicate=False)

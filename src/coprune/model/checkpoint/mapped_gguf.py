@@ -13,7 +13,7 @@ import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
@@ -137,6 +138,13 @@ class GgufEntry(TensorEntry):
     tensors: tuple[Any, ...] = field(compare=False, repr=False)
     """They themselves, as the package gguf gives them."""
     names: GgufNames = field(compare=False, repr=False)
+    row: int | None = None
+    """Which entry of their first axis is meant; None for all."""
+
+    def at(self, index: int) -> GgufEntry | None:
+        if any(len(stored.data) != self.shape[0] for stored in self.tensors):
+            return None
+        return replace(self, shape=self.shape[1:], nbytes=self.nbytes // self.shape[0], row=index)
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
@@ -144,7 +152,9 @@ class GgufEntry(TensorEntry):
 
     def read(self, buffer: Buffer) -> Tensor:
         out = buffer(self.shape, DTYPES[self.dtype])
-        if len(self.shape) == 3 and all(len(stored.data) == self.shape[0] for stored in self.tensors):
+        if self.row is not None:
+            self._read_into(out[None], slice(self.row, self.row + 1))
+        elif len(self.shape) == 3 and all(len(stored.data) == self.shape[0] for stored in self.tensors):
             # A layer's experts one at a time, since they are most of its size.
             for index in range(self.shape[0]):
                 self._read_into(out[index : index + 1], slice(index, index + 1))
@@ -179,7 +189,14 @@ class LazyGguf(LazyCheckpoint):
     Raises BadInput where the file is damaged, or transformers does not say which of its tensors make up a parameter.
     """
 
-    def __init__(self, location: GgufFile, dtype: DtypeName = "auto", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        location: GgufFile,
+        dtype: DtypeName = "auto",
+        device: torch.device | str = "cpu",
+        experts_apart: bool = False,
+    ) -> None:
+        self._apart = experts_apart and in_host_memory(torch.device(device))
         self._encoding, self.stored_as, self._uncut = DENSE, None, {}
         self.location, self.device = ModelFolder(location.path.parent, location.name), torch.device(device)
         self.dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)

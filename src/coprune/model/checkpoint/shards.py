@@ -49,6 +49,11 @@ class TensorEntry:
         """The stored tensors of it: itself, unless it is decoded from several."""
         return (self,)
 
+    def at(self, index: int) -> TensorEntry | None:
+        """Return where an entry of the first axis lies; None where it cannot be read by itself."""
+        nbytes = self.nbytes // self.shape[0]
+        return TensorEntry(self.file, self.dtype, self.shape[1:], self.start + index * nbytes, nbytes)
+
     def read(self, buffer: Buffer) -> Tensor:
         """Read the tensor into memory that `buffer` gives. Raises as `read_tensor`."""
         return _read_stored(self, buffer)

@@ -18,12 +18,14 @@ from coprune.base.errors import UnsupportedModel
 from coprune.base.files import write_text
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
 from coprune.model.checkpoint.conversion import Conversion, Renamed
+from coprune.model.checkpoint.deferred import deferred, untouched
 from coprune.model.checkpoint.file_config import changes_in_file
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder, is_packed
 from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_json, read_tensor, stored_entries
-from coprune.model.checkpoint.source_encoding import SourceEncoding, source_encoding
+from coprune.model.checkpoint.source_encoding import DecodedEntry, SourceEncoding, source_encoding
+from coprune.recipe.pattern import Grid
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -64,6 +66,19 @@ class Source:
             return entry.nbytes
         return math.prod(entry.shape) * int(self._dtype.itemsize)
 
+    def grid_of(self, parameter: str) -> Grid | None:
+        """Return what gives the nearest values that a matrix can hold as it is stored.
+
+        None where it can hold any, and where a parameter is made of several tensors.
+        """
+        found = (
+            group.originals[0] for group in self.conversion.groups if group.target == parameter and not group.converted
+        )
+        entry = self.entries.get(next(found, ""))
+        if not isinstance(entry, DecodedEntry) or len(entry.shape) != 2 or entry.weight.form.transposed:
+            return None
+        return entry.weight.grid(entry.read_parts())
+
     def leads_back(self) -> bool:
         """Return whether the whole model can be saved in the layout of its files."""
         if is_packed(self.location):
@@ -98,6 +113,8 @@ class Source:
         written = DTYPES[self.entries[name].dtype]
         if written == tensor.dtype:
             return tensor
+        if untouched(tensor, self.entries[name]):
+            return deferred(self.entries[name]) or tensor
         # Computing in a smaller dtype must not round unchanged tensors (a router's bias in float32).
         source = read_tensor(self.entries[name])
         return source if torch.equal(source.to(tensor.dtype), tensor) else tensor.to(written)

@@ -10,7 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.model.checkpoint.deferred import untouched
 from coprune.model.checkpoint.encoding import Dense, Place, keep_place
 from coprune.model.checkpoint.formats import Rounding, Weight, find_weights
 from coprune.model.checkpoint.formats.by_input import PARTS, ByInput, bases_of, by_input
+from coprune.model.checkpoint.formats.weight import STACKED
 from coprune.model.checkpoint.names import MODELOPT_FILE, QUANT_METHOD, kinds_of
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_json, read_tensor, stored_entries
 from coprune.model.kept_slices import KeptSlices
@@ -50,6 +52,18 @@ class DecodedEntry(TensorEntry):
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
         return tuple(entry for _, entry in self.parts)
+
+    def at(self, index: int) -> TensorEntry | None:
+        own = [(role, entry.at(index) if role in STACKED else entry) for role, entry in self.parts]
+        parts = tuple((role, entry) for role, entry in own if entry is not None)
+        return replace(
+            self,
+            shape=self.shape[1:],
+            start=parts[0][1].start,
+            nbytes=self.nbytes // self.shape[0],
+            weight=replace(self.weight, lead=None),
+            parts=parts,
+        )
 
     def read(self, buffer: Buffer) -> Tensor:
         return self.weight.decode(self.read_parts(), buffer(self.shape, DTYPES[self.dtype]))
@@ -97,7 +111,9 @@ class SourceEncoding(Dense):
         entry = self.entries.get(name)
         if not isinstance(entry, DecodedEntry):
             return super().store(name, tensor, kept)
-        parts, rounding = entry.weight.encode(tensor, entry.read_parts())
+        parts, rounding = entry.read_parts(), Rounding()
+        if not untouched(tensor, entry):
+            parts, rounding = entry.weight.encode(tensor, parts)
         for one in kept:
             parts = entry.weight.cut(parts, one)
         return {entry.weight.parts[role]: part for role, part in parts.items()}, rounding
@@ -139,6 +155,9 @@ class ByInputEntry(TensorEntry):
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
         return tuple(entry for _, entry in self.parts)
+
+    def at(self, index: int) -> None:
+        return None
 
     def read(self, buffer: Buffer) -> Tensor:
         parts = {last: read_tensor(entry) for last, entry in self.parts}
@@ -188,6 +207,30 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
             if isinstance(found, dict):
                 return found
     return None
+
+
+_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25, "nvfp4": 4.5}
+"""Of a value with its share of a scale, by method or algorithm."""
+
+
+def stored_share(said: Mapping[str, Any] | None, itemsize: int) -> float:
+    """Return the size of quantised weights over that of their values, as a configuration says; 1 where it says nothing.
+
+    Args:
+        said: what it says of how weights are quantised.
+        itemsize: of their values.
+    """
+    found = said or {}
+    groups = found.get("config_groups")
+    own = (
+        [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+        if isinstance(groups, Mapping)
+        else []
+    )
+    numbers = [one["num_bits"] for one in own if isinstance(one, Mapping) and isinstance(one.get("num_bits"), int)]
+    algorithm = str(found.get("quant_algo", found.get("quant_method"))).lower()
+    bits = max(numbers) + 0.5 if numbers else _BITS.get(algorithm)
+    return 1.0 if bits is None else min(1.0, bits / 8 / itemsize)
 
 
 def is_quantised(folder: Path) -> bool:

@@ -27,6 +27,7 @@ from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_tens
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.source_encoding import SourceEncoding
 from coprune.model.transformers_private import revert_conversion, saved_tensors
+from coprune.recipe.pattern import Grid
 
 Uncut = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -53,8 +54,17 @@ class Weights(Protocol):
         ...
 
     @property
+    def stored_share(self) -> float:
+        """Size of the tensors as their source stores them, over that of their values."""
+        ...
+
+    @property
     def carried_entries(self) -> Mapping[str, TensorEntry]:
         """Entries of tensors that the model does not load, saved unchanged; empty without files."""
+        ...
+
+    def grid_of(self, parameter: str) -> Grid | None:
+        """Return what gives the nearest values that a matrix can hold as its source stores it; None where it can hold any."""
         ...
 
     def acquire(self, prefix: str) -> None:
@@ -133,6 +143,13 @@ class InMemory:
         if self._names is not None:
             return self._names.total_bytes
         return sum(tensor.numel() * tensor.element_size() for tensor in saved_tensors(self._model).values())
+
+    @property
+    def stored_share(self) -> float:
+        return 1.0 if self.stored_as is None else self.stored_as.bytes_of(self.total_bytes) / self.total_bytes
+
+    def grid_of(self, parameter: str) -> Grid | None:
+        return None if self._names is None else self._names.grid_of(parameter)
 
     def acquire(self, prefix: str) -> None:
         pass

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from coprune.base.errors import UnsupportedModel
 from coprune.base.words import Set
+from coprune.model.checkpoint.deferred import address_of
 from coprune.model.matrices import Matrix
 
 PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
@@ -104,7 +105,8 @@ class Observe(TorchFunctionMode):
                 self._see_matrix(matrix, patches(x, matrix.owner), weight.flatten(1), positions[2])
             return
         self._see_operands(x, weight, positions[2])
-        if func is not F.linear and x.ndim >= 2 and weight.ndim >= 2:
+        known = _address(x) in self._tracked or _address(x) in self._stacks
+        if func is not F.linear and known and x.ndim >= 2 and weight.ndim >= 2:
             # A weight on the left: W · Xᵀ is (X · Wᵀ)ᵀ.
             self._see_operands(weight.mT, x, 1 - positions[2])
 
@@ -229,4 +231,4 @@ def patches(x: Tensor, convolution: nn.Module) -> Tensor:
 
 
 def _address(tensor: Tensor) -> _Address:
-    return tensor.device, tensor.data_ptr()
+    return tensor.device, address_of(tensor)

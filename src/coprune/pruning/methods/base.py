@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -68,6 +69,8 @@ def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Tar
         return method.prune(weight, statistic, target)
     scale = target.outputs.to(weight).sqrt()[:, None]  # an error counts squared
     larger = weight * scale
+    if (grid := target.grid) is not None:
+        target = replace(target, grid=lambda values, columns: grid(values / scale, columns) * scale)
     pruned = method.prune(larger, statistic, target)
     # Unpruned weights stay equal to the last bit.
     return pruned._replace(weight=torch.where(pruned.weight == larger, weight, pruned.weight / scale))

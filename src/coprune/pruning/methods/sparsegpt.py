@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
-from coprune.base.kernels.columns import ColumnBlock, push_errors
+from coprune.base.kernels.columns import ColumnBlock, Put, push_errors, walk_with_torch
 from coprune.base.kernels.gram import panels
 from coprune.base.kernels.table import kernel
 from coprune.base.options import require_positive
@@ -25,7 +25,7 @@ from coprune.base.reading import refuse_if
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.base import Pruned
-from coprune.recipe.pattern import Target
+from coprune.recipe.pattern import Grid, Target
 
 Choose = Callable[[Tensor, slice], Tensor]
 """Returns the mask of kept weights of some columns: (weights as updated so far, O × C; which columns) → O × C bool."""
@@ -64,6 +64,15 @@ class SparseGPT:
         return update_columns(weight, factor, target, self.block_size, None if own else choose, self.inner_loop)
 
 
+def _put(grid: Grid, first: int) -> Put:
+    """Return what puts a column of a block on a grid. first: the number of the block's first column."""
+
+    def put(column: Tensor, number: int) -> Tensor:
+        return grid(column[:, None], slice(first + number, first + number + 1))[:, 0]
+
+    return put
+
+
 def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
     """Return the factor of a statistic's damped inverse, cached with the statistic."""
 
@@ -82,7 +91,8 @@ def update_columns(
     Args:
         weight: O × I float, not modified.
         factor: of the inverse of the inputs' damped Gram matrix.
-        target: pattern and sparsity.
+        target: pattern and sparsity, and the grid that what is kept is put on, if there is one: what that loses is
+            pushed into later columns with what is pruned.
         block_size: columns processed before later ones get their errors; rounded up to whole groups.
         choose: returns the mask of columns that have to be chosen together, in order, from weights that include every earlier
             column's error; None to keep N of M by SparseGPT's own score, which the kernel computes.
@@ -116,7 +126,11 @@ def update_columns(
                 if choose is not None:
                     keep[part] = choose(columns[part].T, part).T
                 unit, pivots = factor.unit[part, part], factor.pivots[part]
-                walk_columns(ColumnBlock(columns[part], keep[part], errors[group], unit, pivots, own))
+                walked = ColumnBlock(columns[part], keep[part], errors[group], unit, pivots, own)
+                if target.grid is None:
+                    walk_columns(walked)
+                else:
+                    walk_with_torch(walked, _put(target.grid, part.start))
             later = slice(block.stop, width)
             push_errors(columns[later], errors, factor.unit[block, later])
     finite = torch.isfinite(columns).all() & torch.isfinite(errors).all()

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coprune.base.errors import BadInput
-from coprune.recipe.pattern.base import NM, Group, Pattern, Target, Unstructured
+from coprune.recipe.pattern.base import NM, Grid, Group, Pattern, Target, Unstructured
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NM", "PATTERNS", "Group", "Pattern", "Target", "Unstructured", "find_pattern", "parse_pattern"]
+__all__ = ["NM", "PATTERNS", "Grid", "Group", "Pattern", "Target", "Unstructured", "find_pattern", "parse_pattern"]
 
 PATTERNS: dict[str, type[Pattern]] = {
     "unstructured": Unstructured,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 
 from coprune.base.errors import BadInput
 from coprune.base.words import per_cent
@@ -227,6 +228,10 @@ class NM(Pattern):
         return [1 - n / self.m for n in kept]
 
 
+Grid: TypeAlias = "Callable[[Tensor, slice], Tensor]"
+"""Gives the nearest values that can be stored, zero for zero alone: (O × C float32, which columns these are) → O × C."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Target of one matrix: a pattern and a sparsity (the fraction of zeros, 0 ≤ s < 1)."""
@@ -235,6 +240,9 @@ class Target:
     sparsity: float
     outputs: Tensor | None = field(default=None, compare=False, repr=False)
     """Weight of an error in each output (O float32, positive); None: all alike. A method need not know: its rows are scaled."""
+
+    grid: Grid | None = field(default=None, compare=False, repr=False)
+    """Gives the nearest values that can be stored, for some columns; None where any can. A method need not know it either."""
 
     def keep(self, score: Tensor, group: Group = "matrix") -> Tensor:
         """Choose the weights to keep, those with the largest scores.

@@ -5,7 +5,7 @@ It is decoded, encoded on its own grid, and cut by its parts: codes, scales and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,11 @@ from coprune.model.kept_slices import KeptSlices
 
 _STRETCH = 1 << 22
 """About as many values are decoded at a time."""
+_LAST_BITS = 1e-6
+"""What float32 itself may round, as where a value is divided by its scale and multiplied again."""
 CODES, SCALES, FACTOR, ZEROS, SHAPE = "codes", "scales", "factor", "zero points", "shape"
+STACKED = (CODES, SCALES, ZEROS)
+"""What every matrix of a stack has its own of."""
 Parts = Mapping[str, Tensor]
 """Stored tensors by what they are of a weight; those that are only carried along, by their names."""
 
@@ -47,6 +51,13 @@ class Rounding:
     """Sum of squared differences."""
     energy: float = 0.0
     """Sum of squares of the values that were rounded."""
+
+    @classmethod
+    def between(cls, exact: Tensor, put: Tensor) -> Rounding:
+        """Return what was rounded. exact: values before; put: after."""
+        moved = (put - exact).abs() > _LAST_BITS * exact.abs()
+        error, energy = (put - exact)[moved].double(), exact[moved].double()
+        return cls(int(moved.sum()), float(error.square().sum()), float(energy.square().sum()))
 
     def __add__(self, other: Rounding) -> Rounding:
         return Rounding(self.values + other.values, self.error + other.error, self.energy + other.energy)
@@ -139,11 +150,28 @@ class Weight:
                     exact, scales = wanted[moved].float(), self._scales(plane, rows).expand_as(before)[moved]
                     zero = None if own is None else own[moved]
                     after[moved] = grid.nearest(exact / scales, zero)
-                    error = (grid.values(after[moved], zero) * scales - exact).double()
-                    energy = float(exact.double().square().sum())
-                    rounding += Rounding(int(moved.sum()), float(error.square().sum()), energy)
+                    put = grid.values(after[moved], zero) * scales
+                    # What lies on the grid already, but for the dtype that it is computed in, is not rounded.
+                    rounding += Rounding.between(torch.where(put.to(dense.dtype) == wanted[moved], put, exact), put)
                 plane[CODES][rows] = self.form.packing.pack(after)
         return found | {CODES: codes}, rounding
+
+    def grid(self, stored: Parts) -> Callable[[Tensor, slice], Tensor]:
+        """Return what gives the nearest values that a matrix can hold under its scales, for some of its columns.
+
+        stored: what it is decoded from.
+        """
+        every = slice(0, self.rows)
+        scales, zeros = self._scales(stored, every), self._zeros(stored)
+        zero = None if zeros is None else self._expanded(zeros, every)
+
+        def nearest(values: Tensor, columns: slice) -> Tensor:
+            scale = scales[:, columns] if scales.shape[1] > 1 else scales
+            own = None if zero is None else (zero[:, columns] if zero.shape[1] > 1 else zero).expand_as(values)
+            codes = self.form.grid.nearest(values / scale, own)
+            return (self.form.grid.values(codes, own) * scale).masked_fill(values == 0, 0.0)
+
+        return nearest
 
     def cut(self, stored: Parts, kept: KeptSlices) -> dict[str, Tensor]:
         """Keep slices of a weight: of its codes and of its scales.
@@ -157,14 +185,14 @@ class Weight:
         """
         axis, indices = self._axis(kept), _indices(kept)
         if axis is None:
-            stacked = [role for role in (CODES, SCALES, ZEROS) if role in stored]
+            stacked = [role for role in STACKED if role in stored]
             return dict(stored) | {role: stored[role].index_select(0, indices[0]).contiguous() for role in stacked}
         planes = [*self._planes(stored)]
         each = indices * len(planes) if len(indices) == 1 else indices
         cut = [self._cut(plane, axis, own) for plane, own in zip(planes, each, strict=True)]
         if self.lead is None:
             return cut[0]
-        roles = [role for role in (CODES, SCALES, ZEROS) if role in stored]
+        roles = [role for role in STACKED if role in stored]
         return dict(stored) | {role: torch.stack([plane[role] for plane in cut]) for role in roles}
 
     def require_cut(self, kept: KeptSlices) -> None:
@@ -218,7 +246,7 @@ class Weight:
             yield dict(stored)
             return
         for index in range(self.lead):
-            own = {role: stored[role][index] for role in (CODES, SCALES, ZEROS) if role in stored}
+            own = {role: stored[role][index] for role in STACKED if role in stored}
             yield {**stored, **own}
 
     def _matrices(self, dense: Tensor) -> Sequence[Tensor]:
