@@ -96,10 +96,10 @@ def walk() -> Drawing:
     """The one loop over blocks, in `block` propagation."""
     d = Drawing("The walk over blocks")
     text = d.box(110, 8, 260, "calibration text", DATA)
-    record = d.box(70, 76, 340, "record what blocks are called with,\nprove that they can be replayed")
+    record = d.box(70, 76, 340, "record the arguments of all blocks,\nprove that they can be replayed")
     inputs = d.box(110, 163, 260, "inputs of a block", DATA)
     run = d.box(70, 261, 340, "run the dense block,\nadd each matrix's inputs to a statistic")
-    prune = d.box(70, 348, 340, "the method chooses zeros,\nrefinements mend what is left")
+    prune = d.box(70, 348, 340, "the method chooses zeros,\nrefinements adjust kept weights")
     again = d.box(70, 435, 340, "run the pruned block:\nthe inputs of the next one")
     write = d.box(70, 522, 340, "write it, with a checksum", DONE)
     d.frame(20, 227, 440, 355)
@@ -161,21 +161,21 @@ def rooms() -> Drawing:
     """The rooms, each on those that it uses."""
     d = Drawing("The rooms of the code: each uses those below it")
     told = {
-        "commands": "what is typed",
-        "fitting": "the smallest that still does a task",
-        "sweeps": "many runs from one file",
-        "removal": "channels, heads, experts, blocks that go",
+        "commands": "one command, one file",
+        "fitting": "the smallest model that still does a task",
+        "sweeps": "many runs from one file, local or on Ray",
+        "removal": "remove channels, heads, experts and blocks",
         "run": "one run, from recipe to folder",
-        "training": "recover, zeros held",
-        "report": "what people read",
-        "vocabulary": "tokens that nobody needs, and their rows",
-        "evaluation": "figures of a model",
-        "pruning": "from a weight to a pruned weight",
-        "packed": "kept values and where they are",
-        "gguf_files": "files for llama.cpp, read and written",
-        "model": "found, proven, walked, edited, written",
-        "data": "text and images",
-        "recipe": "what is asked for",
+        "training": "adapters, dense training, distillation",
+        "report": "report.json, the page, the model card",
+        "vocabulary": "remove tokens and their rows",
+        "evaluation": "perplexity, tasks, answers, comparison",
+        "pruning": "methods, refinements, allocations",
+        "packed": "the packed format, its loader and products",
+        "gguf_files": "GGUF files, read and written; llama.cpp",
+        "model": "open, walk, edit and write a model",
+        "data": "text and images to calibrate and measure on",
+        "recipe": "settings as data, without torch",
         "base": "errors, files, memory, processes, kernels",
     }
     for i, (room, words) in enumerate(told.items()):

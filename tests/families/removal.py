@@ -5,6 +5,7 @@ It tries some families, or all of them, and writes their rows of docs/removal-mo
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,14 +42,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 _IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 _OPENING = """# What can be removed of which models
 
-Every family of the tests' tiny models. `python tests/families/removal.py` tries them and writes this page. ✓ means:
+This page says which parts `--remove` takes from which families, tried on tiny models. ✓ means that:
 
-- the smaller model computes what the big one does with the same parts silent (experts: never chosen), in memory and from its
-  folder;
+- the smaller model computes the same as the big one with these parts silent (experts: never chosen), in memory and from its folder;
 - transformers loads the folder with no missing and no unexpected key;
 - a killed run resumes to the same bytes.
 
-A number is a refusal with the reason below; the model is unchanged.
+A number refers to the reason of a refusal, below; a refused model stays unchanged. `python tests/families/removal.py` writes this page.
 
 | families | channels | heads | blocks | experts |
 | --- | --- | --- | --- | --- |
@@ -73,6 +73,11 @@ class Row:
         return " | ".join(cells)
 
 
+def shortened(reason: str) -> str:
+    """Return a refusal's first clause without the name of the class, so that families refused alike share it."""
+    return re.sub(r" of [A-Z]\w+", "", reason.partition(";")[0].removesuffix("."))
+
+
 def tried(family: str, folder: Path) -> Row:
     """Remove every part of a family, alone and all together in a run that is killed. Fails where something is wrong."""
     refused = {}
@@ -80,7 +85,7 @@ def tried(family: str, folder: Path) -> Row:
         try:
             remove_alone(family, f"{part}={share}", folder / part)
         except CopruneError as error:
-            refused[part] = str(error).removesuffix(".")
+            refused[part] = shortened(str(error))
     # Blocks alone: the only one with heads may be among them.
     for number, kinds in enumerate([("blocks",), ("channels", "heads", "experts")]):
         parts = [f"{part}={SHARES[part]}" for part in kinds if part not in refused]
