@@ -150,8 +150,8 @@ def described(name: str) -> dict[str, str]:
     return {"model": name, "kind": KINDS[done], "runtime": "llama.cpp" if in_llama else "transformers", "label": label}
 
 
-def draw(rows: list[dict[str, Any]]) -> alt.HConcatChart:
-    """Two pictures beside each other, with the same colours and shapes."""
+def draw(rows: list[dict[str, Any]]) -> alt.VConcatChart:
+    """Two pictures with the same colours and shapes."""
     # On the disk a file of f16 is what a folder of bfloat16 is.
     files = {row["model"].partition(" ")[0] for row in rows if row["model"].endswith("f16")}
     rows = [row | {"name": row["model"]} for row in rows]

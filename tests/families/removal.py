@@ -44,11 +44,13 @@ _OPENING = """# What can be removed of which models
 
 This page says which parts `--remove` takes from which families, tried on tiny models. ✓ means that:
 
-- the smaller model computes the same as the big one with these parts silent (experts: never chosen), in memory and from its folder;
+- the smaller model computes the same as the big one with these parts silent (experts: never chosen), in memory and from its
+  folder;
 - transformers loads the folder with no missing and no unexpected key;
 - a killed run resumes to the same bytes.
 
-A number refers to the reason of a refusal, below; a refused model stays unchanged. `python tests/families/removal.py` writes this page.
+A number refers to the reason of a refusal, below; a refused model stays unchanged. `python tests/families/removal.py` writes this
+page.
 
 | families | channels | heads | blocks | experts |
 | --- | --- | --- | --- | --- |
