@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coprune.pruning.evolution import Exchanges, Steps, next_tries
+from coprune.removal.candidates import Exchanges, Steps, next_tries
 
 TWO_KINDS = Exchanges([[0, 1, 2], [3, 4]], [3, 3, 3, 2, 2])
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
-from coprune.recipe.pattern import NM, PATTERNS, Pattern, Target, Unstructured, find_pattern, parse_pattern
-from coprune.recipe.pattern.base import Group
+from coprune.recipe.pattern import NM, PATTERNS, Group, Pattern, Target, Unstructured, find_pattern, parse_pattern
 from support.patterns import Blocks
 
 EXAMPLES = [Unstructured(), NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4), NM(7, 20), Blocks(4)]

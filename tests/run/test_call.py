@@ -14,7 +14,6 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS, Pruned, apply_keep, method_named
-from coprune.pruning.methods.method_object import choice_of
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import flatten
@@ -24,7 +23,7 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.tree import FIELDS, FLAT, LEAVES, OLDER_PARTS, PARTS
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
 from coprune.run.checks import prepare_solver
-from coprune.run.prune import options_of, read_call, sort_options
+from coprune.run.prune import choice_of, options_of, read_call, sort_options
 from support.annotations import kinds
 
 OTHER_WORDS = {"sparsity_ratio": "sparsity", "sparsity_type": "pattern", "use_variant": None}

@@ -13,7 +13,7 @@ from torch import nn
 
 from coprune.report.schema import Report
 from coprune.run import context, stages
-from coprune.sweeps import statistics_store, work
+from coprune.sweeps import sharing, work
 from coprune.sweeps.events import Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_gathered_anew(
 def test_a_disk_without_room_keeps_nothing(
     place: Path, forwards: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics_store, "SPARE", 10**12)
+    monkeypatch.setattr(sharing, "SPARE", 10**12)
     sweep, runs = pico_sweep(method=["sparsegpt"], propagation="dense", **SETTINGS)
     assert set(do_here(sweep, runs).values()) == {0}
     assert not kept(place)

@@ -11,7 +11,7 @@ from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts, is_share, main_of
 from coprune.pruning.distributions import Distributions, Histogram
 from coprune.pruning.pruner import MatrixResult
-from coprune.report.answers_page import answers_section
+from coprune.report.answers import answers_section
 from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
 from coprune.report.heat_map import heat_map, matrix_rows, place_of
 from coprune.report.html import (

@@ -11,7 +11,7 @@ from coprune.base.files import write_text
 from coprune.base.validation import read_as
 from coprune.base.words import per_cent
 from coprune.recipe.train import has_teacher
-from coprune.report.answers_page import answers_section
+from coprune.report.answers import answers_section
 from coprune.report.html import (
     Bar,
     bars,

@@ -26,8 +26,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.train import has_adapters
 from coprune.training.adapters import add_adapter, choose_targets, plain_warning
 from coprune.training.masks import History, Masks, leave_alone, masks_of, parameters_within, select_parameters
-from coprune.training.training_data import TrainingData, begun, read_training_text
-from coprune.training.training_images import read_training_images
+from coprune.training.training_data import TrainingData, begun, read_training_images, read_training_text
 
 
 @dataclass

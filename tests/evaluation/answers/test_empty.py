@@ -15,8 +15,7 @@ import coprune
 from coprune.evaluation.answers.answer_records import Answered, Answers, is_empty
 from coprune.evaluation.answers.facts import AnswerFacts, Asked, facts_of, judge
 from coprune.recipe.answers import read_conditions
-from coprune.report.answers import answers_markdown
-from coprune.report.answers_page import answers_section
+from coprune.report.answers import answers_markdown, answers_section
 from support.pico_folder import save_pico
 
 ASKED = Asked(prompts="builtin", fingerprint="f", chat=False, new_tokens=64, temperature=0.8, seed=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from coprune.evaluation.result_cache import plain_names
 from coprune.evaluation.tasks.image_task import aggregate_accuracy, rank_classes
 from coprune.evaluation.tasks.task import Data, Remember, Samples
 from coprune.evaluation.tasks.text_task import TextTask
+from coprune.model.checkpoint.companions import modules_of
 from coprune.model.checkpoint.load import WHAT, evaluating
 from coprune.model.checkpoint.locate import ModelFolder, locate
+from coprune.model.checkpoint.shards import read_json
 from coprune.model.loaded_model import Loaded
-from coprune.model.pooling import Pooling
 from coprune.model.transformers_private import auto_choice
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.block_calls import input_device
@@ -335,3 +337,47 @@ class LabelTask(WholeTextTask):
 def _parts(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(places), size):
         yield places[start : start + size]
+
+
+_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+_OLD = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Concatenated pooling modes."""
+
+    modes: tuple[str, ...] = ("mean",)
+
+    @classmethod
+    def of_folder(cls, folder: Path | None) -> Pooling:
+        """Read a folder's pooling. Raises BadInput for an unknown mode."""
+        for module in modules_of(folder):
+            config = module / "config.json"
+            said = read_json(config) if config.is_file() else {}
+            if not any(key.startswith("pooling_mode") for key in said):
+                continue
+            modes = said.get("pooling_mode") or [m for m in _MODES if said.get(f"pooling_mode_{_OLD.get(m, m)}")]
+            modes = (modes,) if isinstance(modes, str) else tuple(map(str, modes)) or ("mean",)
+            if not set(modes) <= set(_MODES):
+                raise BadInput(f"{config} pools by {', '.join(modes)}, which coprune does not know", field="model")
+            return cls(modes)
+        return cls()
+
+    def of_hidden(self, hidden: Tensor) -> Tensor:
+        """Return a unit vector per text: B × (modes · H) float32. hidden: B × S × H, without padding."""
+        found = torch.cat([_pooled(hidden.to(torch.float32), mode) for mode in self.modes], dim=-1)
+        return torch.nn.functional.normalize(found, dim=-1)
+
+
+def _pooled(hidden: Tensor, mode: str) -> Tensor:
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "lasttoken":
+        return hidden[:, -1]
+    if mode == "max":
+        return hidden.amax(dim=1)
+    if mode == "weightedmean":
+        weights = torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype, device=hidden.device)
+        return (hidden * weights[:, None]).sum(dim=1) / weights.sum()
+    return hidden.mean(dim=1)  # a text's length does not change its direction

@@ -1,4 +1,7 @@
-"""The contract of a pattern: which weights may be zero together."""
+"""Patterns of zeros, in one table, and the parser of their names.
+
+Nothing heavy is imported before a mask is chosen.
+"""
 
 from __future__ import annotations
 
@@ -319,3 +322,27 @@ class Unstructured(Pattern):
 
     def label(self, sparsity: str) -> str:
         return sparsity
+
+
+__all__ = ["NM", "PATTERNS", "Group", "Pattern", "Target", "Unstructured", "find_pattern", "parse_pattern"]
+
+PATTERNS: dict[str, type[Pattern]] = {
+    "unstructured": Unstructured,
+    "N:M": NM,
+}
+"""Patterns by name, from the most general to the most specific."""
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read a pattern, such as `unstructured` or `2:4`. Raises BadInput on anything else."""
+    for kind in PATTERNS.values():
+        if (pattern := kind.read(text)) is not None:
+            return pattern
+    usages = " or ".join(kind.usage for kind in PATTERNS.values())
+    raise BadInput(f"unknown pattern {text!r}", field="pattern", value=text, fix=f"use {usages}")
+
+
+def find_pattern(keep: Tensor) -> Pattern:
+    """Return the most specific pattern that a mask (O × I bool) follows."""
+    found = [pattern for kind in PATTERNS.values() if (pattern := kind.found_in(keep)) is not None]
+    return found[-1]
