@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from coprune.base.errors import BadInput
-from coprune.fitting.bounds import LEVEL, bounds_of, items_needed, score_bound
+from coprune.evaluation.bounds import LEVEL, bounds_of, items_needed, score_bound
 from coprune.fitting.require import Verdict, read_conditions
 
 

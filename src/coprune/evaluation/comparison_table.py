@@ -217,13 +217,14 @@ def answer_columns(sampled: bool, against: bool) -> list[Column]:
     """Make the columns of answers. sampled: whether answers were sampled too; against: whether there are two models."""
     columns = _columns("greedy", against)
     if against:
-        columns.append(plain("KL along answers", _kl, "{:.4f}"))
+        columns.append(plain("KL along answers", lambda row: _along(row, "kl"), "{:.4f}"))
+        columns.append(plain("acceptance along answers", lambda row: _along(row, "acceptance"), "{:.4f}"))
     return columns + (_columns("sampled", against) if sampled else [])
 
 
-def _kl(row: Row) -> Number:
+def _along(row: Row, figure: str) -> Number:
     facts = row.evaluation.answers
-    return None if facts is None or facts.along is None else facts.along.kl
+    return None if facts is None or facts.along is None else getattr(facts.along, figure)
 
 
 def _columns(name: str, against: bool) -> list[Column]:

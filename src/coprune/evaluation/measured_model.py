@@ -330,7 +330,9 @@ class MeasuredAnswers:
         asked = asked_of(self._plan, self.answers.chat, self._plan.new_tokens)
         if dense is None:
             return facts_of(asked, self._plan.prompts.texts, (None, self.answers))
-        key = answers_key(self.fingerprint, self._recipe.model, self._plan, along=dense.fingerprint)
+        key = answers_key(
+            self.fingerprint, self._recipe.model, self._plan, along=dense.fingerprint, figures="kl, acceptance"
+        )
         along = self._cache.get(key, Along, lambda: self._along(dense))
         return facts_of(asked, self._plan.prompts.texts, (dense.answers, self.answers), along)
 
@@ -343,6 +345,6 @@ class MeasuredAnswers:
                 field="against",
                 fix="give a dense model of the same family",
             )
-        with self._reporter.bar("KL along the dense model's answers", 1):
+        with self._reporter.bar("Closeness along the dense model's answers", 1):
             rows = [rows_along(model, self._questions, dense.answers) for model in models]
             return divergence(*rows)

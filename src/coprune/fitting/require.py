@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.fitting.bounds import Bounds, bounds_of, items_needed
+from coprune.evaluation.bounds import Bounds, bounds_of, items_needed
 
 METRICS: dict[str, str] = {
     "accuracy": "share of right answers (choice, answer)",

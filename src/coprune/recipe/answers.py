@@ -123,8 +123,11 @@ LIKENESS: dict[str, str] = {
     "agreed": "mean share of the dense model's tokens before the first difference",
     "script": "mean share of letters in the dense model's scripts",
     "kl": "mean KL(dense ‖ this) along the dense model's own answers, in nats per token",
+    "acceptance": "mean of Σ min(dense, this) along the dense model's own answers",
 }
 """Figures against the dense model's answers."""
+ALONG = ("kl", "acceptance")
+"""Those that are measured along the dense model's likeliest answers, with its distributions."""
 _SAMPLED = "sampled"
 _SIZE = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _CONDITION = re.compile(
@@ -202,9 +205,9 @@ def _read(text: str) -> Condition:
         raise unknown_name("figure of answers", name, [*FIGURES, *LIKENESS], field="require")
     if way not in (None, _SAMPLED):
         raise unknown_name("kind of answers", way, [_SAMPLED], field="require")
-    if way is not None and name == "kl":
+    if way is not None and name in ALONG:
         fix = "leave out 'sampled.'"
-        raise BadInput("kl is measured along the likeliest answers", field="require", value=text, fix=fix)
+        raise BadInput(f"{name} is measured along the likeliest answers", field="require", value=text, fix=fix)
     dense = found["dense"] is not None
     if dense and name in LIKENESS:
         fix = f"give a number, as in {name}{found['sign']}0.5"

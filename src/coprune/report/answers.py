@@ -44,6 +44,8 @@ def answer_table(facts: AnswerFacts, who: str = "this model") -> tuple[list[str]
     if facts.along is not None:
         kl = f"{facts.along.kl:.4f}"
         rows.append(["KL along the dense model's answers (nats a token)", "", kl, *[""] * (len(header) - 3)])
+        accepted = "" if facts.along.acceptance is None else f"{facts.along.acceptance:.4f}"
+        rows.append(["acceptance along the dense model's answers", "", accepted, *[""] * (len(header) - 3)])
     return header, rows
 
 

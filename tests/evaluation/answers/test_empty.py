@@ -88,7 +88,7 @@ def test_a_condition_names_it_for_greedy_and_for_sampled_answers() -> None:
     conditions = read_conditions("empty<=dense+1,empty<=dense,sampled.empty<=dense,sampled.empty<2,loops<1")
     judged = judge(conditions, found)
     assert [one.holds for one in judged] == [True, False, False, True, True]
-    assert judged[1].line() == "empty<=dense does not hold (2, dense 1)"
+    assert judged[1].line() == "empty<=dense does not hold (2, dense 1, difference -1.3 to +1.9)"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,8 @@ def test_a_model_that_ends_at_once_passes_no_gate(tmp_path: Path, monkeypatch: p
     assert found.verdict() == "2 of 2 answers are empty; dense 0"
     assert [one.holds for one in judge(read_conditions("loops<=dense+1,empty<=dense+1"), found)] == [True, False]
     unsaid = coprune.evaluate(tmp_path / "mute", against=tmp_path / "dense", require="loops<=dense", **asked).required
-    assert [one.line() for one in unsaid if not one.holds] == ["empty<=dense does not hold (2, dense 0)"]
+    assert [one.line() for one in unsaid if not one.holds] == [
+        "empty<=dense does not hold (2, dense 0, difference -0.94 to +2)"
+    ]
     assert found.sampled is not None
     assert found.sampled.figures.empty == 2

@@ -106,18 +106,23 @@ def test_figures_are_those_of_direct_computation(place: Path) -> None:
     assert likeness.length == pytest.approx(sum(map(len, pruned)) / sum(map(len, dense)))
     assert likeness.script == sum(script_agreement(words(one), words(other)) or 0 for one, other in pairs) / 3 == 1
     models = [AutoModelForCausalLM.from_pretrained(place / name) for name in ("dense", "pruned")]
-    means = []
+    means, accepted = [], []
     for prompt, answer in zip(PROMPTS, dense, strict=True):
         with torch.no_grad():
             logits = [model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1) for model in models]
         rows = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
         means.append(sum(float((logits[0][i].exp() * (logits[0][i] - logits[1][i])).sum()) for i in rows) / len(answer))
+        accepted.append(sum(float(torch.minimum(*(one[i].exp() for one in logits)).sum()) for i in rows) / len(answer))
     assert facts.along.kl == pytest.approx(sum(means) / 3, rel=1e-4)
+    assert facts.along.acceptance == pytest.approx(sum(accepted) / 3, rel=1e-4)
+    low, high = facts.along.acceptance_interval
+    assert low <= facts.along.acceptance <= high < 1
 
 
 def test_a_model_is_like_itself_and_seeds_decide_what_is_sampled(place: Path) -> None:
     same = coprune.evaluate(place / "dense", against=place / "dense", **asked(place)).answers
     assert same.along.kl == pytest.approx(0, abs=1e-6)
+    assert same.along.acceptance == pytest.approx(1)
     assert same.greedy.likeness.agreed == same.sampled.likeness.agreed == 1
     one, other = (
         coprune.evaluate(place / "dense", **asked(place, generate_seed=seed)).answers.sampled for seed in (0, 1)

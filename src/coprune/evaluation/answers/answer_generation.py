@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import CopruneError, UnsupportedModel
+from coprune.base.precision import total
 from coprune.base.progress import Reporter
 from coprune.evaluation.answers.answer_records import Along, Answered, Answers
 from coprune.evaluation.answers.questions import Plan, Questions
@@ -116,7 +117,7 @@ def rows_along(model: PreTrainedModel, questions: Questions, answers: Answers) -
 
 
 def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along:
-    """Return the mean KL(dense ‖ other) of the next-token distributions along answers.
+    """Return the mean KL(dense ‖ other) and Σ min(dense, other) of the next-token distributions along answers.
 
     Args:
         dense: the dense model's logits, an answer each: tokens × vocabulary.
@@ -125,21 +126,26 @@ def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along:
     Returns:
         Means over answers with their interval; infinite where the other model's output is NaN.
     """
-    means = [_divergence(expected, found) for expected, found in zip(dense, rows, strict=True)]
-    kl = torch.stack(means)
+    kl, accepted = torch.stack([_closeness(one, other) for one, other in zip(dense, rows, strict=True)]).unbind(1)
     if bool(kl.isnan().any()):
-        return Along(kl=math.inf, interval=None)
-    # Rounding can bring the divergence of equal distributions below its true minimum.
-    return Along(kl=max(0.0, float(kl.mean())), interval=bootstrap_interval(kl))
+        return Along(kl=math.inf, interval=None, acceptance=0.0)
+    return Along(
+        # Rounding can bring the divergence of equal distributions below its true minimum.
+        kl=max(0.0, float(kl.mean())),
+        interval=bootstrap_interval(kl),
+        acceptance=min(1.0, float(accepted.mean())),
+        acceptance_interval=bootstrap_interval(accepted),
+    )
 
 
-def _divergence(dense: Tensor, rows: Tensor) -> Tensor:
-    """Return the mean over one answer's tokens: float64, on the CPU."""
-    total = torch.zeros((), dtype=torch.float64)
+def _closeness(dense: Tensor, rows: Tensor) -> Tensor:
+    """Return means over one answer's tokens, of KL and of what is accepted: 2 float64, on the CPU."""
+    sums = torch.zeros(2, dtype=torch.float64)
     for part in slices(dense):
         expected, found = (log_probabilities(one[part], rows.device) for one in (dense, rows))
-        total += summed_kl(expected, found).cpu()
-    return total / len(dense)
+        accepted = total(torch.minimum(expected, found).exp())
+        sums += torch.stack([summed_kl(expected, found), accepted]).cpu()
+    return sums / len(dense)
 
 
 class KeptRows:

@@ -55,12 +55,15 @@ class Answers(Facts):
 
 
 class Along(Facts):
-    """Divergence from the dense model along its own answers."""
+    """How close a model stays to the dense one along that one's answers: means over answers of means over their tokens."""
 
     kl: float
-    """KL(dense ‖ this) in nats per token, the mean over answers of the mean over their tokens."""
+    """KL(dense ‖ this) in nats per token."""
     interval: Interval | None
     """95 % bootstrap interval over the answers."""
+    acceptance: float | None = None
+    """Σ min(p, q), with which speculative decoding accepts a draft token (arXiv 2211.17192); None in older reports."""
+    acceptance_interval: Interval | None = None
 
 
 class Figures(Facts):

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import per_cent
 from coprune.evaluation.answers.answer_records import Along, Answers, Facts, Figures, Way, is_empty
-from coprune.recipe.answers import LIKENESS, Condition, no_emptier
+from coprune.evaluation.bounds import bounds_of
+from coprune.evaluation.measurement import Interval
+from coprune.recipe.answers import ALONG, LIKENESS, Condition, no_emptier
 
 Reference = Literal["dense", "before"]
 _SHOWN = 3
@@ -18,6 +20,9 @@ _SHOWN = 3
 # not empty.
 _SHORT_SHARE = 1 / 3
 _MOST_LETTERS = 160
+_PAIRED = {"loops": ("loops", "dense_loops"), "empty": ("empty", "dense_empty")}
+_TWO_SIDED = 0.975
+"""Level of either side of a 95 % interval."""
 
 
 class Sample(Facts):
@@ -127,10 +132,11 @@ class AnswerFacts(Asked):
             return rows
         rows.append(("greedy", self.line(self.greedy)))
         if self.along is not None:
-            low, high = self.along.interval or (self.along.kl, self.along.kl)
-            rows.append(
-                ("KL", f"{self.along.kl:.4f} [{low:.4f}, {high:.4f}] nats a token along the dense model's answers")
-            )
+            shown = _with_interval(self.along.kl, self.along.interval)
+            rows.append(("KL", f"{shown} nats a token along the dense model's answers"))
+            if self.along.acceptance is not None:
+                shown = _with_interval(self.along.acceptance, self.along.acceptance_interval)
+                rows.append(("acceptance", f"{shown} along the dense model's answers"))
         if self.sampled is not None:
             rows.append((f"T = {self.temperature:g}", self.line(self.sampled)))
         for sample in self.samples[:_SHOWN]:
@@ -161,6 +167,10 @@ class AnswerFacts(Asked):
 
     def _pair(self, way: Way, name: str, show: Callable[[Figures], str]) -> str:
         return f"{name} {show(way.figures)}" + ("" if way.dense is None else f" ({self.reference} {show(way.dense)})")
+
+
+def _with_interval(value: float, interval: Interval | None) -> str:
+    return f"{value:.4f}" + ("" if interval is None else f" [{interval[0]:.4f}, {interval[1]:.4f}]")
 
 
 def _one_line(text: str) -> str:
@@ -207,11 +217,16 @@ class Requirement(BaseModel):
     dense: float | None
     """The dense model's, where it is compared with that."""
     holds: bool
+    interval: Interval | None = None
+    """95 % interval over the answers: of the figure, or of the paired difference to the dense model's. It decides nothing."""
 
     def line(self) -> str:
         """Return a line on the condition and its figures."""
         found = "not measured" if self.figure is None else f"{self.figure:.4g}"
         dense = "" if self.dense is None else f", dense {self.dense:.4g}"
+        if self.interval is not None:
+            low, high = self.interval
+            dense += f", {low:.4g} to {high:.4g}" if self.dense is None else f", difference {low:+.2g} to {high:+.2g}"
         return f"{self.condition} {'holds' if self.holds else 'does not hold'} ({found}{dense})"
 
 
@@ -245,15 +260,31 @@ def _judge(condition: Condition, facts: AnswerFacts | None) -> Requirement:
     known = figure is not None and not (condition.against_dense and dense is None)
     holds = known and condition.holds(figure or 0.0, dense)
     return Requirement(
-        condition=condition.text, figure=figure, dense=dense if condition.against_dense else None, holds=holds
+        condition=condition.text,
+        figure=figure,
+        dense=dense if condition.against_dense else None,
+        holds=holds,
+        interval=_interval(condition, facts) if known and facts is not None else None,
     )
+
+
+def _interval(condition: Condition, facts: AnswerFacts) -> Interval | None:
+    """Bound a figure along answers, or by pairs of them how many more loop or are empty; None for all others."""
+    if condition.name in ALONG and facts.along is not None:
+        return facts.along.interval if condition.name == "kl" else facts.along.acceptance_interval
+    if condition.sampled or not condition.against_dense or condition.name not in ("loops", "empty"):
+        return None
+    own, dense = ([getattr(one, name) for one in facts.samples] for name in _PAIRED[condition.name])
+    pairs = [float(bool(one) - bool(other)) for one, other in zip(own, dense, strict=True)]
+    found = bounds_of(pairs, of_answers=True, level=_TWO_SIDED)
+    return (found.low * found.items, found.high * found.items)
 
 
 def _figures(condition: Condition, facts: AnswerFacts) -> tuple[float | None, float | None]:
     """Return the figure of a condition, and the dense model's."""
     way = facts.sampled if condition.sampled else facts.greedy
-    if condition.name == "kl":
-        return None if facts.along is None else facts.along.kl, None
+    if condition.name in ALONG:
+        return None if facts.along is None else getattr(facts.along, condition.name), None
     if way is None:
         return None, None
     if condition.name in LIKENESS:

@@ -20,7 +20,7 @@ from coprune.data.tokenizing import encode
 from coprune.evaluation.answers.answer_records import LEAST_TOKENS
 from coprune.evaluation.answers.facts import Asked
 from coprune.model.generation import ends_of, filling, positions_of
-from coprune.recipe.answers import AnswersPart
+from coprune.recipe.answers import ALONG, AnswersPart
 
 BUILTIN = "builtin"
 _OWN_FILE = "prompts.jsonl"
@@ -112,7 +112,7 @@ def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:
     Raises:
         BadInput: as `read_prompts`.
     """
-    kl = any(condition.name == "kl" for condition in asked.conditions)
+    kl = any(condition.name in ALONG for condition in asked.conditions)
     if asked.prompts is not None:
         prompts = read_prompts(asked.prompts, asked.count)
         whole = dict(is_asked=True, measures_kl=True, is_short=False)

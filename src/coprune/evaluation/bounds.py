@@ -14,8 +14,6 @@ LEVEL = 0.95
 LEAST_ITEMS = 8
 """Items below which a spread says nothing."""
 _MOST_ITEMS = 1 << 24
-_ERRORS = float(ndtri(LEVEL))
-"""Standard errors that the level is from the mean."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Bounds:
     items: int
 
 
-def bounds_of(differences: Sequence[float], of_answers: bool = False) -> Bounds:
+def bounds_of(differences: Sequence[float], of_answers: bool = False, level: float = LEVEL) -> Bounds:
     """Return confidence bounds of the mean of the population that items were drawn from.
 
     Differences of right and wrong answers (-1, 0, 1) get Tango's score interval for paired proportions (1998) with a continuity
@@ -37,6 +35,7 @@ def bounds_of(differences: Sequence[float], of_answers: bool = False) -> Bounds:
     Args:
         differences: one of every item.
         of_answers: whether they are of right and wrong answers; not inferred from the values, which may all be zero.
+        level: one-sided, of either bound.
 
     Returns:
         The mean and its bounds; infinite ones for fewer than eight items.
@@ -48,29 +47,34 @@ def bounds_of(differences: Sequence[float], of_answers: bool = False) -> Bounds:
     if of_answers:
         seen = Counter(differences)
         gained, lost = seen[1], seen[-1]
-        return Bounds(mean, score_bound(gained, lost, count), -score_bound(lost, gained, count), count)
+        return Bounds(mean, *_both(gained, lost, count, level), count)
     if count < LEAST_ITEMS or not math.isfinite(mean):
         return Bounds(mean, -math.inf, math.inf, count)
-    reach = float(stdtrit(count - 1, LEVEL)) * _deviation(differences, mean) / math.sqrt(count)
+    reach = float(stdtrit(count - 1, level)) * _deviation(differences, mean) / math.sqrt(count)
     return Bounds(mean, mean - reach, mean + reach, count)
+
+
+def _both(gained: int, lost: int, items: int, level: float) -> tuple[float, float]:
+    return score_bound(gained, lost, items, level), -score_bound(lost, gained, items, level)
 
 
 def _deviation(values: Sequence[float], mean: float) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def score_bound(gained: float, lost: float, items: float) -> float:
+def score_bound(gained: float, lost: float, items: float, level: float = LEVEL) -> float:
     """Return what the difference of two paired proportions is at least.
 
     Args:
         gained: items that only the new model answers rightly.
         lost: items that only the old one does.
         items: all.
+        level: of the bound.
     """
-    low, high = -1.0, 1.0
+    low, high, errors = -1.0, 1.0, float(ndtri(level))
     while high - low > 1e-9:
         middle = (low + high) / 2
-        if _score(gained, lost, items, middle) > _ERRORS:
+        if _score(gained, lost, items, middle) > errors:
             low = middle
         else:
             high = middle
