@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.fitting.candidates import DENSE, Candidate
+from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.fit import PAGE_FILE, RECIPE_FILE, remake
 from coprune.fitting.reader import Reader
-from coprune.fitting.workshop import Asked, Workshop
+from coprune.fitting.workshop import Asked, Workshop, digest_of
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from support.disturbing import in_child
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.vocabularies import TEXTS, content_of
@@ -87,31 +91,22 @@ def test_the_recipe_makes_the_same_bytes_again(place: Path, found: Any, tmp_path
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_with_the_same_answer(
-    place: Path, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped after every measurement, it goes on with the next one."""
-    measure, left = Workshop.measure, [0]
+def test_killed_at_three_moments_it_ends_with_the_same_answer(place: Path, found: Any, tmp_path: Path) -> None:
+    """By SIGKILL, at calls of the system that are drawn; a run takes up where the last one was killed."""
 
-    def once(self: Workshop, *given: Any) -> Any:
-        before = self.spent
-        result = measure(self, *given)
-        if self.spent > before:
-            left[0] += 1
-            raise KeyboardInterrupt
-        return result
+    def run(out: Path) -> Any:
+        return coprune.fit(
+            place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=out / "small", **how(place)
+        )
 
-    monkeypatch.setattr(Workshop, "measure", once)
-    again = None
-    while again is None and left[0] < 50:
-        try:
-            again = coprune.fit(
-                place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "small", **how(place)
-            )
-        except KeyboardInterrupt:
-            continue
-    assert left[0] > 3
-    assert again is not None
+    whole, killed = tmp_path / "whole", tmp_path / "killed" / "out"
+    for folder in (whole, killed):
+        folder.mkdir(parents=True)
+    assert in_child(run, whole) == 0
+    calls = json.loads((tmp_path / "calls.json").read_text())
+    for part in random.Random(0).sample(range(5, 30), 3):  # per cent of what a whole run takes, each time
+        assert in_child(run, killed, kill_at=calls * part // 100) == -signal.SIGKILL
+    again = run(killed)
     assert again.file.read_bytes() == found.file.read_bytes()
     assert (again.chosen, again.lines) == (found.chosen, found.lines)
     assert [row.name for row in again.rows] == [row.name for row in found.rows]
@@ -128,6 +123,38 @@ def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, tmp
     assert [(row.name, row.mean, row.low) for row in again.rows] == [
         (row.name, row.mean, row.low) for row in found.rows
     ]
+
+
+@pytest.mark.slow
+def test_a_folder_for_transformers(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of change is tried, what is chosen loads there with the figures that were measured, and is made again."""
+    monkeypatch.setattr("coprune.fitting.search._DISTILLED", (1024, 2048))
+    settings = how(place, without="blocks,experts", budget="24h", runtime="transformers")
+    del settings["types"]
+    found = coprune.fit(
+        place / "model.gguf", place / "text.txt", "bits<=dense*1.6", output=tmp_path / "small", **settings
+    )
+    assert found.kept
+    kinds = {row.name.split("=")[0] for row in found.rows if row.bytes}
+    assert {"vocabulary", "dense f16"} <= kinds
+    assert any("sparsity=" in row.name and "packed" in row.name for row in found.rows)
+    dense, chosen = (next(row for row in found.rows if row.chosen is one) for one in (False, True))
+    assert found.bytes == chosen.bytes < dense.bytes
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small" / "model", dtype="auto")
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    made = remake(tmp_path / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
+    assert digest_of(made) == digest_of(found.file)
+
+
+def test_transformers_finds_continuations_as_likely_as_llama_cpp(place: Path) -> None:
+    found = []
+    for runtime in ("llama.cpp", "transformers"):
+        asked = Asked(str(place / "model.gguf"), (), runtime=runtime)
+        workshop = Workshop(place / f"in {runtime}", asked, Reporter(quiet=True))
+        reader = workshop.reader(workshop.file(Candidate(DENSE, EXACT)), DENSE)
+        before, afters = reader.ids("The sea"), [reader.ids("is wide")[1:], reader.ids("was")[1:]]
+        found.append([*reader.log_likelihood(before, afters), *reader.write(before, 4)])
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 def test_the_same_again_measures_nothing_also_with_less_time(place: Path, found: Any) -> None:
@@ -161,7 +188,7 @@ def test_continuations_are_as_likely_as_by_themselves(place: Path) -> None:
     before, afters = reader.ids("The sea"), [reader.ids("is wide")[1:], reader.ids("was")[1:]]
     together = reader.log_likelihood(before, afters)
     assert together == pytest.approx([reader.log_likelihood(before, [after])[0] for after in afters], abs=1e-3)
-    whole = reader.llama.logits([*before, *afters[1]]).log_softmax(-1)
+    whole = reader.engine.logits([*before, *afters[1]]).log_softmax(-1)
     alone = sum(float(whole[len(before) - 1 + place, token]) for place, token in enumerate(afters[1]))
     assert together[1] == pytest.approx(alone, abs=1e-3)
 
@@ -184,6 +211,7 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("text", {"budget": "soon"}, "is no time"),
         ("text", {"target": "beauty"}, "unknown target"),
         ("text", {"runtime": "vllm"}, "unknown runtime"),
+        ("text", {"runtime": "transformers"}, "types are of llama.cpp"),
         ("text", {"types": "q9"}, "unknown type"),
         ("text", {"without": "layers"}, "unknown kind of change"),
     ],

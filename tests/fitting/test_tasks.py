@@ -11,6 +11,7 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.fitting.score import is_right
 from coprune.fitting.tasks import Item, read_task
+from coprune.fitting.workshop import shared_out
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "fit"
 
@@ -53,6 +54,35 @@ def test_bad_items(given: list[Any], said: str, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in given))
     with pytest.raises(BadInput, match=said):
         read_task(str(file))
+
+
+def test_a_task_of_lm_eval_and_its_share(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    items = [{"q": f"what is {number}?", "c": ["a", "b"], "right": number % 2} for number in range(20)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    definition = (
+        "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
+        'output_type: {kind}\ndoc_to_text: "Q: {{{{q}}}}\\nA:"\ndoc_to_choice: "{{{{c}}}}"\ndoc_to_target: right\n'
+    )
+    for name, kind in (("own", "multiple_choice"), ("writes", "generate_until")):
+        (tmp_path / f"{name}.yaml").write_text(
+            definition.format(file=tmp_path / "items.jsonl", kind=kind).replace("own", name)
+        )
+    task = read_task(f"{tmp_path}/own.yaml:0.25")
+    assert (task.kind, task.share, len(task.items)) == ("choice", 0.25, 20)
+    assert Item("Q: what is 3?\nA:", ("a", "b"), "b") in task.items
+    with pytest.raises(BadInput, match="one prompt and several choices"):
+        read_task(str(tmp_path / "writes.yaml"))
+    with pytest.raises(BadInput, match="share of nothing"):
+        read_task("own.jsonl:0")
+
+
+def test_texts_are_shared_out_as_far_as_they_go() -> None:
+    texts = [["a" * 10] * 30, ["b" * 10] * 10]
+    found = shared_out(texts, [0.5, 0.5])
+    assert len(found) == 40
+    found = shared_out(texts, [0.3, 0.7])
+    assert (found.count("a" * 10), found.count("b" * 10)) == (4, 10)
 
 
 def test_right_answers() -> None:

@@ -23,9 +23,10 @@ def fit(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE",
+            metavar="FILE[:SHARE]",
             help="Items of one kind, repeatable: .jsonl of {prompt, choices, answer}, {prompt, answer}, {prompt, regex}, "
-            "{prompt} or {text}, or plain text. Half of them are never seen by the search.",
+            "{prompt} or {text}, plain text, or a task of lm-eval (its name, or its definition in .yaml). Half of them are never "
+            "seen by the search. A share is of the text to calibrate on.",
             show_default=False,
         ),
     ] = None,
@@ -38,7 +39,9 @@ def fit(
         ),
     ] = None,
     target: Annotated[str, typer.Option("--for", metavar="size|speed|memory", help="What is to be little.")] = "size",
-    runtime: Annotated[str, typer.Option(help="Where it will run.")] = "llama.cpp",
+    runtime: Annotated[
+        str, typer.Option(metavar="llama.cpp|transformers", help="Where it will run: a GGUF file, or a folder.")
+    ] = "llama.cpp",
     budget: Annotated[str, typer.Option(help="Time of the search: 60m, 2h.")] = "60m",
     items: Annotated[
         int | None, typer.Option(min=1, help="Items of each task at most. [all]", show_default=False)
@@ -54,7 +57,7 @@ def fit(
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="Do not try this: vocabulary, experts, blocks, channels, heads, embedding; repeatable.",
+            help="Do not try this: vocabulary, experts, blocks, channels, heads, embedding, zeros; repeatable.",
             show_default=False,
         ),
     ] = None,

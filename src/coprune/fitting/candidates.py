@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-KINDS = ("vocabulary", "experts", "blocks", "channels", "heads", "embedding")
+KINDS = ("vocabulary", "experts", "blocks", "channels", "heads", "embedding", "zeros")
 """Kinds of changes that the user can exclude; quantisation always stays."""
+EXACT, PACKED = "f16", "packed"
+"""Sixteen bits as they are, and the packed format, in which zeros take no room."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
 EMBEDDINGS = ("q5_0", "q4_0")
 """Types of the embeddings and the head, which the quantiser leaves at eight bits where both are one table."""
-VOCABULARIES = (0.5, 0.25, 0.125)
+VOCABULARIES = (0.5, 0.375, 0.25, 0.125)
 """Shares of the tokens that stay."""
-STRUCTURES = ("experts=0.25", "channels=0.125", "blocks=0.1", "channels=0.25")
-"""Structured removals that are tried, each followed by a distillation."""
+STRUCTURES = (("experts=0.25",), ("channels=0.125", "channels=0.25"), ("blocks=0.1",))
+"""Structured removals that are tried, each followed by a distillation: the least first, where there are several amounts."""
+ZEROS = ("sparsity=0.5", "sparsity=0.6")
+"""Shares of zeros that are tried likewise, where the runtime gains from them."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Cut:
     """A model without some parts, before it is quantised."""
 
     removed: tuple[str, ...] = ()
-    """Removed parts in the syntax of `--remove`, one after another."""
+    """Removed parts in the syntax of `--remove`, one after another; the last may be a sparsity."""
     tokens: int = 0
     """Tokens of a distillation afterwards."""
 
@@ -37,7 +41,9 @@ class Cut:
     @property
     def before(self) -> Cut | None:
         """The cut without its last part; None for the dense model."""
-        return Cut(self.removed[:-1]) if self.removed else None
+        left = self.removed[:-1]
+        trained = any(not one.startswith("vocabulary") for one in left)
+        return Cut(left, self.tokens if trained else 0) if self.removed else None
 
 
 DENSE = Cut()

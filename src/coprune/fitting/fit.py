@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack, get_args
 
 import yaml
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, VerificationError, unknown_name
-from coprune.base.files import require_usable, write_durably, write_text
+from coprune.base.files import require_usable, write_text
 from coprune.base.progress import Reporter
-from coprune.fitting.candidates import KINDS, TYPES, Candidate
+from coprune.base.words import LeaveOut
+from coprune.fitting.candidates import EXACT, KINDS, TYPES, Candidate
+from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.page import card, page
 from coprune.fitting.require import read_conditions
 from coprune.fitting.result import Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
 from coprune.fitting.tasks import Kind, Task, read_task
 from coprune.fitting.team import Team
-from coprune.fitting.workshop import Asked, Workshop, recipe_of
+from coprune.fitting.workshop import Asked, Runtime, Workshop, bytes_in, copy, digest_of, recipe_of
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
 
@@ -51,8 +52,8 @@ class FitArguments(TypedDict, total=False):
 
     target: Target
     """Quantity to minimise: `size` of the file, `memory` with 2,048 tokens, or time per token (`speed`)."""
-    runtime: Literal["llama.cpp"]
-    """Runtime of the model."""
+    runtime: Runtime
+    """Runtime of the model: `llama.cpp` (a GGUF file), or `transformers` (a folder)."""
     budget: str | float
     """Time of the search: `60m`, `2h`, or minutes [60]."""
     seed: int
@@ -87,7 +88,8 @@ def fit(
 
     Args:
         model: a folder, a Hub id, a GGUF file or `smollm2-135m`.
-        task: files of items (.jsonl of choices, answers or prompts, or text).
+        task: files of items (.jsonl of choices, answers or prompts, or text), or tasks of lm-eval; `file:0.7` gives its share of
+            the text to calibrate on.
         require: conditions with commas between: `accuracy>=dense-0.01`, `bits<=dense*1.02`, `acceptance>=0.9`, `kl<=0.1`.
         output: the folder for the model, its recipe, page and card.
         quiet: no progress bars and lines.
@@ -140,13 +142,13 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
     try:
         said = yaml.safe_load(source.read_text(encoding="utf-8"))
         chosen, text = Candidate.read(said), source.with_name(said["text"])
-        asked = Asked(said["model"], (), int(said["seed"]), None, said["like"])
+        asked = Asked(said["model"], (), int(said["seed"]), None, said["like"], said["runtime"])
         digest = str(said["sha256"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{recipe} is no recipe of a fit ({error})", field="model", value=str(recipe)) from error
     if not text.is_file():
         raise BadInput(f"{text} is missing, which the recipe needs", field="model", value=str(recipe))
-    file = target / f"model-{chosen.type}.gguf"
+    file = target / _name(asked, chosen)
     require_usable(file, "output")
     if file.exists():
         raise BadInput(f"{file} is there already", field="output", value=str(target), fix="name another folder")
@@ -154,8 +156,8 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
     workshop.text.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(text, workshop.text)
     made = workshop.file(chosen)
-    same = hashlib.sha256(made.read_bytes()).hexdigest() == digest
-    write_durably(file, lambda path: shutil.copyfile(made, path))
+    same = digest_of(made) == digest
+    copy(made, file)
     shutil.rmtree(workshop.folder)
     if not same:
         raise VerificationError(
@@ -164,14 +166,22 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
     return file
 
 
+def _name(asked: Asked, chosen: Candidate) -> str:
+    return "model" if asked.runtime == "transformers" else f"model-{chosen.type}.gguf"
+
+
 def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) -> tuple[Asked, Wish]:
     """Read and check everything that needs no model."""
-    if (runtime := how.get("runtime", "llama.cpp")) != "llama.cpp":
-        raise unknown_name("runtime", runtime, ["llama.cpp"], "runtime")
-    require_llama_cpp("models are fitted to llama.cpp", "runtime", runtime)
+    if (runtime := how.get("runtime", "llama.cpp")) not in get_args(Runtime):
+        raise unknown_name("runtime", runtime, get_args(Runtime), "runtime")
+    if runtime == "llama.cpp":
+        require_llama_cpp("models are fitted to llama.cpp", "runtime", runtime)
+    elif "types" in how:
+        raise BadInput("types are of llama.cpp", field="types", value=how["types"], fix=LeaveOut("types"))
     if (target := how.get("target", "size")) not in get_args(Target):
         raise unknown_name("target", target, get_args(Target), "target")
-    without, types = _names(how.get("without", ())), _names(how.get("types", TYPES))
+    without = _names(how.get("without", ()))
+    types = _names(how.get("types", TYPES if runtime == "llama.cpp" else EXACT))
     for name in without:
         if name not in KINDS:
             raise unknown_name("kind of change", name, KINDS, "without")
@@ -184,10 +194,10 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) 
     conditions = read_conditions(require or ",".join(dict.fromkeys(_USUAL[one.kind] for one in tasks)))
     budget = _seconds(how.get("budget", "60m"))
     location, like = locate(str(model)), how.get("like")
-    if like is None and not isinstance(location, GgufFile):
+    if runtime == "llama.cpp" and like is None and not isinstance(location, GgufFile):
         cause = f"{model} is no GGUF file, and nothing says how its metadata and tokenizer are written in one"
         raise BadInput(cause, field="like", fix="name any GGUF file of the same model, in any type")
-    asked = Asked(str(model), tasks, seed, how.get("text"), None if like is None else str(like))
+    asked = Asked(str(model), tasks, seed, how.get("text"), None if like is None else str(like), runtime)
     return asked, Wish(conditions, target, budget, without, types)
 
 
@@ -223,20 +233,20 @@ def _seconds(said: str | float) -> float:
 def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
     """Write the model and what is to be known of it, and remove the rest."""
     workshop, chosen = search.workshop, finding.chosen
-    file = target / f"model-{chosen.type}.gguf"
+    file = target / _name(workshop.asked, chosen)
     source = file if _is_there(target, chosen, file) else workshop.file(chosen)
     notes = [*_notes(search, finding), *_tokenised_alike(search, chosen, source)]
     for old in target.glob("model-*.gguf"):
         if old != file:
             old.unlink()
     if source != file:
-        write_durably(file, lambda path: shutil.copyfile(source, path))
+        copy(source, file)
     write_text(target / TEXT_FILE, workshop.text.read_text(encoding="utf-8"))
     write_text(target / RECIPE_FILE, _recipe(workshop.asked, chosen, file))
     rows = _rows(search, finding)
     lines = tuple(one.line() for one in finding.held)
     plain = None if finding.plain is None else finding.plain.name
-    found = Fitted(file, finding.kept, chosen.name, lines, rows, plain, tuple(notes))
+    found = Fitted(file, bytes_in(file), finding.kept, chosen.name, lines, rows, plain, tuple(notes))
     write_text(target / PAGE_FILE, page(found, workshop.asked.model, search.wish.target))
     write_text(target / CARD_FILE, card(found, workshop.asked.model))
     facts = {
@@ -255,22 +265,26 @@ def _is_there(target: Path, chosen: Candidate, file: Path) -> bool:
     """Return whether an earlier call already wrote this model."""
     try:
         said = yaml.safe_load((target / RECIPE_FILE).read_text(encoding="utf-8"))
-        return Candidate.read(said) == chosen and hashlib.sha256(file.read_bytes()).hexdigest() == said["sha256"]
+        return Candidate.read(said) == chosen and digest_of(file) == said["sha256"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return False
 
 
 def _notes(search: Search, finding: Finding) -> list[str]:
-    found = (
-        [f"out of time after {search.workshop.spent / 60:.1f} minutes: the best by then"] if finding.out_of_time else []
-    )
+    found = []
+    if finding.untried:
+        first, *others = (one.name for one in finding.untried)
+        then = f", then of {', '.join(others)}" if others else ""
+        spent, budget = search.workshop.spent / 60, search.wish.budget / 60
+        found = [f"the best by {spent:.1f} of {budget:.3g} minutes; more would go into a try of {first}{then}"]
     if finding.plain is not None and finding.plain != finding.chosen and finding.kept:
         sizes = [search.workshop.known(one).bytes for one in (finding.chosen, finding.plain)]
         found.append(
             f"{sizes[0] / sizes[1]:.2f} of the bytes of the best plain quant that passes, {finding.plain.name}"
         )
-    if finding.chosen.plain and not finding.out_of_time:
-        found.append("no cut helps here: this is a plain quant")
+    if finding.chosen.plain and not finding.untried:
+        what = "the dense model" if finding.chosen == EXACT_DENSE else "a plain quant"
+        found.append(f"no cut helps here: this is {what}")
     if not finding.kept:
         needed = [one.needed for one in finding.held if one.needed is not None]
         found.append(f"about {2 * max(needed):,} items would tell" if needed else "more items would not prove it")
@@ -280,9 +294,11 @@ def _notes(search: Search, finding: Finding) -> list[str]:
 def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]:
     """Compare the file's own tokenizer with the one that items were measured with. Raises VerificationError for another."""
     reader = search.workshop.reader(file, chosen.cut)
+    if isinstance(reader.engine, InTransformers):  # has the very tokenizer
+        return ["transformers loads the folder; what was measured was measured there"]
     texts = [_text_of(task, place) for task in search.tasks for place in task.unseen][:50]
-    differing = [text for text in texts if reader.llama.tokenize(text) != reader.ids(text)]
-    reader.llama.close()
+    differing = [text for text in texts if reader.engine.tokenize(text) != reader.ids(text)]
+    reader.engine.close()
     if len(differing) == len(texts):
         raise VerificationError(f"llama.cpp cuts {differing[0][:40]!r} into other tokens than the model's tokenizer")
     return [
@@ -296,9 +312,10 @@ def _text_of(task: Task, place: int) -> str:
 
 
 def _recipe(asked: Asked, chosen: Candidate, file: Path) -> str:
-    content = {"model": asked.model, "like": asked.like, "seed": asked.seed, "text": TEXT_FILE} | recipe_of(chosen)
+    content: dict[str, Any] = {"model": asked.model, "like": asked.like, "runtime": asked.runtime, "seed": asked.seed}
+    content |= {"text": TEXT_FILE} | recipe_of(chosen)
     content["cut"]["removed"] = list(content["cut"]["removed"])
-    content |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    content |= {"bytes": bytes_in(file), "sha256": digest_of(file)}
     return f"# Makes the model again: coprune fit {RECIPE_FILE} -o OUT\n{yaml.safe_dump(content, sort_keys=False)}"
 
 

@@ -72,9 +72,12 @@ def card(found: Fitted, model: str) -> str:
     """Return the model card, in Markdown."""
     verdict = "is kept" if found.kept else "is **not** kept"
     lines = "\n".join(f"- {line}" for line in (*found.lines, *found.notes))
+    kind, run = "gguf", f"llama-cli -m {found.file.name}"
+    if found.file.is_dir():
+        kind, run = "transformers", f'import coprune; AutoModelForCausalLM.from_pretrained("{found.file.name}")'
     return (
-        f"---\nlibrary_name: gguf\ntags:\n- coprune\n- gguf\n---\n\n# {found.file.name}\n\n"
-        f"`{model}` as {found.chosen}, {found.file.stat().st_size:,} bytes, found by `coprune fit`. On items that the search had "
-        f"not seen, what was required {verdict}:\n\n{lines}\n\nRun it: `llama-cli -m {found.file.name}`. Make it again: "
+        f"---\nlibrary_name: {kind}\ntags:\n- coprune\n- {kind}\n---\n\n# {found.file.name}\n\n"
+        f"`{model}` as {found.chosen}, {found.bytes:,} bytes, found by `coprune fit`. On items that the search had "
+        f"not seen, what was required {verdict}:\n\n{lines}\n\nRun it: `{run}`. Make it again: "
         "`coprune fit recipe.yaml -o OUT`.\n"
     )

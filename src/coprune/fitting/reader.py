@@ -1,4 +1,4 @@
-"""A GGUF file that answers: how likely it finds continuations, and what it writes."""
+"""A file or folder that answers: how likely it finds continuations, and what it writes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.data.conversations import template_text
 from coprune.data.tokenizing import encode
+from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.tasks import Prompt
 from coprune.gguf_files.llama_cpp import LlamaCpp
 
@@ -21,18 +22,19 @@ POSITIONS = 1024
 
 @dataclass
 class Reader:
-    """A file in llama.cpp, with its tokenizer."""
+    """A file in llama.cpp, or a folder in transformers, with its tokenizer."""
 
-    llama: LlamaCpp
+    engine: LlamaCpp | InTransformers
     tokenizer: PreTrainedTokenizerBase
     old_ids: Tensor | None = None
     """The dense model's id of every token, where some were removed; int64."""
 
     @classmethod
     def open(cls, file: Path, tokenizer: PreTrainedTokenizerBase, old_ids: Sequence[int] | None = None) -> Reader:
-        """Load a file. Raises BadInput if llama.cpp cannot."""
+        """Load a file or folder. Raises BadInput if it cannot be loaded."""
         known = None if old_ids is None else torch.tensor(old_ids, dtype=torch.int64)
-        return cls(LlamaCpp(file, POSITIONS), tokenizer, known)
+        engine = InTransformers(file, tokenizer) if file.is_dir() else LlamaCpp(file, POSITIONS)
+        return cls(engine, tokenizer, known)
 
     def ids(self, prompt: Prompt, more: str = "") -> list[int]:
         """Tokenise a prompt, with more text behind it; a conversation in the tokenizer's template."""
@@ -60,17 +62,17 @@ class Reader:
             afters: continuations, each by itself.
         """
         *known, last = before
-        self.llama.forget()
+        self.engine.forget()
         if known:
-            self.llama.read(known)
+            self.engine.read(known)
         found = []
         for number, after in enumerate(afters):
-            if number and not self.llama.cut_back(len(known)):
-                self.llama.forget()
+            if number and not self.engine.cut_back(len(known)):
+                self.engine.forget()
                 if known:
-                    self.llama.read(known)
-            self.llama.read([last, *after[:-1]], all_logits=True)
-            found.append(self.llama.last_logits(len(after)).log_softmax(dim=-1))
+                    self.engine.read(known)
+            self.engine.read([last, *after[:-1]], all_logits=True)
+            found.append(self.engine.last_logits(len(after)).log_softmax(dim=-1))
         return found
 
     def log_likelihood(self, before: Sequence[int], afters: Sequence[Sequence[int]]) -> list[float]:
@@ -83,17 +85,17 @@ class Reader:
 
     def write(self, before: Sequence[int], most: int, enough: Callable[[str], bool] = lambda text: False) -> list[int]:
         """Continue a prompt greedily. enough: returns whether the text may end."""
-        self.llama.forget()
-        self.llama.read(before)
+        self.engine.forget()
+        self.engine.read(before)
         found: list[int] = []
         while len(found) < most:
-            token = int(self.llama.last_logits(1)[0].argmax())
-            if self.llama.ends(token):
+            token = int(self.engine.last_logits(1)[0].argmax())
+            if self.engine.ends(token):
                 break
             found.append(token)
             if len(found) == most or enough(self.text(found)):
                 break
-            self.llama.read([token])
+            self.engine.read([token])
         return found
 
     def text(self, ids: Sequence[int]) -> str:

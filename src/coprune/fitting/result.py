@@ -48,7 +48,8 @@ class Fitted(Shown):
     """The result of a fit."""
 
     file: Path
-    """The model."""
+    """The model: a GGUF file, or a folder."""
+    bytes: int
     kept: bool
     """Whether the unseen half proves that all requirements are met."""
     chosen: str
@@ -62,11 +63,11 @@ class Fitted(Shown):
 
     def headline(self) -> str:
         """Return the chosen model and whether its requirements are proven."""
-        return f"{self.file}: {self.chosen}, {self.file.stat().st_size:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
+        return f"{self.file}: {self.chosen}, {self.bytes:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
 
     def sheet(self) -> Sheet:
         """Return the verdict with its figures."""
-        rows = [("chosen", self.chosen), ("file", f"{self.file}, {self.file.stat().st_size:,} bytes")]
+        rows = [("chosen", self.chosen), ("file", f"{self.file}, {self.bytes:,} bytes")]
         rows += [("note", note) for note in self.notes]
         rows += [("unseen", line) for line in self.lines]
         rows.append(("verdict", "kept" if self.kept else "not kept"))

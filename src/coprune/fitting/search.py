@@ -1,21 +1,26 @@
-"""The search: plain quants first, then fewer tokens and parts, each only where it would be smaller than the best so far."""
+"""The search: plain quants, then fewer tokens and parts; one at a time, and only what is smaller than the best so far."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
-from coprune.base.words import Setting
-from coprune.fitting.bounds import bounds_of
+from coprune.base.words import Set, Setting
+from coprune.evaluation.bounds import bounds_of
 from coprune.fitting.candidates import (
     DENSE,
     EMBEDDINGS,
+    EXACT,
+    PACKED,
     STRUCTURES,
     TYPES,
     VOCABULARIES,
+    ZEROS,
     Candidate,
     Cut,
 )
@@ -24,12 +29,15 @@ from coprune.fitting.require import Condition, Held, Verdict
 from coprune.fitting.score import answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
-from coprune.fitting.workshop import EXACT, Measured, Workshop
+from coprune.fitting.workshop import Measured, Workshop
 
 Target = Literal["size", "speed", "memory"]
 EXACT_DENSE = Candidate(DENSE, EXACT)
 _RUNGS = (4, 2)
 """Parts of the seen items that losers are dropped on."""
+_KIND = {"sparsity": "zeros"}
+_FIRST = "q4_k_m"
+"""The type that is tried first."""
 _ALIGN = 64
 _DISTILLED_SHARE = 0.3
 """Share of the remaining budget for one distillation."""
@@ -64,7 +72,8 @@ class Finding:
     """The best plain quant that passed on the seen half."""
     tried: list[Candidate] = field(default_factory=list)
     unseen: dict[Candidate, list[Held]] = field(default_factory=dict)
-    out_of_time: bool = False
+    untried: list[Candidate] = field(default_factory=list)
+    """What the next minutes would have gone into; none where time was enough."""
 
 
 class OutOfTime(Exception):
@@ -80,8 +89,7 @@ class Search:
         self._team = team
         self.tried: dict[Candidate, Measured] = {}
         self._vocabulary = len(workshop.tokenizer)
-        self._longest = 0.0
-        self._to_prove = 1
+        self.untried: list[Candidate] = []
         for condition in wish.conditions:
             if not any(condition.metric in METRICS_OF[task.kind] for task in self.tasks):
                 kinds = ", ".join(sorted({task.kind for task in self.tasks}))
@@ -96,6 +104,7 @@ class Search:
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
         self.workshop.prepare()
+        self._refuse_short()
         found = self.workshop.measure(EXACT_DENSE, {task.name: [*task.seen, *task.unseen] for task in self.tasks})
         if found.refused:
             raise BadInput(
@@ -158,26 +167,59 @@ class Search:
         """Seconds since the beginning, as far as they led to something: the same after a kill."""
         return self.workshop.spent / self._team.count
 
-    @property
-    def _proof(self) -> float:
-        """Seconds that the last word takes: as many as the dense model took for that half, a candidate."""
-        return self._to_prove * self.workshop.known(EXACT_DENSE).seconds / 2
+    def _proof(self, candidates: int) -> float:
+        """Seconds that the last word takes, at the most: a candidate as long as the dense model for that half; and writing."""
+        dense = self.workshop.known(EXACT_DENSE).seconds / 2
+        return candidates * dense + self.workshop.took_to_write(DENSE)
 
-    def _measure(self, pool: Sequence[Candidate], wanted: Mapping[str, Sequence[int]]) -> None:
-        """Measure candidates, each if the budget has time for as much as the longest so far. Raises OutOfTime after the last."""
-        for first in range(0, len(pool), self._team.count):
-            together = pool[first : first + self._team.count]
-            anew = [one for one in together if self._is_new(one, wanted)]
-            if anew and self.tried and self._elapsed + self._longest + self._proof > self.wish.budget:
-                raise OutOfTime
-            spent = self.workshop.spent
+    def _expected(self, candidate: Candidate) -> float:
+        """Seconds of making and measuring a candidate: of the longest so far, or of the dense model.
+
+        What has to be cut first is opened twice, written and exported: each as long as the dense model's export.
+        """
+        known = [self.workshop.took(one) for one in self.tried] or [self.workshop.known(EXACT_DENSE).seconds / 2]
+        cut = 0.0 if self.workshop.is_made(candidate.cut) else 4 * self.workshop.took_to_write(DENSE)
+        trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
+        return max(known) + cut + trained
+
+    def _require_time(self, candidate: Candidate, winners: int) -> None:
+        """Raise OutOfTime where the budget has none for a candidate and for all that is to be proven then."""
+        after = self._elapsed + self._expected(candidate) + self._proof(winners + 1)
+        if self.tried and after > self.wish.budget and self._is_new(candidate, self._seen()):
+            raise OutOfTime
+
+    def _refuse_short(self) -> None:
+        """Measure the dense model on a part of the seen half. Raises BadInput where the budget is too short for one candidate."""
+        places = {task.name: [*task.seen, *task.unseen] for task in self.tasks}
+        if not self._missing(self.workshop.known(EXACT_DENSE), places):
+            return
+        opened = self.workshop.measure(EXACT_DENSE, {}).seconds
+        first = self.workshop.measure(EXACT_DENSE, self._seen(_RUNGS[0])).seconds
+        items, count = sum(map(len, places.values())), sum(map(len, self._seen(_RUNGS[0]).values()))
+        whole = opened + (first - opened) * items / count
+        # The dense model on the other items, and one candidate on all of them.
+        needed = self._elapsed + 2 * whole - first + self.workshop.took_to_write(DENSE)
+        if needed > self.wish.budget:
+            cause = f"the budget of {self.wish.budget / 60:.3g} minutes is too short for one candidate"
+            fix = (
+                f"it takes about {needed / 60:.1f} minutes: allow several times as many with ",
+                Set("budget", f"{math.ceil(3 * needed / 60)}m"),
+                ", or fewer items",
+            )
+            raise BadInput(cause, field="budget", value=self.wish.budget / 60, fix=fix)
+
+    def _measure(
+        self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], ahead: Sequence[Candidate]
+    ) -> Measured:
+        """Measure a candidate, and with other workers those that may be asked for next."""
+        anew = [one for one in (candidate, *ahead) if self._is_new(one, wanted)]
+        if candidate in anew:
             if self._team.alone:
-                for candidate in anew:
-                    self.workshop.measure(candidate, wanted)
-            elif anew:
+                self.workshop.measure(candidate, wanted)
+            else:
                 self._team.measure(self.workshop, anew, wanted)
-            self._longest = max(self._longest, self.workshop.spent - spent)
-            self.tried |= {one: self.workshop.known(one) for one in together}
+        self.tried[candidate] = self.workshop.known(candidate)
+        return self.tried[candidate]
 
     def _is_new(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> bool:
         known = self.workshop.known(candidate)
@@ -214,76 +256,86 @@ class Search:
         }
         return self.judged(candidate, places) if all(places.values()) else []
 
-    def _contest(self, pool: Sequence[Candidate], best: Candidate | None) -> Candidate | None:
-        """Return the cheapest that is proven to keep everything on the seen half, if it is cheaper than the best so far.
+    def _tried_on(
+        self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
+    ) -> Literal["kept", "lost", "no cheaper", "refused"]:
+        """Make and measure a candidate, on a part of the seen items first, as far as it takes to tell."""
+        found = self._measure(candidate, {}, ahead)
+        if found.refused:
+            return "refused"
+        if best is not None and self.cost(found) >= self.cost(self.tried[best]):
+            return "no cheaper"
+        for part in (*_RUNGS, 1):
+            self._measure(candidate, self._seen(part), ahead)
+            verdict = verdict_of(self.judged(candidate, self._seen(part)))
+            if verdict is Verdict.LOST:
+                return "lost"
+        return "kept" if verdict is Verdict.KEPT else "lost"
 
-        Losers are dropped on a part of the items first.
+    def _halve(self, pool: Sequence[Candidate], winners: list[Candidate], first: int = 0) -> None:
+        """Look for the cheapest of a pool that keeps everything, by halves: among the smaller ones after one that does.
+
+        So the last of the winners is at any time the best so far. Raises OutOfTime.
+
+        Args:
+            pool: the largest first; what is smaller keeps no more.
+            winners: gets what keeps everything and is cheaper than its last one.
+            first: place of the one to begin with.
         """
-        most = None if best is None else self.cost(self.tried[best])
-        self._measure(pool, {})
-        left = []
-        for candidate in pool:
-            found = self.tried[candidate]
-            if found.refused or (most is not None and self.cost(found) >= most):
-                self.workshop.drop(candidate)
+        low, high, place, left = 0, len(pool), first, list(pool)
+        while low < high:
+            candidate = left[place]
+            self.untried = [candidate, *(one for one in left[low:high] if one != candidate)]
+            self._require_time(candidate, len(winners))
+            ahead = [left[one] for one in _halves(low, place, high, self._team.count)[1:]]
+            said = self._tried_on(candidate, winners[-1] if winners else None, ahead)
+            if said == "kept":
+                winners.append(candidate)
             else:
-                left.append(candidate)
-        left.sort(key=lambda one: self.cost(self.tried[one]))
-        for part in _RUNGS:
-            left = self._not_lost(left, self._seen(part))
-        for candidate in left:
-            self._measure([candidate], self._seen())
-            if verdict_of(self.judged(candidate, self._seen())) is Verdict.KEPT:
-                return candidate
-            self.workshop.drop(candidate)
-        return None
-
-    def _not_lost(self, pool: Sequence[Candidate], places: Mapping[str, Sequence[int]]) -> list[Candidate]:
-        self._measure(pool, places)
-        lost = [one for one in pool if verdict_of(self.judged(one, places)) is Verdict.LOST]
-        for candidate in lost:
-            self.workshop.drop(candidate)
-        return [one for one in pool if one not in lost]
+                self.workshop.drop(candidate)
+            if said == "refused":
+                del left[place]
+                high -= 1
+            elif said == "lost":
+                high = place
+            else:
+                low = place + 1
+            place = (low + high) // 2
+        self.untried = []
 
     def run(self) -> Finding:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
         self.measure_dense()
-        spent = self.workshop.spent
-        begun = any(self.workshop.known(Candidate(DENSE, one)).bytes for one in self.wish.types)
-        if spent >= self.wish.budget and not begun:
-            cause = f"the budget of {self.wish.budget / 60:.3g} minutes is too short for one candidate"
-            fix = f"the dense model alone took {spent / 60:.1f} minutes: allow several times as many, or fewer items"
-            raise BadInput(cause, field="budget", value=self.wish.budget / 60, fix=fix)
-        winners, timely = list[Candidate](), True
-        try:
+        winners = list[Candidate]()
+        with suppress(OutOfTime):
             self._climb(winners)
-        except OutOfTime:
-            timely = False
-        return self._proven(winners, not timely)
+        return self._proven(winners)
 
     def _climb(self, winners: list[Candidate]) -> None:
-        """Collect what passes, each cheaper than the one before."""
-        plain = [Candidate(DENSE, one) for one in self.wish.types]
-        if (best := self._contest(plain, None)) is not None:
-            winners.append(best)
-            self._to_prove += 1
-        base = best or plain[0]
-        for pool in (self._embeddings, self._vocabularies, self._structures):
-            if (better := self._contest(pool(base), best)) is not None:
-                best = base = better
-                winners.append(better)
-                self._to_prove += 1
+        """Collect what keeps everything, each cheaper than the one before. Raises OutOfTime."""
+        plain = self._plain()
+        usual = Candidate(DENSE, _FIRST)
+        self._halve(plain, winners, plain.index(usual) if usual in plain else len(plain) // 2)
+        if not winners:  # what is smaller keeps no more than the largest quant
+            return
+        for pool in (self._embeddings, self._vocabularies):
+            self._halve(pool(winners[-1]), winners)
+        for amounts in STRUCTURES:
+            self._halve(self._structures(winners[-1], amounts), winners)
+        if self.workshop.asked.runtime == "transformers":
+            self._halve([replace(one, type=PACKED) for one in self._structures(winners[-1], ZEROS)], winners)
+
+    def _plain(self) -> list[Candidate]:
+        """Quants as anybody would make them, the largest first."""
+        return sorted((Candidate(DENSE, one) for one in self.wish.types), key=self.workshop.bytes_of, reverse=True)
 
     def _embeddings(self, base: Candidate) -> list[Candidate]:
-        if "embedding" in self.wish.without:
+        """Smaller embeddings, which may be no smaller than what the quantiser makes of them."""
+        if "embedding" in self.wish.without or base.type == EXACT:
             return []
-        near = [base.type, *self._lower(base.type)]
-        return [replace(base, type=one, embedding=stored) for one in near for stored in EMBEDDINGS]
-
-    def _lower(self, kind: str) -> list[str]:
-        """Return the next type with fewer bits, or None."""
-        types = [*self.wish.types]
-        return types[types.index(kind) + 1 :][:1] if kind in types else []
+        found = [replace(base, embedding=stored) for stored in EMBEDDINGS]
+        sizes = {one: self.workshop.bytes_of(one) for one in (base, *found)}
+        return sorted((one for one in found if sizes[one] < sizes[base]), key=sizes.__getitem__, reverse=True)
 
     def _vocabularies(self, base: Candidate) -> list[Candidate]:
         if "vocabulary" in self.wish.without:
@@ -291,8 +343,8 @@ class Search:
         sizes = [int(share * self._vocabulary) // _ALIGN * _ALIGN for share in VOCABULARIES]
         return [base.of(Cut((f"vocabulary={size}",))) for size in sizes if size]
 
-    def _structures(self, base: Candidate) -> list[Candidate]:
-        asked = [one for one in STRUCTURES if one.partition("=")[0] not in self.wish.without]
+    def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:
+        asked = [one for one in amounts if _KIND.get(kind := one.partition("=")[0], kind) not in self.wish.without]
         tokens = self._distilled()
         return [base.of(Cut((*base.cut.removed, one), tokens)) for one in asked] if tokens else []
 
@@ -311,18 +363,21 @@ class Search:
         write_text(file, str(found))
         return found
 
-    def _proven(self, winners: Sequence[Candidate], out_of_time: bool) -> Finding:
+    def _proven(self, winners: Sequence[Candidate]) -> Finding:
         """Test winners on the unseen half, from the safest to the cheapest, up to the first that fails.
 
         In this order each is tested at the full level, and still at most one in twenty searches ends with a model that misses a
-        requirement (testing in a fixed sequence).
+        requirement (testing in a fixed sequence). The largest quant goes first where there is time for it.
         """
-        safest = next(iter(self.tried))
-        plain = next((one for one in winners if one.plain), None)
+        safest = self._plain()[0]
+        plain = next((one for one in reversed(winners) if one.plain), None)
+        unseen = {task.name: [*task.unseen] for task in self.tasks}
         chain = [*dict.fromkeys([safest, *winners])]
+        late = self._elapsed + self._expected(safest) + self._proof(len(winners)) > self.wish.budget
+        if winners and late and self._is_new(safest, unseen):
+            chain = [*winners]
         judged: dict[Candidate, list[Held]] = {}
         kept: Candidate | None = None
-        unseen = {task.name: [*task.unseen] for task in self.tasks}
         for candidate in chain:
             found = self.workshop.measure(candidate, unseen)
             self.tried[candidate] = found
@@ -330,8 +385,19 @@ class Search:
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
                 break
             kept = candidate
-        chosen = kept or safest
-        return Finding(chosen, judged[chosen], kept is not None, plain, [*self.tried], judged, out_of_time)
+        chosen = kept or chain[0]
+        return Finding(chosen, judged[chosen], kept is not None, plain, [*self.tried], judged, self.untried)
+
+
+def _halves(low: int, place: int, high: int, count: int) -> list[int]:
+    """List the places that halving a range asks for: a place, then those that may come after it, up to a count."""
+    found, ranges = list[int](), [(low, place, high)]
+    while ranges and len(found) < count:
+        (low, place, high), *ranges = ranges
+        if low < high:
+            found.append(place)
+            ranges += [(place + 1, (place + 1 + high) // 2, high), (low, (low + place) // 2, place)]
+    return found
 
 
 def verdict_of(held: Sequence[Held]) -> Verdict:

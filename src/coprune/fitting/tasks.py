@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.data.local_text import local_text, rows_of
+from coprune.data.local_text import local_text, looks_local, rows_of
 
 Kind = Literal["choice", "answer", "text", "prompts"]
 Prompt = str | tuple[tuple[str, str], ...]
@@ -25,6 +25,9 @@ METRICS_OF: dict[Kind, tuple[str, ...]] = {
 }
 LEAST_HALF = 8
 """Items of a half at least."""
+_DEFINITIONS = (".yaml", ".yml")
+"""Of tasks of lm-eval's."""
+_SHARED = re.compile(r"(.+):(\d*\.?\d+)")
 _PASSAGE = 300
 """Characters of an item of plain text, or a little more: whole lines."""
 _EXAMPLES = (
@@ -65,11 +68,13 @@ class Task:
     seen: tuple[int, ...]
     """Places of those that the search may look at."""
     unseen: tuple[int, ...]
+    share: float = 1.0
+    """Of the text to calibrate and distill on, beside the other tasks' shares."""
 
     @property
     def fingerprint(self) -> str:
         """Names the items and their halves."""
-        content = json.dumps([self.kind, repr(self.items), self.seen, self.unseen])
+        content = json.dumps([self.kind, repr(self.items), self.seen, self.unseen, self.share])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     @property
@@ -81,10 +86,11 @@ class Task:
 
 
 def read_task(name: str, seed: int = 0, most: int | None = None) -> Task:
-    """Read a file of items.
+    """Read items.
 
     Args:
-        name: a .jsonl file, or plain text.
+        name: a .jsonl file, plain text, a task of choices of lm-eval's, or a definition of one (.yaml), which may run code;
+            with a share behind a colon (`mine.jsonl:0.7`) where there are several.
         seed: of the halves.
         most: items at most, drawn by the seed.
 
@@ -94,9 +100,14 @@ def read_task(name: str, seed: int = 0, most: int | None = None) -> Task:
     Raises:
         BadInput: the file cannot be read, holds no kind or several, has too few items, or one choice is always right.
     """
+    name, share = _share(name)
     path = expand_home(name)
-    rows = rows_of(path) if path.suffix in (".jsonl", ".json") and path.exists() else None
-    found = _passages(local_text(name).text) if rows is None else _items(rows, name)
+    if path.suffix in _DEFINITIONS or not looks_local(name):
+        found = _of_harness(name)
+    elif path.suffix in (".jsonl", ".json") and path.exists():
+        found = _items(rows_of(path), name)
+    else:
+        found = _passages(local_text(name).text)
     items = tuple(dict.fromkeys(found))
     kinds = sorted({item.kind for item in items})
     if not items:
@@ -110,7 +121,43 @@ def read_task(name: str, seed: int = 0, most: int | None = None) -> Task:
     if len(order) < 2 * LEAST_HALF:
         raise _wrong(name, f"has {len(order)} different items", f"give it at least {2 * LEAST_HALF}")
     half = len(order) // 2
-    return Task(name, kinds[0], items, tuple(order[:half]), tuple(order[half:]))
+    return Task(name, kinds[0], items, tuple(order[:half]), tuple(order[half:]), share)
+
+
+def _share(name: str) -> tuple[str, float]:
+    found = None if expand_home(name).exists() else _SHARED.fullmatch(name)
+    if found is None:
+        return name, 1.0
+    if not float(found[2]) > 0:
+        raise _wrong(name, "has a share of nothing", "give a number above 0, or leave the task out")
+    return found[1], float(found[2])
+
+
+def _of_harness(name: str) -> list[Item]:
+    """Read the items of a task of lm-eval's, by name or definition. Raises BadInput."""
+    from coprune.evaluation.harness_tasks import find_tasks, isolated
+    from coprune.evaluation.zero_shot import ZeroShotSettings
+
+    path = expand_home(name)
+    folder = path.parent if path.suffix in _DEFINITIONS else None
+    try:
+        known = find_tasks(ZeroShotSettings(tasks=(name if folder is None else path.stem,), include_path=folder))
+    except BadInput as error:
+        error.field, error.value = "task", name
+        raise
+    with isolated():
+        return [_of_document(task, document, name) for task in known["tasks"].values() for document in task.eval_docs]
+
+
+def _of_document(task: Any, document: Any, name: str) -> Item:
+    choices = task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else None
+    prompt = None if choices is None else task.doc_to_text(document)
+    if not isinstance(prompt, str) or not isinstance(choices, list):
+        fix = "write its items as {prompt, regex} or {prompt, choices, answer}"
+        raise _wrong(name, "is no task of lm-eval with one prompt and several choices", fix)
+    right = task.doc_to_target(document)
+    place = choices.index(right) if right in choices else int(right)
+    return Item(prompt, tuple(choices), choices[place])
 
 
 def _refuse_one_class(name: str, items: Sequence[Item]) -> None:

@@ -10,30 +10,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput, CopruneError
-from coprune.base.files import write_durably, write_text
+from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
-from coprune.fitting.candidates import DENSE, Candidate, Cut
+from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, bits_per_byte, score_item
 from coprune.fitting.tasks import Item, Task
 from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, read_importance, write_importance
-from coprune.gguf_files.llama_cpp import quantize
-from coprune.model.checkpoint.load import load_tokenizer
-from coprune.model.checkpoint.locate import locate
+from coprune.gguf_files.llama_cpp import quantize, quantized_bytes
+from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
+from coprune.model.checkpoint.locate import ModelFolder, locate
+from coprune.packed.folder import pack
 from coprune.run.generate import generate
 from coprune.run.prune import prune
 from coprune.vocabulary.folder import MAP_FILE
 
-Made = TypeVar("Made")
-EXACT = "f16"
+Runtime = Literal["llama.cpp", "transformers"]
 _OWN_TEXTS, _OWN_TOKENS = 16, 256
 _SAMPLES, _SEQLEN = 16, 256
 """Of what statistics are measured on."""
@@ -54,11 +54,13 @@ class Asked:
     """More text to calibrate and distill on; None for what the model writes itself."""
     like: str | None = None
     """A GGUF file of the source model."""
+    runtime: Runtime = "llama.cpp"
 
     def facts(self) -> dict[str, Any]:
         """Return the inputs as JSON."""
         tasks = {task.name: task.fingerprint for task in self.tasks}
-        return {"model": self.model, "tasks": tasks, "seed": self.seed, "text": self.text, "like": self.like}
+        facts = {"model": self.model, "tasks": tasks, "seed": self.seed, "text": self.text, "like": self.like}
+        return facts | {"runtime": self.runtime}
 
 
 class Measured(BaseModel):
@@ -104,6 +106,18 @@ class Workshop:
         notes = self.folder.glob("*/*.seconds.json")
         return float(sum(json.loads(note.read_text(encoding="utf-8"))["seconds"] for note in notes))
 
+    def took(self, candidate: Candidate) -> float:
+        """Seconds that making and measuring a candidate took, without its cut."""
+        return self.known(candidate).seconds + _noted(self._file(candidate))
+
+    def took_to_write(self, cut: Cut) -> float:
+        """Seconds that writing a cut as a file took."""
+        return _noted(self._file(Candidate(cut, EXACT)))
+
+    def is_made(self, cut: Cut) -> bool:
+        """Whether a cut was made, here or before a kill."""
+        return bool(self.took_to_write(cut))
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The dense model's."""
@@ -141,7 +155,7 @@ class Workshop:
                     for metric, value in score_item(reader, task, place, dense).items():
                         own.setdefault(metric, {})[place] = value
                     advance(1)
-        reader.llama.close()
+        reader.engine.close()
         self._keep(candidate, found.model_copy(update={"scores": scores}), started, noted)
         return self.known(candidate)
 
@@ -169,23 +183,43 @@ class Workshop:
         texts = [text[:_PROXY_CHARACTERS] for text in self._texts()[:_PROXY_TEXTS]]
         proxy = sum(bits_per_byte(reader, text) for text in texts) / len(texts)
         ids = (reader.ids("\n".join(texts)) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
-        reader.llama.forget()
-        reader.llama.read(ids)
-        memory = reader.llama.bytes + reader.llama.context_bytes * _CONTEXT // _MEMORY_TOKENS
+        reader.engine.forget()
+        reader.engine.read(ids)
+        memory = reader.engine.bytes + reader.engine.context_bytes * _CONTEXT // _MEMORY_TOKENS
         started = time.perf_counter()
         for token in ids[:_SPEED_TOKENS]:
-            reader.llama.read([token])
+            reader.engine.read([token])
         speed = _SPEED_TOKENS / (time.perf_counter() - started)
-        return {"bytes": file.stat().st_size, "memory": memory, "speed": speed, "proxy": proxy}
+        return {"bytes": bytes_in(file), "memory": memory, "speed": speed, "proxy": proxy}
+
+    def bytes_of(self, candidate: Candidate) -> int:
+        """Bytes of a candidate's weights, told by their shapes without making it; its cut is made. Raises CopruneError."""
+        file = self.folder / "text" / "sizes.json"
+        known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if candidate.type == EXACT:
+            return bytes_in(self._exact(candidate.cut))
+        if candidate.key not in known:
+            size = quantized_bytes(self._exact(candidate.cut), candidate.type, candidate.embedding)
+            write_text(file, json.dumps(known := known | {candidate.key: size}))
+        return known[candidate.key]
+
+    def _file(self, candidate: Candidate) -> Path:
+        name = repr(candidate.cut) if candidate.type == EXACT else candidate.key
+        if self.asked.runtime == "transformers":
+            return self.folder / "cuts" / _hash(name)
+        return self.folder / "files" / f"{_hash(name)}{f'.{EXACT}' if candidate.type == EXACT else ''}.gguf"
 
     def file(self, candidate: Candidate) -> Path:
         """Return a candidate's file, made if need be. Raises CopruneError where it cannot be."""
         exact = self._exact(candidate.cut)
         if candidate.type == EXACT:
             return exact
-        target = self.folder / "files" / f"{_hash(candidate.key)}.gguf"
+        target = self._file(candidate)
 
         def make() -> None:
+            if candidate.type == PACKED:
+                pack(exact, target)
+                return
             importance = read_importance(self._importance(candidate.cut))
             self.reporter.say(f"Making {candidate.name}")
             write_durably(target, lambda path: quantize(exact, path, candidate.type, importance, candidate.embedding))
@@ -195,8 +229,10 @@ class Workshop:
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's file, which is not needed any more."""
-        if candidate.type != EXACT:
-            (self.folder / "files" / f"{_hash(candidate.key)}.gguf").unlink(missing_ok=True)
+        if candidate.type == PACKED:
+            shutil.rmtree(self._file(candidate), ignore_errors=True)
+        elif candidate.type != EXACT:
+            self._file(candidate).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove all files and folders of models, and keep what was measured."""
@@ -208,12 +244,30 @@ class Workshop:
                     file.unlink()
 
     def _exact(self, cut: Cut) -> Path:
-        target = self.folder / "files" / f"{_hash(repr(cut))}.{EXACT}.gguf"
+        target = self._file(Candidate(cut, EXACT))
+        if self.asked.runtime == "transformers":
+            return self._dense_folder(target) if cut == DENSE else self._cut_folder(cut)
 
         def make() -> None:
             source = self.asked.model if cut == DENSE else self._cut_folder(cut)
             self.reporter.say(f"Writing {cut.name or 'the dense model'} as {EXACT}")
             export(source, target, like=self.asked.like, type=EXACT, quiet=True)
+
+        self._once(target, make)
+        return target
+
+    def _dense_folder(self, target: Path) -> Path:
+        """The dense model as a folder, in sixteen bits where it is a GGUF file."""
+        location = locate(self.asked.model)
+        if isinstance(location, ModelFolder):
+            return location.path
+
+        def make() -> None:
+            self.reporter.say("Writing the dense model as a folder")
+            model, tokenizer = load_model(location, "bfloat16")
+            with whole_folder(target) as out, quiet_transformers():
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
 
         self._once(target, make)
         return target
@@ -234,9 +288,13 @@ class Workshop:
         target = self.folder / "cuts" / _hash(repr(cut))
         before = cut.before
         assert before is not None
-        base = self.asked.model if before == DENSE else str(self._cut_folder(before))
-        more: dict[str, Any] = {}
-        if cut.removed[-1].startswith("vocabulary"):
+        if before != DENSE:
+            base = str(self._cut_folder(before))
+        else:
+            base = self.asked.model if self.asked.runtime == "llama.cpp" else str(self._exact(DENSE))
+        kind, _, amount = cut.removed[-1].partition("=")
+        more: dict[str, Any] = {"sparsity": float(amount)} if kind == "sparsity" else {"remove": cut.removed[-1]}
+        if kind == "vocabulary":
             more |= {"vocabulary_text": str(self.text), "vocabulary_force": True}
         if cut.tokens:
             more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
@@ -245,7 +303,6 @@ class Workshop:
             self.reporter.say(f"Removing {cut.name}")
             prune(
                 base,
-                remove=cut.removed[-1],
                 dataset=str(self.text),
                 nsamples=_SAMPLES,
                 seqlen=_SEQLEN,
@@ -274,7 +331,7 @@ class Workshop:
                 return
             started, noted = time.perf_counter(), self._noted
             make()
-            note = target.with_name(f"{target.name}.seconds.json")
+            note = _note(target)
             if not note.exists():  # what is made a second time, after its first use, was counted then
                 took = time.perf_counter() - started - (self._noted - noted)
                 self._noted += took
@@ -312,11 +369,11 @@ class Workshop:
 
     def _collect(self) -> None:
         answers = DenseAnswers.load(self._dense_answers) if self._dense_answers.exists() else DenseAnswers()
-        own = [
-            self._text_of(task.items[place], answers.ids.get(place, []))
+        texts = [
+            [self._text_of(task.items[place], answers.ids.get(place, [])) for place in task.seen]
             for task in self.asked.tasks
-            for place in task.seen
         ]
+        own = shared_out(texts, [task.share for task in self.asked.tasks])
         rows = [{"text": text} for text in [*_joined(own), *self._more_text()]]
         write_text(self.text, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -346,6 +403,22 @@ class Workshop:
         return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
 
 
+def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[str]:
+    """As many texts of every task as its share allows, of which one task gives all; of equal shares all texts."""
+    if len(set(shares)) == 1:
+        return [text for own in texts for text in own]
+    unit = min(sum(map(len, own)) / share for own, share in zip(texts, shares, strict=True))
+    found = list[str]()
+    for own, share in zip(texts, shares, strict=True):
+        length = 0
+        for text in own:
+            if length + len(text) > unit * share + 0.5:
+                break
+            found.append(text)
+            length += len(text)
+    return found
+
+
 def _joined(texts: Sequence[str]) -> list[str]:
     """Join short texts into documents of some length."""
     found, length = list[list[str]](), 0
@@ -355,6 +428,44 @@ def _joined(texts: Sequence[str]) -> list[str]:
         found[-1].append(text)
         length += len(text)
     return ["\n".join(one) for one in found]
+
+
+def files_in(made: Path) -> list[Path]:
+    """List a file, or the weights of a folder."""
+    return sorted(made.glob("*.safetensors")) if made.is_dir() else [made]
+
+
+def bytes_in(made: Path) -> int:
+    """Bytes of a file, or of a folder's weights."""
+    return sum(file.stat().st_size for file in files_in(made))
+
+
+def digest_of(made: Path) -> str:
+    """SHA-256 of the same."""
+    digest = hashlib.sha256()
+    for file in files_in(made):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file or folder, whole or not at all; over an earlier one."""
+    if not source.is_dir():
+        write_durably(target, lambda path: shutil.copyfile(source, path))
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    with whole_folder(target) as out:
+        shutil.copytree(source, out, dirs_exist_ok=True)
+
+
+def _note(file: Path) -> Path:
+    """Where the seconds are kept that making a file took."""
+    return file.with_name(f"{file.name}.seconds.json")
+
+
+def _noted(file: Path) -> float:
+    note = _note(file)
+    return float(json.loads(note.read_text(encoding="utf-8"))["seconds"]) if note.exists() else 0.0
 
 
 def _places(found: Measured, task: Task) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -40,19 +41,55 @@ def _library() -> tuple[Any, Any]:
     """Return cffi's interface and llama.cpp's functions."""
     bindings: Any = importlib.import_module(f"{PACKAGE}._cffi_bindings")
     ffi, library = bindings.get_ffi(), bindings.get_lib()
-    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, data: None)
-    _KEPT.append(silent)
-    library.llama_log_set(silent, ffi.NULL)
+
+    def listen(level: int, text: Any, data: object) -> None:
+        if _HEARD is not None:
+            _HEARD.append(ffi.string(text).decode(errors="replace"))
+
+    callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", listen)
+    _KEPT.append(callback)
+    library.llama_log_set(callback, ffi.NULL)
     library.llama_backend_init()
     return ffi, library
 
 
 _KEPT: list[Any] = []
 """Callbacks, which have to live as long as the library."""
+_HEARD: list[str] | None = None
+"""Lines of its log, while somebody listens."""
+_SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
+
+
+def quantized_bytes(source: Path, kind: str, embedding: str | None = None) -> int:
+    """Return how many bytes of weights `quantize` would write, by shapes and types alone.
+
+    Args:
+        source: a file of float16.
+        kind: as for `quantize`.
+        embedding: as there.
+
+    Raises:
+        BadInput: llama.cpp refuses.
+    """
+    global _HEARD
+    _HEARD = []
+    try:
+        quantize(source, source.with_suffix(".none"), kind, embedding=embedding, dry=True)
+        said = _SIZE.search("".join(_HEARD))
+    finally:
+        _HEARD = None
+    if said is None:
+        raise BadInput(f"llama.cpp does not say how large the type {kind} is", field="type", value=kind)
+    return int(float(said[1]) * 2**20)
 
 
 def quantize(
-    source: Path, target: Path, kind: str, importance: Mapping[str, Tensor] | None = None, embedding: str | None = None
+    source: Path,
+    target: Path,
+    kind: str,
+    importance: Mapping[str, Tensor] | None = None,
+    embedding: str | None = None,
+    dry: bool = False,
 ) -> None:
     """Quantise a float16 file with llama.cpp.
 
@@ -62,6 +99,7 @@ def quantize(
         kind: a type such as q4_k_m.
         importance: mean squares of the inputs of the file's tensors, by name.
         embedding: another type for the embeddings and the head, such as q4_0.
+        dry: write nothing.
 
     Raises:
         BadInput: llama.cpp reports an error.
@@ -69,7 +107,7 @@ def quantize(
     ffi, library = _library()
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     asked.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"]
-    asked.nthread = torch.get_num_threads()
+    asked.nthread, asked.dry_run = torch.get_num_threads(), dry
     if embedding is not None:
         stored = ffi.typeof("enum ggml_type").relements[f"GGML_TYPE_{embedding.upper()}"]
         asked.token_embedding_type = asked.output_tensor_type = stored
