@@ -1,0 +1,127 @@
+"""What `coprune fit` finds beside the best plain quant that keeps the same, on items that the search has not seen.
+
+    TASK_DATA=my-data python benchmarks/fit.py --folder out/fit --task text --budget 15m [--model gemma-3-270m.gguf]
+
+Tasks: `choice` (ARC-Easy by its definition in docs/tasks, whose items TASK_DATA holds), `text` (Wikipedia, the embedded test
+text), `prompts` (how paragraphs of the same text begin). Each call adds or replaces one row of benchmarks/results/fit.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import coprune
+from coprune.base.files import write_text
+from coprune.data.corpora import evaluation_text
+from coprune.data.text import JoinedText
+from coprune.fitting.fit import FACTS_FILE
+from coprune.model.checkpoint.locate import locate
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "fit.csv"
+REQUIRED = {"choice": "accuracy>=dense-0.08", "text": "bits<=dense*1.02", "prompts": "acceptance>=0.9"}
+_KEY = ("model", "task", "seed")
+
+
+def main() -> None:
+    """Fit one model to one task, and keep the row."""
+    asked = options()
+    torch.set_num_threads(asked.threads)
+    folder = asked.folder / f"{Path(asked.model).stem}-{asked.task}-{asked.seed}"
+    began = time.monotonic()
+    found = coprune.fit(
+        str(locate(asked.model).path),
+        items(asked),
+        asked.require or REQUIRED[asked.task],
+        output=folder,
+        budget=asked.budget,
+        items=asked.items,
+        seed=asked.seed,
+        without=asked.without,
+        text="embedded",
+    )
+    row = row_of(asked, found, json.loads((folder / FACTS_FILE).read_text()))
+    row["minutes"] = f"{(time.monotonic() - began) / 60:.1f}"
+    keep(row)
+    print(found)
+
+
+def items(asked: argparse.Namespace) -> str:
+    """The file of a task."""
+    if asked.task == "choice":
+        return str(ROOT / "docs" / "tasks" / "arc_easy.yaml")
+    read = evaluation_text("embedded")
+    assert isinstance(read, JoinedText)
+    text = read.text
+    if asked.task == "text":
+        write_text(file := asked.folder / "wikipedia.txt", text[: asked.characters])
+        return str(file)
+    starts = [line.strip()[:80].rsplit(" ", 1)[0] for line in text.splitlines() if len(line) > 300]
+    write_text(file := asked.folder / "prompts.jsonl", "".join(json.dumps({"prompt": one}) + "\n" for one in starts))
+    return str(file)
+
+
+def row_of(asked: argparse.Namespace, found: coprune.Fitted, facts: dict[str, Any]) -> dict[str, str]:
+    """What was found and the best plain quant, both as they were on the unseen half."""
+    rows = facts["rows"]
+    chosen = next(row for row in rows if row["chosen"])
+    plain = next((row for row in rows if row["name"] == found.plain), None)
+
+    return {
+        "model": Path(asked.model).stem,
+        "task": asked.task,
+        "seed": str(asked.seed),
+        "required": asked.require or REQUIRED[asked.task],
+        "verdict": "kept" if found.kept else "not kept",
+        "found": found.chosen,
+        "MB": f"{chosen['bytes'] / 1e6:.1f}",
+        "tokens/s": f"{chosen['speed']:.0f}",
+        "of the best plain": "" if plain is None else f"{chosen['bytes'] / plain['bytes']:.2f}",
+        "above required": f"{chosen['mean']:+.4f}",
+        "at least": f"{chosen['low']:+.4f}",
+        "best plain": "" if plain is None else plain["name"],
+        "plain MB": "" if plain is None else f"{plain['bytes'] / 1e6:.1f}",
+        "dense MB": f"{rows[0]['bytes'] / 1e6:.1f}",
+        "items": found.lines[0].rsplit(", ", 1)[-1].removesuffix(" items)"),
+        "tried": str(len(rows) - 1),
+        "budget": asked.budget,
+    }
+
+
+def keep(row: dict[str, str]) -> None:
+    """Add a row, or replace the one of the same model, task and seed."""
+    known = list(csv.DictReader(RESULT.read_text().splitlines())) if RESULT.exists() else []
+    rows = [one for one in known if any(one[name] != row[name] for name in _KEY)] + [row]
+    with RESULT.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [*row], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda one: tuple(one[name] for name in _KEY)))
+
+
+def options() -> argparse.Namespace:
+    """What is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", choices=[*REQUIRED], required=True)
+    parser.add_argument("--require")
+    parser.add_argument("--budget", default="15m")
+    parser.add_argument("--items", type=int, help="of the task at most")
+    parser.add_argument("--characters", type=int, default=60_000, help="of the text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without", default="")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("out/fit"))
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    return asked
+
+
+if __name__ == "__main__":
+    main()
