@@ -6,8 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from scipy.special import ndtri, stdtrit
+from statistics import NormalDist
 
 LEVEL = 0.95
 """A bound is wrong in one of twenty repetitions at most."""
@@ -50,8 +49,15 @@ def bounds_of(differences: Sequence[float], of_answers: bool = False, level: flo
         return Bounds(mean, *_both(gained, lost, count, level), count)
     if count < LEAST_ITEMS or not math.isfinite(mean):
         return Bounds(mean, -math.inf, math.inf, count)
-    reach = float(stdtrit(count - 1, level)) * _deviation(differences, mean) / math.sqrt(count)
+    reach = _student(count - 1, level) * _deviation(differences, mean) / math.sqrt(count)
     return Bounds(mean, mean - reach, mean + reach, count)
+
+
+def _student(freedom: int, level: float) -> float:
+    """Return a quantile of Student's distribution."""
+    from scipy.special import stdtrit  # takes longer to import than most need it
+
+    return float(stdtrit(freedom, level))
 
 
 def _both(gained: int, lost: int, items: int, level: float) -> tuple[float, float]:
@@ -71,7 +77,7 @@ def score_bound(gained: float, lost: float, items: float, level: float = LEVEL) 
         items: all.
         level: of the bound.
     """
-    low, high, errors = -1.0, 1.0, float(ndtri(level))
+    low, high, errors = -1.0, 1.0, NormalDist().inv_cdf(level)
     while high - low > 1e-9:
         middle = (low + high) / 2
         if _score(gained, lost, items, middle) > errors:
@@ -112,7 +118,7 @@ def items_needed(differences: Sequence[float], least: float, of_answers: bool = 
         spread = _deviation(differences, seen.mean) if seen.items > 1 else math.inf
 
         def holds(items: int) -> bool:
-            reach = float(stdtrit(max(1, items - 1), LEVEL)) * spread / math.sqrt(items)
+            reach = _student(max(1, items - 1), LEVEL) * spread / math.sqrt(items)
             return items >= LEAST_ITEMS and seen.mean - reach >= least
 
     high = LEAST_ITEMS
