@@ -59,7 +59,8 @@ class InTransformers:
             type(layer).__name__ != "DynamicLayer" for layer in layers
         ):  # windows and states lose the past
             return False
-        self._cache.crop(length)
+        if (more := self._cache.get_seq_length() - length) > 0:
+            self._cache.crop(-more)
         return True
 
     def ends(self, token: int) -> bool:
