@@ -58,7 +58,7 @@ def test_the_last_lines_the_report_the_page_and_the_card_say_what_loops(prune: A
     assert facts.greedy.figures.answers == 16
     assert facts.greedy.figures.loops > facts.greedy.dense.loops + 1
     verdict = f"{facts.greedy.figures.loops} of 16 answers loop; dense {facts.greedy.dense.loops}"
-    last = ended.out.splitlines()[-8:]
+    last = ended.out.splitlines()[-9:]
     assert last[0].startswith(f"answers   {verdict} (greedy, at most 64 tokens")
     assert last[1].startswith("required  loops<=dense+1 does not hold (")
     assert last[2].startswith("required  tokens>1 holds (")
