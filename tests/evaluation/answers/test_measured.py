@@ -185,7 +185,13 @@ def test_the_command_shows_figures_and_answers(
     assert lines[0].startswith(
         "answers   none of 2 answers loops or is empty; dense 0 (greedy, at most 8 tokens, prompts: prompts.jsonl"
     )
-    assert [line.split()[0] for line in lines[1:]] == ["greedy", "KL", "acceptance", "T", *("prompt", "dense", "answer") * 2]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "greedy",
+        "KL",
+        "acceptance",
+        "T",
+        *("prompt", "dense", "answer") * 2,
+    ]
     assert "perplexity" not in ended.out
 
 
