@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_it_runs(file: Path, tmp_path: Path) -> None:
         from traitlets.config import Config
 
         World(make_base(tmp_path / "base"), tmp_path / "place", pytest.MonkeyPatch())
-        shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+        shell: Any = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
         tables = 0
         for source in sources:
             cell = shell.run_cell(source)

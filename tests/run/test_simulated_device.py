@@ -53,12 +53,13 @@ def test_no_kind_of_case_is_left_out(outcomes: list[Mapping[str, Any]]) -> None:
 def test_no_stage_asks_more_of_a_device_than_its_table_says(told: list[dict[str, Any]]) -> None:
     """Where more is meant: `cd tests && python -m support.simdevice.stages --write`."""
     found, allowed = told[-1]["found"], told[-1]["allowed"]
-    assert found.keys() == allowed.keys()
+    left_out = {stage for stage in allowed if stage.endswith(": a block") and stage not in found}
+    assert found.keys() == allowed.keys() - left_out
     more = [
-        f"{stage}: {found[stage][kind]} × {kind}, {most} in the table"
-        for stage, counts in allowed.items()
-        for kind, most in counts.items()
-        if found[stage][kind] > most
+        f"{stage}: {counts[kind]} × {kind}, {most} in the table"
+        for stage, counts in found.items()
+        for kind, most in allowed[stage].items()
+        if counts[kind] > most
     ]
     assert not more
 

@@ -95,7 +95,7 @@ def test_every_mode_keeps_every_zero_of_a_classifier(home: Path, tmp_path: Path,
 
 
 def test_a_classifier_learns_the_digits(home: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"max_steps": 150, "max_samples": None, "batch_size": 32, "eval_images": 300}
+    changes: dict[str, Any] = {"max_steps": 80, "max_samples": None, "batch_size": 32, "eval_images": 300}
     report = run_finetuning(settings(home, tmp_path / "run", **changes), QUIET)
     (accuracy,) = report.accuracy
     assert accuracy.before_top1 < 0.3

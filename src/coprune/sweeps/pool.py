@@ -12,6 +12,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from coprune.base.environment import see_only, usable_cores, visible_gpus
 from coprune.base.memory import available_bytes
@@ -103,7 +104,7 @@ class LocalWorkers:
 
     def _hire(self, gpu: str | None) -> _Worker:
         # What takes seconds to import is imported by one process, from which every worker is forked.
-        context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context: Any = get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload(["coprune.run.stages", "coprune.sweeps.sharing"])
         ours, theirs = context.Pipe()
         given = (theirs, gpu, self._log, dict(os.environ))

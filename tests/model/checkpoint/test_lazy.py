@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.locate import ModelFolder, locate
+from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.weights import InMemory
 from support.forking import forked
 from support.pico import pico_tokens
@@ -252,7 +252,7 @@ def test_a_file_larger_than_the_address_space_allowed_is_streamed(tmp_path: Path
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         with pytest.raises((OSError, MemoryError, RuntimeError)):
             mmap.mmap(-1, end)
-        lazy = LazyCheckpoint(locate(tmp_path))
+        lazy = LazyCheckpoint(ModelFolder(tmp_path, "sparse"))
         for number in range(32):
             lazy.acquire(f"model.layers.{number}")
             lazy.release(f"model.layers.{number}")

@@ -23,6 +23,7 @@ from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import NM, Target
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
 from support.pico_hybrids import HYBRIDS
+from support.sample import TEN, sampled
 from support.walking import MOVES, Propagation, prove
 
 BATCHES = pico_tokens(24, 32).split(2)
@@ -75,8 +76,7 @@ def distance(model: PreTrainedModel) -> float:
     return float((found - dense).norm() / dense.norm())
 
 
-@pytest.mark.parametrize("propagation", ["block", "sequential"])
-@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(("propagation", "changes"), [("sequential", {}), ("block", {"dtype": "bfloat16"})])
 def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
     propagation: Propagation, changes: dict[str, Any]
 ) -> None:
@@ -139,7 +139,7 @@ def trained_by(family: str, dtype: torch.dtype) -> tuple[set[str], set[str], lis
     return matrices, changed - matrices, [training for training in trainings if training is not None]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *HYBRIDS])
+@pytest.mark.parametrize("family", sampled([*FAMILIES, *MIXTURES, *HYBRIDS], quick=[*TEN, "qwen3_5_moe_text"]))
 def test_half_precision_trains_what_was_pruned_norms_and_biases_in_every_family(family: str) -> None:
     matrices, others, trainings = trained_by(family, torch.bfloat16)
     assert matrices

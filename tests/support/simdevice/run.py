@@ -99,7 +99,7 @@ def main() -> int:
     if options.json:
         from support.simdevice import stages
 
-        print(json.dumps({"found": stages.count_all(), "allowed": stages.allowed()}))
+        print(json.dumps({"found": stages.count_all(None if options.all else stages.FEW), "allowed": stages.allowed()}))
     else:
         print(f"{failed} failed")
     return 1 if failed else 0

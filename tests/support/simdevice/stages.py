@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,8 @@ PATTERNS = ("unstructured", "2:4")
 ROWS, WIDTH, TOKENS = 64, 256, 512
 # Where a loop ends when nothing changes any more, it is cut off before, so that rounding does not decide what is counted.
 CUT_OFF: dict[str, dict[str, int]] = {"alps": {"rounds": 12}, "dsnot": {"cycles": 4}, "swaps": {"steps": 2}}
+FEW = ("llama wanda 2:4", "llama sparsegpt 2:4")
+"""The runs that every run of the tests counts; `make devices` counts all."""
 Counts = dict[str, int]
 
 
@@ -120,7 +122,7 @@ def whole_matrix(name: str, pattern: str, width: int) -> Counts:
     return counted(partial(prune_matrix, matrix, known, Solver(METHODS[name]), target, True))
 
 
-def blocks() -> Iterator[tuple[str, Counts]]:
+def blocks(names: Container[str] | None = None) -> Iterator[tuple[str, Counts]]:
     """A block of a run from folder to folder: what a model of three asks for beyond one of two."""
     runs: dict[str, dict[str, Any]] = {
         "llama wanda 2:4": {"method": "wanda", "pattern": "2:4"},
@@ -132,6 +134,8 @@ def blocks() -> Iterator[tuple[str, Counts]]:
         "mixtral wanda": {"family": "mixtral", "method": "wanda"},
     }
     for name, settings in runs.items():
+        if names is not None and name not in names:
+            continue
         few, many = (run_of(number, **settings) for number in (2, 3))
         yield f"{name}: a block", {kind: many[kind] - few[kind] for kind in KINDS}
 
@@ -160,9 +164,9 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def count_all() -> dict[str, Counts]:
-    """Every stage with what it asks for."""
-    parts = (statistics, methods, refinements, whole_matrices, blocks)
+def count_all(names: Container[str] | None = None) -> dict[str, Counts]:
+    """Every stage with what it asks for. names: of the runs whose blocks are counted, all by default."""
+    parts = (statistics, methods, refinements, whole_matrices, partial(blocks, names))
     return {stage: counts for part in parts for stage, counts in part()}
 
 
