@@ -80,11 +80,18 @@ def whole_answers() -> Iterator[None]:
         yield
 
 
-# Files of few tests that take long, most of it in other processes: begun last, one of two workers would wait for them.
+# Files that take longest: begun last, one of two workers would wait for them.
 LONGEST = (
-    *("test_measured_peaks.py", "test_processes.py", "test_golden.py", "test_pool.py", "test_real_block.py"),
-    *("test_pages.py", "test_resume.py", "test_interruption.py", "test_loading.py"),
-    *("test_notebook.py", "test_hub.py", "test_simulated_device.py"),
+    *("test_simulated_device.py", "test_pages.py", "test_resume.py", "test_parts.py", "test_quantised.py"),
+    *(
+        "test_public_functions.py",
+        "test_statistics.py",
+        "test_gate.py",
+        "test_uneven.py",
+        "test_fit.py",
+        "test_golden.py",
+    ),
+    *("test_classifiers.py", "test_run.py", "test_hub.py", "test_processes.py", "test_pool.py", "test_whole_run.py"),
 )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from coprune.base.memory import unread_weights
 
 MIB = 1 << 20
 
@@ -50,3 +54,16 @@ def test_what_is_freed_is_taken_again_and_given_back_in_the_end() -> None:
     assert again < 8  # it was there
     assert left < 8
     assert -72 < after < 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_mapped_weights_are_unread_until_they_are_used(tmp_path: Path) -> None:
+    size = 64 * mmap.PAGESIZE
+    (tmp_path / "model.safetensors").write_bytes(bytes(size))
+    before = unread_weights()
+    with (tmp_path / "model.safetensors").open("rb") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert unread_weights() == before + size
+            assert not any(mapped[:: mmap.PAGESIZE])
+            assert unread_weights() == before
+        assert unread_weights() == before

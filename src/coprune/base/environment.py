@@ -146,9 +146,16 @@ def installed_version(package: str) -> str | None:
     import importlib.metadata  # which `import coprune` does without
 
     try:
-        return importlib.metadata.version(package)
+        return _version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache  # of what is installed; what is not may be fetched yet
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(package)
 
 
 def typed_command() -> str | None:

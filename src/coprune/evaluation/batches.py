@@ -85,7 +85,9 @@ def bootstrap_interval(per_window: Tensor, resamples: int = 2000, seed: int = 0)
         return None
     generator = torch.Generator().manual_seed(seed)
     values = per_window.to(device="cpu", dtype=torch.float64)
-    # One resample at a time: 2000 × N indices at once would be large for a long text.
-    means = torch.stack([values[torch.randint(count, (count,), generator=generator)].mean() for _ in range(resamples)])
+    # A few resamples at a time: 2000 × N indices at once would be large for a long text.
+    parts = torch.arange(resamples).split(max(1, 2**18 // count))
+    drawn = (torch.randint(count, (len(part), count), generator=generator) for part in parts)
+    means = torch.cat([values[indices].mean(dim=1) for indices in drawn])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -362,14 +362,17 @@ def require_all_weights(name: str, missing: set[str]) -> None:
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and notes while coprune reports itself."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    louder = verbosity != transformers_logging.ERROR  # a level that is set makes every logger ask anew for its own
+    if louder:
+        transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         # The GGUF reader's progress bar cannot be disabled.
         with redirect_stderr(StringIO()):
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        if louder:
+            transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
 

@@ -70,7 +70,7 @@ def evaluations() -> tuple[Case, ...]:
     return (
         Case("perplexity and closeness", closeness, True),
         Case("perplexity", evaluated),
-        Case("zero-shot", zero_shot, True),
+        Case("zero-shot", zero_shot),
     )
 
 

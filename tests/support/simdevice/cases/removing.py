@@ -33,7 +33,7 @@ def removals() -> tuple[Case, ...]:
             removed("llama", "channels=0.4,heads=0.5,blocks=0.34", reconstruct=2),
             True,
         ),
-        Case("olmoe experts", removed("olmoe", "experts=0.25"), True),
+        Case("olmoe experts", removed("olmoe", "experts=0.25")),
     ]
     scores = [
         Case(f"llama {remove} by {score}", removed("llama", remove, score=score))
