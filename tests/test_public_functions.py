@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -368,11 +367,7 @@ def test_bench_measures_a_folder_or_a_model(
     assert found._repr_html_().count("<tr>") == 1 + len(found.rows)
 
 
-def test_a_sweep_does_what_the_command_does(
-    inside: Path, tmp_path: Path, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Workers that begin by themselves, test_pool.py has.
-    monkeypatch.setattr("coprune.sweeps.pool.get_context", lambda _: get_context("fork"))
+def test_a_sweep_does_what_the_command_does(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     lists = {"model": "model", "dataset": "words.txt", "method": ["magnitude", "wanda"], "nsamples": 4, "seqlen": 32}
     lists |= {"eval_data": "test.txt", "save": str(tmp_path / "sweep"), "check_memory": False}
     (tmp_path / "lists.yaml").write_text(yaml.safe_dump(lists))
