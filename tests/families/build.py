@@ -83,10 +83,10 @@ def published_class(model_type: str, kind: Kind) -> str:
     return found[0] if found else all_types(kind)[model_type]
 
 
-def published_model(model_type: str, kind: Kind) -> PreTrainedModel:
-    """A tiny model of that class with random weights."""
+def published_model(model_type: str, kind: Kind, config: Any = None) -> PreTrainedModel:
+    """A tiny model of that class with random weights. config: its configuration, by default `tiny_config`."""
     named: Any = getattr(transformers, published_class(model_type, kind))
-    config = tiny_config(model_type)
+    config = config or tiny_config(model_type)
     if kind != "text" or named.config_class is not type(config):
         return tiny_model(model_type, kind)
     torch.manual_seed(0)
