@@ -30,5 +30,5 @@ def beside(sides: Sequence[tuple[list[dict[str, Any]], str, str]], shape: str, k
         )
         dots = points.mark_point(filled=True, size=70, opacity=1).encode(shape=alt.Shape(f"{shape}:N", legend=legend))
         names = points.mark_text(align="left", dx=7, fontSize=13).encode(text="label:N")
-        charts.append((dots + names).properties(width=520, height=400))
+        charts.append((dots + names).properties(width=520, height=320))
     return alt.vconcat(*charts).configure_axis(labelFontSize=13, titleFontSize=14).configure_legend(labelFontSize=14)
