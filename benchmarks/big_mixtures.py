@@ -1,4 +1,4 @@
-"""Memory and speed of `coprune prune MIXTURE --remove experts=0.25`, beside `cp` of the same files.
+"""Memory and speed of `coprune prune MIXTURE --remove experts=keep:…` (three quarters), beside `cp` of the same files.
 
 A synthetic mixture of random codes is written, cut in a fresh process whose pages are counted while it runs (its own, and
 those of mapped files, which the system takes back when it wants), and everything is deleted: a Qwen3 mixture as one GGUF
@@ -79,9 +79,7 @@ def measure(asked: argparse.Namespace, folder: Path) -> None:
         "prune",
         str(source),
         "--remove",
-        "experts=0.25",
-        "--align-experts",
-        "1",
+        f"experts=keep:{asked.experts * 3 // 4}",
     ]
     command += ["--dataset", str(text), "--seqlen", str(asked.seqlen), "--nsamples", str(asked.samples)]
     command += ["--no-eval", "--no-gate", "-q", "--save", str(folder / "run"), "--save-model", str(small)]

@@ -63,7 +63,6 @@ FREE_OF_COST = {
         "encoding",
         "score",
         "align",
-        "align_experts",
         "blend",
         "generate_seed",
         "require",

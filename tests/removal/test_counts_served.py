@@ -18,19 +18,17 @@ def test_a_share_leaves_a_number_that_is_near_and_is_served_or_divides_well(coun
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "groups", "align", "kept"),
+    ("count", "share", "groups", "kept"),
     [
-        (128, 0.1, 1, None, 112),
-        (128, 0.1, 1, 1, 115),
-        (512, 0.4, 1, None, 320),  # served, where a multiple of 8 would be a little nearer
-        (256, 0.5, 8, None, 128),
-        (60, 0.25, 1, None, 44),
-        (16, 0.2, 1, None, 13),  # few enough for any number
-        (16, 0.2, 4, None, 12),
-        (24, 0.3, 3, None, 18),  # as many of every group, and even
-        (128, 0.3, 1, 32, 96),
-        (8, 0.01, 1, None, 8),
+        (128, 0.1, 1, 112),
+        (512, 0.4, 1, 320),  # served, where a multiple of 8 would be a little nearer
+        (256, 0.5, 8, 128),
+        (60, 0.25, 1, 44),
+        (16, 0.2, 1, 13),  # few enough for any number
+        (16, 0.2, 4, 12),
+        (24, 0.3, 3, 18),  # as many of every group, and even
+        (8, 0.01, 1, 8),
     ],
 )
-def test_counts(count: int, share: float, groups: int, align: int | None, kept: int) -> None:
-    assert count_left(count, share, groups, align) == kept
+def test_counts(count: int, share: float, groups: int, kept: int) -> None:
+    assert count_left(count, share, groups) == kept

@@ -49,6 +49,7 @@ RETIRED: dict[str, Retired] = {
     "move_zeros": Retired(
         None, None, (LeaveOut("move_zeros"), ": as long a training with every zero kept comes nearer")
     ),
+    "align_experts": Retired("remove.align_experts", None, ("say how many stay: ", Set("remove", "experts=keep:96"))),
     **dict(
         [
             _of_training("schedule", "linear", "the rate falls linearly"),

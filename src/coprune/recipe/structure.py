@@ -128,16 +128,6 @@ class RemovePart(Part):
         Field(description="Cut a vocabulary even where that saves less than 5 per cent of the weights' bytes."),
     ] = False
 
-    align_experts: Annotated[
-        int | None,
-        Decides.RESULT,
-        Field(
-            description="Keep experts in multiples of this (1: exactly as asked). By default a share keeps a number that servers "
-            "of mixtures have kernels for, or divide well among devices, in mixtures of more than 16.",
-            ge=1,
-        ),
-    ] = None
-
     @field_validator("parts")
     @classmethod
     def _check(cls, asked: tuple[str, ...]) -> tuple[str, ...]:

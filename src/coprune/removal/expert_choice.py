@@ -63,11 +63,7 @@ def _no_mixture(run: Run) -> UnsupportedModel:
 def experts_left(mixture: Mixture, asked: RemovePart) -> int:
     """Return how many experts are kept: as many of every group, and enough for a token. Raises BadInput where none goes."""
     share = asked.shares["experts"]
-    kept = (
-        share.count
-        if isinstance(share, Left)
-        else count_left(mixture.count, share, mixture.groups, asked.align_experts)
-    )
+    kept = share.count if isinstance(share, Left) else count_left(mixture.count, share, mixture.groups)
     of_groups = f" in {mixture.groups} groups" if mixture.groups > 1 else ""
     if kept >= mixture.count:
         none = f"{kept} of" if isinstance(share, Left) else f"{share:g} of"
@@ -331,21 +327,22 @@ _NEAR = 0.1
 """A served number is taken where it changes how many experts go by no more than this share of them."""
 
 
-def count_left(count: int, share: float, groups: int = 1, align: int | None = None) -> int:
+def count_left(count: int, share: float, groups: int = 1) -> int:
     """Return how many experts stay when about a share of them goes.
+
+    It is a served number where one is near, else one that divides well among devices: a multiple of 8, or of less in mixtures of
+    fewer than 64.
 
     Args:
         count: how many there are.
         share: of them that goes.
         groups: of which as many have to stay.
-        align: what the number has to be a multiple of; None for a served number where one is near, else one that
-            divides well among devices: a multiple of 8, or of less in mixtures of fewer than 64.
 
     Returns:
         The number, no less than one of every group; `count` if none would go.
     """
-    by_itself = align is None and count > _FEW
-    fine = min(8, 1 << (count // 8).bit_length() - 1) if by_itself else align or 1
+    by_itself = count > _FEW
+    fine = min(8, 1 << (count // 8).bit_length() - 1) if by_itself else 1
     step, wanted = math.lcm(groups, fine), count * (1 - share)
     if by_itself:
         near = [

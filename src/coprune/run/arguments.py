@@ -90,7 +90,6 @@ class StructureArguments(TypedDict, total=False):
     domains: str | Sequence[str] | Mapping[str, File]
     blend: str
     align: int
-    align_experts: int | None
     vocabulary_text: str | Sequence[str] | Mapping[str, float]
     vocabulary_languages: str | Sequence[str] | Mapping[str, float]
     vocabulary_force: bool
