@@ -32,7 +32,7 @@ REFUSED = {
     "a method to read of": ("coprune methods sparsgpt", ["did you mean 'sparsegpt'?"]),
     "a pattern": (f"coprune prune model {TEXT} -p 24", ["2:4"]),
     "per cent": (f"coprune prune model {TEXT} -s 50", ["--sparsity 0.5"]),
-    "a broken row": ("coprune prune model --dataset rows.jsonl", ["rows.jsonl", "line 3 is no JSON"]),
+    "a broken row": ("coprune prune model --dataset rows.jsonl", ["rows.jsonl", "line 3 is not JSON"]),
     "a place to save": (f"coprune prune model {TEXT} --save-model /proc/nothing/model", ["/proc", "another name"]),
     "experts of a dense model": (f"coprune prune model {TEXT} --remove experts=0.25", ["no mixture of experts"]),
     "a text": ("coprune prune model --dataset word", ["Did you mean the file words?", "embedded"]),

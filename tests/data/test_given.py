@@ -41,7 +41,7 @@ def test_names_tell_contents_and_names_stay_as_they_are() -> None:
 def test_what_was_handed_over_is_there_as_long_as_the_call() -> None:
     with handed_over({"dataset": TEXTS}, "dataset", "eval_data") as found:
         assert given_data(found["dataset"]) is not None
-    with pytest.raises(BadInput, match="was handed over from Python and is not here"):
+    with pytest.raises(BadInput, match="is data from an earlier Python call"):
         given_data(found["dataset"])
     assert given_data("c4") is None
 
@@ -110,7 +110,7 @@ def test_samples_of_other_sizes_and_unknown_tokens_are_refused(folder: Path) -> 
         coprune.prune(folder, dataset=ids, nsamples=7, **SETTINGS)
     with pytest.raises(BadInput, match="the samples have 16 tokens, not 8"):
         coprune.prune(folder, dataset=ids, **SETTINGS | {"seqlen": 8})
-    with pytest.raises(BadInput, match="there is a token 1000000"):
+    with pytest.raises(BadInput, match="the token id 1000000"):
         coprune.prune(folder, dataset=ids.clone().fill_(1_000_000), **SETTINGS)
 
 

@@ -91,11 +91,11 @@ def test_a_column_is_found_by_name_or_by_being_the_only_one_of_strings(tmp_path:
     ("file", "content", "message"),
     [
         ("a.gz", b"text", "cannot be read"),
-        ("a.pdf", b"%PDF-1.4 \xe2\xe3", r"no text in UTF-8 \(byte 9\)"),
-        ("a", b"text\0text", "zero bytes, so it is no text"),
+        ("a.pdf", b"%PDF-1.4 \xe2\xe3", r"not UTF-8 text \(byte 9\)"),
+        ("a", b"text\0text", "null bytes, so it is not text"),
         ("a.txt", b"", "holds no text"),
         ("a.txt", b" \n\n ", "holds no text"),
-        ("a.txt", b"caf\xe9", r"no text in UTF-8 \(byte 3\)"),
+        ("a.txt", b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
         ("a.txt.gz", b"not gzip", "cannot be read"),
         ("a.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:-12], "cannot be read"),
         ("a.json", b"", "holds no text"),
@@ -187,8 +187,8 @@ def test_a_small_file_that_stands_for_a_huge_one_is_refused(
     path = bomb(tmp_path / file)
     assert len(local_text(str(path)).text) >= 5_000_000
     monkeypatch.setattr("coprune.data.local_text._ANY_SIZE", 1_000_000)
-    with pytest.raises(BadInput, match=r"stands for more than .* bytes, 100 times its size"):
+    with pytest.raises(BadInput, match=r"decompresses to more than .* bytes, 100 times its size"):
         local_text(str(path))
     if not file.endswith(".txt.gz"):
-        with pytest.raises(BadInput, match="stands for more than"):
+        with pytest.raises(BadInput, match="decompresses to more than"):
             rows_of(path)

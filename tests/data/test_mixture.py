@@ -124,7 +124,7 @@ def test_a_slow_tokenizer_marks_answers_only_where_pieces_are_the_whole(tmp_path
     name = write(tmp_path / "chat.jsonl", {"messages": CHAT})
     fast, slow = (trained("byte-level", "\n", slow) for slow in (False, True))
     assert read_conversations(name, slow) == read_conversations(name, fast)
-    with pytest.raises(BadInput, match=r"which tokens of row 1 of .* the assistant wrote cannot be told: _Slow"):
+    with pytest.raises(BadInput, match=r"cannot find the assistant's tokens in row 1 of .*: _Slow"):
         read_conversations(name, trained("prepend", "\n", slow=True))
 
 
@@ -140,7 +140,7 @@ def test_a_system_column_is_said_first(row: dict[str, Any]) -> None:
 def test_text_and_other_rows_are_no_conversations(tmp_path: Path) -> None:
     assert not holds_conversations(write(tmp_path / "a.jsonl", {"text": "w5", "prompt": "w5", "answer": "w6"}))
     assert not holds_conversations(write(tmp_path / "b.jsonl", {"title": "w5"}))
-    with pytest.raises(BadInput, match=r"row 1 of .* is no conversation: its columns are 'title'"):
+    with pytest.raises(BadInput, match=r"row 1 of .* is not a conversation: its columns are 'title'"):
         read_conversations(str(tmp_path / "b.jsonl"), tokenizer())
 
 
@@ -160,7 +160,7 @@ def test_ids_that_are_none_are_named_with_their_row(ids: Any, tmp_path: Path) ->
     file = tmp_path / "ids.jsonl"
     write(file, ROWS[4])
     file.write_text(file.read_text() + json.dumps(ROWS[4] | {"answer_ids": ids}) + "\n")
-    with pytest.raises(BadInput, match=r"row 2 of .* (holds ids that are no whole numbers|is no conversation)"):
+    with pytest.raises(BadInput, match=r"row 2 of .* (holds token ids that are not integers|is not a conversation)"):
         read_conversations(str(file), tokenizer())
 
 

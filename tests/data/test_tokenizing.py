@@ -74,7 +74,7 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_one_message() -> None:
 )
 def test_replacements_that_make_a_text_endless_are_refused_before_any_is_made(change: Change, tmp_path: Path) -> None:
     folder = changed(tmp_path, change)
-    with pytest.raises(BadInput, match=r"tokenizer\.json makes a text up to [\d,]+ times as long"):
+    with pytest.raises(BadInput, match=r"tokenizer\.json lengthens a text up to [\d,]+ times"):
         load_tokenizer(ModelFolder(folder, "mine"))
 
 

@@ -76,7 +76,7 @@ def test_shares_are_given_from_python_as_a_mapping(place: Path) -> None:
         ("self:prompts.jsonl:column=question", "has no column 'question', only 'prompt'"),
         ("self:prompts.jsonl:template=chat", "the tokenizer has no chat template, which prompt 1 of"),
         ("self:long.jsonl", "prompt 1 of long.jsonl has 200 tokens, and the model 128 positions"),
-        ("self:temperature=0", "at temperature 0 a model begins every text alike"),
+        ("self:temperature=0", "at temperature 0 all texts without a prompt are equal"),
         ("words.txt:template=chat", "has no rows"),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_written_file_calibrates_another_run(place: Path) -> None:
     report = prune("own.jsonl", calibrate_on="generated").report
     assert report.calibration is not None
     assert 6 * 24 - 2 * 8 <= (report.calibration.counted or 0) < 6 * 24 - 2
-    with pytest.raises(coprune.BadInput, match=r"own\.jsonl is there already"):
+    with pytest.raises(coprune.BadInput, match=r"own\.jsonl already exists"):
         coprune.generate(model, "own.jsonl", processor=tokenizer, quiet=True)
     begun = coprune.generate(model, "begun.jsonl", samples=2, seqlen=5, processor=tokenizer, quiet=True)
     assert [json.loads(line)["prompt_ids"] for line in begun.read_text().splitlines()] == [[1], [1]]

@@ -163,7 +163,7 @@ def test_tokens_are_one_stream_of_those_that_the_model_knows(model: PreTrainedMo
     whole = perplexity(model, tokens, 24)
     assert perplexity(model, tokens[None], 24) == whole
     for unknown in (tokens - 10_000, tokens + 10_000):
-        with pytest.raises(BadInput, match=r"there is a token .* use the model's tokenizer"):
+        with pytest.raises(BadInput, match=r"the token id .* use the model's tokenizer"):
             perplexity(model, unknown, 24)
 
 

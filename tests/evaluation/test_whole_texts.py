@@ -179,9 +179,9 @@ def test_accuracy_of_words(place: Path) -> None:
 LINES = {
     '{"text": "w5"}': "line 1 of .* has no 'label'",
     '{"text": "w5", "label": "good"}': "the model has no label 'good'",
-    "w5 w6": "line 1 of .* is no JSON object",
+    "w5 w6": "line 1 of .* is not a JSON object",
     "": "holds no labelled text",
-    '{"text": 5, "label": 1}': "its text is no text",
+    '{"text": 5, "label": 1}': "its text is not a string",
 }
 
 
@@ -197,9 +197,9 @@ def test_what_makes_no_sense_for_a_model_is_refused(place: Path) -> None:
     embedding = save_reader(place / "embedding", "BertModel")
     masked = save_reader(place / "masked-too", "BertForMaskedLM")
     text = place / "words.txt"
-    with pytest.raises(BadInput, match="embeds texts and predicts none of their tokens, so it has no perplexity"):
+    with pytest.raises(BadInput, match="embeds texts and predicts no tokens, so it has no perplexity"):
         coprune.evaluate(embedding, text, **SETTINGS)
-    with pytest.raises(BadInput, match="fills in masked tokens, and writes nothing"):
+    with pytest.raises(BadInput, match="fills in masked tokens, and generates no text"):
         coprune.evaluate(masked, text, generate="builtin", **SETTINGS)
     with pytest.raises(BadInput, match="closeness compares next-token distributions"):
         coprune.evaluate(masked, text, against=masked, **SETTINGS)
@@ -207,5 +207,5 @@ def test_what_makes_no_sense_for_a_model_is_refused(place: Path) -> None:
         coprune.compare([masked, embedding], text, fresh=True, **SETTINGS)
     with pytest.raises(BadInput, match="and writes none to calibrate on"):
         pruned(embedding, place, False, dataset="self")
-    with pytest.raises(BadInput, match="coprune fine-tunes models that write text"):
+    with pytest.raises(BadInput, match="coprune fine-tunes only models that generate text"):
         coprune.finetune(embedding, save=place / "tuned", dataset=text, quiet=True)

@@ -67,11 +67,11 @@ def test_conditions() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("accuracy", "no condition"),
+        ("accuracy", "not a condition"),
         ("acuracy>=0.5", "did you mean 'accuracy'"),
         ("accuracy<=dense", "worst model"),
         ("kl<=dense", "already"),
-        ("", "no condition"),
+        ("", "not a condition"),
     ],
 )
 def test_conditions_that_say_nothing(text: str, said: str) -> None:

@@ -208,7 +208,7 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("text", {"require": "bits<=0.1"}, "dense model itself does not keep"),
         ("text", {"require": "accuracy>=0.5"}, "about no task"),
         ("text", {"budget": "0.01s"}, "too short for one candidate"),
-        ("text", {"budget": "soon"}, "is no time"),
+        ("text", {"budget": "soon"}, "is not a time"),
         ("text", {"target": "beauty"}, "unknown target"),
         ("text", {"runtime": "vllm"}, "unknown runtime"),
         ("text", {"runtime": "transformers"}, "types are of llama.cpp"),

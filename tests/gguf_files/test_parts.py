@@ -219,7 +219,7 @@ def test_a_file_of_other_routers_or_with_changed_values_is_no_source(whole: Path
     parts.require_router("model.layers.1", router)
     with pytest.raises(UnsupportedModel, match=r"blk\.0\.ffn_gate_inp.weight"):
         parts.require_router("model.layers.0", router)
-    with pytest.raises(UnsupportedModel, match="has 3 blocks, and transformers makes 2"):
+    with pytest.raises(UnsupportedModel, match="has 3 blocks, but transformers builds 2"):
         GgufParts(GgufFile(source, source.name), ["model.layers.0", "model.layers.1"])
     with pytest.raises(UnsupportedModel, match="changes values"):
         parts.cut(tmp_path / "small.gguf", Edits({"model.layers.0": [Edit()]}), Reporter(quiet=True))

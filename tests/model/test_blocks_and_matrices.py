@@ -175,7 +175,5 @@ def test_equal_tensors_are_kept_once() -> None:
 
 
 def test_a_model_of_no_blocks_is_refused() -> None:
-    with pytest.raises(
-        UnsupportedModel, match="the model has no blocks: its configuration says that their number is 0"
-    ):
+    with pytest.raises(UnsupportedModel, match="the model has no blocks: its configuration sets their number to 0"):
         find_blocks(pico_model("llama", num_hidden_layers=0))

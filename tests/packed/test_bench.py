@@ -215,7 +215,7 @@ def test_models_beside_each_other_in_both_runtimes(tmp_path: Path, monkeypatch: 
     assert [(row.phase, row.batch) for row in result.rows] == [("prefill", 1)] * 6 + [("decode", 1)] * 6
     assert all(row.speedup == 1 for row in result.rows if row.form == result.baseline(row.form))
     assert str(result).count("of the first in the same runtime") == 6
-    with pytest.raises(BadInput, match="one name and runtime"):
+    with pytest.raises(BadInput, match="same name and runtime"):
         bench([models[0], models[0]], prompt=8, tokens=3, repeats=2)
 
 

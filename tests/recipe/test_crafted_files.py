@@ -79,7 +79,7 @@ PLAIN: dict[str, Any] = {"model": "pico", "save": "out/x"}
     ["{method:>1000000000}", "{method:{seed}}", "{method!r:>99999999}", "{seed:1000000000}", "{method!s}"],
 )
 def test_folders_of_a_sweep_are_made_of_fields_alone(folders: str) -> None:
-    with pytest.raises(BadInput, match="no pattern of recipe fields"):
+    with pytest.raises(BadInput, match="not a pattern of recipe fields"):
         expand(Sweep.make(PLAIN | {"seed": [0, 1], "sweep": {"folders": folders}}))
 
 

@@ -1,4 +1,4 @@
-"""Flat names, places and parts say the same; nothing is said twice; what is unknown has a nearest match."""
+"""Flat names, places and parts say the same; nothing is given twice; what is unknown has a nearest match."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ def test_the_values_come_back_by_their_words() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"nsamples": 3, "calibration": {"samples": 3}}, "nsamples is said twice, as nsamples and as calibration.sam"),
-        ({"sparsity": 0.5, "sparsity_ratio": 0.5}, "sparsity is said twice, as sparsity and as sparsity_ratio"),
-        ({"method": "wanda", "prune_method": "wanda"}, "method is said twice"),
-        ({"method": "wanda:group=row", "options": {"group": "row"}}, "option group is said twice"),
-        ({"method": {"name": "wanda", "group": "row", "options": {"group": "row"}}}, "'group' is said twice"),
+        ({"nsamples": 3, "calibration": {"samples": 3}}, "nsamples is given twice, as nsamples and as calibration.sam"),
+        ({"sparsity": 0.5, "sparsity_ratio": 0.5}, "sparsity is given twice, as sparsity and as sparsity_ratio"),
+        ({"method": "wanda", "prune_method": "wanda"}, "method is given twice"),
+        ({"method": "wanda:group=row", "options": {"group": "row"}}, "option group is given twice"),
+        ({"method": {"name": "wanda", "group": "row", "options": {"group": "row"}}}, "'group' is given twice"),
         ({"sparsitty": 0.5}, "unknown recipe field 'sparsitty'; did you mean 'sparsity'?"),
         (
             {"calibration": {"sampels": 3}},
@@ -255,9 +255,7 @@ def test_the_name_of_a_score_says_what_it_is_of() -> None:
     ],
 )
 def test_a_measurement_refuses_what_it_would_ignore(setting: dict[str, Any]) -> None:
-    with pytest.raises(
-        BadInput, match=r"says how to prune or where that goes, and a measurement prunes nothing; leave out "
-    ):
+    with pytest.raises(BadInput, match=r"is about pruning, and a measurement prunes nothing; leave out "):
         measuring_recipe("m", {"seqlen": 64, **setting})
     assert measuring_recipe("m", {"seqlen": 64, "calibration.batch_size": 2}).calibrate.batch_size == 2
     assert measuring_recipe("m", {"answers": {"require": "loops<1"}}).evaluate.data is None

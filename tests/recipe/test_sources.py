@@ -54,7 +54,7 @@ def test_what_exists_is_a_name_whatever_is_in_it(tmp_path: Path) -> None:
         ("self:temperature=hot", "temperature of self is a number of at least 0, not 'hot'"),
         ("self:length=1.5", "length of self is a whole number of at least 1, not '1.5'"),
         ("c4:seqlen=1", "seqlen of c4 is a whole number of at least 2, not '1'"),
-        ("c4:seqlen=8,seqlen=9", "seqlen of c4 is said twice"),
+        ("c4:seqlen=8,seqlen=9", "seqlen of c4 is given twice"),
         ("a.jsonl:template=talk", "template of a.jsonl is chat or none, not 'talk'"),
     ],
 )
@@ -77,5 +77,5 @@ def test_samples_go_to_the_largest_remainders() -> None:
 def test_a_mapping_is_written_in_one_line() -> None:
     recipe = make_recipe({"model": "m", "dataset": {"self": 0.5, "embedded": 0.5}})
     assert recipe.calibrate.data == "self=0.5,embedded=0.5"
-    with pytest.raises(BadInput, match="with all of it in memory"):
+    with pytest.raises(BadInput, match="has to be in memory"):
         make_recipe({"model": "m", "dataset": "self,embedded", "stream": True})

@@ -108,7 +108,7 @@ def test_heads_that_the_configuration_refuses_are_not_tried(monkeypatch: pytest.
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(BadInput, match="decides itself how much goes of heads"):
+    with pytest.raises(BadInput, match="already includes heads"):
         make_recipe({"model": "x", "remove": "parameters=0.3,heads=0.5"})
     with pytest.raises(UnsupportedModel, match=r"no cut of channels, heads and blocks removes 99 %"):
         run(pico_model("llama"), "parameters=0.99")

@@ -276,9 +276,9 @@ def test_a_refusal_comes_before_all_that_is_slow(
         ({"remove": "chanels=0.3"}, "did you mean 'channels'"),
         ({"remove": "channels=1.5"}, "a number between 0 and 1, not '1.5'"),
         ({"remove": "channels"}, "not ''"),
-        ({"remove": ["channels=0.3", "channels=0.2"]}, "said twice"),
+        ({"remove": ["channels=0.3", "channels=0.2"]}, "given twice"),
         ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
-        ({"remove": "blocks=0.67", "include": "*.1.*"}, "2 of 3 blocks cannot go where 2 are left alone"),
+        ({"remove": "blocks=0.67", "include": "*.1.*"}, "2 of 3 blocks cannot be removed, since 2 are excluded"),
         ({"remove": "channels=0.4", "align": 97}, "have 96 channels at most, .* multiples of 97; give 32 or less"),
         ({"remove": "parameters=0.2", "align": 97}, "have 96 channels at most"),
         ({"remove": "channels=0.01"}, "0.01 of 96 channels is none"),
@@ -306,6 +306,6 @@ def test_what_include_and_exclude_keep_from_getting_smaller_is_said(
     family: str, remove: str, settings: dict[str, Any]
 ) -> None:
     with pytest.raises(
-        BadInput, match=r"removed from every block alike, and matrices of model\.layers\.[01] are to be"
+        BadInput, match=r"removed from all blocks alike, but matrices of model\.layers\.[01] are excluded"
     ):
         coprune.prune(pico_model(family), remove=remove, **SETTINGS, **settings)

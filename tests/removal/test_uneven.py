@@ -302,8 +302,11 @@ def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monk
         ({"remove": "channels=0.3", "allocation": "alpha:epsilon=0.2"}, "not by alpha"),
         ({"remove": "blocks=0.34", "allocation": "error"}, "none are removed"),
         ({"remove": "experts=0.3", "allocation": "error"}, "none are removed"),
-        ({"remove": "channels=0.3", "allocation": "search"}, "for some minutes or for some rounds"),
-        ({"remove": "channels=0.3", "allocation": "search:rounds=3,minutes=1"}, "one of the two"),
+        ({"remove": "channels=0.3", "allocation": "search"}, "either a number of minutes or of rounds"),
+        (
+            {"remove": "channels=0.3", "allocation": "search:rounds=3,minutes=1"},
+            "either a number of minutes or of rounds",
+        ),
         ({"remove": "channels=0.3", "allocation": "search:rounds=-3"}, "must not be negative"),
         ({"remove": "channels=0.3", "allocation": "search:tries=3"}, "unknown option of allocation 'search'"),
         ({"remove": "channels=0.3", "allocation": "luck"}, "not by luck"),

@@ -154,7 +154,7 @@ def test_a_folder_or_the_model_of_a_run_is_pushed(
     hub.files = []
     ended = run_command(["push", str(tmp_path / "model"), "me/model", "--private"], monkeypatch, capsys)
     assert ended.err.splitlines()[-1] == (
-        "coprune: me/model is there already, and everybody sees it; name another one, or leave out --private."
+        "coprune: me/model exists and is public; name another one, or leave out --private."
     )
     assert (ended.code, hub.files) == (2, [])
     hub.private = True

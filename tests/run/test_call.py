@@ -62,7 +62,7 @@ def test_an_option_may_be_called_like_a_part() -> None:
     [
         ({"nsampels": 3}, "unknown setting 'nsampels'; did you mean 'nsamples'"),
         ({"block_sise": 3}, "did you mean 'block_size'"),
-        ({"nsamples": 3, "calibration": {"samples": 3}}, "said twice"),
+        ({"nsamples": 3, "calibration": {"samples": 3}}, "given twice"),
         ({"preset": "fasst"}, "did you mean 'fast'"),
         ({"method": "spargpt"}, "did you mean 'sparsegpt'"),
     ],
@@ -128,7 +128,7 @@ def test_an_unknown_method_is_named_by_its_class_and_the_recipe_says_so() -> Non
     assert told.startswith("# This file alone does not repeat the run: the method ")
     again = make_recipe(yaml.safe_load(told))
     assert again == recipe
-    with pytest.raises(BadInput, match=r"\.Smallest was handed over in Python, and a recipe cannot hold it"):
+    with pytest.raises(BadInput, match=r"\.Smallest is a Python object, which a recipe cannot hold"):
         prepare_solver(again)
     solver, target = prepare_solver(again, given.method)
     assert solver.solve(torch.tensor([[1.0, 2.0]]), None, target).keep.tolist() == [[False, True]]

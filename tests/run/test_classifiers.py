@@ -212,7 +212,7 @@ def test_a_model_of_grey_images_sees_them_so(channels: int, tmp_path: Path) -> N
     save_for_hf(inner, str(tmp_path / "grey"), model_args=shape, safe_serialization=True)
     asked: dict[str, Any] = dict(dataset="digits", nsamples=4, eval_images=10, save=tmp_path / "run", quiet=True)
     if channels == 4:
-        with pytest.raises(BadInput, match="images of 4 channels, and they are read in colour or in shades"):
+        with pytest.raises(BadInput, match="images of 4 channels, but images are read with 1"):
             coprune.prune(str(tmp_path / "grey"), **asked)
     else:
         result = coprune.prune(str(tmp_path / "grey"), pattern="2:4", **asked)

@@ -52,7 +52,7 @@ def test_no_text_is_read_for_a_configuration_alone(
     monkeypatch.chdir(place)
     ended = run_command(["estimate", "bare", "--nsamples", "4", "--seqlen", "32"], monkeypatch, capsys)
     assert ended.code == 0, ended.err
-    assert "There is a configuration of bare alone" in ended.err
+    assert "bare is only a configuration" in ended.err
     assert "No text is read: 4 samples of 32 tokens to calibrate" in ended.err
     assert "\npreset balanced " in ended.out  # who has not chosen a preset is told of all of them
     ended = run_command(["estimate", "bare", "--preset", "fast", "--seqlen", "32"], monkeypatch, capsys)
@@ -63,7 +63,7 @@ def test_a_configuration_alone_is_inspected_and_not_pruned(place: Path) -> None:
     found, whole = (coprune.inspect(place / name, quiet=True) for name in ("bare", "whole"))
     assert [replace(matrix, zeros=None) for matrix in whole.matrices] == list(found.matrices)
     assert found.parameters == whole.parameters
-    with pytest.raises(BadInput, match=r"allocation owl looks at weights, and there is a configuration of .* alone"):
+    with pytest.raises(BadInput, match=r"allocation owl needs weights, and .* is only a configuration"):
         coprune.inspect(place / "bare", allocation="owl", quiet=True)
     with pytest.raises(BadInput, match=r"holds neither model\.safetensors nor"):
         coprune.prune(place / "bare", dataset=torch.zeros(4, 32, dtype=torch.int64), evaluate=False, quiet=True)

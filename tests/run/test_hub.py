@@ -122,7 +122,7 @@ def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub,
     weights = load(half.files["model.safetensors"])
     zeros = weights["model.layers.0.mlp.up_proj.weight"].eq(0).float().mean()
     assert zeros == 0.5
-    assert "me/pico-half is there already, and everybody sees it; name another one, or leave out --private." in errors
+    assert "me/pico-half exists and is public; name another one, or leave out --private." in errors
     assert "perplexity" in said[4]
     assert "there is no model owner/nothing on the Hub" in errors
     assert "dataset 'owner/no-text' is not on the Hub" in errors

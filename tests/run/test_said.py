@@ -40,7 +40,7 @@ def test_samples_that_overlap_are_said(said: list[str], place: Path) -> None:
     assert not any("overlap" in line for line in said)
     coprune.prune("model", "wanda", **SMALL | {"nsamples": tokens // 32 + 1})
     wanted = f"{32 * (tokens // 32 + 1):,} tokens are drawn from a text of {tokens:,}"
-    assert f"Samples overlap, since {wanted}: fewer of them tell as much, and more text tells more." in said
+    assert f"Samples overlap, since {wanted}: fewer samples would do as well, more text would do better." in said
 
 
 def test_of_ones_own_text_the_last_tenth_is_held_out_for_perplexity(said: list[str], place: Path) -> None:
@@ -60,7 +60,7 @@ def test_of_ones_own_text_the_last_tenth_is_held_out_for_perplexity(said: list[s
 
 @pytest.mark.parametrize("named", ["", " , "])
 def test_a_list_of_texts_that_names_none_is_refused_before_the_model_is_opened(named: Any) -> None:
-    with pytest.raises(BadInput, match="eval_data names nothing; name some, as in eval_data='embedded'"):
+    with pytest.raises(BadInput, match="eval_data is empty; name some, as in eval_data='embedded'"):
         coprune.prune("no/such/model", dataset="embedded", eval_data=named, quiet=True)
 
 
@@ -73,7 +73,7 @@ def test_a_text_that_nobody_named_and_nothing_depends_on_may_be_missing(
     monkeypatch.setattr("coprune.evaluation.tasks.text_task.read_samples", refuse)
     unnamed = {name: value for name, value in SMALL.items() if name != "dataset"}
     report = coprune.prune("model", "magnitude", **unnamed).report
-    assert "No layer errors, since nothing is calibrated on: no network here." in said
+    assert "No layer errors, since there is no calibration data: no network here." in said
     assert {matrix.relative_layer_error for matrix in report.matrices} == {None}
     for settings in (SMALL, unnamed | {"method": "wanda"}):
         with pytest.raises(BadInput, match="no network here"):
@@ -117,7 +117,7 @@ def test_a_model_that_is_sparse_already_is_said_to_be(said: list[str], place: Pa
     assert not any("was pruned before" in line for line in said)
     coprune.prune("pruned", "magnitude", sparsity=0.7, **SMALL)
     wanted = "pruned was pruned before: 50.00 % of the weights of model.layers.0 are zero. "
-    assert f"{wanted}What is called dense in the report is the model as it comes." in said
+    assert f"{wanted}In the report, dense means the model as it was given." in said
 
 
 def test_what_reconstruction_did_is_no_numerical_event(said: list[str]) -> None:

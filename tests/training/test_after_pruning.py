@@ -43,7 +43,7 @@ def test_a_pruning_hands_on_how_it_is_trained() -> None:
     assert found.train.teacher == "m"
     alone = pruning_of(recipe).train
     assert alone == type(alone)()
-    with pytest.raises(BadInput, match=r"'model.layers.1.\*' goes by numbers"):
+    with pytest.raises(BadInput, match=r"'model.layers.1.\*' depends on numbers"):
         make_recipe({"model": "m", "finetune": "dense", "remove": "blocks=0.5", "exclude": "model.layers.1.*"})
 
 
@@ -58,7 +58,7 @@ def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path
     model = pico_model("llama", vocab_size=1002, num_hidden_layers=2)
     small: dict[str, Any] = {"pattern": "2:4", "seqlen": 16, "nsamples": 2, "evaluate": False, "gate": False}
     small |= {"dataset": str(write_text(tmp_path / "text.txt", 700)), "tokenizer": word_tokenizer(), "quiet": True}
-    with pytest.raises(BadInput, match="in memory alone; name the model's folder, or use finetune='dense'"):
+    with pytest.raises(BadInput, match="only in memory; name the model's folder, or use finetune='dense'"):
         coprune.prune(model, finetune="distill", save=tmp_path / "distilled", **small)
     assert not (tmp_path / "distilled").exists()
     found = coprune.prune(model, finetune="dense", finetune_tokens=32, save=tmp_path / "run", **small)
@@ -209,7 +209,7 @@ def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Pat
     }
     found = coprune.finetune(tmp_path / "pruned", "dense", dataset=tokens, save=tmp_path / "one", **how)
     assert (found.windows, found.block_size) == (40, 16)
-    with pytest.raises(BadInput, match="there is a token 5390, and the model knows 1002"):
+    with pytest.raises(BadInput, match="the token id 5390 is outside the model's vocabulary of 1002"):
         coprune.finetune(tmp_path / "pruned", "dense", dataset=tokens + 5000, save=tmp_path / "two", **how)
 
 

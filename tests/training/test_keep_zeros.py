@@ -120,8 +120,8 @@ def test_what_is_broken_in_another_way_is_said() -> None:
     with pytest.raises(coprune.BrokenMask) as caught, coprune.keep_zeros(model):
         model.model.layers[1].mlp.up_proj.weight.data.fill_(1)
     wanted = (
-        r"\d+ weights of model.layers.1.mlp.up_proj that were pruned are not zero any more; something else than an "
-        "optimiser of torch changed them, which is not seen."
+        r"\d+ weights of model.layers.1.mlp.up_proj that were pruned are not zero any more; they were changed by "
+        "something other than a torch optimiser."
     )
     assert re.fullmatch(wanted, str(caught.value)), str(caught.value)
 

@@ -159,7 +159,7 @@ def test_an_adapter_from_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="missing or damaged"):
         load_adapter(pruned_model(), find_masks(pruned_model()), folder)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(BadInput, match="no adapter of LoRA"):
+    with pytest.raises(BadInput, match="adapter that is not LoRA"):
         load_adapter(pruned_model(), find_masks(pruned_model()), folder)
     with pytest.raises(BadInput, match="holds no adapter"):
         load_adapter(pruned_model(), find_masks(pruned_model()), tmp_path)

@@ -172,20 +172,20 @@ def test_a_cut_on_top_of_a_cut_knows_both(dense: Path, words: Path, tmp_path: Pa
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "too few": ({"remove": "vocabulary=64"}, "fewer than have to stay"),
-    "too many": ({"remove": "vocabulary=2048"}, "no fewer than there are"),
-    "no size": ({"remove": "vocabulary=some"}, "no size of a vocabulary"),
-    "no loss": ({"remove": "vocabulary=loss:200%"}, "no size of a vocabulary"),
-    "twice": ({"remove": "vocabulary=640,vocabulary=0.5"}, "said twice"),
+    "too few": ({"remove": "vocabulary=64"}, "fewer than required"),
+    "too many": ({"remove": "vocabulary=2048"}, "has only"),
+    "no size": ({"remove": "vocabulary=some"}, "not a size of a vocabulary"),
+    "no loss": ({"remove": "vocabulary=loss:200%"}, "not a size of a vocabulary"),
+    "twice": ({"remove": "vocabulary=640,vocabulary=0.5"}, "given twice"),
     "unknown language": ({"remove": "vocabulary=640", "vocabulary_languages": "xx"}, "unknown language 'xx'"),
     "bad share": ({"remove": "vocabulary=640", "vocabulary_languages": "en=0"}, "positive number"),
     "no vocabulary": ({"sparsity": 0.5, "vocabulary_languages": "en"}, "none is removed"),
     "its score": ({"sparsity": 0.5, "remove": "channels=0.5", "score": "counts"}, "none are removed"),
     "no text": ({"remove": "vocabulary=640", "vocabulary_text": "missing.txt"}, "missing.txt"),
-    "useless": ({"remove": "vocabulary=1000", "evaluate": False}, "does not pay"),
-    "unmeasured": ({"remove": "vocabulary=loss:1%", "evaluate": False}, "measured with the model"),
+    "useless": ({"remove": "vocabulary=1000", "evaluate": False}, "save only"),
+    "unmeasured": ({"remove": "vocabulary=loss:1%", "evaluate": False}, "measurements with the model"),
     "no file": ({"remove": "vocabulary=640", "save_model": "small.gguf"}, "would be a GGUF file"),
-    "trained": ({"remove": "vocabulary=640", "finetune": "dense"}, "not trained in the same run"),
+    "trained": ({"remove": "vocabulary=640", "finetune": "dense"}, "cannot train as well"),
     "tasks": ({"remove": "vocabulary=640", "tasks": "boolq"}, "not measured by a run that only cuts"),
 }
 

@@ -175,7 +175,9 @@ def full_disk_explained(file: Path) -> Iterator[None]:
         cause = _why_not_written(error)
         if cause is None:
             raise
-        raise CopruneError(f"{cause}: {file} could not be written", fix="free some space and go on") from error
+        raise CopruneError(
+            f"{cause}: {file} could not be written", fix="free some space and repeat the command"
+        ) from error
 
 
 def _why_not_written(error: Exception) -> str | None:

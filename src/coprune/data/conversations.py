@@ -74,7 +74,7 @@ def read_conversations(name: str, tokenizer: PreTrainedTokenizerBase, column: st
         if messages is None:
             found = f"its columns are {', '.join(map(repr, row))}" if isinstance(row, Mapping) else "it is no object"
             wanted = _FORMATS if column is None else f"a list of messages in {column!r}"
-            raise BadInput(f"{place} is no conversation: {found}", fix=f"it should have {wanted}")
+            raise BadInput(f"{place} is not a conversation: {found}", fix=f"it should have {wanted}")
         documents.append(document_of(messages, tokenizer, place))
     return documents
 
@@ -153,8 +153,8 @@ def _encoded(
     ids, whole = [token for found, _ in pieces for token in found], ids_of(text)
     if ids != whole:
         raise BadInput(
-            f"which tokens of {place} the assistant wrote cannot be told: {type(tokenizer).__name__} tells no offsets, and "
-            "tokenizes the answers otherwise where they stand alone",
+            f"cannot find the assistant's tokens in {place}: {type(tokenizer).__name__} gives no offsets, and "
+            "tokenizes the answers differently on their own",
             fix="take a model with a fast tokenizer (tokenizer.json)",
         )
     return ids, [span for found, span in pieces for _ in found]
@@ -178,10 +178,10 @@ def template_text(
 def _of_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, place: str) -> Document:
     prompt, answer = (row[key] for key in IDS)
     if not all(isinstance(ids, list) and all(map(_is_id, ids)) for ids in (prompt, answer)):
-        raise BadInput(f"{place} holds ids that are no whole numbers from 0")
+        raise BadInput(f"{place} holds token ids that are not integers of at least 0")
     text = row.get("answer")
     if isinstance(text, str) and tokenizer.decode(answer, skip_special_tokens=True) != text:
-        raise BadInput(f"{place} has ids of another tokenizer", fix="write it anew with this model")
+        raise BadInput(f"{place} has ids of another tokenizer", fix="generate the file again with this model")
     return Document(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 

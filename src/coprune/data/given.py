@@ -63,7 +63,10 @@ def given_data(name: str) -> GivenData | None:
         return None
     found = _HERE.get({}).get(name)
     if found is None:
-        raise BadInput(f"{name} was handed over from Python and is not here", fix="hand it over again, or name a file")
+        raise BadInput(
+            f"{name} is data from an earlier Python call, which a recipe cannot hold",
+            fix="pass it again, or name a file",
+        )
     return found
 
 
@@ -128,7 +131,7 @@ def _with_shares(asked: Mapping[Any, Any], field: str) -> dict[str, tuple[Any, A
     for label, value in asked.items():
         data, share = value if isinstance(value, tuple) and len(value) == 2 else (label, value)
         if share is not None and (isinstance(share, bool) or not isinstance(share, int | float)):
-            wrong = f"{label} has the share {share!r:.40}, which is no number"
+            wrong = f"{label} has the share {share!r:.40}, which is not a number"
             raise BadInput(wrong, field=field, fix="give a share, or (data, share)")
         found[str(label)] = data, share
     return found
@@ -145,7 +148,7 @@ def _is_names(value: Any) -> bool:
 def _named(value: Any, label: str | None, field: str) -> tuple[str, GivenData]:
     """Return a name for an object, and the object as data. label: the caller's name for it, if any."""
     if label is not None and not _LABEL.fullmatch(str(label)):
-        raise BadInput(f"{label!r} is no label: letters, digits, '_' and '-'", field=field)
+        raise BadInput(f"the label {label!r} has other characters than letters, digits, '_' and '-'", field=field)
     data = _read(value, field)
     content = data.text.encode() if isinstance(data, JoinedText) else data.tokens.numpy().astype("<i8").tobytes()
     shape = "" if isinstance(data, JoinedText) else str(tuple(data.tokens.shape))

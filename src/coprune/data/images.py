@@ -120,7 +120,7 @@ def transform_of(processor: Any, channels: int = 3) -> Transform:
     """
     if channels not in (1, 3):
         raise BadInput(
-            f"the model takes images of {channels} channels, and they are read in colour or in shades of grey"
+            f"the model takes images of {channels} channels, but images are read with 1 (grey) or 3 (colour)"
         )
 
     def transform(images: list[Any]) -> Tensor:
@@ -194,7 +194,7 @@ def _from_folder(path: Path, part: Part) -> LabelledImages:
     try:
         folder = ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
-        raise BadInput(f"{root} is no folder of images with one subfolder per class: {error}") from error
+        raise BadInput(f"{root} is not a folder of images with one subfolder per class: {error}") from error
     labels = torch.tensor(folder.targets, dtype=torch.int64)
     # ImageFolder's loader reads a file as PIL in RGB.
     return LabelledImages(
@@ -284,7 +284,7 @@ def read_image(read: Callable[[], Any], told: str) -> Any:
         raise
     except Exception as error:  # Pillow's own errors share no base class, and a row without an image is None
         why = " ".join(str(error).split())[:200]
-        raise BadInput(f"{told} cannot be read as an image ({why})", fix="mend or remove it") from error
+        raise BadInput(f"{told} cannot be read as an image ({why})", fix="repair or remove it") from error
 
 
 def random_image() -> Any:

@@ -61,7 +61,7 @@ def labelled_texts(name: str, numbers: Mapping[str, int], classes: int, each_wor
         except ValueError:
             entry = None
         if not isinstance(entry, dict):
-            raise BadInput(f"{where} is no JSON object", fix=HINT)
+            raise BadInput(f"{where} is not a JSON object", fix=HINT)
         rows.append(_row(entry, where, numbers, max(2, classes), each_word))
     if not rows:
         raise BadInput(f"{name} holds no labelled text", fix=HINT)
@@ -89,7 +89,7 @@ def _row(entry: dict[str, Any], where: str, numbers: Mapping[str, int], classes:
         pair = entry.get("text_pair")
         said = said if pair is None else (said, pair)
         if not _are_texts([said] if pair is None else said):
-            raise BadInput(f"{where}: its text is no text", fix=HINT)
+            raise BadInput(f"{where}: its text is not a string", fix=HINT)
     return LabelledText(said, tuple(_number(one, where, numbers, classes) for one in labels))
 
 

@@ -107,7 +107,7 @@ def _read(file: Path, column: str | None) -> list[str]:
     try:
         return reader(file, column)
     except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is no text in UTF-8 (byte {error.start})", fix=LOCAL_FILE_HINT) from error
+        raise BadInput(f"{file} is not UTF-8 text (byte {error.start})", fix=LOCAL_FILE_HINT) from error
     except BadInput:
         raise
     except (ValueError, EOFError, zlib.error, OSError) as error:
@@ -137,8 +137,8 @@ def _most_bytes(file: Path) -> int:
 
 def _too_much(file: Path) -> BadInput:
     return BadInput(
-        f"{file} stands for more than {_most_bytes(file):,} bytes, {_MOST_TIMES} times its size, so it is hardly text",
-        fix="unpack it, and give what is of use",
+        f"{file} decompresses to more than {_most_bytes(file):,} bytes, {_MOST_TIMES} times its size, so it is hardly text",
+        fix="decompress it and name the part that you need",
     )
 
 
@@ -178,7 +178,7 @@ def _rows_of_lines(content: str) -> list[Any]:
         try:
             rows += [_parsed(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is no JSON ({error.msg}, column {error.colno})") from None
+            raise ValueError(f"line {number} is not JSON ({error.msg}, column {error.colno})") from None
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
     return rows
@@ -193,7 +193,7 @@ def _parsed(content: str) -> Any:
         value = json.loads(content)
         return _whole(value) if _HALF.search(content) else value
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def _whole(value: Any) -> Any:
@@ -207,7 +207,7 @@ def _whole(value: Any) -> Any:
 def _read_txt(file: Path, column: str | None) -> list[str]:
     text = _content(file)
     if "\0" in text:
-        raise BadInput(f"{file} holds zero bytes, so it is no text", fix=LOCAL_FILE_HINT)
+        raise BadInput(f"{file} contains null bytes, so it is not text", fix=LOCAL_FILE_HINT)
     return [text]
 
 

@@ -54,7 +54,7 @@ def render(
         child = _CHILDREN[tokenizer] = _Child(tokenizer, state)
         found = child.ask(question)
     if found is None:
-        raise ValueError(f"it takes more than {SECONDS} seconds, or a gigabyte of memory, or ends its process")
+        raise ValueError(f"it takes more than {SECONDS} seconds or a gigabyte of memory, or crashes")
     text, error = found
     if error is not None:
         raise ValueError(error)

@@ -91,9 +91,9 @@ def _evaluate(
     if dense is None:
         if subject.task == "embeddings" and recipe.evaluate.data:
             raise BadInput(
-                f"{subject.name} embeds texts and predicts none of their tokens, so it has no perplexity",
+                f"{subject.name} embeds texts and predicts no tokens, so it has no perplexity",
                 field="data",
-                fix=("hold it against the dense model with ", Setting("against")),
+                fix=("compare it with the dense model with ", Setting("against")),
             )
         return subject.measure()
     subject.begin_as(dense)

@@ -85,7 +85,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except OverflowError as error:  # perplexities, which upstream forms by math.exp
-        broken = "a figure of the tasks is beyond every number, as those of a model that is broken are"
+        broken = "a task's metric overflows, which happens when a model is broken"
         raise NumericalError(broken, field="tasks") from error
     except (ValueError, AssertionError) as error:  # no or too few few-shot examples, unsafe code, multimodal tasks
         raise BadInput(f"the tasks cannot be run: {one_line(error)}", field="tasks") from error

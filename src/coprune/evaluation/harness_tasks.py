@@ -139,7 +139,7 @@ def _require_data(name: str, manager: Any) -> None:
     try:
         require_dataset(dataset)
     except BadInput as error:
-        cause = ("the data of task ", repr(name), " cannot be had: ", *parts_of(error.cause))
+        cause = ("the data of task ", repr(name), " is not available: ", *parts_of(error.cause))
         raise BadInput(cause, field="tasks", value=name, fix=LOCAL_TASKS_HINT) from error
 
 

@@ -71,7 +71,7 @@ class Subject:
         self._cache = cache
         plan = plan_of(recipe.evaluate.answers, saves=False)
         if plan is not None and self.task != "text":
-            raise BadInput(f"{self.name} {WHAT[self.task]}, and writes nothing", field="generate")
+            raise BadInput(f"{self.name} {WHAT[self.task]}, and generates no text", field="generate")
         self._answers = None
         if plan is not None:
             self._answers = MeasuredAnswers(recipe, plan, self.fingerprint, lambda: self.loaded, cache, reporter)

@@ -70,7 +70,7 @@ def own_documents(
     """
     if loaded.weights.streams:
         raise BadInput(
-            "a model whose blocks are streamed cannot write",
+            "a streamed model cannot generate calibration text",
             field="dataset",
             value=source.name,
             fix=(
@@ -85,7 +85,9 @@ def own_documents(
     tokenizer, options = loaded.tokenizer, source.options
     if tokenizer is None:
         raise BadInput(
-            "a model needs its tokenizer to write", field="processor", fix=("give it with ", Setting("processor"))
+            "a model needs its tokenizer to generate text",
+            field="processor",
+            fix=("give it with ", Setting("processor")),
         )
     with about("dataset", source.name):
         given = prompt_ids(source, tokenizer, loaded.model)
@@ -93,7 +95,9 @@ def own_documents(
     settings = settings_for(loaded, length, options.get("temperature", 1.0), options.get("top_p", 1.0), seed)
     if settings.temperature == 0 and source.prompts is None and nsamples > 1:
         raise BadInput(
-            "at temperature 0 a model begins every text alike", field="dataset", fix="give it prompts, or a temperature"
+            "at temperature 0 all texts without a prompt are equal",
+            field="dataset",
+            fix="give it prompts, or a temperature",
         )
     return write_own(loaded, given, Wanted(nsamples * seqlen, settings), reporter).documents
 

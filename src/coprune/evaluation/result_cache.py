@@ -177,7 +177,7 @@ def plain_names(eval_data: str) -> list[str]:
     texts = split_texts(eval_data)
     if not texts:
         fix = ("name some, as in ", Set("eval_data", "embedded"), ", or leave it out")
-        raise BadInput("eval_data names nothing", field="eval_data", value=eval_data, fix=fix)
+        raise BadInput("eval_data is empty", field="eval_data", value=eval_data, fix=fix)
     for text in texts:
         if text.settings:
             raise BadInput(

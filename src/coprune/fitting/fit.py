@@ -145,7 +145,7 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
         asked = Asked(said["model"], (), int(said["seed"]), None, said["like"], said["runtime"])
         digest = str(said["sha256"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{recipe} is no recipe of a fit ({error})", field="model", value=str(recipe)) from error
+        raise BadInput(f"{recipe} is not the recipe of a fit ({error})", field="model", value=str(recipe)) from error
     if not text.is_file():
         raise BadInput(f"{text} is missing, which the recipe needs", field="model", value=str(recipe))
     file = target / _name(asked, chosen)
@@ -195,7 +195,7 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) 
     budget = _seconds(how.get("budget", "60m"))
     location, like = locate(str(model)), how.get("like")
     if runtime == "llama.cpp" and like is None and not isinstance(location, GgufFile):
-        cause = f"{model} is no GGUF file, and nothing says how its metadata and tokenizer are written in one"
+        cause = f"{model} is not a GGUF file, and its metadata and tokenizer need one as a template"
         raise BadInput(cause, field="like", fix="name any GGUF file of the same model, in any type")
     asked = Asked(str(model), tasks, seed, how.get("text"), None if like is None else str(like), runtime)
     return asked, Wish(conditions, target, budget, without, types)
@@ -217,16 +217,14 @@ def _names(said: str | Sequence[str]) -> tuple[str, ...]:
 def _workers(how: FitArguments) -> int:
     count = how.get("workers", 1)
     if not isinstance(count, int) or count < 1:
-        raise BadInput(
-            f"{count!r} candidates at a time make no sense", field="workers", value=count, fix="give 1 or more"
-        )
+        raise BadInput(f"cannot try {count!r} candidates at a time", field="workers", value=count, fix="give 1 or more")
     return count
 
 
 def _seconds(said: str | float) -> float:
     found = _BUDGET.fullmatch(str(said).strip().lower())
     if found is None or not float(found[1]) > 0:
-        raise BadInput(f"{said!r} is no time", field="budget", value=said, fix="write 60m, 2h, or minutes")
+        raise BadInput(f"{said!r} is not a time", field="budget", value=said, fix="write 60m, 2h, or minutes")
     return float(found[1]) * _SECONDS[found[2]]
 
 
@@ -300,7 +298,7 @@ def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]
     differing = [text for text in texts if reader.engine.tokenize(text) != reader.ids(text)]
     reader.engine.close()
     if len(differing) == len(texts):
-        raise VerificationError(f"llama.cpp cuts {differing[0][:40]!r} into other tokens than the model's tokenizer")
+        raise VerificationError(f"llama.cpp tokenises {differing[0][:40]!r} differently from the model's tokenizer")
     return [
         f"llama.cpp tokenises {len(texts) - len(differing)} of {len(texts)} unseen items as the model's tokenizer does"
     ]

@@ -92,14 +92,14 @@ def _read(text: str) -> Condition:
     found = _CONDITION.fullmatch(text)
     if found is None:
         fix = "write a figure, >= or <=, and a number, dense, dense-0.01 or dense*1.02: accuracy>=dense-0.01"
-        raise BadInput(f"{text!r} is no condition", field="require", value=text, fix=fix)
+        raise BadInput(f"{text!r} is not a condition", field="require", value=text, fix=fix)
     name, up, number = found["name"], found["sign"] == ">=", found["number"]
     if name not in METRICS:
         raise unknown_name("figure", name, METRICS, field="require")
     if up is not (name in ("accuracy", "acceptance")):
         sign = "<=" if up else ">="
         fix = f"write {name}{sign}…"
-        raise BadInput(f"{text!r} would be kept by the worst model", field="require", value=text, fix=fix)
+        raise BadInput(f"{text!r} would hold for the worst model", field="require", value=text, fix=fix)
     if number is None and name in _AGAINST:
         fix = f"give a number, as in {name}{found['sign']}0.9"
         raise BadInput(f"{name} compares with the dense model already", field="require", value=text, fix=fix)

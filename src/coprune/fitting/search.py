@@ -93,11 +93,11 @@ class Search:
         for condition in wish.conditions:
             if not any(condition.metric in METRICS_OF[task.kind] for task in self.tasks):
                 kinds = ", ".join(sorted({task.kind for task in self.tasks}))
-                cause = f"{condition.text} is about no task: there are items of the kind {kinds}"
+                cause = f"{condition.text} applies to no task: the items are of the kind {kinds}"
                 raise BadInput(cause, field="require", value=condition.text, fix="leave it out, or add such a task")
         for task in self.tasks:
             if not any(condition.metric in METRICS_OF[task.kind] for condition in wish.conditions):
-                cause = f"nothing is required of {task.name}"
+                cause = f"no condition applies to {task.name}"
                 fix = ("add a condition on ", " or ".join(METRICS_OF[task.kind]), " to ", Setting("require"))
                 raise BadInput(cause, field="require", fix=fix)
 

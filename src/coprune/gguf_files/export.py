@@ -143,7 +143,7 @@ def _weighing(kind: str, how: ImatrixArguments) -> Asked:
         if name not in ImatrixArguments.__annotations__:
             raise unknown_name("setting", name, ImatrixArguments.__annotations__, field=name)
     if named != NONE and kind not in BY_LLAMA_CPP:
-        cause = f"an importance matrix has no effect on the type {kind}, which llama.cpp's quantiser does not make"
+        cause = f"an importance matrix has no effect on the type {kind}"
         raise BadInput(cause, field="imatrix", value=str(named), fix=LeaveOut("imatrix"))
     if named == NONE and kind in NEED_IMPORTANCE:
         cause = f"the type {kind} needs an importance matrix"
@@ -208,7 +208,7 @@ def _example(location: Location, like: Path | str | None) -> GgufFile:
         except BadInput as error:
             raise BadInput(error.cause, field="like", value=str(like), fix=error.fix) from error
         if not isinstance(found, GgufFile):
-            raise BadInput(f"{like} is no GGUF file", field="like", value=like, fix="name the file itself")
+            raise BadInput(f"{like} is not a GGUF file", field="like", value=like, fix="name the file itself")
         return found
     if isinstance(location, GgufFile):
         return location

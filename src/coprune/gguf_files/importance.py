@@ -166,7 +166,7 @@ def read_importance(file: Path) -> Importance:
     """Read an importance matrix in llama.cpp's GGUF format. Raises BadInput if it is none."""
     with_field = {"field": "imatrix", "value": str(file)}
     if not file.is_file():
-        raise BadInput(f"{file} is no file", **with_field, fix="write auto, none, or a file of llama-imatrix")
+        raise BadInput(f"{file} is not a file", **with_field, fix="write auto, none, or a file of llama-imatrix")
     stored = {one.name: torch.from_numpy(np.array(one.data)) for one in gguf_reader(file, field="imatrix").tensors}
     found = {}
     for name, sums in stored.items():

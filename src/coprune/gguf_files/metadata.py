@@ -117,7 +117,7 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
         if _says(config_of(new, arch), before, {**wanted, **lists}):
             return new
     said = ", ".join(f"{place} {_short(value)}" for place, value in {**wanted, **lists}.items())
-    raise UnsupportedModel(f"no change of the GGUF file's metadata says {said}")
+    raise UnsupportedModel(f"the GGUF file's metadata cannot express {said}")
 
 
 def _is_read(place: str, new: int, fields: Fields, read: tuple[str, Mapping[str, Any]]) -> bool:
@@ -149,9 +149,7 @@ def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     """
     mixed = [place for place, new in counts.changes.items() if isinstance(new, list) and len({*map(str, new)}) > 1]
     if mixed:
-        raise UnsupportedModel(
-            f"what the GGUF file says of {mixed[0]} cannot be read, and blocks of several kinds went"
-        )
+        raise UnsupportedModel(f"the GGUF file's {mixed[0]} cannot be read, and blocks of several kinds were removed")
     numbers, named = dict(counts.sizes), {f"{arch}.block_count": (counts.blocks, len(counts.kept_blocks))}
     if (leading := fields.get(f"{arch}.leading_dense_block_count")) is not None:
         left = sum(index < leading.value for index in counts.kept_blocks)
@@ -163,7 +161,7 @@ def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     for old, new in changed:
         if _is_number(old) and numbers.setdefault(old, new) != new:
             raise UnsupportedModel(
-                f"{old} became {numbers[old]} and {new}, and which is which in the GGUF file cannot be told"
+                f"{old} became {numbers[old]} and {new}, and the GGUF file does not show which number is which"
             )
     fixed = [*named, *(f"{arch}.{key}" for key in ("embedding_length", "context_length", "vocab_size"))]
     found: dict[str, Field] = {}

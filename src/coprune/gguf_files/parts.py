@@ -43,7 +43,7 @@ class GgufParts(Sliced):
         there = {int(found[1]) for stored in self.tensors if (found := _BLOCK.fullmatch(stored.name))}
         if there != set(range(len(blocks))):
             raise UnsupportedModel(
-                f"{file.name} has {len(there)} blocks, and transformers makes {len(blocks)} of them; name a folder to save in"
+                f"{file.name} has {len(there)} blocks, but transformers builds {len(blocks)}; save to a folder instead"
             )
 
     def require_router(self, block: str, router: Tensor) -> None:

@@ -178,7 +178,7 @@ def _sizes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int
         if len(shapes) > 1:
             listed = " and ".join("×".join(map(str, shape)) for shape in sorted(shapes))
             raise UnsupportedModel(
-                f"{kind} is {listed} in different blocks, and a GGUF file of this architecture says one size"
+                f"{kind} is {listed} in different blocks, but a GGUF file of this architecture has one size for all"
             )
     pairs = [
         (old, new)
@@ -196,17 +196,15 @@ def _require_all(
     """Raise where a tensor has no match on one side."""
     alone = [name for name, own in pieces.items() if not own and name.startswith("blk.")]
     if alone:
-        raise UnsupportedModel(
-            f"{alone[0]} of {file.name} is none of the tensors that transformers makes of it, rearranged"
-        )
+        raise UnsupportedModel(f"{alone[0]} of {file.name} matches none of the tensors that transformers loads from it")
     used = {name for own in pieces.values() for piece in own for name in piece.names}
     unused = [name for name in reference if name not in used]
     if unused:
-        raise UnsupportedModel(f"transformers makes {unused[0]} of {file.name}, and no tensor of it has such values")
+        raise UnsupportedModel(f"transformers loads {unused[0]} from {file.name}, but no tensor there has these values")
     placed = {name for one in used if (name := source.name(one)) is not None}
     extra = [name for name in source.tensors if name not in placed and not _is_double(name, placed, source)]
     if extra:
-        raise BadInput(f"the model has {extra[0]}, which {file.name} has not", field="like")
+        raise BadInput(f"{file.name} lacks {extra[0]}, which the model has", field="like")
     for name, own in pieces.items():
         left = any(source.name(one) is not None for piece in own for one in piece.names)
         if left and any(len(piece.names) > 1 for piece in own):

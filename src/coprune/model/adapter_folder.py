@@ -67,4 +67,4 @@ def verify_adapter(folder: Path, factors: Mapping[str, Factors]) -> None:
     tensors = {name.removeprefix(_PREFIX): read_tensor(entry) for name, entry in entries.items()}
     for name, saved in factors_stored(tensors, factors).items():
         if not all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(saved, factors[name], strict=True)):
-            raise VerificationError(f"what is added to {name} in {folder} differs from what was found")
+            raise VerificationError(f"the saved factors of {name} in {folder} differ from the computed ones")

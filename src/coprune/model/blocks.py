@@ -75,7 +75,7 @@ def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]]:
         )
     blocks = list(_blocks_of(name, lists[name]))
     if not blocks:
-        raise UnsupportedModel("the model has no blocks: its configuration says that their number is 0")
+        raise UnsupportedModel("the model has no blocks: its configuration sets their number to 0")
     return blocks
 
 

@@ -87,7 +87,7 @@ def generate(
         UnsupportedModel: the model does not generate text.
     """
     if not module.can_generate():
-        raise UnsupportedModel(f"{type(module).__name__} does not write text, token by token")
+        raise UnsupportedModel(f"{type(module).__name__} does not generate text")
     room = _room(module, prompts)
     answers: dict[int, Answer] = {}
     with _plain(module):

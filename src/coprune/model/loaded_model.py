@@ -253,7 +253,7 @@ def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:
     for name in ("dtype", "device", "cache_dir"):
         if settings.get(name) not in (None, "auto"):
             raise BadInput(
-                f"a model in memory is not loaded, which is what {name} is about",
+                f"{name} is about loading, and the model is already in memory",
                 field=name,
                 value=settings[name],
                 fix=(LeaveOut(name), ", or convert the model itself"),

@@ -36,12 +36,12 @@ def require_room(
     larger: Words = "use a larger machine" if in_host_memory(device) else ("compute with ", Set("device", "cpu"))
     first: Words = ("read them block by block with ", Set("stream", True)) if parts == 1 else larger
     raise BadInput(
-        f"the weights of {location.name} take {needed / GIB:.1f} GiB {where} at a time, and {available / GIB:.1f} are there",
+        f"the weights of {location.name} take {needed / GIB:.1f} GiB {where} at a time, but only {available / GIB:.1f} are free",
         field="model",
         value=location.name,
         fix=(
             *(first if isinstance(first, tuple) else (first,)),
-            ", or try it all the same with ",
+            ", or skip this check with ",
             Set("check_memory", False),
         ),
     )

@@ -113,7 +113,7 @@ def bench(
 def _clock(busy: bool) -> Clock:
     if busy and torch.get_num_threads() != 1:
         raise BadInput(
-            "the processor's time tells what one thread takes",
+            "processor time is only meaningful with one thread",
             field="busy",
             value=busy,
             fix="let torch have one: OMP_NUM_THREADS=1",
@@ -356,7 +356,7 @@ def bench_beside(
         first.setdefault(one.kind, one.form)
     forms = {one.form: one for one in entrants}
     if len(forms) < len(entrants):
-        raise BadInput("two of the models have one name and runtime", field="model", fix="rename one")
+        raise BadInput("two of the models have the same name and runtime", field="model", fix="rename one")
     result = Bench(
         model=", ".join(dict.fromkeys(one.name for one in entrants)),
         device=describe(torch.device("cpu")),

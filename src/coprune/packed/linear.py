@@ -162,7 +162,7 @@ class PackedSlot(PackedLinear):
         packed = self._buffers.pop("weight")
         assert packed is not None
         if read_header(packed.cpu()) != self.expected:
-            raise BadInput(f"another packed tensor came than that of the shape {self.expected.shape}")
+            raise BadInput(f"the loaded packed tensor is not the expected one of shape {self.expected.shape}")
         del self.expected
         self.__class__ = PackedLinear  # type: ignore[assignment]  # in place: hooks and references stay
         self._finish(packed, self.bias)

@@ -102,7 +102,7 @@ def leading_directions(left: Tensor, gram: Tensor, rank: int, start: Tensor | No
     try:
         vectors = torch.linalg.eigh((onto.T @ (gram @ onto)).double()).eigenvectors
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise NumericalError("what the sparse part leaves over is too large for a matrix of low rank") from error
+        raise NumericalError("the error of the sparse part overflows in float32") from error
     leading: Tensor = vectors.flip(1).to(torch.float32)
     return basis @ leading
 

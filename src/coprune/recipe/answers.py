@@ -199,7 +199,7 @@ def _read(text: str) -> Condition:
     found = _CONDITION.fullmatch(text)
     if found is None:
         fix = "write a figure, <, <=, > or >=, and a number, dense, or dense+1: loops<=dense+1,kl<0.5"
-        raise BadInput(f"{text!r} is no condition", field="require", value=text, fix=fix)
+        raise BadInput(f"{text!r} is not a condition", field="require", value=text, fix=fix)
     name, way = found["name"], found["way"]
     if name not in FIGURES and name not in LIKENESS:
         raise unknown_name("figure of answers", name, [*FIGURES, *LIKENESS], field="require")
@@ -211,9 +211,7 @@ def _read(text: str) -> Condition:
     dense = found["dense"] is not None
     if dense and name in LIKENESS:
         fix = f"give a number, as in {name}{found['sign']}0.5"
-        raise BadInput(
-            f"{name} says already how the dense model's answers compare", field="require", value=text, fix=fix
-        )
+        raise BadInput(f"{name} already compares with the dense model", field="require", value=text, fix=fix)
     number = found["offset"] if dense else found["number"]
     return Condition(
         text, name, way is not None, found["sign"], float((number or "0").replace(" ", "")), against_dense=dense

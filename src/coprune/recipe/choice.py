@@ -57,7 +57,7 @@ def read_pairs(asked: Iterable[str], what: str, field: str) -> dict[str, str]:
         if not name:
             raise BadInput(f"{text!r} names nothing", field=field, value=text, fix="write NAME=VALUE")
         if name in found:
-            raise BadInput(f"{what} {name} is said twice", field=field, value=text, fix="leave one out")
+            raise BadInput(f"{what} {name} is given twice", field=field, value=text, fix="leave one out")
         found[name] = value
     return found
 
@@ -167,7 +167,7 @@ def split_choice(asked: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(nested, Mapping):
         raise ValueError(f"its options are a mapping such as {{rounds: 10}}, not {nested!r}")
     if twice := sorted(set(nested) & set(rest)):
-        raise ValueError(f"its option {twice[0]!r} is said twice")
+        raise ValueError(f"its option {twice[0]!r} is given twice")
     named = {"name": asked["name"]} if "name" in asked else {}
     return {**named, "options": {**nested, **rest}}
 

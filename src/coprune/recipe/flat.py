@@ -119,10 +119,10 @@ def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         earlier, before = found[word]
         if word != "options" or not isinstance(value, Mapping) or not isinstance(before, Mapping):
             raise BadInput(
-                f"{word} is said twice, as {earlier} and as {name}", field=word, value=value, fix="leave one out"
+                f"{word} is given twice, as {earlier} and as {name}", field=word, value=value, fix="leave one out"
             )
         if twice := sorted(set(before) & set(value)):
-            raise BadInput(f"the method's option {twice[0]} is said twice", field="options", fix="leave one out")
+            raise BadInput(f"the method's option {twice[0]} is given twice", field="options", fix="leave one out")
         found[word] = "options", {**before, **value}
     return ((word, name, value) for word, (name, value) in found.items())
 

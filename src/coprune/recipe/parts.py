@@ -111,7 +111,7 @@ class Part(BaseModel):
     def _at_home(cls, value: Any) -> Any:
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str | Path) and not is_text(str(text)):
-                raise ValueError("it is no text in UTF-8, in which recipes and reports are written")
+                raise ValueError("it is not UTF-8, the encoding of recipes and reports")
         # Files and Python do not pass a shell, which would expand it.
         return expand_home(value) if isinstance(value, Path) else value
 
@@ -450,9 +450,9 @@ def refuse_numbers(globs: Iterable[str], field: str, removed: Collection[str]) -
     experts = "experts" in removed
     for glob in globs:
         if (blocks and tells_numbers_apart(glob)) or (experts and tells_experts_apart(glob)):
-            cause = f"{glob!r} goes by numbers, and what stays gets others before the rest of the run"
+            cause = f"{glob!r} depends on numbers, and the removal renumbers what is left"
             fix: Words = (
-                "remove parts in a run of its own, and name what is left as it tells: ",
+                "remove the parts in a separate run, and use the names that it shows: ",
                 Command("inspect", "FOLDER"),
             )
             return BadInput(cause, field=field, value=glob, fix=fix)

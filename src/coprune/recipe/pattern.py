@@ -106,7 +106,7 @@ class Pattern(ABC):
         Raises BadInput where that would break the pattern.
         """
         raise BadInput(
-            f"the pattern {self} does not let single zeros change places, which swaps and dsnot do",
+            f"swaps and dsnot exchange single zeros, which the pattern {self} does not allow",
             field="pattern",
             value=str(self),
         )

@@ -139,7 +139,7 @@ def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     preset, train = settings.get(PRESET), way_said(settings)
     said = {name: value for name, value in settings.items() if name != PRESET and (name != TRAIN or train is None)}
     if preset is None and train is not None:
-        alone = "train says where a preset trains, and no preset is named"
+        alone = "train is an option of presets, and no preset is named"
         raise BadInput(alone, field=TRAIN, value=train, fix=("add ", Set(PRESET, BARE)))
     if preset is None:
         return said

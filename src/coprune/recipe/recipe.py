@@ -148,7 +148,7 @@ def _of_removal(recipe: Tree) -> BadInput | None:
     if recipe.prune.asks_for_zeros:
         return _of_both(recipe) if recipe.remove.shares else None
     if recipe.train.mode is not None and not recipe.remove.shares:
-        cause: Words = "a model that lost nothing but tokens is not trained in the same run"
+        cause: Words = "a run that only cuts the vocabulary cannot train as well"
         fix: Words = (LeaveOut("finetune"), ", save the model and run: ", Command("finetune", "FOLDER"))
         return BadInput(cause, field="finetune", fix=fix)
     said = {
@@ -161,7 +161,7 @@ def _of_removal(recipe: Tree) -> BadInput | None:
     }
     for setting, given in said.items():
         if given:
-            cause = ("remove makes a smaller model, for which ", Setting(setting), " means nothing")
+            cause = ("remove makes a smaller model and sets no zeros, so ", Setting(setting), " means nothing")
             fix = ("leave it out, or add ", Set("sparsity", 0.5), " for zeros in what is left")
             return BadInput(cause, field=setting, fix=fix)
     return None
@@ -187,11 +187,9 @@ def _of_allocation(recipe: Tree) -> BadInput | None:
         return None
     fix = ("take ", Set("allocation", "uniform"))
     if units:
-        cause = (
-            f"channels and heads are spread over the blocks by {', '.join(SPREADING)}, not by {recipe.prune.allocation}"
-        )
+        cause = f"channels and heads are allocated by {', '.join(SPREADING)}, not by {recipe.prune.allocation}"
     else:
-        cause = f"allocation {recipe.prune.allocation} spreads channels or heads over the blocks, and none are removed"
+        cause = f"allocation {recipe.prune.allocation} is for channels or heads, and none are removed"
     return BadInput(cause, field="allocation", value=str(recipe.prune.allocation), fix=fix)
 
 
@@ -200,7 +198,9 @@ def _of_domains(asked: RemovePart) -> BadInput | None:
     weights = asked.weights
     if asked.domains and "experts" not in asked.shares:
         fix: Words = ("add ", Set("remove", "experts=0.25"), ", or leave it out")
-        return BadInput("domains are what experts are scored on", field="domains", value=asked.domains, fix=fix)
+        return BadInput(
+            "domains are only for scoring experts, and none are removed", field="domains", value=asked.domains, fix=fix
+        )
     if weights is not None and asked.kept_scores is None and weights.keys() != asked.texts.keys():
         named = ", ".join(asked.texts) or "none"
         return BadInput(f"blend has to give a weight for each domain ({named})", field="blend", value=asked.blend)
@@ -230,7 +230,7 @@ def _of_answers(recipe: Tree) -> BadInput | None:
     if recipe.remove.shares and recipe.prune.asks_for_zeros:
         for condition in asked.conditions:
             if condition.name in LIKENESS:
-                cause = f"{condition.text} is about the dense model, which a run that cuts and prunes does not keep"
+                cause = f"{condition.text} needs the dense model, which a run that cuts and prunes does not keep"
                 fix = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin")))
                 return BadInput(cause, field="require", fix=fix)
     return None
@@ -243,7 +243,7 @@ def _of_calibration(recipe: Tree) -> BadInput | None:
         return error
     if own and recipe.model.stream:
         return BadInput(
-            "the dense model writes its calibration text with all of it in memory",
+            "the dense model has to be in memory to generate calibration text",
             field="stream",
             value=True,
             fix=(

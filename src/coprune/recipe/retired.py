@@ -100,7 +100,7 @@ def retired_allocation(name: str) -> BadInput | None:
     """Return the error for an allocation that spreads zeros no more; None for any other."""
     if name not in ALLOCATIONS:
         return None
-    cause = f"allocation {name} spreads zeros no more"
+    cause = f"allocation {name} of zeros was retired"
     fix: Words = (
         "take ",
         Set("allocation", "fisher"),

@@ -268,7 +268,7 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
         found[kind] = _share_or_left(kind, value)
     if "parameters" in found and len(found) > 1:
         others = ", ".join(kind for kind in found if kind != "parameters")
-        cause = f"a budget over all parameters decides itself how much goes of {others}"
+        cause = f"a budget of parameters already includes {others}"
         raise BadInput(cause, field="remove", value=",".join(asked), fix="leave one out")
     return found
 
@@ -307,7 +307,7 @@ def domains_in(asked: tuple[str, ...]) -> dict[str, str]:
     found = {} if _is_kept(asked) else read_pairs(asked, "the domain", "domains")
     for name, place in found.items():
         if not place:
-            raise BadInput(f"{name!r} names no domain", field="domains", value=name, fix="write NAME=TEXT")
+            raise BadInput(f"{name!r} has no domain's name", field="domains", value=name, fix="write NAME=TEXT")
     return found
 
 
@@ -326,7 +326,7 @@ def weights_in(asked: str) -> dict[str, float] | None:
                 f"{name}={value}" if value else name,
                 "write max-min, or NAME=WEIGHT for every domain, with commas between",
             )
-            raise BadInput(f"{text!r} is no weight of a domain", field="blend", value=asked, fix=fix)
+            raise BadInput(f"{text!r} is not a domain's weight", field="blend", value=asked, fix=fix)
     if not any(found.values()):
         raise BadInput(
             "all weights of the domains are zero", field="blend", value=asked, fix="give one a larger weight"

@@ -189,6 +189,6 @@ def _of_how(asked: TrainPart) -> BadInput | None:
         )
         return BadInput(own, field="finetune_scope", value=asked.scope, fix=LeaveOut("finetune_scope"))
     if asked.tokens is not None and asked.max_steps is not None:
-        cause: Words = (Set("finetune_max_steps", asked.max_steps), " says how long to train, too")
+        cause: Words = (Set("finetune_max_steps", asked.max_steps), " also sets the length of the training")
         return BadInput(cause, field="finetune_tokens", value=asked.tokens, fix=LeaveOut("finetune_max_steps"))
     return None

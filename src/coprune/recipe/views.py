@@ -114,7 +114,7 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
         raise BadInput("fine-tuning needs peft", fix="pip install 'coprune[finetune]'")
     if asks_for_fsdp():
         raise BadInput(
-            "fine-tuning over FSDP is not there yet",
+            "fine-tuning over FSDP is not supported",
             fix="use data parallel processes: torchrun, or accelerate without FSDP",
         )
     recipe = make_recipe({"finetune": "lora"} | in_a_recipes_words(settings), _CALLED_IN_TRAINING)
@@ -155,7 +155,7 @@ def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
     for word in flatten(named):
         if word not in known:
             name = names_said(named)[word]
-            cause = f"{name} says how to prune or where that goes, and a measurement prunes nothing"
+            cause = f"{name} is about pruning, and a measurement prunes nothing"
             raise BadInput(cause, field=name, value=settings.get(name), fix=LeaveOut(name))
     recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
     named_others = recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked

@@ -53,7 +53,7 @@ def target_of(text: str) -> Target:
         BadInput: it is none of these.
     """
     wrong = BadInput(
-        f"{text!r} is no size of a vocabulary",
+        f"{text!r} is not a size of a vocabulary",
         field="remove",
         value=f"{PART}={text}",
         fix="write a number of tokens (96k), a share to remove (0.6), or the loss that is allowed (loss:1%)",

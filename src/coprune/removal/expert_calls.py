@@ -132,7 +132,7 @@ class ListedCall:
             places = {row: place for place, row in enumerate(_bytes(hidden))}
             chosen = (index == number).nonzero().tolist()
             if any(tokens[token] not in places for token, _ in chosen):
-                raise UnsupportedModel("an expert is not given the rows of its tokens")
+                raise UnsupportedModel("an expert does not receive the rows of its tokens")
             for token, slot in chosen:
                 answers[token, slot] = answer[places[tokens[token]]]
         return out, Routed(index, gates, answers)

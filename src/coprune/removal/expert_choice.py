@@ -263,7 +263,7 @@ class ExpertScores(BaseModel):
             raise BadInput(f"{path} cannot be read: {error.strerror}", field="domains", value=path) from None
         except ValidationError as error:
             detail = reason(error.errors()[0])
-            raise BadInput(f"{path} holds no scores of experts: {detail}", field="domains", value=path) from None
+            raise BadInput(f"{path} is not a file of expert scores: {detail}", field="domains", value=path) from None
 
 
 def own_file(run: Run) -> Path:

@@ -49,7 +49,7 @@ class ExpertSums:
         if counted is not None:
             if counted.numel() != len(routed.index):
                 raise UnsupportedModel(
-                    f"a mixture routes {len(routed.index)} rows of {counted.numel()} tokens, and it is unknown which they are",
+                    f"a mixture routes {len(routed.index)} rows of {counted.numel()} tokens, whose tokens are unknown",
                     fix=("count all tokens with ", Set("calibrate_on", "all")),
                 )
             own = counted.flatten()

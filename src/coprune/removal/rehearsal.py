@@ -60,7 +60,7 @@ def rehearse(run: Run, plan: Plan) -> Configure:
     changes, after = _proven_changes(run, plan, shapes, proof)
     written = model.weights.in_file(changes)
     if written is None:
-        raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} has no place for {_told(changes)}")
+        raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} cannot express {_told(changes)}")
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
     share = run.recipe.remove.shares.get("experts")
     words = words_of(plan, len(model.blocks), share)

@@ -232,7 +232,7 @@ def spread_units(run: Run, plan: Plan) -> Plan:
     if isinstance(asked, Uniform):
         return plan
     if not any(plan.parts.values()):
-        run.reporter.say("Only blocks go, so there is nothing to spread over the others.")
+        run.reporter.say("Only blocks are removed, so there is nothing to allocate.")
         return plan
     levels = _measured(run, plan)
     alike = alike_parts(levels)
@@ -251,7 +251,7 @@ def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: 
     """Return the weights of the parts' errors."""
     if not asked.tokens or run.model.weights.streams:
         if asked.tokens:
-            run.reporter.say("A streamed model's blocks count by what they change in the hidden states.")
+            run.reporter.say("The model is streamed, so blocks are weighted by their change of the hidden states.")
         return [own.moved**asked.movement for own in levels]
     found, none, processes = [], [0] * len(levels), run.processes
     jobs = processes.own(range(len(levels)))

@@ -134,7 +134,7 @@ def left_alone(run: Run, there: Mapping[str, Collection[str]]) -> BadInput | Non
     for kind, names in there.items():
         for block, own in zip(model.blocks, model.chosen.candidates, strict=True):
             if block.name not in names and any(selection.against(matrix.name) is not None for matrix in own):
-                cause = f"{kind} are removed from every block alike, and matrices of {block.name} are to be left alone"
+                cause = f"{kind} are removed from all blocks alike, but matrices of {block.name} are excluded"
                 fix = ("loosen ", Setting("include"), " or ", Setting("exclude"))
                 return BadInput(cause, field="exclude" if selection.exclude else "include", fix=fix)
     return None
@@ -188,7 +188,7 @@ def _count_of_blocks(run: Run, share: float) -> int:
         cause = f"{share:g} of {len(model.blocks)} blocks is {count}"
         raise BadInput(cause, field="remove", fix="give another share")
     if count > len(model.blocks) - stay:
-        cause = f"{count} of {len(model.blocks)} blocks cannot go where {stay} are left alone"
+        cause = f"{count} of {len(model.blocks)} blocks cannot be removed, since {stay} are excluded"
         fix = ("give a smaller share, or loosen ", Setting("include"), " or ", Setting("exclude"))
         raise BadInput(cause, field="remove", fix=fix)
     return count

@@ -345,7 +345,7 @@ class Search:
         """Raise BadInput unless it is said when to stop."""
         if bool(self.minutes) == bool(self.rounds):
             fix = "write search:minutes=8, or search:rounds=100"
-            wrong = "a search goes on for some minutes or for some rounds, one of the two"
+            wrong = "a search needs either a number of minutes or of rounds"
             raise BadInput(wrong, field="allocation", value="search", fix=fix)
 
 

@@ -66,5 +66,5 @@ def push(folder: Path | str, repository: str, private: bool = False) -> str:
         ) from error
     if public:
         fix = ("name another one, or ", LeaveOut("private"))
-        raise BadInput(f"{repository} is there already, and everybody sees it", field="private", value=True, fix=fix)
+        raise BadInput(f"{repository} exists and is public", field="private", value=True, fix=fix)
     return str(made)

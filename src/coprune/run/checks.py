@@ -102,10 +102,10 @@ def check_rank(matrices: Iterable[Matrix], rank: int) -> None:
 def _method_of(asked: Choice) -> Method:
     if asked.is_given:
         raise BadInput(
-            f"the method {asked.name} was handed over in Python, and a recipe cannot hold it",
+            f"the method {asked.name} is a Python object, which a recipe cannot hold",
             field="method",
             value=asked.name,
-            fix="hand it over again, or name another one",
+            fix="pass it again, or name another method",
         )
     return method_named(asked.name, asked.options)
 
@@ -128,14 +128,14 @@ def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
     if size > 1 and recipe.prune.reconstruct.steps:
         raise BadInput(
-            "reconstruct trains a block on all samples in one process",
+            "reconstruct trains on all samples in one process only",
             field="reconstruct",
             value=recipe.prune.reconstruct.steps,
             fix=(LeaveOut("reconstruct"), ", or run without torchrun"),
         )
     if size > 1 and recipe.prune.low_rank.rank:
         raise BadInput(
-            "what is added to a matrix is found and kept in one process",
+            "low-rank factors are computed in one process only",
             field="low_rank",
             value=recipe.prune.low_rank.rank,
             fix=(LeaveOut("low_rank"), ", or run without torchrun"),
@@ -166,7 +166,7 @@ def prepare_folders(recipe: Recipe) -> None:
     holds = {path for path in run_folder.glob("*") if not is_unfinished(path)} - logs
     if holds and not (run_folder / RECIPE_FILE).exists():
         raise BadInput(
-            f"{run_folder} already holds something that is no run", field="save", value=run_folder, fix=another
+            f"{run_folder} already holds something other than a run", field="save", value=run_folder, fix=another
         )
     prepare_model_folder(recipe)
 

@@ -103,7 +103,7 @@ def generate(
         loaded = _open(model, processor, asked)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise BadInput("a model needs its tokenizer to write", field="processor")
+        raise BadInput("a model needs its tokenizer to generate text", field="processor")
     with about("prompts", prompts):
         given = prompt_ids(source, tokenizer, loaded.model, ("give it prompts with ", Setting("prompts")), read)
     say_of_bfloat16(reporter, loaded, not isinstance(model, PreTrainedModel))
@@ -133,9 +133,9 @@ def _check(target: Path, asked: dict[str, Any]) -> None:
         if name not in known:
             raise unknown_name("setting", name, known, field=name)
     if target.exists():
-        raise BadInput(f"{target} is there already", field="target", value=target, fix="name another file")
+        raise BadInput(f"{target} already exists", field="target", value=target, fix="name another file")
     if target.suffix != ".jsonl":
-        raise BadInput(f"{target} does not end in .jsonl, which it is", field="target", value=target)
+        raise BadInput(f"{target} does not end in .jsonl", field="target", value=target)
     require_file(target, "target")
     for name, (kind, fits, right) in _FITS.items():
         said = asked.get(name)

@@ -73,7 +73,7 @@ def inspect(
 def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, given: Given = NOTHING) -> Inspection:
     """List the matrices that a recipe would prune. Raises BadInput as a run with the recipe would."""
     if recipe.remove.parts:
-        cause = "inspect tells where zeros would be, and not which parts would be removed"
+        cause = "inspect shows where zeros would be, not which parts would be removed"
         raise BadInput(cause, field="remove", fix=LeaveOut("remove"))
     _, target = prepare_solver(recipe)
     allocation_named(recipe.prune.allocation)
@@ -113,11 +113,11 @@ def _open(recipe: Recipe, reporter: Reporter) -> Loaded:
         return open_model(recipe.model, stream=recipe.prune.allocation.name not in WHOLE_MODEL)
     if allocation.looks:
         raise BadInput(
-            f"allocation {recipe.prune.allocation} looks at weights, and there is a configuration of {loaded.source} alone",
+            f"allocation {recipe.prune.allocation} needs weights, and {loaded.source} is only a configuration",
             field="allocation",
             fix=LeaveOut("allocation"),
         )
-    reporter.say(f"There is a configuration of {loaded.source} alone, so nobody knows what is zero in it.")
+    reporter.say(f"{loaded.source} is only a configuration, so present zeros are unknown.")
     return loaded
 
 

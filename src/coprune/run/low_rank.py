@@ -43,7 +43,7 @@ def wrap_layers(model: ProvenModel, called: Collection[str]) -> list[str]:
             reasons[matrix.parameter] = reason
     left = [f"{name}: {reason}" for name, reason in reasons.items()]
     if not wrapped:
-        cause = f"nothing can be added to any of the matrices that are pruned ({left[0]})"
+        cause = f"no pruned matrix can get low-rank factors ({left[0]})"
         raise BadInput(cause, field="low_rank", fix=LeaveOut("low_rank"))
     return left
 

@@ -119,7 +119,7 @@ def _domains(run: Run, remember: Remember) -> dict[str, Windows]:
         task = task_for(run.recipe.replaced(dataset=text), run.loaded, run.processes, remember)
         samples = task.calibration(True, run.reporter)
         if not isinstance(samples, Windows):
-            raise BadInput("domains are of text", field="domains", value=text)
+            raise BadInput("domains are for models that read text", field="domains", value=text)
         found[name] = samples
     return found
 
@@ -139,7 +139,7 @@ def prove_run(run: Run) -> None:
     run.reconstruction = prepare_reconstruction(run.recipe)
     run.not_added = wrap_layers(run.model, called) if run.recipe.prune.low_rank.rank else []
     for name in run.not_added:
-        run.reporter.say(f"Nothing is added to {name}.")
+        run.reporter.say(f"No low-rank factors for {name}.")
 
 
 def _settle_bos(run: Run) -> None:
@@ -169,4 +169,4 @@ def say_if_sparse(run: Run) -> None:
     model.weights.release(block.name)
     if share >= LEAST_SPARSITY:
         said = f"{run.loaded.source} was pruned before: {per_cent(share)} of the weights of {block.name} are zero"
-        run.reporter.say(f"{said}. What is called dense in the report is the model as it comes.")
+        run.reporter.say(f"{said}. In the report, dense means the model as it was given.")

@@ -153,7 +153,7 @@ def prune_rest(run: Run, before: Result | None, do: Do) -> Result:
     recipe, removed, given = _untrained(run.recipe), before.report, Given(None, run.given.method)
     if removed.saved_model is None:
         if before.model is None:
-            wrong = "a streamed model that is cut and pruned lies in a run folder in between"
+            wrong = "cutting and pruning a streamed model needs a run folder for the intermediate model"
             raise BadInput(wrong, field="save", fix=("name one with ", Setting("save")))
         given = Given(Loaded(InMemory(before.model), before.processor, removed.model.source, False), run.given.method)
     own = zeros_of(recipe, removed, recipe.run_folder / CUT[1] if run.write else None)

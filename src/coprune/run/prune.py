@@ -143,7 +143,7 @@ def _after_vocabulary(recipe: Recipe, reporter: Reporter) -> Recipe:
     if recipe.remove.vocabulary is None:
         return recipe
     if (rest := rest_of(recipe)) is None:
-        cause = "a run that only cuts a vocabulary takes little more than copying the model"
+        cause = "a run that only cuts a vocabulary needs little more memory than copying the model"
         raise BadInput(cause, field="remove", fix="run it")
     reporter.say("The cut of the vocabulary before it is not counted.")
     return rest
@@ -202,7 +202,7 @@ def _estimate_shapes(recipe: Recipe, loaded: Loaded, method: Method | None, repo
     samples = recipe.calibrate.samples if needs_inputs(recipe, solver) else 0
     evaluated = -(-recipe.evaluate.tokens // seqlen) if recipe.evaluate.tokens else recipe.calibrate.samples
     said = f"{recipe.calibrate.samples} samples of {seqlen} tokens to calibrate, {evaluated} to measure"
-    reporter.say(f"No text is read: {said} are counted.")
+    reporter.say(f"No text is read; the estimate assumes {said}.")
     text = TextSizes(seqlen, samples, (seqlen,), seqlen, (evaluated,) if recipe.evaluate.perplexity else ())
     return bound_run(recipe, solver, text, loaded, FoundModel(loaded.weights, blocks, chosen), 1)
 
@@ -211,7 +211,7 @@ def _shape_of(recipe: Recipe, reporter: Reporter) -> Loaded | None:
     """Return the model without weights, if there is a configuration alone."""
     loaded = open_without_weights(recipe.model)
     if loaded is not None:
-        reporter.say(f"There is a configuration of {loaded.source} alone, which tells the shapes.")
+        reporter.say(f"{loaded.source} is only a configuration; the estimate uses its shapes.")
     return loaded
 
 
@@ -291,9 +291,9 @@ def _in_memory(model: Any, processor: Any, settings: Mapping[str, Any]) -> Loade
     _refuse_adapters(model)
     if not isinstance(model, PreTrainedModel):
         raise BadInput(
-            f"a {type(model).__name__} is no model of transformers",
+            f"a {type(model).__name__} is not a transformers model",
             field="model",
-            fix="give one, which says what its blocks are and how it is saved, or the name of one",
+            fix="pass a PreTrainedModel, or the name of a model",
         )
     refuse_what_loading_decides(settings)
     require_processor(processor)
@@ -307,7 +307,7 @@ def _refuse_adapters(model: Any) -> None:
     adapted = [name for name, module in modules if hasattr(module, "base_layer") and hasattr(module, "active_adapters")]
     if adapted:
         raise BadInput(
-            f"there are adapters on the model ({len(adapted)} layers, first {adapted[0]}), whose matrices are none of it",
+            f"the model has unmerged adapters ({len(adapted)} layers, first {adapted[0]})",
             field="model",
             fix="merge them into it first, with PEFT's merge_and_unload()",
         )

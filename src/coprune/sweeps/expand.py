@@ -160,7 +160,7 @@ def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
         name = re.sub(r"{([\w.]+)}", _by_word, template).format_map(known)
     except (KeyError, ValueError, IndexError, AttributeError):
         raise BadInput(
-            f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'",
+            f"sweep.folders {template!r} is not a pattern of recipe fields, such as '{{pattern}}/{{method}}'",
             field="sweep.folders",
             value=template,
         ) from None

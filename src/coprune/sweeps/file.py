@@ -209,7 +209,7 @@ def methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], bool
     if not any(isinstance(one, Mapping | Choice) or (isinstance(one, str) and ":" in one) for one in methods):
         return settings, False
     if options is not None:
-        raise BadInput("options are said twice, once with the methods", field="options", fix="leave one out")
+        raise BadInput("options are given twice, once with the methods", field="options", fix="leave one out")
     pairs = [(one["name"], own) for one in map(_split, methods) for own in _combined(one["options"])]
     taken = {"method": [name for name, _ in pairs], "options": [own for _, own in pairs]}
     # In the place of the methods, so that the order of the lists stays.

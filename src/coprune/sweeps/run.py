@@ -115,9 +115,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BadInput(
-            f"another process is doing the sweep in {folder} at this moment", fix="wait for its end"
-        ) from None
+        raise BadInput(f"another process is running the sweep in {folder}", fix="wait for its end") from None
     try:
         yield
     finally:

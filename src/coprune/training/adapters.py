@@ -256,7 +256,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} holds no adapter of LoRA")
+        raise BadInput(f"{folder} holds an adapter that is not LoRA")
     return config
 
 
@@ -309,7 +309,7 @@ def _layers(folder: Path, rank: int, transposed: bool, model: nn.Module) -> list
     for name, entry in entries.items():
         found = _NAME.fullmatch(name)
         if found is None:
-            raise BadInput(f"the adapter in {folder} holds {name!r}, which is no factor of LoRA")
+            raise BadInput(f"the adapter in {folder} holds {name!r}, which is not a LoRA factor")
         _check_factor(folder, entry, found, rank, transposed, modules)
         layers.setdefault(found[1], set()).add(found[2])
     single = next((layer for layer, factors in layers.items() if len(factors) < 2), None)
@@ -329,7 +329,7 @@ def _check_factor(
         raise BadInput(f"the adapter in {folder} is of another model: this one has no layer {layer!r}")
     outputs, inputs = module.weight.shape[::-1] if transposed else module.weight.shape
     if entry.dtype not in DTYPES or not DTYPES[entry.dtype].is_floating_point:
-        raise BadInput(f"the adapter in {folder} holds {name[0]} in {entry.dtype}, which is no floating number")
+        raise BadInput(f"the adapter in {folder} holds {name[0]} in {entry.dtype}, which is not a floating-point dtype")
     wanted = (rank, inputs) if factor == "A" else (outputs, rank)
     if entry.shape != wanted:
         raise BadInput(

@@ -120,7 +120,7 @@ def _require_teacher(recipe: Recipe) -> None:
         locate(recipe.model.name, recipe.model.cache_dir)
     except BadInput:
         raise BadInput(
-            f"distillation loads the dense model anew, and {recipe.model.name} is in memory alone",
+            f"distillation loads the dense model again, but {recipe.model.name} is only in memory",
             field="finetune",
             value=recipe.train.mode,
             fix=("name the model's folder, or use ", Set("finetune", "dense")),
@@ -227,7 +227,7 @@ def require_room_to_train(
             )
             if distills
             else Set("finetune", "lora"),
-            ", or try it all the same with ",
+            ", or skip this check with ",
             Set("check_memory", False),
         ),
     )

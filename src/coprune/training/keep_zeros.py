@@ -110,7 +110,7 @@ class ZeroKeeper(TrainerCallback):
         try:
             self.masks.verify(self._parameters)
         except BrokenMask as error:
-            cause = "something else than an optimiser of torch changed them, which is not seen"
+            cause = "they were changed by something other than a torch optimiser"
             raise BrokenMask(error.cause, fix=cause) from None
 
     def release(self) -> None:

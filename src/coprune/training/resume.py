@@ -190,7 +190,7 @@ def resume_from(session: Session, first: bool) -> Path | None:
         )
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is not None:
-        session.reporter.say(f"Going on from step {newest.name.rpartition('-')[2]} of an interrupted run.")
+        session.reporter.say(f"Resuming from step {newest.name.rpartition('-')[2]} of an interrupted run.")
     return newest
 
 

@@ -361,7 +361,7 @@ def _counterparts(session: Session, teacher: PreTrainedModel) -> list[int] | Non
     if mine.config.get_text_config().hidden_size != teacher.config.get_text_config().hidden_size:
         found = None
     if found is None:
-        session.reporter.say("Hidden states are not compared: nothing tells which of the teacher's are meant.")
+        session.reporter.say("Hidden states are not compared, since they cannot be matched with the teacher's.")
     return found
 
 

@@ -86,7 +86,7 @@ def require_trainable(location: Location) -> None:
     """Raise BadInput for a model that neither writes text nor classifies images."""
     if (task := task_at(location)) not in ("text", "images"):
         raise BadInput(
-            f"{location.name} {WHAT[task]}, and coprune fine-tunes models that write text or classify images",
+            f"{location.name} {WHAT[task]}, but coprune fine-tunes only models that generate text or classify images",
             field="model",
         )
 

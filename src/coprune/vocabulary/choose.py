@@ -83,11 +83,11 @@ def possible(size: int, least: int, tokens: int) -> int:
     if size < least:
         least = -(-least // ALIGN) * ALIGN
         cause = (
-            f"{size:,} tokens are fewer than have to stay ({least:,}: bytes, special tokens, and what settings name)"
+            f"{size:,} tokens are fewer than required ({least:,}: bytes, special tokens, and those that settings name)"
         )
         raise BadInput(cause, field="remove", value=f"vocabulary={size}", fix=f"keep {least:,} or more")
     if size >= tokens:
-        cause = f"{size:,} tokens are no fewer than there are ({tokens:,})"
+        cause = f"the vocabulary has only {tokens:,} tokens, not more than {size:,}"
         raise BadInput(cause, field="remove", value=f"vocabulary={size}", fix="keep fewer")
     return size
 

@@ -136,11 +136,13 @@ def _split(name: str, cache_dir: Path | None, setting: str) -> tuple[list[str], 
         raise BadInput(error.cause, field=setting, value=name, fix=error.fix) from error
     if isinstance(read, GivenTokens):
         fix = "give them as text"
-        raise BadInput("tokens of another vocabulary say nothing of text", field=setting, value=name, fix=fix)
+        raise BadInput(
+            "token ids cannot be counted, since only text can be tokenised again", field=setting, value=name, fix=fix
+        )
     whole = [read.text] if isinstance(read, JoinedText) else read.texts
     pieces = [piece for text in whole for piece in passages(text)]
     if not any(piece.strip() for piece in pieces):
-        raise BadInput(f"{name} holds no text", field=setting, value=name, fix="give one that does")
+        raise BadInput(f"{name} holds no text", field=setting, value=name, fix="name another file")
     other = evaluation_corpus_for(name)
     if other is not None:  # a corpus whose other part is for measuring
         held = evaluation_text(other, cache_dir)

@@ -82,7 +82,12 @@ class Cutting:
         self.texts = read_texts(texts, languages, self.asked.data, self.asked.cache_dir, self.reporter)
         if not self.asked.runs and isinstance(structure.vocabulary, Loss):
             fix = ("keep a number of tokens, or leave out ", Set("evaluate", False))
-            raise BadInput("a loss is measured with the model", field="remove", value=structure.parts[0], fix=fix)
+            raise BadInput(
+                "a limit on the loss needs measurements with the model",
+                field="remove",
+                value=structure.parts[0],
+                fix=fix,
+            )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -187,7 +192,7 @@ class Cutting:
         if min(sum(map(len, half)) for half in halves) < _FEWEST:
             fix: Words = ("name a longer one with ", Setting("vocabulary_text"))
             raise BadInput(
-                "the text that is held out is too short to search and to prove a loss on", field="remove", fix=fix
+                "the held-out text is too short to search for a size and prove its loss", field="remove", fix=fix
             )
         return halves
 
@@ -251,8 +256,8 @@ class Cutting:
         before, after = self.source.bytes_of(kept)
         saved = 1 - after / before
         if saved < LEAST_SAVED and not self.asked.structure.vocabulary_force:
-            cause = f"{len(kept.old):,} of {self.source.rows:,} tokens save {saved:.1%} of the weights' bytes, which does not pay"
-            fix = ("keep fewer, or do it all the same with ", Set("vocabulary_force", True))
+            cause = f"{len(kept.old):,} of {self.source.rows:,} tokens save only {saved:.1%} of the weights' bytes"
+            fix = ("keep fewer, or force it with ", Set("vocabulary_force", True))
             raise BadInput(cause, field="remove", value=self.asked.structure.parts[0], fix=fix)
 
 

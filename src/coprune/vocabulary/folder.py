@@ -320,9 +320,7 @@ def require_same_tokens(source: Location, written: Location, kept: Kept) -> None
     for text in (*LANGUAGES.values(), *SOURCES.values()):
         old, new = (one.encode(text, add_special_tokens=False).ids for one in (dense, cut))
         if all(token in kept.new for token in old) and [kept.new[token] for token in old] != new:
-            raise VerificationError(
-                f"the smaller tokenizer cuts {text[:40]!r} otherwise than the one that it is made of"
-            )
+            raise VerificationError(f"the smaller tokenizer tokenises {text[:40]!r} differently from the original")
         said, again = (one.decode(ids, skip_special_tokens=False) for one, ids in ((dense, old), (cut, new)))
         if said != again:
-            raise VerificationError(f"the smaller tokenizer does not give {text[:40]!r} back as the other does")
+            raise VerificationError(f"the smaller tokenizer decodes {text[:40]!r} differently from the original")

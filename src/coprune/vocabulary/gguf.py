@@ -32,7 +32,7 @@ class Gguf(Sliced):
             if stored.name in _TABLES:
                 self.tables[stored.name] = Table(0, shape[0])
             elif self.rows in shape and not stored.name.startswith("blk."):
-                raise UnsupportedModel(f"{stored.name} is as long as the vocabulary, and it is unknown what it is")
+                raise UnsupportedModel(f"{stored.name} is as long as the vocabulary, but its meaning is unknown")
         if any(table.size > self.rows for table in self.tables.values()):
             raise UnsupportedModel(f"{file.name} has rows for more tokens than it names")
 

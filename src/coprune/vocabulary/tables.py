@@ -102,14 +102,16 @@ def _stored(
             found[name] = table
     for name in conversion.carried:
         if rows in entries[name].shape:
-            raise UnsupportedModel(f"{name} is as long as the vocabulary, and the model does not say what it is")
+            raise UnsupportedModel(f"{name} is as long as the vocabulary, but its meaning is unknown")
     return found
 
 
 def _refuse_offsets(config: Mapping[str, Any]) -> None:
     """Raise UnsupportedModel where ids beyond the tokenizer's mean something, as of images in some models."""
     if any(key == "vocab_offset" for key, _ in sizes_in(config)):
-        raise UnsupportedModel("ids beyond the vocabulary stand for images or sounds in this model, which is not cut")
+        raise UnsupportedModel(
+            "the model uses ids beyond the vocabulary for images or sounds, so its vocabulary cannot be cut"
+        )
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -179,8 +179,8 @@ def test_files_that_cannot_be_followed(
         ("owl:spread=-1", "negative"),
         ("fisher:points=1", "at least 2"),
         ("alpha", "take allocation='fisher'"),
-        ("error:points=3", "spreads zeros no more"),
-        ("search:rounds=3", "spreads zeros no more"),
+        ("error:points=3", "of zeros was retired"),
+        ("search:rounds=3", "of zeros was retired"),
         ("uniform:spread=0.1", "no options"),
     ],
 )

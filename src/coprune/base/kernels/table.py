@@ -111,4 +111,4 @@ def kernel(operation: Operation, device: torch.device, name: str = "auto") -> Ca
     for found in KERNELS[operation, kind_of(device)]:
         if name in ("auto", found.name) and found.there():
             return found.run
-    raise BadInput(f"there is no kernel {name!r} for {operation} on a device like {str(device)!r} here")
+    raise BadInput(f"the kernel {name!r} does not support {operation} on {str(device)!r} on this machine")

@@ -81,14 +81,14 @@ def _kept(folder: Path, make: Callable[[Path], object]) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not only_ours(folder):
-            logger.warning("others can write to %s, so the kernels are compiled anew at every start", folder)
+            logger.warning("other users can write to %s, so the kernels are compiled again at every start", folder)
             return None
         if not _is_whole(library):
             with FileLock(folder / "kernels.lock"):
                 if not _is_whole(library):
                     _make_whole(library, make)
     except OSError as error:
-        logger.warning("the kernels are compiled anew at every start: %s", error)
+        logger.warning("the kernels are compiled again at every start: %s", error)
         return None
     return library
 

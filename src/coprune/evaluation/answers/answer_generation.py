@@ -81,7 +81,7 @@ def _ask(
         except ValueError as error:  # as of hybrids that have lost the last of their attention
             if isinstance(error, CopruneError):
                 raise
-            raise UnsupportedModel(f"transformers does not let {type(model).__name__} write: {error}") from error
+            raise UnsupportedModel(f"transformers cannot generate text with {type(model).__name__}: {error}") from error
     return tuple(
         Answered(
             # The end token is no text, and not every tokenizer marks it as special.

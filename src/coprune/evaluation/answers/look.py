@@ -64,7 +64,7 @@ class Look:
 
     def _leave_out(self, error: CopruneError, reporter: Reporter) -> None:
         self.left_out = say(error.cause)
-        reporter.say(f"What the model writes is not looked at: {self.left_out}.")
+        reporter.say(f"No answers are generated: {self.left_out}.")
 
     def ask_dense(self, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
         """Generate the dense model's answers, or use stored ones.
@@ -124,13 +124,13 @@ def _questions(plan: Plan, loaded: Loaded) -> Questions:
     if loaded.task != "text":
         from coprune.model.checkpoint.load import WHAT
 
-        cause = f"the model {WHAT[loaded.task]}, and writes nothing"
+        cause = f"the model {WHAT[loaded.task]}, and generates no text"
     elif (lacks := loaded.lacks_room()) is not None:
         cause, fix = lacks, _LATER
     elif loaded.tokenizer is None:
         cause, fix = "the model has no tokenizer", "put the tokenizer's files beside the model"
     elif not loaded.model.can_generate():
-        cause = f"{type(loaded.model).__name__} does not write text, token by token"
+        cause = f"{type(loaded.model).__name__} does not generate text"
     else:
         return questions_for(plan, loaded.tokenizer, loaded.model)
     raise BadInput(cause, field="generate", fix=fix)

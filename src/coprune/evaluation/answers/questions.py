@@ -183,13 +183,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, place: 
         try:
             text = template_text([{"role": "user", "content": prompt}], tokenizer, f"prompt {place}", answers=True)
         except BadInput as error:
-            fix = "mend the tokenizer's chat_template, or remove it, so that prompts are continued as they stand"
+            fix = "correct the tokenizer's chat_template, or remove it to continue prompts without one"
             raise BadInput(error.cause, field="generate", fix=fix) from error
         ids = list(encode(tokenizer, text, add_special_tokens=False)["input_ids"])
     else:
         ids = list(encode(tokenizer, prompt)["input_ids"])
     if not ids:
-        raise BadInput(f"prompt {place} is no token of the model's tokenizer", field="generate", value=prompt)
+        raise BadInput(f"prompt {place} has no tokens in the model's tokenizer", field="generate", value=prompt)
     return ids
 
 

@@ -57,7 +57,7 @@ class ImageTask:
         """Return the requested images: by these names, or the dataset, whose default is a text."""
         if names is None and "data" not in self._recipe.calibrate.model_fields_set:
             raise BadInput(
-                f"{self._loaded.source} classifies images, and none are named",
+                f"{self._loaded.source} classifies images, but no images are named",
                 field="dataset",
                 fix=(
                     *("name some with ", Setting("dataset")),

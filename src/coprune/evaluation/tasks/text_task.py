@@ -65,13 +65,13 @@ class TextTask:
                 if needed or "data" in recipe.calibrate.model_fields_set:
                     raise
                 # No text was named, and pruning does not need one.
-                reporter.say(f"No layer errors, since nothing is calibrated on: {error}")
+                reporter.say(f"No layer errors, since there is no calibration data: {error}")
                 return None
             if recipe.calibrate.calibrate_on == "generated":
                 require_generated(windows)
         if windows.text_tokens is not None and windows.tokens.numel() > windows.text_tokens:
             drawn = f"{windows.tokens.numel():,} tokens are drawn from a text of {windows.text_tokens:,}"
-            reporter.say(f"Samples overlap, since {drawn}: fewer of them tell as much, and more text tells more.")
+            reporter.say(f"Samples overlap, since {drawn}: fewer samples would do as well, more text would do better.")
         return windows_at_bos(windows, self._bos) if recipe.calibrate.bos == "every" else windows
 
     def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
@@ -174,7 +174,8 @@ class TextTask:
         vocabulary, largest = self._loaded.model.config.get_text_config().vocab_size, int(tokens.max())
         if largest >= vocabulary:
             raise BadInput(
-                f"there is a token {largest}, and the model knows {vocabulary}", fix="use the model's tokenizer"
+                f"the token id {largest} is outside the model's vocabulary of {vocabulary}",
+                fix="use the model's tokenizer",
             )
 
     def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:

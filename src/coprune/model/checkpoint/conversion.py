@@ -114,7 +114,7 @@ class Conversion:
             back = _match_names(found, wanted, self._model.base_model_prefix)
             if back is None:
                 raise UnsupportedModel(
-                    f"transformers does not lead {min(found)} back to the checkpoint's {min(wanted)}, so the model "
+                    f"transformers cannot convert {min(found)} back to the checkpoint's {min(wanted)}, so the model "
                     "cannot be saved in the layout it came in",
                     fix=("load it whole with ", Set("stream", False)),
                 )

@@ -246,7 +246,7 @@ def load_model(
     if isinstance(location, GgufFile):
         if len(gguf_parts(location.path)) > 1:
             raise BadInput(
-                f"{location.name} is one of several parts, which are read together only to make another GGUF file of them",
+                f"{location.name} is one of several parts, which can only be read to write another GGUF file",
                 field="model",
                 value=location.name,
                 fix=("leave experts or blocks out with ", Set("save_model", "OUT.gguf"), ", or join them first"),

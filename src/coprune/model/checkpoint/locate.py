@@ -342,7 +342,7 @@ def check_tokenizer(file: Path) -> None:
         return
     if times > _MOST_GROWTH:
         raise BadInput(
-            f"{file} makes a text up to {times:,} times as long, as no tokenizer does", fix="fetch the model again"
+            f"{file} lengthens a text up to {times:,} times, which no real tokenizer does", fix="fetch the model again"
         )
 
 

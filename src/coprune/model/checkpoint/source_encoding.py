@@ -251,7 +251,7 @@ def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEnc
     found = quantization_of(config)
     if found is None:
         if config.get("quantization_config"):
-            raise BadInput(f"{folder / 'config.json'} has a quantization_config that is no table of settings")
+            raise BadInput(f"{folder / 'config.json'} has a quantization_config that is not a mapping")
         return None
     method = found.get("quant_method", "compressed-tensors" if "compression_config" in config else None)
     if method == QUANT_METHOD:
@@ -261,7 +261,7 @@ def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEnc
     if method not in READABLE:
         why = _WHY_NOT.get(str(method), "coprune does not know how")
         raise BadInput(
-            f"{folder.name} is quantised ({method}), which is not read: {why}",
+            f"{folder.name} is quantised ({method}), which is not supported: {why}",
             field="model",
             value=str(folder),
             fix=(

@@ -103,7 +103,7 @@ class CheckpointWriter:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise BadInput(
-                f"another run is writing {self.folder} at this moment", fix="wait for its end, or choose another name"
+                f"another run is writing {self.folder}", fix="wait for its end, or choose another name"
             ) from None
         except OSError:
             return  # a file system that has no locks

@@ -128,7 +128,7 @@ class CountedRows:
             found = _Routed(self._counted)
         if found is None:
             raise UnsupportedModel(
-                f"{matrix.name} is multiplied with rows, and which tokens they are is unknown",
+                f"{matrix.name} is multiplied with rows whose tokens are unknown",
                 fix=("count all tokens with ", Set("calibrate_on", "all")),
             )
         self._routed[expert] = found

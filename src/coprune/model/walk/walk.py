@@ -57,7 +57,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         if self.past.known and (isinstance(self.moves, Sequential) or self.processes.size > 1):
-            raise ValueError("what is known of the dense model's inputs does not serve this walk")
+            raise ValueError("the stored inputs of the dense model do not fit this walk")
 
     def __iter__(self) -> Iterator[MatricesReady | BlockDone]:
         self._refuse_used_twice()

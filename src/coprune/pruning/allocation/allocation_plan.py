@@ -50,7 +50,7 @@ def plan_targets(
     if allocation.statistic is None:
         recording = None
     elif recording is None:
-        raise BadInput("this allocation looks at activations, so it needs calibration data", field="allocation")
+        raise BadInput("this allocation needs calibration data", field="allocation")
     sums: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     if isinstance(allocation, ByFisher):

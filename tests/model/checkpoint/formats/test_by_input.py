@@ -60,5 +60,5 @@ def test_bits_that_no_word_holds_are_refused(tmp_path: Path) -> None:
     config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"]["bits"] = 3
     (quantised / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="gptq in 3 bits, which is not read"):
+    with pytest.raises(BadInput, match="gptq in 3 bits, which is not supported"):
         checkpoint_entries(quantised)

@@ -92,7 +92,7 @@ def by_input(quantization: Mapping[str, Any]) -> ByInput:
     """Return how a checkpoint of GPTQ or AWQ stores its weights. Raises BadInput for what is not read."""
     method, bits = str(quantization.get("quant_method")), quantization.get("bits", quantization.get("w_bit", 4))
     if bits not in ((4,) if method == "awq" else (2, 4, 8)):
-        raise BadInput(f"the checkpoint is quantised by {method} in {bits} bits, which is not read")
+        raise BadInput(f"the checkpoint is quantised by {method} in {bits} bits, which is not supported")
     if method == "awq" and str(quantization.get("version", "gemm")).lower() != "gemm":
         raise BadInput(f"the checkpoint is quantised by awq for the kernel {quantization['version']}, and gemm is read")
     v2 = quantization.get("checkpoint_format") == "gptq_v2"
