@@ -62,7 +62,7 @@ def perplexity(
     vocabulary = model.config.get_text_config().vocab_size
     for token in (int(windows.min()), int(windows.max())):
         if not 0 <= token < vocabulary:
-            known = f"there is a token {token}, and the model knows {vocabulary}"
+            known = f"the token id {token} is outside the model's vocabulary of {vocabulary}"
             raise BadInput(known, field="tokens", fix="use the model's tokenizer")
     if batch_size is None:
         batch_size = default_batch_size(seqlen, vocabulary)
