@@ -206,7 +206,7 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         pytest.param("choice", {}, "is not above chance", marks=pytest.mark.slow),
         pytest.param("answer", {}, "none of the dense model's 40 answers", marks=pytest.mark.slow),
         ("text", {"require": "bits<=0.1"}, "dense model itself does not keep"),
-        ("text", {"require": "accuracy>=0.5"}, "about no task"),
+        ("text", {"require": "accuracy>=0.5"}, "applies to no task"),
         ("text", {"budget": "0.01s"}, "too short for one candidate"),
         ("text", {"budget": "soon"}, "is not a time"),
         ("text", {"target": "beauty"}, "unknown target"),

@@ -286,7 +286,7 @@ def test_a_refusal_comes_before_all_that_is_slow(
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
         ({"remove": "heads=0.5", "score": "obs:luck=3"}, "option of score 'obs': 'luck'"),
         ({"remove": "heads=0.5", "permute": True}, "permute reorders channels"),
-        ({"remove": "heads=0.5", "refine": "refit"}, "for which refine=… means nothing"),
+        ({"remove": "heads=0.5", "refine": "refit"}, "so refine=… means nothing"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:

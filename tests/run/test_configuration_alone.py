@@ -53,7 +53,7 @@ def test_no_text_is_read_for_a_configuration_alone(
     ended = run_command(["estimate", "bare", "--nsamples", "4", "--seqlen", "32"], monkeypatch, capsys)
     assert ended.code == 0, ended.err
     assert "bare is only a configuration" in ended.err
-    assert "No text is read: 4 samples of 32 tokens to calibrate" in ended.err
+    assert "the estimate assumes 4 samples of 32 tokens to calibrate" in ended.err
     assert "\npreset balanced " in ended.out  # who has not chosen a preset is told of all of them
     ended = run_command(["estimate", "bare", "--preset", "fast", "--seqlen", "32"], monkeypatch, capsys)
     assert "\npreset balanced " not in ended.out

@@ -49,7 +49,7 @@ def read_pairs(asked: Iterable[str], what: str, field: str) -> dict[str, str]:
         field: the setting that they are of.
 
     Raises:
-        BadInput: a name is empty, or said twice.
+        BadInput: a name is empty, or given twice.
     """
     found: dict[str, str] = {}
     for text in (part.strip() for one in asked for part in one.split(",")):
@@ -161,7 +161,7 @@ def _is_file(text: str) -> bool:
 
 
 def split_choice(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort a mapping into name and options. Raises ValueError where these are no mapping, or one is said twice."""
+    """Sort a mapping into name and options. Raises ValueError where these are no mapping, or one is given twice."""
     rest = {str(key).replace("-", "_"): value for key, value in asked.items() if key not in ("name", "options")}
     nested = asked.get("options") or {}
     if not isinstance(nested, Mapping):

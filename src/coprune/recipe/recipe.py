@@ -450,7 +450,7 @@ def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = 
         called: what errors call settings, by their flat names, where that is not as they were said.
 
     Raises:
-        BadInput: a name is unknown or said twice, a value is of the wrong type, or settings contradict each other.
+        BadInput: a name is unknown or given twice, a value is of the wrong type, or settings contradict each other.
     """
     called = dict(called or {})
     try:

@@ -127,7 +127,7 @@ def exists(name: str) -> bool:
 def _take(source: _Written, option: re.Match[str], data: str) -> None:
     key, value = option["key"], option["value"]
     if key in source.options:
-        raise _wrong(f"{key} of {source.name} is said twice", data)
+        raise _wrong(f"{key} of {source.name} is given twice", data)
     source.options[key] = _value(source.name, key, value, data)
     source.share = _share(option["share"], source.name, data)
 

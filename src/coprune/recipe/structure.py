@@ -256,7 +256,7 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
         asked: as in `("channels=0.33", "heads=0.25,blocks=0.2")`.
 
     Raises:
-        BadInput: something is no share, or said twice.
+        BadInput: something is no share, or given twice.
     """
     found: dict[Removable, float | Left] = {}
     for name, value in _pairs(asked).items():

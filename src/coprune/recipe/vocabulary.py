@@ -93,7 +93,7 @@ def shares_of(asked: Iterable[str], field: str) -> dict[str, float]:
         Shares that add up to 1, by name; none where nothing is asked for.
 
     Raises:
-        BadInput: a name is empty or said twice, or a share is no positive number.
+        BadInput: a name is empty or given twice, or a share is no positive number.
     """
     found: dict[str, float] = {}
     for name, written in read_pairs(asked, "the text", field).items():
