@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import coprune
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.data.marks import Marks
 from coprune.data.pairs import Pairs, from_text
 from coprune.data.windows import Windows
@@ -100,3 +100,35 @@ def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
         coprune.prune(place / "T5", "wanda", dataset=file, **PRUNING)
     with pytest.raises(BadInput, match="has 27 pairs to calibrate on, fewer than 28"):
         coprune.prune(place / "T5", "wanda", dataset=place / "pairs.jsonl", **PRUNING | {"nsamples": 28})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Bart", ("*decoder.*",))])
+def test_channels_go_from_both_halves_or_from_the_decoder(
+    family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
+) -> None:
+    if not (place / family).exists():
+        save_pair_model(place / family, family)
+    settings = PRUNING | {"remove": "channels=0.5", "include": choice, "stream": stream}
+    del settings["sparsity"]
+    coprune.prune(place / family, save_model=tmp_path, overwrite=True, dataset=place / "words.txt", **settings)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    widths = {name: p.shape[0] for name, p in model.named_parameters() if name.endswith(("wi.weight", "fc1.weight"))}
+    assert {width for name, width in widths.items() if "decoder" in name} == {32}
+    assert {width for name, width in widths.items() if "encoder" in name} == {64 if choice else 32}
+
+
+def test_blocks_of_halves_are_refused(place: Path) -> None:
+    settings = {key: value for key, value in PRUNING.items() if key != "sparsity"}
+    with pytest.raises(UnsupportedModel, match="no setting of the configuration of T5ForConditionalGeneration"):
+        coprune.prune(place / "T5", remove="blocks=0.34", dataset=place / "words.txt", **settings)
+
+
+def test_tables_that_the_model_computes_are_in_no_checkpoint(place: Path, tmp_path: Path) -> None:
+    source = save_pair_model(tmp_path / "Marian", "Marian")
+    settings = {"dataset": place / "words.txt", **PRUNING}
+    found = [
+        coprune.prune(source, "wanda", save_model=tmp_path / str(stream), stream=stream, **settings).report
+        for stream in (True, False)
+    ]
+    assert found[0].perplexity[0].pruned == pytest.approx(found[1].perplexity[0].pruned, rel=1e-6)

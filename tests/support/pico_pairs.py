@@ -49,8 +49,8 @@ def pico_pair_model(family: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = getattr(transformers, CLASSES.get(family, f"{family}ForConditionalGeneration"))(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and name not in (model._keys_to_ignore_on_save or ()):
                 parameter.normal_(0.0, 0.2)
     return model.eval().requires_grad_(False)
 

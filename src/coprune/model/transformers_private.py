@@ -6,6 +6,7 @@ as it must not import transformers, and fine-tuning overrides a Trainer's saving
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -172,6 +173,12 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 def tie_read_weights(model: PreTrainedModel, missing: set[str]) -> None:
     """Tie missing parameters to those that they share."""
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def computed_parameters(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Return those of some parameters that a checkpoint may lack, since the model computes them (tables of positions)."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -285,5 +285,6 @@ def _calls(
     blocks = [Block(index, name, small.get_submodule(name)) for index, name in enumerate(names)]
     answers = [model.structure.answers[block.index] for block in left]
     _, calls = run_without_blocks(small, blocks, sample, answers)
-    called = (call.with_streams(model.structure.streams) for call in calls)
+    handed = (model.structure.handed[block.index] for block in left)
+    called = (call.with_streams(model.structure.streams, own) for call, own in zip(calls, handed, strict=True))
     return zip((block.module for block in blocks), called, strict=True)

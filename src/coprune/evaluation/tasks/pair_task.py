@@ -58,7 +58,7 @@ class PairTask(WholeTextTask):
         """The token that the decoder begins with."""
         model: Any = self._loaded.model
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        with suppress(ValueError):  # of a configuration that does not say
+        with suppress(ValueError, AttributeError):  # of a configuration that does not say
             if shift is not None:
                 return int(shift(labels=torch.tensor([[5, 6]]))[0, 0])
         config = model.config

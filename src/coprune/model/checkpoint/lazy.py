@@ -30,7 +30,13 @@ from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_ahead, rea
 from coprune.model.checkpoint.source import FLOATS, Source
 from coprune.model.checkpoint.source_encoding import source_encoding
 from coprune.model.checkpoint.weights import Uncut, piece_places
-from coprune.model.transformers_private import build, initialize_again, name_model, tie_read_weights
+from coprune.model.transformers_private import (
+    build,
+    computed_parameters,
+    initialize_again,
+    name_model,
+    tie_read_weights,
+)
 from coprune.recipe.pattern import Grid
 
 SHARE = 8
@@ -248,7 +254,20 @@ class LazyCheckpoint:
         missing = {name for name, parameter in outside if parameter.is_meta}
         with quiet_transformers():
             tie_read_weights(self._model, missing)
+            self._compute(computed_parameters(self._model, missing))
         self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
+
+    def _compute(self, names: Iterable[str]) -> None:
+        """Let the model compute parameters that no checkpoint holds, as far as they are on the meta device."""
+        modules = []
+        for path, _, own in (name.rpartition(".") for name in names):
+            module = self._model.get_submodule(path)
+            if (parameter := module._parameters[own]) is not None and parameter.is_meta:
+                empty = torch.empty_like(parameter, device=self.device)
+                module._parameters[own] = nn.Parameter(empty, requires_grad=False)
+                modules.append(module)
+        if modules:
+            initialize_again(self._model, modules)
 
     def expect(self, prefix: str) -> None:
         """Prefetch a block's tensors to the device, or into the system's cache."""

@@ -357,7 +357,12 @@ def _evidence(seen: Products) -> Evidence:
 def _groups(seen: Products, chosen: Sequence[Matrix]) -> list[list[Matrix]]:
     """Return a block's chosen matrices grouped by their input tensor, in order of first use."""
     names = {matrix.name for matrix in chosen}
-    groups = [[matrix for matrix in group if matrix.name in names] for group in seen.groups]
+    # What is used again may be so with another tensor than the others (a decoder's keys of both halves): it stands alone.
+    again = {matrix.name for matrix in seen.reused}
+    apart = [
+        [[m for m in group if m.name not in again], *([m] for m in group if m.name in again)] for group in seen.groups
+    ]
+    groups = [[matrix for matrix in group if matrix.name in names] for parts in apart for group in parts]
     # An expert that this sample was not routed to is a group of its own.
     unseen = {matrix.name for matrix in seen.unseen}
     return [*(group for group in groups if group), *([matrix] for matrix in chosen if matrix.name in unseen)]

@@ -1,0 +1,81 @@
+"""Models that write what they hear: calibrated on recordings, measured by their words, and refused other input in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+from transformers import AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.data.speech import read_recordings, waveform, word_errors
+from support.pico_folder import save_pico, write_words
+from support.pico_pairs import save_pair_model
+
+PRUNING: dict[str, Any] = dict(nsamples=4, quiet=True, layer_error=False, sparsity=0.5)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speech")
+    model = save_pair_model(folder / "model", "Whisper")
+    WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=400).save_pretrained(model)
+    (folder / "heard").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        samples = (generator.normal(size=8000) * 8000).astype(np.int16)
+        wavfile.write(folder / "heard" / f"{number}.wav", 16000, samples)
+        if number:
+            (folder / "heard" / f"{number}.txt").write_text(f"w{number + 5} w{number + 6}")
+    write_words(folder / "words.txt")
+    return folder
+
+
+def test_what_is_heard_is_pruned_and_measured(place: Path, tmp_path: Path) -> None:
+    heard = {"dataset": place / "heard", "eval_data": place / "heard"}
+    report = coprune.prune(place / "model", "wanda", save_model=tmp_path / "pruned", **heard, **PRUNING).report
+    (found,) = report.transcripts
+    assert (found.recordings, len(report.matrices)) == (4, 32)
+    assert report.calibration is not None
+    assert "what the dense model hears" in report.calibration.source
+    compared = coprune.evaluate(tmp_path / "pruned", place / "heard", against=place / "model", quiet=True)
+    assert compared.near == (found.model_copy(update={"data": str(place / "heard")}),)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "pruned")
+    zeros = [(p == 0).float().mean().item() for name, p in model.named_parameters() if name.endswith("fc1.weight")]
+    assert zeros == pytest.approx([0.5] * 4)
+
+
+def test_other_input_is_refused_in_one_line(place: Path) -> None:
+    with pytest.raises(BadInput, match=r"words\.txt is no folder of recordings, and the model writes what it hears"):
+        coprune.prune(place / "model", "wanda", dataset=place / "words.txt", **PRUNING)
+    text = save_pico(place / "llama")
+    with pytest.raises(BadInput, match="heard holds recordings, where text is expected"):
+        coprune.prune(text, "wanda", dataset=place / "heard", seqlen=8, **PRUNING)
+    with pytest.raises(BadInput, match=r"0\.wav is a recording, where text is expected"):
+        coprune.evaluate(text, place / "heard" / "0.wav", quiet=True)
+
+
+def test_recordings_are_read_at_the_models_rate(place: Path, tmp_path: Path) -> None:
+    wave = np.sin(np.arange(8000) / 20).astype(np.float32)
+    wavfile.write(tmp_path / "stereo.wav", 8000, np.stack([wave, wave], axis=1))
+    wavfile.write(tmp_path / "bytes.wav", 8000, ((wave + 1) * 127).astype(np.uint8))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "bytes.wav", "transcription": "a b"}\n')
+    rows = read_recordings(str(tmp_path)).rows
+    assert [(row.file.name, row.said) for row in rows] == [("bytes.wav", "a b"), ("stereo.wav", None)]
+    for row in rows:
+        read = torch.from_numpy(waveform(row.file, 16000))
+        assert len(read) == 16000
+        assert (read[100:-100:2] - torch.from_numpy(wave)[50:-50]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("said", "heard", "errors"),
+    [("a b c", "a b c", 0), ("A, b c!", "a b", 1), ("a b", "a x b y", 2), ("a b", "", 2), ("", "a", 1)],
+)
+def test_word_errors(said: str, heard: str, errors: int) -> None:
+    assert word_errors(said, heard)[0] == errors
