@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.io import wavfile
 from torch import Tensor
-from transformers import PreTrainedModel, ViTImageProcessor
+from transformers import PreTrainedModel, ViTImageProcessor, WhisperFeatureExtractor, WhisperProcessor
 
 import coprune
 from coprune.base.errors import CopruneError
@@ -98,12 +100,15 @@ def judge(
     try:
         model = _built(model_type, kind)
         data = _images(model, samples) if kind == "images" else _text(folder, samples)
-        if kind == "seq2seq" and task_of(model.config, type(model)) == "pairs":
+        task = task_of(model.config, type(model))
+        if kind == "seq2seq" and task == "pairs":
             data = _pairs(model, folder, samples)
+        if kind == "speech" and task == "speech":
+            data = _recordings(model, folder)
         _require_forward(model, data.batches[0])
         for name in TARGETS:
             _try(model_type, name, data, verdict, folder / name.replace(":", "-"))
-        if as_folder:
+        if as_folder and task != "speech":
             _compare_folders(model_type, data, verdict, folder)
     except NotBuilt as error:
         verdict.result, verdict.reason = "not built", str(error)
@@ -150,8 +155,29 @@ def _pairs(model: PreTrainedModel, folder: Path, samples: int) -> Data:
     rows = [{"source": text, "target": " ".join(reversed(text.split()))} for text in texts]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     settings = {"dataset": str(file), "eval_data": str(file), "seqlen": LENGTH, "nsamples": samples}
-    settings |= {"processor": tokenizer, "batch_size": BATCH}
-    loaded = Loaded(InMemory(model), tokenizer, "model", False)
+    return _as_a_run(model, settings | {"processor": tokenizer, "batch_size": BATCH})
+
+
+def _recordings(model: PreTrainedModel, folder: Path) -> Data:
+    """Recordings of noise, with random words, and what a run makes of them."""
+    bins, positions = (getattr(model.config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    if not isinstance(bins, int) or not isinstance(positions, int) or model.main_input_name != "input_features":
+        raise NotBuilt("nothing here makes features of sound for it")
+    (folder / "heard").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        wavfile.write(folder / "heard" / f"{number}.wav", 16000, generator.normal(size=8000).astype(np.float32))
+        (folder / "heard" / f"{number}.txt").write_text(" ".join(f"w{one}" for one in generator.integers(5, 1000, 12)))
+    extractor = WhisperFeatureExtractor(feature_size=bins, chunk_length=1, hop_length=16000 // (2 * positions))
+    processor = WhisperProcessor.__new__(WhisperProcessor)
+    processor.feature_extractor, processor.tokenizer = extractor, word_tokenizer()
+    settings = {"dataset": str(folder / "heard"), "evaluate": False, "seqlen": LENGTH, "nsamples": 8}
+    return _as_a_run(model, settings | {"processor": processor, "batch_size": BATCH})
+
+
+def _as_a_run(model: PreTrainedModel, settings: dict[str, Any]) -> Data:
+    """The batches that a run with these settings makes."""
+    loaded = Loaded(InMemory(model), settings["processor"], "model", False)
     recipe = make_recipe({"model": "model", **{key: settings[key] for key in settings.keys() - {"processor"}}})
     task = task_for(recipe, loaded)
     drawn = task.calibration(True, Reporter(quiet=True))

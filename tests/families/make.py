@@ -1,6 +1,7 @@
 """Try every model of text, images or speech that transformers has: python tests/families/make.py [TYPE …].
 
-Without types: all of them, resumed where a run was stopped, and in the end the table in docs/models.md is written anew.
+Without types: all of them, or all of some kinds, resumed where a run was stopped, and in the end the table in docs/models.md is
+written anew.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ def main() -> int:
         chosen = [task for task in _tasks() if task[0] in options.types and task[2] in (options.kind or AUTO)]
         verdicts = _judge_all(chosen, options.processes, None)
         return 1 if any(verdict.result == "wrong" for verdict in verdicts) else 0
-    done = {(v.model_type, v.kind) for v in _so_far()}
-    _judge_all([task for task in _tasks() if (task[0], task[2]) not in done], options.processes, RUNNING)
-    results = Results.now(_so_far())
+    kinds, done = options.kind or list(AUTO), {(v.model_type, v.kind) for v in _so_far()}
+    left = [task for task in _tasks() if task[2] in kinds and (task[0], task[2]) not in done]
+    _judge_all(left, options.processes, RUNNING)
+    # What was found of other kinds stays.
+    results = Results.now([*_so_far(), *(v for v in Results.read().verdicts if v.kind not in kinds)])
     results.write()
     RUNNING.unlink()
     PAGE.write_text(page(results), encoding="utf-8")
@@ -108,7 +111,7 @@ def _child(task: Task, sender: multiprocessing.connection.Connection) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*", help="only these, as configurations call them; writes nothing")
+    parser.add_argument("types", nargs="*", help="only these, as configurations call them; these write nothing")
     parser.add_argument("--kind", choices=AUTO, action="append", help="only of this kind; may be repeated")
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args()
