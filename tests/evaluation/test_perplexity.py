@@ -118,7 +118,7 @@ def test_the_interval_holds_the_value_is_seeded_and_narrows_with_more_windows() 
     low, high = bootstrap_interval(nll)  # type: ignore[misc]
     # The normal approximation of the same interval.
     half = 1.96 * float(nll.std()) / 20
-    assert (low, high) == pytest.approx((float(nll.mean()) - half, float(nll.mean()) + half), abs=0.02)
+    assert (low, high) == pytest.approx((float(nll.mean()) - half, float(nll.mean()) + half), abs=0.005)
     few_low, few_high = bootstrap_interval(nll[:25])  # type: ignore[misc]
     assert few_high - few_low > 2 * (high - low)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from coprune.sweeps.pool import LocalWorkers
 from coprune.sweeps.run import conduct
 from coprune.sweeps.work import Capacity, Job, Work, do_job
 from support.commands import run_command
+from support.forking import forked
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep, sweep_data
 
 
@@ -63,6 +65,19 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place: Path) -> No
     assert len(blocks) <= 4  # of three blocks only one that was not in the journal yet was pruned again
     for run in runs:
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(alone(run, place / "separate"))
+
+
+def test_a_worker_has_the_environment_of_who_hires_it(tmp_path: Path) -> None:
+    """And not that of the time at which the process was begun from which it is forked."""
+    ours, theirs = Pipe()
+    ours.close()  # so there is no work
+
+    def work() -> None:
+        sys.stdout = sys.stderr = (tmp_path / "said.txt").open("w")
+        pool._work(theirs, None, tmp_path / "log.txt", {"COPRUNE_HIRED": "now"})
+        assert os.environ["COPRUNE_HIRED"] == "now"
+
+    assert os.waitpid(forked(work), 0)[1] == 0
 
 
 def test_a_sweep_goes_on_past_failures_and_reports_them(

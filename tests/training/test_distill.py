@@ -44,6 +44,16 @@ def test_hidden_error_weighs_tokens_by_their_own_size() -> None:
     assert float(hidden_error([student, dense], [dense, dense])) == pytest.approx(0.01 / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("counterparts", [(), (1, 3, 3)])
+def test_every_block_is_held_to_its_counterpart(counterparts: tuple[int, ...]) -> None:
+    teacher, student = pico_model("llama"), pico_model("llama", seed=1)
+    inputs = {"input_ids": pico_tokens(2, 8)}
+    dense, own = (model(**inputs, output_hidden_states=True, use_cache=False) for model in (teacher, student))
+    states = [dense.hidden_states[index] for index in counterparts or (1, 2, 3)]
+    expected = divergence(own.logits, dense.logits, 2.0) + hidden_error(own.hidden_states[1:], states)
+    assert float(Distillation(teacher, 2.0, True, counterparts)(student, inputs)) == pytest.approx(float(expected))
+
+
 def test_the_gradient_leads_toward_the_teacher() -> None:
     teacher, student = pico_model("llama"), pico_model("llama", seed=1).requires_grad_(True)
     objective = Distillation(teacher, 2.0, hidden=True)
