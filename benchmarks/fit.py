@@ -21,6 +21,7 @@ import coprune
 from coprune.base.files import write_text
 from coprune.data.corpora import evaluation_text
 from coprune.data.text import JoinedText
+from coprune.fitting.candidates import TYPES
 from coprune.fitting.fit import FACTS_FILE
 from coprune.model.checkpoint.locate import locate
 
@@ -45,6 +46,7 @@ def main() -> None:
         items=asked.items,
         seed=asked.seed,
         without=asked.without,
+        types=asked.types,
         text="embedded",
     )
     row = row_of(asked, found, json.loads((folder / FACTS_FILE).read_text()))
@@ -116,6 +118,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--characters", type=int, default=60_000, help="of the text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without", default="")
+    parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("out/fit"))
     asked = parser.parse_args()
