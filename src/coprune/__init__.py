@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from coprune.report.schema import Report
     from coprune.run.generate import generate
     from coprune.run.inspect import Inspection, inspect
-    from coprune.run.memory_bound import Estimate
+    from coprune.run.memory_estimate import Estimate
     from coprune.run.prune import estimate, prune
     from coprune.run.result import Result
     from coprune.run.stages import run_recipe
@@ -63,7 +63,7 @@ _HOME = {
     "BrokenMask": "coprune.base.errors",
     "Comparison": "coprune.evaluation.comparison_table",
     "CopruneError": "coprune.base.errors",
-    "Estimate": "coprune.run.memory_bound",
+    "Estimate": "coprune.run.memory_estimate",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
     "Fitted": "coprune.fitting.result",

@@ -30,7 +30,8 @@ from coprune.pruning.refine import refinement_named
 from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import NM, Target
 from coprune.run import memory_bound
-from coprune.run.memory_bound import Estimate, Proposal, Shapes
+from coprune.run.memory_bound import Shapes
+from coprune.run.memory_estimate import Estimate, Proposal
 from support.commands import run_command
 from support.live_bytes import LiveBytes
 from support.pico import pico_model, pico_tokens

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coprune.evaluation.result_cache import EvaluationCache
-from coprune.run.memory_bound import DevicePeak, Estimate
+from coprune.run.memory_estimate import DevicePeak, Estimate
 from coprune.sweeps.events import Cause
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep

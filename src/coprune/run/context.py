@@ -40,7 +40,8 @@ from coprune.report.folder import announce, finish_run_folder
 from coprune.report.hub import push
 from coprune.report.schema import PhaseFacts, Report
 from coprune.run.events import BlockPruned, Phase, PhaseDone
-from coprune.run.memory_bound import Estimate, TextSizes, bound_run
+from coprune.run.memory_bound import TextSizes, bound_run
+from coprune.run.memory_estimate import Estimate
 from coprune.run.output import BlockOutcome, Output
 
 Tokens = TypeVar("Tokens")

@@ -44,7 +44,8 @@ from coprune.recipe.tree import FLAT, PARTS
 from coprune.run.arguments import PruneArguments
 from coprune.run.checks import check_widths, needs_inputs, prepare_solver
 from coprune.run.context import NOTHING, Given, Run
-from coprune.run.memory_bound import Estimate, TextSizes, bound_run
+from coprune.run.memory_bound import TextSizes, bound_run
+from coprune.run.memory_estimate import Estimate
 from coprune.run.opening import open_run
 from coprune.run.result import Result
 from coprune.run.stages import run_recipe

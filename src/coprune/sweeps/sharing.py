@@ -44,7 +44,7 @@ from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import installed_versions
 from coprune.run.context import Reuse, Run
-from coprune.run.memory_bound import Estimate
+from coprune.run.memory_estimate import Estimate
 
 SHARED_FOLDER = ".shared"
 Tokens = TypeVar("Tokens")
