@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_heard_is_pruned_and_measured(place: Path, tmp_path: Path) -> None:
-    heard = {"dataset": place / "heard", "eval_data": place / "heard"}
+    heard: dict[str, Any] = {"dataset": place / "heard", "eval_data": place / "heard"}
     report = coprune.prune(place / "model", "wanda", save_model=tmp_path / "pruned", **heard, **PRUNING).report
     (found,) = report.transcripts
     assert (found.recordings, len(report.matrices)) == (4, 32)

@@ -12,17 +12,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 import coprune
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.edits import Edits
-from families.build import published_model, tiny_config
+from families.build import published_model
 from families.kept import STRANGE
+from families.shrink import tiny_config
 from support.words import word_tokenizer
 
+AUTO: Any = transformers.models.auto
 TYPES = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "mistral3", "internvl", "smolvlm")
 WITHOUT_PROCESSOR = ("smolvlm",)
 """Whose processor needs a package that is not installed here (num2words); its parts are saved."""
@@ -90,7 +89,8 @@ def image_inputs(model: Any) -> dict[str, Tensor]:
 def loaded(folder: Path) -> Any:
     """The model of a folder, of which nothing may be missing and nothing be over; but for what no class loads."""
     with quiet_transformers():
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        opened: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, info = opened
     assert not info["missing_keys"]
     assert {name for name in info["unexpected_keys"] if not name.startswith("mtp.")} == set()
     return prepare(model)
@@ -105,10 +105,13 @@ def save_with_processor(model: Any, folder: Path) -> Path:
         tokenizer_object=backend,
         extra_special_tokens={f"{mark}_token": f"w{number}" for number, mark in enumerate(marks)},
     )
-    parts = {"image_processor": named(IMAGE_PROCESSOR_MAPPING_NAMES, model_type), "tokenizer": tokenizer}
-    kind: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    parts = {
+        "image_processor": named(AUTO.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES, model_type),
+        "tokenizer": tokenizer,
+    }
+    kind: Any = getattr(transformers, AUTO.processing_auto.PROCESSOR_MAPPING_NAMES[model_type])
     if "video_processor" in kind.get_attributes():
-        parts["video_processor"] = named(VIDEO_PROCESSOR_MAPPING_NAMES, model_type)
+        parts["video_processor"] = named(AUTO.video_processing_auto.VIDEO_PROCESSOR_MAPPING_NAMES, model_type)
     with quiet_transformers():
         model.save_pretrained(folder)
         if model_type in WITHOUT_PROCESSOR:

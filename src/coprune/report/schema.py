@@ -178,8 +178,9 @@ class Report(Shown, BaseModel):
             tuned = {} if self.finetuned is None else self.finetuned.perplexity
             after = f" → {tuned[text.data]:.2f} after {recipe.train.mode}" if text.data in tuned else ""
             measured = f", {text.title} {dense}{text.pruned:.2f}{after} on {text.data}"
-        for near in [*self.embeddings, *self.transcripts][:1]:
-            measured = f", {near.headline()} with dense on {near.data}"
+        near: list[EmbeddingChange | TranscriptChange] = [*self.embeddings, *self.transcripts]
+        for one in near[:1]:
+            measured = f", {one.headline()} with dense on {one.data}"
         if self.vocabulary is not None and not self.perplexity:
             measured = "".join(f", {text.line()}" for text in self.vocabulary.texts[:1])
         asked = f"{recipe.way} {recipe.shape}"

@@ -115,6 +115,7 @@ def test_figures_are_those_of_direct_computation(place: Path) -> None:
         accepted.append(sum(float(torch.minimum(*(one[i].exp() for one in logits)).sum()) for i in rows) / len(answer))
     assert facts.along.kl == pytest.approx(sum(means) / 3, rel=1e-4)
     assert facts.along.acceptance == pytest.approx(sum(accepted) / 3, rel=1e-4)
+    assert facts.along.acceptance_interval is not None
     low, high = facts.along.acceptance_interval
     assert low <= facts.along.acceptance <= high < 1
 

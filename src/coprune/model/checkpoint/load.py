@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -301,7 +302,7 @@ def load_processor(location: Location, task: TaskName, trust_remote_code: bool =
     """Load what turns text or images into a model's inputs. Raises BadInput if it is not there."""
     if task not in ("images", "speech"):
         return load_tokenizer(location, trust_remote_code)
-    loader = AutoImageProcessor if task == "images" else AutoProcessor
+    loader: Any = AutoImageProcessor if task == "images" else AutoProcessor
     with quiet_transformers(), explained(location):
         return loader.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
 
@@ -362,7 +363,7 @@ def require_all_weights(name: str, missing: set[str]) -> None:
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and notes while coprune reports itself."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    louder = verbosity != transformers_logging.ERROR  # a level that is set makes every logger ask anew for its own
+    louder = verbosity != logging.ERROR  # a level that is set makes every logger ask anew for its own
     if louder:
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
