@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +20,27 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _OPENING = """# Models
 
-Every type that the Auto classes of transformers named below build, as a tiny random model
-pruned with Wanda to 50 % and to 2:4. `make families` tries them and writes this page.
+This page lists which model types work: every type that the Auto classes of transformers named below build, tried as a tiny random
+model pruned with Wanda to 50 % and to 2:4. `coprune inspect MODEL` shows the same for yours, with the names of all layers.
 
 - **Works**: every mask is the one that forwards of the whole model give, every other tensor is unchanged to the bit, every linear
   layer of a block is pruned or named, and transformers loads what was saved with the same weights.
-- **Refused**: coprune says why and changes nothing; the reason is what a user reads.
+- **Refused**: coprune says why and changes nothing. The message names the layer.
 - **Wrong**: anything else.
 - **Not built**: there was no tiny model to try, or transformers does not run it on tokens (or pixels) alone.
+
+`make families` tries the types and writes this page.
 """
+_LEFT_ALONE = {
+    "a router": "routers",
+    "depth-wise": "depth-wise convolutions",
+    "a vector": "vectors",
+    "not used in a forward": "layers that a forward does not use",
+    "the weight of no linear layer": "weights of no linear layer",
+    "a convolution with padding": "convolutions with padding",
+    "three dimensions, and none of its matrices is multiplied": "parameters of three dimensions in no product",
+}
+"""How the page says why layers are left alone, where a verdict speaks of one layer."""
 _TITLES: dict[Kind, str] = {
     "text": "Decoders",
     "images": "Image classifiers",
@@ -98,12 +111,15 @@ def _parts(verdicts: Sequence[Verdict]) -> list[str]:
         if verdict.result == "works" and said[verdict.model_type]:
             left.setdefault(said[verdict.model_type], []).append(verdict.model_type)
     if left:
-        lines += ["", "| work | left alone in their blocks, or a limit |", "| --- | --- |"]
+        lines += ["", "| work | left alone in their blocks |", "| --- | --- |"]
         lines += [f"| {_named(types)} | {text} |" for text, types in left.items()]
-    others = [v for v in verdicts if v.result != "works"]
+    others: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.result != "works":
+            others.setdefault(f"{verdict.result} | {said[verdict.model_type]}", []).append(verdict.model_type)
     if others:
-        lines += ["", "| type | result | reason |", "| --- | --- | --- |"]
-        lines += [f"| `{v.model_type}` | {v.result} | {said[v.model_type]} |" for v in others]
+        lines += ["", "| types | result | reason |", "| --- | --- | --- |"]
+        lines += [f"| {_named(types)} | {text} |" for text, types in others.items()]
     return lines
 
 
@@ -112,12 +128,11 @@ def _named(types: Sequence[str]) -> str:
 
 
 def _said(verdict: Verdict) -> str:
-    """Return what is left alone, or the reason, as Markdown."""
-    if verdict.result != "works":
-        return verdict.reason.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-    why: dict[str, list[str]] = {}
-    for entry in verdict.left_alone:
-        name, _, rest = entry.partition(" (")
-        why.setdefault(rest.rpartition(";")[0], []).append(f"`{name.rpartition('.*.')[2]}`")
-    parts = [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
-    return "; ".join(parts)
+    """Return why layers are left alone, or why the type is refused, as Markdown and without the names of layers."""
+    if verdict.result == "works":
+        why = {entry.partition(" (")[2].rpartition(";")[0] for entry in verdict.left_alone}
+        return ", ".join(sorted(_LEFT_ALONE.get(reason, reason) for reason in why))
+    clause = re.split(r"[;:.,] ", verdict.reason)[0].removesuffix(".")
+    clause = re.sub(r" beside '[^']*'| \(no [\w.]+\)", "", clause)
+    clause = re.sub(r"\b\w+(\.\w+)+", "a layer", re.sub(r"only \d+ %", "less than half", clause))
+    return clause.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
