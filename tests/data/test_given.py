@@ -11,7 +11,7 @@ import torch
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.data.given import given_data, given_samples, handed_over
+from coprune.data.in_memory import given_data, given_samples, handed_over
 from coprune.data.windows import calibration_windows, evaluation_tokens, fingerprint
 from coprune.run.prune import read_call
 from support.pico_folder import save_pico

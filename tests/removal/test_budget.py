@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Event, Reporter, Said
-from coprune.data.given import handed_over
+from coprune.data.in_memory import handed_over
 from coprune.model.checkpoint.load import prepared
 from coprune.recipe.recipe import make_recipe
 from coprune.removal import budget

@@ -16,8 +16,8 @@ from pathlib import Path
 from coprune.base.carriers import carried_file
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.files import like_named
-from coprune.data.given import PREFIX, GivenTokens, given_data
 from coprune.data.hub import HubCorpus, Part
+from coprune.data.in_memory import PREFIX, GivenTokens, given_data
 from coprune.data.local_text import local_text, looks_local
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText, join
 

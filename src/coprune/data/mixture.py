@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.conversations import Document, holds_conversations, read_conversations
-from coprune.data.given import given_samples
+from coprune.data.in_memory import given_samples
 from coprune.data.text import NOTHING, padded
 from coprune.data.tokenizing import Tokenizes
 from coprune.data.windows import Sampling, SourcePart, Windows, draw_samples, fingerprint

@@ -21,7 +21,7 @@ from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text, evaluation_text, holds_out
-from coprune.data.given import GivenTokens
+from coprune.data.in_memory import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents
 from coprune.data.tokenizing import Tokenizes, encode
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
-from coprune.data.given import TextData, handed_over
+from coprune.data.in_memory import TextData, handed_over
 from coprune.evaluation.evaluation import Evaluation
 from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
 from coprune.evaluation.measure_arguments import MeasureArguments

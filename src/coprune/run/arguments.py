@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from coprune.data.given import CalibrationData, TextData
+from coprune.data.in_memory import CalibrationData, TextData
 from coprune.evaluation.measure_arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.progress import Reporter
 from coprune.base.words import say
-from coprune.data.given import given_samples, handed_over
+from coprune.data.in_memory import given_samples, handed_over
 from coprune.evaluation.tasks import Remember
 from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.bare_configuration import Imagined

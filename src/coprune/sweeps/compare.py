@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import require_usable
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, say
-from coprune.data.given import TextData, handed_over
+from coprune.data.in_memory import TextData, handed_over
 from coprune.evaluation.changes import row
 from coprune.evaluation.closeness import OtherTokens
 from coprune.evaluation.comparison_table import Comparison

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.data.given import CalibrationData, TextData, given_samples, handed_over
+from coprune.data.in_memory import CalibrationData, TextData, given_samples, handed_over
 from coprune.evaluation.measure_arguments import AnswerArguments
 from coprune.recipe.train import Mode
 from coprune.recipe.views import training_recipe

@@ -17,9 +17,9 @@ from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.bos import tokens_at_bos
 from coprune.data.corpora import calibration_text, holds_out
-from coprune.data.given import GivenTokens
 from coprune.data.images import LabelledImages, Transform
 from coprune.data.images import fingerprint as fingerprint_of_images
+from coprune.data.in_memory import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
 from coprune.data.windows import fingerprint, held_out_tokens, token_ids
 from coprune.evaluation.batches import cut_windows

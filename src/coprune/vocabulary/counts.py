@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.progress import Reporter
 from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
-from coprune.data.given import GivenTokens
+from coprune.data.in_memory import GivenTokens
 from coprune.data.text import JoinedText
 from coprune.recipe.vocabulary import shares_of
 from coprune.vocabulary.choose import Weights
