@@ -10,7 +10,7 @@ from coprune.base.errors import BadInput
 from coprune.base.words import say
 from coprune.recipe.presets import usual_preset
 from coprune.recipe.recipe import make_recipe
-from coprune.run.usual import recipe_that_fits
+from coprune.run.preset_training import recipe_that_fits
 from support.pico_folder import save_pico
 from support.quantised import quantised_pico
 

@@ -87,7 +87,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
     recipe = make_recipe(chosen)
     if PRESET not in flatten(chosen):
         return recipe
-    from coprune.run.usual import recipe_that_fits  # which imports torch, after the first line
+    from coprune.run.preset_training import recipe_that_fits  # which imports torch, after the first line
 
     return recipe_that_fits(chosen)
 

@@ -47,9 +47,9 @@ from coprune.run.context import NOTHING, Given, Run
 from coprune.run.memory_bound import TextSizes, bound_run
 from coprune.run.memory_estimate import Estimate
 from coprune.run.opening import open_run
+from coprune.run.preset_training import recipe_that_fits
 from coprune.run.result import Result
 from coprune.run.stages import run_recipe
-from coprune.run.usual import recipe_that_fits
 from coprune.run.vocabulary import rest_of
 
 
