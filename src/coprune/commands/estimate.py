@@ -10,9 +10,9 @@ import typer
 from coprune.base.environment import expand_home
 from coprune.base.files import require_file
 from coprune.base.progress import Reporter
-from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, with_options
+from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.terminal import show
 from coprune.recipe.presets import PRESETS
 

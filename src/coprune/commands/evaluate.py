@@ -9,8 +9,8 @@ import typer
 
 from coprune.base.environment import importing
 from coprune.base.words import Command, Set
-from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import measuring_options, with_options
+from coprune.commands.recipe_options import ModelArgument, ModelOption, named_model
 from coprune.commands.terminal import end_unless_held, show
 
 

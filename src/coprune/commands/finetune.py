@@ -8,8 +8,8 @@ import typer
 
 from coprune.base.environment import importing, rank
 from coprune.base.words import Command, Set
-from coprune.commands.asked import ModelOption, named_model
 from coprune.commands.options import training_options, with_options
+from coprune.commands.recipe_options import ModelOption, named_model
 from coprune.commands.terminal import end_unless_held, show
 from coprune.recipe.views import training_recipe
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.words import Command, Set
-from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import inspecting_options, with_options
+from coprune.commands.recipe_options import ModelArgument, ModelOption, named_model
 from coprune.commands.terminal import show
 from coprune.recipe.recipe import make_recipe
 

@@ -10,8 +10,8 @@ import typer
 from coprune.base.environment import importing, rank
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
-from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.options import ShortCommand, with_options
+from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.terminal import end_unless_held, show
 
 if TYPE_CHECKING:
