@@ -13,8 +13,8 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, per_cent
 from coprune.data.tokenizing import encode
-from coprune.evaluation.answers.look import Look
 from coprune.evaluation.answers.questions import plan_of
+from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.zero_shot import PAPER_TASKS, ZeroShot, ZeroShotFacts, ZeroShotSettings, compare_zero_shot
 from coprune.recipe.recipe import Recipe

@@ -18,8 +18,8 @@ from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
 from coprune.base.words import per_cent
-from coprune.evaluation.answers.look import Look
 from coprune.evaluation.answers.questions import plan_of
+from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.blocks import find_blocks
