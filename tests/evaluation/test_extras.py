@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from coprune.base.errors import BadInput
-from coprune.evaluation.extras import continue_text, zero_shot_settings
+from coprune.evaluation.extra_measurements import continue_text, zero_shot_settings
 from coprune.evaluation.zero_shot import PAPER_TASKS, compare_zero_shot
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report

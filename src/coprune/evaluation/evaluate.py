@@ -11,7 +11,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.data.in_memory import TextData, handed_over
 from coprune.evaluation.evaluation import Evaluation
-from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
+from coprune.evaluation.extra_measurements import Extras, measures_anything, nothing_to_measure
 from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against
 from coprune.evaluation.model_source import Held, Model

@@ -22,7 +22,7 @@ from coprune.evaluation.bos_choice import BosChoice, score_in_memory
 from coprune.evaluation.closeness import OtherTokens, closeness
 from coprune.evaluation.embeddings import EmbeddingChange, embedding_change
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
-from coprune.evaluation.extras import zero_shot_settings
+from coprune.evaluation.extra_measurements import zero_shot_settings
 from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Measured, Perplexity, Transcribed
 from coprune.evaluation.model_source import Source, Stored
 from coprune.evaluation.perplexity import aggregate, perplexity

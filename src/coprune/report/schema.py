@@ -15,7 +15,7 @@ from coprune.data.windows import SourcePart
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.embeddings import EmbeddingChange
-from coprune.evaluation.extras import TextSample
+from coprune.evaluation.extra_measurements import TextSample
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName

@@ -18,7 +18,7 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.data import EvaluationText, Windows
 from coprune.evaluation.bos_choice import BosChoice
-from coprune.evaluation.extras import Extras
+from coprune.evaluation.extra_measurements import Extras
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import Data, Samples, Task, TextTask
 from coprune.model.blocks import Block

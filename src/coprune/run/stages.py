@@ -17,7 +17,7 @@ from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Together, Words
-from coprune.evaluation.extras import Extras
+from coprune.evaluation.extra_measurements import Extras
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
