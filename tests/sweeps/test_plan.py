@@ -16,7 +16,7 @@ from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.run import Execution, Plan
 from coprune.sweeps.sharing import SHARED_FOLDER, KeptEstimate, estimate_key
-from coprune.sweeps.work import Capacity
+from coprune.sweeps.worker import Capacity
 
 GB = 10**9
 

@@ -24,7 +24,7 @@ from coprune.sweeps import pool
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.pool import LocalWorkers
 from coprune.sweeps.run import conduct
-from coprune.sweeps.work import Capacity, Job, Work, do_job
+from coprune.sweeps.worker import Capacity, Job, Work, do_job
 from support.commands import run_command
 from support.forking import forked
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep, sweep_data

@@ -13,7 +13,7 @@ import pytest
 from coprune.report.schema import Report
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.run import conduct
-from coprune.sweeps.work import Job
+from coprune.sweeps.worker import Job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 
 pytest.importorskip("ray")

@@ -20,7 +20,7 @@ from coprune.commands.terminal import console
 from coprune.evaluation.answers.facts import Requirement
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
-from coprune.sweeps import results, work
+from coprune.sweeps import results, worker
 from coprune.sweeps.events import Board, Cause, Doing, Done, NotDone
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
@@ -28,7 +28,7 @@ from coprune.sweeps.finished import Ledger, finished_report, read_finished
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import _measured, collect
 from coprune.sweeps.table import Cell, PaperTable, markdown, paper_tables
-from coprune.sweeps.work import Job, do_job
+from coprune.sweeps.worker import Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
 
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_place(tmp_path_factory.mktemp("place"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(work, "_texts", {})
+        patch.setattr(worker, "_texts", {})
         sweep, runs = pico_sweep(
             method=["wanda", "magnitude"],
             pattern=["unstructured", "2:4"],
@@ -178,7 +178,7 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(make_place(tmp_path))
-    monkeypatch.setattr(work, "_texts", {})
+    monkeypatch.setattr(worker, "_texts", {})
     how = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
     sweep, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
     with pytest.MonkeyPatch.context() as patch:

@@ -14,11 +14,11 @@ import pytest
 from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
 from coprune.run import context, stages
-from coprune.sweeps import work
+from coprune.sweeps import worker
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.work import Job, do_job
+from coprune.sweeps.worker import Job, do_job
 from coprune.training import after_pruning
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.task_items import DEFINITIONS, word_items
@@ -36,7 +36,7 @@ CUT: dict[str, Any] = {"remove": "channels=0.4", "align": 16, "gate": False, "sp
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(make_place(tmp_path))
-    monkeypatch.setattr(work, "_texts", {})
+    monkeypatch.setattr(worker, "_texts", {})
     return tmp_path
 
 
@@ -112,7 +112,7 @@ def test_another_text_or_model_is_measured_anew(place: Path, monkeypatch: pytest
     assert first.dense != second.dense
     text = (place / "test.txt").read_text()
     (place / "test.txt").write_text(" ".join(reversed(text.split())))
-    monkeypatch.setattr(work, "_texts", {})  # as a new process has none
+    monkeypatch.setattr(worker, "_texts", {})  # as a new process has none
     sweep, runs = pico_sweep(method="magnitude", eval_data=["test.txt"], save="out2", eval_tokens=320)
     sweep = sweep.with_settings({"save": "out"})
     do_here(sweep, runs)

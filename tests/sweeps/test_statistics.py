@@ -13,13 +13,13 @@ from torch import nn
 
 from coprune.report.schema import Report
 from coprune.run import context, stages
-from coprune.sweeps import sharing, work
+from coprune.sweeps import sharing, worker
 from coprune.sweeps.events import Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger
 from coprune.sweeps.sharing import SHARED_FOLDER
-from coprune.sweeps.work import Job, do_job
+from coprune.sweeps.worker import Job, do_job
 from support.pico_folder import save_pico
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.walking import Propagation
@@ -38,7 +38,7 @@ RECORDING, ONE_PASS, FIRST_BLOCK, NOT_LAST = 6, 6, 2, 4
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(make_place(tmp_path))
-    monkeypatch.setattr(work, "_texts", {})
+    monkeypatch.setattr(worker, "_texts", {})
     return tmp_path
 
 

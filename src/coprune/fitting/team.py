@@ -14,7 +14,7 @@ from coprune.sweeps.events import Doing, JobEvent, NotDone, Tell
 from coprune.sweeps.on_ray import RayWorkers
 from coprune.sweeps.pool import LocalWorkers
 from coprune.sweeps.run import conduct
-from coprune.sweeps.work import Workers
+from coprune.sweeps.worker import Workers
 
 _RETRIES = 2
 

@@ -12,7 +12,7 @@ from typing import Any
 from coprune.base.environment import give_ray_its_share, keep_ray_private
 from coprune.base.errors import BadInput
 from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
-from coprune.sweeps.work import Capacity, Work, do_job
+from coprune.sweeps.worker import Capacity, Work, do_job
 
 LOCAL = "local"
 """Address of a temporary cluster on this machine."""

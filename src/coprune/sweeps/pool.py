@@ -17,7 +17,7 @@ from typing import Any
 from coprune.base.environment import see_only, usable_cores, visible_gpus
 from coprune.base.memory import available_bytes
 from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
-from coprune.sweeps.work import Capacity, Work, do_job
+from coprune.sweeps.worker import Capacity, Work, do_job
 
 _GRACE = 10.0  # seconds in which a stopped worker may tidy up
 

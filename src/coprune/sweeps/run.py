@@ -26,7 +26,7 @@ from coprune.sweeps.pool import LocalWorkers
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import collect
 from coprune.sweeps.sharing import SHARED_FOLDER, KeptEstimate, estimate_key, kept_estimate
-from coprune.sweeps.work import Job, Work, Workers
+from coprune.sweeps.worker import Job, Work, Workers
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
