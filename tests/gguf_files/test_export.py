@@ -20,7 +20,7 @@ import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.gguf_files.metadata import Counts, Field, config_of, corrected
-from coprune.gguf_files.pieces import Matcher
+from coprune.gguf_files.tensor_matching import Matcher
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import Edit, KeepSlices

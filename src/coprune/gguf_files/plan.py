@@ -15,8 +15,8 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.gguf_files.llama_cpp import tensor_type
 from coprune.gguf_files.metadata import Counts, Plan, Planned, architecture, corrected, read_fields
-from coprune.gguf_files.pieces import EXACT, Matcher, Piece
 from coprune.gguf_files.smaller import Exported, exported, made, planned_shape, whole_tensors
+from coprune.gguf_files.tensor_matching import EXACT, Matcher, Piece
 from coprune.gguf_files.verify import STORED_ERROR, WORST_ERROR, require_same_source
 from coprune.gguf_files.vocabulary import without_tokens
 from coprune.model.checkpoint.load import gguf_reader

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.gguf_files.pieces import Piece, squeezed
+from coprune.gguf_files.tensor_matching import Piece, squeezed
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor

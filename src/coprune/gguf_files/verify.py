@@ -11,8 +11,8 @@ from torch import Tensor
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.gguf_files.metadata import Plan
-from coprune.gguf_files.pieces import Piece
 from coprune.gguf_files.smaller import Exported, whole_tensors
+from coprune.gguf_files.tensor_matching import Piece
 from coprune.model.checkpoint.load import plain
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import decode
