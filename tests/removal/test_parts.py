@@ -13,7 +13,7 @@ import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
-from coprune.removal import rehearsal, shares, smaller_model
+from coprune.removal import rehearsal, removal_plan, smaller_model
 from coprune.removal.rehearsal import alike
 from coprune.removal.smaller_model import Resized, possible_changes
 from coprune.run import stages
@@ -264,7 +264,7 @@ def test_a_refusal_comes_before_all_that_is_slow(
         raise AssertionError("this takes hours")
 
     monkeypatch.setitem(stages.STAGES, Phase.MEASURE_DENSE, (slow,))
-    monkeypatch.setattr(shares, "blocks_that_go", slow)
+    monkeypatch.setattr(removal_plan, "blocks_that_go", slow)
     with pytest.raises(UnsupportedModel):
         coprune.prune(pico_model(family), remove=remove, save=tmp_path / "run", **SETTINGS)
     assert not [*(tmp_path / "run").glob("*")]

@@ -22,7 +22,7 @@ from coprune.commands.app import app
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
-from coprune.removal import budget, candidates, removal_stage, shares
+from coprune.removal import budget, candidates, removal_stage
 from coprune.report.schema import Report
 from coprune.run import context, stages
 from coprune.run.result import Result

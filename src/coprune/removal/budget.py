@@ -21,7 +21,7 @@ from coprune.removal.block_scores import kl_of_logits, logits_of
 from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, put_back
 from coprune.removal.cuts import Plan, words_of
 from coprune.removal.rehearsal import rehearse, resized_by
-from coprune.removal.shares import (
+from coprune.removal.removal_plan import (
     Removable,
     blocks_that_go,
     having,

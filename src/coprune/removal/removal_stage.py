@@ -35,7 +35,7 @@ from coprune.removal.cuts import Cut, Plan, edits_of_block
 from coprune.removal.expert_choice import choose_experts, cut_carried
 from coprune.removal.expert_scores import expert_score_named
 from coprune.removal.rehearsal import rehearse
-from coprune.removal.shares import Removable, find_removable, only_consumers, plan_removal
+from coprune.removal.removal_plan import Removable, find_removable, only_consumers, plan_removal
 from coprune.removal.smaller_model import build_smaller
 from coprune.removal.unit_scores import (
     ByError,

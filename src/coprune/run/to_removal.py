@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from coprune.removal.cut_and_prune import check_cut_and_zeros, cutting_of, of_both, zeros_of
 from coprune.removal.mixtures import may_have_experts
+from coprune.removal.removal_plan import Removable
 from coprune.removal.removal_stage import check_names, remove_parts, smaller_model, what_may_go
-from coprune.removal.shares import Removable
 from coprune.removal.unit_scores import ByError, spreading_named
 
 __all__ = [
