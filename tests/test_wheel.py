@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from coprune.base.carriers import CARRIERS as PACKAGES
+from coprune.base.data_packages import CARRIERS as PACKAGES
 from coprune.base.native.build import load_kernels
 from support.pico_folder import save_pico, write_words
 

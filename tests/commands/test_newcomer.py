@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coprune.base.carriers import CARRIERS
+from coprune.base.data_packages import CARRIERS
 from coprune.report.schema import Report
 
 pytestmark = [

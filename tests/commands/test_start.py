@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coprune.base.carriers import CARRIERS, carried_file, fetch_carrier
+from coprune.base.data_packages import CARRIERS, carried_file, fetch_carrier
 from coprune.commands.options import options_in_source
 from coprune.pruning.methods import METHODS
 from support.commands import run_command
@@ -45,7 +45,7 @@ def nothing_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is all of the package registry, where none of the demo's packages is installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "coprune.base.carriers.importlib.util.find_spec",
+        "coprune.base.data_packages.importlib.util.find_spec",
         lambda name, *more: None if name in CARRIERS else find(name, *more),
     )
     registry = tmp_path / "registry"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coprune.base.carriers import CARRIERS, carried_file, fetch_carrier
+from coprune.base.data_packages import CARRIERS, carried_file, fetch_carrier
 from coprune.base.environment import user_cache
 from coprune.base.errors import BadInput
 from coprune.commands.terminal import show, tell

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from coprune.base.carriers import carried_file
+from coprune.base.data_packages import carried_file
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.files import like_named
 from coprune.data.hub import HubCorpus, Part

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
-from coprune.base.carriers import carried_file
+from coprune.base.data_packages import carried_file
 from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
 from coprune.base.files import like_named, whole_folder
