@@ -22,7 +22,7 @@ from coprune.commands.app import app
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
-from coprune.removal import budget, candidates, removal_stage
+from coprune.removal import budget, candidates, removal_plan, removal_stage
 from coprune.report.schema import Report
 from coprune.run import context, stages
 from coprune.run.result import Result
@@ -267,7 +267,7 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             go("stopped")
     with monkeypatch.context() as patched:
-        for module, name in ((shares, "blocks_that_go"), (budget, "costs_of"), (removal_stage, "_measured")):
+        for module, name in ((removal_plan, "blocks_that_go"), (budget, "costs_of"), (removal_stage, "_measured")):
             patched.setattr(module, name, interrupt)
         go("stopped")
     with monkeypatch.context() as patched:
@@ -275,7 +275,7 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             go("early")
     with monkeypatch.context() as patched:
-        for module, name in ((shares, "blocks_that_go"), (budget, "costs_of")):
+        for module, name in ((removal_plan, "blocks_that_go"), (budget, "costs_of")):
             patched.setattr(module, name, interrupt)
         go("early")
     assert without_card(tmp_path / "early" / "small") == without_card(tmp_path / "whole" / "small")
