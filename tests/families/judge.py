@@ -168,7 +168,9 @@ def _recordings(model: PreTrainedModel, folder: Path) -> Data:
     for number in range(8):
         wavfile.write(folder / "heard" / f"{number}.wav", 16000, generator.normal(size=8000).astype(np.float32))
         (folder / "heard" / f"{number}.txt").write_text(" ".join(f"w{one}" for one in generator.integers(5, 1000, 12)))
-    extractor = WhisperFeatureExtractor(feature_size=bins, chunk_length=1, hop_length=16000 // (2 * positions))
+    extractor = WhisperFeatureExtractor(
+        feature_size=bins, chunk_length=1, hop_length=50, sampling_rate=100 * positions, n_fft=200
+    )
     processor = WhisperProcessor.__new__(WhisperProcessor)
     processor.feature_extractor, processor.tokenizer = extractor, word_tokenizer()
     settings = {"dataset": str(folder / "heard"), "evaluate": False, "seqlen": LENGTH, "nsamples": 8}
