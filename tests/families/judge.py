@@ -171,8 +171,7 @@ def _recordings(model: PreTrainedModel, folder: Path) -> Data:
     extractor = WhisperFeatureExtractor(
         feature_size=bins, chunk_length=1, hop_length=50, sampling_rate=100 * positions, n_fft=200
     )
-    processor = WhisperProcessor.__new__(WhisperProcessor)
-    processor.feature_extractor, processor.tokenizer = extractor, word_tokenizer()
+    processor = WhisperProcessor(extractor, word_tokenizer())
     settings = {"dataset": str(folder / "heard"), "evaluate": False, "seqlen": LENGTH, "nsamples": 8}
     return _as_a_run(model, settings | {"processor": processor, "batch_size": BATCH})
 
