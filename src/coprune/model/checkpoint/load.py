@@ -362,18 +362,21 @@ def require_all_weights(name: str, missing: set[str]) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and notes while coprune reports itself."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    louder = verbosity != logging.ERROR  # a level that is set makes every logger ask anew for its own
-    if louder:
-        transformers_logging.set_verbosity_error()
+    root, bars = transformers_logging.get_logger("transformers"), transformers_logging.is_progress_bar_enabled()
+    levels, propagates = [(handler, handler.level) for handler in root.handlers], root.propagate
+    # Not the logger's own level: every logger of the process would forget what it knows of levels, twice for every block.
+    for handler, level in levels:
+        handler.setLevel(max(level, logging.ERROR))
+    root.propagate = False
     transformers_logging.disable_progress_bar()
     try:
         # The GGUF reader's progress bar cannot be disabled.
         with redirect_stderr(StringIO()):
             yield
     finally:
-        if louder:
-            transformers_logging.set_verbosity(verbosity)
+        for handler, level in levels:
+            handler.setLevel(level)
+        root.propagate = propagates
         if bars:
             transformers_logging.enable_progress_bar()
 
