@@ -73,7 +73,7 @@ class EvaluationPairs(EvaluationText):
 
     @classmethod
     def of(cls, windows: Windows) -> EvaluationPairs:
-        """Samples as what is measured on."""
+        """Return samples as evaluation data."""
         assert isinstance(windows.tokens, Pairs)
         written = windows.tokens.written[:, 1:]
         tokens = written[written != NOTHING]
@@ -81,7 +81,7 @@ class EvaluationPairs(EvaluationText):
 
 
 def alike(pairs: Pairs) -> Iterator[tuple[Tensor, Pairs]]:
-    """Numbers of the pairs of the same two lengths (int64), and these pairs with nothing behind their ends."""
+    """Yield the numbers of the pairs of the same two lengths (int64), and these pairs without padding."""
     heard = pairs.source.is_floating_point()
     sources = torch.full((len(pairs),), pairs.source.shape[1]) if heard else lengths_of(pairs.source)
     lengths = list(zip(sources.tolist(), lengths_of(pairs.written).tolist(), strict=True))
@@ -99,7 +99,7 @@ def pair_fingerprint(pairs: Pairs) -> str:
 
 
 def holds_pairs(name: str) -> bool:
-    """Whether the first row of a file is a pair of texts."""
+    """Return whether the first row of a file is a pair of texts."""
     path, column = split_column(name)
     if column is not None or not path.exists():
         return False
@@ -129,13 +129,13 @@ def _pair(row: Any) -> tuple[str, str] | None:
 
 
 def tokenised(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, start: int, length: int) -> Pairs:
-    """Pairs of texts as a model reads them.
+    """Tokenise pairs of texts.
 
     Args:
         pairs: sources and targets.
         tokenizer: the model's.
         start: the token that a decoder begins with.
-        length: most tokens of either.
+        length: maximum length of either.
     """
     limits: dict[str, Any] = {"truncation": True, "max_length": length}
     sources = [torch.tensor([encode(tokenizer, source, **limits)["input_ids"]]) for source, _ in pairs]
@@ -146,7 +146,7 @@ def tokenised(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBa
 
 
 def begun(targets: Tensor, start: int) -> Tensor:
-    """Targets behind the token that a decoder begins with, if they have it not. targets: N × T int64."""
+    """Put the token that a decoder begins with before targets that lack it. targets: N × T int64."""
     if targets.shape[1] and bool((targets[:, 0] == start).all()):
         return targets
     return torch.nn.functional.pad(targets, (1, 0), value=start)
@@ -186,14 +186,14 @@ def from_text(windows: Windows, tokenizer: PreTrainedTokenizerBase | None, marks
 
 
 def _sentinels(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """The numbers of so many tokens that stand for a hidden span each, in their order; none where there are not so many."""
+    """Return the ids of the first `count` tokens for hidden spans, in order; empty if there are fewer."""
     vocabulary = tokenizer.get_vocab()
     found = [vocabulary.get(f"<extra_id_{number}>") for number in range(count)]
     return [one for one in found if one is not None] if None not in found else []
 
 
 def _hidden(row: Tensor, inside: slice, signs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One text with a span hidden in each of as many equal pieces as there are signs, and the signs with their spans."""
+    """Hide a span in each of `len(signs)` equal pieces of a text; return the text with signs, and the signs with their spans."""
     piece = (inside.stop - inside.start) // len(signs)
     source, spans, at = [row[: inside.start]], [], inside.start
     for number, sign in enumerate(signs):

@@ -44,7 +44,7 @@ class Recordings:
 
 
 def holds_recordings(path: Path) -> bool:
-    """Whether a path is a WAV file, or a folder of such."""
+    """Return whether a path is a WAV file, or a folder of them."""
     if path.is_dir():
         return any(file.suffix.lower() in ENDINGS for file in path.rglob("*"))
     return path.suffix.lower() in ENDINGS
@@ -73,7 +73,7 @@ def _said(file: Path, told: str | None) -> str | None:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    """What is said in which file."""
+    """Return the transcript of each file."""
     found: dict[str, str] = {}
     if not file.is_file():
         return found
@@ -111,12 +111,12 @@ def waveform(file: Path, rate: int) -> NDArray[np.float32]:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
+    """Return the words of a text, without case and punctuation."""
     return re.findall(r"[\w']+", text.lower())
 
 
 def word_errors(said: str, heard: str) -> tuple[int, int]:
-    """Words that were put in, left out or taken for others, at least, and the words that were said."""
+    """Return the minimum of inserted, deleted and substituted words, and the number of spoken words."""
     words, found = words_of(said), words_of(heard)
     row = list(range(len(found) + 1))
     for number, word in enumerate(words, start=1):

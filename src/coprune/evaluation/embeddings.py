@@ -31,7 +31,7 @@ class EmbeddingChange(BaseModel):
     overlap_interval: Interval | None
 
     def headline(self) -> str:
-        """The first of the figures, for people."""
+        """Return the first figure."""
         return f"cosine {self.cosine:.4f}"
 
     def line(self, against: str | None) -> str:

@@ -159,7 +159,7 @@ class Closeness(Measurement):
 
 
 class Transcribed(Measurement):
-    """What a model writes of recordings, and how many words of it are wrong."""
+    """Transcripts of recordings by a model, and their word error."""
 
     heard: tuple[str, ...]
     """The transcript of each."""
@@ -167,13 +167,13 @@ class Transcribed(Measurement):
     """Wrong words over the words that are said, where somebody says what these are; None where nobody does."""
 
     def line(self) -> str:
-        """The figures, for people."""
+        """Return a line on the figures."""
         error = "" if self.word_error is None else f"word error {per_cent(self.word_error)}, "
         first = f", the first: {self.heard[0]!r:.80}" if self.heard else ""
         return f"{error}{len(self.heard)} transcripts on {self.data}{first}"
 
     def of_model(self, which: str) -> str:
-        """The same in a sentence. which: the model, as "dense"."""
+        """Return a sentence. which: the model, as "dense"."""
         return f"The {which} model hears: {self.line()}"
 
 

@@ -11,7 +11,7 @@ from coprune.evaluation.measurement import Transcribed
 
 
 class TranscriptChange(BaseModel):
-    """What a model writes of the recordings that the baseline heard too."""
+    """Transcripts of the recordings of the baseline."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,11 +27,11 @@ class TranscriptChange(BaseModel):
     """Of the model."""
 
     def headline(self) -> str:
-        """The first of the figures, for people."""
+        """Return the first figure."""
         return f"{per_cent(self.agreement)} of the words alike"
 
     def line(self, against: str | None) -> str:
-        """The figures, for people. against: the other model."""
+        """Return a line on the figures. against: the other model."""
         errors = ""
         if self.dense is not None and self.pruned is not None:
             errors = f"word error {per_cent(self.dense)} → {per_cent(self.pruned)}, "

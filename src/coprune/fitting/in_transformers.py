@@ -20,7 +20,7 @@ class InTransformers:
     """A model folder in transformers, loaded as anybody loads it, with the functions of `LlamaCpp`."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """folder: the model. Raises BadInput if it cannot be loaded."""
+        """Load a model's folder. Raises BadInput if it cannot be loaded."""
         self._model: PreTrainedModel | None = load_model(locate(str(folder)), processed=False)[0]
         self._ends, self._argument = ends_of(tokenizer, self._whole), cache_argument(self._whole)
         self._cache: Any = None
@@ -49,7 +49,7 @@ class InTransformers:
         self._logits = out.logits[0] if all_logits else out.logits[0, -1:]
 
     def last_logits(self, count: int) -> Tensor:
-        """Of as many tokens as were just read with all their logits: tokens × vocabulary, float32."""
+        """Return the logits of the last `count` tokens, which were read with all logits: tokens × vocabulary, float32."""
         return self._logits[-count:].float()
 
     def cut_back(self, length: int) -> bool:
@@ -64,7 +64,7 @@ class InTransformers:
         return True
 
     def ends(self, token: int) -> bool:
-        """Whether a token ends an answer."""
+        """Return whether a token ends an answer."""
         return token in self._ends
 
     @property

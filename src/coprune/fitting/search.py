@@ -73,7 +73,7 @@ class Finding:
     tried: list[Candidate] = field(default_factory=list)
     unseen: dict[Candidate, list[Held]] = field(default_factory=dict)
     untried: list[Candidate] = field(default_factory=list)
-    """What the next minutes would have gone into; none where time was enough."""
+    """Candidates that more time would have tried; empty if the search finished."""
 
 
 class OutOfTime(Exception):
@@ -168,7 +168,7 @@ class Search:
         return self.workshop.spent / self._team.count
 
     def _proof(self, candidates: int) -> float:
-        """Seconds that the last word takes, at the most: a candidate as long as the dense model for that half; and writing."""
+        """Return an upper bound of the seconds of the final test: the dense model's time on that half, and writing."""
         dense = self.workshop.known(EXACT_DENSE).seconds / 2
         return candidates * dense + self.workshop.took_to_write(DENSE)
 
@@ -326,11 +326,11 @@ class Search:
             self._halve([replace(one, type=PACKED) for one in self._structures(winners[-1], ZEROS)], winners)
 
     def _plain(self) -> list[Candidate]:
-        """Quants as anybody would make them, the largest first."""
+        """Return the quants of the dense model, largest first."""
         return sorted((Candidate(DENSE, one) for one in self.wish.types), key=self.workshop.bytes_of, reverse=True)
 
     def _embeddings(self, base: Candidate) -> list[Candidate]:
-        """Smaller embeddings, which may be no smaller than what the quantiser makes of them."""
+        """Return variants with smaller embeddings, which may not be smaller than the quantiser's own."""
         if "embedding" in self.wish.without or base.type == EXACT:
             return []
         found = [replace(base, embedding=stored) for stored in EMBEDDINGS]

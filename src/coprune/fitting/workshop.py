@@ -107,15 +107,15 @@ class Workshop:
         return float(sum(json.loads(note.read_text(encoding="utf-8"))["seconds"] for note in notes))
 
     def took(self, candidate: Candidate) -> float:
-        """Seconds that making and measuring a candidate took, without its cut."""
+        """Return the seconds of making and measuring a candidate, without its cut."""
         return self.known(candidate).seconds + _noted(self._file(candidate))
 
     def took_to_write(self, cut: Cut) -> float:
-        """Seconds that writing a cut as a file took."""
+        """Return the seconds of writing a cut as a file."""
         return _noted(self._file(Candidate(cut, EXACT)))
 
     def is_made(self, cut: Cut) -> bool:
-        """Whether a cut was made, here or before a kill."""
+        """Return whether a cut exists, made now or before a kill."""
         return bool(self.took_to_write(cut))
 
     @cached_property
@@ -193,7 +193,10 @@ class Workshop:
         return {"bytes": bytes_in(file), "memory": memory, "speed": speed, "proxy": proxy}
 
     def bytes_of(self, candidate: Candidate) -> int:
-        """Bytes of a candidate's weights, told by their shapes without making it; its cut is made. Raises CopruneError."""
+        """Return the bytes of a candidate's weights from their shapes, without making it; its cut is made.
+
+        Raises CopruneError.
+        """
         file = self.folder / "text" / "sizes.json"
         known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if candidate.type == EXACT:
@@ -257,7 +260,7 @@ class Workshop:
         return target
 
     def _dense_folder(self, target: Path) -> Path:
-        """The dense model as a folder, in sixteen bits where it is a GGUF file."""
+        """Return the dense model as a folder, in sixteen bits if it is a GGUF file."""
         location = locate(self.asked.model)
         if isinstance(location, ModelFolder):
             return location.path
@@ -404,7 +407,7 @@ class Workshop:
 
 
 def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[str]:
-    """As many texts of every task as its share allows, of which one task gives all; of equal shares all texts."""
+    """Return texts of every task in proportion to the shares, all of one task; with equal shares all texts."""
     if len(set(shares)) == 1:
         return [text for own in texts for text in own]
     unit = min(sum(map(len, own)) / share for own, share in zip(texts, shares, strict=True))
@@ -436,12 +439,12 @@ def files_in(made: Path) -> list[Path]:
 
 
 def bytes_in(made: Path) -> int:
-    """Bytes of a file, or of a folder's weights."""
+    """Return the bytes of a file, or of a folder's weights."""
     return sum(file.stat().st_size for file in files_in(made))
 
 
 def digest_of(made: Path) -> str:
-    """SHA-256 of the same."""
+    """Return the SHA-256 of a file, or of a folder's weights."""
     digest = hashlib.sha256()
     for file in files_in(made):
         digest.update(file.read_bytes())
@@ -459,7 +462,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def _note(file: Path) -> Path:
-    """Where the seconds are kept that making a file took."""
+    """Return the file with the seconds of making another one."""
     return file.with_name(f"{file.name}.seconds.json")
 
 

@@ -60,7 +60,7 @@ class Gguf(Shown):
     """The file whose metadata and order it has."""
     tensors: int
     removed: Sequence[str] = ()
-    """What the file lacks beside the other one, in words."""
+    """Parts removed relative to the other file, in words."""
     architecture: str = ""
     """Name in llama.cpp: that file's, or `deci` where blocks differ in width."""
 

@@ -45,7 +45,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Paths and modules of an encoder and its decoder, in the order in which they run; else the model itself."""
+    """Return paths and modules of an encoder and its decoder, in order; else the model itself."""
     if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
         halves = [model.get_encoder(), model.get_decoder()]
         paths = [name for half in halves for name, module in model.named_modules() if module is half]
@@ -56,7 +56,7 @@ def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The blocks of the largest list within a module, with their paths in it."""
+    """Return the blocks of the largest list within a module, with their paths in it."""
     towers = _towers(model)
     lists = {
         name: module

@@ -148,7 +148,7 @@ def streams(recipe: Recipe) -> bool:
 
 
 def keeps_experts(recipe: Recipe) -> bool:
-    """Whether a recipe changes no matrix of an expert: such parts go, if any do, as experts and blocks are."""
+    """Return whether a recipe changes no matrix of an expert, though it may remove experts and blocks."""
     changed = (
         recipe.sets_zeros
         or recipe.train.mode is not None

@@ -15,7 +15,7 @@ from coprune.packed.header import Header
 
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS, COLUMNS = 32, 64
-"""What O and I have to be multiples of for torch's product."""
+"""Divisors of O and I that torch's product requires."""
 MOST_ADDED = 0.01
 """Zeros that may be added, as a share of the stored values."""
 

@@ -22,7 +22,7 @@ class Retired:
     default: Any
     """Former default, which old recipes hold and which means the same as leaving it out."""
     instead: Words
-    """What to use instead."""
+    """Replacement."""
 
 
 def _of_training(field: str, default: Any, instead: Words = "") -> tuple[str, Retired]:

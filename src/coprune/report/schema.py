@@ -143,7 +143,7 @@ class Report(Shown, BaseModel):
     embeddings: list[EmbeddingChange] = []
     """Closeness of the pruned model's embeddings to the dense model's."""
     transcripts: list[TranscriptChange] = []
-    """What the pruned model writes of what both hear."""
+    """Transcripts of the pruned model, beside the dense one's."""
     bos: BosChoice | None = None
     """How windows of text begin; None without a text."""
     covered: dict[str, float] = {}

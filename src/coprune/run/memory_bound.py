@@ -41,7 +41,7 @@ from coprune.training.footprint import training_bytes
 SLACK = 1.1
 """Beyond the tensors that are counted: what the allocator cannot give back at once."""
 STEADY, STEADY_IN_HALF = 20 << 20, 90 << 20
-"""What a process gathers in any run: late imports, compiled kernels; more where products are of half precision."""
+"""Memory that any run adds: late imports, compiled kernels; more for products in half precision."""
 PROBED = 512
 """Most tokens of the sample on which the walk is proved."""
 SLICE_VALUES = 2**24

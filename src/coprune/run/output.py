@@ -51,7 +51,7 @@ class BlockOutcome:
     training: BlockTraining | None = None
     """Training of the block, if it was trained."""
     rounded: Rounding = field(default_factory=Rounding)
-    """What was rounded while it was pruned, to values that its source's form has."""
+    """Rounding to the source's own grid while pruning."""
 
 
 _RESULTS = TypeAdapter(list[MatrixResult])
@@ -85,11 +85,11 @@ class Output:
 
     def __init__(self, processes: Processes, weights: Weights, names: Sequence[str], to: Destination | None) -> None:
         self.outcomes: dict[str, BlockOutcome] = {}
-        """What was done in every block so far, by this run or one before it."""
+        """Outcome of every finished block, of this run or an earlier one."""
         self.rounding = Rounding()
-        """What was rounded so far to store it."""
+        """Rounding for storage so far."""
         self.changes: list[str] = []
-        """What earlier runs, whose blocks this one takes over, computed with otherwise."""
+        """Differences of earlier runs whose blocks this one takes over."""
         self.keep = to is not None and to.keep
         self.encoding = DENSE if to is None else to.encoding
         self._processes, self._weights, self._names = processes, weights, list(names)

@@ -161,9 +161,9 @@ def _look_at_dense(run: Run) -> Callable[[Matrix], Target]:
 
 
 def _on_grids(run: Run, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> Callable[[Matrix], Target]:
-    """Let targets say which values a matrix can hold that is written in the form of its source, under the scales there.
+    """Restrict targets to the values that the source's form can hold under its scales.
 
-    rounded: gets what is rounded to these.
+    rounded: collects the rounding.
     """
     weights = run.model.weights
     if run.encoding is not weights.stored_as or run.solver.statistic is not Gram or run.recipe.prune.reshapes:

@@ -1,4 +1,4 @@
-"""What a training of the whole model takes, from the shapes of its weights; told before anything of training is imported."""
+"""The memory of training the whole model, from the shapes of its weights, without importing anything of training."""
 
 from __future__ import annotations
 

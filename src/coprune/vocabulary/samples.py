@@ -215,4 +215,4 @@ PUNCTUATION = (
 )
 """Punctuation beside ASCII in texts of any Latin script."""
 ENDS, QUOTES = ". , ? ! … — ; : )", "” ’ » \" '"
-"""What ends a speech, and what stands behind it: vocabularies have tokens of both together."""
+"""End of quoted speech with the sign after it: vocabularies have tokens of both together."""

@@ -163,7 +163,7 @@ class PairTask(WholeTextTask):
         return _in_order(rows, scores)
 
     def _evaluated(self, pairs: Pairs) -> list[tuple[Tensor, Pairs]]:
-        """Batches of pairs of two lengths, with their numbers."""
+        """Return batches of pairs of equal lengths, with their numbers."""
         size = self._recipe.calibrate.batch_size or default_batch_size(self.seqlen, self._vocabulary)
         found = []
         for rows, own in alike(pairs):
@@ -176,7 +176,7 @@ class PairTask(WholeTextTask):
         return int(self._loaded.model.config.get_text_config().vocab_size)
 
     def _perplexity(self, nll: Tensor, data: EvaluationPairs) -> Perplexity:
-        """nll: of every pair, summed over the tokens of its target."""
+        """Compute the perplexity. nll: of every pair, summed over the tokens of its target."""
         count = len(data.tokens)
         # Every token counts alike, so that the mean over pairs is the mean over tokens.
         found = aggregate(nll * len(nll) / count, data.pairs.shape[1])
@@ -184,13 +184,13 @@ class PairTask(WholeTextTask):
 
 
 def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:
-    """Negative log likelihood of every target's tokens in nats: B float64, on the CPU. As in `window_nll`."""
+    """Return the negative log likelihood of every target's tokens in nats: B float64, on the CPU. As in `window_nll`."""
     tokens = batch.written if isinstance(batch, Pairs) else batch
     return (window_nll(logits, tokens) * (tokens.shape[1] - 1)).cpu()
 
 
 def _in_order(rows: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
-    """Scores of all pairs in the order of the pairs. rows: the numbers of those of each batch."""
+    """Return the scores of all pairs in their order. rows: the numbers of the pairs of each batch."""
     if not rows:
         return torch.zeros(0, dtype=torch.float64)
     return torch.cat(list(scores))[torch.cat(list(rows)).argsort()]

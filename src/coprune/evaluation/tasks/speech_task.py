@@ -58,7 +58,7 @@ class SpeechTask(PairTask):
         return ids
 
     def _features(self, rows: Sequence[Recording]) -> Tensor:
-        """What the model hears of recordings: N × features."""
+        """Return the features of recordings: N × features."""
         extractor = self._extractor
         return self._heard([waveform(row.file, extractor.sampling_rate) for row in rows])
 

@@ -28,7 +28,7 @@ class Lying:
     entry: TensorEntry
     dtype: torch.dtype
     finish: Callable[[Tensor], Tensor] | None = None
-    """What is done to it after it was read."""
+    """Applied after reading."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -370,6 +370,6 @@ _MOVES: dict[Any, Callable[..., Any]] = {
     aten.cat.default: _cat,
     aten._to_copy.default: _to_copy,
 }
-"""What takes tensors apart or puts them together: gives the places, or None where they have to be read for it."""
+"""Functions that split or join tensors: they return places, or None if values have to be read."""
 _LIKE = (aten.empty_like.default, aten.new_empty.default, aten.new_zeros.default, aten.zeros_like.default)
-"""What asks a tensor for its shape alone."""
+"""Functions that read only the shape of a tensor."""

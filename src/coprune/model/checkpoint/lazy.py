@@ -258,7 +258,7 @@ class LazyCheckpoint:
         self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
 
     def _compute(self, names: Iterable[str]) -> None:
-        """Let the model compute parameters that no checkpoint holds, as far as they are on the meta device."""
+        """Compute parameters that no checkpoint holds, as far as they are on the meta device."""
         modules = []
         for path, _, own in (name.rpartition(".") for name in names):
             module = self._model.get_submodule(path)
@@ -336,7 +336,7 @@ class LazyCheckpoint:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
 
     def _stays(self, group: Renamed) -> bool:
-        """Whether a group are the experts of a layer, which stay in their files."""
+        """Return whether a group is the experts of a layer, which stay in their files."""
         return self._apart and self._model.get_parameter_or_buffer(group.target).ndim == 3
 
     def _unread(self, name: str, apart: bool = False) -> Unread:

@@ -39,9 +39,9 @@ class FromStream:
 
 @dataclass(frozen=True)
 class Handed:
-    """What one block is handed of what others computed, as arguments of its own, and what it answers for later ones.
+    """Values of other blocks that a block takes as arguments, and those that it leaves for later ones.
 
-    Both lie in one stream, behind those that are mappings of the model itself, under their places as arguments.
+    Both lie in one stream, after those that are mappings of the model itself, under their places as arguments.
     """
 
     takes: tuple[Place, ...] = ()
@@ -74,7 +74,7 @@ class BlockCall:
         return hidden_of(output)
 
     def answer(self, block: Callable[..., Any], hidden: Tensor, streams: Sequence[Stream] = ()) -> Any:
-        """As `run`, but return all that the block answers, and leave nothing of it in the streams."""
+        """Run as `run`, but return the whole output, and store nothing in the streams."""
         # Some blocks leave things in a mapping that they are given, though nobody reads it.
         args, kwargs = snapshot(self.args), snapshot(self.kwargs)
         if streams:
@@ -96,9 +96,9 @@ class BlockCall:
         return self.args[place] if place < len(self.args) else None
 
     def with_streams(self, places: Sequence[Place], handed: Handed = NOTHING_HANDED) -> BlockCall:
-        """The same call with what is at these places left open, and what is handed to the block beside them.
+        """Return the call with the arguments at these places, and those handed to the block, left open.
 
-        Numbers of streams are their places' in the list.
+        Numbers of streams are the indices of their places.
         """
         numbers = {place: FromStream(number) for number, place in enumerate(places) if self.at(place) is not None}
         numbers |= {place: FromStream(len(places), place) for place in handed.takes}
@@ -107,7 +107,7 @@ class BlockCall:
         return replace(self, args=args, kwargs=kwargs, leaves=handed.leaves)
 
     def in_float32(self) -> BlockCall:
-        """The same call for a block whose parameters are float32."""
+        """Return the call for a block with float32 parameters."""
         return replace(self, args=in_float32(self.args), kwargs=in_float32(self.kwargs))
 
 

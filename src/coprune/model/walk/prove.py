@@ -183,7 +183,7 @@ class _Streams:
 
     @property
     def handed(self) -> list[Handed]:
-        """What every block takes of the answers of earlier ones, and leaves for later ones."""
+        """Values that every block takes from earlier ones and leaves for later ones."""
         return [Handed(takes, tuple(leaves.items())) for takes, leaves in zip(self._takes, self._leaves, strict=True)]
 
     @property

@@ -124,14 +124,14 @@ class Recording:
 def begin_part(
     model: FoundModel, structure: Structure, block: Block, batch: Tensor, hidden: Tensor
 ) -> tuple[Tensor, list[Stream]]:
-    """What the first block of a further list is given, and the streams as they are before it.
+    """Return the input of the first block of a further list, and the streams before it.
 
     Args:
         model: the model; no block of it is needed.
-        structure: what is known of its blocks.
+        structure: of its blocks.
         block: that block.
         batch: as in `forward_logits`.
-        hidden: what the last block of the list before it gives.
+        hidden: output of the last block of the list before it.
     """
     first, call = enter_part(model.module, model.blocks, block, batch, structure.answers, hidden)
     streams: list[Stream] = [{} if (own := call.at(place)) is None else own for place in structure.streams]

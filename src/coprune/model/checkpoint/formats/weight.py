@@ -19,10 +19,10 @@ from coprune.model.kept_slices import KeptSlices
 _STRETCH = 1 << 22
 """About as many values are decoded at a time."""
 _LAST_BITS = 1e-6
-"""What float32 itself may round, as where a value is divided by its scale and multiplied again."""
+"""Relative rounding of float32, as where a value is divided by its scale and multiplied again."""
 CODES, SCALES, FACTOR, ZEROS, SHAPE = "codes", "scales", "factor", "zero points", "shape"
 STACKED = (CODES, SCALES, ZEROS)
-"""What every matrix of a stack has its own of."""
+"""Parts of which every matrix of a stack has its own."""
 Parts = Mapping[str, Tensor]
 """Stored tensors by what they are of a weight; those that are only carried along, by their names."""
 
