@@ -26,7 +26,6 @@ from coprune.commands.grouped import WIDEST
 from coprune.commands.table import CommandLine, Commands
 from coprune.commands.terminal import tell
 from coprune.recipe.retired import retired
-from coprune.recipe.views import retired_in_training
 
 app = typer.Typer(
     name="coprune",
@@ -105,6 +104,8 @@ def _run(arguments: list[str]) -> int:
     except _UsageError as error:
         option = getattr(error, "option_name", "")
         in_training = error.ctx is not None and error.ctx.info_name == "finetune"
+        from coprune.recipe.views import retired_in_training  # imports every setting, which help does without
+
         if (gone := retired_in_training(option) if in_training else retired(option)) is not None:
             _fail(gone.text(CommandLine()))
         # Reported in the style of coprune's own errors.
