@@ -135,7 +135,7 @@ def _small_list(name: str, value: list[Any] | tuple[Any, ...]) -> Any:
         return type(value)(min(entry, 2 if position == 1 else 1) for position, entry in enumerate(value))
     if re.search(_WIDTHS, name) and min(value) >= 16:
         return type(value)(16 * max(1, round(entry / min(value))) for entry in value)
-    return type(value)(small(name, entry) for entry in value) if "image_size" in name else None
+    return type(value)(small(name, entry) for entry in value) if re.search(r"image_size|token_id$", name) else None
 
 
 def _few_layers(default: PreTrainedConfig) -> dict[str, Any]:
