@@ -183,7 +183,7 @@ def main() -> None:
         if options.only in (None, name):
             saved = work / name.replace(" ", "-").replace("%", "percent")
             report = coprune.prune(
-                model, dataset=heard, eval_data=measured, nsamples=40, save_model=saved, overwrite=True, **settings
+                model, dataset=heard, eval_data=measured, nsamples=8, save_model=saved, overwrite=True, **settings
             ).report
             for found in report.transcripts:
                 print(f"{name}: {found.line('dense')}", flush=True)
