@@ -113,6 +113,19 @@ def test_killed_at_three_moments_it_ends_with_the_same_answer(place: Path, found
 
 
 @pytest.mark.slow
+def test_a_second_verdict_of_the_same_items_is_told(place: Path, tmp_path: Path) -> None:
+    def notes(**more: Any) -> list[str]:
+        settings = how(place, **more)
+        required = "bits<=dense*1.1"
+        found = coprune.fit(place / "model.gguf", place / "text.txt", required, output=tmp_path / "small", **settings)
+        return [note for note in found.notes if "verdicts" in note]
+
+    assert notes() == notes() == []
+    (note,) = notes(types="q8_0")
+    assert "have now given 2 verdicts" in note
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ray", [None, "local"])
 def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, tmp_path: Path) -> None:
     settings = how(place, workers=2, ray=ray)

@@ -283,6 +283,11 @@ def _notes(search: Search, finding: Finding) -> list[str]:
     if finding.chosen.plain and not finding.untried:
         what = "the dense model" if finding.chosen == EXACT_DENSE else "a plain quant"
         found.append(f"no cut helps here: this is {what}")
+    if finding.looks > 1:
+        found.append(
+            f"these unseen items have now given {finding.looks} verdicts, with other budgets or conditions: the 95 % hold for "
+            "the first one, so take items that are new for a proof"
+        )
     if not finding.kept:
         needed = [one.needed for one in finding.held if one.needed is not None]
         found.append(f"about {2 * max(needed):,} items would tell" if needed else "more items would not prove it")

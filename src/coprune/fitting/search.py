@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -74,6 +75,8 @@ class Finding:
     unseen: dict[Candidate, list[Held]] = field(default_factory=dict)
     untried: list[Candidate] = field(default_factory=list)
     """Candidates that more time would have tried; empty if the search finished."""
+    looks: int = 1
+    """Number of verdicts from these unseen items, one for each sequence of candidates: with a larger budget it is another."""
 
 
 class OutOfTime(Exception):
@@ -386,7 +389,17 @@ class Search:
                 break
             kept = candidate
         chosen = kept or chain[0]
-        return Finding(chosen, judged[chosen], kept is not None, plain, [*self.tried], judged, self.untried)
+        looks = self._looks([candidate.key for candidate in judged])
+        return Finding(chosen, judged[chosen], kept is not None, plain, [*self.tried], judged, self.untried, looks)
+
+    def _looks(self, judged: list[str]) -> int:
+        """Record a sequence of candidates that the unseen half has judged, and return the number of such sequences."""
+        file = self.workshop.folder / "verdicts.json"
+        known: list[list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        if judged not in known:
+            known.append(judged)
+            write_text(file, json.dumps(known))
+        return len(known)
 
 
 def _halves(low: int, place: int, high: int, count: int) -> list[int]:
