@@ -74,7 +74,7 @@ def test_it_is_written_and_read_as_llama_cpp_has_it_and_lowers_the_weighted_erro
     [
         ({"type": "iq2_xs"}, "needs an importance matrix"),
         ({"type": "q8_0", "imatrix": "auto"}, "no effect"),
-        ({"type": "q2_k", "imatrix": "missing.gguf"}, "no file"),
+        ({"type": "q2_k", "imatrix": "missing.gguf"}, "is not a file"),
         ({"type": "q2_k", "save_imatrix": "i.gguf"}, "no importance matrix to save"),
     ],
 )

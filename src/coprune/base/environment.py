@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,6 +50,16 @@ def local_rank() -> int:
 def asks_for_fsdp() -> bool:
     """Return whether accelerate was asked to shard parameters over the processes (ACCELERATE_USE_FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def whole_environment() -> dict[str, str]:
+    """Return the variables of this process, for a worker that is forked from another one."""
+    return dict(os.environ)
+
+
+def add_to_environment(variables: Mapping[str, str]) -> None:
+    """Set variables of this process, as those that a worker was started with."""
+    os.environ.update(variables)
 
 
 def user_cache() -> Path:

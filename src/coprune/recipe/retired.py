@@ -10,7 +10,6 @@ from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words, parts_of
-from coprune.recipe.tree import todays_place
 
 
 @dataclass(frozen=True)
@@ -112,5 +111,7 @@ def retired_allocation(name: str) -> BadInput | None:
 
 
 def _word(name: str) -> str | None:
+    from coprune.recipe.tree import todays_place
+
     word = _WORDS.get(todays_place(name), name.removeprefix("--").replace("-", "_"))
     return word if word in RETIRED else None

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from coprune.base.environment import see_only, usable_cores, visible_gpus
+from coprune.base.environment import add_to_environment, see_only, usable_cores, visible_gpus, whole_environment
 from coprune.base.memory import available_bytes
 from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
 from coprune.sweeps.worker import Capacity, Work, do_job
@@ -107,7 +107,7 @@ class LocalWorkers:
         context: Any = get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload(["coprune.run.stages", "coprune.sweeps.sharing"])
         ours, theirs = context.Pipe()
-        given = (theirs, gpu, self._log, dict(os.environ))
+        given = (theirs, gpu, self._log, whole_environment())
         process = context.Process(target=_work, args=given, name="coprune-sweep", daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the connection
@@ -146,7 +146,7 @@ def _work(connection: Connection, gpu: str | None, log: Path, environment: dict[
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update(environment)
+    add_to_environment(environment)
     if gpu is not None:
         see_only(gpu)
     with log.open("a", encoding="utf-8") as file:

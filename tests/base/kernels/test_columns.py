@@ -86,5 +86,5 @@ def test_where_triton_does_not_serve_torch_walks() -> None:
 def test_without_triton_the_option_says_what_is_missing() -> None:
     with pytest.raises(BadInput, match="pip install triton"):
         SparseGPT(inner_loop="triton")
-    with pytest.raises(BadInput, match="no kernel 'triton' for walk_columns"):
+    with pytest.raises(BadInput, match="kernel 'triton' does not support walk_columns"):
         kernel("walk_columns", torch.device("cpu"), "triton")

@@ -48,7 +48,7 @@ def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("coprune.base.native.build.load_kernels", lambda: None)
     for operation in ("walk_columns", "add_to_gram"):
         assert kernel(operation, CPU) is kernel(operation, CPU, "torch")
-    with pytest.raises(BadInput, match="no kernel 'native'"):
+    with pytest.raises(BadInput, match="kernel 'native' does not support walk_columns"):
         kernel("walk_columns", CPU, "native")
 
 
