@@ -123,7 +123,7 @@ class Cutting:
     def judge(self) -> Judge | str:
         """The model that says how likely texts are; why it does not, otherwise."""
         if not self.asked.runs:
-            return "nobody asked for it"
+            return "perplexity is not measured, or the model is streamed"
         if isinstance(self.vocabulary.kind, WordPiece):
             return "it does not go on with texts"
         room, needed = available_bytes(), self.source.parameters * (4 if self._is_gguf else 2)
