@@ -3,7 +3,8 @@
     python benchmarks/vocabulary.py --folder out/vocabulary --model gemma-3-270m.gguf
 
 The dense model is moved off the grid of 4 bits that its weights may have been on, as in benchmarks/frontier.py. Every row
-is a GGUF file that llama.cpp runs on passages that were not counted: Wikipedia, novels, and code. Each leaves one JSON file.
+is a GGUF file, made with an importance matrix where its type takes one, that llama.cpp runs on passages that were not
+counted: Wikipedia, novels, and code. Each leaves one JSON file.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from frontier_models import exported, moved
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.data.corpora import evaluation_text
-from coprune.gguf_files.llama_cpp import LlamaCpp, _library
+from coprune.gguf_files.importance import importance_of, read_importance, write_importance
+from coprune.gguf_files.llama_cpp import BY_LLAMA_CPP, LlamaCpp, quantize
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.recipe.recipe import make_recipe
@@ -31,7 +34,7 @@ from coprune.vocabulary.counts import passages
 from coprune.vocabulary.cut import Asked, Cutting
 from coprune.vocabulary.sources import GgufSource
 
-DENSE = ("q8_0", "q4_k_m", "q3_k_m", "q2_k")
+DENSE = ("q8_0", "q4_k_m", "q3_k_m", "iq3_xs", "q2_k")
 EMBEDDINGS = ("q5_0", "q4_0")
 """Types of the dense model's embedding beside blocks of q4_k_m."""
 CONTEXT = 2048
@@ -55,21 +58,25 @@ def main() -> None:
 def rows(asked: argparse.Namespace) -> list[str]:
     """Names of the rows: how many tokens are kept, and how the file is stored."""
     dense = [*(f"dense {kind}" for kind in DENSE), *(f"dense q4_k_m, embedding {kind}" for kind in EMBEDDINGS)]
-    return [*dense, *(f"{size} {kind}" for size in asked.sizes.split(",") for kind in ("q8_0", "q4_k_m"))]
+    return [
+        *dense,
+        *(f"{size} {kind}" for size in asked.sizes.split(",") for kind in ("q8_0", "q4_k_m", "q4_k_m, embedding q4_0")),
+    ]
 
 
 def make(asked: argparse.Namespace, source: Path, name: str) -> Path:
     """Write the file of a row, unless it is there."""
     tokens, kind = name.split(" ", 1)
-    if tokens == "dense" and "," not in kind:
-        return exported(asked, source, kind)
     file: Path = asked.folder / f"{name.replace(' ', '-').replace(',', '')}.gguf"
     if file.exists():
         return file
     if tokens == "dense":
-        with_embedding(exported(asked, source, "f16"), file, kind.rpartition(" ")[2])
+        stored, _, embedding = kind.partition(", embedding ")
+        exact = exported(asked, source, "f16")
+        weighed = importance(asked, exact) if stored in BY_LLAMA_CPP else None
+        quantize(exact, file, stored, weighed, embedding or None)
         return file
-    whole = exported(asked, source, kind)
+    whole = make(asked, source, f"dense {kind}")
     settings = {"model": str(whole), "remove": f"vocabulary={tokens}", "vocabulary_languages": asked.languages or ()}
     structure = make_recipe(settings).remove
     cutting = Cutting(
@@ -79,15 +86,12 @@ def make(asked: argparse.Namespace, source: Path, name: str) -> Path:
     return file
 
 
-def with_embedding(source: Path, target: Path, kind: str) -> None:
-    """Quantise to q4_k_m with an embedding of another type."""
-    ffi, library = _library()
-    asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
-    asked.ftype = ffi.typeof("enum llama_ftype").relements["LLAMA_FTYPE_MOSTLY_Q4_K_M"]
-    types = ffi.typeof("enum ggml_type").relements
-    asked.token_embedding_type = asked.output_tensor_type = types[f"GGML_TYPE_{kind.upper()}"]
-    asked.nthread = 1
-    assert library.llama_model_quantize(str(source).encode(), str(target).encode(), asked) == 0
+def importance(asked: argparse.Namespace, exact: Path) -> Mapping[str, Tensor]:
+    """Return the importance matrix of the dense model, measured once on the text that tokens are counted on."""
+    file: Path = asked.folder / "dense.imatrix.gguf"
+    if not file.exists():
+        write_importance(file, importance_of(exact, "embedded", Reporter(quiet=True)))
+    return read_importance(file)
 
 
 def texts(asked: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
