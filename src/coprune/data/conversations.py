@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
-from coprune.data.local_text import files_of, rows_of, split_column
+from coprune.data.local_text import files_of, first_row, rows_of, split_column
 from coprune.data.rendering import render
 from coprune.data.tokenizing import encode
 
@@ -37,14 +37,7 @@ class Document(NamedTuple):
 
 def holds_conversations(name: str) -> bool:
     """Return whether the first row of a file is a conversation or generated token ids, and has no `text` column."""
-    path, column = split_column(name)
-    if column is not None or not path.exists():
-        return False
-    try:
-        rows = next((rows for file in files_of(path) if (rows := rows_of(file))), [])
-    except BadInput:
-        return False  # text without rows, or a file whose reader says what is wrong with it
-    row = rows[0] if rows else None
+    row = first_row(name)
     if not isinstance(row, Mapping) or "text" in row:
         return False
     return all(isinstance(row.get(key), Sequence) for key in IDS) or messages_of(row) is not None

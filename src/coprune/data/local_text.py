@@ -56,6 +56,18 @@ def looks_local(name: str) -> bool:
     return name != "" and (os.path.lexists(path) or written_as_path)
 
 
+def first_row(name: str) -> Any:
+    """Return the first row of a file or folder; None where there is none, no such file, or a column is named."""
+    path, column = split_column(name)
+    if column is not None or not path.exists():
+        return None
+    try:
+        rows = next((rows for file in files_of(path) if (rows := rows_of(file))), [])
+    except BadInput:
+        return None  # text without rows, or a file whose reader says what is wrong with it
+    return rows[0] if rows else None
+
+
 def files_of(path: Path) -> list[Path]:
     """List the readable files of a folder (recursively, hidden ones left out), or the one file.
 

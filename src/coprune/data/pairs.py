@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
-from coprune.data.local_text import files_of, rows_of, split_column
+from coprune.data.local_text import files_of, first_row, rows_of, split_column
 from coprune.data.marks import Marks
 from coprune.data.text import NOTHING, lengths_of, padded
 from coprune.data.tokenizing import encode
@@ -100,14 +100,7 @@ def pair_fingerprint(pairs: Pairs) -> str:
 
 def holds_pairs(name: str) -> bool:
     """Return whether the first row of a file is a pair of texts."""
-    path, column = split_column(name)
-    if column is not None or not path.exists():
-        return False
-    try:
-        rows = next((rows for file in files_of(path) if (rows := rows_of(file))), [])
-    except BadInput:
-        return False  # text without rows, or a file whose reader says what is wrong with it
-    return bool(rows) and _pair(rows[0]) is not None
+    return _pair(first_row(name)) is not None
 
 
 def read_pairs(name: str) -> list[tuple[str, str]]:
