@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, about
-from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.data import EvaluationText, Windows
 from coprune.data.pairs import (
@@ -27,14 +26,12 @@ from coprune.data.pairs import (
 from coprune.evaluation.batches import default_batch_size, inference_logits
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import aggregate, window_nll
-from coprune.evaluation.tasks.task import Data, Remember, Samples
+from coprune.evaluation.tasks.task import Data, Samples
 from coprune.evaluation.tasks.text_task import samples_per_batch
 from coprune.evaluation.tasks.whole_texts import WholeTextTask
-from coprune.model.loaded_model import Loaded
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.walk import streamed_logits
-from coprune.recipe.recipe import Recipe
 
 LENGTH = 512
 """Tokens of a source, or of a target, if nobody asks for another number: more than most pairs have."""
@@ -47,11 +44,7 @@ class PairTask(WholeTextTask):
 
     measure_name = "Perplexity of targets"
     _measured = "Perplexity of targets is"
-
-    def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
-        super().__init__(recipe, loaded, processes, remember)
-        if recipe.calibrate.seqlen is None:
-            self.seqlen = min(LENGTH, self.seqlen)
+    _usual_length = LENGTH
 
     @property
     def start(self) -> int:

@@ -56,8 +56,13 @@ PASSAGES = 1024
 class WholeTextTask(TextTask):
     """The common part of tasks of whole texts. Raises BadInput for settings that only models have that write text."""
 
+    _usual_length: int | None = None
+    """Tokens of a text at most, if no length is asked for; None for as many as the model takes."""
+
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         super().__init__(recipe, loaded, processes, remember)
+        if self._usual_length is not None and recipe.calibrate.seqlen is None:
+            self.seqlen = min(self._usual_length, self.seqlen)
         what = f"{loaded.source} {WHAT[loaded.task]}"
         if recipe.evaluate.runs_tasks:
             raise BadInput(f"{what}, and zero-shot tasks are for models that write", field="tasks")
@@ -178,11 +183,10 @@ class EmbeddingTask(WholeTextTask):
 
     measure_name = "Embeddings"
     _measured = "Embeddings are"
+    _usual_length = PASSAGE
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         super().__init__(recipe, loaded, processes, remember)
-        if recipe.calibrate.seqlen is None:
-            self.seqlen = min(PASSAGE, self.seqlen)
         self._pooling = Pooling.of_folder(_folder_of(recipe, loaded))
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Embedded:
