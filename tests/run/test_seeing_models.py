@@ -23,8 +23,6 @@ from support.words import word_tokenizer
 
 AUTO: Any = transformers.models.auto
 TYPES = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "mistral3", "internvl", "smolvlm")
-WITHOUT_PROCESSOR = ("smolvlm",)
-"""Whose processor needs a package that is not installed here (num2words); its parts are saved."""
 BESIDE = ("vis", "multi_modal", "connector", *STRANGE)
 """In the names of the tower, of what joins it, and of what no class loads."""
 ASKED: dict[str, dict[str, Any]] = {
@@ -114,11 +112,7 @@ def save_with_processor(model: Any, folder: Path) -> Path:
         parts["video_processor"] = named(AUTO.video_processing_auto.VIDEO_PROCESSOR_MAPPING_NAMES, model_type)
     with quiet_transformers():
         model.save_pretrained(folder)
-        if model_type in WITHOUT_PROCESSOR:
-            for part in parts.values():
-                part.save_pretrained(folder)
-        else:
-            kind(**parts, chat_template="{{ messages }}").save_pretrained(folder)
+        kind(**parts, chat_template="{{ messages }}").save_pretrained(folder)
     weights = folder / "model.safetensors"
     save_file({**load_file(weights), **STRANGE}, weights, metadata={"format": "pt"})
     return folder
@@ -181,9 +175,8 @@ def test_it_answers_an_image_as_the_masked_source(
         coprune.prune(folder, save_model=tmp_path / "saved", dataset=TEXT, evaluate=False, quiet=True, **ASKED[what])
     source, made = loaded(folder), loaded(tmp_path / "saved")
     assert type(made) is type(source)
-    if model_type not in WITHOUT_PROCESSOR:
-        before, after = (AutoProcessor.from_pretrained(place) for place in (folder, tmp_path / "saved"))
-        assert (type(after), after.to_dict()) == (type(before), before.to_dict())
+    before, after = (AutoProcessor.from_pretrained(place) for place in (folder, tmp_path / "saved"))
+    assert (type(after), after.to_dict()) == (type(before), before.to_dict())
     inputs = image_inputs(source)
     with torch.no_grad():
         dense = source(**inputs, use_cache=False).logits
