@@ -13,6 +13,7 @@ they were dequantised, so the figures compare methods, not models.
     python benchmarks/quality.py --methods sparsegpt,balanced,parts --patterns 2:4 --nsamples 32    # what each part is worth
     python benchmarks/quality.py --methods sparsegpt,balanced --nsamples 32 --seeds 0,1,2 --picture quality.svg
     python benchmarks/quality.py --methods all --patterns 0.5,0.6,0.7,2:4,4:8 --seeds 0,1,2    # all of it, in hours
+    TASK_DATA=my-data python benchmarks/quality.py --methods wanda,sparsegpt,balanced --patterns 2:4 --tasks 100    # zero-shot
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from quality_table import COLUMNS, draw, markdown
+from quality_table import COLUMNS, draw, facts, markdown, rows_of, write_csv
 
 from coprune.recipe.presets import PRESETS, preset_settings
 
@@ -52,11 +53,20 @@ PARTS: dict[str, dict[str, Any]] = {
     "balanced by adapters": {**_WHOLE, "finetune": "lora-distill"},
 }
 """Preset `balanced` with one part left out or done otherwise. `without distillation` and `without permute` are for N:M."""
+_TRAINED = {
+    name: value
+    for name, value in preset_settings("balanced", {"pattern": "2:4"}, "whole").items()
+    if "finetune" in name
+}
 WAYS: dict[str, dict[str, Any]] = PARTS | {
     "balanced, uniform sparsity": {**_WHOLE, "allocation": "uniform"},
     "alps+owl": {"method": "alps", "allocation": "owl", "propagation": "sequential"},
+    "sparsegpt+distill": {"method": "sparsegpt", **_TRAINED},
+    "wanda+lora": {"method": "wanda", "finetune": "lora"},
 }
 """Beside methods and presets: ways that published tables have, and parts of our own. `uniform sparsity` is not for N:M."""
+TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "rte", "winogrande")
+"""Zero-shot tasks, by their definitions in docs/tasks; `TASK_DATA` names the folder with their items."""
 
 
 def main() -> None:
@@ -81,10 +91,10 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, "--cell", json.dumps(settings)], check=True)
     there = [file for settings in cells if (file := Path(settings["file"])).exists()]
     dense, *found = [json.loads(file.read_text(encoding="utf-8")) for file in there]
-    table = markdown(dense, found)
-    print(table)
-    if arguments.output:
-        arguments.output.write_text(table + "\n", encoding="utf-8")
+    rows = rows_of(dense, found)
+    print(facts(dense) + "\n\n" + markdown(rows))
+    if arguments.csv:
+        write_csv(arguments.csv, rows)
     if arguments.picture:
         draw(dense, found).save(arguments.picture)
 
@@ -99,10 +109,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=65536)
     parser.add_argument("--answers", type=int, default=0, help="prompts whose dense answers KL is measured along, too")
+    parser.add_argument("--tasks", type=int, default=0, help="items of each zero-shot task [no tasks]")
+    parser.add_argument("--minutes", type=float, default=2.0, help="of the training of `wanda+lora`")
     parser.add_argument("--propagation", help="block, sequential or dense [the methods' default: block]")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="where the cells' results are kept")
     parser.add_argument("--as-it-is", action="store_true", help="measure nothing: print and draw what is there")
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--csv", type=Path, help="also write the table to this file, as benchmarks/tables.py reads it")
     parser.add_argument("--picture", type=Path, help="also draw perplexity against seconds to this file (.svg)")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -118,6 +130,8 @@ def meant(asked: str) -> list[str]:
 def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) -> dict[str, Any]:
     """Everything that decides one cell, and the file that its result goes to."""
     how = {} if method == DENSE else how_to(method, pattern)
+    if how.get("finetune") == "lora":
+        how["finetune_minutes"] = arguments.minutes
     settings = {
         "model": arguments.model,
         "method": method,
@@ -127,6 +141,7 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
         "seqlen": arguments.seqlen,
         "eval_tokens": arguments.eval_tokens,
         "answers": arguments.answers,
+        **({"tasks": arguments.tasks} if arguments.tasks else {}),
         "propagation": arguments.propagation,
         # A preset that changes is measured anew, and so is what has other defaults.
         "how": how,
@@ -246,7 +261,20 @@ def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> d
             perplexity[text], divergences = in_one_pass(lambda window: loaded(window).logits, said)
             kl.append(statistics.fmean(divergences))
     answers = own_answers(settings, model, processor) if settings["answers"] and settings["method"] != DENSE else None
-    return {"perplexity": perplexity, "kl": kl, "own_kl": answers}
+    found = {"perplexity": perplexity, "kl": kl, "own_kl": answers}
+    return found | ({"accuracy": accuracies(settings, model, processor)} if settings.get("tasks") else {})
+
+
+def accuracies(settings: dict[str, Any], model: Any, processor: Any) -> dict[str, list[float]]:
+    """Zero-shot accuracy of each task, with its standard error."""
+    import coprune
+    from coprune.evaluation.zero_shot import MAIN_METRIC
+
+    asked: Any = {"tasks": TASKS, "include_path": "docs/tasks", "limit": settings["tasks"]}
+    measured = coprune.evaluate(model, processor=processor, **asked).zero_shot
+    assert measured is not None
+    scores = {one.task: one.metrics[MAIN_METRIC] for one in measured.tasks}
+    return {task: [score.value, score.stderr or 0.0] for task, score in scores.items()}
 
 
 def own_answers(settings: dict[str, Any], model: Any, processor: Any) -> float | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,51 +13,93 @@ if TYPE_CHECKING:
 
 COLUMNS = ("embedded", "embedded-lambada")
 """The texts that perplexity is measured on, in the order of the table's columns."""
+_WHERE = ("date", "commit", "machine")
 
 
-def markdown(dense: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    """One row per method and pattern; mean ± standard deviation over the seeds."""
-    answers = ["KL along own answers"] if dense["answers"] else []
-    names = ["pattern", "method", "Wikipedia", "novels", "loss left", "KL to dense", *answers]
-    names += ["layer error", "seconds (of them training)", "peak GiB", "measured"]
-    lines = [
+def facts(dense: dict[str, Any]) -> str:
+    """Say what all rows have in common."""
+    tasks = (
+        f" Zero-shot accuracy in per cent, the first {dense['tasks']} items of each task." if "tasks" in dense else ""
+    )
+    return (
         f"{dense['model']}, {dense['nsamples']} × {dense['seqlen']} calibration tokens, perplexity at sequence length "
         f"{dense['seqlen']} on {dense['eval_tokens']:,} tokens of each text. Loss left: (perplexity − dense) ÷ "
-        "(SparseGPT's − dense), on Wikipedia / on novels.",
-        "",
-        f"| {' | '.join(names)} |",
-        "| --- | --- |" + " ---: |" * (len(names) - 3) + " --- |",
-    ]
-    values = [f"{dense['perplexity'][text]:.2f}" for text in COLUMNS]
-    zeros = ["0"] * (3 + len(answers))  # loss, divergences and errors
-    lines.append(f"| – | dense | {' | '.join([*values, *zeros])} | – | – | {dense['measured']} |")
+        f"(SparseGPT's − dense), on Wikipedia / on novels.{tasks}"
+    )
+
+
+def rows_of(dense: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """One row per method and pattern; mean ± standard deviation over the seeds."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["pattern"], result["method"]), []).append(result)
+    rows = [{"pattern": "–", "method": "dense"} | row([dense], [], dense)]
     for (pattern, method), group in groups.items():
-        lines.append(
-            f"| {shown(pattern)} | {method} | {' | '.join(row(group, groups.get((pattern, 'sparsegpt'), []), dense))} |"
-        )
-    return "\n".join(lines)
+        cells = row(group, groups.get((pattern, "sparsegpt"), []), dense)
+        rows.append({"pattern": shown(pattern), "method": method} | cells)
+    return rows
 
 
-def row(group: list[dict[str, Any]], sparsegpt: list[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Return rows as a table."""
+    lines = [list(rows[0]), ["---", "---", *["---:"] * (len(rows[0]) - 2)], *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_csv(file: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows to a file, as benchmarks/tables.py reads it."""
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0]], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def row(group: list[dict[str, Any]], sparsegpt: list[dict[str, Any]], dense: dict[str, Any]) -> dict[str, str]:
     """The figures of one method at one pattern, over its seeds."""
     left = []
     for text in COLUMNS:
         base = {one["seed"]: one["perplexity"][text] - dense["perplexity"][text] for one in sparsegpt}
         losses = [(one["seed"], one["perplexity"][text] - dense["perplexity"][text]) for one in group]
         left.append(spread([100 * loss / base[seed] for seed, loss in losses if seed in base], ".0f"))
-    return [
-        *(spread([one["perplexity"][text] for one in group], ".2f") for text in COLUMNS),
-        f"{left[0]} / {left[1]} %" if left[0] != "–" else "–",
-        spread([one["kl"][0] for one in group], ".3f"),
-        *([spread([one["own_kl"] for one in group if one["own_kl"] is not None], ".3f")] if dense["answers"] else []),
-        spread([one["layer_error"] for one in group if one["layer_error"] is not None], ".4f"),
-        f"{spread([one['seconds'] for one in group], '.0f')} ({statistics.fmean(one['training_seconds'] for one in group):.0f})",
-        spread([one["memory"] / 2**30 for one in group if one["memory"] is not None], ".2f"),
-        "; ".join(dict.fromkeys(one["measured"] for one in group)),
-    ]
+    cells = {
+        title: spread([one["perplexity"][text] for one in group], ".2f")
+        for text, title in zip(COLUMNS, ("Wikipedia", "novels"), strict=True)
+    }
+    if "tasks" in dense:
+        cells |= accuracies(group)
+    cells |= {
+        "loss left": f"{left[0]} / {left[1]} %" if left[0] != "–" else "–",
+        "KL to dense": spread([one["kl"][0] for one in group], ".3f"),
+    }
+    if dense["answers"]:
+        cells["KL along own answers"] = spread([one["own_kl"] for one in group if one["own_kl"] is not None], ".3f")
+    pruned = [one for one in group if "seconds" in one]
+    seconds = spread([one["seconds"] for one in pruned], ".0f")
+    training = f" ({statistics.fmean(one['training_seconds'] for one in pruned):.0f})" if pruned else ""
+    measured = [one["measured"].split(", ", 2) for one in group]
+    return cells | {
+        "layer error": spread([one["layer_error"] for one in pruned if one["layer_error"] is not None], ".4f"),
+        "seconds (of them training)": seconds + training,
+        "peak GiB": spread([one["memory"] / 2**30 for one in pruned if one["memory"] is not None], ".2f"),
+        **{
+            name: "; ".join(dict.fromkeys(values))
+            for name, values in zip(_WHERE, zip(*measured, strict=True), strict=True)
+        },
+    }
+
+
+def accuracies(group: list[dict[str, Any]]) -> dict[str, str]:
+    """Zero-shot accuracies in per cent: the mean of the tasks with its standard error, and each task; the mean over the seeds."""
+    tasks = {
+        name: (
+            statistics.fmean(100 * one["accuracy"][name][0] for one in group),
+            statistics.fmean(100 * one["accuracy"][name][1] for one in group),
+        )
+        for name in group[0]["accuracy"]
+    }
+    mean = statistics.fmean(value for value, _ in tasks.values())
+    error = math.hypot(*(error for _, error in tasks.values())) / len(tasks)
+    return {"mean of tasks": f"{mean:.1f} ± {error:.1f}"} | {name: f"{value:.0f}" for name, (value, _) in tasks.items()}
 
 
 def shown(pattern: str) -> str:
