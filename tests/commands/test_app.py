@@ -18,6 +18,7 @@ import pytest
 
 from coprune.commands.table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
+from coprune.recipe.choice import METHOD_NAMES
 from coprune.recipe.flags import flags_of
 from coprune.recipe.parts import is_common
 from coprune.recipe.tree import DETAILS, FIELDS, FLAT
@@ -94,6 +95,28 @@ print("LOADED", [name for name in sys.modules if name.startswith(("coprune.recip
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "LOADED []"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("prune nosuch/", "no model at"), ("prune x -m wandaa", "'wanda'")],
+)
+def test_a_typing_error_is_told_before_torch_is_imported(typed: str, said: str) -> None:
+    program = f"""
+import sys
+from coprune.commands.app import main
+sys.argv = ["coprune", *{typed.split()!r}]
+try:
+    main()
+finally:
+    print("LOADED", "torch" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines()[-1] == "LOADED False" and said in ended.stderr
+
+
+def test_methods_are_known_by_name_before_torch_is_imported() -> None:
+    assert set(METHOD_NAMES) == set(METHODS)
 
 
 def test_the_version(coprune: Callable[..., str]) -> None:

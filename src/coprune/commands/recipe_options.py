@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, unknown_name
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, say
 from coprune.commands.options import help_all_option, method_options, recipe_options
+from coprune.model.checkpoint.names import refuse_missing
+from coprune.recipe.choice import METHOD_NAMES, METHODS_OF_PACKAGES
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.presets import usual_preset
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
@@ -85,11 +89,21 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
         if line is not None:
             reporter.say(say(line))
     recipe = make_recipe(chosen)
+    _refuse_mistyped(recipe)
     if PRESET not in flatten(chosen):
         return recipe
     from coprune.run.preset_training import recipe_that_fits  # which imports torch, after the first line
 
     return recipe_that_fits(chosen)
+
+
+def _refuse_mistyped(recipe: Recipe) -> None:
+    """Raise BadInput for a folder or a method that does not exist, before torch is imported, which takes seconds."""
+    if not recipe.model.name.startswith("timm/"):
+        refuse_missing(recipe.model.name)
+    name = recipe.prune.method.name
+    if "torch" not in sys.modules and name not in METHOD_NAMES and not entry_points(group=METHODS_OF_PACKAGES):
+        raise unknown_name("method", name, METHOD_NAMES, field="method")
 
 
 def named_model(model: str | None, model_option: str | None, example: Command) -> str:

@@ -174,3 +174,10 @@ def split_choice(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 USUAL_METHOD = Choice(name="wanda")
 """The method where nobody names one."""
+METHOD_NAMES = (
+    *("magnitude", "wanda", "wanda_variant", "sparsegpt", "ria", "dsnot", "admm", "alps"),
+    *("ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"),
+)
+"""Methods of coprune's own, known here before torch is imported."""
+METHODS_OF_PACKAGES = "coprune.methods"
+"""The group of entry points under which installed packages name theirs."""

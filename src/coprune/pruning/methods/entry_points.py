@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 from coprune.base.errors import BadInput
 from coprune.model.walk.statistics import Statistic
 from coprune.pruning.methods.base import Method
+from coprune.recipe.choice import METHODS_OF_PACKAGES
 from coprune.recipe.tree import FLAT
-
-GROUP = "coprune.methods"
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def missing_in(method: Any) -> str | None:
 
 def names_brought() -> set[str]:
     """Return the names of methods from installed packages, without loading any."""
-    return {entry.name for entry in entry_points(group=GROUP)}
+    return {entry.name for entry in entry_points(group=METHODS_OF_PACKAGES)}
 
 
 @cache
@@ -88,7 +87,7 @@ def brought_methods(own: frozenset[str]) -> Brought:
         own: names that are taken.
     """
     brought = Brought({}, {}, {})
-    for entry in entry_points(group=GROUP):
+    for entry in entry_points(group=METHODS_OF_PACKAGES):
         package = entry.dist.name if entry.dist is not None else entry.module
         try:
             brought.methods[entry.name] = checked_method(entry.name, entry.load(), own | set(brought.methods))
