@@ -112,7 +112,8 @@ finally:
     print("LOADED", "torch" in sys.modules)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert ended.stdout.splitlines()[-1] == "LOADED False" and said in ended.stderr
+    assert ended.stdout.splitlines()[-1] == "LOADED False"
+    assert said in ended.stderr
 
 
 def test_methods_are_known_by_name_before_torch_is_imported() -> None:
