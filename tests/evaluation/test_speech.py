@@ -38,7 +38,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_heard_is_pruned_and_measured(place: Path, tmp_path: Path) -> None:
     heard: dict[str, Any] = {"dataset": place / "heard", "eval_data": place / "heard"}
-    report = coprune.prune(place / "model", "wanda", save_model=tmp_path / "pruned", **heard, **PRUNING).report
+    report = coprune.prune(
+        place / "model", "wanda", save_model=tmp_path / "pruned", require="alike>=0,word_error<0", **heard, **PRUNING
+    ).report
+    assert [one.holds for one in report.required] == [True, False]
     (found,) = report.transcripts
     assert (found.recordings, len(report.matrices)) == (4, 32)
     assert report.calibration is not None

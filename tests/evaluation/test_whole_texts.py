@@ -79,8 +79,10 @@ def test_pseudo_perplexity_is_that_of_masked_forwards_streamed_and_not(place: Pa
     (found,) = coprune.evaluate(model, place / "words.txt", **SETTINGS).perplexity
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert found.masked
-    reports = [pruned(model, place, stream).report for stream in (True, False)]
+    required = "perplexity<=dense*1.0001,perplexity>1"
+    reports = [pruned(model, place, stream, require=required).report for stream in (True, False)]
     for report in reports:
+        assert [one.holds for one in report.required] == [report.perplexity[0].pruned <= 1.0001 * expected, True]
         (facts,) = report.perplexity
         after = torch.tensor(masked_loss(report.saved_model, place)).exp().item()
         assert (facts.title, facts.dense) == ("pseudo-perplexity", pytest.approx(expected, rel=1e-5))
@@ -120,7 +122,13 @@ def test_vectors_stand_beside_the_dense_model_s_and_the_folder_comes_out_whole(
     ):
         assert (saved / file).read_bytes() == (model / file).read_bytes()
     assert json.loads((saved / "config.json").read_text())["architectures"] == [name]
-    beside = coprune.evaluate(saved, place / "words.txt", against=model, **SETTINGS)
+    required = f"cosine>={found.cosine - 0.01},overlap>0.999,accuracy>=0"
+    beside = coprune.evaluate(saved, place / "words.txt", against=model, require=required, **SETTINGS)
+    assert [(one.holds, one.figure is None) for one in beside.required] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
     assert beside.near[0].cosine == pytest.approx(found.cosine, abs=1e-3)
     assert "vectors" not in beside.model_dump_json()
     (row,) = coprune.compare([model, saved], place / "words.txt", fresh=True, **SETTINGS).rows[1:]
@@ -158,8 +166,11 @@ def test_accuracy_of_a_classifier_and_of_a_reranker(labels: int, pairs: bool, pl
     (found,) = coprune.evaluate(model, file, **SETTINGS).accuracy
     assert found.top1 == sum(right) / len(right)
     assert found.unit == "texts"
-    report = pruned(model, place, True, file).report
+    report = pruned(model, place, True, file, require="accuracy>=dense-1,accuracy>1").report
     assert report.accuracy[0].dense_top1 == found.top1
+    assert [one.holds for one in report.required] == [True, False]
+    again = coprune.evaluate(model, file, against=model, require="accuracy>=dense", **SETTINGS)
+    assert again.required[0].holds
     assert "text-classification" in (report.saved_model / "README.md").read_text()
 
 
@@ -207,5 +218,5 @@ def test_what_makes_no_sense_for_a_model_is_refused(place: Path) -> None:
         coprune.compare([masked, embedding], text, fresh=True, **SETTINGS)
     with pytest.raises(BadInput, match="and writes none to calibrate on"):
         pruned(embedding, place, False, dataset="self")
-    with pytest.raises(BadInput, match="coprune fine-tunes only models that generate text"):
-        coprune.finetune(embedding, save=place / "tuned", dataset=text, quiet=True)
+    with pytest.raises(BadInput, match=r"cosine>=0\.9 is about the dense model's measurements"):
+        coprune.evaluate(embedding, text, require="cosine>=0.9", **SETTINGS)

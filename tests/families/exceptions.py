@@ -25,6 +25,8 @@ _HEAD = Exceptional("the width of its heads has no default", {"head_dim": 16})
 _MAMBA = "its state space has to be as wide as its heads together"
 _STAGES = "the widths of its stages hang together in ways of their own"
 
+UNBUILT = {"mra": "its attention answers zeros without its kernel for CUDA"}
+"""Types that transformers itself cannot run here, though it does not say so."""
 EXCEPTIONS: dict[str, Exceptional] = {
     "bamba": Exceptional("which of its layers have attention has no default", {"attn_layer_indices": [1]}),
     "bit": Exceptional("its norms have 32 groups", {"num_groups": 4}),

@@ -33,6 +33,7 @@ from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
 from families.build import AUTO, Kind, image_size, published_model, tiny_model
+from families.exceptions import UNBUILT
 from families.kept import lost_in_silence, save_published
 from support.walking import full_forward
 from support.whole_forwards import kind_of, prune_by_whole_forwards
@@ -101,7 +102,7 @@ def judge(
         model = _built(model_type, kind)
         data = _images(model, samples) if kind == "images" else _text(folder, samples)
         task = task_of(model.config, type(model))
-        if kind == "seq2seq" and task == "pairs":
+        if task == "pairs":  # also of those that fill in masked tokens, as BART does
             data = _pairs(model, folder, samples)
         if kind == "speech" and task == "speech":
             data = _recordings(model, folder)
@@ -121,6 +122,8 @@ def judge(
 
 
 def _built(model_type: str, kind: Kind) -> PreTrainedModel:
+    if model_type in UNBUILT:
+        raise NotBuilt(UNBUILT[model_type])
     try:
         return tiny_model(model_type, kind)
     except Exception as error:
@@ -226,7 +229,7 @@ def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path
         verdict.kept = [f"not built: {first_line(error)}"]
         return
     dataset = {"dataset": "digits"} if verdict.kind == "images" else {"dataset": data.batches[0]}
-    if verdict.kind == "seq2seq" and isinstance(data.batches[0], Pairs):
+    if isinstance(data.batches[0], Pairs):
         dataset = {"dataset": data.settings["dataset"], "nsamples": 4, "seqlen": LENGTH}
     settings = {**dataset, "method": "magnitude", "sparsity": 0.5}
     told, wrong = lost_in_silence(source, folder / "kept", settings)

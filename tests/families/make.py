@@ -23,6 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import coprune
 from families.build import AUTO, Kind, all_types
@@ -72,6 +73,9 @@ def _judge_all(tasks: Sequence[Task], processes: int, file: Path | None) -> list
     for module in pkgutil.walk_packages(coprune.__path__, "coprune."):
         if not module.name.endswith(("__main__", "triton", "on_ray", "triton_kernel")):
             importlib.import_module(module.name)  # now, so that what changes on the disk meanwhile changes nothing
+    get_checkpoint_conversion_mapping(
+        "bert"
+    )  # builds the table of all types, which every process would else build anew
     verdicts: list[Verdict] = []
     with ThreadPoolExecutor(processes) as pool:
         for number, verdict in enumerate(pool.map(_judge_apart, tasks), 1):

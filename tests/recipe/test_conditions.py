@@ -29,6 +29,8 @@ def test_conditions_are_read() -> None:
         ("loops<=dense+1e1", 13, 2, False),
         ("tokens>10", 10, None, False),
         ("kl<.5", 0.49, None, True),
+        ("perplexity<=dense*1.05", 10.5, 10, True),
+        ("perplexity <= dense * 1.05", 10.6, 10, False),
     ],
 )
 def test_a_figure_is_held_against_its_bound(text: str, figure: float, dense: float | None, holds: bool) -> None:
@@ -46,9 +48,11 @@ def test_a_figure_is_held_against_its_bound(text: str, figure: float, dense: flo
         "loops<=",
         "loops=3",
         "loops<=wanda",
-        "loops<=dense*2",
+        "loops<=dense/2",
         "lops<3",
         "kl<dense",
+        "overlap>=dense-0.1",
+        "sampled.accuracy>0.5",
         "beam.loops<3",
     ],
 )

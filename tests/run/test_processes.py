@@ -24,7 +24,8 @@ from coprune.pruning.pruner import share_out
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
-from support.pico_folder import save_pico, write_words
+from support.pico_folder import save_pico, words_of, write_words
+from support.pico_pairs import save_pair_model
 from support.together import together
 from support.torchrun import ENVIRONMENT, run_together, torchrun
 
@@ -48,10 +49,17 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
             "evaluate": False,
         },
     ),
+    # Pairs of several lengths, of which each process has some.
+    "halves": ("T5", "wanda", "sequential", {"dataset": "{pairs}", "eval_data": None}),
     # Samples of two lengths, and each process has both.
     "two lengths": ("llama", "wanda", "sequential", {"dataset": "{words}:seqlen=16=0.5,{own}=0.5", "evaluate": False}),
 }
 MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "halves, sparsegpt": ("T5", "sparsegpt", "block", {"dataset": "{pairs}", "pattern": "2:4", "eval_data": None}),
+    "halves, dense": ("T5", "wanda", "dense", {"dataset": "{words}", "seqlen": 24, "evaluate": False}),
+    # Two of four layers take the keys and values of others.
+    "shared keys": ("gemma4_text", "wanda", "sequential", {}),
+    "channels of halves": ("T5", "wanda", "block", {"dataset": "{pairs}", "remove": "channels=0.5", "eval_data": None}),
     "every matrix": ("llama", "sparsegpt", "block", {}),
     "in memory": ("llama", "wanda", "sequential", {"pattern": "2:4", "stream": False}),
     # Of samples in which no two scores tie: behind a tie the router may send a token to another expert.
@@ -76,6 +84,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("llama", "mixtral"):
         save_pico(folder / family, family, tie_word_embeddings=False, num_hidden_layers=2)
     write_words(folder / "words.txt")
+    save_pair_model(folder / "T5", "T5")
+    save_pico(folder / "gemma4_text", "gemma4_text")
+    texts = [(words_of(9 + n % 3, n), words_of(4 + n % 2, n)) for n in range(20)]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps({"source": a, "target": b}) for a, b in texts))
     ids = torch.randint(4, 250, (10, 48), generator=torch.Generator().manual_seed(0)).tolist()
     pairs = [(row, []) if number < 5 else (row[:9], row[9:]) for number, row in enumerate(ids)]
     rows = [json.dumps({"prompt_ids": prompt, "answer_ids": answer}) for prompt, answer in pairs]
@@ -99,7 +111,7 @@ def recipe_of(models: Path, out: Path, name: str, **changes: Any) -> Recipe:
         save_model=out / f"{name}-model",
     )
     named = more.get("dataset", "{own}" if "calibrate_on" in more else "{words}")
-    data = named.format(words=models / "words.txt", own=models / "own.jsonl")
+    data = named.format(words=models / "words.txt", own=models / "own.jsonl", pairs=models / "pairs.jsonl")
     return make_recipe(settings | more | {"dataset": data} | changes)
 
 
@@ -130,8 +142,12 @@ def test_equal_masks_and_reports(processes: int, names: tuple[str, ...], models:
         compare_reports(alone / f"{name}-run", tmp_path / f"{name}-run", exact=differing == 0)
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def compare_masks(one: Path, other: Path) -> tuple[int, int]:
-    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    a, b = weights_of(one), weights_of(other)
     assert a.keys() == b.keys()
     return sum(int(((a[n] != 0) != (b[n] != 0)).sum()) for n in a), sum(tensor.numel() for tensor in a.values())
 
@@ -153,19 +169,23 @@ def compare_reports(one: Path, other: Path, exact: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path: Path) -> None:
-    save_pico(tmp_path / "deep", "llama", num_hidden_layers=24)
+@pytest.mark.parametrize("name", ["sparsegpt", "halves"])
+def test_a_killed_process_ends_the_run_which_then_goes_on(name: str, models: Path, tmp_path: Path) -> None:
+    if name == "halves":
+        save_pair_model(tmp_path / "deep", "T5", num_layers=8, num_decoder_layers=16)
+    else:
+        save_pico(tmp_path / "deep", "llama", num_hidden_layers=24)
     settings = dict(model=str(tmp_path / "deep"), method="alps", propagation="block", evaluate=False)
 
     def command(out: Path) -> list[str]:
         path = tmp_path / f"{out.name}.yaml"
-        path.write_text(recipe_of(models, out, "sparsegpt", **settings).to_yaml())
+        path.write_text(recipe_of(models, out, name, **settings).to_yaml())
         return torchrun(2, "-m", "coprune", "prune", "--recipe", str(path))
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with subprocess.Popen(command(killed), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
-        journal = killed / ".sparsegpt-model.partial"
+        journal = killed / f".{name}-model.partial"
         while not list(journal.glob("model-00003*.json")):
             assert running.poll() is None, running.stderr.read()
             time.sleep(0.005)
@@ -173,12 +193,12 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path
         _, told = running.communicate(timeout=60)
     assert running.returncode != 0
     assert re.search(r"^coprune: (process 0 was told to stop|another process of this run ended)", told, re.MULTILINE)
-    assert not (killed / "sparsegpt-model").exists()
+    assert not (killed / f"{name}-model").exists()
 
     assert "blocks were finished by an earlier run" in run_together(command(killed))
     assert not journal.exists()
     run_together(command(whole))
-    resumed, uninterrupted = (load_file(out / "sparsegpt-model" / "model.safetensors") for out in (killed, whole))
+    resumed, uninterrupted = (weights_of(out / f"{name}-model") for out in (killed, whole))
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 
 

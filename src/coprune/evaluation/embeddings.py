@@ -31,8 +31,8 @@ class EmbeddingChange(BaseModel):
     overlap_interval: Interval | None
 
     def headline(self) -> str:
-        """Return the first figure."""
-        return f"cosine {self.cosine:.4f}"
+        """Return both figures."""
+        return f"cosine {self.cosine:.4f}, overlap@{self.nearest} {per_cent(self.overlap)}"
 
     def line(self, against: str | None) -> str:
         """Return a line on the figures. against: the other model."""

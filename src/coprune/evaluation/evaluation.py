@@ -14,6 +14,7 @@ from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_ro
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Perplexity, Transcribed
+from coprune.evaluation.required import Figure, figures_of_closeness
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
 from coprune.packed.linear import PackedLinear
@@ -66,6 +67,17 @@ class Evaluation(Shown, _Facts):
     @field_serializer("embeddings")
     def _without_vectors(self, embeddings: tuple[Embedded, ...]) -> list[dict[str, Any]]:
         return [found.model_dump(mode="json", exclude={"vectors"}) for found in embeddings]
+
+    def figures(self, dense: Evaluation | None = None) -> list[Figure]:
+        """Return what was measured, as conditions call it. dense: the same of the dense model."""
+        perplexity = {} if dense is None else {one.data: one.value for one in dense.perplexity}
+        accuracy = {} if dense is None else {one.data: one.top1 for one in dense.accuracy}
+        found = [Figure("perplexity", one.data, one.value, perplexity.get(one.data)) for one in self.perplexity]
+        found += [Figure("accuracy", one.data, one.top1, accuracy.get(one.data)) for one in self.accuracy]
+        if not self.near:
+            heard = ((one.data, one.word_error) for one in self.transcripts)
+            found += [Figure("word_error", data, value) for data, value in heard if value is not None]
+        return [*found, *figures_of_closeness(self.near)]
 
     def headline(self) -> str:
         """Return the model and the first measurement."""

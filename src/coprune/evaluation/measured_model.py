@@ -26,6 +26,7 @@ from coprune.evaluation.extra_measurements import zero_shot_settings
 from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Measured, Perplexity, Transcribed
 from coprune.evaluation.model_source import Source, Stored
 from coprune.evaluation.perplexity import aggregate, perplexity
+from coprune.evaluation.required import judge_measured
 from coprune.evaluation.result_cache import EvaluationCache, Text, require_texts, split_texts, text_fingerprint
 from coprune.evaluation.tasks import named, read_anew, task_for
 from coprune.evaluation.tasks.text_task import TextTask, choose_seqlen
@@ -117,9 +118,9 @@ class Subject:
 
     def measure(self) -> Evaluation:
         """Count weights, measure perplexity on every text, run the tasks if there are any, and judge the answers."""
-        answers = self.answers(self._leader)
+        answers, asked = self.answers(self._leader), self.recipe.evaluate.answers
         anew = [] if self.task == "text" else self._anew()
-        return Evaluation(
+        found = Evaluation(
             model=self.name,
             weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
             perplexity=(
@@ -135,7 +136,12 @@ class Subject:
             transcripts=tuple(one for one in anew if isinstance(one, Transcribed)),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
             answers=answers,
-            required=() if answers is None else judge(self.recipe.evaluate.answers.conditions, answers),
+            required=() if answers is None else judge(asked.conditions, answers),
+        )
+        if self._leader is not None:
+            return found  # until it is held against that one
+        return found.model_copy(
+            update={"required": (*found.required, *judge_measured(asked.measured, found.figures()))}
         )
 
     def _anew(self) -> list[Measured]:
@@ -153,7 +159,8 @@ class Subject:
         Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
         """
         require_one_task([dense, self])
-        if self.task in ("embeddings", "speech"):
+        held = any(condition.against_dense for condition in self.recipe.evaluate.answers.measured)
+        if self.task in ("embeddings", "speech") or (self.task != "text" and held):
             return ()
         if self.task != "text":
             raise BadInput(
@@ -274,12 +281,17 @@ def require_one_task(subjects: Sequence[Subject]) -> None:
 def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Evaluation | None = None) -> Evaluation:
     """Compare a model's measurements with another one's of the same kind. other: that one's measurements, if there are any."""
     near: tuple[EmbeddingChange | TranscriptChange, ...] = ()
-    if subject.task in ("embeddings", "speech"):
+    conditions = subject.recipe.evaluate.answers.measured
+    beside, theirs = subject.task in ("embeddings", "speech"), other
+    if beside or any(condition.against_dense for condition in conditions):
         theirs = other or dense.measure()
+    if beside and theirs is not None:
         vectors = zip(theirs.embeddings, found.embeddings, strict=True)
         heard = zip(theirs.transcripts, found.transcripts, strict=True)
         near = (*(embedding_change(*pair) for pair in vectors), *(transcript_change(*pair) for pair in heard))
-    return found.model_copy(update={"against": dense.name, "near": near})
+    found = found.model_copy(update={"against": dense.name, "near": near})
+    required = judge_measured(conditions, found.figures(theirs))
+    return found.model_copy(update={"required": (*found.required, *required)})
 
 
 class MeasuredAnswers:

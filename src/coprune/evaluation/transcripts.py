@@ -30,6 +30,10 @@ class TranscriptChange(BaseModel):
         """Return the first figure."""
         return f"{per_cent(self.agreement)} of the words alike"
 
+    def error(self) -> str:
+        """Return the model's word error, or how far it agrees where nobody says what is said."""
+        return self.headline() if self.pruned is None else f"word error {per_cent(self.pruned)}"
+
     def line(self, against: str | None) -> str:
         """Return a line on the figures. against: the other model."""
         errors = ""

@@ -63,20 +63,26 @@ class AnswersPart(Part):
         Decides.MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="Exit with 3, once all is saved, unless the answers are so: conditions with commas between, such as "
-            "'loops<=dense+1,kl<0.5'; no more may be empty than the dense model's unless that is said, as in empty<=dense+1."
+            description="Exit with 3, once all is saved, unless the answers, or what is measured, are so: conditions with commas "
+            "between, such as 'loops<=dense+1,kl<0.5' or 'perplexity<=dense*1.05' (accuracy, word_error; cosine, overlap, alike "
+            "with the dense model); no more answers may be empty than the dense model's unless that is said: empty<=dense+1."
         ),
     ] = None
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """Requirements on the answers, parsed. Raises BadInput as `read_conditions`."""
-        return read_conditions(self.require)
+        return tuple(one for one in read_conditions(self.require) if one.name not in MEASURED)
+
+    @property
+    def measured(self) -> tuple[Condition, ...]:
+        """Requirements on what is measured, parsed. Raises BadInput as `read_conditions`."""
+        return tuple(one for one in read_conditions(self.require) if one.name in MEASURED)
 
     @property
     def is_asked(self) -> bool:
         """Whether the user asked for answers; a few are checked anyway when a model is saved."""
-        return self.prompts is not None or self.require is not None
+        return self.prompts is not None or bool(self.conditions)
 
 
 def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
@@ -87,7 +93,7 @@ def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
         dense: how to get the dense model's answers; None where they are available.
     """
     try:
-        conditions = asked.conditions
+        conditions = asked.conditions + asked.measured
     except BadInput as error:
         return error
     cause: tuple[Piece | str, ...]
@@ -99,7 +105,8 @@ def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
             none = Set("generate_temperature", asked.temperature)
             cause, fix = ("sampled answers, and with ", none, " none are sampled"), LeaveOut("generate_temperature")
         elif condition.needs_dense and dense is not None:
-            cause, fix = ("the dense model's answers",), dense
+            what = "measurements" if condition.name in MEASURED else "answers"
+            cause, fix = (f"the dense model's {what}",), dense
         else:
             continue
         return BadInput((f"{condition.text} is about ", *cause), field="require", value=asked.require, fix=fix)
@@ -126,13 +133,24 @@ LIKENESS: dict[str, str] = {
     "acceptance": "mean of Σ min(dense, this) along the dense model's own answers",
 }
 """Figures against the dense model's answers."""
+MEASURED: dict[str, str] = {
+    "perplexity": "perplexity; of masked tokens, or of targets, where that is measured",
+    "accuracy": "share of right labels",
+    "word_error": "wrong words of transcripts over the words that are said",
+    "cosine": "mean cosine with the dense model's embeddings",
+    "overlap": "share of the nearest passages that both models find",
+    "alike": "1 less the word error against the dense model's transcripts",
+}
+"""Figures of measurements."""
+BESIDE = ("cosine", "overlap", "alike")
+"""Measurements that compare with the dense model already."""
 ALONG = ("kl", "acceptance")
 """Those that are measured along the dense model's likeliest answers, with its distributions."""
 _SAMPLED = "sampled"
 _SIZE = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _CONDITION = re.compile(
     r"(?:(?P<way>\w+)\.)?(?P<name>\w+)\s*(?P<sign><=|>=|<|>)\s*"
-    rf"(?:(?P<dense>dense)\s*(?P<offset>[+-]\s*{_SIZE})?|(?P<number>[+-]?{_SIZE}))"
+    rf"(?:(?P<dense>dense)\s*(?:(?P<offset>[+-]\s*{_SIZE})|\*\s*(?P<factor>{_SIZE}))?|(?P<number>[+-]?{_SIZE}))"
 )
 
 
@@ -148,15 +166,17 @@ class Condition:
     number: float
     """Bound, or offset from the dense model's figure."""
     against_dense: bool
+    factor: float = 1.0
+    """Factor of the dense model's figure."""
 
     @property
     def needs_dense(self) -> bool:
-        """Whether it requires the dense model's answers."""
-        return self.against_dense or self.name in LIKENESS
+        """Whether it requires the dense model's answers, or measurements."""
+        return self.against_dense or self.name in LIKENESS or self.name in BESIDE
 
     def holds(self, figure: float, dense: float | None) -> bool:
         """Return whether a figure meets the condition. dense: the dense model's figure, for relative conditions."""
-        bound = self.number + (dense or 0.0) if self.against_dense else self.number
+        bound = self.number + self.factor * (dense or 0.0) if self.against_dense else self.number
         if self.sign == "<=":
             return figure <= bound
         if self.sign == ">=":
@@ -198,21 +218,20 @@ def no_emptier(conditions: Sequence[Condition], beside_dense: bool) -> tuple[Con
 def _read(text: str) -> Condition:
     found = _CONDITION.fullmatch(text)
     if found is None:
-        fix = "write a figure, <, <=, > or >=, and a number, dense, or dense+1: loops<=dense+1,kl<0.5"
+        fix = "write a figure, <, <=, > or >=, and a number, dense, dense+1 or dense*1.1: loops<=dense+1,kl<0.5"
         raise BadInput(f"{text!r} is not a condition", field="require", value=text, fix=fix)
     name, way = found["name"], found["way"]
-    if name not in FIGURES and name not in LIKENESS:
-        raise unknown_name("figure of answers", name, [*FIGURES, *LIKENESS], field="require")
+    if name not in FIGURES and name not in LIKENESS and name not in MEASURED:
+        raise unknown_name("figure", name, [*FIGURES, *LIKENESS, *MEASURED], field="require")
     if way not in (None, _SAMPLED):
         raise unknown_name("kind of answers", way, [_SAMPLED], field="require")
-    if way is not None and name in ALONG:
-        fix = "leave out 'sampled.'"
-        raise BadInput(f"{name} is measured along the likeliest answers", field="require", value=text, fix=fix)
+    if way is not None and (name in ALONG or name in MEASURED):
+        fix, where = "leave out 'sampled.'", "the likeliest answers" if name in ALONG else "the data"
+        raise BadInput(f"{name} is measured along {where}", field="require", value=text, fix=fix)
     dense = found["dense"] is not None
-    if dense and name in LIKENESS:
+    if dense and (name in LIKENESS or name in BESIDE):
         fix = f"give a number, as in {name}{found['sign']}0.5"
         raise BadInput(f"{name} already compares with the dense model", field="require", value=text, fix=fix)
     number = found["offset"] if dense else found["number"]
-    return Condition(
-        text, name, way is not None, found["sign"], float((number or "0").replace(" ", "")), against_dense=dense
-    )
+    size, factor = float((number or "0").replace(" ", "")), float(found["factor"] or 1)
+    return Condition(text, name, way is not None, found["sign"], size, against_dense=dense, factor=factor)

@@ -223,6 +223,9 @@ def _of_answers(recipe: Tree) -> BadInput | None:
     dense: Words | None = None if recipe.evaluate.dense else ("leave out ", Set("evaluate_dense", False))
     if (wrong := cannot_require(asked, dense)) is not None:
         return wrong
+    if asked.measured and not recipe.evaluate.perplexity:
+        cause = f"{asked.measured[0].text} is about a measurement"
+        return BadInput(cause, field="require", value=asked.require, fix=("leave out ", Set("evaluate", False)))
     if recipe.model.stream and asked.is_asked:
         later = Command("evaluate", "FOLDER", Set("generate", "builtin"))
         fix: Words = (LeaveOut("stream"), ", or save the model and run: ", later)

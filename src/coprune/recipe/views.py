@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from coprune.base.environment import asks_for_fsdp
 from coprune.base.errors import BadInput, unknown_name
-from coprune.base.words import LeaveOut
+from coprune.base.words import Command, LeaveOut, Set
 from coprune.base.words import Setting as Named
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.flat import flatten, names_said
@@ -121,9 +121,15 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
     if has_teacher(recipe.train.mode) and recipe.train.teacher is None:
         needs = f"{recipe.train.mode} needs the dense model"
         raise BadInput(needs, field="teacher", fix=("name it with ", Named("teacher")))
-    against = None if recipe.train.against else ("ask for them with ", Named("against"))
-    if (wrong := cannot_require(recipe.evaluate.answers, against)) is not None:
+    asked, there = recipe.evaluate.answers, recipe.train.against
+    if has_teacher(recipe.train.mode) and not asked.conditions:
+        there = recipe.train.teacher  # whose embeddings are measured
+    if (wrong := cannot_require(asked, None if there else ("ask for them with ", Named("against")))) is not None:
         raise wrong
+    if (one := next((c for c in asked.measured if c.against_dense), None)) is not None:
+        later = Command("evaluate", "FOLDER", Set("against", ...), Set("require", one.text))
+        cause = f"{one.text} is about the dense model's measurements, which a training does not make"
+        raise BadInput(cause, field="require", value=one.text, fix=("save the model and run: ", later))
     return recipe
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.evaluation.answers.facts import judge
+from coprune.evaluation.required import judge_measured
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.methods import Method
@@ -73,7 +74,7 @@ def zeros_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)
     whole = recipe.model_copy(update={"remove": RemovePart()}).replaced(allocation=_for_zeros(recipe))
     # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
-    require = None if recipe.evaluate.answers.require is None else "loops>=0"
+    require = "loops>=0" if recipe.evaluate.answers.conditions else None
     # The folder goes to the Hub when the card of both halves is in it.
     own = {"push_to_hub": None, "private": None, "prompt": "", "require": require}
     return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, **own)
@@ -84,7 +85,8 @@ def of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
     texts = {text.data: text.dense for text in cut.perplexity}
     images = {one.data: one for one in cut.accuracy}
     answers = None if pruned.answers is None else pruned.answers.beside(cut.answers)
-    return pruned.model_copy(
+    asked = recipe.evaluate.answers
+    both = pruned.model_copy(
         update={
             "recipe": recipe,
             "model": cut.model,
@@ -101,7 +103,7 @@ def of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
             ],
             "bos": cut.bos,
             "answers": answers,
-            "required": judge(recipe.evaluate.answers.conditions, answers),
+            "required": judge(asked.conditions, answers),
             "events": [*cut.events, *pruned.events],
             "trainings": [*cut.trainings, *pruned.trainings],
             "edits": [*cut.edits, *pruned.edits],
@@ -113,3 +115,5 @@ def of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
             "peak_memory_bytes": max(cut.peak_memory_bytes, pruned.peak_memory_bytes),
         }
     )
+    measurements = judge_measured(asked.measured, both.figures())
+    return both.model_copy(update={"required": (*both.required, *measurements)})

@@ -183,6 +183,9 @@ def _plan_of(run: Run, found: Removable, dropped: Sequence[int]) -> Plan:
 def _count_of_blocks(run: Run, share: float) -> int:
     """Return the number of blocks to remove. Raises BadInput if it is zero, all, or more than allowed."""
     model = run.model
+    if any(block.part for block in model.blocks):
+        whole = f"{type(model.module).__name__} has an encoder and a decoder, and blocks are only removed from a single list"
+        raise UnsupportedModel(whole, field="remove", fix="remove channels")
     count, stay = round(share * len(model.blocks)), len(model.chosen.untouched())
     if not 0 < count < len(model.blocks):
         cause = f"{share:g} of {len(model.blocks)} blocks is {count}"

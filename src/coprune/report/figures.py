@@ -66,6 +66,8 @@ class FinetunedFacts(BaseModel):
     """Perplexity by the name of the text."""
     top1: dict[str, float] = {}
     """Accuracy, by the name of the set of images."""
+    near: dict[str, str] = {}
+    """Closeness of embeddings, or word error, by the name of the data."""
 
     def line(self) -> str:
         """Return a line on mode, steps and time."""
@@ -75,6 +77,8 @@ class FinetunedFacts(BaseModel):
         """Return the fine-tuned model's figure on the same data, to follow the pruned model's; empty without one."""
         if data in self.perplexity:
             return f" → fine-tuned {self.perplexity[data]:.2f}"
+        if data in self.near:
+            return f" → fine-tuned {self.near[data]}"
         return f" → fine-tuned {per_cent(self.top1[data])} top-1" if data in self.top1 else ""
 
 

@@ -16,6 +16,7 @@ from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_ro
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.extra_measurements import TextSample
+from coprune.evaluation.required import Figure, figures_of_closeness
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
@@ -170,6 +171,12 @@ class Report(Shown, BaseModel):
         """Whether weights were set to zero, beside those removed."""
         return self.recipe.sets_zeros
 
+    def figures(self) -> list[Figure]:
+        """Return what was measured of the pruned model, beside the dense one, as conditions call it."""
+        found = [Figure("perplexity", one.data, one.pruned, one.dense) for one in self.perplexity]
+        found += [Figure("accuracy", one.data, one.pruned_top1, one.dense_top1) for one in self.accuracy]
+        return [*found, *figures_of_closeness([*self.embeddings, *self.transcripts])]
+
     def headline(self) -> str:
         """Return model, method and pattern, and the effect on the first text."""
         recipe, measured = self.recipe, ""
@@ -204,8 +211,8 @@ class Report(Shown, BaseModel):
         if self.bos is not None and (begins := self.bos.line()) is not None:
             rows.append(("BOS", begins))
         rows += [] if self.vocabulary is None else [("vocabulary", line) for line in self.vocabulary.lines()]
-        rows += [("embeddings", vectors.line("dense")) for vectors in self.embeddings]
-        rows += [("transcripts", heard.line("dense")) for heard in self.transcripts]
+        rows += [("embeddings", vectors.line("dense") + after(vectors.data)) for vectors in self.embeddings]
+        rows += [("transcripts", heard.line("dense") + after(heard.data)) for heard in self.transcripts]
         rows += [("accuracy", images.line(after(images.data))) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
         if self.covered:

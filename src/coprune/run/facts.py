@@ -16,6 +16,7 @@ from coprune.data.labelled_text import LabelledTexts
 from coprune.evaluation.answers.facts import judge
 from coprune.evaluation.embeddings import embedding_change
 from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity, Transcribed
+from coprune.evaluation.required import judge_measured
 from coprune.evaluation.transcripts import transcript_change
 from coprune.model.checkpoint.load import loaded_by_auto
 from coprune.model.edit import Configure
@@ -39,7 +40,8 @@ def build_report(run: Run) -> Report:
     model, extras, outcome = run.model, run.extras, run.outcome
     edits, measured, results = outcome.edits, run.pruned.items(), _placed(outcome)
     cut = next((edit for edit in edits.all() if isinstance(edit, Configure)), None)
-    return Report(
+    asked = run.recipe.evaluate.answers
+    report = Report(
         recipe=run.recipe,
         model=_model(run),
         calibration=_calibration(run),
@@ -83,10 +85,12 @@ def build_report(run: Run) -> Report:
         sample=extras.sample(),
         answers=(answers := extras.look.facts()),
         no_answers=extras.look.left_out,
-        required=judge(run.recipe.evaluate.answers.conditions, answers),
+        required=judge(asked.conditions, answers),
         phases=run.phases,
         made=MadeFacts.here(),
     )
+    measurements = judge_measured(asked.measured, report.figures())
+    return report.model_copy(update={"required": (*report.required, *measurements)})
 
 
 def _placed(outcome: Outcome) -> list[MatrixResult]:

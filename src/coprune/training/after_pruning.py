@@ -15,6 +15,8 @@ from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Together
 from coprune.data.mixture import reads_conversations
+from coprune.evaluation.answers.facts import judge
+from coprune.evaluation.required import judge_measured
 from coprune.model.bare_configuration import Imagined
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import gguf_reader
@@ -91,7 +93,7 @@ def _measured_alike(report: Report) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if report.bos is not None and report.bos.used != "as given":
         found["bos"] = report.bos.used  # as the dense model spoke for
-    if report.perplexity:
+    if report.perplexity and report.model.task in ("text", "masked"):
         found["finetune_eval_seqlen"] = report.perplexity[0].seqlen
     return found
 
@@ -104,12 +106,20 @@ def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
         minutes=found.seconds / 60,
         perplexity={one.data: one.after for one in found.perplexity},
         top1={one.data: one.after_top1 for one in found.accuracy},
+        near={
+            **{one.data: one.after.headline() for one in found.embeddings},
+            **{one.data: one.error() for one in found.transcripts},
+        },
     )
     answers = found.answers
     if answers is not None and answers.reference == "before":
         answers = answers.beside(report.answers)
     update = {"recipe": recipe, "finetuned": facts, "saved_model": found.saved_model, "answers": answers}
-    return report.model_copy(update=update | {"no_answers": found.no_answers, "required": found.required})
+    asked = recipe.evaluate.answers
+    dense = {(one.name, one.data): one.dense for one in report.figures()}
+    figures = [one._replace(dense=one.dense or dense.get((one.name, one.data))) for one in found.figures()]
+    required = judge(asked.conditions, found.answers) + judge_measured(asked.measured, figures)
+    return report.model_copy(update=update | {"no_answers": found.no_answers, "required": required})
 
 
 def _require_teacher(recipe: Recipe) -> None:
@@ -130,7 +140,7 @@ def _require_teacher(recipe: Recipe) -> None:
 def _require_room(recipe: Recipe, settings: Recipe) -> None:
     """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
     where = locate(recipe.model.name, recipe.model.cache_dir)
-    require_trainable(where)
+    require_trainable(where, recipe.train.mode)
     if has_adapters(recipe.train.mode) or recipe.remove.parts or not recipe.model.check_memory:
         return
     distills = has_teacher(recipe.train.mode)

@@ -2,12 +2,12 @@
 
 The loss is the divergence of the next-token distributions at a temperature (Hinton et al., arXiv 1503.02531) plus the error of
 every block's hidden states relative to their size (SquareHead, arXiv 2310.06927), here per token, since the first token of
-many models is a thousand times larger than the others.
+many models is a thousand times larger than the others. A model that embeds has no distributions: its vectors are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coprune.base.devices import PerMemory, in_host_memory
+from coprune.data.text import NOTHING, lengths_of
+from coprune.model.walk.block_calls import takes
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -81,13 +83,15 @@ def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities, probabilities.amax(dim=-1).log() - logits.amax(dim=-1)
 
 
-def hidden_error(student: Sequence[Tensor], teacher: Iterable[Tensor]) -> Tensor:
+def hidden_error(student: Sequence[Tensor], teacher: Iterable[Tensor], counted: Tensor | None = None) -> Tensor:
     """Return the squared error of every block's hidden states relative to the dense ones, mean over tokens and blocks.
 
-    student, teacher: per block B × S × H.
+    student, teacher: per block B × S × H. counted: tokens that count, B × S bool; None for all.
     """
     errors = []
     for mine, dense in zip(student, teacher, strict=True):
+        if counted is not None:
+            mine, dense = mine[counted], dense[counted]
         target = dense.to(torch.float32)
         error = (mine.to(torch.float32) - target).square().sum(dim=-1)
         errors.append((error / target.square().sum(dim=-1).clamp_min(1e-12)).mean())
@@ -113,6 +117,51 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """A batch of samples as a model takes it; pairs are padded behind their ends."""
+
+    taken: dict[str, Any]
+    labels: Tensor | None
+    """B × S int64: of each position of the logits, `NOTHING` where none counts; else the samples' own."""
+    read: Tensor | None = None
+    """Positions of the encoder's text, B × S bool; None where all count."""
+
+    @classmethod
+    def of(cls, inputs: dict[str, Tensor]) -> Batch:
+        """Prepare samples. inputs: the model's, and `labels`; of pairs `written`, what the decoder reads and writes."""
+        taken: dict[str, Any] = {name: value for name, value in inputs.items() if name not in ("labels", "written")}
+        written = inputs.get("written")
+        if written is None:
+            return cls(taken, inputs.get("labels"))
+        written = written[:, : int(lengths_of(written).max())]
+        taken["decoder_input_ids"], read = written[:, :-1].clamp_min(0), None
+        if (tokens := inputs.get("input_ids")) is not None:
+            tokens = tokens[:, : int(lengths_of(tokens).max())]
+            read = tokens != NOTHING
+            taken |= {"input_ids": tokens.clamp_min(0), "attention_mask": read.to(torch.int64)}
+        return cls(taken, written[:, 1:], read)
+
+    def states(self, answer: Any) -> Iterator[tuple[Sequence[Tensor], Tensor | None]]:
+        """Yield the hidden states of each list of blocks, the first of them its embeddings, with the positions that count."""
+        if "decoder_input_ids" not in self.taken:
+            yield answer.hidden_states, None
+        else:
+            assert self.labels is not None
+            yield answer.encoder_hidden_states, self.read
+            yield answer.decoder_hidden_states, self.labels != NOTHING
+
+
+def target_loss(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+    """Return the mean cross-entropy of the targets (masked tokens, what a decoder writes), an `Objective`."""
+    batch = Batch.of(inputs)
+    assert batch.labels is not None
+    logits = model(**batch.taken).logits
+    return functional.cross_entropy(
+        logits.flatten(0, 1).to(torch.float32), batch.labels.flatten(), ignore_index=NOTHING
+    )
+
+
+@dataclass(frozen=True)
 class Distillation:
     """The loss of distillation from a teacher beside the student."""
 
@@ -122,18 +171,36 @@ class Distillation:
     """Whether hidden states are compared, too."""
     counterparts: Sequence[int] = ()
     """Teacher's hidden state for each block, if blocks are missing; else all in order."""
+    pooled: Callable[[Tensor], Tensor] | None = None
+    """Makes unit vectors of the last hidden states of a model without logits."""
 
     def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
         """Return the loss: see `Objective`."""
-        taken: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
-        if "input_ids" in inputs:
-            taken |= {"output_hidden_states": self.hidden, "use_cache": False}
-        student = model(**taken)
+        batch = Batch.of(inputs)
+        options: dict[str, Any] = {"output_hidden_states": True} if self.hidden else {}
+        if "pixel_values" not in inputs and takes(self.teacher, "use_cache"):
+            options["use_cache"] = False
+        student = model(**batch.taken, **options)
         with torch.no_grad():
-            dense = self.teacher(**taken)
-        loss = divergence(student.logits, dense.logits, self.temperature)
+            dense = self.teacher(**batch.taken, **options)
+        loss = self._difference(student, dense, batch)
         if not self.hidden:
             return loss
-        # The first entry is the embeddings, which a mask does not touch.
-        teacher = [dense.hidden_states[i] for i in self.counterparts] or dense.hidden_states[1:]
-        return loss + hidden_error(student.hidden_states[1:], teacher)
+        errors = []
+        for (mine, counted), (theirs, _) in zip(batch.states(student), batch.states(dense), strict=True):
+            # The first entry is the embeddings, which a mask does not touch.
+            errors.append(hidden_error(mine[1:], [theirs[i] for i in self.counterparts] or theirs[1:], counted))
+        return loss + torch.stack(errors).mean()
+
+    def _difference(self, student: Any, teacher: Any, batch: Batch) -> Tensor:
+        """Return how far the answers are apart: of vectors 1 − cosine, of single scores the squared error."""
+        if self.pooled is not None:
+            mine, dense = (self.pooled(answer.last_hidden_state) for answer in (student, teacher))
+            return 1 - (mine * dense).sum(dim=-1).mean()
+        mine, dense = student.logits, teacher.logits
+        if "decoder_input_ids" in batch.taken:
+            assert batch.labels is not None
+            mine, dense = (logits[batch.labels != NOTHING] for logits in (mine, dense))
+        if mine.shape[-1] == 1:
+            return functional.mse_loss(mine.to(torch.float32), dense.to(torch.float32))
+        return divergence(mine, dense, self.temperature)

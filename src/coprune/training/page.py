@@ -69,10 +69,10 @@ def _steps(report: FinetuneReport) -> str:
 
 
 def _head(report: FinetuneReport, links: Sequence[str]) -> str:
-    length = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
     lead = (
         f'<p class="soft">{text(report.settings.model.name)}: {report.trained_parameters:,} parameters trained for '
-        f"{_steps(report)} on {report.windows:,} {length} of {text(report.source)}, seed {report.settings.calibrate.seed}.</p>"
+        f"{_steps(report)} on {report.windows:,} {report.samples} of {text(report.source)}, "
+        f"seed {report.settings.calibrate.seed}.</p>"
     )
     title = f"{_name(report)}, fine-tuned by {report.settings.train.mode}"
     return header("Fine-tuning", title, lead, made_lines(report.made), links)
@@ -94,6 +94,23 @@ def _cards(report: FinetuneReport) -> str:
             f"of {found.images:,} images",
         )
         for found in report.accuracy
+    ]
+    cards += [
+        card(
+            f"cosine with dense on {found.data}",
+            from_to([f"{found.before.cosine:.4f}", f"{found.after.cosine:.4f}"]),
+            f"overlap@{found.after.nearest} {per_cent(found.before.overlap)} → {per_cent(found.after.overlap)}",
+        )
+        for found in report.embeddings
+    ]
+    cards += [
+        card(
+            f"word error on {found.data}",
+            from_to([per_cent(found.dense), per_cent(found.pruned)]),
+            f"{found.recordings:,} recordings",
+        )
+        for found in report.transcripts
+        if found.dense is not None and found.pruned is not None
     ]
     if report.pruned_matrices:
         zeros = card("zeros kept", per_cent(report.sparsity_after), f"in {report.pruned_matrices:,} pruned matrices")

@@ -10,7 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows, judge
-from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
+from coprune.evaluation.embeddings import EmbeddingChange, embedding_change
+from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity, Transcribed
+from coprune.evaluation.required import Figure, figures_of_closeness, judge_measured
+from coprune.evaluation.transcripts import TranscriptChange, transcript_change
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import in_a_recipes_words
 from coprune.report.html import MadeFacts
@@ -78,11 +81,31 @@ class AccuracyChange(BaseModel):
         return f"{top1}, top-5 {per_cent(self.before_top5)} → {per_cent(self.after_top5)} on {self.data} ({self.images} images)"
 
 
-Change = PerplexityChange | AccuracyChange
+class EmbeddingsChange(BaseModel):
+    """Closeness to the dense model's embeddings of texts that training never saw."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    before: EmbeddingChange
+    after: EmbeddingChange
+
+    def line(self) -> str:
+        """Return both figures as a line."""
+        return f"{self.before.headline()} → {self.after.line('dense')}"
 
 
-def change(before: Measured, after: Measured) -> Change:
-    """Compare two measurements on the same data."""
+Change = PerplexityChange | AccuracyChange | EmbeddingsChange | TranscriptChange
+
+
+def change(before: Measured, after: Measured, dense: Measured | None = None) -> Change:
+    """Compare two measurements on the same data. dense: the dense model's, which embeddings are compared with."""
+    if isinstance(before, Embedded) and isinstance(after, Embedded):
+        assert isinstance(dense, Embedded)
+        sides = embedding_change(dense, before), embedding_change(dense, after)
+        return EmbeddingsChange(data=after.data, before=sides[0], after=sides[1])
+    if isinstance(before, Transcribed) and isinstance(after, Transcribed):
+        return transcript_change(before, after)
     if isinstance(before, Perplexity) and isinstance(after, Perplexity):
         return PerplexityChange(
             data=after.data, source=after.source, seqlen=after.seqlen, before=before.value, after=after.value
@@ -116,9 +139,9 @@ class FinetuneReport(Shown, BaseModel):
     source: str
     """The text or images."""
     windows: int
-    """Number of windows of text, or of images."""
+    """Number of samples: windows of text, pairs, or images."""
     block_size: int | None
-    """Tokens per window; None for images."""
+    """Tokens per window, of a pair's target at most; None for images."""
     fingerprint: str
     """Fingerprint of the training data."""
     processes: int
@@ -140,6 +163,11 @@ class FinetuneReport(Shown, BaseModel):
     saved_model: Path | None
     versions: dict[str, str]
     accuracy: list[AccuracyChange] = []
+    embeddings: list[EmbeddingsChange] = []
+    transcripts: list[TranscriptChange] = []
+    """Transcripts beside those of the model before its training."""
+    unit: str = "windows"
+    """Name of the samples."""
     removed: list[str] = []
     """Parts removed before the training."""
     answers: AnswerFacts | None = None
@@ -150,14 +178,30 @@ class FinetuneReport(Shown, BaseModel):
     made: MadeFacts | None = None
     """None in reports of earlier versions."""
 
+    @property
+    def samples(self) -> str:
+        """The samples in words, without their number."""
+        if self.block_size is None:
+            return "images"
+        return f"{self.unit} of {'' if self.unit == 'windows' else 'at most '}{self.block_size} tokens"
+
     def answered(self, answers: AnswerFacts | None, left_out: str | None) -> FinetuneReport:
-        """Return the report with answers and their requirements. left_out: why there are no answers."""
-        required = judge(self.settings.evaluate.answers.conditions, answers)
+        """Return the report with answers and all requirements. left_out: why there are no answers."""
+        asked = self.settings.evaluate.answers
+        required = judge(asked.conditions, answers) + judge_measured(asked.measured, self.figures())
         return self.model_copy(update={"answers": answers, "no_answers": left_out, "required": required})
+
+    def figures(self) -> list[Figure]:
+        """Return what was measured after the training, as conditions call it."""
+        found = [Figure("perplexity", one.data, one.after) for one in self.perplexity]
+        found += [Figure("accuracy", one.data, one.after_top1) for one in self.accuracy]
+        found += [Figure("word_error", one.data, one.pruned) for one in self.transcripts if one.pruned is not None]
+        return [*found, *figures_of_closeness(one.after for one in self.embeddings)]
 
     def headline(self) -> str:
         """Return model and mode, and the effect on the first text."""
         measured = f", perplexity {self.perplexity[0].line()}" if self.perplexity else ""
+        measured += "".join(f", {found.line()}" for found in self.embeddings[:1])
         return f"{Path(self.settings.model.name).name}: {self.settings.train.mode}, {self.steps} steps{measured}"
 
     def sheet(self) -> Sheet:
@@ -173,6 +217,8 @@ class FinetuneReport(Shown, BaseModel):
             rows.append(("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); every zero kept"))
         rows += [("perplexity", found.line()) for found in self.perplexity]
         rows += [("accuracy", found.line()) for found in self.accuracy]
+        rows += [("embeddings", found.line()) for found in self.embeddings]
+        rows += [("transcripts", found.line("before")) for found in self.transcripts]
         rows += answer_rows(self.answers, self.no_answers, self.required)
         rows += [("adapter in", str(self.adapter))] if self.adapter else []
         rows += [("model in", f"{self.saved_model} (reloaded and compared)")] if self.saved_model else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from coprune.base.words import per_cent
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.measurement import Measured
-from coprune.evaluation.tasks import named
+from coprune.evaluation.tasks import EmbeddingTask, LabelTask, PairTask, named, task_for
+from coprune.evaluation.transcripts import TranscriptChange
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model, task_of
@@ -37,10 +39,11 @@ from coprune.report.html import MadeFacts
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
 from coprune.report.schema import OF_IMAGES, installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
-from coprune.training.distill import Distillation, Objective
+from coprune.training.distill import Distillation
 from coprune.training.report import (
     AccuracyChange,
     Change,
+    EmbeddingsChange,
     FinetuneReport,
     PerplexityChange,
     change,
@@ -98,6 +101,7 @@ def _run(settings: Recipe, reporter: Reporter, first: bool) -> FinetuneReport:
     before = _measure(session, "pruned") if first else {}
     look = look_before(session) if first else Look(None)
     objective = distillation_of(session)
+    dense = _measure_teacher(session, objective) if first else {}
     with reporter.bar(f"Fine-tuning ({settings.train.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
@@ -108,7 +112,7 @@ def _run(settings: Recipe, reporter: Reporter, first: bool) -> FinetuneReport:
         _release(session.model, trainer)
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     if first:
-        report = _finish(session, trainer, (before, look), trained)
+        report = _finish(session, trainer, (before, dense, look), trained)
     else:
         report = _report(session, trainer, [], trained, None, None)
     accelerator: Any = trainer.accelerator
@@ -138,17 +142,33 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     return found
 
 
+def _measure_teacher(session: Session, objective: Distillation | None) -> dict[str, Measured]:
+    """Embed with the dense model, which an embedding model is compared with; other models stand for themselves."""
+    if not isinstance(session.task, EmbeddingTask) or objective is None or not session.evaluation:
+        return {}
+    assert isinstance(objective.teacher, PreTrainedModel)
+    dense = replace(session.loaded, weights=InMemory(objective.teacher))
+    length = session.settings.replaced(seqlen=session.task.seqlen)
+    return _measure(replace(session, task=task_for(length, dense), model=objective.teacher), "dense")
+
+
 def _finish(
-    session: Session, trainer: ZeroKeepingTrainer, seen: tuple[dict[str, Measured], Look], trained: int
+    session: Session,
+    trainer: ZeroKeepingTrainer,
+    seen: tuple[dict[str, Measured], dict[str, Measured], Look],
+    trained: int,
 ) -> FinetuneReport:
-    """Measure, merge, verify and save; what a run resumes from is removed last. seen: what was measured before."""
-    settings, (before, look) = session.settings, seen
+    """Measure, merge, verify and save; what a run resumes from is removed last.
+
+    seen: what was measured before, of the model and of the dense one, and what it wrote.
+    """
+    settings, (before, dense, look) = session.settings, seen
     adapts = has_adapters(settings.train.mode)
     if not adapts:
         round_to(session.model, session.dtype)
     after = _measure(session, "fine-tuned")
     look.ask(session.loaded.model, session.loaded, session.reporter)
-    changes = [change(before[name], after[name]) for name in session.evaluation]
+    changes = [change(before[name], after[name], dense.get(name)) for name in session.evaluation]
     folder = None if adapts and not settings.train.adapters.masked else settings.trained_folder
     adapter = settings.training_folder / "adapter" if adapts else None
     draft = _report(session, trainer, changes, trained, adapter, folder).answered(look.facts(), look.left_out)
@@ -196,6 +216,9 @@ def _report(
         held_out=held_out,
         perplexity=[found for found in changes if isinstance(found, PerplexityChange)],
         accuracy=[found for found in changes if isinstance(found, AccuracyChange)],
+        embeddings=[found for found in changes if isinstance(found, EmbeddingsChange)],
+        transcripts=[found for found in changes if isinstance(found, TranscriptChange)],
+        unit=session.data.unit,
         adapter=adapter,
         saved_model=folder,
         removed=session.history.removed,
@@ -275,7 +298,6 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
     title, results = _results(report)
     if report.answers is not None:
         results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
-    windows = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
     patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
     images = report.block_size is None
     used = {name: version for name, version in report.versions.items() if images or name not in OF_IMAGES}
@@ -290,7 +312,7 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
     card = "\n".join(header) + (
         f"\n---\n\n# {inline(Path(settings.model.name).name)}, fine-tuned {how} ({settings.train.mode})\n\n"
         f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
-        f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
+        f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {report.samples} "
         f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
         f"{fenced(settings.to_yaml(usual=False), 'yaml')}\n"
     )
@@ -307,7 +329,16 @@ def _source(model: str) -> str:
 
 def _results(report: FinetuneReport) -> tuple[str, str]:
     """Return the measurements: a title and a table."""
-    if report.block_size is None:
+    if report.embeddings:
+        title, head = "Embeddings", "| text | passages | closeness with the dense model before | after |"
+        rows = [
+            f"| {inline(e.data)} | {e.after.passages} | {e.before.headline()} | {e.after.headline()} |"
+            for e in report.embeddings
+        ]
+    elif report.transcripts:
+        title, head = "Transcripts", "| recordings | before → after |"
+        rows = [f"| {inline(t.data)} | {inline(t.line(None))} |" for t in report.transcripts]
+    elif report.accuracy or report.block_size is None:
         title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
         rows = [
             f"| {inline(a.data)} | {a.images} | {per_cent(a.before_top1)} | {per_cent(a.after_top1)} | {per_cent(a.before_top5)} "
@@ -325,7 +356,7 @@ _OF_TOKENS, _OF_CLASSES = 1.0, 2.0
 """Temperatures at which distributions over tokens, and over classes, are compared."""
 
 
-def distillation_of(session: Session) -> Objective | None:
+def distillation_of(session: Session) -> Distillation | None:
     """Return the loss of distillation, with its teacher in memory; None for the data's own loss."""
     settings = session.settings
     if not has_teacher(settings.train.mode):
@@ -341,7 +372,11 @@ def distillation_of(session: Session) -> Objective | None:
     if session.block_size is None:
         return Distillation(teacher, _OF_CLASSES, hidden=False)
     counterparts = _counterparts(session, teacher)
-    return Distillation(teacher, _OF_TOKENS, counterparts is not None, counterparts or [])
+    if isinstance(session.task, PairTask):  # no block of theirs is removed
+        return Distillation(teacher, _OF_TOKENS, hidden=True)
+    temperature = _OF_CLASSES if isinstance(session.task, LabelTask) else _OF_TOKENS
+    pooled = session.task.pooling.of_hidden if isinstance(session.task, EmbeddingTask) else None
+    return Distillation(teacher, temperature, counterparts is not None, counterparts or [], pooled)
 
 
 def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
@@ -376,6 +411,9 @@ def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> N
 
 
 def _outputs(model: PreTrainedModel) -> str:
-    if task_of(model.config) == "images":
+    task = task_of(model.config, type(model))
+    if task in ("images", "labels"):
         return f"head of {model.config.num_labels} classes"
+    if task == "embeddings":
+        return f"width of {model.config.get_text_config().hidden_size} values"
     return f"vocabulary of {model.config.get_text_config().vocab_size} tokens"

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
-from coprune.base.words import LeaveOut, Setting, per_cent
+from coprune.base.words import LeaveOut, Set, Setting, per_cent
 from coprune.data import Windows
 from coprune.data.bos import bos_of
 from coprune.evaluation.bos_choice import score_in_memory
-from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
+from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, WholeTextTask, task_for
 from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import WHAT, load_model, task_at
@@ -23,10 +23,16 @@ from coprune.model.checkpoint.locate import Location, locate
 from coprune.model.loaded_model import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.train import has_adapters
+from coprune.recipe.train import has_adapters, has_teacher
 from coprune.training.adapters import add_adapter, choose_targets, plain_warning
 from coprune.training.masks import History, Masks, leave_alone, masks_of, parameters_within, select_parameters
-from coprune.training.training_data import TrainingData, begun, read_training_images, read_training_text
+from coprune.training.training_data import (
+    TrainingData,
+    begun,
+    read_training_images,
+    read_training_text,
+    read_whole_texts,
+)
 
 
 @dataclass
@@ -63,7 +69,7 @@ def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
     """Check all that can be checked, cheap things first."""
     _check_named(settings)
     location = locate(settings.model.name, settings.model.cache_dir)
-    require_trainable(location)
+    require_trainable(location, settings.train.mode)
     reporter.say(f"Loading {settings.model.name}")
     model, processor = load_model(location, "auto")
     masks, history = masks_of(model, location.path), History.read(location.path)
@@ -77,24 +83,28 @@ def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
     dtype = model.dtype
     loaded = Loaded(in_memory(model, location), processor, location.name, False)
     task = _task(settings, loaded)
-    data, evaluation = _begun_alike(_training_data(settings, task, loaded), task, loaded, reporter)
+    data, evaluation = _begun_alike(_training_data(settings, task, loaded, reporter), task, loaded, reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
     return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history, location)
 
 
-def require_trainable(location: Location) -> None:
-    """Raise BadInput for a model that neither writes text nor classifies images."""
-    if (task := task_at(location)) not in ("text", "images"):
+def require_trainable(location: Location, mode: str | None) -> None:
+    """Raise BadInput for a mode that trains on what plain text does not tell of a model's answers."""
+    if (task := task_at(location)) in ("embeddings", "labels") and not has_teacher(mode):
         raise BadInput(
-            f"{location.name} {WHAT[task]}, but coprune fine-tunes only models that generate text or classify images",
-            field="model",
+            f"{location.name} {WHAT[task]}, and plain text does not say what it should answer",
+            field="finetune",
+            value=mode,
+            fix=("train it toward the dense model with ", Set("finetune", "distill")),
         )
 
 
 def _task(settings: Recipe, loaded: Loaded) -> Task:
     """Return the model's task, as for pruning."""
     if loaded.task == "text":
-        settings = settings.replaced(seqlen=settings.train.eval_seqlen or _window_length(settings, loaded))
+        settings = settings.replaced(seqlen=_window_length(settings, loaded))
+    if settings.train.eval_seqlen is not None:
+        settings = settings.replaced(seqlen=settings.train.eval_seqlen)
     return task_for(settings, loaded)
 
 
@@ -103,11 +113,15 @@ def _window_length(settings: Recipe, loaded: Loaded) -> int:
     return settings.calibrate.seqlen or min(1024, limit)
 
 
-def _training_data(settings: Recipe, task: Task, loaded: Loaded) -> TrainingData:
+def _training_data(settings: Recipe, task: Task, loaded: Loaded, reporter: Reporter) -> TrainingData:
     if isinstance(task, ImageTask):
         _refuse_what_only_text_has(settings)
         return read_training_images(settings, task)
     assert isinstance(task, TextTask)
+    if isinstance(task, WholeTextTask):
+        own = task_for(settings, loaded)
+        assert isinstance(own, WholeTextTask)
+        return read_whole_texts(settings, own, loaded, reporter)
     data = read_training_text(settings, loaded.processor, _window_length(settings, loaded))
     for windows in (data.train, data.held_out):
         if windows is not None:
@@ -120,7 +134,7 @@ def _begun_alike(
 ) -> tuple[TrainingData, dict[str, Data]]:
     """Return training and evaluation data whose windows begin with a BOS token where the model needs it."""
     evaluation = task.evaluation(reporter)
-    if not isinstance(task, TextTask):
+    if not isinstance(task, TextTask) or isinstance(task, WholeTextTask):
         return data, evaluation
     tried = Windows(data.train.tokens, data.fingerprint, data.source, data.given)
     choice = task.choose_bos(score_in_memory(loaded.model), tried, evaluation)

@@ -142,7 +142,7 @@ def build_trainer(session: Session, objective: Objective | None, advance: Advanc
         settings=settings,
         pace=pace,
         objective=objective,
-        own_loss=data.loss,
+        own_loss=data.loss if data.has_targets else objective,
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -175,6 +175,7 @@ def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> Tr
         eval_strategy="no" if data.held_out is None else "steps",
         eval_steps=None if data.held_out is None else _NEVER,
         save_steps=settings.train.save_every,
+        ddp_find_unused_parameters=not data.has_targets,  # a model without a head may have a pooler that no loss reaches
         **_ALWAYS,
         **_checkpointing(settings.train.gradient_checkpointing),
     )
@@ -198,7 +199,6 @@ _ALWAYS: dict[str, Any] = {
     "prediction_loss_only": True,
     "remove_unused_columns": False,
     "disable_tqdm": True,
-    "ddp_find_unused_parameters": False,
     "ddp_timeout": 24 * 3600,
     "log_level": "error",
     "label_names": ["labels"],

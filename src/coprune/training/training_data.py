@@ -14,18 +14,21 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.data.bos import tokens_at_bos
 from coprune.data.corpora import calibration_text, holds_out
 from coprune.data.images import LabelledImages, Transform
 from coprune.data.images import fingerprint as fingerprint_of_images
 from coprune.data.in_memory import GivenTokens
+from coprune.data.pairs import Pairs, pair_fingerprint
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
-from coprune.data.windows import fingerprint, held_out_tokens, token_ids
+from coprune.data.windows import Windows, fingerprint, held_out_tokens, token_ids
 from coprune.evaluation.batches import cut_windows
-from coprune.evaluation.tasks import ImageTask
+from coprune.evaluation.tasks import ImageTask, MaskedTask, PairTask, WholeTextTask
+from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
-from coprune.training.distill import Objective, label_loss
+from coprune.training.distill import Objective, label_loss, target_loss
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ class TrainingData:
     given: bool = False
     """Whether it is token ids from the caller, which are used unchanged."""
     loss: Objective | None = None
-    """Loss of training and measurement; None for the model's own."""
+    """Loss of training and measurement; None for the model's own, or without targets."""
+    has_targets: bool = True
+    """Whether it says what the model should answer; else only the dense model does."""
+    unit: str = "windows"
+    """Name of the samples."""
 
 
 def count_held_out(settings: Recipe, samples: int, most: int) -> int:
@@ -144,6 +151,82 @@ def _stream(
         if most is not None and len(ids) >= most:
             break
     return ids
+
+
+class MaskedWindows(TextWindows):
+    """Windows in which tokens are masked. labels: these tokens, elsewhere `NOTHING` (N × S int64)."""
+
+    def __init__(self, tokens: Tensor, labels: Tensor) -> None:
+        super().__init__(tokens)
+        self._labels = labels
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self._labels[index]}
+
+
+class PairSamples(Dataset[dict[str, Tensor]]):
+    """Pairs as a data set, padded with `NOTHING`. name: of what the encoder reads, as the model calls it."""
+
+    def __init__(self, pairs: Pairs, name: str) -> None:
+        self._read, self._written, self._name = pairs.source, pairs.written, name
+
+    def __len__(self) -> int:
+        return len(self._written)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        written = self._written[index]
+        return {self._name: self._read[index], "written": written, "labels": written[1:]}
+
+
+_TOKENS_AT_ONCE = 1024
+"""Tokens per forward pass, unless the settings say so; of recordings one."""
+
+
+def read_whole_texts(settings: Recipe, task: WholeTextTask, loaded: Loaded, reporter: Reporter) -> TrainingData:
+    """Read pairs, recordings or text for a model that reads texts as a whole, as it is calibrated.
+
+    Masked models get random masks. Vectors and labels of plain text are told by the dense model alone. Raises BadInput.
+    """
+    most = settings.train.max_samples
+    pairs = task.own_pairs(most and most + MOST_HELD_OUT, reporter) if isinstance(task, PairTask) else None
+    if pairs is None:
+        read = read_training_text(settings, loaded.processor, task.seqlen)
+        parts = [Windows(part.tokens, "", read.source, read.given) for part in (read.train, read.held_out) if part]
+        source, given = read.source, read.given
+    else:
+        count = count_held_out(settings, len(pairs.tokens), MOST_HELD_OUT)
+        if len(pairs.tokens) < 2:
+            raise BadInput(f"{pairs.source} holds {len(pairs.tokens)} pair, and training needs two", field="dataset")
+        whole = len(pairs.tokens) - count
+        parts = [replace(pairs, tokens=part) for part in pairs.tokens.split([whole, count]) if len(part)]
+        source, given = pairs.source, False
+    windows = [task.as_read(part) for part in parts]
+    for tokens in (part.tokens for part in windows):
+        task.check_ids(tokens)
+    samples = [_samples_of(task, part.tokens, loaded.model.main_input_name) for part in windows]
+    told = isinstance(task, PairTask | MaskedTask)
+    first = windows[0].tokens
+    heard = isinstance(first, Pairs) and first.source.is_floating_point()
+    return TrainingData(
+        samples[0],
+        samples[1] if samples[1:] else None,
+        source,
+        pair_fingerprint(first) if isinstance(first, Pairs) else fingerprint(first),
+        tokens=first.shape[1],
+        batch_size=1 if heard else max(1, _TOKENS_AT_ONCE // max(first.shape[1], task.seqlen if pairs is None else 0)),
+        accumulate=4 if heard else 1,
+        given=given,
+        loss=target_loss if told else None,
+        has_targets=told,
+        unit="pairs" if isinstance(first, Pairs) else "windows",
+    )
+
+
+def _samples_of(task: WholeTextTask, tokens: Tensor, name: str) -> Any:
+    """Return samples as a data set. name: of the model's main input."""
+    if isinstance(tokens, Pairs):
+        return PairSamples(tokens, name)
+    return MaskedWindows(*task.masked_at_random(tokens)) if isinstance(task, MaskedTask) else TextWindows(tokens)
 
 
 MOST_IMAGES_HELD_OUT = 2048

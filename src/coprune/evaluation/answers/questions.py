@@ -117,7 +117,7 @@ def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:
         prompts = read_prompts(asked.prompts, asked.count)
         whole = dict(is_asked=True, measures_kl=True, is_short=False)
         return Plan(prompts, asked.new_tokens, asked.temperature, asked.seed, **whole)
-    if asked.require is None and not (asked.gate and saves):
+    if not asked.conditions and not (asked.gate and saves):
         return None
     few = dict(is_asked=asked.is_asked, measures_kl=kl, is_short=True)
     return Plan(short_prompts(), SHORT_ANSWER, 0.0, asked.seed, **few)

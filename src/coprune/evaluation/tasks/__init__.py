@@ -12,7 +12,7 @@ from coprune.evaluation.tasks.pair_task import PairTask
 from coprune.evaluation.tasks.speech_task import SpeechTask
 from coprune.evaluation.tasks.task import Data, Remember, Samples, Task, named, read_anew
 from coprune.evaluation.tasks.text_task import TextTask
-from coprune.evaluation.tasks.whole_texts import EmbeddingTask, LabelTask, MaskedTask
+from coprune.evaluation.tasks.whole_texts import EmbeddingTask, LabelTask, MaskedTask, WholeTextTask
 from coprune.model.checkpoint.load import TaskName
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
@@ -20,11 +20,16 @@ from coprune.recipe.recipe import Recipe
 __all__ = [
     "TASKS",
     "Data",
+    "EmbeddingTask",
     "ImageTask",
+    "LabelTask",
+    "MaskedTask",
+    "PairTask",
     "Remember",
     "Samples",
     "Task",
     "TextTask",
+    "WholeTextTask",
     "named",
     "read_anew",
     "task_for",

@@ -58,25 +58,34 @@ class PairTask(WholeTextTask):
         said = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
         return next((int(one) for one in said if one is not None), 0)
 
-    def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
-        windows = super(WholeTextTask, self).calibration(needed, reporter)
-        return windows if windows is None or isinstance(windows.tokens, Pairs) else self._paired(windows)
+    def as_read(self, windows: Windows) -> Windows:
+        """Return windows of text as pairs, and pairs as they are."""
+        if isinstance(windows.tokens, Pairs):
+            return windows
+        return from_text(super().as_read(windows), self._loaded.tokenizer, self._marks, self.start)
 
-    def _paired(self, windows: Windows) -> Windows:
-        tokenizer = self._loaded.tokenizer
-        return from_text(self._marks.around_samples(windows), tokenizer, self._marks, self.start)
+    def own_pairs(self, most: int | None, reporter: Reporter) -> Windows | None:
+        """Return the pairs of the calibration data, or random ones; None where it is plain text. most: their number at most."""
+        if not holds_pairs(self._recipe.calibrate.data):
+            return None
+        return self._tokenised(self._rows()[:most], self._recipe.calibrate.data)
 
     def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
         name = self._recipe.calibrate.data
         if not holds_pairs(name):
             return super()._samples(nsamples, reporter)
-        rows = read_pairs(name)
-        if self._recipe.evaluate.perplexity and self._recipe.evaluate.data is None:
-            rows = rows[: len(rows) - len(rows) // HELD_OUT]
+        rows = self._rows()
         if len(rows) < nsamples:
             raise BadInput(f"{name} has {len(rows)} pairs to calibrate on, fewer than {nsamples}", field="nsamples")
-        drawn = random.Random(self._recipe.calibrate.seed).sample(range(len(rows)), nsamples)
-        return self._tokenised([rows[row] for row in drawn], name)
+        return self._tokenised(rows[:nsamples], name)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Return the pairs of the calibration data in a random order, without those that are measured on."""
+        rows = read_pairs(self._recipe.calibrate.data)
+        if self._recipe.evaluate.perplexity and self._recipe.evaluate.data is None:
+            rows = rows[: len(rows) - len(rows) // HELD_OUT]
+        random.Random(self._recipe.calibrate.seed).shuffle(rows)
+        return rows
 
     def _tokenised(self, rows: Sequence[tuple[str, str]], name: str) -> Windows:
         tokenizer = self._loaded.tokenizer

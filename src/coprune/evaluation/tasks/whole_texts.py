@@ -24,6 +24,7 @@ from coprune.base.words import Set, Setting, say
 from coprune.data import EvaluationText, Windows
 from coprune.data.labelled_text import HINT, LabelledText, LabelledTexts, labelled_texts
 from coprune.data.marks import Marks
+from coprune.data.text import NOTHING
 from coprune.evaluation.batches import batches, cut_windows, default_batch_size, inference_logits, slices
 from coprune.evaluation.bos_choice import BosChoice, Score
 from coprune.evaluation.measurement import Accuracy, Embedded, Perplexity
@@ -72,7 +73,11 @@ class WholeTextTask(TextTask):
 
     def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
         windows = super().calibration(needed, reporter)
-        return None if windows is None else self._marks.around_samples(windows)
+        return None if windows is None else self.as_read(windows)
+
+    def as_read(self, windows: Windows) -> Windows:
+        """Return windows of text as the model reads them: between the marks."""
+        return self._marks.around_samples(windows)
 
     def _read(self, name: str, held_out: bool = False) -> EvaluationText:
         return self._marks.around_text(super()._read(name, held_out), self.seqlen)
@@ -138,6 +143,16 @@ class MaskedTask(WholeTextTask):
                 advance(1 / count)
         return self._summed(found)
 
+    def masked_at_random(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask random tokens, one of seven. Returns windows (N × S int64) and what is masked, elsewhere `NOTHING`."""
+        inside, there = (
+            self._marks.inside(self.seqlen),
+            torch.rand(windows.shape, generator=torch.Generator().manual_seed(self._recipe.calibrate.seed))
+            < 1 / MASKED_APART,
+        )
+        there[:, : inside.start] = there[:, inside.stop :] = False
+        return windows.masked_fill(there, self._mask()), windows.masked_fill(~there, NOTHING)
+
     def _masked(self, windows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield batches of masked windows with the original tokens and the masked places, until every token was masked once."""
         mask, positions = self._mask(), torch.arange(self.seqlen, device=windows.device)
@@ -187,7 +202,7 @@ class EmbeddingTask(WholeTextTask):
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         super().__init__(recipe, loaded, processes, remember)
-        self._pooling = Pooling.of_folder(_folder_of(recipe, loaded))
+        self.pooling = Pooling.of_folder(_folder_of(recipe, loaded))
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Embedded:
         assert isinstance(data, EvaluationText)
@@ -199,7 +214,7 @@ class EmbeddingTask(WholeTextTask):
             found = streamed_logits(
                 model,
                 list(batches(there, self._size(1))) if len(there) else [],
-                lambda hidden, _: self._pooling.of_hidden(hidden).cpu(),
+                lambda hidden, _: self.pooling.of_hidden(hidden).cpu(),
                 lambda done: advance(done / blocks),
                 activations,
             )
@@ -219,7 +234,7 @@ class EmbeddingTask(WholeTextTask):
         found = []
         with inference_logits(self._loaded.model) as hidden_of:
             for batch in batches(windows, self._size(1)) if len(windows) else ():
-                found.append(self._pooling.of_hidden(hidden_of(batch)).cpu())
+                found.append(self.pooling.of_hidden(hidden_of(batch)).cpu())
                 advance(len(batch) / len(windows))
         return found
 

@@ -148,7 +148,7 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
     if given.is_floating_point():
         given = given.to(next(model.parameters()).dtype)
     options: dict[str, Any] = {"decoder_input_ids": batch.written} if isinstance(batch, Pairs) else {}
-    if (name == "input_ids" or options) and _takes(model, "use_cache"):
+    if (name == "input_ids" or options) and takes(model, "use_cache"):
         options["use_cache"] = False
     if last is not None and chooses_positions(model):
         # Positions rather than a number: with a slice of the hidden states torch would copy the head's whole weight.
@@ -166,7 +166,7 @@ def chooses_positions(model: nn.Module) -> bool:
     return "logits_to_keep" in signature(model.forward).parameters
 
 
-def _takes(model: nn.Module, option: str) -> bool:
+def takes(model: nn.Module, option: str) -> bool:
     """Return whether a model's forward accepts an option, by name or as a keyword."""
     parameters = signature(model.forward).parameters
     return option in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

@@ -80,7 +80,10 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     with replaced_forwards(blocks, watch), _failures_named(model):
         logits = forward_logits(model, sample, COMPARED_LOGITS)
     structure, last = watched.structure, watched.replayed
-    assert last is not None
+    if last is None:
+        raise UnsupportedModel(
+            f"{blocks[0].name} is no module that a forward calls, so it is no block that can be replayed"
+        )
     structure.streams, structure.handed = watched.streams.read, watched.streams.handed
     _require_same_calls(found, structure, watched)
     after = run_after_blocks(model, blocks, sample, structure.answers, last, COMPARED_LOGITS)
