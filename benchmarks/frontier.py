@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from frontier_models import TEXTS, kept, make_row, moved
 from one_pass import LogitsOf, in_one_pass, said_by
-from pictures import beside
 from quality import measured_here
 
 import coprune
@@ -43,7 +42,7 @@ COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", *SPEEDS, "sm
 
 
 def main() -> None:
-    """Measure the rows that are asked for and not there yet, then print and draw all that are."""
+    """Measure the rows that are asked for and not there yet, then print all that are."""
     asked = options()
     if asked.row or asked.run:
         measure_row(asked, asked.row) if asked.row else measure_speed(asked.run, asked.threads)
@@ -60,7 +59,6 @@ def main() -> None:
     print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 3)} --- | --- |")
     for name in filter(known.__contains__, asked_for):
         print(line(known[name], [*known.values()]))
-    draw([*known.values()], asked.folder)
 
 
 def rows() -> list[str]:
@@ -132,18 +130,6 @@ def beaten_by(row: dict[str, Any], known: list[dict[str, Any]]) -> str:
     return str(min(better, key=lambda other: other[TEXTS[0]])["row"]) if better else "–"
 
 
-def draw(found: list[dict[str, Any]], folder: Path) -> None:
-    """Perplexity against bytes, and against tokens per second."""
-    rows = []
-    for row in found:
-        kind, *pattern, stored = row["row"].split()
-        named = {"name": row["row"], "kind": kind, "label": " ".join([*pattern, stored]), "stored": stored}
-        rows.append(row | named | {"MB": row["bytes"] / 1e6, "perplexity": row[TEXTS[0]]})
-    run = [row for row in rows if "decode" in row]
-    sides = [(rows, "MB", "MB"), (run, "decode", "tokens per second, decoding one sequence")]
-    beside(sides, "stored", ["dense", "channels-25", *WAYS]).save(folder / "frontier.svg")
-
-
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -156,7 +142,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=10_240, help="of each text that is measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("out/frontier"))
-    parser.add_argument("--as-it-is", action="store_true", help="measure nothing: print and draw what is there")
+    parser.add_argument("--as-it-is", action="store_true", help="measure nothing: print what is there")
     parser.add_argument("--without-speed", action="store_true", help="leave speed and peak memory to a later run")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)

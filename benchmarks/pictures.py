@@ -1,11 +1,79 @@
-"""Two pictures for tables of sizes and speeds: perplexity against bytes, and against tokens per second."""
+"""Draw the pictures of the documentation from the figures in `benchmarks/results/`: perplexity against bytes and against speed.
+
+python benchmarks/pictures.py
+"""
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import altair as alt
+
+ROOT = Path(__file__).parents[1]
+SPEED = "tokens per second, decoding one sequence"
+
+
+def main() -> None:
+    """Draw both pictures."""
+    sizes().save(ROOT / "docs" / "sizes.svg")
+    frontier().save(ROOT / "docs" / "frontier.svg")
+
+
+def sizes() -> alt.VConcatChart:
+    """Draw what removed parts cost and bring, in two runtimes."""
+    kinds = {
+        "dense": "dense",
+        "zeros": "zeros, packed",
+        "channels": "channels removed",
+        "uneven": "channels removed, uneven",
+        "blocks": "blocks removed",
+    }
+    rows = []
+    for row in figures("sizes"):
+        runtime, stored = row["runtime"].split()
+        in_llama = runtime == "llama.cpp"
+        kind = next((kind for kind in reversed(kinds) if kind in row["model"]), "dense")
+        rows.append(
+            {"name": f"{row['model']}, {row['runtime']}", "kind": kinds[kind], "runtime": runtime}
+            | {"label": " ".join([*how_much(row["model"]), *([stored] if in_llama else [])]), "stored": stored}
+            | {"MB": row["MB"], "perplexity": row["perplexity"]}
+            | {"decode": row["decoding tokens/s"].split()[0]}
+        )
+    # On the disk a file of f16 is what a folder of bfloat16 is.
+    files = [row for row in rows if row["stored"] != "bfloat16"]
+    return beside([(files, "MB", "MB on the disk"), (rows, "decode", SPEED)], "runtime", [*kinds.values()])
+
+
+def how_much(model: str) -> list[str]:
+    """Return the share of a model's weights, channels or blocks that it lost."""
+    if " → " in model:
+        before, after = map(int, re.findall(r"\d+", model))
+        return [f"{100 * (1 - after / before):.0f} %"]
+    return re.findall(r"\d+ ?%|\d+:\d+|\d+ of \d+", model)
+
+
+def frontier() -> alt.VConcatChart:
+    """Draw what is worth its bytes, and its time."""
+    rows = []
+    for row in figures("frontier-smollm2"):
+        *done, stored = row["row"].split()
+        kind = " ".join(word for word in done if not word[0].isdigit())
+        label = " ".join([*(word for word in done if word[0].isdigit()), stored])
+        named = {"name": row["row"], "kind": kind, "label": label, "stored": stored}
+        rows.append(row | named | {"perplexity": row["Wikipedia"]})
+    run = [row for row in rows if row["decode"] not in ("", "–")]
+    return beside([(rows, "MB", "MB"), (run, "decode", SPEED)], "stored", [*dict.fromkeys(row["kind"] for row in rows)])
+
+
+def figures(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of results."""
+    return list(
+        csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").read_text(encoding="utf-8").splitlines())
+    )
 
 
 def beside(sides: Sequence[tuple[list[dict[str, Any]], str, str]], shape: str, kinds: list[str]) -> alt.VConcatChart:
@@ -22,7 +90,7 @@ def beside(sides: Sequence[tuple[list[dict[str, Any]], str, str]], shape: str, k
             y=alt.Y(
                 "perplexity:Q",
                 scale=alt.Scale(type="log", nice=False, padding=14),
-                axis=alt.Axis(values=[15, 20, 25, 30, 40, 50, 60, 70, 100, 200, 500, 1000, 2000]),
+                axis=alt.Axis(values=[15, 20, 25, 30, 40, 50, 70, 100, 200, 500]),
                 title="perplexity (lower is better)",
             ),
             color=alt.Color("kind:N", sort=kinds, scale=alt.Scale(scheme="dark2"), legend=legend),
@@ -32,3 +100,7 @@ def beside(sides: Sequence[tuple[list[dict[str, Any]], str, str]], shape: str, k
         names = points.mark_text(align="left", dx=7, fontSize=13).encode(text="label:N")
         charts.append((dots + names).properties(width=520, height=320))
     return alt.vconcat(*charts).configure_axis(labelFontSize=13, titleFontSize=14).configure_legend(labelFontSize=14)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Every kind of smaller model on one picture: perplexity against bytes on the disk, and against tokens per second.
+"""Every kind of smaller model: perplexity beside bytes on the disk and tokens per second (drawn by benchmarks/pictures.py).
 
     python benchmarks/sizes.py                                  # an hour on one core, then minutes on all for the speed
     python benchmarks/sizes.py --samples 4 --seqlen 128 --tokens 2048    # minutes
@@ -15,9 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import torch
-from pictures import beside
 
 import coprune
 from coprune.packed.bench import Bench
@@ -33,21 +31,14 @@ PRUNED: dict[str, dict[str, Any]] = {
 """Folders that are pruned, and how."""
 FILES = ("f16", "q8_0", "q4_k_m")
 """Types of GGUF files that are made of the dense model and of those with parts removed."""
-KINDS = {
-    "dense": "dense",
-    "zeros": "zeros, packed",
-    "channels": "channels removed",
-    "uneven": "channels removed, uneven",
-    "blocks": "blocks removed",
-}
 
 
 def main() -> None:
-    """Make, measure and draw."""
+    """Make and measure."""
     asked = _options()
     asked.folder.mkdir(parents=True, exist_ok=True)
     models = make(asked)
-    rows: list[dict[str, Any]] = [described(name) | quality(model, asked) for name, model in models.items()]
+    rows: list[dict[str, Any]] = [{"model": name} | quality(model, asked) for name, model in models.items()]
     speeds = speed([str(model) for model in models.values()], asked)
     for row, model in zip(rows, models.values(), strict=True):
         row["tokens_per_second"] = speeds[Path(model).name]
@@ -57,8 +48,6 @@ def main() -> None:
     print("| model | MB | perplexity | tokens/s |\n| --- | ---: | ---: | ---: |")
     for row in sorted(rows, key=lambda row: -row["megabytes"]):
         print(f"| {row['model']} | {row['megabytes']:.0f} | {row['perplexity']:.2f} | {row['tokens_per_second']:.0f} |")
-    draw(rows).save(asked.folder / "sizes.svg")
-    print(f"plot: {asked.folder / 'sizes.svg'}")
 
 
 def make(asked: argparse.Namespace) -> dict[str, Path | str]:
@@ -134,32 +123,6 @@ def speed(models: list[str], asked: argparse.Namespace) -> dict[str, float]:
         known.write_text(json.dumps(found.to_dict()))
     rows = json.loads(known.read_text())["rows"]
     return {row["form"].partition(" in ")[0]: row["tokens_per_second"] for row in rows if row["phase"] == "decode"}
-
-
-def described(name: str) -> dict[str, str]:
-    """What was done, where the model runs, and what tells it from others of the same colour and shape."""
-    first, _, form = name.partition(" ")
-    done, _, how_much = first.partition("-")
-    in_llama = form in FILES
-    shares = {
-        "zeros": "2:4" if how_much == "2-4" else f"{how_much} %",
-        "channels": f"{how_much} %",
-        "blocks": "7 of 30",
-    }
-    label = " ".join(part for part in (shares.get(done, ""), form if in_llama else "") if part)
-    return {"model": name, "kind": KINDS[done], "runtime": "llama.cpp" if in_llama else "transformers", "label": label}
-
-
-def draw(rows: list[dict[str, Any]]) -> alt.VConcatChart:
-    """Two pictures with the same colours and shapes."""
-    # On the disk a file of f16 is what a folder of bfloat16 is.
-    files = {row["model"].partition(" ")[0] for row in rows if row["model"].endswith("f16")}
-    rows = [row | {"name": row["model"]} for row in rows]
-    sides = [
-        ([row for row in rows if row["model"] not in files], "megabytes", "MB on the disk"),
-        (rows, "tokens_per_second", "tokens per second, decoding one sequence"),
-    ]
-    return beside(sides, "runtime", list(KINDS.values()))
 
 
 def _options() -> argparse.Namespace:
