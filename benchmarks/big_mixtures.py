@@ -4,7 +4,7 @@ A synthetic mixture of random codes is written, cut in a fresh process whose pag
 those of mapped files, which the system takes back when it wants), and everything is deleted: a Qwen3 mixture as one GGUF
 file in Q4_K, or a folder in FP8 with the shapes of DeepSeek-V3.
 
-    python benchmarks/big_mixtures.py gguf --gigabytes 8 --experts 128 --width 2048 --inner 768
+    python benchmarks/big_mixtures.py gguf --gigabytes 20 --experts 128 --scores aimer,reap
     python benchmarks/big_mixtures.py fp8 --layers 2 --experts 16
 """
 
@@ -34,6 +34,10 @@ from transformers import DeepseekV3Config
 
 HEADS, HEAD, TOKENS, STEP = 16, 128, 512, 128
 MIB = 1 << 20
+POOL = 999_983
+"""Blocks of random codes; a prime, so that no expert has another one's."""
+COPIED = 8 * 10**9
+"""Most bytes of a file that are copied for comparison."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=768, help="the width of an expert")
+    parser.add_argument("--scores", default="aimer,reap", help="each cuts the file anew")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=64)
     parser.add_argument("--folder", type=Path, help="where the files are written for a while")
@@ -67,29 +72,44 @@ def measure(asked: argparse.Namespace, folder: Path) -> None:
         write_fp8(source, asked)
     size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.iterdir()))
     print(f"source  {size / 1e9:.2f} GB", flush=True)
-    copied, started = folder / "copied", time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(copied)], check=True)
+    copied, started, most = folder / "copied", time.perf_counter(), min(size, COPIED)
+    if source.is_file():
+        with copied.open("wb") as target:
+            subprocess.run(["head", "-c", str(most), str(source)], check=True, stdout=target)
+    else:
+        subprocess.run(["cp", "-r", str(source), str(copied)], check=True)
     subprocess.run(["sync"], check=True)
-    print(f"cp      {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"copied  {most / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s", flush=True)
     subprocess.run(["rm", "-r", str(copied)], check=True)
-    command = [
-        sys.executable,
-        "-m",
-        "coprune",
-        "prune",
-        str(source),
-        "--remove",
-        f"experts=keep:{asked.experts * 3 // 4}",
-    ]
-    command += ["--dataset", str(text), "--seqlen", str(asked.seqlen), "--nsamples", str(asked.samples)]
-    command += ["--no-eval", "--no-gate", "-q", "--save", str(folder / "run"), "--save-model", str(small)]
+    for score in asked.scores.split(","):
+        cut(asked, folder, (source, small, text), score)
+
+
+def cut(asked: argparse.Namespace, folder: Path, files: tuple[Path, Path, Path], score: str) -> None:
+    """Measure one cut. files: the source, the target and the text; score: chooses the experts."""
+    source, small, text = files
+    command = [sys.executable, "-m", "coprune", "prune", str(source), "--score", score, "-q", "--no-gate"]
+    command += ["--remove", f"experts=keep:{asked.experts * 3 // 4}"]
+    command += ["--save", str(folder / "run"), "--save-model", str(small)]
+    if score != "aimer":
+        command += [
+            "--dataset",
+            str(text),
+            "--seqlen",
+            str(asked.seqlen),
+            "--nsamples",
+            str(asked.samples),
+            "--no-eval",
+        ]
     command += [] if source.is_file() else ["--stream"]
     started = time.perf_counter()
     process, (own, mapped) = watched(command)
-    phases = {p["name"]: p["seconds"] for p in json.loads((folder / "run" / "report.json").read_text())["phases"]}
-    print(f"prune   {time.perf_counter() - started:.0f} s, {process:.0f} s of a processor: ", end="")
+    report = json.loads((folder / "run" / "report.json").read_text())
+    phases = {p["name"]: p["seconds"] for p in report["phases"]} or {"scores": report["prune_seconds"]}
+    print(f"{score:8}{time.perf_counter() - started:.0f} s, {process:.0f} s of a processor: ", end="")
     print(", ".join(f"{name} {took:.0f}" for name, took in phases.items()))
-    print(f"        own pages {own / MIB:.0f} MiB at most, of files {mapped / MIB:.0f}")
+    print(f"        own pages {own / MIB:.0f} MiB at most, of files {mapped / MIB:.0f}", flush=True)
+    subprocess.run(["rm", "-r", str(folder / "run"), str(small)], check=True)
 
 
 def watched(command: list[str]) -> tuple[float, tuple[int, int]]:
@@ -144,17 +164,23 @@ def write_gguf(file: Path, asked: argparse.Namespace) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        pool = generator.integers(0, 256, (POOL, size), dtype=np.uint8)
         for name, shape, is_coded in todo:
-            if (
-                is_coded
-            ):  # scales and minima of 31 on average and codes of 7.5 make values of about one standard deviation
-                raw = generator.integers(0, 256, (math.prod(shape) // values, size), dtype=np.uint8)
-                raw[:, :4] = (np.array([1, 7.5]) * 0.2 / (31 * shape[-1] ** 0.5)).astype(np.float16).view(np.uint8)
-                writer.write_tensor_data(raw.reshape(*shape[:-1], -1))
+            if is_coded:
+                # Scales and minima of 31 on average and codes of 7.5 make values of about one standard deviation.
+                scale = (np.array([1, 7.5]) * 0.2 / (31 * shape[-1] ** 0.5)).astype(np.float16).view(np.uint8)
+                pool[:, :4] = scale
+                write_some(writer, pool, math.prod(shape) // values, int(generator.integers(POOL)))
             elif "norm" in name:
                 writer.write_tensor_data(np.ones(shape, np.float32))
             else:
                 writer.write_tensor_data(generator.standard_normal(shape, np.float32) / np.float32(width**0.5))
+
+
+def write_some(writer: GGUFWriter, pool: Any, blocks: int, start: int) -> None:
+    """Write blocks of random codes, drawn from a pool that is read round from a place: faster than a generator."""
+    whole = np.concatenate([pool[start:], pool[:start]])
+    writer.write_tensor_data(np.resize(whole, (blocks, whole.shape[1])))
 
 
 def write_settings(writer: GGUFWriter, asked: argparse.Namespace, blocks: int) -> None:

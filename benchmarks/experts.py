@@ -182,6 +182,7 @@ def measure(asked: argparse.Namespace, mixture: Path, texts: dict[str, Path]) ->
             "reap, blended": {"score": "reap"},
             "frequency, blended": {"score": "frequency"},
             "random": {"score": "random"},
+            "aimer": {"score": "aimer", "domains": ()},
             "reap, Wikipedia's alone": {"score": "reap", "blend": "wiki=1,code=0"},
             "reap, code's alone": {"score": "reap", "blend": "wiki=0,code=1"},
         }.items():
@@ -190,7 +191,6 @@ def measure(asked: argparse.Namespace, mixture: Path, texts: dict[str, Path]) ->
             result = coprune.prune(
                 str(mixture),
                 remove=f"experts={share}",
-                domains=source,
                 nsamples=asked.samples,
                 seqlen=SEQLEN,
                 bos="never",
@@ -199,7 +199,7 @@ def measure(asked: argparse.Namespace, mixture: Path, texts: dict[str, Path]) ->
                 evaluate_dense=first,
                 save=asked.out / "scored" if first else None,
                 quiet=True,
-                **settings,  # type: ignore[arg-type]
+                **{"domains": source, **settings},  # type: ignore[arg-type]
             )
             report = result.report
             if first:

@@ -13,8 +13,13 @@ from coprune.recipe.structure import SCORES
 from coprune.removal.block_scores import BLOCK_SCORES
 from coprune.removal.expert_calls import Routed
 from coprune.removal.expert_scores import (
+    AIMER,
     EXPERT_SCORES,
+    REAP,
     ExpertSums,
+    Frequency,
+    RandomExperts,
+    WeightSums,
     coverage,
     expert_score_named,
     kept_experts,
@@ -34,17 +39,17 @@ def sums() -> ExpertSums:
 
 
 def test_scores_are_their_formulas() -> None:
-    reap = EXPERT_SCORES["reap"].score(sums(), 0)
+    reap = REAP().score(sums(), 0)
     expected = [(0.75 + 0.5 + 0.1) * 5 / 3, (0.25 + 0.9) * 13 / 2, 0.5 * 1, 0]
     torch.testing.assert_close(reap, torch.tensor(expected, dtype=torch.float64))
-    frequency = EXPERT_SCORES["frequency"].score(sums(), 0)
+    frequency = Frequency().score(sums(), 0)
     torch.testing.assert_close(frequency, torch.tensor([3, 2, 1, 0], dtype=torch.float64) / 6)
     both = sums()
     both.add(sums())
-    torch.testing.assert_close(EXPERT_SCORES["reap"].score(both, 0), reap)  # a mean: twice the tokens change nothing
-    one, other = (EXPERT_SCORES["random"].score(sums(), block) for block in (0, 1))
+    torch.testing.assert_close(REAP().score(both, 0), reap)  # a mean: twice the tokens change nothing
+    one, other = (RandomExperts().score(sums(), block) for block in (0, 1))
     assert not torch.equal(one, other)
-    assert torch.equal(one, EXPERT_SCORES["random"].score(sums(), 0))
+    assert torch.equal(one, RandomExperts().score(sums(), 0))
 
 
 def test_names_and_options() -> None:
@@ -56,11 +61,21 @@ def test_names_and_options() -> None:
     }
     assert named == {kind: set(names) for kind, names in SCORES.items()}
     seeded = expert_score_named(Choice.of("random:seed=1"))
-    assert not torch.equal(seeded.score(sums(), 0), EXPERT_SCORES["random"].score(sums(), 0))
+    assert isinstance(seeded, RandomExperts)
+    assert not torch.equal(seeded.score(sums(), 0), RandomExperts().score(sums(), 0))
     with pytest.raises(BadInput, match="unknown score"):
         expert_score_named(Choice(name="reep"))
     with pytest.raises(BadInput, match="has no options"):
         expert_score_named(Choice.of("reap:seed=1"))
+
+
+def test_weights_alone_are_scored_by_how_unlike_their_magnitudes_are() -> None:
+    found = WeightSums.empty(3)
+    for expert, matrices in enumerate([[[1.0, -1.0], [1.0]], [[3.0, 0.0], [0.0, 0.0]], [[2.0, 2.0], [-1.0]]]):
+        for matrix in matrices:
+            found.update(expert, torch.tensor(matrix))
+    expected = torch.tensor([1.0, 1.5 / 0.75, 3**0.5 / (5 / 3)], dtype=torch.float64)
+    torch.testing.assert_close(AIMER().score_weights(found), expected)
 
 
 def test_every_group_keeps_as_many() -> None:

@@ -53,7 +53,7 @@ def distinct_norms(model: PreTrainedModel) -> PreTrainedModel:
 def write_pico_gguf(
     model: PreTrainedModel, file: Path, kind: str = "F32", arch: str = "llama", tokenizer: str | None = None
 ) -> Path:
-    """Write a llama or granite, or a qwen whose rows keep their order; returns the file.
+    """Write a llama or granite, or a qwen or OLMoE, whose rows keep their order; returns the file.
 
     kind: how its matrices are stored; tokenizer: the content of a tokenizer.json of bytes, none by default.
     """
@@ -69,8 +69,9 @@ def write_pico_gguf(
         "attention.head_count_kv": config.num_key_value_heads,
         "rope.dimension_count": head,
     }
-    if arch == "qwen3moe":
+    if arch in ("qwen3moe", "olmoe"):
         numbers |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+    if arch == "qwen3moe":
         numbers |= {"expert_feed_forward_length": config.moe_intermediate_size}
         numbers |= {"attention.key_length": head, "attention.value_length": head}
     scales = {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Set
-from coprune.model.checkpoint.mapped_gguf import LLAMA_CPP
+from coprune.model.checkpoint.mapped_gguf import LLAMA_CPP, ggml_library
 
 PACKAGE = LLAMA_CPP
 
@@ -123,25 +124,62 @@ def quantize(
         raise BadInput(f"llama.cpp could not make the type {kind} of this model", field="type", value=kind)
 
 
+WATCHED = 256
+"""Most tokens that a watched model reads at a time: their logits over a large vocabulary take most of its memory."""
+See = Callable[[Any], None]
+"""Takes the bytes of a computed tensor, as a numpy array."""
+
+
+def _watching(ffi: Any, see: Mapping[str, See]) -> Any:
+    """Return llama.cpp's callback that shows computed tensors by name."""
+    ggml = ggml_library()
+    assert ggml is not None
+    ggml.ggml_get_name.argtypes, ggml.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    ggml.ggml_nbytes.argtypes, ggml.ggml_nbytes.restype = [ctypes.c_void_p], ctypes.c_size_t
+    ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+
+    def shown(tensor: Any, asks: bool, data: object) -> bool:
+        address = int(ffi.cast("uintptr_t", tensor))
+        own = see.get(ggml.ggml_get_name(address).decode())
+        if own is None or asks:
+            return own is not None or not asks
+        values = np.empty(ggml.ggml_nbytes(address), dtype=np.uint8)
+        ggml.ggml_backend_tensor_get(address, values.ctypes.data, 0, len(values))
+        own(values)
+        return True
+
+    return ffi.callback("bool(struct ggml_tensor *, bool, void *)", shown)
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp, which is given tokens and answers with logits."""
 
-    def __init__(self, file: Path, context: int = 512, threads: int | None = None) -> None:
+    def __init__(
+        self, file: Path, context: int = 512, threads: int | None = None, see: Mapping[str, See] | None = None
+    ) -> None:
         """Load a file. Raises BadInput if llama.cpp cannot.
 
-        context: maximum number of tokens; threads: by default torch's.
+        Args:
+            file: its first part.
+            context: maximum number of tokens.
+            threads: by default torch's.
+            see: what is called with a tensor of the computation, by that one's name, whenever it was computed. The weights
+                stay in the mapped file then, where otherwise those of some types are copied in another order.
         """
         self._ffi, self._library = _library()
         ffi, library = self._ffi, self._library
         options = library.llama_model_default_params()
-        options.n_gpu_layers = 0
+        options.n_gpu_layers, options.use_extra_bufts = 0, see is None
         self._context = ffi.NULL
         self._model = library.llama_model_load_from_file(str(file).encode(), options)
         if self._model == ffi.NULL:
             raise BadInput(f"llama.cpp cannot load {file}", field="model", value=str(file))
         asked = library.llama_context_default_params()
-        asked.n_ctx = asked.n_batch = asked.n_ubatch = context
+        asked.n_ctx = context
+        asked.n_batch = asked.n_ubatch = context if see is None else min(context, WATCHED)
         asked.n_threads = asked.n_threads_batch = threads or torch.get_num_threads()
+        if see is not None:
+            asked.cb_eval = self._callback = _watching(ffi, see)  # kept, since it has to live as long
         self._context = library.llama_init_from_model(self._model, asked)
         if self._context == ffi.NULL:
             raise BadInput(f"llama.cpp cannot run {file}", field="model", value=str(file))

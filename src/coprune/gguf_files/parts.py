@@ -20,7 +20,13 @@ from coprune.model.checkpoint.mapped_gguf import decode
 from coprune.model.edit import Configure, DropBlock, KeepExperts
 from coprune.model.edits import Edits
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+"""Names of tensors of blocks: the number, and the rest."""
+
+
+def by_expert(name: str) -> bool:
+    """Return whether a tensor of a block has one entry per expert. name: without the block's."""
+    return name.partition(".")[0] in _by_expert()
 
 
 @cache
@@ -40,7 +46,7 @@ class GgufParts(Sliced):
         """Open a file for blocks with these names, in order. Raises BadInput, UnsupportedModel if the file has others."""
         super().__init__(file)
         self.blocks = blocks
-        there = {int(found[1]) for stored in self.tensors if (found := _BLOCK.fullmatch(stored.name))}
+        there = {int(found[1]) for stored in self.tensors if (found := BLOCK.fullmatch(stored.name))}
         if there != set(range(len(blocks))):
             raise UnsupportedModel(
                 f"{file.name} has {len(there)} blocks, but transformers builds {len(blocks)}; save to a folder instead"
@@ -87,7 +93,7 @@ class GgufParts(Sliced):
     def _slices(self, left: Sequence[int], experts: Mapping[int, KeepExperts]) -> Iterator[tuple[str, Slice]]:
         places, cut = {old: new for new, old in enumerate(left)}, set[int]()
         for stored in self.tensors:
-            found = _BLOCK.fullmatch(stored.name)
+            found = BLOCK.fullmatch(stored.name)
             if found is None:
                 yield stored.name, Slice(stored.name)
                 continue
@@ -95,11 +101,11 @@ class GgufParts(Sliced):
             if number not in places:
                 continue
             edit, kept = experts.get(number), None
-            if edit is not None and (kind := rest.partition(".")[0]) in _by_expert():
+            if edit is not None and by_expert(rest):
                 if len(stored.data) != edit.count:
                     raise UnsupportedModel(f"{stored.name} has {len(stored.data)} entries for {edit.count} experts")
                 kept = np.array(edit.experts)
-                cut |= {number} if kind.endswith("_exps") else set()
+                cut |= {number} if "_exps." in rest else set()
             yield stored.name, Slice(f"blk.{places[number]}.{rest}", kept)
         if whole := experts.keys() - cut:
             raise UnsupportedModel(

@@ -272,6 +272,12 @@ def unpack_gguf() -> dict[str, Any]:
     return {} if wanted is None else {"quantization_config": wanted(dequantize=True)}
 
 
+def reads_gguf(architecture: str) -> bool:
+    """Return whether transformers has a class for GGUF files of an architecture."""
+    known = {name.replace("_", "") for name in GGUF_CONFIG_MAPPING}
+    return re.sub("[-_]", "", architecture) in known
+
+
 _WIDTHS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",

@@ -201,6 +201,12 @@ def _of_domains(asked: RemovePart) -> BadInput | None:
         return BadInput(
             "domains are only for scoring experts, and none are removed", field="domains", value=asked.domains, fix=fix
         )
+    if asked.domains and asked.weighs_experts:
+        none: Words = (
+            Set("score", str(asked.score_of("experts"))),
+            " scores experts by their weights, and reads no text",
+        )
+        return BadInput(none, field="domains", value=asked.domains, fix="leave one out")
     if weights is not None and asked.kept_scores is None and weights.keys() != asked.texts.keys():
         named = ", ".join(asked.texts) or "none"
         return BadInput(f"blend has to give a weight for each domain ({named})", field="blend", value=asked.blend)

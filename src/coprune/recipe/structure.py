@@ -24,7 +24,7 @@ Scored = Literal["units", "blocks", "experts", "rows"]
 SCORES: dict[Scored, tuple[str, ...]] = {
     "units": ("obs", "wanda_sp", "flap", "magnitude"),
     "blocks": ("kl", "influence"),
-    "experts": ("reap", "frequency", "random"),
+    "experts": ("reap", "frequency", "random", "aimer"),
     "rows": ("counts", "bits"),
 }
 """Names of the scores, by what they are of, the default first."""
@@ -78,9 +78,9 @@ class RemovePart(Part):
         Field(
             description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
             "magnitude; which blocks: kl (what the model says without it; the default) or influence (what changes "
-            "its inputs least); which experts: reap (gate times answer; the default), frequency or random; which tokens of the "
-            "vocabulary stay: counts (the default) or bits (what the model loses without them); options as in "
-            "wanda_sp:refit=true; repeatable."
+            "its inputs least); which experts: reap (gate times answer; the default), frequency, random, or aimer (their "
+            "weights alone, without a text); which tokens of the vocabulary stay: counts (the default) or bits (what the model "
+            "loses without them); options as in wanda_sp:refit=true; repeatable."
         ),
     ] = ()
     domains: Annotated[
@@ -181,6 +181,11 @@ class RemovePart(Part):
     def weights(self) -> dict[str, float] | None:
         """Weights of the domains; None where the worst of them counts."""
         return weights_in(self.blend)
+
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether experts are scored by their weights alone."""
+        return self.score_of("experts").name == "aimer"
 
     @property
     def scores(self) -> dict[Scored, Choice]:

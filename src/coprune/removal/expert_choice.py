@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,10 +28,43 @@ from coprune.model.walk.recording import Dense, record_batches
 from coprune.model.walk.walk import Walk
 from coprune.recipe.structure import Left, RemovePart
 from coprune.removal.expert_calls import Routed
-from coprune.removal.expert_scores import ExpertSums, coverage, expert_score_named, kept_experts, weight_score
+from coprune.removal.expert_scores import (
+    AIMER,
+    ExpertScore,
+    ExpertSums,
+    WeightSums,
+    coverage,
+    expert_score_named,
+    kept_experts,
+    weight_score,
+)
 from coprune.removal.mixtures import Mixture, find_mixtures
 from coprune.run.calibrating import counted_batches, record_counted
 from coprune.run.context import Run
+
+
+class HasExperts(Protocol):
+    """The numbers of a mixture: see `Mixture`."""
+
+    @property
+    def count(self) -> int:
+        """How many experts it has."""
+        ...
+
+    @property
+    def top(self) -> int:
+        """How many a token goes to."""
+        ...
+
+    @property
+    def groups(self) -> int:
+        """How many equal runs they come in."""
+        ...
+
+    @property
+    def used(self) -> int:
+        """How many of these a token uses."""
+        ...
 
 
 def find_experts(run: Run) -> dict[str, Mixture]:
@@ -60,7 +93,7 @@ def _no_mixture(run: Run) -> UnsupportedModel:
     return UnsupportedModel(f"the model has no mixture of experts that tokens are routed to{beside}")
 
 
-def experts_left(mixture: Mixture, asked: RemovePart) -> int:
+def experts_left(mixture: HasExperts, asked: RemovePart) -> int:
     """Return how many experts are kept: as many of every group, and enough for a token. Raises BadInput where none goes."""
     share = asked.shares["experts"]
     kept = share.count if isinstance(share, Left) else count_left(mixture.count, share, mixture.groups)
@@ -167,16 +200,55 @@ def choose_experts(
     Returns:
         E bool by block, and the share of its score that every domain keeps, in the mean over the blocks.
     """
-    asked = run.recipe.remove
-    score = expert_score_named(asked.score_of("experts"))
-    scored = expert_scores(run, mixtures)
+    score = expert_score_named(run.recipe.remove.score_of("experts"))
+    if isinstance(score, AIMER):
+        weighed = run.processes.from_first(lambda: weigh_experts(run, mixtures))
+        return choose(run, mixtures, {block: {"": score.score_weights(sums)} for block, sums in weighed.items()}, left)
     numbers = {block.name: block.index for block in run.model.blocks}
-    keeps, covered = dict[str, Tensor](), dict.fromkeys(scored, 0.0)
+    return choose(run, mixtures, by_domain(score, expert_scores(run, mixtures), numbers), left)
+
+
+def weigh_experts(run: Run, mixtures: Mapping[str, Mixture]) -> dict[str, WeightSums]:
+    """Sum up the weights of every expert, block by block. mixtures: by block."""
+    model, found = run.model, dict[str, WeightSums]()
+    with run.reporter.bar("Weighing experts", len(mixtures)) as advance:
+        for block in model.blocks:
+            if (mixture := mixtures.get(block.name)) is None:
+                continue
+            model.weights.acquire(block.name)
+            found[block.name] = WeightSums.empty(mixture.count)
+            for number, matrix in mixture.matrices(block.module):
+                found[block.name].update(number, matrix)
+            model.weights.release(block.name)
+            advance(1)
+    return found
+
+
+Scores = Mapping[str, Mapping[str, Tensor]]
+"""How much every expert matters, E float64, by block and domain; the domain is empty where no text was read."""
+
+
+def by_domain(score: ExpertScore, scored: Scored, numbers: Mapping[str, int]) -> Scores:
+    """Return the scores of experts by what came to them. numbers: of the blocks."""
+    return {
+        block: {name: score.score(sums[block], number) for name, sums in scored.items()}
+        for block, number in numbers.items()
+        if all(block in sums for sums in scored.values())
+    }
+
+
+def choose(
+    run: Run, mixtures: Mapping[str, HasExperts], scores: Scores, left: Mapping[int, int]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Choose the experts of every block by their scores, as `choose_experts`."""
+    keeps, covered = dict[str, Tensor](), dict[str, float]()
     for block, mixture in mixtures.items():
-        scores = {name: score.score(sums[block], numbers[block]) for name, sums in scored.items()}
-        keeps[block] = kept_experts(scores, left[mixture.count], mixture.groups, asked.weights)
-        for name, share in coverage(scores, keeps[block]).items():
-            covered[name] += share / len(mixtures)
+        own = scores[block]
+        keeps[block] = kept_experts(own, left[mixture.count], mixture.groups, run.recipe.remove.weights)
+        for name, share in coverage(own, keeps[block]).items():
+            covered[name] = covered.get(name, 0.0) + share / len(mixtures)
+    if "" in covered:
+        return keeps, {}
     kept = ", ".join(f"{name} {per_cent(share)}" for name, share in covered.items())
     run.reporter.say(f"The experts that stay have of the score of all: {kept}.")
     return keeps, covered
@@ -247,7 +319,7 @@ class ExpertScores(BaseModel):
             for name, blocks in self.sums.items()
         }
 
-    def tells_of(self, block: str, mixture: Mixture) -> bool:
+    def tells_of(self, block: str, mixture: HasExperts) -> bool:
         """Return whether every domain has scores of all experts of a mixture."""
         found = [own.get(block) for own in self.sums.values()]
         return bool(found) and all(
@@ -271,7 +343,7 @@ def own_file(run: Run) -> Path:
     return run.recipe.run_folder / EXPERTS_FILE
 
 
-def known_scores(run: Run, model: str, data: dict[str, str], mixtures: Mapping[str, Mixture]) -> Scored | None:
+def known_scores(run: Run, model: str, data: dict[str, str], mixtures: Mapping[str, HasExperts]) -> Scored | None:
     """Return scores that need no pass: those that the recipe names, or this run's from before it was killed.
 
     Args:

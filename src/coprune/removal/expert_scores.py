@@ -67,8 +67,32 @@ class ExpertSums:
         self.weighted += other.weighted
 
 
+@dataclass
+class WeightSums:
+    """Sums over the weights of each expert, in float64 on the CPU."""
+
+    count: Tensor
+    """E: how many there are."""
+    absolute: Tensor
+    """E: the sum of their magnitudes."""
+    squares: Tensor
+    """E: the sum of their squares."""
+
+    @classmethod
+    def empty(cls, experts: int) -> WeightSums:
+        """Return sums of no weights."""
+        return cls(*(torch.zeros(experts, dtype=torch.float64) for _ in range(3)))
+
+    def update(self, expert: int, weights: Tensor) -> None:
+        """Add some weights of an expert."""
+        magnitudes = weights.detach().abs().flatten().to(torch.float32)  # read once, where they lie in a file
+        self.count[expert] += magnitudes.numel()
+        self.absolute[expert] += float(magnitudes.sum())
+        self.squares[expert] += float(magnitudes.dot(magnitudes))
+
+
 class ExpertScore(Protocol):
-    """Says how much every expert matters."""
+    """Says how much every expert matters by the tokens that come to it."""
 
     def score(self, sums: ExpertSums, block: int) -> Tensor:
         """Return E float64; experts with larger values are kept first.
@@ -107,11 +131,28 @@ class RandomExperts:
         return torch.rand(len(sums.tokens), dtype=torch.float64, generator=generator)
 
 
-EXPERT_SCORES: dict[str, ExpertScore] = {"reap": REAP(), "frequency": Frequency(), "random": RandomExperts()}
+@dataclass(frozen=True)
+class AIMER:
+    """The root mean square of an expert's weights over the mean of their magnitudes (arXiv 2603.18492): no text is needed.
+
+    Experts with the same magnitude everywhere have the least to tell apart, and go first.
+    """
+
+    def score_weights(self, sums: WeightSums) -> Tensor:
+        """Return E float64; experts with larger values are kept first."""
+        return (sums.squares * sums.count).sqrt() / sums.absolute.clamp_min(1e-300)
+
+
+EXPERT_SCORES: dict[str, ExpertScore | AIMER] = {
+    "reap": REAP(),
+    "frequency": Frequency(),
+    "random": RandomExperts(),
+    "aimer": AIMER(),
+}
 """Scores of experts by name."""
 
 
-def expert_score_named(asked: Choice) -> ExpertScore:
+def expert_score_named(asked: Choice) -> ExpertScore | AIMER:
     """Return a score with its options. Raises BadInput for an unknown name or option."""
     return one_of(EXPERT_SCORES, "score", asked.name, asked.options)
 

@@ -67,6 +67,16 @@ class Mixture:
         own = (tensor_at(module, path) for path in self.sliced if path.startswith(f"{self.router}."))
         return [tensor for tensor in own if tensor.ndim > 1]
 
+    def matrices(self, module: nn.Module) -> Iterator[tuple[int, Tensor]]:
+        """Yield every matrix of the experts, with the expert's number."""
+        experts = module.get_submodule(self.experts)
+        if isinstance(experts, nn.ModuleList):
+            yield from ((n, p) for n, expert in enumerate(experts) for p in expert.parameters() if p.ndim > 1)
+            return
+        for path, dim in self.sliced.items():
+            if path.startswith(f"{self.experts}.") and (table := tensor_at(module, path)).ndim > 2:
+                yield from enumerate(table.unbind(dim))
+
     def never_choose(self, module: nn.Module, keep: Tensor) -> None:
         """Exclude some experts of a block from routing, permanently. keep: E bool."""
         module.get_submodule(self.router).forward = self._without(module, keep)

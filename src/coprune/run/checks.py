@@ -216,8 +216,8 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
 
 
 def reads_calibration(recipe: Recipe) -> bool:
-    """Return whether the calibration text is looked at: not where all that goes are experts, scored on texts of their own."""
-    only_experts = set(recipe.remove.shares) == {"experts"} and bool(recipe.remove.domains)
+    """Return whether the calibration text is looked at: not where only experts go, scored on other texts or on none."""
+    only_experts = set(recipe.remove.shares) == {"experts"} and (recipe.remove.domains or recipe.remove.weighs_experts)
     return not only_experts or recipe.prune.reconstruct.steps > 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coprune.removal.by_bytes import cut_by_bytes, cuts_by_bytes
 from coprune.removal.cut_and_prune import check_cut_and_zeros, cutting_of, of_both, zeros_of
 from coprune.removal.mixtures import may_have_experts
 from coprune.removal.removal_plan import Removable
@@ -13,6 +14,8 @@ __all__ = [
     "Removable",
     "check_cut_and_zeros",
     "check_names",
+    "cut_by_bytes",
+    "cuts_by_bytes",
     "cutting_of",
     "may_have_experts",
     "of_both",

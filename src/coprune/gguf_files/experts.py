@@ -1,0 +1,260 @@
+"""The experts of a GGUF file, by the format alone: its names and metadata say which bytes an expert is, and who chooses.
+
+So they are scored and cut where transformers has no class for the model: by what they answer in llama.cpp, or by their weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
+from coprune.base.progress import Reporter
+from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp, See
+from coprune.gguf_files.metadata import architecture
+from coprune.gguf_files.parts import BLOCK, by_expert
+from coprune.gguf_files.slices import Slice, Sliced
+from coprune.model.checkpoint.load import gguf_reader
+from coprune.model.checkpoint.locate import GgufFile, gguf_parts
+from coprune.model.checkpoint.mapped_gguf import decode_into, shape_of
+
+_BESIDE = re.compile(r"exp|tid2eid")
+"""In names of tensors that belong to experts …"""
+_SHARED = re.compile(r"shexp")
+"""… but to those that every token goes to."""
+_STRETCH = 1 << 16
+"""Weights that are decoded at a time: they stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class FileMixture:
+    """The experts of a block."""
+
+    block: str
+    count: int
+    top: int
+    """Experts that a token goes to."""
+    groups: int
+    """Equal runs of experts, of which a token uses `used`; 1 where any experts may be chosen together."""
+    used: int
+
+
+class ExpertFile(Sliced):
+    """A GGUF file whose blocks hold experts."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Open a file.
+
+        Raises:
+            BadInput: it cannot be read.
+            UnsupportedModel: it has no experts, or some that the format does not tell enough of.
+        """
+        super().__init__(file)
+        self._by_block: dict[str, dict[str, Any]] = {}
+        for stored in self.tensors:
+            if found := BLOCK.fullmatch(stored.name):
+                self._by_block.setdefault(f"blk.{found[1]}", {})[found[2]] = stored
+        self.blocks = len(self._by_block)
+        if not self.mixtures:
+            raise UnsupportedModel(f"{file.name} has no mixture of experts that tokens are routed to")
+
+    @cached_property
+    def mixtures(self) -> dict[str, FileMixture]:
+        """The mixtures by block. Raises UnsupportedModel for one that cannot be cut."""
+        found = {}
+        for block, own in self._by_block.items():
+            if (router := own.get("ffn_gate_inp.weight")) is None:
+                continue
+            count = len(router.data)
+            other = next((n for n in own if _BESIDE.search(n) and not _SHARED.search(n) and not by_expert(n)), None)
+            if other is not None:
+                raise UnsupportedModel(
+                    f"{block}.{other} of {self.file.name} tells experts apart in a way not known here"
+                )
+            tables = [name for name in own if by_expert(name)]
+            wrong = next((name for name in tables if len(own[name].data) != count), None)
+            if wrong is not None or not any(name.partition(".")[0].endswith("_exps") for name in tables):
+                raise UnsupportedModel(
+                    f"{block} of {self.file.name} does not hold {count} experts as entries of its tensors"
+                )
+            if (said := self._number("expert_count", 0)) != count:
+                raise UnsupportedModel(f"{block} of {self.file.name} has {count} experts, and its metadata say {said}")
+            groups = self._number("expert_group_count", 1)
+            used = self._number("expert_group_used_count", 1)
+            found[block] = FileMixture(block, count, self._number("expert_used_count", count), groups, used)
+        return found
+
+    def _number(self, key: str, usual: int) -> int:
+        """Return a number of the metadata, as it is for every block."""
+        field = self.fields.get(f"{self.arch}.{key}")
+        if field is None:
+            return usual
+        if type(field.value) is not int:
+            raise UnsupportedModel(f"{self.file.name} has another {key} in every block, which is not cut here")
+        return field.value or usual
+
+    @staticmethod
+    def architecture_of(file: GgufFile) -> str:
+        """Return the architecture that a file says. Raises BadInput where it cannot be read."""
+        return architecture(gguf_reader(next(iter(gguf_parts(file.path))), "model"))
+
+    @property
+    def positions(self) -> int:
+        """Most tokens of a text."""
+        return self._number("context_length", 2048)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(int(stored.n_elements) for stored in self.tensors)
+
+    def parameters_of(self, kept: Mapping[str, Sequence[int]]) -> int:
+        """Return the number of weights that are left. kept: numbers of the experts that stay, by block."""
+        gone = 0
+        for block, own in kept.items():
+            count = self.mixtures[block].count
+            for name, stored in self._by_block[block].items():
+                gone += int(stored.n_elements) // count * (count - len(own)) if by_expert(name) else 0
+        return self.parameters - gone
+
+    def routers(self) -> Iterator[bytes]:
+        """Yield the routers' bytes."""
+        for block in self.mixtures:
+            yield self._by_block[block]["ffn_gate_inp.weight"].data.tobytes()
+
+    def experts_of(self, block: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of an expert with some of its weights, float32, stretch by stretch; none twice."""
+        for name, stored in self._by_block[block].items():
+            if not name.partition(".")[0].endswith("_exps") or not name.endswith(".weight"):
+                continue
+            shape = shape_of(stored)
+            data = stored.data
+            rows = max(1, _STRETCH // shape[-1])
+            out = torch.empty(rows * shape[-1])
+            for expert in range(len(data)):
+                whole = data[expert].reshape(-1, data.shape[-1])
+                for start in range(0, len(whole), rows):
+                    some = whole[start : start + rows]
+                    part = out[: len(some) * shape[-1]]
+                    decode_into(stored, some, part)
+                    yield expert, part
+            self._mapped.let_go()
+
+    def cut(self, target: Path, kept: Mapping[str, Sequence[int]], reporter: Reporter) -> None:
+        """Write the file with some of its experts.
+
+        Args:
+            target: the new file.
+            kept: numbers of the experts that stay, as many in every block.
+            reporter: who sees the bar.
+
+        Raises:
+            BadInput: the target is taken.
+            VerificationError: the bytes that were written are not the source's.
+        """
+        slices = {}
+        for stored in self.tensors:
+            found = BLOCK.fullmatch(stored.name)
+            own = None if found is None else kept.get(f"blk.{found[1]}")
+            rows = own if found is not None and by_expert(found[2]) else None
+            slices[stored.name] = Slice(stored.name, None if rows is None else np.array(rows))
+        (left,) = {len(own) for own in kept.values()}
+        key = f"{self.arch}.expert_count"
+        self.write(target, slices, {**self.fields, key: replace(self.fields[key], value=left)}, reporter)
+
+
+def watch_experts(
+    file: ExpertFile, texts: Sequence[Sequence[int]], see: Callable[[str, Tensor, Tensor], None], reporter: Reporter
+) -> None:
+    """Run texts through llama.cpp, and show what every expert answers.
+
+    Args:
+        file: the file.
+        texts: token ids, each from its beginning.
+        see: takes the block, the experts of each token (T × k int64), and what each of them adds to the hidden state, its
+            gate included (T × k × H).
+        reporter: who sees the bar.
+
+    Raises:
+        BadInput: llama.cpp cannot run the file.
+        UnsupportedModel: it shows no answers.
+    """
+    answers: dict[str, Tensor] = {}
+    chosen: dict[str, Any] = {}
+    tops = {block: mixture.top for block, mixture in file.mixtures.items()}
+
+    def taken(block: str, kind: str) -> See:
+        def take(values: Any) -> None:
+            if kind == "topk":
+                chosen[block] = values.view(np.int32)
+            else:  # the last of both: where gates come before the experts, their product is no answer
+                answers[block] = torch.from_numpy(values.view(np.float32))
+
+        return take
+
+    kinds = ("topk", "down", "weighted")
+    shown = {f"ffn_moe_{kind}-{block[4:]}": taken(block, kind) for block in tops for kind in kinds}
+    first, longest = gguf_parts(file.file.path)[0], max(map(len, texts))
+    with (
+        closing(LlamaCpp(first, context=longest, see=shown)) as model,
+        reporter.bar("Scoring experts", sum(map(len, texts))) as advance,
+    ):
+        for text in texts:
+            model.forget()
+            for start in range(0, len(text), WATCHED):
+                tokens = text[start : start + WATCHED]
+                model.read(tokens, all_logits=True)  # else the last block is computed for the last token only
+                for block, index in chosen.items():
+                    own = _first_columns(index, len(tokens), tops[block])
+                    see(block, own, answers[block].view(len(tokens), tops[block], -1))
+                advance(len(tokens))
+    if not chosen or chosen.keys() != answers.keys():
+        raise UnsupportedModel(f"llama.cpp does not show what the experts of {file.file.name} answer")
+
+
+def _first_columns(values: Any, rows: int, columns: int) -> Tensor:
+    """Return the first columns of a matrix as int64. values: from its first value to the last one that is meant."""
+    width = columns if rows == 1 else (len(values) - columns) // (rows - 1)
+    whole = np.zeros(rows * width, dtype=np.int64)
+    whole[: len(values)] = values
+    return torch.from_numpy(whole.reshape(rows, width)[:, :columns].copy())
+
+
+class FileTokenizer:
+    """A file's own tokenizer in llama.cpp."""
+
+    is_fast = False
+
+    def __init__(self, model: LlamaCpp) -> None:
+        self._model = model
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        """Return the ids of a text's tokens as `input_ids`."""
+        return {"input_ids": self._model.tokenize(text)}
+
+
+@contextmanager
+def tokenizer_of(file: ExpertFile) -> Iterator[FileTokenizer]:
+    """Yield a file's tokenizer. Raises BadInput if llama.cpp cannot load it."""
+    with closing(LlamaCpp(gguf_parts(file.file.path)[0], context=8, see={})) as model:
+        yield FileTokenizer(model)
+
+
+def require_runs(file: GgufFile) -> None:
+    """Raise VerificationError where llama.cpp cannot compute with a file."""
+    try:
+        with closing(LlamaCpp(file.path, context=8, see={})) as model:
+            finite = bool(torch.isfinite(model.logits([0, 1])).all())
+    except BadInput as error:
+        raise VerificationError(f"llama.cpp cannot run what was written: {error}") from error
+    if not finite:
+        raise VerificationError(f"{file.name} gives no finite logits in llama.cpp")

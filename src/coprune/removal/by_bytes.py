@@ -1,0 +1,247 @@
+"""A run that cuts the experts of a GGUF file by the format alone: by their weights, or where transformers has no class to walk.
+
+There llama.cpp runs the text and shows what the experts answer; the cut is a slice of bytes, as everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, about
+from coprune.base.files import write_text
+from coprune.base.memory import peak_memory
+from coprune.base.words import LeaveOut, Setting
+from coprune.data.windows import Sampling, Windows, draw_samples
+from coprune.gguf_files.experts import ExpertFile, require_runs, tokenizer_of, watch_experts
+from coprune.gguf_files.llama_cpp import PACKAGE, has_llama_cpp
+from coprune.model.checkpoint.locate import GgufFile, locate
+from coprune.model.transformers_private import reads_gguf
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import split_sources
+from coprune.removal.cuts import Plan, words_of
+from coprune.removal.expert_calls import Routed
+from coprune.removal.expert_choice import (
+    Scored,
+    Scores,
+    by_domain,
+    choose,
+    experts_left,
+    keep_scores,
+    known_scores,
+)
+from coprune.removal.expert_scores import AIMER, ExpertSums, WeightSums, expert_score_named
+from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
+from coprune.report.html import MadeFacts
+from coprune.report.schema import CalibrationFacts, ModelFacts, Report, SparsityFacts, installed_versions
+from coprune.run.checks import prepare_folders, replace_earlier
+from coprune.run.context import Run
+from coprune.run.result import Result
+
+
+def cuts_by_bytes(run: Run) -> bool:
+    """Return whether only experts of a GGUF file go, and no model in transformers is wanted for that, or there is none."""
+    recipe = run.recipe
+    location = locate(recipe.model.name, recipe.model.cache_dir)
+    if {*recipe.remove.shares} != {"experts"} or not isinstance(location, GgufFile):
+        return False
+    reads_text = bool(_measured(recipe)) or "data" in recipe.calibrate.model_fields_set
+    return (recipe.remove.weighs_experts and not reads_text) or not reads_gguf(ExpertFile.architecture_of(location))
+
+
+def _measured(recipe: Recipe) -> list[str]:
+    """Return the settings that ask for something that only a model in transformers gives."""
+    asked = recipe.evaluate
+    given = {
+        "eval_data": asked.data is not None,
+        "tasks": asked.runs_tasks,
+        "generate": asked.answers.is_asked,
+        "calibrate_on": recipe.calibrate.calibrate_on != "all",
+    }
+    return [field for field, is_given in given.items() if is_given]
+
+
+def cut_by_bytes(run: Run) -> Result:
+    """Score the experts of a file, and write it with those that stay.
+
+    Raises:
+        BadInput: what is asked for needs a class of transformers, or llama.cpp, which is not installed.
+        UnsupportedModel: the format does not tell enough of the experts.
+        VerificationError: what was written is not what should be there.
+    """
+    recipe = run.recipe
+    target = recipe.output.model
+    assert target is not None
+    if run.write and (known := announced(recipe)) is not None:
+        finish_run_folder(recipe, known)
+        return Result(known)
+    location = locate(recipe.model.name, recipe.model.cache_dir)
+    assert isinstance(location, GgufFile)
+    file = ExpertFile(location)
+    _refuse(run, file)
+    prepare_folders(recipe)
+    left = {mixture.count: experts_left(mixture, recipe.remove) for mixture in file.mixtures.values()}
+    domains = _samples(recipe, file)
+    if recipe.output.overwrite:
+        replace_earlier(recipe)
+    if run.writes:
+        recipe.run_folder.mkdir(parents=True, exist_ok=True)
+        write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
+    (removed,) = words_of(Plan(experts=left), file.blocks, recipe.remove.shares["experts"])
+    run.reporter.say(f"Removing {removed}.")
+    began = time.perf_counter()
+    keeps, covered = choose(run, file.mixtures, _scores(run, file, domains), left)
+    kept = {block: keep.nonzero().flatten().tolist() for block, keep in keeps.items()}
+    facts = _Facts(file, removed, file.parameters_of(kept), domains, covered, time.perf_counter() - began)
+    report = _report(run, facts)
+    if run.writes:
+        announce(recipe, report)
+    file.cut(target, kept, run.reporter)
+    if not recipe.remove.weighs_experts:
+        require_runs(GgufFile(target, target.name))
+    return Result(run.finish(report))
+
+
+def _refuse(run: Run, file: ExpertFile) -> None:
+    """Raise BadInput for what such a run does not do."""
+    recipe, why = run.recipe, f"transformers does not read GGUF files of {file.arch}"
+    if run.processes.size > 1:
+        raise BadInput("a GGUF file is cut by one process", field="save_model", fix="run it without torchrun")
+    for field in _measured(recipe):
+        raise BadInput((Setting(field), f" needs a model in transformers, and {why}"), field=field, fix=LeaveOut(field))
+    if recipe.remove.weighs_experts:
+        run.reporter.say("Experts are scored by their weights: no text is read, and perplexity is not measured.")
+        return
+    if not has_llama_cpp():
+        package = PACKAGE.replace("_", "-")
+        raise BadInput(f"{why}, and llama.cpp is not installed", field="model", fix=f"pip install {package}")
+    run.reporter.say(f"{why[0].upper()}{why[1:]}, so llama.cpp runs the text, and perplexity is not measured.")
+
+
+def _samples(recipe: Recipe, file: ExpertFile) -> dict[str, Windows]:
+    """Return the samples of every domain."""
+    asked, found = recipe.calibrate, dict[str, Windows]()
+    if recipe.remove.kept_scores is not None or recipe.remove.weighs_experts:
+        return found
+    limit = file.positions
+    with tokenizer_of(file) as tokenizer:
+        seqlen = asked.seqlen or min(2048, limit)
+        if seqlen > limit:
+            cause = f"seqlen {seqlen} is above this model's limit of {limit} positions"
+            raise BadInput(cause, field="seqlen", value=seqlen)
+        for name, text in (recipe.remove.texts or {"calibration": asked.data}).items():
+            field = "domains" if recipe.remove.texts else "dataset"
+            sources = split_sources(text)
+            if len(sources) > 1 or not sources[0].is_plain:
+                fix = "name one text, or several as domains"
+                raise BadInput("llama.cpp is given plain texts alone", field=field, value=text, fix=fix)
+            with about(field, text):
+                sampling = Sampling(asked.samples, seqlen, asked.seed, recipe.model.cache_dir)
+                found[name] = draw_samples(text, tokenizer, sampling)
+    return found
+
+
+def _scores(run: Run, file: ExpertFile, domains: dict[str, Windows]) -> Scores:
+    """Return how much every expert matters."""
+    score = expert_score_named(run.recipe.remove.score_of("experts"))
+    if isinstance(score, AIMER):
+        return {block: {"": own} for block, own in _by_weights(run, file, [*file.mixtures]).items()}
+    scored, numbers = _sums(run, file, domains), {block: number for number, block in enumerate(file.mixtures)}
+    scores = dict(by_domain(score, scored, numbers))
+    # Layers for speculative decoding, which no text reaches.
+    silent = [block for block in numbers if not any(bool(sums[block].tokens.any()) for sums in scored.values())]
+    for block, own in _by_weights(run, file, silent).items():
+        scores[block] = dict.fromkeys(scored, own)
+    return scores
+
+
+def _by_weights(run: Run, file: ExpertFile, blocks: Sequence[str]) -> dict[str, Tensor]:
+    found = {block: WeightSums.empty(file.mixtures[block].count) for block in blocks}
+    with run.reporter.bar("Weighing experts", len(found)) as advance:
+        for block, sums in found.items():
+            for expert, weights in file.experts_of(block):
+                sums.update(expert, weights)
+            advance(1)
+    return {block: AIMER().score_weights(sums) for block, sums in found.items()}
+
+
+def _sums(run: Run, file: ExpertFile, domains: dict[str, Windows]) -> Scored:
+    """Return the sums of every expert by domain, as an earlier run left them, or from one pass over all domains."""
+    digest = hashlib.sha256()
+    for router in file.routers():
+        digest.update(router)
+    model, data = digest.hexdigest()[:16], {name: one.fingerprint for name, one in domains.items()}
+    if (known := known_scores(run, model, data, file.mixtures)) is not None:
+        run.reporter.say("The experts' scores are known, so no text runs through the model.")
+        return known
+    scored: Scored = {}
+    for name, samples in domains.items():
+        sums = {block: ExpertSums.empty(mixture.count) for block, mixture in file.mixtures.items()}
+
+        def see(block: str, index: Tensor, answers: Tensor, sums: dict[str, ExpertSums] = sums) -> None:
+            sums[block].update(Routed(index, torch.ones(index.shape), answers))
+
+        watch_experts(file, samples.tokens.tolist(), see, run.reporter)
+        scored[name] = sums
+    keep_scores(run, model, data, scored)
+    return scored
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a report tells."""
+
+    file: ExpertFile
+    removed: str
+    left: int
+    domains: dict[str, Windows]
+    covered: dict[str, float]
+    seconds: float
+
+
+def _report(run: Run, facts: _Facts) -> Report:
+    recipe, file = run.recipe, facts.file
+    whole = file.parameters
+    samples: Any = facts.domains.get("calibration")
+    removed = f"{facts.removed}: {whole:,} → {facts.left:,} parameters"
+    return Report(
+        recipe=recipe,
+        model=ModelFacts(
+            source=file.file.name,
+            model_type=file.arch,
+            dtype="as stored",
+            device="cpu",
+            blocks=file.blocks,
+            parameters=whole,
+            quantised_source=True,
+        ),
+        calibration=None
+        if samples is None
+        else CalibrationFacts(
+            source=samples.source,
+            nsamples=len(samples.tokens),
+            seqlen=samples.tokens.shape[1],
+            seed=recipe.calibrate.seed,
+            fingerprint=samples.fingerprint,
+        ),
+        sparsity=SparsityFacts(target=0.0, matrices=0.0, model=0.0),
+        perplexity=[],
+        prune_seconds=facts.seconds,
+        total_seconds=time.perf_counter() - run.began,
+        peak_memory_bytes=peak_memory(),
+        peak_device_memory_bytes=None,
+        versions=installed_versions(),
+        events=[],
+        matrices=[],
+        edits=[removed],
+        left=facts.left,
+        covered=facts.covered,
+        saved_model=recipe.output.model,
+        made=MadeFacts.here(),
+    )
