@@ -245,8 +245,10 @@ def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
     lines = tuple(one.line() for one in finding.held)
     plain = None if finding.plain is None else finding.plain.name
     found = Fitted(file, bytes_in(file), finding.kept, chosen.name, lines, rows, plain, tuple(notes))
-    write_text(target / PAGE_FILE, page(found, workshop.asked.model, search.wish.target))
-    write_text(target / CARD_FILE, card(found, workshop.asked.model))
+    place = Path(workshop.asked.model)
+    named = place.name if place.exists() else workshop.asked.model  # not where it lies on this machine
+    write_text(target / PAGE_FILE, page(found, named, search.wish.target))
+    write_text(target / CARD_FILE, card(found, named))
     facts = {
         "chosen": recipe_of(chosen),
         "kept": finding.kept,
