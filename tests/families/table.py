@@ -36,6 +36,7 @@ _LEFT_ALONE = {
     "depth-wise": "depth-wise convolutions",
     "a vector": "vectors",
     "not used in a forward": "layers that a forward does not use",
+    "in no product that coprune can observe": "products that cannot be observed",
     "the weight of no linear layer": "weights of no linear layer",
     "a convolution with padding": "convolutions with padding",
     "three dimensions, and none of its matrices is multiplied": "parameters of three dimensions in no product",

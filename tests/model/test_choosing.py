@@ -208,9 +208,10 @@ def test_a_layer_that_a_forward_does_not_use_is_left_alone_and_named() -> None:
     assert lines(chosen) == ["idle (not used in a forward; 2 layers)"]
 
 
-def test_a_layer_that_is_used_unseen_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match=r"layers\.0\.idle takes part in no product that coprune can observe"):
-        chosen_of(toy(Unobservable))
+def test_a_layer_that_is_used_unseen_is_left_alone_and_named() -> None:
+    chosen = chosen_of(toy(Unobservable))
+    assert names_in(chosen) == ["first", "second"]
+    assert lines(chosen) == ["idle (in no product that coprune can observe; 2 layers)"]
 
 
 class Left(Unused):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from coprune.evaluation.tasks.whole_texts import Pooling
 from coprune.training.distill import Distillation, divergence, hidden_error
 from support.pico import pico_model, pico_tokens
+from support.pico_readers import pico_reader
 
 
 def pair(seed: int = 0, vocabulary: int = 20) -> list[Tensor]:
@@ -52,6 +54,14 @@ def test_every_block_is_held_to_its_counterpart(counterparts: tuple[int, ...]) -
     states = [dense.hidden_states[index] for index in counterparts or (1, 2, 3)]
     expected = divergence(own.logits, dense.logits, 2.0) + hidden_error(own.hidden_states[1:], states)
     assert float(Distillation(teacher, 2.0, True, counterparts)(student, inputs)) == pytest.approx(float(expected))
+
+
+def test_a_student_answers_without_dropout_and_stays_in_training() -> None:
+    teacher, student = pico_reader("BertModel"), pico_reader("BertModel").train()
+    inputs = {"input_ids": pico_tokens(2, 8)}
+    objective = Distillation(teacher, 1.0, True, pooled=Pooling().of_hidden)
+    assert float(objective(student, inputs)) == pytest.approx(0, abs=1e-6)
+    assert all(part.training for part in student.modules())
 
 
 def test_the_gradient_leads_toward_the_teacher() -> None:

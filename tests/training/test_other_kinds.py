@@ -131,6 +131,8 @@ def test_text_alone_says_nothing_of_vectors_and_labels(kind: str, place: Path, t
     ):
         coprune.finetune(model, "dense", dataset=place / "words.txt", save=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(BadInput, match="with finetune='distill'"):
+        coprune.prune(model, dataset=place / "words.txt", finetune="lora", save=tmp_path / "run", **PRUNING)
 
 
 def one_by_one(family: str, pairs: Pairs) -> list[tuple[dict[str, Tensor], Tensor]]:

@@ -22,6 +22,7 @@ from coprune.model.leftovers import LeftOut, kind_of, large_parameters, left_out
 from coprune.model.matrices import Matrix, find_matrices
 
 UNUSED = "not used in a forward"
+UNOBSERVED = "in no product that coprune can observe"
 NO_MIXTURE = "three dimensions, and none of its matrices is multiplied"
 
 
@@ -141,8 +142,6 @@ def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence
         for matrix in matrices:
             if matrix.name in seen.backwards:
                 raise _unobservable(matrix, "is multiplied along its outputs")
-            if matrix.expert is None and matrix.name not in seen.multiplied and matrix.name in seen.touched:
-                raise _unobservable(matrix, "takes part in no product that coprune can observe")
     return confirmed
 
 
@@ -185,7 +184,11 @@ def _no_matrices(candidates: Sequence[Matrix], seen: Evidence) -> dict[str, str]
         if matrix.expert is not None:
             if matrix.parameter not in mixtures:
                 dropped[matrix.name] = NO_MIXTURE
-        elif matrix.name not in multiplied | seen.touched and kind_of(matrix.name) not in kinds:
+        elif matrix.name in multiplied:
+            continue
+        elif matrix.name in seen.touched:
+            dropped[matrix.name] = UNOBSERVED
+        elif kind_of(matrix.name) not in kinds:
             dropped[matrix.name] = UNUSED
     return dropped
 

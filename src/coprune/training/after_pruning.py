@@ -140,7 +140,10 @@ def _require_teacher(recipe: Recipe) -> None:
 def _require_room(recipe: Recipe, settings: Recipe) -> None:
     """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
     where = locate(recipe.model.name, recipe.model.cache_dir)
-    require_trainable(where, recipe.train.mode)
+    try:
+        require_trainable(where, recipe.train.mode)
+    except BadInput as error:
+        raise error.renamed({"mode": "finetune"}) from None
     if has_adapters(recipe.train.mode) or recipe.remove.parts or not recipe.model.check_memory:
         return
     distills = has_teacher(recipe.train.mode)

@@ -8,6 +8,7 @@ many models is a thousand times larger than the others. A model that embeds has 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from coprune.base.devices import PerMemory, in_host_memory
 from coprune.data.text import NOTHING, lengths_of
+from coprune.model.checkpoint.load import evaluating
 from coprune.model.walk.block_calls import takes
 
 
@@ -180,7 +182,8 @@ class Distillation:
         options: dict[str, Any] = {"output_hidden_states": True} if self.hidden else {}
         if "pixel_values" not in inputs and takes(self.teacher, "use_cache"):
             options["use_cache"] = False
-        student = model(**batch.taken, **options)
+        with self._settled(model):
+            student = model(**batch.taken, **options)
         with torch.no_grad():
             dense = self.teacher(**batch.taken, **options)
         loss = self._difference(student, dense, batch)
@@ -191,6 +194,11 @@ class Distillation:
             # The first entry is the embeddings, which a mask does not touch.
             errors.append(hidden_error(mine[1:], [theirs[i] for i in self.counterparts] or theirs[1:], counted))
         return loss + torch.stack(errors).mean()
+
+    def _settled(self, model: Any) -> AbstractContextManager[None]:
+        """Let a model answer without dropout, as the teacher does; recomputing activations belongs to training mode."""
+        recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+        return nullcontext() if recomputes else evaluating(model)
 
     def _difference(self, student: Any, teacher: Any, batch: Batch) -> Tensor:
         """Return how far the answers are apart: of vectors 1 − cosine, of single scores the squared error."""

@@ -93,9 +93,9 @@ def require_trainable(location: Location, mode: str | None) -> None:
     if (task := task_at(location)) in ("embeddings", "labels") and not has_teacher(mode):
         raise BadInput(
             f"{location.name} {WHAT[task]}, and plain text does not say what it should answer",
-            field="finetune",
+            field="mode",
             value=mode,
-            fix=("train it toward the dense model with ", Set("finetune", "distill")),
+            fix=("train it toward the dense model with ", Set("mode", "distill")),
         )
 
 

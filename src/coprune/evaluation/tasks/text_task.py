@@ -171,8 +171,11 @@ class TextTask:
 
     def check_ids(self, tokens: Tensor) -> None:
         """Refuse token ids that the model does not know: they may be handed over, or be of another's tokenizer."""
-        vocabulary, largest = self._loaded.model.config.get_text_config().vocab_size, int(tokens.max())
-        if largest >= vocabulary:
+        vocabulary, largest = (
+            getattr(self._loaded.model.config.get_text_config(), "vocab_size", None),
+            int(tokens.max()),
+        )
+        if vocabulary is not None and largest >= vocabulary:  # CANINE hashes characters, and knows all
             raise BadInput(
                 f"the token id {largest} is outside the model's vocabulary of {vocabulary}",
                 fix="use the model's tokenizer",
