@@ -34,8 +34,6 @@ from transformers import DeepseekV3Config
 
 HEADS, HEAD, TOKENS, STEP = 16, 128, 512, 128
 MIB = 1 << 20
-POOL = 999_983
-"""Blocks of random codes; a prime, so that no expert has another one's."""
 COPIED = 8 * 10**9
 """Most bytes of a file that are copied for comparison."""
 Shapes = dict[str, tuple[int, ...]]
@@ -164,23 +162,20 @@ def write_gguf(file: Path, asked: argparse.Namespace) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        pool = generator.integers(0, 256, (POOL, size), dtype=np.uint8)
+        # Every tensor is a part of one table of random codes, which is faster than to draw each anew.
+        most = max(math.prod(shape) // values for _, shape, is_coded in todo if is_coded)
+        pool = generator.integers(0, 256, (2 * most, size), dtype=np.uint8)
         for name, shape, is_coded in todo:
             if is_coded:
                 # Scales and minima of 31 on average and codes of 7.5 make values of about one standard deviation.
-                scale = (np.array([1, 7.5]) * 0.2 / (31 * shape[-1] ** 0.5)).astype(np.float16).view(np.uint8)
-                pool[:, :4] = scale
-                write_some(writer, pool, math.prod(shape) // values, int(generator.integers(POOL)))
+                start, count = int(generator.integers(most)), math.prod(shape) // values
+                own = pool[start : start + count]
+                own[:, :4] = (np.array([1, 7.5]) * 0.2 / (31 * shape[-1] ** 0.5)).astype(np.float16).view(np.uint8)
+                writer.write_tensor_data(own.reshape(*shape[:-1], -1))
             elif "norm" in name:
                 writer.write_tensor_data(np.ones(shape, np.float32))
             else:
                 writer.write_tensor_data(generator.standard_normal(shape, np.float32) / np.float32(width**0.5))
-
-
-def write_some(writer: GGUFWriter, pool: Any, blocks: int, start: int) -> None:
-    """Write blocks of random codes, drawn from a pool that is read round from a place: faster than a generator."""
-    whole = np.concatenate([pool[start:], pool[:start]])
-    writer.write_tensor_data(np.resize(whole, (blocks, whole.shape[1])))
 
 
 def write_settings(writer: GGUFWriter, asked: argparse.Namespace, blocks: int) -> None:

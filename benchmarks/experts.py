@@ -14,6 +14,7 @@ import argparse
 import sysconfig
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,15 +178,16 @@ def measure(asked: argparse.Namespace, mixture: Path, texts: dict[str, Path]) ->
     print(f"{'way':40} {'parameters':>12} {'Wikipedia':>18} {'code':>18}   kept of wiki, code", flush=True)
     kept = asked.out / "scored" / "experts.json"
     shares = [float(share) for share in asked.shares.split(",")]
+    ways: dict[str, dict[str, Any]] = {
+        "reap, blended": {"score": "reap"},
+        "frequency, blended": {"score": "frequency"},
+        "random": {"score": "random"},
+        "aimer": {"score": "aimer", "domains": ()},
+        "reap, Wikipedia's alone": {"score": "reap", "blend": "wiki=1,code=0"},
+        "reap, code's alone": {"score": "reap", "blend": "wiki=0,code=1"},
+    }
     for share in shares:
-        for way, settings in {
-            "reap, blended": {"score": "reap"},
-            "frequency, blended": {"score": "frequency"},
-            "random": {"score": "random"},
-            "aimer": {"score": "aimer", "domains": ()},
-            "reap, Wikipedia's alone": {"score": "reap", "blend": "wiki=1,code=0"},
-            "reap, code's alone": {"score": "reap", "blend": "wiki=0,code=1"},
-        }.items():
+        for way, settings in ways.items():
             first = not kept.is_file()
             source = domains if first else str(kept)
             result = coprune.prune(
@@ -199,7 +201,7 @@ def measure(asked: argparse.Namespace, mixture: Path, texts: dict[str, Path]) ->
                 evaluate_dense=first,
                 save=asked.out / "scored" if first else None,
                 quiet=True,
-                **{"domains": source, **settings},  # type: ignore[arg-type]
+                **{"domains": source, **settings},
             )
             report = result.report
             if first:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.base.progress import Reporter
-from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp, See
+from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp
 from coprune.gguf_files.metadata import architecture
 from coprune.gguf_files.parts import BLOCK, by_expert
 from coprune.gguf_files.slices import Slice, Sliced
@@ -31,8 +31,8 @@ _BESIDE = re.compile(r"exp|tid2eid")
 """In names of tensors that belong to experts …"""
 _SHARED = re.compile(r"shexp")
 """… but to those that every token goes to."""
-_STRETCH = 1 << 16
-"""Weights that are decoded at a time: they stay in the processor's cache."""
+_STRETCH = 1 << 18
+"""Weights that are decoded at a time: few enough for the processor's cache, and for few calls."""
 
 
 @dataclass(frozen=True)
@@ -172,53 +172,75 @@ class ExpertFile(Sliced):
         self.write(target, slices, {**self.fields, key: replace(self.fields[key], value=left)}, reporter)
 
 
-def watch_experts(
-    file: ExpertFile, texts: Sequence[Sequence[int]], see: Callable[[str, Tensor, Tensor], None], reporter: Reporter
-) -> None:
+See = Callable[[str, Tensor, Tensor], None]
+"""Takes a block, the experts of each token (T × k int64), and what each adds to the hidden state with its gate (T × k × H)."""
+
+
+def watch_experts(file: ExpertFile, texts: Sequence[Sequence[int]], see: See, reporter: Reporter) -> None:
     """Run texts through llama.cpp, and show what every expert answers.
 
     Args:
         file: the file.
         texts: token ids, each from its beginning.
-        see: takes the block, the experts of each token (T × k int64), and what each of them adds to the hidden state, its
-            gate included (T × k × H).
+        see: takes what is shown.
         reporter: who sees the bar.
 
     Raises:
         BadInput: llama.cpp cannot run the file.
         UnsupportedModel: it shows no answers.
     """
-    answers: dict[str, Tensor] = {}
-    chosen: dict[str, Any] = {}
-    tops = {block: mixture.top for block, mixture in file.mixtures.items()}
-
-    def taken(block: str, kind: str) -> See:
-        def take(values: Any) -> None:
-            if kind == "topk":
-                chosen[block] = values.view(np.int32)
-            else:  # the last of both: where gates come before the experts, their product is no answer
-                answers[block] = torch.from_numpy(values.view(np.float32))
-
-        return take
-
-    kinds = ("topk", "down", "weighted")
-    shown = {f"ffn_moe_{kind}-{block[4:]}": taken(block, kind) for block in tops for kind in kinds}
+    watched = _Watched({block: mixture.top for block, mixture in file.mixtures.items()}, see)
     first, longest = gguf_parts(file.file.path)[0], max(map(len, texts))
     with (
-        closing(LlamaCpp(first, context=longest, see=shown)) as model,
+        closing(LlamaCpp(first, context=longest, see=watched.takers())) as model,
         reporter.bar("Scoring experts", sum(map(len, texts))) as advance,
     ):
         for text in texts:
             model.forget()
             for start in range(0, len(text), WATCHED):
-                tokens = text[start : start + WATCHED]
-                model.read(tokens, all_logits=True)  # else the last block is computed for the last token only
-                for block, index in chosen.items():
-                    own = _first_columns(index, len(tokens), tops[block])
-                    see(block, own, answers[block].view(len(tokens), tops[block], -1))
-                advance(len(tokens))
-    if not chosen or chosen.keys() != answers.keys():
+                watched.tokens = len(text[start : start + WATCHED])
+                # All logits, or else the last block is computed for the last token only.
+                model.read(text[start : start + WATCHED], all_logits=True)
+                watched.pass_on()
+                advance(watched.tokens)
+    if not watched.seen:
         raise UnsupportedModel(f"llama.cpp does not show what the experts of {file.file.name} answer")
+
+
+class _Watched:
+    """Takes tensors of one block's experts after another, and passes on what they say together."""
+
+    def __init__(self, tops: Mapping[str, int], see: See) -> None:
+        self._tops, self._see = tops, see
+        self._block = ""
+        self._found: dict[str, Any] = {}
+        self.tokens = 0
+        """Tokens that are read at the moment."""
+        self.seen = False
+
+    def takers(self) -> dict[str, Callable[[Any], None]]:
+        """Return what takes a tensor, by its name in llama.cpp."""
+        kinds = {"topk": "chosen", "down": "answers", "weighted": "answers"}
+        return {
+            f"ffn_moe_{name}-{block[4:]}": partial(self._take, block, kind)
+            for block in self._tops
+            for name, kind in kinds.items()
+        }
+
+    def _take(self, block: str, kind: str, values: Any) -> None:
+        if block != self._block:
+            self.pass_on()
+        # Of answers the last: where gates come before the experts, their product is none.
+        self._block, self._found[kind] = block, values
+
+    def pass_on(self) -> None:
+        """Show the block that was computed last."""
+        if self._found.keys() == {"chosen", "answers"}:
+            index = _first_columns(self._found["chosen"].view(np.int32), self.tokens, self._tops[self._block])
+            answers = torch.from_numpy(self._found["answers"].view(np.float32))
+            self._see(self._block, index, answers.view(*index.shape, -1))
+            self.seen = True
+        self._found.clear()
 
 
 def _first_columns(values: Any, rows: int, columns: int) -> Tensor:

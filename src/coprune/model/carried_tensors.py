@@ -6,12 +6,10 @@ common with a block's mixture: a router of the same name with as many rows, and 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from coprune.model.edit import KeepCarried, KeepExperts
@@ -34,24 +32,20 @@ class CarriedMixture:
     """Beginnings of names in which the number of an expert follows."""
     count: int
 
-    def norms(self, names: Sequence[str], read: Read) -> Iterator[Tensor]:
-        """Yield norms of matrices, E float64 each: first of the router's rows, then of every expert's matrices.
+    def matrices(self, names: Sequence[str], read: Read) -> Iterator[tuple[int, Tensor]]:
+        """Yield every matrix of the experts, with the expert's number.
 
         Args:
             names: of all tensors.
             read: reads one; no more than one is in memory.
         """
-        yield _norms(read(self.router), self.sliced[self.router])
         for name, dim in self.sliced.items():
             if name != self.router and (tensor := read(name)).ndim > 2:
-                yield _norms(tensor, dim)
-        kinds = defaultdict[str, dict[int, float]](dict)
+                yield from enumerate(tensor.unbind(dim))
         for name in names:
             for beginning in self.numbered:
                 if (found := _expert(name, beginning)) is not None and (tensor := read(name)).ndim > 1:
-                    kinds[beginning + found[1]][found[0]] = float(_norms(tensor[None], 0))
-        for own in kinds.values():
-            yield torch.tensor([own[number] for number in range(self.count)], dtype=torch.float64)
+                    yield found[0], tensor
 
     def edit(self, keep: Tensor) -> KeepCarried:
         """Return what keeps some of the experts. keep: E bool."""
@@ -142,9 +136,3 @@ def _expert(name: str, beginning: str) -> tuple[int, str] | None:
     """Return the number of an expert in a name, and the rest of it."""
     number, _, rest = name.removeprefix(beginning).partition(".") if name.startswith(beginning) else ("", "", "")
     return (int(number), rest) if number.isdecimal() else None
-
-
-def _norms(tensor: Tensor, dim: int) -> Tensor:
-    rows = tensor.movedim(dim, 0).flatten(1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double()
-    return norms / math.sqrt(rows.shape[1])

@@ -160,7 +160,7 @@ class KeepCarried(KeepNumbered):
 
     def describe(self) -> str:
         left = f"experts {self.count} → {len(self.experts)} of {self.mixture}, which the model does not load"
-        return f"{left}: those with the largest weights, since no text reaches them"
+        return f"{left}: chosen by their weights (aimer), since no text reaches them"
 
 
 class CutVocabulary(Edit):

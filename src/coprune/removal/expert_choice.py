@@ -36,7 +36,6 @@ from coprune.removal.expert_scores import (
     coverage,
     expert_score_named,
     kept_experts,
-    weight_score,
 )
 from coprune.removal.mixtures import Mixture, find_mixtures
 from coprune.run.calibrating import counted_batches, record_counted
@@ -266,8 +265,10 @@ def cut_carried(run: Run, mixtures: Mapping[str, Mixture], edits: Edits) -> list
     cut = {name: edit for name, own in edits.by_block.items() for edit in own if isinstance(edit, KeepExperts)}
     for path, carried in find_carried({name: entry.shape for name, entry in entries.items()}, cut).items():
         block, like = next((name, edit) for name, edit in cut.items() if edit.count == carried.count)
-        score = weight_score(carried.norms([*entries], lambda name: read_tensor(entries[name])))
-        keep = kept_experts({path: score}, len(like.experts), mixtures[block].groups, None)
+        sums = WeightSums.empty(carried.count)
+        for number, matrix in carried.matrices([*entries], lambda name: read_tensor(entries[name])):
+            sums.update(number, matrix)
+        keep = kept_experts({path: AIMER().score_weights(sums)}, len(like.experts), mixtures[block].groups, None)
         made.append(carried.edit(keep))
         run.reporter.say(f"Removing {made[-1].describe()}.")
     return made

@@ -5,7 +5,7 @@ E experts. Scores add over tokens, so they are gathered once per domain of text,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -155,15 +155,6 @@ EXPERT_SCORES: dict[str, ExpertScore | AIMER] = {
 def expert_score_named(asked: Choice) -> ExpertScore | AIMER:
     """Return a score with its options. Raises BadInput for an unknown name or option."""
     return one_of(EXPERT_SCORES, "score", asked.name, asked.options)
-
-
-def weight_score(norms: Iterable[Tensor]) -> Tensor:
-    """Return how much every expert may answer by its weights alone: E float64, the largest is one.
-
-    norms: of the router's rows, and of every matrix of the experts, E each. What a gated MLP answers grows as their product.
-    """
-    logs = torch.stack([norm.double().clamp_min(1e-300).log() for norm in norms]).sum(dim=0)
-    return (logs - logs.max()).exp()
 
 
 def kept_experts(scores: Mapping[str, Tensor], count: int, groups: int, weights: Mapping[str, float] | None) -> Tensor:
