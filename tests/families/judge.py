@@ -27,10 +27,12 @@ from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import loaded_by_auto, quiet_transformers, task_of
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.leftovers import LeftOut
 from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
+from coprune.report.run_events import left_lines
 from coprune.report.schema import Report
 from families.build import AUTO, Kind, image_size, published_model, tiny_model
 from families.exceptions import UNBUILT
@@ -213,7 +215,11 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
             | data.settings
             | ({"evaluate": False, "eval_data": None} if kind == "labels" else {}),
         ).report
-    verdict.blocks, verdict.matrices, verdict.left_alone = report.model.blocks, len(report.matrices), report.left_out
+    verdict.blocks, verdict.matrices, verdict.left_alone = (
+        report.model.blocks,
+        len(report.matrices),
+        left_lines(report.left_out),
+    )
     with _called(name):
         _compare_masks(model, tiny_model(model_type, kind), data, target, report)
         _compare_rest(model, dense, report)
@@ -239,7 +245,7 @@ def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path
 
 
 def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, target: Target, report: Report) -> None:
-    alone = {line.rpartition(" (")[0] for line in report.left_out}
+    alone = {one.kind for one in report.left_out if isinstance(one, LeftOut)}
     # Layers of one kind may be pruned or not, as convolutions are.
     pruned = {kind_of(matrix.name) for matrix in report.matrices}
     expected = prune_by_whole_forwards(oracle, data.batches, target, alone - pruned)

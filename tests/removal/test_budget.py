@@ -71,7 +71,7 @@ def test_what_a_way_is_said_to_cost_is_what_it_costs_and_the_least_is_taken() ->
         small = run(pico_model("llama"), remove, **scores)[0].model
         assert said[way] == pytest.approx(kl(small), rel=1e-3)
     best = min(said, key=said.__getitem__)
-    assert result.report.edits[0].startswith(f"{best}: ")
+    assert result.report.edits[0].line().startswith(f"{best}: ")
     assert kl(result.model) == pytest.approx(said[best], rel=1e-3)
 
 
@@ -89,7 +89,7 @@ def test_at_least_the_budget_goes_in_a_way_that_the_configuration_can_tell(
     assert result.model is not None
     gone = sum(before.values()) - result.model.num_parameters()
     assert gone >= share * blocks * 0.99
-    assert left in result.report.edits[0]
+    assert left in result.report.edits[0].line()
 
 
 def test_heads_that_the_configuration_refuses_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_both_halves_are_one_run(home: Path, tmp_path: Path) -> None:
     card = (tmp_path / "model" / "README.md").read_text()
     assert "blocks 3 → 2" in card
     assert "50.00 % of the weights in 14 matrices are zero" in card
-    assert [edits.lines() for edits in history_of(tmp_path / "model")[1]] == [first.edits, []]
+    assert [edits.removals() for edits in history_of(tmp_path / "model")[1]] == [first.edits, []]
     with pytest.raises(BadInput, match="already holds a finished run"):
         run_recipe(make_recipe(both), reporter=QUIET)
 

@@ -54,7 +54,7 @@ def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(
     before = model.num_parameters()
     result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
     assert saved_like(model, result.model, tmp_path / "small", rounding=1e-5).num_parameters() < before
-    assert "experts" in result.report.edits[0]
+    assert "experts" in result.report.edits[0].line()
 
 
 def _with_corrections(model: Any) -> Any:
@@ -120,9 +120,9 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(
 def test_a_share_that_is_rounded_says_so() -> None:
     model = pico_model("olmoe", num_experts=20, num_hidden_layers=1)
     asked = SETTINGS | {"remove": "experts=0.25"}
-    rounded = coprune.prune(model, **asked).report.edits[0]
+    rounded = coprune.prune(model, **asked).report.edits[0].line()
     assert rounded.startswith("experts 20 → 16 of every mixture (0.25 of them would leave 15; 16 is easier to serve)")
     exactly = coprune.prune(
         pico_model("olmoe", num_experts=20, num_hidden_layers=1), **asked | {"remove": "experts=keep:15"}
     )
-    assert exactly.report.edits[0].startswith("experts 20 → 15 of every mixture: ")
+    assert exactly.report.edits[0].line().startswith("experts 20 → 15 of every mixture: ")

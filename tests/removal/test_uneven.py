@@ -76,7 +76,7 @@ def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
         assert not own or sum(count[0] for count in own) == total
     assert result.report.left is not None
     assert small.num_parameters() == result.report.left + result.report.padding
-    assert "padded with zeros to the widest block" in result.report.edits[0]
+    assert "padded with zeros to the widest block" in result.report.edits[0].line()
     even = coprune.prune(damped(family), remove=remove, **SETTINGS)
     if "blocks" not in remove:
         assert result.report.left == even.report.left
@@ -89,13 +89,13 @@ def test_a_budget_over_parameters_is_spread_unevenly_too(allocation: str) -> Non
 
     even, uneven = run("uniform"), run(allocation)
     assert uneven.left == even.left
-    assert "of every block" in even.edits[0]
-    assert " on average) of every block" in uneven.edits[0]
+    assert "of every block" in even.edits[0].line()
+    assert " on average) of every block" in uneven.edits[0].line()
 
 
 def test_where_only_blocks_go_nothing_is_spread(tmp_path: Path) -> None:
     report = coprune.prune(pico_model("bloom"), remove="parameters=0.3", allocation="error", **SETTINGS).report
-    assert report.edits[0].startswith("blocks 3 → 2: ")
+    assert report.edits[0].line().startswith("blocks 3 → 2: ")
 
 
 def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path
 def test_a_block_that_hardly_matters_loses_most_and_a_folder_as_large_as_before_is_said_to_be(tmp_path: Path) -> None:
     settings = SETTINGS | {"remove": "channels=0.33", "allocation": "error", "save_model": tmp_path / "small"}
     report = coprune.prune(damped(), **settings).report
-    assert "; the folder is as large as before, padded with zeros" in report.edits[0]
+    assert "; the folder is as large as before, padded with zeros" in report.edits[0].line()
     assert report.left is not None
     assert report.left + report.padding == report.model.parameters
     assert "an ordinary model, in part zeros" in (tmp_path / "small" / "README.md").read_text()

@@ -148,7 +148,7 @@ def test_the_report_counts_what_is_added(place: Path, tmp_path: Path, caplog: py
     # Of every four values two are stored, with two bits each for their places.
     assert facts.sparse_bytes == weights // 4 * 2 * (32 + 2) // 8 + 4 * (result.report.model.parameters - weights)
     assert facts.effective_sparsity == pytest.approx(0.5 - facts.parameters / weights)
-    assert facts.left_out == []
+    assert facts.left_out == {}
     assert not caplog.records
     alone = coprune.evaluate(tmp_path / "pruned", **_measured(place)).perplexity[0].value
     left_out = f"{tmp_path / 'pruned' / 'adapter'} is left out: {tmp_path / 'pruned'} is read without it"
@@ -169,11 +169,10 @@ def test_experts_that_share_a_parameter_are_left_out_by_name(place: Path, tmp_pa
     result = coprune.prune(place / "mixtral", "sparsegpt", save_model=tmp_path / "pruned", **settings(place))
     facts = result.report.low_rank
     assert facts is not None
-    assert facts.left_out == [
-        f"model.layers.{block}.mlp.experts.{name}: experts that share a parameter get no adapter of PEFT"
-        for block in range(3)
-        for name in ("gate_up_proj", "down_proj")
+    experts = [
+        f"model.layers.{block}.mlp.experts.{name}" for block in range(3) for name in ("gate_up_proj", "down_proj")
     ]
+    assert facts.left_out == dict.fromkeys(experts, "experts that share a parameter get no adapter of PEFT")
     config = json.loads((tmp_path / "pruned" / "adapter" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == sorted(m.name for m in result.report.matrices if m.rank)
     assert all("experts" not in name for name in config["target_modules"])

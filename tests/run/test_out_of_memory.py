@@ -52,7 +52,7 @@ def recipe_of(place: Path, out: Path, **more: Any) -> Recipe:
 
 def run(recipe: Recipe) -> list[str]:
     """What is noted of a run that ends well."""
-    return list(run_recipe(recipe, reporter=Reporter(quiet=True)).report.events)
+    return [event.line() for event in run_recipe(recipe, reporter=Reporter(quiet=True)).report.events]
 
 
 def weights(out: Path) -> dict[str, Tensor]:

@@ -147,4 +147,4 @@ def test_trainings_that_gain_nothing_are_said_with_what_may_help(said: list[str]
     assert all(training.is_idle for training in report.trainings)
     assert ", the last: nothing gained, relative error" in str(report)
     assert said[-1] == "The training of 2 of 2 blocks gained nothing. A smaller reconstruct_lr=… may."
-    assert said[-1] in report.events
+    assert said[-1] in [f"{event.line()}." for event in report.events]

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import coprune
 from coprune.model.blocks import find_blocks
+from coprune.model.leftovers import NotLoaded
 from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target
 from coprune.recipe.recipe import Recipe
@@ -91,7 +92,7 @@ def test_a_tensor_that_the_model_does_not_load_is_named_and_saved(texts: Path, t
     report = coprune.prune(
         folder, "magnitude", save_model=tmp_path / "out", evaluate=False, stream=True, **settings(texts)
     ).report
-    assert report.left_out == ["somebody.elses, which the model does not load"]
+    assert report.left_out == [NotLoaded("somebody.elses", 1)]
     assert torch.equal(tensors_of(tmp_path / "out")["somebody.elses"], torch.ones(1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts
+from coprune.report.run_events import Told
 from coprune.report.schema import Report
 
 
@@ -22,4 +23,4 @@ def with_tasks(report: Report) -> Report:
     )
     mean = Estimate(value=0.5, stderr=0.03)
     facts = ZeroShotFacts(tasks=tasks, mean_dense=mean, mean_pruned=mean, mean_delta=mean, harness="0")
-    return report.model_copy(update={"zero_shot": facts, "events": ["<b>event</b>"]})
+    return report.model_copy(update={"zero_shot": facts, "events": [Told(text="<b>event</b>")]})

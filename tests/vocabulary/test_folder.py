@@ -16,6 +16,7 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.edits import Edits
+from coprune.model.removed import Tokens
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.folder import MAP_FILE, Beside, cut_folder
 from support.pico import pico_model
@@ -102,7 +103,7 @@ def test_what_names_tokens_follows_and_what_holds_the_old_ones_is_left_out(tmp_p
     generation = json.loads((small / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [kept.new[2], kept.new[6]], "suppress_tokens": [kept.new[3]]}
     assert json.loads((small / MAP_FILE).read_text())["old_ids"] == list(kept.old)
-    assert Edits.read(small).lines() == [f"{SIZE - 640:,} of {SIZE:,} tokens"]
+    assert Edits.read(small).removals() == [Tokens(tokens=SIZE, left=640)]
     begins = Tokenizer.from_file(str(small / "tokenizer.json")).encode("Hello").ids[0]
     assert kept.old[begins] == Tokenizer.from_str(content_of("bytes")).token_to_id("<s>")
 

@@ -14,6 +14,7 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.removed import Tokens
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.measure import Judge
 from coprune.vocabulary.samples import LANGUAGES
@@ -104,7 +105,7 @@ def test_channels_and_zeros_go_on_from_it(dense: Path, words: Path, tmp_path: Pa
     places: dict[str, Any] = {"save": tmp_path / "run", "save_model": tmp_path / "small"}
     report = coprune.prune(dense, **asked, **places, **settings(words, eval_data=str(words))).report
     assert report.vocabulary is not None
-    assert report.edits[0] == "320 of 1,024 tokens of the vocabulary"
+    assert report.edits[0].line() == "320 of 1,024 tokens of the vocabulary"
     assert len(report.edits) > 1
     assert report.has_zeros
     config = json.loads((tmp_path / "small" / "config.json").read_text())
@@ -168,7 +169,7 @@ def test_a_cut_on_top_of_a_cut_knows_both(dense: Path, words: Path, tmp_path: Pa
     coprune.prune(tmp_path / "first", remove="vocabulary=704", save_model=tmp_path / "second", **asked)
     source, done = history_of(tmp_path / "second")
     assert source == str(dense.resolve())
-    assert [edits.lines() for edits in done] == [["128 of 1,024 tokens"], ["192 of 896 tokens"]]
+    assert [edits.removals() for edits in done] == [[Tokens(tokens=1024, left=896)], [Tokens(tokens=896, left=704)]]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -45,6 +45,7 @@ from coprune.gguf_files.smaller import Exported, exported, planned_shape
 from coprune.gguf_files.verify import require_same, require_written
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.edits import history_of
+from coprune.model.removed import Removal
 
 _USUAL_TEXT = "embedded"
 
@@ -59,8 +60,8 @@ class Gguf(Shown):
     like: Path
     """The file whose metadata and order it has."""
     tensors: int
-    removed: Sequence[str] = ()
-    """Parts removed relative to the other file, in words."""
+    removed: Sequence[Removal] = ()
+    """Parts removed relative to the other file."""
     architecture: str = ""
     """Name in llama.cpp: that file's, or `deci` where blocks differ in width."""
 
@@ -72,7 +73,7 @@ class Gguf(Shown):
         """Return the main figures and the source."""
         rows = [("tensors", f"{self.tensors} in {self.type}, {self.bytes:,} bytes"), ("like", str(self.like))]
         rows.append(("architecture", self.architecture))
-        return Sheet(self.headline(), [*rows, *(("removed", line) for line in self.removed)])
+        return Sheet(self.headline(), [*rows, *(("removed", one.line()) for one in self.removed)])
 
 
 def export(
@@ -124,7 +125,7 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, write)
     (whole,) = written
-    removed = [line for edits in whole.source.edits for line in edits.lines()]
+    removed = [one for edits in whole.source.edits for one in edits.removals()]
     return Gguf(target, type, target.stat().st_size, file.path, len(whole.plan.tensors), removed, whole.plan.arch)
 
 

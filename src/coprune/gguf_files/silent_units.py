@@ -7,7 +7,7 @@ Structure tells which rows and columns belong together, proven as `prune --remov
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from coprune.model.edit import Configure, Edit, KeepSlices
 from coprune.model.edits import Edits
 from coprune.model.folding import head_size
 from coprune.model.matrix_choice import choose_matrices
+from coprune.model.removed import Fewer, SilentUnits
 from coprune.model.saved_slices import slices_kept
 from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
@@ -70,10 +71,10 @@ def narrowed(source: Exported) -> Narrow:
     apart = None
     if any(len({*own}) > 1 for own in widths.values()):
         edits = _edits(model, silence, None)
-        apart = source.without(_with_words(edits, told, widths))
+        apart = source.without(_configured(edits, told, widths))
     if told:
         edits = _edits(model, silence, common)
-        source = source.without(_with_words(edits, told, {size: [width] for size, width in common.items()}))
+        source = source.without(_configured(edits, told, {size: [width] for size, width in common.items()}))
     return Narrow(source, apart)
 
 
@@ -124,18 +125,11 @@ def _edits(model: ProvenModel, silence: Silence, common: Mapping[_Size, int] | N
     return edits
 
 
-def _with_words(edits: dict[str, list[Edit]], told: Mapping[str, Any], widths: Mapping[_Size, Sequence[int]]) -> Edits:
-    """Add the changes of configuration and a description to the edits."""
-    edits[[*edits][-1]].append(Configure(changes=dict(told), removed=f"zeros: {', '.join(_words(widths))}"))
+def _configured(edits: dict[str, list[Edit]], told: Mapping[str, Any], widths: Mapping[_Size, Sequence[int]]) -> Edits:
+    """Add the changes of configuration and what goes to the edits."""
+    fewer = tuple(Fewer.of(kind, count, own) for (kind, count), own in widths.items() if min(own) < count)
+    edits[[*edits][-1]].append(Configure(changes=dict(told), removed=SilentUnits(parts=fewer)))
     return Edits(edits)
-
-
-def _words(widths: Mapping[_Size, Sequence[int]]) -> Iterator[str]:
-    for (kind, count), own in widths.items():
-        fewest, most = min(own), max(own)
-        if fewest < count:
-            left = str(most) if fewest == most else f"{fewest} to {most}"
-            yield f"{'key-value heads' if kind == 'heads' else kind} {count} → {left} of a block"
 
 
 def _changes(source: Exported, model: ProvenModel, silence: Silence, common: Mapping[_Size, int]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from coprune.model.checkpoint.companions import put_into
 from coprune.model.kept_slices import KeptSlices
+from coprune.model.removed import AnyRemoval, CarriedExperts, Tokens
 from coprune.model.routing import NeverChosen
 
 
@@ -63,8 +64,8 @@ class Edit(BaseModel):
         """Return masks of the saved model to verify: `Matrix.mask_checksum` by the matrix's name in the source."""
         return {}
 
-    def describe(self) -> str | None:
-        """Return one line for the report; None where the matrices' own figures suffice."""
+    def removal(self) -> AnyRemoval | None:
+        """Return what it removed; None where the matrices' own figures suffice."""
         return None
 
 
@@ -158,9 +159,8 @@ class KeepCarried(KeepNumbered):
     mixture: str
     """Path of the mixture in the checkpoint."""
 
-    def describe(self) -> str:
-        left = f"experts {self.count} → {len(self.experts)} of {self.mixture}, which the model does not load"
-        return f"{left}: chosen by their weights (aimer), since no text reaches them"
+    def removal(self) -> AnyRemoval:
+        return CarriedExperts(mixture=self.mixture, before=self.count, after=len(self.experts))
 
 
 class CutVocabulary(Edit):
@@ -194,8 +194,8 @@ class CutVocabulary(Edit):
         kept = self._kept(name)
         return tensor if kept is None else kept.uncut(tensor)
 
-    def describe(self) -> str:
-        return f"{self.size - self.left:,} of {self.size:,} tokens"
+    def removal(self) -> AnyRemoval:
+        return Tokens(tokens=self.size, left=self.left)
 
 
 class DropBlock(Edit):
@@ -242,13 +242,13 @@ class PadUnits(Edit):
 
 
 class Configure(Edit):
-    """Changes of a smaller model's configuration, and what was removed, in words."""
+    """Changes of a smaller model's configuration, and what was removed."""
 
     changes: dict[str, Any]
     """New values by their places in the model's configuration, with dots between."""
     written: dict[str, Any] | None = None
     """The same as `config.json` words them, where that differs."""
-    removed: str
+    removed: AnyRemoval
     parameters: int | None = None
     """Number of parameters left in the whole model."""
     padding: int = 0
@@ -257,5 +257,5 @@ class Configure(Edit):
     def configure(self, config: dict[str, Any]) -> None:
         put_into(config, self.changes if self.written is None else self.written)
 
-    def describe(self) -> str:
+    def removal(self) -> AnyRemoval:
         return self.removed

@@ -28,6 +28,7 @@ from coprune.model.edit import (
     KeepSlices,
     PadUnits,
 )
+from coprune.model.removed import AnyRemoval
 
 _LONGEST_PATH = 4096
 EDITS: dict[str, type[Edit]] = {
@@ -86,9 +87,9 @@ class Edits:
         placed = ((self.place(name), mask) for name, mask in found.items())
         return {name: mask for name, mask in placed if name is not None}
 
-    def lines(self) -> list[str]:
-        """Describe the edits besides zeros, for people."""
-        return [line for edit in self.all() if (line := edit.describe()) is not None]
+    def removals(self) -> list[AnyRemoval]:
+        """Return what was removed, beside zeros."""
+        return [removal for edit in self.all() if (removal := edit.removal()) is not None]
 
     def write(self, folder: Path, source: str | None = None) -> None:
         """Keep them beside a model's weights, with the names that matrices have there.

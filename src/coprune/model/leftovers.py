@@ -162,6 +162,18 @@ class LeftOut:
         return f"{self.kind} ({self.why}; {self.layers} layer{'s' if self.layers > 1 else ''})"
 
 
+@dataclass(frozen=True)
+class NotLoaded:
+    """Tensors of a checkpoint that the model does not load, and that are saved as they are."""
+
+    kind: str
+    tensors: int
+
+    def __str__(self) -> str:
+        count = f" ({self.tensors:,})" if self.tensors > 1 else ""
+        return f"{self.kind}{count}, which the model does not load"
+
+
 def left_out(alone: Sequence[tuple[str, str]]) -> list[LeftOut]:
     """Group names with their reasons by kind, in the order of the first."""
     layers = dict.fromkeys((re.sub(r"\[\d+\]", "[*]", name), why) for name, why in alone)

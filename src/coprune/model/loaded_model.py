@@ -23,9 +23,10 @@ from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, is_packed, locate
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
-from coprune.model.checkpoint.names import kinds_of
+from coprune.model.checkpoint.names import counted_kinds
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.leftovers import NotLoaded
 from coprune.model.room import require_room, room_on
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.block_calls import input_device
@@ -33,7 +34,6 @@ from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import WHOLE_MODEL
 
-_MOST_KINDS = 30
 _SHARE_FOR_WEIGHTS = 0.75
 """Share of free memory allowed for the weights of a model that is temporarily read whole."""
 
@@ -97,11 +97,9 @@ class Loaded:
                 self.weights.release(name)
 
     @property
-    def left_out(self) -> list[str]:
-        """Tensors of the checkpoint that the model does not load, and that are saved as they are."""
-        kinds = kinds_of(self.weights.carried_entries)
-        more = [f"{len(kinds) - _MOST_KINDS:,} more kinds of such tensors"] if len(kinds) > _MOST_KINDS else []
-        return [*(f"{kind}, which the model does not load" for kind in kinds[:_MOST_KINDS]), *more]
+    def left_out(self) -> list[NotLoaded]:
+        """Tensors of the checkpoint that the model does not load, by kind."""
+        return [NotLoaded(kind, count) for kind, count in counted_kinds(self.weights.carried_entries)]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
         """Hash the weights: those outside the blocks, and pieces of every tensor inside; 16 hex digits."""

@@ -55,7 +55,7 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
     if factors := factors_below(model.module):
         verify_adapter(folder / ADAPTER_FOLDER, factors)
         give(saved.model, factors)
-    if model.weights.streams and not edits.lines():
+    if model.weights.streams and not edits.removals():
         # The run's own last files became this folder, so there are no other weights to compute logits from. Where parts
         # were removed, these files are read as the big model in which they are silent.
         return

@@ -12,6 +12,7 @@ from torch import Tensor
 from coprune.base.errors import UnsupportedModel
 from coprune.base.words import per_cent
 from coprune.model.blocks import Block, count_parameters
+from coprune.model.removed import fewer_lines
 from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Dense, Recording, record_batches
@@ -19,7 +20,7 @@ from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.removal.block_scores import kl_of_logits, logits_of
 from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, put_back
-from coprune.removal.cuts import Plan, words_of
+from coprune.removal.cuts import Plan, fewer
 from coprune.removal.rehearsal import rehearse, resized_by
 from coprune.removal.removal_plan import (
     Removable,
@@ -77,7 +78,7 @@ def spread_budget(run: Run, share: float, found: Removable) -> Plan:
     costs = costs_of(run, plans)
     for cost, plan in sorted(zip(costs, plans, strict=True), key=lambda pair: pair[0])[:4]:
         reporter.say(
-            f"{per_cent(share, 0)} of the blocks' parameters as {', '.join(words_of(plan, blocks))}: KL {cost:.4f}."
+            f"{per_cent(share, 0)} of the blocks' parameters as {', '.join(fewer_lines(fewer(plan, blocks)))}: KL {cost:.4f}."
         )
     return plans[costs.index(min(costs))]
 

@@ -1,4 +1,4 @@
-"""The plan of a removal, and the cut of one block, as masks, as edits and in words."""
+"""The plan of a removal, and the cut of one block, as masks, as edits and as numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from coprune.model.blocks import Block
 from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, PadUnits
 from coprune.model.kept_slices import runs_of
+from coprune.model.removed import Fewer
 from coprune.model.saved_slices import Layout, masks_as_saved, saved_name, slices_kept, whole_slices
 from coprune.recipe.structure import Left
 from coprune.removal.channels_and_heads import Kind, Part, filled, together
@@ -142,26 +143,17 @@ def _spread(units: int, count: int) -> Tensor:
     return keep
 
 
-def words_of(plan: Plan, blocks: int, share: float | Left | None = None) -> Iterator[str]:
-    """Describe a plan for people. blocks: how many there are; share: of experts, as it was asked for."""
+def fewer(plan: Plan, blocks: int, share: float | Left | None = None) -> Iterator[Fewer]:
+    """Yield what a plan keeps, by kind and size. blocks: how many there are; share: of experts, as it was asked for."""
     for kind, keep in plan.keep.items():
-        name = "key-value heads with their query heads" if kind == "heads" else kind
-        counts = " and ".join(f"{old} → {_kept(plan, kind, old)}" for old in sorted(keep))
-        yield f"{name} {counts} of every block"
+        for old in sorted(keep):
+            parts = [part for own in plan.parts.values() for part in own if (part.kind, part.count) == (kind, old)]
+            yield Fewer.of(kind, old, [plan.count(part) for part in parts] or [keep[old]])
     for old, new in sorted(plan.experts.items()):
-        exactly = new if share is None or isinstance(share, Left) else round(old * (1 - share))
-        near = f" ({share:g} of them would leave {exactly}; {new} is easier to serve)" if exactly != new else ""
-        yield f"experts {old} → {new} of every mixture{near}"
+        exact = share is None or isinstance(share, Left) or round(old * (1 - share)) == new
+        yield Fewer.of("experts", old, [new], None if exact or isinstance(share, Left) else share)
     if plan.dropped:
-        yield f"blocks {blocks} → {blocks - len(plan.dropped)}"
-
-
-def _kept(plan: Plan, kind: Kind, old: int) -> str:
-    """Return the number of kept units, in words, of parts that had `old`."""
-    parts = [part for own in plan.parts.values() for part in own if (part.kind, part.count) == (kind, old)]
-    counts = [plan.count(part) for part in parts] or [plan.keep[kind][old]]
-    least, most, mean = min(counts), max(counts), sum(counts) / len(counts)
-    return str(most) if least == most else f"{least} to {most} ({mean:g} on average)"
+        yield Fewer.of("blocks", blocks, [blocks - len(plan.dropped)])
 
 
 def keep_experts(

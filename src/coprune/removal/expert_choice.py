@@ -270,7 +270,7 @@ def cut_carried(run: Run, mixtures: Mapping[str, Mixture], edits: Edits) -> list
             sums.update(number, matrix)
         keep = kept_experts({path: AIMER().score_weights(sums)}, len(like.experts), mixtures[block].groups, None)
         made.append(carried.edit(keep))
-        run.reporter.say(f"Removing {made[-1].describe()}.")
+        run.reporter.say(f"Removing {made[-1].removal().line()}.")
     return made
 
 

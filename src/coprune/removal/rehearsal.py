@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import CopruneError, UnsupportedModel
-from coprune.base.words import per_cent
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import forget_parameters
 from coprune.model.checkpoint.load import prepare, quiet_transformers
@@ -21,6 +20,7 @@ from coprune.model.edit import Configure
 from coprune.model.edits import Edits
 from coprune.model.folding import close, head_size
 from coprune.model.proven_folds import first_tokens
+from coprune.model.removed import SmallerModel
 from coprune.model.routing import Ties
 from coprune.model.saved_slices import smaller_tensors, usual_layout
 from coprune.model.walk.block_calls import BlockCall, forward_logits, replaced_forwards, run_without_blocks
@@ -29,7 +29,7 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, record_batches
 from coprune.model.walk.walk import Walk
 from coprune.removal.channels_and_heads import put_back, silence
-from coprune.removal.cuts import Cut, Plan, anywhere, dropped, edits_of_block, words_of
+from coprune.removal.cuts import Cut, Plan, anywhere, dropped, edits_of_block, fewer
 from coprune.removal.smaller_model import (
     Resized,
     build_smaller,
@@ -63,8 +63,8 @@ def rehearse(run: Run, plan: Plan) -> Configure:
         raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} cannot express {_told(changes)}")
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
     share = run.recipe.remove.shares.get("experts")
-    words = words_of(plan, len(model.blocks), share)
-    removed = f"{', '.join(words)}: {_sizes(module.num_parameters(), after, padding)}"
+    parts = tuple(fewer(plan, len(model.blocks), share))
+    removed = SmallerModel(parts=parts, before=module.num_parameters(), saved=after, padding=padding)
     worded = None if written == changes else written
     return Configure(changes=changes, written=worded, removed=removed, parameters=after - padding, padding=padding)
 
@@ -72,16 +72,6 @@ def rehearse(run: Run, plan: Plan) -> Configure:
 def _told(changes: Mapping[str, Any]) -> str:
     """Return changes of a configuration in words."""
     return ", ".join(f"{place} = {value}" for place, value in changes.items())
-
-
-def _sizes(before: int, saved: int, padding: int) -> str:
-    """Return the numbers of parameters before and after in words. padding: saved parameters that are only zeros."""
-    left = saved - padding
-    words = f"{before:,} → {left:,} parameters ({per_cent(left / before - 1, 1, signed=True)})"
-    if not padding:
-        return words
-    held = "the folder is as large as before" if saved == before else f"the folder holds {saved:,}"
-    return f"{words}; {held}, padded with zeros to the widest block, and coprune export leaves them out"
 
 
 Proof = Callable[[Mapping[str, Any]], int | None]

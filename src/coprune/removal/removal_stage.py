@@ -89,7 +89,7 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
     model, output, started = run.model, run.output, time.perf_counter()
     finished = output.finished()
     plan, configure = _planned(run, found)
-    run.reporter.say(f"Removing {configure.removed}.")
+    run.reporter.say(f"Removing {configure.removed.line()}.")
     experts, covered = choose_experts(run, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
     with run.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(

@@ -143,7 +143,7 @@ def _what_was_done(report: Report) -> str:
     said = []
     if report.recipe.remove.parts:
         kind = "an ordinary model, in part zeros" if report.padding else "an ordinary, smaller model"
-        said.append(f"Removed: {'; '.join(report.edits)}. What is left is {kind}.")
+        said.append(f"Removed: {'; '.join(one.line() for one in report.edits)}. What is left is {kind}.")
     if report.has_zeros:
         zeros = report.sparsity
         said.append(

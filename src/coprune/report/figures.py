@@ -147,8 +147,8 @@ class LowRankFacts(BaseModel):
     """Sparsity of the pruned matrices, with added parameters counted as kept weights."""
     alone: dict[str, float] = {}
     """Perplexity (or top-1 accuracy) of the sparse part without it, by the name of the data."""
-    left_out: list[str] = []
-    """Pruned matrices to which nothing was added, with the reasons."""
+    left_out: dict[str, str] | list[str] = {}
+    """Reasons why nothing was added to some pruned matrices, by name; a list in reports of earlier versions."""
 
     def line(self) -> str:
         """Return a line on rank, bytes and effective sparsity."""

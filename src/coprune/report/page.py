@@ -33,7 +33,8 @@ from coprune.report.html import (
     table,
     text,
 )
-from coprune.report.schema import Report, event_line, training_line
+from coprune.report.run_events import event_line
+from coprune.report.schema import Report, training_line
 from coprune.report.vocabulary import vocabulary_section
 
 _SAME = 0.001  # sparsities that differ by less are one figure
@@ -143,7 +144,7 @@ def _events(report: Report) -> str:
     if not report.events:
         none = section("Numerical events", note="None: no matrix needed more damping, a fallback or topping up.")
         return trained + none
-    return trained + listed("Numerical events", report.events)
+    return trained + listed("Numerical events", [event.line() for event in report.events])
 
 
 def _phases(report: Report) -> str:

@@ -20,13 +20,14 @@ from coprune.evaluation.required import Figure, figures_of_closeness
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
+from coprune.model.removed import AnyRemoval
 from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.distributions import Distributions
-from coprune.pruning.events import Event, Kind
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts
 from coprune.report.html import MadeFacts
+from coprune.report.run_events import AnyEvent, LeftAlone, left_lines
 from coprune.vocabulary.facts import VocabularyFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
@@ -126,8 +127,8 @@ class Report(Shown, BaseModel):
     """Largest resident set of the process."""
     peak_device_memory_bytes: int | None
     versions: dict[str, str]
-    events: list[str]
-    """Numerical events, each with the name of its matrix, and what else is to be known of the run."""
+    events: list[AnyEvent]
+    """Numerical events of matrices, and what else is to be known of the run."""
     matrices: list[MatrixResult]
     trainings: list[BlockTraining] = []
     """Block reconstruction, by block."""
@@ -159,12 +160,12 @@ class Report(Shown, BaseModel):
     """Parameters of what is left, where parts were removed."""
     padding: int = 0
     """Zeros saved beside them, where blocks keep different numbers of channels or heads."""
-    edits: list[str] = []
-    """Changes of the model besides zeros, a line each."""
+    edits: list[AnyRemoval] = []
+    """Parts of the model that were removed."""
     made: MadeFacts | None = None
     """None in reports of earlier versions."""
-    left_out: list[str] = []
-    """Layers that cannot be pruned as matrices, and tensors that are not written again, each with the reason."""
+    left_out: list[LeftAlone] = []
+    """Layers that cannot be pruned as matrices, and tensors that the model does not load."""
 
     @property
     def has_zeros(self) -> bool:
@@ -214,18 +215,18 @@ class Report(Shown, BaseModel):
         rows += [("embeddings", vectors.line("dense") + after(vectors.data)) for vectors in self.embeddings]
         rows += [("transcripts", heard.line("dense") + after(heard.data)) for heard in self.transcripts]
         rows += [("accuracy", images.line(after(images.data))) for images in self.accuracy]
-        rows += [("removed", line) for line in self.edits]
+        rows += [("removed", one.line()) for one in self.edits]
         if self.covered:
             kept = ", ".join(f"{name} {per_cent(share)}" for name, share in self.covered.items())
             rows.append(("kept", f"of the experts' score by {recipe.remove.score_of('experts')}: {kept}"))
-        rows += [("left", layer) for layer in self.left_out]
+        rows += [("left", layer) for layer in left_lines(self.left_out)]
         took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
         rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))
         rows += answer_rows(self.answers, self.no_answers, self.required)
         if self.trainings:
             rows.append(("trained", f"{len(self.trainings)} blocks, the last: {training_line(self.trainings[-1])}"))
         if self.events:
-            rows.append(("events", f"numerical: {len(self.events)}, the first: {self.events[0]}"))
+            rows.append(("events", f"numerical: {len(self.events)}, the first: {self.events[0].line()}"))
         if self.saved_model is not None:
             how = "bytes compared with the source's" if recipe.output.as_gguf else "reloaded and compared"
             rows.append(("model in", f"{self.saved_model} ({how})"))
@@ -248,22 +249,6 @@ class Report(Shown, BaseModel):
             return report  # of an earlier version, or copied alone
         matrices = [matrix.model_copy(update={"distributions": found.get(matrix.name)}) for matrix in report.matrices]
         return report.model_copy(update={"matrices": matrices})
-
-
-_EVENTS: dict[Kind, str] = {
-    "no tokens": "no calibration token came to it, so it went by magnitude",
-    "only zeros": "nothing but zeros came to it, so it went by magnitude",
-    "few tokens": "only {tokens:g} tokens for {inputs:g} inputs; the layer's average made up for the rest",
-    "damping raised": "the Cholesky factorisation failed; damping raised to {damping:g}",
-    "eigenvalues clipped": "the Cholesky factorisation failed at every damping; eigenvalues clipped from below in float64",
-    "mask unsettled": "the mask still changed after {rounds:g} rounds",
-    "sparsity missed": "the sparsity is {reached:.4f} where {asked:.4f} was asked for",
-}
-
-
-def event_line(event: Event) -> str:
-    """Return what happened to a matrix, for people."""
-    return event.note or _EVENTS.get(event.kind, event.kind).format_map(event.figures)
 
 
 def training_line(training: BlockTraining) -> str:

@@ -38,6 +38,7 @@ from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import announce, finish_run_folder
 from coprune.report.hub import push
+from coprune.report.run_events import AnyEvent
 from coprune.report.schema import PhaseFacts, Report
 from coprune.run.events import BlockPruned, Phase, PhaseDone
 from coprune.run.memory_bound import TextSizes, bound_run
@@ -102,8 +103,8 @@ class Outcome:
     """Trainings of blocks, in order."""
     covered: Mapping[str, float] = field(default_factory=dict)
     """Share of its experts' score that each domain keeps, where experts were removed."""
-    notes: Sequence[str] = ()
-    """Remarks beside the results."""
+    events: Sequence[AnyEvent] = ()
+    """Events besides those of single matrices."""
 
 
 @dataclass(eq=False)
@@ -142,7 +143,7 @@ class Run:
     # Set by the proof of the walk, before anything slow.
     model: ProvenModel = field(init=False)
     reconstruction: Reconstruction | None = field(init=False)
-    not_added: Sequence[str] = ()
+    not_added: Mapping[str, str] = field(default_factory=dict)
     """Pruned matrices to which nothing of low rank can be added, with reasons, where that is asked for."""
     extras: Extras = field(init=False)
     change: Callable[[Run], Outcome] = field(init=False)

@@ -23,12 +23,12 @@ from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
 from coprune.report.html import MadeFacts
+from coprune.report.run_events import OfMatrix
 from coprune.report.schema import (
     CalibrationFacts,
     ModelFacts,
     Report,
     SparsityFacts,
-    event_line,
     installed_versions,
 )
 from coprune.run.context import Outcome, Run
@@ -63,19 +63,19 @@ def build_report(run: Run) -> Report:
             if isinstance(one, Transcribed) and isinstance(before := run.dense.get(name), Transcribed)
         ],
         bos=run.bos,
-        left_out=[*map(str, model.chosen.left_out), *run.loaded.left_out],
+        left_out=[*model.chosen.left_out, *run.loaded.left_out],
         prune_seconds=outcome.seconds,
         total_seconds=time.perf_counter() - run.began,
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=None if (there := device_memory(run.loaded.device)) is None else there.peak,
         versions=installed_versions(),
         events=[
-            *outcome.notes,
-            *(f"{result.name}: {event_line(event)}" for result in results for event in result.events),
+            *outcome.events,
+            *(OfMatrix(matrix=result.name, event=event) for result in results for event in result.events),
         ],
         trainings=list(outcome.trainings),
         matrices=results,
-        edits=edits.lines(),
+        edits=edits.removals(),
         left=None if cut is None else cut.parameters,
         padding=0 if cut is None else cut.padding,
         low_rank=low_rank_facts(results, run.target.pattern, run.not_added, run.alone, model.module),

@@ -11,6 +11,7 @@ from typing import Any
 
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
+from coprune.report.run_events import ResumedOtherwise
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Identity:
     """Values that may differ, since they change only rounding."""
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[ResumedOtherwise]:
     """Return in what an unfinished run differs from this one."""
     written = json.loads(json.dumps(now))
     return [
-        f"{key} was {before.get(key)!r} and is {value!r}" for key, value in written.items() if before.get(key) != value
+        ResumedOtherwise(setting=key, before=before.get(key), now=value)
+        for key, value in written.items()
+        if before.get(key) != value
     ]
 
 

@@ -20,7 +20,7 @@ from coprune.recipe.pattern import Pattern
 from coprune.report.figures import LowRankFacts
 
 
-def wrap_layers(model: ProvenModel, called: Collection[str]) -> list[str]:
+def wrap_layers(model: ProvenModel, called: Collection[str]) -> dict[str, str]:
     """Prepare the layers of pruned matrices for added factors, as far as PEFT can load them.
 
     Args:
@@ -28,7 +28,7 @@ def wrap_layers(model: ProvenModel, called: Collection[str]) -> list[str]:
         called: names of the matrices whose layers were called in a forward.
 
     Returns:
-        The matrices that get no factors, each with the reason.
+        The reasons of the matrices that get no factors, by name.
 
     Raises:
         BadInput: no matrix gets any.
@@ -41,11 +41,11 @@ def wrap_layers(model: ProvenModel, called: Collection[str]) -> list[str]:
             wrapped += 1
         else:
             reasons[matrix.parameter] = reason
-    left = [f"{name}: {reason}" for name, reason in reasons.items()]
     if not wrapped:
-        cause = f"no pruned matrix can get low-rank factors ({left[0]})"
+        name, reason = next(iter(reasons.items()))
+        cause = f"no pruned matrix can get low-rank factors ({name}: {reason})"
         raise BadInput(cause, field="low_rank", fix=LeaveOut("low_rank"))
-    return left
+    return reasons
 
 
 def _why_not(matrix: Matrix, called: Collection[str]) -> str | None:
@@ -59,7 +59,7 @@ def _why_not(matrix: Matrix, called: Collection[str]) -> str | None:
 def low_rank_facts(
     results: Sequence[MatrixResult],
     pattern: Pattern,
-    left_out: Sequence[str],
+    left_out: Mapping[str, str],
     alone: Mapping[str, Measured],
     model: PreTrainedModel,
 ) -> LowRankFacts | None:
@@ -68,7 +68,7 @@ def low_rank_facts(
     Args:
         results: of all pruned matrices.
         pattern: of their zeros.
-        left_out: to which nothing could be added, with reasons.
+        left_out: reasons why nothing could be added, by matrix.
         alone: what was measured of the sparse part, by the name of the data.
         model: which tells its size.
     """
@@ -88,7 +88,7 @@ def low_rank_facts(
         sparse_bytes=-(-matrices // 8) + (model.num_parameters() - weights) * model.dtype.itemsize,
         effective_sparsity=1 - (nonzeros + added) / weights,
         alone=dict(_figures(alone)),
-        left_out=list(left_out),
+        left_out=dict(left_out),
     )
 
 

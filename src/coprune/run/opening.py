@@ -27,6 +27,7 @@ from coprune.model.walk.prove import prove_replay
 from coprune.pruning.allocation import allocation_named
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
+from coprune.report.run_events import left_lines
 from coprune.run.checks import (
     check_allocation,
     check_processes,
@@ -133,13 +134,13 @@ def prove_run(run: Run) -> None:
     with noting_calls(run.found.chosen.all()) as called:
         run.model = prove_replay(run.found, run.task.probe(run.looked_at, run.data))
     check_widths(run.model.chosen.all(), run.target)
-    for left_out in [*run.model.chosen.left_out, *run.loaded.left_out]:
-        run.reporter.say(f"Left alone: {left_out}.")
+    for line in left_lines([*run.model.chosen.left_out, *run.loaded.left_out]):
+        run.reporter.say(f"Left alone: {line}.")
     _settle_bos(run)
     run.reconstruction = prepare_reconstruction(run.recipe)
-    run.not_added = wrap_layers(run.model, called) if run.recipe.prune.low_rank.rank else []
-    for name in run.not_added:
-        run.reporter.say(f"No low-rank factors for {name}.")
+    run.not_added = wrap_layers(run.model, called) if run.recipe.prune.low_rank.rank else {}
+    for name, reason in run.not_added.items():
+        run.reporter.say(f"No low-rank factors for {name}: {reason}.")
 
 
 def _settle_bos(run: Run) -> None:

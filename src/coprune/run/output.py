@@ -35,6 +35,7 @@ from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
 from coprune.model.low_rank_factors import factors_below, factors_stored, give, stored_factors
 from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.pruner import MatrixResult
+from coprune.report.run_events import AnyEvent
 from coprune.run.identity import Identity, changes
 
 _IDENTITY = "journal.json"
@@ -56,6 +57,7 @@ class BlockOutcome:
 
 _RESULTS = TypeAdapter(list[MatrixResult])
 _TRAINING = TypeAdapter(BlockTraining | None)
+_EVENTS = TypeAdapter(list[AnyEvent])
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Output:
         """Outcome of every finished block, of this run or an earlier one."""
         self.rounding = Rounding()
         """Rounding for storage so far."""
-        self.changes: list[str] = []
+        self.changes: list[AnyEvent] = []
         """Differences of earlier runs whose blocks this one takes over."""
         self.keep = to is not None and to.keep
         self.encoding = DENSE if to is None else to.encoding
@@ -114,15 +116,15 @@ class Output:
             return found
         if differing:
             raise BadInput(
-                f"{found.partial} is the journal of an unfinished run in which {'; '.join(differing)}",
+                f"{found.partial} is the journal of an unfinished run in which {'; '.join(one.change for one in differing)}",
                 field="save_model",
                 value=to.folder,
                 fix="Finish that run with its own settings, or remove the folder, or choose another name",
             )
         changed = changes(before, identity.rounding)
-        self.changes = [*before.get(_EARLIER, []), *changed]
+        self.changes = [*_EVENTS.validate_python(before.get(_EARLIER, [])), *changed]
         if changed:
-            now = identity.settings | identity.rounding | {_EARLIER: self.changes}
+            now = identity.settings | identity.rounding | {_EARLIER: _EVENTS.dump_python(self.changes, mode="json")}
             write_text(path, json.dumps(now, indent=2))
         return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from coprune.base.devices import memory_within
 from coprune.base.memory import freed_memory_kept
 from coprune.base.progress import NO_BAR
-from coprune.base.words import Setting, per_cent, say
+from coprune.base.words import per_cent
 from coprune.model.checkpoint.formats import Rounding
 from coprune.model.edit import AddLowRank, Edit, FillZeros
 from coprune.model.matrices import Matrix
@@ -21,11 +21,12 @@ from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.allocation_plan import plan_targets
-from coprune.pruning.block_training import BlockTraining, reconstruct_block
+from coprune.pruning.block_training import reconstruct_block
 from coprune.pruning.permutation import permute_model
 from coprune.pruning.pruner import MatrixResult, Solving, prune_walk
 from coprune.pruning.rotation import rotate_model
 from coprune.recipe.pattern import Grid, Target
+from coprune.report.run_events import AnyEvent, IdleTrainings
 from coprune.run.calibrating import (
     counted_batches,
     first_counted,
@@ -48,9 +49,9 @@ def prune_blocks(run: Run) -> Outcome:
     finished = output.finished()
     if finished:
         reporter.say(f"{len(finished)} of {len(model.blocks)} blocks were finished by an earlier run.")
-    notes = [f"Blocks of an earlier run differ in last bits: {change}" for change in output.changes if finished]
-    for note in notes:
-        reporter.say(f"{note}.")
+    events: list[AnyEvent] = [*output.changes] if finished else []
+    for event in events:
+        reporter.say(f"{event.line()}.")
     started = time.perf_counter()
     rounded: list[Rounding] = []
     target_of = _on_grids(run, _look_at_dense(run), rounded)
@@ -71,12 +72,12 @@ def prune_blocks(run: Run) -> Outcome:
             results = _prune(run, walk, target_of, rounded)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     trainings = output.trainings
-    if (idle := _idle_trainings(trainings)) is not None:
-        reporter.say(idle)
-        notes.append(idle)
+    if (idle := IdleTrainings.of(trainings)) is not None:
+        reporter.say(f"{idle.line()}.")
+        events.append(idle)
     outside = {matrix.name for matrix in model.chosen.outside}
     rest = FillZeros(masks=_masks(result for result in results if result.name in outside))
-    return Outcome(earlier + results, output.edits(rest), time.perf_counter() - started, trainings, notes=notes)
+    return Outcome(earlier + results, output.edits(rest), time.perf_counter() - started, trainings, events=events)
 
 
 def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> list[MatrixResult]:
@@ -106,15 +107,6 @@ def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded:
         block_done,
         Solving(run.processes, stages, sequential, gram=run.solver.statistic is Gram),
     )
-
-
-def _idle_trainings(trainings: Sequence[BlockTraining]) -> str | None:
-    """Return what to say where the training of a third of the blocks gained nothing."""
-    idle = sum(training.is_idle for training in trainings)
-    if not idle or 3 * idle < len(trainings):
-        return None
-    smaller = ("A smaller ", Setting("reconstruct_lr"), " may.")
-    return say((f"The training of {idle} of {len(trainings)} blocks gained nothing. ", *smaller))
 
 
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:

@@ -31,6 +31,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.hub import require_login
+from coprune.report.run_events import Rounded
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_folders, replace_earlier
 from coprune.run.context import NOTHING, Given, Reuse, Run
@@ -193,9 +194,9 @@ def measure_dense(run: Run) -> None:
 def change_blocks(run: Run) -> None:
     """Walk over the blocks, change them, and write them."""
     run.outcome = run.change(run)
-    if (note := run.output.rounding.line()) is not None:
-        run.reporter.say(f"{note}.")
-        run.outcome = replace(run.outcome, notes=[*run.outcome.notes, note])
+    if (rounded := Rounded.of(run.output.rounding)) is not None:
+        run.reporter.say(f"{rounded.line()}.")
+        run.outcome = replace(run.outcome, events=[*run.outcome.events, rounded])
 
 
 def measure_pruned(run: Run) -> None:

@@ -22,6 +22,7 @@ from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, holds_model, locate
 from coprune.model.checkpoint.shards import read_json
 from coprune.model.loaded_model import choose_device
+from coprune.model.removed import Tokens
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
@@ -287,8 +288,8 @@ def _report(recipe: Recipe, choice: _Choice, seconds: float) -> Report:
     )
 
 
-def _removed(facts: VocabularyFacts) -> str:
-    return f"{facts.before - facts.after:,} of {facts.before:,} tokens of the vocabulary"
+def _removed(facts: VocabularyFacts) -> Tokens:
+    return Tokens(tokens=facts.before, left=facts.after)
 
 
 def _whole(recipe: Recipe, choice: _Choice, rest: Report, seconds: float) -> Report:

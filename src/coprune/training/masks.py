@@ -24,6 +24,7 @@ from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, history_of, pruned_names
 from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
 from coprune.model.matrix_choice import Selection
+from coprune.model.removed import AnyRemoval
 from coprune.recipe.pattern import Pattern, find_pattern
 
 
@@ -259,9 +260,9 @@ class History:
         return cls(history_of(folder)[1])
 
     @property
-    def removed(self) -> list[str]:
-        """Removed parts in words; empty for a model that only has zeros."""
-        return [line for edits in self.steps for line in edits.lines()]
+    def removed(self) -> list[AnyRemoval]:
+        """Removed parts; empty for a model that only has zeros."""
+        return [removal for edits in self.steps for removal in edits.removals()]
 
     def counterparts(self, blocks: int, teacher: int) -> list[int] | None:
         """Return the dense model's hidden state (the first is the embeddings) for each block's output.

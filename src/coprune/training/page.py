@@ -195,7 +195,7 @@ def _thinned(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _zeros(report: FinetuneReport) -> str:
-    said = [f"{line}." for line in report.removed]
+    said = [f"{one.line()}." for one in report.removed]
     if report.pruned_matrices:
         patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
         said.append(

@@ -14,6 +14,7 @@ from coprune.evaluation.embeddings import EmbeddingChange, embedding_change
 from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity, Transcribed
 from coprune.evaluation.required import Figure, figures_of_closeness, judge_measured
 from coprune.evaluation.transcripts import TranscriptChange, transcript_change
+from coprune.model.removed import AnyRemoval
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import in_a_recipes_words
 from coprune.report.html import MadeFacts
@@ -168,7 +169,7 @@ class FinetuneReport(Shown, BaseModel):
     """Transcripts beside those of the model before its training."""
     unit: str = "windows"
     """Name of the samples."""
-    removed: list[str] = []
+    removed: list[AnyRemoval] = []
     """Parts removed before the training."""
     answers: AnswerFacts | None = None
     """Answers of the model, where they were checked."""
@@ -212,7 +213,7 @@ class FinetuneReport(Shown, BaseModel):
         rows = [
             ("trained", f"{trained} in {self.seconds / 60:.1f} minutes"),
         ]
-        rows += [("removed", line) for line in self.removed]
+        rows += [("removed", one.line()) for one in self.removed]
         if self.pruned_matrices:
             rows.append(("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); every zero kept"))
         rows += [("perplexity", found.line()) for found in self.perplexity]

@@ -306,7 +306,7 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
         f"{per_cent(report.sparsity_after)} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
         f"as many as before (every zero kept); this was verified before saving.\n\n"
     )
-    what = [f"Removed before: {inline(line)}.\n\n" for line in report.removed]
+    what = [f"Removed before: {inline(one.line())}.\n\n" for one in report.removed]
     what += [zeros] if report.pruned_matrices else []
     how = "with its zeros kept" if report.pruned_matrices else "with less in it"
     card = "\n".join(header) + (

@@ -73,8 +73,8 @@ def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
     reporter.say(f"Loading {settings.model.name}")
     model, processor = load_model(location, "auto")
     masks, history = masks_of(model, location.path), History.read(location.path)
-    for line in history.removed:
-        reporter.say(f"Removed before: {line}.")
+    for removal in history.removed:
+        reporter.say(f"Removed before: {removal.line()}.")
     if masks.matrices:
         reporter.say(
             f"{len(masks.matrices)} pruned matrices, {per_cent(masks.sparsity)} zeros: "

@@ -8,6 +8,7 @@ from pathlib import Path
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.model.loaded_model import Loaded
+from coprune.report.run_events import left_lines
 from support.pico_folder import save_pico
 
 MANY = 20_000
@@ -28,7 +29,7 @@ def test_many_unknown_tensors_are_told_in_a_few_lines(tmp_path: Path) -> None:
     assert isinstance(location, ModelFolder)
     checkpoint = LazyCheckpoint(location)
     assert len(checkpoint.carried_entries) == MANY + 2000
-    told = Loaded(checkpoint, None, "model", False).left_out
+    told = left_lines(Loaded(checkpoint, None, "model", False).left_out)
     assert len(told) == 31
     assert f"model.layers.*.extra.weight ({MANY:,}), which the model does not load" in told
     assert told[-1] == "1,971 more kinds of such tensors"

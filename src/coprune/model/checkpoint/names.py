@@ -22,10 +22,14 @@ QUANT_METHOD = "coprune"
 """The `quant_method` of a packed folder's configuration."""
 
 
-def kinds_of(names: Iterable[str]) -> list[str]:
+def counted_kinds(names: Iterable[str]) -> list[tuple[str, int]]:
     """Return names that differ only in numbers once each, with their count, the most frequent first."""
-    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-    return [f"{kind} ({count:,})" if count > 1 else kind for kind, count in kinds.most_common()]
+    return Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names).most_common()
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Return the same for people."""
+    return [f"{kind} ({count:,})" if count > 1 else kind for kind, count in counted_kinds(names)]
 
 
 def is_below(name: str, prefix: str) -> bool:

@@ -62,13 +62,6 @@ class Rounding:
     def __add__(self, other: Rounding) -> Rounding:
         return Rounding(self.values + other.values, self.error + other.error, self.energy + other.energy)
 
-    def line(self) -> str | None:
-        """Describe it for people; None where nothing was rounded."""
-        if not self.values:
-            return None
-        relative = (self.error / self.energy) ** 0.5 if self.energy else 0.0
-        return f"{self.values:,} weights were rounded to values of the source's format, by {relative:.2%} (root mean square)"
-
 
 @dataclass(frozen=True)
 class Weight:

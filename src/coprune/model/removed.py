@@ -1,0 +1,135 @@
+"""What edits removed of a model, as records that a report puts into words when it is shown."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from coprune.base.words import per_cent
+
+Kind = Literal["channels", "heads", "experts", "blocks"]
+
+
+class Removal(BaseModel):
+    """Parts that one edit removed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def line(self) -> str:
+        """Return it in words."""
+
+
+class Fewer(BaseModel):
+    """Numbers of parts of one kind and size, before and after."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    before: int
+    least: int
+    """Kept by the block that keeps the fewest."""
+    most: int
+    mean: float
+    share: float | None = None
+    """Share of the experts that was to go, where that would leave another number."""
+
+    @classmethod
+    def of(cls, kind: Kind, before: int, kept: Sequence[int], share: float | None = None) -> Fewer:
+        """Return the numbers of one kind. kept: by all that have as many."""
+        return cls(kind=kind, before=before, least=min(kept), most=max(kept), mean=sum(kept) / len(kept), share=share)
+
+    def counts(self, mean: bool = True) -> str:
+        """Return both numbers in words. mean: whether the average is told where blocks differ."""
+        if self.least == self.most:
+            return f"{self.before} → {self.most}"
+        average = f" ({self.mean:g} on average)" if mean else ""
+        return f"{self.before} → {self.least} to {self.most}{average}"
+
+
+def fewer_lines(parts: Iterable[Fewer]) -> Iterator[str]:
+    """Yield fewer parts in words, a line per kind."""
+    for kind, alike in groupby(parts, lambda part: part.kind):
+        for own in [[*alike]] if kind in ("channels", "heads") else [[part] for part in alike]:
+            first, near = own[0], ""
+            if first.share is not None:
+                exactly = round(first.before * (1 - first.share))
+                near = f" ({first.share:g} of them would leave {exactly}; {first.most} is easier to serve)"
+            name = "key-value heads with their query heads" if kind == "heads" else kind
+            where = {"experts": " of every mixture", "blocks": ""}.get(kind, " of every block")
+            yield f"{name} {' and '.join(part.counts() for part in own)}{where}{near}"
+
+
+class SmallerModel(Removal):
+    """Parts removed of the blocks, and what that leaves of the parameters."""
+
+    parts: tuple[Fewer, ...]
+    before: int
+    """Parameters."""
+    saved: int
+    padding: int = 0
+    """Saved parameters that are only zeros."""
+
+    def line(self) -> str:
+        left = self.saved - self.padding
+        sizes = f"{self.before:,} → {left:,} parameters ({per_cent(left / self.before - 1, 1, signed=True)})"
+        if self.padding:
+            held = (
+                "the folder is as large as before" if self.saved == self.before else f"the folder holds {self.saved:,}"
+            )
+            sizes += f"; {held}, padded with zeros to the widest block, and coprune export leaves them out"
+        return f"{', '.join(fewer_lines(self.parts))}: {sizes}"
+
+
+class SilentUnits(Removal):
+    """Channels and heads that were all zeros."""
+
+    parts: tuple[Fewer, ...]
+
+    def line(self) -> str:
+        names = {"heads": "key-value heads"}
+        lines = (f"{names.get(part.kind, part.kind)} {part.counts(mean=False)} of a block" for part in self.parts)
+        return f"zeros: {', '.join(lines)}"
+
+
+class CarriedExperts(Removal):
+    """Experts of a mixture that the model's class does not load."""
+
+    mixture: str
+    before: int
+    after: int
+
+    def line(self) -> str:
+        left = f"experts {self.before} → {self.after} of {self.mixture}, which the model does not load"
+        return f"{left}: chosen by their weights (aimer), since no text reaches them"
+
+
+class Tokens(Removal):
+    """Tokens of the vocabulary."""
+
+    tokens: int
+    """Number before."""
+    left: int
+
+    def line(self) -> str:
+        return f"{self.tokens - self.left:,} of {self.tokens:,} tokens of the vocabulary"
+
+
+class Told(Removal):
+    """A removal in words: of an edit without numbers, or as earlier versions kept it."""
+
+    text: str
+
+    def line(self) -> str:
+        return self.text
+
+
+def _told(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else value
+
+
+AnyRemoval = Annotated[SmallerModel | SilentUnits | CarriedExperts | Tokens | Told, BeforeValidator(_told)]
