@@ -26,7 +26,7 @@ def main() -> None:
     for rank in map(int, asked.ranks.split(",")):
         for name, pattern in PATTERNS.items():
             if asked.only in name:
-                added = {"low_rank": rank, "low_rank_rounds": asked.rounds} if rank else {}
+                added = {"low_rank": rank} if rank else {}
                 settings = {**pattern, **added}
                 budgets[rank] = measure(f"{name}, rank {rank}", settings, asked)
         if rank:
@@ -70,7 +70,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=5120, help="of each text")
     parser.add_argument("--ranks", default="0,16,32,64", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=8, help="as --low-rank-rounds")
     parser.add_argument("--only", default="", help="patterns whose name holds this")
     return parser.parse_args()
 

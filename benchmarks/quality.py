@@ -49,7 +49,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "balanced without permute": {**_WHOLE, "permute": False},
     "balanced without sparsegpt": {**_WHOLE, "method": "wanda"},
     "balanced without sequential": {**_WHOLE, "propagation": "block"},
-    "balanced with embeddings": {**_WHOLE, "finetune_scope": "all"},
+    "balanced with embeddings": {**_WHOLE, "finetune_only": ()},
     "balanced by adapters": {**_WHOLE, "finetune": "lora-distill"},
 }
 """Preset `balanced` with one part left out or done otherwise. `without distillation` and `without permute` are for N:M."""

@@ -77,7 +77,7 @@ def make(asked: argparse.Namespace, source: Path, name: str) -> Path:
         quantize(exact, file, stored, weighed, embedding or None)
         return file
     whole = make(asked, source, f"dense {kind}")
-    settings = {"model": str(whole), "remove": f"vocabulary={tokens}", "vocabulary_languages": asked.languages or ()}
+    settings = {"model": str(whole), "remove": f"vocabulary={tokens}", "vocabulary_text": asked.languages or ()}
     structure = make_recipe(settings).remove
     cutting = Cutting(
         GgufSource(GgufFile(whole, whole.name)), Asked(structure, "embedded", runs=False), Reporter(quiet=True)

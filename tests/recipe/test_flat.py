@@ -200,7 +200,7 @@ def test_what_asks_for_something_may_say_how_behind_a_colon() -> None:
             "reconstruct": 6,
             "reconstruct_tokens": 6144,
             "reconstruct_lr": 0.001,
-            "train": {"mode": "distill", "max_steps": 3, "scope": "blocks"},
+            "train": {"mode": "distill", "max_steps": 3, "only": "blocks"},
             "generate": "p.jsonl:ask",
             "generate_prompts": 2,
         }

@@ -34,8 +34,8 @@ FREE_TO_RESUME = {
     ),
     *("limit", "prompt", "report_to", "push_to_hub", "log_json", "encoding", "generate", "generate_prompts"),
     *("private", "overwrite", "batch_size"),
-    *("generate_tokens", "generate_temperature", "generate_seed", "gate", "require", "apply_chat_template"),
-    *("gen_kwargs", "log_samples", "finetune_save_every", "finetune_eval_seqlen", "finetune_against"),
+    *("generate_tokens", "generate_temperature", "gate", "require", "apply_chat_template"),
+    *("gen_kwargs", "log_samples", "finetune_save_every", "finetune_eval_seqlen"),
 }
 # What may differ where a sweep takes a finished run over; that a model was saved may not.
 FREE_WHEN_FINISHED = {
@@ -53,7 +53,7 @@ FREE_WHEN_FINISHED = {
 }
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
-    *("finetune_save_every", "finetune_eval_seqlen", "finetune_against"),
+    *("finetune_save_every", "finetune_eval_seqlen"),
     "vocabulary_force",
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
     *(
@@ -64,15 +64,14 @@ FREE_OF_COST = {
         "score",
         "align",
         "blend",
-        "generate_seed",
         "require",
     ),
     *("apply_chat_template", "log_samples", "private", "overwrite"),
 }
 FREE_TO_RESUME_TRAINING = {
     *("save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "report_to"),
-    *("save_every", "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"),
-    *("eval_seqlen", "gate", "require", "against", "overwrite"),
+    *("save_every", "generate", "generate_prompts", "generate_tokens", "generate_temperature"),
+    *("eval_seqlen", "gate", "require", "overwrite"),
 }
 
 

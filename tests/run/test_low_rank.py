@@ -238,9 +238,8 @@ def test_a_damaged_adapter_is_found(tmp_path: Path) -> None:
 
 
 def test_a_recipe_with_a_rank_is_another_run_in_another_folder() -> None:
-    recipe = make_recipe({"model": "models/pico", "pattern": "2:4", "low_rank": {"rank": 32, "rounds": 2}})
+    recipe = make_recipe({"model": "models/pico", "pattern": "2:4", "low_rank": {"rank": 32}})
     assert recipe.deciding(Decides.RESULT)["low_rank"] == 32
-    assert recipe.deciding(Decides.RESULT)["low_rank_rounds"] == 2
     assert recipe.run_folder == Path("out/pico/2-4-rank-32/wanda")
     assert recipe.shape == "2:4, rank 32 added"
     assert make_recipe({"model": "models/pico"}).prune.low_rank.rank == 0

@@ -19,7 +19,7 @@ from support.page_blocks import ROOT, Block, Line
 from support.page_world import World
 
 # Instead of what a page says, in every command that has the setting.
-SMALL: dict[str, int] = dict(nsamples=2, seqlen=32, max_steps=1, max_samples=8, workers=1, threads=1) | dict(
+SMALL: dict[str, int] = dict(nsamples=2, seqlen=32, max_steps=1, workers=1, threads=1) | dict(
     prompt_tokens=4, decode_tokens=2, repeats=1, limit=2
 )
 # Only where a page says something.
@@ -66,7 +66,7 @@ def small(words: list[str], world: World) -> list[str]:
     flags = {flag: param for param in options.values() for flag in (*param.opts, *param.secondary_opts)}
     arguments, settings = _apart(rest, flags)
     world.provide(name, arguments)
-    for model in (value for key in ("model_option", "teacher", "against") for value in settings.get(key, ())):
+    for model in (value for key in ("model_option", "teacher") for value in settings.get(key, ())):
         world.model(model)
     for text in (value for key in _TEXTS for value in settings.get(key, ())):
         world.texts(text)

@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(home: Path, folder: Path, family: str, **changes: Any) -> dict[str, Any]:
-    fast = {"max_steps": 6, "max_samples": 64, "batch_size": 8, "learning_rate": 2e-3}
+    fast = {"max_steps": 6, "batch_size": 8, "learning_rate": 2e-3}
     data = {"dataset": "digits", "eval_images": 60, "device": "cpu"}
     return {"model": str(home / family), "mode": "dense", "save": folder, **fast, **data, **changes}
 
@@ -95,7 +95,7 @@ def test_every_mode_keeps_every_zero_of_a_classifier(home: Path, tmp_path: Path,
 
 
 def test_a_classifier_learns_the_digits(home: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"max_steps": 80, "max_samples": None, "batch_size": 32, "eval_images": 300}
+    changes: dict[str, Any] = {"max_steps": 80, "batch_size": 32, "eval_images": 300}
     report = run_finetuning(settings(home, tmp_path / "run", **changes), QUIET)
     (accuracy,) = report.accuracy
     assert accuracy.before_top1 < 0.3

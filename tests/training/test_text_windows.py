@@ -43,16 +43,6 @@ def test_a_short_training_holds_out_little(tmp_path: Path, tokens: int | None, h
     assert len(text.train) == 100 - held_out
 
 
-def test_of_too_many_windows_random_ones_are_taken_with_the_seed(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text(words(0, 800))
-    first, again, other = (read(tmp_path, path, max_samples=10, seed=seed).train.tokens for seed in (0, 0, 1))
-    assert first.shape == (10, 8)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert bool((first[:, 0] % 8 == 0).all())
-
-
 def test_a_text_of_less_than_two_windows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(words(0, 15))

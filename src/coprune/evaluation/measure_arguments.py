@@ -14,7 +14,6 @@ class AnswerArguments(TypedDict, total=False):
     generate_prompts: int | None
     generate_tokens: int
     generate_temperature: float
-    generate_seed: int
 
 
 class MeasureArguments(AnswerArguments, total=False):

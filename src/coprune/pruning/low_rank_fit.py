@@ -34,7 +34,7 @@ class LowRank:
 
     rank: int
     """Rank of the second part; at most the smaller side of the weight."""
-    rounds: int
+    rounds: int = 8
     """Number of prunings of the weight; the best counts."""
 
     def __post_init__(self) -> None:

@@ -48,7 +48,6 @@ class AnswersPart(Part):
     temperature: Annotated[
         float, _MEASUREMENT, Field(description="Temperature of the sampled answers; 0 for greedy ones alone.", ge=0)
     ] = 0.8
-    seed: Annotated[int, Decides.MEASUREMENT, Field(description="Seed of the sampled answers.", ge=0)] = 0
     gate: Annotated[
         bool,
         Word("gate"),

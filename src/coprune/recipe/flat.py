@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Set
 from coprune.recipe.choice import Choice, read_named, split_choice
-from coprune.recipe.retired import GONE_PARTS, passed_over, retired
+from coprune.recipe.retired import GONE_PARTS, moved_to, passed_over, retired
 from coprune.recipe.tree import FLAT, HEADS, LEAVES, OLDER_PARTS, PARTS, WORDS, todays_place
 
 # The Wanda repository's words that are not coprune's own.
@@ -108,8 +108,11 @@ def names_said(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Return every setting: its flat name, the name under which it was given, and its value."""
-    found: dict[str, tuple[str, Any]] = {}
+    found, moved = dict[str, tuple[str, Any]](), dict[str, tuple[str, Any]]()
     for name, value in ((inner, value) for key, said in settings.items() for inner, value in _within(str(key), said)):
+        if (place := moved_to(name, value)) is not None:
+            moved[word_for(place)] = name, value
+            continue
         if passed_over(name, value):
             continue
         word = word_for(name)
@@ -124,6 +127,10 @@ def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         if twice := sorted(set(before) & set(value)):
             raise BadInput(f"the method's option {twice[0]} is given twice", field="options", fix="leave one out")
         found[word] = "options", {**before, **value}
+    for word, (name, value) in moved.items():
+        if word in found and found[word][1] not in (None, [], (), value) and (gone := retired(name)) is not None:
+            raise gone
+        found[word] = name, value
     return ((word, name, value) for word, (name, value) in found.items())
 
 
@@ -162,11 +169,16 @@ def _with_options(key: str, place: str, value: str) -> dict[str, Any] | None:
     if word not in HEADS or found is None:
         return None
     own, said = HEADS[word], read_named(f"{word}:{found['options']}")[1]
-    options = {name: option for name, option in said.items() if not passed_over(f"{word}_{name}", option)}
-    for name in options:
-        if name not in own:
-            raise unknown_name(f"option of {word}", name, own, field=word)
-    return {word: found["value"], **{own[name]: option for name, option in options.items()}}
+    told = {word: found["value"]}
+    for name, option in said.items():
+        former = f"{word}_{name}"
+        if moved_to(former, option) is not None:
+            told[former] = option
+        elif not passed_over(former, option):
+            if name not in own:
+                raise unknown_name(f"option of {word}", name, own, field=word)
+            told[own[name]] = option
+    return told
 
 
 def _within_method(key: str, value: str | Mapping[str, Any] | Choice) -> Iterator[tuple[str, Any]]:

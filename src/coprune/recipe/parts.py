@@ -188,11 +188,6 @@ class LowRankPart(Part):
             ge=0,
         ),
     ] = 0
-    rounds: Annotated[
-        int,
-        _RESULT,
-        Field(description="How often a matrix is pruned and approximated in turns for that; the best counts.", ge=1),
-    ] = 8
 
 
 class ReconstructPart(Part):

@@ -33,7 +33,7 @@ _TRAINED: dict[str, Any] = {
     "finetune": "distill",
     "finetune_accumulate": 1,
     "finetune_rates": "relative",
-    "finetune_scope": "blocks",  # embeddings and head, which lost nothing, would learn noise
+    "finetune_only": "blocks",  # embeddings and head, which lost nothing, would learn noise
     "finetune_dtype": "bfloat16",
 }
 
@@ -115,7 +115,7 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None, train: str
     grouped = _is_n_of_m(beside.get("pattern"))
     adapters = has_adapters(beside.get("finetune"))
     left_out = {
-        **dict.fromkeys(("finetune_rates", "finetune_lr", "finetune_scope"), adapters),
+        **dict.fromkeys(("finetune_rates", "finetune_lr", "finetune_only"), adapters),
         "permute": beside.get("stream") or not grouped,
         "rotate": beside.get("stream") or beside.get("sparsity") == 0,
         "allocation": grouped or beside.get("stream") or beside.get("sparsity") == 0 or bool(beside.get("remove")),

@@ -22,11 +22,14 @@ class Retired:
     """Former default, which old recipes hold and which means the same as leaving it out."""
     instead: Words
     """Replacement."""
+    moved: str | None = None
+    """Place of the setting that takes its other values, as in recipes of earlier versions."""
 
 
-def _of_training(field: str, default: Any, instead: Words = "") -> tuple[str, Retired]:
+def _of_training(field: str, default: Any, instead: Words = "", moved: str | None = None) -> tuple[str, Retired]:
     word = f"finetune_{field}"
-    return word, Retired(f"train.{field}", default, (LeaveOut(word), *((": ", *parts_of(instead)) if instead else ())))
+    fix = instead if moved else (LeaveOut(word), *((": ", *parts_of(instead)) if instead else ()))
+    return word, Retired(f"train.{field}", default, fix, moved)
 
 
 RETIRED: dict[str, Retired] = {
@@ -48,9 +51,20 @@ RETIRED: dict[str, Retired] = {
     "move_zeros": Retired(
         None, None, (LeaveOut("move_zeros"), ": as long a training with every zero kept comes nearer")
     ),
+    "low_rank_rounds": Retired("prune.low_rank.rounds", 8, (LeaveOut("low_rank_rounds"), ": the best of eight counts")),
+    "generate_seed": Retired("evaluate.answers.seed", 0, LeaveOut("generate_seed")),
+    "vocabulary_languages": Retired(
+        "remove.vocabulary_languages",
+        (),
+        ("name languages beside texts: ", Set("vocabulary_text", "en,de,code")),
+        "remove.vocabulary_text",
+    ),
     "align_experts": Retired("remove.align_experts", None, ("say how many stay: ", Set("remove", "experts=keep:96"))),
     **dict(
         [
+            _of_training("max_samples", None, ("a training ends with ", Set("finetune_tokens", ...))),
+            _of_training("scope", "all", ("write ", Set("finetune_only", "blocks")), "train.only"),
+            _of_training("against", None, ("name the dense model with ", Setting("finetune_teacher")), "train.teacher"),
             _of_training("schedule", "linear", "the rate falls linearly"),
             _of_training("warmup", 0.03),
             _of_training("optimizer", "adamw", ("adapters take less memory, ", Set("finetune", "lora"))),
@@ -89,10 +103,21 @@ def passed_over(name: str, value: Any) -> bool:
     word, error = _word(name), retired(name)
     if word is None or error is None:
         return False
-    if value != RETIRED[word].default:
+    if not _is_default(word, value):
         error.value = value
         raise error
     return True
+
+
+def moved_to(name: str, value: Any) -> str | None:
+    """Return the place of the setting that takes a retired one's value now; None for any other, and for a default."""
+    word = _word(name)
+    return None if word is None or _is_default(word, value) else RETIRED[word].moved
+
+
+def _is_default(word: str, value: Any) -> bool:
+    default = RETIRED[word].default
+    return bool(value == default or (default == () and value in ([], None)))
 
 
 def retired_allocation(name: str) -> BadInput | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
@@ -109,17 +109,9 @@ class RemovePart(Part):
         BeforeValidator(_as_words),
         Decides.RESULT | Decides.COST,
         Field(
-            description="Texts whose tokens the vocabulary keeps, as files, folders or corpora, each perhaps with a share: "
-            "mine.jsonl=2,wikitext2; repeatable. [the calibration text]"
-        ),
-    ] = ()
-    vocabulary_languages: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_as_words),
-        Decides.RESULT | Decides.COST,
-        Field(
-            description="Languages whose words the vocabulary keeps (needs coprune[languages]), and code, each perhaps with a "
-            "share: en,de,code=0.5; repeatable. [en,code where no texts are named]"
+            description="What the vocabulary keeps: tokens of files, folders or corpora, words of languages (needs "
+            "coprune[languages]), and code, each perhaps with a share: mine.jsonl=2,en,code=0.5; repeatable. [the calibration "
+            "text, en and code]"
         ),
     ] = ()
     vocabulary_force: Annotated[
@@ -135,10 +127,10 @@ class RemovePart(Part):
         _vocabulary(asked)
         return asked
 
-    @field_validator("vocabulary_text", "vocabulary_languages")
+    @field_validator("vocabulary_text")
     @classmethod
-    def _with_shares(cls, asked: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        shares_of(asked, str(info.field_name))
+    def _with_shares(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
+        shares_of(asked, "vocabulary_text")
         return asked
 
     @field_validator("score")
@@ -222,7 +214,7 @@ class RemovePart(Part):
         """Return what is removed of the blocks alone."""
         left = tuple(f"{name}={value}" for name, value in _pairs(self.parts).items() if name != VOCABULARY)
         score = tuple(one for one in self.score if _scored(one.name) != "rows")
-        gone = {"vocabulary_text": (), "vocabulary_languages": (), "vocabulary_force": False}
+        gone = {"vocabulary_text": (), "vocabulary_force": False}
         return self.model_copy(update={"parts": left, "score": score, **gone})
 
     def only_vocabulary(self) -> Self:
@@ -235,7 +227,7 @@ class RemovePart(Part):
 def cannot_score(asked: RemovePart) -> BadInput | None:
     """Return the error in settings of parts that are not removed, or None."""
     if asked.vocabulary is None:
-        for field in ("vocabulary_text", "vocabulary_languages", "vocabulary_force"):
+        for field in ("vocabulary_text", "vocabulary_force"):
             if getattr(asked, field):
                 fix: Words = ("add ", Set("remove", "vocabulary=96k"), ", or leave it out")
                 return BadInput((Setting(field), " is about a vocabulary, and none is removed"), field=field, fix=fix)

@@ -12,6 +12,9 @@ from coprune.recipe.parts import Decides, Globs, Part, Shown, Word
 
 _RESULT = Decides.RESULT | Decides.COST
 _MEASURED = Decides.MEASUREMENT
+Scope = Literal["all", "blocks"]
+BLOCKS = ("blocks",)
+"""In the place of patterns: the blocks, and what was pruned around them."""
 Mode = Literal["lora", "dense", "distill", "lora-distill"]
 LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5, "lora-distill": 2e-3}
 
@@ -74,7 +77,6 @@ class TrainPart(Part):
         Field(description="Passes over the data, unless tokens, steps or minutes are given.", gt=0),
     ] = 1.0
     max_steps: Annotated[int | None, _RESULT, Field(description="Optimiser steps.", ge=1)] = None
-    max_samples: Annotated[int | None, _RESULT, Field(description="Use only so many windows or images.", ge=1)] = None
     batch_size: Annotated[
         int | None,
         _RESULT,
@@ -99,20 +101,13 @@ class TrainPart(Part):
             "matrix and vector, so that one rate serves models with smaller or larger weights."
         ),
     ] = "absolute"
-    scope: Annotated[
-        Literal["all", "blocks"],
-        _RESULT,
-        Field(
-            description="all: every weight is trained; blocks: embeddings, head and other matrices around the blocks stay as "
-            "they are, unless they were pruned."
-        ),
-    ] = "all"
     only: Annotated[
         Globs,
         _RESULT,
         Field(
-            description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. [lora: all pruned linear "
-            "layers; else all weights]"
+            description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. blocks: embeddings, head and other "
+            "matrices around the blocks stay as they are, unless they were pruned. [lora: all pruned linear layers; else "
+            "all weights]"
         ),
     ] = ()
     dtype: Annotated[
@@ -140,16 +135,20 @@ class TrainPart(Part):
         _MEASURED,
         Field(description="Tokens per window of perplexity. [as in training]", ge=2),
     ] = None
-    against: Annotated[
+    teacher: Annotated[
         str | None,
-        _MEASURED,
+        _RESULT,
         Field(
-            description="The dense model, with whose answers the model's are compared. [in prune: the model, where answers are "
-            "asked for; else with those from before]"
+            description="The dense model: distill trains toward it, and answers that are asked for are compared with its. [in "
+            "prune: the model]"
         ),
     ] = None
-    teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model. [in prune: the model]")] = None
     adapters: AdapterPart = AdapterPart()
+
+    @property
+    def scope(self) -> Scope:
+        """Which weights are trained: all, or those of the blocks alone."""
+        return "blocks" if self.only == BLOCKS else "all"
 
     @property
     def rate(self) -> float:
@@ -166,12 +165,9 @@ def cannot_train(asked: TrainPart) -> BadInput | None:
 
 def _of_mode(asked: TrainPart) -> BadInput | None:
     """Return the error for a setting that this mode ignores."""
-    if not has_teacher(asked.mode) and asked.teacher is not None:
-        cause: Words = ("a teacher belongs to ", Set("finetune", "distill"), " or ", Set("finetune", "lora-distill"))
-        return BadInput(cause, field="finetune", value=asked.mode)
     if not has_adapters(asked.mode) and (said := asked.adapters.first_said()) is not None:
         word = f"{asked.adapters.prefix}{said[-1]}"
-        cause = (Setting(word), " means nothing to ", Set("finetune", asked.mode))
+        cause: Words = (Setting(word), " means nothing to ", Set("finetune", asked.mode))
         return BadInput(cause, field=word, value=getattr(asked.adapters, said[-1]), fix=LeaveOut(word))
     return None
 
@@ -181,13 +177,10 @@ def _of_how(asked: TrainPart) -> BadInput | None:
     if adapters and asked.rates == "relative":
         empty = "adapters begin at zero, which has no size that a rate could be relative to"
         return BadInput(empty, field="finetune_rates", value=asked.rates, fix=LeaveOut("finetune_rates"))
-    if asked.scope != "all" and (adapters or asked.only):
-        own: Words = (
-            (Setting("finetune_only"), " says what is trained, too")
-            if asked.only
-            else "adapters are on matrices of their own"
-        )
-        return BadInput(own, field="finetune_scope", value=asked.scope, fix=LeaveOut("finetune_scope"))
+    if BLOCKS[0] in asked.only and (adapters or asked.only != BLOCKS):
+        own = "adapters are on matrices of their own" if adapters else "blocks already says what is trained"
+        fix: Words = LeaveOut("finetune_only") if adapters else "leave out the others"
+        return BadInput(own, field="finetune_only", value=asked.only, fix=fix)
     if asked.tokens is not None and asked.max_steps is not None:
         cause: Words = (Set("finetune_max_steps", asked.max_steps), " also sets the length of the training")
         return BadInput(cause, field="finetune_tokens", value=asked.tokens, fix=LeaveOut("finetune_max_steps"))

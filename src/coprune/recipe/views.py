@@ -31,7 +31,7 @@ def _alike(*words: str) -> dict[str, Setting]:
     return {word: Setting(word) for word in words}
 
 
-_ANSWERS = "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed", "require"
+_ANSWERS = "generate", "generate_prompts", "generate_tokens", "generate_temperature", "require"
 MEASURING: dict[str, Setting] = {
     "data": Setting(
         "eval_data",
@@ -121,10 +121,8 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
     if has_teacher(recipe.train.mode) and recipe.train.teacher is None:
         needs = f"{recipe.train.mode} needs the dense model"
         raise BadInput(needs, field="teacher", fix=("name it with ", Named("teacher")))
-    asked, there = recipe.evaluate.answers, recipe.train.against
-    if has_teacher(recipe.train.mode) and not asked.conditions:
-        there = recipe.train.teacher  # whose embeddings are measured
-    if (wrong := cannot_require(asked, None if there else ("ask for them with ", Named("against")))) is not None:
+    asked = recipe.evaluate.answers
+    if (wrong := cannot_require(asked, None if recipe.train.teacher else ("ask for them with ", Named("teacher")))) is not None:
         raise wrong
     if (one := next((c for c in asked.measured if c.against_dense), None)) is not None:
         later = Command("evaluate", "FOLDER", Set("against", ...), Set("require", one.text))

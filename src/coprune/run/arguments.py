@@ -74,7 +74,6 @@ class CalibrationArguments(TypedDict, total=False):
     allocation: Named
     refine: Named | Sequence[Named]
     low_rank: int | str | LowRankPart | Mapping[str, Any]
-    low_rank_rounds: int
     reconstruction: ReconstructPart | Mapping[str, Any]
     reconstruct: int | str
     reconstruct_tokens: int
@@ -91,7 +90,6 @@ class StructureArguments(TypedDict, total=False):
     blend: str
     align: int
     vocabulary_text: str | Sequence[str] | Mapping[str, float]
-    vocabulary_languages: str | Sequence[str] | Mapping[str, float]
     vocabulary_force: bool
 
 

@@ -83,7 +83,7 @@ def low_rank_of(recipe: Recipe) -> LowRank | None:
         raise BadInput(
             "a matrix of low rank is saved as an adapter of peft", field="low_rank", value=asked.rank, fix=fix
         )
-    return LowRank(asked.rank, asked.rounds)
+    return LowRank(asked.rank)
 
 
 def check_rank(matrices: Iterable[Matrix], rank: int) -> None:

@@ -199,7 +199,7 @@ def dense_key(run: Run) -> str:
     texts = {n: data.fingerprint for n, data in run.data.items() if isinstance(data, EvaluationText)}
     names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
     names += ["apply_chat_template", "gen_kwargs"]
-    names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"]
+    names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature"]
     settings = {name: run.recipe.setting(name) for name in names}
     recipe = run.recipe
     plan = plan_of(recipe.evaluate.answers, recipe.output.model is not None)

@@ -181,8 +181,9 @@ def training_of(recipe: Recipe) -> Recipe:
     compares = answers.prompts is not None or any(condition.needs_dense for condition in answers.conditions)
     train = recipe.train.model_copy(
         update={
-            "against": recipe.train.against or (recipe.model.name if compares else None),
-            "teacher": (recipe.train.teacher or recipe.model.name) if has_teacher(recipe.train.mode) else None,
+            "teacher": (recipe.train.teacher or recipe.model.name)
+            if compares or has_teacher(recipe.train.mode)
+            else None,
         }
     )
     pruned, own = recipe.run_folder / "pruned", recipe.run_folder / "finetune"

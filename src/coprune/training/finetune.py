@@ -69,11 +69,9 @@ class TrainingArguments(TypedDict, total=False):
     epochs: float
     max_steps: int | None
     tokens: int | None
-    max_samples: int | None
     minutes: float | None
     learning_rate: float | None
     rates: Literal["absolute", "relative"]
-    scope: Literal["all", "blocks"]
     train: str | Sequence[str]
     exclude: str | Sequence[str]
     rank: int
@@ -100,7 +98,6 @@ class FinetuneArguments(TrainingArguments, AnswerArguments, total=False):
     bos: Literal["auto", "first", "every", "never"]
     gate: bool
     require: str | None
-    against: str | Path | None
     cache_dir: str | Path | None
     report_to: str | Sequence[str] | None
     save: str | Path | None

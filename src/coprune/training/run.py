@@ -241,17 +241,21 @@ def look_before(session: Session) -> Look:
     settings, reporter = session.settings, session.reporter
     plan = plan_of(settings.evaluate.answers, saves=True)
     device = training_device(settings.model.device)
-    if plan is None or settings.train.against is None:
+    # Only for requested answers where it teaches, since it has to be loaded again.
+    asked = settings.evaluate.answers
+    compares = asked.prompts is not None or any(condition.needs_dense for condition in asked.conditions)
+    name = settings.train.teacher if compares or not has_teacher(settings.train.mode) else None
+    if plan is None or name is None:
         look = Look(plan, reference="before")
         look.prepare(session.loaded, reporter)
         torch.nn.Module.to(session.loaded.model, device)
         look.ask_dense(session.loaded, reporter)
         return look
-    part = ModelPart(name=settings.train.against, device=str(device), cache_dir=settings.model.cache_dir)
+    part = ModelPart(name=name, device=str(device), cache_dir=settings.model.cache_dir)
     look = Look(plan, part)
     look.prepare(session.loaded, reporter)
     if look.looks:
-        reporter.say(f"Loading the dense model {settings.train.against}")
+        reporter.say(f"Loading the dense model {name}")
         dense = open_model(part, stream=False)
         _require_same_tokens(session, dense)
         # The prompts are tokens of the model's own tokenizer.
@@ -266,8 +270,8 @@ def _require_same_tokens(session: Session, dense: Loaded) -> None:
     if mine != other:
         raise BadInput(
             f"the models have {other} and {mine} tokens in their vocabularies, so their answers cannot be compared",
-            field="against",
-            value=session.settings.train.against,
+            field="teacher",
+            value=session.settings.train.teacher,
             fix="give the dense model that was pruned",
         )
 

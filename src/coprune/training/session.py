@@ -147,10 +147,9 @@ def _begun_alike(
 
 def _check_named(settings: Recipe) -> None:
     """Refuse models and trackers that are not there, long before anything asks for them."""
-    for setting, name in (("teacher", settings.train.teacher), ("against", settings.train.against)):
-        if name is not None:
-            with about(setting, name):
-                locate(name, settings.model.cache_dir)
+    if (name := settings.train.teacher) is not None:
+        with about("teacher", name):
+            locate(name, settings.model.cache_dir)
     for tracker in {name.strip() for name in (settings.output.report_to or "").split(",")} - {"", "all"}:
         if tracker not in (there := installed_trackers()):
             fix = f"pip install {tracker}, or take one that is there" + (f": {', '.join(there)}" if there else "")

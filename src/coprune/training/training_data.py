@@ -88,8 +88,8 @@ class TextWindows(Dataset[dict[str, Tensor]]):
 def read_training_text(settings: Recipe, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
     """Read a corpus and pack it; windows are held out from its end (of the user's own text, before what perplexity is of).
 
-    Documents are joined in a random order with the tokenizer's end mark between them; of more windows than
-    max_samples, random ones are taken. Raises BadInput if the text does not fill two windows.
+    Documents are joined in a random order with the tokenizer's end mark between them. Raises BadInput if the text does not
+    fill two windows.
     """
     text = calibration_text(settings.calibrate.data, settings.model.cache_dir)
     ids = _stream(text, tokenizer, settings, block_size)
@@ -105,9 +105,6 @@ def read_training_text(settings: Recipe, tokenizer: PreTrainedTokenizerBase, blo
     windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
     held_out = count_held_out(settings, len(windows), _most_held_out(settings, block_size))
     train = windows[: len(windows) - held_out]
-    if settings.train.max_samples is not None and settings.train.max_samples < len(train):
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.calibrate.seed))
-        train = train[order[: settings.train.max_samples]]
     watched = TextWindows(windows[len(windows) - held_out :].clone()) if held_out else None
     given = isinstance(text, GivenTokens)
     return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train), block_size, given=given)
@@ -135,7 +132,7 @@ def _stream(
     settings: Recipe,
     block_size: int,
 ) -> list[int]:
-    """Return all tokens of a text; of documents only as many as max_samples and the held-out windows need."""
+    """Return all tokens of a text."""
     if isinstance(text, GivenTokens):
         given: list[int] = text.tokens.flatten().tolist()
         return given
@@ -143,13 +140,10 @@ def _stream(
         return token_ids(tokenizer, text.text)
     order = list(range(len(text.texts)))
     random.Random(settings.calibrate.seed).shuffle(order)
-    most = None if settings.train.max_samples is None else (settings.train.max_samples + MOST_HELD_OUT) * block_size
     mark = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for index in order:
         ids += token_ids(tokenizer, text.texts[index]) + mark
-        if most is not None and len(ids) >= most:
-            break
     return ids
 
 
@@ -258,7 +252,7 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
 
 
 def read_training_images(settings: Recipe, task: ImageTask) -> TrainingData:
-    """Open the images to train on; random ones are held out, and of more than max_samples random ones are taken.
+    """Open the images to train on; random ones are held out.
 
     Raises BadInput if there are fewer than two, or labels that the model does not have.
     """
@@ -267,7 +261,7 @@ def read_training_images(settings: Recipe, task: ImageTask) -> TrainingData:
         raise BadInput(f"{images.source} holds {len(images)} images, and training needs two or more", field="dataset")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.calibrate.seed))
     held_out = count_held_out(settings, len(images), MOST_IMAGES_HELD_OUT)
-    chosen = order[held_out:][: settings.train.max_samples]
+    chosen = order[held_out:]
 
     def part(numbers: Tensor) -> TrainingImages:
         return TrainingImages(images, labels, task.transform, numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import sysconfig
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.progress import Reporter
-from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
+from coprune.data.corpora import CORPORA, calibration_text, evaluation_corpus_for, evaluation_text
 from coprune.data.in_memory import GivenTokens
 from coprune.data.text import JoinedText
 from coprune.recipe.vocabulary import shares_of
@@ -27,6 +28,7 @@ from coprune.vocabulary.samples import ENDS, KEYWORDS, LANGUAGES, PUNCTUATION, Q
 
 CODE = "code"
 PACKAGE = "wordfreq"
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
 _PASSAGE = 2_000
 """Characters of a passage, which is measured as one text."""
 _HELD_OUT = 8
@@ -77,15 +79,12 @@ class Texts:
     """Requested languages."""
 
 
-def read_texts(
-    texts: Sequence[str], languages: Sequence[str], usual: str, cache_dir: Path | None, reporter: Reporter
-) -> Texts:
+def read_texts(asked: Sequence[str], usual: str, cache_dir: Path | None, reporter: Reporter) -> Texts:
     """Read what decides which tokens stay.
 
     Args:
-        texts: files, folders and corpora, each perhaps with a share.
-        languages: their codes, and `code`, each perhaps with a share.
-        usual: the calibration text, which counts where no text is named.
+        asked: files, folders and corpora, languages by their codes, and `code`, each perhaps with a share.
+        usual: the calibration text, which counts where nothing is named.
         cache_dir: where corpora of the Hub are kept.
         reporter: who is told of what could not be had.
 
@@ -95,12 +94,13 @@ def read_texts(
     Raises:
         BadInput: a text is missing or empty, a language is unknown, or a package is missing.
     """
-    of_texts = {} if not texts else shares_of(texts, "vocabulary_text")
-    of_languages = shares_of(languages, "vocabulary_languages")
+    shares = shares_of(asked, "vocabulary_text")
+    of_languages = {name: share for name, share in shares.items() if _is_language(name)}
+    of_texts = {name: share for name, share in shares.items() if name not in of_languages}
     for language in of_languages:
         require_language(language)
     notes: list[str] = []
-    by_default = not texts and not languages
+    by_default = not shares
     if by_default:
         of_texts, of_languages = {usual: _USUAL["text"]}, {name: _USUAL[name] for name in ("en", CODE)}
         if not has_words():
@@ -108,15 +108,12 @@ def read_texts(
             notes.append(
                 "English words count by the calibration text alone: pip install 'coprune[languages]' adds lists"
             )
-    elif texts and languages:  # as much of the one as of the other
-        of_texts = {name: share / 2 for name, share in of_texts.items()}
-        of_languages = {name: share / 2 for name, share in of_languages.items()}
     found, held = [], list[str]()
     for name, share in of_texts.items():
         counted, own = _split(name, cache_dir, "dataset" if by_default else "vocabulary_text")
         found.append(Source(name, share, counted))
         held += own
-    if not texts and not by_default:
+    if not of_texts:
         held = [LANGUAGES.get(name, "") if name != CODE else "\n".join(SOURCES.values()) for name in of_languages]
         held = [text for text in held if text]
     found += [language_source(name, share) for name, share in of_languages.items()]
@@ -126,6 +123,13 @@ def read_texts(
         reporter.say(note)
     label = ", ".join(of_texts) if of_texts else "samples"
     return Texts(sources, held, label, notes, tuple(of_languages))
+
+
+def _is_language(name: str) -> bool:
+    """Return whether a name is that of a language, or `code`, rather than of a text (write ./en for a folder)."""
+    if name == CODE or name in LANGUAGES:
+        return True
+    return _LANGUAGE.fullmatch(name) is not None and name not in CORPORA and not Path(name).exists()
 
 
 def _split(name: str, cache_dir: Path | None, setting: str) -> tuple[list[str], list[str]]:
@@ -181,7 +185,7 @@ def word_lists() -> Mapping[str, str]:
     """Return the languages that there are lists of. Raises BadInput where the package is missing."""
     if not has_words():
         missing = f"words of languages come from the package {PACKAGE}, which is not installed"
-        raise BadInput(missing, field="vocabulary_languages", fix="pip install 'coprune[languages]'")
+        raise BadInput(missing, field="vocabulary_text", fix="pip install 'coprune[languages]'")
     import wordfreq
 
     found: Mapping[str, str] = wordfreq.available_languages("best")
@@ -191,7 +195,7 @@ def word_lists() -> Mapping[str, str]:
 def require_language(name: str) -> None:
     """Raise BadInput for a language that nobody knows."""
     if name != CODE and name not in word_lists():
-        raise unknown_name("language", name, [*word_lists(), CODE], field="vocabulary_languages")
+        raise unknown_name("language", name, [*word_lists(), CODE], field="vocabulary_text")
 
 
 def language_source(name: str, share: float, most: int | None = None) -> Source:

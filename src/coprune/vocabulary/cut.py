@@ -78,8 +78,7 @@ class Cutting:
         self.vocabulary = Vocabulary.of(self.content)
         self._parts: Callable[[int], tuple[int, ...] | None] = cache(self.vocabulary.parts)
         structure = self.asked.structure
-        texts, languages = structure.vocabulary_text, structure.vocabulary_languages
-        self.texts = read_texts(texts, languages, self.asked.data, self.asked.cache_dir, self.reporter)
+        self.texts = read_texts(structure.vocabulary_text, self.asked.data, self.asked.cache_dir, self.reporter)
         if not self.asked.runs and isinstance(structure.vocabulary, Loss):
             fix = ("keep a number of tokens, or leave out ", Set("evaluate", False))
             raise BadInput(

@@ -17,7 +17,7 @@ from coprune.base.errors import CopruneError, UnsupportedModel
 from coprune.base.precision import total
 from coprune.base.progress import Reporter
 from coprune.evaluation.answers.answer_records import Along, Answered, Answers
-from coprune.evaluation.answers.questions import Plan, Questions
+from coprune.evaluation.answers.questions import SEED, Plan, Questions
 from coprune.evaluation.batches import bootstrap_interval, inference_logits, slices
 from coprune.evaluation.closeness import log_probabilities, summed_kl
 from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder, model_fingerprint
@@ -69,7 +69,7 @@ def _ask(
     settings = Generation(
         max_new_tokens=questions.new_tokens,
         temperature=temperature,
-        seed=questions.plan.seed,
+        seed=SEED,
         batch_size=batch_size,
         end_ids=questions.ends,
         pad_id=questions.pad,
@@ -183,7 +183,7 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
         "prompts": plan.prompts.fingerprint,
         "new_tokens": plan.new_tokens,
         "temperature": plan.temperature,
-        "seed": plan.seed,
+        "seed": SEED,
         **more,
         "versions": [importlib.metadata.version(package) for package in ("torch", "transformers")],
     }

@@ -82,6 +82,8 @@ def _spaced(prompts: Sequence[str], count: int | None) -> tuple[str, ...]:
     return tuple(prompts[place * len(prompts) // count] for place in range(count))
 
 
+SEED = 0
+"""Seed of the sampled answers."""
 SHORT_ANSWER = 64
 """Tokens of an answer where a run only looks whether the model it saves can still write."""
 
@@ -94,7 +96,6 @@ class Plan:
     new_tokens: int
     temperature: float
     """Temperature of sampled answers; 0 for greedy ones only."""
-    seed: int
     is_asked: bool
     """Whether the user asked for answers; otherwise they are skipped where they are not possible."""
     measures_kl: bool
@@ -116,11 +117,11 @@ def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:
     if asked.prompts is not None:
         prompts = read_prompts(asked.prompts, asked.count)
         whole = dict(is_asked=True, measures_kl=True, is_short=False)
-        return Plan(prompts, asked.new_tokens, asked.temperature, asked.seed, **whole)
+        return Plan(prompts, asked.new_tokens, asked.temperature, **whole)
     if not asked.conditions and not (asked.gate and saves):
         return None
     few = dict(is_asked=asked.is_asked, measures_kl=kl, is_short=True)
-    return Plan(short_prompts(), SHORT_ANSWER, 0.0, asked.seed, **few)
+    return Plan(short_prompts(), SHORT_ANSWER, 0.0, **few)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def asked_of(plan: Plan, chat: bool, new_tokens: int) -> Asked:
         chat=chat,
         new_tokens=new_tokens,
         temperature=plan.temperature,
-        seed=plan.seed,
+        seed=SEED,
         short=plan.is_short,
     )
 
