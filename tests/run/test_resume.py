@@ -51,8 +51,6 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "shared keys and values": ("wanda", "block", "gemma4_text", True, {}),
     "encoder and decoder": ("sparsegpt", "sequential", "T5", True, {}),
     "encoder and decoder in memory": ("wanda", "block", "T5", False, {"dataset": "{place}/pairs.jsonl"}),
-    "low rank": ("sparsegpt", "sequential", "llama", True, {"low_rank": 4}),
-    "low rank in memory": ("wanda", "block", "llama", False, {"low_rank": 4, "pattern": "2:4"}),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
     "rotated": ("sparsegpt", "sequential", "llama", False, {"rotate": True, "pattern": "2:4"}),
 }

@@ -23,9 +23,7 @@ SMALL: dict[str, int] = dict(nsamples=2, seqlen=32, max_steps=1, workers=1, thre
     prompt_tokens=4, decode_tokens=2, repeats=1, limit=2
 )
 # Only where a page says something.
-SMALLER: dict[str, float | None] = dict(
-    eval_tokens=64, low_rank=4, tokens=64, finetune_minutes=0.001, minutes=None, epochs=None
-)
+SMALLER: dict[str, float | None] = dict(eval_tokens=64, tokens=64, finetune_minutes=0.001, minutes=None, epochs=None)
 _TASKS = ("tasks", "eval_zero_shot", "zero_shot")
 _TEXTS = ("dataset", "eval_data", "data", "generate", "domains", "prompts")
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -80,7 +80,7 @@ class FillZeros(Edit):
 
 
 class AddLowRank(Edit):
-    """Matrices of low rank were added to pruned ones. The journal keeps them with the block, the folder as an adapter."""
+    """Matrices of low rank were added to pruned ones, as an adapter beside them: an edit of earlier versions."""
 
     ranks: dict[str, int]
     """Rank by the name of the matrix."""

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from coprune.base.errors import VerificationError
 from coprune.base.reading import to_host
-from coprune.model.adapter_folder import verify_adapter
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
-from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.edit import Configure, KeepExperts
 from coprune.model.edits import Edits
-from coprune.model.low_rank_factors import factors_below, give
 from coprune.model.matrices import checksum_of, find_matrices, mask_bits
 from coprune.model.routing import Ties
 from coprune.model.walk.block_calls import input_device
@@ -52,9 +49,6 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
             if bits is None or checksum_of(bits) != checksums[matrix.name]:
                 raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")
         saved.release(block.name)
-    if factors := factors_below(model.module):
-        verify_adapter(folder / ADAPTER_FOLDER, factors)
-        give(saved.model, factors)
     if model.weights.streams and not edits.removals():
         # The run's own last files became this folder, so there are no other weights to compute logits from. Where parts
         # were removed, these files are read as the big model in which they are silent.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -16,14 +16,12 @@ from coprune.base.errors import NumericalError
 from coprune.base.processes import ALONE, Processes
 from coprune.base.reading import Reading, reading_later, refuse_if
 from coprune.base.words import Set
-from coprune.model.low_rank_factors import wrapped_of
 from coprune.model.matrices import Matrix, checksum_of, mask_bits
 from coprune.model.walk.block_events import BlockDone, MatricesReady
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram, Statistic, ratio_of
 from coprune.pruning.distributions import Distributions, distributions_in_host_memory, sampled
 from coprune.pruning.events import Event
-from coprune.pruning.low_rank_fit import LowRank
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned, prune_by_outputs
 from coprune.pruning.refine import Refinement
@@ -49,8 +47,6 @@ class MatrixResult(BaseModel):
     """CRC-32 of its zeros, by which a reloaded matrix is compared."""
     seconds: float
     events: tuple[Event, ...] = ()
-    rank: int | None = None
-    """Rank of the added factors; the layer error is that of the sum."""
     distributions: Distributions | None = None
     """Distributions of weights, inputs and scores before pruning; in a file of their own beside the report."""
 
@@ -61,13 +57,11 @@ class Solver:
 
     method: Method
     refinements: tuple[Refinement, ...] = ()
-    low_rank: LowRank | None = None
-    """The factors of low rank to add to every matrix whose layer can add some."""
 
     @property
     def statistic(self) -> type[Statistic] | None:
         """Return the statistic to gather. A Gram matrix serves every method that asks for less."""
-        return Gram if self.refinements or self.low_rank else self.method.statistic
+        return Gram if self.refinements else self.method.statistic
 
     def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
         """Prune one matrix (O × I float32, not modified). Raises NumericalError."""
@@ -75,23 +69,14 @@ class Solver:
         if inputs is not None and statistic is None and self.statistic is not None:
             pruned = METHODS["magnitude"].prune(weight, None, target)
             return pruned._replace(events=(Event(kind="no tokens"),))
-        if self.low_rank is None:
-            pruned = self._sparse(weight, statistic, target)
-        else:
-            assert isinstance(statistic, Gram)
-            pruned = self.low_rank.split(weight, statistic.gram, lambda rest: self._sparse(rest, statistic, target))
-        return pruned._replace(events=events + pruned.events)
-
-    def _sparse(self, weight: Tensor, statistic: Statistic | None, target: Target) -> Pruned:
-        """Prune a matrix, without added factors."""
         if target.sparsity == 0:
             # With no weight to prune, no method and no refinement may change one.
-            return Pruned(weight, weight != 0)
+            return Pruned(weight, weight != 0, events)
         pruned = prune_by_outputs(self.method, weight, statistic, target)
         for refinement in self.refinements:
             assert isinstance(statistic, Gram)
             pruned = refinement.refine(weight, pruned, statistic, target)
-        return pruned
+        return pruned._replace(events=events + pruned.events)
 
 
 def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Event, ...]]:
@@ -225,11 +210,9 @@ def prune_walk(
 def prune_matrix(
     matrix: Matrix, inputs: Inputs | None, solver: Solver, target: Target, layer_error: bool
 ) -> MatrixResult:
-    """Prune one matrix in place, let its layer add what is added to it, and measure what that did to its outputs."""
+    """Prune one matrix in place, and measure what that did to its outputs."""
     started = time.perf_counter()
-    weight, wrapped = matrix.read(), wrapped_of(matrix.owner)
-    if wrapped is None:
-        solver = replace(solver, low_rank=None)
+    weight = matrix.read()
     try:
         # One read of the device for all results.
         with reading_later() as reading:
@@ -238,12 +221,7 @@ def prune_matrix(
             # The error after rounding to the model's dtype.
             after = matrix.read()
             refuse_overflow(matrix, weight, after)
-            added = None if pruned.added is None else pruned.added.stored_as(matrix.stored().dtype)
-            if wrapped is not None:
-                wrapped.factors = added
-            noted = note(
-                reading, matrix, inputs, weight, after if added is None else after + added.product(), layer_error
-            )
+            noted = note(reading, matrix, inputs, weight, after, layer_error)
     except NumericalError as error:
         matrix.write(weight)
         raise error.within(matrix.name) from error
@@ -256,7 +234,6 @@ def prune_matrix(
         tokens=None if inputs is None else inputs.sample.count,
         seconds=time.perf_counter() - started,
         events=pruned.events,
-        rank=None if added is None else added.down.shape[0],
         distributions=noted.distributions,
     )
 
@@ -280,7 +257,7 @@ def note(
         matrix: as the model now holds it.
         inputs: statistics of its inputs.
         weight: before pruning, O × I.
-        after: the layer's effective weight, O × I: the matrix and any added factors.
+        after: the weight now, O × I.
         layer_error: whether to measure it.
 
     Raises:

@@ -170,26 +170,6 @@ def _per_cent(value: Any) -> Any:
         return value
 
 
-class LowRankPart(Part):
-    """Settings of the low-rank factors that are added to pruned matrices."""
-
-    title = "What is pruned, and how"
-    prefix = "low_rank_"
-    head = "rank"
-
-    rank: Annotated[
-        int,
-        Word("low_rank"),
-        _RESULT,
-        Field(
-            description="Add a matrix of this rank to every pruned linear layer, found together with its zeros. The saved "
-            "model is the sparse part, with the rest beside it as an adapter that PEFT and transformers load (needs "
-            "coprune[finetune]).",
-            ge=0,
-        ),
-    ] = 0
-
-
 class ReconstructPart(Part):
     """Training of every pruned block."""
 
@@ -297,7 +277,6 @@ class PrunePart(Part):
             "refit:rounds=10; repeatable."
         ),
     ] = ()
-    low_rank: LowRankPart = LowRankPart()
     reconstruct: ReconstructPart = ReconstructPart()
 
     @field_validator("pattern", mode="before")

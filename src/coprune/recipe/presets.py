@@ -74,7 +74,7 @@ _HOW = {
     "remove",
     PRESET,
 }
-MENDS = ("reconstruct", "finetune", "low_rank")
+MENDS = ("reconstruct", "finetune")
 """Beginnings of the words for what mends a model."""
 
 

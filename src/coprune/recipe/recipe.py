@@ -38,7 +38,6 @@ def contradiction(recipe: Tree) -> BadInput | None:
         _of_target(recipe.prune.pattern, recipe.prune.sparsity)
         or _of_reconstruction(recipe)
         or _of_training(recipe)
-        or _of_low_rank(recipe)
         or _of_reshaping(recipe)
         or _of_domains(recipe.remove)
         or _of_allocation(recipe)
@@ -87,29 +86,6 @@ def _of_training(recipe: Tree) -> BadInput | None:
         return BadInput("a fine-tuned model is saved dense", field="encoding", value=recipe.output.encoding, fix=pack)
     # A training keeps the zeros of the pruning.
     return refuse_numbers(recipe.prune.exclude, "exclude", recipe.remove.shares)
-
-
-_NO_LOW_RANK: dict[str, Words] = {
-    "remove": (Setting("low_rank"), " adds to matrices that keep their shapes, and remove makes them smaller"),
-    "finetune": ("fine-tuning would train the sparse part alone, for which the rest was found as it is",),
-    "encoding": ("PEFT puts no adapter on packed layers",),
-}
-
-
-def _of_low_rank(recipe: Tree) -> BadInput | None:
-    asked = recipe.prune.low_rank
-    if not asked.rank:
-        why = " says how low rank is found, and none is without "
-        return _unused(asked, "prune.low_rank", Set("low_rank", 32), why)
-    given = {
-        "remove": bool(recipe.remove.parts),
-        "finetune": recipe.train.mode is not None,
-        "encoding": recipe.output.encoding == "packed",
-    }
-    for setting in (name for name, is_given in given.items() if is_given):
-        fix: Words = (LeaveOut(setting), ", or ", LeaveOut("low_rank"))
-        return BadInput(_NO_LOW_RANK[setting], field=setting, fix=fix)
-    return None
 
 
 def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
@@ -316,10 +292,8 @@ class Recipe(Tree):
 
     @property
     def shape(self) -> str:
-        """Removed parts, the pattern of zeros, and the rank of added factors."""
-        removed, rank = self.remove.parts, self.prune.low_rank.rank
-        zeros = [self.prune.pattern] if self.sets_zeros else []
-        return ", ".join([*removed, *zeros, *([f"rank {rank} added"] if rank else [])])
+        """Removed parts, and the pattern of zeros."""
+        return ", ".join([*self.remove.parts, *([self.prune.pattern] if self.sets_zeros else [])])
 
     @property
     def run_folder(self) -> Path:
@@ -337,8 +311,7 @@ class Recipe(Tree):
     @property
     def _target(self) -> str:
         label = parse_pattern(self.prune.pattern).label(f"{self.prune.ratio:g}")
-        added = f"-rank-{self.prune.low_rank.rank}" if self.prune.low_rank.rank else ""
-        return re.sub("[: =,]", "-", f"-{label}{added}")
+        return re.sub("[: =,]", "-", f"-{label}")
 
     @property
     def training_folder(self) -> Path:

@@ -51,7 +51,10 @@ RETIRED: dict[str, Retired] = {
     "move_zeros": Retired(
         None, None, (LeaveOut("move_zeros"), ": as long a training with every zero kept comes nearer")
     ),
-    "low_rank_rounds": Retired("prune.low_rank.rounds", 8, (LeaveOut("low_rank_rounds"), ": the best of eight counts")),
+    "low_rank": Retired(
+        "prune.low_rank.rank", 0, ("more is gained without bytes by training what is left: ", Set("preset", "best"))
+    ),
+    "low_rank_rounds": Retired("prune.low_rank.rounds", 8, LeaveOut("low_rank_rounds")),
     "generate_seed": Retired("evaluate.answers.seed", 0, LeaveOut("generate_seed")),
     "vocabulary_languages": Retired(
         "remove.vocabulary_languages",
@@ -82,7 +85,7 @@ RETIRED: dict[str, Retired] = {
     ),
 }
 """Retired settings by flat name."""
-GONE_PARTS = {"quantization": "grid"}
+GONE_PARTS = {"quantization": "grid", "low_rank": "rank", "prune.low_rank": "rank"}
 """Parts of a recipe of which nothing is left, with the field that each was about."""
 ALLOCATIONS = ("alpha", "error", "search")
 """Allocations of zeros; of channels and heads there are two of these names."""

@@ -9,7 +9,6 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 
 from coprune.base.words import per_cent
 from coprune.evaluation.zero_shot import ZeroShotFacts
-from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.packed.folder import IMPORT, STORED
 from coprune.report.answers import answers_markdown
 from coprune.report.html import base_of, name_of
@@ -23,10 +22,6 @@ _LOAD = """```python
 model = {model}.from_pretrained("PATH OR ID OF THIS FOLDER")
 {name} = {processor}.from_pretrained("PATH OR ID OF THIS FOLDER")
 ```"""
-_LOAD_ADAPTER = f"""model.load_adapter("PATH OF THIS FOLDER/{ADAPTER_FOLDER}")
-```
-
-On the Hub: `model.load_adapter("ID", adapter_kwargs={{"subfolder": "{ADAPTER_FOLDER}"}})`. It needs `peft`."""
 _TOKENIZER = {"processor": "AutoTokenizer", "name": "tokenizer"}
 _AUTO = {
     "text": {"model": "AutoModelForCausalLM", **_TOKENIZER},
@@ -58,8 +53,7 @@ def _how_to_load(report: Report) -> str:
     names = _AUTO[report.model.task]
     own = {"model": report.model.loaded_by} if report.model.loaded_by else {}
     packed = report.recipe.output.encoding == "packed"
-    load = _LOAD.format(**names | own, first=IMPORT if packed else "")
-    return load if report.low_rank is None else load.removesuffix("```") + _LOAD_ADAPTER
+    return _LOAD.format(**names | own, first=IMPORT if packed else "")
 
 
 def model_card(report: Report) -> str:
@@ -149,11 +143,6 @@ def _what_was_done(report: Report) -> str:
         said.append(
             f"{per_cent(zeros.matrices)} of the weights in {len(report.matrices)} matrices are zero ({report.recipe.shape}), "
             f"{per_cent(zeros.model)} of all parameters."
-        )
-    if (added := report.low_rank) is not None:
-        said.append(
-            f"An adapter of rank {added.rank} for {added.matrices} of these matrices was found together with the zeros; "
-            f"it lies in `{ADAPTER_FOLDER}`, and all figures are with it."
         )
     return " ".join(said)
 

@@ -126,35 +126,3 @@ class AccuracyFacts(BaseModel):
         top5 = f", {per_cent(self.pruned_top5)} top-5" if self.unit == "images" else ""
         top = f"pruned {per_cent(self.pruned_top1)} [{per_cent(low)}, {per_cent(high)}] top-1{top5}"
         return f"{before}{top}{after} on {self.data} ({self.images} {self.unit})"
-
-
-class LowRankFacts(BaseModel):
-    """Low-rank factors added to pruned matrices, and their size."""
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-
-    rank: int
-    matrices: int
-    parameters: int
-    """Number of added parameters."""
-    adapter_bytes: int
-    """Bytes of the factors in the model's dtype."""
-    base_bytes: int
-    """Bytes of the saved sparse model, zeros included."""
-    sparse_bytes: int
-    """Bytes of the sparse model if only kept values and their positions were stored."""
-    effective_sparsity: float
-    """Sparsity of the pruned matrices, with added parameters counted as kept weights."""
-    alone: dict[str, float] = {}
-    """Perplexity (or top-1 accuracy) of the sparse part without it, by the name of the data."""
-    left_out: dict[str, str] | list[str] = {}
-    """Reasons why nothing was added to some pruned matrices, by name; a list in reports of earlier versions."""
-
-    def line(self) -> str:
-        """Return a line on rank, bytes and effective sparsity."""
-        without = ", ".join(f"{value:.2f} on {name}" for name, value in self.alone.items())
-        return (
-            f"rank {self.rank} in {self.matrices} matrices, {self.adapter_bytes:,} bytes beside {self.base_bytes:,} "
-            f"({self.sparse_bytes:,} as kept values and places); counted as kept weights, {per_cent(self.effective_sparsity)} "
-            f"zeros{f'; without it {without}' if without else ''}"
-        )

@@ -76,8 +76,6 @@ def _head(report: Report, links: Sequence[str]) -> str:
         f"{model.parameters:,} parameters in {text(model.dtype)}. Pattern {text(recipe.shape)}, "
         f"{text(recipe.calibrate.propagation)} propagation.{text(calibration)}</p>"
     )
-    if report.low_rank is not None:
-        lead += f'<p class="soft">Added: {text(report.low_rank.line())}.</p>'
     if report.finetuned is not None:
         lead += f'<p class="soft">Then fine-tuned: {text(report.finetuned.line())}.</p>'
     if model.quantised_source:

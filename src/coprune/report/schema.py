@@ -25,7 +25,7 @@ from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
-from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts
+from coprune.report.figures import AccuracyFacts, FinetunedFacts, PerplexityFacts
 from coprune.report.html import MadeFacts
 from coprune.report.run_events import AnyEvent, LeftAlone, left_lines
 from coprune.vocabulary.facts import VocabularyFacts
@@ -152,8 +152,6 @@ class Report(Shown, BaseModel):
     """Share of its experts' score that each domain keeps, where experts were removed."""
     finetuned: FinetunedFacts | None = None
     """Results of fine-tuning after pruning, whose model is then `saved_model`."""
-    low_rank: LowRankFacts | None = None
-    """Added factors of low rank, which all figures but its own include."""
     vocabulary: VocabularyFacts | None = None
     """Tokens removed first; perplexity on both sides is then of the cut model."""
     left: int | None = None
@@ -205,7 +203,6 @@ class Report(Shown, BaseModel):
         if self.has_zeros:
             matrices = f"{per_cent(zeros.matrices)} of the {len(self.matrices)} pruned matrices"
             rows.append(("sparsity", f"{matrices}, {per_cent(zeros.model)} of all parameters"))
-        rows += [("added", self.low_rank.line())] if self.low_rank is not None else []
         after = self.finetuned.after if self.finetuned is not None else lambda data: ""
         rows += [("fine-tuned", self.finetuned.line())] if self.finetuned is not None else []
         rows += [(text.title, text.line(after(text.data))) for text in self.perplexity]

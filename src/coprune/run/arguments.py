@@ -16,7 +16,7 @@ from coprune.evaluation.measure_arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluatePart, OutputPart
-from coprune.recipe.parts import CalibratePart, LowRankPart, PrunePart, ReconstructPart
+from coprune.recipe.parts import CalibratePart, PrunePart, ReconstructPart
 from coprune.recipe.structure import RemovePart
 from coprune.recipe.train import Mode, TrainPart
 
@@ -73,7 +73,6 @@ class CalibrationArguments(TypedDict, total=False):
     propagation: Literal["block", "sequential", "dense"]
     allocation: Named
     refine: Named | Sequence[Named]
-    low_rank: int | str | LowRankPart | Mapping[str, Any]
     reconstruction: ReconstructPart | Mapping[str, Any]
     reconstruct: int | str
     reconstruct_tokens: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,13 +13,11 @@ from coprune.base.errors import BadInput
 from coprune.base.files import is_unfinished, require_apart, require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.edits import is_coprunes
-from coprune.model.low_rank_factors import may_get_factors
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.allocation import units_of
-from coprune.pruning.low_rank_fit import LowRank
 from coprune.pruning.methods import METHODS, Method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
@@ -59,7 +56,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.prune.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.prune.refine)
-    solver = Solver(method, refinements, low_rank_of(recipe))
+    solver = Solver(method, refinements)
     target = Target(parse_pattern(recipe.prune.pattern), recipe.prune.ratio)
     # A trial costs milliseconds and finds errors that would otherwise stop the run at its first matrix.
     group = target.multiple if target.multiple > 1 else 4
@@ -71,32 +68,6 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     inputs.update(torch.randn(min(4 * width, 4 * LARGE_GROUP), width, generator=generator))
     solver.solve(torch.randn(4, width, generator=generator), inputs, target)
     return solver, target
-
-
-def low_rank_of(recipe: Recipe) -> LowRank | None:
-    """Return what is added to pruned matrices, if the recipe asks for that. Raises BadInput where PEFT is missing."""
-    asked = recipe.prune.low_rank
-    if not asked.rank:
-        return None
-    if find_spec("peft") is None:
-        fix = "pip install 'coprune[finetune]'"
-        raise BadInput(
-            "a matrix of low rank is saved as an adapter of peft", field="low_rank", value=asked.rank, fix=fix
-        )
-    return LowRank(asked.rank)
-
-
-def check_rank(matrices: Iterable[Matrix], rank: int) -> None:
-    """Raise BadInput where what is added to a matrix would not be of low rank."""
-    smallest = min((one for one in matrices if may_get_factors(one)), key=lambda one: min(one.shape), default=None)
-    if smallest is not None and rank > (most := min(smallest.shape) // 2):
-        rows, width = smallest.shape
-        raise BadInput(
-            f"rank {rank} is more than half of the smaller side of {smallest.name} ({rows} × {width})",
-            field="low_rank",
-            value=rank,
-            fix=("take ", Set("low_rank", most), " or less"),
-        )
 
 
 def _method_of(asked: Choice) -> Method:
@@ -132,13 +103,6 @@ def check_processes(recipe: Recipe, size: int) -> None:
             field="reconstruct",
             value=recipe.prune.reconstruct.steps,
             fix=(LeaveOut("reconstruct"), ", or run without torchrun"),
-        )
-    if size > 1 and recipe.prune.low_rank.rank:
-        raise BadInput(
-            "low-rank factors are computed in one process only",
-            field="low_rank",
-            value=recipe.prune.low_rank.rank,
-            fix=(LeaveOut("low_rank"), ", or run without torchrun"),
         )
     samples = recipe.calibrate.samples
     if size > samples:

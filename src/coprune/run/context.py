@@ -143,8 +143,6 @@ class Run:
     # Set by the proof of the walk, before anything slow.
     model: ProvenModel = field(init=False)
     reconstruction: Reconstruction | None = field(init=False)
-    not_added: Mapping[str, str] = field(default_factory=dict)
-    """Pruned matrices to which nothing of low rank can be added, with reasons, where that is asked for."""
     extras: Extras = field(init=False)
     change: Callable[[Run], Outcome] = field(init=False)
     """Walks over the blocks and changes them."""
@@ -157,8 +155,6 @@ class Run:
     """Figures of the dense model, by the name of the data."""
     outcome: Outcome = field(init=False)
     pruned: dict[str, Measured] = field(init=False)
-    alone: dict[str, Measured] = field(init=False)
-    """Figures of the pruned model without what was added to it."""
     report: Report = field(init=False)
 
     @property

@@ -32,7 +32,6 @@ from coprune.report.schema import (
     installed_versions,
 )
 from coprune.run.context import Outcome, Run
-from coprune.run.low_rank import low_rank_facts
 
 
 def build_report(run: Run) -> Report:
@@ -78,7 +77,6 @@ def build_report(run: Run) -> Report:
         edits=edits.removals(),
         left=None if cut is None else cut.parameters,
         padding=0 if cut is None else cut.padding,
-        low_rank=low_rank_facts(results, run.target.pattern, run.not_added, run.alone, model.module),
         covered=dict(outcome.covered),
         saved_model=run.recipe.output.model,
         zero_shot=extras.zero_shot_facts(),

@@ -27,7 +27,6 @@ from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import fetches
 from coprune.model.leftovers import lists_of
 from coprune.model.loaded_model import Loaded, keeps_experts, streams
-from coprune.model.low_rank_factors import may_get_factors
 from coprune.model.matrices import Matrix
 from coprune.model.walk.activations import GIB, device_room
 from coprune.model.walk.inputs import InputSample
@@ -200,11 +199,8 @@ class TextSizes:
 class Bound:
     """The memory of one recipe's run, phase by phase."""
 
-    def __init__(
-        self, recipe: Recipe, shapes: Shapes, text: TextSizes, loaded: Loaded, added: int, can_stream: bool
-    ) -> None:
-        """Prepare the bound of a run. added: bytes of factors added to pruned matrices."""
-        self._recipe, self._shapes, self._added = recipe, shapes, added
+    def __init__(self, recipe: Recipe, shapes: Shapes, text: TextSizes, loaded: Loaded, can_stream: bool) -> None:
+        self._recipe, self._shapes = recipe, shapes
         self._text = replace(text, samples=min(text.samples, recipe.calibrate.samples))
         self.streams = streams(recipe) and can_stream
         self._trains = recipe.train.mode
@@ -233,15 +229,15 @@ class Bound:
         block = self._block + self._ahead if self.streams else 0
         yield "proof", self._proof(block)
         for windows in self._text.evaluated:
-            yield "perplexity", self._perplexity(windows, block, limit) + self._added
-        yield "pruning", block + max(self._pruning(limit), self._written) + self._added
+            yield "perplexity", self._perplexity(windows, block, limit)
+        yield "pruning", block + max(self._pruning(limit), self._written)
         if (
             recipe.remove.parts
         ):  # tried block by block; beside a model in memory it is built, from tensors that were cut
             yield "smaller model", shapes.rest_bytes + self._block if self.streams else 2 * shapes.total_bytes
         if recipe.output.model is not None:
             compared = 2 * COMPARED_TOKENS * shapes.vocabulary * 4
-            yield "verification", shapes.rest_bytes + self._block + compared + 2 * self._added
+            yield "verification", shapes.rest_bytes + self._block + compared
         if self._trains is not None:  # by then the pruned model is loaded anew
             yield "training", self._training() - self.weights
 
@@ -343,8 +339,7 @@ def bound_run(
     recipe: Recipe, solver: Solver, text: TextSizes, loaded: Loaded, found: FoundModel, processes: int
 ) -> Estimate:
     """Bound the memory of a run that has read its data but no blocks; if it does not fit, propose settings that do."""
-    shapes, rank = Shapes.of(loaded, found, solver, bool(recipe.remove.parts)), recipe.prune.low_rank.rank
-    added = 4 * rank * sum(sum(matrix.shape) for matrix in found.chosen.all() if rank and may_get_factors(matrix))
+    shapes = Shapes.of(loaded, found, solver, bool(recipe.remove.parts))
     resident, available, device = resident_memory() or 0, available_bytes(), device_memory(loaded.device)
     unread, steady = unread_weights(), STEADY if shapes.itemsize == 4 else STEADY_IN_HALF
     # Other file formats are in memory even if the recipe would stream.
@@ -352,7 +347,7 @@ def bound_run(
     held = sum(parameter.nbytes for parameter in loaded.model.parameters() if not parameter.is_meta)
 
     def bound(asked: Recipe) -> Estimate:
-        one = Bound(asked, shapes, text, loaded, added, can_stream)
+        one = Bound(asked, shapes, text, loaded, can_stream)
         more = one.weights - held  # to come into memory, or to leave it
         base = max(0, resident + unread + steady + (more if device is None else 0))
         phases = _largest((one.tensors(False) if device is None else one.passing()), base)

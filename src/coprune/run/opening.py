@@ -19,7 +19,6 @@ from coprune.model.checkpoint.locate import locates_gguf
 from coprune.model.checkpoint.names import is_below
 from coprune.model.edits import require_history
 from coprune.model.loaded_model import Loaded, keeps_experts, open_model, say_of_bfloat16, streams
-from coprune.model.low_rank_factors import noting_calls
 from coprune.model.matrices import LEAST_SPARSITY
 from coprune.model.matrix_choice import choose_matrices
 from coprune.model.walk.model_structure import FoundModel
@@ -31,7 +30,6 @@ from coprune.report.run_events import left_lines
 from coprune.run.checks import (
     check_allocation,
     check_processes,
-    check_rank,
     check_widths,
     needs_inputs,
     prepare_reconstruction,
@@ -39,7 +37,6 @@ from coprune.run.checks import (
     reads_calibration,
 )
 from coprune.run.context import Run
-from coprune.run.low_rank import wrap_layers
 
 
 def open_run(run: Run, remember: Remember = read_anew) -> Run:
@@ -85,7 +82,6 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
     # Whether parameters of three dimensions are experts shows when the model runs.
     check_widths((matrix for matrix in run.found.chosen.all() if matrix.expert is None), run.target)
     check_allocation(recipe, run.found, run.target)
-    check_rank((matrix for block in run.found.chosen.blocks for matrix in block), recipe.prune.low_rank.rank)
     run.loaded, run.task = loaded, task_for(recipe, loaded, run.processes, remember)
     run.samples = (
         run.task.calibration(needs_inputs(recipe, run.solver), reporter) if reads_calibration(recipe) else None
@@ -131,16 +127,12 @@ def prove_run(run: Run) -> None:
     Raises:
         UnsupportedModel, NumericalError, BadInput: as `prove_replay`; also if the pattern does not fit a matrix.
     """
-    with noting_calls(run.found.chosen.all()) as called:
-        run.model = prove_replay(run.found, run.task.probe(run.looked_at, run.data))
+    run.model = prove_replay(run.found, run.task.probe(run.looked_at, run.data))
     check_widths(run.model.chosen.all(), run.target)
     for line in left_lines([*run.model.chosen.left_out, *run.loaded.left_out]):
         run.reporter.say(f"Left alone: {line}.")
     _settle_bos(run)
     run.reconstruction = prepare_reconstruction(run.recipe)
-    run.not_added = wrap_layers(run.model, called) if run.recipe.prune.low_rank.rank else {}
-    for name, reason in run.not_added.items():
-        run.reporter.say(f"No low-rank factors for {name}: {reason}.")
 
 
 def _settle_bos(run: Run) -> None:

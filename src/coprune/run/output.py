@@ -22,17 +22,14 @@ from coprune.base.errors import BadInput, LostProcess
 from coprune.base.files import write_text
 from coprune.base.processes import Processes
 from coprune.base.words import Setting
-from coprune.model.adapter_folder import write_adapter
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.formats import Rounding
-from coprune.model.checkpoint.shards import ADAPTER_FOLDER, read_entries, read_tensor
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
-from coprune.model.edit import AddLowRank, Edit
+from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
-from coprune.model.low_rank_factors import factors_below, factors_stored, give, stored_factors
 from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.run_events import AnyEvent
@@ -177,14 +174,11 @@ class Output:
 
     def restore(self, block: Block) -> None:
         """Restore a block finished by an earlier run."""
-        edits, file = self.outcomes[block.name].edits, self._file_of(block)
-        self._weights.read_from(file, uncut_by(edits))
+        edits = self.outcomes[block.name].edits
+        self._weights.read_from(self._file_of(block), uncut_by(edits))
         self._weights.acquire(block.name)
         for edit in edits:
             edit.apply(block.module)
-            if isinstance(edit, AddLowRank):
-                tensors = {name: read_tensor(entry) for name, entry in read_entries(file).items() if ".lora_" in name}
-                give(self._weights.model, factors_stored(tensors, edit.ranks))
 
     def write_block(self, block: Block, outcome: BlockOutcome) -> None:
         """Write a finished block, which is read from its file from now on where blocks are not held."""
@@ -201,7 +195,6 @@ class Output:
         writer.settle()
         tensors, rounding = self._stored(self._weights.original_tensors(block.name), outcome.edits)
         self.rounding += rounding + outcome.rounded
-        tensors |= stored_factors(factors_below(block.module, block.name), self._weights.model.dtype)
         remember = {
             "results": _RESULTS.dump_python(outcome.results, mode="json"),
             "edits": dump_edits(outcome.edits),
@@ -274,8 +267,6 @@ class Output:
         edits.write(partial, beside.source)
         change_config(partial, edits.configure, partial_of(self.encoding.configure, place=edits.place))
         self.encoding.complete(partial, edits.place)
-        if factors := factors_below(self._weights.model):
-            write_adapter(partial / ADAPTER_FOLDER, self._weights.model, factors)
         writer.finish([_IDENTITY, _SETTLED], check, edits.place, self.encoding)
 
     def discard(self) -> None:

@@ -13,7 +13,7 @@ from coprune.base.memory import freed_memory_kept
 from coprune.base.progress import NO_BAR
 from coprune.base.words import per_cent
 from coprune.model.checkpoint.formats import Rounding
-from coprune.model.edit import AddLowRank, Edit, FillZeros
+from coprune.model.edit import Edit, FillZeros
 from coprune.model.matrices import Matrix
 from coprune.model.walk.block_events import BlockDone, Past
 from coprune.model.walk.recording import Recording
@@ -111,8 +111,7 @@ def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded:
 
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
     """Return the edits of a block with pruned matrices."""
-    ranks = {result.name: result.rank for result in results if result.rank is not None}
-    return [FillZeros(masks=_masks(results)), *([AddLowRank(ranks=ranks)] if ranks else [])]
+    return [FillZeros(masks=_masks(results))]
 
 
 def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:

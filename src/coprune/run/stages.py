@@ -21,11 +21,9 @@ from coprune.evaluation.extra_measurements import Extras
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
-from coprune.model.checkpoint.load import load_model, quiet_transformers
+from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
-from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.loaded_model import choose_device, streams
-from coprune.model.low_rank_factors import without_factors
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
@@ -38,7 +36,6 @@ from coprune.run.context import NOTHING, Given, Reuse, Run
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import build_report
 from coprune.run.identity import may_round_otherwise, run_identity, weighs_blocks
-from coprune.run.low_rank import with_adapter
 from coprune.run.opening import open_run, prove_run, say_if_sparse
 from coprune.run.output import Destination, Output
 from coprune.run.parts import Part, check_answers, check_parts, cut, prune, prune_rest, pruned_before, train
@@ -202,10 +199,6 @@ def change_blocks(run: Run) -> None:
 def measure_pruned(run: Run) -> None:
     """Measure the pruned model, and let it answer; what lost parts as the smaller model that is saved."""
     run.pruned, recipe = measure(run, "pruned"), run.recipe
-    run.alone = {}
-    if recipe.prune.low_rank.rank:
-        with without_factors(run.model.module):
-            run.alone = measure(run, "sparse")
     if not run.first:
         return
     run.extras.measure("pruned", run.loaded, run.reporter)
@@ -240,14 +233,11 @@ def end(run: Run) -> Result:
     report = run.finish(run.report.model_copy(update={"phases": run.phases}))
     run.reporter.tell(Finished(final_figures(report)))
     run.push()
-    made: Callable[[], PreTrainedModel | None]
     if run.loaded.weights.streams:
-        made = partial(_saved_model, report.saved_model, run.recipe.model.device)
-    elif run.recipe.remove.parts:
-        made = partial(_smaller_model, run)
-    else:
-        made = partial(with_adapter, run.loaded.model)
-    return Result(report, run.loaded.processor, made)
+        saved = partial(_saved_model, report.saved_model, run.recipe.model.device)
+        return Result(report, run.loaded.processor, saved)
+    removes = bool(run.recipe.remove.parts)
+    return Result(report, run.loaded.processor, lambda: _smaller_model(run) if removes else run.loaded.model)
 
 
 def _smaller_model(run: Run) -> PreTrainedModel:
@@ -299,16 +289,11 @@ def measure(run: Run, which: str) -> dict[str, Measured]:
 
 
 def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
-    """Load the model of a run that streamed it, with what its layers add; None where it was not saved."""
+    """Load the model of a run that streamed it; None where it was not saved."""
     if folder is None:
         return None
     place = GgufFile(folder, folder.name) if folder.is_file() else ModelFolder(folder, str(folder))
-    model, _ = load_model(place, device=choose_device(device), processed=False)
-    if (folder / ADAPTER_FOLDER).is_dir():
-        with quiet_transformers():
-            model.load_adapter(str(folder / ADAPTER_FOLDER))
-        model.requires_grad_(False)
-    return model
+    return load_model(place, device=choose_device(device), processed=False)[0]
 
 
 def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -> Words:

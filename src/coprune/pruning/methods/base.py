@@ -8,22 +8,17 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from coprune.model.low_rank_factors import Factors
 from coprune.model.walk.statistics import Statistic
 from coprune.pruning.events import Event
 from coprune.recipe.pattern import Target
 
 
 class Pruned(NamedTuple):
-    """A pruned matrix: weight (O × I, zero wherever keep is False), keep (O × I bool), numerical events.
-
-    added: a matrix of low rank that stands for the dense one together with the weight.
-    """
+    """A pruned matrix: weight (O × I, zero wherever keep is False), keep (O × I bool), numerical events."""
 
     weight: Tensor
     keep: Tensor
     events: tuple[Event, ...] = ()
-    added: Factors | None = None
 
 
 class Method(Protocol):

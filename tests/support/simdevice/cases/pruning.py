@@ -165,7 +165,6 @@ def walks() -> tuple[Case, ...]:
             True,
         ),
         # In one round, since directions in turns with masks would take rounding for a choice.
-        Case("low rank", streamed("sparsegpt", propagation="sequential", low_rank=4)),
         Case("wanda dense", pruned_alike("llama", "wanda", propagation="dense"), True),
         Case("experts", pruned_alike("mixtral", "sparsegpt", ROUNDED), True),
         Case("permuted", pruned_alike("llama", "wanda", pattern="2:4", permute=True), True),
