@@ -153,14 +153,6 @@ def test_a_killed_search_goes_on(dense: Path, words: Path, tmp_path: Path, monke
     assert interrupted == coprune.prune(dense, remove="vocabulary=loss:12%", **other).report.vocabulary
 
 
-def test_bits_choose_other_tokens_than_counts(dense: Path, words: Path, tmp_path: Path) -> None:
-    for score in ("counts", "bits"):
-        asked: dict[str, Any] = {"remove": "vocabulary=704", "score": score, "save_model": tmp_path / score}
-        coprune.prune(dense, **asked, **settings(words, evaluate=score == "bits"))
-    files = [(tmp_path / score / "coprune_vocabulary.json").read_text() for score in ("counts", "bits")]
-    assert files[0] != files[1]
-
-
 def test_a_cut_on_top_of_a_cut_knows_both(dense: Path, words: Path, tmp_path: Path) -> None:
     from coprune.model.edits import history_of
 
@@ -176,6 +168,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few": ({"remove": "vocabulary=64"}, "fewer than required"),
     "too many": ({"remove": "vocabulary=2048"}, "has only"),
     "no size": ({"remove": "vocabulary=some"}, "not a size of a vocabulary"),
+    "retired score": ({"remove": "vocabulary=640", "score": "bits"}, "was retired; leave it out"),
     "no loss": ({"remove": "vocabulary=loss:200%"}, "not a size of a vocabulary"),
     "twice": ({"remove": "vocabulary=640,vocabulary=0.5"}, "given twice"),
     "unknown language": ({"remove": "vocabulary=640", "vocabulary_text": "xx"}, "unknown language 'xx'"),

@@ -32,22 +32,6 @@ def damp_diagonal(gram: Tensor, damping: float) -> Tensor:
     return gram + torch.diag(damping * gram.diagonal())
 
 
-def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    """Return the layer error of every row, ΔGΔᵀ.
-
-    In float64, because with fewer tokens than inputs the terms cancel beyond float32's precision.
-
-    Args:
-        delta: O × I.
-        gram: I × I.
-
-    Returns:
-        O float64.
-    """
-    exact = delta.double()
-    return ((exact @ gram.double()) * exact).sum(dim=1)
-
-
 def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, rounds: Rounds) -> Tensor:
     """Minimise (W − Ŵ)G(W − Ŵ)ᵀ over the kept entries of every row, by conjugate gradients on all rows at once.
 

@@ -25,7 +25,7 @@ SCORES: dict[Scored, tuple[str, ...]] = {
     "units": ("obs", "wanda_sp", "flap", "magnitude"),
     "blocks": ("kl", "influence"),
     "experts": ("reap", "frequency", "random", "aimer"),
-    "rows": ("counts", "bits"),
+    "rows": ("counts",),
 }
 """Names of the scores, by what they are of, the default first."""
 
@@ -79,8 +79,7 @@ class RemovePart(Part):
             description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
             "magnitude; which blocks: kl (what the model says without it; the default) or influence (what changes "
             "its inputs least); which experts: reap (gate times answer; the default), frequency, random, or aimer (their "
-            "weights alone, without a text); which tokens of the vocabulary stay: counts (the default) or bits (what the model "
-            "loses without them); options as in wanda_sp:refit=true; repeatable."
+            "weights alone, without a text); options as in wanda_sp:refit=true; repeatable."
         ),
     ] = ()
     domains: Annotated[
@@ -241,6 +240,8 @@ def cannot_score(asked: RemovePart) -> BadInput | None:
 
 def _scored(name: str) -> Scored:
     kind = next((kind for kind, names in SCORES.items() if name in names), None)
+    if name == "bits":
+        raise BadInput("the score bits was retired", field="score", value=name, fix="leave it out: tokens are counted")
     if kind is None:
         raise unknown_name("score", name, [one for names in SCORES.values() for one in names], field="score")
     return kind

@@ -23,7 +23,6 @@ from coprune.model.checkpoint.load import DtypeName, load_model, load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.recipe.structure import RemovePart
 from coprune.recipe.vocabulary import Loss
-from coprune.vocabulary.bits import by_bits
 from coprune.vocabulary.choose import Kept, Weights, choose, closure, possible
 from coprune.vocabulary.counts import CODE, Texts, read_texts, weigh
 from coprune.vocabulary.facts import TextCost, VocabularyFacts
@@ -109,10 +108,7 @@ class Cutting:
     @cached_property
     def weights(self) -> Weights:
         """Weight of every token."""
-        found = weigh(self.tokenizer, self.texts, self.source.rows, self.vocabulary.texts, self.reporter)
-        if self.asked.structure.score_of("rows").name == "bits":
-            found = by_bits(found, self._require_judge(), self.tokenizer, self.texts, self._parts, self.reporter)
-        return found
+        return weigh(self.tokenizer, self.texts, self.source.rows, self.vocabulary.texts, self.reporter)
 
     def choose(self, size: int) -> Kept:
         """Return the tokens that stay. Raises BadInput as `choose`."""
@@ -141,9 +137,7 @@ class Cutting:
 
     def _require_judge(self) -> Judge:
         if isinstance(self.judge, str):
-            raise BadInput(
-                f"the model cannot be run: {self.judge}", field="remove", fix="keep a number of tokens by counts"
-            )
+            raise BadInput(f"the model cannot be run: {self.judge}", field="remove", fix="keep a number of tokens")
         return self.judge
 
     def require_possible(self) -> None:
