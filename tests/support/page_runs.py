@@ -64,7 +64,7 @@ def small(words: list[str], world: World) -> list[str]:
     flags = {flag: param for param in options.values() for flag in (*param.opts, *param.secondary_opts)}
     arguments, settings = _apart(rest, flags)
     world.provide(name, arguments)
-    for model in (value for key in ("model_option", "teacher") for value in settings.get(key, ())):
+    for model in (value for key in ("model_option", "teacher", "against") for value in settings.get(key, ())):
         world.model(model)
     for text in (value for key in _TEXTS for value in settings.get(key, ())):
         world.texts(text)
