@@ -143,7 +143,6 @@ def test_numbers_that_do_not_stay_are_refused_before_the_model_is_opened(
     ("remove", "allocation", "of_units", "of_zeros"),
     [
         ("channels=0.4", "error:tokens=0", "error:tokens=0", "uniform"),
-        ("channels=0.4", "search:rounds=3", "search:rounds=3", "uniform"),
         ("blocks=0.34", "owl", "uniform", "owl"),
         ("channels=0.4", "owl:spread=0.1", "uniform", "owl:spread=0.1"),
     ],

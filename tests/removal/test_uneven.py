@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.commands.app import app
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
-from coprune.removal import budget, candidates, removal_plan, removal_stage
+from coprune.removal import budget, removal_plan, removal_stage
 from coprune.report.schema import Report
 from coprune.run import context, stages
 from coprune.run.result import Result
 from coprune.run.stages import run_recipe
-from support.killing import count_lines, killed_at, killed_when
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 from support.saved import assert_same_tensors, load_clean, saved_like, tensors_of
-from support.torchrun import ENVIRONMENT, run_together, torchrun
 
 IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
@@ -57,9 +48,9 @@ def real_counts(folder: Path) -> list[tuple[str, list[int]]]:
     ("family", "remove", "allocation", "kept"),
     [
         ("llama", "channels=0.33", "error", {"channels": 3 * 64}),
-        ("llama", "channels=0.33,heads=0.5", "search:rounds=6", {"channels": 3 * 64, "heads": 3}),
+        ("llama", "channels=0.33,heads=0.5", "error", {"channels": 3 * 64, "heads": 3}),
         ("mixtral", "channels=0.33", "error:tokens=0", {"channels": 3 * 64}),  # other channels of every expert
-        pytest.param("gemma3_text", "channels=0.4,blocks=0.25", "search:rounds=4", None, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "channels=0.4,blocks=0.25", "error", None, marks=pytest.mark.slow),
     ],
 )
 def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
@@ -82,12 +73,11 @@ def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
         assert result.report.left == even.report.left
 
 
-@pytest.mark.parametrize("allocation", [pytest.param("error:tokens=0", marks=pytest.mark.slow), "search:rounds=3"])
-def test_a_budget_over_parameters_is_spread_unevenly_too(allocation: str) -> None:
+def test_a_budget_over_parameters_is_spread_unevenly_too() -> None:
     def run(spread: str) -> Report:
         return coprune.prune(damped(), remove="parameters=0.2", score="magnitude", allocation=spread, **SETTINGS).report
 
-    even, uneven = run("uniform"), run(allocation)
+    even, uneven = run("uniform"), run("error")
     assert uneven.left == even.left
     assert "of every block" in even.edits[0].line()
     assert " on average) of every block" in uneven.edits[0].line()
@@ -129,26 +119,12 @@ def test_a_block_that_hardly_matters_loses_most_and_a_folder_as_large_as_before_
     assert min(others) > 64
 
 
-def test_a_search_takes_no_worse_than_what_it_starts_from() -> None:
-    def kl(**settings: Any) -> float:
-        model = damped()
-        coprune.prune(model, remove="channels=0.33", score="magnitude", **SETTINGS, **settings)
-        with torch.no_grad():
-            log_p, log_q = (m(IDS, use_cache=False).logits.log_softmax(dim=-1) for m in (damped(), model))
-        return float((log_p.exp() * (log_p - log_q)).sum() / IDS.numel())
-
-    # By norms, a run does just what its search tried.
-    even, found = kl(), kl(allocation="search:rounds=20")
-    assert found <= min(even, kl(allocation="error"))
-    assert found < even
-
-
 def training_of(home: Path, out: str) -> dict[str, Any]:
     words = str(home / "words.txt")
     what = {
         "remove": "channels=0.33,heads=0.5",
         "align": 16,
-        "allocation": "search:rounds=8",
+        "allocation": "error",
         "nsamples": 4,
         "seqlen": 16,
     }
@@ -168,84 +144,6 @@ def without_card(folder: Path) -> dict[str, Any]:
     found = listing(folder)
     assert found.pop("README.md") is not None  # names the folders
     return found
-
-
-@pytest.mark.slow  # minutes, since every line of coprune's is counted
-@pytest.mark.parametrize("out", ["early", "late"])
-def test_a_killed_search_and_run_go_on_to_the_same_bytes(out: str, tmp_path: Path) -> None:
-    save_pico(tmp_path / "llama", num_hidden_layers=2)
-    write_words(tmp_path / "words.txt")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
-    _, lines = count_lines(lambda: run(tmp_path, "whole"), ("run/output",))
-
-    def tried(name: str) -> list[Any]:
-        file = tmp_path / name / "run" / "search.json"
-        found: list[Any] = json.loads(file.read_text())["tried"] if file.is_file() else []
-        return found
-
-    if out == "early":
-        assert killed_when(lambda: run(tmp_path, out), lambda: len(tried(out)) >= 3, ("removal/candidates",))
-    else:
-        assert killed_at(lambda: run(tmp_path, out), lines * 9 // 10, ("run/output",))
-    assert len(tried("whole")) == 8
-    assert (0 < len(tried(out)) < 8) if out == "early" else len(tried(out)) == 8
-    assert bool(list((tmp_path / out / ".small.partial").glob("model-*.json"))) == (out == "late")
-    run(tmp_path, out)
-    torch.set_num_threads(threads)
-    assert without_card(tmp_path / out / "small") == without_card(tmp_path / "whole" / "small")
-    assert tried(out) == tried("whole")
-
-
-@pytest.mark.slow
-def test_a_search_of_two_processes_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    save_pico(tmp_path / "llama", num_hidden_layers=4)
-    write_words(tmp_path / "words.txt")
-
-    def command(out: str) -> list[str]:
-        settings = training_of(tmp_path, out) | {"allocation": "search:rounds=41", "nsamples": 64, "seqlen": 32}
-        recipe = tmp_path / f"{out}.yaml"
-        recipe.write_text(make_recipe(settings).to_yaml())
-        return torchrun(2, "-m", "coprune", "prune", "--recipe", str(recipe))
-
-    def tried(out: str) -> list[Any]:
-        file = tmp_path / out / "run" / "search.json"
-        found: list[Any] = json.loads(file.read_text())["tried"] if file.is_file() else []
-        return found
-
-    run_together(command("whole"))
-    with subprocess.Popen(command("killed"), env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True) as one:
-        while len(tried("killed")) < 6:
-            assert one.poll() is None
-            time.sleep(0.01)
-        os.killpg(one.pid, signal.SIGKILL)
-    assert 6 <= len(tried("killed")) < 41
-    assert len(tried("killed")) % 2 == 0  # both tries of a round, or neither
-    run_together(command("killed"))
-    assert len(tried("killed")) == 41
-    assert tried("killed") == tried("whole")
-    assert without_card(tmp_path / "killed" / "small") == without_card(tmp_path / "whole" / "small")
-
-
-def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_pico(tmp_path / "llama", num_hidden_layers=2)
-    write_words(tmp_path / "words.txt")
-    run(tmp_path, "called")
-    with monkeypatch.context() as patched:
-        patched.setattr(candidates, "next_tries", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, "stopped")
-    finds = [json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] for out in ("called", "stopped")]
-    assert finds[0][:2] == finds[1]
-    run(tmp_path, "stopped")
-    assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "called" / "small")
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in training_of(tmp_path, "typed").items()]
-    words = [word for word in words if not word.startswith(("--model", "--evaluate"))]
-    done = CliRunner().invoke(app, ["prune", str(tmp_path / "llama"), *words, "--no-eval"])
-    assert done.exit_code == 0, done.output
-    assert without_card(tmp_path / "typed" / "small") == without_card(tmp_path / "called" / "small")
 
 
 def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
@@ -305,25 +203,16 @@ def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"remove": "channels=0.3", "allocation": "owl"}, "uniform, error, search, not by owl"),
+        ({"remove": "channels=0.3", "allocation": "owl"}, "uniform, error, not by owl"),
         ({"remove": "channels=0.3", "allocation": "alpha:epsilon=0.2"}, "not by alpha"),
         ({"remove": "blocks=0.34", "allocation": "error"}, "none are removed"),
         ({"remove": "experts=0.3", "allocation": "error"}, "none are removed"),
-        ({"remove": "channels=0.3", "allocation": "search"}, "either a number of minutes or of rounds"),
-        (
-            {"remove": "channels=0.3", "allocation": "search:rounds=3,minutes=1"},
-            "either a number of minutes or of rounds",
-        ),
-        ({"remove": "channels=0.3", "allocation": "search:rounds=-3"}, "must not be negative"),
-        ({"remove": "channels=0.3", "allocation": "search:tries=3"}, "unknown option of allocation 'search'"),
+        ({"remove": "channels=0.3", "allocation": "search:rounds=3"}, "search was retired; take allocation='error'"),
+        ({"remove": "channels=0.3", "allocation": "error:tokens=-3"}, "must not be negative"),
+        ({"remove": "channels=0.3", "allocation": "error:tries=3"}, "unknown option of allocation 'error'"),
         ({"remove": "channels=0.3", "allocation": "luck"}, "not by luck"),
-        ({"remove": "channels=0.3", "allocation": "search:rounds=3", "stream": True}, "has to be in memory"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
-    if "stream" in settings:
-        with pytest.raises(BadInput, match=message):
-            make_recipe({"model": "x", **settings})
-        return
     with pytest.raises(BadInput, match=message):
         coprune.prune(pico_model("llama"), **SETTINGS, **settings)

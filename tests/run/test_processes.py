@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
             "remove": "channels=0.33,heads=0.5,blocks=0.5",
             "align": 16,
             "score": "influence",
-            "allocation": "search:rounds=5",
+            "allocation": "error",
             "evaluate": False,
         },
     ),

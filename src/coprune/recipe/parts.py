@@ -264,8 +264,8 @@ class PrunePart(Part):
         Field(
             description="How the sparsity is spread over the matrices: uniform, owl or fisher (options as in "
             "owl:spread=0.1), or a FILE.yaml of patterns of names and sparsities; how channels and heads that are "
-            "removed are spread over the blocks: uniform, "
-            "error or search:minutes=8."
+            "removed are spread over the blocks: uniform "
+            "or error."
         ),
     ] = Choice(name="uniform")
     refine: Annotated[

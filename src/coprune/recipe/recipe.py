@@ -162,7 +162,9 @@ def _of_allocation(recipe: Tree) -> BadInput | None:
     if asked == "uniform" or (units and asked in SPREADING) or zeros:
         return None
     fix = ("take ", Set("allocation", "uniform"))
-    if units:
+    if units and asked == "search":
+        cause, fix = "allocation search was retired", ("take ", Set("allocation", "error"))
+    elif units:
         cause = f"channels and heads are allocated by {', '.join(SPREADING)}, not by {recipe.prune.allocation}"
     else:
         cause = f"allocation {recipe.prune.allocation} is for channels or heads, and none are removed"

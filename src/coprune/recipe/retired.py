@@ -88,7 +88,7 @@ RETIRED: dict[str, Retired] = {
 GONE_PARTS = {"quantization": "grid", "low_rank": "rank", "prune.low_rank": "rank"}
 """Parts of a recipe of which nothing is left, with the field that each was about."""
 ALLOCATIONS = ("alpha", "error", "search")
-"""Allocations of zeros; of channels and heads there are two of these names."""
+"""Allocations of zeros; of channels and heads `error` remains."""
 _WORDS = {one.place: word for word, one in RETIRED.items() if one.place is not None}
 
 

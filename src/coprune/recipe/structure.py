@@ -29,9 +29,9 @@ SCORES: dict[Scored, tuple[str, ...]] = {
 }
 """Names of the scores, by what they are of, the default first."""
 
-WHOLE_MODEL = {"fisher": "gradients are of the whole model", "search": "a search runs the whole model"}
+WHOLE_MODEL = {"fisher": "gradients are of the whole model"}
 """Names of the allocations that need the model in memory, and why."""
-SPREADING = ("uniform", "error", "search")
+SPREADING = ("uniform", "error")
 """Names of the allocations that spread channels and heads over the blocks."""
 
 

@@ -29,7 +29,7 @@ from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.removal.block_scores import block_score_named
 from coprune.removal.budget import find_for_budget, spread_budget
-from coprune.removal.candidates import Candidates, Consumers, Exchanges, Finds, Levels, Steps, search_steps
+from coprune.removal.candidates import Candidates, Consumers, Levels, Steps
 from coprune.removal.channels_and_heads import Kind, Part, parameter_of, step_of
 from coprune.removal.cuts import Cut, Plan, edits_of_block
 from coprune.removal.expert_choice import choose_experts, cut_carried
@@ -40,7 +40,6 @@ from coprune.removal.smaller_model import build_smaller
 from coprune.removal.unit_scores import (
     ByError,
     Score,
-    Search,
     by_norm,
     cheapest,
     curve,
@@ -237,13 +236,9 @@ def spread_units(run: Run, plan: Plan) -> Plan:
     levels = _measured(run, plan)
     alike = alike_parts(levels)
     even = tuple(own.steps_to(plan.count(own.part)) for own in levels)
-    scales = _scales(run, plan, levels, even, asked if isinstance(asked, ByError) else ByError())
+    scales = _scales(run, plan, levels, even, asked)
     # The first process decides, since another machine may round differently.
     steps = run.processes.from_first(lambda: least_error(levels, alike, even, scales))
-    if isinstance(asked, Search):
-        exchanges = Exchanges(alike, [len(own.counts) - 1 for own in levels])
-        candidates = Candidates.of(run, Consumers.of(run, levels), plan.dropped, asked.tokens)
-        steps = search_steps(run, asked, Finds.of(run), exchanges, [even, steps], candidates)
     return unevenly(plan, levels, steps)
 
 
@@ -259,10 +254,10 @@ def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: 
         Candidates.of(run, Consumers.of(run, levels), plan.dropped, asked.tokens) as candidates,
         run.reporter.bar("Weighing blocks", len(jobs)) as advance,
     ):
-        base = candidates.cost(tuple(none), None) if plan.dropped else 0.0
+        base = candidates.cost(tuple(none)) if plan.dropped else 0.0
         for at in jobs:
             alone = (*none[:at], even[at], *none[at + 1 :])
-            lost = max(candidates.cost(alone, None) - base, 0.0)
+            lost = max(candidates.cost(alone) - base, 0.0)
             found.append(lost / max(levels[at].costs[even[at]], 1e-12))
             advance(1.0)
     return processes.in_order(found)

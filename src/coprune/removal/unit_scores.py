@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput
 from coprune.base.kernels.shifted import inverse_of_factor
 from coprune.base.options import one_of, require_not_negative, require_positive, with_options
 from coprune.base.precision import full_float32, total
@@ -323,44 +322,15 @@ class ByError:
         require_not_negative(tokens=self.tokens, movement=self.movement)
 
 
-@dataclass(frozen=True)
-class Search:
-    """Move steps of a budget from part to part, and keep what brings the model's distributions nearer to the dense model's.
-
-    Paper: EvoPress, arXiv 2410.14649.
-    """
-
-    minutes: float = 0.0
-    """Time limit in minutes, over all interrupted runs together."""
-    rounds: int = 0
-    """Or how many tries."""
-    tokens: int = 2048
-    """Minimum of calibration tokens to use (of images: one batch)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_not_negative(minutes=self.minutes, rounds=self.rounds, tokens=self.tokens)
-
-    def require_end(self) -> None:
-        """Raise BadInput unless it is said when to stop."""
-        if bool(self.minutes) == bool(self.rounds):
-            fix = "write search:minutes=8, or search:rounds=100"
-            wrong = "a search needs either a number of minutes or of rounds"
-            raise BadInput(wrong, field="allocation", value="search", fix=fix)
-
-
-SPREADINGS: dict[str, Uniform | ByError | Search] = {"uniform": Uniform(), "error": ByError(), "search": Search()}
+SPREADINGS: dict[str, Uniform | ByError] = {"uniform": Uniform(), "error": ByError()}
 """Allocations of units to blocks, by name."""
 
 
-def spreading_named(asked: Choice) -> Uniform | ByError | Search:
+def spreading_named(asked: Choice) -> Uniform | ByError:
     """Return an allocation of units; one that is for zeros alone counts as uniform. Raises BadInput for an unknown option."""
     if asked.name not in SPREADINGS:
         return SPREADINGS["uniform"]
-    found = with_options(SPREADINGS[asked.name], "allocation", asked.name, asked.options)
-    if isinstance(found, Search):
-        found.require_end()
-    return found
+    return with_options(SPREADINGS[asked.name], "allocation", asked.name, asked.options)
 
 
 def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
