@@ -28,12 +28,6 @@ def load(folder: Path) -> PreTrainedModel:
     ("family", "remove", "left"),
     [
         ("transformers vit", "channels=0.4,heads=0.5", "channels 64 → 32 of every block, key-value heads"),
-        pytest.param(
-            "transformers vit",
-            "parameters=0.3",
-            "channels 64 → 48 of every block, key-value heads",
-            marks=pytest.mark.slow,
-        ),
         # timm's names are others in the checkpoint than in memory.
         ("vit", "channels=0.4,blocks=0.5", "channels 128 → 80"),
         pytest.param(

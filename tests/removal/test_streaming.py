@@ -40,7 +40,6 @@ def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
         pytest.param(
             "deepseek_v3", {"n_routed_experts": 8}, {"remove": "blocks=0.34,experts=0.25"}, marks=pytest.mark.slow
         ),
-        pytest.param("llama", {}, {"remove": "parameters=0.3"}, marks=pytest.mark.slow),
     ],
 )
 def test_streamed_is_as_in_memory(family: str, changes: dict[str, Any], asked: dict[str, Any], tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
-from coprune.removal import budget, removal_plan, removal_stage
-from coprune.report.schema import Report
+from coprune.removal import removal_plan, removal_stage
 from coprune.run import context, stages
 from coprune.run.result import Result
 from coprune.run.stages import run_recipe
@@ -71,21 +70,6 @@ def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
     even = coprune.prune(damped(family), remove=remove, **SETTINGS)
     if "blocks" not in remove:
         assert result.report.left == even.report.left
-
-
-def test_a_budget_over_parameters_is_spread_unevenly_too() -> None:
-    def run(spread: str) -> Report:
-        return coprune.prune(damped(), remove="parameters=0.2", score="magnitude", allocation=spread, **SETTINGS).report
-
-    even, uneven = run("uniform"), run("error")
-    assert uneven.left == even.left
-    assert "of every block" in even.edits[0].line()
-    assert " on average) of every block" in uneven.edits[0].line()
-
-
-def test_where_only_blocks_go_nothing_is_spread(tmp_path: Path) -> None:
-    report = coprune.prune(pico_model("bloom"), remove="parameters=0.3", allocation="error", **SETTINGS).report
-    assert report.edits[0].line().startswith("blocks 3 → 2: ")
 
 
 def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path) -> None:
@@ -155,15 +139,13 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
     assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
 
 
-@pytest.mark.parametrize(
-    "remove", ["channels=0.33,blocks=0.34", pytest.param("parameters=0.3", marks=pytest.mark.slow)]
-)
-def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_settled_is_not_chosen_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
 
     def go(out: str) -> None:
-        asked = training_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": remove, "score": "kl:tokens=64"}
+        asked = training_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": "channels=0.33,blocks=0.34"}
+        asked |= {"score": "kl:tokens=64"}
         run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
 
     go("whole")
@@ -172,7 +154,7 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             go("stopped")
     with monkeypatch.context() as patched:
-        for module, name in ((removal_plan, "blocks_that_go"), (budget, "costs_of"), (removal_stage, "_measured")):
+        for module, name in ((removal_plan, "blocks_that_go"), (removal_stage, "_measured")):
             patched.setattr(module, name, interrupt)
         go("stopped")
     with monkeypatch.context() as patched:
@@ -180,8 +162,7 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             go("early")
     with monkeypatch.context() as patched:
-        for module, name in ((removal_plan, "blocks_that_go"), (budget, "costs_of")):
-            patched.setattr(module, name, interrupt)
+        patched.setattr(removal_plan, "blocks_that_go", interrupt)
         go("early")
     assert without_card(tmp_path / "early" / "small") == without_card(tmp_path / "whole" / "small")
     assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "whole" / "small")

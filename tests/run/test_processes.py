@@ -71,7 +71,7 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "dense": ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
     "parts by weights": (
         *("llama", "magnitude", "block"),
-        {"remove": "parameters=0.3", "align": 16, "allocation": "error", "pattern": "2:4"},
+        {"remove": "channels=0.33,heads=0.5", "align": 16, "allocation": "error", "pattern": "2:4"},
     ),
     # Of half of the samples no token is counted.
     "generated": ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),

@@ -20,7 +20,6 @@ from coprune.data.text import NOTHING
 from coprune.data.tokenizing import Tokenizes, encode
 from coprune.data.windows import EvaluationText, Windows, fingerprint
 
-Bos = Literal["first", "every", "never"]
 AskedBos = Literal["auto", "first", "every", "never"]
 
 

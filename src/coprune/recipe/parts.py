@@ -420,7 +420,7 @@ def refuse_numbers(globs: Iterable[str], field: str, removed: Collection[str]) -
         field: the setting that holds them.
         removed: kinds of removed parts.
     """
-    blocks = bool({"blocks", "parameters"} & set(removed))
+    blocks = "blocks" in removed
     experts = "experts" in removed
     for glob in globs:
         if (blocks and tells_numbers_apart(glob)) or (experts and tells_experts_apart(glob)):

@@ -18,7 +18,7 @@ from coprune.recipe.parts import Decides, Part, Shown, Word
 from coprune.recipe.vocabulary import PART as VOCABULARY
 from coprune.recipe.vocabulary import Target, shares_of, target_of
 
-Removable = Literal["channels", "heads", "blocks", "experts", "parameters"]
+Removable = Literal["channels", "heads", "blocks", "experts"]
 Scored = Literal["units", "blocks", "experts", "rows"]
 """Units that a score ranks: `units` are channels and heads, `rows` tokens of a vocabulary."""
 SCORES: dict[Scored, tuple[str, ...]] = {
@@ -66,8 +66,7 @@ class RemovePart(Part):
         Field(
             description="Remove a share of the model's channels, heads, blocks or experts, so that it gets smaller: "
             "channels=0.33, heads=0.25, blocks=0.2, experts=0.25 (or experts=keep:96, how many stay); repeatable, "
-            "or with commas between. parameters=0.25: a share "
-            "of the blocks' parameters, spread over channels, heads and blocks by what several ways cost. vocabulary=96k (tokens "
+            "or with commas between. vocabulary=96k (tokens "
             "that stay), vocabulary=0.6 (a share to go) or vocabulary=loss:1% (as few as cost so many more bits per byte)."
         ),
     ] = ()
@@ -183,7 +182,7 @@ class RemovePart(Part):
         """The scores that what is removed goes by."""
         removed = self.shares.keys()
         kinds: list[Scored] = ["units"] if self.spreads else []
-        kinds += ["blocks"] if {"blocks", "parameters"} & removed else []
+        kinds += ["blocks"] if "blocks" in removed else []
         kinds += ["experts"] if "experts" in removed else []
         kinds += ["rows"] if self.vocabulary is not None else []
         return {kind: self.score_of(kind) for kind in kinds}
@@ -191,7 +190,7 @@ class RemovePart(Part):
     @property
     def spreads(self) -> bool:
         """Whether channels or heads are removed, whose number may differ by block."""
-        return bool({"channels", "heads", "parameters"} & self.shares.keys())
+        return bool({"channels", "heads"} & self.shares.keys())
 
     @property
     def shares(self) -> dict[Removable, float | Left]:
@@ -261,13 +260,12 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
         if name == VOCABULARY:
             continue
         kind: Removable | None = next((known for known in get_args(Removable) if known == name), None)
+        if name == "parameters":
+            fix = ("say what goes: ", Set("remove", "channels=0.33"))
+            raise BadInput("a budget of parameters was retired", field="remove", value=f"{name}={value}", fix=fix)
         if kind is None:
             raise unknown_name("part to remove", name, [*get_args(Removable), VOCABULARY], field="remove")
         found[kind] = _share_or_left(kind, value)
-    if "parameters" in found and len(found) > 1:
-        others = ", ".join(kind for kind in found if kind != "parameters")
-        cause = f"a budget of parameters already includes {others}"
-        raise BadInput(cause, field="remove", value=",".join(asked), fix="leave one out")
     return found
 
 

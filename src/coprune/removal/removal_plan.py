@@ -38,8 +38,6 @@ class Removable:
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     """Parts of the requested kinds, by block; of all blocks."""
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
-    blocks: bool = True
-    """Whether a parameter budget may remove blocks."""
     rehearsed: tuple[Plan, Configure] | None = None
     """The plan and its change of the configuration, where no block has to be chosen first."""
 

@@ -28,14 +28,13 @@ from coprune.pruning.block_training import BlockTraining, reconstruct_cut
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.removal.block_scores import block_score_named
-from coprune.removal.budget import find_for_budget, spread_budget
 from coprune.removal.candidates import Candidates, Consumers, Levels, Steps
 from coprune.removal.channels_and_heads import Kind, Part, parameter_of, step_of
 from coprune.removal.cuts import Cut, Plan, edits_of_block
 from coprune.removal.expert_choice import choose_experts, cut_carried
 from coprune.removal.expert_scores import expert_score_named
 from coprune.removal.rehearsal import rehearse
-from coprune.removal.removal_plan import Removable, find_removable, only_consumers, plan_removal
+from coprune.removal.removal_plan import Removable, only_consumers, plan_removal
 from coprune.removal.smaller_model import build_smaller
 from coprune.removal.unit_scores import (
     ByError,
@@ -63,16 +62,6 @@ def check_names(recipe: Recipe) -> None:
     expert_score_named(recipe.remove.score_of("experts"))
     if recipe.remove.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
         spreading_named(recipe.prune.allocation)
-
-
-def what_may_go(run: Run) -> Removable:
-    """Find what the recipe removes, before anything slow.
-
-    Raises:
-        BadInput: nothing of it would go, or all.
-        UnsupportedModel: the model has no such parts, or no configuration tells of what would be left.
-    """
-    return find_for_budget(run) if "parameters" in run.recipe.remove.shares else find_removable(run)
 
 
 def remove_parts(run: Run, found: Removable) -> Outcome:
@@ -128,12 +117,7 @@ def _even(run: Run, found: Removable, settled: dict[str, Any] | None) -> tuple[P
     """Return the plan with as many units in every block. settled: by an earlier run, if it came so far."""
     if found.rehearsed is not None:
         return found.rehearsed
-    asked = run.recipe.remove
-    budget = asked.share("parameters") if "parameters" in asked.shares else None
-    if settled is not None:
-        even = as_settled(run, found, settled)
-    else:
-        even = plan_removal(run, found) if budget is None else spread_budget(run, budget, found)
+    even = plan_removal(run, found) if settled is None else as_settled(run, found, settled)
     return even, rehearse(run, even)
 
 

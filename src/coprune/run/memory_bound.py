@@ -49,8 +49,6 @@ COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared between the saved model and the one in memory."""
 OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
 """Solving a matrix takes at most so many float32 copies of it and of inputs × inputs, and the libraries' workspace."""
-TRIAL_TOKENS = 40 * 1024
-"""Hidden states of all the cuts that a parameter budget is shared out by, together."""
 _TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")
 """Names in configurations for the number of experts per token."""
 
@@ -302,10 +300,9 @@ class Bound:
             if self._room is None or self._room.asked:
                 waiting = _within(waiting, limit)
             hidden, statistics = max(hidden, waiting), shapes.statistic
-        if recipe.remove.parts and not {"channels", "heads", "parameters"} & recipe.remove.shares.keys():
+        if recipe.remove.parts and not {"channels", "heads"} & recipe.remove.shares.keys():
             statistics = 0
-        tried = TRIAL_TOKENS * self._hidden if "parameters" in recipe.remove.shares else 0
-        sizes = [hidden + statistics + max(shapes.solve, batch) + tried]
+        sizes = [hidden + statistics + max(shapes.solve, batch)]
         if recipe.prune.reconstruct.steps:  # weights, gradients, two moments and two best states, all in float32
             parameters = shapes.block_bytes // shapes.itemsize
             sizes.append(hidden + 21 * parameters + 4 * self._batch * self._trained(self._longest))

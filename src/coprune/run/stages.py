@@ -154,9 +154,9 @@ def plan(run: Run) -> None:
     if not run.recipe.remove.parts:
         run.change = prune_blocks
         return
-    from coprune.run.to_removal import remove_parts, what_may_go
+    from coprune.run.to_removal import find_removable, remove_parts
 
-    may_go = what_may_go(run)
+    may_go = find_removable(run)
     run.change = partial(remove_parts, found=may_go)
     if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
         run.write_gguf = file.cut

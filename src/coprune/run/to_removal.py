@@ -5,8 +5,8 @@ from __future__ import annotations
 from coprune.removal.by_bytes import cut_by_bytes, cuts_by_bytes
 from coprune.removal.cut_and_prune import check_cut_and_zeros, cutting_of, of_both, zeros_of
 from coprune.removal.mixtures import may_have_experts
-from coprune.removal.removal_plan import Removable
-from coprune.removal.removal_stage import check_names, remove_parts, smaller_model, what_may_go
+from coprune.removal.removal_plan import Removable, find_removable
+from coprune.removal.removal_stage import check_names, remove_parts, smaller_model
 from coprune.removal.unit_scores import ByError, spreading_named
 
 __all__ = [
@@ -17,11 +17,11 @@ __all__ = [
     "cut_by_bytes",
     "cuts_by_bytes",
     "cutting_of",
+    "find_removable",
     "may_have_experts",
     "of_both",
     "remove_parts",
     "smaller_model",
     "spreading_named",
-    "what_may_go",
     "zeros_of",
 ]
