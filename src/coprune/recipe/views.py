@@ -122,7 +122,8 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
         needs = f"{recipe.train.mode} needs the dense model"
         raise BadInput(needs, field="teacher", fix=("name it with ", Named("teacher")))
     asked = recipe.evaluate.answers
-    if (wrong := cannot_require(asked, None if recipe.train.teacher else ("ask for them with ", Named("teacher")))) is not None:
+    named = None if recipe.train.teacher else ("ask for them with ", Named("teacher"))
+    if (wrong := cannot_require(asked, named)) is not None:
         raise wrong
     if (one := next((c for c in asked.measured if c.against_dense), None)) is not None:
         later = Command("evaluate", "FOLDER", Set("against", ...), Set("require", one.text))

@@ -22,10 +22,11 @@ from coprune.data.windows import Sampling, Windows, draw_samples
 from coprune.gguf_files.experts import ExpertFile, require_runs, tokenizer_of, watch_experts
 from coprune.gguf_files.llama_cpp import PACKAGE, has_llama_cpp
 from coprune.model.checkpoint.locate import GgufFile, locate
+from coprune.model.removed import Fewer, SmallerModel, fewer_lines
 from coprune.model.transformers_private import reads_gguf
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
-from coprune.removal.cuts import Plan, words_of
+from coprune.removal.cuts import Plan, fewer
 from coprune.removal.expert_calls import Routed
 from coprune.removal.expert_choice import (
     Scored,
@@ -93,8 +94,8 @@ def cut_by_bytes(run: Run) -> Result:
     if run.writes:
         recipe.run_folder.mkdir(parents=True, exist_ok=True)
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
-    (removed,) = words_of(Plan(experts=left), file.blocks, recipe.remove.shares["experts"])
-    run.reporter.say(f"Removing {removed}.")
+    removed = tuple(fewer(Plan(experts=left), file.blocks, recipe.remove.shares["experts"]))
+    run.reporter.say(f"Removing {', '.join(fewer_lines(removed))}.")
     began = time.perf_counter()
     keeps, covered = choose(run, file.mixtures, _scores(run, file, domains), left)
     kept = {block: keep.nonzero().flatten().tolist() for block, keep in keeps.items()}
@@ -198,7 +199,7 @@ class _Facts:
     """What a report tells."""
 
     file: ExpertFile
-    removed: str
+    removed: tuple[Fewer, ...]
     left: int
     domains: dict[str, Windows]
     covered: dict[str, float]
@@ -209,7 +210,7 @@ def _report(run: Run, facts: _Facts) -> Report:
     recipe, file = run.recipe, facts.file
     whole = file.parameters
     samples: Any = facts.domains.get("calibration")
-    removed = f"{facts.removed}: {whole:,} → {facts.left:,} parameters"
+    removed = SmallerModel(parts=facts.removed, before=whole, saved=facts.left)
     return Report(
         recipe=recipe,
         model=ModelFacts(

@@ -181,8 +181,7 @@ def read_whole_texts(settings: Recipe, task: WholeTextTask, loaded: Loaded, repo
 
     Masked models get random masks. Vectors and labels of plain text are told by the dense model alone. Raises BadInput.
     """
-    most = settings.train.max_samples
-    pairs = task.own_pairs(most and most + MOST_HELD_OUT, reporter) if isinstance(task, PairTask) else None
+    pairs = task.own_pairs(reporter) if isinstance(task, PairTask) else None
     if pairs is None:
         read = read_training_text(settings, loaded.processor, task.seqlen)
         parts = [Windows(part.tokens, "", read.source, read.given) for part in (read.train, read.held_out) if part]

@@ -64,11 +64,11 @@ class PairTask(WholeTextTask):
             return windows
         return from_text(super().as_read(windows), self._loaded.tokenizer, self._marks, self.start)
 
-    def own_pairs(self, most: int | None, reporter: Reporter) -> Windows | None:
-        """Return the pairs of the calibration data, or random ones; None where it is plain text. most: their number at most."""
+    def own_pairs(self, reporter: Reporter) -> Windows | None:
+        """Return the pairs of the calibration data; None where it is plain text."""
         if not holds_pairs(self._recipe.calibrate.data):
             return None
-        return self._tokenised(self._rows()[:most], self._recipe.calibrate.data)
+        return self._tokenised(self._rows(), self._recipe.calibrate.data)
 
     def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
         name = self._recipe.calibrate.data

@@ -52,16 +52,12 @@ class SpeechTask(PairTask):
         how = " (and what the dense model hears in them)" if any(row.said is None for row in rows) else ""
         return Windows(pairs, pair_fingerprint(pairs), f"{found.source}{how}")
 
-    def own_pairs(self, most: int | None, reporter: Reporter) -> Windows | None:
-        """Return the recordings of the calibration data with their words, or random ones.
-
-        Raises BadInput if words are missing.
-        """
+    def own_pairs(self, reporter: Reporter) -> Windows | None:
+        """Return the recordings of the calibration data with their words. Raises BadInput if words are missing."""
         rows = read_recordings(self._recipe.calibrate.data).rows
         if (silent := next((row for row in rows if row.said is None), None)) is not None:
             raise BadInput(f"nobody tells what is said in {silent.file}", field="dataset", fix=HINT)
-        count = len(rows)
-        return self._samples(count if most is None else min(count, most), reporter)
+        return self._samples(len(rows), reporter)
 
     def _words(self, text: str | None, **options: Any) -> list[int]:
         tokenizer: Any = self._loaded.tokenizer
