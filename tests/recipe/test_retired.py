@@ -13,7 +13,7 @@ from coprune.recipe.retired import RETIRED
 from coprune.recipe.views import training_recipe
 
 OF_RECIPES = {word: one for word, one in RETIRED.items() if one.place is not None and one.moved is None}
-OF_TRAININGS = sorted(word for word in RETIRED if word.startswith("finetune_") and RETIRED[word].moved is None)
+OF_TRAININGS = sorted(word for word, one in RETIRED.items() if one.place is None)
 MOVED: dict[str, tuple[Any, dict[str, Any]]] = {
     "finetune_scope": ("blocks", {"finetune": "dense", "finetune_only": "blocks"}),
     "finetune_against": ("other", {"finetune": "dense", "finetune_teacher": "other"}),
