@@ -43,6 +43,17 @@ def test_what_is_trained(tmp_path: Path, scope: str, tied: bool) -> None:
     assert all(bool((after[name][tensor == 0] == 0).all()) for name, tensor in before.items())
 
 
+def test_routers_alone_are_trained(tmp_path: Path) -> None:
+    save(pruned_model("qwen2_moe", num_hidden_layers=2), tmp_path / "model")
+    before, after = trained(tmp_path / "run", tmp_path / "model", train="routers", learning_rate=0.01)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    routers = ("gate", "shared_expert_gate")
+    assert changed == {f"model.layers.{layer}.mlp.{own}.weight" for layer in range(2) for own in routers}
+    save(pruned_model(num_hidden_layers=1), tmp_path / "dense")
+    with pytest.raises(BadInput, match="no mixture of experts, and so no router"):
+        trained(tmp_path / "other", tmp_path / "dense", train="routers")
+
+
 @pytest.mark.parametrize("mode", ["dense", "lora"])
 def test_what_is_excluded_stays_as_it_is(tmp_path: Path, mode: str) -> None:
     save(pruned_model(num_hidden_layers=3), tmp_path / "model")

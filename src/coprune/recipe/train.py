@@ -12,9 +12,9 @@ from coprune.recipe.parts import Decides, Globs, Part, Shown, Word
 
 _RESULT = Decides.RESULT | Decides.COST
 _MEASURED = Decides.MEASUREMENT
-Scope = Literal["all", "blocks"]
-BLOCKS = ("blocks",)
-"""In the place of patterns: the blocks, and what was pruned around them."""
+Scope = Literal["all", "blocks", "routers"]
+SCOPES: dict[str, Scope] = {"blocks": "blocks", "routers": "routers"}
+"""In the place of patterns: the blocks, and what was pruned around them; or only what chooses among experts."""
 Mode = Literal["lora", "dense", "distill", "lora-distill"]
 LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5, "lora-distill": 2e-3}
 
@@ -106,8 +106,8 @@ class TrainPart(Part):
         _RESULT,
         Field(
             description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. blocks: embeddings, head and other "
-            "matrices around the blocks stay as they are, unless they were pruned. [lora: all pruned linear layers; else "
-            "all weights]"
+            "matrices around the blocks stay as they are, unless they were pruned; routers: only what chooses among experts, "
+            "after some were removed. [lora: all pruned linear layers; else all weights]"
         ),
     ] = ()
     dtype: Annotated[
@@ -147,8 +147,8 @@ class TrainPart(Part):
 
     @property
     def scope(self) -> Scope:
-        """Which weights are trained: all, or those of the blocks alone."""
-        return "blocks" if self.only == BLOCKS else "all"
+        """Which weights are trained: all, those of the blocks alone, or routers."""
+        return SCOPES.get(self.only[0], "all") if self.only else "all"
 
     @property
     def rate(self) -> float:
@@ -177,8 +177,9 @@ def _of_how(asked: TrainPart) -> BadInput | None:
     if adapters and asked.rates == "relative":
         empty = "adapters begin at zero, which has no size that a rate could be relative to"
         return BadInput(empty, field="finetune_rates", value=asked.rates, fix=LeaveOut("finetune_rates"))
-    if BLOCKS[0] in asked.only and (adapters or asked.only != BLOCKS):
-        own = "adapters are on matrices of their own" if adapters else "blocks already says what is trained"
+    named = [one for one in asked.only if one in SCOPES]
+    if named and (adapters or len(asked.only) > 1):
+        own = "adapters are on matrices of their own" if adapters else f"{named[0]} already says what is trained"
         fix: Words = LeaveOut("finetune_only") if adapters else "leave out the others"
         return BadInput(own, field="finetune_only", value=asked.only, fix=fix)
     if asked.tokens is not None and asked.max_steps is not None:

@@ -223,7 +223,7 @@ def require_room_to_train(
     available, where = room_on(device, memory)
     if available is None or needed <= available:
         return
-    what = "all weights" if scope == "all" else "the blocks"
+    what = "all weights" if scope == "all" else f"the {scope}"
     raise BadInput(
         f"training {what} of {location.name} takes {needed / GIB:.1f} GiB {where} at least, and "
         f"{available / GIB:.1f} are there",

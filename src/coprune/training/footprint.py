@@ -15,10 +15,11 @@ def training_bytes(sizes: Iterable[tuple[str, int]], scope: str) -> int:
 
     Args:
         sizes: names of its tensors, and how many weights each has.
-        scope: as the settings of a fine-tuning name it; what is in a block is told by numbers in names.
+        scope: as the settings of a fine-tuning name it; what is in a block is told by numbers in names, and routers are
+            next to nothing.
     """
     needed = 0
     for name, size in sizes:
-        trained = scope == "all" or any(map(str.isdigit, name.split(".")))
+        trained = scope == "all" or (scope == "blocks" and any(map(str.isdigit, name.split("."))))
         needed += size * (TRAINED_BYTES if trained else _HELD_BYTES)
     return needed

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, BrokenMask
-from coprune.base.words import Command, Set
+from coprune.base.words import Command, LeaveOut, Set
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.names import is_below_any
 from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, history_of, pruned_names
+from coprune.model.leftovers import large_parameters, routers_of
 from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
 from coprune.model.matrix_choice import Selection
 from coprune.model.removed import AnyRemoval
@@ -177,6 +178,19 @@ def parameters_within(model: nn.Module, blocks: Sequence[str], masks: Masks) -> 
     """Yield the parameters of a model's blocks, given by name, and outside of them the pruned ones and vectors."""
     for name, parameter in model.named_parameters():
         if name in masks.pruned or parameter.ndim < 2 or is_below_any(name, blocks):
+            yield parameter
+
+
+def routers_within(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Parameter]:
+    """Yield the parameters that choose among the experts of blocks. Raises BadInput where there are none."""
+    names = set[str]()
+    for block in blocks:
+        names |= routers_of(block, [*find_matrices(block.module, block.name)], large_parameters(block))
+    if not names:
+        cause = "the model has no mixture of experts, and so no router"
+        raise BadInput(cause, field="train", value="routers", fix=LeaveOut("train"))
+    for name, parameter in model.named_parameters():
+        if is_below_any(name, [*names]):
             yield parameter
 
 

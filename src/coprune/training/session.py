@@ -25,7 +25,15 @@ from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train import has_adapters, has_teacher
 from coprune.training.adapters import add_adapter, choose_targets, plain_warning
-from coprune.training.masks import History, Masks, leave_alone, masks_of, parameters_within, select_parameters
+from coprune.training.masks import (
+    History,
+    Masks,
+    leave_alone,
+    masks_of,
+    parameters_within,
+    routers_within,
+    select_parameters,
+)
 from coprune.training.training_data import (
     TrainingData,
     begun,
@@ -184,6 +192,8 @@ def _make_trainable(
     torch.nn.Module.to(model, dtype=torch.float32)
     if settings.train.scope == "blocks":
         trained = parameters_within(model, [block.name for block in blocks], masks)
+    elif settings.train.scope == "routers":
+        trained = routers_within(model, blocks)
     else:
         trained = select_parameters(model, settings.train.only)
     chosen = [parameter for parameter in trained if id(parameter) not in alone]
