@@ -106,7 +106,6 @@ class OutcomeArguments(AnswerArguments, total=False):
     finetune_tokens: int | None
     finetune_lr: float | None
     finetune_rates: Literal["absolute", "relative"]
-    finetune_scope: Literal["all", "blocks"]
     finetune_accumulate: int | None
     finetune_dtype: Literal["float32", "bfloat16"]
     evaluation: EvaluatePart | Mapping[str, Any]
