@@ -20,6 +20,7 @@ from coprune.recipe.flat import flatten
 from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.retired import GONE_PARTS
 from coprune.recipe.tree import FIELDS, FLAT, LEAVES, OLDER_PARTS, PARTS
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
 from coprune.run.checks import prepare_solver
@@ -150,7 +151,8 @@ OF_TRAININGS = {word for word, leaf in LEAVES.items() if leaf.path[0] == "train"
 
 
 def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:
-    settings = set(FLAT) | {part for part in PARTS if "." not in part} | set(OLDER_PARTS) | set(OTHER_WORDS)
+    parts = {part for part in PARTS if "." not in part} | set(OLDER_PARTS) - set(GONE_PARTS)
+    settings = set(FLAT) | parts | set(OTHER_WORDS)
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
     others = set(typing.get_type_hints(ProcessorArguments))
     wanted = (settings - {"model", "method"}) | options | others
