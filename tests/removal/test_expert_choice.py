@@ -57,7 +57,7 @@ def test_names_and_options() -> None:
         "units": set(UNITS),
         "blocks": set(BLOCK_SCORES),
         "experts": set(EXPERT_SCORES),
-        "rows": {"counts", "bits"},
+        "rows": {"counts"},
     }
     assert named == {kind: set(names) for kind, names in SCORES.items()}
     seeded = expert_score_named(Choice.of("random:seed=1"))
