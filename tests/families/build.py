@@ -102,8 +102,7 @@ def tiny_model(model_type: str, kind: Kind, seed: int = 0) -> PreTrainedModel:
     """A tiny model with random weights large enough that every block matters, in evaluation mode."""
     config = tiny_config(model_type)
     config.architectures = [all_types(kind)[model_type]]  # where a type has several classes, this says which
-    text = config.get_text_config()
-    if kind == "labels" and getattr(text, "pad_token_id", 0) is None:
+    if kind == "labels" and getattr(text := config.get_text_config(), "pad_token_id", 0) is None:
         text.pad_token_id = 0  # else no two texts are classified at once
     if kind == "images":
         config.id2label = {number: str(number) for number in range(CLASSES)}
