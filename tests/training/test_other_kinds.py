@@ -111,14 +111,6 @@ def test_a_training_keeps_zeros_and_lowers_its_loss(kind: str, place: Path, tmp_
         assert (report.accuracy if kind in ("labels", "rerank") else report.perplexity)[0].line()
 
 
-def test_only_so_many_pairs_are_read(place: Path, tmp_path: Path) -> None:
-    dense = dense_model(place, "pairs")
-    coprune.prune(dense, dataset=place / "pairs.jsonl", save_model=tmp_path / "pruned", **PRUNING)
-    settings = TRAINING | {"dataset": place / "pairs.jsonl", "evaluate": False, "max_samples": 5, "max_steps": 1}
-    report = coprune.finetune(tmp_path / "pruned", "dense", save=tmp_path / "run", held_out=0.1, **settings)
-    assert (report.windows, report.unit) == (5, "pairs")
-
-
 def test_pruned_and_trained_in_one_run_toward_the_source(place: Path, tmp_path: Path) -> None:
     dense, text = dense_model(place, "embeddings"), place / "words.txt"
     training = {"finetune": "distill", "finetune_max_steps": 3, "finetune_lr": 3e-3, "finetune_batch_size": 4}

@@ -191,8 +191,7 @@ def read_whole_texts(settings: Recipe, task: WholeTextTask, loaded: Loaded, repo
         if len(pairs.tokens) < 2:
             raise BadInput(f"{pairs.source} holds {len(pairs.tokens)} pair, and training needs two", field="dataset")
         whole = len(pairs.tokens) - count
-        train, watched = pairs.tokens[:whole], pairs.tokens[whole:]
-        parts = [replace(pairs, tokens=part) for part in (train[:most], watched) if len(part)]
+        parts = [replace(pairs, tokens=part) for part in pairs.tokens.split([whole, count]) if len(part)]
         source, given = pairs.source, False
     windows = [task.as_read(part) for part in parts]
     for tokens in (part.tokens for part in windows):
