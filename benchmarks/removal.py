@@ -25,9 +25,7 @@ WAYS: dict[str, dict[str, str | int]] = {
     "channels by FLAP, refit": {"remove": "channels={channels}", "score": "flap:refit=true"},
     "channels by OBS, refit": {"remove": "channels={channels}", "score": "obs"},
     "blocks by KL": {"remove": "blocks={blocks}", "score": "kl"},
-    "a budget, spread by KL": {"remove": "parameters=0.25"},
     "channels by OBS, spread by error": {"remove": "channels={channels}", "allocation": "error"},
-    "channels by OBS, spread by search": {"remove": "channels={channels}", "allocation": "search:minutes=8"},
     "channels by OBS, reconstructed": {"remove": "channels={channels}", "reconstruct": 20},
 }
 PUBLISHED = 4

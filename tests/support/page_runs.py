@@ -84,8 +84,7 @@ def small(words: list[str], world: World) -> list[str]:
     for key, value in changed.items():
         kept += [options[key].opts[0], str(value)] if value is not None else []
     # A group of inputs has to divide those of every matrix of the small models.
-    words = [re.sub(r"length=\d+", "length=8", word).replace("group=64", "group=32") for word in kept]
-    return [name, *(re.sub(r"search:minutes=\d+", "search:rounds=3", word) for word in words)]
+    return [name, *(re.sub(r"length=\d+", "length=8", word).replace("group=64", "group=32") for word in kept)]
 
 
 def _apart(words: list[str], flags: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:

@@ -13,7 +13,7 @@ import yaml
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import LowRankPart
+from coprune.recipe.parts import ReconstructPart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
@@ -297,9 +297,9 @@ def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
 
 
 def test_choices_and_parts_of_a_recipe_are_taken() -> None:
-    owl, added = Choice.of("owl:spread=0.1"), LowRankPart(rank=4)
-    told = {"allocation": [owl, Choice.of("uniform")], "low_rank": added}
-    plain = {"allocation": ["owl:spread=0.1", "uniform"], "low_rank": 4}
+    owl, added = Choice.of("owl:spread=0.1"), ReconstructPart(steps=4)
+    told = {"allocation": [owl, Choice.of("uniform")], "reconstruct": added}
+    plain = {"allocation": ["owl:spread=0.1", "uniform"], "reconstruct": 4}
     sweep = Sweep.make({**told, "model": "pico", "output": OutputPart(run=Path("out/x"))})
     assert expand(Sweep.make(yaml.safe_load(sweep.to_yaml()))) == expand(sweep) == runs_of(**plain)
     typed = Sweep.make(PLAIN).with_settings({"refine": [Choice.of("refit:rounds=3")], "allocation": Choice.of("owl")})

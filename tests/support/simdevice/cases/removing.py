@@ -46,7 +46,6 @@ def removals() -> tuple[Case, ...]:
     more = [
         Case("mixtral experts and channels", removed("mixtral", "experts=0.25,channels=0.4")),
         Case("llama uneven by error", removed("llama", "channels=0.33", allocation="error")),
-        Case("llama uneven by search", removed("llama", "channels=0.33", allocation="search:rounds=3")),
         Case("llama with zeros on top", removed("llama", "channels=0.4", method="wanda", sparsity=0.5)),
     ]
     return (*always, *scores, *parts, *more)
