@@ -62,7 +62,9 @@ def test_every_block_at_its_own_width(kind: str, most: float, tmp_path: Path) ->
     made, expected = made_of(pico_model("llama"), tmp_path, "llama", pad, type=kind)
     assert off(made.path, expected) < most
     assert made.architecture == "deci"
-    assert made.removed == ["zeros: key-value heads 2 → 1 to 2 of a block, channels 96 → 32 to 96 of a block"]
+    assert [one.line() for one in made.removed] == [
+        "zeros: key-value heads 2 → 1 to 2 of a block, channels 96 → 32 to 96 of a block"
+    ]
     counts = said(made.path, "feed_forward_length", "attention.head_count", "attention.head_count_kv")
     assert counts == [[64, 32, 96], [4, 2, 4], [2, 1, 2]]
     assert {path.name for path in tmp_path.iterdir()} == {"like.gguf", "dense", "padded", "out.gguf"}

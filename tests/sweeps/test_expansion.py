@@ -298,7 +298,7 @@ def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
 
 def test_choices_and_parts_of_a_recipe_are_taken() -> None:
     owl, added = Choice.of("owl:spread=0.1"), ReconstructPart(steps=4)
-    told = {"allocation": [owl, Choice.of("uniform")], "reconstruct": added}
+    told = {"allocation": [owl, Choice.of("uniform")], "reconstruction": added}
     plain = {"allocation": ["owl:spread=0.1", "uniform"], "reconstruct": 4}
     sweep = Sweep.make({**told, "model": "pico", "output": OutputPart(run=Path("out/x"))})
     assert expand(Sweep.make(yaml.safe_load(sweep.to_yaml()))) == expand(sweep) == runs_of(**plain)

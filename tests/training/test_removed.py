@@ -53,7 +53,7 @@ def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -
     assert len(linear) == 21
     assert all(not torch.equal(before.get_parameter(f"{n}.weight"), after.get_parameter(f"{n}.weight")) for n in linear)
     assert report.removed
-    assert "blocks 4 → 3" in report.removed[0]
+    assert "blocks 4 → 3" in report.removed[0].line()
     assert (report.pruned_matrices, report.sparsity_after) == (0, 0.0)
     assert "blocks 4 → 3" in str(report)
     assert "blocks 4 → 3" in (tmp_path / "run" / "model" / "README.md").read_text()
