@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 
 from families.shrink import tiny_config
 
-Kind = Literal["text", "images", "masked", "labels", "embeddings", "seq2seq", "speech"]
+Kind = Literal["text", "images", "masked", "labels", "embeddings", "seq2seq", "speech", "seeing"]
 AUTO: dict[Kind, Any] = {
     "text": AutoModelForCausalLM,
     "images": AutoModelForImageClassification,
@@ -38,6 +39,7 @@ AUTO: dict[Kind, Any] = {
     "embeddings": AutoModel,
     "seq2seq": AutoModelForSeq2SeqLM,
     "speech": AutoModelForSpeechSeq2Seq,
+    "seeing": AutoModelForImageTextToText,
 }
 _NAMES: dict[Kind, Any] = {
     "text": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -46,6 +48,7 @@ _NAMES: dict[Kind, Any] = {
     "labels": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "speech": MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    "seeing": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 DEFAULT_IMAGE_SIZE = 64
 CLASSES = 10

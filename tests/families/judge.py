@@ -94,7 +94,7 @@ def judge(
     Args:
         model_type: as its configuration calls it.
         model_class: the name of its class.
-        kind: whether it reads text or images.
+        kind: what it reads and writes.
         folder: an empty one to work in.
         samples: how many calibration samples.
         as_folder: whether to prune it from a folder too, and compare the files.
@@ -223,7 +223,10 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
     with _called(name):
         _compare_masks(model, tiny_model(model_type, kind), data, target, report)
         _compare_rest(model, dense, report)
-        _compare_loaded(model, AUTO[kind] if loaded_by_auto(model) else type(model), folder)
+        if kind == "seeing":
+            _require_towers_alone(model, report)
+        by_auto = kind == "seeing" or loaded_by_auto(model)
+        _compare_loaded(model, AUTO[kind] if by_auto else type(model), folder)
 
 
 def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path) -> None:
@@ -299,12 +302,29 @@ def _compare_rest(model: PreTrainedModel, dense: dict[str, Tensor], report: Repo
             raise Wrong(f"{name} was changed")
 
 
+def _require_towers_alone(model: PreTrainedModel, report: Report) -> None:
+    """Nothing of what sees or hears for the language model is pruned: of the parts that have a configuration of their own."""
+    config = model.config
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    reading = [config, *(part for part in parts if hasattr(part, "text_config"))]  # also an encoder that reads and sees
+    own = {type(one) for part in reading for one in (part, part.get_text_config())}
+    towers = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, PreTrainedModel) and name and type(part.config) not in own
+    ]
+    for matrix in report.matrices:
+        if tower := next((name for name in towers if matrix.name.startswith(f"{name}.")), None):
+            raise Wrong(f"{matrix.name} was pruned, though {tower} is no part of the language model")
+
+
 def _compare_loaded(model: PreTrainedModel, loader: Any, folder: Path) -> None:
     """What was saved is loaded as the same class with the same weights, by an Auto class or, where none is for it, by its own."""
     with quiet_transformers():
         loaded, info = loader.from_pretrained(folder, output_loading_info=True)
-    if type(loaded) is not type(model):
-        raise Wrong(f"what was saved is loaded as a {type(loaded).__name__}")
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    if type(loaded) is not type(model) or named != [type(model).__name__]:
+        raise Wrong(f"what was saved is loaded as a {type(loaded).__name__}, and says that it is {named}")
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise Wrong(f"what was saved is not all loaded: {info}")
     again = loaded.state_dict()

@@ -67,7 +67,7 @@ def _shrunk(kind: type[PreTrainedConfig], model_type: str, beside: PreTrainedCon
     own, default = EXCEPTIONS.get(model_type), kind()
     changes = _changes(default)
     if beside is not None:
-        changes |= _in_proportion(changes, default, beside)
+        changes |= _in_proportion(changes, default, beside) | _few_layers(default)
     return kind(**{**changes, **(own.settings if own else {})})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from families.build import AUTO, Kind
+from families.build import AUTO, Kind, all_types
 from families.judge import Verdict
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -50,6 +50,7 @@ _TITLES: dict[Kind, str] = {
     "embeddings": "Models without a head",
     "seq2seq": "Encoders with decoders",
     "speech": "Speech to text",
+    "seeing": "Language models that see",
 }
 
 
@@ -97,7 +98,9 @@ def page(results: Results) -> str:
     for kind, title in _TITLES.items():
         chosen = sorted((v for v in results.verdicts if v.kind == kind), key=lambda v: v.model_type)
         if chosen:
-            lines += ["", f"## {title}", "", f"`{AUTO[kind].__name__}`, {len(chosen)} types: {results.counts(kind)}."]
+            every = len(all_types(kind))
+            tried = f"{every} types" if len(chosen) == every else f"{len(chosen)} of {every} types tried"
+            lines += ["", f"## {title}", "", f"`{AUTO[kind].__name__}`, {tried}: {results.counts(kind)}."]
             lines += _parts(chosen)
     return "\n".join(lines) + "\n"
 

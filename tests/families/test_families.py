@@ -52,6 +52,11 @@ def test_models_that_read_a_text_as_a_whole_work(kind: Kind, tmp_path: Path) -> 
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
+def test_the_language_model_that_sees_works(tmp_path: Path) -> None:
+    verdict = judge("qwen3_vl", all_types("seeing")["qwen3_vl"], "seeing", tmp_path, as_folder=False)
+    assert (verdict.result, verdict.reason) == ("works", "")
+
+
 REFUSED = {
     "zamba2": "shares its weights with model.layers.3.shared_transformer",
     "mllama": "model.layers.2 runs out of order or twice",

@@ -46,8 +46,6 @@ def small_config(model_type: str) -> Any:
     config = tiny_config(model_type)
     if model_type == "gemma3":
         config.mm_tokens_per_image = 4
-    if model_type == "qwen2_5_vl":
-        config.text_config.rope_parameters |= {"mrope_section": [2, 3, 3]}
     return config
 
 
