@@ -147,6 +147,6 @@ def test_llama_cpp_decodes_as_the_package_gguf(kind: str, monkeypatch: pytest.Mo
         tensor_type, data, shape = code, raw, (4 * values, 6)
 
     found = decode(Stored())
-    monkeypatch.setattr(mapped_gguf, "_library", lambda: None)
+    monkeypatch.setattr(mapped_gguf, "ggml_library", lambda: None)
     assert torch.equal(found, decode(Stored()))
     assert torch.equal(found, torch.from_numpy(np.array(quants.dequantize(raw, code))))

@@ -199,7 +199,7 @@ def test_a_fine_tuning_looks_before_and_after(
     report = json.loads((tmp_path / "a" / "finetune.json").read_text())
     assert report["answers"]["reference"] == "before"
     assert "answers loop" in (tmp_path / "a" / "model" / "README.md").read_text()
-    dense = ["--generate", "prompts.jsonl", "--generate-tokens", "8", "--against", "model", "--require", "kl<1000"]
+    dense = ["--generate", "prompts.jsonl", "--generate-tokens", "8", "--teacher", "model", "--require", "kl<1000"]
     ended = run_command([*command, str(tmp_path / "b"), *dense], monkeypatch, capsys)
     assert ended.code == 0, ended.err
     report = json.loads((tmp_path / "b" / "finetune.json").read_text())

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.files import like_named
 
 EDITS_FILE = "coprune_edits.json"
 """The file of a folder's edits, beside its weights."""
@@ -57,6 +56,8 @@ def _looks_like_path(name: str) -> bool:
 
 def _nearest(path: Path) -> str | None:
     """Suggest a similar name in the same folder, or report that the folder is missing."""
+    from coprune.base.files import like_named  # which Windows has no modules for, where this one is imported first
+
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
     near = like_named(path)
