@@ -168,6 +168,8 @@ EXCEPTIONS: dict[str, Exceptional] = {
         "widths of its convolutions hang together",
         {"num_blocks": 1, "ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64},
     ),
+    "qwen2_5_omni_thinker": Exceptional("what begins an image has no default", {"vision_start_token_id": 1019}),
+    "qwen3_omni_moe_thinker": Exceptional("what begins an image has no default", {"vision_start_token_id": 1019}),
     "qwen2_5_omni_text": _rotated(2, 3, 3),
     "qwen2_5_vl_text": _rotated(2, 3, 3),
     "qwen2_vl_text": _rotated(2, 3, 3),

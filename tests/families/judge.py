@@ -106,6 +106,8 @@ def judge(
         task = task_of(model.config, type(model))
         if task == "pairs":  # also of those that fill in masked tokens, as BART does
             data = _pairs(model, folder, samples)
+        if kind == "seeing" and task == "images":
+            raise NotBuilt("checkpoints of it classify images, and name another class")
         if kind == "speech" and task == "speech":
             data = _recordings(model, folder)
         _require_forward(model, data.batches[0])
