@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.generation import Answer, Generation, generate
 from support.pico import pico_model, pico_tokens
 
@@ -122,3 +122,10 @@ def test_answers_end_where_the_model_has_no_positions_left() -> None:
         generate(model, [[1], [1] * 24], Generation(10))
     with pytest.raises(BadInput, match="prompt 1 has no tokens"):
         generate(model, [[]], Generation(10))
+
+
+def test_a_class_that_fails_on_its_own_configuration_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico_model("llama")
+    monkeypatch.setattr(type(model), "forward", lambda self, **given: self.config.vision_start_token_id)
+    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM cannot generate: .*vision_start_token_id"):
+        generate(model, PROMPTS, Generation(4))

@@ -154,13 +154,16 @@ def _answer_batch(
         processors.append(_Draw(settings, _numbers(settings.seed, places, new_tokens, device), longest))
     options: dict[str, Any] = {"attention_mask": mask.to(device)} if _masks(module) else {}
     write, started = cast(Any, module.generate), time.perf_counter()
-    written: Tensor = write(
-        tokens.to(device),
-        generation_config=_configuration(settings, new_tokens),
-        logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([] if advance is None else [_Heard(settings, longest, advance)]),
-        **options,
-    )
+    try:
+        written: Tensor = write(
+            tokens.to(device),
+            generation_config=_configuration(settings, new_tokens),
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([] if advance is None else [_Heard(settings, longest, advance)]),
+            **options,
+        )
+    except (AttributeError, KeyError, TypeError) as error:  # of a class whose configuration lacks what it reads
+        raise UnsupportedModel(f"{type(module).__name__} cannot generate: {error!r}") from error
     synchronize(device)
     seconds = (time.perf_counter() - started) / len(prompts)
     return [_cut(row, settings.end_ids, seconds) for row in written[:, longest:].tolist()]
