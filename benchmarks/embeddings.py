@@ -28,9 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "a third of the channels": {"remove": "channels=0.33"},
     "two of six blocks": {"remove": "blocks=0.34"},
 }
-
-
-TRAINING: dict[str, Any] = {"rates": "relative", "learning_rate": 1.5e-3, "scope": "blocks"}
+TRAINING: dict[str, Any] = {"rates": "relative", "learning_rate": 1.5e-3, "train": "blocks"}
 
 
 def unpacked(packages: Path, folder: Path) -> Path:

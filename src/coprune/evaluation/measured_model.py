@@ -282,15 +282,15 @@ def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Eva
     """Compare a model's measurements with another one's of the same kind. other: that one's measurements, if there are any."""
     near: tuple[EmbeddingChange | TranscriptChange, ...] = ()
     conditions = subject.recipe.evaluate.answers.measured
-    beside, theirs = subject.task in ("embeddings", "speech"), other
-    if beside or any(condition.against_dense for condition in conditions):
-        theirs = other or dense.measure()
-    if beside and theirs is not None:
-        vectors = zip(theirs.embeddings, found.embeddings, strict=True)
-        heard = zip(theirs.transcripts, found.transcripts, strict=True)
+    beside = subject.task in ("embeddings", "speech")
+    if other is None and (beside or any(condition.against_dense for condition in conditions)):
+        other = dense.measure()
+    if beside and other is not None:
+        vectors = zip(other.embeddings, found.embeddings, strict=True)
+        heard = zip(other.transcripts, found.transcripts, strict=True)
         near = (*(embedding_change(*pair) for pair in vectors), *(transcript_change(*pair) for pair in heard))
     found = found.model_copy(update={"against": dense.name, "near": near})
-    required = judge_measured(conditions, found.figures(theirs))
+    required = judge_measured(conditions, found.figures(other))
     return found.model_copy(update={"required": (*found.required, *required)})
 
 

@@ -46,14 +46,18 @@ from coprune.run.context import Run
 from coprune.run.result import Result
 
 
-def cuts_by_bytes(run: Run) -> bool:
-    """Return whether only experts of a GGUF file go, and no model in transformers is wanted for that, or there is none."""
+def file_cut_by_bytes(run: Run) -> GgufFile | None:
+    """Return the GGUF file of which only experts go, if no model in transformers is wanted for that, or there is none."""
     recipe = run.recipe
+    if {*recipe.remove.shares} != {"experts"}:
+        return None
     location = locate(recipe.model.name, recipe.model.cache_dir)
-    if {*recipe.remove.shares} != {"experts"} or not isinstance(location, GgufFile):
-        return False
+    if not isinstance(location, GgufFile):
+        return None
     reads_text = bool(_measured(recipe)) or "data" in recipe.calibrate.model_fields_set
-    return (recipe.remove.weighs_experts and not reads_text) or not reads_gguf(ExpertFile.architecture_of(location))
+    if recipe.remove.weighs_experts and not reads_text:
+        return location
+    return None if reads_gguf(ExpertFile.architecture_of(location)) else location
 
 
 def _measured(recipe: Recipe) -> list[str]:
@@ -68,8 +72,12 @@ def _measured(recipe: Recipe) -> list[str]:
     return [field for field, is_given in given.items() if is_given]
 
 
-def cut_by_bytes(run: Run) -> Result:
+def cut_by_bytes(run: Run, location: GgufFile) -> Result:
     """Score the experts of a file, and write it with those that stay.
+
+    Args:
+        run: its settings, and who hears of it.
+        location: the file.
 
     Raises:
         BadInput: what is asked for needs a class of transformers, or llama.cpp, which is not installed.
@@ -82,8 +90,6 @@ def cut_by_bytes(run: Run) -> Result:
     if run.write and (known := announced(recipe)) is not None:
         finish_run_folder(recipe, known)
         return Result(known)
-    location = locate(recipe.model.name, recipe.model.cache_dir)
-    assert isinstance(location, GgufFile)
     file = ExpertFile(location)
     _refuse(run, file)
     prepare_folders(recipe)

@@ -81,10 +81,10 @@ def do_parts(run: Run) -> Result:
     recipe = run.recipe
     if recipe.output.as_gguf:
         refuse_other_changes(recipe, run.given)
-        from coprune.run.to_removal import cut_by_bytes, cuts_by_bytes
+        from coprune.run.to_removal import cut_by_bytes, file_cut_by_bytes
 
-        if cuts_by_bytes(run):
-            return cut_by_bytes(run)
+        if (location := file_cut_by_bytes(run)) is not None:
+            return cut_by_bytes(run, location)
     parts: list[Part] = [cut, prune_rest] if recipe.cuts_and_prunes else [prune]
     if recipe.train.mode is not None:
         parts.append(train)

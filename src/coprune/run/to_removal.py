@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coprune.removal.by_bytes import cut_by_bytes, cuts_by_bytes
+from coprune.removal.by_bytes import cut_by_bytes, file_cut_by_bytes
 from coprune.removal.cut_and_prune import check_cut_and_zeros, cutting_of, of_both, zeros_of
 from coprune.removal.mixtures import may_have_experts
 from coprune.removal.removal_plan import Removable, find_removable
@@ -15,8 +15,8 @@ __all__ = [
     "check_cut_and_zeros",
     "check_names",
     "cut_by_bytes",
-    "cuts_by_bytes",
     "cutting_of",
+    "file_cut_by_bytes",
     "find_removable",
     "may_have_experts",
     "of_both",
