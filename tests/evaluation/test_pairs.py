@@ -13,16 +13,19 @@ from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import coprune
-from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.errors import BadInput
 from coprune.data.marks import Marks
 from coprune.data.pairs import Pairs, from_text
 from coprune.data.windows import Windows
+from coprune.model.edit import DropBlock
+from coprune.model.edits import Edits
 from support.pico_folder import write_words
 from support.pico_pairs import save_pair_model
 from support.pico_readers import FIRST, LAST, MASK, marking_tokenizer
 
 START = 4
 PRUNING: dict[str, Any] = dict(nsamples=6, seqlen=16, sparsity=0.6, quiet=True, layer_error=False)
+REMOVING = {key: value for key, value in PRUNING.items() if key != "sparsity"}
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +112,7 @@ def test_channels_go_from_both_halves_or_from_the_decoder(
 ) -> None:
     if not (place / family).exists():
         save_pair_model(place / family, family)
-    settings = PRUNING | {"remove": "channels=0.5", "include": choice, "stream": stream}
-    del settings["sparsity"]
+    settings = REMOVING | {"remove": "channels=0.5", "include": choice, "stream": stream}
     coprune.prune(place / family, save_model=tmp_path, overwrite=True, dataset=place / "words.txt", **settings)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     widths = {name: p.shape[0] for name, p in model.named_parameters() if name.endswith(("wi.weight", "fc1.weight"))}
@@ -118,13 +120,45 @@ def test_channels_go_from_both_halves_or_from_the_decoder(
     assert {width for name, width in widths.items() if "encoder" in name} == {64 if choice else 32}
 
 
-def test_blocks_of_halves_are_refused(place: Path) -> None:
-    settings = {key: value for key, value in PRUNING.items() if key != "sparsity"}
-    with pytest.raises(
-        UnsupportedModel,
-        match="has an encoder and a decoder, and blocks are only removed",
-    ):
-        coprune.prune(place / "T5", remove="blocks=0.34", dataset=place / "words.txt", **settings)
+DEEP: dict[str, dict[str, int]] = {
+    "T5": {"num_layers": 3, "num_decoder_layers": 3},
+    "Bart": {"encoder_layers": 3, "decoder_layers": 3},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Bart", ("*decoder.*",))])
+def test_blocks_go_from_both_halves_or_from_the_decoder(
+    family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
+) -> None:
+    """The saved model is the dense one without them, by whole forwards."""
+    counts = DEEP[family]
+    source, small = save_pair_model(tmp_path / "deep", family, **counts), tmp_path / "small"
+    if family == "Bart":  # as the files of released models say it once more
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    settings = REMOVING | {"remove": "blocks=0.34", "include": choice, "stream": stream}
+    coprune.prune(source, save_model=small, dataset=place / "words.txt", **settings)
+    model = AutoModelForSeq2SeqLM.from_pretrained(small)
+    assert [getattr(model.config, name) for name in counts] == [3 if choice else 2, 2]
+    edits = [edit for edit in Edits.read(small).all() if isinstance(edit, DropBlock)]
+    assert len(edits) == (1 if choice else 2)
+    dense = AutoModelForSeq2SeqLM.from_pretrained(source)
+    for edit in edits:
+        path, _, number = edit.block.rpartition(".")
+        assert (family, number) != ("T5", "0")  # its position biases are the later ones', too
+        del dense.get_submodule(path)[int(number)]
+    tokens = torch.arange(10, 22)[None]
+    found, expected = (one(input_ids=tokens, decoder_input_ids=tokens + 5).logits for one in (model, dense))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_block_that_later_ones_need_stays(place: Path) -> None:
+    with pytest.raises(BadInput, match="since 1 are excluded and later blocks read what 1 of them computes for them"):
+        coprune.prune(
+            place / "T5", remove="blocks=0.5", include="*coder.block.0.*", dataset=place / "words.txt", **REMOVING
+        )
 
 
 def test_tables_that_the_model_computes_are_in_no_checkpoint(place: Path, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.walk.block_calls import forward_logits
 from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
 from coprune.recipe.choice import Choice
-from coprune.removal.block_scores import Divergence, block_score_named, divergences, influences
+from coprune.removal.block_scores import Divergence, block_score_named, divergences, influences, may_go
 from support.pico import pico_model, pico_tokens
+from support.pico_pairs import pico_pair_model, pico_pairs
 
 BATCHES = [pico_tokens(2, 24), pico_tokens(2, 24, seed=1)]
 
@@ -53,6 +55,29 @@ def test_the_divergence_is_that_of_the_whole_model_without_the_block(family: str
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_a_decoder_hears_what_the_encoder_without_the_block_says(family: str) -> None:
+    module: Any = pico_pair_model(family)
+    sides = (module.get_encoder(), module.get_decoder())
+    lists = [getattr(side, "block", None) or side.layers for side in sides]
+    batch = pico_pairs(module, 3)
+    model = prove_replay(FoundModel.without_matrices(InMemory(module)), pico_pairs(module, 1))
+    assert may_go(model) == ([[1], [3, 4]] if family == "T5" else [[0, 1], [2, 3]])
+    found = divergences(model, [batch], [1, 3], [0] if family == "Bart" else [])
+    log_p = forward_logits(module, batch).log_softmax(dim=-1)
+    if family == "Bart":
+        del lists[0][0]
+    for index, (own, at) in ((1, (lists[0], -1)), (3, (lists[1], 1))):
+        block = own[at]
+        del own[at]
+        log_q = forward_logits(module, batch).log_softmax(dim=-1)
+        own.insert(at if at > 0 else len(own), block)
+        assert found[index] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()) / 27, rel=1e-3)
+    gone = Divergence(tokens=30, candidates=1).choose(model, [batch], [1, 1]) if family == "T5" else []
+    assert sorted(model.blocks[index].part for index in gone) == ([0, 1] if family == "T5" else [])
+
+
+@torch.no_grad()
 def test_influence_is_one_minus_the_mean_cosine() -> None:
     model = proven()
     module: Any = model.module
@@ -71,7 +96,7 @@ def test_one_block_goes_after_another_and_each_time_the_best_does() -> None:
     for _ in range(3):
         left = [index for index in range(5) if index not in gone]
         gone.append(min(left, key=lambda index: distance(model, [*gone, index])))
-    assert Divergence(tokens=1000, candidates=0).choose(model, BATCHES, 3) == gone
+    assert Divergence(tokens=1000, candidates=0).choose(model, BATCHES, [3]) == gone
 
 
 def test_few_tokens_and_few_candidates_are_tried() -> None:
@@ -83,7 +108,7 @@ def test_few_tokens_and_few_candidates_are_tried() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coprune.removal.block_scores.divergences", watched)
-        assert len(set(Divergence(tokens=30, candidates=2).choose(model, BATCHES, 3))) == 3
+        assert len(set(Divergence(tokens=30, candidates=2).choose(model, BATCHES, [3]))) == 3
     assert tried == [(1, 5), (1, 2), (1, 2)]
 
 

@@ -58,7 +58,7 @@ def test_blocks_that_the_small_model_would_call_otherwise_are_found_out(
     tried: list[Any] = []
 
     def wrong_first(model: Any, shapes: Any, resized: Any, layout: Any) -> Iterator[dict[str, Any]]:
-        left = [kind for index, kind in enumerate(kinds) if index not in resized.dropped]
+        left = [kind for index, kind in enumerate(kinds) if index in resized.lists[0].kept]
         other = {"sliding_attention": "full_attention", "full_attention": "sliding_attention"}
         for found in ([other[kind] for kind in left], left):
             tried.append(found)

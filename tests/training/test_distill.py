@@ -53,7 +53,8 @@ def test_every_block_is_held_to_its_counterpart(counterparts: tuple[int, ...]) -
     dense, own = (model(**inputs, output_hidden_states=True, use_cache=False) for model in (teacher, student))
     states = [dense.hidden_states[index] for index in counterparts or (1, 2, 3)]
     expected = divergence(own.logits, dense.logits, 2.0) + hidden_error(own.hidden_states[1:], states)
-    assert float(Distillation(teacher, 2.0, True, counterparts)(student, inputs)) == pytest.approx(float(expected))
+    objective = Distillation(teacher, 2.0, True, [counterparts] if counterparts else ())
+    assert float(objective(student, inputs)) == pytest.approx(float(expected))
 
 
 def test_a_student_answers_without_dropout_and_stays_in_training() -> None:

@@ -85,6 +85,8 @@ def test_hidden_states_are_held_to_those_of_the_blocks_that_stand_there() -> Non
     assert History([without(4), without(), without(1)]).counterparts(3, 5) == [2, 3, 5]
     assert History([without(1, 4)]).counterparts(3, 3) == [1, 2, 3]  # a teacher that lost as many
     assert History([without(1)]).counterparts(3, 5) is None
+    halves = Edits({name: [DropBlock(block=name, entries=0)] for name in ("encoder.m.0", "decoder.m.2")})
+    assert History([halves]).counterparts(3, 4, "decoder.m.") == [1, 3, 4]
 
 
 def test_removal_and_distillation_in_one_run_speak_of_the_final_model(home: Path, tmp_path: Path) -> None:

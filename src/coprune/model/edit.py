@@ -207,14 +207,22 @@ class DropBlock(Edit):
     """Length of the tuple that a block answers with; 0 if it answers with the hidden states themselves."""
     saved: str | None = None
     """The checkpoint's name of it, where that differs."""
+    passes: dict[int, int | str] = {}
+    """Places of arguments that it passes on for later blocks (position biases), by the position in its answer."""
 
     def apply(self, module: nn.Module) -> None:
         module.forward = self.idle
 
     def idle(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states, in the form of the block's output."""
-        hidden = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
-        return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
+        first = bool(args) and isinstance(args[0], Tensor)
+        hidden = args[0] if first else kwargs["hidden_states"]
+        if not self.entries:
+            return hidden
+        answer = [hidden, *[None] * (self.entries - 1)]
+        for entry, place in self.passes.items():
+            answer[entry] = kwargs.get(place) if isinstance(place, str) else args[place + first]
+        return tuple(answer)
 
     def place(self, name: str) -> str | None:
         number = self.block.rpartition(".")[2]

@@ -57,10 +57,11 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
     ties, places = Ties(kept, model.module.dtype), {edits.place(block.name): block.name for block in model.blocks}
     with ties.noted({block.name: block.module for block in model.blocks}):
         before = _sample_logits(model)
-    answers = [model.structure.answers[block.index] for block in model.blocks if edits.place(block.name) is not None]
+    left, structure = [b.index for b in model.blocks if edits.place(b.name) is not None], model.structure
+    answers, handed = [structure.answers[index] for index in left], [structure.handed[index] for index in left]
     with ties.followed({places[block.name]: block.module for block in found.blocks}):
         after = _sample_logits(
-            ProvenModel(saved, found.blocks, found.chosen, replace(model.structure, answers=answers))
+            ProvenModel(saved, found.blocks, found.chosen, replace(structure, answers=answers, handed=handed))
         )
     worst = float((before - after).abs().max())
     # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ; more of them where

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -32,7 +34,7 @@ class BlockScore(Protocol):
         self,
         model: ProvenModel,
         batches: Sequence[Tensor],
-        count: int,
+        counts: Sequence[int],
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> list[int]:
@@ -41,14 +43,23 @@ class BlockScore(Protocol):
         Args:
             model: dense, and so in the end.
             batches: what it is run on, as in `record_batches`.
-            count: how many blocks go.
+            counts: how many blocks go of each list (of an encoder, of its decoder).
             advance: called with the share of the work that was just done.
             processes: those that choose together, each with the whole of the model and of the batches.
 
         Returns:
-            Their numbers, in the order in which they went; none of a block of which no matrix is wanted.
+            Their numbers, in the order in which they went; only of `may_go`.
         """
         ...
+
+
+def may_go(model: ProvenModel) -> list[list[int]]:
+    """Return the numbers of the blocks that may go, by list: a matrix of theirs is wanted, and no later one needs them."""
+    found: list[list[int]] = [[] for _ in range(model.blocks[-1].part + 1)]
+    stay = model.chosen.untouched() | model.structure.producers
+    for block in model.blocks:
+        found[block.part] += [] if block.index in stay else [block.index]
+    return found
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,13 @@ class Influence:
         self,
         model: ProvenModel,
         batches: Sequence[Tensor],
-        count: int,
+        counts: Sequence[int],
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> list[int]:
-        found, stay = influences(model, batches, advance, processes), model.chosen.untouched()
-        return sorted((index for index in range(len(found)) if index not in stay), key=found.__getitem__)[:count]
+        found = influences(model, batches, advance, processes)
+        least = (sorted(own, key=found.__getitem__)[:n] for own, n in zip(may_go(model), counts, strict=True))
+        return sorted(chain.from_iterable(least), key=found.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -87,14 +99,16 @@ class Divergence:
         self,
         model: ProvenModel,
         batches: Sequence[Tensor],
-        count: int,
+        counts: Sequence[int],
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> list[int]:
         some, gone = first_batches(batches, self.tokens), list[int]()
-        order = sorted({block.index for block in model.blocks} - model.chosen.untouched())
+        order, count = [*chain.from_iterable(may_go(model))], sum(counts)
         while len(gone) < count:
-            tried = [index for index in order if index not in gone]
+            went = Counter(model.blocks[index].part for index in gone)
+            open_parts = {part for part, own in enumerate(counts) if went[part] < own}
+            tried = [index for index in order if index not in gone and model.blocks[index].part in open_parts]
             if gone and self.candidates:
                 tried = tried[: self.candidates]
             shares = processes.gather(divergences(model, some, processes.own(tried), gone))
@@ -172,7 +186,7 @@ def divergences(
     total, count = dict.fromkeys(tried, 0.0), 0
     for some in _together(model, batches):
         recording = record_batches(model, some)
-        ways = _Ways(recording, tried, gone, list(recording.hidden))
+        ways = _Ways(model, tried, gone, recording.apart())
         for event in Walk(model.idle(), recording, moves=Dense()):
             if isinstance(event, BlockDone):
                 ways.move(event.block)
@@ -180,9 +194,9 @@ def divergences(
             dense = logits_of(model, tokens, recording.hidden[batch])
             count += dense.shape[0]
             for index in tried:
-                hidden = ways.without.get(index)
+                way = ways.without.get(index)
                 total[index] += (
-                    torch.inf if hidden is None else kl_of_logits(dense, logits_of(model, tokens, hidden[batch]))
+                    torch.inf if way is None else kl_of_logits(dense, logits_of(model, tokens, way.hidden[batch]))
                 )
     return {index: found / max(count, 1) for index, found in total.items()}
 
@@ -191,26 +205,24 @@ def divergences(
 class _Ways:
     """Batches on their way through the model without some blocks, and without one more of those that are tried."""
 
-    recording: Recording
+    model: ProvenModel
     tried: Collection[int]
     gone: Collection[int]
-    base: list[Tensor]
+    base: Recording
     """Without those that are gone."""
-    without: dict[int, list[Tensor]] = field(default_factory=dict)
-    """Hidden states by the number of the block that is also removed."""
+    without: dict[int, Recording] = field(default_factory=dict)
+    """By the number of the block that is also removed."""
 
     def move(self, block: Block) -> None:
-        if block.index in self.gone:
-            return
-        before, self.base = self.base, self._through(block, self.base)
-        for index, hidden in self.without.items():
-            self.without[index] = self._through(block, hidden)
-        alike = all(a.shape == b.shape for a, b in zip(before, self.base, strict=True))
-        if block.index in self.tried and alike:
-            self.without[block.index] = before
-
-    def _through(self, block: Block, hidden: Sequence[Tensor]) -> list[Tensor]:
-        return [self.recording.run(block, batch, one) for batch, one in enumerate(hidden)]
+        runs = block.index not in self.gone
+        for way in self.without.values():
+            way.pass_by(self.model, block, runs)
+        spared = self.base.apart()
+        self.base.pass_by(self.model, block, runs)
+        if block.index in self.tried:
+            spared.pass_by(self.model, block, runs=False)
+            if all(a.shape == b.shape for a, b in zip(spared.hidden, self.base.hidden, strict=True)):
+                self.without[block.index] = spared
 
 
 def logits_of(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -84,10 +84,6 @@ class Consumers:
         return weight.masked_fill(~columns, 0.0)
 
 
-Hidden = list[Tensor]
-"""The input of a block, by batch."""
-
-
 @dataclass
 class Candidates:
     """The model with one budget after another."""
@@ -96,13 +92,12 @@ class Candidates:
     forms: Consumers
     dropped: Sequence[int]
     """Numbers of blocks that go."""
-    recording: Recording
     dense: list[Tensor]
     """Logits of the dense model, by batch."""
     now: Steps
     """The budget that the weights have."""
-    hidden: list[Hidden]
-    """Inputs of the blocks without a cut, and finally the last block's output."""
+    states: list[Recording]
+    """The batches before every block without a cut, and finally behind the last one."""
     touched: set[int] = field(default_factory=set)
     """Numbers of the parts that are not as they were, or may not be."""
 
@@ -124,9 +119,9 @@ class Candidates:
         assert run.samples is not None
         recording = record_batches(run.model, first_batches(run.task.batches(run.samples.tokens), tokens))
         none = (0,) * len(forms.places)
-        found = cls(run, forms, (), recording, [], none, [list(recording.hidden)])
+        found = cls(run, forms, (), [], none, [recording])
         found._run_from(0)
-        found.dense = [found._logits(batch, one) for batch, one in enumerate(found.hidden[-1])]
+        found.dense = [found._logits(batch, one) for batch, one in enumerate(found.states[-1].hidden)]
         if dropped:
             found.dropped = dropped
             found._run_from(0)
@@ -138,11 +133,10 @@ class Candidates:
         self._become(steps)
         blocks = self.run.model.blocks
         first = min((at for at, taken in zip(self.forms.places, steps, strict=True) if taken), default=len(blocks))
-        own: list[float] = []
-        for batch, hidden in enumerate(self.hidden[first]):
-            for block in blocks[first:]:
-                hidden = self._run(block, batch, hidden)
-            own.append(self._divergence(batch, hidden))
+        state = self.states[first].apart()
+        for block in blocks[first:]:
+            self._pass_by(state, block)
+        own = [self._divergence(batch, hidden) for batch, hidden in enumerate(state.hidden)]
         return sum(own) / sum(len(one) for one in self.dense)
 
     def _become(self, steps: Steps) -> None:
@@ -153,17 +147,18 @@ class Candidates:
                 self.forms.write(part, after)
         self.now = steps
 
-    def _run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
-        return hidden if block.index in self.dropped else self.recording.run(block, batch, hidden)
+    def _pass_by(self, state: Recording, block: Block) -> None:
+        state.pass_by(self.run.model, block, runs=block.index not in self.dropped)
 
     def _run_from(self, first: int) -> None:
         """Run the blocks from one on, and note what each is given."""
-        self.hidden = self.hidden[: first + 1]
+        self.states = self.states[: first + 1]
         for block in self.run.model.blocks[first:]:
-            self.hidden.append([self._run(block, batch, one) for batch, one in enumerate(self.hidden[-1])])
+            self.states.append(self.states[-1].apart())
+            self._pass_by(self.states[-1], block)
 
     def _divergence(self, batch: int, hidden: Tensor) -> float:
         return kl_of_logits(self.dense[batch], self._logits(batch, hidden))
 
     def _logits(self, batch: int, hidden: Tensor) -> Tensor:
-        return logits_of(self.run.model, self.recording.tokens[batch], hidden)
+        return logits_of(self.run.model, self.states[0].tokens[batch], hidden)

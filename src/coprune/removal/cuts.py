@@ -112,8 +112,9 @@ def dropped(run: Run, index: int, layout: Layout | None = None) -> DropBlock:
     model = run.model
     block = model.names[index]
     saved = saved_name(model.module, block, layout)
-    entries = model.structure.answers[index].entries
-    return DropBlock(block=block, entries=entries, saved=None if saved == block else saved)
+    entries, handed = model.structure.answers[index].entries, model.structure.handed[index]
+    passes = {entry: place for entry, place in handed.leaves if place in handed.takes}
+    return DropBlock(block=block, entries=entries, saved=None if saved == block else saved, passes=passes)
 
 
 def anywhere(plan: Plan, block: Block) -> Cut:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from coprune.removal.channels_and_heads import put_back, silence
 from coprune.removal.cuts import Cut, Plan, anywhere, dropped, edits_of_block, fewer
 from coprune.removal.smaller_model import (
     Resized,
+    Shortened,
     build_smaller,
     fill,
     lend_outside,
@@ -203,9 +205,17 @@ def _proven_changes(
 
 def resized_by(run: Run, plan: Plan) -> Resized:
     """Return what the configuration has to tell of a plan."""
-    blocks, head = len(run.model.blocks), head_size(run.model.module)
+    head = head_size(run.model.module)
     unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
-    return Resized(plan.sizes(), blocks, plan.dropped, unsaid, _arguments(plan, blocks))
+    lists = [own for own in _shortened(run.model.blocks, plan.dropped) if own.dropped]
+    return Resized(plan.sizes(), lists, unsaid, _arguments(plan, len(run.model.blocks)))
+
+
+def _shortened(blocks: Sequence[Block], dropped: Sequence[int]) -> Iterator[Shortened]:
+    """Yield the lists of blocks with those that go. dropped: numbers over all lists."""
+    for _, own in groupby(blocks, lambda block: block.part):
+        numbers = [block.index for block in own]
+        yield Shortened(len(numbers), [at for at, number in enumerate(numbers) if number in dropped])
 
 
 def _arguments(plan: Plan, blocks: int) -> dict[str, float]:

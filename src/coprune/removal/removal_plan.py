@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, groupby, islice
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from coprune.model.edit import Configure
 from coprune.model.saved_slices import slices_kept
 from coprune.model.walk.model_structure import ProvenModel
 from coprune.recipe.structure import RemovePart
-from coprune.removal.block_scores import block_score_named
+from coprune.removal.block_scores import block_score_named, may_go
 from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, step_of
 from coprune.removal.cuts import Plan
 from coprune.removal.expert_choice import experts_left, find_experts, known_scores
@@ -71,7 +71,7 @@ def find_removable(run: Run) -> Removable:
         whose = run.loaded.fingerprint(model.blocks)
         run.processes.from_first(lambda: known_scores(run, whose, {}, found.mixtures))
     if "blocks" in asked.shares:
-        _require_blocks(run, _count_of_blocks(run, asked.share("blocks")))
+        _require_blocks(run, _counts_of_blocks(run, asked.share("blocks")))
     rest = _plan_of(run, found, ())
     if not rest.keep and not rest.experts:
         return found
@@ -113,9 +113,10 @@ def share_of(units: int, kept: int) -> str:
 def plan_removal(run: Run, found: Removable) -> Plan:
     """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
     asked = run.recipe.remove
-    dropped = sorted(blocks_that_go(run, _count_of_blocks(run, asked.share("blocks"))))
-    score = asked.score_of("blocks")
-    run.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
+    dropped = sorted(blocks_that_go(run, _counts_of_blocks(run, asked.share("blocks"))))
+    score, several = asked.score_of("blocks"), run.model.blocks[-1].part > 0
+    told = ", ".join(run.model.names[index] if several else str(index) for index in dropped)
+    run.reporter.say(f"Blocks that go, by {score}: {told}.")
     return _plan_of(run, found, dropped)
 
 
@@ -178,35 +179,50 @@ def _plan_of(run: Run, found: Removable, dropped: Sequence[int]) -> Plan:
     return Plan(dropped, rest.parts, keep, rest.mixtures, left)
 
 
-def _count_of_blocks(run: Run, share: float) -> int:
-    """Return the number of blocks to remove. Raises BadInput if it is zero, all, or more than allowed."""
-    model = run.model
-    if any(block.part for block in model.blocks):
-        whole = f"{type(model.module).__name__} has an encoder and a decoder, and blocks are only removed from a single list"
-        raise UnsupportedModel(whole, field="remove", fix="remove channels")
-    count, stay = round(share * len(model.blocks)), len(model.chosen.untouched())
-    if not 0 < count < len(model.blocks):
-        cause = f"{share:g} of {len(model.blocks)} blocks is {count}"
+def _counts_of_blocks(run: Run, share: float) -> list[int]:
+    """Return the number of blocks to remove of every list. A list of which no matrix is wanted stays as it is.
+
+    Raises BadInput if they are zero, all of a list, or more than allowed.
+    """
+    model, untouched = run.model, run.model.chosen.untouched()
+    lists = [[block.index for block in own] for _, own in groupby(model.blocks, lambda block: block.part)]
+    counts = [0 if untouched.issuperset(own) else round(share * len(own)) for own in lists]
+    sizes = [len(own) for own in lists]
+    if not any(counts) or any(count == size for count, size in zip(counts, sizes, strict=True)):
+        cause = f"{share:g} of {_and(sizes)} blocks is {_and(counts)}"
         raise BadInput(cause, field="remove", fix="give another share")
-    if count > len(model.blocks) - stay:
-        cause = f"{count} of {len(model.blocks)} blocks cannot be removed, since {stay} are excluded"
-        fix = ("give a smaller share, or loosen ", Setting("include"), " or ", Setting("exclude"))
-        raise BadInput(cause, field="remove", fix=fix)
-    return count
+    for own, count, free in zip(lists, counts, may_go(model), strict=True):
+        if count > len(free):
+            needed = len(model.structure.producers.intersection(own) - untouched)
+            why = [f"{len(untouched.intersection(own))} are excluded"] * bool(untouched.intersection(own))
+            why += [f"later blocks read what {needed} of them compute{'s' * (needed == 1)} for them"] * bool(needed)
+            cause = f"{count} of {len(own)} blocks cannot be removed, since {' and '.join(why)}"
+            fix = ("give a smaller share, or loosen ", Setting("include"), " or ", Setting("exclude"))
+            raise BadInput(cause, field="remove", fix=fix)
+    return counts
 
 
-def _require_blocks(run: Run, count: int) -> None:
+def _and(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _require_blocks(run: Run, counts: Sequence[int]) -> None:
     """Raise UnsupportedModel where no configuration tells of so many blocks less, wherever they are."""
-    blocks = range(len(run.model.blocks))
     refused = UnsupportedModel("no block can be removed")
-    for some in (blocks[-count:], blocks[:count], blocks[:: -(-len(blocks) // count)]):
+    of_lists = map(_somewhere, may_go(run.model), counts)
+    for some in zip(*of_lists, strict=True):
         try:
-            rehearse(run, Plan(list(some)))
+            rehearse(run, Plan([*chain.from_iterable(some)]))
         except UnsupportedModel as error:
             refused = error
         else:
             return
     raise refused
+
+
+def _somewhere(blocks: Sequence[int], count: int) -> tuple[Sequence[int], ...]:
+    """Return so many blocks of a list at its end, at its beginning and all over it."""
+    return (blocks[len(blocks) - count :], blocks[:count], blocks[:: -(-len(blocks) // count)]) if count else ((),) * 3
 
 
 def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> dict[int, int]:
@@ -229,13 +245,13 @@ def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
     return min(kept, units)
 
 
-def blocks_that_go(run: Run, count: int) -> list[int]:
-    """Return the numbers of the least important blocks."""
+def blocks_that_go(run: Run, counts: Sequence[int]) -> list[int]:
+    """Return the numbers of the least important blocks. counts: how many of each list."""
     assert run.samples is not None
     score = block_score_named(run.recipe.remove.score_of("blocks"))
     with run.reporter.bar("Choosing blocks", 1.0) as advance:
         batches = run.task.batches(run.samples.tokens)
-        return score.choose(run.model, batches, count, advance, run.processes)
+        return score.choose(run.model, batches, counts, advance, run.processes)
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:

@@ -301,15 +301,28 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
     return prepared
 
 
+@dataclass(frozen=True)
+class Shortened:
+    """A list of blocks that loses some."""
+
+    blocks: int
+    """Original number."""
+    dropped: Sequence[int]
+    """Numbers within the list."""
+
+    @property
+    def kept(self) -> list[int]:
+        """Numbers of the others."""
+        return [index for index in range(self.blocks) if index not in self.dropped]
+
+
 @dataclass
 class Resized:
     """The sizes of a model that its configuration has to change."""
 
     sizes: Sequence[tuple[int, int]] = ()
     """Old numbers with the new ones; two things may have been as large as each other, and are not any more."""
-    blocks: int = 0
-    """Original number of blocks."""
-    dropped: Sequence[int] = ()
+    lists: Sequence[Shortened] = ()
     extra: dict[str, int] = field(default_factory=dict)
     """Values that may have to be written though they were not: the width of a head, which followed from their number."""
     arguments: dict[str, float] = field(default_factory=dict)
@@ -325,7 +338,8 @@ Choices = list[list[dict[str, Any]]]
 def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices, Choices]:
     """Return the changes that may describe the removed blocks, those for all that is smaller, and those needed besides."""
     places = [*places_in(config)]
-    blocks, sizes, unsaid = _choices_of_blocks(places, resized) if resized.dropped else [], Choices(), Choices()
+    blocks = [options for own in resized.lists for options in _choices_of_blocks(places, own)]
+    sizes, unsaid = Choices(), Choices()
     for old, new in resized.sizes:
         single = [p for p, v in places if type(v) is int and v == old]
         equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
@@ -366,25 +380,24 @@ def with_all_counts(config: Mapping[str, Any], changes: Mapping[str, Any]) -> di
     return more | dict(changes)
 
 
-def _choices_of_blocks(places: Sequence[tuple[str, Any]], resized: Resized) -> Choices:
-    keep = [index for index in range(resized.blocks) if index not in resized.dropped]
+def _choices_of_blocks(places: Sequence[tuple[str, Any]], shortened: Shortened) -> Choices:
+    keep, before = shortened.kept, shortened.blocks
     # Tokens that end a text may be as many as blocks, by chance; no shape and no logit tells that one is missing.
     own = [(p, v) for p, v in places if isinstance(v, list) and not p.endswith(("token_id", "token_ids"))]
-    lists = {p: [v[i] for i in keep] for p, v in own if len(v) == resized.blocks}
-    counts = [p for p, v in places if type(v) is int and v == resized.blocks]
+    lists = {p: [v[i] for i in keep] for p, v in own if len(v) == before}
+    counts = [p for p, v in places if type(v) is int and v == before]
     # Rarely needed, so the first option, without it, is tried with everything else.
-    numbers = _some(_renumbered(places, resized.blocks, len(keep)))[::-1]
+    numbers = _some(_renumbered(places, before, len(keep)))[::-1]
     return [numbers, [dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
 
 
 def leading_of(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str, Any]]:
     """Yield what may tell of blocks of a kind by their numbers: how many blocks lead (the dense ones of a mixture), or a list."""
-    keep = [index for index in range(resized.blocks) if index not in resized.dropped]
-    for place, value in places_in(config):
-        new = value
-        if type(value) is int and 0 < value <= resized.blocks:
+    for own, (place, value) in product(resized.lists, places_in(config)):
+        keep, new = own.kept, value
+        if type(value) is int and 0 < value <= own.blocks:
             new = sum(index < value for index in keep)
-        elif isinstance(value, list) and all(type(one) is int and 0 <= one < resized.blocks for one in value):
+        elif isinstance(value, list) and all(type(one) is int and 0 <= one < own.blocks for one in value):
             new = [keep.index(one) for one in value if one in keep]
         if new != value:
             yield {place: new}

@@ -171,8 +171,8 @@ class Distillation:
     temperature: float
     hidden: bool
     """Whether hidden states are compared, too."""
-    counterparts: Sequence[int] = ()
-    """Teacher's hidden state for each block, if blocks are missing; else all in order."""
+    counterparts: Sequence[Sequence[int]] = ()
+    """Teacher's hidden state for each block, by list of blocks, if some are missing; else all in order."""
     pooled: Callable[[Tensor], Tensor] | None = None
     """Makes unit vectors of the last hidden states of a model without logits."""
 
@@ -190,9 +190,11 @@ class Distillation:
         if not self.hidden:
             return loss
         errors = []
-        for (mine, counted), (theirs, _) in zip(batch.states(student), batch.states(dense), strict=True):
+        pairs = zip(batch.states(student), batch.states(dense), strict=True)
+        for number, ((mine, counted), (theirs, _)) in enumerate(pairs):
             # The first entry is the embeddings, which a mask does not touch.
-            errors.append(hidden_error(mine[1:], [theirs[i] for i in self.counterparts] or theirs[1:], counted))
+            aims = [theirs[i] for i in self.counterparts[number]] if self.counterparts else theirs[1:]
+            errors.append(hidden_error(mine[1:], aims, counted))
         return loss + torch.stack(errors).mean()
 
     def _settled(self, model: Any) -> AbstractContextManager[None]:

@@ -278,7 +278,7 @@ class History:
         """Removed parts; empty for a model that only has zeros."""
         return [removal for edits in self.steps for removal in edits.removals()]
 
-    def counterparts(self, blocks: int, teacher: int) -> list[int] | None:
+    def counterparts(self, blocks: int, teacher: int, path: str = "") -> list[int] | None:
         """Return the dense model's hidden state (the first is the embeddings) for each block's output.
 
         A block before removed ones stands for the last of them.
@@ -286,13 +286,15 @@ class History:
         Args:
             blocks: their number.
             teacher: the dense model's number.
+            path: of their list, where a model has several.
 
         Returns:
             None if unknown.
         """
         left = list(range(teacher))
         for edits in self.steps if teacher != blocks else ():
-            gone = {int(edit.block.rpartition(".")[2]) for edit in edits.all() if isinstance(edit, DropBlock)}
+            dropped = [edit.block for edit in edits.all() if isinstance(edit, DropBlock)]
+            gone = {int(block.rpartition(".")[2]) for block in dropped if block.startswith(path)}
             left = [block for index, block in enumerate(left) if index not in gone]
         return [*left[1:], teacher] if len(left) == blocks else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from coprune.base.words import per_cent
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.measurement import Measured
-from coprune.evaluation.tasks import EmbeddingTask, LabelTask, PairTask, named, task_for
+from coprune.evaluation.tasks import EmbeddingTask, LabelTask, named, task_for
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import Companions
@@ -376,8 +377,6 @@ def distillation_of(session: Session) -> Distillation | None:
     if session.block_size is None:
         return Distillation(teacher, _OF_CLASSES, hidden=False)
     counterparts = _counterparts(session, teacher)
-    if isinstance(session.task, PairTask):  # no block of theirs is removed
-        return Distillation(teacher, _OF_TOKENS, hidden=True)
     temperature = _OF_CLASSES if isinstance(session.task, LabelTask) else _OF_TOKENS
     pooled = session.task.pooling.of_hidden if isinstance(session.task, EmbeddingTask) else None
     return Distillation(teacher, temperature, counterparts is not None, counterparts or [], pooled)
@@ -392,16 +391,19 @@ def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
     teacher.forward = torch.autocast(device.type, torch.bfloat16)(teacher.forward)
 
 
-def _counterparts(session: Session, teacher: PreTrainedModel) -> list[int] | None:
-    """Return the teacher's hidden state for each block; None, with a message, where they do not compare."""
-    mine = session.loaded.model
-    blocks, theirs = len(find_blocks(mine)), len(find_blocks(teacher))
-    found = session.history.counterparts(blocks, theirs)
-    if mine.config.get_text_config().hidden_size != teacher.config.get_text_config().hidden_size:
-        found = None
-    if found is None:
-        session.reporter.say("Hidden states are not compared, since they cannot be matched with the teacher's.")
-    return found
+def _counterparts(session: Session, teacher: PreTrainedModel) -> list[list[int]] | None:
+    """Return the teacher's hidden state for each block, by list; None, with a message, where they do not compare."""
+    mine, found = session.loaded.model, list[list[int]]()
+    lists = [[[*own] for _, own in groupby(find_blocks(model), lambda block: block.part)] for model in (mine, teacher)]
+    for own, theirs in zip(*lists, strict=False):
+        path = f"{own[0].name.rpartition('.')[0]}." if len(lists[0]) > 1 else ""
+        known = session.history.counterparts(len(own), len(theirs), path)
+        found += [] if known is None else [known]
+    alike = mine.config.get_text_config().hidden_size == teacher.config.get_text_config().hidden_size
+    if alike and len(found) == len(lists[0]) == len(lists[1]):
+        return found
+    session.reporter.say("Hidden states are not compared, since they cannot be matched with the teacher's.")
+    return None
 
 
 def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -56,6 +56,8 @@ class Structure:
     """Where blocks are handed what earlier ones left for them in a mapping."""
     handed: list[Handed] = field(default_factory=list)
     """For every block, what else it is handed of what others computed."""
+    producers: frozenset[int] = frozenset()
+    """Numbers of the blocks that make something else than hidden states which a later one reads."""
     reused: list[str] = field(default_factory=list)
     """Names of matrices that are multiplied more than once in a forward."""
     folds: Mapping[str, Sequence[Fold]] = field(default_factory=dict)

@@ -85,6 +85,7 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
             f"{blocks[0].name} is no module that a forward calls, so it is no block that can be replayed"
         )
     structure.streams, structure.handed = watched.streams.read, watched.streams.handed
+    structure.producers = watched.streams.producers
     _require_same_calls(found, structure, watched)
     after = run_after_blocks(model, blocks, sample, structure.answers, last, COMPARED_LOGITS)
     if not _close(after, logits):
@@ -183,6 +184,14 @@ class _Streams:
         self._leaves: list[dict[int, Place]] = []
         self._answered: dict[int, _Entry] = {}
         self._again: Sequence[Any] = ()
+        self._written: dict[int, tuple[int, Tensor]] = {}
+        self._read_of = set[int]()
+
+    @property
+    def producers(self) -> frozenset[int]:
+        """Numbers of the blocks that make what a later one reads, rather than pass it on."""
+        made = (any(place not in own.takes for _, place in own.leaves) for own in self.handed)
+        return frozenset(self._read_of | {number for number, makes in enumerate(made) if makes})
 
     @property
     def handed(self) -> list[Handed]:
@@ -213,6 +222,7 @@ class _Streams:
         """
         for place, mapping in live.items():
             before = call.at(place)
+            self._note_read(list(tensors_in(before)), mapping, read)
             if self._objects.setdefault(place, mapping) is not mapping:
                 continue  # of every block its own
             if place not in self._replayed and not _holds_same(before, mapping):
@@ -230,6 +240,12 @@ class _Streams:
         again = opened.answer(block, hidden, [*(self._replayed[place] for place in places), beside])
         self._again = again if isinstance(again, tuple | list) else ()
         return hidden_of(again)
+
+    def _note_read(self, before: Sequence[Tensor], after: Stream, read: Container[int]) -> None:
+        """Note which blocks wrote what the current one has read of a mapping, and what it writes there itself."""
+        self._read_of |= {self._written[id(one)][0] for one in before if id(one) in read and id(one) in self._written}
+        held = {id(one) for one in before}
+        self._written |= {id(one): (len(self._leaves), one) for one in tensors_in(after) if id(one) not in held}
 
     def answered(self, output: Any) -> None:
         """Note what a block has answered beside the hidden states: output, as it was, of that which was replayed last."""

@@ -107,6 +107,19 @@ class Recording:
             if self.dense_streams:
                 self.dense_streams[batch] = streams
 
+    def apart(self) -> Recording:
+        """Return the same batches, which go on through the blocks by themselves, without an aim."""
+        return replace(self, hidden=self.hidden.copy(), streams=[*self.streams], dense=None, dense_streams=None)
+
+    def pass_by(self, model: ProvenModel, block: Block, runs: bool = True) -> None:
+        """Bring all batches behind a block. runs: whether it runs, or is left out."""
+        begins = block.index > 0 and model.blocks[block.index - 1].part != block.part
+        for batch in range(len(self.hidden)):
+            if begins:
+                self.enter(model, block, batch)
+            if runs:
+                self.move(block, batch)
+
     def moved(self, batch: int, streams: list[Stream]) -> None:
         """Take over what a block left."""
         if self.streams:
