@@ -48,7 +48,7 @@ SLICE_VALUES = 2**24
 COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared between the saved model and the one in memory."""
 OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
-"""Solving a matrix takes at most so many float32 copies of it and of inputs × inputs, and the libraries' workspace."""
+"""Solving a matrix takes at most so many float32 copies of it and of a Gram matrix, and the libraries' workspace."""
 _TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")
 """Names in configurations for the number of experts per token."""
 
@@ -101,7 +101,7 @@ class Shapes:
         if removes:
             pruned = [[one for one in own if one.outputs == hidden] or own for own in pruned]
         sums = [[one.count * one.statistic_bytes(solver) for one in own] for own in pruned]
-        solved = [one.solve_bytes for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
+        solved = [one.solve_bytes(solver) for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
         head = loaded.model.get_output_embeddings()
         stacks = [parameter for parameter in block.module.parameters() if parameter.ndim == 3]
         return cls(
@@ -140,9 +140,11 @@ class _Stored:
         sums = {} if solver.statistic is None else solver.statistic.shapes(self.inputs)
         return 4 * (sum(math.prod(size) for size in sums.values()) + InputSample.tokens * self.inputs)
 
-    @property
-    def solve_bytes(self) -> int:
-        return 4 * (OF_WEIGHT * self.outputs * self.inputs + OF_INPUTS * self.inputs**2) + WORKSPACE
+    def solve_bytes(self, solver: Solver) -> int:
+        """Return what solving one of them takes; only a method that has a Gram matrix takes its factors."""
+        sums = {} if solver.statistic is None else solver.statistic.shapes(self.inputs)
+        squares = OF_INPUTS * self.inputs**2 if any(len(size) == 2 for size in sums.values()) else 0
+        return 4 * (OF_WEIGHT * self.outputs * self.inputs + squares) + WORKSPACE
 
 
 def _stored(block: Block, matrices: Sequence[Matrix]) -> list[_Stored]:
