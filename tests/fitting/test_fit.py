@@ -68,7 +68,7 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
         place / "model.gguf", place / "text.txt", "bits<=dense*1.6", output=tmp_path / "small", **settings
     )
     assert found.kept
-    assert any(row.name.startswith("vocabulary=512") and row.bytes for row in found.rows)
+    assert any(row.name.startswith("vocabulary=") and row.bytes for row in found.rows)
     assert "vocabulary=" in found.chosen or "channels=" in found.chosen
     made = remake(tmp_path / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
     assert made.read_bytes() == found.file.read_bytes()

@@ -12,8 +12,8 @@ from gguf import GGUFReader
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.gguf_files.importance import measured, read_importance
-from coprune.gguf_files.llama_cpp import has_llama_cpp
+from coprune.gguf_files.importance import importance_of_head, measured, read_importance
+from coprune.gguf_files.llama_cpp import WATCHED, has_llama_cpp
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.mapped_gguf import decode
 from support.pico import pico_model, pico_tokens
@@ -42,6 +42,16 @@ def test_it_is_the_mean_square_of_what_a_matrix_is_given(place: Path) -> None:
         model(tokens)
     found = measured(locate(place / "dense"), tokens, Reporter(quiet=True))["model.layers.0.mlp.down_proj.weight"]
     torch.testing.assert_close(found, given[0].square().mean(dim=(0, 1)).expand_as(found))
+
+
+@needs_llama_cpp
+def test_that_of_the_head_is_the_mean_square_of_the_last_hidden_states(place: Path) -> None:
+    tokens = pico_tokens(1, WATCHED + 10)
+    with torch.no_grad():
+        given = load_clean(place / "dense").model(tokens).last_hidden_state
+    ((name, found),) = importance_of_head(place / "f32.gguf", tokens[0].tolist()).items()
+    assert name == "output.weight"
+    torch.testing.assert_close(found, given.square().mean(dim=1), rtol=0.01, atol=0)
 
 
 @needs_llama_cpp

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from coprune.vocabulary.choose import choose
+from coprune.vocabulary.counts import has_words, sources_of
+from coprune.vocabulary.samples import LANGUAGES, SOURCES
 
 MADE_BY = {300: (200, 201), 450: (440,)}
 
@@ -17,3 +20,11 @@ def test_what_has_to_stay_and_what_is_weighty_stay_with_what_they_are_made_by() 
     assert kept.old == (*range(64 - len(named)), *sorted(named))  # no text is cut into 498; small ids fill up
     assert [kept.new[token] for token in kept.old] == list(range(64))
     assert kept.below(201) == 64 - len(named) + 1
+
+
+@pytest.mark.skipif(not has_words(), reason="wordfreq is not installed")
+@pytest.mark.parametrize("name", ["en", "de", "fr", "ru"])
+def test_a_text_counts_beside_words_of_its_language(name: str) -> None:
+    assert sources_of(LANGUAGES[name]) == [name]
+    assert sources_of("") == []
+    assert "code" in sources_of(SOURCES["javascript"])

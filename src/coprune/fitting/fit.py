@@ -339,7 +339,6 @@ def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
                 cost=abs(search.cost(known)),
                 bytes=known.bytes,
                 speed=known.speed,
-                proxy=known.proxy,
                 refused=known.refused,
                 part=part,
                 verdict=str(verdict_of(held)) if held else "",

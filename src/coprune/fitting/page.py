@@ -26,13 +26,12 @@ def page(found: Fitted, model: str, target: str) -> str:
             "ones, else on the items that the search looked at. Kept is what lies above the dashed line with its whole bar."
         )
         parts.append(section("What was tried", panel(drawn), note=note))
-    columns = ["candidate", "MB", "tokens/s", "bits per byte", "above required", "at least", "items", "verdict"]
+    columns = ["candidate", "MB", "tokens/s", "above required", "at least", "items", "verdict"]
     rows = [
         [
             row.name + (" (chosen)" if row.chosen else ""),
             f"{row.bytes / 1e6:.1f}",
             f"{row.speed:.0f}",
-            f"{row.proxy:.3f}",
             *([f"{row.bounds[1]:+.4f}", f"{row.bounds[0]:+.4f}", row.part] if row.bounds else ["–"] * 3),
             row.verdict or "not needed",
         ]

@@ -22,7 +22,6 @@ class Row:
     """Bytes, or tokens a second."""
     bytes: int
     speed: float
-    proxy: float
     refused: str
     part: str
     """Half of the items that the figures are of."""

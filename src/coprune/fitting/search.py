@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
 from typing import Literal
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_text
 from coprune.base.words import Set, Setting
 from coprune.evaluation.bounds import bounds_of
@@ -34,8 +36,8 @@ from coprune.fitting.workshop import Measured, Workshop
 
 Target = Literal["size", "speed", "memory"]
 EXACT_DENSE = Candidate(DENSE, EXACT)
-_RUNGS = (4, 2)
-"""Parts of the seen items that losers are dropped on."""
+_RUNGS = (8, 4, 2, 1)
+"""Parts of the seen items after which it may be told already."""
 _KIND = {"sparsity": "zeros"}
 _FIRST = "q4_k_m"
 """The type that is tried first."""
@@ -176,14 +178,15 @@ class Search:
         return candidates * dense + self.workshop.took_to_write(DENSE)
 
     def _expected(self, candidate: Candidate) -> float:
-        """Seconds of making and measuring a candidate: of the longest so far, or of the dense model.
+        """Seconds of making and measuring a candidate: of the usual one so far, or of half of the items in the dense model.
 
         What has to be cut first is opened twice, written and exported: each as long as the dense model's export.
         """
-        known = [self.workshop.took(one) for one in self.tried] or [self.workshop.known(EXACT_DENSE).seconds / 2]
+        dense = self.workshop.known(EXACT_DENSE).seconds / 2
+        usual = max(dense, fmean([self.workshop.took(one) for one in self.tried] or [dense]))
         cut = 0.0 if self.workshop.is_made(candidate.cut) else 4 * self.workshop.took_to_write(DENSE)
         trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
-        return max(known) + cut + trained
+        return usual + cut + trained
 
     def _require_time(self, candidate: Candidate, winners: int) -> None:
         """Raise OutOfTime where the budget has none for a candidate and for all that is to be proven then."""
@@ -263,17 +266,28 @@ class Search:
         self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
     ) -> Literal["kept", "lost", "no cheaper", "refused"]:
         """Make and measure a candidate, on a part of the seen items first, as far as it takes to tell."""
+        if best is not None and self._is_larger(candidate, best):
+            return "no cheaper"
         found = self._measure(candidate, {}, ahead)
         if found.refused:
             return "refused"
         if best is not None and self.cost(found) >= self.cost(self.tried[best]):
             return "no cheaper"
-        for part in (*_RUNGS, 1):
-            self._measure(candidate, self._seen(part), ahead)
-            verdict = verdict_of(self.judged(candidate, self._seen(part)))
-            if verdict is Verdict.LOST:
-                return "lost"
+        verdict = Verdict.OPEN
+        for part in _RUNGS:
+            if verdict is Verdict.OPEN:
+                self._measure(candidate, self._seen(part), ahead)
+                verdict = verdict_of(self.judged(candidate, self._seen(part)))
         return "kept" if verdict is Verdict.KEPT else "lost"
+
+    def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
+        """Return whether a quant is known not to be smaller than the best before it is made (its cut is)."""
+        if self.wish.target != "size" or candidate.type in (EXACT, PACKED):
+            return False
+        try:
+            return self.workshop.bytes_of(candidate) >= self.workshop.bytes_of(best)
+        except CopruneError:  # the reason is kept when it is measured
+            return False
 
     def _halve(self, pool: Sequence[Candidate], winners: list[Candidate], first: int = 0) -> None:
         """Look for the cheapest of a pool that keeps everything, by halves: among the smaller ones after one that does.
@@ -321,8 +335,13 @@ class Search:
         self._halve(plain, winners, plain.index(usual) if usual in plain else len(plain) // 2)
         if not winners:  # what is smaller keeps no more than the largest quant
             return
-        for pool in (self._embeddings, self._vocabularies):
-            self._halve(pool(winners[-1]), winners)
+        # A cut may save more bytes than smaller types do, for less: so from both ends.
+        smaller = partial(self._smaller, last=winners[-1].type)
+        for base in dict.fromkeys((winners[-1], winners[0])):
+            for pool in (self._embeddings, self._vocabularies, smaller):
+                before = winners[-1]
+                self._halve(pool(base), winners)
+                base = base if winners[-1] == before else winners[-1]
         for amounts in STRUCTURES:
             self._halve(self._structures(winners[-1], amounts), winners)
         if self.workshop.asked.runtime == "transformers":
@@ -345,6 +364,11 @@ class Search:
             return []
         sizes = [int(share * self._vocabulary) // _ALIGN * _ALIGN for share in VOCABULARIES]
         return [base.of(Cut((f"vocabulary={size}",))) for size in sizes if size]
+
+    def _smaller(self, base: Candidate, last: str) -> list[Candidate]:
+        """Return a cut in the types from the one below its own to the last, the smallest that keeps everything without it."""
+        types = [one.type for one in self._plain()]
+        return [replace(base, type=one) for one in types[types.index(base.type) + 1 : types.index(last) + 1]]
 
     def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:
         asked = [one for one in amounts if _KIND.get(kind := one.partition("=")[0], kind) not in self.wish.without]

@@ -19,26 +19,30 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
+from coprune.data.tokenizing import encode
 from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
 from coprune.fitting.reader import Reader
-from coprune.fitting.score import DenseAnswers, bits_per_byte, score_item
+from coprune.fitting.score import DenseAnswers, score_item
 from coprune.fitting.tasks import Item, Task
 from coprune.gguf_files.export import export
-from coprune.gguf_files.importance import importance_of, read_importance, write_importance
+from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import quantize, quantized_bytes
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.packed.folder import pack
 from coprune.run.generate import generate
 from coprune.run.prune import prune
+from coprune.vocabulary.counts import sources_of
 from coprune.vocabulary.folder import MAP_FILE
 
 Runtime = Literal["llama.cpp", "transformers"]
 _OWN_TEXTS, _OWN_TOKENS = 16, 256
 _SAMPLES, _SEQLEN = 16, 256
 """Of what statistics are measured on."""
-_PROXY_TEXTS = 4
-_PROXY_CHARACTERS = 1200
+_HEAD_TOKENS = 512
+"""That the head's inputs are measured on."""
+_CHARACTERS = 1200
+"""Of a document that short texts are joined to."""
 _MEMORY_TOKENS, _CONTEXT = 128, 2048
 _SPEED_TOKENS = 24
 
@@ -71,8 +75,6 @@ class Measured(BaseModel):
     """Bytes of the weights and of a text of 2,048 tokens."""
     speed: float = 0.0
     """Tokens a second, one after another."""
-    proxy: float = 0.0
-    """Bits per byte on a few texts of the seen half."""
     seconds: float = 0.0
     refused: str = ""
     """Why it cannot be made."""
@@ -92,6 +94,7 @@ class Workshop:
         """Open a folder of measurements. Raises BadInput if it belongs to another fit."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
         self._noted = 0.0  # seconds that this process has accounted for
+        self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
         note, facts = folder / "asked.json", asked.facts()
         if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
             cause = f"{folder.parent} holds a fit of another model or other tasks"
@@ -177,12 +180,12 @@ class Workshop:
             return Reader.open(file, self.tokenizer)
         folder = self._cut_folder(Cut(cut.removed[: last + 1]))
         old_ids = json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))["old_ids"]
-        return Reader.open(file, load_tokenizer(locate(folder)), old_ids)
+        if folder not in self._tokenizers:
+            self._tokenizers[folder] = load_tokenizer(locate(folder))
+        return Reader.open(file, self._tokenizers[folder], old_ids)
 
     def _first_figures(self, file: Path, reader: Reader) -> dict[str, float]:
-        texts = [text[:_PROXY_CHARACTERS] for text in self._texts()[:_PROXY_TEXTS]]
-        proxy = sum(bits_per_byte(reader, text) for text in texts) / len(texts)
-        ids = (reader.ids("\n".join(texts)) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
+        ids = (reader.ids(self._texts()[0][:_CHARACTERS]) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
         reader.engine.forget()
         reader.engine.read(ids)
         memory = reader.engine.bytes + reader.engine.context_bytes * _CONTEXT // _MEMORY_TOKENS
@@ -190,7 +193,7 @@ class Workshop:
         for token in ids[:_SPEED_TOKENS]:
             reader.engine.read([token])
         speed = _SPEED_TOKENS / (time.perf_counter() - started)
-        return {"bytes": bytes_in(file), "memory": memory, "speed": speed, "proxy": proxy}
+        return {"bytes": bytes_in(file), "memory": memory, "speed": speed}
 
     def bytes_of(self, candidate: Candidate) -> int:
         """Return the bytes of a candidate's weights from their shapes, without making it; its cut is made.
@@ -282,7 +285,9 @@ class Workshop:
         target = self.folder / "files" / f"{_hash(repr(seen))}.imatrix.gguf"
 
         def make() -> None:
-            write_importance(target, importance_of(self._exact(seen), str(self.text), self.reporter))
+            file, ids = self._exact(seen), encode(self.tokenizer, "\n".join(self._texts()))["input_ids"]
+            found = importance_of(file, str(self.text), self.reporter)
+            write_importance(target, {**found, **importance_of_head(file, ids[:_HEAD_TOKENS])})
 
         self._once(target, make)
         return target
@@ -298,7 +303,8 @@ class Workshop:
         kind, _, amount = cut.removed[-1].partition("=")
         more: dict[str, Any] = {"sparsity": float(amount)} if kind == "sparsity" else {"remove": cut.removed[-1]}
         if kind == "vocabulary":
-            more |= {"vocabulary_text": str(self.text), "vocabulary_force": True}
+            texts = [str(self.text), *sources_of("\n".join(self._texts()))]
+            more |= {"vocabulary_text": texts, "vocabulary_force": True}
         if cut.tokens:
             more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
 
@@ -426,7 +432,7 @@ def _joined(texts: Sequence[str]) -> list[str]:
     """Join short texts into documents of some length."""
     found, length = list[list[str]](), 0
     for text in texts:
-        if not found or length > _PROXY_CHARACTERS:
+        if not found or length > _CHARACTERS:
             found, length = [*found, []], 0
         found[-1].append(text)
         length += len(text)

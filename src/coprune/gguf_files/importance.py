@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from coprune.base.files import write_durably
 from coprune.base.progress import Reporter
 from coprune.data import calibration_windows
 from coprune.data.bos import put_by, tokens_at_bos
+from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp
 from coprune.gguf_files.plan import Example, read_example
 from coprune.gguf_files.smaller import Exported, exported
 from coprune.model.blocks import find_blocks
@@ -38,6 +39,8 @@ Importance = Mapping[str, Tensor]
 AUTO, NONE = "auto", "none"
 _SAMPLES, _SEQLEN = 16, 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_HEAD, _EMBEDDINGS, _BEFORE_HEAD = "output.weight", "token_embd.weight", "result_norm"
+"""Names in llama.cpp: of two tensors, and of the last hidden states as it computes them."""
 _LEAST = 1e-10
 """Replacement of zero, which would leave a weight to chance."""
 
@@ -138,6 +141,21 @@ def importance_of(file: Path, data: str | Tensor, reporter: Reporter) -> Importa
     source = exported(location)
     example = read_example(location, source, reporter)
     return in_file(measured(location, data, reporter), {name: name for name in example.pieces}, example, source)
+
+
+def importance_of_head(file: Path, tokens: Sequence[int]) -> Importance:
+    """Measure what a file's head, which may be the table of embeddings, is given along some tokens, in llama.cpp."""
+    tensors = {one.name: int(one.shape[0]) for one in gguf_reader(file, field="model").tensors}
+    name = next(one for one in (_HEAD, _EMBEDDINGS) if one in tensors)
+    seen = list[Tensor]()
+
+    def see(values: Any) -> None:
+        seen.append(torch.from_numpy(values.view(np.float32)).reshape(-1, tensors[name]).square())
+
+    with closing(LlamaCpp(file, len(tokens), see={_BEFORE_HEAD: see})) as engine:
+        for start in range(0, len(tokens), WATCHED):
+            engine.read(tokens[start : start + WATCHED], all_logits=True)
+    return {name: torch.cat(seen).mean(0, keepdim=True).clamp_min(_LEAST)} if seen else {}
 
 
 def write_importance(file: Path, importance: Importance) -> None:

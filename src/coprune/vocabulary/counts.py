@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sysconfig
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -50,6 +51,10 @@ _USUAL = {"text": 0.3, "en": 0.5, CODE: 0.2}
 """Shares where nothing is said: measured on Gemma-3-270M."""
 _FORMS = (" {word}", 0.7), (" {Word}", 0.18), ("{Word}", 0.08), ("{word}", 0.04)
 """Forms of a word in texts, with their shares."""
+_COMMONEST, _LEAST_OF_COMMONEST = 200, 0.2
+"""Words that tell a language, and the share of a text that they are at least."""
+_SIGNS_OF_CODE, _LEAST_OF_CODE = frozenset("{}[]()=;_<>"), 0.04
+"""Signs that tell code (a tenth of this project's, a hundredth of prose), and the share of a text that they are at least."""
 _SIGNS = 0.02
 """Share of all counts for signs beside words."""
 
@@ -196,6 +201,20 @@ def require_language(name: str) -> None:
     """Raise BadInput for a language that nobody knows."""
     if name != CODE and name not in word_lists():
         raise unknown_name("language", name, [*word_lists(), CODE], field="vocabulary_text")
+
+
+def sources_of(text: str) -> list[str]:
+    """Return what a text is made of, as names of sources: the language whose commonest words it has most, and `code`."""
+    signs, found = sum(letter in _SIGNS_OF_CODE for letter in text), list[str]()
+    if has_words() and (words := Counter(re.findall(r"\w+", text.lower()))):
+        import wordfreq
+
+        of = {
+            name: sum(words[word] for word in wordfreq.top_n_list(name, _COMMONEST, "small")) for name in word_lists()
+        }
+        best = max(of, key=of.__getitem__)
+        found += [best] if of[best] > _LEAST_OF_COMMONEST * words.total() else []
+    return [*found, CODE] if signs > _LEAST_OF_CODE * len(text) else found
 
 
 def language_source(name: str, share: float, most: int | None = None) -> Source:
