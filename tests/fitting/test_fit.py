@@ -17,7 +17,7 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.fit import PAGE_FILE, RECIPE_FILE, remake
+from coprune.fitting.fit import RECIPE_FILE, remake
 from coprune.fitting.reader import Reader
 from coprune.fitting.workshop import Asked, Workshop, digest_of
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
@@ -79,7 +79,8 @@ def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_
     plain = {row.name: row.bytes for row in found.rows if row.plain}
     assert found.file.stat().st_size < plain[found.plain]
     assert LlamaCpp(found.file, 32, 1).logits([5, 6, 7]).isfinite().all()
-    page = (place / "small" / PAGE_FILE).read_text()
+    assert str(found.page) in str(found)
+    page = found.page.read_text()
     assert "model.gguf, for size" in page
     assert str(place) not in page
     assert all(row.name in page for row in found.rows)

@@ -34,15 +34,15 @@ def fit(
         str | None,
         typer.Option(
             help="What has to be kept, with commas between: accuracy>=dense-0.01, bits<=dense*1.02, acceptance>=0.9, kl<=0.1. "
-            "[accuracy>=dense-0.02, bits<=dense*1.02, acceptance>=0.9]",
+            "[by the kind of task: accuracy>=dense-0.02, bits<=dense*1.02, acceptance>=0.9]",
             show_default=False,
         ),
     ] = None,
-    target: Annotated[str, typer.Option("--for", metavar="size|speed|memory", help="What is to be little.")] = "size",
+    target: Annotated[str, typer.Option("--for", metavar="size|speed|memory", help="What to make small: the file, the memory it takes, or the time of a token.")] = "size",
     runtime: Annotated[
         str, typer.Option(metavar="llama.cpp|transformers", help="Where it will run: a GGUF file, or a folder.")
     ] = "llama.cpp",
-    budget: Annotated[str, typer.Option(help="Time of the search: 60m, 2h.")] = "60m",
+    budget: Annotated[str, typer.Option(help="Time of the search and the proof: 60m, 2h. The best so far is the answer.")] = "60m",
     items: Annotated[
         int | None, typer.Option(min=1, help="Items of each task at most. [all]", show_default=False)
     ] = None,
@@ -52,18 +52,18 @@ def fit(
     ] = None,
     like: Annotated[
         str | None,
-        typer.Option(help="GGUF file of the model, in any type, where that is a folder.", show_default=False),
+        typer.Option(help="Any GGUF file of the model, in any type: needed where MODEL is a folder.", show_default=False),
     ] = None,
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="Do not try this: vocabulary, experts, blocks, channels, heads, embedding, zeros; repeatable.",
+            help="Do not try this: vocabulary, experts, blocks, channels, embedding, zeros; repeatable.",
             show_default=False,
         ),
     ] = None,
     types: Annotated[
         str | None,
-        typer.Option(help="Types of llama.cpp to try, the largest first. [q8_0 to iq2_xs]", show_default=False),
+        typer.Option(help="Types of llama.cpp to try, with commas between. [q8_0 to iq2_xs]", show_default=False),
     ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Candidates that are measured at a time, by processes of this machine.")

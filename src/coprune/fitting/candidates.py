@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-KINDS = ("vocabulary", "experts", "blocks", "channels", "heads", "embedding", "zeros")
+KINDS = ("vocabulary", "experts", "blocks", "channels", "embedding", "zeros")
 """Kinds of changes that the user can exclude; quantisation always stays."""
 EXACT, PACKED = "f16", "packed"
 """Sixteen bits as they are, and the packed format, in which zeros take no room."""

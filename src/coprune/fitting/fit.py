@@ -20,7 +20,7 @@ from coprune.fitting.candidates import EXACT, KINDS, TYPES, Candidate
 from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.page import card, page
 from coprune.fitting.require import read_conditions
-from coprune.fitting.result import Fitted, Row
+from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
 from coprune.fitting.tasks import Kind, Task, read_task
 from coprune.fitting.team import Team
@@ -28,13 +28,7 @@ from coprune.fitting.workshop import Asked, Runtime, Workshop, bytes_in, copy, d
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
 
-RECIPE_FILE, PAGE_FILE, FACTS_FILE, CARD_FILE, TEXT_FILE = (
-    "recipe.yaml",
-    "report.html",
-    "fit.json",
-    "README.md",
-    "text.jsonl",
-)
+RECIPE_FILE, FACTS_FILE, CARD_FILE, TEXT_FILE = "recipe.yaml", "fit.json", "README.md", "text.jsonl"
 _WORK = ".fit"
 _USUAL: dict[Kind, str] = {
     "choice": "accuracy>=dense-0.02",
@@ -64,13 +58,13 @@ class FitArguments(TypedDict, total=False):
     like: str | Path | None
     """A GGUF file of the source model, where that is a folder."""
     without: str | Sequence[str]
-    """Changes not to try: vocabulary, experts, blocks, channels, heads, embedding."""
+    """Changes not to try: vocabulary, experts, blocks, channels, embedding, zeros."""
     workers: int
     """Candidates that are measured at a time [1]."""
     ray: str | None
     """Address of a Ray cluster that does it, or `local` [processes of this machine]."""
     types: str | Sequence[str]
-    """Types of llama.cpp that are tried, the largest first."""
+    """Types of llama.cpp that are tried."""
 
 
 def fit(

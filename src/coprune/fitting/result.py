@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coprune.base.words import Sheet, Shown
 
+PAGE_FILE = "report.html"
 DENSE, PLAIN, OURS, CHOSEN = range(4)
 """How candidates are drawn."""
 
@@ -55,10 +56,15 @@ class Fitted(Shown):
     lines: tuple[str, ...]
     """The verdicts on the unseen half."""
     rows: tuple[Row, ...]
-    """All candidates."""
+    """All candidates, the dense model first."""
     plain: str | None
     """The best plain quant that passed."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def page(self) -> Path:
+        """The report."""
+        return self.file.with_name(PAGE_FILE)
 
     def headline(self) -> str:
         """Return the chosen model and whether its requirements are proven."""
@@ -66,7 +72,8 @@ class Fitted(Shown):
 
     def sheet(self) -> Sheet:
         """Return the verdict with its figures."""
-        rows = [("chosen", self.chosen), ("file", f"{self.file}, {self.bytes:,} bytes")]
+        size = f"{self.bytes:,} bytes, {self.bytes / self.rows[0].bytes:.2f} of the dense model"
+        rows = [("chosen", self.chosen), ("file", f"{self.file}, {size}"), ("page", str(self.page))]
         rows += [("note", note) for note in self.notes]
         rows += [("unseen", line) for line in self.lines]
         rows.append(("verdict", "kept" if self.kept else "not kept"))
