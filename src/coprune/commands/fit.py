@@ -38,11 +38,18 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    target: Annotated[str, typer.Option("--for", metavar="size|speed|memory", help="What to make small: the file, the memory it takes, or the time of a token.")] = "size",
+    target: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="size|speed|memory",
+            help="What to make little: bytes of the file, bytes in memory, or time of a token.",
+        ),
+    ] = "size",
     runtime: Annotated[
         str, typer.Option(metavar="llama.cpp|transformers", help="Where it will run: a GGUF file, or a folder.")
     ] = "llama.cpp",
-    budget: Annotated[str, typer.Option(help="Time of the search and the proof: 60m, 2h. The best so far is the answer.")] = "60m",
+    budget: Annotated[str, typer.Option(help="Time of the search and the proof: 60m, 2h; the best by then.")] = "60m",
     items: Annotated[
         int | None, typer.Option(min=1, help="Items of each task at most. [all]", show_default=False)
     ] = None,
@@ -52,7 +59,9 @@ def fit(
     ] = None,
     like: Annotated[
         str | None,
-        typer.Option(help="Any GGUF file of the model, in any type: needed where MODEL is a folder.", show_default=False),
+        typer.Option(
+            help="Any GGUF file of the model, in any type: needed where MODEL is a folder.", show_default=False
+        ),
     ] = None,
     without: Annotated[
         list[str] | None,

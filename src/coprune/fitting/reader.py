@@ -18,6 +18,8 @@ from coprune.gguf_files.llama_cpp import LlamaCpp
 
 POSITIONS = 1024
 """Tokens of an item with its answer at most."""
+_CHOICES = 8
+"""Of an item that are read at a time."""
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Reader:
     def open(cls, file: Path, tokenizer: PreTrainedTokenizerBase, old_ids: Sequence[int] | None = None) -> Reader:
         """Load a file or folder. Raises BadInput if it cannot be loaded."""
         known = None if old_ids is None else torch.tensor(old_ids, dtype=torch.int64)
-        engine = InTransformers(file, tokenizer) if file.is_dir() else LlamaCpp(file, POSITIONS)
+        engine = InTransformers(file, tokenizer) if file.is_dir() else LlamaCpp(file, POSITIONS, branches=_CHOICES)
         return cls(engine, tokenizer, known)
 
     def ids(self, prompt: Prompt, more: str = "") -> list[int]:
@@ -61,6 +63,8 @@ class Reader:
             before: at least one token.
             afters: continuations, each by itself.
         """
+        if isinstance(self.engine, LlamaCpp) and (rows := self.engine.branched(before, afters)) is not None:
+            return [one.log_softmax(dim=-1) for one in rows]
         *known, last = before
         self.engine.forget()
         if known:

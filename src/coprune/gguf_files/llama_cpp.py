@@ -155,7 +155,12 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, which is given tokens and answers with logits."""
 
     def __init__(
-        self, file: Path, context: int = 512, threads: int | None = None, see: Mapping[str, See] | None = None
+        self,
+        file: Path,
+        context: int = 512,
+        threads: int | None = None,
+        see: Mapping[str, See] | None = None,
+        branches: int = 1,
     ) -> None:
         """Load a file. Raises BadInput if llama.cpp cannot.
 
@@ -165,6 +170,7 @@ class LlamaCpp:
             threads: by default torch's.
             see: what is called with a tensor of the computation, by that one's name, whenever it was computed. The weights
                 stay in the mapped file then, where otherwise those of some types are copied in another order.
+            branches: continuations of a text that can be read at a time, where the architecture has no state.
         """
         self._ffi, self._library = _library()
         ffi, library = self._ffi, self._library
@@ -177,6 +183,9 @@ class LlamaCpp:
         asked = library.llama_context_default_params()
         asked.n_ctx = context
         asked.n_batch = asked.n_ubatch = context if see is None else min(context, WATCHED)
+        states = library.llama_model_is_recurrent(self._model) or library.llama_model_is_hybrid(self._model)
+        self._branches = 1 if states else branches
+        asked.n_seq_max, asked.kv_unified = self._branches, self._branches > 1
         asked.n_threads = asked.n_threads_batch = threads or torch.get_num_threads()
         if see is not None:
             asked.cb_eval = self._callback = _watching(ffi, see)  # kept, since it has to live as long
@@ -204,19 +213,48 @@ class LlamaCpp:
 
     def read(self, tokens: Sequence[int], all_logits: bool = False) -> None:
         """Compute a piece of text that goes on where the last ended; by default with the logits of its last token only."""
-        batch = self._library.llama_batch_init(len(tokens), 0, 1)
+        begin = self._library.llama_memory_seq_pos_max(self._library.llama_get_memory(self._context), 0) + 1
+        last = len(tokens) - 1
+        self._compute([(one, begin + at, (0,), all_logits or at == last) for at, one in enumerate(tokens)])
+
+    def _compute(self, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
+        """Compute tokens, each with its position, the branches that it is part of, and whether its logits are kept."""
+        batch = self._library.llama_batch_init(len(tokens), 0, self._branches)
         try:
             batch.n_tokens = len(tokens)
-            begin = self._library.llama_memory_seq_pos_max(self._library.llama_get_memory(self._context), 0) + 1
-            for place, token in enumerate(tokens):
-                batch.token[place], batch.pos[place] = token, begin + place
-                batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-                batch.logits[place] = all_logits or place == len(tokens) - 1
+            for place, (token, position, branches, kept) in enumerate(tokens):
+                batch.token[place], batch.pos[place], batch.logits[place] = token, position, kept
+                batch.n_seq_id[place] = len(branches)
+                for at, branch in enumerate(branches):
+                    batch.seq_id[place][at] = branch
             if self._library.llama_decode(self._context, batch) != 0:
                 raise BadInput("llama.cpp could not compute a text of this length", field="prompt", value=len(tokens))
         finally:
             self._library.llama_batch_free(batch)
         self._library.llama_synchronize(self._context)
+
+    def branched(self, before: Sequence[int], afters: Sequence[Sequence[int]]) -> list[Tensor] | None:
+        """Return the logits wherever a token of a continuation is predicted, all read at a time: tokens × vocabulary, float32.
+
+        Args:
+            before: at least one token; the text begins with it.
+            afters: continuations, each by itself.
+
+        Returns:
+            One tensor of each; None where there are too many or the architecture cannot.
+        """
+        length, everywhere = len(before), tuple(range(len(afters)))
+        tokens = [(token, place, everywhere, place == length - 1) for place, token in enumerate(before)]
+        tokens += [
+            (one, length + at, (branch,), True) for branch in everywhere for at, one in enumerate(afters[branch][:-1])
+        ]
+        if len(afters) > self._branches or len(tokens) > self._library.llama_n_batch(self._context):
+            return None
+        self.forget()
+        self._compute(tokens)
+        sizes = [1, *(len(after) - 1 for after in afters)]
+        first, *others = self.last_logits(sum(sizes)).split(sizes)
+        return [torch.cat([first, one]) for one in others]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the logits of a text from its beginning: tokens × vocabulary, float32."""
@@ -227,7 +265,7 @@ class LlamaCpp:
     def last_logits(self, count: int) -> Tensor:
         """Return the logits of the last `count` tokens, which were read with all logits: tokens × vocabulary, float32."""
         raw = self._ffi.buffer(self._library.llama_get_logits(self._context), count * self.vocabulary * 4)
-        return torch.from_numpy(np.frombuffer(bytes(raw), dtype=np.float32).reshape(count, -1).copy())
+        return torch.from_numpy(np.frombuffer(raw, dtype=np.float32).reshape(count, -1).copy())
 
     def cut_back(self, length: int) -> bool:
         """Truncate the text to `length` tokens; return whether the architecture can."""
