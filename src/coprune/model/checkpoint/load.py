@@ -27,6 +27,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -106,7 +107,7 @@ TaskName = Literal["text", "masked", "labels", "embeddings", "images", "pairs", 
 write one text for another, to write what is heard."""
 
 HEADS: dict[TaskName, tuple[Any, ...]] = {
-    "text": (AutoModelForCausalLM,),
+    "text": (AutoModelForCausalLM, AutoModelForImageTextToText),
     "masked": (AutoModelForMaskedLM,),
     "labels": (AutoModelForSequenceClassification, AutoModelForTokenClassification),
     "images": (AutoModelForImageClassification,),
