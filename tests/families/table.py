@@ -29,7 +29,8 @@ model pruned with Wanda to 50 % and to 2:4. `coprune inspect MODEL` shows the sa
 - **Wrong**: anything else.
 - **Not built**: there was no tiny model to try, or transformers does not run it on tokens (or pixels) alone.
 
-`make families` tries the types and writes this page.
+A type stands where it is first met, and further below only where its result differs. `make families` tries the types and
+writes this page.
 """
 _LEFT_ALONE = {
     "a router": "routers",
@@ -95,13 +96,15 @@ def page(results: Results) -> str:
     """Return the whole page."""
     lines = _OPENING.splitlines()
     lines += ["", f"Of {results.date}, transformers {results.transformers}, torch {results.torch}."]
+    named: set[tuple[str, str, str]] = set()
     for kind, title in _TITLES.items():
         chosen = sorted((v for v in results.verdicts if v.kind == kind), key=lambda v: v.model_type)
         if chosen:
             every = len(all_types(kind))
             tried = f"{every} types" if len(chosen) == every else f"{len(chosen)} of {every} types tried"
             lines += ["", f"## {title}", "", f"`{AUTO[kind].__name__}`, {tried}: {results.counts(kind)}."]
-            lines += _parts(chosen)
+            lines += _parts([v for v in chosen if (v.model_type, v.result, _said(v)) not in named])
+            named |= {(v.model_type, v.result, _said(v)) for v in chosen}
     return "\n".join(lines) + "\n"
 
 
@@ -109,7 +112,7 @@ def _parts(verdicts: Sequence[Verdict]) -> list[str]:
     """Return the lines on what works, wholly or with layers left alone, and on what does not."""
     said = {v.model_type: _said(v) for v in verdicts}
     whole = [v.model_type for v in verdicts if v.result == "works" and not said[v.model_type]]
-    lines = ["", f"**Work, with every matrix of their blocks pruned**: {_named(whole)}."]
+    lines = ["", f"**Work, with every matrix of their blocks pruned**: {_named(whole)}."] if whole else []
     left: dict[str, list[str]] = {}
     for verdict in verdicts:
         if verdict.result == "works" and said[verdict.model_type]:
