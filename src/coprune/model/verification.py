@@ -63,13 +63,17 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
         after = _sample_logits(
             ProvenModel(saved, found.blocks, found.chosen, replace(structure, answers=answers, handed=handed))
         )
-    worst = float((before - after).abs().max())
+    worst, largest = float((before - after).abs().max()), float(before.abs().max())
     # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ; more of them where
-    # silent channels are no longer summed up at all, through all blocks of a real model.
-    cut = any(isinstance(edit, Configure) for edit in edits.all())
-    exact = 3e-4 if cut else 32 * torch.finfo(torch.float32).eps
-    tolerance = exact if model.module.dtype == torch.float32 else 2e-2
-    if not worst <= tolerance * float(before.abs().max()):
+    # silent channels are no longer summed up at all, through all blocks of a real model. In half precision single logits are
+    # then off by some per cent, so all are compared at once: on SmolLM2 rounding made 1.5 %, one block's channels in a wrong
+    # order 7 to 120 %.
+    cut, exact = any(isinstance(edit, Configure) for edit in edits.all()), model.module.dtype == torch.float32
+    if cut and not exact:
+        agrees = float((before - after).norm()) <= 4e-2 * float(before.norm())
+    else:
+        agrees = worst <= largest * (2e-2 if not exact else 3e-4 if cut else 32 * torch.finfo(torch.float32).eps)
+    if not agrees:
         raise VerificationError(
             f"the logits of the model in {folder} differ from the pruned model's by up to {worst:g}"
         )
