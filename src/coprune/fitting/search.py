@@ -188,9 +188,10 @@ class Search:
         trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
         return usual + cut + trained
 
-    def _require_time(self, candidate: Candidate, winners: int) -> None:
+    def _require_time(self, candidate: Candidate, winners: Sequence[Candidate]) -> None:
         """Raise OutOfTime where the budget has none for a candidate and for all that is to be proven then."""
-        after = self._elapsed + self._expected(candidate) + self._proof(winners + 1)
+        proof = self._proof(len(_chain([*winners, candidate])))
+        after = self._elapsed + self._expected(candidate) + proof
         if self.tried and after > self.wish.budget and self._is_new(candidate, self._seen()):
             raise OutOfTime
 
@@ -303,7 +304,7 @@ class Search:
         while low < high:
             candidate = left[place]
             self.untried = [candidate, *(one for one in left[low:high] if one != candidate)]
-            self._require_time(candidate, len(winners))
+            self._require_time(candidate, winners)
             ahead = [left[one] for one in _halves(low, place, high, self._team.count)[1:]]
             said = self._tried_on(candidate, winners[-1] if winners else None, ahead)
             if said == "kept":
@@ -391,18 +392,17 @@ class Search:
         return found
 
     def _proven(self, winners: Sequence[Candidate]) -> Finding:
-        """Test winners on the unseen half, from the safest to the cheapest, up to the first that fails.
+        """Test some winners on the unseen half, from the safest to the cheapest, up to the first that fails.
 
         In this order each is tested at the full level, and still at most one in twenty searches ends with a model that misses a
         requirement (testing in a fixed sequence). The largest quant goes first where there is time for it.
         """
         safest = self._plain()[0]
-        plain = next((one for one in reversed(winners) if one.plain), None)
         unseen = {task.name: [*task.unseen] for task in self.tasks}
-        chain = [*dict.fromkeys([safest, *winners])]
-        late = self._elapsed + self._expected(safest) + self._proof(len(winners)) > self.wish.budget
-        if winners and late and self._is_new(safest, unseen):
-            chain = [*winners]
+        chain = _chain(winners)
+        late = self._elapsed + self._expected(safest) + self._proof(len(chain)) > self.wish.budget
+        if not (chain and late and self._is_new(safest, unseen)):
+            chain = [*dict.fromkeys([safest, *chain])]
         judged: dict[Candidate, list[Held]] = {}
         kept: Candidate | None = None
         for candidate in chain:
@@ -414,7 +414,9 @@ class Search:
             kept = candidate
         chosen = kept or chain[0]
         looks = self._looks([candidate.key for candidate in judged])
-        return Finding(chosen, judged[chosen], kept is not None, plain, [*self.tried], judged, self.untried, looks)
+        return Finding(
+            chosen, judged[chosen], kept is not None, _best_plain(winners), [*self.tried], judged, self.untried, looks
+        )
 
     def _looks(self, judged: list[str]) -> int:
         """Record a sequence of candidates that the unseen half has judged, and return the number of such sequences."""
@@ -424,6 +426,15 @@ class Search:
             known.append(judged)
             write_text(file, json.dumps(known))
         return len(known)
+
+
+def _best_plain(winners: Sequence[Candidate]) -> Candidate | None:
+    return next((one for one in reversed(winners) if one.plain), None)
+
+
+def _chain(winners: Sequence[Candidate]) -> list[Candidate]:
+    """Return the winners that are to be proven: the first, the best plain quant, and the best, since each takes its time."""
+    return [*dict.fromkeys(one for one in (*winners[:1], _best_plain(winners), *winners[-1:]) if one is not None)]
 
 
 def _halves(low: int, place: int, high: int, count: int) -> list[int]:
