@@ -161,6 +161,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "Wanda, 50 %": {"method": "wanda", "sparsity": 0.5},
     "SparseGPT, 50 %": {"method": "sparsegpt", "sparsity": 0.5},
     "a quarter of the decoder's channels": {"remove": "channels=0.25", "include": ["model.decoder.*"]},
+    "a block of the encoder": {"remove": "blocks=0.17", "include": ["model.encoder.*"]},
+    "a block of the decoder": {"remove": "blocks=0.17", "include": ["model.decoder.*"]},
 }
 
 

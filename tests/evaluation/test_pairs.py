@@ -13,11 +13,11 @@ from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import coprune
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.data.marks import Marks
 from coprune.data.pairs import Pairs, from_text
 from coprune.data.windows import Windows
-from coprune.model.edit import DropBlock
+from coprune.model.edit import DropBlock, KeepSlices
 from coprune.model.edits import Edits
 from support.pico_folder import write_words
 from support.pico_pairs import save_pair_model
@@ -152,6 +152,42 @@ def test_blocks_go_from_both_halves_or_from_the_decoder(
     tokens = torch.arange(10, 22)[None]
     found, expected = (one(input_ids=tokens, decoder_input_ids=tokens + 5).logits for one in (model, dense))
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stream", [True, False])
+def test_heads_go_from_both_halves_and_those_that_share_position_biases_are_the_same(
+    stream: bool, place: Path, tmp_path: Path
+) -> None:
+    """The saved model is the dense one with their outputs at zero, where nothing is solved anew."""
+    settings = REMOVING | {"remove": "heads=0.5", "score": "wanda_sp", "stream": stream}
+    coprune.prune(place / "T5", save_model=tmp_path, overwrite=True, dataset=place / "words.txt", **settings)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert (model.config.num_heads, model.config.d_kv) == (2, 8)
+    kept = {
+        name: own
+        for edit in Edits.read(tmp_path).all()
+        if isinstance(edit, KeepSlices)
+        for name, own in edit.kept.items()
+    }
+    dense = AutoModelForSeq2SeqLM.from_pretrained(place / "T5")
+    for name, own in kept.items():
+        if name.endswith("Attention.o.weight"):
+            weight = dense.get_parameter(name)
+            weight.copy_(own.uncut(own.cut(weight)))
+    tokens = torch.arange(10, 22)[None]
+    found, expected = (one(input_ids=tokens, decoder_input_ids=tokens + 5).logits for one in (model, dense))
+    assert torch.allclose(found, expected, atol=1e-5)
+    heads = {name: own.ranges for name, own in kept.items() if name.endswith("SelfAttention.o.weight")}
+    for half in ("encoder", "decoder"):
+        assert len({str(ranges) for name, ranges in heads.items() if name.startswith(half)}) == 1
+
+
+def test_heads_of_a_configuration_without_their_width_are_refused(place: Path) -> None:
+    if not (place / "Bart").exists():
+        save_pair_model(place / "Bart", "Bart")
+    with pytest.raises(UnsupportedModel, match="no setting of the configuration of BartForConditionalGeneration gives"):
+        coprune.prune(place / "Bart", remove="heads=0.5", dataset=place / "words.txt", **REMOVING)
 
 
 def test_a_block_that_later_ones_need_stays(place: Path) -> None:

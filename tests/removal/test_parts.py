@@ -192,9 +192,9 @@ def test_a_block_of_which_nothing_is_wanted_stays(remove: str, score: str) -> No
 
 def test_tokens_that_end_a_text_are_no_list_of_blocks() -> None:
     """Three of them, and three blocks."""
-    result = coprune.prune(pico_model("llama", eos_token_id=[2, 5, 7]), remove="blocks=0.34", **SETTINGS)
-    made: Any = result.model
-    assert made.config.num_hidden_layers == 2
+    model = pico_model("llama", eos_token_id=[2, 5, 7], other_tokens=[1, 3, 4])
+    made: Any = coprune.prune(model, remove="blocks=0.34", **SETTINGS).model
+    assert (made.config.num_hidden_layers, made.config.other_tokens) == (2, [1, 3, 4])
     assert made.config.eos_token_id == made.generation_config.eos_token_id == [2, 5, 7]
 
 

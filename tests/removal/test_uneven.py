@@ -21,6 +21,7 @@ from coprune.run.result import Result
 from coprune.run.stages import run_recipe
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
+from support.pico_pairs import save_pair_model
 from support.saved import assert_same_tensors, load_clean, saved_like, tensors_of
 
 IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -166,6 +167,39 @@ def test_what_was_settled_is_not_chosen_anew(tmp_path: Path, monkeypatch: pytest
         go("early")
     assert without_card(tmp_path / "early" / "small") == without_card(tmp_path / "whole" / "small")
     assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "whole" / "small")
+
+
+def test_heads_that_blocks_share_are_as_many_and_the_same_ones_and_not_chosen_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of cross-attention may differ from block to block."""
+    source = save_pair_model(tmp_path / "T5", "T5", num_heads=8, d_kv=4)
+    write_words(tmp_path / "words.txt")
+
+    def go(out: str) -> None:
+        asked = training_of(tmp_path, out) | {
+            "model": str(source),
+            "remove": "heads=0.5",
+            "allocation": "error:tokens=0",
+        }
+        run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
+
+    go("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(context.Run, "finish_block", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go("stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(removal_stage, "choose_shared", interrupt)
+        go("stopped")
+    assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "whole" / "small")
+    edits = Edits.read(tmp_path / "whole" / "small").by_block
+    own = {name: [edit for edit in of_block if isinstance(edit, PadUnits)] for name, of_block in edits.items()}
+    for half, counts in (("encoder", [1, 1]), ("decoder", [2, 2, 2])):
+        pads = [found for name, found in own.items() if name.startswith(half)]
+        assert [len(found) for found in pads] == counts  # self-attention, cross-attention
+        assert all(found[0].real == pads[0][0].real for found in pads)
+    assert len({str(found[1].real) for name, found in own.items() if name.startswith("decoder")}) > 1
 
 
 def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from coprune.model.blocks import Block
 from coprune.model.folding import Fold, find_folds, heads_of
+from coprune.model.walk.block_calls import Stream
 from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.model_structure import ProvenModel
-from coprune.model.walk.recording import Dense, record_batches
+from coprune.model.walk.recording import Dense, Recording, record_batches
 from coprune.model.walk.walk import Walk
 
 _TOKENS = 64
@@ -23,14 +24,30 @@ def first_tokens(sample: Tensor) -> Tensor:
     return sample if sample.is_floating_point() else sample[:, :_TOKENS]
 
 
-def folds_of_blocks(
-    model: ProvenModel, dropped: Sequence[int] = ()
-) -> Iterator[tuple[Block, list[Fold], Callable[[], Tensor]]]:
+@dataclass(frozen=True)
+class OnSample:
+    """A block, to be run on what it is given for a short sample."""
+
+    recording: Recording
+    block: Block
+    before: Tensor
+    """Hidden states."""
+
+    def __call__(self, streams: Sequence[Stream] | None = None) -> Tensor:
+        """Run it. streams: as in `Recording.run`."""
+        return self.recording.run(self.block, 0, self.before, streams)
+
+    def streams(self) -> list[Stream]:
+        """Copy what it is given of earlier blocks."""
+        return self.recording.streams_of(0)
+
+
+def folds_of_blocks(model: ProvenModel, dropped: Sequence[int] = ()) -> Iterator[tuple[Block, list[Fold], OnSample]]:
     """Yield every kept block while its weights are loaded: its folds, and a function that runs it on the sample."""
     recording = record_batches(model, [first_tokens(model.structure.sample)])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if isinstance(event, BlockDone) and event.block.index not in dropped:
-            run = partial(recording.run, event.block, 0, event.before[0])
+            run = OnSample(recording, event.block, event.before[0])
             yield event.block, find_folds(model.structure.groups[event.block.index], heads_of(model.module), run), run
 
 

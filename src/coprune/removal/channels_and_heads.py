@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from coprune.model.blocks import Block
 from coprune.model.folding import Fold, bias_of, close
 from coprune.model.matrices import Matrix
-from coprune.model.proven_folds import folds_of_blocks
+from coprune.model.proven_folds import OnSample, folds_of_blocks
+from coprune.model.walk.block_calls import Handed, Place
 from coprune.model.walk.model_structure import ProvenModel
 
 Kind = Literal["channels", "heads"]
@@ -35,9 +37,11 @@ class Part:
     beside: tuple[tuple[Matrix, int], ...] = ()
     """Other matrices that lose rows with a unit, with the number of rows per unit."""
     vectors: tuple[tuple[str, nn.Parameter], ...] = ()
-    """Parameters with one value per query head."""
+    """Parameters with one value per query head, and tables with one column."""
     group: int = 1
     """Number of units that are kept or removed together."""
+    shared: str | None = None
+    """Name of what blocks hand on with a slice for each head (position biases): parts with the same keep the same heads."""
 
     @property
     def name(self) -> str:
@@ -85,7 +89,7 @@ class Part:
         for matrix, rows in self.beside:
             _mask(found, matrix, keeps[0].repeat_interleave(rows), inputs=False)
         for name, parameter in self.vectors:
-            found[name] = keeps[0].repeat_interleave(self.repeats).to(_place_of(parameter))
+            found[name] = keeps[0].repeat_interleave(self.repeats).to(_place_of(parameter)).expand(parameter.shape)
         return found
 
     @cached_property
@@ -142,26 +146,26 @@ def _place_of(parameter: Tensor) -> torch.device:
 
 
 def parts_of(
-    block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]
+    block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]], handed: Handed, run: OnSample
 ) -> Iterator[Part]:
-    """Yield the parts of a block. groups: its matrices by their input tensor; run: runs it on a sample."""
+    """Yield the parts of a block. groups: its matrices by their input tensor; handed: as in `Structure`."""
     for fold in folds:
         if not fold.layout.is_heads():
             part = Part(block.name, "channels", fold)
         else:
             part = _heads_of(block, fold, groups, run)
         if is_apart(block.module, part, run):
-            yield part
+            yield replace(part, shared=_shared(part, block, handed, run)) if part.kind == "heads" else part
 
 
 def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]) -> Part:
     """Return attention heads with their queries and keys."""
     layout, value = fold.layout, fold.producers[0][0]
     part = Part(block.name, "heads", fold, vectors=tuple(_per_head(block, value, layout.segments * layout.repeats)))
+    used = [matrix for group in groups for matrix in group]
+    before = used[: [matrix.name for matrix in used].index(part.name)]
     if layout.before:  # its matrix holds the keys, and may hold the queries; else these are made of something else
-        used = [matrix for group in groups for matrix in group]
-        names = [matrix.name for matrix in used]
-        others = [m for m in used[: names.index(part.name)] if m.expert is None and m.name != value.name]
+        others = [m for m in before if m.expert is None and m.name != value.name]
         fitting = [(m, m.shape[0] // layout.segments) for m in others if m.shape[0] % layout.segments == 0]
         return replace(part, beside=tuple(one for one in fitting if _is_theirs(block.module, part, one, run)))
     group = next(group for group in groups if any(matrix.name == value.name for matrix in group))
@@ -170,6 +174,10 @@ def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run:
     if fold.gate is not None:
         rows[fold.gate.shape[0]] = fold.gate.shape[0] // layout.segments
     beside = tuple((m, rows[m.shape[0]]) for m in group if m.name != value.name and m.shape[0] in rows)
+    if len(beside) < 2:  # queries of cross-attention are made of other states than keys and values
+        named = {matrix.name for matrix in group}
+        nearest = ((m, rows[m.shape[0]]) for m in reversed(before) if m.name not in named and m.shape[0] == queries)
+        beside += (*islice((one for one in nearest if _is_theirs(block.module, part, one, run)), 1),)
     return replace(part, beside=beside)
 
 
@@ -186,12 +194,72 @@ def _is_theirs(module: nn.Module, part: Part, other: tuple[Matrix, int], run: Ca
 
 
 def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield parameters with one value per query head (attention sinks) of the module with the value projection."""
+    """Yield parameters with one value per query head (attention sinks) of the module with the value projection.
+
+    Also tables with one column for each (relative positions).
+    """
     path = value.name.rpartition(".")[0]
     holder = block.module.get_submodule(path.removeprefix(f"{block.name}").removeprefix("."))
     for name, parameter in holder.named_parameters(recurse=False):
         if tuple(parameter.shape) == (heads,):
             yield f"{path}.{name}", parameter
+    for name, module in holder.named_modules():
+        if isinstance(module, nn.Embedding) and module.weight.shape[1] == heads:
+            yield f"{path}.{name}.weight", module.get_parameter("weight")
+
+
+@torch.no_grad()
+def _shared(part: Part, block: Block, handed: Handed, run: OnSample) -> str | None:
+    """Return the name of what is handed on with a slice for each of a part's heads, to it or by it; None without."""
+    made = [place for _, place in handed.leaves if place not in handed.takes]
+    ways = [*((place, _reads_by_head) for place in handed.takes), *((place, _makes_by_head) for place in made)]
+    found = (f"{block.part}:{place}" for place, is_so in ways if is_so(part, block.module, place, run))
+    return next(found, None)
+
+
+def _reads_by_head(part: Part, module: nn.Module, place: Place, run: OnSample) -> bool:
+    """Return whether each head reads its own slice of what is handed to the block.
+
+    Other values make a difference, but not where heads read them of which nothing is heard.
+    """
+    given: Any = run.streams()[-1].get(place)
+    dense, gone = run(), ~_every_other(part).repeat_interleave(part.repeats)
+    for axis in _axes_of_heads(given, part):
+        other = given.roll(1, axis)
+        if close(run([*run.streams()[:-1], {**run.streams()[-1], place: other}]), dense):
+            continue
+        shape = [-1 if dim == axis else 1 for dim in range(given.ndim)]
+        mixed = torch.where(gone.to(given.device).view(shape), other, given)
+        masks = part.masks([_every_other(part)] * len(part.fold.consumers))
+        consumers = {c.parameter: masks[c.parameter] for c in part.fold.consumers}
+        with put_back(module, part.block, consumers):
+            silence(module, part.block, consumers)
+            if close(run([*run.streams()[:-1], {**run.streams()[-1], place: mixed}]), run()):
+                return True
+    return False
+
+
+def _makes_by_head(part: Part, module: nn.Module, place: Place, run: OnSample) -> bool:
+    """Return whether silent heads change their own slices, and no others, of what the block leaves for later ones."""
+
+    def left() -> Tensor:
+        streams = run.streams()
+        run(streams)
+        found: Tensor = streams[-1][place]
+        return found
+
+    dense, keep = left(), _every_other(part).repeat_interleave(part.repeats)
+    masks = part.masks([_every_other(part)] * len(part.fold.consumers))
+    with put_back(module, part.block, masks):
+        silence(module, part.block, masks)
+        changed = left() != dense
+    by_head = [changed.transpose(0, axis).flatten(1).any(dim=1).cpu() for axis in _axes_of_heads(dense, part)]
+    return any(bool(own.any()) and not bool(own[keep].any()) for own in by_head)
+
+
+def _axes_of_heads(value: Any, part: Part) -> list[int]:
+    shape = value.shape if isinstance(value, Tensor) else ()
+    return [axis for axis, size in enumerate(shape) if size == part.count * part.repeats]
 
 
 @torch.no_grad()
@@ -272,4 +340,5 @@ def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None
 def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
     """Find the parts that every block could lose, proven on one sample. dropped: numbers of blocks that go."""
     for block, folds, run in folds_of_blocks(model, dropped):
-        yield block.name, [*parts_of(block, folds, model.structure.groups[block.index], run)]
+        groups, handed = model.structure.groups[block.index], model.structure.handed[block.index]
+        yield block.name, [*parts_of(block, folds, groups, handed, run)]

@@ -38,6 +38,8 @@ class Plan:
     """Number of kept experts, by the number present."""
     uneven: Mapping[str, int] = field(default_factory=dict)
     """Number of kept units where blocks differ, by the part's name; the other saved units are zeros."""
+    chosen: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Numbers of the kept units, by the part's name, where several parts have to keep the same."""
 
     def count(self, part: Part) -> int:
         """Return the number of kept units of a part."""

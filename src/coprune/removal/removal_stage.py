@@ -44,11 +44,13 @@ from coprune.removal.unit_scores import (
     curve,
     energy,
     joined,
+    largest,
     movement,
     remove_units,
     score_named,
     some_tokens,
     spreading_named,
+    unit_costs,
 )
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune
 from coprune.run.context import Outcome, Run
@@ -109,6 +111,7 @@ def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:
     plan = spread_units(run, even)
     if plan is not even:
         configure = rehearse(run, plan)
+    plan = choose_shared(run, plan)
     run.output.keep_settled({"plan": settled_in(plan)})
     return plan, configure
 
@@ -156,7 +159,8 @@ def _cut_units(
     jobs = [[part] for part in parts] if apart else [[*parts]]
 
     def cut(part: Part) -> tuple[list[Tensor], list[MatrixResult]]:
-        kept, results = remove_units(block.module, part, inputs, score, plan.count(part))
+        chosen = plan.chosen.get(part.name, ())
+        kept, results = remove_units(block.module, part, inputs, score, plan.count(part), chosen)
         return [own.cpu() for own in kept], results
 
     done = [
@@ -192,7 +196,14 @@ def settled_in(plan: Plan) -> dict[str, Any]:
     """Return a plan's choices as JSON."""
     sizes = {kind: [*map(list, keep.items())] for kind, keep in plan.keep.items()}
     experts = [*map(list, plan.experts.items())]
-    return {"dropped": [*plan.dropped], "keep": sizes, "experts": experts, "uneven": dict(plan.uneven)}
+    chosen = {name: [*own] for name, own in plan.chosen.items()}
+    return {
+        "dropped": [*plan.dropped],
+        "keep": sizes,
+        "experts": experts,
+        "uneven": dict(plan.uneven),
+        "chosen": chosen,
+    }
 
 
 def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
@@ -206,7 +217,39 @@ def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
     keep: dict[Kind, dict[int, int]] = {kind: dict(sizes) for kind, sizes in settled["keep"].items()}
     rest = found.without({run.model.names[index] for index in settled["dropped"]})
     parts = {name: [part for part in own if part.kind in keep] for name, own in rest.parts.items()} if keep else {}
-    return Plan(settled["dropped"], parts, keep, rest.mixtures, dict(settled["experts"]), settled["uneven"])
+    experts, chosen = dict(settled["experts"]), settled.get("chosen", {})
+    return Plan(settled["dropped"], parts, keep, rest.mixtures, experts, settled["uneven"], chosen)
+
+
+@torch.no_grad()
+def choose_shared(run: Run, plan: Plan) -> Plan:
+    """Choose the heads of parts that keep the same ones, by what they cost all of these parts in the dense model."""
+    parts = {name: shared for name, own in plan.parts.items() if (shared := [part for part in own if part.shared])}
+    if not parts:
+        return plan
+    score, model, processes = score_named(run.recipe.remove.score_of("units")), run.model, run.processes
+    costs, inputs = defaultdict[str | None, Tensor](lambda: torch.zeros(())), dict[str, Inputs]()
+    with run.reporter.bar("Choosing heads that blocks share", len(model.blocks)) as advance:
+        shown = only_consumers(model, replace(plan, parts=parts))
+        for event in Walk(shown, record_calibration(run), Gram, Dense(), processes=processes, advance=advance):
+            if not isinstance(event, BlockDone):
+                inputs |= event.known()
+                continue
+            for part in parts.get(event.block.name, ()):
+                for consumer in part.fold.consumers:
+                    units = part.grouped.to(consumer.stored().device)
+                    costs[part.shared] = costs[part.shared] + unit_costs(
+                        score, consumer, inputs.get(consumer.name), units
+                    )
+            inputs = {}
+    # The first process decides, since another machine may round differently.
+    known = processes.from_first(lambda: dict(costs))
+    kept = {
+        part.name: part.ungrouped(largest(known[part.shared], plan.count(part) // part.group)).nonzero().flatten()
+        for own in parts.values()
+        for part in own
+    }
+    return replace(plan, chosen={name: numbers.tolist() for name, numbers in kept.items()})
 
 
 def spread_units(run: Run, plan: Plan) -> Plan:
@@ -260,11 +303,15 @@ def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
 
 
 def alike_parts(levels: Sequence[Levels]) -> list[list[int]]:
-    """Return groups of parts among which steps can be exchanged: of one kind, with as many units of the same size."""
-    found: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    """Return groups of parts among which steps can be exchanged: of one kind, with as many units of the same size.
+
+    One that keeps the same units as others exchanges none.
+    """
+    found: dict[tuple[str, int, int, str], list[int]] = defaultdict(list)
     for at, own in enumerate(levels):
         consumers = own.part.fold.consumers
-        found[own.part.kind, own.part.count, len(consumers) * consumers[0].shape[0]].append(at)
+        alone = own.part.name if own.part.shared else ""
+        found[own.part.kind, own.part.count, len(consumers) * consumers[0].shape[0], alone].append(at)
     return list(found.values())
 
 

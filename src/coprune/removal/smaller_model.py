@@ -331,13 +331,15 @@ class Resized:
 
 _EXPERTS = re.compile(r"(?!.*shared)(?:\w+_)?n(?:um)?_(?:\w+_)?experts")
 """Names under which programs look for the number of experts that tokens are routed to."""
+_OF_TOKENS = ("token_id", "token_ids", "token_index", "tokens", "decoder_ids")
+"""Ends of names of tokens, which may be numbered as much, or be as many, by chance: no shape and no logit would tell."""
 Choices = list[list[dict[str, Any]]]
 """Candidate changes of configuration for each changed number."""
 
 
 def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices, Choices]:
     """Return the changes that may describe the removed blocks, those for all that is smaller, and those needed besides."""
-    places = [*places_in(config)]
+    places = [(p, v) for p, v in places_in(config) if not p.endswith(_OF_TOKENS)]
     blocks = [options for own in resized.lists for options in _choices_of_blocks(places, own)]
     sizes, unsaid = Choices(), Choices()
     for old, new in resized.sizes:
@@ -382,9 +384,7 @@ def with_all_counts(config: Mapping[str, Any], changes: Mapping[str, Any]) -> di
 
 def _choices_of_blocks(places: Sequence[tuple[str, Any]], shortened: Shortened) -> Choices:
     keep, before = shortened.kept, shortened.blocks
-    # Tokens that end a text may be as many as blocks, by chance; no shape and no logit tells that one is missing.
-    own = [(p, v) for p, v in places if isinstance(v, list) and not p.endswith(("token_id", "token_ids"))]
-    lists = {p: [v[i] for i in keep] for p, v in own if len(v) == before}
+    lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == before}
     counts = [p for p, v in places if type(v) is int and v == before]
     # Rarely needed, so the first option, without it, is tried with everything else.
     numbers = _some(_renumbered(places, before, len(keep)))[::-1]
@@ -431,7 +431,7 @@ def ratio_of(new: int, width: float) -> float:
 
 
 def _subsets(places: Sequence[str]) -> list[list[str]]:
-    """Return combinations of places: heads with the key-value heads beside them, one place, all, all but one.
+    """Return combinations of places: heads with the key-value heads beside them, one place, those of one name, all, all but one.
 
     Where keys and values are made of compressed ones no shape shows their number, though eager attention uses it.
     """
@@ -442,7 +442,11 @@ def _subsets(places: Sequence[str]) -> list[list[str]]:
     if len(places) < 2:
         return alone
     but_one = [[other for other in places if other != one] for one in places] if len(places) > 2 else []
-    every = [*pairs, *alone, [*places], *but_one]
+    # An encoder and its decoder have configurations of their own.
+    names = dict.fromkeys(place.rpartition(".")[2] for place in places)
+    named = [[place for place in places if place.rpartition(".")[2] == name] for name in names]
+    heads = [place for place in places if "head" in place.rpartition(".")[2]]
+    every = [*pairs, *alone, *(own for own in (*named, heads) if len(own) > 1), [*places], *but_one]
     return [own for index, own in enumerate(every) if own not in every[:index]]
 
 

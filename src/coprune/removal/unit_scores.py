@@ -10,6 +10,7 @@ import heapq
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -248,8 +249,34 @@ def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | Non
     return result
 
 
+def unit_costs(score: Score, consumer: Matrix, inputs: Inputs | None, units: Tensor) -> Tensor:
+    """Return the share of the consumer's outputs that is lost with each unit, where one goes after another: U float32.
+
+    Args:
+        score: chooses which goes next, and says whether what is left is solved for anew.
+        consumer: the matrix.
+        inputs: of it; without tokens it is the share of the squared norm.
+        units: the columns of every unit, U × K int64.
+    """
+    weight, (known, _) = consumer.read(), _known(inputs)
+    if known is None:
+        norms = weight.square().sum(dim=0)[units].sum(dim=1)
+        return norms.cpu() / float(norms.sum().clamp_min(1e-30))
+    levels, whole = curve(score, weight, known, units, range(len(units), 0, -1)), energy(weight, known)
+    nothing = torch.zeros(len(units), dtype=torch.bool, device=weight.device)
+    costs = torch.zeros(len(units), device=weight.device)
+    for (before, lost), (after, more) in pairwise([*levels, (nothing, whole)]):
+        costs[before & ~after] = (more - lost) / max(whole, 1e-30)
+    return costs.cpu()
+
+
 def remove_units(
-    module: torch.nn.Module, part: Part, inputs: Mapping[str, Inputs], score: Score, count: int
+    module: torch.nn.Module,
+    part: Part,
+    inputs: Mapping[str, Inputs],
+    score: Score,
+    count: int,
+    chosen: Sequence[int] = (),
 ) -> tuple[list[Tensor], list[MatrixResult]]:
     """Keep `count` units of a part, in place: the others are zeros afterwards.
 
@@ -259,6 +286,7 @@ def remove_units(
         inputs: Gram matrices of the consumers' inputs, by name; a consumer that is not named saw no token.
         score: chooses, and says whether the consumer is solved for anew.
         count: units to keep.
+        chosen: their numbers, if these are known.
 
     Returns:
         Which units are kept (U bool for each consumer), and figures of the consumers.
@@ -268,8 +296,12 @@ def remove_units(
         started, weight = time.perf_counter(), consumer.read()
         known, events = _known(inputs.get(consumer.name))
         units, number = part.grouped.to(weight.device), count // part.group
-        chosen = by_norm(weight, units, number) if known is None else score.keep(weight, known, units, number)
-        keep = part.ungrouped(chosen)
+        if chosen:
+            keep = torch.zeros(part.count, dtype=torch.bool, device=weight.device)
+            keep[[*chosen]] = True
+        else:
+            by_score = by_norm(weight, units, number) if known is None else score.keep(weight, known, units, number)
+            keep = part.ungrouped(by_score)
         columns = part.columns(keep)
         solved = refitted(weight, known, columns) if known is not None and score.refit else weight
         consumer.write(solved.masked_fill(~columns, 0.0))
