@@ -86,6 +86,7 @@ def row_of(asked: argparse.Namespace, found: coprune.Fitted, facts: dict[str, An
         "above required": f"{chosen['mean']:+.4f}",
         "at least": f"{chosen['low']:+.4f}",
         "best plain": "" if plain is None else plain["name"],
+        "plain tokens/s": "" if plain is None else f"{plain['speed']:.0f}",
         "plain MB": "" if plain is None else f"{plain['bytes'] / 1e6:.1f}",
         "dense MB": f"{rows[0]['bytes'] / 1e6:.1f}",
         "items": found.lines[0].rsplit(", ", 1)[-1].removesuffix(" items)"),

@@ -61,12 +61,15 @@ _HEARD: list[str] | None = None
 _SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
 
 
-def quantized_bytes(source: Path, kind: str, embedding: str | None = None) -> int:
+def quantized_bytes(
+    source: Path, kind: str, importance: Mapping[str, Tensor] | None = None, embedding: str | None = None
+) -> int:
     """Return how many bytes of weights `quantize` would write, by shapes and types alone.
 
     Args:
         source: a file of float16.
         kind: as for `quantize`.
+        importance: as there; some types take another mixture with one.
         embedding: as there.
 
     Raises:
@@ -75,7 +78,7 @@ def quantized_bytes(source: Path, kind: str, embedding: str | None = None) -> in
     global _HEARD
     _HEARD = []
     try:
-        quantize(source, source.with_suffix(".none"), kind, embedding=embedding, dry=True)
+        quantize(source, source.with_suffix(".none"), kind, importance, embedding, dry=True)
         said = _SIZE.search("".join(_HEARD))
     finally:
         _HEARD = None
