@@ -20,8 +20,8 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _OPENING = """# Models
 
-This page lists which model types work: every type that the Auto classes of transformers named below build, tried as a tiny random
-model pruned with Wanda to 50 % and to 2:4. `coprune inspect MODEL` shows the same for yours, with the names of all layers.
+This page lists which model types work. Every type that the Auto classes named below build was tried as a tiny random model,
+pruned with Wanda to 50 % and to 2:4. `coprune inspect MODEL` shows the same for yours, with the names of all layers.
 
 - **Works**: every mask is the one that forwards of the whole model give, every other tensor is unchanged to the bit, every linear
   layer of a block is pruned or named, and transformers loads what was saved with the same weights.
@@ -29,8 +29,7 @@ model pruned with Wanda to 50 % and to 2:4. `coprune inspect MODEL` shows the sa
 - **Wrong**: anything else.
 - **Not built**: there was no tiny model to try, or transformers does not run it on tokens (or pixels) alone.
 
-A type stands where it is first met, and further below only where its result differs. `make families` tries the types and
-writes this page.
+A type is named in the first part that it belongs to, and again only where its result differs. `make families` writes this page.
 """
 _LEFT_ALONE = {
     "a router": "routers",
@@ -43,6 +42,19 @@ _LEFT_ALONE = {
     "three dimensions, and none of its matrices is multiplied": "parameters of three dimensions in no product",
 }
 """How the page says why layers are left alone, where a verdict speaks of one layer."""
+_NOT_BUILT = "transformers builds no tiny model of it"
+_REFUSED = {
+    "transformers cannot run it on this alone": "transformers cannot run it on this alone",
+    "cannot run such inputs alone": "transformers cannot run it on this alone",
+    "nothing here makes features of sound": "nothing here makes features of sound for it",
+    "without its kernel for CUDA": "its attention needs a kernel for CUDA",
+    "checkpoints of it classify": "checkpoints of it classify images",
+    "library but it was not found": "a library that it needs was not installed",
+    "cannot be loaded by transformers": "transformers cannot load what is saved",
+    "is an encoder with a decoder, and writes no text": "an encoder with a decoder that writes no text",
+    "is no module that a forward calls": "a block is no module that a forward calls",
+}
+"""How the page says why a type is refused or not built, where a verdict holds a message with names."""
 _TITLES: dict[Kind, str] = {
     "text": "Decoders",
     "images": "Image classifiers",
@@ -139,6 +151,9 @@ def _said(verdict: Verdict) -> str:
     if verdict.result == "works":
         why = {entry.partition(" (")[2].rpartition(";")[0] for entry in verdict.left_alone}
         return ", ".join(sorted(_LEFT_ALONE.get(reason, reason) for reason in why))
+    told = next((text for part, text in _REFUSED.items() if part in verdict.reason), None)
+    if told is not None or verdict.result == "not built":
+        return told or _NOT_BUILT
     clause = re.split(r"[;:.,] ", verdict.reason)[0].removesuffix(".")
     clause = re.sub(r" beside '[^']*'| \(no [\w.]+\)", "", clause)
     clause = re.sub(r"\b\w+(\.\w+)+", "a layer", re.sub(r"only \d+ %", "less than half", clause))
