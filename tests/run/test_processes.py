@@ -60,6 +60,10 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     # Two of four layers take the keys and values of others.
     "shared keys": ("gemma4_text", "wanda", "sequential", {}),
     "channels of halves": ("T5", "wanda", "block", {"dataset": "{pairs}", "remove": "channels=0.5", "eval_data": None}),
+    "heads and blocks of halves": (
+        *("T5", "wanda", "block"),
+        {"dataset": "{pairs}", "remove": "heads=0.5,blocks=0.34", "eval_data": None},
+    ),
     "every matrix": ("llama", "sparsegpt", "block", {}),
     "in memory": ("llama", "wanda", "sequential", {"pattern": "2:4", "stream": False}),
     # Of samples in which no two scores tie: behind a tie the router may send a token to another expert.
