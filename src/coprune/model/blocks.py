@@ -57,12 +57,10 @@ def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the blocks of the largest list within a module, with their paths in it."""
-    towers = _towers(model)
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if _is_list(module) and not any(name.startswith(f"{tower}.") for tower in towers)
-    }
+    towers, every = _towers(model), {name: module for name, module in model.named_modules() if _is_list(module)}
+    beside = {name for name in every if any(name.startswith(f"{tower}.") for tower in towers)}
+    # A model that only sees has no others.
+    lists = {name: module for name, module in every.items() if name not in beside} or every
     if not lists:
         raise UnsupportedModel("the model holds no list of blocks (no torch.nn.ModuleList): nothing to walk")
     # Of equally large lists the outer one: a list of experts inside the only block is not the list of blocks.
