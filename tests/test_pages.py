@@ -32,7 +32,6 @@ EXCEPTIONS = {
     "found = coprune.fit": "the same",
     "coprune compare out/table": "where the file names save_model, which the page's does not",
     "lm_eval run": "another program's command, with the same tasks as the line before it",
-    "python -c import coprune; from lm_eval": "another program's, on tasks of the Hub; test_loading.py loads the same",
 }
 
 

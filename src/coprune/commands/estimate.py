@@ -44,7 +44,7 @@ def estimate(
     presets: Annotated[
         bool | None,
         typer.Option(
-            "--presets/--no-presets", help="Also tell it of every preset. [where no preset, method or recipe is named]"
+            "--presets/--no-presets", help="Also estimate every preset. [where no preset, method or recipe is named]"
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,

@@ -43,7 +43,7 @@ def fit(
         typer.Option(
             "--for",
             metavar="size|speed|memory",
-            help="What to make little: bytes of the file, bytes in memory, or time of a token.",
+            help="What to minimise: bytes of the file, bytes in memory, or time of a token.",
         ),
     ] = "size",
     runtime: Annotated[
@@ -88,9 +88,9 @@ def fit(
 
     Plain quants with an importance matrix, smaller embeddings, fewer tokens, channels, blocks or experts with a distillation.
 
-    Exit code 0: kept, proven on the unseen half; 1: not. The same command again goes on where it stopped.
+    Exit code 0: kept, proven on the unseen half; 1: not. The same command resumes.
 
-    Example: coprune fit smollm2-135m --task examples/fit/choice.jsonl --require 'accuracy>=dense-0.2' -o small
+    Example: coprune fit smollm2-135m --task examples/fit/choice.jsonl --require 'accuracy>=dense-0.25' -o small
     """
     from coprune.base.errors import BadInput
     from coprune.fitting.fit import fit, remake

@@ -35,7 +35,7 @@ def generate(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and lines.")] = False,
 ) -> None:
-    """Generate texts or answers to prompts with a model, into a file for --dataset, of a run with it or with --calibrate-on.
+    """Let a model write texts, or answers to prompts, into a file to be calibrated on (--dataset, --calibrate-on generated).
 
     Example: coprune generate smollm2-135m own.jsonl --samples 64 --seqlen 256
     """

@@ -133,7 +133,8 @@ def _option(
     told, details = setting.description or str(field.description), HEADS.get(name, {}) if not flags else {}
     if details:
         most = [detail.removeprefix(leaf.part.prefix) for detail in dict.fromkeys(details.values())][:_FEW]
-        more = " … (coprune finetune --help)" if len(details) > _FEW else ""
+        command = "finetune" if leaf.path[0] == "train" else "eval"
+        more = f" … (coprune {command} --help)" if len(details) > _FEW else ""
         told = f"{told} Options behind a colon: {', '.join(most)}{more}."
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     # 0 equals False, but is a default to show.

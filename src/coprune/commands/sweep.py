@@ -60,9 +60,7 @@ def sweep(
         int | None, typer.Option(help="Runs at a time. [as many as cores and, by the estimates, memory allow]", min=1)
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Cores of a run. [all of them shared out]", min=1)] = None,
-    retries: Annotated[
-        int, typer.Option(help="Try a run so often again that crashed or whose process was killed.", min=0)
-    ] = 2,
+    retries: Annotated[int, typer.Option(help="Retries of a run that crashed or was killed.", min=0)] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live table.")] = False,
     **settings: Any,
 ) -> None:

@@ -237,16 +237,16 @@ class PrunePart(Part):
         bool,
         _RESULT,
         Field(
-            description="For N:M: reorder channels first so that less is pruned, which leaves the model's outputs as "
-            "they are. Loads the whole model into memory."
+            description="For N:M: reorder channels first so that less is pruned; the model's outputs stay. Loads the whole "
+            "model into memory."
         ),
     ] = False
     rotate: Annotated[
         bool,
         _RESULT,
         Field(
-            description="Turn the values of attention heads first so that the pattern takes less, which leaves the model's "
-            "outputs as they are. Loads the whole model into memory."
+            description="Rotate the values of attention heads first so that the pattern removes less; the model's outputs "
+            "stay. Loads the whole model into memory."
         ),
     ] = False
     include: Annotated[
