@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
@@ -231,6 +231,11 @@ def builds(auto_class: Any, config: Any) -> bool:
 def auto_choice(auto_class: Any, config: Any) -> type[PreTrainedModel] | None:
     """Return an Auto class's class for a configuration, or None."""
     return _get_model_class(config, auto_class._model_mapping) if builds(auto_class, config) else None
+
+
+def config_of(kind: type[PreTrainedConfig], content: dict[str, Any]) -> PreTrainedConfig:
+    """Return the configuration that the content of a `config.json` says, in which infinities are objects."""
+    return kind.from_dict(kind._decode_special_floats(content))
 
 
 def own_class(config: Any) -> type[PreTrainedModel] | None:

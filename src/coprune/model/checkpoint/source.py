@@ -25,6 +25,7 @@ from coprune.model.checkpoint.locate import ModelFolder, is_packed
 from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_json, read_tensor, stored_entries
 from coprune.model.checkpoint.source_encoding import DecodedEntry, SourceEncoding, source_encoding
+from coprune.model.transformers_private import config_of
 from coprune.recipe.pattern import Grid
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -134,7 +135,7 @@ class Source:
             kind, own = type(read_config(self.location.path)), type(self._model.config)
 
         def read(content: dict[str, Any]) -> Mapping[str, Any]:
-            config = kind.from_dict(content)
+            config = config_of(kind, content)
             inside = (part for part in vars(config).values() if type(part) is own)
             found: dict[str, Any] = (config if type(config) is own else next(inside)).to_dict()
             return found
