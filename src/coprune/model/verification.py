@@ -58,10 +58,12 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
     with ties.noted({block.name: block.module for block in model.blocks}):
         before = _sample_logits(model)
     left, structure = [b.index for b in model.blocks if edits.place(b.name) is not None], model.structure
+    there = [block for block in found.blocks if block.name in places]
+    blocks = [replace(block, index=index) for index, block in enumerate(there)]
     answers, handed = [structure.answers[index] for index in left], [structure.handed[index] for index in left]
-    with ties.followed({places[block.name]: block.module for block in found.blocks}):
+    with ties.followed({places[block.name]: block.module for block in blocks}):
         after = _sample_logits(
-            ProvenModel(saved, found.blocks, found.chosen, replace(structure, answers=answers, handed=handed))
+            ProvenModel(saved, blocks, found.chosen, replace(structure, answers=answers, handed=handed))
         )
     worst, largest = float((before - after).abs().max()), float(before.abs().max())
     # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ; more of them where

@@ -128,7 +128,7 @@ def expert_scores(run: Run, mixtures: Mapping[str, Mixture]) -> Scored:
         named["calibration"] = run.samples
     counts = "" if run.recipe.calibrate.calibrate_on == "all" else " generated"
     data = {name: f"{one.fingerprint}{counts}" for name, one in named.items()}
-    processes, model = run.processes, run.loaded.fingerprint(run.model.blocks)
+    processes, model = run.processes, run.loaded.fingerprint(run.model.every_block)
     known = processes.from_first(lambda: known_scores(run, model, data, mixtures))
     if known is not None:
         run.reporter.say("The experts' scores are known, so no text runs through the model.")

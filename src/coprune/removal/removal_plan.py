@@ -68,7 +68,7 @@ def find_removable(run: Run) -> Removable:
         _say_without(run, kind, parts)
     found = Removable(parts, find_experts(run) if "experts" in asked.shares else {})
     if found.mixtures and asked.kept_scores is not None and "blocks" not in asked.shares:
-        whose = run.loaded.fingerprint(model.blocks)
+        whose = run.loaded.fingerprint(model.every_block)
         run.processes.from_first(lambda: known_scores(run, whose, {}, found.mixtures))
     if "blocks" in asked.shares:
         _require_blocks(run, _counts_of_blocks(run, asked.share("blocks")))

@@ -93,6 +93,7 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
             advance,
         )
         with output.settled(), memory_within(lambda: walk.at):
+            output.write_passed()
             results = _remove(run, walk, plan, experts)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started

@@ -26,10 +26,10 @@ from coprune.model.blocks import Block
 from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.formats import Rounding
-from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
+from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.run_events import AnyEvent
@@ -74,15 +74,14 @@ class Output:
 
     Args:
         processes: of the run; all of them have an Output.
-        weights: of the model.
-        names: of its blocks, in order.
+        model: whose blocks are finished in order; first those that a forward passes by, as they are.
         to: where they are written; None if nothing is written, and in every process but the first.
 
     Raises:
         BadInput: the folder is in use, or has another run's journal.
     """
 
-    def __init__(self, processes: Processes, weights: Weights, names: Sequence[str], to: Destination | None) -> None:
+    def __init__(self, processes: Processes, model: FoundModel, to: Destination | None) -> None:
         self.outcomes: dict[str, BlockOutcome] = {}
         """Outcome of every finished block, of this run or an earlier one."""
         self.rounding = Rounding()
@@ -91,7 +90,8 @@ class Output:
         """Differences of earlier runs whose blocks this one takes over."""
         self.keep = to is not None and to.keep
         self.encoding = DENSE if to is None else to.encoding
-        self._processes, self._weights, self._names = processes, weights, list(names)
+        self._processes, self._weights, self._passed = processes, model.weights, model.passed
+        self._names = [block.name for block in model.every_block]
         self._writer = None if to is None else self._claimed(to)
 
     def _claimed(self, to: Destination) -> CheckpointWriter:
@@ -132,7 +132,8 @@ class Output:
         """
         found = self._processes.from_first(lambda: dict(self._recalled()))
         self.outcomes |= found
-        return found
+        unchanged = {block.name for block in self._passed}
+        return {name: outcome for name, outcome in found.items() if name not in unchanged}
 
     def _recalled(self) -> Iterator[tuple[str, BlockOutcome]]:
         for name in self._names if self._writer is not None else ():
@@ -227,6 +228,14 @@ class Output:
                 stored, own = self.encoding.store(name, tensor, kept)
                 found, rounding = found | stored, rounding + own
         return found, rounding
+
+    def write_passed(self) -> None:
+        """Write the blocks that a forward passes by, unless an earlier run did."""
+        for block in self._passed:
+            if block.name not in self.outcomes:
+                self._weights.acquire(block.name)
+                self.write_block(block, BlockOutcome([], []))
+                self._weights.release(block.name)
 
     @contextmanager
     def settled(self) -> Iterator[None]:

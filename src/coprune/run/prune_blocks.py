@@ -69,6 +69,7 @@ def prune_blocks(run: Run) -> Outcome:
             advance,
         )
         with output.settled(), memory_within(lambda: walk.at):
+            output.write_passed()
             results = _prune(run, walk, target_of, rounded)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     trainings = output.trainings

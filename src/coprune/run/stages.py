@@ -168,7 +168,7 @@ def claim(run: Run) -> None:
     if run.first and whole.replaces:
         replace_earlier(whole.recipe)
     whole.replaces = False
-    run.output = Output(run.processes, run.model.weights, run.model.names, _destination(run) if run.first else None)
+    run.output = Output(run.processes, run.model, _destination(run) if run.first else None)
     if run.writes:
         recipes = {one.run_folder: one for one in (run.recipe, whole.recipe)}  # the whole's where both go to one
         for folder, recipe in recipes.items():
@@ -254,7 +254,7 @@ def _destination(run: Run) -> Destination | None:
         return None
     # The beginning of windows is decided by now.
     used = "auto" if run.bos is None or run.bos.used == "as given" else run.bos.used
-    weights = run.loaded.fingerprint(model.blocks)
+    weights = run.loaded.fingerprint(model.every_block)
     identity = run_identity(recipe.replaced(bos=used), weights, run.fingerprint, model.weights.streams)
     if run.encoding.name == "source":  # unfinished files are of one encoding
         identity = replace(identity, settings=identity.settings | {"encoding": run.encoding.name})

@@ -228,7 +228,7 @@ def _computed(run: Run) -> dict[str, Any]:
     loaded, recipe = run.loaded, run.recipe
     return {
         "model": recipe.model.name,
-        "weights": loaded.fingerprint(run.model.blocks),
+        "weights": loaded.fingerprint(run.model.every_block),
         "dtype": str(loaded.model.dtype),
         "device": str(loaded.device),
         "streamed": streams(recipe),

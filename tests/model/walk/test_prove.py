@@ -46,7 +46,17 @@ class Backwards(ToyModel):
 
 class SkipsOne(ToyModel):
     def run_blocks(self, hidden: Tensor) -> Tensor:
+        return self.layers[2](self.layers[0](hidden))
+
+
+class SkipsTheLast(ToyModel):
+    def run_blocks(self, hidden: Tensor) -> Tensor:
         return self.layers[1](self.layers[0](hidden))
+
+
+class TurnsBack(ToyModel):
+    def run_blocks(self, hidden: Tensor) -> Tensor:
+        return self.layers[1](self.layers[2](self.layers[0](hidden)))
 
 
 class DependsOnEarlierBlocks(ToyModel):
@@ -145,7 +155,7 @@ REFUSED = {
     ChangesBetween: "changes the hidden states between the blocks, before layers.2",
     RunsTwice: "layers.0 runs out of order or twice",
     Backwards: "layers.2 runs out of order",
-    SkipsOne: "visits 2 of the model's 3 blocks",
+    TurnsBack: "layers.2 runs out of order or twice",
     DependsOnEarlierBlocks: "layers.1 is given something that depends on",
     AsksWhetherThereIsAny: "layers.2 is given something that depends on",
     Random: "layers.1 replayed",
@@ -159,6 +169,20 @@ def test_refused(kind: type[ToyModel]) -> None:
     with pytest.raises(UnsupportedModel, match=REFUSED[kind]):
         prove(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(block) for block in model.layers)
+
+
+@pytest.mark.parametrize(("kind", "passed"), [(SkipsOne, 1), (SkipsTheLast, 2)])
+def test_blocks_that_a_forward_passes_by_are_left_alone(kind: type[ToyModel], passed: int) -> None:
+    model: Any = kind()
+    matrices = choose_matrices(model, find_blocks(model))
+    found = prove_replay(FoundModel(InMemory(model), find_blocks(model), matrices), TOKENS)
+    assert [block.name for block in found.passed] == [f"layers.{passed}"]
+    assert [(block.index, block.name) for block in found.blocks] == [
+        (index, name) for index, name in enumerate(f"layers.{number}" for number in range(3) if number != passed)
+    ]
+    assert {matrix.name.split(".")[1] for matrix in found.chosen.all()} == {"0", "1", "2"} - {str(passed)}
+    assert [(one.why, one.layers) for one in found.chosen.left_out] == [("not used in a forward", 1)] * 2
     assert not any("forward" in vars(block) for block in model.layers)
 
 

@@ -24,6 +24,8 @@ class FoundModel:
     blocks: Sequence[Block]
     chosen: Chosen
     """The matrices to look at or to prune."""
+    passed: Sequence[Block] = field(default=(), kw_only=True)
+    """Other blocks of the list, which a forward passes by (those for images, where it is given text); they stay as they are."""
 
     @classmethod
     def without_matrices(cls, weights: Weights) -> FoundModel:
@@ -35,6 +37,11 @@ class FoundModel:
     def module(self) -> PreTrainedModel:
         """The model itself."""
         return self.weights.model
+
+    @property
+    def every_block(self) -> list[Block]:
+        """Those that a forward passes by, and then the blocks."""
+        return [*self.passed, *self.blocks]
 
     @property
     def names(self) -> list[str]:

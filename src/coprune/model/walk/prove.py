@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, MutableMappi
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from coprune.base.errors import CopruneError, NumericalError, UnsupportedModel
 from coprune.model.blocks import Block
-from coprune.model.matrices import Matrix
-from coprune.model.matrix_choice import Evidence, confirm
+from coprune.model.leftovers import left_out
+from coprune.model.matrices import Matrix, find_matrices
+from coprune.model.matrix_choice import UNUSED, Evidence, confirm
 from coprune.model.walk.block_calls import (
     Answer,
     BlockCall,
@@ -71,15 +73,17 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         BadInput: no matrix is left to prune.
         NumericalError: names a block whose activations are not finite.
     """
-    model, blocks, watched = found.module, found.blocks, _Watched(found, Structure(sample))
-    forwards = {block.index: block.module.forward for block in blocks}
-
-    def watch(block: Block) -> Callable[..., Any]:
-        return partial(watched.run, block, forwards[block.index])
-
-    with replaced_forwards(blocks, watch), _failures_named(model):
-        logits = forward_logits(model, sample, COMPARED_LOGITS)
-    structure, last = watched.structure, watched.replayed
+    watched = _Watched(found, Structure(sample))
+    try:
+        logits = _watch(watched, found, sample)
+    except _PassedBy as passed:
+        found = _without_passed(found, sample, passed.answer)
+        watched = _Watched(found, Structure(sample))
+        try:
+            logits = _watch(watched, found, sample)
+        except _PassedBy:
+            raise UnsupportedModel("a forward calls now these blocks and now others") from None
+    model, blocks, structure, last = found.module, found.blocks, watched.structure, watched.replayed
     if last is None:
         raise UnsupportedModel(
             f"{blocks[0].name} is no module that a forward calls, so it is no block that can be replayed"
@@ -95,7 +99,68 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         structure.groups.append(_groups(seen, matrices))
         names = {matrix.name for matrix in matrices}
         structure.reused += [matrix.name for matrix in seen.reused if matrix.name in names]
-    return ProvenModel(found.weights, found.blocks, chosen, structure)
+    unused = [(matrix.name, UNUSED) for block in found.passed for matrix in find_matrices(block.module, block.name)]
+    chosen = replace(chosen, left_out=[*chosen.left_out, *left_out(unused)])
+    return ProvenModel(found.weights, found.blocks, chosen, structure, passed=found.passed)
+
+
+class _PassedBy(Exception):
+    """A forward passed by a block. answer: what one before it answers like."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        self.answer = answer
+
+
+def _watch(watched: _Watched, found: FoundModel, sample: Tensor) -> Tensor:
+    """Run one real forward and return its logits. Raises _PassedBy where it does not call every block."""
+    forwards = {block.index: block.module.forward for block in found.blocks}
+
+    def watch(block: Block) -> Callable[..., Any]:
+        return partial(watched.run, block, forwards[block.index])
+
+    with (
+        replaced_forwards(found.blocks, watch),
+        replaced_forwards(found.passed, lambda block: partial(_refuse_order, block)),
+        _failures_named(found.module),
+    ):
+        logits = forward_logits(found.module, sample, COMPARED_LOGITS)
+    if 0 < len(watched.calls) < len(found.blocks):
+        raise _PassedBy(watched.structure.answers[-1])
+    return logits
+
+
+def _without_passed(found: FoundModel, sample: Tensor, answer: Answer) -> FoundModel:
+    """Return the model without the blocks that a forward passes by. answer: what an idle block returns one like."""
+    called: list[int] = []
+
+    def note(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called.append(block.index)
+            return answer.idle(split_call(args, kwargs)[0])
+
+        return forward
+
+    with replaced_forwards(found.blocks, note), _failures_named(found.module):
+        forward_logits(found.module, sample, COMPARED_LOGITS)
+    first = next((index for index, after in pairwise(called) if index >= after), None)
+    if first is not None:
+        _refuse_order(found.blocks[first])
+    kept, chosen = [block for block in found.blocks if block.index in called], found.chosen
+    return replace(
+        found,
+        blocks=[replace(block, index=index) for index, block in enumerate(kept)],
+        chosen=replace(
+            chosen,
+            blocks=[chosen.blocks[block.index] for block in kept],
+            candidates=[chosen.candidates[block.index] for block in kept],
+        ),
+        passed=[block for block in found.blocks if block.index not in called],
+    )
+
+
+def _refuse_order(block: Block, *_: Any, **__: Any) -> Any:
+    raise UnsupportedModel(f"{block.name} runs out of order or twice, and coprune walks blocks once, in order")
 
 
 @contextmanager
@@ -132,8 +197,10 @@ class _Watched:
 
     def run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the block's own output. Raises UnsupportedModel, NumericalError if the replay gives another."""
+        if block.index > len(self.calls) > 0:
+            raise _PassedBy(self.structure.answers[-1])
         if block.index != len(self.calls):
-            raise UnsupportedModel(f"{block.name} runs out of order or twice, and coprune walks blocks once, in order")
+            _refuse_order(block)
         hidden, call = split_call(args, kwargs)
         if self.replayed is not None and block.part != self._found.blocks[block.index - 1].part:
             self.begun.append((self.replayed, hidden))
