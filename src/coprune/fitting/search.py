@@ -290,7 +290,7 @@ class Search:
         except CopruneError:  # the reason is kept when it is measured
             return False
 
-    def _halve(self, pool: Sequence[Candidate], winners: list[Candidate], first: int = 0) -> None:
+    def _halve(self, pool: Sequence[Candidate], winners: list[Candidate], first: int | None = None) -> None:
         """Look for the cheapest of a pool that keeps everything, by halves: among the smaller ones after one that does.
 
         So the last of the winners is at any time the best so far. Raises OutOfTime.
@@ -298,9 +298,10 @@ class Search:
         Args:
             pool: the largest first; what is smaller keeps no more.
             winners: gets what keeps everything and is cheaper than its last one.
-            first: place of the one to begin with.
+            first: place of the one to begin with; by default the middle.
         """
-        low, high, place, left = 0, len(pool), first, list(pool)
+        low, high, left = 0, len(pool), list(pool)
+        place = (high - 1) // 2 if first is None else first
         while low < high:
             candidate = left[place]
             self.untried = [candidate, *(one for one in left[low:high] if one != candidate)]
@@ -333,13 +334,17 @@ class Search:
         """Collect what keeps everything, each cheaper than the one before. Raises OutOfTime."""
         plain = self._plain()
         usual = Candidate(DENSE, _FIRST)
-        self._halve(plain, winners, plain.index(usual) if usual in plain else len(plain) // 2)
+        self._halve(plain, winners, plain.index(usual) if usual in plain else None)
         if not winners:  # what is smaller keeps no more than the largest quant
             return
+        bits, tokens, smaller = self._embeddings, self._vocabularies, partial(self._smaller, last=winners[-1].type)
+        sizes = [self.workshop.bytes_of(one) for one in (plain[-1], *bits(winners[0])[-1:])]
+        pools = (
+            (tokens, bits) if sizes[-1] < sizes[0] else (bits, tokens)
+        )  # where the tables are larger than the blocks
         # A cut may save more bytes than smaller types do, for less: so from both ends.
-        smaller = partial(self._smaller, last=winners[-1].type)
         for base in dict.fromkeys((winners[-1], winners[0])):
-            for pool in (self._embeddings, self._vocabularies, smaller):
+            for pool in (*pools, smaller):
                 before = winners[-1]
                 self._halve(pool(base), winners)
                 base = base if winners[-1] == before else winners[-1]
@@ -392,17 +397,17 @@ class Search:
         return found
 
     def _proven(self, winners: Sequence[Candidate]) -> Finding:
-        """Test some winners on the unseen half, from the safest to the cheapest, up to the first that fails.
+        """Test winners on the unseen half, from the safest to the cheapest, up to the first that fails.
 
         In this order each is tested at the full level, and still at most one in twenty searches ends with a model that misses a
-        requirement (testing in a fixed sequence). The largest quant goes first where there is time for it.
+        requirement (testing in a fixed sequence). The largest quant goes first, and none is left out, where there is time.
         """
         safest = self._plain()[0]
         unseen = {task.name: [*task.unseen] for task in self.tasks}
-        chain = _chain(winners)
-        late = self._elapsed + self._expected(safest) + self._proof(len(chain)) > self.wish.budget
-        if not (chain and late and self._is_new(safest, unseen)):
-            chain = [*dict.fromkeys([safest, *chain])]
+        chain = [*dict.fromkeys([safest, *winners])]
+        late = self._elapsed + self._proof(len(chain)) > self.wish.budget
+        if winners and late and any(self._is_new(one, unseen) for one in chain):
+            chain = _chain(winners)
         judged: dict[Candidate, list[Held]] = {}
         kept: Candidate | None = None
         for candidate in chain:
@@ -433,8 +438,8 @@ def _best_plain(winners: Sequence[Candidate]) -> Candidate | None:
 
 
 def _chain(winners: Sequence[Candidate]) -> list[Candidate]:
-    """Return the winners that are to be proven: the first, the best plain quant, and the best, since each takes its time."""
-    return [*dict.fromkeys(one for one in (*winners[:1], _best_plain(winners), *winners[-1:]) if one is not None)]
+    """Return the winners to be proven where time is short: the first, the best plain quant, and the two best."""
+    return [*dict.fromkeys(one for one in (*winners[:1], _best_plain(winners), *winners[-2:]) if one is not None)]
 
 
 def _halves(low: int, place: int, high: int, count: int) -> list[int]:
