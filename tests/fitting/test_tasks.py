@@ -10,8 +10,7 @@ import pytest
 
 from coprune.base.errors import BadInput
 from coprune.fitting.score import is_right
-from coprune.fitting.tasks import Item, read_task
-from coprune.fitting.workshop import shared_out
+from coprune.fitting.tasks import Item, read_task, shared_out
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "fit"
 

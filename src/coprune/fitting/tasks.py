@@ -236,3 +236,19 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
         messages = tuple((str(one["role"]), str(one["content"])) for one in said)
         return messages[:-1] if messages[-1][0] == "assistant" and len(messages) > 1 else messages
     raise _wrong(place, "has no prompt", f"write rows like {_EXAMPLES}")
+
+
+def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[str]:
+    """Return texts of every task in proportion to the shares, all of one task; with equal shares all texts."""
+    if len(set(shares)) == 1:
+        return [text for own in texts for text in own]
+    unit = min(sum(map(len, own)) / share for own, share in zip(texts, shares, strict=True))
+    found = list[str]()
+    for own, share in zip(texts, shares, strict=True):
+        length = 0
+        for text in own:
+            if length + len(text) > unit * share + 0.5:
+                break
+            found.append(text)
+            length += len(text)
+    return found

@@ -24,7 +24,7 @@ from coprune.data.tokenizing import encode
 from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, score_item
-from coprune.fitting.tasks import Item, Task
+from coprune.fitting.tasks import Item, Task, shared_out
 from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import quantize, quantized_bytes
@@ -40,6 +40,8 @@ Runtime = Literal["llama.cpp", "transformers"]
 _OWN_TEXTS, _OWN_TOKENS = 16, 256
 _SAMPLES, _SEQLEN = 16, 256
 """Of what statistics are measured on."""
+_JUDGING = "judging"
+"""Field of a text whose item tells first what a candidate keeps."""
 _HEAD_TOKENS = 512
 """That the head's inputs are measured on."""
 _CHARACTERS = 1200
@@ -305,7 +307,7 @@ class Workshop:
         kind, _, amount = cut.removed[-1].partition("=")
         more: dict[str, Any] = {"sparsity": float(amount)} if kind == "sparsity" else {"remove": cut.removed[-1]}
         if kind == "vocabulary":
-            texts = [str(self.text), *sources_of("\n".join(self._texts()))]
+            texts = [str(self._counted()), *sources_of("\n".join(self._texts()))]
             more |= {"vocabulary_text": texts, "vocabulary_force": True}
         if cut.tokens:
             more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
@@ -354,7 +356,16 @@ class Workshop:
         return self.folder / "text" / "text.jsonl"
 
     def _texts(self) -> list[str]:
-        return [json.loads(line)["text"] for line in self.text.read_text(encoding="utf-8").splitlines()]
+        return [row["text"] for row in self._rows()]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text.read_text(encoding="utf-8").splitlines()]
+
+    def _counted(self) -> Path:
+        """Return the text whose tokens a cut keeps: not that of the items that judge first, which would lose nothing by it."""
+        file = self.text.with_name("counted.jsonl")
+        write_text(file, "".join(f"{json.dumps(row)}\n" for row in self._rows() if not row[_JUDGING]))
+        return file
 
     @property
     def _dense_answers(self) -> Path:
@@ -384,8 +395,10 @@ class Workshop:
             [self._text_of(task.items[place], answers.ids.get(place, [])) for place in task.seen]
             for task in self.asked.tasks
         ]
-        own = shared_out(texts, [task.share for task in self.asked.tasks])
-        rows = [{"text": text} for text in [*_joined(own), *self._more_text()]]
+        own = _joined(shared_out(texts, [task.share for task in self.asked.tasks]))
+        judging = {text for some in texts for text in some[: len(some) // 2]}
+        rows = [{"text": "\n".join(one), _JUDGING: not judging.isdisjoint(one)} for one in own]
+        rows += [{"text": text, _JUDGING: False} for text in self._more_text()]
         write_text(self.text, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _text_of(self, item: Item, answer: Sequence[int]) -> str:
@@ -414,23 +427,7 @@ class Workshop:
         return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
 
 
-def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[str]:
-    """Return texts of every task in proportion to the shares, all of one task; with equal shares all texts."""
-    if len(set(shares)) == 1:
-        return [text for own in texts for text in own]
-    unit = min(sum(map(len, own)) / share for own, share in zip(texts, shares, strict=True))
-    found = list[str]()
-    for own, share in zip(texts, shares, strict=True):
-        length = 0
-        for text in own:
-            if length + len(text) > unit * share + 0.5:
-                break
-            found.append(text)
-            length += len(text)
-    return found
-
-
-def _joined(texts: Sequence[str]) -> list[str]:
+def _joined(texts: Sequence[str]) -> list[list[str]]:
     """Join short texts into documents of some length."""
     found, length = list[list[str]](), 0
     for text in texts:
@@ -438,7 +435,7 @@ def _joined(texts: Sequence[str]) -> list[str]:
             found, length = [*found, []], 0
         found[-1].append(text)
         length += len(text)
-    return ["\n".join(one) for one in found]
+    return found
 
 
 def files_in(made: Path) -> list[Path]:
