@@ -180,11 +180,16 @@ class Search:
     def _expected(self, candidate: Candidate) -> float:
         """Seconds of making and measuring a candidate: of the usual one so far, or of half of the items in the dense model.
 
-        What has to be cut first is opened twice, written and exported: each as long as the dense model's export.
+        What has to be cut first takes as long as the cuts so far; the first is opened twice, written and exported, each as long
+        as the dense model's export.
         """
         dense = self.workshop.known(EXACT_DENSE).seconds / 2
         usual = max(dense, fmean([self.workshop.took(one) for one in self.tried] or [dense]))
-        cut = 0.0 if self.workshop.is_made(candidate.cut) else 4 * self.workshop.took_to_write(DENSE)
+        cut = (
+            0.0
+            if self.workshop.is_made(candidate.cut)
+            else self.workshop.took_to_cut() or 4 * self.workshop.took_to_write(DENSE)
+        )
         trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
         return usual + cut + trained
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -119,6 +120,13 @@ class Workshop:
     def took_to_write(self, cut: Cut) -> float:
         """Return the seconds of writing a cut as a file."""
         return _noted(self._file(Candidate(cut, EXACT)))
+
+    def took_to_cut(self) -> float:
+        """Return the seconds of making a cut and writing it, on average; 0 without any."""
+        took = [
+            json.loads(note.read_text(encoding="utf-8"))["seconds"] for note in self.folder.glob("cuts/*.seconds.json")
+        ]
+        return fmean(took) + self.took_to_write(DENSE) if took else 0.0
 
     def is_made(self, cut: Cut) -> bool:
         """Return whether a cut exists, made now or before a kill."""
