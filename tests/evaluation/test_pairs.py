@@ -106,7 +106,7 @@ def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Bart", ("*decoder.*",))])
+@pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Marian", ()), ("Bart", ("*decoder.*",))])
 def test_channels_go_from_both_halves_or_from_the_decoder(
     family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
 ) -> None:

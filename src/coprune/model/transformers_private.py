@@ -181,6 +181,12 @@ def computed_parameters(model: PreTrainedModel, names: Iterable[str]) -> list[st
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
+def unsaved_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return the parameters that a model says not to save, since it computes or ties them, by name."""
+    names = set(model._keys_to_ignore_on_save or ())
+    return {name: own for name, own in model.named_parameters(remove_duplicate=False) if name in names}
+
+
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors that save_pretrained would save: of tied weights one, and none that the model says not to save."""
     ignored = set(model._keys_to_ignore_on_save or ())

@@ -29,6 +29,7 @@ from coprune.model.transformers_private import (
     revert_conversion,
     saved_tensors,
     set_conversions_to_revert,
+    unsaved_parameters,
 )
 from coprune.model.walk.block_calls import input_device
 
@@ -292,6 +293,11 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
     """
     small = smaller_skeleton(model, changes)
     fill(small, small, tensors, model)
+    there = unsaved_parameters(model)
+    for name, own in unsaved_parameters(small).items():
+        path, _, attribute = name.rpartition(".")
+        if (computed := there.get(name)) is not None and computed.shape == own.shape:
+            small.get_submodule(path).register_parameter(attribute, computed)
     with quiet_transformers():
         small.tie_weights()
     if hasattr(model, "generation_config"):  # classifiers generate nothing
