@@ -70,6 +70,9 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
     assert found.kept
     assert any(row.name.startswith("vocabulary=") and row.bytes for row in found.rows)
     assert "vocabulary=" in found.chosen or "channels=" in found.chosen
+    counted = (tmp_path / "small" / ".fit" / "text" / "counted.jsonl").read_text()
+    judging = [json.loads(row)["judging"] for row in (tmp_path / "small" / "text.jsonl").read_text().splitlines()]
+    assert 0 < judging.count(False) == counted.count("\n") < len(judging)
     made = remake(tmp_path / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
     assert made.read_bytes() == found.file.read_bytes()
 
