@@ -288,31 +288,24 @@ def test_blocks_without_any_matrix_are_passed_through_unless_they_are_most_of_th
         chosen_of(model)
 
 
-def test_weights_that_another_part_has_too_are_refused_unless_they_are_left_out() -> None:
+def test_weights_that_another_part_has_too_are_left_alone() -> None:
     model = ToyModel(blocks=2, width=32)
     model.layers[0].first.weight = model.embeddings.weight
-    with pytest.raises(UnsupportedModel, match=r"layers\.0\.first\.weight shares its weights with embeddings\.weight"):
-        chosen_of(model)
-    assert "layers.0.first" not in {matrix.name for matrix in chosen_of(model, exclude=["layers.0.first"]).all()}
+    chosen = chosen_of(model)
+    assert "layers.0.first" not in {matrix.name for matrix in chosen.all()}
+    assert lines(chosen) == ["first (weights shared with another part of the model; 1 layer)"]
 
 
-def test_weights_that_two_blocks_have_are_refused_even_if_they_are_left_out() -> None:
-    """A file holds them once, and each block is read by itself."""
+@pytest.mark.parametrize("by_object", [True, False])
+def test_weights_that_two_blocks_have_are_left_alone_in_both(by_object: bool) -> None:
     model = ToyModel(blocks=2, width=32)
-    model.layers[0].first.weight = model.layers[1].second.weight
-    for exclude in ([], ["layers.0.first", "layers.1.second"]):
-        with pytest.raises(UnsupportedModel, match=r"shares .* layers\.1\.second\.weight: .* cannot share") as raised:
-            chosen_of(model, exclude=exclude)
-        assert raised.value.fix is None
-
-
-def test_weights_that_lie_at_the_same_place_in_memory_are_shared_too() -> None:
-    model = ToyModel(blocks=2, width=32)
-    model.layers[0].first.weight.data = model.layers[1].second.weight.data
-    with pytest.raises(
-        UnsupportedModel, match=r"layers\.0\.first\.weight shares its weights with layers\.1\.second\.weight"
-    ):
-        chosen_of(model)
+    if by_object:
+        model.layers[0].first.weight = model.layers[1].second.weight
+    else:
+        model.layers[0].first.weight.data = model.layers[1].second.weight.data
+    chosen = chosen_of(model)
+    assert {"layers.0.first", "layers.1.second"}.isdisjoint(matrix.name for matrix in chosen.all())
+    assert [line.partition(" ")[2] for line in lines(chosen)] == ["(weights that several blocks share; 1 layer)"] * 2
 
 
 def test_nothing_left_is_told_also_when_only_the_forward_shows_it() -> None:

@@ -49,6 +49,8 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
         {"dataset": "{place}/words.txt:seqlen=9=0.3,{place}/rows.jsonl=0.4,{place}/other.txt:seqlen=24=0.3"},
     ),
     "shared keys and values": ("wanda", "block", "gemma4_text", True, {}),
+    "shared weights": ("wanda", "block", "zamba2", True, {}),
+    "shared weights in memory": ("wanda", "sequential", "zamba2", False, {"reconstruct": 3}),
     "encoder and decoder": ("sparsegpt", "sequential", "T5", True, {}),
     "encoder and decoder in memory": ("wanda", "block", "T5", False, {"dataset": "{place}/pairs.jsonl"}),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
@@ -60,7 +62,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and texts that every run reads."""
     folder = tmp_path_factory.mktemp("place")
-    for family in ("llama", "mixtral", "gpt2", "gemma4_text"):
+    for family in ("llama", "mixtral", "gpt2", "gemma4_text", "zamba2"):
         save_pico(folder / family, family)
     save_pair_model(folder / "T5", "T5")
     write_words(folder / "words.txt")

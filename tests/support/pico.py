@@ -125,11 +125,25 @@ SHARING: dict[str, dict[str, Any]] = {
     "gemma3n_text": dict(_LAYERS_SHARE, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4),
 }
 """Whose later layers take keys and values from earlier ones, as the small released models do."""
+ONE_FOR_SEVERAL: dict[str, dict[str, Any]] = {
+    "zamba2": dict(
+        _COMMON,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        mamba_headdim=16,
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        chunk_size=8,
+        adapter_rank=8,
+    ),
+}
+"""Of which two layers hold the same transformer."""
 
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
-    known = FAMILIES | MIXTURES | MORE_MIXTURES | SORTED_MIXTURES | MORE_HEADS | SHARING | HYBRIDS | {"dbrx": DBRX}
+    mixtures, others = MIXTURES | MORE_MIXTURES | SORTED_MIXTURES, SHARING | ONE_FOR_SEVERAL | {"dbrx": DBRX}
+    known = FAMILIES | mixtures | MORE_HEADS | others | HYBRIDS
     settings = known.get(family, {}) | changes
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))

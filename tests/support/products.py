@@ -57,6 +57,8 @@ class _Watch(TorchFunctionMode):
         if found is None or weight.ndim < 2:
             return
         name, parameter = found
+        if weight.ndim == 4 and weight.shape[1] == 1:  # each of a stack for all samples of a batch
+            weight = weight.squeeze(1)
         stack = parameter if parameter.ndim == 3 else parameter[None]
         if weight.shape[-1] * weight.shape[-2] != stack[0].numel():
             return

@@ -24,6 +24,8 @@ from coprune.model.matrices import Matrix, find_matrices
 UNUSED = "not used in a forward"
 UNOBSERVED = "in no product that coprune can observe"
 NO_MIXTURE = "three dimensions, and none of its matrices is multiplied"
+OF_BLOCKS = "weights that several blocks share"
+OF_ANOTHER_PART = "weights shared with another part of the model"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Chosen:
     candidates: list[list[Matrix]] = field(default_factory=list)
     """All candidates of every block, also those not chosen."""
     selection: Selection = Selection()
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Parameters of blocks that are in the model a second time, with the reason to leave them alone."""
 
     @classmethod
     def nothing(cls, blocks: int) -> Chosen:
@@ -105,7 +109,7 @@ def choose_matrices(
 
     Raises:
         BadInput: a pattern matches nothing, nothing is left, or a head is tied to the embeddings.
-        UnsupportedModel: a block is mostly made of what is no matrix, or shares its weights with another part.
+        UnsupportedModel: a block is mostly made of what is no matrix.
     """
     candidates = [list(find_matrices(block.module, block.name)) for block in blocks]
     inside = {matrix.name for matrices in candidates for matrix in matrices}
@@ -117,9 +121,8 @@ def choose_matrices(
     selection = Selection(tuple(include), tuple(exclude))
     outside = [matrix for matrix in rest if selection.spells_out(matrix.name)]
     _refuse_tied_head(model, outside, selection)
-    chosen = _chosen(Chosen([], outside, [], candidates, selection), blocks, [{} for _ in blocks])
-    _refuse_shared(model, blocks, chosen)
-    return chosen
+    shared = _shared(model, blocks)
+    return _chosen(Chosen([], outside, [], candidates, selection, shared), blocks, [{} for _ in blocks])
 
 
 def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence]) -> Chosen:
@@ -155,7 +158,7 @@ def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[s
         routers = routers_of(block, matrices, parameters)
         reasons = dict(no_matrices)
         for matrix in matrices:
-            against = selection.against(matrix.name)
+            against = selection.against(matrix.name) or chosen.shared.get(matrix.parameter)
             if against is None and matrix.name in routers and not selection.spells_out(matrix.name):
                 against = "a router"
             if against is not None:
@@ -226,28 +229,26 @@ def _refuse_tied_head(model: nn.Module, outside: Sequence[Matrix], selection: Se
             )
 
 
-def _refuse_shared(model: nn.Module, blocks: Sequence[Block], chosen: Chosen) -> None:
-    """Raise UnsupportedModel for a chosen weight that another part of the model has too, and for any that two blocks have."""
-    places: dict[tuple[str, int], list[tuple[str, nn.Module]]] = defaultdict(list)
+def _shared(model: nn.Module, blocks: Sequence[Block]) -> dict[str, str]:
+    """Return the parameters of blocks that another block, or another part of the model, has too, with the reason."""
+    places: dict[tuple[str, int], dict[str, nn.Module]] = defaultdict(dict)
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False):
-            places[_place(parameter)].append((f"{path}.{attribute}", module))
-    names = [f"{block.name}." for block in blocks]
-    wanted = {matrix.parameter for matrices in chosen.blocks for matrix in matrices}
-    for block, candidates in zip(blocks, chosen.candidates, strict=True):
-        for matrix in {matrix.parameter: matrix for matrix in candidates}.values():
-            for place, owner in places[_place(getattr(matrix.owner, matrix.attribute))]:
-                # A layer with two names in a block is one matrix.
-                if place.startswith(f"{block.name}.") and owner is matrix.owner:
-                    continue
-                shared = f"{matrix.parameter} shares its weights with {place}"
-                if place.startswith(tuple(names)) and not place.startswith(f"{block.name}."):
-                    raise UnsupportedModel(f"{shared}: blocks are pruned and written one by one, so they cannot share")
-                if matrix.parameter in wanted:
-                    raise UnsupportedModel(
-                        f"{shared}, which pruning it would change too",
-                        fix=("leave it out with ", Set("exclude", matrix.name.partition("[")[0])),
-                    )
+            places[_place(parameter)][f"{path}.{attribute}"] = module
+    owners = {path: block.index for block in blocks for path in _below(block)}
+    found: dict[str, str] = {}
+    for same in places.values():
+        inside = {owners[path] for path in same if path in owners}
+        # A layer with two names in a block is one matrix.
+        if len(inside | {owners.get(path) for path in same}) > 1 or len({id(module) for module in same.values()}) > 1:
+            why = OF_BLOCKS if len(inside) > 1 else OF_ANOTHER_PART
+            found |= dict.fromkeys((path for path in same if path in owners), why)
+    return found
+
+
+def _below(block: Block) -> Iterator[str]:
+    for path, module in block.module.named_modules(prefix=block.name, remove_duplicate=False):
+        yield from (f"{path}.{attribute}" for attribute, _ in module.named_parameters(recurse=False))
 
 
 def _place(parameter: nn.Parameter) -> tuple[str, int]:

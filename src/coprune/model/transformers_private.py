@@ -167,7 +167,12 @@ def without_known_exceptions(
 
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Return the names of all parameters that are tied to another, on both sides."""
-    return {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    return {name for pair in tied_pairs(model) for name in pair}
+
+
+def tied_pairs(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """Return the names of parameters that are tied, two and two."""
+    return list(model.all_tied_weights_keys.items())
 
 
 def tie_read_weights(model: PreTrainedModel, missing: set[str]) -> None:

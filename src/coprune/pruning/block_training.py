@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict
@@ -37,7 +37,11 @@ class BlockTraining(BaseModel):
 
 
 def reconstruct_block(
-    reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
+    reconstruction: Reconstruction,
+    done: BlockDone,
+    recording: Recording,
+    results: list[MatrixResult],
+    fixed: Container[str] = (),
 ) -> tuple[list[MatrixResult], BlockTraining | None]:
     """Train a block toward the dense model's outputs; one in which nothing was pruned is left alone.
 
@@ -46,6 +50,7 @@ def reconstruct_block(
         done: the pruned block.
         recording: the batches that go through it.
         results: what became of its matrices.
+        fixed: parameters of the model that are not trained, since other blocks have them too.
 
     Returns:
         The results with their masks as they are now, and what the training did.
@@ -57,7 +62,7 @@ def reconstruct_block(
         return results, None
     matrices = {matrix.name: matrix for matrix in find_matrices(done.block.module, done.block.name)}
     before = {name: matrix.stored() == 0 for name, matrix in matrices.items()}
-    trained = trained_in(done.block, [matrices[result.name] for result in results])
+    trained = trained_in(done.block, [matrices[result.name] for result in results], fixed)
     training = _train(reconstruction, done, recording, trained)
     for name, zeros in before.items():
         if bool((matrices[name].stored()[zeros] != 0).any()):

@@ -90,7 +90,8 @@ def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded:
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         training = None
         if run.reconstruction is not None and walk.recording is not None:
-            results, training = reconstruct_block(run.reconstruction, done, walk.recording, results)
+            fixed = run.model.chosen.shared
+            results, training = reconstruct_block(run.reconstruction, done, walk.recording, results, fixed)
         own = sum((part for parts in run.processes.gather(rounded) for part in parts), Rounding())
         rounded.clear()
         run.finish_block(done.block, BlockOutcome(results, edits_of(results), training, own))

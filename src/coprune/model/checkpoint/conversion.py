@@ -27,6 +27,7 @@ from coprune.model.transformers_private import (
     revert_conversion,
     set_conversions_to_revert,
     splits,
+    tie_read_weights,
     tied_names,
     used_among,
     without_known_exceptions,
@@ -160,11 +161,16 @@ def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> None:
     """Convert some tensors of a checkpoint and load them into a model in memory; the others are unchanged.
 
+    What was tied to them is tied to what is loaded.
+
     device: of the tensors, if not the model's. Raises BadInput where a shape differs or a conversion fails.
     """
-    before = conversions_to_revert(model)
+    before, tied = conversions_to_revert(model), {name: model.get_parameter(name) for name in tied_names(model)}
     _convert_into(model, tensors, model.dtype, device or model.device, conversions_of(model))
     set_conversions_to_revert(model, before)
+    replaced = [parameter for name, parameter in tied.items() if model.get_parameter(name) is not parameter]
+    same = {name for name, parameter in tied.items() if any(parameter is one for one in replaced)}
+    tie_read_weights(model, {name for name in same if model.get_parameter(name) is tied[name]})
     model.requires_grad_(False)
 
 

@@ -5,7 +5,7 @@ The memory in use is what the acquired blocks need, whatever the size of the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from coprune.base.devices import device_memory, in_host_memory, is_accelerator, is_out_of_memory
-from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.base.words import Set
+from coprune.base.errors import BadInput
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.conversion import Renamed, require_floats
 from coprune.model.checkpoint.deferred import deferred
@@ -36,6 +35,7 @@ from coprune.model.transformers_private import (
     initialize_again,
     name_model,
     tie_read_weights,
+    tied_pairs,
 )
 from coprune.recipe.pattern import Grid
 
@@ -207,6 +207,7 @@ class LazyCheckpoint:
         self.stored_as = source_encoding(location.path, None if dtype == "auto" else getattr(torch, dtype))
         self._entries = stored_entries(location.path) if self.stored_as is None else dict(self.stored_as.entries)
         self._uncut: dict[str, Uncut | None] = {}
+        self._shared: frozenset[str] = frozenset()
         # Packed tensors are decoded in host memory.
         self._ahead = ahead_to(self.device) if encoding.journalled else None
         with quiet_transformers(), explained(location):
@@ -243,19 +244,36 @@ class LazyCheckpoint:
 
     def acquire(self, prefix: str) -> None:
         """Read the parameters and buffers below a module's path. Raises BadInput if the files lack one."""
-        self._refuse_shared(prefix)
-        self._load(self.source.below(prefix))
+        self._load(self._own(prefix))
         self._require_real(self._model.get_submodule(prefix).named_parameters(prefix))
 
     def acquire_rest(self, block_prefixes: Sequence[str]) -> None:
-        """Read everything outside the blocks (embeddings, norms, head) and tie what the configuration ties."""
-        self._load(self.source.outside(block_prefixes))
-        outside = [(n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes)]
+        """Read everything outside the blocks (embeddings, norms, head) and tie what the configuration ties.
+
+        What a block shares with another part is read too, and stays.
+        """
+        self._shared = self._shared_by(block_prefixes)
+
+        def stays(name: str) -> bool:
+            return name in self._shared or not is_below_any(name, block_prefixes)
+
+        self._load([group for group in self.source.conversion.groups if stays(group.target)])
+        outside = [(n, p) for n, p in self._named_parameters() if stays(n)]
         missing = {name for name, parameter in outside if parameter.is_meta}
         with quiet_transformers():
             tie_read_weights(self._model, missing)
             self._compute(computed_parameters(self._model, missing))
-        self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
+        self._require_real((n, p) for n, p in self._named_parameters() if stays(n))
+        self._shared = self._shared_by(block_prefixes)  # without those whose values in the files differ
+
+    def _shared_by(self, block_prefixes: Sequence[str]) -> frozenset[str]:
+        """Return the names of tied parameters of which at least one is in a block."""
+        tied = (pair for pair in tied_pairs(self._model) if any(is_below_any(name, block_prefixes) for name in pair))
+        return frozenset(name for pair in tied for name in pair)
+
+    def _own(self, prefix: str) -> list[Renamed]:
+        """Return the tensors below a module's path that no other part of the model shares."""
+        return [group for group in self.source.below(prefix) if group.target not in self._shared]
 
     def _compute(self, names: Iterable[str]) -> None:
         """Compute parameters that no checkpoint holds, as far as they are on the meta device."""
@@ -271,14 +289,14 @@ class LazyCheckpoint:
 
     def expect(self, prefix: str) -> None:
         """Prefetch a block's tensors to the device, or into the system's cache."""
-        names = [name for group in self.source.below(prefix) for name in group.originals]
+        names = [name for group in self._own(prefix) for name in group.originals]
         whole = [self._entries[name] for name in names if self._uncut.get(name) is None]
         if self._ahead is None or not self._ahead.begin(whole):
             read_ahead(self._entries[name] for name in names)
 
     def release(self, prefix: str) -> None:
         """Free the parameters below a module's path; unwritten changes are lost."""
-        forget_parameters(self._model.get_submodule(prefix))
+        forget_parameters(self._model.get_submodule(prefix), {n.removeprefix(f"{prefix}.") for n in self._shared})
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return an acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
@@ -350,15 +368,6 @@ class LazyCheckpoint:
         if missing:
             raise BadInput(f"the checkpoint of {self.location.name} lacks {missing[0]} ({len(missing)} weights in all)")
 
-    def _refuse_shared(self, prefix: str) -> None:
-        inside = {id(parameter) for parameter in self._model.get_submodule(prefix).parameters()}
-        for name, parameter in self._named_parameters():
-            if id(parameter) in inside and not is_below(name, prefix):
-                raise UnsupportedModel(
-                    f"{prefix} shares {name} with another part of the model, so it cannot be streamed",
-                    fix=("load it whole with ", Set("stream", False)),
-                )
-
 
 def build_skeleton(
     location: ModelFolder, config: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
@@ -393,11 +402,13 @@ def build_skeleton(
     return prepare(model)
 
 
-def forget_parameters(root: nn.Module) -> None:
-    """Move the parameters below a module to the meta device; shared ones stay shared."""
+def forget_parameters(root: nn.Module, kept: Collection[str] = ()) -> None:
+    """Move the parameters below a module to the meta device, but those with some names; shared ones stay shared."""
     forgotten: dict[int, nn.Parameter] = {}
-    for module in root.modules():
+    for path, module in root.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if ".".join(part for part in (path, name) if part) in kept:
+                continue
             empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             module._parameters[name] = forgotten.setdefault(id(parameter), empty)
 

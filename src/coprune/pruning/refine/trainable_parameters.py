@@ -7,7 +7,7 @@ recurrence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,12 +43,13 @@ def sizes_of(trained: Iterable[tuple[Tensor, Tensor | None]]) -> list[float]:
     return [size or 1.0 for size in torch.stack(found).tolist()]
 
 
-def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
+def trained_in(block: Block, chosen: Sequence[Matrix], fixed: Container[str] = ()) -> list[Trained]:
     """Return the parameters of a pruned block to train.
 
     Args:
         block: the block; its parameters are real.
         chosen: its matrices that were chosen; their weights that are not zero are trained.
+        fixed: parameters of the model that are not trained.
 
     Returns:
         The parameters in the order of the block's modules; none where no matrix was chosen.
@@ -63,6 +64,8 @@ def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
         mine = {attribute: matrices.get(f"{block.name}.{name}", []) for attribute, name in names.items()}
         whole = all(mine[attribute] or _is_vector(attribute, parameter) for attribute, parameter in own.items())
         for attribute, parameter in own.items():
+            if f"{block.name}.{names[attribute]}" in fixed:
+                continue
             if mine[attribute]:
                 found.append(Trained(names[attribute], parameter, _kept(parameter, mine[attribute])))
             elif whole and ("bias" in attribute or _is_norm(module)) and parameter.is_floating_point():
