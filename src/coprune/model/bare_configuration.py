@@ -35,6 +35,7 @@ class Imagined(InMemory):
             config = read_config(location.path)
             kind = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
             super().__init__(build_skeleton(location, config, kind, device, trust_remote_code=False))
+            self._model.tie_weights()  # each was moved to the meta device by itself
         self.device, self._quantization = device, quantization_of(read_json(location.path / "config.json"))
 
     @property

@@ -59,7 +59,7 @@ class Shapes:
 
     total_bytes: int
     rest_bytes: int
-    """Bytes of the parameters outside the blocks."""
+    """Bytes of the parameters outside the blocks, and of those that several blocks share."""
     block_bytes: int
     blocks: int
     itemsize: int
@@ -104,9 +104,11 @@ class Shapes:
         solved = [one.solve_bytes(solver) for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
         head = loaded.model.get_output_embeddings()
         stacks = [parameter for parameter in block.module.parameters() if parameter.ndim == 3]
+        shared = {id(p): p.nbytes for p in map(loaded.model.get_parameter, found.chosen.shared)}
+        rest = sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(found.names).values())
         return cls(
             total_bytes=loaded.weights.total_bytes,
-            rest_bytes=sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(found.names).values()),
+            rest_bytes=rest + sum(shared.values()),
             block_bytes=sizes[largest],
             blocks=len(sizes),
             itemsize=loaded.model.dtype.itemsize,

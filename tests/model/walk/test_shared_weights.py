@@ -10,7 +10,18 @@ from safetensors.torch import load_file
 
 import coprune
 from coprune.base.errors import UnsupportedModel
+from coprune.model.bare_configuration import Imagined
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.weights import Weights
+from coprune.model.loaded_model import Loaded
+from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.model_structure import FoundModel
+from coprune.pruning.methods import METHODS
+from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target, parse_pattern
+from coprune.run.memory_bound import Shapes
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico
 from support.walking import share_of_different_entries
@@ -60,6 +71,21 @@ def test_a_folder_keeps_them_once_and_to_the_bit(reconstruct: int, tmp_path: Pat
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_configuration_alone_shows_them_and_the_memory_holds_them(tmp_path: Path) -> None:
+    place = ModelFolder(save_pico(tmp_path / "source", "zamba2"), "source")
+    lazy = LazyCheckpoint(place)
+    lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
+    shapes = [_shapes(weights) for weights in (Imagined(place, "auto", torch.device("cpu")), lazy)]
+    assert shapes[0] == shapes[1]
+    assert shapes[0].rest_bytes == sum(one.nbytes for one in lazy.model.parameters() if not one.is_meta)
+
+
+def _shapes(weights: Weights) -> Shapes:
+    blocks = find_blocks(weights.model)
+    found = FoundModel(weights, blocks, choose_matrices(weights.model, blocks))
+    return Shapes.of(Loaded(weights, None, "source", False), found, Solver(METHODS["wanda"]), removes=False)
 
 
 @pytest.mark.parametrize("parts", ["blocks=0.25", "channels=0.25"])
