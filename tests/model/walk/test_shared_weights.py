@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import coprune
 from coprune.base.errors import UnsupportedModel
@@ -14,7 +14,7 @@ from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.weights import Weights
+from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.loaded_model import Loaded
 from coprune.model.matrix_choice import choose_matrices
 from coprune.model.walk.model_structure import FoundModel
@@ -71,6 +71,17 @@ def test_a_folder_keeps_them_once_and_to_the_bit(reconstruct: int, tmp_path: Pat
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_block_that_is_read_back_gives_the_others_what_they_share(tmp_path: Path) -> None:
+    model = pico_model("zamba2")
+    weights = InMemory(model)
+    tensors = weights.original_tensors("model.layers.1")
+    save_file({name: (2 * tensor).contiguous() for name, tensor in tensors.items()}, tmp_path / "block.safetensors")
+    weights.read_from(tmp_path / "block.safetensors")
+    first, other = (model.model.layers[number].shared_transformer.self_attn.q_proj.weight for number in (1, 3))
+    assert first is other
+    assert torch.equal(first, 2 * tensors[f"{SHARED}self_attn.q_proj.weight"])
 
 
 def test_a_configuration_alone_shows_them_and_the_memory_holds_them(tmp_path: Path) -> None:

@@ -165,12 +165,14 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: 
 
     device: of the tensors, if not the model's. Raises BadInput where a shape differs or a conversion fails.
     """
-    before, tied = conversions_to_revert(model), {name: model.get_parameter(name) for name in tied_names(model)}
+    held = model.get_parameter_or_buffer
+    before, tied = conversions_to_revert(model), {name: held(name) for name in tied_names(model)}
     _convert_into(model, tensors, model.dtype, device or model.device, conversions_of(model))
     set_conversions_to_revert(model, before)
-    replaced = [parameter for name, parameter in tied.items() if model.get_parameter(name) is not parameter]
-    same = {name for name, parameter in tied.items() if any(parameter is one for one in replaced)}
-    tie_read_weights(model, {name for name in same if model.get_parameter(name) is tied[name]})
+    replaced = {id(tensor) for name, tensor in tied.items() if held(name) is not tensor}
+    stale = {name for name, tensor in tied.items() if held(name) is tensor and id(tensor) in replaced}
+    if stale:
+        tie_read_weights(model, stale)
     model.requires_grad_(False)
 
 
