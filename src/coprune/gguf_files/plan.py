@@ -69,7 +69,7 @@ def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Exampl
         BadInput: the file cannot be read, or is of another model.
         UnsupportedModel: its tensors cannot be told apart.
     """
-    reporter.say(f"Reading {file.name} and finding what its tensors were made of")
+    reporter.say("Finding which weights of the model the tensors of its GGUF file hold")
     reader = gguf_reader(file.path, field="like")
     _require_embeddings(file, source, reader)
     reference, tolerance = _reference(file, source, reader, reporter)
