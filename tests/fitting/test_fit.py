@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
     assert found.kept
     assert any(row.name.startswith("vocabulary=") and row.bytes for row in found.rows)
     assert "vocabulary=" in found.chosen or "channels=" in found.chosen
+    # With fewer tokens, too, the head's importance is of what the model itself is given.
+    assert any({"vocabulary", "channels"} <= set(re.findall(r"\w+(?==)", row.name)) and row.bytes for row in found.rows)
     counted = (tmp_path / "small" / ".fit" / "text" / "counted.jsonl").read_text()
     judging = [json.loads(row)["judging"] for row in (tmp_path / "small" / "text.jsonl").read_text().splitlines()]
     assert 0 < judging.count(False) == counted.count("\n") < len(judging)

@@ -155,7 +155,8 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
     shutil.rmtree(workshop.folder)
     if not same:
         raise VerificationError(
-            f"{file} was made as the recipe says, and its bytes differ: another version or processor"
+            f"{file} was made as the recipe says, and its bytes differ: another version or processor, "
+            "or coprune[languages] is installed in one place alone"
         )
     return file
 

@@ -287,8 +287,9 @@ class Search:
         return "kept" if verdict is Verdict.KEPT else "lost"
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
-        """Return whether a quant is known not to be smaller than the best before it is made (its cut is)."""
-        if self.wish.target != "size" or candidate.type in (EXACT, PACKED):
+        """Return whether a quant of a cut that is made is known not to be smaller than the best before it is made itself."""
+        unknown = candidate.type in (EXACT, PACKED) or not self.workshop.is_made(candidate.cut)
+        if self.wish.target != "size" or unknown:
             return False
         try:
             return self.workshop.bytes_of(candidate) >= self.workshop.bytes_of(best)
@@ -315,7 +316,7 @@ class Search:
             said = self._tried_on(candidate, winners[-1] if winners else None, ahead)
             if said == "kept":
                 winners.append(candidate)
-            else:
+            elif candidate not in winners:
                 self.workshop.drop(candidate)
             if said == "refused":
                 del left[place]
@@ -343,10 +344,10 @@ class Search:
         if not winners:  # what is smaller keeps no more than the largest quant
             return
         bits, tokens, smaller = self._embeddings, self._vocabularies, partial(self._smaller, last=winners[-1].type)
-        sizes = [self.workshop.bytes_of(one) for one in (plain[-1], *bits(winners[0])[-1:])]
-        pools = (
-            (tokens, bits) if sizes[-1] < sizes[0] else (bits, tokens)
-        )  # where the tables are larger than the blocks
+        # Fewer bits for the embeddings alone save more than the smallest type where the tables are larger than the blocks.
+        fewer = bits(winners[0])
+        large_tables = not fewer or self.workshop.bytes_of(fewer[-1]) < self.workshop.bytes_of(plain[-1])
+        pools = (tokens, bits) if large_tables else (bits, tokens)
         # A cut may save more bytes than smaller types do, for less: so from both ends.
         for base in dict.fromkeys((winners[-1], winners[0])):
             for pool in (*pools, smaller):

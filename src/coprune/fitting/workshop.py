@@ -186,14 +186,18 @@ class Workshop:
 
     def reader(self, file: Path, cut: Cut) -> Reader:
         """Open a file of a cut."""
+        return Reader.open(file, *self._vocabulary_of(cut))
+
+    def _vocabulary_of(self, cut: Cut) -> tuple[PreTrainedTokenizerBase, list[int] | None]:
+        """Return a cut's tokenizer, and the dense model's ids of its tokens where they are others."""
         last = next((place for place, one in enumerate(cut.removed) if one.startswith("vocabulary")), None)
         if last is None:
-            return Reader.open(file, self.tokenizer)
+            return self.tokenizer, None
         folder = self._cut_folder(Cut(cut.removed[: last + 1]))
-        old_ids = json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))["old_ids"]
+        old_ids: list[int] = json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))["old_ids"]
         if folder not in self._tokenizers:
             self._tokenizers[folder] = load_tokenizer(locate(folder))
-        return Reader.open(file, self._tokenizers[folder], old_ids)
+        return self._tokenizers[folder], old_ids
 
     def _first_figures(self, file: Path, reader: Reader) -> dict[str, float]:
         ids = (reader.ids(self._texts()[0][:_CHARACTERS]) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
@@ -297,7 +301,8 @@ class Workshop:
         target = self.folder / "files" / f"{_hash(repr(seen))}.imatrix.gguf"
 
         def make() -> None:
-            file, ids = self._exact(seen), encode(self.tokenizer, "\n".join(self._texts()))["input_ids"]
+            file, tokenizer = self._exact(seen), self._vocabulary_of(seen)[0]
+            ids = encode(tokenizer, "\n".join(self._texts()))["input_ids"]
             found = importance_of(file, str(self.text), self.reporter)
             write_importance(target, {**found, **importance_of_head(file, ids[:_HEAD_TOKENS])})
 
@@ -314,14 +319,14 @@ class Workshop:
             base = self.asked.model if self.asked.runtime == "llama.cpp" else str(self._exact(DENSE))
         kind, _, amount = cut.removed[-1].partition("=")
         more: dict[str, Any] = {"sparsity": float(amount)} if kind == "sparsity" else {"remove": cut.removed[-1]}
-        if kind == "vocabulary":
-            texts = [str(self._counted()), *sources_of("\n".join(self._texts()))]
-            more |= {"vocabulary_text": texts, "vocabulary_force": True}
         if cut.tokens:
             more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
 
         def make() -> None:
             self.reporter.say(f"Removing {cut.name}")
+            if kind == "vocabulary":
+                texts = [str(self._counted()), *sources_of("\n".join(self._texts()))]
+                more.update({"vocabulary_text": texts, "vocabulary_force": True})
             prune(
                 base,
                 dataset=str(self.text),
@@ -372,7 +377,7 @@ class Workshop:
     def _counted(self) -> Path:
         """Return the text whose tokens a cut keeps: not that of the items that judge first, which would lose nothing by it."""
         file = self.text.with_name("counted.jsonl")
-        write_text(file, "".join(f"{json.dumps(row)}\n" for row in self._rows() if not row[_JUDGING]))
+        write_text(file, "".join(f"{json.dumps(row)}\n" for row in self._rows() if not row.get(_JUDGING)))
         return file
 
     @property
@@ -400,11 +405,12 @@ class Workshop:
     def _collect(self) -> None:
         answers = DenseAnswers.load(self._dense_answers) if self._dense_answers.exists() else DenseAnswers()
         texts = [
-            [self._text_of(task.items[place], answers.ids.get(place, [])) for place in task.seen]
+            [self._text_of(task.items[place], answers.ids.get(place, [])) for place in reversed(task.seen)]
             for task in self.asked.tasks
         ]
         own = _joined(shared_out(texts, [task.share for task in self.asked.tasks]))
-        judging = {text for some in texts for text in some[: len(some) // 2]}
+        # The first seen items judge first. They come last here, so that a share of a task is of the others.
+        judging = {text for some in texts for text in some[len(some) - len(some) // 2 :]}
         rows = [{"text": "\n".join(one), _JUDGING: not judging.isdisjoint(one)} for one in own]
         rows += [{"text": text, _JUDGING: False} for text in self._more_text()]
         write_text(self.text, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import groupby, permutations
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -42,6 +42,11 @@ def find_blocks(model: nn.Module) -> list[Block]:
         for name, module in _largest_list(half):
             found.append(Block(len(found), f"{path}.{name}" if path else name, module, part))
     return found
+
+
+def by_list(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Return blocks by the list that they are of: of an encoder-decoder two, else one."""
+    return [[*own] for _, own in groupby(blocks, lambda block: block.part)]
 
 
 def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:

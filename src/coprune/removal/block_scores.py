@@ -14,7 +14,7 @@ from torch import Tensor
 from coprune.base.options import one_of, require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, scaled
-from coprune.model.blocks import Block
+from coprune.model.blocks import Block, by_list
 from coprune.model.walk.block_calls import run_after_blocks
 from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.model_structure import ProvenModel
@@ -55,11 +55,8 @@ class BlockScore(Protocol):
 
 def may_go(model: ProvenModel) -> list[list[int]]:
     """Return the numbers of the blocks that may go, by list: a matrix of theirs is wanted, and no later one needs them."""
-    found: list[list[int]] = [[] for _ in range(model.blocks[-1].part + 1)]
     stay = model.chosen.untouched() | model.structure.producers
-    for block in model.blocks:
-        found[block.part] += [] if block.index in stay else [block.index]
-    return found
+    return [[block.index for block in own if block.index not in stay] for own in by_list(model.blocks)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import CopruneError, UnsupportedModel
-from coprune.model.blocks import Block
+from coprune.model.blocks import Block, by_list
 from coprune.model.checkpoint.lazy import forget_parameters
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.edit import Configure
@@ -213,7 +212,7 @@ def resized_by(run: Run, plan: Plan) -> Resized:
 
 def _shortened(blocks: Sequence[Block], dropped: Sequence[int]) -> Iterator[Shortened]:
     """Yield the lists of blocks with those that go. dropped: numbers over all lists."""
-    for _, own in groupby(blocks, lambda block: block.part):
+    for own in by_list(blocks):
         numbers = [block.index for block in own]
         yield Shortened(len(numbers), [at for at, number in enumerate(numbers) if number in dropped])
 

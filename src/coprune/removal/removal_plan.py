@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Setting
-from coprune.model.blocks import Block
+from coprune.model.blocks import Block, by_list
 from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.edit import Configure
 from coprune.model.saved_slices import slices_kept
@@ -185,7 +185,7 @@ def _counts_of_blocks(run: Run, share: float) -> list[int]:
     Raises BadInput if they are zero, all of a list, or more than allowed.
     """
     model, untouched = run.model, run.model.chosen.untouched()
-    lists = [[block.index for block in own] for _, own in groupby(model.blocks, lambda block: block.part)]
+    lists = [[block.index for block in own] for own in by_list(model.blocks)]
     counts = [0 if untouched.issuperset(own) else round(share * len(own)) for own in lists]
     sizes = [len(own) for own in lists]
     if not any(counts) or any(count == size for count, size in zip(counts, sizes, strict=True)):

@@ -218,7 +218,7 @@ def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
     keep: dict[Kind, dict[int, int]] = {kind: dict(sizes) for kind, sizes in settled["keep"].items()}
     rest = found.without({run.model.names[index] for index in settled["dropped"]})
     parts = {name: [part for part in own if part.kind in keep] for name, own in rest.parts.items()} if keep else {}
-    experts, chosen = dict(settled["experts"]), settled.get("chosen", {})
+    experts, chosen = dict(settled["experts"]), settled["chosen"]
     return Plan(settled["dropped"], parts, keep, rest.mixtures, experts, settled["uneven"], chosen)
 
 

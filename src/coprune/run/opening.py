@@ -76,7 +76,11 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
     )
     several = next((name for name, why in run.found.chosen.shared.items() if why == OF_BLOCKS), None)
     if recipe.remove.parts and several is not None:
-        raise UnsupportedModel(f"{several} is in several blocks, and parts of such blocks cannot be removed")
+        raise UnsupportedModel(
+            f"{several} is in several blocks, and parts of such blocks cannot be removed",
+            field="remove",
+            fix="set zeros in the other matrices instead, with a method and a pattern",
+        )
     if "experts" in recipe.remove.shares:
         from coprune.run.to_removal import may_have_experts
 

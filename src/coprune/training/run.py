@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import EmbeddingTask, LabelTask, named, task_for
 from coprune.evaluation.transcripts import TranscriptChange
-from coprune.model.blocks import find_blocks
+from coprune.model.blocks import by_list, find_blocks
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model, task_of
 from coprune.model.checkpoint.locate import locate
@@ -394,7 +393,7 @@ def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
 def _counterparts(session: Session, teacher: PreTrainedModel) -> list[list[int]] | None:
     """Return the teacher's hidden state for each block, by list; None, with a message, where they do not compare."""
     mine, found = session.loaded.model, list[list[int]]()
-    lists = [[[*own] for _, own in groupby(find_blocks(model), lambda block: block.part)] for model in (mine, teacher)]
+    lists = [by_list(find_blocks(model)) for model in (mine, teacher)]
     for own, theirs in zip(*lists, strict=False):
         path = f"{own[0].name.rpartition('.')[0]}." if len(lists[0]) > 1 else ""
         known = session.history.counterparts(len(own), len(theirs), path)
