@@ -252,3 +252,14 @@ def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[
             found.append(text)
             length += len(text)
     return found
+
+
+def joined(texts: Sequence[str], characters: int) -> list[list[str]]:
+    """Join short texts into documents of more than so many characters."""
+    found, length = list[list[str]](), 0
+    for text in texts:
+        if not found or length > characters:
+            found, length = [*found, []], 0
+        found[-1].append(text)
+        length += len(text)
+    return found

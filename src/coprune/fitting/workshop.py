@@ -25,7 +25,7 @@ from coprune.data.tokenizing import encode
 from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, score_item
-from coprune.fitting.tasks import Item, Task, shared_out
+from coprune.fitting.tasks import Item, Task, joined, shared_out
 from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import quantize, quantized_bytes
@@ -408,7 +408,7 @@ class Workshop:
             [self._text_of(task.items[place], answers.ids.get(place, [])) for place in reversed(task.seen)]
             for task in self.asked.tasks
         ]
-        own = _joined(shared_out(texts, [task.share for task in self.asked.tasks]))
+        own = joined(shared_out(texts, [task.share for task in self.asked.tasks]), _CHARACTERS)
         # The first seen items judge first. They come last here, so that a share of a task is of the others.
         judging = {text for some in texts for text in some[len(some) - len(some) // 2 :]}
         rows = [{"text": "\n".join(one), _JUDGING: not judging.isdisjoint(one)} for one in own]
@@ -439,17 +439,6 @@ class Workshop:
         )
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
-
-
-def _joined(texts: Sequence[str]) -> list[list[str]]:
-    """Join short texts into documents of some length."""
-    found, length = list[list[str]](), 0
-    for text in texts:
-        if not found or length > _CHARACTERS:
-            found, length = [*found, []], 0
-        found[-1].append(text)
-        length += len(text)
-    return found
 
 
 def files_in(made: Path) -> list[Path]:
