@@ -101,7 +101,9 @@ class Shapes:
         if removes:
             pruned = [[one for one in own if one.outputs == hidden] or own for own in pruned]
         sums = [[one.count * one.statistic_bytes(solver) for one in own] for own in pruned]
-        solved = [one.solve_bytes(solver) for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
+        sums_of_one = {} if solver.statistic is None else solver.statistic.shapes(1)
+        grams = removes or any(len(size) == 2 for size in sums_of_one.values())
+        solved = [one.solve_bytes(grams) for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
         head = loaded.model.get_output_embeddings()
         stacks = [parameter for parameter in block.module.parameters() if parameter.ndim == 3]
         shared = {id(p): p.nbytes for p in map(loaded.model.get_parameter, found.chosen.shared)}
@@ -142,10 +144,9 @@ class _Stored:
         sums = {} if solver.statistic is None else solver.statistic.shapes(self.inputs)
         return 4 * (sum(math.prod(size) for size in sums.values()) + InputSample.tokens * self.inputs)
 
-    def solve_bytes(self, solver: Solver) -> int:
-        """Return what solving one of them takes; only a method that has a Gram matrix takes its factors."""
-        sums = {} if solver.statistic is None else solver.statistic.shapes(self.inputs)
-        squares = OF_INPUTS * self.inputs**2 if any(len(size) == 2 for size in sums.values()) else 0
+    def solve_bytes(self, grams: bool) -> int:
+        """Return what solving one of them takes. grams: whether from a Gram matrix, of which there are factors."""
+        squares = OF_INPUTS * self.inputs**2 if grams else 0
         return 4 * (OF_WEIGHT * self.outputs * self.inputs + squares) + WORKSPACE
 
 
