@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,15 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
     assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
 
 
+def go_whole_and_stop(go: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run once, and once more up to the first finished block."""
+    go("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(context.Run, "finish_block", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go("stopped")
+
+
 def test_what_was_settled_is_not_chosen_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
@@ -149,11 +159,7 @@ def test_what_was_settled_is_not_chosen_anew(tmp_path: Path, monkeypatch: pytest
         asked |= {"score": "kl:tokens=64"}
         run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
 
-    go("whole")
-    with monkeypatch.context() as patched:
-        patched.setattr(context.Run, "finish_block", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            go("stopped")
+    go_whole_and_stop(go, monkeypatch)
     with monkeypatch.context() as patched:
         for module, name in ((removal_plan, "blocks_that_go"), (removal_stage, "_measured")):
             patched.setattr(module, name, interrupt)
@@ -184,11 +190,7 @@ def test_heads_that_blocks_share_are_as_many_and_the_same_ones_and_not_chosen_an
         }
         run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
 
-    go("whole")
-    with monkeypatch.context() as patched:
-        patched.setattr(context.Run, "finish_block", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            go("stopped")
+    go_whole_and_stop(go, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(removal_stage, "choose_shared", interrupt)
         go("stopped")

@@ -111,7 +111,7 @@ class Workshop:
     def spent(self) -> float:
         """Seconds of all that was made and measured here, also before a kill."""
         notes = self.folder.glob("*/*.seconds.json")
-        return float(sum(json.loads(note.read_text(encoding="utf-8"))["seconds"] for note in notes))
+        return sum(map(_seconds_in, notes))
 
     def took(self, candidate: Candidate) -> float:
         """Return the seconds of making and measuring a candidate, without its cut."""
@@ -123,9 +123,7 @@ class Workshop:
 
     def took_to_cut(self) -> float:
         """Return the seconds of making a cut and writing it, on average; 0 without any."""
-        took = [
-            json.loads(note.read_text(encoding="utf-8"))["seconds"] for note in self.folder.glob("cuts/*.seconds.json")
-        ]
+        took = [*map(_seconds_in, self.folder.glob("cuts/*.seconds.json"))]
         return fmean(took) + self.took_to_write(DENSE) if took else 0.0
 
     def is_made(self, cut: Cut) -> bool:
@@ -476,7 +474,11 @@ def _note(file: Path) -> Path:
 
 def _noted(file: Path) -> float:
     note = _note(file)
-    return float(json.loads(note.read_text(encoding="utf-8"))["seconds"]) if note.exists() else 0.0
+    return _seconds_in(note) if note.exists() else 0.0
+
+
+def _seconds_in(note: Path) -> float:
+    return float(json.loads(note.read_text(encoding="utf-8"))["seconds"])
 
 
 def _places(found: Measured, task: Task) -> set[int]:

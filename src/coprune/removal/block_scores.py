@@ -213,11 +213,11 @@ class _Ways:
     def move(self, block: Block) -> None:
         runs = block.index not in self.gone
         for way in self.without.values():
-            way.pass_by(self.model, block, runs)
+            way.go_past(self.model, block, runs)
         spared = self.base.apart()
-        self.base.pass_by(self.model, block, runs)
+        self.base.go_past(self.model, block, runs)
         if block.index in self.tried:
-            spared.pass_by(self.model, block, runs=False)
+            spared.go_past(self.model, block, runs=False)
             if all(a.shape == b.shape for a, b in zip(spared.hidden, self.base.hidden, strict=True)):
                 self.without[block.index] = spared
 

@@ -135,7 +135,7 @@ class Candidates:
         first = min((at for at, taken in zip(self.forms.places, steps, strict=True) if taken), default=len(blocks))
         state = self.states[first].apart()
         for block in blocks[first:]:
-            self._pass_by(state, block)
+            self._go_past(state, block)
         own = [self._divergence(batch, hidden) for batch, hidden in enumerate(state.hidden)]
         return sum(own) / sum(len(one) for one in self.dense)
 
@@ -147,15 +147,15 @@ class Candidates:
                 self.forms.write(part, after)
         self.now = steps
 
-    def _pass_by(self, state: Recording, block: Block) -> None:
-        state.pass_by(self.run.model, block, runs=block.index not in self.dropped)
+    def _go_past(self, state: Recording, block: Block) -> None:
+        state.go_past(self.run.model, block, runs=block.index not in self.dropped)
 
     def _run_from(self, first: int) -> None:
         """Run the blocks from one on, and note what each is given."""
         self.states = self.states[: first + 1]
         for block in self.run.model.blocks[first:]:
             self.states.append(self.states[-1].apart())
-            self._pass_by(self.states[-1], block)
+            self._go_past(self.states[-1], block)
 
     def _divergence(self, batch: int, hidden: Tensor) -> float:
         return kl_of_logits(self.dense[batch], self._logits(batch, hidden))

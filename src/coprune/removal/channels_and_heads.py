@@ -230,7 +230,7 @@ def _reads_by_head(part: Part, module: nn.Module, place: Place, run: OnSample) -
             continue
         shape = [-1 if dim == axis else 1 for dim in range(given.ndim)]
         mixed = torch.where(gone.to(given.device).view(shape), other, given)
-        masks = part.masks([_every_other(part)] * len(part.fold.consumers))
+        masks = _masks_of_half(part)
         consumers = {c.parameter: masks[c.parameter] for c in part.fold.consumers}
         with put_back(module, part.block, consumers):
             silence(module, part.block, consumers)
@@ -249,7 +249,7 @@ def _makes_by_head(part: Part, module: nn.Module, place: Place, run: OnSample) -
         return found
 
     dense, keep = left(), _every_other(part).repeat_interleave(part.repeats)
-    masks = part.masks([_every_other(part)] * len(part.fold.consumers))
+    masks = _masks_of_half(part)
     with put_back(module, part.block, masks):
         silence(module, part.block, masks)
         changed = left() != dense
@@ -273,7 +273,7 @@ def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
         part: the units and their matrices.
         run: runs the block on a sample and returns its output.
     """
-    masks = part.masks([_every_other(part)] * len(part.fold.consumers))
+    masks = _masks_of_half(part)
     consumers = {consumer.parameter for consumer in part.fold.consumers}
     with put_back(module, part.block, masks):
         silence(module, part.block, {name: mask for name, mask in masks.items() if name in consumers})
@@ -284,6 +284,11 @@ def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
 
 def _every_other(part: Part) -> Tensor:
     return torch.arange(part.count) % 2 == 0
+
+
+def _masks_of_half(part: Part) -> dict[str, Tensor]:
+    """Return the masks of a part's parameters where every other unit is kept."""
+    return part.masks([_every_other(part)] * len(part.fold.consumers))
 
 
 def step_of(units: int, align: int, group: int = 1) -> int:

@@ -101,8 +101,7 @@ class Shapes:
         if removes:
             pruned = [[one for one in own if one.outputs == hidden] or own for own in pruned]
         sums = [[one.count * one.statistic_bytes(solver) for one in own] for own in pruned]
-        sums_of_one = {} if solver.statistic is None else solver.statistic.shapes(1)
-        grams = removes or any(len(size) == 2 for size in sums_of_one.values())
+        grams = removes or any(len(size) == 2 for size in _sums(solver, 1))
         solved = [one.solve_bytes(grams) for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
         head = loaded.model.get_output_embeddings()
         stacks = [parameter for parameter in block.module.parameters() if parameter.ndim == 3]
@@ -141,13 +140,17 @@ class _Stored:
 
     def statistic_bytes(self, solver: Solver) -> int:
         """Return the size of what is gathered of one of them."""
-        sums = {} if solver.statistic is None else solver.statistic.shapes(self.inputs)
-        return 4 * (sum(math.prod(size) for size in sums.values()) + InputSample.tokens * self.inputs)
+        return 4 * (sum(map(math.prod, _sums(solver, self.inputs))) + InputSample.tokens * self.inputs)
 
     def solve_bytes(self, grams: bool) -> int:
         """Return what solving one of them takes. grams: whether from a Gram matrix, of which there are factors."""
         squares = OF_INPUTS * self.inputs**2 if grams else 0
         return 4 * (OF_WEIGHT * self.outputs * self.inputs + squares) + WORKSPACE
+
+
+def _sums(solver: Solver, inputs: int) -> list[tuple[int, ...]]:
+    """Return the shapes of what is summed up of a matrix."""
+    return [] if solver.statistic is None else [*solver.statistic.shapes(inputs).values()]
 
 
 def _stored(block: Block, matrices: Sequence[Matrix]) -> list[_Stored]:

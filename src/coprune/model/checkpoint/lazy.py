@@ -190,6 +190,8 @@ class LazyCheckpoint:
     """
 
     streams = True
+    _shared: frozenset[str] = frozenset()
+    """Names of tied parameters of which at least one is in a block, once the rest is read."""
 
     def __init__(
         self,
@@ -207,7 +209,6 @@ class LazyCheckpoint:
         self.stored_as = source_encoding(location.path, None if dtype == "auto" else getattr(torch, dtype))
         self._entries = stored_entries(location.path) if self.stored_as is None else dict(self.stored_as.entries)
         self._uncut: dict[str, Uncut | None] = {}
-        self._shared: frozenset[str] = frozenset()
         # Packed tensors are decoded in host memory.
         self._ahead = ahead_to(self.device) if encoding.journalled else None
         with quiet_transformers(), explained(location):

@@ -198,7 +198,6 @@ class LazyGguf(LazyCheckpoint):
     ) -> None:
         self._apart = experts_apart and in_host_memory(torch.device(device))
         self._encoding, self.stored_as, self._uncut = DENSE, None, {}
-        self._shared = frozenset()
         self.location, self.device = ModelFolder(location.path.parent, location.name), torch.device(device)
         self.dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
         self._mapped = MappedGguf(location)

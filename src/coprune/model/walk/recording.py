@@ -111,7 +111,7 @@ class Recording:
         """Return the same batches, which go on through the blocks by themselves, without an aim."""
         return replace(self, hidden=self.hidden.copy(), streams=[*self.streams], dense=None, dense_streams=None)
 
-    def pass_by(self, model: ProvenModel, block: Block, runs: bool = True) -> None:
+    def go_past(self, model: ProvenModel, block: Block, runs: bool = True) -> None:
         """Bring all batches behind a block. runs: whether it runs, or is left out."""
         begins = block.index > 0 and model.blocks[block.index - 1].part != block.part
         for batch in range(len(self.hidden)):
