@@ -4,6 +4,8 @@
 
 Tasks: `choice` (ARC-Easy by its definition in docs/tasks, whose items TASK_DATA holds), `text` (Wikipedia, the embedded test
 text), `prompts` (how paragraphs of the same text begin). Each call adds or replaces one row of benchmarks/results/fit.csv.
+Tokens a second are medians over single steps of what was found and of the best plain quant, which take turns in one process
+(`coprune bench`): of the processor's time with one thread, which others of the machine take no part in.
 """
 
 from __future__ import annotations
@@ -18,16 +20,23 @@ import torch
 
 import coprune
 from coprune.base.files import write_text
+from coprune.base.progress import Reporter
 from coprune.data.corpora import evaluation_text
 from coprune.data.text import JoinedText
-from coprune.fitting.candidates import TYPES
-from coprune.fitting.fit import FACTS_FILE
+from coprune.fitting.candidates import DENSE, TYPES, Candidate
+from coprune.fitting.fit import FACTS_FILE, WORK_FOLDER
+from coprune.fitting.tasks import read_task
+from coprune.fitting.workshop import Asked, Workshop
 from coprune.model.checkpoint.locate import locate
+from coprune.packed.bench import bench
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "fit.csv"
 REQUIRED = {"choice": "accuracy>=dense-0.08", "text": "bits<=dense*1.02", "prompts": "acceptance>=0.9"}
 _KEY = ("model", "task", "seed")
+_TEXT = "embedded"
+_PROMPT, _STEPS = 128, 256
+"""Tokens that are read, and those after them whose time is measured."""
 
 
 def main() -> None:
@@ -35,9 +44,10 @@ def main() -> None:
     asked = options()
     torch.set_num_threads(asked.threads)
     folder = asked.folder / f"{Path(asked.model).stem}-{asked.task}-{asked.seed}"
+    model, task = str(locate(asked.model).path), items(asked)
     found = coprune.fit(
-        str(locate(asked.model).path),
-        items(asked),
+        model,
+        task,
         asked.require or REQUIRED[asked.task],
         output=folder,
         budget=asked.budget,
@@ -45,10 +55,11 @@ def main() -> None:
         seed=asked.seed,
         without=asked.without,
         types=asked.types,
-        text="embedded",
+        text=_TEXT,
     )
-    row = row_of(asked, found, json.loads((folder / FACTS_FILE).read_text()))
-    keep(row)
+    tasks = (read_task(task, asked.seed, asked.items),)
+    workshop = Workshop(folder / WORK_FOLDER, Asked(model, tasks, asked.seed, _TEXT), Reporter(quiet=False))
+    keep(row_of(asked, found, json.loads((folder / FACTS_FILE).read_text()), speeds(found, workshop)))
     print(found)
 
 
@@ -67,7 +78,21 @@ def items(asked: argparse.Namespace) -> str:
     return str(file)
 
 
-def row_of(asked: argparse.Namespace, found: coprune.Fitted, facts: dict[str, Any]) -> dict[str, str]:
+def speeds(found: coprune.Fitted, workshop: Workshop) -> dict[str, float]:
+    """Tokens a second of what was found and of the best plain quant, which is made again, by their names."""
+    files = {found.chosen: found.file}
+    if found.plain is not None and found.plain != found.chosen:
+        files[found.plain] = workshop.file(Candidate(DENSE, found.plain))
+    busy = torch.get_num_threads() == 1
+    measured = bench([*files.values()], prompt=_PROMPT, tokens=_STEPS, repeats=1, busy=busy)
+    workshop.clear()
+    rates = [row.tokens_per_second for row in measured.rows if row.phase == "decode"]
+    return dict(zip(files, rates, strict=True))
+
+
+def row_of(
+    asked: argparse.Namespace, found: coprune.Fitted, facts: dict[str, Any], speed: dict[str, float]
+) -> dict[str, str]:
     """What was found and the best plain quant, both as they were on the unseen half."""
     rows = facts["rows"]
     chosen = next(row for row in rows if row["chosen"])
@@ -81,12 +106,12 @@ def row_of(asked: argparse.Namespace, found: coprune.Fitted, facts: dict[str, An
         "verdict": "kept" if found.kept else "not kept",
         "found": found.chosen,
         "MB": f"{chosen['bytes'] / 1e6:.1f}",
-        "tokens/s": f"{chosen['speed']:.0f}",
+        "tokens/s": f"{speed[found.chosen]:.0f}",
         "of the best plain": "" if plain is None else f"{chosen['bytes'] / plain['bytes']:.2f}",
         "above required": f"{chosen['mean']:+.4f}",
         "at least": f"{chosen['low']:+.4f}",
         "best plain": "" if plain is None else plain["name"],
-        "plain tokens/s": "" if plain is None else f"{plain['speed']:.0f}",
+        "plain tokens/s": "" if plain is None else f"{speed[plain['name']]:.0f}",
         "plain MB": "" if plain is None else f"{plain['bytes'] / 1e6:.1f}",
         "dense MB": f"{rows[0]['bytes'] / 1e6:.1f}",
         "items": found.lines[0].rsplit(", ", 1)[-1].removesuffix(" items)"),

@@ -29,7 +29,7 @@ from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
 
 RECIPE_FILE, FACTS_FILE, CARD_FILE, TEXT_FILE = "recipe.yaml", "fit.json", "README.md", "text.jsonl"
-_WORK = ".fit"
+WORK_FOLDER = ".fit"
 _USUAL: dict[Kind, str] = {
     "choice": "accuracy>=dense-0.02",
     "answer": "accuracy>=dense-0.02",
@@ -105,9 +105,9 @@ def fit(
     _workers(how)
     asked, wish = _read(model, task, require, how)
     require_usable(target, "output")
-    if target.exists() and any(target.iterdir()) and not (target / _WORK).is_dir():
+    if target.exists() and any(target.iterdir()) and not (target / WORK_FOLDER).is_dir():
         raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
-    workshop = Workshop(target / _WORK, asked, reporter)
+    workshop = Workshop(target / WORK_FOLDER, asked, reporter)
     team = Team(_workers(how), how.get("ray"))
     try:
         search = Search(workshop, wish, team)
@@ -146,7 +146,7 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
     require_usable(file, "output")
     if file.exists():
         raise BadInput(f"{file} is there already", field="output", value=str(target), fix="name another folder")
-    workshop = Workshop(target / _WORK, asked, Reporter(quiet))
+    workshop = Workshop(target / WORK_FOLDER, asked, Reporter(quiet))
     workshop.text.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(text, workshop.text)
     made = workshop.file(chosen)
