@@ -18,7 +18,7 @@ from coprune.model.checkpoint.lazy import forget_parameters
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.folding import close, head_size
+from coprune.model.folding import close, distances, head_size
 from coprune.model.proven_folds import first_tokens
 from coprune.model.removed import SmallerModel
 from coprune.model.routing import Ties
@@ -231,9 +231,9 @@ def alike(found: Tensor, expected: Tensor) -> bool:
     Many blocks without half of their parts round a hundred times as much as one block does; a configuration that only
     fits the shapes is off by at least a hundredth.
     """
-    a, b = found.float(), expected.float()
     rounding = _ROUNDING_OF_HALVES if expected.dtype.itemsize < 4 else _ROUNDING
-    return close(found, expected) or bool((a - b).norm() <= rounding * b.norm())
+    apart, norms = distances(found, expected)
+    return close(found, expected) or bool(apart.norm() <= rounding * norms.norm())
 
 
 def same_block_by_block(
