@@ -36,7 +36,7 @@ _OWN: dict[str, Any] = {
         str | None,
         typer.Option(
             "--preset",
-            help="How long you are willing to wait: fast, balanced (taken where nothing says how to prune) or best.",
+            help="How long you are willing to wait: fast, balanced or best. Where nothing says how to prune, balanced is taken.",
             rich_help_panel="What is pruned, and how",
         ),
     ],
