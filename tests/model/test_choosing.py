@@ -297,15 +297,23 @@ def test_weights_that_another_part_has_too_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("by_object", [True, False])
-def test_weights_that_two_blocks_have_are_left_alone_in_both(by_object: bool) -> None:
-    model = ToyModel(blocks=2, width=32)
-    if by_object:
-        model.layers[0].first.weight = model.layers[1].second.weight
-    else:
-        model.layers[0].first.weight.data = model.layers[1].second.weight.data
-    chosen = chosen_of(model)
-    assert {"layers.0.first", "layers.1.second"}.isdisjoint(matrix.name for matrix in chosen.all())
-    assert [line.partition(" ")[2] for line in lines(chosen)] == ["(weights that several blocks share; 1 layer)"] * 2
+def test_weights_that_two_blocks_have_are_chosen_once(by_object: bool) -> None:
+    def sharing() -> ToyModel:
+        model = ToyModel(blocks=2, width=32)
+        if by_object:
+            model.layers[0].first.weight = model.layers[1].second.weight
+        else:
+            model.layers[0].first.weight.data = model.layers[1].second.weight.data
+        return model
+
+    chosen = chosen_of(sharing())
+    assert [[matrix.name for matrix in uses] for uses in chosen.several] == [["layers.0.first", "layers.1.second"]]
+    assert [matrix.name for matrix in chosen.all()].count("layers.0.first") == 1
+    assert not any(name in names_in(chosen, block) for block, name in enumerate(("first", "second")))
+    # Who leaves it alone in one of the blocks does so in both.
+    chosen = chosen_of(sharing(), exclude=["layers.1.*"])
+    assert not chosen.several
+    assert "first (weights that several blocks share; 1 layer)" in lines(chosen)
 
 
 def test_nothing_left_is_told_also_when_only_the_forward_shows_it() -> None:

@@ -59,6 +59,8 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "halves, dense": ("T5", "wanda", "dense", {"dataset": "{words}", "seqlen": 24, "evaluate": False}),
     # Two of four layers take the keys and values of others.
     "shared keys": ("gemma4_text", "wanda", "sequential", {}),
+    "shared weights": ("zamba2", "sparsegpt", "block", {}),
+    "shared weights in memory": ("zamba2", "wanda", "dense", {"stream": False}),
     "channels of halves": ("T5", "wanda", "block", {"dataset": "{pairs}", "remove": "channels=0.5", "eval_data": None}),
     "heads and blocks of halves": (
         *("T5", "wanda", "block"),
@@ -90,6 +92,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_words(folder / "words.txt")
     save_pair_model(folder / "T5", "T5")
     save_pico(folder / "gemma4_text", "gemma4_text")
+    save_pico(folder / "zamba2", "zamba2")
     texts = [(words_of(9 + n % 3, n), words_of(4 + n % 2, n)) for n in range(20)]
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps({"source": a, "target": b}) for a, b in texts))
     ids = torch.randint(4, 250, (10, 48), generator=torch.Generator().manual_seed(0)).tolist()

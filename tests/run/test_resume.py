@@ -50,6 +50,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     ),
     "shared keys and values": ("wanda", "block", "gemma4_text", True, {}),
     "shared weights": ("wanda", "block", "zamba2", True, {}),
+    "shared weights, dense": ("sparsegpt", "dense", "zamba2", False, {}),
     "shared weights in memory": ("wanda", "sequential", "zamba2", False, {"reconstruct": 3}),
     "encoder and decoder": ("sparsegpt", "sequential", "T5", True, {}),
     "encoder and decoder in memory": ("wanda", "block", "T5", False, {"dataset": "{place}/pairs.jsonl"}),

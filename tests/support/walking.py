@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -99,6 +99,14 @@ def layers_of(block: Block) -> list[Layer]:
     ]
 
 
+def layers_sharing(model: nn.Module) -> list[list[Layer]]:
+    """The linear layers of several blocks that hold the same weight."""
+    same: dict[int, list[Layer]] = {}
+    for layer in (layer for block in find_blocks(model) for layer in layers_of(block)):
+        same.setdefault(layer.weight.data_ptr(), []).append(layer)
+    return [layers for layers in same.values() if len({layer.name for layer in layers}) > 1]
+
+
 @contextmanager
 def watched(layers: Iterable[Layer]) -> Iterator[dict[str, list[Tensor]]]:
     """While open, gather the inputs of the layers, by name in the order of their first use, T × I."""
@@ -147,6 +155,22 @@ def prune_with_full_forwards(
             if propagation == "sequential":
                 inputs |= inputs_by_full_forwards(model, [layers[name]], batches)
             layers[name].weight.copy_(solve(layers[name].weight, inputs[name]))
+
+
+@torch.no_grad()
+def prune_shared_with_full_forwards(
+    model: PreTrainedModel, batches: Sequence[Tensor], solve: Solve, alone: Container[str] = ()
+) -> dict[str, str]:
+    """Prune in place what layers of several blocks share, from all that the model as it is gives them.
+
+    alone: names of layers to leave alone. Returns the names of those layers, each with the first that has the same weight.
+    """
+    sharing = [layers for layers in layers_sharing(model) if layers[0].name not in alone]
+    inputs = inputs_by_full_forwards(model, [layer for layers in sharing for layer in layers], batches)
+    for layers in sharing:
+        given = torch.cat([inputs[layer.name] for layer in layers if layer.name in inputs])
+        layers[0].weight.copy_(solve(layers[0].weight, given))
+    return {layer.name: layers[0].name for layers in sharing for layer in layers}
 
 
 def matrices_of(model: PreTrainedModel) -> list[Matrix]:

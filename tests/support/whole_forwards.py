@@ -14,13 +14,21 @@ from coprune.model.checkpoint.load import prepare
 from coprune.recipe.pattern import NM, Target
 from support.products import Part, watch_products
 from support.published import published_magnitude, published_wanda
-from support.walking import full_forward, inputs_by_full_forwards, layers_of, wanda_as_published
+from support.walking import (
+    full_forward,
+    inputs_by_full_forwards,
+    layers_of,
+    prune_shared_with_full_forwards,
+    wanda_as_published,
+)
 
 
 def prune_by_whole_forwards(
     model: PreTrainedModel, batches: Sequence[Tensor], target: Target, alone: Collection[str]
 ) -> dict[str, Tensor]:
     """Prune the model in place with Wanda, block after block, each from forwards of the model pruned so far.
+
+    What several blocks share is pruned first.
 
     Args:
         model: changed in place.
@@ -34,8 +42,12 @@ def prune_by_whole_forwards(
     prepare(model)  # experts one by one
     kept: dict[str, Tensor] = {}
     solve = wanda_as_published(target)
+    every = [layer for block in find_blocks(model) for layer in layers_of(block)]
+    left = {layer.name for layer in every if kind_of(layer.name) in alone}
+    shared = prune_shared_with_full_forwards(model, batches, solve, left)
+    kept |= {layer.name: layer.weight != 0 for layer in every if shared.get(layer.name) == layer.name}
     for block in find_blocks(model):
-        layers = [layer for layer in layers_of(block) if kind_of(layer.name) not in alone]
+        layers = [layer for layer in layers_of(block) if layer.name not in left and layer.name not in shared]
         inputs = inputs_by_full_forwards(model, layers, batches)
         parts = _parts(model, batches, block, {layer.name for layer in layers} - inputs.keys())
         for layer in layers:

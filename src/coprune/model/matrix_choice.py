@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -25,6 +25,7 @@ UNUSED = "not used in a forward"
 UNOBSERVED = "in no product that coprune can observe"
 NO_MIXTURE = "three dimensions, and none of its matrices is multiplied"
 OF_BLOCKS = "weights that several blocks share"
+OF_BLOCKS_AND_MORE = "weights that several blocks and another part of the model share"
 OF_ANOTHER_PART = "weights shared with another part of the model"
 
 
@@ -77,6 +78,9 @@ class Chosen:
     selection: Selection = Selection()
     shared: Mapping[str, str] = field(default_factory=dict)
     """Parameters of blocks that are in the model a second time, with the reason to leave them alone."""
+    several: list[list[Matrix]] = field(default_factory=list)
+    """Matrices that several blocks share and that are pruned once, not in a block: each under every block's name for it, the
+    first block's first."""
 
     @classmethod
     def nothing(cls, blocks: int) -> Chosen:
@@ -92,6 +96,7 @@ class Chosen:
         """Yield every chosen matrix, in the order of the model."""
         for matrices in self.blocks:
             yield from matrices
+        yield from (uses[0] for uses in self.several)
         yield from self.outside
 
 
@@ -150,30 +155,56 @@ def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence
 
 def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[str, str]]) -> Chosen:
     """Choose among the candidates. dropped: for every block, which of them are no matrices, by name with the reason."""
-    selection, found, alone = chosen.selection, list[list[Matrix]](), list[tuple[str, str]]()
+    selection, reasons, others = chosen.selection, dict[str, str](), list[list[tuple[str, str]]]()
     parts: list[tuple[Block, set[str], set[str]]] = []
     for block, candidates, no_matrices in zip(blocks, chosen.candidates, dropped, strict=True):
         matrices = [matrix for matrix in candidates if matrix.name not in no_matrices]
         parameters = large_parameters(block)
         routers = routers_of(block, matrices, parameters)
-        reasons = dict(no_matrices)
+        reasons |= no_matrices
         for matrix in matrices:
-            against = selection.against(matrix.name) or chosen.shared.get(matrix.parameter)
+            against = selection.against(matrix.name)
             if against is None and matrix.name in routers and not selection.spells_out(matrix.name):
                 against = "a router"
             if against is not None:
                 reasons[matrix.name] = against
-        found.append([matrix for matrix in matrices if matrix.name not in reasons])
         unused = {matrix.parameter for matrix in candidates if no_matrices.get(matrix.name) == UNUSED}
         parts.append((block, {matrix.parameter for matrix in matrices}, unused))
         seen = {matrix.parameter for matrix in candidates}
-        alone += [(matrix.name, reasons[matrix.name]) for matrix in candidates if matrix.name in reasons]
-        alone += [(p.name, "a router" if p.name in routers else p.why) for p in parameters if p.path not in seen]
+        others.append([(p.name, "a router" if p.name in routers else p.why) for p in parameters if p.path not in seen])
     refuse_mostly_other(parts)
-    if not any(found) and not chosen.outside:
+    several = _several(chosen, reasons)
+    once = {matrix.name for uses in several for matrix in uses}
+    for matrix in (matrix for own in chosen.candidates for matrix in own if matrix.name not in once):
+        if (why := chosen.shared.get(matrix.parameter)) is not None:
+            reasons.setdefault(matrix.name, why)
+    found = [[m for m in own if m.name not in reasons and m.name not in once] for own in chosen.candidates]
+    if not any(found) and not several and not chosen.outside:
         loosen = ("loosen ", Setting("include"), " or ", Setting("exclude"))
         raise BadInput("no matrix is left to prune", field="exclude", value=selection.exclude, fix=loosen)
-    return replace(chosen, blocks=found, left_out=left_out(alone))
+    alone: list[tuple[str, str]] = []
+    for own, more in zip(chosen.candidates, others, strict=True):
+        alone += [(matrix.name, reasons[matrix.name]) for matrix in own if matrix.name in reasons] + more
+    return replace(chosen, blocks=found, left_out=left_out(alone), several=several)
+
+
+def _several(chosen: Chosen, reasons: Collection[str]) -> list[list[Matrix]]:
+    """Return the matrices that several blocks share, if none of them has a reason to leave it alone.
+
+    reasons: names of matrices that are left alone whoever shares them.
+    """
+    shared: dict[tuple[str, int], list[tuple[int, Matrix]]] = defaultdict(list)
+    for block, candidates in enumerate(chosen.candidates):
+        for matrix in candidates:
+            if chosen.shared.get(matrix.parameter) == OF_BLOCKS and matrix.expert is None:
+                shared[_place(getattr(matrix.owner, matrix.attribute))].append((block, matrix))
+    several = []
+    for uses in shared.values():
+        blocks, same = {block for block, _ in uses}, [matrix for _, matrix in uses]
+        alike = len({(matrix.shape, matrix.input_dim) for matrix in same}) == 1
+        if alike and len(blocks) == len(uses) > 1 and not any(matrix.name in reasons for matrix in same):
+            several.append(same)
+    return several
 
 
 def _no_matrices(candidates: Sequence[Matrix], seen: Evidence) -> dict[str, str]:
@@ -241,7 +272,8 @@ def _shared(model: nn.Module, blocks: Sequence[Block]) -> dict[str, str]:
         inside = {owners[path] for path in same if path in owners}
         # A layer with two names in a block is one matrix.
         if len(inside | {owners.get(path) for path in same}) > 1 or len({id(module) for module in same.values()}) > 1:
-            why = OF_BLOCKS if len(inside) > 1 else OF_ANOTHER_PART
+            of_blocks = OF_BLOCKS if all(path in owners for path in same) else OF_BLOCKS_AND_MORE
+            why = of_blocks if len(inside) > 1 else OF_ANOTHER_PART
             found |= dict.fromkeys((path for path in same if path in owners), why)
     return found
 

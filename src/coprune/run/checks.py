@@ -176,7 +176,7 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
     allocation = allocation_named(recipe.prune.allocation)
     # Whether limits leave room does not depend on what is measured. What experts there are shows when the model runs.
     if not allocation.looks or all(matrix.expert is None for matrix in model.chosen.all()):
-        allocation.allocate(units_of(model.chosen, model.names), {}, target)
+        allocation.allocate(units_of(model.chosen, model.names, shared=not allocation.looks), {}, target)
 
 
 def reads_calibration(recipe: Recipe) -> bool:

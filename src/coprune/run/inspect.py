@@ -86,9 +86,10 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
     check_widths(chosen.all(), target)
     targets = _plan(recipe, loaded, FoundModel(loaded.weights, blocks, chosen), target, reporter)
     found: list[InspectedMatrix] = []
+    again = {matrix.name for uses in chosen.several for matrix in uses[1:]}
     with reporter.bar("Reading weights", len(blocks)) as advance:
         for block in blocks:
-            matrices = list(find_matrices(block.module, block.name))
+            matrices = [one for one in find_matrices(block.module, block.name) if one.name not in again]
             zeros = _count_zeros(loaded.weights, block.name, matrices) if weights else {}
             found += _inspected(matrices, block.name, targets, zeros)
             advance(1)

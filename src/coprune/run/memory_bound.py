@@ -78,6 +78,10 @@ class Shapes:
     """Bytes of the sums of all matrices of a block, as if each had inputs of its own."""
     statistic: int
     """Bytes of the statistics gathered at once when matrices are pruned one after another."""
+    shared: int
+    """Bytes of the sums of what blocks share: those of all blocks together, and a block's own beside them."""
+    shared_weights: int
+    """Bytes of the matrices that blocks share, where they are pruned."""
     solve: int
     """Bytes that solving the largest matrix takes."""
     experts: int
@@ -102,7 +106,10 @@ class Shapes:
             pruned = [[one for one in own if one.outputs == hidden] or own for own in pruned]
         sums = [[one.count * one.statistic_bytes(solver) for one in own] for own in pruned]
         grams = removes or any(len(size) == 2 for size in _sums(solver, 1))
-        solved = [one.solve_bytes(grams) for own in [*pruned, _stored(block, found.chosen.outside)] for one in own]
+        several = _stored(block, [uses[0] for uses in found.chosen.several])
+        solved = [
+            one.solve_bytes(grams) for own in [*pruned, several, _stored(block, found.chosen.outside)] for one in own
+        ]
         head = loaded.model.get_output_embeddings()
         stacks = [parameter for parameter in block.module.parameters() if parameter.ndim == 3]
         shared = {id(p): p.nbytes for p in map(loaded.model.get_parameter, found.chosen.shared)}
@@ -121,6 +128,8 @@ class Shapes:
             heads=heads if isinstance(heads, int) else max(heads),
             statistics=max(map(sum, sums)),
             statistic=max((size for own in sums for size in own), default=0),
+            shared=2 * sum(one.statistic_bytes(solver) for one in several),
+            shared_weights=sum(loaded.model.get_parameter(uses[0].parameter).nbytes for uses in found.chosen.several),
             solve=max(solved, default=0),
             experts=sum(stack.nbytes for stack in stacks),
             expert=sum(stack.nbytes // len(stack) for stack in stacks),
@@ -310,14 +319,15 @@ class Bound:
             hidden, statistics = max(hidden, waiting), shapes.statistic
         if recipe.remove.parts and not {"channels", "heads"} & recipe.remove.shares.keys():
             statistics = 0
-        sizes = [hidden + statistics + max(shapes.solve, batch)]
+        sizes = [hidden + max(statistics, shapes.shared) + max(shapes.solve, batch)]
         if recipe.prune.reconstruct.steps:  # weights, gradients, two moments and two best states, all in float32
             parameters = shapes.block_bytes // shapes.itemsize
             sizes.append(hidden + 21 * parameters + 4 * self._batch * self._trained(self._longest))
         if recipe.prune.allocation.name == "fisher":
             sample = self._longest * (shapes.blocks * self._hidden + 2 * shapes.vocabulary * shapes.itemsize)
             sizes.append(sample + 4 * self._longest * self._trained(self._longest) + 2 * shapes.block_bytes)
-        return max(sizes)
+        dense = recipe.calibrate.propagation == "dense" or recipe.prune.reconstruct.steps
+        return max(sizes) + (shapes.shared_weights if dense else 0)
 
     def _trained(self, length: int) -> int:
         """Return the values per token of a block's forward pass and of those kept for its backward pass."""

@@ -20,7 +20,7 @@ from coprune.model.checkpoint.names import is_below
 from coprune.model.edits import require_history
 from coprune.model.loaded_model import Loaded, keeps_experts, open_model, say_of_bfloat16, streams
 from coprune.model.matrices import LEAST_SPARSITY
-from coprune.model.matrix_choice import OF_BLOCKS, choose_matrices
+from coprune.model.matrix_choice import OF_ANOTHER_PART, choose_matrices
 from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
 from coprune.pruning.allocation import allocation_named
@@ -74,12 +74,12 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
         blocks,
         choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude),
     )
-    several = next((name for name, why in run.found.chosen.shared.items() if why == OF_BLOCKS), None)
+    several = next((name for name, why in run.found.chosen.shared.items() if why != OF_ANOTHER_PART), None)
     if recipe.remove.parts and several is not None:
         raise UnsupportedModel(
             f"{several} is in several blocks, and parts of such blocks cannot be removed",
             field="remove",
-            fix="set zeros in the other matrices instead, with a method and a pattern",
+            fix="set zeros instead, with a method and a pattern",
         )
     if "experts" in recipe.remove.shares:
         from coprune.run.to_removal import may_have_experts

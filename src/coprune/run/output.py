@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 from torch import Tensor
 
 from coprune.base.devices import in_host_memory
@@ -26,7 +27,7 @@ from coprune.model.blocks import Block
 from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.formats import Rounding
-from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.model.checkpoint.writer import REST, SHARED, CheckpointWriter
 from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
 from coprune.model.walk.model_structure import FoundModel
@@ -49,12 +50,22 @@ class BlockOutcome:
     training: BlockTraining | None = None
     """Training of the block, if it was trained."""
     rounded: Rounding = field(default_factory=Rounding)
-    """Rounding to the source's own grid while pruning."""
+    """Rounding to the source's own grid while pruning; of an earlier run's, also for storage."""
 
 
 _RESULTS = TypeAdapter(list[MatrixResult])
 _TRAINING = TypeAdapter(BlockTraining | None)
 _EVENTS = TypeAdapter(list[AnyEvent])
+
+
+def _remembered(outcome: BlockOutcome, rounding: Rounding) -> dict[str, Any]:
+    """Return what a later run is to know of a block, as JSON. rounding: while pruning and for storage."""
+    return {
+        "results": _RESULTS.dump_python(outcome.results, mode="json"),
+        "edits": dump_edits(outcome.edits),
+        "training": _TRAINING.dump_python(outcome.training, mode="json"),
+        "rounding": asdict(rounding),
+    }
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ class Output:
         self.encoding = DENSE if to is None else to.encoding
         self._processes, self._weights, self._passed = processes, model.weights, model.passed
         self._names = [block.name for block in model.every_block]
+        self._shared = [uses[0].parameter for uses in model.chosen.several]
         self._writer = None if to is None else self._claimed(to)
 
     def _claimed(self, to: Destination) -> CheckpointWriter:
@@ -128,7 +140,8 @@ class Output:
     def finished(self) -> dict[str, BlockOutcome]:
         """Return the blocks that an earlier run finished, with what was done in them; the first process's answer for all.
 
-        Only the blocks before the first that is missing or damaged count, since later ones are done again anyway.
+        Only the blocks before the first that is missing or damaged count, since later ones are done again anyway; and none
+        without what several of them share, which is pruned before them.
         """
         found = self._processes.from_first(lambda: dict(self._recalled()))
         self.outcomes |= found
@@ -136,14 +149,38 @@ class Output:
         return {name: outcome for name, outcome in found.items() if name not in unchanged}
 
     def _recalled(self) -> Iterator[tuple[str, BlockOutcome]]:
-        for name in self._names if self._writer is not None else ():
-            remembered = None if self._writer is None else self._writer.recall(name)
-            if remembered is None:
+        if self._shared and self._recall(SHARED) is None:
+            return
+        for name in self._names:
+            if (outcome := self._recall(name)) is None:
                 return
-            self.rounding += Rounding(**remembered.get("rounding", {}))
-            results = _RESULTS.validate_python(remembered["results"])
-            training = _TRAINING.validate_python(remembered.get("training"))
-            yield name, BlockOutcome(results, load_edits(remembered["edits"]), training)
+            self.rounding += outcome.rounded
+            yield name, outcome
+
+    def _recall(self, part: str) -> BlockOutcome | None:
+        remembered = None if self._writer is None else self._writer.recall(part)
+        if remembered is None:
+            return None
+        results = _RESULTS.validate_python(remembered["results"])
+        training = _TRAINING.validate_python(remembered.get("training"))
+        rounded = Rounding(**remembered.get("rounding", {}))
+        return BlockOutcome(results, load_edits(remembered["edits"]), training, rounded)
+
+    def shared_before(self) -> BlockOutcome | None:
+        """Restore what several blocks share as an earlier run pruned it; None if it did not come so far."""
+        outcome = self._processes.from_first(lambda: self._recall(SHARED))
+        if outcome is not None:
+            self.rounding += outcome.rounded
+            for name, values in load_file(self._file_of(SHARED)).items():
+                self._weights.model.get_parameter(name).data.copy_(values)
+        return outcome
+
+    def write_shared(self, outcome: BlockOutcome) -> None:
+        """Keep what several blocks share, which is pruned, for a later run that goes on."""
+        self.rounding += outcome.rounded
+        if self._writer is not None:
+            tensors = {name: self._weights.model.get_parameter(name) for name in self._shared}
+            self._writer.write(SHARED, tensors, _remembered(outcome, outcome.rounded))
 
     @property
     def trainings(self) -> list[BlockTraining]:
@@ -176,7 +213,7 @@ class Output:
     def restore(self, block: Block) -> None:
         """Restore a block finished by an earlier run."""
         edits = self.outcomes[block.name].edits
-        self._weights.read_from(self._file_of(block), uncut_by(edits))
+        self._weights.read_from(self._file_of(block.name), uncut_by(edits))
         self._weights.acquire(block.name)
         for edit in edits:
             edit.apply(block.module)
@@ -188,7 +225,7 @@ class Output:
             self._write(self._writer, block, outcome)
         coded = self._weights.stored_as is not None
         if self._processes.size > 1 and (self._weights.streams or coded):
-            self._weights.read_from(self._file_of(block), uncut_by(outcome.edits))
+            self._weights.read_from(self._file_of(block.name), uncut_by(outcome.edits))
             if coded:
                 self._weights.acquire(block.name)  # with what was rounded
 
@@ -196,12 +233,6 @@ class Output:
         writer.settle()
         tensors, rounding = self._stored(self._weights.original_tensors(block.name), outcome.edits)
         self.rounding += rounding + outcome.rounded
-        remember = {
-            "results": _RESULTS.dump_python(outcome.results, mode="json"),
-            "edits": dump_edits(outcome.edits),
-            "training": _TRAINING.dump_python(outcome.training, mode="json"),
-            "rounding": asdict(rounding + outcome.rounded),
-        }
 
         def ready() -> None:
             if self._weights.streams or rounding.values:
@@ -214,7 +245,7 @@ class Output:
         writer.write(
             block.name,
             tensors,
-            remember,
+            _remembered(outcome, rounding + outcome.rounded),
             beside=there and self._processes.size == 1 and not rounding.values,
             ready=ready,
         )
@@ -246,10 +277,10 @@ class Output:
             if self._writer is not None:
                 self._writer.settle()
 
-    def _file_of(self, block: Block) -> Path:
-        """Return where the first process wrote a block, which this one can see."""
+    def _file_of(self, part: str) -> Path:
+        """Return where the first process wrote a block, which this one can see. part: its name, or `SHARED`."""
         writer = self._writer
-        file = self._processes.from_first(lambda: None if writer is None else writer.file(block.name).resolve())
+        file = self._processes.from_first(lambda: None if writer is None else writer.file(part).resolve())
         assert file is not None
         if not file.is_file():
             raise LostProcess(

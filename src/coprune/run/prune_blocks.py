@@ -15,8 +15,8 @@ from coprune.base.words import per_cent
 from coprune.model.checkpoint.formats import Rounding
 from coprune.model.edit import Edit, FillZeros
 from coprune.model.matrices import Matrix
-from coprune.model.walk.block_events import BlockDone, Past
-from coprune.model.walk.recording import Recording
+from coprune.model.walk.block_events import NO_PAST, BlockDone, Past
+from coprune.model.walk.recording import Dense, Recording
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation import allocation_named
@@ -37,6 +37,7 @@ from coprune.run.calibrating import (
 )
 from coprune.run.context import Outcome, Run
 from coprune.run.output import BlockOutcome
+from coprune.run.shared_weights import DenseCopies, prune_shared
 
 _FEW_TOKENS = 2048
 """Norms of inputs are looked at, and Gram matrices of single heads, which are narrow: so few tokens tell all of them."""
@@ -56,6 +57,11 @@ def prune_blocks(run: Run) -> Outcome:
     rounded: list[Rounding] = []
     target_of = _on_grids(run, _look_at_dense(run), rounded)
     known = run.reuse.gathered(run, finished, lambda: record_calibration(run))
+    moves, shared, dense = moves_of(run), list[MatrixResult](), NO_PAST.dense
+    if model.chosen.several:
+        if isinstance(moves, Dense) or run.reconstruction is not None:
+            dense = DenseCopies(model).within
+        shared = prune_shared(run, target_of, rounded)
     with reporter.bar(f"Pruning with {recipe.prune.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
         recording = None if recipe.calibrate.propagation == "dense" and known else record_to_prune(run)
@@ -63,8 +69,8 @@ def prune_blocks(run: Run) -> Outcome:
             model,
             recording,
             run.solver.statistic,
-            moves_of(run),
-            Past(finished, output.restore, known),
+            moves,
+            Past(finished, output.restore, known, dense),
             run.processes,
             advance,
         )
@@ -77,8 +83,10 @@ def prune_blocks(run: Run) -> Outcome:
         reporter.say(f"{idle.line()}.")
         events.append(idle)
     outside = {matrix.name for matrix in model.chosen.outside}
-    rest = FillZeros(masks=_masks(result for result in results if result.name in outside))
-    return Outcome(earlier + results, output.edits(rest), time.perf_counter() - started, trainings, events=events)
+    rest = FillZeros(masks=_masks([*shared, *(result for result in results if result.name in outside)]))
+    return Outcome(
+        shared + earlier + results, output.edits(rest), time.perf_counter() - started, trainings, events=events
+    )
 
 
 def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> list[MatrixResult]:

@@ -1,12 +1,14 @@
-"""Blocks that hold the same weights: these are left alone, and everything else is pruned and saved as usual."""
+"""Blocks that hold the same weights: pruned once, on what all blocks give them, before everything else; and saved once."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import coprune
 from coprune.base.errors import UnsupportedModel
@@ -17,56 +19,121 @@ from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.loaded_model import Loaded
 from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.block_events import BlockDone
+from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target, parse_pattern
+from coprune.run import prune_blocks
 from coprune.run.memory_bound import Shapes
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico
-from support.walking import share_of_different_entries
+from support.walking import (
+    Propagation,
+    Solve,
+    inputs_by_full_forwards,
+    layers_of,
+    prune_shared_with_full_forwards,
+    share_of_different_entries,
+    wanda_as_published,
+)
 from support.whole import differences
-from support.whole_forwards import kind_of, prune_by_whole_forwards
 
+HALF = Target(parse_pattern("unstructured"), 0.5)
 BATCHES = pico_tokens(12, 32).split(4)
 SHARED = "model.layers.1.shared_transformer."
 
 
-def test_all_but_the_shared_weights_is_pruned_by_what_it_really_meets() -> None:
+def _solve(method: str) -> Solve:
+    if method == "wanda":
+        return wanda_as_published(HALF)
+    solver = Solver(METHODS[method])
+
+    def solve(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert solver.statistic is not None
+        inputs = Inputs(solver.statistic(x.shape[1]), InputSample(x.shape[1], 1))
+        inputs.update(x)
+        return solver.solve(weight, inputs, HALF).weight
+
+    return solve
+
+
+@torch.no_grad()
+def _by_whole_forwards(model: PreTrainedModel, solve: Solve, propagation: Propagation) -> dict[str, torch.Tensor]:
+    """Prune the model in place, first what layers share on all that they are given; return what is kept of each matrix."""
+    blocks = [layers_of(block) for block in find_blocks(model)]
+    dense = inputs_by_full_forwards(model, [layer for layers in blocks for layer in layers], BATCHES)
+    shared = prune_shared_with_full_forwards(model, BATCHES, solve)
+    for layers in blocks:
+        own = {layer.name: layer for layer in layers if layer.name not in shared}
+        inputs = dense if propagation == "dense" else inputs_by_full_forwards(model, [*own.values()], BATCHES)
+        for name in [name for name in inputs if name in own]:
+            if propagation == "sequential":
+                inputs |= inputs_by_full_forwards(model, [own[name]], BATCHES)
+            own[name].weight.copy_(solve(own[name].weight, inputs[name]))
+    pruned = (layer for layers in blocks for layer in layers if shared.get(layer.name, layer.name) == layer.name)
+    return {layer.name: layer.weight != 0 for layer in pruned}
+
+
+@pytest.mark.parametrize(
+    ("method", "propagation"),
+    [("wanda", "block"), ("wanda", "sequential"), ("wanda", "dense"), ("sparsegpt", "block")],
+)
+def test_they_are_pruned_on_what_all_blocks_give_them(method: str, propagation: Propagation) -> None:
     model, oracle = pico_model("zamba2"), pico_model("zamba2")
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = coprune.prune(model, "wanda", dataset=torch.cat(BATCHES), batch_size=4, evaluate=False, quiet=True).report
-    alone = {layers.kind for layers in report.left_out}
-    expected = prune_by_whole_forwards(oracle, BATCHES, Target(parse_pattern("unstructured"), 0.5), alone)
-    assert {kind_of(SHARED) + "self_attn.q_proj", kind_of(SHARED) + "feed_forward.down_proj"} <= alone
+    settings: dict[str, Any] = {"batch_size": 4, "evaluate": False, "quiet": True, "propagation": propagation}
+    report = coprune.prune(model, method, dataset=torch.cat(BATCHES), **settings).report
+    expected = _by_whole_forwards(oracle, _solve(method), propagation)
+    assert {f"{SHARED}self_attn.q_proj", f"{SHARED}feed_forward.down_proj"} <= expected.keys()
     assert {matrix.name for matrix in report.matrices} == expected.keys()
+    assert {matrix.name: matrix.tokens for matrix in report.matrices}[f"{SHARED}self_attn.q_proj"] == 2 * 12 * 32
     found = {name: model.get_parameter(f"{name}.weight") != 0 for name in expected}
     assert share_of_different_entries(found, expected) < 1e-3
-    for name, tensor in model.state_dict().items():
-        assert name.removesuffix(".weight") in expected or torch.equal(tensor, dense[name])
+    first, other = (model.model.layers[number].shared_transformer.self_attn.q_proj.weight for number in (1, 3))
+    assert first is other
 
 
-@pytest.mark.parametrize("reconstruct", [0, 3])
-def test_a_folder_keeps_them_once_and_to_the_bit(reconstruct: int, tmp_path: Path) -> None:
+def test_blocks_are_trained_toward_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dense, aims = pico_model("zamba2"), pico_model("zamba2"), list[torch.Tensor]()
+
+    def note(reconstruction: Any, done: BlockDone, *others: Any) -> Any:
+        aims.append(done.after[0])
+        return others[1], None
+
+    monkeypatch.setattr(prune_blocks, "reconstruct_block", note)
+    settings: dict[str, Any] = {"batch_size": 4, "evaluate": False, "quiet": True, "reconstruct": 3}
+    coprune.prune(model, "wanda", dataset=torch.cat(BATCHES), **settings)
+    hidden = dense(input_ids=BATCHES[0], use_cache=False, output_hidden_states=True).hidden_states
+    assert len(aims) == 4
+    for aim, expected in zip(aims[:3], hidden[1:], strict=False):
+        torch.testing.assert_close(aim, expected)
+
+
+@pytest.mark.parametrize("more", [{}, {"reconstruct": 3}, {"propagation": "dense"}, {"allocation": "owl"}])
+def test_a_folder_holds_them_once(more: dict[str, Any], tmp_path: Path) -> None:
     save_pico(tmp_path / "source", "zamba2")
     for stream in (True, False):
-        coprune.prune(
+        report = coprune.prune(
             tmp_path / "source",
             "wanda",
             dataset=torch.cat(BATCHES),
             batch_size=4,
             evaluate=False,
             quiet=True,
-            reconstruct=reconstruct,
             stream=stream,
             save_model=tmp_path / str(stream),
-        )
+            **more,
+        ).report
+        assert report.sparsity.matrices == pytest.approx(0.5, abs=2e-3)
     source, saved = (_tensors(tmp_path / name) for name in ("source", "True"))
-    shared = {name for name in source if name.startswith(SHARED)}
     assert source.keys() == saved.keys()
-    assert all(torch.equal(source[name], saved[name]) for name in shared)
     assert not any(name.startswith("model.layers.3.shared") for name in saved)
+    queries = f"{SHARED}self_attn.q_proj.weight"
+    assert int((saved[queries] == 0).sum()) == source[queries].numel() // 2
+    assert torch.equal(saved[queries], source[queries] * (saved[queries] != 0))
     assert not differences(tmp_path / "True", tmp_path / "False").changed
+    assert not list((tmp_path / "True").glob("shared*"))
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,6 +157,8 @@ def test_a_configuration_alone_shows_them_and_the_memory_holds_them(tmp_path: Pa
     lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
     shapes = [_shapes(weights) for weights in (Imagined(place, "auto", torch.device("cpu")), lazy)]
     assert shapes[0] == shapes[1]
+    assert 0 < shapes[0].shared_weights < shapes[0].rest_bytes
+    assert shapes[0].shared > shapes[0].statistics
     assert shapes[0].rest_bytes == sum(one.nbytes for one in lazy.model.parameters() if not one.is_meta)
 
 

@@ -43,6 +43,8 @@ from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry
 
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
+SHARED = "shared"
+"""Name of what is written as a part is, for a later run that goes on, and is none of the checkpoint's."""
 _LOCK = "running.lock"
 _MANIFEST = "parts.json"
 _REFUSED = "refused"
@@ -123,6 +125,8 @@ class CheckpointWriter:
 
     def file(self, part: str) -> Path:
         """Return a part's file. Raises ValueError for an unknown part."""
+        if part == SHARED:
+            return self.partial / f"{SHARED}.safetensors"
         return self.partial / f"model-{self._parts.index(part) + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
     def _note(self, part: str) -> Path:
@@ -253,7 +257,8 @@ class CheckpointWriter:
             self._note(part).unlink()
             if self.file(part) not in files:
                 self.file(part).unlink()
-        for name in (_REFUSED, *scaffolding, _MANIFEST, _LOCK):
+        own = [path.name for path in (self._note(SHARED), self.file(SHARED))]
+        for name in (_REFUSED, *own, *scaffolding, _MANIFEST, _LOCK):
             (self.partial / name).unlink(missing_ok=True)
         name_durably(self.partial, self.folder)
         return self.folder

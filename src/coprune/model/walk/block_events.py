@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -58,6 +59,8 @@ class Past:
     known: Known = field(default_factory=dict)
     """Reads what was gathered before of a block, by its name: the inputs of every group, by the group's first matrix.
     Such a block is not observed."""
+    dense: Callable[[Block], AbstractContextManager[None]] = lambda block: nullcontext()
+    """While open, gives a block the dense model's values of what it shares with others and was pruned before."""
 
 
 NO_PAST = Past()

@@ -60,6 +60,11 @@ class InputSample:
         self._rows = [inputs]
         self.count = count
 
+    def merge(self, other: InputSample, every: int) -> None:
+        """Add a sample of the same width. every: of how many of its rows one is taken."""
+        self._rows.append(other.inputs[::every].clone())  # not a view of all rows
+        self.count += other.count
+
     @property
     def inputs(self) -> Tensor:
         """Kept inputs, N × I float32 (N = 0 if no token was seen)."""
@@ -182,6 +187,12 @@ class Inputs:
         self.sample.update(x, kept)
         if self.statistic is not None:
             self.statistic.update(x)
+
+    def merge(self, other: Inputs, every: int) -> None:
+        """Add what another tensor was seen to hold. every: as in `InputSample.merge`."""
+        self.sample.merge(other.sample, every)
+        if self.statistic is not None and other.statistic is not None:
+            self.statistic.merge(other.statistic)
 
     def refuse_infinite(self, place: str) -> None:
         """Raise NumericalError if inputs on a device were NaN or infinite. place: what they are the inputs of."""

@@ -59,6 +59,8 @@ class Structure:
     """Form of every block's output."""
     groups: list[list[list[Matrix]]] = field(default_factory=list)
     """Every block's matrices grouped by input tensor, in order of first use."""
+    shared: list[list[list[Matrix]]] = field(default_factory=list)
+    """The same of every block's matrices that others share, which are pruned once."""
     streams: tuple[Place, ...] = ()
     """Where blocks are handed what earlier ones left for them in a mapping."""
     handed: list[Handed] = field(default_factory=list)
@@ -89,7 +91,14 @@ class ProvenModel(FoundModel):
         structure = replace(self.structure, groups=[[group for group in block if group] for block in groups])
         return replace(self, chosen=replace(self.chosen, blocks=blocks, outside=[]), structure=structure)
 
+    def shared_alone(self) -> ProvenModel:
+        """Return the model up to the last block with matrices that others share, as every block names them."""
+        shared = self.structure.shared
+        chosen = replace(self.chosen, blocks=[[m for group in groups for m in group] for groups in shared], several=[])
+        found = replace(self, chosen=chosen, structure=replace(self.structure, groups=shared, reused=[]))
+        return found.first_blocks(1 + max(index for index, groups in enumerate(shared) if groups), outside=False)
+
     def idle(self) -> ProvenModel:
         """Return the model without chosen matrices."""
-        structure = replace(self.structure, groups=[[] for _ in self.blocks], reused=[])
+        structure = replace(self.structure, groups=[[] for _ in self.blocks], shared=[], reused=[])
         return replace(self, chosen=Chosen.nothing(len(self.blocks)), structure=structure)

@@ -95,8 +95,10 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward")
     chosen = confirm(found.chosen, blocks, [_evidence(seen) for seen in watched.products])
-    for seen, matrices in zip(watched.products, chosen.blocks, strict=True):
+    once = {matrix.name for uses in chosen.several for matrix in uses}
+    for seen, matrices, candidates in zip(watched.products, chosen.blocks, chosen.candidates, strict=True):
         structure.groups.append(_groups(seen, matrices))
+        structure.shared.append(_groups(seen, [matrix for matrix in candidates if matrix.name in once]))
         names = {matrix.name for matrix in matrices}
         structure.reused += [matrix.name for matrix in seen.reused if matrix.name in names]
     unused = [(matrix.name, UNUSED) for block in found.passed for matrix in find_matrices(block.module, block.name)]

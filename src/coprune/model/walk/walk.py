@@ -7,6 +7,7 @@ the calibration data to the next block. Later blocks see the caller's changes; w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -155,14 +156,15 @@ class Walk:
         assert self.recording is not None
         once = isinstance(self.moves, Dense)
         self._run_dense(block)
-        for batch in range(len(self.recording.hidden)):
-            chosen, see = self.model.chosen.blocks[block.index], partial(gathered.see, batch)
-            with Observe(chosen, see, hear=gathered.hear(batch)):
-                if once:
-                    self.recording.move(block, batch)
-                else:
-                    self.recording.run(block, batch, self.recording.hidden[batch])
-            self.advance((1.0 if once else 0.5) / len(self.recording.hidden))
+        with self._as_moved(block):
+            for batch in range(len(self.recording.hidden)):
+                chosen, see = self.model.chosen.blocks[block.index], partial(gathered.see, batch)
+                with Observe(chosen, see, hear=gathered.hear(batch)):
+                    if once:
+                        self.recording.move(block, batch)
+                    else:
+                        self.recording.run(block, batch, self.recording.hidden[batch])
+                self.advance((1.0 if once else 0.5) / len(self.recording.hidden))
 
     def _show_in_step(self, block: Block, gathered: Gathered) -> Iterator[MatricesReady]:
         assert self.recording is not None
@@ -204,18 +206,24 @@ class Walk:
     def _run_dense(self, block: Block) -> None:
         """Move the dense model's hidden states on through the block, which still has its dense weights."""
         if self.recording is not None and self.recording.dense is not None:
-            for batch in range(len(self.recording.dense)):
-                if self.recording.aims is None or batch in self.recording.aims:
-                    self.recording.move_dense(block, batch)
+            with self.past.dense(block):
+                for batch in range(len(self.recording.dense)):
+                    if self.recording.aims is None or batch in self.recording.aims:
+                        self.recording.move_dense(block, batch)
+
+    def _as_moved(self, block: Block) -> AbstractContextManager[None]:
+        """While open, give a block the weights with which the inputs move on."""
+        return self.past.dense(block) if isinstance(self.moves, Dense) else nullcontext()
 
     def _run(self, block: Block, share: float) -> None:
         """Run a block as it is now on its inputs; its outputs become the next block's inputs."""
         if self.recording is None or self._is_last(block):
             self.advance(share)
             return
-        for batch in range(len(self.recording.hidden)):
-            self.recording.move(block, batch)
-            self.advance(share / len(self.recording.hidden))
+        with self._as_moved(block):
+            for batch in range(len(self.recording.hidden)):
+                self.recording.move(block, batch)
+                self.advance(share / len(self.recording.hidden))
 
     def _is_last(self, block: Block) -> bool:
         """Return whether a block's outputs are not used."""

@@ -86,11 +86,15 @@ class Allocation(Protocol):
         ...
 
 
-def units_of(chosen: Chosen, block_names: Sequence[str]) -> list[Unit]:
-    """Gather the chosen matrices into units, in the order of the model."""
+def units_of(chosen: Chosen, block_names: Sequence[str], shared: bool = True) -> list[Unit]:
+    """Gather the chosen matrices into units, in the order of the model.
+
+    shared: whether those that several blocks share are among them; they are where no others are.
+    """
     members: dict[str, list[Matrix]] = {}
     places: dict[str, str] = {}
-    for place, matrices in [*zip(block_names, chosen.blocks, strict=True), (None, chosen.outside)]:
+    several = [uses[0] for uses in chosen.several] if shared or not (any(chosen.blocks) or chosen.outside) else []
+    for place, matrices in [*zip(block_names, chosen.blocks, strict=True), (None, [*several, *chosen.outside])]:
         for matrix in matrices:
             name = unit_name(matrix.name)
             members.setdefault(name, []).append(matrix)

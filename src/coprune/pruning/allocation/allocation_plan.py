@@ -33,6 +33,8 @@ def plan_targets(
 ) -> dict[str, Target]:
     """Allocate a target to every chosen matrix, so that together they have the overall sparsity.
 
+    A rule that looks at blocks leaves the overall sparsity to what several blocks share.
+
     Args:
         allocation: the rule.
         model: the model; proven, if the allocation needs data.
@@ -58,8 +60,9 @@ def plan_targets(
         sums, outputs = _by_slopes(allocation, model, recording, target, processes, advance)
     elif allocation.looks:
         sums = _by_looks(allocation, model, recording, target, processes, advance)
-    units = units_of(model.chosen, model.names)
-    return targets_by_matrix(units, allocation.allocate(units, sums, target), outputs)
+    units = units_of(model.chosen, model.names, shared=not allocation.looks)
+    shared = dict.fromkeys((uses[0].name for uses in model.chosen.several), target)
+    return shared | targets_by_matrix(units, allocation.allocate(units, sums, target), outputs)
 
 
 def _by_slopes(
