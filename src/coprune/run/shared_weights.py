@@ -73,7 +73,8 @@ def prune_shared(run: Run, target_of: Callable[[Matrix], Target], rounded: list[
         if recording is None:
             shown = (MatricesReady([matrix], None) for matrices in groups.values() for matrix in matrices)
         else:
-            with run.reporter.bar("Looking at what blocks share", len(run.model.blocks)) as advance:
+            blocks = len(run.model.shared_alone().blocks)
+            with run.reporter.bar("Looking at what blocks share", blocks) as advance:
                 inputs = inputs_of_shared(run.model, recording, run.solver.statistic, run.processes, advance)
             shown = (MatricesReady(groups[key], inputs.pop(key)) for key in groups)
         solving = Solving(run.processes, [list(groups.values())], gram=run.solver.statistic is Gram)
