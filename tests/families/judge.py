@@ -278,13 +278,16 @@ def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, 
 
 
 def _large_names(model: PreTrainedModel) -> list[str]:
-    """What the blocks hold of two dimensions and more, but biases: linear layers, experts, tables, convolutions."""
-    return [
-        f"{block.name}.{name}".removesuffix(".weight")
-        for block in find_blocks(model)
-        for name, parameter in block.module.named_parameters()
-        if parameter.ndim >= 2 and "bias" not in name.rpartition(".")[2]
-    ]
+    """What the blocks hold of two dimensions and more, but biases: linear layers, experts, tables, convolutions.
+
+    What several blocks share has the name that it has in the first.
+    """
+    found: dict[int, str] = {}
+    for block in find_blocks(model):
+        for name, parameter in block.module.named_parameters():
+            if parameter.ndim >= 2 and "bias" not in name.rpartition(".")[2]:
+                found.setdefault(id(parameter), f"{block.name}.{name}".removesuffix(".weight"))
+    return list(found.values())
 
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
