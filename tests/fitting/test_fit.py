@@ -19,8 +19,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.fit import RECIPE_FILE, remake
+from coprune.fitting.made import digest_of
 from coprune.fitting.reader import Reader
-from coprune.fitting.workshop import Asked, Workshop, digest_of
+from coprune.fitting.workshop import Asked, Workshop
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from support.disturbing import in_child
 from support.pico import pico_model

@@ -18,13 +18,14 @@ from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
 from coprune.fitting.candidates import EXACT, KINDS, TYPES, Candidate
 from coprune.fitting.in_transformers import InTransformers
+from coprune.fitting.made import bytes_in, copy, digest_of
 from coprune.fitting.page import card, page
 from coprune.fitting.require import read_conditions
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
 from coprune.fitting.tasks import Kind, Task, read_task
 from coprune.fitting.team import Team
-from coprune.fitting.workshop import Asked, Runtime, Workshop, bytes_in, copy, digest_of, recipe_of
+from coprune.fitting.workshop import Asked, Runtime, Workshop, recipe_of
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
 

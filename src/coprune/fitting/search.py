@@ -306,7 +306,7 @@ class Search:
             winners: gets what keeps everything and is cheaper than its last one.
             first: place of the one to begin with; by default the middle.
         """
-        low, high, left = 0, len(pool), list(pool)
+        low, high, left, lost = 0, len(pool), list(pool), list[Candidate]()
         place = (high - 1) // 2 if first is None else first
         while low < high:
             candidate = left[place]
@@ -317,7 +317,7 @@ class Search:
             if said == "kept":
                 winners.append(candidate)
             elif candidate not in winners:
-                self.workshop.drop(candidate)
+                lost.append(candidate)
             if said == "refused":
                 del left[place]
                 high -= 1
@@ -326,6 +326,8 @@ class Search:
             else:
                 low = place + 1
             place = (low + high) // 2
+        for candidate in lost:  # now, since others of the pool copy tensors of their files
+            self.workshop.drop(candidate)
         self.untried = []
 
     def run(self) -> Finding:

@@ -23,12 +23,14 @@ from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
 from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
+from coprune.fitting.made import bytes_in
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, score_item
 from coprune.fitting.tasks import Item, Task, joined, shared_out
 from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
-from coprune.gguf_files.llama_cpp import quantize, quantized_bytes
+from coprune.gguf_files.llama_cpp import quantized_bytes
+from coprune.gguf_files.reuse import Quant, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.packed.folder import pack
@@ -240,12 +242,20 @@ class Workshop:
             if candidate.type == PACKED:
                 pack(exact, target)
                 return
-            importance = read_importance(self._importance(candidate.cut))
+            matrix = self._importance(candidate.cut)
+            earlier, how = self._quants(matrix), (candidate.type, read_importance(matrix), candidate.embedding)
             self.reporter.say(f"Making {candidate.name}")
-            write_durably(target, lambda path: quantize(exact, path, candidate.type, importance, candidate.embedding))
+            write_text(_sources(target), json.dumps([exact.name, matrix.name]))
+            write_durably(target, lambda path: quantize_beside(earlier, exact, path, *how))
 
         self._once(target, make)
         return target
+
+    def _quants(self, matrix: Path) -> list[Quant]:
+        """List the quants that are here with an importance matrix."""
+        made = [(file, _sources(file)) for file in sorted((self.folder / "files").glob("*.gguf"))]
+        said = [(file, json.loads(sources.read_text(encoding="utf-8"))) for file, sources in made if sources.exists()]
+        return [Quant(file, file.with_name(exact)) for file, (exact, own) in said if own == matrix.name]
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's file, which is not needed any more."""
@@ -439,37 +449,14 @@ class Workshop:
         return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
 
 
-def files_in(made: Path) -> list[Path]:
-    """List a file, or the weights of a folder."""
-    return sorted(made.glob("*.safetensors")) if made.is_dir() else [made]
-
-
-def bytes_in(made: Path) -> int:
-    """Return the bytes of a file, or of a folder's weights."""
-    return sum(file.stat().st_size for file in files_in(made))
-
-
-def digest_of(made: Path) -> str:
-    """Return the SHA-256 of a file, or of a folder's weights."""
-    digest = hashlib.sha256()
-    for file in files_in(made):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a file or folder, whole or not at all; over an earlier one."""
-    if not source.is_dir():
-        write_durably(target, lambda path: shutil.copyfile(source, path))
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    with whole_folder(target) as out:
-        shutil.copytree(source, out, dirs_exist_ok=True)
-
-
 def _note(file: Path) -> Path:
     """Return the file with the seconds of making another one."""
     return file.with_name(f"{file.name}.seconds.json")
+
+
+def _sources(file: Path) -> Path:
+    """Return the file with the names of what a quant was made of."""
+    return file.with_name(f"{file.name}.sources.json")
 
 
 def _noted(file: Path) -> float:

@@ -59,6 +59,8 @@ _KEPT: list[Any] = []
 _HEARD: list[str] | None = None
 """Lines of its log, while somebody listens."""
 _SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
+_TYPE = re.compile(r"^\[.*?\] +(\S+) .*-> .*\((\w+)\)$", re.MULTILINE)
+"""Of a tensor that gets another type."""
 
 
 def quantized_bytes(
@@ -75,16 +77,40 @@ def quantized_bytes(
     Raises:
         BadInput: llama.cpp refuses.
     """
+    said = _SIZE.search(_dry_run(source, kind, importance, embedding))
+    if said is None:
+        raise BadInput(f"llama.cpp does not say how large the type {kind} is", field="type", value=kind)
+    return int(float(said[1]) * 2**20)
+
+
+def planned_types(
+    source: Path, kind: str, importance: Mapping[str, Tensor] | None = None, embedding: str | None = None
+) -> dict[str, int]:
+    """Return the types that `quantize` would give to tensors, by the tensor's name, as ggml numbers them.
+
+    Args:
+        source: a file of float16.
+        kind: as for `quantize`.
+        importance: as there.
+        embedding: as there.
+
+    Raises:
+        BadInput: llama.cpp refuses.
+    """
+    said = _dry_run(source, kind, importance, embedding)
+    numbers = _library()[0].typeof("enum ggml_type").relements
+    return {name: numbers[f"GGML_TYPE_{type.upper()}"] for name, type in _TYPE.findall(said)}
+
+
+def _dry_run(source: Path, kind: str, importance: Mapping[str, Tensor] | None, embedding: str | None) -> str:
+    """Return what the quantiser says of what it would do. Raises BadInput where it refuses."""
     global _HEARD
     _HEARD = []
     try:
         quantize(source, source.with_suffix(".none"), kind, importance, embedding, dry=True)
-        said = _SIZE.search("".join(_HEARD))
+        return "".join(_HEARD)
     finally:
         _HEARD = None
-    if said is None:
-        raise BadInput(f"llama.cpp does not say how large the type {kind} is", field="type", value=kind)
-    return int(float(said[1]) * 2**20)
 
 
 def quantize(

@@ -1,0 +1,159 @@
+"""Quantisation that copies what earlier files hold already.
+
+Quants of a model share most tensors: with other embeddings or fewer tokens all blocks, and types fall back to the same one where
+rows are no multiple of 256. llama.cpp's quantiser copies a tensor that has the type already that it would give it. So it gets a
+source in which these tensors are as an earlier file holds them, and writes the bytes that it would have made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.gguf_files.llama_cpp import planned_types, quantize
+from coprune.model.checkpoint.mapped_gguf import ggml_library
+
+
+@dataclass(frozen=True)
+class Quant:
+    """A quantised file, and the float16 file that it was made of."""
+
+    file: Path
+    source: Path
+
+
+def quantize_beside(
+    earlier: Sequence[Quant],
+    source: Path,
+    target: Path,
+    kind: str,
+    importance: Mapping[str, Tensor] | None = None,
+    embedding: str | None = None,
+) -> None:
+    """Quantise a float16 file to the bytes that `quantize` makes, and copy of them what earlier files hold.
+
+    Args:
+        earlier: quants with the same importance matrix.
+        source: as for `quantize`, like all below.
+        target: a temporary file is beside it meanwhile.
+        kind: a type such as q4_k_m.
+        importance: mean squares of inputs.
+        embedding: another type for the embeddings and the head.
+
+    Raises:
+        BadInput: llama.cpp reports an error, or a file cannot be read.
+    """
+    known = _known(source, planned_types(source, kind, importance, embedding), earlier) if earlier else {}
+    if not known:
+        quantize(source, target, kind, importance, embedding)
+        return
+    mixed = target.with_name(f"{target.name}.mixed")
+    try:
+        _write(mixed, source, known)
+        quantize(mixed, target, kind, importance, embedding)
+    finally:
+        mixed.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a mapped file."""
+
+    type: int
+    """As ggml numbers it."""
+    shape: tuple[int, ...]
+    bytes: Any
+
+
+def _known(source: Path, types: Mapping[str, int], earlier: Sequence[Quant]) -> dict[str, _Stored]:
+    """Return the tensors that an earlier file made of the same values, in the types that are wanted."""
+    own, found = _tensors(source), dict[str, _Stored]()
+    for quant in earlier:
+        with suppress(FileNotFoundError):  # another worker has dropped it
+            made, before = _tensors(quant.file), _tensors(quant.source)
+            for name in types.keys() & made.keys() & before.keys() - found.keys():
+                same = before[name].shape == own[name].shape and made[name].type == types[name]
+                if same and (quant.source == source or np.array_equal(before[name].bytes, own[name].bytes)):
+                    found[name] = made[name]
+    return found
+
+
+@cache
+def _library() -> Any:
+    """Return llama.cpp's library of tensors with the types of its functions that read and write headers."""
+    library = ggml_library()
+    assert library is not None  # whoever quantises has it
+    for name, result, arguments in (
+        ("gguf_init_from_file", ctypes.c_void_p, [ctypes.c_char_p, _Opening]),
+        ("gguf_free", None, [ctypes.c_void_p]),
+        ("gguf_get_n_tensors", ctypes.c_int64, [ctypes.c_void_p]),
+        ("gguf_get_data_offset", ctypes.c_size_t, [ctypes.c_void_p]),
+        ("gguf_get_alignment", ctypes.c_size_t, [ctypes.c_void_p]),
+        ("gguf_get_tensor_name", ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64]),
+        ("gguf_get_tensor_type", ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
+        ("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), [ctypes.c_void_p, ctypes.c_int64]),
+        ("gguf_get_tensor_offset", ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
+        ("gguf_get_tensor_size", ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
+        ("gguf_set_tensor_type", None, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]),
+        ("gguf_write_to_file", ctypes.c_bool, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class _Opening(ctypes.Structure):
+    """llama.cpp's gguf_init_params."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+@contextmanager
+def _header(file: Path) -> Iterator[Any]:
+    """Read a file's metadata and its list of tensors in llama.cpp. Raises BadInput where that cannot."""
+    header = _library().gguf_init_from_file(str(file).encode(), _Opening(True, None))
+    if not header:
+        raise BadInput(f"llama.cpp cannot read {file}", field="model", value=str(file))
+    try:
+        yield header
+    finally:
+        _library().gguf_free(header)
+
+
+def _tensors(file: Path) -> dict[str, _Stored]:
+    """Map a file's tensors by name, in its order. Raises FileNotFoundError, and BadInput if llama.cpp cannot read it."""
+    mapped, library = np.memmap(file, dtype=np.uint8, mode="r"), _library()
+    found = dict[str, _Stored]()
+    with _header(file) as header:
+        begin = library.gguf_get_data_offset(header)
+        for number in range(library.gguf_get_n_tensors(header)):
+            start = begin + library.gguf_get_tensor_offset(header, number)
+            stored = mapped[start : start + library.gguf_get_tensor_size(header, number)]
+            type = library.gguf_get_tensor_type(header, number)
+            shape = tuple(library.gguf_get_tensor_ne(header, number)[:4])
+            found[library.gguf_get_tensor_name(header, number).decode()] = _Stored(type, shape, stored)
+    return found
+
+
+def _write(target: Path, source: Path, known: Mapping[str, _Stored]) -> None:
+    """Write a file with some of its tensors as other files hold them. Raises BadInput where llama.cpp cannot."""
+    library = _library()
+    with _header(source) as header:
+        for name, stored in known.items():
+            library.gguf_set_tensor_type(header, name.encode(), stored.type)
+        if not library.gguf_write_to_file(header, str(target).encode(), True):
+            raise BadInput(f"llama.cpp cannot write {target}", field="output", value=str(target))
+        alignment = library.gguf_get_alignment(header)
+    with target.open("ab") as stream:
+        for name, own in _tensors(source).items():
+            stream.write(known.get(name, own).bytes)
+            stream.write(bytes(-stream.tell() % alignment))
