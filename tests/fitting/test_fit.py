@@ -225,8 +225,11 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kind", "more", "said"),
     [
-        pytest.param("choice", {}, "is not above chance", marks=pytest.mark.slow),
-        pytest.param("answer", {}, "none of the dense model's 40 answers", marks=pytest.mark.slow),
+        pytest.param(
+            "choice", {"require": "accuracy>=dense-0.4"}, "not proven to be above chance", marks=pytest.mark.slow
+        ),
+        pytest.param("answer", {"require": "accuracy>=dense-0.4"}, "none of the dense model", marks=pytest.mark.slow),
+        ("choice", {}, r"would need \d+ \(half"),
         ("text", {"require": "bits<=0.1"}, "dense model itself does not keep"),
         ("text", {"require": "accuracy>=0.5"}, "applies to no task"),
         ("text", {"budget": "0.01s"}, "too short for one candidate"),
@@ -243,7 +246,7 @@ def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_
     rows = (
         choices(40, generator)
         if kind == "choice"
-        else [{"prompt": f"{number}", "answer": "xyzzy"} for number in range(40)]
+        else [{"prompt": f"{number}", "answer": f"xyzzy {number}"} for number in range(40)]
     )
     task = place / "text.txt" if kind == "text" else write(tmp_path / "items.jsonl", rows)
     settings = how(place, **{name: value for name, value in more.items() if name != "require"})
@@ -258,3 +261,11 @@ def test_a_runtime_that_is_not_installed(place: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr("coprune.gguf_files.llama_cpp.has_llama_cpp", lambda: False)
     with pytest.raises(BadInput, match="pip install llama-cpp-py-sync"):
         coprune.fit(place / "model.gguf", place / "text.txt", output=tmp_path / "out", **how(place))
+
+
+def test_a_refused_fit_does_not_keep_its_folder_from_mended_items(place: Path, tmp_path: Path) -> None:
+    generator = random.Random(2)
+    for count in (40, 60):
+        items = write(tmp_path / "items.jsonl", choices(count, generator))
+        with pytest.raises(BadInput, match=f"there are {count}"):
+            coprune.fit(place / "model.gguf", items, output=tmp_path / "out", **how(place))

@@ -36,14 +36,15 @@ def rows(*given: Any, times: int = 20) -> list[dict[str, Any]]:
     ("given", "said"),
     [
         ([], "no items"),
-        (rows({"choices": ["yes", "no"], "answer": "yes"}), "one right answer"),
+        (rows({"choices": ["yes", "no"], "answer": "yes"}, {"choices": ["no", "yes"], "answer": "yes"}), "one right"),
+        (rows({"answer": "yes"}), "one right answer"),
         (rows({"choices": ["yes", "no"], "answer": "maybe"}), "none of its choices"),
         (rows({"choices": ["yes"], "answer": 0}), "two texts or more"),
         (rows({"regex": "("}), "regular expression"),
         (rows({"answer": ""}), "empty answer"),
         (rows({"answer": "a"}, {}), "several kinds"),
-        (rows({"answer": "a"}, times=3), "3 different items"),
-        ([{"prompt": "the same", "answer": "a"}] * 100, "1 different items"),
+        (rows({"answer": "a"}, {"answer": "b"}, times=3), "6 different items"),
+        ([{"prompt": "the same", "regex": "a"}] * 100, "1 different items"),
         ([{"question": "q"}], "no prompt"),
         (["text"], "no object"),
     ],
@@ -90,3 +91,12 @@ def test_right_answers() -> None:
     assert not is_right(item, "Rome, of course")
     assert not is_right(item, "")
     assert is_right(Item("q", regex=r"\b4\b"), "It is 4.")
+
+
+def test_chance_is_the_most_frequent_class(tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    given = rows({"choices": ["yes", "no"], "answer": "yes"}, *[{"choices": ["no", "yes"], "answer": "no"}] * 3)
+    given = [row | {"prompt": f"{row['prompt']} {place}"} for place, row in enumerate(given)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in given))
+    assert read_task(str(file)).chance == 0.75
+    assert read_task(str(EXAMPLES / "choice.jsonl")).chance == 0.25

@@ -113,6 +113,9 @@ def fit(
     try:
         search = Search(workshop, wish, team)
         finding = search.run()
+    except BadInput as error:
+        workshop.refuse(error)
+        raise
     finally:
         team.stop()
     return _leave(target, search, finding)
@@ -270,9 +273,9 @@ def _notes(search: Search, finding: Finding) -> list[str]:
     found = []
     if finding.untried:
         first, *others = (one.name for one in finding.untried)
-        then = f", then of {', '.join(others)}" if others else ""
+        more = f" (and {len(others)} others)" if others else ""
         spent, budget = search.workshop.spent / 60, search.wish.budget / 60
-        found = [f"the best by {spent:.1f} of {budget:.3g} minutes; more would go into a try of {first}{then}"]
+        found = [f"time was up after {spent:.1f} of {budget:.3g} minutes; with more, {first} would be next{more}"]
     if finding.plain is not None and finding.plain != finding.chosen and finding.kept:
         sizes = [search.workshop.known(one).bytes for one in (finding.chosen, finding.plain)]
         found.append(
@@ -288,7 +291,9 @@ def _notes(search: Search, finding: Finding) -> list[str]:
         )
     if not finding.kept:
         needed = [one.needed for one in finding.held if one.needed is not None]
-        found.append(f"about {2 * max(needed):,} items would tell" if needed else "more items would not prove it")
+        there = sum(len(task.seen) + len(task.unseen) for task in search.tasks)
+        would = f"about {2 * max(needed):,} items would decide; there are {there:,}"
+        found.append(would if needed else "more items would not prove it")
     return found
 
 

@@ -22,11 +22,12 @@ def page(found: Fitted, model: str, target: str) -> str:
     parts.append(section("The last word", panel(f'<ul class="events">{said}</ul>')))
     if (drawn := _picture(found, target)) is not None:
         note = (
-            "By how much the first condition is more than kept, with one-sided 95 % bounds: on the unseen half for the last "
-            "ones, else on the items that the search looked at. Kept is what lies above the dashed line with its whole bar."
+            "The margin is by how much the first condition is more than kept, with one-sided 95 % bounds: on the unseen half for "
+            "those that were proven, else on the items that the search looked at. Kept is what lies above the dashed line with "
+            "its whole bar."
         )
         parts.append(section("What was tried", panel(drawn), note=note))
-    columns = ["candidate", "MB", "tokens/s", "above required", "at least", "items", "verdict"]
+    columns = ["candidate", "MB", "tokens/s", "margin", "at least", "items", "verdict"]
     rows = [
         [
             row.name + (" (chosen)" if row.chosen else ""),
@@ -53,15 +54,15 @@ def _picture(found: Fitted, target: str) -> str | None:
     # With few items the bounds are so wide that they would flatten everything else.
     floor = min(0.0, 3 * min(row.bounds[1] for row in shown)) - 0.05
     ceiling = max(0.0, 3 * max(row.bounds[1] for row in shown)) + 0.05
-    for row in shown:
+    for row in sorted(shown, key=lambda row: not row.chosen):  # it is named and seen first
         low, mean, high = row.bounds
         at = row.cost / unit
         tip = f"{row.name}: {mean:+.4f} ({low:+.4f} to {high:+.4f}) at {at:.1f} {name}"
-        points.append(Point(at, mean, row.series, tip, row.name if row.chosen or row.plain else ""))
+        points.append(Point(at, mean, row.series, tip, "chosen" if row.chosen else row.name if row.plain else ""))
         lines.append(Line([(at, max(low, floor)), (at, min(high, ceiling))], "reach"))
     heights = [height for line in lines for _, height in line.places] + [0.0]
     x = Axis.of(name, [row.cost / unit for row in shown], lambda value: f"{value:.4g}")
-    y = Axis.of("above what is required", heights, lambda value: f"{value:+.3g}")
+    y = Axis.of("margin", heights, lambda value: f"{value:+.3g}")
     lines.append(Line([(x.low, 0.0), (x.high, 0.0)], "required"))
     legend = [(f"dot s{series}", _NAMES[series]) for series in range(4) if any(row.series == series for row in shown)]
     return Plot(x, y, points, lines, legend).html()

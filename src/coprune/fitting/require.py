@@ -47,8 +47,8 @@ class Held:
 
     def line(self) -> str:
         """Return the finding in one line."""
-        shown = f"{self.condition}: {self.verdict} ({self.bounds.mean:+.4f}, at least {self.bounds.low:+.4f}"
-        return f"{shown} at 95 %, required {self.least:+.4f}, {self.bounds.items} items)"
+        mean, low = self.bounds.mean - self.least, self.bounds.low - self.least
+        return f"{self.condition}: {self.verdict} (margin {mean:+.4f}, at least {low:+.4f} at 95 %, {self.bounds.items} items)"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Condition:
     factor: float
     """Factor of the dense model's figure; 0 for an absolute condition."""
     number: float
+
+    @property
+    def relative(self) -> bool:
+        """Whether it is of the difference to the dense model, whatever that one's figures are."""
+        return self.factor == 1.0
 
     def judge(self, found: Sequence[float], dense: Sequence[float]) -> Held:
         """Test the condition on items. found, dense: both models' figures of the same items."""

@@ -32,7 +32,7 @@ from coprune.fitting.require import Condition, Held, Verdict
 from coprune.fitting.score import answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
-from coprune.fitting.workshop import Measured, Workshop
+from coprune.fitting.workshop import VERDICTS_FILE, Measured, Workshop
 
 Target = Literal["size", "speed", "memory"]
 EXACT_DENSE = Candidate(DENSE, EXACT)
@@ -105,6 +105,9 @@ class Search:
                 cause = f"no condition applies to {task.name}"
                 fix = ("add a condition on ", " or ".join(METRICS_OF[task.kind]), " to ", Setting("require"))
                 raise BadInput(cause, field="require", fix=fix)
+        for condition, task in self._pairs():
+            if condition.relative:  # can be told before the dense model is measured
+                self._refuse_few(condition, task, [0.0] * len(task.unseen))
 
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
@@ -118,7 +121,9 @@ class Search:
         for task in self.tasks:
             self._refuse_chance(task, found)
         for condition, task in self._pairs():
-            self._refuse_few(condition, task, found)
+            figures = found.of(task, condition.metric, task.unseen)
+            self._refuse_few(condition, task, figures)
+            self.workshop.reporter.say(f"Dense: {condition.metric} {fmean(figures):.3f} on {task.name}")
         return found
 
     def _refuse_chance(self, task: Task, dense: Measured) -> None:
@@ -134,23 +139,20 @@ class Search:
                 f"{answer_text(reader, item).strip()[:60]!r} was written where {item.regex or item.answer!r} is right"
             )
             raise BadInput(cause, field="task", value=task.name, fix=f"{said}; give examples in the prompt, or a regex")
-        if task.kind == "choice":
-            above = [value - 1 / len(task.items[place].choices) for value, place in zip(right, places, strict=True)]
-            if bounds_of(above).low <= 0:
-                cause = (
-                    f"the dense model's accuracy on {task.name}, {share:.3f}, is not above chance ({task.chance:.3f})"
-                )
-                fix = "there is nothing to keep: take another model, prompts that it understands, or more items"
-                raise BadInput(cause, field="task", value=task.name, fix=fix)
+        if task.kind == "choice" and bounds_of([value - task.chance for value in right]).low <= 0:
+            what = f"the dense model's accuracy on {task.name}, {share:.3f} of {len(right)} items,"
+            cause = f"{what} is not proven to be above chance ({task.chance:.3f})"
+            fix = "there is nothing to keep: take another model, prompts that it understands, or more items"
+            raise BadInput(cause, field="task", value=task.name, fix=fix)
 
     def _dense_reader(self) -> Reader:
         return self.workshop.reader(self.workshop.file(EXACT_DENSE), DENSE)
 
-    def _refuse_few(self, condition: Condition, task: Task, dense: Measured) -> None:
-        figures = dense.of(task, condition.metric, task.unseen)
+    def _refuse_few(self, condition: Condition, task: Task, figures: Sequence[float]) -> None:
         least = condition.least_items(figures)
         if least is None:
-            cause = f"the dense model itself does not keep {condition.text} on {task.name} ({sum(figures) / len(figures):.3f})"
+            shown = "" if condition.relative else f" ({sum(figures) / len(figures):.3f})"
+            cause = f"the dense model itself does not keep {condition.text} on {task.name}{shown}"
             raise BadInput(cause, field="require", value=condition.text, fix="require less")
         if least > len(figures):
             cause = (
@@ -166,6 +168,16 @@ class Search:
             for task in self.tasks
             if condition.metric in METRICS_OF[task.kind]
         ]
+
+    def _report(self, candidate: Candidate, held: Sequence[Held], half: str) -> None:
+        """Print what a candidate keeps."""
+        found = self.tried[candidate]
+        said = f"refused: {found.refused}" if found.refused else f"{found.bytes / 1e6:.1f} MB, no cheaper than the best"
+        if held:
+            first = min(held, key=lambda one: one.bounds.low - one.least)
+            margin = f"margin {first.bounds.mean - first.least:+.4f}, {first.bounds.items} {half} items"
+            said = f"{found.bytes / 1e6:.1f} MB, {verdict_of(held)} ({margin})"
+        self.workshop.reporter.say(f"{candidate.name}: {said}")
 
     @property
     def _elapsed(self) -> float:
@@ -214,9 +226,10 @@ class Search:
         if needed > self.wish.budget:
             cause = f"the budget of {self.wish.budget / 60:.3g} minutes is too short for one candidate"
             fix = (
-                f"it takes about {needed / 60:.1f} minutes: allow several times as many with ",
+                f"one takes about {needed / 60:.1f} minutes, and a search several: allow ",
                 Set("budget", f"{math.ceil(3 * needed / 60)}m"),
-                ", or fewer items",
+                ", or take fewer items with ",
+                Setting("items"),
             )
             raise BadInput(cause, field="budget", value=self.wish.budget / 60, fix=fix)
 
@@ -314,6 +327,8 @@ class Search:
             self._require_time(candidate, winners)
             ahead = [left[one] for one in _halves(low, place, high, self._team.count)[1:]]
             said = self._tried_on(candidate, winners[-1] if winners else None, ahead)
+            if candidate in self.tried:
+                self._report(candidate, self.judged_so_far(candidate), "seen")
             if said == "kept":
                 winners.append(candidate)
             elif candidate not in winners:
@@ -422,6 +437,7 @@ class Search:
             found = self.workshop.measure(candidate, unseen)
             self.tried[candidate] = found
             judged[candidate] = self.judged(candidate, unseen)
+            self._report(candidate, judged[candidate], "unseen")
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
                 break
             kept = candidate
@@ -433,7 +449,7 @@ class Search:
 
     def _looks(self, judged: list[str]) -> int:
         """Record a sequence of candidates that the unseen half has judged, and return the number of such sequences."""
-        file = self.workshop.folder / "verdicts.json"
+        file = self.workshop.folder / VERDICTS_FILE
         known: list[list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         if judged not in known:
             known.append(judged)

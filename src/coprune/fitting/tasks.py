@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,9 +80,11 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing."""
+        """Accuracy of guessing: where all items have the same choices, of always giving the most frequent answer."""
         if self.kind != "choice":
             return 0.0
+        if _same_choices(self.items):
+            return max(Counter(item.answer for item in self.items).values()) / len(self.items)
         return sum(1 / len(item.choices) for item in self.items) / len(self.items)
 
 
@@ -161,12 +164,13 @@ def _of_document(task: Any, document: Any, name: str) -> Item:
 
 
 def _refuse_one_class(name: str, items: Sequence[Item]) -> None:
-    if items[0].kind == "choice" and len({item.choices for item in items}) == 1:
-        right = {item.answer for item in items}
-        if len(right) == 1:
-            raise _wrong(
-                name, f"has one right answer, {right.pop()!r}, to every item", "add items of the other classes"
-            )
+    right = {item.answer or None for item in items}  # with a pattern, it has none
+    if len(right) == 1 and right != {None} and _same_choices(items):
+        raise _wrong(name, f"has one right answer, {right.pop()!r}, to every item", "add items with other answers")
+
+
+def _same_choices(items: Sequence[Item]) -> bool:
+    return len({frozenset(item.choices) for item in items}) == 1
 
 
 def _wrong(name: str, what: str, fix: str) -> BadInput:

@@ -47,6 +47,8 @@ _JUDGING = "judging"
 """Field of a text whose item tells first what a candidate keeps."""
 _HEAD_TOKENS = 512
 """That the head's inputs are measured on."""
+VERDICTS_FILE = "verdicts.json"
+"""What the unseen half has judged."""
 _CHARACTERS = 1200
 """Of a document that short texts are joined to."""
 _MEMORY_TOKENS, _CONTEXT = 128, 2048
@@ -103,11 +105,23 @@ class Workshop:
         self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
         note, facts = folder / "asked.json", asked.facts()
         if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
-            cause = f"{folder.parent} holds a fit of another model or other tasks"
-            raise BadInput(cause, field="output", value=str(folder.parent), fix="name another folder")
+            if not self._refused.exists():
+                cause = f"{folder.parent} holds a fit of another model or other tasks"
+                raise BadInput(cause, field="output", value=str(folder.parent), fix="name another folder")
+            shutil.rmtree(folder)
+        self._refused.unlink(missing_ok=True)
         if not note.exists():
             write_text(note, json.dumps(facts, indent=1))
         (folder / "locks").mkdir(exist_ok=True)
+
+    @property
+    def _refused(self) -> Path:
+        return self.folder / "refused.txt"
+
+    def refuse(self, error: BadInput) -> None:
+        """Note that nothing was searched for, so that a fit of other tasks, mended ones, may begin in the same folder."""
+        if not (self.folder / VERDICTS_FILE).exists():
+            write_text(self._refused, str(error))
 
     @property
     def spent(self) -> float:

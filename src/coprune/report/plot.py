@@ -105,7 +105,7 @@ class Plot:
         return "".join(rows)
 
     def _dots(self) -> list[str]:
-        """Return points, each with its name where that covers no other's."""
+        """Return points, the first on top, each with its name where that covers no other's."""
         dots, taken = [], [(self.x.at(point.x), self.x.at(point.x), 100 - self.y.at(point.y)) for point in self.points]
         for point in self.points:
             left, top = self.x.at(point.x), 100 - self.y.at(point.y)
@@ -123,7 +123,7 @@ class Plot:
                     shown = f"<span>{text(point.name)}</span>" + (f"<b>{text(point.mark)}</b>" if point.mark else "")
                     dots.append(f'<span class="{"name before" if before else "name"}" style="{place}">{shown}</span>')
                     break
-        return dots
+        return dots[::-1]
 
 
 def _covers(ends: tuple[float, float], top: float, other: tuple[float, float, float]) -> bool:
