@@ -12,7 +12,7 @@ from gguf import GGUFReader
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.gguf_files.importance import importance_of_head, measured, read_importance
+from coprune.gguf_files.importance import importance_of_head, measured, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import WATCHED, has_llama_cpp
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.mapped_gguf import decode
@@ -77,6 +77,16 @@ def test_it_is_written_and_read_as_llama_cpp_has_it_and_lowers_the_weighted_erro
     )
     errors = [float(((found - before).square() * importance[name]).sum()) for found in after]
     assert errors[0] < errors[1]
+
+
+@needs_llama_cpp
+def test_that_of_another_model_is_refused(place: Path, tmp_path: Path) -> None:
+    for name, width in (("blk.0.ffn_down.weight", 768), ("blk.7.ffn_down.weight", 512)):
+        write_importance(tmp_path / "other.gguf", {name: torch.ones(1, width)})
+        with pytest.raises(BadInput, match="of another model"):
+            coprune.export(
+                place / "f32.gguf", tmp_path / "out.gguf", type="q2_k", imatrix=tmp_path / "other.gguf", quiet=True
+            )
 
 
 @pytest.mark.parametrize(

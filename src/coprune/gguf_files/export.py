@@ -168,6 +168,8 @@ def _write(making: Making, kind: str, final: Path, beside: Beside, weighing: Ask
         whole = whole if kind == exact else making.again(whole, kind)
         whole.write(final, making.reporter)
         return whole
+    if weighing.file is not None:
+        _require_fitting(weighing.file, whole.plan)
     with beside() as halves:
         whole.write(halves, making.reporter)
         importance = weighing.find(making.narrow.alike.location, making.reporter)
@@ -179,6 +181,15 @@ def _write(making: Making, kind: str, final: Path, beside: Beside, weighing: Ask
         making.reporter.say(f"Quantising to {kind}")
         quantize(halves, final, kind, importance)
     return whole
+
+
+def _require_fitting(file: Path, plan: Plan) -> None:
+    """Raise BadInput where an importance matrix is of another model."""
+    importance = read_importance(file)
+    inputs = {name: plan.tensors[name].shape[-1] for name in importance.keys() & plan.tensors.keys()}
+    if not inputs or any(importance[name].shape[-1] != count for name, count in inputs.items()):
+        cause = f"{file} is the importance matrix of another model"
+        raise BadInput(cause, field="imatrix", value=str(file), fix="name one of this model, or take auto")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def quantized_bytes(
     Raises:
         BadInput: llama.cpp refuses.
     """
-    said = _SIZE.search(_dry_run(source, kind, importance, embedding))
+    said = _SIZE.search(_quantizing(source, source.with_suffix(".none"), kind, importance, embedding, dry=True))
     if said is None:
         raise BadInput(f"llama.cpp does not say how large the type {kind} is", field="type", value=kind)
     return int(float(said[1]) * 2**20)
@@ -97,20 +97,9 @@ def planned_types(
     Raises:
         BadInput: llama.cpp refuses.
     """
-    said = _dry_run(source, kind, importance, embedding)
+    said = _quantizing(source, source.with_suffix(".none"), kind, importance, embedding, dry=True)
     numbers = _library()[0].typeof("enum ggml_type").relements
     return {name: numbers[f"GGML_TYPE_{type.upper()}"] for name, type in _TYPE.findall(said)}
-
-
-def _dry_run(source: Path, kind: str, importance: Mapping[str, Tensor] | None, embedding: str | None) -> str:
-    """Return what the quantiser says of what it would do. Raises BadInput where it refuses."""
-    global _HEARD
-    _HEARD = []
-    try:
-        quantize(source, source.with_suffix(".none"), kind, importance, embedding, dry=True)
-        return "".join(_HEARD)
-    finally:
-        _HEARD = None
 
 
 def quantize(
@@ -119,7 +108,6 @@ def quantize(
     kind: str,
     importance: Mapping[str, Tensor] | None = None,
     embedding: str | None = None,
-    dry: bool = False,
 ) -> None:
     """Quantise a float16 file with llama.cpp.
 
@@ -129,11 +117,18 @@ def quantize(
         kind: a type such as q4_k_m.
         importance: mean squares of the inputs of the file's tensors, by name.
         embedding: another type for the embeddings and the head, such as q4_0.
-        dry: write nothing.
 
     Raises:
         BadInput: llama.cpp reports an error.
     """
+    _quantizing(source, target, kind, importance, embedding, dry=False)
+
+
+def _quantizing(
+    source: Path, target: Path, kind: str, importance: Mapping[str, Tensor] | None, embedding: str | None, dry: bool
+) -> str:
+    """Quantise, or say what would be done where it is dry; return llama.cpp's log. Raises BadInput where it refuses."""
+    global _HEARD
     ffi, library = _library()
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     asked.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"]
@@ -149,8 +144,16 @@ def quantize(
             held += [ffi.new("char[]", name.encode()), values]
             entry.name, entry.data, entry.size = held[-2], ffi.cast("const float *", values.ctypes.data), values.size
         asked.imatrix = entries
-    if library.llama_model_quantize(str(source).encode(), str(target).encode(), asked) != 0:
-        raise BadInput(f"llama.cpp could not make the type {kind} of this model", field="type", value=kind)
+    _HEARD = heard = list[str]()
+    try:
+        failed = library.llama_model_quantize(str(source).encode(), str(target).encode(), asked) != 0
+    finally:
+        _HEARD = None
+    said = "".join(heard)
+    if failed:
+        *_, last = ["it does not say why", *filter(None, map(str.strip, said.splitlines()))]
+        raise BadInput(f"llama.cpp could not make the type {kind} of this model: {last}", field="type", value=kind)
+    return said
 
 
 WATCHED = 256
