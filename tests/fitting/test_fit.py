@@ -20,7 +20,9 @@ from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.fit import RECIPE_FILE, remake
 from coprune.fitting.made import digest_of
-from coprune.fitting.reader import Reader
+from coprune.fitting.reader import POSITIONS, Reader
+from coprune.fitting.score import bits_per_byte, score_item
+from coprune.fitting.tasks import Item, Task
 from coprune.fitting.workshop import Asked, Workshop
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from support.disturbing import in_child
@@ -213,6 +215,30 @@ def test_continuations_are_as_likely_as_by_themselves(place: Path) -> None:
     whole = reader.engine.logits([*before, *afters[1]]).log_softmax(-1)
     alone = sum(float(whole[len(before) - 1 + place, token]) for place, token in enumerate(afters[1]))
     assert together[1] == pytest.approx(alone, abs=1e-3)
+
+
+def test_long_items_are_read_whole_or_cut_alike_for_all_choices(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop = Workshop(place / "long", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
+    reader = Reader.open(workshop.file(Candidate(DENSE, "f16")), workshop.tokenizer)
+    read, likely = list[tuple[list[int], list[list[int]]]](), reader.log_likelihood
+
+    def seen(before: list[int], afters: list[list[int]]) -> list[float]:
+        read.append((before, afters))
+        return likely(before, afters)
+
+    monkeypatch.setattr(reader, "log_likelihood", seen)
+    long, ends = " ".join(WORDS * 9), (" sea", " wide and deep")
+    assert len(ids := reader.all_ids(long)) > 2 * POSITIONS
+    item = Item(long, ends, ends[0])
+    score_item(reader, Task("long", "choice", (item,), (0,), ()), 0, None)
+    ((before, afters),) = read
+    assert [before + after for after in afters] == [
+        reader.all_ids(long + " " + end)[-len(before + after) :] for after, end in zip(afters, ends, strict=True)
+    ]
+    assert len(before) + max(map(len, afters)) == POSITIONS
+    read.clear()
+    assert 0 < bits_per_byte(reader, long) < 20
+    assert sum(len(after) for _, (after,) in read) >= len(ids) - 1
 
 
 def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:

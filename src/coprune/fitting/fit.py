@@ -303,7 +303,7 @@ def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]
     if isinstance(reader.engine, InTransformers):  # has the very tokenizer
         return ["transformers loads the folder; what was measured was measured there"]
     texts = [_text_of(task, place) for task in search.tasks for place in task.unseen][:50]
-    differing = [text for text in texts if reader.engine.tokenize(text) != reader.ids(text)]
+    differing = [text for text in texts if reader.engine.tokenize(text) != reader.all_ids(text)]
     reader.engine.close()
     if len(differing) == len(texts):
         raise VerificationError(f"llama.cpp tokenises {differing[0][:40]!r} differently from the model's tokenizer")

@@ -18,6 +18,8 @@ from coprune.gguf_files.llama_cpp import LlamaCpp
 
 POSITIONS = 1024
 """Tokens of an item with its answer at most."""
+READ = POSITIONS - 64
+"""Tokens at the end of a prompt that are read."""
 _CHOICES = 8
 """Of an item that are read at a time."""
 
@@ -38,15 +40,17 @@ class Reader:
         engine = InTransformers(file, tokenizer) if file.is_dir() else LlamaCpp(file, POSITIONS, branches=_CHOICES)
         return cls(engine, tokenizer, known)
 
-    def ids(self, prompt: Prompt, more: str = "") -> list[int]:
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Tokenise a prompt, of which the end is read."""
+        return self.all_ids(prompt)[-READ:]
+
+    def all_ids(self, prompt: Prompt, more: str = "") -> list[int]:
         """Tokenise a prompt, with more text behind it; a conversation in the tokenizer's template."""
         if isinstance(prompt, str):
-            found = list(encode(self.tokenizer, prompt + more)["input_ids"])
-        else:
-            messages = [{"role": role, "content": content} for role, content in prompt]
-            text = template_text(messages, self.tokenizer, "an item with messages", answers=True)
-            found = list(encode(self.tokenizer, text + more, add_special_tokens=False)["input_ids"])
-        return found[-(POSITIONS - 64) :]
+            return list(encode(self.tokenizer, prompt + more)["input_ids"])
+        messages = [{"role": role, "content": content} for role, content in prompt]
+        text = template_text(messages, self.tokenizer, "an item with messages", answers=True)
+        return list(encode(self.tokenizer, text + more, add_special_tokens=False)["input_ids"])
 
     @property
     def begin(self) -> list[int]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coprune.base.files import write_durably
-from coprune.fitting.reader import Reader
+from coprune.fitting.reader import POSITIONS, READ, Reader
 from coprune.fitting.tasks import Item, Task
 
 Scores = dict[str, float]
@@ -89,12 +89,15 @@ def score_item(reader: Reader, task: Task, place: int, dense: DenseAnswers | Non
 def _chosen(reader: Reader, item: Item) -> str:
     """Return the likeliest choice, by log probability per byte."""
     space = "" if not isinstance(item.prompt, str) or item.prompt.endswith((" ", "\n")) else " "
-    before = reader.ids(item.prompt)
-    wholes = [reader.ids(item.prompt, space + choice) for choice in item.choices]
+    before = reader.all_ids(item.prompt)
+    wholes = [reader.all_ids(item.prompt, space + choice) for choice in item.choices]
     shared = min(_common(before, whole) for whole in wholes)
     if shared == 0:
-        before, wholes, shared = reader.begin, [[*reader.begin, *whole] for whole in wholes], len(reader.begin)
-    found = reader.log_likelihood(wholes[0][:shared], [whole[shared:] for whole in wholes])
+        wholes, shared = [[*reader.begin, *whole] for whole in wholes], len(reader.begin)
+    start = min(
+        shared - 1, max(0, max(map(len, wholes)) - POSITIONS)
+    )  # the same for all, or they could not be compared
+    found = reader.log_likelihood(wholes[0][start:shared], [whole[shared : start + POSITIONS] for whole in wholes])
     scores = [one / len(choice.encode()) for one, choice in zip(found, item.choices, strict=True)]
     return item.choices[scores.index(max(scores))]
 
@@ -123,10 +126,11 @@ def is_right(item: Item, text: str) -> bool:
 
 
 def bits_per_byte(reader: Reader, text: str) -> float:
-    """Return the bits per byte of a text under a model."""
-    ids = reader.ids(text)
+    """Return the bits per byte of a text under a model, which reads a long one in pieces."""
+    ids = reader.all_ids(text)
     before, after = (reader.begin, ids) if reader.begin and ids[:1] != reader.begin else (ids[:1], ids[1:])
-    (found,) = reader.log_likelihood(before, [after])
+    pieces = [after[start : start + READ] for start in range(0, len(after), READ)]
+    found = sum(reader.log_likelihood(before, [piece])[0] for piece in pieces)
     return -found / math.log(2) / len(text.encode())
 
 
