@@ -76,10 +76,11 @@ def test_python_raises_an_error_that_says_what_is_wrong_with_which_setting(
     assert "--" not in str(error)
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
-    assert again.text(CommandLine()) == error.text(CommandLine())
+    face = CommandLine(case.call)
+    assert again.text(face) == error.text(face)
     # The command line asks for the same in the same way, except where typer itself refuses, or another name is typed.
     if case.command is not None and not re.match("Invalid value for|unknown option '--", case.on_command_line):
-        assert says(error.text(CommandLine()), case.on_command_line), error.text(CommandLine())
+        assert says(error.text(face), case.on_command_line), error.text(face)
 
 
 def test_the_table_is_what_it_says() -> None:

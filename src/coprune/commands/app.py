@@ -91,23 +91,24 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int:
     """Run what was typed, and return its exit code."""
+    face = CommandLine(arguments[0])
     try:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
-        with speaking(CommandLine()):
+        with speaking(face):
             require_posix()
             code: int = app(arguments, standalone_mode=False) or 0
             if sys.stdout is not None:  # which it is where whoever started this closed it
                 sys.stdout.flush()
             return code
     except CopruneError as error:
-        _fail(error.text(CommandLine()))
+        _fail(error.text(face))
     except _UsageError as error:
         option = getattr(error, "option_name", "")
         in_training = error.ctx is not None and error.ctx.info_name == "finetune"
         from coprune.recipe.views import retired_in_training  # imports every setting, which help does without
 
         if (gone := retired_in_training(option) if in_training else retired(option)) is not None:
-            _fail(gone.text(CommandLine()))
+            _fail(gone.text(face))
         # Reported in the style of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")
         # For a missing argument, also show the usage.

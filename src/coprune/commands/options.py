@@ -39,11 +39,6 @@ _HELP_ALL = "help_all"
 _FEW = 6
 _NAMED_TWICE = ("model_option", "use_variant")
 """Options of the Wanda repository for what an argument and a method are called here."""
-# Training settings with another flag on the command line, where the name has another meaning.
-_FLAGS_OF_TRAINING = {
-    "seqlen": ["--seqlen", "--block-size", "--block_size"],
-    "train": ["--train-only", "--train"],
-}
 _TITLES_OF_TRAINING = {"Calibration": "The data", "What is pruned, and how": "Fine-tuning"}
 """Titles of option groups in commands that prune nothing."""
 
@@ -97,8 +92,7 @@ def training_options() -> list[inspect.Parameter]:
     """Return one command-line option per setting of a training."""
     asked = {name: setting for name, setting in TRAINING.items() if name not in _NOT_OPTIONS}
     return [
-        _option(name, setting, _FLAGS_OF_TRAINING.get(name, flags_of(name)), _TITLES_OF_TRAINING)
-        for name, setting in asked.items()
+        _option(name, setting, flags_of(name, in_training=True), _TITLES_OF_TRAINING) for name, setting in asked.items()
     ]
 
 

@@ -107,14 +107,18 @@ class CommandLine(Face):
 
     between = " "
 
+    def __init__(self, command: str = "prune") -> None:
+        """Speak to whoever typed a command, whose flags are named."""
+        self._trains = command == "finetune"
+
     def name(self, setting: str) -> str:
-        return flags_of(setting)[0].partition("/")[0]
+        return flags_of(setting, self._trains)[0].partition("/")[0]
 
     def setting(self, name: str) -> str:
         return self.name(name)
 
     def set(self, name: str, value: Any) -> str:
-        yes, _, no = flags_of(name)[0].partition("/")
+        yes, _, no = flags_of(name, self._trains)[0].partition("/")
         if isinstance(value, bool):
             return yes if value else no or f"no {yes}"
         return f"{yes} {_word(value)}"

@@ -26,6 +26,12 @@ _FLAGS: dict[str, list[str]] = {
     "rotate": ["--rotate/--no-rotate"],
 }
 
+# Those of a training, where a name has another meaning in a run that prunes.
+_FLAGS_OF_TRAINING: dict[str, list[str]] = {
+    "seqlen": ["--seqlen", "--block-size", "--block_size"],
+    "train": ["--train-only", "--train"],
+}
+
 # Old names by option, accepted but hidden, since they had another meaning in other commands.
 OLDER: dict[str, list[str]] = {
     "method": ["--prune-method"],
@@ -41,6 +47,7 @@ OLDER: dict[str, list[str]] = {
 """An option that has no other name keeps these."""
 
 
-def flags_of(setting: str) -> list[str]:
-    """Return the flags of a setting's option, its own first."""
-    return _FLAGS.get(setting, [f"--{setting.replace('_', '-')}"])
+def flags_of(setting: str, in_training: bool = False) -> list[str]:
+    """Return the flags of a setting's option, its own first. in_training: whether they are of `coprune finetune`."""
+    known = _FLAGS | _FLAGS_OF_TRAINING if in_training else _FLAGS
+    return known.get(setting, [f"--{setting.replace('_', '-')}"])
