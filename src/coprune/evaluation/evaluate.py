@@ -16,6 +16,7 @@ from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against
 from coprune.evaluation.model_source import Held, Model
 from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
+from coprune.model.checkpoint.load import READ_TEXT, WHAT
 from coprune.model.loaded_model import refuse_what_loading_decides
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.views import measuring_recipe
@@ -88,6 +89,9 @@ def _evaluate(
         kept = cache if held[1] is not None else EvaluationCache(default_cache_folder())
         dense = Subject(recipe.replaced(model=str(against)), kept, reporter, None, held[1])
     subject = Subject(recipe, cache, reporter, tasks, held[0])
+    if recipe.evaluate.data and not settings.get("data") and subject.task not in READ_TEXT:
+        name = ("name what it is measured on with ", Setting("data"))
+        raise BadInput(f"{subject.name} {WHAT[subject.task]}, and is measured on no plain text", field="data", fix=name)
     if dense is None:
         if subject.task == "embeddings" and recipe.evaluate.data:
             raise BadInput(

@@ -6,6 +6,7 @@ methods, the walk and the checkpoint know nothing of it. The tasks are the entri
 
 from __future__ import annotations
 
+from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.evaluation.tasks.image_task import ImageTask
 from coprune.evaluation.tasks.pair_task import PairTask
@@ -13,7 +14,7 @@ from coprune.evaluation.tasks.speech_task import SpeechTask
 from coprune.evaluation.tasks.task import Data, Remember, Samples, Task, named, read_anew
 from coprune.evaluation.tasks.text_task import TextTask
 from coprune.evaluation.tasks.whole_texts import EmbeddingTask, LabelTask, MaskedTask, WholeTextTask
-from coprune.model.checkpoint.load import TaskName
+from coprune.model.checkpoint.load import WHAT, TaskName
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
@@ -58,4 +59,11 @@ def task_for(recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remem
     Raises:
         BadInput: for settings that make no sense for the model.
     """
-    return TASKS[loaded.task](recipe, loaded, processes, remember)
+    task = TASKS[loaded.task]
+    if (
+        other := next((one for one in recipe.evaluate.answers.measured if one.name not in task.figures), None)
+    ) is not None:
+        cause = f"{loaded.source} {WHAT[loaded.task]}, and {other.name} is not measured of it"
+        fix = f"require {' or '.join(task.figures)}"
+        raise BadInput(cause, field="require", value=recipe.evaluate.answers.require, fix=fix)
+    return task(recipe, loaded, processes, remember)

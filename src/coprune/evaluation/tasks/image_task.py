@@ -42,6 +42,7 @@ class ImageTask:
     """A classifier: images, and top-1 and top-5 accuracy. Raises BadInput for what only text has."""
 
     measure_name = "Accuracy"
+    figures: tuple[str, ...] = ("accuracy",)
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded, self._processes = recipe, loaded, processes  # images are not tokenised

@@ -31,6 +31,7 @@ class SpeechTask(PairTask):
     """An encoder of sound with a decoder of text."""
 
     measure_name = "Word error"
+    figures = ("word_error", "alike")
 
     def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
         name = self._recipe.calibrate.data

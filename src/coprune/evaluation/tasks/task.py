@@ -41,6 +41,8 @@ class Task(Protocol):
     """The measurements and samples of a run; `samples.tokens` is a tensor whose first dimension counts the samples."""
 
     measure_name: str
+    figures: tuple[str, ...]
+    """What is measured, as requirements call it."""
 
     def calibration(self, needed: bool, reporter: Reporter) -> Samples | None:
         """Draw the calibration samples; None if nothing needs them.

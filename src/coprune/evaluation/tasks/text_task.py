@@ -41,6 +41,7 @@ class TextTask:
     """A language model: windows of text, and perplexity."""
 
     measure_name = "Perplexity"
+    figures: tuple[str, ...] = ("perplexity",)
     _measured = "Perplexity is"
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:

@@ -197,6 +197,7 @@ class EmbeddingTask(WholeTextTask):
     """A model that embeds texts: vectors of passages, in which a pruned model is held against the dense one."""
 
     measure_name = "Embeddings"
+    figures = ("cosine", "overlap")
     _measured = "Embeddings are"
     _usual_length = PASSAGE
 
@@ -259,6 +260,7 @@ class LabelTask(WholeTextTask):
     """A classifier of texts, pairs of texts or words, or a reranker: accuracy on a file with labels."""
 
     measure_name = "Accuracy"
+    figures = ("accuracy",)
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe

@@ -130,6 +130,8 @@ WHAT: dict[TaskName, str] = {
     "speech": "writes what it hears",
 }
 """The verb phrases for models of each task, in a sentence about one."""
+READ_TEXT: tuple[TaskName, ...] = ("text", "masked", "embeddings")
+"""Tasks that are measured on plain text."""
 
 
 def task_of(config: Any, model_class: type[PreTrainedModel] | None = None) -> TaskName:
