@@ -30,6 +30,8 @@ _GEMMA4 = {
 }
 _HEAD = Exceptional("the width of its heads has no default", {"head_dim": 16})
 _MAMBA = "its state space has to be as wide as its heads together"
+_BYTES = "its vocabulary is bytes, and most of its layers are of its global model, which is twice as wide as the others"
+_LOCAL = {"vocab_size": 1024, "hidden_size": 32, "hidden_size_global": 64}
 _STAGES = "the widths of its stages hang together in ways of their own"
 
 UNBUILT = {"mra": "its attention answers zeros without its kernel for CUDA"}
@@ -39,9 +41,10 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "bamba": Exceptional("which of its layers have attention has no default", {"attn_layer_indices": [1]}),
     "bit": Exceptional("its norms have 32 groups", {"num_groups": 4}),
     "blt": Exceptional("its vocabulary is bytes", {"vocab_size": 1024}),
-    "blt_local_decoder": Exceptional("as blt", {"vocab_size": 1024}),
-    "blt_local_encoder": Exceptional("as blt", {"vocab_size": 1024}),
-    "blt_patcher": Exceptional("as blt", {"vocab_size": 1024}),
+    "blt_global_transformer": Exceptional(_BYTES, {"num_hidden_layers": 4}),
+    "blt_local_decoder": Exceptional(_BYTES, _LOCAL),
+    "blt_local_encoder": Exceptional(_BYTES, _LOCAL),
+    "blt_patcher": Exceptional(_BYTES, {"vocab_size": 1024, "hidden_size": 32}),
     "cohere_compass_text": Exceptional(
         "positions of its full attention have no default",
         {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
@@ -199,7 +202,10 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "swinv2": Exceptional(_STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
     "textnet": Exceptional(_STAGES, {"stem_out_channels": 16, "hidden_sizes": (16, 16, 32, 64, 128)}),
     "wavtokenizer_encoder": Exceptional("its codes are as wide as itself", {"hidden_size": 64, "codebook_dim": 64}),
-    "xlstm": Exceptional("transformers' code for CPUs wants keys and values of one width", {"qk_dim_factor": 1.0}),
+    "xlstm": Exceptional(
+        "transformers' code for CPUs wants keys and values of one width, and texts as short as these go in one piece",
+        {"qk_dim_factor": 1.0, "max_inference_chunksize": 16384},
+    ),
     "xmod": Exceptional("its language has no default", {"default_language": "en_XX"}),
     "zamba": Exceptional(
         "its blocks share one layer, so two of them have to have it",

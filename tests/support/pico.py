@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from support.pico_hybrids import COMMON, DBRX, HYBRIDS, VOCABULARY
+from support.pico_hybrids import COMMON, HYBRIDS, VOCABULARY
 
 _COMMON: dict[str, Any] = dict(COMMON, num_hidden_layers=3)
 _GPT: dict[str, Any] = dict(
@@ -142,7 +142,7 @@ ONE_FOR_SEVERAL: dict[str, dict[str, Any]] = {
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
-    mixtures, others = MIXTURES | MORE_MIXTURES | SORTED_MIXTURES, SHARING | ONE_FOR_SEVERAL | {"dbrx": DBRX}
+    mixtures, others = MIXTURES | MORE_MIXTURES | SORTED_MIXTURES, SHARING | ONE_FOR_SEVERAL
     known = FAMILIES | mixtures | MORE_HEADS | others | HYBRIDS
     settings = known.get(family, {}) | changes
     torch.manual_seed(seed)

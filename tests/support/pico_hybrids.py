@@ -110,18 +110,18 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         attention_window_size=8,
         block_types=["recurrent", "recurrent", "attention"],
     ),
+    "dbrx": dict(
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=128,
+        vocab_size=VOCABULARY,
+        attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2, hidden_size=64),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "xlnet": dict(d_model=64, n_layer=2, n_head=4, d_inner=96, vocab_size=VOCABULARY),
 }
-"""Those that are pruned."""
-DBRX: dict[str, Any] = dict(
-    d_model=64,
-    n_heads=4,
-    n_layers=2,
-    max_seq_len=128,
-    vocab_size=256,
-    attn_config=dict(kv_n_heads=2, rope_theta=10000.0),
-    ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2, hidden_size=64),
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-"""Its experts are rows of two-dimensional tables, so it is refused."""
+"""Also DBRX, whose experts are rows of two-dimensional tables, and XLNet, whose heads' matrices have three dimensions."""

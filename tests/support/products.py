@@ -40,6 +40,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._names = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
         self.seen: dict[str, tuple[Tensor, bool, list[Tensor]]] = {}
+        self.stacks: dict[str, Tensor] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -49,7 +50,19 @@ class _Watch(TorchFunctionMode):
         elif func in _RIGHT:
             self._note(args[1], args[0], in_columns=False)
             self._note(args[0], args[1].mT if args[1].ndim > 1 else args[1], in_columns=True)
+        elif func is torch.einsum:
+            self._note_sum(*args)
         return func(*args, **(kwargs or {}))
+
+    def _note_sum(self, equation: str, *operands: Tensor) -> None:
+        """Products as XLNet writes them: `ibh,hnd->ibnd` and `ibnd,hnd->ibh`."""
+        for known, inputs_are_columns in (("ibh,hnd->ibnd", False), ("ibnd,hnd->ibh", True)):
+            if equation == known and operands[1].untyped_storage().data_ptr() in self._names:
+                name, parameter = self._names[operands[1].untyped_storage().data_ptr()]
+                x = operands[0].flatten(2).reshape(-1, operands[0][0, 0].numel())
+                self.seen.setdefault(name, (parameter.view(len(parameter), -1), inputs_are_columns, []))[2].append(
+                    x.clone()
+                )
 
     def _note(self, weight: Tensor, x: Tensor, in_columns: bool) -> None:
         """in_columns: whether the columns of the operand run over the inputs."""
@@ -59,19 +72,29 @@ class _Watch(TorchFunctionMode):
         name, parameter = found
         if weight.ndim == 4 and weight.shape[1] == 1:  # each of a stack for all samples of a batch
             weight = weight.squeeze(1)
-        stack = parameter if parameter.ndim == 3 else parameter[None]
-        if weight.shape[-1] * weight.shape[-2] != stack[0].numel():
+        stack = _stack_of(name, parameter, weight)
+        whole_table = len(stack) == 1 and stack is not parameter and not name.endswith(".weight")
+        if weight.shape[-1] * weight.shape[-2] != stack[0].numel() or whole_table:
             return
+        self.stacks[name] = stack
         in_columns = in_columns == (weight.stride(-1) == 1)
         first = (weight.storage_offset() - parameter.storage_offset()) // stack[0].numel()
         for position, matrix in enumerate(weight if weight.ndim == 3 else [weight]):
-            label = f"{name}[{first + position}]" if parameter.ndim == 3 else name
+            label = f"{name}[{first + position}]" if stack is parameter or len(stack) > 1 else name
             rows = x[position] if weight.ndim == 3 else x
             stored = stack[first + position]
             assert matrix.numel() == stored.numel()
             _, known, xs = self.seen.setdefault(label, (stored, in_columns, []))
             assert known == in_columns, label
             xs.append(rows.reshape(-1, rows.shape[-1]).float().clone())
+
+
+def _stack_of(name: str, parameter: nn.Parameter, weight: Tensor) -> Tensor:
+    """The matrices of a parameter of which `weight` is one or more: of a table that is no layer's, equal numbers of rows."""
+    if parameter.ndim == 3:
+        return parameter
+    of_a_layer = name.endswith(".weight") or parameter.numel() % weight.numel()
+    return parameter[None] if of_a_layer else parameter.unflatten(0, (parameter.numel() // weight.numel(), -1))
 
 
 @torch.no_grad()
@@ -89,8 +112,7 @@ def watch_products(parameters: Mapping[str, nn.Parameter], run: Callable[[], obj
     }
     for part in list(found.values()):
         stack = part.name.partition("[")[0]
-        for number in range(len(parameters[stack]) if "[" in part.name else 0):
-            stored = parameters[stack][number].detach()
+        for number, stored in enumerate(watch.stacks[stack].detach() if "[" in part.name else []):
             width = stored.shape[1 if part.inputs_are_columns else 0]
             other = Part(f"{stack}[{number}]", stored, part.inputs_are_columns, torch.empty(0, width))
             found.setdefault(other.name, other)

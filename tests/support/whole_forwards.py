@@ -70,7 +70,8 @@ def kind_of(name: str) -> str:
 def _parts(model: PreTrainedModel, batches: Sequence[Tensor], block: Block, unseen: Collection[str]) -> list[Part]:
     """What no layer multiplies itself: experts, and weights that are used without their layer being called."""
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
-    watched = {name: p for name, p in parameters.items() if p.ndim == 3 or name.removesuffix(".weight") in unseen}
+    bare = {name for name, p in parameters.items() if p.ndim == 3 or (p.ndim == 2 and not name.endswith(".weight"))}
+    watched = {name: p for name, p in parameters.items() if name in bare or name.removesuffix(".weight") in unseen}
 
     def run() -> None:
         for batch in batches:

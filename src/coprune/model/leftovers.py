@@ -95,12 +95,21 @@ def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for matrix in matrices:
         if matrix.expert is not None:
-            owner = matrix.parameter.rpartition(".")[0]
-            place = owner if owner == block.name else owner.rpartition(".")[0]
-            found.setdefault(place, set()).add(int(getattr(matrix.owner, matrix.attribute).shape[0]))
+            place = _beside_experts(block, matrix)
+            found.setdefault(place, set()).add(len(matrix.stack_of(getattr(matrix.owner, matrix.attribute))))
     for path, experts in lists_of(block).items():
         found.setdefault(path.rpartition(".")[0], {experts})
     return found
+
+
+def _beside_experts(block: Block, matrix: Matrix) -> str:
+    """Return the path of the module that holds experts and more."""
+    place, own = matrix.parameter.rpartition(".")[0], matrix.owner
+    experts = {id(parameter) for parameter in own.parameters()}
+    while place != block.name and (own is matrix.owner or {id(p) for p in own.parameters()} == experts):
+        place = place.rpartition(".")[0]
+        own = block.module.get_submodule(place.removeprefix(block.name).removeprefix("."))
+    return place
 
 
 def lists_of(block: Block) -> dict[str, int]:

@@ -1,15 +1,15 @@
 """Views of prunable weights as out × in matrices: the one module that knows how layers store them.
 
 `nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a mixture of
-experts a 3-D parameter with one matrix per expert, out × in or in × out; whether a 3-D parameter is a mixture shows when its
-products are observed (`coprune.model.matrix_choice`). A convolution is a matrix if its positions do not overlap: 1 × 1, or
-patches (the stride is the kernel). Its inputs are then a patch's values, channel by channel.
+experts a 3-D parameter with one matrix per expert, out × in or in × out, or a table of all experts' rows. Whether a 3-D
+parameter is a mixture shows when its products are observed (`coprune.model.matrix_choice`). A convolution is a matrix if its
+positions do not overlap: 1 × 1, or patches (the stride is the kernel). Its inputs are then a patch's values, channel by channel.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from coprune.base.devices import in_host_memory
-from coprune.model.transformers_private import Conv1D, input_first
+from coprune.model.transformers_private import Conv1D, experts_of, input_first
 
 LEAST_SPARSITY = 0.05
 """Minimum share of zeros by which a matrix counts as pruned."""
@@ -37,21 +37,32 @@ class Matrix:
     input_dim: int
     """Dimension of the stored 2-D weight that runs over the inputs: 1 for out × in, 0 for in × out."""
     expert: int | None = None
+    experts: int | None = None
+    """Number of experts whose matrices are rows of one table; None where the parameter has a dimension for them."""
 
     def stored(self) -> Tensor:
         """Return the 2-D weight as stored, a view of the parameter."""
-        return self._own(getattr(self.owner, self.attribute).detach())
+        return self.part_of(getattr(self.owner, self.attribute).detach())
 
-    def _own(self, whole: Tensor) -> Tensor:
-        """Return this matrix's part of a tensor that is shaped like its parameter, 2-D."""
-        if whole.ndim == 4:
-            return whole.view(whole.shape[0], -1)
-        return whole if self.expert is None else whole[self.expert]
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return this matrix's part of a tensor that is shaped like its parameter: 2-D, a view."""
+        if self.expert is None:
+            return whole.view(whole.shape[0], -1) if whole.ndim > 2 else whole
+        return self.stack_of(whole)[self.expert]
+
+    def stack_of(self, whole: Tensor) -> Tensor:
+        """Return a tensor that is shaped like the parameter of experts with a dimension for them, the first: a view."""
+        return whole if self.experts is None else whole.unflatten(0, (self.experts, -1))
 
     @property
     def parameter(self) -> str:
         """Path of the parameter that holds it; for an expert, of all experts together."""
-        return f"{self.name}.{self.attribute}" if self.expert is None else self.name.partition("[")[0]
+        return f"{self.name}.weight" if self.attribute == "weight" else self.name.partition("[")[0]
+
+    @property
+    def is_of_heads(self) -> bool:
+        """Whether it is a parameter of three dimensions: inputs × heads × width of a head."""
+        return self.expert is None and self.attribute != "weight"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,7 +76,7 @@ class Matrix:
 
     def slopes(self) -> Tensor:
         """Return the parameter's current gradient as out × in, a view of it."""
-        return self._out_by_in(self._own(getattr(self.owner, self.attribute).grad))
+        return self._out_by_in(self.part_of(getattr(self.owner, self.attribute).grad))
 
     def _out_by_in(self, stored: Tensor) -> Tensor:
         return stored if self.input_dim == 1 else stored.T
@@ -143,17 +154,49 @@ def why_no_matrix(convolution: _ConvNd) -> str | None:
 
 
 def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
-    """Yield the slices of a module's parameters of three dimensions, as long as they are more than vectors."""
+    """Yield the slices of a module's parameters of three dimensions, as long as they are more than vectors.
+
+    One that maps the model's width to heads as wide together (XLNet's) is yielded as one matrix.
+    """
     stacks = {
         attribute: parameter
         for attribute, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape[1:]) > 1
     }
+    for attribute in [attribute for attribute, (rows, heads, width) in _shapes(stacks) if rows == heads * width]:
+        del stacks[attribute]
+        yield Matrix(f"{name}.{attribute}" if name else attribute, module, attribute, input_dim=0)
     input_dim = 0 if _are_transposed(module, list(stacks.values())) else 1
     for attribute, parameter in stacks.items():
         path = f"{name}.{attribute}" if name else attribute
         for expert in range(parameter.shape[0]):
             yield Matrix(f"{path}[{expert}]", module, attribute, input_dim, expert)
+    yield from _find_rows_of_experts(module, name)
+
+
+def _shapes(parameters: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(attribute, tuple(parameter.shape)) for attribute, parameter in parameters.items()]
+
+
+def _find_rows_of_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
+    """Yield the experts of tables that hold the rows of all: one for each intermediate channel, which the last table leads back.
+
+    A wrong guess is noticed when the products are observed.
+    """
+    experts = experts_of(module)
+    tables = {attribute: table for attribute, table in module.named_parameters(recurse=False) if table.ndim == 2}
+    shapes = {table.shape for table in tables.values()}
+    if (
+        experts is None
+        or len(tables) < 2
+        or len(shapes) > 1
+        or any(rows % experts or rows == experts for rows, _ in shapes)
+    ):
+        return
+    for attribute in tables:
+        path, input_dim = f"{name}.{attribute}" if name else attribute, 0 if attribute == [*tables][-1] else 1
+        for expert in range(experts):
+            yield Matrix(f"{path}[{expert}]", module, attribute, input_dim, expert, experts)
 
 
 def _are_transposed(module: nn.Module, stacks: Sequence[Tensor]) -> bool:

@@ -23,6 +23,7 @@ from coprune.model.matrices import Matrix, find_matrices
 
 UNUSED = "not used in a forward"
 UNOBSERVED = "in no product that coprune can observe"
+BACKWARDS = "multiplied along its outputs"
 NO_MIXTURE = "three dimensions, and none of its matrices is multiplied"
 OF_BLOCKS = "weights that several blocks share"
 OF_BLOCKS_AND_MORE = "weights that several blocks and another part of the model share"
@@ -149,7 +150,7 @@ def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence
     for matrices, seen in zip(confirmed.blocks, evidence, strict=True):
         for matrix in matrices:
             if matrix.name in seen.backwards:
-                raise _unobservable(matrix, "is multiplied along its outputs")
+                raise _unobservable(matrix, f"is {BACKWARDS}")
     return confirmed
 
 
@@ -218,6 +219,8 @@ def _no_matrices(candidates: Sequence[Matrix], seen: Evidence) -> dict[str, str]
         if matrix.expert is not None:
             if matrix.parameter not in mixtures:
                 dropped[matrix.name] = NO_MIXTURE
+        elif matrix.is_of_heads and matrix.name in seen.backwards:
+            dropped[matrix.name] = BACKWARDS
         elif matrix.name in multiplied:
             continue
         elif matrix.name in seen.touched:

@@ -216,6 +216,12 @@ def input_first(module: nn.Module) -> bool | None:
     return said
 
 
+def experts_of(module: nn.Module) -> int | None:
+    """Return how many experts' rows the tables of a module hold; None if it does not declare it."""
+    said: int | None = getattr(module, "moe_num_experts", None)
+    return said
+
+
 def run_experts_as(model: PreTrainedModel, implementation: str) -> None:
     """Set transformers' implementation of a model's mixtures."""
     model.set_experts_implementation(implementation)

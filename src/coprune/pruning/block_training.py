@@ -111,7 +111,7 @@ def _only(trained: Trained, kept: Tensor | None) -> Trained:
 def _checksum_of_rest(matrix: Matrix, masks: Mapping[str, Tensor]) -> str:
     """Return `mask_checksum` of a consumer without its removed columns."""
     mask, stored = masks[matrix.parameter], matrix.stored()
-    kept = (mask if matrix.expert is None else mask[matrix.expert]).view(stored.shape)
+    kept = matrix.part_of(mask)
     left = stored[:, kept.any(dim=0)] if matrix.input_dim == 1 else stored[kept.any(dim=1)]
     return mask_checksum(left)
 

@@ -125,8 +125,7 @@ def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) 
     parameter: Tensor = getattr(matrix.owner, matrix.attribute)
     keep = keep.to(_place_of(parameter))
     whole = found.setdefault(matrix.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=keep.device))
-    own = whole if matrix.expert is None else whole[matrix.expert]
-    own = own.view(own.shape[0], -1)
+    own = matrix.part_of(whole)
     along_rows = (matrix.input_dim == 0) == inputs
     own &= keep[:, None] if along_rows else keep[None, :]
     bias = None if inputs else bias_of(matrix)

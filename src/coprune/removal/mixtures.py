@@ -136,7 +136,11 @@ def find_mixtures(block: Block, matrices: Sequence[Matrix], run: Run) -> Iterato
         A mixture, or why the experts of one cannot be removed.
     """
     owners = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.expert is not None}
+    tables = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.experts is not None}
     for owner in sorted(owners):
+        if owner in tables:
+            yield f"{owner} holds its experts as rows of one table"
+            continue
         yield _Search(block, owner.removeprefix(block.name).removeprefix("."), run).found()
     for path in lists_of(block):  # of modules of any kind; what is no mixture is not spoken of
         found = _Search(block, path.removeprefix(f"{block.name}."), run).found()

@@ -46,7 +46,7 @@ class PrunedMatrix:
 
     def rows_of(self, whole: Tensor) -> Tensor:
         """Return the matrix's part of a tensor shaped like its parameter, as an out × in view."""
-        return _rows(whole if self.matrix.expert is None else whole[self.matrix.expert], self.matrix)
+        return _rows(self.matrix.part_of(whole), self.matrix)
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class Masks:
             parameter = parameters[entry.parameter].detach()
             stored = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             pruned = self.pruned[entry.parameter]
-            if entry.matrix.expert is not None:
-                stored, pruned = stored[entry.matrix.expert], pruned[entry.matrix.expert]
+            stored, pruned = entry.matrix.part_of(stored), entry.matrix.part_of(pruned)
             kept = stored != 0
             lost = int((kept & pruned.to(kept.device)).sum())
             if lost:
@@ -138,11 +137,8 @@ def find_masks(
         whole = getattr(matrix.owner, matrix.attribute)
         name = _plain_name(known.get(id(whole), matrix.parameter))
         matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
-        if matrix.expert is None:
-            pruned[name] = zero.view(whole.shape)
-        else:
-            pruned.setdefault(name, torch.zeros(whole.shape, dtype=torch.bool, device=whole.device))
-            pruned[name][matrix.expert] = zero
+        pruned.setdefault(name, torch.zeros(whole.shape, dtype=torch.bool, device=whole.device))
+        matrix.part_of(pruned[name]).copy_(zero)
     for name, parameter in _no_matrices(known, model):
         if name not in pruned and float((zero := parameter.detach() == 0).float().mean()) >= least:
             pruned[name] = zero

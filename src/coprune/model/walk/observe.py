@@ -7,6 +7,7 @@ its own tokens, and a matrix may be pruned just before its first use.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -89,6 +90,8 @@ class Observe(TorchFunctionMode):
         positions = PRODUCTS.get(func)
         if positions is not None:
             self._see(func, positions, args, kwargs)
+        elif func is torch.einsum and len(args) == 3:
+            self._see_sum(*args)
         return func(*args, **kwargs)
 
     def _see(self, func: Any, positions: tuple[int, int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -116,8 +119,27 @@ class Observe(TorchFunctionMode):
             self._see_matrix(matrix, x, weight, input_dim)
         elif weight.ndim == 3:
             for matrix in self._stacks.get(_address(weight), []):
-                if x.ndim == 3 and len(x) == len(weight) == len(getattr(matrix.owner, matrix.attribute)):
+                if x.ndim == 3 and len(x) == len(weight) == len(
+                    matrix.stack_of(getattr(matrix.owner, matrix.attribute))
+                ):
                     self._see_matrix(matrix, x[matrix.expert], weight[matrix.expert], input_dim)
+
+    def _see_sum(self, equation: Any, x: Any, weight: Any) -> None:
+        """Report a product that is written as `ibh,hnd->ibnd`, of a matrix inputs × heads × width."""
+        found = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation.replace(" ", "")) if isinstance(equation, str) else None
+        if found is None or not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+            return
+        if self._hear is not None:
+            self._hear(x)
+        matrix = self._tracked.get(_address(weight))
+        if matrix is None or not matrix.is_of_heads or weight.shape != getattr(matrix.owner, matrix.attribute).shape:
+            return
+        given, own, left = found.groups()
+        summed = "".join(letter for letter in own if letter in given and letter not in left)
+        if summed == own[0] and not set(own[1:]) & set(given):
+            self._on_product(matrix, x if given[-1] == summed else x.movedim(given.index(summed), -1))
+        elif summed == own[1:]:
+            self._on_backwards(matrix)
 
     def _see_matrix(self, matrix: Matrix, x: Tensor, weight: Tensor, input_dim: int) -> None:
         stored = matrix.stored()

@@ -91,11 +91,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _kept(parameter: nn.Parameter, matrices: Sequence[Matrix]) -> Tensor:
     """Return where a parameter is not zero, in its chosen matrices."""
-    kept = parameter.detach() != 0
-    chosen = {matrix.expert for matrix in matrices}
-    if None in chosen:
-        return kept
-    for expert in range(parameter.shape[0]):
-        if expert not in chosen:
-            kept[expert] = False
+    kept, not_zero = torch.zeros_like(parameter, dtype=torch.bool), parameter.detach() != 0
+    for matrix in matrices:
+        matrix.part_of(kept).copy_(matrix.part_of(not_zero))
     return kept
