@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.io import wavfile
-from transformers import AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor
+from transformers import AutoModelForSpeechSeq2Seq
 
 import coprune
 from coprune.base.errors import BadInput
 from coprune.data.speech import read_recordings, waveform, word_errors
 from support.pico_folder import save_pico, write_words
-from support.pico_pairs import save_pair_model
+from support.pico_pairs import save_pair_model, write_recordings
 
 PRUNING: dict[str, Any] = dict(nsamples=4, quiet=True, layer_error=False, sparsity=0.5)
 
@@ -23,15 +23,8 @@ PRUNING: dict[str, Any] = dict(nsamples=4, quiet=True, layer_error=False, sparsi
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speech")
-    model = save_pair_model(folder / "model", "Whisper")
-    WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=400).save_pretrained(model)
-    (folder / "heard").mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(4):
-        samples = (generator.normal(size=8000) * 8000).astype(np.int16)
-        wavfile.write(folder / "heard" / f"{number}.wav", 16000, samples)
-        if number:
-            (folder / "heard" / f"{number}.txt").write_text(f"w{number + 5} w{number + 6}")
+    save_pair_model(folder / "model", "Whisper")
+    write_recordings(folder / "heard")
     write_words(folder / "words.txt")
     return folder
 

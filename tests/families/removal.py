@@ -27,17 +27,20 @@ from coprune.run.stages import run_recipe
 from support.killing import killed_when
 from support.pico import FAMILIES, MIXTURES, MORE_MIXTURES, pico_model
 from support.pico_folder import listing, save, write_words
-from support.pico_hybrids import DBRX, HYBRIDS
+from support.pico_hybrids import HYBRIDS
+from support.pico_pairs import SIZES, pico_pair_model, pico_processor, write_recordings
 from support.saved import load_clean, saved_like
 
 PAGE = Path(__file__).parents[2] / "docs" / "removal-models.md"
-ALL = [*FAMILIES, *MIXTURES, *MORE_MIXTURES, *HYBRIDS, "dbrx"]
-assert DBRX
+PAIRS = {name.lower(): name for name in SIZES}
+ALL = [*FAMILIES, *MIXTURES, *MORE_MIXTURES, *HYBRIDS, *PAIRS]
 SHARES = {"channels": 0.4, "heads": 0.5, "blocks": 0.34, "experts": 0.25}
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"n_routed_experts": 8},  # else no group of its experts could lose one
     "mamba": {"num_hidden_layers": 3},
     "gemma2": {"num_hidden_layers": 4},
+    "t5": {"num_layers": 3, "num_decoder_layers": 3},
+    **{name: {"encoder_layers": 3, "decoder_layers": 3} for name in ("bart", "marian", "mbart", "whisper")},
 }
 _IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 _OPENING = """# What can be removed of which models
@@ -102,7 +105,7 @@ def remove_alone(family: str, remove: str, folder: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         result = coprune.prune(
-            model, remove=remove, save_model=folder, dataset=_IDS, align=16, evaluate=False, quiet=True
+            model, remove=remove, save_model=folder, **_read_by(family, folder), align=16, evaluate=False, quiet=True
         )
     except CopruneError:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), family
@@ -112,6 +115,8 @@ def remove_alone(family: str, remove: str, folder: Path) -> None:
 
 def _model(family: str) -> Any:
     """A pico model whose routers' biases and corrections are no zeros, so that one which is lost would show."""
+    if family in PAIRS:
+        return pico_pair_model(PAIRS[family], **CHANGES[family])
     model = pico_model(family, **CHANGES.get(family, {}))
     generator = torch.Generator().manual_seed(3)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -120,15 +125,30 @@ def _model(family: str) -> Any:
     return model
 
 
+def _read_by(family: str, folder: Path) -> dict[str, Any]:
+    """What a family reads, and what makes its input of that. folder: one beside which it may be written."""
+    if family not in PAIRS:
+        return {"dataset": _IDS}
+    folder.parent.mkdir(exist_ok=True)
+    hears = family == "whisper"
+    dataset = write_recordings(folder.with_suffix(".heard")) if hears else write_words(folder.with_suffix(".txt"))
+    return {"dataset": dataset, "processor": pico_processor(PAIRS[family]), "nsamples": 4, "seqlen": 16}
+
+
 def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> None:
     """Kill a run for real in the middle, and see that it goes on to the bytes of one that was let alone."""
-    kill_and_resume_model(_model(family), remove, folder, **settings)
+    read = _read_by(family, folder / "read") if family in PAIRS else {}
+    processor, dataset = read.get("processor"), read.get("dataset")
+    own = settings if dataset is None else settings | {"dataset": str(dataset)}
+    kill_and_resume_model(_model(family), remove, folder, processor, **own)
 
 
-def kill_and_resume_model(model: Any, remove: str, folder: Path, **settings: Any) -> None:
-    """The same of a model."""
+def kill_and_resume_model(model: Any, remove: str, folder: Path, processor: Any = None, **settings: Any) -> None:
+    """The same of a model. processor: what makes its input, where that is not the tokenizer of words."""
     blocks = len(find_blocks(model))
     save(model, folder / "model")
+    if processor is not None:
+        processor.save_pretrained(folder / "model")
     write_words(folder / "words.txt")
     data = {"model": str(folder / "model"), "dataset": str(folder / "words.txt"), "evaluate": False}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel
+from scipy.io import wavfile
+from transformers import PreTrainedModel, WhisperFeatureExtractor, WhisperProcessor
 
 from coprune.data.pairs import Pairs
 from coprune.model.checkpoint.load import quiet_transformers
@@ -65,9 +67,30 @@ def pico_pairs(model: PreTrainedModel, count: int, seed: int = 0) -> Pairs:
     return Pairs.of(torch.randn(count, bins, frames, generator=generator), tokens)
 
 
+def pico_processor(family: str) -> Any:
+    """Its tokenizer, with what makes features of sound where it hears."""
+    tokenizer = marking_tokenizer()
+    if "num_mel_bins" not in SIZES[family]:
+        return tokenizer
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=400)
+    return WhisperProcessor(extractor, tokenizer)
+
+
+def write_recordings(folder: Path) -> Path:
+    """Write four recordings of noise, and what is said in all but the first; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        samples = (generator.normal(size=8000) * 8000).astype(np.int16)
+        wavfile.write(folder / f"{number}.wav", 16000, samples)
+        if number:
+            (folder / f"{number}.txt").write_text(f"w{number + 5} w{number + 6}")
+    return folder
+
+
 def save_pair_model(folder: Path, family: str, **changes: Any) -> Path:
-    """Save a model that reads and writes text, with a tokenizer that puts marks around a text and has one that masks."""
+    """Save a model, with a tokenizer that puts marks around a text and has one that masks, and what makes features of sound."""
     with quiet_transformers():
         pico_pair_model(family, **changes).save_pretrained(folder, max_shard_size="100KB")
-        marking_tokenizer().save_pretrained(folder)
+        pico_processor(family).save_pretrained(folder)
     return folder

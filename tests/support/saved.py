@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import copy_companions
@@ -19,6 +20,7 @@ from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from support.pico import FAMILIES, pico_model, pico_tokens
+from support.pico_pairs import pico_pairs
 
 # One for each way in which a checkpoint can differ from its model: tied and untied, Conv1D, experts fused on load
 # (with other names), experts fused in the files already, dense blocks before mixtures, parameters kept in float32.
@@ -58,10 +60,14 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def load_clean(folder: Path) -> PreTrainedModel:
     """Load with transformers; fails if a key is missing, unexpected or of another shape."""
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    model, info = loaded
+        config = AutoConfig.from_pretrained(folder)
+        named: Any = (
+            getattr(transformers, config.architectures[0]) if config.is_encoder_decoder else AutoModelForCausalLM
+        )
+        model, info = named.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -100,13 +106,21 @@ def saved_like(model: PreTrainedModel, small: PreTrainedModel | None, folder: Pa
     assert small is not None
     saved = load_clean(folder)
     assert saved.num_parameters() == small.num_parameters()
-    tokens = pico_tokens(2, 16)
     with torch.no_grad():
-        silent, found = model(tokens, use_cache=False).logits, saved(tokens, use_cache=False).logits
+        silent, found = _logits(model), _logits(saved)
         torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(small(tokens, use_cache=False).logits, found, rtol=rounding, atol=rounding)
+        torch.testing.assert_close(_logits(small), found, rtol=rounding, atol=rounding)
         own = saved.config._attn_implementation
         saved.set_attn_implementation("eager")  # which reads other numbers of the configuration
-        torch.testing.assert_close(saved(tokens, use_cache=False).logits, found, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_logits(saved), found, rtol=1e-4, atol=1e-4)
         saved.set_attn_implementation(own)
     return saved
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    given: dict[str, Tensor] = {"input_ids": pico_tokens(2, 16)}
+    if model.config.is_encoder_decoder:
+        pairs = pico_pairs(model, 2)
+        given = {model.main_input_name: pairs.source, "decoder_input_ids": pairs.written}
+    logits: Tensor = model(**given, use_cache=False).logits
+    return logits

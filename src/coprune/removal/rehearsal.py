@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ from coprune.removal.smaller_model import (
 )
 from coprune.run.context import Run
 
+_OF_A_HEAD = re.compile(r"head_dim|head_size|d_head|d_kv|kv_channels")
+"""Names of settings that say how wide a head is."""
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
 
 
@@ -196,10 +199,13 @@ def _proven_changes(
             "a smaller model with the same weights gives other outputs than this model with the parts silenced, so they "
             f"cannot be removed{said}"
         )
-    raise UnsupportedModel(
-        f"no setting of the configuration of {type(module).__name__} gives the smaller shapes, so the result could not be "
-        "loaded"
-    )
+    cause = f"no setting of the configuration of {type(module).__name__} gives the smaller shapes"
+    if "heads" in plan.keep and not any(map(_OF_A_HEAD.search, module.config.get_text_config().to_dict())):
+        cause = f"the configuration of {type(module).__name__} has no width of a head, which follows from their number"
+    asked = {*plan.keep, *(("blocks",) if plan.dropped else ())}
+    others = [part for part in ("channels", "heads", "blocks") if part not in asked]
+    fix = f"try to remove {' or '.join(others)}" if others else None
+    raise UnsupportedModel(f"{cause}, so the result could not be loaded", fix=fix)
 
 
 def resized_by(run: Run, plan: Plan) -> Resized:
