@@ -57,7 +57,8 @@ class Matrix:
     @property
     def parameter(self) -> str:
         """Path of the parameter that holds it; for an expert, of all experts together."""
-        return f"{self.name}.weight" if self.attribute == "weight" else self.name.partition("[")[0]
+        of_a_layer = self.expert is None and not self.is_of_heads
+        return f"{self.name}.{self.attribute}" if of_a_layer else self.name.partition("[")[0]
 
     @property
     def is_of_heads(self) -> bool:
@@ -163,7 +164,11 @@ def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
         for attribute, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape[1:]) > 1
     }
-    for attribute in [attribute for attribute, (rows, heads, width) in _shapes(stacks) if rows == heads * width]:
+    for attribute in [
+        attribute
+        for attribute, (rows, heads, width) in _shapes(stacks)
+        if rows == heads * width and attribute != "weight"
+    ]:
         del stacks[attribute]
         yield Matrix(f"{name}.{attribute}" if name else attribute, module, attribute, input_dim=0)
     input_dim = 0 if _are_transposed(module, list(stacks.values())) else 1
