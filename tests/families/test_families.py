@@ -67,7 +67,6 @@ def test_layers_for_images_stay_as_they_are_where_text_passes_them_by(tmp_path: 
 REFUSED = {
     "dory": "model.layers.0 runs out of order or twice",
     "reformer": "a block answers with ReformerOutput",
-    "xlstm": "backbone.blocks.0 runs out of order or twice",
 }
 
 
@@ -83,7 +82,7 @@ def test_the_page_says_what_the_results_say() -> None:
     results = Results.read()
     assert PAGE.read_text(encoding="utf-8") == page(results)
     decoders = Counter(verdict.result for verdict in results.verdicts if verdict.kind == "text")
-    assert decoders["works"] >= 180
+    assert decoders["works"] >= 188
     assert not any(verdict.result == "wrong" for verdict in results.verdicts)
     readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
     assert f"{decoders['works']} work and {decoders['refused']} are refused" in readme
