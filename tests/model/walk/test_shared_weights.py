@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import coprune
 from coprune.base.errors import UnsupportedModel
 from coprune.model.bare_configuration import Imagined
-from coprune.model.blocks import find_blocks
+from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.weights import InMemory, Weights
@@ -25,8 +25,9 @@ from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target, parse_pattern
-from coprune.run import prune_blocks
+from coprune.run import prune_blocks, shared_weights
 from coprune.run.memory_bound import Shapes
+from coprune.run.output import Output
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico
 from support.walking import (
@@ -134,6 +135,40 @@ def test_a_folder_holds_them_once(more: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(saved[queries], source[queries] * (saved[queries] != 0))
     assert not differences(tmp_path / "True", tmp_path / "False").changed
     assert not list((tmp_path / "True").glob("shared*"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_goes_on_prunes_them_again_only_where_it_has_to(
+    damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, looks = save_pico(tmp_path / "source", "zamba2"), list[str]()
+    look, write = shared_weights.inputs_of_shared, Output.write_block
+
+    def run(name: str) -> None:
+        settings: dict[str, Any] = {"evaluate": False, "quiet": True, "propagation": "dense", "stream": True}
+        coprune.prune(source, "wanda", dataset=BATCHES[0], save_model=tmp_path / name, **settings)
+
+    def noted(*given: Any) -> Any:
+        looks.append("look")
+        return look(*given)
+
+    def interrupted(self: Output, block: Block, outcome: Any) -> None:
+        if block.index == 2:
+            raise KeyboardInterrupt
+        write(self, block, outcome)
+
+    monkeypatch.setattr(shared_weights, "inputs_of_shared", noted)
+    run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write_block", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("parts")
+    file = tmp_path / ".parts.partial" / "shared.safetensors"
+    if damaged:
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    run("parts")
+    assert len(looks) == 2 + damaged
+    assert not differences(tmp_path / "whole", tmp_path / "parts").changed
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
