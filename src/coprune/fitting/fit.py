@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
 
@@ -25,7 +26,7 @@ from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
 from coprune.fitting.tasks import Kind, Task, read_task
 from coprune.fitting.team import Team
-from coprune.fitting.workshop import Asked, Runtime, Workshop, recipe_of
+from coprune.fitting.workshop import Asked, Runtime, Workshop
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
 
@@ -108,14 +109,12 @@ def fit(
     require_usable(target, "output")
     if target.exists() and any(target.iterdir()) and not (target / WORK_FOLDER).is_dir():
         raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
-    workshop = Workshop(target / WORK_FOLDER, asked, reporter)
     team = Team(_workers(how), how.get("ray"))
     try:
-        search = Search(workshop, wish, team)
-        finding = search.run()
-    except BadInput as error:
-        workshop.refuse(error)
-        raise
+        workshop = Workshop(target / WORK_FOLDER, asked, reporter)
+        with workshop.refusing():
+            search = Search(workshop, wish, team)
+            finding = search.run()
     finally:
         team.stop()
     return _leave(target, search, finding)
@@ -249,7 +248,7 @@ def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
     write_text(target / PAGE_FILE, page(found, named, search.wish.target))
     write_text(target / CARD_FILE, card(found, named))
     facts = {
-        "chosen": recipe_of(chosen),
+        "chosen": asdict(chosen),
         "kept": finding.kept,
         "unseen": lines,
         "notes": notes,
@@ -319,7 +318,7 @@ def _text_of(task: Task, place: int) -> str:
 
 def _recipe(asked: Asked, chosen: Candidate, file: Path) -> str:
     content: dict[str, Any] = {"model": asked.model, "like": asked.like, "runtime": asked.runtime, "seed": asked.seed}
-    content |= {"text": TEXT_FILE} | recipe_of(chosen)
+    content |= {"text": TEXT_FILE} | asdict(chosen)
     content["cut"]["removed"] = list(content["cut"]["removed"])
     content |= {"bytes": bytes_in(file), "sha256": digest_of(file)}
     return f"# Makes the model again: coprune fit {RECIPE_FILE} -o OUT\n{yaml.safe_dump(content, sort_keys=False)}"

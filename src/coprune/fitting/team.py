@@ -47,15 +47,15 @@ class Measuring:
 
 
 class Team:
-    """Workers that share a fit's folder, started when they are first needed."""
+    """Workers that share a fit's folder; processes of this machine are started when they are first needed."""
 
     def __init__(self, count: int, ray: str | None = None) -> None:
-        """Create a team; workers start on first use.
+        """Create a team. Raises BadInput if Ray is asked for and cannot be used.
 
         count: candidates at a time. ray: address of a cluster, or `local`; None for processes of this machine.
         """
         self.count, self._ray = count, ray
-        self._workers: Workers | None = None
+        self._workers: Workers | None = None if ray is None else RayWorkers(ray)
 
     @property
     def alone(self) -> bool:
@@ -65,8 +65,7 @@ class Team:
     def measure(self, workshop: Workshop, pool: Sequence[Candidate], wanted: Mapping[str, Sequence[int]]) -> None:
         """Measure candidates. Raises CopruneError for one that was lost with its worker again and again."""
         if self._workers is None:
-            log = workshop.folder / "workers.log"
-            self._workers = LocalWorkers(log) if self._ray is None else RayWorkers(self._ray)
+            self._workers = LocalWorkers(workshop.folder / "workers.log")
         self._workers.at_once = self.count
         threads = max(1, min(self._workers.capacity.cores_each, self._workers.capacity.cores // self.count))
         folder, places = workshop.folder.absolute(), tuple((name, tuple(own)) for name, own in wanted.items())

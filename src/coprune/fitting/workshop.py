@@ -6,8 +6,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -119,10 +120,15 @@ class Workshop:
     def _refused(self) -> Path:
         return self.folder / "refused.txt"
 
-    def refuse(self, error: BadInput) -> None:
-        """Note that nothing was searched for, so that a fit of other tasks, mended ones, may begin in the same folder."""
-        if not (self.folder / VERDICTS_FILE).exists():
-            write_text(self._refused, str(error))
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Note an error without any verdict, after which a fit of other tasks, mended ones, may begin in the same folder."""
+        try:
+            yield
+        except BadInput as error:
+            if not (self.folder / VERDICTS_FILE).exists():
+                write_text(self._refused, str(error))
+            raise
 
     @property
     def spent(self) -> float:
@@ -492,8 +498,3 @@ def _places(found: Measured, task: Task) -> set[int]:
 
 def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def recipe_of(candidate: Candidate) -> dict[str, Any]:
-    """Return a candidate in the form of a recipe."""
-    return asdict(candidate)
