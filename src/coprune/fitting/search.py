@@ -177,7 +177,7 @@ class Search:
             first = min(held, key=lambda one: one.bounds.low - one.least)
             margin = f"margin {first.bounds.mean - first.least:+.4f}, {first.bounds.items} {half} items"
             said = f"{found.bytes / 1e6:.1f} MB, {verdict_of(held)} ({margin})"
-        self.workshop.reporter.say(f"{candidate.name}: {said}")
+        self.workshop.reporter.say_once(f"{candidate.name}: {said}")
 
     @property
     def _elapsed(self) -> float:
