@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from coprune.base.errors import BadInput
 from coprune.report.schema import Report
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.run import conduct
@@ -63,3 +65,11 @@ def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(
             alone(run, tmp_path / "separate")
         )
+
+
+@pytest.mark.slow
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # not listening
+        with pytest.raises(BadInput, match="no Ray cluster answers"):
+            RayWorkers(f"127.0.0.1:{free.getsockname()[1]}")

@@ -6,6 +6,7 @@ The folders of the sweep, its models and its data have to be visible to all node
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from coprune.sweeps.worker import Capacity, Work, do_job
 
 LOCAL = "local"
 """Address of a temporary cluster on this machine."""
+_ANSWERS_WITHIN = 10.0
+"""Seconds that a cluster may take to answer."""
 _OBJECTS = 100 << 20  # jobs and what is told of them are all that passes through the object store
 
 
@@ -105,9 +108,12 @@ def _connect(ray: Any, address: str) -> None:
         give_ray_its_share()  # as local processes have theirs
         ray.init("local", include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
         return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), _ANSWERS_WITHIN).close()
         ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
             field="ray",
