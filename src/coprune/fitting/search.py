@@ -72,7 +72,7 @@ class Finding:
     """Conditions on the unseen half."""
     kept: bool
     plain: Candidate | None
-    """The best plain quant that passed on the seen half."""
+    """The smallest plain quant that passed on both halves."""
     tried: list[Candidate] = field(default_factory=list)
     unseen: dict[Candidate, list[Held]] = field(default_factory=dict)
     untried: list[Candidate] = field(default_factory=list)
@@ -432,7 +432,7 @@ class Search:
         if winners and late and any(self._is_new(one, unseen) for one in chain):
             chain = _chain(winners)
         judged: dict[Candidate, list[Held]] = {}
-        kept: Candidate | None = None
+        passed = list[Candidate]()
         for candidate in chain:
             found = self.workshop.measure(candidate, unseen)
             self.tried[candidate] = found
@@ -440,11 +440,11 @@ class Search:
             self._report(candidate, judged[candidate], "unseen")
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
                 break
-            kept = candidate
-        chosen = kept or chain[0]
+            passed.append(candidate)
+        chosen = passed[-1] if passed else chain[0]
         looks = self._looks([candidate.key for candidate in judged])
         return Finding(
-            chosen, judged[chosen], kept is not None, _best_plain(winners), [*self.tried], judged, self.untried, looks
+            chosen, judged[chosen], bool(passed), _best_plain(passed), [*self.tried], judged, self.untried, looks
         )
 
     def _looks(self, judged: list[str]) -> int:
