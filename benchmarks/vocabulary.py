@@ -26,7 +26,7 @@ from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.data.corpora import evaluation_text
 from coprune.gguf_files.importance import importance_of, read_importance, write_importance
-from coprune.gguf_files.llama_cpp import BY_LLAMA_CPP, LlamaCpp, quantize
+from coprune.gguf_files.llama_cpp import BY_LLAMA_CPP, LlamaCpp, Quantisation, quantize
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.recipe.recipe import make_recipe
@@ -74,7 +74,7 @@ def make(asked: argparse.Namespace, source: Path, name: str) -> Path:
         stored, _, embedding = kind.partition(", embedding ")
         exact = exported(asked, source, "f16")
         weighed = importance(asked, exact) if stored in BY_LLAMA_CPP else None
-        quantize(exact, file, stored, weighed, embedding or None)
+        quantize(exact, file, Quantisation(stored, weighed, embedding or None))
         return file
     whole = make(asked, source, f"dense {kind}")
     settings = {"model": str(whole), "remove": f"vocabulary={tokens}", "vocabulary_text": asked.languages or ()}

@@ -20,7 +20,7 @@ from synthetic import write_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import coprune
-from coprune.gguf_files.llama_cpp import LlamaCpp, quantize
+from coprune.gguf_files.llama_cpp import LlamaCpp, Quantisation, quantize
 from coprune.packed.bench import bench
 from coprune.packed.folder import pack
 
@@ -43,7 +43,7 @@ def main() -> None:
         pack(halved(dense, folder / "pruned"), packed)
     if not eight.is_file():
         require_same(write_gguf(dense, half), dense)
-        quantize(half, eight, "q8_0")
+        quantize(half, eight, Quantisation("q8_0"))
     print(f"{sum(p.numel() for p in load(dense).parameters()):,} parameters")
     models = [str(path) for path in (dense, packed, half, eight)]
     print(bench(models, None, dtype="bfloat16", tokens=asked.tokens, compile=asked.compile))

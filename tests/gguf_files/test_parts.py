@@ -16,7 +16,7 @@ from torch import Tensor
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
-from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp, quantize
+from coprune.gguf_files.llama_cpp import LlamaCpp, Quantisation, has_llama_cpp, quantize
 from coprune.gguf_files.metadata import Field, config_of
 from coprune.gguf_files.parts import GgufParts
 from coprune.model.checkpoint.load import load_model
@@ -52,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("F16", "Q8_0"):
         write_pico_gguf(model, folder / f"{kind.lower()}.gguf", kind, "qwen3moe", tokenizer)
     for kind in ("q4_k_m", "iq4_xs") if has_llama_cpp() else ():
-        quantize(folder / "f16.gguf", folder / f"{kind}.gguf", kind)
+        quantize(folder / "f16.gguf", folder / f"{kind}.gguf", Quantisation(kind))
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coprune.gguf_files.llama_cpp import has_llama_cpp, quantize
+from coprune.gguf_files.llama_cpp import Quantisation, has_llama_cpp, quantize
 from coprune.gguf_files.reuse import Quant, quantize_beside
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -18,13 +18,14 @@ def test_tensors_of_the_same_values_and_type_are_copied_to_the_same_bytes(tmp_pa
     from gguf import GGUFReader
 
     model = pico_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=1, tie_word_embeddings=True)
+    wanted = Quantisation("q4_k_m", embedding="q5_0")
     source = write_pico_gguf(distinct_norms(model), tmp_path / "f16.gguf", "F16")
-    quantize(source, tmp_path / "alone.gguf", "q4_k_m", embedding="q5_0")
-    quantize(source, tmp_path / "earlier.gguf", "q4_k_m")
+    quantize(source, tmp_path / "alone.gguf", wanted)
+    quantize(source, tmp_path / "earlier.gguf", Quantisation("q4_k_m"))
     earlier = Quant(tmp_path / "earlier.gguf", source)
 
     def beside(source: Path) -> bytes:
-        quantize_beside([earlier], source, tmp_path / "beside.gguf", "q4_k_m", embedding="q5_0")
+        quantize_beside([earlier], source, tmp_path / "beside.gguf", wanted)
         assert not [*tmp_path.glob("*.mixed")]
         return (tmp_path / "beside.gguf").read_bytes()
 
@@ -35,7 +36,7 @@ def test_tensors_of_the_same_values_and_type_are_copied_to_the_same_bytes(tmp_pa
     for file, name in ((earlier.file, "attn_q"), (earlier.file, "ffn_up"), (other, "ffn_up")):
         stored = next(one for one in GGUFReader(file, "r+").tensors if one.name == f"blk.0.{name}.weight")
         stored.data.reshape(-1)[0] += 1
-    quantize(other, tmp_path / "alone.gguf", "q4_k_m", embedding="q5_0")
+    quantize(other, tmp_path / "alone.gguf", wanted)
     tensors = [{one.name: one.data.tobytes() for one in GGUFReader(tmp_path / "alone.gguf").tensors}]
     beside(other)
     tensors += [{one.name: one.data.tobytes() for one in GGUFReader(tmp_path / "beside.gguf").tensors}]

@@ -342,8 +342,8 @@ def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
                 refused=known.refused,
                 part=part,
                 verdict=str(verdict_of(held)) if held else "",
-                mean=held[0].bounds.mean - held[0].least if held else None,
-                low=held[0].bounds.low - held[0].least if held else None,
+                mean=held[0].margin[0] if held else None,
+                low=held[0].margin[1] if held else None,
                 high=held[0].bounds.high - held[0].least if held else None,
             )
         )

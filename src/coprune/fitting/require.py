@@ -47,8 +47,13 @@ class Held:
 
     def line(self) -> str:
         """Return the finding in one line."""
-        mean, low = self.bounds.mean - self.least, self.bounds.low - self.least
+        mean, low = self.margin
         return f"{self.condition}: {self.verdict} (margin {mean:+.4f}, at least {low:+.4f} at 95 %, {self.bounds.items} items)"
+
+    @property
+    def margin(self) -> tuple[float, float]:
+        """By how much the condition is more than kept: the mean and its lower bound."""
+        return self.bounds.mean - self.least, self.bounds.low - self.least
 
 
 @dataclass(frozen=True)

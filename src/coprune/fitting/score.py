@@ -94,9 +94,8 @@ def _chosen(reader: Reader, item: Item) -> str:
     shared = min(_common(before, whole) for whole in wholes)
     if shared == 0:
         wholes, shared = [[*reader.begin, *whole] for whole in wholes], len(reader.begin)
-    start = min(
-        shared - 1, max(0, max(map(len, wholes)) - POSITIONS)
-    )  # the same for all, or they could not be compared
+    # The same for all, or they could not be compared.
+    start = min(shared - 1, max(0, max(map(len, wholes)) - POSITIONS))
     found = reader.log_likelihood(wholes[0][start:shared], [whole[shared : start + POSITIONS] for whole in wholes])
     scores = [one / len(choice.encode()) for one, choice in zip(found, item.choices, strict=True)]
     return item.choices[scores.index(max(scores))]

@@ -174,8 +174,8 @@ class Search:
         found = self.tried[candidate]
         said = f"refused: {found.refused}" if found.refused else f"{found.bytes / 1e6:.1f} MB, no cheaper than the best"
         if held:
-            first = min(held, key=lambda one: one.bounds.low - one.least)
-            margin = f"margin {first.bounds.mean - first.least:+.4f}, {first.bounds.items} {half} items"
+            first = min(held, key=lambda one: one.margin[1])
+            margin = f"margin {first.margin[0]:+.4f}, {first.bounds.items} {half} items"
             said = f"{found.bytes / 1e6:.1f} MB, {verdict_of(held)} ({margin})"
         self.workshop.reporter.say_once(f"{candidate.name}: {said}")
 

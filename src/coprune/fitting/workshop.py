@@ -30,7 +30,7 @@ from coprune.fitting.score import DenseAnswers, score_item
 from coprune.fitting.tasks import Item, Task, joined, shared_out
 from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
-from coprune.gguf_files.llama_cpp import quantized_bytes
+from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
 from coprune.gguf_files.reuse import Quant, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder, locate
@@ -83,8 +83,7 @@ class Measured(BaseModel):
     memory: int = 0
     """Bytes of the weights and of a text of 2,048 tokens."""
     speed: float = 0.0
-    """Tokens a second, one after another, of a machine that does nothing else: by the processor's time
-    for the fastest."""
+    """Tokens a second, one after another, of a machine that does nothing else: by the processor's time for the fastest."""
     seconds: float = 0.0
     refused: str = ""
     """Why it cannot be made."""
@@ -243,8 +242,7 @@ class Workshop:
         if candidate.type == EXACT:
             return bytes_in(self._exact(candidate.cut))
         if candidate.key not in known:
-            importance = read_importance(self._importance(candidate.cut))  # some types take more bytes with one
-            size = quantized_bytes(self._exact(candidate.cut), candidate.type, importance, candidate.embedding)
+            size = quantized_bytes(self._exact(candidate.cut), self._quantisation(candidate))
             write_text(file, json.dumps(known := known | {candidate.key: size}))
         return known[candidate.key]
 
@@ -265,14 +263,16 @@ class Workshop:
             if candidate.type == PACKED:
                 pack(exact, target)
                 return
-            matrix = self._importance(candidate.cut)
-            earlier, how = self._quants(matrix), (candidate.type, read_importance(matrix), candidate.embedding)
+            matrix, asked = self._importance(candidate.cut), self._quantisation(candidate)
             self.reporter.say(f"Making {candidate.name}")
             write_text(_sources(target), json.dumps([exact.name, matrix.name]))
-            write_durably(target, lambda path: quantize_beside(earlier, exact, path, *how))
+            write_durably(target, lambda path: quantize_beside(self._quants(matrix), exact, path, asked))
 
         self._once(target, make)
         return target
+
+    def _quantisation(self, candidate: Candidate) -> Quantisation:
+        return Quantisation(candidate.type, read_importance(self._importance(candidate.cut)), candidate.embedding)
 
     def _quants(self, matrix: Path) -> list[Quant]:
         """List the quants that are here with an importance matrix."""

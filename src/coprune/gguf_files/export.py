@@ -33,6 +33,7 @@ from coprune.gguf_files.llama_cpp import (
     NEED_IMPORTANCE,
     PLAIN,
     LlamaCpp,
+    Quantisation,
     has_llama_cpp,
     quantize,
     require_type,
@@ -179,7 +180,7 @@ def _write(making: Making, kind: str, final: Path, beside: Beside, weighing: Ask
         if importance is not None and weighing.save is not None:
             write_importance(weighing.save, importance)
         making.reporter.say(f"Quantising to {kind}")
-        quantize(halves, final, kind, importance)
+        quantize(halves, final, Quantisation(kind, importance))
     return whole
 
 

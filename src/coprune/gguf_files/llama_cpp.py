@@ -8,6 +8,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,96 +64,78 @@ _TYPE = re.compile(r"^\[.*?\] +(\S+) .*-> .*\((\w+)\)$", re.MULTILINE)
 """Of a tensor that gets another type."""
 
 
-def quantized_bytes(
-    source: Path, kind: str, importance: Mapping[str, Tensor] | None = None, embedding: str | None = None
-) -> int:
-    """Return how many bytes of weights `quantize` would write, by shapes and types alone.
+@dataclass(frozen=True)
+class Quantisation:
+    """What llama.cpp's quantiser is asked for."""
 
-    Args:
-        source: a file of float16.
-        kind: as for `quantize`.
-        importance: as there; some types take another mixture with one.
-        embedding: as there.
+    kind: str
+    """A type such as q4_k_m."""
+    importance: Mapping[str, Tensor] | None = None
+    """Mean squares of the inputs of the file's tensors, by name; some types take another mixture with one."""
+    embedding: str | None = None
+    """Another type for the embeddings and the head, such as q4_0."""
 
-    Raises:
-        BadInput: llama.cpp refuses.
-    """
-    said = _SIZE.search(_quantizing(source, source.with_suffix(".none"), kind, importance, embedding, dry=True))
+
+def quantized_bytes(source: Path, asked: Quantisation) -> int:
+    """Return how many bytes of weights `quantize` would write, by shapes and types alone. Raises BadInput as it does."""
+    said = _SIZE.search(_quantizing(source, source.with_suffix(".none"), asked, dry=True))
     if said is None:
-        raise BadInput(f"llama.cpp does not say how large the type {kind} is", field="type", value=kind)
+        raise BadInput(f"llama.cpp does not say how large the type {asked.kind} is", field="type", value=asked.kind)
     return int(float(said[1]) * 2**20)
 
 
-def planned_types(
-    source: Path, kind: str, importance: Mapping[str, Tensor] | None = None, embedding: str | None = None
-) -> dict[str, int]:
+def planned_types(source: Path, asked: Quantisation) -> dict[str, int]:
     """Return the types that `quantize` would give to tensors, by the tensor's name, as ggml numbers them.
 
-    Args:
-        source: a file of float16.
-        kind: as for `quantize`.
-        importance: as there.
-        embedding: as there.
-
-    Raises:
-        BadInput: llama.cpp refuses.
+    Raises BadInput as it does.
     """
-    said = _quantizing(source, source.with_suffix(".none"), kind, importance, embedding, dry=True)
+    said = _quantizing(source, source.with_suffix(".none"), asked, dry=True)
     numbers = _library()[0].typeof("enum ggml_type").relements
     return {name: numbers[f"GGML_TYPE_{type.upper()}"] for name, type in _TYPE.findall(said)}
 
 
-def quantize(
-    source: Path,
-    target: Path,
-    kind: str,
-    importance: Mapping[str, Tensor] | None = None,
-    embedding: str | None = None,
-) -> None:
-    """Quantise a float16 file with llama.cpp.
+def quantize(source: Path, target: Path, asked: Quantisation) -> None:
+    """Quantise a float16 file with llama.cpp. Raises BadInput where that reports an error.
 
     Args:
         source: the file.
         target: the new file.
-        kind: a type such as q4_k_m.
-        importance: mean squares of the inputs of the file's tensors, by name.
-        embedding: another type for the embeddings and the head, such as q4_0.
-
-    Raises:
-        BadInput: llama.cpp reports an error.
+        asked: in which types, and by what importance.
     """
-    _quantizing(source, target, kind, importance, embedding, dry=False)
+    _quantizing(source, target, asked, dry=False)
 
 
-def _quantizing(
-    source: Path, target: Path, kind: str, importance: Mapping[str, Tensor] | None, embedding: str | None, dry: bool
-) -> str:
+def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> str:
     """Quantise, or say what would be done where it is dry; return llama.cpp's log. Raises BadInput where it refuses."""
     global _HEARD
     ffi, library = _library()
-    asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
-    asked.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"]
-    asked.nthread, asked.dry_run = torch.get_num_threads(), dry
-    if embedding is not None:
-        stored = ffi.typeof("enum ggml_type").relements[f"GGML_TYPE_{embedding.upper()}"]
-        asked.token_embedding_type = asked.output_tensor_type = stored
+    options = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
+    options.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{asked.kind.upper()}"]
+    options.nthread, options.dry_run = torch.get_num_threads(), dry
+    if asked.embedding is not None:
+        stored = ffi.typeof("enum ggml_type").relements[f"GGML_TYPE_{asked.embedding.upper()}"]
+        options.token_embedding_type = options.output_tensor_type = stored
     held: list[Any] = []
-    if importance:
-        entries = ffi.new("struct llama_model_imatrix_data[]", len(importance) + 1)  # the last one, empty, ends it
-        for entry, (name, means) in zip(entries, importance.items(), strict=False):
+    if asked.importance:
+        entries = ffi.new(
+            "struct llama_model_imatrix_data[]", len(asked.importance) + 1
+        )  # the last one, empty, ends it
+        for entry, (name, means) in zip(entries, asked.importance.items(), strict=False):
             values = np.ascontiguousarray(means.numpy(), dtype=np.float32)
             held += [ffi.new("char[]", name.encode()), values]
             entry.name, entry.data, entry.size = held[-2], ffi.cast("const float *", values.ctypes.data), values.size
-        asked.imatrix = entries
+        options.imatrix = entries
     _HEARD = heard = list[str]()
     try:
-        failed = library.llama_model_quantize(str(source).encode(), str(target).encode(), asked) != 0
+        failed = library.llama_model_quantize(str(source).encode(), str(target).encode(), options) != 0
     finally:
         _HEARD = None
     said = "".join(heard)
     if failed:
         *_, last = ["it does not say why", *filter(None, map(str.strip, said.splitlines()))]
-        raise BadInput(f"llama.cpp could not make the type {kind} of this model: {last}", field="type", value=kind)
+        raise BadInput(
+            f"llama.cpp could not make the type {asked.kind} of this model: {last}", field="type", value=asked.kind
+        )
     return said
 
 

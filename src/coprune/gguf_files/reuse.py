@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.gguf_files.llama_cpp import planned_types, quantize
+from coprune.gguf_files.llama_cpp import Quantisation, planned_types, quantize
 from coprune.model.checkpoint.mapped_gguf import ggml_library
 
 
@@ -31,35 +30,27 @@ class Quant:
     source: Path
 
 
-def quantize_beside(
-    earlier: Sequence[Quant],
-    source: Path,
-    target: Path,
-    kind: str,
-    importance: Mapping[str, Tensor] | None = None,
-    embedding: str | None = None,
-) -> None:
+def quantize_beside(earlier: Sequence[Quant], source: Path, target: Path, asked: Quantisation) -> None:
     """Quantise a float16 file to the bytes that `quantize` makes, and copy of them what earlier files hold.
 
     Args:
         earlier: quants with the same importance matrix.
         source: as for `quantize`, like all below.
         target: a temporary file is beside it meanwhile.
-        kind: a type such as q4_k_m.
-        importance: mean squares of inputs.
-        embedding: another type for the embeddings and the head.
+        asked: in which types, and by what importance.
 
     Raises:
         BadInput: llama.cpp reports an error, or a file cannot be read.
     """
-    known = _known(source, planned_types(source, kind, importance, embedding), earlier) if earlier else {}
+    own = _tensors(source) if earlier else {}
+    known = _known(source, own, planned_types(source, asked), earlier) if earlier else {}
     if not known:
-        quantize(source, target, kind, importance, embedding)
+        quantize(source, target, asked)
         return
     mixed = target.with_name(f"{target.name}.mixed")
     try:
-        _write(mixed, source, known)
-        quantize(mixed, target, kind, importance, embedding)
+        _write(mixed, source, own, known)
+        quantize(mixed, target, asked)
     finally:
         mixed.unlink(missing_ok=True)
 
@@ -74,12 +65,17 @@ class _Stored:
     bytes: Any
 
 
-def _known(source: Path, types: Mapping[str, int], earlier: Sequence[Quant]) -> dict[str, _Stored]:
+def _known(
+    source: Path, own: dict[str, _Stored], types: Mapping[str, int], earlier: Sequence[Quant]
+) -> dict[str, _Stored]:
     """Return the tensors that an earlier file made of the same values, in the types that are wanted."""
-    own, found = _tensors(source), dict[str, _Stored]()
+    sources, found = {source: own}, dict[str, _Stored]()
     for quant in earlier:
         with suppress(FileNotFoundError):  # another worker has dropped it
-            made, before = _tensors(quant.file), _tensors(quant.source)
+            made = _tensors(quant.file)
+            if quant.source not in sources:
+                sources[quant.source] = _tensors(quant.source)
+            before = sources[quant.source]
             for name in types.keys() & made.keys() & before.keys() - found.keys():
                 same = before[name].shape == own[name].shape and made[name].type == types[name]
                 if same and (quant.source == source or np.array_equal(before[name].bytes, own[name].bytes)):
@@ -144,8 +140,8 @@ def _tensors(file: Path) -> dict[str, _Stored]:
     return found
 
 
-def _write(target: Path, source: Path, known: Mapping[str, _Stored]) -> None:
-    """Write a file with some of its tensors as other files hold them. Raises BadInput where llama.cpp cannot."""
+def _write(target: Path, source: Path, own: Mapping[str, _Stored], known: Mapping[str, _Stored]) -> None:
+    """Write a file with some of its own tensors as other files hold them. Raises BadInput where llama.cpp cannot."""
     library = _library()
     with _header(source) as header:
         for name, stored in known.items():
@@ -154,6 +150,6 @@ def _write(target: Path, source: Path, known: Mapping[str, _Stored]) -> None:
             raise BadInput(f"llama.cpp cannot write {target}", field="output", value=str(target))
         alignment = library.gguf_get_alignment(header)
     with target.open("ab") as stream:
-        for name, own in _tensors(source).items():
-            stream.write(known.get(name, own).bytes)
+        for name, stored in own.items():
+            stream.write(known.get(name, stored).bytes)
             stream.write(bytes(-stream.tell() % alignment))

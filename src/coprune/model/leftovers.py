@@ -96,7 +96,7 @@ def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
     for matrix in matrices:
         if matrix.expert is not None:
             place = _beside_experts(block, matrix)
-            found.setdefault(place, set()).add(len(matrix.stack_of(getattr(matrix.owner, matrix.attribute))))
+            found.setdefault(place, set()).add(matrix.stacked)
     for path, experts in lists_of(block).items():
         found.setdefault(path.rpartition(".")[0], {experts})
     return found

@@ -9,7 +9,7 @@ positions do not overlap: 1 × 1, or patches (the stride is the kernel). Its inp
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,11 @@ class Matrix:
     def stack_of(self, whole: Tensor) -> Tensor:
         """Return a tensor that is shaped like the parameter of experts with a dimension for them, the first: a view."""
         return whole if self.experts is None else whole.unflatten(0, (self.experts, -1))
+
+    @property
+    def stacked(self) -> int:
+        """Number of experts in the parameter, of an expert."""
+        return len(self.stack_of(getattr(self.owner, self.attribute)))
 
     @property
     def parameter(self) -> str:
@@ -164,23 +169,20 @@ def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
         for attribute, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape[1:]) > 1
     }
-    for attribute in [
-        attribute
-        for attribute, (rows, heads, width) in _shapes(stacks)
-        if rows == heads * width and attribute != "weight"
-    ]:
+    of_heads = [a for a, stack in stacks.items() if len(stack) == stack[0].numel() and a != "weight"]
+    for attribute in of_heads:
         del stacks[attribute]
-        yield Matrix(f"{name}.{attribute}" if name else attribute, module, attribute, input_dim=0)
+        yield Matrix(_below(name, attribute), module, attribute, input_dim=0)
     input_dim = 0 if _are_transposed(module, list(stacks.values())) else 1
     for attribute, parameter in stacks.items():
-        path = f"{name}.{attribute}" if name else attribute
         for expert in range(parameter.shape[0]):
-            yield Matrix(f"{path}[{expert}]", module, attribute, input_dim, expert)
+            yield Matrix(f"{_below(name, attribute)}[{expert}]", module, attribute, input_dim, expert)
     yield from _find_rows_of_experts(module, name)
 
 
-def _shapes(parameters: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(attribute, tuple(parameter.shape)) for attribute, parameter in parameters.items()]
+def _below(name: str, attribute: str) -> str:
+    """Return the path of a module's parameter. name: the module's path, which may be empty."""
+    return f"{name}.{attribute}" if name else attribute
 
 
 def _find_rows_of_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
@@ -198,10 +200,11 @@ def _find_rows_of_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
         or any(rows % experts or rows == experts for rows, _ in shapes)
     ):
         return
+    *_, back = tables
     for attribute in tables:
-        path, input_dim = f"{name}.{attribute}" if name else attribute, 0 if attribute == [*tables][-1] else 1
+        input_dim = 0 if attribute == back else 1
         for expert in range(experts):
-            yield Matrix(f"{path}[{expert}]", module, attribute, input_dim, expert, experts)
+            yield Matrix(f"{_below(name, attribute)}[{expert}]", module, attribute, input_dim, expert, experts)
 
 
 def _are_transposed(module: nn.Module, stacks: Sequence[Tensor]) -> bool:

@@ -168,7 +168,7 @@ def _stored(block: Block, matrices: Sequence[Matrix]) -> list[_Stored]:
     found = []
     for parameter, matrix in {matrix.parameter: matrix for matrix in matrices}.items():
         length = next((size for path, size in lists.items() if parameter.startswith(f"{path}.")), 0)
-        experts = length if matrix.expert is None else len(matrix.stack_of(getattr(matrix.owner, matrix.attribute)))
+        experts = length if matrix.expert is None else matrix.stacked
         found.append(_Stored(*matrix.shape, counts[parameter], experts))
     return found
 

@@ -60,10 +60,9 @@ def task_for(recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remem
         BadInput: for settings that make no sense for the model.
     """
     task = TASKS[loaded.task]
-    if (
-        other := next((one for one in recipe.evaluate.answers.measured if one.name not in task.figures), None)
-    ) is not None:
-        cause = f"{loaded.source} {WHAT[loaded.task]}, and {other.name} is not measured of it"
-        fix = f"require {' or '.join(task.figures)}"
-        raise BadInput(cause, field="require", value=recipe.evaluate.answers.require, fix=fix)
+    for required in recipe.evaluate.answers.measured:
+        if required.name not in task.figures:
+            cause = f"{loaded.source} {WHAT[loaded.task]}, and {required.name} is not measured of it"
+            fix = f"require {' or '.join(task.figures)}"
+            raise BadInput(cause, field="require", value=recipe.evaluate.answers.require, fix=fix)
     return task(recipe, loaded, processes, remember)

@@ -119,9 +119,7 @@ class Observe(TorchFunctionMode):
             self._see_matrix(matrix, x, weight, input_dim)
         elif weight.ndim == 3:
             for matrix in self._stacks.get(_address(weight), []):
-                if x.ndim == 3 and len(x) == len(weight) == len(
-                    matrix.stack_of(getattr(matrix.owner, matrix.attribute))
-                ):
+                if x.ndim == 3 and len(x) == len(weight) == matrix.stacked:
                     self._see_matrix(matrix, x[matrix.expert], weight[matrix.expert], input_dim)
 
     def _see_sum(self, equation: Any, x: Any, weight: Any) -> None:
