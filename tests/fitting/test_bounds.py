@@ -77,3 +77,18 @@ def test_conditions() -> None:
 def test_conditions_that_say_nothing(text: str, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         read_conditions(text)
+
+
+def test_what_is_proven_first_is_what_was_kept_most_clearly_whatever_the_condition_and_the_number_of_items() -> None:
+    """In standard deviations: few items, or others that spread more, tell less of the same mean."""
+    (bits,), (accuracy,) = read_conditions("bits<=dense*1.02"), read_conditions("accuracy>=dense-0.1")
+    dense = [1.0, 1.2] * 50
+    clear, spread = (
+        [one * 1.01 for one in dense],
+        [one * (1.005 + 0.01 * (place % 2)) for place, one in enumerate(dense)],
+    )
+    assert bits.judge(clear, dense).safety > bits.judge(spread, dense).safety > 0
+    assert bits.judge(spread, dense).safety > bits.judge(spread[:10], dense[:10]).safety
+    assert bits.judge(clear[:7], dense[:7]).safety == -math.inf
+    right = [1.0] * 100
+    assert accuracy.judge(right, right).safety > accuracy.judge([0.0] * 3 + right[3:], right).safety > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coprune.gguf_files.llama_cpp import Quantisation, has_llama_cpp, quantize
-from coprune.gguf_files.reuse import Quant, quantize_beside
+from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
 
@@ -31,6 +31,9 @@ def test_tensors_of_the_same_values_and_type_are_copied_to_the_same_bytes(tmp_pa
 
     alone = (tmp_path / "alone.gguf").read_bytes()
     assert beside(source) == alone
+    table = next(one for one in GGUFReader(tmp_path / "alone.gguf").tensors if one.name == "token_embd.weight")
+    rows = int(table.shape[1])
+    assert bytes_of_rows(source, wanted, rows - 16) * rows == table.n_bytes * 16
     # What is copied shows where the earlier file is damaged: only what has the same values in both sources.
     other = shutil.copyfile(source, tmp_path / "other.gguf")
     for file, name in ((earlier.file, "attn_q"), (earlier.file, "ffn_up"), (other, "ffn_up")):

@@ -39,6 +39,17 @@ class Cut:
         return ", ".join([*self.removed, *trained])
 
     @property
+    def rows(self) -> int | None:
+        """How many tokens the last part leaves; None where it is of another kind."""
+        kind, _, amount = self.removed[-1].partition("=") if self.removed else ("", "", "")
+        return int(amount) if kind == "vocabulary" else None
+
+    @property
+    def sized_by(self) -> Cut:
+        """The cut whose file tells the bytes of this one's quants: rows of tokens are subtracted."""
+        return self if self.rows is None else self.before or self
+
+    @property
     def before(self) -> Cut | None:
         """The cut without its last part; None for the dense model."""
         left = self.removed[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ class Held:
     def margin(self) -> tuple[float, float]:
         """By how much the condition is more than kept: the mean and its lower bound."""
         return self.bounds.mean - self.least, self.bounds.low - self.least
+
+    @property
+    def safety(self) -> float:
+        """The lower bound in the items' standard deviations, which compares conditions and numbers of items."""
+        mean, low = self.margin
+        spread = (mean - low) * math.sqrt(self.bounds.items)
+        return low / spread if 0 < spread < math.inf else math.copysign(math.inf, low)
 
 
 @dataclass(frozen=True)

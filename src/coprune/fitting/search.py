@@ -93,6 +93,7 @@ class Search:
         self.workshop, self.wish, self.tasks = workshop, wish, workshop.asked.tasks
         self._team = team
         self.tried: dict[Candidate, Measured] = {}
+        self._safety: dict[Candidate, float] = {}  # of those that the seen half told to keep everything
         self._vocabulary = len(workshop.tokenizer)
         self.untried: list[Candidate] = []
         for condition in wish.conditions:
@@ -285,8 +286,6 @@ class Search:
         self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
     ) -> Literal["kept", "lost", "no cheaper", "refused"]:
         """Make and measure a candidate, on a part of the seen items first, as far as it takes to tell."""
-        if best is not None and self._is_larger(candidate, best):
-            return "no cheaper"
         found = self._measure(candidate, {}, ahead)
         if found.refused:
             return "refused"
@@ -296,12 +295,14 @@ class Search:
         for part in _RUNGS:
             if verdict is Verdict.OPEN:
                 self._measure(candidate, self._seen(part), ahead)
-                verdict = verdict_of(self.judged(candidate, self._seen(part)))
+                held = self.judged(candidate, self._seen(part))
+                verdict = verdict_of(held)
+                self._safety[candidate] = min(one.safety for one in held)
         return "kept" if verdict is Verdict.KEPT else "lost"
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
-        """Return whether a quant of a cut that is made is known not to be smaller than the best before it is made itself."""
-        unknown = candidate.type in (EXACT, PACKED) or not self.workshop.is_made(candidate.cut)
+        """Return whether a quant is known not to be smaller than the best before it is made itself."""
+        unknown = candidate.type in (EXACT, PACKED) or not self.workshop.is_made(candidate.cut.sized_by)
         if self.wish.target != "size" or unknown:
             return False
         try:
@@ -324,9 +325,13 @@ class Search:
         while low < high:
             candidate = left[place]
             self.untried = [candidate, *(one for one in left[low:high] if one != candidate)]
-            self._require_time(candidate, winners)
-            ahead = [left[one] for one in _halves(low, place, high, self._team.count)[1:]]
-            said = self._tried_on(candidate, winners[-1] if winners else None, ahead)
+            best = winners[-1] if winners else None
+            if best is not None and self._is_larger(candidate, best):
+                said = "no cheaper"
+            else:
+                self._require_time(candidate, winners)
+                ahead = [left[one] for one in _halves(low, place, high, self._team.count)[1:]]
+                said = self._tried_on(candidate, best, ahead)
             if candidate in self.tried:
                 self._report(candidate, self.judged_so_far(candidate), "seen")
             if said == "kept":
@@ -420,17 +425,19 @@ class Search:
         return found
 
     def _proven(self, winners: Sequence[Candidate]) -> Finding:
-        """Test winners on the unseen half, from the safest to the cheapest, up to the first that fails.
+        """Test winners on the unseen half, from the safest to the least safe on the seen one, up to the first that fails.
 
-        In this order each is tested at the full level, and still at most one in twenty searches ends with a model that misses a
-        requirement (testing in a fixed sequence). The largest quant goes first, and none is left out, where there is time.
+        In an order that the seen half decides each is tested at the full level, and still at most one in twenty searches ends
+        with a model that misses a requirement (testing in a fixed sequence). The largest quant goes first, and none is left
+        out, where there is time.
         """
-        safest = self._plain()[0]
+        largest = self._plain()[0]
         unseen = {task.name: [*task.unseen] for task in self.tasks}
-        chain = [*dict.fromkeys([safest, *winners])]
+        surest = sorted(winners, key=lambda one: -self._safety[one])
+        chain = [*dict.fromkeys([largest, *surest])]
         late = self._elapsed + self._proof(len(chain)) > self.wish.budget
         if winners and late and any(self._is_new(one, unseen) for one in chain):
-            chain = _chain(winners)
+            chain = [one for one in surest if one in _chain(winners)]
         judged: dict[Candidate, list[Held]] = {}
         passed = list[Candidate]()
         for candidate in chain:
@@ -441,6 +448,7 @@ class Search:
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
                 break
             passed.append(candidate)
+        passed.sort(key=lambda one: self.cost(self.tried[one]), reverse=True)
         chosen = passed[-1] if passed else chain[0]
         looks = self._looks([candidate.key for candidate in judged])
         return Finding(

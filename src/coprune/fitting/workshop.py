@@ -31,7 +31,7 @@ from coprune.fitting.tasks import Item, Task, joined, shared_out
 from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
-from coprune.gguf_files.reuse import Quant, quantize_beside
+from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.packed.folder import pack
@@ -233,16 +233,15 @@ class Workshop:
         return {"bytes": bytes_in(file), "memory": memory, "speed": speed}
 
     def bytes_of(self, candidate: Candidate) -> int:
-        """Return the bytes of a candidate's weights from their shapes, without making it; its cut is made.
-
-        Raises CopruneError.
-        """
+        """Return the bytes of a candidate's weights from their shapes; what it is sized by is made. Raises CopruneError."""
         file = self.folder / "text" / "sizes.json"
         known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if candidate.type == EXACT:
             return bytes_in(self._exact(candidate.cut))
         if candidate.key not in known:
-            size = quantized_bytes(self._exact(candidate.cut), self._quantisation(candidate))
+            rows, whole = candidate.cut.rows, candidate.of(candidate.cut.sized_by)
+            source, asked = self._exact(whole.cut), self._quantisation(whole)
+            size = quantized_bytes(source, asked) - (0 if rows is None else bytes_of_rows(source, asked, rows))
             write_text(file, json.dumps(known := known | {candidate.key: size}))
         return known[candidate.key]
 

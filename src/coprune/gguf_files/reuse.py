@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 
 from coprune.base.errors import BadInput
-from coprune.gguf_files.llama_cpp import Quantisation, planned_types, quantize
+from coprune.gguf_files.llama_cpp import Quantisation, encoded_bytes, planned_types, quantize
 from coprune.model.checkpoint.mapped_gguf import ggml_library
+
+_EMBEDDINGS = "token_embd.weight"
+"""Their name in llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,22 @@ def quantize_beside(earlier: Sequence[Quant], source: Path, target: Path, asked:
         mixed.unlink(missing_ok=True)
 
 
+def bytes_of_rows(source: Path, asked: Quantisation, left: int) -> int:
+    """Return the bytes of a quant that would go with tokens: of the embeddings and the head, behind their first rows.
+
+    Raises BadInput as `quantize` does.
+    """
+    from gguf import GGMLQuantizationType
+
+    own, types = _tensors(source), planned_types(source, asked)
+    tokens, found = own[_EMBEDDINGS].shape[1], 0
+    for name, stored in own.items():
+        if stored.shape[1] == tokens and not name.startswith("blk."):
+            kind = GGMLQuantizationType(types.get(name, stored.type)).name.lower()
+            found += encoded_bytes((max(0, tokens - left), stored.shape[0]), kind)[0]
+    return found
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor of a mapped file."""
@@ -62,6 +81,7 @@ class _Stored:
     type: int
     """As ggml numbers it."""
     shape: tuple[int, ...]
+    """The length of a row, the number of rows, and more."""
     bytes: Any
 
 
