@@ -371,7 +371,8 @@ class Search:
         large_tables = not fewer or self.workshop.bytes_of(fewer[-1]) < self.workshop.bytes_of(plain[-1])
         pools = (tokens, bits) if large_tables else (bits, tokens)
         # A cut may save more bytes than smaller types do, for less: so from both ends.
-        for base in dict.fromkeys((winners[-1], winners[0])):
+        ends = (winners[0], winners[-1]) if large_tables else (winners[-1], winners[0])
+        for base in dict.fromkeys(ends):
             for pool in (*pools, smaller):
                 before = winners[-1]
                 self._halve(pool(base), winners)
