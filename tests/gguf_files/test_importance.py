@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.saved import load_clean
+from support.vocabularies import content_of
 
 needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
 
@@ -87,6 +91,37 @@ def test_that_of_another_model_is_refused(place: Path, tmp_path: Path) -> None:
             coprune.export(
                 place / "f32.gguf", tmp_path / "out.gguf", type="q2_k", imatrix=tmp_path / "other.gguf", quiet=True
             )
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from coprune.base.memory import resident_peak
+from coprune.base.progress import Reporter
+from coprune.gguf_files.importance import importance_of
+from support.pico import pico_tokens
+for file in sys.argv[1:]:
+    importance_of(Path(file), pico_tokens(2, 64), Reporter(quiet=True))
+    print(resident_peak()[1])
+"""
+"""What each of some files took, of which the first pays for the libraries."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_memory_holds_a_part_of_the_model_at_a_time(place: Path, tmp_path: Path) -> None:
+    model = pico_model("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    for number, weight in enumerate(model.parameters()):
+        weight.data *= 1 + number / 100  # random ones are as long as one another, and each would be compared with all
+    big = write_pico_gguf(model, tmp_path / "big.gguf", tokenizer=content_of("bytes"))
+    small = write_pico_gguf(pico_model("llama"), tmp_path / "small.gguf", tokenizer=content_of("bytes"))
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", MEASURE, str(small), str(big)]
+    told = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    before, peak = map(int, told.stdout.split())
+    assert peak - before < sum(parameter.nbytes for parameter in model.parameters()) / 2
 
 
 @pytest.mark.parametrize(

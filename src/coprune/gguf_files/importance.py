@@ -21,18 +21,21 @@ from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp
 from coprune.gguf_files.plan import Example, read_example
 from coprune.gguf_files.smaller import Exported, exported
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import gguf_reader, load_model
+from coprune.model.checkpoint.deferred import filled
+from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location
-from coprune.model.checkpoint.weights import InMemory
 from coprune.model.generation import positions_of
-from coprune.model.matrix_choice import choose_matrices
-from coprune.model.transformers_private import revert_conversion, saved_tensors
+from coprune.model.loaded_model import open_model
+from coprune.model.matrices import Matrix
+from coprune.model.matrix_choice import Chosen, choose_matrices
+from coprune.model.transformers_private import revert_conversion, saved_tensors, set_conversions_to_revert
 from coprune.model.walk.block_events import MatricesReady
 from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.recording import Dense, record_batches
 from coprune.model.walk.statistics import InputNorm
 from coprune.model.walk.walk import Walk
+from coprune.recipe.parts import ModelPart
 
 Importance = Mapping[str, Tensor]
 """Mean squares of the inputs (experts × inputs, or 1 × inputs), float32, by the tensor's name in the file."""
@@ -82,13 +85,15 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
 
     Returns:
         Tensors by the names of the checkpoint, in the shapes of the weights: every row holds the mean squares of its inputs,
-        and NaN stands for what is no such matrix.
+        and NaN stands for what is no such matrix. They take the memory of a row.
 
     Raises:
         BadInput: the text cannot be read.
         UnsupportedModel: the model cannot be walked.
     """
-    model, tokenizer = load_model(location, "float32")
+    asked = ModelPart(name=str(location.path), dtype="float32", device="cpu", check_memory=False)
+    loaded = open_model(asked, stream=True)
+    model, tokenizer = loaded.model, loaded.processor
     if isinstance(data, str):
         seqlen = min(_SEQLEN, positions_of(model) or _SEQLEN)
         windows = calibration_windows(data, tokenizer, _SAMPLES, seqlen, seed=0).tokens
@@ -96,20 +101,38 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
         data = windows if bos is None else tokens_at_bos(windows, bos)
     blocks = find_blocks(model)
     chosen = choose_matrices(model, blocks)
-    proven = prove_replay(FoundModel(InMemory(model), blocks, chosen), data[:1])
+    proven = prove_replay(FoundModel(loaded.weights, blocks, chosen), data[:1])
     with reporter.bar("Importance of the weights", len(blocks)) as advance:
         walk = Walk(proven, record_batches(proven, [*data.split(1)]), InputNorm, Dense(), advance=advance)
         seen: dict[str, Tensor] = {}
         for event in walk:
             if isinstance(event, MatricesReady):
                 seen |= {name: statistic.mean_square for name, statistic in event.statistics().items()}
-    for parameter in model.parameters():
-        parameter.fill_(torch.nan)
+    if isinstance(location, GgufFile):  # its parameters were read under the model's own names
+        set_conversions_to_revert(model, None)
+    means = _by_parameter(chosen, seen)
+    state = {name: model.get_parameter_or_buffer(name) for name in saved_tensors(model)}
+    nan = torch.tensor(torch.nan)
+    return revert_conversion(model, {name: means.get(id(own), nan.expand(own.shape)) for name, own in state.items()})
+
+
+def _by_parameter(chosen: Chosen, seen: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Return mean squares in the shapes of the parameters, by their identities."""
+    parts: dict[int, list[tuple[Matrix, Tensor]]] = {}
     for matrix in chosen.all():
         # An expert without tokens has uniform importance.
-        mean = seen.get(matrix.name, torch.ones(matrix.shape[1]))
-        matrix.write(mean.clamp_min(_LEAST).expand(matrix.shape))
-    return revert_conversion(model, saved_tensors(model))
+        mean = seen.get(matrix.name, torch.ones(matrix.shape[1])).clamp_min(_LEAST)
+        same = filled(mean.unsqueeze(1 - matrix.input_dim), matrix.stored().shape)
+        parts.setdefault(id(getattr(matrix.owner, matrix.attribute)), []).append((matrix, same))
+    found = {}
+    for number, own in parts.items():
+        first, same = own[0]
+        whole = getattr(first.owner, first.attribute)
+        if first.expert is None:
+            found[number] = same if same.shape == whole.shape else same.reshape(whole.shape)
+        elif len(own) == first.stacked:
+            found[number] = (torch.cat if whole.ndim == 2 else torch.stack)([one for _, one in own])
+    return found
 
 
 def in_file(means: Mapping[str, Tensor], names: Mapping[str, str], example: Example, source: Exported) -> Importance:
@@ -131,7 +154,7 @@ def in_file(means: Mapping[str, Tensor], names: Mapping[str, str], example: Exam
             continue
         rows = values[:, 0] if values.ndim > 2 else values[:1]
         if bool(rows.isfinite().all()):
-            found[name] = rows.contiguous()
+            found[name] = rows.clone()  # not a view, which would keep all of them
     return found
 
 

@@ -87,7 +87,7 @@ def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter
     before quantisation.
     """
     if source.location == file:  # a GGUF file that is stored in another type is its own example
-        return {name: source.tensor(name) for name in source.tensors}, EXACT
+        return source.lying(), EXACT
     try:
         return whole_tensors(file), EXACT
     except BadInput:
@@ -98,10 +98,7 @@ def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter
             f"transformers does not read this architecture's GGUF files, so they are looked for in {folder.name}"
         )
         used = {stored.tensor_type.name.lower() for stored in reader.tensors}
-        whole = exported(folder)
-        return {name: whole.tensor(name) for name in whole.tensors}, max(
-            STORED_ERROR.get(kind, WORST_ERROR) for kind in used
-        )
+        return exported(folder).lying(), max(STORED_ERROR.get(kind, WORST_ERROR) for kind in used)
 
 
 def _require_embeddings(file: GgufFile, source: Exported, reader: Any) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.gguf_files.tensor_matching import Piece, squeezed
-from coprune.model.checkpoint.load import load_model
-from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
+from coprune.model.checkpoint.deferred import deferred, held
+from coprune.model.checkpoint.load import load_model, require_one_part
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, is_packed
+from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.edit import Configure
@@ -57,8 +59,11 @@ class Exported:
     def tensor(self, name: str) -> Tensor:
         """Read one of the model's own tensors, float32."""
         own = self._spelled(name)
-        stored = self.tensors[own]
-        return self.narrow.cut(own, (read_tensor(stored) if isinstance(stored, TensorEntry) else stored).float())
+        return self.narrow.cut(own, held(_lying(self.tensors[own])))
+
+    def lying(self) -> dict[str, Tensor]:
+        """Return the model's own tensors, float32, most of which are read when something is computed with them."""
+        return {name: self.narrow.cut(name, _lying(stored)) for name, stored in self.tensors.items()}
 
     def shape(self, source: str) -> tuple[int, ...] | None:
         """Return the shape of a source tensor's remaining part."""
@@ -94,6 +99,13 @@ class Exported:
         return tensor
 
 
+def _lying(stored: Tensor | TensorEntry) -> Tensor:
+    if not isinstance(stored, TensorEntry):
+        return stored.float()
+    found = deferred(stored)
+    return (read_tensor(stored) if found is None else found).float()
+
+
 def exported(location: Location) -> Exported:
     """Open a folder or a GGUF file. Raises BadInput if it cannot be read."""
     if not isinstance(location, ModelFolder):
@@ -111,7 +123,13 @@ def _folder_named(name: str | None) -> ModelFolder | None:
 
 
 def whole_tensors(location: Location) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint as transformers loads it, under the names by which it would save them."""
+    """Return the tensors of a checkpoint as transformers loads it, under the names by which it would save them.
+
+    Those of a GGUF file are read when something is computed with them.
+    """
+    if isinstance(location, GgufFile):
+        require_one_part(location)
+        return LazyGguf(location).lying()
     model, _ = load_model(location, processed=False)
     return revert_conversion(model, saved_tensors(model))
 

@@ -8,14 +8,16 @@ transformers, the source's own checkpoint serves, as far as the file's types are
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.deferred import held
 
 EXACT = 1e-5
 """Error over the norm: transformers subtracts the one that a converter added to a norm, which rounds."""
@@ -45,12 +47,16 @@ class Piece:
         return part if self.order is None else part[self.order]
 
 
+_Compare = Callable[[Piece, Tensor, Tensor], Piece | None]
+"""Of a tensor of the checkpoint with one of the file: how the second is made of the first, or None if it is not."""
+
+
 @dataclass
 class Matcher:
     """Finds what the tensors of a GGUF file were made of."""
 
     tensors: Mapping[str, Tensor]
-    """Tensors of the checkpoint, float32."""
+    """Tensors of the checkpoint, float32; those that are read when something is computed with them are read singly."""
     tolerance: float = EXACT
     """Error of a tensor over its norm, by which the file's may differ from them."""
     _norms: dict[tuple[str, int | None], float] = field(default_factory=dict)
@@ -80,16 +86,20 @@ class Matcher:
         return [] if None in parts else [part for part in parts if part is not None]
 
     def _piece(self, wanted: Tensor, block: int | None, expert: int | None) -> Piece | None:
-        candidates = [*self._candidates(wanted, expert)]
-        if self.tolerance > EXACT:  # where every comparison is costly, and values say less
-            candidates = [one for one in candidates if _block_number(one[0].names[0]) == block] or candidates
+        own, others = list[tuple[Piece, Tensor]](), list[tuple[Piece, Tensor]]()
+        for one in self._candidates(wanted, expert):
+            (own if _block_number(one[0].names[0]) == block else others).append(one)
+        # Where every comparison is costly, and values say less, those of the same block have to do.
+        groups = (own or others,) if self.tolerance > EXACT else (own, others)
         found_order = self._in_found_order if self.tolerance <= EXACT else self._in_nearest_order
-        for compare in (self._same, self._with_one_added, self._in_known_order, found_order):
-            matches = [made for one, tensor in candidates if (made := compare(one, tensor, wanted)) is not None]
+        as_it_is = (self._same, self._with_one_added) if wanted.ndim == 1 else (self._same,)
+        ways: Iterable[_Compare] = (*as_it_is, self._in_known_order, found_order)
+        for compare, candidates in product(ways, groups):
+            read = ((one, squeezed(held(tensor))) for one, tensor in candidates)
+            matches = [made for one, tensor in read if (made := compare(one, tensor, wanted)) is not None]
             if matches:
-                near = [piece for piece in matches if _block_number(piece.names[0]) == block] or matches
-                names = (piece.names[0] for piece in near if piece.expert == near[0].expert)
-                return replace(near[0], names=tuple(names))
+                names = (piece.names[0] for piece in matches if piece.expert == matches[0].expert)
+                return replace(matches[0], names=tuple(names))
         return None
 
     def _candidates(self, wanted: Tensor, expert: int | None) -> Iterator[tuple[Piece, Tensor]]:
@@ -105,7 +115,7 @@ class Matcher:
                 self._norms[key] = float(own.norm())
             # Added constants change a vector's norm.
             if wanted.ndim < 2 or abs(self._norms[key] - norm) <= max(1e-3, self.tolerance) * norm:
-                yield Piece((name,), part), squeezed(own)
+                yield Piece((name,), part), own
 
     def _in_known_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
         if tensor.shape != wanted.shape:
@@ -154,8 +164,6 @@ class Matcher:
         return None
 
     def _with_one_added(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
-        if wanted.ndim != 1:
-            return None
         return next((replace(piece, added=one) for one in (1.0, -1.0) if self._close(tensor + one, wanted)), None)
 
     def _close(self, found: Tensor, expected: Tensor) -> bool:

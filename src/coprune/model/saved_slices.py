@@ -68,7 +68,7 @@ def saved_name(model: PreTrainedModel, block: str, layout: Layout | None = None)
 def _floats(mask: Tensor) -> Tensor:
     values = _once(mask).float().cpu()
     if mask.ndim == 3 and values.numel() == len(values):  # which transformers would make whole tensors of
-        return filled(values.expand(len(mask), 1, 1).flatten().tolist(), mask.shape[1:])
+        return filled(values.expand(len(mask), 1, 1), mask.shape)
     return values.expand(mask.shape)
 
 

@@ -82,11 +82,12 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Filled:
-    """A matrix that holds one value everywhere, as masks of whole experts do."""
+    """A matrix whose rows or columns are all alike, or all its entries, as those of masks of whole experts."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    value: float
+    value: Tensor
+    """Of two dimensions, one entry long where it repeats."""
 
     def cast(self, dtype: torch.dtype) -> Filled:
         """Return it in another dtype."""
@@ -94,7 +95,7 @@ class Filled:
 
     def read_into(self, out: Tensor) -> None:
         """Fill a tensor of the same shape."""
-        out.fill_(self.value)
+        out.copy_(self.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,16 +214,23 @@ def deferred(entry: TensorEntry, finish: Callable[[Tensor], Tensor] | None = Non
     return Deferred(Stack(tuple(parts)))
 
 
-def filled(values: Sequence[float], shape: Sequence[int]) -> Tensor:
-    """Return a stack of float32 matrices that takes no memory. values: of all entries of each; shape: of one."""
-    return Deferred(Stack(tuple(Filled((*shape,), torch.float32, value) for value in values)))
+def filled(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a float32 matrix, or a stack of them, that takes no memory but that of values, which it repeats.
+
+    Args:
+        values: with as many dimensions, one entry long where it repeats.
+        shape: of the result.
+    """
+    if len(shape) == 3:
+        return torch.stack([filled(value, shape[1:]) for value in values.expand(shape[0], -1, -1)])
+    return Deferred(Filled((*shape,), torch.float32, values))
 
 
 def values_of(tensor: Tensor) -> list[float] | None:
     """Return the values that the matrices of a stack, or one matrix, hold everywhere; None where they hold others."""
     place = tensor.place if isinstance(tensor, Deferred) else None
     parts = place.parts if isinstance(place, Stack) else [place]
-    found = [part.value for part in parts if isinstance(part, Filled)]
+    found = [part.value.item() for part in parts if isinstance(part, Filled) and part.value.numel() == 1]
     return found if len(found) == len(parts) else None
 
 
@@ -277,7 +285,9 @@ def _narrow(place: _Place, dim: int, start: int, end: int) -> Any:
     if isinstance(place, Lying):
         return Part(place, dim, start, end)
     if isinstance(place, Filled):
-        return replace(place, shape=tuple(end - start if d == dim else size for d, size in enumerate(place.shape)))
+        shape = tuple(end - start if d == dim else size for d, size in enumerate(place.shape))
+        value = place.value.narrow(dim, start, end - start) if place.value.shape[dim] > 1 else place.value
+        return replace(place, shape=shape, value=value)
     if isinstance(place, Joined) and place.dim == dim:
         ends = [0, *accumulate(part.shape[dim] for part in place.parts)]
         if start in ends and end in ends:

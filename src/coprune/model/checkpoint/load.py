@@ -248,13 +248,7 @@ def load_model(
     folder, file = _arguments(location)
     options |= file
     if isinstance(location, GgufFile):
-        if len(gguf_parts(location.path)) > 1:
-            raise BadInput(
-                f"{location.name} is one of several parts, which can only be read to write another GGUF file",
-                field="model",
-                value=location.name,
-                fix=("leave experts or blocks out with ", Set("save_model", "OUT.gguf"), ", or join them first"),
-            )
+        require_one_part(location)
         options["dtype"] = "float32" if dtype == "auto" else dtype
         options |= unpack_gguf()
     task: TaskName = "text"
@@ -349,6 +343,17 @@ def prepared(model: PreTrainedModel | None) -> Iterator[None]:
             model.get_parameter(name).requires_grad_(True)
         if experts is not None and experts != experts_run_as(model):
             run_experts_as(model, experts)
+
+
+def require_one_part(location: GgufFile) -> None:
+    """Raise BadInput for a file that is one of several parts."""
+    if len(gguf_parts(location.path)) > 1:
+        raise BadInput(
+            f"{location.name} is one of several parts, which can only be read to write another GGUF file",
+            field="model",
+            value=location.name,
+            fix=("leave experts or blocks out with ", Set("save_model", "OUT.gguf"), ", or join them first"),
+        )
 
 
 def require_all_weights(name: str, missing: set[str]) -> None:

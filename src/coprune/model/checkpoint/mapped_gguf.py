@@ -11,7 +11,7 @@ import importlib.util
 import math
 import mmap
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -33,7 +33,7 @@ from coprune.model.checkpoint.load import DtypeName, explained, gguf_reader, qui
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, gguf_parts
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_tensor
 from coprune.model.checkpoint.source import Source
-from coprune.model.transformers_private import GgufNames, gguf_names
+from coprune.model.transformers_private import GgufNames, gguf_names, revert_conversion, set_conversions_to_revert
 
 LLAMA_CPP = "llama_cpp_py_sync"
 """The package that carries llama.cpp's library."""
@@ -63,9 +63,16 @@ class MappedGguf:
     def let_go(self) -> None:
         """Release the pages that were read, so that they no longer count as this process's memory."""
         for reader in self.parts.values():
-            mapped = getattr(getattr(reader.data, "base", None), "_mmap", None)
-            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            _let_go(reader.data)
+
+
+def _let_go(data: Any) -> None:
+    """Release what was read of the file that an array is a view of."""
+    while data is not None:
+        mapped = getattr(data, "_mmap", None)
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+        data = getattr(data, "base", None)
 
 
 @cache
@@ -115,6 +122,7 @@ def decode_into(stored: Any, rows: Any, out: Tensor) -> None:
             native(some.ctypes.data, part.data_ptr(), part.numel())
         else:
             part.numpy()[:] = quants.dequantize(some, stored.tensor_type).reshape(-1)
+    _let_go(stored.data)  # its pages would count as this process's memory
 
 
 def shape_of(stored: Any) -> list[int]:
@@ -175,12 +183,16 @@ class GgufEntry(TensorEntry):
             found = self.names.arrange(stored.name, values, parsed)
         assert found is not None
         if found.shape != out.shape:
-            raise BadInput(
-                f"{self.tensors[0].name} gives {tuple(found.shape)} where the configuration says {tuple(out.shape)}",
-                field="model",
-            )
+            raise _misfit(self.tensors[0], out.shape)
         if (found.data_ptr(), found.stride(), found.dtype) != (out.data_ptr(), out.stride(), out.dtype):
             out.copy_(found)
+
+
+def _misfit(stored: Any, shape: Sequence[int]) -> BadInput:
+    return BadInput(
+        f"{stored.name} is {tuple(shape_of(stored))}, of which no {tuple(shape)} is made, as the configuration says",
+        field="model",
+    )
 
 
 class LazyGguf(LazyCheckpoint):
@@ -218,6 +230,8 @@ class LazyGguf(LazyCheckpoint):
             if parameter in made_of:
                 dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
                 parts, tensors = zip(*made_of[parameter], strict=True)
+                if sum(math.prod(shape_of(stored)) for stored in tensors) != tensor.numel():
+                    raise _misfit(tensors[0], tensor.shape)
                 whole = (tuple(tensor.shape), parts[0].start, math.prod(tensor.shape) * dtype.itemsize)
                 yield parameter, GgufEntry(parts[0].file, _LETTERS[dtype], *whole, parts, tensors, names)
 
@@ -225,9 +239,11 @@ class LazyGguf(LazyCheckpoint):
         """Read one parameter by itself."""
         return read_tensor(self._entries[name])
 
-    def release(self, prefix: str) -> None:
-        super().release(prefix)
-        self._mapped.let_go()
+    def lying(self) -> dict[str, Tensor]:
+        """Return all tensors by the names that transformers would save them under; most are read when something is computed."""
+        set_conversions_to_revert(self._model, None)
+        state = {name: self._unread(name, apart=True)[...] for name in self._entries}
+        return revert_conversion(self._model, state)
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
         return dict(changes)
