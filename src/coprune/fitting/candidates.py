@@ -13,9 +13,9 @@ EXACT, PACKED = "f16", "packed"
 """Sixteen bits as they are, and the packed format, in which zeros take no room."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
-EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "q4_0")
+EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "iq4_nl")
 """Types of the embeddings and the head, which the quantiser leaves at eight bits where both are one table."""
-VOCABULARIES = (0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+VOCABULARIES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Shares of the tokens that stay."""
 STRUCTURES = (("experts=0.25",), ("channels=0.125", "channels=0.25"), ("blocks=0.1",))
 """Structured removals that are tried, each followed by a distillation: the least first, where there are several amounts."""
