@@ -259,6 +259,7 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("text", {"require": "bits<=0.1"}, "dense model itself does not keep"),
         ("text", {"require": "accuracy>=0.5"}, "applies to no task"),
         ("text", {"budget": "0.01s"}, "too short for one candidate"),
+        ("prompts", {"budget": "0.01s"}, "too short for one candidate"),
         ("text", {"budget": "soon"}, "is not a time"),
         ("text", {"target": "beauty"}, "unknown target"),
         ("text", {"runtime": "vllm"}, "unknown runtime"),
@@ -272,7 +273,10 @@ def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_
     rows = (
         choices(40, generator)
         if kind == "choice"
-        else [{"prompt": f"{number}", "answer": f"xyzzy {number}"} for number in range(40)]
+        else [
+            {"prompt": f"{number}"} | ({"answer": f"xyzzy {number}"} if kind == "answer" else {})
+            for number in range(40)
+        ]
     )
     task = place / "text.txt" if kind == "text" else write(tmp_path / "items.jsonl", rows)
     settings = how(place, **{name: value for name, value in more.items() if name != "require"})
@@ -281,6 +285,7 @@ def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_
     with pytest.raises(BadInput, match=said):
         coprune.fit(place / "model.gguf", task, more.get("require"), output=tmp_path / "out", **settings)
     assert not (tmp_path / "out" / RECIPE_FILE).exists()
+    assert not [*(tmp_path / "out").glob(".fit/text/answers*")]  # too short a budget is told by the first ones
 
 
 def test_a_runtime_that_is_not_installed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ class Search:
 
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
-        self.workshop.prepare()
+        self.workshop.prepare(self._refuse_long)
         self._refuse_short()
         found = self.workshop.measure(EXACT_DENSE, {task.name: [*task.seen, *task.unseen] for task in self.tasks})
         if found.refused:
@@ -223,7 +223,11 @@ class Search:
         items, count = sum(map(len, places.values())), sum(map(len, self._seen(_RUNGS[0]).values()))
         whole = opened + (first - opened) * items / count
         # The dense model on the other items, and one candidate on all of them.
-        needed = self._elapsed + 2 * whole - first + self.workshop.took_to_write(DENSE)
+        self._refuse_long(2 * whole - first + self.workshop.took_to_write(DENSE))
+
+    def _refuse_long(self, seconds: float) -> None:
+        """Raise BadInput where the budget is too short for what has to come next. seconds: of that."""
+        needed = self._elapsed + seconds
         if needed > self.wish.budget:
             cause = f"the budget of {self.wish.budget / 60:.3g} minutes is too short for one candidate"
             fix = (

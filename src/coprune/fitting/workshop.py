@@ -54,6 +54,7 @@ _CHARACTERS = 1200
 """Of a document that short texts are joined to."""
 _MEMORY_TOKENS, _CONTEXT = 128, 2048
 _SPEED_TOKENS = 24
+_FIRST_ANSWERS = 8
 
 
 @dataclass(frozen=True)
@@ -414,21 +415,27 @@ class Workshop:
     def _dense_answers(self) -> Path:
         return self.folder / "text" / "answers.safetensors"
 
-    def prepare(self) -> None:
-        """Generate the dense model's answers, and collect the text of the seen half. Raises CopruneError."""
-        dense = Candidate(DENSE, EXACT)
+    def prepare(self, expect: Callable[[float], None]) -> None:
+        """Generate the dense model's answers, and collect the text of the seen half. Raises CopruneError.
+
+        expect: is told, after the first answers, how many seconds all will take.
+        """
+        asked = [
+            (task, place) for task in self.asked.tasks if task.kind == "prompts" for place in task.seen + task.unseen
+        ]
 
         def answer() -> None:
-            reader, found = self.reader(self.file(dense), DENSE), DenseAnswers()
-            for task in self.asked.tasks:
-                places = [*task.seen, *task.unseen] if task.kind == "prompts" else []
-                with self.reporter.bar("The dense model's answers", len(places)) as advance:
-                    for place in places:
-                        found.add(reader, place, task.items[place])
-                        advance(1)
+            reader, found = self.reader(self.file(Candidate(DENSE, EXACT)), DENSE), DenseAnswers()
+            started = time.perf_counter()
+            with self.reporter.bar("The dense model's answers", len(asked)) as advance:
+                for number, (task, place) in enumerate(asked, 1):
+                    found.add(reader, place, task.items[place])
+                    advance(1)
+                    if number == _FIRST_ANSWERS:
+                        expect((time.perf_counter() - started) * len(asked) / number)
             found.save(self._dense_answers)
 
-        if any(task.kind == "prompts" for task in self.asked.tasks):
+        if asked:
             self._once(self._dense_answers, answer)
         self._once(self.text, self._collect)
 
@@ -459,14 +466,8 @@ class Workshop:
         file = self.text.with_name("own.jsonl")
         file.unlink(missing_ok=True)  # of a fit that was killed
         self.reporter.say("The dense model writes text of its own, to be calibrated on")
-        generate(
-            self.asked.model,
-            file,
-            samples=_OWN_TEXTS,
-            seqlen=_OWN_TOKENS,
-            seed=self.asked.seed,
-            quiet=self.reporter.quiet,
-        )
+        model, seed, quiet = self.asked.model, self.asked.seed, self.reporter.quiet
+        generate(model, file, samples=_OWN_TEXTS, seqlen=_OWN_TOKENS, seed=seed, quiet=quiet)
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
 
