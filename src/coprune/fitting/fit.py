@@ -336,7 +336,7 @@ def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
                 name="dense f16" if candidate == EXACT_DENSE else candidate.name,
                 plain=candidate.plain,
                 chosen=candidate == finding.chosen,
-                cost=abs(search.cost(known)),
+                cost=abs(search.cost(candidate)),
                 bytes=known.bytes,
                 speed=known.speed,
                 refused=known.refused,

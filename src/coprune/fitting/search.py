@@ -93,7 +93,8 @@ class Search:
         self.workshop, self.wish, self.tasks = workshop, wish, workshop.asked.tasks
         self._team = team
         self.tried: dict[Candidate, Measured] = {}
-        self._safety: dict[Candidate, float] = {}  # of those that the seen half told to keep everything
+        self._safety: dict[Candidate, float] = {}  # by the seen half
+        self._kept: list[Candidate] = []  # what keeps everything on the seen half, the best last
         self._vocabulary = len(workshop.tokenizer)
         self.untried: list[Candidate] = []
         for condition in wish.conditions:
@@ -206,9 +207,9 @@ class Search:
         trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
         return usual + cut + trained
 
-    def _require_time(self, candidate: Candidate, winners: Sequence[Candidate]) -> None:
+    def _require_time(self, candidate: Candidate) -> None:
         """Raise OutOfTime where the budget has none for a candidate and for all that is to be proven then."""
-        proof = self._proof(len(_chain([*winners, candidate])))
+        proof = self._proof(len(_chain([*self._kept, candidate])))
         after = self._elapsed + self._expected(candidate) + proof
         if self.tried and after > self.wish.budget and self._is_new(candidate, self._seen()):
             raise OutOfTime
@@ -266,8 +267,9 @@ class Search:
     def _seen(self, part: int = 1) -> dict[str, list[int]]:
         return {task.name: [*task.seen[: max(1, len(task.seen) // part)]] for task in self.tasks}
 
-    def cost(self, found: Measured) -> float:
-        """Return the target quantity of a candidate, which is minimised."""
+    def cost(self, candidate: Candidate) -> float:
+        """Return the target quantity of a measured candidate, which is minimised."""
+        found = self.workshop.known(candidate)
         return {"size": float(found.bytes), "memory": float(found.memory), "speed": -found.speed}[self.wish.target]
 
     def judged(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> list[Held]:
@@ -290,10 +292,9 @@ class Search:
         self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
     ) -> Literal["kept", "lost", "no cheaper", "refused"]:
         """Make and measure a candidate, on a part of the seen items first, as far as it takes to tell."""
-        found = self._measure(candidate, {}, ahead)
-        if found.refused:
+        if self._measure(candidate, {}, ahead).refused:
             return "refused"
-        if best is not None and self.cost(found) >= self.cost(self.tried[best]):
+        if best is not None and self.cost(candidate) >= self.cost(best):
             return "no cheaper"
         verdict = Verdict.OPEN
         for part in _RUNGS:
@@ -314,33 +315,36 @@ class Search:
         except CopruneError:  # the reason is kept when it is measured
             return False
 
-    def _halve(self, pool: Sequence[Candidate], winners: list[Candidate], first: int | None = None) -> None:
+    def _halve(
+        self, pool: Sequence[Candidate], first: int | None = None, one: bool = False, plain: bool = False
+    ) -> None:
         """Look for the cheapest of a pool that keeps everything, by halves: among the smaller ones after one that does.
 
-        So the last of the winners is at any time the best so far. Raises OutOfTime.
+        Only what is cheaper than the best so far is measured. Raises OutOfTime.
 
         Args:
             pool: the largest first; what is smaller keeps no more.
-            winners: gets what keeps everything and is cheaper than its last one.
             first: place of the one to begin with; by default the middle.
+            one: whether any that keeps everything ends it.
+            plain: whether they are compared with the best plain quant.
         """
         low, high, left, lost = 0, len(pool), list(pool), list[Candidate]()
         place = (high - 1) // 2 if first is None else first
-        while low < high:
+        while low < high and not (one and self._kept):
             candidate = left[place]
-            self.untried = [candidate, *(one for one in left[low:high] if one != candidate)]
-            best = winners[-1] if winners else None
+            self.untried = [candidate, *(other for other in left[low:high] if other != candidate)]
+            best = _best_plain(self._kept) if plain else self._kept[-1] if self._kept else None
             if best is not None and self._is_larger(candidate, best):
                 said = "no cheaper"
             else:
-                self._require_time(candidate, winners)
-                ahead = [left[one] for one in _halves(low, place, high, self._team.count)[1:]]
+                self._require_time(candidate)
+                ahead = [left[next] for next in _halves(low, place, high, self._team.count)[1:]]
                 said = self._tried_on(candidate, best, ahead)
             if candidate in self.tried:
                 self._report(candidate, self.judged_so_far(candidate), "seen")
             if said == "kept":
-                winners.append(candidate)
-            elif candidate not in winners:
+                self._kept = sorted([*self._kept, candidate], key=self.cost, reverse=True)
+            elif candidate not in self._kept:
                 lost.append(candidate)
             if said == "refused":
                 del left[place]
@@ -357,34 +361,35 @@ class Search:
     def run(self) -> Finding:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
         self.measure_dense()
-        winners = list[Candidate]()
         with suppress(OutOfTime):
-            self._climb(winners)
-        return self._proven(winners)
+            self._climb()
+        return self._proven()
 
-    def _climb(self, winners: list[Candidate]) -> None:
-        """Collect what keeps everything, each cheaper than the one before. Raises OutOfTime."""
-        plain = self._plain()
+    def _climb(self) -> None:
+        """Collect what keeps everything. Raises OutOfTime."""
+        plain, bits, tokens = self._plain(), self._embeddings, self._vocabularies
         usual = Candidate(DENSE, _FIRST)
-        self._halve(plain, winners, plain.index(usual) if usual in plain else None)
-        if not winners:  # what is smaller keeps no more than the largest quant
-            return
-        bits, tokens, smaller = self._embeddings, self._vocabularies, partial(self._smaller, last=winners[-1].type)
+        first = usual if usual in plain else plain[(len(plain) - 1) // 2]
         # Fewer bits for the embeddings alone save more than the smallest type where the tables are larger than the blocks.
-        fewer = bits(winners[0])
+        fewer = bits(first)
         large_tables = not fewer or self.workshop.bytes_of(fewer[-1]) < self.workshop.bytes_of(plain[-1])
-        pools = (tokens, bits) if large_tables else (bits, tokens)
+        self._halve(plain, plain.index(first), one=large_tables)
+        if not self._kept:  # what is smaller keeps no more than the largest quant
+            return
+        largest, smallest = self._kept[0], self._kept[-1]
+        smaller = partial(self._smaller, last=(plain[-1] if large_tables else smallest).type)
         # A cut may save more bytes than smaller types do, for less: so from both ends.
-        ends = (winners[0], winners[-1]) if large_tables else (winners[-1], winners[0])
-        for base in dict.fromkeys(ends):
-            for pool in (*pools, smaller):
-                before = winners[-1]
-                self._halve(pool(base), winners)
-                base = base if winners[-1] == before else winners[-1]
+        for base in dict.fromkeys((smallest, largest)):
+            for pool in (tokens, bits, smaller) if large_tables else (bits, tokens, smaller):
+                before = self._kept[-1]
+                self._halve(pool(base))
+                base = base if self._kept[-1] == before else self._kept[-1]
+        if large_tables:  # too large to win, perhaps, but what the result is compared with
+            self._halve(plain[plain.index(largest) + 1 :], plain=True)
         for amounts in STRUCTURES:
-            self._halve(self._structures(winners[-1], amounts), winners)
+            self._halve(self._structures(self._kept[-1], amounts))
         if self.workshop.asked.runtime == "transformers":
-            self._halve([replace(one, type=PACKED) for one in self._structures(winners[-1], ZEROS)], winners)
+            self._halve([replace(one, type=PACKED) for one in self._structures(self._kept[-1], ZEROS)])
 
     def _plain(self) -> list[Candidate]:
         """Return the quants of the dense model, largest first."""
@@ -429,20 +434,19 @@ class Search:
         write_text(file, str(found))
         return found
 
-    def _proven(self, winners: Sequence[Candidate]) -> Finding:
-        """Test winners on the unseen half, from the safest to the least safe on the seen one, up to the first that fails.
+    def _proven(self) -> Finding:
+        """Test on the unseen half what the seen half keeps, in the order of how clearly, up to the first that fails.
 
         In an order that the seen half decides each is tested at the full level, and still at most one in twenty searches ends
-        with a model that misses a requirement (testing in a fixed sequence). The largest quant goes first, and none is left
-        out, where there is time.
+        with a model that misses a requirement (testing in a fixed sequence). The largest quant goes first, where there is time.
         """
         largest = self._plain()[0]
         unseen = {task.name: [*task.unseen] for task in self.tasks}
-        surest = sorted(winners, key=lambda one: -self._safety[one])
+        surest = sorted(self._kept, key=lambda one: -self._safety[one])
         chain = [*dict.fromkeys([largest, *surest])]
         late = self._elapsed + self._proof(len(chain)) > self.wish.budget
-        if winners and late and any(self._is_new(one, unseen) for one in chain):
-            chain = [one for one in surest if one in _chain(winners)]
+        if surest and late and any(self._is_new(one, unseen) for one in chain):
+            chain = [one for one in surest if one in _chain(self._kept)]
         judged: dict[Candidate, list[Held]] = {}
         passed = list[Candidate]()
         for candidate in chain:
@@ -453,7 +457,7 @@ class Search:
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
                 break
             passed.append(candidate)
-        passed.sort(key=lambda one: self.cost(self.tried[one]), reverse=True)
+        passed.sort(key=self.cost, reverse=True)
         chosen = passed[-1] if passed else chain[0]
         looks = self._looks([candidate.key for candidate in judged])
         return Finding(
@@ -470,13 +474,13 @@ class Search:
         return len(known)
 
 
-def _best_plain(winners: Sequence[Candidate]) -> Candidate | None:
-    return next((one for one in reversed(winners) if one.plain), None)
+def _best_plain(kept: Sequence[Candidate]) -> Candidate | None:
+    return next((one for one in reversed(kept) if one.plain), None)
 
 
-def _chain(winners: Sequence[Candidate]) -> list[Candidate]:
-    """Return the winners to be proven where time is short: the first, the best plain quant, and the two best."""
-    return [*dict.fromkeys(one for one in (*winners[:1], _best_plain(winners), *winners[-2:]) if one is not None)]
+def _chain(kept: Sequence[Candidate]) -> list[Candidate]:
+    """Return what is to be proven where time is short: the largest, the best plain quant, and the two best."""
+    return [*dict.fromkeys(one for one in (*kept[:1], _best_plain(kept), *kept[-2:]) if one is not None)]
 
 
 def _halves(low: int, place: int, high: int, count: int) -> list[int]:
