@@ -12,6 +12,7 @@ from scipy import stats
 
 from coprune.base.errors import BadInput
 from coprune.evaluation.bounds import LEVEL, bounds_of, items_needed, score_bound
+from coprune.fitting.candidates import DENSE, Candidate, Cut
 from coprune.fitting.require import Verdict, read_conditions
 
 
@@ -92,3 +93,23 @@ def test_what_is_proven_first_is_what_was_kept_most_clearly_whatever_the_conditi
     assert bits.judge(clear[:7], dense[:7]).safety == -math.inf
     right = [1.0] * 100
     assert accuracy.judge(right, right).safety > accuracy.judge([0.0] * 3 + right[3:], right).safety > 0
+
+
+def test_what_is_cut_less_in_every_respect_goes_before_what_is_cut_more() -> None:
+    types = ("q8_0", "q4_k_m", "iq4_xs")
+    some, few = (
+        Candidate(Cut(("vocabulary=131072",)), "q4_k_m"),
+        Candidate(Cut(("vocabulary=32768",)), "iq4_xs", "q5_0"),
+    )
+    narrow, narrower = (some.of(Cut((*few.cut.removed, f"channels={share}"), 1024)) for share in (0.125, 0.25))
+    for less, more in (
+        (some, few),
+        (some, narrow),
+        (Candidate(DENSE, "iq4_xs"), few),
+        (Candidate(DENSE, "q8_0"), some),
+    ):
+        assert less.spares(more, types)
+        assert not more.spares(less, types)
+    for one, other in ((some, Candidate(DENSE, "iq4_xs")), (few, narrow), (narrow, narrower)):
+        assert not one.spares(other, types)
+        assert not other.spares(one, types)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,6 +57,17 @@ class Cut:
         trained = any(not one.startswith("vocabulary") for one in left)
         return Cut(left, self.tokens if trained else 0) if self.removed else None
 
+    def spares(self, other: Cut) -> bool:
+        """Return whether it removes nothing but what another cut removes too."""
+        own, others = ([part for part in cut.removed if not part.startswith("vocabulary")] for cut in (self, other))
+        return own in ([], others) and self._left >= other._left
+
+    @property
+    def _left(self) -> float:
+        return min(
+            (int(part.partition("=")[2]) for part in self.removed if part.startswith("vocabulary")), default=math.inf
+        )
+
 
 DENSE = Cut()
 
@@ -87,6 +99,13 @@ class Candidate:
     def of(self, cut: Cut) -> Candidate:
         """Return the candidate of another cut."""
         return replace(self, cut=cut)
+
+    def spares(self, other: Candidate, types: Sequence[str]) -> bool:
+        """Return whether it is in no respect cut more than another candidate. types: the largest first."""
+        (type, bits), (lower, fewer) = (
+            (types.index(one.type), (None, *EMBEDDINGS).index(one.embedding)) for one in (self, other)
+        )
+        return type <= lower and bits <= fewer and self.cut.spares(other.cut)
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> Candidate:

@@ -31,7 +31,7 @@ from coprune.fitting.reader import Reader
 from coprune.fitting.require import Condition, Held, Verdict
 from coprune.fitting.score import answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
-from coprune.fitting.team import Team
+from coprune.fitting.team import Team, places_ahead
 from coprune.fitting.workshop import VERDICTS_FILE, Measured, Workshop
 
 Target = Literal["size", "speed", "memory"]
@@ -338,7 +338,7 @@ class Search:
                 said = "no cheaper"
             else:
                 self._require_time(candidate)
-                ahead = [left[next] for next in _halves(low, place, high, self._team.count)[1:]]
+                ahead = [left[next] for next in places_ahead(low, place, high, self._team.count)[1:]]
                 said = self._tried_on(candidate, best, ahead)
             if candidate in self.tried:
                 self._report(candidate, self.judged_so_far(candidate), "seen")
@@ -442,7 +442,7 @@ class Search:
         """
         largest = self._plain()[0]
         unseen = {task.name: [*task.unseen] for task in self.tasks}
-        surest = sorted(self._kept, key=lambda one: -self._safety[one])
+        surest = self._surest()
         chain = [*dict.fromkeys([largest, *surest])]
         late = self._elapsed + self._proof(len(chain)) > self.wish.budget
         if surest and late and any(self._is_new(one, unseen) for one in chain):
@@ -464,6 +464,12 @@ class Search:
             chosen, judged[chosen], bool(passed), _best_plain(passed), [*self.tried], judged, self.untried, looks
         )
 
+    def _surest(self) -> list[Candidate]:
+        """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more."""
+        types = [*(one.type for one in self._plain()), PACKED]
+        safe = {one: max(self._safety[other] for other in self._kept if one.spares(other, types)) for one in self._kept}
+        return sorted(self._kept, key=lambda one: (-safe[one], -self.cost(one)))
+
     def _looks(self, judged: list[str]) -> int:
         """Record a sequence of candidates that the unseen half has judged, and return the number of such sequences."""
         file = self.workshop.folder / VERDICTS_FILE
@@ -481,17 +487,6 @@ def _best_plain(kept: Sequence[Candidate]) -> Candidate | None:
 def _chain(kept: Sequence[Candidate]) -> list[Candidate]:
     """Return what is to be proven where time is short: the largest, the best plain quant, and the two best."""
     return [*dict.fromkeys(one for one in (*kept[:1], _best_plain(kept), *kept[-2:]) if one is not None)]
-
-
-def _halves(low: int, place: int, high: int, count: int) -> list[int]:
-    """List the places that halving a range asks for: a place, then those that may come after it, up to a count."""
-    found, ranges = list[int](), [(low, place, high)]
-    while ranges and len(found) < count:
-        (low, place, high), *ranges = ranges
-        if low < high:
-            found.append(place)
-            ranges += [(place + 1, (place + 1 + high) // 2, high), (low, (low + place) // 2, place)]
-    return found
 
 
 def verdict_of(held: Sequence[Held]) -> Verdict:

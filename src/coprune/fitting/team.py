@@ -86,3 +86,14 @@ class Team:
         if self._workers is not None:
             self._workers.stop()
             self._workers = None
+
+
+def places_ahead(low: int, place: int, high: int, count: int) -> list[int]:
+    """List the places that halving a range asks for: a place, then those that may come after it, up to a count."""
+    found, ranges = list[int](), [(low, place, high)]
+    while ranges and len(found) < count:
+        (low, place, high), *ranges = ranges
+        if low < high:
+            found.append(place)
+            ranges += [(place + 1, (place + 1 + high) // 2, high), (low, (low + place) // 2, place)]
+    return found
