@@ -14,7 +14,7 @@ from typing import Literal
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_text
 from coprune.base.words import Set, Setting
-from coprune.evaluation.bounds import bounds_of
+from coprune.evaluation.bounds import LEAST_ITEMS, bounds_of
 from coprune.fitting.candidates import (
     DENSE,
     EMBEDDINGS,
@@ -297,13 +297,18 @@ class Search:
         if best is not None and self.cost(candidate) >= self.cost(best):
             return "no cheaper"
         verdict = Verdict.OPEN
-        for part in _RUNGS:
+        for part in self._parts(candidate.cut):
             if verdict is Verdict.OPEN:
                 self._measure(candidate, self._seen(part), ahead)
                 held = self.judged(candidate, self._seen(part))
                 verdict = verdict_of(held)
                 self._safety[candidate] = min(one.safety for one in held)
         return "kept" if verdict is Verdict.KEPT else "lost"
+
+    def _parts(self, cut: Cut) -> Sequence[int]:
+        """Return parts of the seen items that tell about a cut: if they are many, not those whose text made it."""
+        few = any(len(task.seen) // 2 < LEAST_ITEMS for task in self.tasks)
+        return _RUNGS if cut == DENSE or few else _RUNGS[:-1]
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
         """Return whether a quant is known not to be smaller than the best before it is made itself."""
