@@ -42,8 +42,12 @@ class Cut:
     @property
     def rows(self) -> int | None:
         """How many tokens the last part leaves; None where it is of another kind."""
-        kind, _, amount = self.removed[-1].partition("=") if self.removed else ("", "", "")
-        return int(amount) if kind == "vocabulary" else None
+        return int(self._left) if self.removed and _counts_tokens(self.removed[-1]) else None
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Removed parts that are no tokens."""
+        return tuple(part for part in self.removed if not _counts_tokens(part))
 
     @property
     def sized_by(self) -> Cut:
@@ -53,20 +57,20 @@ class Cut:
     @property
     def before(self) -> Cut | None:
         """The cut without its last part; None for the dense model."""
-        left = self.removed[:-1]
-        trained = any(not one.startswith("vocabulary") for one in left)
-        return Cut(left, self.tokens if trained else 0) if self.removed else None
+        left = Cut(self.removed[:-1], self.tokens)
+        return (left if left.others else Cut(left.removed)) if self.removed else None
 
     def spares(self, other: Cut) -> bool:
         """Return whether it removes nothing but what another cut removes too."""
-        own, others = ([part for part in cut.removed if not part.startswith("vocabulary")] for cut in (self, other))
-        return own in ([], others) and self._left >= other._left
+        return self.others in ((), other.others) and self._left >= other._left
 
     @property
     def _left(self) -> float:
-        return min(
-            (int(part.partition("=")[2]) for part in self.removed if part.startswith("vocabulary")), default=math.inf
-        )
+        return min((int(part.partition("=")[2]) for part in self.removed if _counts_tokens(part)), default=math.inf)
+
+
+def _counts_tokens(part: str) -> bool:
+    return part.startswith("vocabulary=")
 
 
 DENSE = Cut()

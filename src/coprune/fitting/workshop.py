@@ -242,8 +242,9 @@ class Workshop:
         if candidate.key not in known:
             rows, whole = candidate.cut.rows, candidate.of(candidate.cut.sized_by)
             source, asked = self._exact(whole.cut), self._quantisation(whole)
-            size = quantized_bytes(source, asked) - (0 if rows is None else bytes_of_rows(source, asked, rows))
-            write_text(file, json.dumps(known := known | {candidate.key: size}))
+            before = known.get(whole.key) or quantized_bytes(source, asked)
+            size = before if rows is None else before - bytes_of_rows(source, asked, rows)
+            write_text(file, json.dumps(known := known | {whole.key: before, candidate.key: size}))
         return known[candidate.key]
 
     def _file(self, candidate: Candidate) -> Path:
@@ -327,8 +328,7 @@ class Workshop:
 
     def _importance(self, cut: Cut) -> Path:
         """Return an importance matrix; fewer tokens leave an existing one unchanged."""
-        only = Cut(tuple(one for one in cut.removed if not one.startswith("vocabulary")), cut.tokens)
-        seen = DENSE if only == DENSE else cut
+        seen = cut if cut.others or cut.tokens else DENSE
         target = self.folder / "files" / f"{_hash(repr(seen))}.imatrix.gguf"
 
         def make() -> None:

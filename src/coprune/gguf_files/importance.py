@@ -17,7 +17,7 @@ from coprune.base.files import write_durably
 from coprune.base.progress import Reporter
 from coprune.data import calibration_windows
 from coprune.data.bos import put_by, tokens_at_bos
-from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp
+from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS, WATCHED, LlamaCpp
 from coprune.gguf_files.plan import Example, read_example
 from coprune.gguf_files.smaller import Exported, exported
 from coprune.model.blocks import find_blocks
@@ -42,8 +42,8 @@ Importance = Mapping[str, Tensor]
 AUTO, NONE = "auto", "none"
 _SAMPLES, _SEQLEN = 16, 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_HEAD, _EMBEDDINGS, _BEFORE_HEAD = "output.weight", "token_embd.weight", "result_norm"
-"""Names in llama.cpp: of two tensors, and of the last hidden states as it computes them."""
+_HEAD, _BEFORE_HEAD = "output.weight", "result_norm"
+"""Names in llama.cpp: of a tensor, and of the last hidden states as it computes them."""
 _LEAST = 1e-10
 """Replacement of zero, which would leave a weight to chance."""
 
@@ -169,7 +169,7 @@ def importance_of(file: Path, data: str | Tensor, reporter: Reporter) -> Importa
 def importance_of_head(file: Path, tokens: Sequence[int]) -> Importance:
     """Measure what a file's head, which may be the table of embeddings, is given along some tokens, in llama.cpp."""
     tensors = {one.name: int(one.shape[0]) for one in gguf_reader(file, field="model").tensors}
-    name = next(one for one in (_HEAD, _EMBEDDINGS) if one in tensors)
+    name = next(one for one in (_HEAD, TOKEN_EMBEDDINGS) if one in tensors)
     seen = list[Tensor]()
 
     def see(values: Any) -> None:

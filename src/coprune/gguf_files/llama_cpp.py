@@ -22,6 +22,8 @@ from coprune.base.words import Set
 from coprune.model.checkpoint.mapped_gguf import LLAMA_CPP, ggml_library
 
 PACKAGE = LLAMA_CPP
+TOKEN_EMBEDDINGS = "token_embd.weight"
+"""The tensor's name in llama.cpp."""
 
 
 def has_llama_cpp() -> bool:
@@ -117,9 +119,8 @@ def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> s
         options.token_embedding_type = options.output_tensor_type = stored
     held: list[Any] = []
     if asked.importance:
-        entries = ffi.new(
-            "struct llama_model_imatrix_data[]", len(asked.importance) + 1
-        )  # the last one, empty, ends it
+        count = len(asked.importance) + 1  # the last one, empty, ends it
+        entries = ffi.new("struct llama_model_imatrix_data[]", count)
         for entry, (name, means) in zip(entries, asked.importance.items(), strict=False):
             values = np.ascontiguousarray(means.numpy(), dtype=np.float32)
             held += [ffi.new("char[]", name.encode()), values]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
-from coprune.gguf_files.llama_cpp import tensor_type
+from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS, tensor_type
 from coprune.gguf_files.metadata import Counts, Plan, Planned, architecture, corrected, read_fields
 from coprune.gguf_files.smaller import Exported, exported, made, planned_shape, whole_tensors
 from coprune.gguf_files.tensor_matching import EXACT, Matcher, Piece
@@ -106,7 +106,7 @@ def _require_embeddings(file: GgufFile, source: Exported, reader: Any) -> None:
 
     Nothing but tokens that are removed changes it, so it tells another model from the headers alone.
     """
-    table = next((stored for stored in reader.tensors if stored.name == "token_embd.weight"), None)
+    table = next((stored for stored in reader.tensors if stored.name == TOKEN_EMBEDDINGS), None)
     if table is None:
         return
     shape = tuple(int(size) for size in reversed(table.shape))

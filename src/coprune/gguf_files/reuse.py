@@ -18,11 +18,8 @@ from typing import Any
 import numpy as np
 
 from coprune.base.errors import BadInput
-from coprune.gguf_files.llama_cpp import Quantisation, encoded_bytes, planned_types, quantize
+from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS, Quantisation, encoded_bytes, planned_types, quantize
 from coprune.model.checkpoint.mapped_gguf import ggml_library
-
-_EMBEDDINGS = "token_embd.weight"
-"""Their name in llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def bytes_of_rows(source: Path, asked: Quantisation, left: int) -> int:
     from gguf import GGMLQuantizationType
 
     own, types = _tensors(source), planned_types(source, asked)
-    tokens, found = own[_EMBEDDINGS].shape[1], 0
+    tokens, found = own[TOKEN_EMBEDDINGS].shape[1], 0
     for name, stored in own.items():
         if stored.shape[1] == tokens and not name.startswith("blk."):
             kind = GGMLQuantizationType(types.get(name, stored.type)).name.lower()
