@@ -23,7 +23,7 @@ from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp
 from coprune.gguf_files.metadata import architecture
 from coprune.gguf_files.parts import BLOCK, by_expert
 from coprune.gguf_files.slices import Slice, Sliced
-from coprune.model.checkpoint.load import gguf_reader
+from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, gguf_parts
 from coprune.model.checkpoint.mapped_gguf import decode_into, shape_of
 

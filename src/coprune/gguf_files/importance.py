@@ -22,7 +22,7 @@ from coprune.gguf_files.plan import Example, read_example
 from coprune.gguf_files.smaller import Exported, exported
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.deferred import filled
-from coprune.model.checkpoint.load import gguf_reader
+from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.generation import positions_of
 from coprune.model.loaded_model import open_model

@@ -14,7 +14,7 @@ from coprune.gguf_files.metadata import Plan
 from coprune.gguf_files.smaller import Exported, whole_tensors
 from coprune.gguf_files.tensor_matching import Piece
 from coprune.model.checkpoint.deferred import held
-from coprune.model.checkpoint.load import plain
+from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import decode
 
@@ -113,9 +113,7 @@ def require_written(file: Path, plan: Plan, values: Callable[[str], Tensor]) -> 
     Raises:
         VerificationError: it holds something else.
     """
-    from gguf.gguf_reader import GGUFReader
-
-    stored = {one.name: one for one in plain(GGUFReader)(file).tensors}
+    stored = {one.name: one for one in gguf_reader(file, field="output").tensors}
     for name, planned in plan.tensors.items():
         _require_close(file, name, (decode(stored[name]), values(planned.source)), planned.kind)
 

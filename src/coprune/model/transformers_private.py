@@ -7,7 +7,9 @@ as it must not import transformers, and fine-tuning overrides a Trainer's saving
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
@@ -32,7 +34,6 @@ from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
     read_field,
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
@@ -336,10 +337,29 @@ def gguf_names(file: Path, model: PreTrainedModel) -> GgufNames:
     import gguf
 
     architecture = read_field(gguf.GGUFReader(file), "general.architecture")[0]
-    said = load_gguf_checkpoint(str(file))["config"]
+    said = modeling_gguf_pytorch_utils.load_gguf_checkpoint(str(file))["config"]
     kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=said)
     return GgufNames(get_gguf_hf_weights_map(model, processor), processor)
+
+
+@contextmanager
+def gguf_metadata_read_once() -> Iterator[None]:
+    """Keep what transformers reads of a GGUF file's metadata in the body, where it would read it for each part of a model."""
+    module: Any = modeling_gguf_pytorch_utils
+    own, known = module.load_gguf_checkpoint, dict[str, Any]()
+
+    def load(path: str, return_tensors: bool = False, **rest: Any) -> dict[str, Any]:
+        if return_tensors:
+            return own(path, return_tensors=True, **rest)
+        said = known[path] if path in known else known.setdefault(path, own(path))
+        return said | {"config": deepcopy(said["config"])}
+
+    module.load_gguf_checkpoint = load
+    try:
+        yield
+    finally:
+        module.load_gguf_checkpoint = own
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from coprune.evaluation.answers.facts import judge
 from coprune.evaluation.required import judge_measured
 from coprune.model.bare_configuration import Imagined
 from coprune.model.checkpoint.companions import CARD_FILE
-from coprune.model.checkpoint.load import gguf_reader
+from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location, holds_weights, locate
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.room import room_on

@@ -6,18 +6,14 @@ one after another ("eager"), so that the walk sees every expert's inputs; the de
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from functools import cache, wraps
 from io import StringIO
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate.big_modeling import init_empty_weights
 from torch import nn
@@ -45,6 +41,7 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, panics_caught
 from coprune.base.words import Set
 from coprune.model.checkpoint.conversion import require_floats
+from coprune.model.checkpoint.gguf_reader import reading_once
 from coprune.model.checkpoint.locate import GgufFile, Location, check_tokenizer, gguf_parts, is_packed
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
@@ -62,44 +59,6 @@ from coprune.model.transformers_private import (
     run_experts_singly,
     unpack_gguf,
 )
-
-_Rest = ParamSpec("_Rest")
-_Found = TypeVar("_Found")
-
-
-def reading_once(
-    load: Callable[Concatenate[Location, _Rest], _Found],
-) -> Callable[Concatenate[Location, _Rest], _Found]:
-    """Wrap a loading function to parse a GGUF file only once; other locations are not affected.
-
-    transformers reads a file anew for configuration, tokenizer and weights, and makes the map of names for every module:
-    two thirds of the time that loading a small model took.
-    """
-
-    @wraps(load)
-    def loading(location: Location, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
-        if not isinstance(location, GgufFile) or importlib.util.find_spec("gguf") is None:
-            return load(location, *rest, **named)
-        with _made_once():
-            return load(location, *rest, **named)
-
-    return loading
-
-
-@contextmanager
-def _made_once() -> Iterator[None]:
-    """Cache the gguf package's readers and tensor names in the body, since loading asks for them repeatedly."""
-    package: Any = importlib.import_module("gguf")
-    own = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    if isinstance(package.GGUFReader, type):  # else one loading calls another, and the file has been read
-        package.GGUFReader = cache(plain(package.GGUFReader))
-        package.get_tensor_name_map = cache(package.get_tensor_name_map)
-    try:
-        yield
-    finally:
-        for name, made in own.items():
-            setattr(package, name, made)
-
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "masked", "labels", "embeddings", "images", "pairs", "speech"]
@@ -445,40 +404,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-def gguf_reader(file: Path, field: str) -> Any:
-    """Return the package's reader of a file, whose tensors and metadata are mapped.
-
-    Raises BadInput, of the setting that named the file, where the package is missing or cannot read it.
-    """
-    try:
-        from gguf.gguf_reader import GGUFReader
-    except ImportError:
-        raise BadInput(
-            "GGUF files need the package gguf, which is not installed", fix="pip install 'coprune[gguf]'"
-        ) from None
-    try:
-        return plain(GGUFReader)(file)
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise BadInput(f"{file} cannot be read ({error})", field=field, fix="fetch it again") from error
-
-
-@cache
-def plain(reader: type[Any]) -> type[Any]:
-    """Return the reader class with the file mapped as a plain array.
-
-    A vocabulary is hundreds of thousands of slices, and a slice of numpy's memmap is a memmap again, which costs more than
-    all else: 262,144 tokens took 13 s of a core, and take 4.
-    """
-
-    class PlainReader(reader):  # type: ignore[misc]
-        @property
-        def data(self) -> Any:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._plain = np.asarray(mapped)
-
-    return PlainReader

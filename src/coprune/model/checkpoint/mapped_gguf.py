@@ -28,8 +28,9 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.encoding import DENSE
+from coprune.model.checkpoint.gguf_reader import gguf_reader, reading_once
 from coprune.model.checkpoint.lazy import LazyCheckpoint, ahead_to, build_skeleton
-from coprune.model.checkpoint.load import DtypeName, explained, gguf_reader, quiet_transformers, reading_once
+from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, gguf_parts
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_tensor
 from coprune.model.checkpoint.source import Source
