@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.fit import RECIPE_FILE, remake
+from coprune.fitting.fit import RECIPE_FILE, WORK_FOLDER, remake
 from coprune.fitting.made import digest_of
 from coprune.fitting.reader import POSITIONS, Reader
 from coprune.fitting.score import bits_per_byte, score_item
-from coprune.fitting.tasks import Item, Task
-from coprune.fitting.workshop import Asked, Workshop
+from coprune.fitting.tasks import Item, Task, read_task
+from coprune.fitting.workshop import VERDICTS_FILE, Asked, Workshop
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from support.disturbing import in_child
 from support.pico import pico_model
@@ -186,6 +187,32 @@ def test_the_same_again_measures_nothing_also_with_less_time(place: Path, found:
         place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=place / "small", **how(place, budget="1s")
     )
     assert (again.chosen, again.lines, again.rows) == (found.chosen, found.lines, found.rows)
+
+
+def test_what_there_is_no_time_to_prove_is_passed_over(
+    place: Path, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a search that is over, the unseen half has judged nothing yet but the dense model."""
+
+    def proven(budget: str) -> list[str]:
+        folder, task = tmp_path / budget, read_task(str(place / "text.txt"))
+        shutil.copytree(place / "small", folder)
+        (folder / WORK_FOLDER / VERDICTS_FILE).unlink()
+        known = {file: json.loads(file.read_text()) for file in folder.glob(f"{WORK_FOLDER}/results/*.json")}
+        measured = sorted((file for file in known if known[file].get("scores")), key=lambda file: known[file]["bytes"])
+        for file in measured[:-1]:
+            for figures in known[file]["scores"][task.name].values():
+                for one in task.unseen:
+                    figures.pop(str(one), None)
+            file.write_text(json.dumps(known[file]))
+        again = coprune.fit(
+            place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=folder, **how(place, budget=budget)
+        )
+        return [row.name for row in again.rows if row.part == "unseen" and not row.name.startswith("dense")]
+
+    monkeypatch.setattr("coprune.fitting.search._chain", lambda kept: kept[-1:])  # there are but three of them
+    assert proven("24h") == ["q8_0", "q4_0", found.chosen]
+    assert proven("1s") == [found.chosen]
 
 
 def test_another_fit_leaves_the_folder_alone(place: Path, found: Any) -> None:

@@ -443,18 +443,19 @@ class Search:
         """Test on the unseen half what the seen half keeps, in the order of how clearly, up to the first that fails.
 
         In an order that the seen half decides each is tested at the full level, and still at most one in twenty searches ends
-        with a model that misses a requirement (testing in a fixed sequence). The largest quant goes first, where there is time.
+        with a model that misses a requirement (testing in a fixed sequence). The largest quant goes first. What there is no
+        time for is passed over; no verdict decides that.
         """
-        largest = self._plain()[0]
         unseen = {task.name: [*task.unseen] for task in self.tasks}
-        surest = self._surest()
-        chain = [*dict.fromkeys([largest, *surest])]
-        late = self._elapsed + self._proof(len(chain)) > self.wish.budget
-        if surest and late and any(self._is_new(one, unseen) for one in chain):
-            chain = [one for one in surest if one in _chain(self._kept)]
+        surest, least = self._surest(), _chain(self._kept)
+        chain = [*dict.fromkeys([self._plain()[0], *surest])]
         judged: dict[Candidate, list[Held]] = {}
         passed = list[Candidate]()
-        for candidate in chain:
+        for place, candidate in enumerate(chain):
+            after = [one for one in chain[place + 1 :] if one in least]
+            late = self._elapsed + self._proof(1 + len(after)) > self.wish.budget
+            if surest and late and candidate not in least and self._is_new(candidate, unseen):
+                continue
             found = self.workshop.measure(candidate, unseen)
             self.tried[candidate] = found
             judged[candidate] = self.judged(candidate, unseen)
@@ -463,8 +464,7 @@ class Search:
                 break
             passed.append(candidate)
         passed.sort(key=self.cost, reverse=True)
-        chosen = passed[-1] if passed else chain[0]
-        looks = self._looks([candidate.key for candidate in judged])
+        chosen, looks = (passed or [*judged])[-1], self._looks([candidate.key for candidate in judged])
         return Finding(
             chosen, judged[chosen], bool(passed), _best_plain(passed), [*self.tried], judged, self.untried, looks
         )
@@ -490,7 +490,7 @@ def _best_plain(kept: Sequence[Candidate]) -> Candidate | None:
 
 
 def _chain(kept: Sequence[Candidate]) -> list[Candidate]:
-    """Return what is to be proven where time is short: the largest, the best plain quant, and the two best."""
+    """Return what is proven however short the time is: the largest, the best plain quant, and the two best."""
     return [*dict.fromkeys(one for one in (*kept[:1], _best_plain(kept), *kept[-2:]) if one is not None)]
 
 
