@@ -21,7 +21,7 @@ def test_the_page_speaks_of_every_family_and_is_written_as_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("family", "remove"),
     [
-        ("deepseek_v3", "experts=0.25,channels=0.4"),
+        pytest.param("deepseek_v3", "experts=0.25,channels=0.4", marks=pytest.mark.slow),
         ("jamba", "blocks=0.34"),
     ],
 )
