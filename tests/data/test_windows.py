@@ -156,6 +156,7 @@ def test_bytes_of_tokens_with_a_start_mark_and_stripped_space() -> None:
     assert int(sizes.sum()) == len(text.encode())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(text=st.text(min_size=1, max_size=60))
 def test_bytes_of_a_real_tokenizer_add_up_to_those_of_the_text(

@@ -22,6 +22,7 @@ from coprune.model.edits import Edits
 from support.pico_folder import write_words
 from support.pico_pairs import save_pair_model
 from support.pico_readers import FIRST, LAST, MASK, marking_tokenizer
+from support.sample import sampled
 
 START = 4
 PRUNING: dict[str, Any] = dict(nsamples=6, seqlen=16, sparsity=0.6, quiet=True, layer_error=False)
@@ -105,7 +106,7 @@ def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
         coprune.prune(place / "T5", "wanda", dataset=place / "pairs.jsonl", **PRUNING | {"nsamples": 28})
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))
 @pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Marian", ()), ("Bart", ("*decoder.*",))])
 def test_channels_go_from_both_halves_or_from_the_decoder(
     family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
@@ -127,7 +128,7 @@ DEEP: dict[str, dict[str, int]] = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))
 @pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Bart", ("*decoder.*",))])
 def test_blocks_go_from_both_halves_or_from_the_decoder(
     family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
@@ -155,7 +156,7 @@ def test_blocks_go_from_both_halves_or_from_the_decoder(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))
 def test_heads_go_from_both_halves_and_those_that_share_position_biases_are_the_same(
     stream: bool, place: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from families.build import Kind, all_types
 from families.judge import judge
 from families.table import PAGE, RESULTS, Results, page
+from support.sample import sampled
 
 SAMPLE = {
     "jetmoe": "experts of attention too",
@@ -28,7 +29,7 @@ ROUTERS = {
 }
 
 
-@pytest.mark.parametrize("model_type", SAMPLE)
+@pytest.mark.parametrize("model_type", sampled(SAMPLE, quick=["jetmoe", "gemma4_text", "emu3", "bart", "rwkv"]))
 def test_works(model_type: str, tmp_path: Path) -> None:
     verdict = judge(model_type, all_types("text")[model_type], "text", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")

@@ -29,6 +29,7 @@ from coprune.model.kept_slices import KeptSlices
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, in_gguf_order, write_pico_gguf
+from support.sample import sampled
 from support.saved import load_clean, tensors_of
 
 TOKENS = pico_tokens(1, 16)
@@ -202,7 +203,7 @@ def test_what_no_runtime_could_load_is_not_written(qwen: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", sampled(["F32", "Q8_0", "Q4_0"], quick=["Q8_0"]))
 def test_an_architecture_that_transformers_does_not_read(kind: str, tmp_path: Path) -> None:
     """The source's folder is what the file's tensors are looked for in, also where the file rounded them."""
     scales: dict[str, Any] = {

@@ -32,7 +32,7 @@ from support.vocabularies import content_of
 
 TOKENS = pico_tokens(1, 16)
 PRUNING: dict[str, Any] = {"dataset": pico_tokens(8, 32), "evaluate": False, "gate": False, "quiet": True}
-TYPES = ["q8_0", "q4_k_m", pytest.param("iq4_xs", marks=pytest.mark.slow)]
+TYPES = [pytest.param("q8_0", marks=pytest.mark.slow), "q4_k_m", pytest.param("iq4_xs", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -167,6 +167,7 @@ def test_a_step_of_more_sizes_than_torch_compiles_writes_the_same(
     assert sum("others are slower" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_bench_compiles_for_every_batch_size_and_tells_how_long_that_took(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

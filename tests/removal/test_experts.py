@@ -66,6 +66,7 @@ def _with_corrections(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     save_pico(tmp_path / "mixtral", "mixtral", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")

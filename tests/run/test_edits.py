@@ -31,6 +31,7 @@ from support.drop_block import DropBlock, drop_blocks
 from support.killing import count_lines, killed_at
 from support.pico import pico_tokens
 from support.pico_folder import listing, save_pico, write_words
+from support.sample import sampled
 from support.saved import load_clean, tensors_of
 
 DROPPED = (0, 2)
@@ -109,7 +110,7 @@ def test_the_small_model_is_the_big_one_with_the_blocks_idle(place: Path, tmp_pa
         torch.testing.assert_close(small(tokens, use_cache=False).logits, big, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("stream", sampled([True, False], quick=[True]), ids=["streamed", "in memory"])
 def test_a_killed_run_goes_on_with_the_edits_of_its_journal(place: Path, tmp_path: Path, stream: bool) -> None:
     _, lines = count_lines(lambda: run(place, tmp_path / "whole", stream), ("run/output",))
     assert killed_at(lambda: run(place, tmp_path / "killed", stream), lines * 9 // 10, ("run/output",))

@@ -89,6 +89,7 @@ def typed(hub: Hub, place: Path, lines: list[str]) -> tuple[list[str], str]:
     return ended.stdout.split("$ ")[1:], ended.stderr
 
 
+@pytest.mark.slow
 def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub, tmp_path: Path) -> None:
     said, errors = typed(
         hub,

@@ -21,6 +21,7 @@ from coprune.sweeps.file import Sweep
 from coprune.sweeps.worker import Job, do_job
 from coprune.training import after_pruning
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
+from support.sample import sampled
 from support.task_items import DEFINITIONS, word_items
 
 TRAINED: dict[str, Any] = {
@@ -60,7 +61,7 @@ def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return times
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))
 def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
     times = counted_measurements(monkeypatch)
@@ -77,7 +78,7 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monke
             assert file.read_bytes() == (separate.saved_model / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("halves", [TRAINED, CUT])
+@pytest.mark.parametrize("halves", sampled([TRAINED, CUT], quick=[CUT]))
 def test_runs_of_two_halves_share_what_is_of_the_source(
     halves: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

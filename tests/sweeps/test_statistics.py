@@ -23,6 +23,7 @@ from coprune.sweeps.sharing import SHARED_FOLDER
 from coprune.sweeps.worker import Job, do_job
 from support.pico_folder import save_pico
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
+from support.sample import sampled
 from support.walking import Propagation
 
 SETTINGS: dict[str, Any] = {
@@ -87,7 +88,7 @@ def kept(place: Path) -> list[Path]:
     return sorted((place / "out" / SHARED_FOLDER).glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("propagation", ["dense", "block"])
+@pytest.mark.parametrize("propagation", sampled(["dense", "block"], quick=["dense"]))
 def test_every_method_has_the_numbers_of_separate_runs(
     propagation: Propagation, place: Path, forwards: Counter[str]
 ) -> None:

@@ -17,6 +17,7 @@ from coprune.model.checkpoint.shards import read_entries
 from support.pico import pico_tokens
 from support.pico_folder import save_pico
 from support.quantised import quantised_pico
+from support.sample import sampled
 from support.saved import tensors_of
 
 EXPERTS, OUT, IN = 4, 6, 8
@@ -28,7 +29,10 @@ def refuse_to_read(*_: Any) -> None:
 
 @pytest.mark.parametrize(
     ("form", "family"),
-    [("dense", "mixtral"), ("fp8 block", "deepseek_v3"), ("mxfp4", "gpt_oss"), ("int4", "qwen3_moe")],
+    sampled(
+        [("dense", "mixtral"), ("fp8 block", "deepseek_v3"), ("mxfp4", "gpt_oss"), ("int4", "qwen3_moe")],
+        quick=[("fp8 block", "deepseek_v3"), ("mxfp4", "gpt_oss")],
+    ),
 )
 def test_a_cut_reads_one_expert_at_a_time_and_makes_what_it_makes_in_memory(
     form: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -193,7 +193,7 @@ def test_options_are_taken() -> None:
     assert allocation_named("owl:spread=0.1,threshold=7") == OWL(threshold=7, spread=0.1)
 
 
-@pytest.mark.parametrize("name", ["owl", "fisher"])
+@pytest.mark.parametrize("name", sampled(["owl", "fisher"], quick=["fisher"]))
 def test_the_first_tokens_are_those_of_so_many_samples(tmp_path: Path, name: str) -> None:
     """The first 64 tokens are two samples of 32, in a run as where it is inspected."""
     save_pico(tmp_path / "model")
