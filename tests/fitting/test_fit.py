@@ -77,9 +77,9 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
     assert "vocabulary=" in found.chosen or "channels=" in found.chosen
     # With fewer tokens, too, the head's importance is of what the model itself is given.
     assert any({"vocabulary", "channels"} <= set(re.findall(r"\w+(?==)", row.name)) and row.bytes for row in found.rows)
-    counted = (tmp_path / "small" / ".fit" / "text" / "counted.jsonl").read_text()
+    used = (tmp_path / "small" / ".fit" / "text" / "cuts.jsonl").read_text()
     judging = [json.loads(row)["judging"] for row in (tmp_path / "small" / "text.jsonl").read_text().splitlines()]
-    assert 0 < judging.count(False) == counted.count("\n") < len(judging)
+    assert 0 < judging.count(False) == used.count("\n") < len(judging)
     made = remake(tmp_path / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
     assert made.read_bytes() == found.file.read_bytes()
 

@@ -355,12 +355,12 @@ class Workshop:
 
         def make() -> None:
             self.reporter.say(f"Removing {cut.name}")
+            text = str(self._text_of_cuts())
             if kind == "vocabulary":
-                texts = [str(self._counted()), *sources_of("\n".join(self._texts()))]
-                more.update({"vocabulary_text": texts, "vocabulary_force": True})
+                more.update(vocabulary_text=[text, *sources_of("\n".join(self._texts()))], vocabulary_force=True)
             prune(
                 base,
-                dataset=str(self.text),
+                dataset=text,
                 nsamples=_SAMPLES,
                 seqlen=_SEQLEN,
                 seed=self.asked.seed,
@@ -405,9 +405,9 @@ class Workshop:
     def _rows(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.text.read_text(encoding="utf-8").splitlines()]
 
-    def _counted(self) -> Path:
-        """Return the text whose tokens a cut keeps: not that of the items that judge first, which would lose nothing by it."""
-        file = self.text.with_name("counted.jsonl")
+    def _text_of_cuts(self) -> Path:
+        """Return the text that cuts are made and trained with: not that of the items that judge first."""
+        file = self.text.with_name("cuts.jsonl")
         write_text(file, "".join(f"{json.dumps(row)}\n" for row in self._rows() if not row.get(_JUDGING)))
         return file
 
