@@ -27,7 +27,6 @@ from coprune.fitting.candidates import (
     Candidate,
     Cut,
 )
-from coprune.fitting.reader import Reader
 from coprune.fitting.require import Condition, Held, Verdict
 from coprune.fitting.score import answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
@@ -135,7 +134,7 @@ class Search:
         right = dense.of(task, "accuracy", places)
         share = sum(right) / len(right)
         if task.kind == "answer" and not any(right):
-            item, reader = task.items[places[0]], self._dense_reader()
+            item, reader = task.items[places[0]], self.workshop.reader(self.workshop.file(EXACT_DENSE), DENSE)
             cause = f"none of the dense model's {len(right)} answers to {task.name} matches"
             said = (
                 f"{answer_text(reader, item).strip()[:60]!r} was written where {item.regex or item.answer!r} is right"
@@ -146,9 +145,6 @@ class Search:
             cause = f"{what} is not proven to be above chance ({task.chance:.3f})"
             fix = "there is nothing to keep: take another model, prompts that it understands, or more items"
             raise BadInput(cause, field="task", value=task.name, fix=fix)
-
-    def _dense_reader(self) -> Reader:
-        return self.workshop.reader(self.workshop.file(EXACT_DENSE), DENSE)
 
     def _refuse_few(self, condition: Condition, task: Task, figures: Sequence[float]) -> None:
         least = condition.least_items(figures)
@@ -452,12 +448,12 @@ class Search:
         judged: dict[Candidate, list[Held]] = {}
         passed = list[Candidate]()
         for place, candidate in enumerate(chain):
-            after = [one for one in chain[place + 1 :] if one in least]
-            late = self._elapsed + self._proof(1 + len(after)) > self.wish.budget
+            after = self._proof(1 + sum(one in least for one in chain[place + 1 :]))
+            made = 0.0 if candidate in self.tried else self._expected(candidate)
+            late = self._elapsed + made + after > self.wish.budget
             if surest and late and candidate not in least and self._is_new(candidate, unseen):
                 continue
-            found = self.workshop.measure(candidate, unseen)
-            self.tried[candidate] = found
+            self.tried[candidate] = self.workshop.measure(candidate, unseen)
             judged[candidate] = self.judged(candidate, unseen)
             self._report(candidate, judged[candidate], "unseen")
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
@@ -470,10 +466,12 @@ class Search:
         )
 
     def _surest(self) -> list[Candidate]:
-        """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more."""
+        """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more, quants untried, too."""
         types = [*(one.type for one in self._plain()), PACKED]
-        safe = {one: max(self._safety[other] for other in self._kept if one.spares(other, types)) for one in self._kept}
-        return sorted(self._kept, key=lambda one: (-safe[one], -self.cost(one)))
+        pool = [*self._kept, *(one for one in self._plain() if one not in self.tried)]
+        safe = {one: [self._safety[other] for other in self._kept if one.spares(other, types)] for one in pool}
+        sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in pool if safe[one]}
+        return sorted(sizes, key=lambda one: (-max(safe[one]), -sizes[one]))
 
     def _looks(self, judged: list[str]) -> int:
         """Record a sequence of candidates that the unseen half has judged, and return the number of such sequences."""

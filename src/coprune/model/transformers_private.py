@@ -349,7 +349,7 @@ def gguf_metadata_read_once() -> Iterator[None]:
     module: Any = modeling_gguf_pytorch_utils
     own, known = module.load_gguf_checkpoint, dict[str, Any]()
 
-    def load(path: str, return_tensors: bool = False, **rest: Any) -> dict[str, Any]:
+    def load(path: str, return_tensors: bool = False, **rest: Any) -> Any:
         if return_tensors:
             return own(path, return_tensors=True, **rest)
         said = known[path] if path in known else known.setdefault(path, own(path))

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+from coprune.base.errors import BadInput
 from coprune.model.checkpoint.gguf_reader import gguf_reader, reading_once
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
@@ -35,6 +36,14 @@ def test_a_reader_says_what_that_of_the_package_says(file: GgufFile) -> None:
         (t.name, t.tensor_type, t.data_offset) for t in theirs.tensors
     ]
     assert all(np.array_equal(mine.data, own.data) for mine, own in zip(ours.tensors, theirs.tensors, strict=True))
+
+
+def test_a_file_cut_short_within_its_metadata_is_refused(file: GgufFile, tmp_path: Path) -> None:
+    for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        short, field = tmp_path / f"{name}.gguf", gguf.GGUFReader(file.path).fields[name]
+        short.write_bytes(file.path.read_bytes()[: field.offset + 100])
+        with pytest.raises(BadInput, match="cannot be read"):
+            gguf_reader(short, field="model")
 
 
 def test_a_file_is_read_once_for_model_and_tokenizer(file: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:

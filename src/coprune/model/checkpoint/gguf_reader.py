@@ -90,7 +90,7 @@ def _plain_reader(reader: type[Any]) -> type[Any]:
         def data(self, mapped: Any) -> None:
             self._plain = np.asarray(mapped)
 
-        def _get_field_parts(self, offset: int, kind: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        def _get_field_parts(self, offset: int, kind: int) -> Any:
             start, whole = offset + 12, super()._get_field_parts
             if kind != GGUFValueType.ARRAY:
                 return whole(offset, kind)
@@ -103,18 +103,14 @@ def _plain_reader(reader: type[Any]) -> type[Any]:
                 end, parts = self._strings(start, count)
                 return end - offset, [items, length, *parts], [*range(3, 2 * count + 2, 2)], types
             values = self._get(start, self.gguf_scalar_to_np[inner], count)
-            if len(values) < count:  # a file cut short, of which the package speaks
-                return whole(offset, kind)
-            return (
-                start + values.nbytes - offset,
-                [items, length, *values.reshape(-1, 1)],
-                [*range(2, count + 2)],
-                types,
-            )
+            if len(values) < count:
+                raise ValueError("it ends within its metadata")
+            parts = [items, length, *values.reshape(-1, 1)]
+            return start + values.nbytes - offset, parts, [*range(2, count + 2)], types
 
         def _strings(self, start: int, count: int) -> tuple[int, list[Any]]:
             """Return where strings end, and the length and the bytes of each."""
-            data, number, parts = self._plain, np.dtype(np.uint64).newbyteorder(self.byte_order), []
+            data, number, parts = self._plain, np.dtype(np.uint64).newbyteorder(self.byte_order), list[Any]()
             for _ in range(count):
                 length = data[start : start + 8].view(number)
                 end = start + 8 + int(length[0])
