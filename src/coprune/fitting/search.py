@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -78,10 +77,6 @@ class Finding:
     """Candidates that more time would have tried; empty if the search finished."""
     looks: int = 1
     """Number of verdicts from these unseen items, one for each sequence of candidates: with a larger budget it is another."""
-
-
-class OutOfTime(Exception):
-    """The budget leaves no time for what would come next."""
 
 
 class Search:
@@ -203,12 +198,11 @@ class Search:
         trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
         return usual + cut + trained
 
-    def _require_time(self, candidate: Candidate) -> None:
-        """Raise OutOfTime where the budget has none for a candidate and for all that is to be proven then."""
+    def _has_time(self, candidate: Candidate) -> bool:
+        """Return whether the budget has time for a candidate and for all that is to be proven then."""
         proof = self._proof(len(_chain([*self._kept, candidate])))
         after = self._elapsed + self._expected(candidate) + proof
-        if self.tried and after > self.wish.budget and self._is_new(candidate, self._seen()):
-            raise OutOfTime
+        return not self.tried or after <= self.wish.budget or not self._is_new(candidate, self._seen())
 
     def _refuse_short(self) -> None:
         """Measure the dense model on a part of the seen half. Raises BadInput where the budget is too short for one candidate."""
@@ -321,7 +315,7 @@ class Search:
     ) -> None:
         """Look for the cheapest of a pool that keeps everything, by halves: among the smaller ones after one that does.
 
-        Only what is cheaper than the best so far is measured. Raises OutOfTime.
+        Only what is cheaper than the best so far is measured. Where the time is too short it ends, and cheaper pools go on.
 
         Args:
             pool: the largest first; what is smaller keeps no more.
@@ -333,14 +327,15 @@ class Search:
         place = (high - 1) // 2 if first is None else first
         while low < high and not (one and self._kept):
             candidate = left[place]
-            self.untried = [candidate, *(other for other in left[low:high] if other != candidate)]
             best = _best_plain(self._kept) if plain else self._kept[-1] if self._kept else None
             if best is not None and self._is_larger(candidate, best):
                 said = "no cheaper"
-            else:
-                self._require_time(candidate)
+            elif self._has_time(candidate):
                 ahead = [left[next] for next in places_ahead(low, place, high, self._team.count)[1:]]
                 said = self._tried_on(candidate, best, ahead)
+            else:
+                self.untried += [candidate, *(other for other in left[low:high] if other != candidate)]
+                break
             if candidate in self.tried:
                 self._report(candidate, self.judged_so_far(candidate), "seen")
             if said == "kept":
@@ -357,17 +352,15 @@ class Search:
             place = (low + high) // 2
         for candidate in lost:  # now, since others of the pool copy tensors of their files
             self.workshop.drop(candidate)
-        self.untried = []
 
     def run(self) -> Finding:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
         self.measure_dense()
-        with suppress(OutOfTime):
-            self._climb()
+        self._climb()
         return self._proven()
 
     def _climb(self) -> None:
-        """Collect what keeps everything. Raises OutOfTime."""
+        """Collect what keeps everything."""
         plain, bits, tokens = self._plain(), self._embeddings, self._vocabularies
         usual = Candidate(DENSE, _FIRST)
         first = usual if usual in plain else plain[(len(plain) - 1) // 2]
@@ -417,7 +410,7 @@ class Search:
 
     def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:
         asked = [one for one in amounts if _KIND.get(kind := one.partition("=")[0], kind) not in self.wish.without]
-        tokens = self._distilled()
+        tokens = 0 if self.untried else self._distilled()  # takes more time than what there was none for
         return [base.of(Cut((*base.cut.removed, one), tokens)) for one in asked] if tokens else []
 
     def _distilled(self) -> int:
@@ -461,9 +454,8 @@ class Search:
             passed.append(candidate)
         passed.sort(key=self.cost, reverse=True)
         chosen, looks = (passed or [*judged])[-1], self._looks([candidate.key for candidate in judged])
-        return Finding(
-            chosen, judged[chosen], bool(passed), _best_plain(passed), [*self.tried], judged, self.untried, looks
-        )
+        untried = [one for one in dict.fromkeys(self.untried) if one not in self.tried]
+        return Finding(chosen, judged[chosen], bool(passed), _best_plain(passed), [*self.tried], judged, untried, looks)
 
     def _surest(self) -> list[Candidate]:
         """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more, quants untried, too."""
