@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def kept(whole: Path) -> Kept:
     source = Gguf(GgufFile(whole, whole.name))
-    vocabulary = Vocabulary.of(source.tokenizer_content())
+    vocabulary = Vocabulary.of(source.content)
     weights = np.random.default_rng(0).random(source.rows)
     essential = {number for number in vocabulary.essential() | source.named if number < source.rows}
     return choose(SIZE, weights, essential, vocabulary.parts)

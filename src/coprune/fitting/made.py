@@ -1,8 +1,9 @@
-"""The file or folder of a model that was made: its bytes, its digest, a copy."""
+"""The file or folder of a model that was made: its bytes, its digest, a copy, and the note on how long it took."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -35,3 +36,19 @@ def copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with whole_folder(target) as out:
         shutil.copytree(source, out, dirs_exist_ok=True)
+
+
+def note_of(made: Path) -> Path:
+    """Return the file that tells the seconds of making something."""
+    return made.with_name(f"{made.name}.seconds.json")
+
+
+def seconds_in(note: Path) -> float:
+    """Return the seconds that a note tells."""
+    return float(json.loads(note.read_text(encoding="utf-8"))["seconds"])
+
+
+def seconds_of(made: Path) -> float:
+    """Return the seconds that making something took; 0 where nothing is noted."""
+    note = note_of(made)
+    return seconds_in(note) if note.exists() else 0.0

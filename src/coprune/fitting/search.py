@@ -183,18 +183,10 @@ class Search:
         return candidates * dense + self.workshop.took_to_write(DENSE)
 
     def _expected(self, candidate: Candidate) -> float:
-        """Seconds of making and measuring a candidate: of the usual one so far, or of half of the items in the dense model.
-
-        What has to be cut first takes as long as the cuts so far; the first is opened twice, written and exported, each as long
-        as the dense model's export.
-        """
+        """Seconds of making and measuring a candidate: of the usual one so far, or of half of the items in the dense model."""
         dense = self.workshop.known(EXACT_DENSE).seconds / 2
         usual = max(dense, fmean([self.workshop.took(one) for one in self.tried] or [dense]))
-        cut = (
-            0.0
-            if self.workshop.is_made(candidate.cut)
-            else self.workshop.took_to_cut() or 4 * self.workshop.took_to_write(DENSE)
-        )
+        cut = 0.0 if self.workshop.is_made(candidate.cut) else self.workshop.expected_to_cut(candidate.cut)
         trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
         return usual + cut + trained
 

@@ -24,7 +24,7 @@ from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
 from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
-from coprune.fitting.made import bytes_in
+from coprune.fitting.made import bytes_in, note_of, seconds_in, seconds_of
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, score_item
 from coprune.fitting.tasks import Item, Task, joined, shared_out
@@ -33,12 +33,12 @@ from coprune.gguf_files.importance import importance_of, importance_of_head, rea
 from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
 from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
-from coprune.model.checkpoint.locate import ModelFolder, locate
+from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.packed.folder import pack
 from coprune.run.generate import generate
 from coprune.run.prune import prune
+from coprune.run.vocabulary import tokens_kept
 from coprune.vocabulary.counts import sources_of
-from coprune.vocabulary.folder import MAP_FILE
 
 Runtime = Literal["llama.cpp", "transformers"]
 _OWN_TEXTS, _OWN_TOKENS = 16, 256
@@ -134,20 +134,24 @@ class Workshop:
     def spent(self) -> float:
         """Seconds of all that was made and measured here, also before a kill."""
         notes = self.folder.glob("*/*.seconds.json")
-        return sum(map(_seconds_in, notes))
+        return sum(map(seconds_in, notes))
 
     def took(self, candidate: Candidate) -> float:
         """Return the seconds of making and measuring a candidate, without its cut."""
-        return self.known(candidate).seconds + _noted(self._file(candidate))
+        return self.known(candidate).seconds + seconds_of(self._file(candidate))
 
     def took_to_write(self, cut: Cut) -> float:
         """Return the seconds of writing a cut as a file."""
-        return _noted(self._file(Candidate(cut, EXACT)))
+        return seconds_of(self._file(Candidate(cut, EXACT)))
 
-    def took_to_cut(self) -> float:
-        """Return the seconds of making a cut and writing it, on average; 0 without any."""
-        took = [*map(_seconds_in, self.folder.glob("cuts/*.seconds.json"))]
-        return fmean(took) + self.took_to_write(DENSE) if took else 0.0
+    def expected_to_cut(self, cut: Cut) -> float:
+        """Return the seconds that making a cut and writing it may take: as those before it, or as times of the dense model's."""
+        written, in_file = self.took_to_write(DENSE), self._is_in_file(cut)
+        notes = self.folder.glob(f"files/*.{EXACT}.gguf.seconds.json" if in_file else "cuts/*.seconds.json")
+        took = [seconds_in(note) for note in notes if note != note_of(self._file(Candidate(DENSE, EXACT)))]
+        # In a file rows are copied; a folder is opened twice, written and exported.
+        first, after = (written, 0.0) if in_file else (3 * written, written)
+        return (fmean(took) if took else first) + after
 
     def is_made(self, cut: Cut) -> bool:
         """Return whether a cut exists, made now or before a kill."""
@@ -214,11 +218,10 @@ class Workshop:
         last = next((place for place, one in enumerate(cut.removed) if one.startswith("vocabulary")), None)
         if last is None:
             return self.tokenizer, None
-        folder = self._cut_folder(Cut(cut.removed[: last + 1]))
-        old_ids: list[int] = json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))["old_ids"]
-        if folder not in self._tokenizers:
-            self._tokenizers[folder] = load_tokenizer(locate(folder))
-        return self._tokenizers[folder], old_ids
+        place = self._cut(fewer := Cut(cut.removed[: last + 1]))
+        if place not in self._tokenizers:
+            self._tokenizers[place] = load_tokenizer(locate(place))
+        return self._tokenizers[place], tokens_kept(self._run_of(fewer))
 
     def _first_figures(self, file: Path, reader: Reader) -> dict[str, float]:
         ids = (reader.ids(self._texts()[0][:_CHARACTERS]) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
@@ -300,10 +303,12 @@ class Workshop:
     def _exact(self, cut: Cut) -> Path:
         target = self._file(Candidate(cut, EXACT))
         if self.asked.runtime == "transformers":
-            return self._dense_folder(target) if cut == DENSE else self._cut_folder(cut)
+            return self._dense_folder(target) if cut == DENSE else self._cut(cut)
+        if self._is_in_file(cut):
+            return self._cut(cut)
 
         def make() -> None:
-            source = self.asked.model if cut == DENSE else self._cut_folder(cut)
+            source = self.asked.model if cut == DENSE else self._cut(cut)
             self.reporter.say(f"Writing {cut.name or 'the dense model'} as {EXACT}")
             export(source, target, like=self.asked.like, type=EXACT, quiet=True)
 
@@ -340,14 +345,22 @@ class Workshop:
         self._once(target, make)
         return target
 
-    def _cut_folder(self, cut: Cut) -> Path:
-        target = self.folder / "cuts" / _hash(repr(cut))
-        before = cut.before
-        assert before is not None
-        if before != DENSE:
-            base = str(self._cut_folder(before))
+    def _is_in_file(self, cut: Cut) -> bool:
+        """Return whether a cut takes nothing but rows of tokens from a GGUF file, where they can be copied."""
+        tokens = self.asked.runtime == "llama.cpp" and bool(cut.removed) and not cut.others
+        return tokens and isinstance(locate(self.asked.model), GgufFile)
+
+    def _run_of(self, cut: Cut) -> Path:
+        return self.folder / "cuts" / f"{_hash(repr(cut))}.run"
+
+    def _cut(self, cut: Cut) -> Path:
+        """Return a cut as a folder, or as the exact file that it has been made in."""
+        in_file, before = self._is_in_file(cut), cut.before
+        target = self._file(Candidate(cut, EXACT)) if in_file else self._run_of(cut).with_suffix("")
+        if before is not None and before != DENSE:
+            base = str(self._cut(before))
         else:
-            base = self.asked.model if self.asked.runtime == "llama.cpp" else str(self._exact(DENSE))
+            base = str(self._exact(DENSE)) if in_file or self.asked.runtime == "transformers" else self.asked.model
         kind, _, amount = cut.removed[-1].partition("=")
         more: dict[str, Any] = {"sparsity": float(amount)} if kind == "sparsity" else {"remove": cut.removed[-1]}
         if cut.tokens:
@@ -368,7 +381,7 @@ class Workshop:
                 layer_error=False,
                 gate=False,
                 prompt="",
-                save=target.with_name(f"{target.name}.run"),
+                save=self._run_of(cut),
                 save_model=target,
                 overwrite=True,
                 quiet=self.reporter.quiet,
@@ -388,7 +401,7 @@ class Workshop:
                 return
             started, noted = time.perf_counter(), self._noted
             make()
-            note = _note(target)
+            note = note_of(target)
             if not note.exists():  # what is made a second time, after its first use, was counted then
                 took = time.perf_counter() - started - (self._noted - noted)
                 self._noted += took
@@ -472,23 +485,9 @@ class Workshop:
         return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
 
 
-def _note(file: Path) -> Path:
-    """Return the file with the seconds of making another one."""
-    return file.with_name(f"{file.name}.seconds.json")
-
-
 def _sources(file: Path) -> Path:
     """Return the file with the names of what a quant was made of."""
     return file.with_name(f"{file.name}.sources.json")
-
-
-def _noted(file: Path) -> float:
-    note = _note(file)
-    return _seconds_in(note) if note.exists() else 0.0
-
-
-def _seconds_in(note: Path) -> float:
-    return float(json.loads(note.read_text(encoding="utf-8"))["seconds"])
 
 
 def _places(found: Measured, task: Task) -> set[int]:

@@ -91,6 +91,12 @@ def cut_vocabulary(run: Run, do: Callable[[Run], Result]) -> Result:
         return Result(report, result.processor, lambda: model)
 
 
+def tokens_kept(run_folder: Path) -> list[int]:
+    """Return the ids, in the whole model, of the tokens that a run has kept."""
+    found: list[int] = read_json(run_folder / FOLDER / _CHOICE)["kept"]
+    return found
+
+
 def rest_of(recipe: Recipe) -> Recipe | None:
     """Return what is asked for besides the vocabulary; None for nothing."""
     left = recipe.remove.without_vocabulary()

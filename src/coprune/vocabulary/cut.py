@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_text
 from coprune.base.memory import available_bytes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting, Words, say
-from coprune.model.checkpoint.load import DtypeName, load_model, load_tokenizer
+from coprune.model.checkpoint.load import DtypeName, load_model
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.recipe.structure import RemovePart
 from coprune.recipe.vocabulary import Loss
@@ -93,15 +92,10 @@ class Cutting:
         return Tokenizer.from_str(json.dumps(self.content))
 
     @cached_property
-    def processor(self) -> PreTrainedTokenizerBase:
-        """The same as transformers loads it."""
-        return load_tokenizer(self.source.location)
-
-    @cached_property
     def essential(self) -> set[int]:
         """Ids that stay in any case, with all that they are made by."""
         found = self.vocabulary.essential() | self.source.named
-        for text in prompts(self.processor):
+        for text in prompts(self.source.processor):
             found |= set(self.tokenizer.encode(text, add_special_tokens=False).ids)
         return closure((number for number in found if number < self.source.rows), self._parts)
 
@@ -128,8 +122,8 @@ class Cutting:
             model, _ = load_model(self.source.location, self.asked.dtype, self.asked.device, processed=False)
         except CopruneError as error:
             return say(error.cause)
-        begin = self.processor.bos_token_id
-        return Judge(model, begin if begin is not None else self.processor.eos_token_id)
+        begin = self.source.processor.bos_token_id
+        return Judge(model, begin if begin is not None else self.source.processor.eos_token_id)
 
     @property
     def _is_gguf(self) -> bool:

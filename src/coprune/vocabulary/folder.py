@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.base.files import whole_folder, write_text
@@ -300,7 +301,7 @@ def _verify(source: ModelFolder, out: Path, tables: Mapping[str, Table], kept: K
         for place in (int(one) for one in places if one < kept.below(table.size)):
             if table.axis == 0 and _row(before[name], kept.old[place]) != _row(after[name], place):
                 raise VerificationError(f"{name} does not hold the row of the token {kept.old[place]} in {out}")
-    require_same_tokens(source, ModelFolder(out, str(out)), kept)
+    require_same_tokens(load_tokenizer(source), ModelFolder(out, str(out)), kept)
 
 
 def _row(entry: TensorEntry, number: int) -> bytes:
@@ -310,13 +311,13 @@ def _row(entry: TensorEntry, number: int) -> bytes:
         return stream.read(width)
 
 
-def require_same_tokens(source: Location, written: Location, kept: Kept) -> None:
-    """Load both tokenizers with transformers, and compare them on texts with kept tokens only.
+def require_same_tokens(whole: PreTrainedTokenizerBase, written: Location, kept: Kept) -> None:
+    """Load a smaller tokenizer with transformers, and compare it with the whole one on texts with kept tokens only.
 
     Raises:
         VerificationError: the written one tokenises such a text differently, or decodes a text differently.
     """
-    dense, cut = (load_tokenizer(one).backend_tokenizer for one in (source, written))
+    dense, cut = whole.backend_tokenizer, load_tokenizer(written).backend_tokenizer
     for text in (*LANGUAGES.values(), *SOURCES.values()):
         old, new = (one.encode(text, add_special_tokens=False).ids for one in (dense, cut))
         if all(token in kept.new for token in old) and [kept.new[token] for token in old] != new:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import UnsupportedModel
 from coprune.base.progress import Reporter
@@ -41,9 +44,15 @@ class Gguf(Sliced):
         """Ids that the metadata name."""
         return named_ids(self.fields)
 
-    def tokenizer_content(self) -> dict[str, Any]:
-        """Return the content of the `tokenizer.json` that transformers makes of the file."""
-        found: dict[str, Any] = json.loads(load_tokenizer(self.file).backend_tokenizer.to_str())
+    @cached_property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that transformers makes of the file."""
+        return load_tokenizer(self.file)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The content of the `tokenizer.json` that transformers makes of the file."""
+        found: dict[str, Any] = json.loads(self.processor.backend_tokenizer.to_str())
         return found
 
     def slices(self, kept: Kept) -> dict[str, Slice]:
@@ -69,5 +78,5 @@ class Gguf(Sliced):
         """
         slices = self.slices(kept)
         self.write(target, slices, without_tokens(self.fields, self.arch, kept.old), reporter)
-        require_same_tokens(self.file, GgufFile(target, target.name), kept)
+        require_same_tokens(self.processor, GgufFile(target, target.name), kept)
         return Written(target, *self.sizes(slices), self.tables)

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import save_companions
-from coprune.model.checkpoint.load import load_model, quiet_transformers
+from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
 from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.vocabulary.choose import Kept
@@ -53,6 +53,11 @@ class Source(Protocol):
         ...
 
     @property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """The tokenizer as transformers loads it."""
+        ...
+
+    @property
     def parameters(self) -> int:
         """Number of parameters."""
         ...
@@ -81,6 +86,11 @@ class FolderSource:
         refuse_folder(folder)
         self.content = tokenizer_content(folder)
         self.config = read_json(folder.path / "config.json")
+
+    @cached_property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """As in `Source`."""
+        return load_tokenizer(self.folder)
 
     @cached_property
     def rows(self) -> int:
@@ -121,11 +131,6 @@ class GgufSource(Gguf):
         """Raises BadInput or UnsupportedModel where it cannot be cut."""
         super().__init__(file)
         self.location: Location = file
-
-    @cached_property
-    def content(self) -> dict[str, Any]:
-        """As in `Source`."""
-        return self.tokenizer_content()
 
     @property
     def parameters(self) -> int:
