@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from coprune.model.removed import Tokens
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.measure import Judge
 from coprune.vocabulary.samples import LANGUAGES
+from coprune.vocabulary.sources import saved
 from support.commands import run_command
 from support.pico import pico_model
 from support.pico_folder import listing
@@ -72,6 +74,13 @@ def test_bits_of_the_smaller_model_are_what_the_report_says(dense: Path, words: 
     nats, _ = Judge(model, tokenizer.bos_token_id).nats(ids, None)
     assert nats / said.bytes / torch.log(torch.tensor(2.0)).item() == pytest.approx((said.bits or (0, 0))[1], rel=1e-5)
     assert len(ids) == said.tokens[1]
+
+
+def test_what_is_said_while_a_model_in_memory_is_cut_is_shown(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with saved(*load_model(ModelFolder(dense, "pico"))) as folder:
+        print("what it loses", file=sys.stderr)
+        assert rows(folder) == SIZE
+    assert "what it loses" in capsys.readouterr().err
 
 
 def test_a_model_in_memory_is_left_as_it_is(dense: Path, words: Path) -> None:

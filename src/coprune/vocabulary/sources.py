@@ -141,8 +141,9 @@ class GgufSource(Gguf):
 @contextmanager
 def saved(model: PreTrainedModel, processor: Any) -> Iterator[Path]:
     """Yield a temporary folder with a model in memory."""
-    with tempfile.TemporaryDirectory(prefix="coprune-") as folder, quiet_transformers():
-        model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(prefix="coprune-") as folder:
+        with quiet_transformers():
+            model.save_pretrained(folder)
         save_companions(model, processor, Path(folder))
         yield Path(folder)
 
