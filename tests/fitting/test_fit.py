@@ -75,6 +75,7 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
     assert found.kept
     assert any(row.name.startswith("vocabulary=") and row.bytes for row in found.rows)
     assert "vocabulary=" in found.chosen or "channels=" in found.chosen
+    assert ("vocabulary=" in found.chosen) == any(note.startswith("fewer tokens: LOST") for note in found.notes)
     # With fewer tokens, too, the head's importance is of what the model itself is given.
     assert any({"vocabulary", "channels"} <= set(re.findall(r"\w+(?==)", row.name)) and row.bytes for row in found.rows)
     used = (tmp_path / "small" / ".fit" / "text" / "cuts.jsonl").read_text()

@@ -60,6 +60,12 @@ class Cut:
         left = Cut(self.removed[:-1], self.tokens)
         return (left if left.others else Cut(left.removed)) if self.removed else None
 
+    @property
+    def fewer(self) -> Cut | None:
+        """The cut up to the part that takes tokens; None without one."""
+        found = [place for place, part in enumerate(self.removed) if _counts_tokens(part)]
+        return Cut(self.removed[: found[0] + 1]) if found else None
+
     def spares(self, other: Cut) -> bool:
         """Return whether it removes nothing but what another cut removes too."""
         return self.others in ((), other.others) and self._left >= other._left

@@ -29,6 +29,8 @@ from coprune.fitting.team import Team
 from coprune.fitting.workshop import Asked, Runtime, Workshop
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
+from coprune.report.folder import REPORT_FILE
+from coprune.report.schema import Report
 
 RECIPE_FILE, FACTS_FILE, CARD_FILE, TEXT_FILE = "recipe.yaml", "fit.json", "README.md", "text.jsonl"
 WORK_FOLDER = ".fit"
@@ -283,6 +285,9 @@ def _notes(search: Search, finding: Finding) -> list[str]:
     if finding.chosen.plain and not finding.untried:
         what = "the dense model" if finding.chosen == EXACT_DENSE else "a plain quant"
         found.append(f"no cut helps here: this is {what}")
+    if (fewer := finding.chosen.cut.fewer) is not None:
+        facts = Report.read(search.workshop.run_of(fewer) / REPORT_FILE).vocabulary
+        found += [f"fewer tokens: {lost}"] if facts is not None and (lost := facts.loud()) else []
     if finding.looks > 1:
         found.append(
             f"these unseen items have now given {finding.looks} verdicts, with other budgets or conditions: the 95 % hold for "

@@ -54,6 +54,7 @@ _CHARACTERS = 1200
 """Of a document that short texts are joined to."""
 _MEMORY_TOKENS, _CONTEXT = 128, 2048
 _SPEED_TOKENS = 24
+_RUN = ".run"
 _FIRST_ANSWERS = 8
 
 
@@ -215,13 +216,12 @@ class Workshop:
 
     def _vocabulary_of(self, cut: Cut) -> tuple[PreTrainedTokenizerBase, list[int] | None]:
         """Return a cut's tokenizer, and the dense model's ids of its tokens where they are others."""
-        last = next((place for place, one in enumerate(cut.removed) if one.startswith("vocabulary")), None)
-        if last is None:
+        if cut.fewer is None:
             return self.tokenizer, None
-        place = self._cut(fewer := Cut(cut.removed[: last + 1]))
+        place = self._cut(cut.fewer)
         if place not in self._tokenizers:
             self._tokenizers[place] = load_tokenizer(locate(place))
-        return self._tokenizers[place], tokens_kept(self._run_of(fewer))
+        return self._tokenizers[place], tokens_kept(self.run_of(cut.fewer))
 
     def _first_figures(self, file: Path, reader: Reader) -> dict[str, float]:
         ids = (reader.ids(self._texts()[0][:_CHARACTERS]) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
@@ -295,9 +295,9 @@ class Workshop:
         """Remove all files and folders of models, and keep what was measured."""
         for name in ("files", "cuts"):
             for file in (self.folder / name).glob("*"):
-                if file.is_dir():
+                if file.is_dir() and file.suffix != _RUN:
                     shutil.rmtree(file)
-                elif not file.name.endswith((".seconds.json", ".imatrix.gguf")):
+                elif not file.name.endswith((_RUN, ".seconds.json", ".imatrix.gguf")):
                     file.unlink()
 
     def _exact(self, cut: Cut) -> Path:
@@ -350,13 +350,14 @@ class Workshop:
         tokens = self.asked.runtime == "llama.cpp" and bool(cut.removed) and not cut.others
         return tokens and isinstance(locate(self.asked.model), GgufFile)
 
-    def _run_of(self, cut: Cut) -> Path:
-        return self.folder / "cuts" / f"{_hash(repr(cut))}.run"
+    def run_of(self, cut: Cut) -> Path:
+        """Return the folder of the run that makes a cut."""
+        return self.folder / "cuts" / f"{_hash(repr(cut))}{_RUN}"
 
     def _cut(self, cut: Cut) -> Path:
         """Return a cut as a folder, or as the exact file that it has been made in."""
         in_file, before = self._is_in_file(cut), cut.before
-        target = self._file(Candidate(cut, EXACT)) if in_file else self._run_of(cut).with_suffix("")
+        target = self._file(Candidate(cut, EXACT)) if in_file else self.run_of(cut).with_suffix("")
         if before is not None and before != DENSE:
             base = str(self._cut(before))
         else:
@@ -381,7 +382,7 @@ class Workshop:
                 layer_error=False,
                 gate=False,
                 prompt="",
-                save=self._run_of(cut),
+                save=self.run_of(cut),
                 save_model=target,
                 overwrite=True,
                 quiet=self.reporter.quiet,
