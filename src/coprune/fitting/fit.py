@@ -284,7 +284,8 @@ def _notes(search: Search, finding: Finding) -> list[str]:
         )
     if finding.chosen.plain and not finding.untried:
         what = "the dense model" if finding.chosen == EXACT_DENSE else "a plain quant"
-        found.append(f"no cut helps here: this is {what}")
+        failed = any(not one.plain for one in finding.unseen)
+        found.append(f"{'the unseen items confirm no cut' if failed else 'no cut helps here'}: this is {what}")
     if (fewer := finding.chosen.cut.fewer) is not None:
         facts = Report.read(search.workshop.run_of(fewer) / REPORT_FILE).vocabulary
         found += [f"fewer tokens: {lost}"] if facts is not None and (lost := facts.loud()) else []
