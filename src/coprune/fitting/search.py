@@ -451,8 +451,11 @@ class Search:
 
     def _surest(self) -> list[Candidate]:
         """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more, quants untried, too."""
-        types = [*(one.type for one in self._plain()), PACKED]
-        pool = [*self._kept, *(one for one in self._plain() if one not in self.tried)]
+        plain = self._plain()
+        types, pool = (
+            [*(one.type for one in plain), PACKED],
+            [*self._kept, *(one for one in plain if one not in self.tried)],
+        )
         safe = {one: [self._safety[other] for other in self._kept if one.spares(other, types)] for one in pool}
         sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in pool if safe[one]}
         return sorted(sizes, key=lambda one: (-max(safe[one]), -sizes[one]))

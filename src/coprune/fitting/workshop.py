@@ -33,7 +33,7 @@ from coprune.gguf_files.importance import importance_of, importance_of_head, rea
 from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
 from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
-from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
 from coprune.packed.folder import pack
 from coprune.run.generate import generate
 from coprune.run.prune import prune
@@ -52,10 +52,8 @@ VERDICTS_FILE = "verdicts.json"
 """What the unseen half has judged."""
 _CHARACTERS = 1200
 """Of a document that short texts are joined to."""
-_MEMORY_TOKENS, _CONTEXT = 128, 2048
-_SPEED_TOKENS = 24
+_MEMORY_TOKENS, _CONTEXT, _SPEED_TOKENS, _FIRST_ANSWERS = 128, 2048, 24, 8
 _RUN = ".run"
-_FIRST_ANSWERS = 8
 
 
 @dataclass(frozen=True)
@@ -150,9 +148,8 @@ class Workshop:
         written, in_file = self.took_to_write(DENSE), self._is_in_file(cut)
         notes = self.folder.glob(f"files/*.{EXACT}.gguf.seconds.json" if in_file else "cuts/*.seconds.json")
         took = [seconds_in(note) for note in notes if note != note_of(self._file(Candidate(DENSE, EXACT)))]
-        # In a file rows are copied; a folder is opened twice, written and exported.
-        first, after = (written, 0.0) if in_file else (3 * written, written)
-        return (fmean(took) if took else first) + after
+        first, after = (written, 0.0) if in_file else (3 * written, written)  # opened twice and written, then exported
+        return fmean(took or [first]) + after
 
     def is_made(self, cut: Cut) -> bool:
         """Return whether a cut exists, made now or before a kill."""
@@ -161,7 +158,11 @@ class Workshop:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The dense model's."""
-        return load_tokenizer(locate(self.asked.model))
+        return load_tokenizer(self._source)
+
+    @cached_property
+    def _source(self) -> Location:
+        return locate(self.asked.model)  # which reads a GGUF file's vocabulary
 
     def known(self, candidate: Candidate) -> Measured:
         """Return the stored measurements of a candidate."""
@@ -317,13 +318,12 @@ class Workshop:
 
     def _dense_folder(self, target: Path) -> Path:
         """Return the dense model as a folder, in sixteen bits if it is a GGUF file."""
-        location = locate(self.asked.model)
-        if isinstance(location, ModelFolder):
-            return location.path
+        if isinstance(self._source, ModelFolder):
+            return self._source.path
 
         def make() -> None:
             self.reporter.say("Writing the dense model as a folder")
-            model, tokenizer = load_model(location, "bfloat16")
+            model, tokenizer = load_model(self._source, "bfloat16")
             with whole_folder(target) as out, quiet_transformers():
                 model.save_pretrained(out)
                 tokenizer.save_pretrained(out)
@@ -347,8 +347,8 @@ class Workshop:
 
     def _is_in_file(self, cut: Cut) -> bool:
         """Return whether a cut takes nothing but rows of tokens from a GGUF file, where they can be copied."""
-        tokens = self.asked.runtime == "llama.cpp" and bool(cut.removed) and not cut.others
-        return tokens and isinstance(locate(self.asked.model), GgufFile)
+        tokens_only = bool(cut.removed) and not cut.others and self.asked.runtime == "llama.cpp"
+        return tokens_only and isinstance(self._source, GgufFile)
 
     def run_of(self, cut: Cut) -> Path:
         """Return the folder of the run that makes a cut."""
