@@ -1,25 +1,34 @@
 """Try coprune on every Python, with the oldest and the newest packages that it says it works with: python tests/matrix/run.py.
 
-Each row is a fresh environment with the package installed in it, made by uv outside of the checkout and removed
-afterwards, in which a small part of the tests runs: recipes, commands, methods, and a pruning of every kind of model. A
-row needs up to 7 GB for that time, most of it torch's CUDA libraries (`UV_TORCH_BACKEND=cpu` does without, where
-PyTorch's own index is in reach).
+Of every row the packages are resolved first, which needs no interpreter and tells of a Python to come whether all have
+wheels for it. Then, where its interpreter is found, a small part of the tests runs: recipes, commands, methods, and a
+pruning of every kind of model, in a fresh environment that uv makes outside of the checkout and that is removed
+afterwards. A row needs up to 7 GB for that time, most of it torch's CUDA libraries (`UV_TORCH_BACKEND=cpu` does without,
+where PyTorch's own index is in reach).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# The classifiers name the versions on which this has passed; it fails if one of them cannot be run.
+RUN = [match[1] for line in PROJECT["classifiers"] if (match := re.fullmatch(r".*Python :: (3\.\d+)", line))]
+NEXT = ["3.14", "3.15"]
 # Python, and which of the versions that pyproject.toml allows; of packages that it does not name, the newest fit.
-ROWS = [("3.11", "lowest-direct"), ("3.11", "highest"), ("3.12", "highest"), ("3.13", "highest")]
+ROWS = [(RUN[0], "lowest-direct"), *((python, "highest") for python in [*RUN, *NEXT])]
+# lm-eval asks for these, which are pure Python and have never been built into wheels.
+NO_WHEELS = ("rouge-score", "sqlitedict", "word2number")
 TESTS = [
     *("recipe", "commands/test_bad_input.py", "commands/test_options.py", "model/test_transformers_private.py"),
     *("pruning/methods/test_any_group.py", "pruning/methods/test_new_pattern.py", "pruning/methods/test_methods.py"),
@@ -34,41 +43,48 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="rows of this Python, or of this resolution")
     parser.add_argument("--place", help="where the environments are made, instead of the folder for temporary files")
+    parser.add_argument("--resolve", action="store_true", help="resolve alone, and run nothing")
     options = parser.parse_args()
     failed = 0
     for python, resolution in ROWS:
         if options.only in (None, python, resolution):
-            with tempfile.TemporaryDirectory(dir=options.place) as place:
-                said = tried(python, resolution, Path(place))
-            failed += not said.startswith("passed")
+            passed, said = resolved(python, resolution)
+            if passed and not options.resolve:
+                with tempfile.TemporaryDirectory(dir=options.place) as place:
+                    passed, ran = tried(python, resolution, Path(place))
+                said = f"{said}; {ran}"
+            failed += not passed
             print(f"Python {python}, {resolution}: {said}", flush=True)
     return 1 if failed else 0
 
 
-def tried(python: str, resolution: str, place: Path) -> str:
-    """Make an environment, run the tests in it, and return what became of that, which begins with "passed" or not."""
+def resolved(python: str, resolution: str) -> tuple[bool, str]:
+    """Resolve the packages of all extras and of the tests for a Python, from wheels alone, and return what came of it."""
+    command = ["pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
+    command += ["--resolution", resolution, "--extra", "all", "--extra", "test", "--only-binary", ":all:"]
+    command += [word for name in NO_WHEELS for word in ("--no-binary", name)]
+    done = subprocess.run(
+        [sys.executable, "-m", "uv", *command, "pyproject.toml"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print(done.stderr[-4000:], flush=True)
+        return False, "FAILED to resolve"
+    return True, f"{len(done.stdout.splitlines())} packages resolved"
+
+
+def tried(python: str, resolution: str, place: Path) -> tuple[bool, str]:
+    """Make an environment, run the tests in it, and return whether they passed and what became of them."""
     interpreter = found(python)
     if interpreter is None:
-        return "not tried: there is no such Python here"
+        return python not in RUN, "not run: there is no such Python here"
     own = place / "venv" / "bin" / "python"
     uv(place, "venv", "--quiet", "--python", interpreter, str(place / "venv"))
     started = time.monotonic()
     uv(place, "pip", "install", "--quiet", "--python", str(own), "--resolution", resolution, f"{ROOT}[all,test]")
     made = time.monotonic() - started
     # What a new package deprecates of an old one is no error.
-    command = [
-        str(own),
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not slow",
-        "-W",
-        "default",
-        "-p",
-        "no:cacheprovider",
-        "--durations=10",
-    ]
+    command = [str(own), "-m", "pytest", "-q", "-m", "not slow", "-W", "default", "-p", "no:cacheprovider"]
+    command += ["--durations=10"]
     command += [str(ROOT / "tests" / test) for test in TESTS]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -78,7 +94,8 @@ def tried(python: str, resolution: str, place: Path) -> str:
     versions = (
         f"{', '.join(f'{name} {version(own, name)}' for name in SHOWN)}; {made:.0f} s to make, {tests:.0f} s of tests"
     )
-    return f"{'FAILED' if done.returncode else 'passed'} {done.stdout.splitlines()[-1]}; {versions}"
+    said = f"{'FAILED' if done.returncode else 'passed'} {done.stdout.splitlines()[-1]}; {versions}"
+    return not done.returncode, said
 
 
 def found(python: str) -> str | None:
