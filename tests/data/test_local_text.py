@@ -15,7 +15,7 @@ from coprune.base.errors import BadInput
 from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
 from coprune.data.local_text import local_text, rows_of
 from coprune.data.text import join
-from coprune.evaluation.result_cache import split_texts
+from coprune.evaluation.asked_texts import split_texts
 
 TEXTS = ["first\nline", "", "zweite Zeile: ä€😀", "a \u2028 b"]
 JOINED = "first\nline\n\nzweite Zeile: ä€😀\n\na \u2028 b"

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.evaluation.asked_texts import split_texts
 from coprune.evaluation.evaluation import WeightFacts
-from coprune.evaluation.result_cache import EvaluationCache, split_texts
 from coprune.recipe.recipe import make_recipe
 from coprune.report.folder import model_of
+from coprune.store.store import Store
 from coprune.sweeps.compare import compare_models, labels_of
 from support.commands import run_command
 from support.pico import pico_model
@@ -162,7 +163,7 @@ def test_what_is_known_is_not_measured_again_unless_something_changed(
     checkpoints: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [str(folder) for folder in checkpoints[:2]]
-    cache, quiet = EvaluationCache(tmp_path / "cache"), Reporter(quiet=True)
+    cache, quiet = Store(tmp_path / "cache"), Reporter(quiet=True)
     first = compare_models(names, recipe(text), quiet, cache)
     loads: list[str] = []
     quiet.listeners.append(lambda event: loads.append(event.facts()["text"]))
@@ -187,7 +188,7 @@ def test_what_is_known_is_not_measured_again_unless_something_changed(
 
 
 def test_a_damaged_entry_is_measured_again(tmp_path: Path) -> None:
-    cache = EvaluationCache(tmp_path)
+    cache = Store(tmp_path)
     facts = WeightFacts(parameters=2, nonzeros=1, matrix_sparsity=0.5, bytes_on_disk=8)
     assert cache.get("key", WeightFacts, lambda: facts) == facts
     (file,) = tmp_path.glob("*.json")
@@ -208,7 +209,7 @@ def test_a_run_folder_stands_for_its_saved_model(
     prune = ["prune", str(checkpoints[0]), "-m", "magnitude", "--dataset", str(text), "--seqlen", str(SEQLEN), "-q"]
     prune += ["--nsamples", "2", "--no-eval", "--save", str(run)]
     assert run_command([*prune, "--save-model", str(model)], monkeypatch, capsys).code == 0
-    cache = EvaluationCache(tmp_path / "cache")
+    cache = Store(tmp_path / "cache")
     found = compare_models([str(checkpoints[0]), str(run)], recipe(text), Reporter(quiet=True), cache, model_of)
     again = compare_models([str(checkpoints[0]), str(model)], recipe(text), Reporter(quiet=True), cache, model_of)
     assert found.rows[1].evaluation == again.rows[1].evaluation

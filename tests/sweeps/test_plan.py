@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from coprune.evaluation.result_cache import EvaluationCache
 from coprune.run.memory_estimate import DevicePeak, Estimate
+from coprune.store.store import Store
 from coprune.sweeps.events import Cause
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
@@ -29,8 +29,8 @@ def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None 
     for run, size in zip(runs, sizes, strict=True):
         if size is not None:
             told = size if isinstance(size, Estimate) else Estimate(size, None, GB)
-            estimated = partial(KeptEstimate, estimate=told, seconds=1.0)
-            EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(run.recipe), KeptEstimate, estimated)
+            estimated = partial(KeptEstimate, estimate=told)
+            Store(folder / SHARED_FOLDER).get(estimate_key(run.recipe), KeptEstimate, estimated)
     return Plan(sweep, how or Execution(), SimpleNamespace(capacity=capacity, at_once=0), runs)
 
 

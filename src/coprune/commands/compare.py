@@ -25,7 +25,7 @@ def compare(
         typer.Option(
             "--evaluation-cache",
             "--evaluations",
-            help="Where evaluations are kept, to be used again. [~/.cache/coprune/evaluations]",
+            help="Where evaluations are kept, to be used again. [~/.cache/coprune/store]",
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again and keep nothing.")] = False,

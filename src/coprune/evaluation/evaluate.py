@@ -15,11 +15,11 @@ from coprune.evaluation.extra_measurements import Extras, measures_anything, not
 from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against
 from coprune.evaluation.model_source import Held, Model
-from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
 from coprune.model.checkpoint.load import READ_TEXT, WHAT
 from coprune.model.loaded_model import refuse_what_loading_decides
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.views import measuring_recipe
+from coprune.store.store import Store
 
 _NAMES_DENSE = ("name that model with ", Setting("against"))
 
@@ -82,13 +82,13 @@ def _evaluate(
             value=against,
             fix=("name a text with ", Setting("data"), ", or prompts with ", Setting("generate")),
         )
-    cache, dense = EvaluationCache(None), None
+    store, dense = Store(None), None
     tasks = Extras.prepare(recipe).tasks
     if against is not None:
-        # Only results of a model in files are cached; one in memory may change.
-        kept = cache if held[1] is not None else EvaluationCache(default_cache_folder())
+        # Only results of a model in files are kept; one in memory may change.
+        kept = store if held[1] is not None else Store.of_user()
         dense = Subject(recipe.replaced(model=str(against)), kept, reporter, None, held[1])
-    subject = Subject(recipe, cache, reporter, tasks, held[0])
+    subject = Subject(recipe, store, reporter, tasks, held[0])
     if recipe.evaluate.data and not settings.get("data") and subject.task not in READ_TEXT:
         name = ("name what it is measured on with ", Setting("data"))
         raise BadInput(f"{subject.name} {WHAT[subject.task]}, and is measured on no plain text", field="data", fix=name)

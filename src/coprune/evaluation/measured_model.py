@@ -1,8 +1,7 @@
-"""Measure one model as asked, with nothing measured twice: every part is looked up in the cache first."""
+"""Measure one model as asked, with nothing measured twice: every part is looked up in the store first."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from coprune.evaluation.answers.answer_generation import answers_key, ask, diver
 from coprune.evaluation.answers.answer_records import Along, Answers
 from coprune.evaluation.answers.facts import AnswerFacts, facts_of, judge
 from coprune.evaluation.answers.questions import Plan, Questions, asked_of, plan_of, questions_for
+from coprune.evaluation.asked_texts import Text, require_texts, split_texts, text_fingerprint
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos_choice import BosChoice, score_in_memory
 from coprune.evaluation.closeness import OtherTokens, closeness
@@ -27,7 +27,6 @@ from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Measur
 from coprune.evaluation.model_source import Source, Stored
 from coprune.evaluation.perplexity import aggregate, perplexity
 from coprune.evaluation.required import judge_measured
-from coprune.evaluation.result_cache import EvaluationCache, Text, require_texts, split_texts, text_fingerprint
 from coprune.evaluation.tasks import named, read_anew, task_for
 from coprune.evaluation.tasks.text_task import TextTask, choose_seqlen
 from coprune.evaluation.transcripts import TranscriptChange, transcript_change
@@ -35,16 +34,19 @@ from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.checkpoint.load import WHAT
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
+from coprune.store.store import Key, Store, key_of
 
 _VERSIONS = ("torch", "transformers", "lm_eval")
+_VERSION = 3
+"""Of the measurements, raised whenever one is done differently."""
 
 
 class Subject:
-    """One model to measure: located and identified at once, loaded when a measurement is not in the cache.
+    """One model to measure: located and identified at once, loaded when a measurement is not in the store.
 
     Args:
         recipe: its model, and the settings of all measurements.
-        cache: earlier measurements.
+        store: holds earlier measurements.
         reporter: receives messages.
         tasks: tasks for lm-eval, from `Extras`; None for none.
         source: the model, if the recipe does not name it.
@@ -56,7 +58,7 @@ class Subject:
     def __init__(
         self,
         recipe: Recipe,
-        cache: EvaluationCache,
+        store: Store,
         reporter: Reporter,
         tasks: dict[str, Any] | None,
         source: Source | None = None,
@@ -69,13 +71,13 @@ class Subject:
         self._asked = split_texts(recipe.evaluate.data)
         require_texts([] if self.task in ("images", "labels", "speech") else self._asked)
         self._tasks = tasks
-        self._cache = cache
+        self._store = store
         plan = plan_of(recipe.evaluate.answers, saves=False)
         if plan is not None and self.task != "text":
             raise BadInput(f"{self.name} {WHAT[self.task]}, and generates no text", field="generate")
         self._answers = None
         if plan is not None:
-            self._answers = MeasuredAnswers(recipe, plan, self.fingerprint, lambda: self.loaded, cache, reporter)
+            self._answers = MeasuredAnswers(recipe, plan, self.fingerprint, lambda: self.loaded, store, reporter)
         self._reporter = reporter
         self._loaded: Loaded | None = None
         self._texts: dict[str, Any] = {}
@@ -107,7 +109,7 @@ class Subject:
         if self.task != "text" or not self._asked:
             return None
         first, asked = self._asked[0], self.recipe.calibrate.bos
-        return self._cache.get(self._key("bos", asked=asked, **self._text_key(first)), BosChoice, self._choose_bos)
+        return self._store.get(self._key("bos", asked=asked, **self._text_key(first)), BosChoice, self._choose_bos)
 
     def _choose_bos(self) -> BosChoice:
         task = self._task(self._asked[0], self.recipe.calibrate.bos)
@@ -122,11 +124,11 @@ class Subject:
         anew = [] if self.task == "text" else self._anew()
         found = Evaluation(
             model=self.name,
-            weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
+            weights=self._store.get(self._key("weights"), WeightFacts, self._count),
             perplexity=(
                 *(one for one in anew if isinstance(one, Perplexity)),
                 *(
-                    self._cache.get(self._begun_key("perplexity", text), Perplexity, self._measure_text(text))
+                    self._store.get(self._begun_key("perplexity", text), Perplexity, self._measure_text(text))
                     for text in (self._asked if self.task == "text" else ())
                 ),
             ),
@@ -145,7 +147,7 @@ class Subject:
         )
 
     def _anew(self) -> list[Measured]:
-        """Measure what is not cached, since reading a folder of images to name it takes as long as the measurement."""
+        """Measure what is not stored, since reading a folder of images to name it takes as long as the measurement."""
         task = task_for(self.recipe, self.loaded)
         found = []
         for name, data in task.evaluation(self._reporter).items():
@@ -169,7 +171,7 @@ class Subject:
                 fix=("take ", Command("compare")),
             )
         return tuple(
-            self._cache.get(
+            self._store.get(
                 self._begun_key("closeness", text, dense=dense.fingerprint),
                 Closeness,
                 self._compare_on(text, dense),
@@ -243,10 +245,10 @@ class Subject:
             generation=(settings.chat_template, settings.gen_kwargs),
             tasks=tasks_fingerprint(tasks, settings.limit),
         )
-        # The cache holds no items.
-        return run() if settings.log_samples else self._cache.get(key, ZeroShot, run)
+        # The store holds no items.
+        return run() if settings.log_samples else self._store.get(key, ZeroShot, run)
 
-    def _begun_key(self, what: str, asked: Text, **settings: Any) -> str:
+    def _begun_key(self, what: str, asked: Text, **settings: Any) -> Key:
         """Return a key of a text's measurements, which includes how its windows begin."""
         return self._key(what, bos=None if self.bos is None else self.bos.used, **settings, **self._text_key(asked))
 
@@ -261,10 +263,10 @@ class Subject:
             "tokens": recipe.evaluate.tokens,
         }
 
-    def _key(self, what: str, **settings: Any) -> str:
+    def _key(self, what: str, **settings: Any) -> Key:
         versions = {name: installed_version(name) for name in _VERSIONS}
-        facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.model.dtype, **settings, **versions}
-        return json.dumps(facts, sort_keys=True, default=str)
+        facts = {"model": self.fingerprint, "dtype": self.recipe.model.dtype, **settings, **versions}
+        return key_of(what, _VERSION, **facts)
 
 
 def require_one_task(subjects: Sequence[Subject]) -> None:
@@ -295,14 +297,14 @@ def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Eva
 
 
 class MeasuredAnswers:
-    """One model's answers, generated if they are not in the cache.
+    """One model's answers, generated if they are not in the store.
 
     Args:
         recipe: its model, and how it is loaded.
         plan: the prompts.
         fingerprint: of its files.
         loaded: returns the model.
-        cache: earlier measurements.
+        store: holds earlier measurements.
         reporter: receives messages.
     """
 
@@ -312,11 +314,11 @@ class MeasuredAnswers:
         plan: Plan,
         fingerprint: str,
         loaded: Callable[[], Loaded],
-        cache: EvaluationCache,
+        store: Store,
         reporter: Reporter,
     ) -> None:
         self._recipe, self._plan, self.fingerprint = recipe, plan, fingerprint
-        self._loaded, self._cache, self._reporter = loaded, cache, reporter
+        self._loaded, self._store, self._reporter = loaded, store, reporter
 
     @cached_property
     def _questions(self) -> Questions:
@@ -329,7 +331,7 @@ class MeasuredAnswers:
     def answers(self) -> Answers:
         """The model's answers. Raises BadInput as `questions_for`."""
         key = answers_key(self.fingerprint, self._recipe.model, self._plan)
-        return self._cache.get(key, Answers, self._ask)
+        return self._store.get(key, Answers, self._ask)
 
     def _ask(self) -> Answers:
         questions, loaded = self._questions, self._loaded()
@@ -345,7 +347,7 @@ class MeasuredAnswers:
         key = answers_key(
             self.fingerprint, self._recipe.model, self._plan, along=dense.fingerprint, figures="kl, acceptance"
         )
-        along = self._cache.get(key, Along, lambda: self._along(dense))
+        along = self._store.get(key, Along, lambda: self._along(dense))
         return facts_of(asked, self._plan.prompts.texts, (dense.answers, self.answers), along)
 
     def _along(self, dense: MeasuredAnswers) -> Along:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
-from coprune.evaluation.result_cache import bytes_of_weights, model_fingerprint
+from coprune.model.checkpoint.digest import bytes_of_weights, model_digest
 from coprune.model.checkpoint.load import TaskName, task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
@@ -46,7 +46,7 @@ class Stored:
         location = locate(asked.name, asked.cache_dir)
         self._path = location.path
         self.name = location.name
-        self.fingerprint = model_fingerprint(location.path)
+        self.fingerprint = model_digest(location.path)
         self.task: TaskName = task_at(location)
 
     def open(self, reporter: Reporter) -> Loaded:

@@ -18,11 +18,11 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Setting, Words
 from coprune.data.conversations import Document, Message, read_prompts, template_text
 from coprune.data.tokenizing import encode
-from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
 from coprune.model.generation import Generation, ends_of, filling, generate, positions_of
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.sources import Source
+from coprune.store.store import Store, key_of
 
 _TOGETHER = PerMemory(host=16, gpu=64)
 """Texts that are written at the same time."""
@@ -160,9 +160,9 @@ def prompt_ids(
 
 
 def write_own(loaded: Loaded, given: Sequence[list[int]], wanted: Wanted, reporter: Reporter) -> OwnText:
-    """Generate a model's text, or use what it generated earlier with the same settings, from the user's cache."""
-    key = {
-        "own text": loaded.fingerprint(find_blocks(loaded.model)),
+    """Generate a model's text, or use what it generated earlier with the same settings, from the user's store."""
+    contents = {
+        "model": loaded.fingerprint(find_blocks(loaded.model)),
         "dtype": str(loaded.model.dtype),
         "device": loaded.device.type,
         "given": hashlib.sha256(json.dumps(list(given)).encode()).hexdigest(),
@@ -170,8 +170,8 @@ def write_own(loaded: Loaded, given: Sequence[list[int]], wanted: Wanted, report
         "texts": wanted.texts,
         "settings": repr(wanted.settings),
     }
-    name = json.dumps(key, sort_keys=True)
-    return EvaluationCache(default_cache_folder()).get(name, OwnText, lambda: _write(loaded, given, wanted, reporter))
+    key = key_of("own-text", 3, **contents)
+    return Store.of_user().get(key, OwnText, lambda: _write(loaded, given, wanted, reporter))
 
 
 def _write(loaded: Loaded, given: Sequence[list[int]], wanted: Wanted, reporter: Reporter) -> OwnText:

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Set, per_cent
-from coprune.evaluation.result_cache import bytes_of_weights
 from coprune.evaluation.zero_shot import MAIN_METRIC, shown
+from coprune.model.checkpoint.digest import bytes_of_weights
 from coprune.packed.bench import Bench, Row
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.html import copyable, header, name_of, of_several, page, section, table, text

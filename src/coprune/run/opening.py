@@ -11,8 +11,8 @@ from coprune.base.words import Set, per_cent, say
 from coprune.data import Windows
 from coprune.data.corpora import EMBEDDED, HUB_CORPORA
 from coprune.data.hub import require_dataset
+from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.bos_choice import score_of
-from coprune.evaluation.result_cache import plain_names
 from coprune.evaluation.tasks import Remember, TextTask, read_anew, task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.locate import locates_gguf

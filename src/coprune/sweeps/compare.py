@@ -19,10 +19,10 @@ from coprune.evaluation.extra_measurements import Extras, measures_anything, not
 from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against, require_one_task
 from coprune.evaluation.measurement import Closeness
-from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import measuring_recipe
 from coprune.report.folder import model_of
+from coprune.store.store import Store
 from coprune.sweeps.finished import models_to_compare
 
 
@@ -42,7 +42,7 @@ def compare(
             the first is the baseline.
         data: texts or images to measure on, as in `coprune.evaluate`.
         evaluations: the folder where evaluations are kept, so that nothing is measured twice; without it,
-            `~/.cache/coprune/evaluations`.
+            `~/.cache/coprune/store`.
         fresh: measure everything again, and keep nothing.
         quiet: no progress bars and lines on standard error.
         settings: as in `coprune.evaluate`.
@@ -55,23 +55,23 @@ def compare(
         NumericalError: a model's output is NaN.
     """
     named = [name for model in _names(models) for name in models_to_compare(model)]
-    cache = EvaluationCache(None if fresh else _folder(evaluations))
+    store = Store(None) if fresh else _store(evaluations)
     reporter = Reporter(quiet)
     with handed_over({"data": data, **settings}, None, "data") as asked, reporter.libraries():
         recipe = measuring_recipe(named[0] if named else "-", asked)
-        return compare_models(named, recipe, reporter, cache, model_of)
+        return compare_models(named, recipe, reporter, store, model_of)
 
 
-def _folder(evaluations: str | Path | None) -> Path:
-    """Return the folder of evaluations. Raises BadInput if it is a file or not writable."""
+def _store(evaluations: str | Path | None) -> Store:
+    """Return the store of evaluations. Raises BadInput if its folder is a file or not writable."""
     if evaluations is None:
-        return default_cache_folder()
+        return Store.of_user()
     folder = expand_home(evaluations)
     if folder.is_file():
         raise BadInput(f"{folder} is a file", field="evaluations", value=evaluations, fix="name a folder")
     if not folder.exists():
         require_usable(folder, "evaluations")
-    return folder
+    return Store(folder)
 
 
 def _names(models: Sequence[str | Path]) -> list[str]:
@@ -93,12 +93,12 @@ def compare_models(
     models: Sequence[str],
     recipe: Recipe,
     reporter: Reporter,
-    cache: EvaluationCache,
+    store: Store,
     model_of: Callable[[str], str] = str,
 ) -> Comparison:
     """Measure every model as the recipe says (its own model is not looked at) and compare each with the first.
 
-    models: as they were asked for; model_of: the folder, GGUF file or Hub id that such a name stands for. What the cache
+    models: as they were asked for; model_of: the folder, GGUF file or Hub id that such a name stands for. What the store
     holds is not measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
     """
     if len(models) < 2:
@@ -108,7 +108,7 @@ def compare_models(
         raise nothing_to_measure()
     found = [recipe.replaced(model=model_of(name)) for name in models]
     tasks = Extras.prepare(recipe).tasks
-    subjects = [Subject(one, cache, reporter, tasks) for one in found]
+    subjects = [Subject(one, store, reporter, tasks) for one in found]
     require_one_task(subjects)
     for subject, label in zip(subjects, labels_of([one.name for one in subjects]), strict=True):
         subject.label = label

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_text
 from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.run.checks import prepare_solver
+from coprune.store.claim import Claim, Taken
 from coprune.sweeps.events import Board, Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import Sweep
@@ -109,17 +108,14 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other sweeps out of the folder. Raises BadInput if one is at it."""
-    shared = folder / SHARED_FOLDER
-    shared.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(shared / "sweep.lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        claim = Claim(folder / SHARED_FOLDER / "sweep.lock")
+    except Taken:
         raise BadInput(f"another process is running the sweep in {folder}", fix="wait for its end") from None
     try:
         yield
     finally:
-        lock.release()
+        claim.close()
 
 
 _TICK = 0.25  # seconds between two looks for room that came about elsewhere

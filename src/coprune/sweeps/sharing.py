@@ -11,15 +11,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,7 +29,6 @@ from coprune.data import EvaluationText
 from coprune.evaluation.answers.answer_records import Answers
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.measurement import Measured, Perplexity
-from coprune.evaluation.result_cache import EvaluationCache
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
 from coprune.model.loaded_model import streams
@@ -45,6 +42,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.schema import installed_versions
 from coprune.run.context import Reuse, Run
 from coprune.run.memory_estimate import Estimate
+from coprune.store.store import Key, Store, key_of
 
 SHARED_FOLDER = ".shared"
 Tokens = TypeVar("Tokens")
@@ -52,7 +50,7 @@ _TEXTS_KEPT = 16
 
 
 class DenseFacts(BaseModel):
-    """Measurements of a dense model, and their time."""
+    """Measurements of a dense model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,17 +58,15 @@ class DenseFacts(BaseModel):
     zero_shot: ZeroShot | None
     text: str | None
     answers: Answers | None = None
-    seconds: float
 
 
 class KeptEstimate(BaseModel):
-    """An estimate, and how long it took to make."""
+    """An estimate of memory."""
 
     model_config = ConfigDict(frozen=True)
 
     estimate: Estimate | None
     """None for models of images."""
-    seconds: float
 
 
 @dataclass
@@ -93,6 +89,7 @@ class SweepReuse(Reuse):
         self.saved = Saved()
         self._recipe = recipe
         self._folder = folder / SHARED_FOLDER
+        self._store = Store(self._folder)
         self._texts = texts
 
     def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
@@ -110,24 +107,13 @@ class SweepReuse(Reuse):
         return tokens
 
     def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
-        kept, anew = self._kept_estimate(estimate)
-        if kept.estimate is None or anew:
-            return kept.estimate
+        key = estimate_key(self._recipe)
+        if (kept := self._store.find(key, KeptEstimate)) is None:
+            return self._store.get(key, KeptEstimate, lambda: KeptEstimate(estimate=estimate())).estimate
         self.saved.estimate += kept.seconds
         # The memory was checked before the run started.
-        return replace(kept.estimate, available_bytes=None)
-
-    def _kept_estimate(self, estimate: Callable[[], Estimate | None]) -> tuple[KeptEstimate, bool]:
-        """Return the estimate for runs like this one, and whether it is new."""
-        anew = False
-
-        def estimate_now() -> KeptEstimate:
-            nonlocal anew
-            anew, started = True, time.perf_counter()
-            return KeptEstimate(estimate=estimate(), seconds=time.perf_counter() - started)
-
-        key = estimate_key(self._recipe)
-        return EvaluationCache(self._folder).get(key, KeptEstimate, estimate_now), anew
+        found = kept.record.estimate
+        return None if found is None else replace(found, available_bytes=None)
 
     def dense(self, run: Run, measure: Callable[[], dict[str, Measured]]) -> dict[str, Measured]:
         extras = run.extras
@@ -141,18 +127,17 @@ class SweepReuse(Reuse):
 
         def measure_now() -> DenseFacts:
             nonlocal anew
-            started = time.perf_counter()
             anew = measure()
             perplexity = {name: one for name, one in anew.items() if isinstance(one, Perplexity)}
             zero_shot, text = extras.zero_shot.get("dense"), extras.texts.get("dense")
-            seconds, answers = time.perf_counter() - started, extras.look.dense
-            return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=answers, seconds=seconds)
+            return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=extras.look.dense)
 
         key = dense_key(run)
-        facts = EvaluationCache(self._folder).get(key, DenseFacts, measure_now)
+        facts = self._store.get(key, DenseFacts, measure_now)
         if anew is not None:
             return anew
-        self.saved.dense += facts.seconds
+        kept = self._store.find(key, DenseFacts)
+        self.saved.dense += 0.0 if kept is None else kept.seconds
         if facts.zero_shot is not None:
             extras.zero_shot["dense"] = facts.zero_shot
         if facts.text is not None:
@@ -166,7 +151,7 @@ class SweepReuse(Reuse):
             return {}
         key = statistics_key(run)
         store = StatisticsStore(run, self._folder, key, places)
-        with self._alone(key):
+        with self._store.claim(key):
             present = found = store.find()
             if len(found) < len(places):
                 store.gather(present, record)
@@ -176,25 +161,19 @@ class SweepReuse(Reuse):
         self.saved.statistics += sum(kept.seconds for kept in present.values())
         return {place: partial(kept.read, run.loaded.device) for place, kept in found.items()}
 
-    @contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
-        """Hold a lock so that one process measures and the others wait for its result; a killed process releases it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.lock"):
-            yield
-
 
 def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
     """Return a stored estimate for runs like this one, or None."""
-    return EvaluationCache(folder / SHARED_FOLDER).find(estimate_key(recipe), KeptEstimate)
+    found = Store(folder / SHARED_FOLDER).find(estimate_key(recipe), KeptEstimate)
+    return None if found is None else found.record
 
 
-def estimate_key(recipe: Recipe) -> str:
+def estimate_key(recipe: Recipe) -> Key:
     """Return the key of runs that take as much memory as this one."""
-    return json.dumps(recipe.deciding(Decides.COST), sort_keys=True, default=str)
+    return key_of("estimate", 3, **recipe.deciding(Decides.COST))
 
 
-def dense_key(run: Run) -> str:
+def dense_key(run: Run) -> Key:
     """Return the key of a dense model's measurements: its weights, the tokens, and everything that affects rounding."""
     texts = {n: data.fingerprint for n, data in run.data.items() if isinstance(data, EvaluationText)}
     names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
@@ -204,10 +183,10 @@ def dense_key(run: Run) -> str:
     recipe = run.recipe
     plan = plan_of(recipe.evaluate.answers, recipe.output.model is not None)
     settings["answers"] = None if plan is None else plan.prompts.fingerprint
-    return json.dumps(_computed(run) | settings | {"texts": texts}, sort_keys=True, default=str)
+    return key_of("dense", 3, texts=texts, **_computed(run), **settings)
 
 
-def statistics_key(run: Run) -> str:
+def statistics_key(run: Run) -> Key:
     """Return the key of the dense model's statistics: `dense_key`, and which matrices share which statistic."""
     model = run.model
     assert run.samples is not None
@@ -220,14 +199,13 @@ def statistics_key(run: Run) -> str:
         "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
         "outside": [matrix.name for matrix in model.chosen.outside],
     }
-    return json.dumps(_computed(run) | facts, sort_keys=True, default=str)
+    return key_of("statistics", 3, **_computed(run), **facts)
 
 
 def _computed(run: Run) -> dict[str, Any]:
     """Return the weights and the settings of their computation."""
     loaded, recipe = run.loaded, run.recipe
     return {
-        "model": recipe.model.name,
         "weights": loaded.fingerprint(run.model.every_block),
         "dtype": str(loaded.model.dtype),
         "device": str(loaded.device),
@@ -267,7 +245,7 @@ class StatisticsStore:
     folder: where they lie; key: names them; places: which of them the run needs.
     """
 
-    def __init__(self, run: Run, folder: Path, key: str, places: Sequence[str]) -> None:
+    def __init__(self, run: Run, folder: Path, key: Key, places: Sequence[str]) -> None:
         self._run = run
         self._folder = folder
         self._key = key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import tempfile
 import weakref
@@ -20,12 +19,13 @@ from coprune.evaluation.answers.answer_records import Along, Answered, Answers
 from coprune.evaluation.answers.questions import SEED, Plan, Questions
 from coprune.evaluation.batches import bootstrap_interval, inference_logits, slices
 from coprune.evaluation.closeness import log_probabilities, summed_kl
-from coprune.evaluation.result_cache import EvaluationCache, default_cache_folder, model_fingerprint
+from coprune.model.checkpoint.digest import model_digest
 from coprune.model.checkpoint.locate import locate
 from coprune.model.generation import Generation, generate
 from coprune.model.loaded_model import choose_device
 from coprune.model.walk.block_calls import forward_logits, input_device
 from coprune.recipe.parts import ModelPart
+from coprune.store.store import Key, Store, key_of
 
 _BATCH = 16
 
@@ -166,8 +166,8 @@ class KeptRows:
             yield torch.frombuffer(raw, dtype=dtype).view(shape)
 
 
-def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> str:
-    """Hash everything that determines answers, or measurements along them, except the batch size.
+def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> Key:
+    """Return the key of everything that determines answers, or measurements along them, except the batch size.
 
     Args:
         fingerprint: of the model's files, the tokenizer's among them.
@@ -176,7 +176,6 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
         more: what else decides what is kept.
     """
     facts = {
-        "what": "answers",
         "model": fingerprint,
         "dtype": asked.dtype,
         "device": choose_device(asked.device).type,  # "auto" is one of them, by another name
@@ -187,17 +186,16 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
         **more,
         "versions": [importlib.metadata.version(package) for package in ("torch", "transformers")],
     }
-    return json.dumps(facts, sort_keys=True)
+    return key_of("answers", 3, **facts)
 
 
 def kept_answers(model: ModelPart, plan: Plan, answer: Callable[[], Answers]) -> Answers:
-    """Return the answers of a model in files, from the user's cache or generated now.
+    """Return the answers of a model in files, from the user's store or generated now.
 
     Args:
         model: names the model.
         plan: what it is asked.
         answer: asks it.
     """
-    fingerprint = model_fingerprint(locate(model.name, model.cache_dir).path)
-    cache = EvaluationCache(default_cache_folder())
-    return cache.get(answers_key(fingerprint, model, plan), Answers, answer)
+    digest = model_digest(locate(model.name, model.cache_dir).path)
+    return Store.of_user().get(answers_key(digest, model, plan), Answers, answer)

@@ -17,8 +17,8 @@ from coprune.data import Windows
 from coprune.data.pairs import Pairs, begun, pair_fingerprint
 from coprune.data.speech import HINT, Recording, Recordings, read_recordings, waveform, word_errors
 from coprune.data.text import NOTHING, padded
+from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.measurement import Transcribed
-from coprune.evaluation.result_cache import plain_names
 from coprune.evaluation.tasks.pair_task import PairTask
 from coprune.evaluation.tasks.task import Data, Samples
 from coprune.model.checkpoint.load import evaluating, quiet_transformers

@@ -21,12 +21,12 @@ from coprune.data.mixture import length_of, marked, mixed, packed, reads_convers
 from coprune.data.text import a_longest, first_of_a_length, of_each_length
 from coprune.data.tokenizing import Tokenizes
 from coprune.data.windows import Sampling, TooShort, draw_samples
+from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos_choice import BosChoice, Score, choose_bos
 from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.evaluation.own_text import own_documents
 from coprune.evaluation.perplexity import perplexity, shared_perplexity, streamed_perplexity
-from coprune.evaluation.result_cache import plain_names
 from coprune.evaluation.tasks.task import Data, Remember, Samples
 from coprune.model.generation import positions_of
 from coprune.model.loaded_model import Loaded

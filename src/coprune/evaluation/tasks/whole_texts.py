@@ -25,11 +25,11 @@ from coprune.data import EvaluationText, Windows
 from coprune.data.labelled_text import HINT, LabelledText, LabelledTexts, labelled_texts
 from coprune.data.marks import Marks
 from coprune.data.text import NOTHING
+from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.batches import batches, cut_windows, default_batch_size, inference_logits, slices
 from coprune.evaluation.bos_choice import BosChoice, Score
 from coprune.evaluation.measurement import Accuracy, Embedded, Perplexity
 from coprune.evaluation.perplexity import aggregate
-from coprune.evaluation.result_cache import plain_names
 from coprune.evaluation.tasks.image_task import aggregate_accuracy, rank_classes
 from coprune.evaluation.tasks.task import Data, Remember, Samples
 from coprune.evaluation.tasks.text_task import TextTask

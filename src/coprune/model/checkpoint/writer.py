@@ -7,13 +7,11 @@ checksums run in the background. In the end the parts are the checkpoint's shard
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +38,7 @@ from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
 from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries, read_tensor
+from coprune.store.claim import Claim, Taken
 
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
@@ -99,16 +98,12 @@ class CheckpointWriter:
 
     def _lock(self) -> None:
         """Keep other processes out of the unfinished folder for as long as this one lives, however it ends."""
-        lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT)
-        weakref.finalize(self, os.close, lock)
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            self._claimed = Claim(self.partial / _LOCK)
+        except Taken:
             raise BadInput(
                 f"another run is writing {self.folder}", fix="wait for its end, or choose another name"
             ) from None
-        except OSError:
-            return  # a file system that has no locks
 
     def _require_space(self, total_bytes: int) -> None:
         # Joining needs the parts and the joined file at the same time.

@@ -1,95 +1,17 @@
-"""Evaluations that were done already, kept by content: what was measured, of which weights, on what.
-
-Each is one small file named by a hash of its key. A model is named by the bytes of its files, a local text by those of
-its, so that nothing is looked up that has changed since. Files that cannot be read are measured again.
-"""
+"""The evaluation texts of a request: names with settings of their own, and what a local text holds."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
-from filelock import FileLock
-from pydantic import BaseModel, ValidationError
-
-from coprune.base.environment import user_cache
 from coprune.base.errors import BadInput, about, unknown_name
-from coprune.base.files import write_text
 from coprune.base.words import Command, Set, Setting
 from coprune.data.local_text import files_of, looks_local, split_column
+from coprune.model.checkpoint.digest import digest_of_files
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import exists
-
-Kept = TypeVar("Kept", bound=BaseModel)
-
-# Raised whenever a measurement is done differently, so that older ones are not taken for it.
-_GENERATION = 2
-_WEIGHTS = ("*.safetensors", "*.gguf")
-# What else decides a model's outputs: its configuration and how it cuts text into tokens.
-_OTHERS = ("*.json", "*.model", "*.txt", "*.jinja")
-_NOTES = ("report.json", "finetune.json", "distributions.json")
-
-
-class EvaluationCache:
-    """A folder of evaluations; None keeps nothing."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-
-    def find(self, key: str, kind: type[Kept]) -> Kept | None:
-        """Return what is kept under a key; None if nothing is."""
-        if self._folder is None:
-            return None
-        try:
-            return kind.model_validate_json(_file_of(self._folder, key).read_text(encoding="utf-8"))
-        except (OSError, ValidationError):
-            return None
-
-    def get(self, key: str, kind: type[Kept], measure: Callable[[], Kept]) -> Kept:
-        """Return what is kept under a key, or else measure and keep it.
-
-        Of several processes one measures, and the others wait for what it finds. A killed one lets go.
-        """
-        if self._folder is None:
-            return measure()
-        if (kept := self.find(key, kind)) is not None:
-            return kept
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = _file_of(self._folder, key)
-        with FileLock(file.with_suffix(".lock")):
-            # Another process may have measured it by now.
-            if (kept := self.find(key, kind)) is not None:
-                return kept
-            found = measure()
-            write_text(file, found.model_dump_json() + "\n")
-            return found
-
-
-def _file_of(folder: Path, key: str) -> Path:
-    return folder / f"{hashlib.sha256(f'{_GENERATION} {key}'.encode()).hexdigest()[:32]}.json"
-
-
-def default_cache_folder() -> Path:
-    """Return `coprune/evaluations` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return user_cache() / "evaluations"
-
-
-def model_fingerprint(path: Path) -> str:
-    """Hash a model's files: a GGUF file, or a folder's weights, configuration and tokenizer; 32 hex digits."""
-    if path.is_file():
-        return _digest([path])
-    files = [file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES]
-    return _digest(sorted(files))
-
-
-def bytes_of_weights(path: Path) -> int:
-    """Return the size of a model's weight files."""
-    files = [path] if path.is_file() else [file for pattern in _WEIGHTS for file in path.glob(pattern)]
-    return sum(file.stat().st_size for file in files)
 
 
 def require_texts(texts: Iterable[Text]) -> None:
@@ -105,17 +27,7 @@ def text_fingerprint(name: str) -> str:
     if not looks_local(name):
         return name
     path, column = split_column(name)
-    return f"{_digest(files_of(path))} {column or ''}"
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            while part := stream.read(2**22):
-                digest.update(part)
-    return digest.hexdigest()
+    return f"{digest_of_files(files_of(path))} {column or ''}"
 
 
 # What a text may have of its own, and the setting of a recipe that it takes the place of.

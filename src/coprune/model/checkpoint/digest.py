@@ -1,0 +1,53 @@
+"""Digests of a model's files: what it is, whatever it is called and wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from coprune.model.checkpoint.locate import Location
+
+_WEIGHTS = ("*.safetensors", "*.gguf")
+_OTHERS = ("*.json", "*.model", "*.txt", "*.jinja")
+"""What else decides a model's outputs: its configuration and how it cuts text into tokens."""
+_NOTES = ("report.json", "finetune.json", "distributions.json")
+"""Reports beside a model, which decide nothing of it."""
+
+
+def source_digest(location: Location) -> str:
+    """Return the digest of a located model; see `model_digest`."""
+    return model_digest(location.path)
+
+
+def model_digest(path: Path) -> str:
+    """Return the digest of all that decides a model's outputs.
+
+    Every byte is read: about half a second for a gigabyte that the system holds in memory already.
+
+    Args:
+        path: a GGUF file, or a folder with weights, configuration and tokenizer.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    if path.is_file():
+        return digest_of_files([path])
+    files = [file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES]
+    return digest_of_files(sorted(files))
+
+
+def digest_of_files(files: Iterable[Path]) -> str:
+    """Return the digest of files' names and contents, in the order given; 32 hexadecimal digits."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            own = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole.update(f"{file.name} {own}\n".encode())
+    return whole.hexdigest()[:32]
+
+
+def bytes_of_weights(path: Path) -> int:
+    """Return the size of a model's weight files."""
+    files = [path] if path.is_file() else [file for pattern in _WEIGHTS for file in path.glob(pattern)]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,1 @@
+"""Results that are found again: keys made of contents, claims on work, notes of what is finished."""

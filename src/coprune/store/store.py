@@ -1,0 +1,102 @@
+"""The store: a folder of results, each found by a key that is made of everything that decides it.
+
+A key holds contents (digests of files, values of settings), never names, so that nothing is found that has changed since.
+A result is complete when its record is there. Of several processes that want the same one does the work and the others
+wait; a killed one lets go, and what it left in the result's own folder is there for the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from coprune.base.environment import user_cache
+from coprune.store.claim import claimed
+from coprune.store.notes import Note, Record, read_note, write_note
+
+
+@dataclass(frozen=True)
+class Key:
+    """Identifies a result by what was done and by everything that decides what came of it."""
+
+    step: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.step}-{self.digest}"
+
+
+def key_of(step: str, version: int, /, **contents: Any) -> Key:
+    """Return the key of a result.
+
+    Args:
+        step: what is done, which begins the names of the result's files.
+        version: raised whenever the step is done differently, so that earlier results are not found any more.
+        contents: what decides the result: settings, and digests of models and texts; written as JSON.
+    """
+    said = json.dumps([step, version, contents], sort_keys=True, default=str)
+    return Key(step, hashlib.sha256(said.encode()).hexdigest()[:32])
+
+
+class Store:
+    """A folder of results. None keeps nothing: everything is done anew."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    @classmethod
+    def of_user(cls) -> Store:
+        """Return the user's own store, in the cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+        return cls(user_cache() / "store")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether results are kept."""
+        return self._folder is not None
+
+    def find(self, key: Key, kind: type[Record]) -> Note[Record] | None:
+        """Return a complete result with the seconds that it took; None if there is none."""
+        return None if self._folder is None else read_note(self._record(key), kind)
+
+    def get(self, key: Key, kind: type[Record], make: Callable[[], Record]) -> Record:
+        """Return a complete result, made now if there is none; an error of `make` leaves nothing."""
+        if (found := self.find(key, kind)) is not None:
+            return found.record
+        with self.claim(key):
+            if (found := self.find(key, kind)) is not None:  # another process made it meanwhile
+                return found.record
+            started = time.perf_counter()
+            record = make()
+            self.complete(key, record, time.perf_counter() - started)
+            return record
+
+    @contextmanager
+    def claim(self, key: Key) -> Iterator[None]:
+        """Hold the claim on a result, for one that is not made by one call; wait for whoever holds it."""
+        if self._folder is None:
+            yield
+            return
+        with claimed(self._folder / f"{key}.lock"):
+            yield
+
+    def complete(self, key: Key, record: BaseModel, seconds: float = 0.0) -> None:
+        """Keep a result. Files in its folder have to be on the disk by now."""
+        if self._folder is not None:
+            write_note(self._record(key), record, seconds)
+
+    def forget(self, key: Key) -> None:
+        """Remove a result's record, so that it is made again."""
+        if self._folder is not None:
+            self._record(key).unlink(missing_ok=True)
+
+    def _record(self, key: Key) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{key}.json"

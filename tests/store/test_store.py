@@ -1,0 +1,168 @@
+"""The store between processes: one does the work, the others wait and read; a killed one is in nobody's way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from coprune.store.claim import Claim, Taken
+from coprune.store.store import Store, key_of
+from support.forking import forked
+
+KEY = key_of("measure", 1, model="digest of a model")
+
+
+class Found(BaseModel):
+    by: str
+
+
+def begin(folder: Path, name: str, seconds: float) -> int:
+    """Ask for the same entry in a child, which takes so long to measure it, and says when it begins and what it got."""
+
+    def measure() -> Found:
+        (folder / f"{name}.begun").touch()
+        time.sleep(seconds)
+        return Found(by=name)
+
+    def ask() -> None:
+        found = Store(folder / "kept").get(KEY, Found, measure)
+        (folder / f"{name}.got").write_text(found.by)
+
+    return forked(ask)
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} never came"
+        time.sleep(0.005)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_the_second_waits_and_reads(tmp_path: Path) -> None:
+    first = begin(tmp_path, "first", 0.3)
+    wait_for(tmp_path / "first.begun")
+    second = begin(tmp_path, "second", 0.0)
+    assert [ended(first), ended(second)] == [0, 0]
+    assert (tmp_path / "second.got").read_text() == (tmp_path / "first.got").read_text() == "first"
+    assert not (tmp_path / "second.begun").exists()
+    # Another entry is nobody's to wait for, and what failed leaves nothing.
+    store, other = Store(tmp_path / "kept"), key_of("measure", 1, model="another digest")
+    assert store.find(other, Found) is None
+    with pytest.raises(ZeroDivisionError):
+        store.get(other, Found, lambda: Found(by=str(1 / 0)))
+    assert store.get(other, Found, lambda: Found(by="me")).by == "me"
+    assert Store(None).find(KEY, Found) is None
+
+
+def test_a_killed_process_lets_go(tmp_path: Path) -> None:
+    first = begin(tmp_path, "first", 60)
+    wait_for(tmp_path / "first.begun")
+    second = begin(tmp_path, "second", 0.0)
+    time.sleep(0.1)
+    assert not (tmp_path / "second.begun").exists()
+    os.kill(first, signal.SIGKILL)
+    assert ended(first) == -signal.SIGKILL
+    assert ended(second) == 0
+    assert (tmp_path / "second.got").read_text() == "second"
+
+
+def note_of(folder: Path) -> Path:
+    (file,) = folder.glob("*.json")
+    return file
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"me"', '"forged"'),
+        lambda text: "",
+        lambda text: "no checksum",
+        lambda text: text.replace("\n", "\n ", 1),
+    ],
+    ids=["cut short", "forged", "empty", "garbage", "shifted"],
+)
+def test_a_damaged_record_is_made_again(tmp_path: Path, damage: Callable[[str], str]) -> None:
+    store = Store(tmp_path)
+    store.get(KEY, Found, lambda: Found(by="me"))
+    note = note_of(tmp_path)
+    note.write_text(damage(note.read_text()))
+    assert store.find(KEY, Found) is None
+    assert store.get(KEY, Found, lambda: Found(by="again")).by == "again"
+
+
+def test_a_record_of_another_kind_is_none(tmp_path: Path) -> None:
+    class Other(BaseModel):
+        number: int
+
+    store = Store(tmp_path)
+    store.complete(KEY, Other(number=1))
+    assert store.find(KEY, Found) is None
+
+
+def test_a_key_holds_everything_that_decides() -> None:
+    same = key_of("measure", 1, model="a", text="b")
+    assert same == key_of("measure", 1, text="b", model="a")
+    others = [
+        key_of("measure", 2, model="a", text="b"),
+        key_of("answer", 1, model="a", text="b"),
+        key_of("measure", 1, model="c", text="b"),
+        key_of("measure", 1, model="a"),
+    ]
+    assert len({same, *others}) == 5
+
+
+def test_the_seconds_of_the_work_are_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def slowly() -> Found:
+        time.sleep(0.02)
+        return Found(by="me")
+
+    store.get(KEY, Found, slowly)
+    found = store.find(KEY, Found)
+    assert found is not None
+    assert 0.02 <= found.seconds < 5
+
+
+def test_a_claim_of_another_process_is_refused_and_of_this_one_taken_over(tmp_path: Path) -> None:
+    file = tmp_path / "running.lock"
+
+    def hold() -> None:
+        held = Claim(file)
+        (tmp_path / "held").touch()
+        time.sleep(60)
+        held.close()
+
+    other = forked(hold)
+    wait_for(tmp_path / "held")
+    with pytest.raises(Taken):
+        Claim(file)
+    os.kill(other, signal.SIGKILL)
+    assert ended(other) == -signal.SIGKILL
+    first = Claim(file)
+    second = Claim(file)
+    first.close()  # which holds nothing any more
+    child = forked(lambda: (tmp_path / "refused").touch() if refused(file) else None)
+    assert ended(child) == 0
+    assert (tmp_path / "refused").exists()
+    second.close()
+    Claim(file).close()
+
+
+def refused(file: Path) -> bool:
+    try:
+        Claim(file)
+    except Taken:
+        return True
+    return False
