@@ -20,10 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from coprune.recipe.command import command_of
 from coprune.report.schema import Report
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import Ledger, command_of
+from coprune.sweeps.finished import Ledger
 
 
 def main() -> None:

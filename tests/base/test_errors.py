@@ -13,7 +13,7 @@ import coprune
 from coprune.base import errors
 from coprune.base.errors import BadInput, CopruneError, NumericalError, unknown_name
 from coprune.base.words import Command, LeaveOut, Set, Setting, say, speaking
-from coprune.commands.table import CommandLine
+from coprune.recipe.flags import CommandLine
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, CopruneError)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import coprune
-from coprune.commands.table import CommandLine
+from coprune.recipe.flags import CommandLine
 from support.bad_inputs import make_place, read_cases, says
 from support.commands import run_command
 

@@ -62,7 +62,7 @@ def test_what_is_no_option_is_refused(text: str, message: str) -> None:
 
 names = st.from_regex(r"[a-z][a-z0-9_]*", fullmatch=True)
 words = st.from_regex(r"[a-z0-9.+-]+|true|null|no", fullmatch=True)
-values = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.none(), words)
+values = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.none(), words, st.text("ab ,='"))
 
 
 @given(names, st.dictionaries(names, values, max_size=3))

@@ -100,6 +100,10 @@ def test_what_decides(what: Decides, free: set[str]) -> None:
     assert set(FIELDS) - set(make_recipe({"model": "m"}).deciding(what)) == free
 
 
+def test_an_empty_train_in_a_file_says_nothing() -> None:
+    assert make_recipe({"model": "pico", "preset": "fast", "train": None}).train.mode is None
+
+
 def test_what_decides_a_training() -> None:
     free = {name for name, (word, _) in TRAINING.items() if not decided_by(FIELDS[word]) & Decides.RESULT}
     assert free == FREE_TO_RESUME_TRAINING

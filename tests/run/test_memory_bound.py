@@ -17,7 +17,6 @@ import coprune
 from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
-from coprune.commands.table import CommandLine
 from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import Matrix
 from coprune.model.walk.activations import DeviceRoom
@@ -28,6 +27,7 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.pruning.refine import refinement_named
 from coprune.recipe.choice import Choice
+from coprune.recipe.flags import CommandLine
 from coprune.recipe.pattern import NM, Target
 from coprune.run import memory_bound
 from coprune.run.memory_bound import Shapes

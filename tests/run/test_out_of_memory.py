@@ -17,10 +17,10 @@ import coprune
 from coprune.base.files import sync
 from coprune.base.progress import Reporter
 from coprune.base.words import say
-from coprune.commands.table import CommandLine
 from coprune.model.blocks import Block
 from coprune.model.walk.recording import Recording
 from coprune.pruning import pruner
+from coprune.recipe.flags import CommandLine
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run import stages
 from coprune.run.stages import less_memory, run_recipe

@@ -12,12 +12,13 @@ import yaml
 
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
+from coprune.recipe.command import command_of
 from coprune.recipe.outcome import OutputPart
 from coprune.recipe.parts import ReconstructPart
-from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.recipe import make_recipe
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import command_of, sweep_command
+from coprune.sweeps.finished import sweep_command
 from coprune.sweeps.sweep import SWEEPS, sweep_of_script
 from support.commands import run_command
 from support.expanded import PLAIN, names, runs_of
@@ -317,24 +318,6 @@ def test_a_file_without_a_folder_gets_one_of_its_name(tmp_path: Path) -> None:
     assert Sweep.read(tmp_path / "mine.yaml").folder == Path("out/mine")
 
 
-def test_the_command_of_a_run_makes_that_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = runs_of(method="sparsegpt", options={"block_size": 64}, refine=["refit"], evaluate=False, seqlen=64)[
-        0
-    ].recipe
-    words = shlex.split(command_of(recipe))
-    understood: list[Recipe] = []
-
-    def stop(recipe: Recipe, **others: Any) -> None:
-        understood.append(recipe)
-        raise BadInput("understood")
-
-    monkeypatch.setattr("coprune.run.stages.run_recipe", stop)
-    assert run_command(words[1:], monkeypatch, capsys).code == 2
-    assert understood == [recipe]
-
-
 def test_the_command_of_a_sweep_finds_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,7 +337,7 @@ def test_a_dry_run_lists_commands_and_touches_nothing(
     ended = run_command(["sweep", "table.yaml", "--dry-run", "--nsamples", "4"], monkeypatch, capsys)
     assert ended.code == 0, ended.err
     assert ended.out.splitlines() == [
-        "coprune prune pico --nsamples 4 --save out/table/wanda",
+        "coprune prune pico --method wanda --nsamples 4 --save out/table/wanda",
         "coprune prune pico --method magnitude --nsamples 4 --save out/table/magnitude",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["table.yaml"]

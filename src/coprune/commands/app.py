@@ -23,8 +23,9 @@ from coprune.base.environment import quieten_tokenizers, rank, require_posix, wo
 from coprune.base.errors import BadInput, CopruneError, is_panic
 from coprune.base.words import ended, speaking
 from coprune.commands.grouped import WIDEST
-from coprune.commands.table import CommandLine, Commands
+from coprune.commands.table import Commands
 from coprune.commands.terminal import tell
+from coprune.recipe.flags import CommandLine
 from coprune.recipe.retired import retired
 
 app = typer.Typer(

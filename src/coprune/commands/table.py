@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from importlib import import_module
@@ -13,9 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from coprune.base.environment import expand_home
-from coprune.base.words import Face, Set
 from coprune.commands.grouped import GroupedCommand
-from coprune.recipe.flags import flags_of
+from coprune.recipe.flags import CALLED
 
 COMMANDS: dict[str, str] = {
     "prune": "Prune a model, measure what that did, and save it.",
@@ -38,8 +36,6 @@ COMMANDS: dict[str, str] = {
     "bench": "Measure how fast models are on this machine.",
 }
 """Every command, with its summary in one line of a narrow terminal. Its function is in the file of its name."""
-CALLED = {"evaluate": "eval"}
-"""Commands that are not called like their function, which is that of Python's face too."""
 
 
 def command_named(name: str) -> Callable[..., None]:
@@ -100,33 +96,3 @@ class Commands(TyperGroup):
         """Write the table."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
-
-
-class CommandLine(Face):
-    """Settings are flags, calls are commands."""
-
-    between = " "
-
-    def __init__(self, command: str = "prune") -> None:
-        """Speak to whoever typed a command, whose flags are named."""
-        self._trains = command == "finetune"
-
-    def name(self, setting: str) -> str:
-        return flags_of(setting, self._trains)[0].partition("/")[0]
-
-    def setting(self, name: str) -> str:
-        return self.name(name)
-
-    def set(self, name: str, value: Any) -> str:
-        yes, _, no = flags_of(name, self._trains)[0].partition("/")
-        if isinstance(value, bool):
-            return yes if value else no or f"no {yes}"
-        return f"{yes} {_word(value)}"
-
-    def command(self, name: str, parts: tuple[str | Path | Set, ...]) -> str:
-        said = [part.said_in(self) if isinstance(part, Set) else _word(part) for part in parts]
-        return " ".join(["coprune", CALLED.get(name, name), *said])
-
-
-def _word(value: Any) -> str:
-    return "…" if value is ... else shlex.quote(str(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Self
@@ -16,6 +17,9 @@ _WORDS: dict[str, Scalar] = {
     "true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "~": None,
 }  # fmt: skip
 
+# What follows a comma, up to the next one that is not within the quotes of a value.
+_OPTION = re.compile(r""",((?:=\s*'[^']*'|=\s*"[^"]*"|[^,])*)""")
+
 
 def read_named(text: str) -> tuple[str, dict[str, Scalar]]:
     """Split `name:key=value,…` into the name and its options.
@@ -25,7 +29,7 @@ def read_named(text: str) -> tuple[str, dict[str, Scalar]]:
     """
     name, colon, written = text.partition(":")
     options: dict[str, Scalar] = {}
-    for part in written.split(",") if colon else ():
+    for part in _OPTION.findall(f",{written}") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not key:
             raise BadInput(
@@ -82,7 +86,8 @@ def write_named(name: str, options: Mapping[str, Scalar]) -> str:
 def write_scalar(value: Scalar) -> str:
     """Write a value as `read_scalar` reads it."""
     if isinstance(value, str):
-        return value if read_scalar(value) == value else f"'{value}'"
+        plain = value and read_scalar(value) == value and not set(value) & set(",'\"") and value == value.strip()
+        return value if plain else f'"{value}"' if "'" in value else f"'{value}'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,6 +1,12 @@
-"""A setting as options of the command line: its flags. Nothing at all is imported here."""
+"""Settings and calls on the command line: flags and commands. Nothing heavy is imported here."""
 
 from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from coprune.base.words import Face, Set
 
 # The Wanda repository's names of options, and short forms. Every other option is named like its setting.
 _FLAGS: dict[str, list[str]] = {
@@ -22,6 +28,7 @@ _FLAGS: dict[str, list[str]] = {
     "stream": ["--stream/--no-stream"],
     "check_memory": ["--check-memory/--no-check-memory"],
     "masked": ["--masked/--no-masked"],
+    "finetune_masked": ["--finetune-masked/--no-finetune-masked"],
     "permute": ["--permute/--no-permute"],
     "rotate": ["--rotate/--no-rotate"],
 }
@@ -51,3 +58,39 @@ def flags_of(setting: str, in_training: bool = False) -> list[str]:
     """Return the flags of a setting's option, its own first. in_training: whether they are of `coprune finetune`."""
     known = _FLAGS | _FLAGS_OF_TRAINING if in_training else _FLAGS
     return known.get(setting, [f"--{setting.replace('_', '-')}"])
+
+
+CALLED = {"evaluate": "eval"}
+"""Commands that are not called like their function in Python."""
+
+
+class CommandLine(Face):
+    """Settings are flags, calls are commands."""
+
+    between = " "
+
+    def __init__(self, command: str = "prune") -> None:
+        """Speak to whoever typed a command, whose flags are named."""
+        self._trains = command == "finetune"
+
+    def name(self, setting: str) -> str:
+        return flags_of(setting, self._trains)[0].partition("/")[0]
+
+    def setting(self, name: str) -> str:
+        return self.name(name)
+
+    def set(self, name: str, value: Any) -> str:
+        yes, _, no = flags_of(name, self._trains)[0].partition("/")
+        if isinstance(value, bool):
+            return yes if value else no or f"no {yes}"
+        # What begins with a dash would be taken for another flag.
+        return f"{yes}{'=' if str(value).startswith('-') else ' '}{_word(value)}"
+
+    def command(self, name: str, parts: tuple[str | Path | Set, ...]) -> str:
+        own = CommandLine(name)
+        said = [part.said_in(own) if isinstance(part, Set) else _word(part) for part in parts]
+        return " ".join(["coprune", CALLED.get(name, name), *said])
+
+
+def _word(value: Any) -> str:
+    return "…" if value is ... else shlex.quote(str(value))

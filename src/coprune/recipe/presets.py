@@ -137,7 +137,8 @@ def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
         BadInput: there is no such preset, or a setting is unknown or given twice.
     """
     preset, train = settings.get(PRESET), way_said(settings)
-    said = {name: value for name, value in settings.items() if name != PRESET and (name != TRAIN or train is None)}
+    own = (PRESET, *([] if isinstance(settings.get(TRAIN), Mapping | BaseModel) else [TRAIN]))
+    said = {name: value for name, value in settings.items() if name not in own}
     if preset is None and train is not None:
         alone = "train is an option of presets, and no preset is named"
         raise BadInput(alone, field=TRAIN, value=train, fix=("add ", Set(PRESET, BARE)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from coprune.base.words import Command, Set, per_cent
 from coprune.evaluation.zero_shot import MAIN_METRIC, shown
 from coprune.model.checkpoint.digest import bytes_of_weights
 from coprune.packed.bench import Bench, Row
+from coprune.recipe.command import command_of
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.html import copyable, header, name_of, of_several, page, section, table, text
 from coprune.report.links import PAGE_FILE, links_of_run, target
@@ -62,7 +63,6 @@ class Top:
     title: str
     made: str = ""
     tables: Sequence[str] = ()
-    commands: Mapping[str, str] | None = None
 
 
 def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
@@ -103,7 +103,7 @@ def runs_page(runs: Sequence[Run], top: Top | None = None, beside: Path | None =
     for images, count in sets.most_common():
         said = f"{images[2]:,} images, {count} of {len(runs)} runs; higher is better."
         parts += fronts(f"Top-1 accuracy on {images[0]}", said, _of_images(runs, images), less=False)
-    parts += [_table(runs, sorted(texts), list(sets), beside), _commands(runs, top.commands)]
+    parts += [_table(runs, sorted(texts), list(sets), beside), _commands(runs)]
     return page(top.title, "\n".join(parts))
 
 
@@ -184,14 +184,10 @@ def _top1(run: Run, on: _Images) -> str:
     return f"{100 * facts.pruned_top1:.2f}" + (f" → {100 * tuned[facts.data]:.2f}" if facts.data in tuned else "")
 
 
-def _commands(runs: Sequence[Run], given: Mapping[str, str] | None) -> str:
-    """Return the command of every run."""
-    own = {run.name: run.report.made.command for run in runs if run.report.made is not None}
-    known = [(run.name, command) for run in runs if (command := (given or own).get(run.name))]
-    if not known:
-        return ""
-    lines = "\n\n".join(f"# {name}\n{command}" for name, command in known)
-    return section("Commands", copyable("commands", lines), note="Each repeats one run.")
+def _commands(runs: Sequence[Run]) -> str:
+    """Return the command of every run but those that were handed Python objects."""
+    lines = [f"# {run.name}\n{command_of(run.report.recipe)}" for run in runs if not run.report.recipe.given]
+    return section("Commands", copyable("commands", "\n\n".join(lines)), note="Each repeats one run.") if lines else ""
 
 
 BENCH_FILE = "bench.json"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ValidationError
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
-from coprune.base.words import Command, Setting, duration
-from coprune.recipe.choice import write_scalar
-from coprune.recipe.flags import flags_of
-from coprune.recipe.recipe import DEFAULTS, Recipe
+from coprune.base.words import Command, Setting, duration, say
+from coprune.recipe.flags import CommandLine
+from coprune.recipe.recipe import Recipe
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
@@ -154,28 +152,6 @@ class Ledger(BaseModel):
         return f"{told} Taken over from other runs instead of done again: {', '.join(parts)}." if parts else told
 
 
-def command_of(recipe: Recipe) -> str:
-    """Return `coprune prune …` with every non-default setting, quoted for a shell."""
-    words = ["coprune", "prune", recipe.model.name]
-    for name, value in recipe.flat().items():
-        if name not in ("model", "options") and value != DEFAULTS[name]:
-            words += _option(name, value)
-        elif name == "options":
-            for option, chosen in value.items():
-                words += [f"--{option.replace('_', '-')}", write_scalar(chosen)]
-    return shlex.join(words)
-
-
 def sweep_command(folder: Path) -> str:
     """Return `coprune sweep …` for a sweep's folder, which resumes it, quoted for a shell."""
-    return shlex.join(["coprune", "sweep", str(folder / SWEEP_FILE)])
-
-
-def _option(name: str, value: Any) -> list[str]:
-    flag = flags_of(name)[0]
-    if isinstance(value, bool):
-        yes, _, no = flag.partition("/")
-        return [yes if value else no]
-    if isinstance(value, tuple):
-        return [word for one in value for word in (flag, str(one))]
-    return [flag, str(value)]
+    return say(Command("sweep", folder / SWEEP_FILE), CommandLine())

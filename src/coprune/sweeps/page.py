@@ -9,7 +9,7 @@ from coprune.report.html import copyable, section
 from coprune.report.html import table as html_table
 from coprune.report.links import PAGE_FILE, link_back
 from coprune.report.several import Run, Top, runs_page
-from coprune.sweeps.finished import command_of, read_finished, sweep_command
+from coprune.sweeps.finished import read_finished, sweep_command
 from coprune.sweeps.table import PaperTable, paper_tables
 
 
@@ -27,7 +27,6 @@ def write_sweep_page(folder: Path, path: Path | None = None) -> None:
         title=f"{name}: {done} runs",
         made=copyable("command", sweep_command(folder)),
         tables=[_section(table) for table in paper_tables(sweep, runs, reports)],
-        commands={run.name: command_of(run.recipe) for run in runs},
     )
     found = [Run.read(folder / one, one) for one in reports]
     write_text(page, runs_page(found, top, page.parent))

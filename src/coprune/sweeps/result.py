@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from coprune.base.errors import CopruneError
 from coprune.base.words import Sheet, Shown, per_cent
+from coprune.recipe.command import command_of
 from coprune.report.schema import Report
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import Ledger, command_of
+from coprune.sweeps.finished import Ledger
 from coprune.sweeps.results import FAILURES
 from coprune.sweeps.table import perplexity_of, top1_of
 

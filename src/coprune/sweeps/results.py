@@ -17,11 +17,12 @@ from rich.text import Text
 
 from coprune.base.files import write_durably, write_text
 from coprune.base.words import printable
+from coprune.recipe.command import command_of
 from coprune.recipe.flat import PRESET
 from coprune.report.schema import Report
 from coprune.sweeps.expand import Run, varied
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import Ledger, command_of, sweep_command
+from coprune.sweeps.finished import Ledger, sweep_command
 from coprune.sweeps.page import write_sweep_page
 from coprune.sweeps.table import markdown, paper_tables, perplexity_of, tasks_of, top1_of
 
