@@ -307,12 +307,13 @@ def test_a_journal_of_other_data_is_refused(place: Path, half_done: Left, tmp_pa
 
 @pytest.mark.parametrize("name", ["wanda", "wanda in memory"])
 @pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.2.mlp.down_proj"])
-def test_a_journal_of_another_model_is_refused(
-    part: str, name: str, place: Path, half_done: Left, tmp_path: Path
+@pytest.mark.parametrize("value", [0, 150])
+def test_a_single_changed_weight_between_kill_and_resume_is_noticed(
+    value: int, part: str, name: str, place: Path, half_done: Left, tmp_path: Path
 ) -> None:
     half_done(name)
     model = pico_model("llama")
-    model.get_parameter(f"{part}.weight")[0, 0] += 1
+    model.get_parameter(f"{part}.weight").view(-1)[value] += 1
     other = tmp_path / "other" / "llama"
     save(model, other)
     (place / "llama").rename(place / "own")

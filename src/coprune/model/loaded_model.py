@@ -25,7 +25,7 @@ from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, hol
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.names import counted_kinds
 from coprune.model.checkpoint.source import Source
-from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.checkpoint.weights import InMemory, Weights, bytes_in
 from coprune.model.leftovers import NotLoaded
 from coprune.model.room import require_room, room_on
 from coprune.model.walk.activations import GIB
@@ -102,14 +102,14 @@ class Loaded:
         return [NotLoaded(kind, count) for kind, count in counted_kinds(self.weights.carried_entries)]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
-        """Hash the weights: those outside the blocks, and pieces of every tensor inside; 16 hex digits."""
+        """Hash all weights, each byte of them; 16 hex digits."""
         digest = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in self.model.named_parameters()]).encode())
         for name, tensor in sorted(self.weights.rest_tensors([block.name for block in blocks]).items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(bytes_in(tensor))
         for block in blocks:
-            for name, pieces in sorted(self.weights.pieces(block.name).items()):
-                digest.update(name.encode() + pieces)
+            for name, content in sorted(self.weights.digests(block.name).items()):
+                digest.update(name.encode() + content)
         return digest.hexdigest()[:16]
 
 

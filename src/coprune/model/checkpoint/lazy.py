@@ -5,6 +5,7 @@ The memory in use is what the acquired blocks need, whatever the size of the fil
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_ahead, read_entries, read_tensor, stored_entries
 from coprune.model.checkpoint.source import FLOATS, Source
 from coprune.model.checkpoint.source_encoding import source_encoding
-from coprune.model.checkpoint.weights import Uncut, piece_places
+from coprune.model.checkpoint.weights import Uncut
 from coprune.model.transformers_private import (
     build,
     computed_parameters,
@@ -41,6 +42,8 @@ from coprune.recipe.pattern import Grid
 
 SHARE = 8
 """A block is fetched beside another only if it takes no more than this part of what is free on the device."""
+_AT_ONCE = 1 << 24
+"""Bytes of a file that are read at once to hash it."""
 
 
 def has_room(nbytes: int, device: torch.device) -> bool:
@@ -308,19 +311,10 @@ class LazyCheckpoint:
         """Return a block's values under the checkpoint's names and in its layout."""
         return self.source.conversion.revert(self.source.below(prefix), state)
 
-    def pieces(self, prefix: str) -> dict[str, bytes]:
-        """Read a few bytes of every tensor of a block from the files."""
+    def digests(self, prefix: str) -> dict[str, bytes]:
+        """Return the SHA-256 of every tensor of a block in the files."""
         names = [name for group in self.source.below(prefix) for name in group.originals]
-        return {name: self._read_pieces(self._entries[name]) for name in names}
-
-    def _read_pieces(self, entry: TensorEntry) -> bytes:
-        found = b""
-        for stored in entry.stored:
-            with stored.file.open("rb") as stream:
-                for place in piece_places(stored.nbytes):
-                    stream.seek(stored.start + place.start)
-                    found += stream.read(place.stop - place.start)
-        return found
+        return {name: _digest(self._entries[name]) for name in names}
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         """Return the tensors outside the blocks, with those that the model does not load."""
@@ -420,3 +414,13 @@ def _compute_buffers(model: PreTrainedModel) -> None:
     While a model is built, the default dtype is its own, and some families round their position tables to it.
     """
     initialize_again(model, [module for module in model.modules() if any(True for _ in module.buffers(recurse=False))])
+
+
+def _digest(entry: TensorEntry) -> bytes:
+    digest = hashlib.sha256()
+    for stored in entry.stored:
+        with stored.file.open("rb") as stream:
+            stream.seek(stored.start)
+            for start in range(0, stored.nbytes, _AT_ONCE):
+                digest.update(stream.read(min(_AT_ONCE, stored.nbytes - start)))
+    return digest.digest()

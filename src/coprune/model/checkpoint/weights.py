@@ -7,6 +7,7 @@ mixture of experts differ from the model's own, where the experts of a layer are
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,8 +95,8 @@ class Weights(Protocol):
         """Return a block's tensors as a checkpoint stores them. state: by the model's names."""
         ...
 
-    def pieces(self, prefix: str) -> dict[str, bytes]:
-        """Return a few bytes of every tensor of an unchanged block as a checkpoint stores it, to identify the model."""
+    def digests(self, prefix: str) -> dict[str, bytes]:
+        """Return the SHA-256 of every tensor of an unchanged block as a checkpoint stores it, to identify the model."""
         ...
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
@@ -181,8 +182,9 @@ class InMemory:
             return self._names.conversion.revert(self._names.below(prefix), state)
         return revert_conversion(self._model, state)
 
-    def pieces(self, prefix: str) -> dict[str, bytes]:
-        return {name: _pieces_of(tensor) for name, tensor in self.original_tensors(prefix).items()}
+    def digests(self, prefix: str) -> dict[str, bytes]:
+        tensors = self.original_tensors(prefix)
+        return {name: hashlib.sha256(bytes_in(tensor)).digest() for name, tensor in tensors.items()}
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         carried = {} if self._source is None else self._source.carried()
@@ -213,14 +215,10 @@ class InMemory:
         return revert_conversion(self._model, state)
 
 
-def piece_places(nbytes: int) -> list[slice]:
-    """Return the slices of a tensor's bytes that are its pieces: eight of up to 512 bytes, spread over it."""
-    return [slice(start, min(start + 512, nbytes)) for start in range(0, nbytes, max(512, nbytes // 8))]
-
-
-def _pieces_of(tensor: Tensor) -> bytes:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return b"".join(raw[place].tobytes() for place in piece_places(len(raw)))
+def bytes_in(tensor: Tensor) -> memoryview:
+    """Return a tensor's values as bytes in host memory, without a copy where they lie there in order."""
+    raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def require_in_memory(weights: Weights, field: str) -> None:
