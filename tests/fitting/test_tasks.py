@@ -45,7 +45,10 @@ def rows(*given: Any, times: int = 20) -> list[dict[str, Any]]:
         (rows({"answer": "a"}, {}), "several kinds"),
         (rows({"answer": "a"}, {"answer": "b"}, times=3), "6 different items"),
         ([{"prompt": "the same", "regex": "a"}] * 100, "1 different items"),
-        ([{"question": "q"}], "no prompt"),
+        (
+            [{"question": "q", "options": ["a", "b"]}],
+            "no prompt; its columns are 'question', 'options'; name them as in",
+        ),
         (["text"], "no object"),
     ],
 )
@@ -54,6 +57,17 @@ def test_bad_items(given: list[Any], said: str, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in given))
     with pytest.raises(BadInput, match=said):
         read_task(str(file))
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"), [("blue", "blue"), (1, "blue"), ("1", "blue"), ("B", "blue"), (" c ", "A"), ("A", "A")]
+)
+def test_an_answer_is_a_text_a_place_or_a_letter(answer: Any, right: str, tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    others = rows({"choices": ["red", "blue", "A"], "answer": "red"})
+    said = [*others, {"prompt": "last", "choices": ["red", "blue", "A"], "answer": answer}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in said))
+    assert read_task(str(file)).items[-1].answer == right
 
 
 def test_a_task_of_lm_eval_and_its_share(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ LEAST_HALF = 8
 _DEFINITIONS = (".yaml", ".yml")
 """Of tasks of lm-eval's."""
 _SHARED = re.compile(r"(.+):(\d*\.?\d+)")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PASSAGE = 300
 """Characters of an item of plain text, or a little more: whole lines."""
 _EXAMPLES = (
@@ -209,12 +210,7 @@ def _item(row: Mapping[str, Any], place: str) -> list[Item]:
             or not all(isinstance(one, str) and one for one in choices)
         ):
             raise _wrong(place, "has choices that are no list of two texts or more", f"write rows like {_EXAMPLES}")
-        right = choices[answer] if isinstance(answer, int) and 0 <= answer < len(choices) else answer
-        if right not in choices:
-            raise _wrong(
-                place, f"has the answer {answer!r}, which is none of its choices", "name one, or its place from 0"
-            )
-        return [Item(prompt, tuple(choices), str(right))]
+        return [Item(prompt, tuple(choices), _right(answer, choices, place))]
     if regex is not None:
         try:
             re.compile(regex)
@@ -228,6 +224,18 @@ def _item(row: Mapping[str, Any], place: str) -> list[Item]:
     return [Item(prompt)]
 
 
+def _right(answer: Any, choices: Sequence[str], place: str) -> str:
+    """Return the right choice. answer: its text, its place from 0, or its letter."""
+    if answer in choices:
+        return str(answer)
+    said = str(answer).strip()
+    number = int(said) if said.isdecimal() else _LETTERS.find(said.upper()) if len(said) == 1 else -1
+    if 0 <= number < len(choices):
+        return choices[number]
+    fix = "name one, its place from 0, or its letter"
+    raise _wrong(place, f"has the answer {answer!r}, which is none of its choices", fix)
+
+
 def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
     said = row.get("messages", row.get("prompt"))
     if isinstance(said, str) and said.strip():
@@ -239,7 +247,8 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
     ):
         messages = tuple((str(one["role"]), str(one["content"])) for one in said)
         return messages[:-1] if messages[-1][0] == "assistant" and len(messages) > 1 else messages
-    raise _wrong(place, "has no prompt", f"write rows like {_EXAMPLES}")
+    found = ", ".join(map(repr, row)) or "none"
+    raise _wrong(place, f"has no prompt; its columns are {found}", f"name them as in {_EXAMPLES}")
 
 
 def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[str]:
