@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from coprune.run.memory_estimate import DevicePeak, Estimate
+from coprune.run.reuse import KeptEstimate, estimate_key
 from coprune.store.store import Store
 from coprune.sweeps.events import Cause
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import SHARED_FOLDER
 from coprune.sweeps.run import Execution, Plan
-from coprune.sweeps.sharing import SHARED_FOLDER, KeptEstimate, estimate_key
 from coprune.sweeps.worker import Capacity
 
 GB = 10**9

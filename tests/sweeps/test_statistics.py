@@ -13,13 +13,12 @@ from torch import nn
 
 from coprune.report.run_events import OfMatrix
 from coprune.report.schema import Report
-from coprune.run import context, stages
-from coprune.sweeps import sharing, worker
+from coprune.run import context, kept_statistics, stages
+from coprune.sweeps import worker
 from coprune.sweeps.events import Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import Ledger
-from coprune.sweeps.sharing import SHARED_FOLDER
+from coprune.sweeps.finished import SHARED_FOLDER, Ledger
 from coprune.sweeps.worker import Job, do_job
 from support.pico_folder import save_pico
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
@@ -155,7 +154,7 @@ def test_a_damaged_file_is_gathered_anew(
 def test_a_disk_without_room_keeps_nothing(
     place: Path, forwards: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "SPARE", 10**12)
+    monkeypatch.setattr(kept_statistics, "SPARE", 10**12)
     sweep, runs = pico_sweep(method=["sparsegpt"], propagation="dense", **SETTINGS)
     assert set(do_here(sweep, runs).values()) == {0}
     assert not kept(place)

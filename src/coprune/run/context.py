@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -26,9 +25,7 @@ from coprune.model.checkpoint.encoding import DENSE, Encoding, Untouched
 from coprune.model.edits import Edits
 from coprune.model.loaded_model import Loaded
 from coprune.model.walk.activations import GIB, Activations, device_room
-from coprune.model.walk.block_events import Known
 from coprune.model.walk.model_structure import FoundModel, ProvenModel
-from coprune.model.walk.recording import Recording
 from coprune.packed.encoding import PackedEncoding
 from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.methods import Method
@@ -44,8 +41,7 @@ from coprune.run.events import BlockPruned, Phase, PhaseDone
 from coprune.run.memory_bound import TextSizes, bound_run
 from coprune.run.memory_estimate import Estimate
 from coprune.run.output import BlockOutcome, Output
-
-Tokens = TypeVar("Tokens")
+from coprune.run.reuse import Reuse
 
 
 @dataclass(frozen=True)
@@ -66,29 +62,6 @@ class Given:
 
 
 NOTHING = Given()
-
-
-class Reuse:
-    """Takes nothing over from other runs: everything is done anew."""
-
-    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
-        """Return text as token ids. key: what decides them besides the model; read: tokenises the text."""
-        return read()
-
-    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
-        """Return what the run will take."""
-        return estimate()
-
-    def dense(self, run: Run, measure: Callable[[], dict[str, Measured]]) -> dict[str, Measured]:
-        """Return the dense model's figures by the name of the data, and fill in what else is measured."""
-        return measure()
-
-    def gathered(self, run: Run, finished: Mapping[str, object], record: Callable[[], Recording | None]) -> Known:
-        """Return what is known of the blocks' inputs before the run's own walk; in `dense` propagation of all blocks or none.
-
-        finished: blocks that an earlier run finished, of which nothing is known; record: records the calibration batches.
-        """
-        return {}
 
 
 @dataclass(frozen=True)

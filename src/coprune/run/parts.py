@@ -25,8 +25,9 @@ from coprune.report.folder import REPORT_FILE, announce, finish_run_folder
 from coprune.report.hub import require_login
 from coprune.report.schema import Report
 from coprune.run.checks import CUT, TUNED, prepare_model_folder, refuse_finished, refuse_own_source
-from coprune.run.context import Given, Reuse, Run
+from coprune.run.context import Given, Run
 from coprune.run.result import Result
+from coprune.run.reuse import Reuse
 
 Do = Callable[[Run], Result]
 """Does the stages of one part."""

@@ -36,6 +36,7 @@ from coprune.run.calibrating import (
     record_to_prune,
 )
 from coprune.run.context import Outcome, Run
+from coprune.run.kept_statistics import kept_statistics
 from coprune.run.output import BlockOutcome
 from coprune.run.shared_weights import DenseCopies, prune_shared
 
@@ -56,7 +57,7 @@ def prune_blocks(run: Run) -> Outcome:
     started = time.perf_counter()
     rounded: list[Rounding] = []
     target_of = _on_grids(run, _look_at_dense(run), rounded)
-    known = run.reuse.gathered(run, finished, lambda: record_calibration(run))
+    known = kept_statistics(run, finished, lambda: record_calibration(run))
     moves, shared, dense = moves_of(run), list[MatrixResult](), NO_PAST.dense
     if model.chosen.several:
         if isinstance(moves, Dense) or run.reconstruction is not None:

@@ -32,7 +32,8 @@ from coprune.report.hub import require_login
 from coprune.report.run_events import Rounded
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_folders, replace_earlier
-from coprune.run.context import NOTHING, Given, Reuse, Run
+from coprune.run.context import NOTHING, Given, Run
+from coprune.run.dense_figures import dense_figures
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import build_report
 from coprune.run.identity import may_round_otherwise, run_identity, weighs_blocks
@@ -41,9 +42,11 @@ from coprune.run.output import Destination, Output
 from coprune.run.parts import Part, check_answers, check_parts, cut, prune, prune_rest, pruned_before, train
 from coprune.run.prune_blocks import prune_blocks
 from coprune.run.result import Result
+from coprune.run.reuse import Reuse
 from coprune.run.to_gguf import cut_of, refuse_other_changes
 from coprune.run.trackers import final_figures, listening
 from coprune.run.vocabulary import cut_vocabulary
+from coprune.store.store import Store
 
 
 def run_recipe(
@@ -62,7 +65,7 @@ def run_recipe(
         reporter: receives messages and events; by default on standard error.
         write: whether to write a run folder (the model is saved if the recipe names a folder for it).
         processes: this one among those of the run, which all call this.
-        reuse: results shared with other runs.
+        reuse: results shared with other runs; by default the dense model's figures, in the user's store.
 
     Returns:
         The report, with the model and its processor as far as they are in memory.
@@ -72,7 +75,9 @@ def run_recipe(
         LostProcess: another process ended.
     """
     heard = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
-    run = Run(recipe, given, heard, processes, write, reuse or Reuse(), replaces=bool(recipe.output.overwrite))
+    run = Run(
+        recipe, given, heard, processes, write, reuse or Reuse(Store.of_user()), replaces=bool(recipe.output.overwrite)
+    )
     return cut_vocabulary(run, do_parts) if recipe.remove.vocabulary is not None else do_parts(run)
 
 
@@ -128,12 +133,12 @@ def do_stages(run: Run) -> Result:
 def open_source(run: Run) -> None:
     """Check everything that can be checked, and read the data."""
     run.extras = Extras.prepare(run.recipe, run.processes.size, run.given.loaded is None)
-    open_run(run, run.reuse.tokens)
+    open_run(run, partial(run.reuse.tokens, run.recipe.model.name))
 
 
 def estimate(run: Run) -> None:
     """Report the memory bound; raise BadInput if it does not fit."""
-    if run.first and (found := run.reuse.estimate(run.estimate)) is not None:
+    if run.first and (found := run.reuse.estimate(run.recipe, run.estimate)) is not None:
         run.reporter.say(found.line())
         if run.recipe.model.check_memory:
             found.require()
@@ -176,7 +181,7 @@ def claim(run: Run) -> None:
 
 
 def measure_dense(run: Run) -> None:
-    """Measure the dense model, or take over what another run measured of it."""
+    """Measure the dense model, unless it was measured before."""
 
     def measured() -> dict[str, Measured]:
         found = measure(run, "dense") if run.recipe.evaluate.dense else {}
@@ -184,7 +189,7 @@ def measure_dense(run: Run) -> None:
             run.extras.measure("dense", run.loaded, run.reporter)
         return found
 
-    run.dense = run.reuse.dense(run, measured)
+    run.dense = dense_figures(run, measured)
     run.extras.look.keep_rows(run.loaded)
 
 

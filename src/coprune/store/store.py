@@ -58,9 +58,9 @@ class Store:
         return cls(user_cache() / "store")
 
     @property
-    def keeps(self) -> bool:
-        """Whether results are kept."""
-        return self._folder is not None
+    def folder(self) -> Path | None:
+        """Where results lie, and files that belong to them; None where nothing is kept."""
+        return self._folder
 
     def find(self, key: Key, kind: type[Record]) -> Note[Record] | None:
         """Return a complete result with the seconds that it took; None if there is none."""

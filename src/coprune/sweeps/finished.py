@@ -18,7 +18,6 @@ from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.sharing import SHARED_FOLDER
 
 
 def finished_report(recipe: Recipe) -> Report | None:
@@ -110,6 +109,8 @@ def _pruning_of(recipe: Recipe) -> Recipe:
     return pruning_of(recipe)
 
 
+SHARED_FOLDER = ".shared"
+"""What the runs of a sweep share, in its folder."""
 _FILE = "ledger.json"
 _NAMES = {
     "dense": "measuring the dense model",

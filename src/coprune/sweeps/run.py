@@ -15,16 +15,17 @@ from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.run.checks import prepare_solver
+from coprune.run.reuse import KeptEstimate, estimate_key, kept_estimate
 from coprune.store.claim import Claim, Taken
+from coprune.store.store import Store
 from coprune.sweeps.events import Board, Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import Ledger, finished_reports
+from coprune.sweeps.finished import SHARED_FOLDER, Ledger, finished_reports
 from coprune.sweeps.on_ray import RayWorkers
 from coprune.sweeps.pool import LocalWorkers
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import collect
-from coprune.sweeps.sharing import SHARED_FOLDER, KeptEstimate, estimate_key, kept_estimate
 from coprune.sweeps.worker import Job, Work, Workers
 
 
@@ -209,7 +210,7 @@ class Plan:
         return min(self.how.workers or self.workers.capacity.cores, len(self.waiting))
 
     def _kept(self, run: Run) -> KeptEstimate | None:
-        return kept_estimate(run.recipe, self.sweep.folder)
+        return kept_estimate(run.recipe, Store(self.sweep.folder / SHARED_FOLDER))
 
     def _needs_gpu(self, run: Run) -> bool:
         return self.workers.capacity.gpus > 0 and run.recipe.model.device in ("auto", "cuda")

@@ -9,13 +9,18 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from coprune.base.environment import quieten_tokenizers
 from coprune.base.progress import Event, Listener
+from coprune.store.store import Store
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone, Tell
 from coprune.sweeps.expand import Run
+
+if TYPE_CHECKING:
+    from coprune.run.reuse import Reuse
 
 Action = Literal["estimate", "run"]
 
@@ -99,27 +104,36 @@ def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
     from coprune.run import context
     from coprune.run.opening import open_run
-    from coprune.sweeps.sharing import SweepReuse
 
     tell(Doing(job.run.name, "estimating"))
-    reuse = SweepReuse(job.run.recipe, job.sweep, _texts)
-    opened = open_run(context.Run(job.run.recipe, context.NOTHING, Reporter(quiet=True), write=True), reuse.tokens)
-    reuse.estimate(opened.estimate)
+    recipe, reuse = job.run.recipe, _reuse(job.sweep)
+    opened = open_run(
+        context.Run(recipe, context.NOTHING, Reporter(quiet=True), write=True),
+        partial(reuse.tokens, recipe.model.name),
+    )
+    reuse.estimate(recipe, opened.estimate)
     return {}
+
+
+def _reuse(sweep: Path) -> Reuse:
+    """Return what the runs of a sweep share: a store in its folder, and the texts that this process has tokenised."""
+    from coprune.run.reuse import Reuse
+    from coprune.sweeps.finished import SHARED_FOLDER
+
+    return Reuse(Store(sweep / SHARED_FOLDER), among_others=True, texts=_texts)
 
 
 def _run(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
     from coprune.run.stages import run_recipe
     from coprune.sweeps.finished import finished_report
-    from coprune.sweeps.sharing import SweepReuse
 
     recipe = job.run.recipe
     if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could tell
         return {}
     tell(Doing(job.run.name, "loading"))
     _forget_peak()
-    reuse = SweepReuse(recipe, job.sweep, _texts)
+    reuse = _reuse(job.sweep)
     reporter = Reporter(quiet=True)
     reporter.listeners.append(_teller(job.run.name, tell))
     run_recipe(recipe, reporter=reporter, reuse=reuse)

@@ -1,8 +1,4 @@
-"""Results that the runs of a sweep share: only those that are equal to the last bit.
-
-The dense model's figures, its blocks' statistics and the estimates lie in the sweep's folder, for all processes and
-machines; token ids are kept by each process. Nothing that depends on how a model is pruned is shared.
-"""
+"""Statistics of the dense model that runs have in common, kept in the store's folder, a file for each block."""
 
 from __future__ import annotations
 
@@ -11,209 +7,28 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_durably
-from coprune.data import EvaluationText
-from coprune.evaluation.answers.answer_records import Answers
-from coprune.evaluation.answers.questions import plan_of
-from coprune.evaluation.measurement import Measured, Perplexity
-from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
-from coprune.model.loaded_model import streams
 from coprune.model.walk.block_events import OUTSIDE, Known, MatricesReady, Past
 from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.recording import Dense, Recording
 from coprune.model.walk.statistics import Statistic
 from coprune.model.walk.walk import Walk
-from coprune.recipe.parts import Decides
-from coprune.recipe.recipe import Recipe
-from coprune.report.schema import installed_versions
-from coprune.run.context import Reuse, Run
-from coprune.run.memory_estimate import Estimate
-from coprune.store.store import Key, Store, key_of
-
-SHARED_FOLDER = ".shared"
-Tokens = TypeVar("Tokens")
-_TEXTS_KEPT = 16
-
-
-class DenseFacts(BaseModel):
-    """Measurements of a dense model."""
-
-    model_config = ConfigDict(frozen=True)
-
-    perplexity: dict[str, Perplexity]
-    zero_shot: ZeroShot | None
-    text: str | None
-    answers: Answers | None = None
-
-
-class KeptEstimate(BaseModel):
-    """An estimate of memory."""
-
-    model_config = ConfigDict(frozen=True)
-
-    estimate: Estimate | None
-    """None for models of images."""
-
-
-@dataclass
-class Saved:
-    """Seconds of work that one run saved by sharing."""
-
-    dense: float = 0.0
-    tokens: float = 0.0
-    estimate: float = 0.0
-    statistics: float = 0.0
-
-
-class SweepReuse(Reuse):
-    """Takes over what another run of the sweep left.
-
-    recipe: of the run; folder: of the sweep; texts: what this process has tokenised, with the seconds that it took.
-    """
-
-    def __init__(self, recipe: Recipe, folder: Path, texts: dict[tuple[Hashable, ...], tuple[Any, float]]) -> None:
-        self.saved = Saved()
-        self._recipe = recipe
-        self._folder = folder / SHARED_FOLDER
-        self._store = Store(self._folder)
-        self._texts = texts
-
-    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
-        key = (self._recipe.model.name, *key)
-        if key in self._texts:
-            found, seconds = self._texts[key]
-            self.saved.tokens += seconds
-        else:
-            started = time.perf_counter()
-            found, seconds = read(), time.perf_counter() - started
-            if len(self._texts) >= _TEXTS_KEPT:
-                self._texts.pop(next(iter(self._texts)))
-            self._texts[key] = found, seconds
-        tokens: Tokens = found
-        return tokens
-
-    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
-        key = estimate_key(self._recipe)
-        if (kept := self._store.find(key, KeptEstimate)) is None:
-            return self._store.get(key, KeptEstimate, lambda: KeptEstimate(estimate=estimate())).estimate
-        self.saved.estimate += kept.seconds
-        # The memory was checked before the run started.
-        found = kept.record.estimate
-        return None if found is None else replace(found, available_bytes=None)
-
-    def dense(self, run: Run, measure: Callable[[], dict[str, Measured]]) -> dict[str, Measured]:
-        extras = run.extras
-        texts = [data for data in run.data.values() if isinstance(data, EvaluationText)]
-        alone = run.processes.size == 1 and run.loaded.task != "embeddings"  # whose vectors are not kept
-        if run.recipe.evaluate.tasks.log_samples is not None and run.recipe.evaluate.runs_tasks:
-            return measure()  # whose items are logged beside the run's
-        if not run.recipe.evaluate.dense or len(texts) < len(run.data) or not alone:
-            return measure()
-        anew: dict[str, Measured] | None = None
-
-        def measure_now() -> DenseFacts:
-            nonlocal anew
-            anew = measure()
-            perplexity = {name: one for name, one in anew.items() if isinstance(one, Perplexity)}
-            zero_shot, text = extras.zero_shot.get("dense"), extras.texts.get("dense")
-            return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=extras.look.dense)
-
-        key = dense_key(run)
-        facts = self._store.get(key, DenseFacts, measure_now)
-        if anew is not None:
-            return anew
-        kept = self._store.find(key, DenseFacts)
-        self.saved.dense += 0.0 if kept is None else kept.seconds
-        if facts.zero_shot is not None:
-            extras.zero_shot["dense"] = facts.zero_shot
-        if facts.text is not None:
-            extras.texts["dense"] = facts.text
-        extras.look.dense = facts.answers
-        return dict(facts.perplexity)
-
-    def gathered(self, run: Run, finished: Mapping[str, object], record: Callable[[], Recording | None]) -> Known:
-        places = shared_places(run, finished)
-        if not places:
-            return {}
-        key = statistics_key(run)
-        store = StatisticsStore(run, self._folder, key, places)
-        with self._store.claim(key):
-            present = found = store.find()
-            if len(found) < len(places):
-                store.gather(present, record)
-                found = store.find()
-        if len(found) < len(places):
-            return {}
-        self.saved.statistics += sum(kept.seconds for kept in present.values())
-        return {place: partial(kept.read, run.loaded.device) for place, kept in found.items()}
-
-
-def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
-    """Return a stored estimate for runs like this one, or None."""
-    found = Store(folder / SHARED_FOLDER).find(estimate_key(recipe), KeptEstimate)
-    return None if found is None else found.record
-
-
-def estimate_key(recipe: Recipe) -> Key:
-    """Return the key of runs that take as much memory as this one."""
-    return key_of("estimate", 3, **recipe.deciding(Decides.COST))
-
-
-def dense_key(run: Run) -> Key:
-    """Return the key of a dense model's measurements: its weights, the tokens, and everything that affects rounding."""
-    texts = {n: data.fingerprint for n, data in run.data.items() if isinstance(data, EvaluationText)}
-    names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
-    names += ["apply_chat_template", "gen_kwargs"]
-    names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature"]
-    settings = {name: run.recipe.setting(name) for name in names}
-    recipe = run.recipe
-    plan = plan_of(recipe.evaluate.answers, recipe.output.model is not None)
-    settings["answers"] = None if plan is None else plan.prompts.fingerprint
-    return key_of("dense", 3, texts=texts, **_computed(run), **settings)
-
-
-def statistics_key(run: Run) -> Key:
-    """Return the key of the dense model's statistics: `dense_key`, and which matrices share which statistic."""
-    model = run.model
-    assert run.samples is not None
-    statistic = run.solver.statistic
-    facts = {
-        "samples": run.samples.fingerprint,
-        "calibrate_on": run.recipe.calibrate.calibrate_on,
-        "batches": [tuple(batch.shape) for batch in run.task.batches(run.samples.tokens)],
-        "statistic": None if statistic is None else statistic.__name__,
-        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
-        "outside": [matrix.name for matrix in model.chosen.outside],
-    }
-    return key_of("statistics", 3, **_computed(run), **facts)
-
-
-def _computed(run: Run) -> dict[str, Any]:
-    """Return the weights and the settings of their computation."""
-    loaded, recipe = run.loaded, run.recipe
-    return {
-        "weights": loaded.fingerprint(run.model.every_block),
-        "dtype": str(loaded.model.dtype),
-        "device": str(loaded.device),
-        "streamed": streams(recipe),
-        "threads": torch.get_num_threads(),
-        "versions": installed_versions(),
-    }
-
+from coprune.run.context import Run
+from coprune.run.dense_figures import computed
+from coprune.store.store import Key, key_of
 
 SPARE = 2
 """Factor of free disk space below which nothing is stored."""
@@ -239,8 +54,49 @@ def shared_places(run: Run, finished: Mapping[str, object]) -> list[str]:
     return [name for name in places if name not in finished]
 
 
-class StatisticsStore:
-    """The statistics that a run's run has in common with others.
+def kept_statistics(run: Run, finished: Mapping[str, object], record: Callable[[], Recording | None]) -> Known:
+    """Return what is known of the blocks' inputs before the run's own walk; in `dense` propagation of all blocks or none.
+
+    Args:
+        run: whose statistics are looked up, and kept for others.
+        finished: blocks that an earlier run finished, of which nothing is known.
+        record: records the calibration batches.
+    """
+    reuse, folder = run.reuse, run.reuse.store.folder
+    places = shared_places(run, finished) if reuse.among_others and folder is not None else []
+    if folder is None or not places:
+        return {}
+    key = statistics_key(run)
+    statistics = StatisticsFiles(run, folder, key, places)
+    with reuse.store.claim(key):
+        present = found = statistics.find()
+        if len(found) < len(places):
+            statistics.gather(present, record)
+            found = statistics.find()
+    if len(found) < len(places):
+        return {}
+    reuse.saved.statistics += sum(kept.seconds for kept in present.values())
+    return {place: partial(kept.read, run.loaded.device) for place, kept in found.items()}
+
+
+def statistics_key(run: Run) -> Key:
+    """Return the key of the dense model's statistics: its weights, the samples, and which matrices share which statistic."""
+    model = run.model
+    assert run.samples is not None
+    statistic = run.solver.statistic
+    facts = {
+        "samples": run.samples.fingerprint,
+        "calibrate_on": run.recipe.calibrate.calibrate_on,
+        "batches": [tuple(batch.shape) for batch in run.task.batches(run.samples.tokens)],
+        "statistic": None if statistic is None else statistic.__name__,
+        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
+        "outside": [matrix.name for matrix in model.chosen.outside],
+    }
+    return key_of("statistics", 3, **computed(run), **facts)
+
+
+class StatisticsFiles:
+    """The statistics that a run has in common with others.
 
     folder: where they lie; key: names them; places: which of them the run needs.
     """
