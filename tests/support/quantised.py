@@ -60,6 +60,45 @@ def fp8_tensor(weight: Tensor) -> Encoded:
     return {".weight": codes, ".weight_scale": scales.reshape(1)} | beside, values
 
 
+def _asymmetric(weight: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of every row, for codes from low to high."""
+    least, most = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+    scales = ((most - least) / (high - low)).clamp_min(1e-6)
+    return scales, low - least / scales
+
+
+def int8_asymmetric(weight: Tensor) -> Encoded:
+    """compressed-tensors int-quantized with zero points; rows far from zero, so that these differ."""
+    weight = weight + weight.std() * torch.linspace(-1, 1, len(weight))[:, None]
+    scales, zeros = _asymmetric(weight, -128, 127)
+    zeros = zeros.round().clamp(-128, 127).to(torch.int8)
+    codes = (weight / scales + zeros).round().clamp(-128, 127).to(torch.int8)
+    stored = {".weight": codes, ".weight_scale": scales, ".weight_zero_point": zeros}
+    return stored, (codes.float() - zeros.float()) * scales
+
+
+def fp8_asymmetric(weight: Tensor) -> Encoded:
+    """compressed-tensors float-quantized with zero points."""
+    weight = weight + weight.std() * torch.linspace(-1, 1, len(weight))[:, None]
+    scales, zeros = _asymmetric(weight, -448, 448)
+    points = zeros.to(torch.float8_e4m3fn)
+    codes = (weight / scales + points.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    stored = {".weight": codes, ".weight_scale": scales, ".weight_zero_point": points}
+    return stored, (codes.float() - points.float()) * scales
+
+
+def int4_asymmetric(weight: Tensor) -> Encoded:
+    """compressed-tensors pack-quantized with zero points for groups, packed along the rows."""
+    grouped = weight.unflatten(1, (-1, GROUP))
+    least, most = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    scales = ((most - least) / 15).clamp_min(1e-6).bfloat16()
+    zeros = (-8 - least / scales.float()).round().clamp(-8, 7)
+    whole, points = (_spread(one.float(), 1, GROUP, weight.shape) for one in (scales, zeros))
+    codes = (weight / whole + points).round().clamp(-8, 7)
+    stored = {".weight_packed": _words(codes + 8), ".weight_scale": scales, ".weight_shape": torch.tensor(weight.shape)}
+    return stored | {".weight_zero_point": _words((zeros + 8).T).T}, (codes - points) * whole
+
+
 def int4(weight: Tensor) -> Encoded:
     """compressed-tensors pack-quantized, symmetric."""
     scales = (_largest(weight, 1, GROUP) / 7).bfloat16()
@@ -135,6 +174,15 @@ FORMATS = {
     "fp8 channel": Format(fp8_channel, _compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
     "fp8 tensor": Format(fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "int4": Format(int4, _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP)),
+    "int4 asymmetric": Format(
+        int4_asymmetric, _compressed("pack-quantized", num_bits=4, type="int", group_size=GROUP, symmetric=False)
+    ),
+    "int8 asymmetric": Format(
+        int8_asymmetric, _compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False)
+    ),
+    "fp8 asymmetric": Format(
+        fp8_asymmetric, _compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False)
+    ),
     "mxfp4": Format(mxfp4, {"quant_method": "mxfp4"}, r"model\.layers\..*experts\.(gate_up|down)_proj"),
     "nvfp4": Format(nvfp4, _compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group")),
     "nvfp4 modelopt": Format(nvfp4_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),

@@ -23,6 +23,8 @@ from coprune.model.checkpoint.deferred import untouched
 from coprune.model.checkpoint.encoding import Dense, Place, keep_place
 from coprune.model.checkpoint.formats import Rounding, Weight, find_weights
 from coprune.model.checkpoint.formats.by_input import PARTS, ByInput, bases_of, by_input
+from coprune.model.checkpoint.formats.configuration import Quantization
+from coprune.model.checkpoint.formats.find import refuse_unread
 from coprune.model.checkpoint.formats.weight import STACKED
 from coprune.model.checkpoint.names import MODELOPT_FILE, QUANT_METHOD, kinds_of
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_json, read_tensor, stored_entries
@@ -185,6 +187,7 @@ class ReadOnly(SourceEncoding):
             dense[f"{base}.weight"] = ByInputEntry(
                 first.file, _LETTERS[self.dtype], shape, first.start, nbytes, form, base, parts
             )
+        refuse_unread(entries, used, [f"{base}." for base in bases_of(entries)])
         return {name: entry for name, entry in entries.items() if name not in used} | dense
 
     def lines(self) -> list[str]:
@@ -220,16 +223,9 @@ def stored_share(said: Mapping[str, Any] | None, itemsize: int) -> float:
         said: what it says of how weights are quantised.
         itemsize: of their values.
     """
-    found = said or {}
-    groups = found.get("config_groups")
-    own = (
-        [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
-        if isinstance(groups, Mapping)
-        else []
-    )
-    numbers = [one["num_bits"] for one in own if isinstance(one, Mapping) and isinstance(one.get("num_bits"), int)]
-    algorithm = str(found.get("quant_algo", found.get("quant_method"))).lower()
-    bits = max(numbers) + 0.5 if numbers else _BITS.get(algorithm)
+    found = Quantization.read(said or {})
+    numbers = [weights.num_bits for weights in found.weights if weights.num_bits is not None]
+    bits = max(numbers) + 0.5 if numbers else _BITS.get(str(found.quant_algo or found.quant_method).lower())
     return 1.0 if bits is None else min(1.0, bits / 8 / itemsize)
 
 

@@ -15,6 +15,7 @@ from support.quantised import FORMATS
 LETTERS = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.float32: "F32",

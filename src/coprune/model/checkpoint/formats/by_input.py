@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.formats.configuration import Quantization
 from coprune.model.checkpoint.formats.find import Entries
 
 _WORD = 32
@@ -52,13 +53,13 @@ class ByInput:
                 f"{base}.scales and qzeros have the shapes {scales} and {zeros}, not those of {inputs} × {outputs}",
                 fix="fetch the checkpoint again",
             )
-        if order is not None and tuple(order.shape) not in ((inputs,), (0,)):
-            raise BadInput(f"{base}.g_idx has the shape {tuple(order.shape)} for {inputs} inputs")
+        if order is not None and (tuple(order.shape) not in ((inputs,), (0,)) or order.dtype not in ("I32", "I64")):
+            raise BadInput(f"{base}.g_idx is {order.dtype} of the shape {tuple(order.shape)} for {inputs} inputs")
         return outputs, inputs
 
     def _part(self, entries: Entries, base: str, last: str) -> tuple[int, ...]:
-        found = entries.get(f"{base}.{last}")
-        if found is None or len(found.shape) != 2 or (last != "scales" and found.dtype != "I32"):
+        found, types = entries.get(f"{base}.{last}"), ("F16", "BF16", "F32") if last == "scales" else ("I32",)
+        if found is None or len(found.shape) != 2 or found.dtype not in types:
             said = "is not there" if found is None else f"is {found.dtype} of the shape {tuple(found.shape)}"
             raise BadInput(f"{base}.{last} {said}", fix="fetch the checkpoint again")
         return tuple(found.shape)
@@ -90,13 +91,13 @@ class ByInput:
 
 def by_input(quantization: Mapping[str, Any]) -> ByInput:
     """Return how a checkpoint of GPTQ or AWQ stores its weights. Raises BadInput for what is not read."""
-    method, bits = str(quantization.get("quant_method")), quantization.get("bits", quantization.get("w_bit", 4))
+    said = Quantization.read(quantization)
+    method, bits = str(said.quant_method), said.bits or said.w_bit or 4
     if bits not in ((4,) if method == "awq" else (2, 4, 8)):
         raise BadInput(f"the checkpoint is quantised by {method} in {bits} bits, which is not supported")
-    if method == "awq" and str(quantization.get("version", "gemm")).lower() != "gemm":
-        raise BadInput(f"the checkpoint is quantised by awq for the kernel {quantization['version']}, and gemm is read")
-    v2 = quantization.get("checkpoint_format") == "gptq_v2"
-    return ByInput(method, bits, 1 if method == "gptq" and not v2 else 0)
+    if method == "awq" and (said.version or "gemm").lower() != "gemm":
+        raise BadInput(f"the checkpoint is quantised by awq for the kernel {said.version}, and gemm is read")
+    return ByInput(method, bits, 1 if method == "gptq" and said.checkpoint_format != "gptq_v2" else 0)
 
 
 def bases_of(entries: Entries) -> list[str]:

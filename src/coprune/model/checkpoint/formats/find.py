@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.formats.configuration import Quantization
 from coprune.model.checkpoint.formats.grids import Bytes, Floats4, Floats8, Integers, Nibbles, Words
 from coprune.model.checkpoint.formats.weight import CODES, FACTOR, SCALES, SHAPE, ZEROS, Form, Weight
 
 _FLOATS8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _ACTIVATIONS = (
-    *("input_scale", "input_global_scale", "input_zero_point", "activation_scale", "output_scale"),
-    *("k_scale", "v_scale"),
+    *("input_scale", "input_global_scale", "input_zero_point", "activation_scale", "output_scale", "output_zero_point"),
+    *("q_scale", "k_scale", "v_scale"),
 )
+_FLOATS = ("F64", "F32", "F16", "BF16", *_FLOATS8)
+_INTEGERS = ("I64", "I32")
+_OF_WEIGHTS = ("weight_", "pre_quant_scale")
+"""Beginnings of names that only quantised weights have beside them."""
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 
 
@@ -41,17 +46,53 @@ def find_weights(quantization: Mapping[str, Any], entries: Entries) -> dict[str,
         entries: its tensors by name.
 
     Raises:
-        BadInput: codes have no scales, or these have a shape that does not fit.
+        BadInput: codes have no scales, parts have a type or shape that does not fit, or something beside a weight is not
+            read.
     """
-    found: dict[str, Weight] = {}
+    said, found = Quantization.read(quantization), dict[str, Weight]()
     for name, entry in entries.items():
-        weight = _weight_at(quantization, entries, name, entry)
+        weight = _weight_at(said, entries, name, entry)
         if weight is not None:
             found[weight.name] = weight
+    used = {part for weight in found.values() for part in weight.parts.values()}
+    refuse_unread(entries, used, [_beside(weight) for weight in found.values()])
     return found
 
 
-def _weight_at(quantization: Mapping[str, Any], entries: Entries, name: str, entry: Stored) -> Weight | None:
+def refuse_unread(entries: Entries, used: Collection[str], beside: Iterable[str]) -> None:
+    """Raise BadInput for a stored tensor that changes the values of a weight, and that no decoder reads.
+
+    Args:
+        entries: the tensors of a checkpoint by name.
+        used: names of those that are read.
+        beside: beginning of the names of everything stored with a weight, for each decoded one.
+    """
+    places = set(beside)
+    for name, entry in entries.items():
+        if name in used or name.endswith("bias"):
+            continue
+        place, _, last = name.rpartition(".")
+        plain = last.startswith(_OF_WEIGHTS) and f"{place}.weight" in entries
+        undecoded = entry.dtype in _FLOATS8
+        if plain or undecoded or f"{place}." in places or any(f"{name[:at]}_" in places for at in _underscores(name)):
+            raise BadInput(
+                f"{name} ({entry.dtype}) belongs to a quantised weight, and coprune does not know how to read it",
+                fix="use the unquantised checkpoint",
+            )
+
+
+def _underscores(name: str) -> Iterator[int]:
+    return (at for at, letter in enumerate(name) if letter == "_")
+
+
+def _beside(weight: Weight) -> str:
+    """Return the beginning of the names of everything that is stored with a weight."""
+    if weight.parts[CODES].endswith("_blocks"):
+        return f"{weight.name}_"
+    return weight.name.removesuffix("weight")
+
+
+def _weight_at(quantization: Quantization, entries: Entries, name: str, entry: Stored) -> Weight | None:
     """Return the weight whose codes a tensor holds, or None."""
     if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in entries:
         return _mxfp4_experts(entries, name.removesuffix("_blocks"))
@@ -65,7 +106,7 @@ def _weight_at(quantization: Mapping[str, Any], entries: Entries, name: str, ent
         form = Form("NVFP4", Floats4(), Nibbles())
         return _weight(entries, f"{base}.weight", form, parts, (1, _NVFP4_GROUP))
     scale = "weight_scale_inv" if f"{base}.weight_scale_inv" in entries else "weight_scale"
-    parts = _parts(entries, base, {CODES: "weight", SCALES: scale})
+    parts = _parts(entries, base, {CODES: "weight", SCALES: scale} | _zero_points(entries, base))
     form = (
         Form("INT8", Integers(8), Bytes(torch.int8))
         if entry.dtype == "I8"
@@ -75,7 +116,7 @@ def _weight_at(quantization: Mapping[str, Any], entries: Entries, name: str, ent
     )
     if entries[parts[SCALES]].dtype == "F8_E8M0":
         form = Form(form.label, form.grid, form.packing, exponents=True)
-    return _weight(entries, f"{base}.weight", form, parts, _block_of(quantization))
+    return _weight(entries, f"{base}.weight", form, parts, quantization.block)
 
 
 def _mxfp4_experts(entries: Entries, base: str) -> Weight:
@@ -90,7 +131,7 @@ def _mxfp4_experts(entries: Entries, base: str) -> Weight:
     return _weight(entries, base, form, parts, (1, _MXFP4_GROUP))
 
 
-def _packed(quantization: Mapping[str, Any], entries: Entries, base: str, entry: Stored) -> Weight:
+def _packed(quantization: Quantization, entries: Entries, base: str, entry: Stored) -> Weight:
     """Return a weight packed by compressed-tensors: FP4 in bytes, or integers in words of 32 bits."""
     if entry.dtype == "U8":
         if f"{base}.weight_global_scale" in entries:
@@ -109,11 +150,14 @@ def _packed(quantization: Mapping[str, Any], entries: Entries, base: str, entry:
         )
     bits = _bits_of(quantization, base)
     roles = {CODES: "weight_packed", SCALES: "weight_scale", SHAPE: "weight_shape"}
-    if f"{base}.weight_zero_point" in entries:
-        roles[ZEROS] = "weight_zero_point"
-    parts = _parts(entries, base, roles)
+    parts = _parts(entries, base, roles | _zero_points(entries, base))
     form = Form(f"INT{bits}", Integers(bits), Words(bits))
-    return _weight(entries, f"{base}.weight", form, parts, _block_of(quantization))
+    return _weight(entries, f"{base}.weight", form, parts, quantization.block)
+
+
+def _zero_points(entries: Entries, base: str) -> dict[str, str]:
+    """Return the name of the zero points of asymmetric codes, where there are any."""
+    return {ZEROS: "weight_zero_point"} if f"{base}.weight_zero_point" in entries else {}
 
 
 def _parts(entries: Entries, base: str, roles: Mapping[str, str]) -> dict[str, str]:
@@ -130,59 +174,79 @@ def _parts(entries: Entries, base: str, roles: Mapping[str, str]) -> dict[str, s
 
 
 def _weight(entries: Entries, name: str, form: Form, parts: dict[str, str], block: tuple[int, int]) -> Weight:
-    """Return a weight from the shapes of its parts. Raises BadInput if these do not match."""
-    codes, scales = entries[parts[CODES]], entries[parts[SCALES]]
+    """Return a weight from the shapes of its parts. Raises BadInput if these, or their types, do not match."""
+    codes = entries[parts[CODES]]
     grouped = isinstance(form.packing, Nibbles) and form.packing.groups is not None
     matrix = codes.shape[:-1] if grouped else codes.shape
     if len(matrix) not in (2, 3) or 0 in matrix:
         raise BadInput(f"{parts[CODES]} has the shape {codes.shape}, and a weight is a matrix or a stack of them")
+    rows, columns, lead = matrix[-2], form.packing.columns(matrix[-1]), matrix[0] if len(matrix) == 3 else None
+    _require_types(entries, form, parts)
     if FACTOR in parts and math.prod(entries[parts[FACTOR]].shape) != 1:
         raise BadInput(
             f"{parts[FACTOR]} has the shape {entries[parts[FACTOR]].shape}, and one factor is for all scales"
         )
-    rows, columns, lead = matrix[-2], form.packing.columns(matrix[-1]), matrix[0] if len(matrix) == 3 else None
+    if SHAPE in parts and entries[parts[SHAPE]].shape not in ((2,), (len(matrix),)):
+        raise BadInput(f"{parts[SHAPE]} has {entries[parts[SHAPE]].shape} entries for the shape of a weight")
+    weight = Weight(name, form, rows, columns, _size(entries, parts, (rows, columns, lead), block), lead, parts)
+    if ZEROS in parts:
+        _require_zero_points(weight, entries[parts[ZEROS]], entries[parts[SCALES]].shape)
+    return weight
+
+
+def _size(
+    entries: Entries, parts: Mapping[str, str], of: tuple[int, int, int | None], block: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the rows × columns that share a scale. of: rows, columns and length of the stack."""
+    (rows, columns, lead), scales = of, entries[parts[SCALES]]
     own = scales.shape[1:] if lead is not None and len(scales.shape) > 1 and scales.shape[0] == lead else scales.shape
     for size in ((rows, columns), (1, columns), block):
         if own == (-(-rows // size[0]), -(-columns // size[1])):
-            return Weight(name, form, rows, columns, size, lead, parts)
+            return size
     if own in ((), (1,)) and lead is None:
-        return Weight(name, form, rows, columns, (rows, columns), lead, parts)
+        return rows, columns
     if own == (rows,):
-        return Weight(name, form, rows, columns, (1, columns), lead, parts)
-    if (
-        0 not in own and len(own) == 2 and own[0] == rows and columns % own[1] == 0
-    ):  # groups that no configuration tells
-        return Weight(name, form, rows, columns, (1, columns // own[1]), lead, parts)
+        return 1, columns
+    if len(own) == 2 and 0 not in own and own[0] == rows and columns % own[1] == 0:  # groups no configuration names
+        return 1, columns // own[1]
     raise BadInput(
         f"{parts[SCALES]} has the shape {tuple(scales.shape)}, which fits no scales of {parts[CODES]} ({rows} × {columns})",
         fix="fetch or save the checkpoint again",
     )
 
 
-def _block_of(quantization: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the block that one scale is for, by the configuration: rows, columns. A scale for each row is found by itself."""
-    said = quantization.get("weight_block_size")
-    for group in _groups(quantization):
-        weights = group.get("weights") or {}
-        said = said or weights.get("block_structure")
-        if isinstance(weights.get("group_size"), int) and weights["group_size"] > 0:
-            said = said or (1, weights["group_size"])
-    if said is None:
-        return (128, 128)
-    if not isinstance(said, (list, tuple)) or len(said) != 2 or not all(type(n) is int and n > 0 for n in said):
-        raise BadInput(f"config.json says that a scale is for a block of {said!r}, and a block has rows and columns")
-    return said[0], said[1]
+def _require_types(entries: Entries, form: Form, parts: Mapping[str, str]) -> None:
+    codes = entries[parts[CODES]].dtype
+    allowed = {
+        SCALES: ("U8", "F8_E8M0") if form.exponents else _FLOATS,
+        FACTOR: _FLOATS,
+        SHAPE: _INTEGERS,
+        ZEROS: (codes,) if isinstance(form.packing, Bytes) else ("I32", "I8"),
+    }
+    for role, letters in allowed.items():
+        if role in parts and (dtype := entries[parts[role]].dtype) not in letters:
+            raise BadInput(
+                f"{parts[role]} is {dtype}, and {role} of {form.label} are {' or '.join(letters)}",
+                fix="fetch or save the checkpoint again",
+            )
 
 
-def _bits_of(quantization: Mapping[str, Any], base: str) -> int:
-    said = [(group.get("weights") or {}).get("num_bits") for group in _groups(quantization)]
-    found = {bits for bits in said if isinstance(bits, int)}
+def _require_zero_points(weight: Weight, zeros: Stored, scales: tuple[int, ...]) -> None:
+    """Raise BadInput where zero points have another shape than one for each scale gives."""
+    expected = scales
+    if isinstance(weight.form.packing, Words) and zeros.dtype == "I32":
+        rows = -(-weight.rows // weight.form.packing.each)
+        expected = (*(() if weight.lead is None else (weight.lead,)), rows, -(-weight.columns // weight.block[1]))
+    if zeros.shape != expected:
+        raise BadInput(
+            f"{weight.parts[ZEROS]} has the shape {tuple(zeros.shape)}, and that of its scales calls for {expected}",
+            fix="fetch or save the checkpoint again",
+        )
+
+
+def _bits_of(quantization: Quantization, base: str) -> int:
+    found = {weights.num_bits for weights in quantization.weights if weights.num_bits is not None}
     if len(found) != 1 or not found <= {4, 8}:
         known = "4 or 8 are known, the same for all"
         raise BadInput(f"config.json does not say in how many bits {base}.weight_packed is stored ({known})")
     return found.pop()
-
-
-def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = quantization.get("config_groups")
-    return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []

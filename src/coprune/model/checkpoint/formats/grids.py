@@ -31,6 +31,10 @@ class Grid(Protocol):
         """Return the code of zero, as a tensor that broadcasts."""
         ...
 
+    def coded(self, points: Tensor) -> Tensor:
+        """Return the codes of zero for zero points that are stored one by one."""
+        ...
+
 
 @dataclass(frozen=True)
 class Floats8:
@@ -39,16 +43,32 @@ class Floats8:
     dtype: torch.dtype = torch.float8_e4m3fn
 
     def values(self, codes: Tensor, zeros: Tensor | None) -> Tensor:
-        return codes.view(self.dtype).float()
+        found = codes.view(self.dtype).float()
+        return found if zeros is None else found - zeros.contiguous().view(self.dtype).float()
 
     def nearest(self, values: Tensor, zeros: Tensor | None) -> Tensor:
         numbers = torch.finfo(self.dtype)
+        if zeros is not None:
+            points = zeros.contiguous().view(self.dtype).float()
+            codes = (values + points).clamp(-numbers.max, numbers.max).to(self.dtype)
+            return torch.where(codes.float() == points, self._beside(zeros, values), codes.view(torch.uint8))
         least = numbers.smallest_normal * numbers.eps
         within = torch.copysign(values.abs().clamp(least, numbers.max), values)
         return within.to(self.dtype).view(torch.uint8)
 
+    def _beside(self, zeros: Tensor, signs: Tensor) -> Tensor:
+        """Return the codes next to those of zero in the direction of some signs; back from the largest number."""
+        most = int(torch.tensor(torch.finfo(self.dtype).max).to(self.dtype).view(torch.uint8))
+        ranks = torch.where(zeros < 0x80, zeros.int(), 0x80 - zeros.int())
+        beside = ranks + torch.sign(signs).int()
+        beside = torch.where(beside.abs() > most, ranks - torch.sign(signs).int(), beside)
+        return torch.where(beside < 0, 0x80 - beside, beside).to(torch.uint8)
+
     def zero(self, zeros: Tensor | None) -> Tensor:
-        return torch.zeros((), dtype=torch.uint8)
+        return torch.zeros((), dtype=torch.uint8) if zeros is None else zeros
+
+    def coded(self, points: Tensor) -> Tensor:
+        return points.contiguous().view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,9 @@ class Floats4:
 
     def zero(self, zeros: Tensor | None) -> Tensor:
         return torch.zeros((), dtype=torch.uint8)
+
+    def coded(self, points: Tensor) -> Tensor:
+        raise NotImplementedError("no format of floating numbers of 4 bits has zero points")
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,9 @@ class Integers:
 
     def zero(self, zeros: Tensor | None) -> Tensor:
         return torch.tensor(1 << (self.bits - 1), dtype=torch.uint8) if zeros is None else zeros.to(torch.uint8)
+
+    def coded(self, points: Tensor) -> Tensor:
+        return (points.int() + (1 << (self.bits - 1))).to(torch.uint8)
 
 
 class Packing(Protocol):
@@ -147,16 +173,21 @@ class Words:
 
     bits: int
 
+    @property
+    def each(self) -> int:
+        """Codes in one word."""
+        return _WORD // self.bits
+
     def unpack(self, stored: Tensor, columns: int) -> Tensor:
         shifts = torch.arange(0, _WORD, self.bits, dtype=torch.int32)
         codes = (stored[..., None] >> shifts) & ((1 << self.bits) - 1)
         return codes.reshape(len(stored), -1)[:, :columns].to(torch.uint8)
 
     def pack(self, codes: Tensor) -> Tensor:
-        each = _WORD // self.bits
-        full = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % each)).reshape(len(codes), -1, each)
+        full = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % self.each))
+        full = full.reshape(len(codes), -1, self.each)
         words = (full << torch.arange(0, _WORD, self.bits)).sum(dim=-1)
         return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
     def columns(self, stored: int) -> int:
-        return stored * (_WORD // self.bits)
+        return stored * self.each

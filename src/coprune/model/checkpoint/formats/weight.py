@@ -103,6 +103,7 @@ class Weight:
 
     def decode(self, stored: Parts, out: Tensor) -> Tensor:
         """Fill a tensor of the weight's shape with its values. Raises BadInput, naming a tensor, for what is no number."""
+        self._require_sound(stored)
         for plane, target in zip(self._planes(stored), self._matrices(out), strict=True):
             for rows in self._stretches():
                 values = self._values(plane, rows, self._codes(plane, rows))
@@ -179,14 +180,16 @@ class Weight:
         axis, indices = self._axis(kept), _indices(kept)
         if axis is None:
             stacked = [role for role in STACKED if role in stored]
-            return dict(stored) | {role: stored[role].index_select(0, indices[0]).contiguous() for role in stacked}
+            cut = {role: stored[role].index_select(0, indices[0]).contiguous() for role in stacked}
+            return dict(stored) | cut | self._shaped(stored, 0, len(indices[0]))
         planes = [*self._planes(stored)]
         each = indices * len(planes) if len(indices) == 1 else indices
-        cut = [self._cut(plane, axis, own) for plane, own in zip(planes, each, strict=True)]
+        own = [self._cut(plane, axis, left) for plane, left in zip(planes, each, strict=True)]
         if self.lead is None:
-            return cut[0]
+            return own[0]
         roles = [role for role in STACKED if role in stored]
-        return dict(stored) | {role: torch.stack([plane[role] for plane in cut]) for role in roles}
+        whole = {role: torch.stack([plane[role] for plane in own]) for role in roles}
+        return dict(stored) | whole | self._shaped(stored, axis + 1, len(each[0]))
 
     def require_cut(self, kept: KeptSlices) -> None:
         """Raise UnsupportedModel where `cut` would."""
@@ -212,11 +215,21 @@ class Weight:
         blocks = self._blocks_left(axis, indices)
         if blocks is not None:
             found[SCALES] = _index(plane[SCALES], self._as_matrix(plane[SCALES]), axis, blocks)
-            if (zeros := self._zeros(plane)) is not None:
-                found[ZEROS] = self._zeros_packed(zeros.index_select(axis, blocks))
-        if SHAPE in plane:
-            found[SHAPE] = plane[SHAPE].clone().index_fill_(0, torch.tensor([axis]), len(indices))
+            if ZEROS in plane:
+                found[ZEROS] = self._cut_zeros(plane[ZEROS], axis, blocks)
+        if self.lead is None:
+            found |= self._shaped(plane, axis, len(indices))
         return {role: tensor.contiguous() for role, tensor in found.items()}
+
+    def _shaped(self, stored: Parts, axis: int, size: int) -> dict[str, Tensor]:
+        """Return the stored shape with another size; one without the stack's length does not change with that."""
+        if SHAPE not in stored:
+            return {}
+        shape = stored[SHAPE].clone()
+        place = axis - (2 if self.lead is None else 3)
+        if -place <= len(shape):
+            shape[place] = size
+        return {SHAPE: shape}
 
     def _blocks_left(self, axis: int, indices: Tensor) -> Tensor | None:
         """Return the remaining scales along an axis; None where one covers it all."""
@@ -294,22 +307,40 @@ class Weight:
         return scales if len(scales) == 1 else scales.index_select(0, blocks)
 
     def _zeros(self, plane: Parts) -> Tensor | None:
-        """Return zero points, one per block; they are packed along the rows."""
-        if ZEROS not in plane or not isinstance(self.form.packing, Words):
+        """Return the codes of zero, one per block; None where they do not differ."""
+        if ZEROS not in plane:
             return None
-        return self.form.packing.unpack(plane[ZEROS].T.contiguous(), self.rows).T
+        packed = self._zeros_unpacked(plane[ZEROS])
+        return self.form.grid.coded(self._as_matrix(plane[ZEROS])) if packed is None else packed
 
-    def _zeros_packed(self, zeros: Tensor) -> Tensor:
-        return self.form.packing.pack(zeros.T.contiguous()).T
+    def _zeros_unpacked(self, stored: Tensor) -> Tensor | None:
+        """Return zero points that are packed in words along the rows; None for those that are stored one by one."""
+        if not isinstance(self.form.packing, Words) or stored.dtype != torch.int32:
+            return None
+        return self.form.packing.unpack(stored.T.contiguous(), self.rows).T
+
+    def _cut_zeros(self, stored: Tensor, axis: int, blocks: Tensor) -> Tensor:
+        """Select the zero points of some blocks, stored as before."""
+        packed = self._zeros_unpacked(stored)
+        if packed is None:
+            return _index(stored, self._as_matrix(stored), axis, blocks)
+        return self.form.packing.pack(packed.index_select(axis, blocks).T.contiguous()).T
+
+    def _require_sound(self, stored: Parts) -> None:
+        """Raise BadInput for a stored shape or common factor that would decode to wrong values without a word."""
+        if FACTOR in stored and not bool(torch.isfinite(stored[FACTOR].float()).all()):
+            raise self._damaged(FACTOR, "is no number (NaN or infinite)")
+        if SHAPE in stored and stored[SHAPE].tolist()[-2:] != [self.rows, self.columns]:
+            raise self._damaged(SHAPE, f"says {stored[SHAPE].tolist()}, and the codes are {self.rows} × {self.columns}")
+
+    def _damaged(self, role: str, how: str) -> BadInput:
+        return BadInput(f"{self.parts.get(role, self.name)} {how}", fix="fetch or save the checkpoint again")
 
     def _no_number(self, stored: Parts) -> BadInput:
         """Return the error about a decoded value that is no number: about the scales, if it is they."""
         scales = [self._scales(plane, slice(0, self.rows)) for plane in self._planes(stored)]
         role = CODES if all(bool(torch.isfinite(one).all()) for one in scales) else SCALES
-        return BadInput(
-            f"{self.parts.get(role, self.name)} holds {role} that are no numbers (NaN or infinite)",
-            fix="fetch or save the checkpoint again",
-        )
+        return self._damaged(role, f"holds {role} that are no numbers (NaN or infinite)")
 
 
 def _indices(kept: KeptSlices) -> list[Tensor]:
