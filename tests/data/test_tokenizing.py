@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from coprune.base.errors import BadInput
 from coprune.data.tokenizing import encode
+from coprune.model.checkpoint.foreign_tokenizer import check_tokenizer
 from coprune.model.checkpoint.load import load_tokenizer
-from coprune.model.checkpoint.locate import ModelFolder, check_tokenizer
+from coprune.model.checkpoint.locate import ModelFolder
 from support.pico_folder import pico_tokenizer
 
 Change = Callable[[dict[str, Any]], object]
@@ -78,6 +80,24 @@ def test_replacements_that_make_a_text_endless_are_refused_before_any_is_made(ch
         load_tokenizer(ModelFolder(folder, "mine"))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("(?:(?:(?:(?:a?){999}){999}){999}){999}", "cannot be loaded by transformers"),
+        ("(a+)+$", "holds a pattern that takes too many steps"),
+        (r".*.*.*.*.*.*.*\d", "holds a pattern that takes too many steps"),
+    ],
+)
+def test_a_pattern_without_end_is_refused_within_seconds_and_little_memory(
+    pattern: str, told: str, tmp_path: Path
+) -> None:
+    folder = changed(tmp_path, normalizers(replace({"Regex": pattern}, "x")))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadInput, match=told):
+        load_tokenizer(ModelFolder(folder, "mine"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 300_000  # kilobytes
+
+
 def test_usual_replacements_are_none_of_that(tmp_path: Path) -> None:
     usual = [
         replace({"String": " "}, "▁"),
@@ -85,4 +105,6 @@ def test_usual_replacements_are_none_of_that(tmp_path: Path) -> None:
         {"type": "Prepend", "prepend": "▁"},
         {"type": "NFKC"},
     ]
-    check_tokenizer(changed(tmp_path, normalizers(*usual, *[replace({"Regex": "[abc]"}, "d")] * 40)) / "tokenizer.json")
+    check_tokenizer(
+        changed(tmp_path, normalizers(*usual, *[replace({"Regex": "(?:ab){2}"}, "d")] * 40)) / "tokenizer.json"
+    )

@@ -41,8 +41,9 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, panics_caught
 from coprune.base.words import Set
 from coprune.model.checkpoint.conversion import require_floats
+from coprune.model.checkpoint.foreign_tokenizer import check_tokenizer
 from coprune.model.checkpoint.gguf_reader import reading_once
-from coprune.model.checkpoint.locate import GgufFile, Location, check_tokenizer, gguf_parts, is_packed
+from coprune.model.checkpoint.locate import GgufFile, Location, gguf_parts, is_packed
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import SourceEncoding, checkpoint_entries, source_encoding
@@ -259,8 +260,11 @@ def load_processor(location: Location, task: TaskName, trust_remote_code: bool =
     if task not in ("images", "speech"):
         return load_tokenizer(location, trust_remote_code)
     loader: Any = AutoImageProcessor if task == "images" else AutoProcessor
+    folder, file = _arguments(location)
+    if not file:
+        check_tokenizer(folder / "tokenizer.json")
     with quiet_transformers(), explained(location):
-        return loader.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
+        return loader.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 @reading_once

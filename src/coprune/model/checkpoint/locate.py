@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import json
-import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -282,7 +280,6 @@ _COUNTS = re.compile(
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _GGUF_INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 _TEXT, _ARRAY = 8, 9
-_MOST_GROWTH, _HUGE = 32, 10**9
 
 
 def check_claims(config: Mapping[str, Any], most: int | None, file: Path) -> None:
@@ -312,48 +309,6 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
                 left.append(value)
             elif type(value) is int and _COUNTS.fullmatch(str(name)):
                 yield str(name), value
-
-
-def check_tokenizer(file: Path) -> None:
-    """Raise BadInput if what a tokenizer does to a text makes it many times as long: replacements one after another.
-
-    What is no tokenizer's file is left to who reads it.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-        steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
-        times = max(_growth(step) for step in steps)
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        return
-    if times > _MOST_GROWTH:
-        raise BadInput(
-            f"{file} lengthens a text up to {times:,} times, which no real tokenizer does", fix="fetch the model again"
-        )
-
-
-def _growth(step: Any) -> int:
-    """Return the factor by which a step may lengthen a text."""
-    if not isinstance(step, Mapping):
-        return 1
-    inner = [one for value in step.values() if isinstance(value, list) for one in value]
-    if step.get("type") == "TemplateProcessing":
-        return sum(len(one["ids"]) for one in step["special_tokens"].values())
-    if step.get("type") == "Replace":
-        pattern, content = step["pattern"], len(step["content"])
-        if "String" in pattern:
-            return max(1, -(-content // max(1, len(pattern["String"]))))
-        return content + 1 if _finds_nothing(pattern["Regex"]) else max(1, content)
-    if step.get("type") == "Prepend":
-        return 1 + len(step["prepend"])
-    return min(math.prod(_growth(one) for one in inner), _HUGE)
-
-
-def _finds_nothing(pattern: str) -> bool:
-    """Return whether a pattern can match the empty string, as far as Python's regular expressions can tell."""
-    try:
-        return any(found.start() == found.end() for found in re.finditer(re.sub(r"\\[pP]\{\w+\}", ".", pattern), "a b"))
-    except re.error:
-        return False
 
 
 def check_gguf(file: Path) -> None:

@@ -1,0 +1,96 @@
+"""Limits on what a `tokenizer.json`, which comes with a model, can make the tokenizers library do.
+
+Its regular expressions are tried by that library, and unusual ones in a process with limits on memory and time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coprune.base.errors import BadInput, panics_caught
+from coprune.model.checkpoint import pattern_trial
+
+_MOST_GROWTH, _HUGE = 32, 10**9
+_SECONDS = 60
+"""Wall time of a trial, which is limited to a few seconds of CPU."""
+_REPEATED = re.compile(r"[)*+?}][*+{]|\{\d{3,}|\{\d*,\d{3,}|\(\?[#x]|\\[gk1-9]")
+"""What can ask for very many steps in a few letters: repeated groups and repetitions, large counts, references."""
+
+
+def check_tokenizer(file: Path) -> None:
+    """Raise BadInput for a tokenizer that makes a text many times as long, or whose patterns exceed limits."""
+    try:
+        content = json.loads(file.read_bytes())
+        steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
+        patterns = sorted({pattern for step in steps for pattern in _patterns(step)})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # what is no tokenizer's file is left to who reads it
+    empty = _tried(file, patterns)
+    try:
+        times = max(_growth(step, empty) for step in steps)
+    except (AttributeError, TypeError, KeyError):
+        return
+    if times > _MOST_GROWTH:
+        raise BadInput(
+            f"{file} lengthens a text up to {times:,} times, which no real tokenizer does", fix="fetch the model again"
+        )
+
+
+def _patterns(step: Any) -> Iterator[str]:
+    """Yield the regular expressions of a step of a tokenizer."""
+    for key, value in step.items() if isinstance(step, Mapping) else enumerate(step if isinstance(step, list) else ()):
+        if key == "Regex" and isinstance(value, str):
+            yield value
+        else:
+            yield from _patterns(value)
+
+
+def _tried(file: Path, patterns: Sequence[str]) -> set[str]:
+    """Return the patterns that can match the empty string. Raises BadInput if one exceeds the limits."""
+    unusual = [pattern for pattern in patterns if _REPEATED.search(pattern)]
+    usual = [pattern for pattern in patterns if pattern not in unusual]
+    try:
+        with panics_caught():
+            answers = [pattern_trial.matches_nothing(pattern) for pattern in usual] + _tried_apart(unusual)
+    except (ValueError, subprocess.TimeoutExpired) as error:
+        longest = max(unusual or usual, key=len)
+        raise BadInput(
+            f"{file} holds a pattern that takes too many steps, more than {pattern_trial.SECONDS} seconds or a gigabyte of "
+            f"memory for a few letters: {longest[:100]!r}, or another one",
+            fix="fetch the model again",
+        ) from error
+    return {pattern for pattern, empty in zip([*usual, *unusual], answers, strict=True) if empty}
+
+
+def _tried_apart(patterns: Sequence[str]) -> list[bool]:
+    """Try patterns in another process. Raises ValueError or TimeoutExpired if it did not come to its end."""
+    if not patterns:
+        return []
+    command = [sys.executable, "-P", pattern_trial.__file__]
+    asked = json.dumps(patterns).encode()
+    ran = subprocess.run(command, input=asked, capture_output=True, timeout=_SECONDS, check=False)
+    return list(json.loads(ran.stdout))  # empty where the process was ended
+
+
+def _growth(step: Any, empty: set[str]) -> int:
+    """Return the factor by which a step may lengthen a text. empty: patterns that match the empty string."""
+    if not isinstance(step, Mapping):
+        return 1
+    inner = [one for value in step.values() if isinstance(value, list) for one in value]
+    if step.get("type") == "TemplateProcessing":
+        return sum(len(one["ids"]) for one in step["special_tokens"].values())
+    if step.get("type") == "Replace":
+        pattern, content = step["pattern"], len(step["content"])
+        if "String" in pattern:
+            return max(1, -(-content // max(1, len(pattern["String"]))))
+        return content + 1 if pattern["Regex"] in empty else max(1, content)
+    if step.get("type") == "Prepend":
+        return 1 + len(step["prepend"])
+    return min(math.prod(_growth(one, empty) for one in inner), _HUGE)
