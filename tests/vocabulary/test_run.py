@@ -16,11 +16,14 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.removed import Tokens
+from coprune.store.notes import read_note
 from coprune.vocabulary.choose import Kept
+from coprune.vocabulary.cut import Tried
 from coprune.vocabulary.measure import Judge
 from coprune.vocabulary.samples import LANGUAGES
 from coprune.vocabulary.sources import saved
 from support.commands import run_command
+from support.killing import killed_when
 from support.pico import pico_model
 from support.pico_folder import listing
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -141,6 +144,12 @@ def test_a_loss_is_searched_and_proven(dense: Path, words: Path, tmp_path: Path)
     assert {size for size, rise in found.tries.items() if rise > 0.12} < {*found.tries}
 
 
+def tries_in(run: Path) -> dict[int, float]:
+    note = read_note(run / "vocabulary" / "tries.json", Tried)
+    assert note is not None
+    return note.record.tries
+
+
 def test_a_killed_search_goes_on(dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = settings(words, eval_tokens=2048, save=tmp_path / "run", save_model=tmp_path / "small")
     count, rise = [0], Judge.rise
@@ -154,12 +163,81 @@ def test_a_killed_search_goes_on(dense: Path, words: Path, tmp_path: Path, monke
     monkeypatch.setattr(Judge, "rise", stops)
     with pytest.raises(KeyboardInterrupt):
         coprune.prune(dense, remove="vocabulary=loss:12%", **asked)
-    kept = json.loads((tmp_path / "run" / "vocabulary" / "tries.json").read_text())["tries"]
-    assert len(kept) == 2
+    assert len(tries_in(tmp_path / "run")) == 2
     monkeypatch.setattr(Judge, "rise", rise)
     interrupted = coprune.prune(dense, remove="vocabulary=loss:12%", **asked).report.vocabulary
     other = settings(words, eval_tokens=2048)
     assert interrupted == coprune.prune(dense, remove="vocabulary=loss:12%", **other).report.vocabulary
+
+
+def test_a_replaced_model_is_noticed_after_its_cut_was_killed(words: Path, tmp_path: Path) -> None:
+    """The cut is done and what else is asked for has not begun."""
+    source = save_with_tokens(tmp_path / "dense")
+    asked: dict[str, Any] = {"remove": "vocabulary=704", "sparsity": 0.5, "method": "magnitude"}
+    asked |= settings(words, evaluate=False, seqlen=32, nsamples=2)
+
+    def work(name: str) -> None:
+        coprune.prune(source, save=tmp_path / name, save_model=tmp_path / f"{name}-model", **asked)
+
+    cut = tmp_path / "run" / "vocabulary" / "model"
+    assert killed_when(lambda: work("run"), cut.exists, ("run/vocabulary",))
+    save_with_tokens(source, seed=1)
+    work("run")
+    work("fresh")
+    assert weights_in(tmp_path / "run-model") == weights_in(tmp_path / "fresh-model")
+
+
+def weights_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def stopped(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_text_that_changed_after_the_choice_is_noticed(
+    dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(words.read_bytes())
+    asked = settings(text, evaluate=False, remove="vocabulary=704")
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.vocabulary.sources.cut_folder", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            coprune.prune(dense, save=tmp_path / "run", save_model=tmp_path / "small", **asked)
+    text.write_text(LANGUAGES["ru"] * 40, encoding="utf-8")
+    for name in ("run", "fresh"):
+        coprune.prune(dense, save=tmp_path / name, save_model=tmp_path / f"{name}-model", **asked)
+    same = [(tmp_path / f"{name}-model" / "tokenizer.json").read_bytes() for name in ("run", "fresh")]
+    assert same[0] == same[1]
+
+
+def test_what_a_replaced_model_lost_is_not_taken_for_what_this_one_loses(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_with_tokens(tmp_path / "dense")
+    asked = settings(words, eval_tokens=2048, remove="vocabulary=loss:12%")
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.vocabulary.cut.Cutting.facts", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            coprune.prune(source, save=tmp_path / "run", **asked)
+    save_with_tokens(source, seed=1)
+    again, fresh = (coprune.prune(source, save=save, **asked).report for save in (tmp_path / "run", None))
+    assert again.vocabulary.tries == fresh.vocabulary.tries
+
+
+def test_a_model_that_was_replaced_before_the_run_had_its_report_is_noticed(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_with_tokens(tmp_path / "dense")
+    asked = settings(words, evaluate=False, save=tmp_path / "run", save_model=tmp_path / "small")
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.run.context.Run.finish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            coprune.prune(source, remove="vocabulary=704", **asked)
+    save_with_tokens(source, seed=1)
+    with pytest.raises(BadInput, match="already exists"):
+        coprune.prune(source, remove="vocabulary=704", **asked)
 
 
 def test_a_cut_on_top_of_a_cut_knows_both(dense: Path, words: Path, tmp_path: Path) -> None:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.files import require_usable, write_text
 from coprune.base.memory import peak_memory
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
+from coprune.evaluation.asked_texts import text_fingerprint
 from coprune.model.checkpoint.companions import CARD_FILE
+from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, holds_model, locate
 from coprune.model.checkpoint.shards import read_json
 from coprune.model.loaded_model import choose_device
 from coprune.model.removed import Tokens
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.vocabulary import shares_of
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.html import MadeFacts
@@ -32,6 +33,8 @@ from coprune.run.checks import prepare_folders, replace_earlier
 from coprune.run.context import Given, Run
 from coprune.run.result import Result
 from coprune.run.to_gguf import require_gguf_source
+from coprune.store.notes import read_note, write_note
+from coprune.store.store import key_of
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.cut import Asked, Cutting
 from coprune.vocabulary.facts import VocabularyFacts
@@ -40,16 +43,25 @@ from coprune.vocabulary.sources import Source, saved, source_of
 FOLDER = "vocabulary"
 """Subfolder of a run folder for the cut's intermediate results."""
 REST = "rest"
-_CHOICE, _TRIES = "choice.json", "tries.json"
+_CHOICE, _TRIES, _MODEL = "choice.json", "tries.json", "model"
 
 
-@dataclass(frozen=True)
-class _Choice:
+class _Choice(BaseModel):
     """The chosen tokens, with their facts."""
 
-    kept: Kept
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    """Everything that decides them; empty where nothing is kept."""
+    old: tuple[int, ...]
+    """Ids of the tokens that stay, in the whole model."""
     facts: VocabularyFacts
     model: ModelFacts
+
+    @property
+    def kept(self) -> Kept:
+        """The tokens that stay."""
+        return Kept(self.old)
 
 
 def cut_vocabulary(run: Run, do: Callable[[Run], Result]) -> Result:
@@ -68,16 +80,22 @@ def cut_vocabulary(run: Run, do: Callable[[Run], Result]) -> Result:
     """
     recipe, rest = run.recipe, rest_of(run.recipe)
     _refuse(run, alone=rest is None)
-    if run.write and rest is None and (known := announced(recipe)) is not None:
+    key = _key(run) if run.write else ""
+    if (
+        run.write
+        and rest is None
+        and (known := announced(recipe)) is not None
+        and _known(recipe.run_folder / FOLDER, key)
+    ):
         finish_run_folder(recipe, known)
         run.push()
         return Result(known)
     prepare_folders(recipe)
     with _places(recipe, run.write, rest is None) as (target, keep):
         if rest is None:
-            return _alone(run, target, keep)
+            return _alone(run, target, keep, key)
         assert target is not None
-        choice = _for_rest(run, target, keep)
+        choice = _for_rest(run, target, keep, key)
         own = rest.replaced(model=str(target), save=recipe.run_folder / REST if run.write else None)
         result = do(Run(own, Given(method=run.given.method), run.reporter, run.processes, run.write))
         report = _whole(recipe, choice, result.report, time.perf_counter() - run.began)
@@ -93,8 +111,9 @@ def cut_vocabulary(run: Run, do: Callable[[Run], Result]) -> Result:
 
 def tokens_kept(run_folder: Path) -> list[int]:
     """Return the ids, in the whole model, of the tokens that a run has kept."""
-    found: list[int] = read_json(run_folder / FOLDER / _CHOICE)["kept"]
-    return found
+    note = read_note(run_folder / FOLDER / _CHOICE, _Choice)
+    assert note is not None
+    return [*note.record.old]
 
 
 def rest_of(recipe: Recipe) -> Recipe | None:
@@ -132,18 +151,18 @@ def _places(recipe: Recipe, write: bool, alone: bool) -> Iterator[tuple[Path | N
         require_usable(recipe.output.model, "save_model")
         yield recipe.output.model, keep
     elif keep is not None:
-        yield (None if alone else keep / "model"), keep
+        yield (None if alone else keep / _MODEL), keep
     else:
         with tempfile.TemporaryDirectory(prefix="coprune-") as folder:
             yield Path(folder) / "model", None
 
 
-def _alone(run: Run, target: Path | None, keep: Path | None) -> Result:
+def _alone(run: Run, target: Path | None, keep: Path | None, key: str) -> Result:
     """Run a vocabulary cut without other changes. target: of the model; keep: of intermediate results."""
     recipe = run.recipe
     to_gguf = _becomes_gguf(recipe, run.given, target)
     with _opened(recipe, run.given, to_gguf) as source:
-        choice = _chosen(run, source, keep)
+        choice = _chosen(run, source, keep, key)
         report = _report(recipe, choice, time.perf_counter() - run.began)
         if run.writes:
             announce(recipe, report)  # a run that is killed once the model has its name has only this to finish
@@ -161,13 +180,13 @@ def _alone(run: Run, target: Path | None, keep: Path | None) -> Result:
     return Result(report, processor, lambda: model)
 
 
-def _for_rest(run: Run, target: Path, keep: Path | None) -> _Choice:
+def _for_rest(run: Run, target: Path, keep: Path | None, key: str) -> _Choice:
     """Write the smaller model that the rest of the run begins with, unless an interrupted run did."""
-    choice = _known(run.recipe, keep)
+    choice = _known(keep, key)
     if choice is not None and holds_model(target):
         return choice
     with _opened(run.recipe, run.given, to_gguf=False) as source:
-        choice = _chosen(run, source, keep)
+        choice = _chosen(run, source, keep, key)
         shutil.rmtree(target, ignore_errors=True)
         source.cut(target, choice.kept, run.reporter)
     return choice
@@ -196,33 +215,37 @@ def _opened(recipe: Recipe, given: Given, to_gguf: bool) -> Iterator[Source]:
         yield source
 
 
-def _known(recipe: Recipe, keep: Path | None) -> _Choice | None:
-    """Return the choice of an interrupted run of the same recipe, or None."""
-    if keep is None or not (keep / _CHOICE).is_file():
-        return None
-    found = read_json(keep / _CHOICE)
-    if found.get("recipe") != _deciding(recipe):
-        return None
-    try:
-        facts = VocabularyFacts.model_validate(found["facts"])
-        return _Choice(Kept(tuple(found["kept"])), facts, ModelFacts.model_validate(found["model"]))
-    except (KeyError, TypeError, ValidationError):
-        return None
+def _known(keep: Path | None, key: str) -> _Choice | None:
+    """Return the choice of an interrupted run that had the same key, or None."""
+    note = None if keep is None else read_note(keep / _CHOICE, _Choice)
+    return note.record if note is not None and note.record.key == key else None
 
 
-def _deciding(recipe: Recipe) -> dict[str, object]:
-    """Return the settings that determine the cut, as JSON stores them."""
-    kept: dict[str, object] = json.loads(json.dumps(recipe.whole, default=str))
-    return kept
+def _key(run: Run) -> str:
+    """Return the key of a choice: the settings, and the contents of the model and of the texts that count."""
+    recipe, loaded = run.recipe, run.given.loaded
+    if loaded is None:
+        model = source_digest(locate(recipe.model.name, recipe.model.cache_dir))
+    else:
+        backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+        beside = loaded.model.config, loaded.model.generation_config, loaded.tokenizer, backend and backend.to_str()
+        model = f"{loaded.fingerprint(())} {beside}"
+    texts = shares_of(recipe.remove.vocabulary_text, "vocabulary_text")
+    setting = "vocabulary_text" if texts else "dataset"
+    contents = []
+    for name in texts or (recipe.calibrate.data,):
+        with about(setting, name):
+            contents.append(text_fingerprint(name))
+    return str(key_of("vocabulary", 1, recipe=recipe.whole, model=model, texts=contents))
 
 
-def _chosen(run: Run, source: Source, keep: Path | None) -> _Choice:
+def _chosen(run: Run, source: Source, keep: Path | None, key: str) -> _Choice:
     """Choose the tokens that stay and measure what that costs, unless an interrupted run did.
 
     Nothing is written before the recipe is known to be possible; raises BadInput where it is not, or saves too little.
     """
     recipe = run.recipe
-    if (known := _known(recipe, keep)) is not None:
+    if (known := _known(keep, key)) is not None:
         return known
     asked = Asked(
         structure=recipe.remove,
@@ -233,6 +256,7 @@ def _chosen(run: Run, source: Source, keep: Path | None) -> _Choice:
         runs=recipe.evaluate.perplexity and recipe.model.stream is not True,
         tokens=recipe.evaluate.tokens,
         state=None if keep is None else keep / _TRIES,
+        key=key,
     )
     cutting = Cutting(source, asked, run.reporter)
     cutting.require_possible()
@@ -243,17 +267,13 @@ def _chosen(run: Run, source: Source, keep: Path | None) -> _Choice:
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
     kept, found = cutting.size()
     cutting.refuse_useless(kept)
-    choice = _Choice(kept, cutting.facts(kept, found), _model_facts(source, str(asked.device)))
+    facts = cutting.facts(kept, found)
+    choice = _Choice(key=key, old=kept.old, facts=facts, model=_model_facts(source, str(asked.device)))
     if (loud := choice.facts.loud()) is not None:
         run.reporter.say(loud)
     if keep is not None:
-        content = {
-            "recipe": _deciding(recipe),
-            "kept": kept.old,
-            "facts": choice.facts.model_dump(mode="json"),
-            "model": choice.model.model_dump(mode="json"),
-        }
-        write_text(keep / _CHOICE, json.dumps(content) + "\n")
+        shutil.rmtree(keep / _MODEL, ignore_errors=True)  # of another choice
+        write_note(keep / _CHOICE, choice)
     return choice
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from coprune.base.errors import BadInput, CopruneError
-from coprune.base.files import write_text
 from coprune.base.memory import available_bytes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting, Words, say
@@ -22,6 +22,7 @@ from coprune.model.checkpoint.load import DtypeName, load_model
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.recipe.structure import RemovePart
 from coprune.recipe.vocabulary import Loss
+from coprune.store.notes import read_note, write_note
 from coprune.vocabulary.choose import Kept, Weights, choose, closure, possible
 from coprune.vocabulary.counts import CODE, Texts, read_texts, weigh
 from coprune.vocabulary.facts import TextCost, VocabularyFacts
@@ -57,7 +58,9 @@ class Asked:
     tokens: int | None = None
     """Held-out tokens; None for the default."""
     state: Path | None = None
-    """File of what was found out, with which an interrupted search goes on."""
+    """File of what was found out, with which an interrupted search resumes."""
+    key: str = ""
+    """The contents of the model and of the texts, without which that file is of no use."""
 
 
 @dataclass
@@ -185,7 +188,7 @@ class Cutting:
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.weights.tobytes())
-        digest.update(repr((self.source.rows, sorted(self.essential), self.halves())).encode())
+        digest.update(repr((self.asked.key, self.source.rows, sorted(self.essential), self.halves())).encode())
         return digest.hexdigest()[:16]
 
     def facts(self, kept: Kept, found: Mapping[str, Any]) -> VocabularyFacts:
@@ -248,21 +251,29 @@ class Cutting:
             raise BadInput(cause, field="remove", value=self.asked.structure.parts[0], fix=fix)
 
 
+class Tried(BaseModel):
+    """Losses by vocabulary size, of one search."""
+
+    fingerprint: str
+    tries: dict[int, float] = {}
+
+
 class Tries:
     """Losses by vocabulary size, kept in a file so that a search can resume."""
 
     def __init__(self, file: Path | None, fingerprint: str) -> None:
         """Read what was tried with the same fingerprint."""
-        self._file, self._fingerprint = file, fingerprint
-        self.known: dict[int, float] = {}
-        try:
-            found = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-            if found.get("fingerprint") == fingerprint:
-                self.known = {int(size): float(rise) for size, rise in found["tries"].items()}
-        except (OSError, ValueError, AttributeError, KeyError):
-            pass
+        self._file = file
+        note = None if file is None else read_note(file, Tried)
+        same = note is not None and note.record.fingerprint == fingerprint
+        self._tried = note.record if note is not None and same else Tried(fingerprint=fingerprint)
+
+    @property
+    def known(self) -> dict[int, float]:
+        """What is known by now, which may be added to."""
+        return self._tried.tries
 
     def keep(self) -> None:
         """Write what is known by now."""
         if self._file is not None:
-            write_text(self._file, json.dumps({"fingerprint": self._fingerprint, "tries": self.known}, indent=1) + "\n")
+            write_note(self._file, self._tried)
