@@ -25,8 +25,9 @@ from coprune.data.corpora import evaluation_text
 from coprune.data.text import JoinedText
 from coprune.fitting.candidates import DENSE, TYPES, Candidate
 from coprune.fitting.fit import FACTS_FILE, WORK_FOLDER
+from coprune.fitting.notes import Asked
 from coprune.fitting.tasks import read_task
-from coprune.fitting.workshop import Asked, Workshop
+from coprune.fitting.workshop import Workshop
 from coprune.model.checkpoint.locate import locate
 from coprune.packed.bench import bench
 

@@ -16,16 +16,20 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import coprune
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, VerificationError
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.fit import RECIPE_FILE, WORK_FOLDER, remake
+from coprune.fitting.fit import WORK_FOLDER, remake
 from coprune.fitting.made import digest_of
+from coprune.fitting.notes import Asked
 from coprune.fitting.reader import POSITIONS, Reader
+from coprune.fitting.recipe import RECIPE_FILE
 from coprune.fitting.score import bits_per_byte, score_item
 from coprune.fitting.tasks import Item, Task, read_task
-from coprune.fitting.workshop import VERDICTS_FILE, Asked, Workshop
+from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.model.checkpoint.digest import source_digest
+from coprune.model.checkpoint.locate import locate
 from support.disturbing import in_child
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -202,7 +206,7 @@ def test_what_there_is_no_time_to_prove_is_passed_over(
         known = {file: json.loads(file.read_text()) for file in folder.glob(f"{WORK_FOLDER}/results/*.json")}
         measured = sorted((file for file in known if known[file].get("scores")), key=lambda file: known[file]["bytes"])
         for file in measured[:-1]:
-            for figures in known[file]["scores"][task.name].values():
+            for figures in known[file]["scores"][task.fingerprint].values():
                 for one in task.unseen:
                     figures.pop(str(one), None)
             file.write_text(json.dumps(known[file]))
@@ -217,9 +221,125 @@ def test_what_there_is_no_time_to_prove_is_passed_over(
 
 
 def test_another_fit_leaves_the_folder_alone(place: Path, found: Any) -> None:
-    with pytest.raises(BadInput, match="another model or other tasks"):
+    with pytest.raises(BadInput, match="another seed"):
         coprune.fit(place / "model.gguf", place / "text.txt", output=place / "small", **how(place, seed=1))
     assert yaml.safe_load((place / "small" / RECIPE_FILE).read_text())["bytes"] == found.file.stat().st_size
+
+
+@pytest.fixture
+def moved(place: Path, found: Any, tmp_path: Path) -> Path:
+    """A finished fit with its files in another folder."""
+    shutil.copytree(place, tmp_path / "moved", ignore=shutil.ignore_patterns("in *", "long", "reader"))
+    return tmp_path / "moved"
+
+
+def again_in(folder: Path) -> Any:
+    required, output = "bits<=dense*1.1", folder / "small"
+    return coprune.fit(folder / "model.gguf", folder / "text.txt", required, output=output, **how(folder))
+
+
+def other_bytes(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_replaced_model_file_is_noticed(found: Any, moved: Path) -> None:
+    other_bytes(moved / "model.gguf")
+    with pytest.raises(BadInput, match="holds a fit with another model;"):
+        again_in(moved)
+
+
+def test_a_fit_whose_files_moved_is_not_done_again(found: Any, moved: Path) -> None:
+    again = again_in(moved)
+    assert (again.chosen, again.lines, again.rows) == (found.chosen, found.lines, found.rows)
+
+
+def test_replaced_calibration_text_is_noticed(place: Path, tmp_path: Path) -> None:
+    (text := tmp_path / "more.txt").write_text("one")
+
+    def opened() -> Workshop:
+        asked = Asked(str(place / "model.gguf"), (), 0, str(text), str(place / "model.gguf"))
+        return Workshop(tmp_path / "fit", asked, Reporter(quiet=True))
+
+    opened()
+    text.write_text("two")
+    with pytest.raises(BadInput, match="holds a fit with another text;"):
+        opened()
+
+
+def test_a_recipe_of_a_replaced_model_is_refused_before_anything_is_made(moved: Path, tmp_path: Path) -> None:
+    recipe = moved / "small" / RECIPE_FILE
+    content = yaml.safe_load(recipe.read_text()) | {"model": str(moved / "model.gguf")}
+    recipe.write_text(yaml.safe_dump(content))
+    other_bytes(moved / "model.gguf")
+    with pytest.raises(BadInput, match="another model than the one"):
+        remake(recipe, tmp_path / "again", quiet=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_remake_whose_check_fails_leaves_no_file(place: Path, found: Any, tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "text.jsonl"):
+        shutil.copy(place / "small" / name, tmp_path / name)
+    recipe = tmp_path / RECIPE_FILE
+    recipe.write_text(re.sub(r"sha256: \w+", f"sha256: {'a' * 64}", recipe.read_text()))
+    with pytest.raises(VerificationError, match="was not kept"):
+        remake(recipe, tmp_path / "again", quiet=True)
+    assert not [*(tmp_path / "again").rglob("*.gguf")]
+
+
+CUT = {"removed": [], "tokens": 0}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"type": "nope"},
+        {"type": "../../x"},
+        {"type": ["q8_0"]},
+        {"embedding": "../q"},
+        {"runtime": "nope"},
+        {"cut": CUT | {"removed": [5]}},
+        {"cut": CUT | {"removed": ["vocabulary=../x"]}},
+        {"cut": CUT | {"tokens": 10**18}},
+        {"cut": CUT | {"tokens": -1}},
+        {"cut": []},
+        {"text": "../../text.jsonl"},
+        {"seed": "x"},
+        {"seed": -1},
+        {"sha256": 5},
+        {"source": "0"},
+        {"model": None},
+        {"like": 5},
+        {"more": 1},
+        [],
+        5,
+        None,
+    ],
+)
+def test_a_foreign_recipe_is_refused(said: Any, place: Path, found: Any, tmp_path: Path) -> None:
+    content = yaml.safe_load((place / "small" / RECIPE_FILE).read_text())
+    (recipe := tmp_path / RECIPE_FILE).write_text(yaml.safe_dump(content | said if isinstance(said, dict) else said))
+    shutil.copy(place / "small" / "text.jsonl", tmp_path / "text.jsonl")
+    with pytest.raises(BadInput, match="is not the recipe of a fit"):
+        remake(recipe, tmp_path / "again", quiet=True)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]\n", b'{"text": 5, "judging": true}\n', b"\xff\xfe", b"[" * 100_000])
+def test_garbage_beside_a_recipe_is_refused(text: bytes, place: Path, found: Any, tmp_path: Path) -> None:
+    shutil.copy(place / "small" / RECIPE_FILE, tmp_path / RECIPE_FILE)
+    (tmp_path / "text.jsonl").write_bytes(text)
+    with pytest.raises(BadInput, match=r"text\.jsonl"):
+        remake(tmp_path / RECIPE_FILE, tmp_path / "again", quiet=True)
+
+
+def test_facts_name_what_was_measured(place: Path, found: Any) -> None:
+    facts = json.loads((place / "small" / "fit.json").read_text())
+    assert facts["digests"]["model"] == source_digest(locate(place / "model.gguf"))
+    assert facts["digests"]["chosen"] == digest_of(found.file)
+    assert {"version", "date", "machine", "units", "conditions"} <= facts.keys()
+    assert facts["tasks"][0]["unseen items"] > 0
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def text_fingerprint(name: str) -> str:
     if not looks_local(name):
         return name
     path, column = split_column(name)
-    return f"{digest_of_files(files_of(path))} {column or ''}"
+    return f"{digest_of_files(files_of(path), named=path.is_dir())} {column or ''}"
 
 
 # What a text may have of its own, and the setting of a recipe that it takes the place of.

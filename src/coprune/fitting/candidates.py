@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 KINDS = ("vocabulary", "experts", "blocks", "channels", "embedding", "zeros")
 """Kinds of changes that the user can exclude; quantisation always stays."""
@@ -116,9 +115,3 @@ class Candidate:
             (types.index(one.type), (None, *EMBEDDINGS).index(one.embedding)) for one in (self, other)
         )
         return type <= lower and bits <= fewer and self.cut.spares(other.cut)
-
-    @classmethod
-    def read(cls, said: Mapping[str, Any]) -> Candidate:
-        """Read what `asdict` gave."""
-        cut = Cut(tuple(said["cut"]["removed"]), int(said["cut"]["tokens"]))
-        return cls(cut, said["type"], said["embedding"])

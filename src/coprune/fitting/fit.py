@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
-
-import yaml
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, VerificationError, unknown_name
@@ -20,19 +19,22 @@ from coprune.base.words import LeaveOut
 from coprune.fitting.candidates import EXACT, KINDS, TYPES, Candidate
 from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.made import bytes_in, copy, digest_of
+from coprune.fitting.notes import Asked, Runtime
 from coprune.fitting.page import card, page
+from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import read_conditions
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
-from coprune.fitting.tasks import Kind, Task, read_task
+from coprune.fitting.tasks import METRICS_OF, Kind, Task, read_task
 from coprune.fitting.team import Team
-from coprune.fitting.workshop import Asked, Runtime, Workshop
+from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.report.folder import REPORT_FILE
+from coprune.report.html import MadeFacts
 from coprune.report.schema import Report
 
-RECIPE_FILE, FACTS_FILE, CARD_FILE, TEXT_FILE = "recipe.yaml", "fit.json", "README.md", "text.jsonl"
+FACTS_FILE, CARD_FILE = "fit.json", "README.md"
 WORK_FOLDER = ".fit"
 _USUAL: dict[Kind, str] = {
     "choice": "accuracy>=dense-0.02",
@@ -41,6 +43,14 @@ _USUAL: dict[Kind, str] = {
     "prompts": "acceptance>=0.9",
 }
 """Default requirement by kind of task."""
+_UNITS = {
+    "bytes": "bytes of the file, or of a folder's weights",
+    "cost": "bytes (size, memory) or tokens per second (speed)",
+    "speed": "tokens per second",
+    "seconds": "seconds",
+    "mean, low, high": "margin of the first condition, in its metric: share of items (accuracy, acceptance), bits per byte "
+    "(bits) or nats per token (kl)",
+}
 _BUDGET = re.compile(r"(\d+\.?\d*)\s*(h|m|s|)")
 _SECONDS = {"h": 3600, "m": 60, "": 60, "s": 1}
 
@@ -138,31 +148,27 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
         VerificationError: what was made has other bytes.
     """
     source, target = expand_home(recipe), expand_home(output)
-    try:
-        said = yaml.safe_load(source.read_text(encoding="utf-8"))
-        chosen, text = Candidate.read(said), source.with_name(said["text"])
-        asked = Asked(said["model"], (), int(said["seed"]), None, said["like"], said["runtime"])
-        digest = str(said["sha256"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{recipe} is not the recipe of a fit ({error})", field="model", value=str(recipe)) from error
-    if not text.is_file():
-        raise BadInput(f"{text} is missing, which the recipe needs", field="model", value=str(recipe))
+    said = FitRecipe.read(source)
+    chosen, asked = said.candidate, said.asked
     file = target / _name(asked, chosen)
     require_usable(file, "output")
     if file.exists():
         raise BadInput(f"{file} is there already", field="output", value=str(target), fix="name another folder")
+    if asked.digests["model"] != said.source:
+        cause = f"{said.model} is another model than the one that {source} was made from: its files hold other bytes"
+        raise BadInput(cause, field="model", value=str(recipe), fix="put the files of that one there")
     workshop = Workshop(target / WORK_FOLDER, asked, Reporter(quiet))
     workshop.text.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(text, workshop.text)
+    shutil.copyfile(source.with_name(said.text), workshop.text)
     made = workshop.file(chosen)
-    same = digest_of(made) == digest
+    if digest_of(made) != said.sha256:  # before it gets the name of what is finished
+        shutil.rmtree(workshop.folder)
+        raise VerificationError(
+            f"the bytes of {file.name}, made as {source} says, differ from those of the fit, so it was not kept: another "
+            "version or processor, or coprune[languages] is installed in one place alone"
+        )
     copy(made, file)
     shutil.rmtree(workshop.folder)
-    if not same:
-        raise VerificationError(
-            f"{file} was made as the recipe says, and its bytes differ: another version or processor, "
-            "or coprune[languages] is installed in one place alone"
-        )
     return file
 
 
@@ -240,33 +246,73 @@ def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
     if source != file:
         copy(source, file)
     write_text(target / TEXT_FILE, workshop.text.read_text(encoding="utf-8"))
-    write_text(target / RECIPE_FILE, _recipe(workshop.asked, chosen, file))
+    size, digest = bytes_in(file), digest_of(file)
+    write_text(target / RECIPE_FILE, FitRecipe.of(workshop.asked, chosen, size, digest).written())
     rows = _rows(search, finding)
     lines = tuple(one.line() for one in finding.held)
     plain = None if finding.plain is None else finding.plain.name
     found = Fitted(file, bytes_in(file), finding.kept, chosen.name, lines, rows, plain, tuple(notes))
-    place = Path(workshop.asked.model)
-    named = place.name if place.exists() else workshop.asked.model  # not where it lies on this machine
+    named = _named(workshop.asked.model)
     write_text(target / PAGE_FILE, page(found, named, search.wish.target))
     write_text(target / CARD_FILE, card(found, named))
-    facts = {
-        "chosen": asdict(chosen),
-        "kept": finding.kept,
-        "unseen": lines,
-        "notes": notes,
-        "seconds": workshop.spent,
-    }
-    write_text(target / FACTS_FILE, json.dumps(facts | {"rows": [vars(row) for row in rows]}, indent=1, default=list))
+    write_text(target / FACTS_FILE, json.dumps(_facts(search, finding, found, digest), indent=1, default=list))
     workshop.clear()
     return found
+
+
+def _facts(search: Search, finding: Finding, found: Fitted, digest: str) -> dict[str, Any]:
+    """Return the result for programs, with everything that names what was measured."""
+    asked, made = search.workshop.asked, MadeFacts.here()
+    return {
+        "model": _named(asked.model),
+        "digests": asked.digests | {"chosen": digest},
+        "version": made.version,
+        "commit": made.commit,
+        "date": made.date.isoformat(),
+        "machine": made.machine,
+        "units": _UNITS,
+        "runtime": asked.runtime,
+        "target": search.wish.target,
+        "seed": asked.seed,
+        "conditions": [condition.text for condition in search.wish.conditions],
+        "tasks": [_counts(search, task, finding.chosen) for task in search.tasks],
+        "chosen": asdict(finding.chosen),
+        "bytes": found.bytes,
+        "kept": found.kept,
+        "unseen": found.lines,
+        "notes": found.notes,
+        "seconds": search.workshop.spent,
+        "rows": [vars(row) for row in found.rows],
+    }
+
+
+def _counts(search: Search, task: Task, chosen: Candidate) -> dict[str, Any]:
+    """Count the unseen items of a task; where answers are right or wrong, those of both models."""
+    facts = {"name": task.name, "kind": task.kind, "seen items": len(task.seen), "unseen items": len(task.unseen)}
+    if "accuracy" not in METRICS_OF[task.kind]:
+        return facts
+    pairs = Counter(
+        zip(
+            *(search.workshop.known(one).of(task, "accuracy", task.unseen) for one in (EXACT_DENSE, chosen)),
+            strict=True,
+        )
+    )
+    names = {(1.0, 1.0): "both right", (1.0, 0.0): "only dense right", (0.0, 1.0): "only chosen right"}
+    return facts | {names.get(pair, "both wrong"): pairs[pair] for pair in (*names, (0.0, 0.0))}
+
+
+def _named(model: str) -> str:
+    """Return a model's name without where it lies on this machine."""
+    place = Path(model)
+    return place.name if place.exists() else model
 
 
 def _is_there(target: Path, chosen: Candidate, file: Path) -> bool:
     """Return whether an earlier call already wrote this model."""
     try:
-        said = yaml.safe_load((target / RECIPE_FILE).read_text(encoding="utf-8"))
-        return Candidate.read(said) == chosen and digest_of(file) == said["sha256"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        said = FitRecipe.read(target / RECIPE_FILE)
+        return said.candidate == chosen and digest_of(file) == said.sha256
+    except (BadInput, OSError):
         return False
 
 
@@ -320,14 +366,6 @@ def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]
 def _text_of(task: Task, place: int) -> str:
     item = task.items[place]
     return item.text or (item.prompt if isinstance(item.prompt, str) else "\n".join(said for _, said in item.prompt))
-
-
-def _recipe(asked: Asked, chosen: Candidate, file: Path) -> str:
-    content: dict[str, Any] = {"model": asked.model, "like": asked.like, "runtime": asked.runtime, "seed": asked.seed}
-    content |= {"text": TEXT_FILE} | asdict(chosen)
-    content["cut"]["removed"] = list(content["cut"]["removed"])
-    content |= {"bytes": bytes_in(file), "sha256": digest_of(file)}
-    return f"# Makes the model again: coprune fit {RECIPE_FILE} -o OUT\n{yaml.safe_dump(content, sort_keys=False)}"
 
 
 def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:

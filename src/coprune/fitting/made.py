@@ -24,7 +24,9 @@ def digest_of(made: Path) -> str:
     """Return the SHA-256 of a file, or of a folder's weights."""
     digest = hashlib.sha256()
     for file in files_in(made):
-        digest.update(file.read_bytes())
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 22):
+                digest.update(piece)
     return digest.hexdigest()
 
 

@@ -26,11 +26,12 @@ from coprune.fitting.candidates import (
     Candidate,
     Cut,
 )
+from coprune.fitting.notes import Measured
 from coprune.fitting.require import Condition, Held, Verdict
 from coprune.fitting.score import answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team, places_ahead
-from coprune.fitting.workshop import VERDICTS_FILE, Measured, Workshop
+from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 
 Target = Literal["size", "speed", "memory"]
 EXACT_DENSE = Candidate(DENSE, EXACT)
@@ -239,12 +240,7 @@ class Search:
         return not known.refused and (not known.bytes or bool(self._missing(known, wanted)))
 
     def _missing(self, known: Measured, wanted: Mapping[str, Sequence[int]]) -> list[int]:
-        return [
-            place
-            for name, places in wanted.items()
-            for place in places
-            if place not in next(iter(known.scores.get(name, {}).values()), {})
-        ]
+        return [place for task in self.tasks for place in known.missing(task, wanted.get(task.name, ()))]
 
     def _seen(self, part: int = 1) -> dict[str, list[int]]:
         return {task.name: [*task.seen[: max(1, len(task.seen) // part)]] for task in self.tasks}

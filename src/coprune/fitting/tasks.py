@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from coprune.base.environment import expand_home
@@ -73,7 +74,7 @@ class Task:
     share: float = 1.0
     """Of the text to calibrate and distill on, beside the other tasks' shares."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names the items and their halves."""
         content = json.dumps([self.kind, repr(self.items), self.seen, self.unseen, self.share])

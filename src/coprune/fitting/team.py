@@ -9,7 +9,8 @@ from pathlib import Path
 from coprune.base.errors import CopruneError
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import Candidate
-from coprune.fitting.workshop import Asked, Workshop
+from coprune.fitting.notes import Asked
+from coprune.fitting.workshop import Workshop
 from coprune.sweeps.events import Doing, JobEvent, NotDone, Tell
 from coprune.sweeps.on_ray import RayWorkers
 from coprune.sweeps.pool import LocalWorkers

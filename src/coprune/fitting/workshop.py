@@ -8,15 +8,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
-from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput, CopruneError
@@ -25,9 +23,10 @@ from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
 from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
 from coprune.fitting.made import bytes_in, note_of, seconds_in, seconds_of
+from coprune.fitting.notes import Asked, Measured, Passage, differing, read_passages, write_passages
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, score_item
-from coprune.fitting.tasks import Item, Task, joined, shared_out
+from coprune.fitting.tasks import Item, joined, shared_out
 from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
@@ -40,12 +39,9 @@ from coprune.run.prune import prune
 from coprune.run.vocabulary import tokens_kept
 from coprune.vocabulary.counts import sources_of
 
-Runtime = Literal["llama.cpp", "transformers"]
 _OWN_TEXTS, _OWN_TOKENS = 16, 256
 _SAMPLES, _SEQLEN = 16, 256
 """Of what statistics are measured on."""
-_JUDGING = "judging"
-"""Field of a text whose item tells first what a candidate keeps."""
 _HEAD_TOKENS = 512
 """That the head's inputs are measured on."""
 VERDICTS_FILE = "verdicts.json"
@@ -54,46 +50,6 @@ _CHARACTERS = 1200
 """Of a document that short texts are joined to."""
 _MEMORY_TOKENS, _CONTEXT, _SPEED_TOKENS, _FIRST_ANSWERS = 128, 2048, 24, 8
 _RUN = ".run"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The inputs that determine every candidate and measurement."""
-
-    model: str
-    tasks: tuple[Task, ...]
-    seed: int = 0
-    text: str | None = None
-    """More text to calibrate and distill on; None for what the model writes itself."""
-    like: str | None = None
-    """A GGUF file of the source model."""
-    runtime: Runtime = "llama.cpp"
-
-    def facts(self) -> dict[str, Any]:
-        """Return the inputs as JSON."""
-        tasks = {task.name: task.fingerprint for task in self.tasks}
-        facts = {"model": self.model, "tasks": tasks, "seed": self.seed, "text": self.text, "like": self.like}
-        return facts | {"runtime": self.runtime}
-
-
-class Measured(BaseModel):
-    """Measurements of a candidate."""
-
-    bytes: int = 0
-    memory: int = 0
-    """Bytes of the weights and of a text of 2,048 tokens."""
-    speed: float = 0.0
-    """Tokens a second, one after another, of a machine that does nothing else: by the processor's time for the fastest."""
-    seconds: float = 0.0
-    refused: str = ""
-    """Why it cannot be made."""
-    scores: dict[str, dict[str, dict[int, float]]] = {}
-    """Figures of items by task, metric and the item's index."""
-
-    def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
-        """Return the figures of some items."""
-        found = self.scores[task.name][metric]
-        return [found[place] for place in places]
 
 
 class Workshop:
@@ -105,9 +61,9 @@ class Workshop:
         self._noted = 0.0  # seconds that this process has accounted for
         self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
         note, facts = folder / "asked.json", asked.facts()
-        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
+        if note.exists() and (others := differing(facts, note)):
             if not self._refused.exists():
-                cause = f"{folder.parent} holds a fit of another model or other tasks"
+                cause = f"{folder.parent} holds a fit with {' and '.join(others)}"
                 raise BadInput(cause, field="output", value=str(folder.parent), fix="name another folder")
             shutil.rmtree(folder)
         self._refused.unlink(missing_ok=True)
@@ -172,10 +128,7 @@ class Workshop:
     def measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> Measured:
         """Make a candidate, if it is not there, and measure what is missing of it. wanted: places of items by task."""
         found = self.known(candidate)
-        missing = {
-            task.name: [place for place in wanted.get(task.name, ()) if place not in _places(found, task)]
-            for task in self.asked.tasks
-        }
+        missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in self.asked.tasks}
         if found.refused or (found.bytes and not any(missing.values())):
             return found
         started, noted = time.perf_counter(), self._noted
@@ -191,7 +144,7 @@ class Workshop:
         scores = {name: {metric: dict(own) for metric, own in one.items()} for name, one in found.scores.items()}
         with self.reporter.bar(candidate.name, sum(map(len, missing.values()))) as advance:
             for task in self.asked.tasks:
-                own = scores.setdefault(task.name, {})
+                own = scores.setdefault(task.fingerprint, {})
                 for place in missing[task.name]:
                     for metric, value in score_item(reader, task, place, dense).items():
                         own.setdefault(metric, {})[place] = value
@@ -414,15 +367,15 @@ class Workshop:
         return self.folder / "text" / "text.jsonl"
 
     def _texts(self) -> list[str]:
-        return [row["text"] for row in self._rows()]
+        return [passage.text for passage in self._passages()]
 
-    def _rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.text.read_text(encoding="utf-8").splitlines()]
+    def _passages(self) -> list[Passage]:
+        return read_passages(self.text)
 
     def _text_of_cuts(self) -> Path:
         """Return the text that cuts are made and trained with: not that of the items that judge first."""
         file = self.text.with_name("cuts.jsonl")
-        write_text(file, "".join(f"{json.dumps(row)}\n" for row in self._rows() if not row.get(_JUDGING)))
+        write_passages(file, [passage for passage in self._passages() if not passage.judging])
         return file
 
     @property
@@ -462,9 +415,9 @@ class Workshop:
         own = joined(shared_out(texts, [task.share for task in self.asked.tasks]), _CHARACTERS)
         # The first seen items judge first. They come last here, so that a share of a task is of the others.
         judging = {text for some in texts for text in some[len(some) - len(some) // 2 :]}
-        rows = [{"text": "\n".join(one), _JUDGING: not judging.isdisjoint(one)} for one in own]
-        rows += [{"text": text, _JUDGING: False} for text in self._more_text()]
-        write_text(self.text, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        passages = [Passage(text="\n".join(one), judging=not judging.isdisjoint(one)) for one in own]
+        passages += [Passage(text=text, judging=False) for text in self._more_text()]
+        write_passages(self.text, passages)
 
     def _text_of(self, item: Item, answer: Sequence[int]) -> str:
         prompt = item.prompt if isinstance(item.prompt, str) else "\n".join(content for _, content in item.prompt)
@@ -489,11 +442,6 @@ class Workshop:
 def _sources(file: Path) -> Path:
     """Return the file with the names of what a quant was made of."""
     return file.with_name(f"{file.name}.sources.json")
-
-
-def _places(found: Measured, task: Task) -> set[int]:
-    own = found.scores.get(task.name, {})
-    return set.intersection(*(set(one) for one in own.values())) if own else set()
 
 
 def _hash(text: str) -> str:

@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from coprune.model.checkpoint.locate import Location
+from coprune.model.checkpoint.locate import Location, gguf_parts
+from coprune.model.checkpoint.names import VOCABULARIES
 
 _WEIGHTS = ("*.safetensors", "*.gguf")
-_OTHERS = ("*.json", "*.model", "*.txt", "*.jinja")
+_OTHERS = ("*.json", "*.txt", "*.jinja", *VOCABULARIES)
 """What else decides a model's outputs: its configuration and how it cuts text into tokens."""
 _NOTES = ("report.json", "finetune.json", "distributions.json")
 """Reports beside a model, which decide nothing of it."""
@@ -26,24 +27,24 @@ def model_digest(path: Path) -> str:
     Every byte is read: about half a second for a gigabyte that the system holds in memory already.
 
     Args:
-        path: a GGUF file, or a folder with weights, configuration and tokenizer.
+        path: a GGUF file, of which all parts count and the name does not; or a folder with weights, configuration and tokenizer.
 
     Returns:
         32 hexadecimal digits.
     """
     if path.is_file():
-        return digest_of_files([path])
-    files = [file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES]
+        return digest_of_files(gguf_parts(path), named=False)
+    files = {file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES}
     return digest_of_files(sorted(files))
 
 
-def digest_of_files(files: Iterable[Path]) -> str:
-    """Return the digest of files' names and contents, in the order given; 32 hexadecimal digits."""
+def digest_of_files(files: Iterable[Path], named: bool = True) -> str:
+    """Return the digest of files' contents, with or without their names, in the order given; 32 hexadecimal digits."""
     whole = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
             own = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.name} {own}\n".encode())
+        whole.update(f"{file.name if named else ''} {own}\n".encode())
     return whole.hexdigest()[:32]
 
 

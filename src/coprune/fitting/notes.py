@@ -1,0 +1,116 @@
+"""What a fit is asked for, and its notes: what was measured, and the text that calibrates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.errors import about
+from coprune.base.files import write_text
+from coprune.evaluation.asked_texts import text_fingerprint
+from coprune.fitting.tasks import Task
+from coprune.model.checkpoint.digest import source_digest
+from coprune.model.checkpoint.locate import locate
+
+Runtime = Literal["llama.cpp", "transformers"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The inputs that determine every candidate and measurement."""
+
+    model: str
+    tasks: tuple[Task, ...]
+    seed: int = 0
+    text: str | None = None
+    """More text to calibrate and distill on; None for what the model writes itself."""
+    like: str | None = None
+    """A GGUF file of the source model."""
+    runtime: Runtime = "llama.cpp"
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Digests of what the model, `like` and `text` hold, read once; they travel to workers with the rest."""
+
+        def of_model(name: str) -> str:
+            return source_digest(locate(name))
+
+        given = {"model": (self.model, of_model), "like": (self.like, of_model), "text": (self.text, text_fingerprint)}
+        found = {}
+        for setting, (name, digest) in given.items():
+            if name is not None:
+                with about(setting, name):
+                    found[setting] = digest(name)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return the inputs as JSON: files by what they hold, wherever they lie."""
+        return {
+            "tasks": [task.fingerprint for task in self.tasks],
+            "seed": self.seed,
+            "runtime": self.runtime,
+        } | self.digests
+
+
+class Passage(BaseModel):
+    """A document of calibration text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str
+    judging: bool
+    """Whether it holds an item that tells first what a candidate keeps."""
+
+
+class Measured(BaseModel):
+    """Measurements of a candidate."""
+
+    bytes: int = 0
+    memory: int = 0
+    """Bytes of the weights and of a text of 2,048 tokens."""
+    speed: float = 0.0
+    """Tokens a second, one after another, of a machine that does nothing else: by the processor's time for the fastest."""
+    seconds: float = 0.0
+    refused: str = ""
+    """Why it cannot be made."""
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    """Figures of items by the task's fingerprint, metric and the item's index."""
+
+    def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
+        """Return the figures of some items."""
+        found = self.scores[task.fingerprint][metric]
+        return [found[place] for place in places]
+
+    def missing(self, task: Task, places: Sequence[int]) -> list[int]:
+        """Return the places of the items of which a figure is missing."""
+        own = self.scores.get(task.fingerprint, {})
+        there = set.intersection(*(set(one) for one in own.values())) if own else set()
+        return [place for place in places if place not in there]
+
+
+def read_passages(file: Path) -> list[Passage]:
+    """Read calibration text. Raises ValueError for another file."""
+    lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
+    return [Passage.model_validate_json(line) for line in lines if line]
+
+
+def write_passages(file: Path, passages: Sequence[Passage]) -> None:
+    write_text(file, "".join(f"{passage.model_dump_json()}\n" for passage in passages))
+
+
+def differing(facts: Mapping[str, Any], note: Path) -> list[str]:
+    """Name the inputs in which a note differs from these."""
+    try:
+        said = json.loads(note.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        return ["a damaged note of what was asked"]
+    written = json.loads(json.dumps(facts))
+    return [f"another {name}" for name in written | said if written.get(name) != said.get(name)]

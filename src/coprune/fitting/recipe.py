@@ -1,0 +1,121 @@
+"""The recipe that a fit leaves, from which the same bytes are made without a search."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from coprune.base.errors import BadInput
+from coprune.base.validation import explain, read_yaml
+from coprune.fitting.candidates import EMBEDDINGS, EXACT, PACKED, TYPES, Candidate, Cut
+from coprune.fitting.notes import Asked, Runtime, read_passages
+from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
+
+RECIPE_FILE, TEXT_FILE = "recipe.yaml", "text.jsonl"
+_MOST_TRAINED = 1 << 24
+"""Tokens of a distillation at most; a search takes far fewer."""
+_Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Part = Annotated[
+    str, StringConstraints(pattern=r"^(vocabulary=[1-9]\d{0,8}|(experts|channels|blocks|sparsity)=0\.\d{1,6})$")
+]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RecipeCut(_Checked):
+    """What is removed before the model is quantised."""
+
+    removed: Annotated[list[_Part], Field(max_length=16)] = []
+    tokens: Annotated[int, Field(ge=0, le=_MOST_TRAINED)] = 0
+
+
+class FitRecipe(_Checked):
+    """A candidate with everything that it was made of."""
+
+    model: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    """Of the model's files."""
+    like: str | None = None
+    runtime: Runtime
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    text: Literal["text.jsonl"] = "text.jsonl"
+    """File of calibration text beside the recipe."""
+    cut: RecipeCut
+    type: str
+    embedding: str | None = None
+    bytes: Annotated[int, Field(gt=0)]
+    sha256: _Digest
+
+    @field_validator("type")
+    @classmethod
+    def _known_type(cls, said: str) -> str:
+        if said not in (EXACT, PACKED, *TYPES, *ALL_TYPES):
+            raise ValueError(f"it should be one of {', '.join(TYPES)}")
+        return said
+
+    @field_validator("embedding")
+    @classmethod
+    def _known_embedding(cls, said: str | None) -> str | None:
+        if said not in (None, *EMBEDDINGS):
+            raise ValueError(f"it should be one of {', '.join(EMBEDDINGS)}")
+        return said
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate that it makes."""
+        return Candidate(Cut(tuple(self.cut.removed), self.cut.tokens), self.type, self.embedding)
+
+    @property
+    def asked(self) -> Asked:
+        """The inputs of a fit that makes it."""
+        return Asked(self.model, (), self.seed, None, self.like, self.runtime)
+
+    @classmethod
+    def of(cls, asked: Asked, chosen: Candidate, size: int, digest: str) -> Self:
+        """Describe a candidate. size, digest: of the file that was made."""
+        cut = RecipeCut(removed=[*chosen.cut.removed], tokens=chosen.cut.tokens)
+        facts = {key: value for key, value in asdict(chosen).items() if key != "cut"}
+        return cls(
+            model=asked.model,
+            source=asked.digests["model"],
+            like=asked.like,
+            runtime=asked.runtime,
+            seed=asked.seed,
+            cut=cut,
+            bytes=size,
+            sha256=digest,
+            **facts,
+        )
+
+    def written(self) -> str:
+        """Return the recipe as YAML."""
+        said = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return f"# Makes the model again: coprune fit {RECIPE_FILE} -o OUT\n{said}"
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read a recipe and check the text beside it. Raises BadInput where either is damaged or missing."""
+        said = read_yaml(file, "the recipe of a fit", "model")
+        try:
+            found = cls.model_validate(said)
+        except ValidationError as error:
+            raise explain(error, lambda place: ("model", ".".join(place))).within(
+                f"{file} is not the recipe of a fit"
+            ) from None
+        text = file.with_name(found.text)
+        try:
+            passages = read_passages(text)
+        except FileNotFoundError:
+            raise BadInput(f"{text} is missing, which the recipe needs", field="model", value=str(file)) from None
+        except (OSError, ValueError) as error:
+            why = f"it is not the text that a fit leaves ({next(iter(str(error).splitlines()), repr(error))})"
+            raise BadInput(f"{text} cannot be used: {why}", field="model", value=str(file)) from None
+        if not passages:
+            raise BadInput(f"{text} is empty", field="model", value=str(file))
+        return found
