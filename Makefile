@@ -6,7 +6,7 @@
 #   make coverage  make test with the lines and branches that it reaches, and the share that it must reach
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
 #   make site   build the documentation as a site, in out/site (docs/CONTRIBUTING.md)
-#   make torture   change packed folders under the address sanitiser, fuzz models' files, kill and stop runs, fill disks
+#   make torture   fuzz models' files, kill and stop runs, fill disks
 #               (an hour; docs/reliability.md)
 #   make matrix try every Python, with the oldest and newest packages that are allowed (gigabytes; uv is fetched for it)
 #   make families  try every type of model that transformers has, and write docs/models.md (hours, resumed)

@@ -29,7 +29,7 @@ from coprune.fitting.notes import Asked
 from coprune.fitting.tasks import read_task
 from coprune.fitting.workshop import Workshop
 from coprune.model.checkpoint.locate import locate
-from coprune.packed.bench import bench
+from coprune.sweeps.bench import bench
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "fit.csv"
@@ -87,8 +87,7 @@ def speeds(found: coprune.Fitted, workshop: Workshop) -> dict[str, float]:
     busy = torch.get_num_threads() == 1
     measured = bench([*files.values()], prompt=_PROMPT, tokens=_STEPS, repeats=1, busy=busy)
     workshop.clear()
-    rates = [row.tokens_per_second for row in measured.rows if row.phase == "decode"]
-    return dict(zip(files, rates, strict=True))
+    return dict(zip(files, (row.decode.median for row in measured.rows), strict=True))
 
 
 def row_of(

@@ -7,7 +7,7 @@
 The dense model of the table is moved off the grid of 4 bits that a GGUF file may have held its weights on, where 4 bits
 would be free: every weight by a random part of what rounding to 4 bits would move it, and then some minutes of training
 that mend this. Every row is a process of its own that leaves one JSON file. GGUF files are run by llama.cpp, for quality
-and speed; all else by transformers, packed where it has zeros.
+and speed; all else by transformers, and not timed. Zeros count one bit for where they are.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def speed_of(model: Path, threads: int) -> dict[str, Any]:
 def measure_speed(model: Path, threads: int) -> None:
     """Decoding and prefill of one sequence in the model's own runtime, and what this process took at most, as JSON."""
     torch.set_num_threads(threads)
-    speeds = {one.phase: one.tokens_per_second for one in coprune.bench([model], prompt=128, tokens=48).rows}
-    print(json.dumps({**speeds, "peak": peak_memory() / 2**30}))
+    (row,) = coprune.bench(model, prompt=128, tokens=48).rows
+    print(json.dumps({"decode": row.decode.median, "prefill": row.prefill.median, "peak": peak_memory() / 2**30}))
 
 
 def line(row: dict[str, Any], known: list[dict[str, Any]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import coprune
 from coprune.data import calibration_windows
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.shards import read_tensor
+from coprune.model.checkpoint.source_encoding import checkpoint_entries
 
 TEXTS = ("embedded", "embedded-lambada")
 """Texts that are measured; the first one's calibration part is what is trained and pruned with."""
@@ -37,7 +38,7 @@ def make_row(asked: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path
         file = exported(asked, source, stored)
         return {"model": str(file), "bytes": file.stat().st_size, "bits": bits_of_file(file)}, file
     folder = pruned(asked, name, how_to(way, pattern))
-    return {"model": str(folder), **packed(folder)}, folder.with_name(f"{folder.name}-packed")
+    return {"model": str(folder), **counted(folder)}, None
 
 
 def parts_of(name: str) -> tuple[str, str | None, str]:
@@ -129,9 +130,13 @@ def bits_of_file(file: Path) -> float:
     return float(8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices))
 
 
-def packed(folder: Path) -> dict[str, float]:
-    """Size of a folder with zeros when it is packed, which it is beside itself."""
-    target = folder.with_name(f"{folder.name}-packed")
-    shutil.rmtree(target, ignore_errors=True)  # of a row that was interrupted
-    sizes = coprune.pack(folder, target)
-    return {"bytes": sizes.packed, "bits": 16 * sizes.bytes_after / max(1, sizes.bytes_before)}
+def counted(folder: Path) -> dict[str, float]:
+    """Size of a folder if each pruned matrix were its kept values and a bit per weight; no format stores it so."""
+    whole = blocks = weights = 0.0
+    for entry in checkpoint_entries(folder).values():
+        tensor = read_tensor(entry)
+        size = min(tensor.nbytes, tensor.numel() / 8 + int(tensor.count_nonzero()) * tensor.itemsize)
+        whole += size
+        if size < tensor.nbytes:
+            blocks, weights = blocks + size, weights + tensor.numel()
+    return {"bytes": whole, "bits": 8 * blocks / max(1, weights)}

@@ -27,7 +27,6 @@ def sizes() -> alt.VConcatChart:
     """Draw what removed parts cost and bring, in two runtimes."""
     kinds = {
         "dense": "dense",
-        "zeros": "zeros, packed",
         "channels": "channels removed",
         "uneven": "channels removed, uneven",
         "blocks": "blocks removed",

@@ -3,7 +3,7 @@
     python benchmarks/sizes.py                                  # an hour on one core, then minutes on all for the speed
     python benchmarks/sizes.py --samples 4 --seqlen 128 --tokens 2048    # minutes
 
-Makes the models in its folder (zeros, zeros packed, channels or blocks removed, and GGUF files of them), measures all on
+Makes the models in its folder (channels or blocks removed, and GGUF files of them), measures all on
 the same text, and their speed in turns in one run, each in its own runtime. What is there already is not made again.
 """
 
@@ -18,11 +18,8 @@ from typing import Any
 import torch
 
 import coprune
-from coprune.packed.bench import Bench
 
 PRUNED: dict[str, dict[str, Any]] = {
-    "zeros-50": {"method": "sparsegpt", "sparsity": 0.5},
-    "zeros-2-4": {"method": "sparsegpt", "pattern": "2:4"},
     "channels-20": {"remove": "channels=0.2"},
     "channels-33": {"remove": "channels=0.33"},
     "uneven-33": {"remove": "channels=0.33", "allocation": "error"},
@@ -60,13 +57,9 @@ def make(asked: argparse.Namespace) -> dict[str, Path | str]:
         folder = asked.folder / name
         if not folder.exists():
             _prune(asked, name, settings)
-        if name.startswith("zeros"):
-            models[f"{name} packed"] = packed = asked.folder / f"{name}-packed"
-            if not packed.exists():
-                coprune.pack(folder, packed)
-        elif not name.startswith("uneven"):  # whose folder is padded; GGUF files of it are not
+        if not name.startswith("uneven"):  # whose folder is padded; GGUF files of it are not
             models[name] = folder
-    for name in ("dense", *(name for name in PRUNED if not name.startswith("zeros"))):
+    for name in ("dense", *PRUNED):
         # Of uneven widths the file that is measured is another one, whose types would not all be the same in four bits.
         for kind in FILES[: 2 if name.startswith("uneven") else None]:
             models[f"{name} {kind}"] = file = asked.folder / f"{name}-{kind}.gguf"
@@ -119,10 +112,9 @@ def speed(models: list[str], asked: argparse.Namespace) -> dict[str, float]:
     known = asked.folder / "bench.json"
     if not known.exists():
         torch.set_num_threads(asked.threads)
-        found: Bench = coprune.bench(models, prompt=128, tokens=48)
-        known.write_text(json.dumps(found.to_dict()))
+        known.write_text(json.dumps(coprune.bench(models, prompt=128, tokens=48).to_dict()))
     rows = json.loads(known.read_text())["rows"]
-    return {row["form"].partition(" in ")[0]: row["tokens_per_second"] for row in rows if row["phase"] == "decode"}
+    return {row["model"]: row["decode"]["median"] for row in rows}
 
 
 def _options() -> argparse.Namespace:

@@ -16,7 +16,6 @@ from coprune.training.finetune import FinetuneArguments
 from support.annotations import kinds
 
 FUNCTIONS = [
-    "accelerate",
     "bench",
     "compare",
     "estimate",
@@ -27,16 +26,13 @@ FUNCTIONS = [
     "generate",
     "inspect",
     "keep_zeros",
-    "load_packed",
     "merge",
-    "pack",
     "perplexity",
     "prune",
     "push",
     "register_method",
     "run_recipe",
     "sweep",
-    "unpack",
 ]
 ERRORS = [
     "BadInput",
@@ -61,7 +57,6 @@ VALUES = [
     "Recipe",
     "Report",
     "Result",
-    "Sizes",
     "SweepResult",
 ]
 PUBLIC = sorted([*FUNCTIONS, *ERRORS, *VALUES])
@@ -103,7 +98,7 @@ def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: 
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Parameter.empty
         assert f"\n    {parameter.name}: " in text
-        if parameter.kind is parameter.VAR_KEYWORD and name != "load_packed":  # transformers' options
+        if parameter.kind is parameter.VAR_KEYWORD:
             assert "Unpack" in str(parameter.annotation)
 
 

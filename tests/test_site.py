@@ -66,8 +66,11 @@ def test_the_page_of_recipes_has_every_setting_with_its_flat_name() -> None:
             "prune",
             "`-s, --sparsity <str>`\n:   Fraction of zeros, 0 ≤ s &lt; 1, or 50%; an N:M pattern sets it. Without either: 0.5.",
         ),
-        ("pack", "`source <path>`\n:   Folder of a pruned model (safetensors). **Required.**"),
-        ("bench", "`--repeats <int range>`\n:   Measurements of each form, in turns. Default: 5."),
+        (
+            "push",
+            "`folder <path>`\n:   Folder of a saved model, of adapters, or of a run that saved its model. **Required.**",
+        ),
+        ("bench", "`--repeats <int range>`\n:   Measurements of the prompt. Default: 5."),
     ],
 )
 def test_an_option_has_its_default_and_help(command: str, entry: str) -> None:

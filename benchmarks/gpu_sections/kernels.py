@@ -6,16 +6,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch.sparse import to_sparse_semi_structured
 
 from coprune.base.devices import kind_of
 from coprune.base.kernels.columns import ColumnBlock
 from coprune.base.kernels.gram import panels
-from coprune.base.kernels.table import KERNELS, Operation, kernel, triton_is_there
-from coprune.packed import semi_structured
-from coprune.packed.format import pack_tensor
-from coprune.packed.header import Header, read_header
-from coprune.packed.linear import PackedLinear
-from coprune.packed.operator import row_starts
+from coprune.base.kernels.table import KERNELS, Operation, kernel
 from gpu_sections.machine import seconds_of
 from gpu_sections.section import Asked, Result, head, row
 
@@ -57,10 +53,16 @@ def found(device: torch.device, tiny: bool) -> Iterator[Kernel]:
     for name in names["find_smallest"]:
         score = torch.rand(64 if tiny else 4096, 128, device=device)
         yield "find_smallest", name, smallest(name, device), partial(kernel("find_smallest", device, name), score, 64)
-    if device.type == "cuda" and triton_is_there():
-        yield "packed product", "triton", packed(device), timed_packed(device, 64 if tiny else 4096)
-    size, inputs = (128, 24) if tiny else (4096, 512)
-    yield "packed product, 2:4", "semi-structured, if it wins", two_of_four(device), timed_linear(device, size, inputs)
+    if device.type == "cuda":
+        for inputs in (8, 512, 4096):
+            for sparse in (False, True):
+                timed = timed_linear(device, 128 if tiny else 4096, inputs, sparse)
+                yield (
+                    f"2:4 product, {inputs} inputs",
+                    "semi-structured" if sparse else "dense",
+                    two_of_four(device),
+                    timed,
+                )
 
 
 def there(operation: Operation, device: torch.device) -> list[str]:
@@ -132,34 +134,16 @@ def smallest(name: str, device: torch.device) -> Callable[[], str]:
     return check
 
 
-def packed(device: torch.device) -> Callable[[], str]:
-    def check() -> str:
-        from coprune.packed.triton_kernel import multiply
-
-        worst = 0.0
-        for rows, columns, batch in ((16, 64, 1), (37, 96, 2), (512, 1024, 4)):
-            weight = halved(rows, columns)
-            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1))
-            blob = pack_tensor(weight).to(device)  # type: ignore[union-attr]
-            header = read_header(blob)
-            y = multiply(blob, header, row_starts(blob, header), x.to(device)).cpu()
-            worst = max(worst, float((y - torch.nn.functional.linear(x, weight)).abs().max()))
-        assert worst < 1e-3, f"off by {worst:.3g}"
-        return f"off by {worst:.1e}"
-
-    return check
-
-
 def two_of_four(device: torch.device) -> Callable[[], str]:
     def check() -> str:
         worst = 0.0
-        for rows, columns, inputs in ((32, 64, 8), (96, 128, 21), (512, 1024, 100)):
-            layer, weight = of_four(rows, columns, device)
+        for rows, columns, inputs in ((32, 64, 8), (96, 128, 24), (512, 1024, 104)):
+            weight = of_four(rows, columns, device)
             x = torch.randn(inputs, columns, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
             try:
-                y = semi_structured.multiply(layer.packed, layer.header, x)
+                y = torch.nn.functional.linear(x, to_sparse_semi_structured(weight))
             except RuntimeError as error:
-                return f"torch refuses it here, so the weight is unpacked: {first_line(error).partition('. ')[0]}"
+                return f"torch refuses it here: {first_line(error).partition('. ')[0]}"
             wanted = torch.nn.functional.linear(x.double(), weight.double())
             worst = max(worst, float((y.double() - wanted).abs().max() / wanted.abs().max()))
         assert worst < 0.01, f"off by {worst:.3g} of the largest"
@@ -168,41 +152,14 @@ def two_of_four(device: torch.device) -> Callable[[], str]:
     return check
 
 
-def timed_linear(device: torch.device, size: int, inputs: int) -> Callable[[], object]:
-    layer, weight = of_four(size, size, device)
+def timed_linear(device: torch.device, size: int, inputs: int, sparse: bool) -> Callable[[], object]:
+    weight = of_four(size, size, device)
     x = torch.ones(inputs, size, device=device).to(weight)
-
-    def timed() -> None:
-        layer(x)
-
-    return timed
+    return partial(torch.nn.functional.linear, x, to_sparse_semi_structured(weight) if sparse else weight)
 
 
-def of_four(rows: int, columns: int, device: torch.device) -> tuple[PackedLinear, torch.Tensor]:
-    """A packed layer of a random 2:4 weight, and the weight."""
+def of_four(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """A random 2:4 weight in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(rows, columns // 4, 4, generator=generator).argsort(dim=2) < 2
-    weight = (torch.randn(rows, columns, generator=generator) * keep.view(rows, columns)).bfloat16().to(device)
-    blob = pack_tensor(weight)
-    assert blob is not None
-    return PackedLinear(blob).to(device), weight
-
-
-def halved(rows: int, columns: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=generator)
-    return weight.masked_fill_(torch.rand(rows, columns, generator=generator) < 0.5, 0.0)
-
-
-def timed_packed(device: torch.device, size: int) -> Callable[[], object]:
-    def timed() -> None:
-        from coprune.packed.triton_kernel import multiply
-
-        if not held:
-            blob = pack_tensor(halved(size, size).bfloat16()).to(device)  # type: ignore[union-attr]
-            header = read_header(blob)
-            held.append((blob, header, row_starts(blob, header), torch.ones(1, size, device=device).bfloat16()))
-        multiply(*held[0])
-
-    held: list[tuple[torch.Tensor, Header, torch.Tensor, torch.Tensor]] = []
-    return timed
+    return (torch.randn(rows, columns, generator=generator) * keep.view(rows, columns)).bfloat16().to(device)

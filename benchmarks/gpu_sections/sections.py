@@ -14,7 +14,6 @@ SECTIONS: dict[str, Section] = {
     "smollm2": Section("Pruning SmolLM2-135M", "pruning:smollm2", 60, proves=False),
     "wide": Section("Pruning blocks as wide as those of Llama-3-8B", "pruning:wide", 110, proves=False),
     "traffic": Section("Where activations and blocks lie", "pruning:traffic", 50, proves=False),
-    "packed": Section("Packed decoding", "decoding:packed", 60, proves=False),
     "tuning": Section("Fine-tuning", "tuning:adapters", 50, proves=False),
     "several": Section("Two GPUs", "several:together", 60, proves=True),
 }

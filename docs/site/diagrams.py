@@ -171,7 +171,6 @@ def rooms() -> Drawing:
         "vocabulary": "remove tokens and their rows",
         "evaluation": "perplexity, tasks, answers, comparison",
         "pruning": "methods, refinements, allocations",
-        "packed": "the packed format, its loader and products",
         "gguf_files": "GGUF files, read and written; llama.cpp",
         "model": "open, walk, edit and write a model",
         "data": "text and images to calibrate and measure on",

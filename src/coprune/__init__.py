@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from coprune.base.environment import require_posix
-from coprune.packed.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from coprune.base.errors import (
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
     from coprune.fitting.fit import fit
     from coprune.fitting.result import Fitted
     from coprune.gguf_files.export import Gguf, export
-    from coprune.packed.accelerate import accelerate
-    from coprune.packed.bench import Bench, bench
-    from coprune.packed.folder import Sizes, pack, unpack
-    from coprune.packed.quantizer import load_packed
     from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
     from coprune.report.hub import push
@@ -44,6 +39,7 @@ if TYPE_CHECKING:
     from coprune.run.prune import estimate, prune
     from coprune.run.result import Result
     from coprune.run.stages import run_recipe
+    from coprune.sweeps.bench import Bench, bench
     from coprune.sweeps.compare import compare
     from coprune.sweeps.result import SweepResult
     from coprune.sweeps.sweep import sweep
@@ -54,12 +50,9 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# After `import coprune`, transformers loads packed folders like any other; this imports neither it nor torch.
-register_with_transformers()
-
 _HOME = {
     "BadInput": "coprune.base.errors",
-    "Bench": "coprune.packed.bench",
+    "Bench": "coprune.sweeps.bench",
     "BrokenMask": "coprune.base.errors",
     "Comparison": "coprune.evaluation.comparison_table",
     "CopruneError": "coprune.base.errors",
@@ -76,12 +69,10 @@ _HOME = {
     "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
     "Result": "coprune.run.result",
-    "Sizes": "coprune.packed.folder",
     "SweepResult": "coprune.sweeps.result",
     "UnsupportedModel": "coprune.base.errors",
     "VerificationError": "coprune.base.errors",
-    "accelerate": "coprune.packed.accelerate",
-    "bench": "coprune.packed.bench",
+    "bench": "coprune.sweeps.bench",
     "compare": "coprune.sweeps.compare",
     "estimate": "coprune.run.prune",
     "evaluate": "coprune.evaluation.evaluate",
@@ -91,16 +82,13 @@ _HOME = {
     "generate": "coprune.run.generate",
     "inspect": "coprune.run.inspect",
     "keep_zeros": "coprune.training.keep_zeros",
-    "load_packed": "coprune.packed.quantizer",
     "merge": "coprune.training.merge",
-    "pack": "coprune.packed.folder",
     "perplexity": "coprune.evaluation.perplexity",
     "prune": "coprune.run.prune",
     "push": "coprune.report.hub",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
     "sweep": "coprune.sweeps.sweep",
-    "unpack": "coprune.packed.folder",
 }
 
 __all__ = [
@@ -122,11 +110,9 @@ __all__ = [
     "Recipe",
     "Report",
     "Result",
-    "Sizes",
     "SweepResult",
     "UnsupportedModel",
     "VerificationError",
-    "accelerate",
     "bench",
     "compare",
     "estimate",
@@ -137,16 +123,13 @@ __all__ = [
     "generate",
     "inspect",
     "keep_zeros",
-    "load_packed",
     "merge",
-    "pack",
     "perplexity",
     "prune",
     "push",
     "register_method",
     "run_recipe",
     "sweep",
-    "unpack",
 ]
 
 

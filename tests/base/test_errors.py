@@ -37,7 +37,7 @@ SAID = [
         "coprune.evaluate(folder, tasks=…)",
         "coprune eval FOLDER --tasks …",
     ),
-    (Command("pack", Path("a b"), "TARGET"), "coprune.pack('a b', target)", "coprune pack 'a b' TARGET"),
+    (Command("export", Path("a b"), "TARGET"), "coprune.export('a b', target)", "coprune export 'a b' TARGET"),
     (("give ", Set("pattern", "2:4"), " or ", Setting("sparsity")), "give pattern='2:4' or sparsity=…", None),
 ]
 

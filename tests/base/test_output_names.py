@@ -11,12 +11,10 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.base.files import require_apart
 from coprune.model.checkpoint.writer import join_files, refuse_occupied
-from coprune.packed.folder import pack
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.run.checks import prepare_folders
 from coprune.training.resume import prepare_folders as prepare_training
-from support.pico_folder import save_pico
 
 NAMES = ["n" * 250, "x/" + "m" * 300, "a\0b", "\ud800", "file/below", "link", "x" * 5000]
 
@@ -40,10 +38,7 @@ def test_an_impossible_name_is_refused_before_anything_is_done(name: str, place:
             prepare_training(training_recipe({"model": "pico", **places}))
     with pytest.raises(BadInput):
         refuse_occupied(Path(name))
-    save_pico(place / "model", num_hidden_layers=1)
-    with pytest.raises(BadInput):
-        pack("model", name)
-    assert sorted(path.name for path in place.iterdir()) == ["file", "link", "model"]
+    assert sorted(path.name for path in place.iterdir()) == ["file", "link"]
 
 
 def test_a_link_to_a_folder_cannot_become_a_model(place: Path) -> None:

@@ -17,7 +17,7 @@ TEXT = "--dataset words --seqlen 32 --nsamples 2 --no-layer-error -m wanda"
 # What is typed, and what the refusal names to type instead.
 REFUSED = {
     "the command": ("coprune prun model", ["prune"]),
-    "an argument": ("coprune pack out/pruned", ["coprune pack", "{source} {target}"]),
+    "an argument": ("coprune merge out/pruned", ["coprune merge", "{adapter} {output}"]),
     "the repository": ("coprune push out/pruned", ["coprune push", "{OWNER/NAME}"]),
     "the model": ("coprune prune", ["coprune prune smollm2-135m --dataset embedded"]),
     "the second model": ("coprune compare model", ["name another one after it"]),
@@ -25,7 +25,7 @@ REFUSED = {
     "a model's name": (f"coprune prune modle {TEXT}", ["did you mean model?"]),
     "a packaged model's name": (f"coprune prune smollm-135m {TEXT}", ["did you mean smollm2-135m?", "--cache-dir"]),
     "a model's path": ("coprune eval out/prunde --data held", ["did you mean out/pruned?"]),
-    "a folder of models": ("coprune inspect out", ["did you mean out/packed?"]),
+    "a folder of models": ("coprune inspect out", ["did you mean out/pruned?"]),
     "a run for a model": ("coprune eval out/model/0.5/wanda --data held", ["--save-model"]),
     "a run without a model": ("coprune push out/model/0.5/wanda me/pico", ["--save-model"]),
     "a method": (f"coprune prune model {TEXT.replace('wanda', 'wnada')}", ["did you mean 'wanda'?"]),
@@ -51,7 +51,6 @@ REFUSED = {
     ),
     "a run in its model": (f"coprune prune model {TEXT} --save-model out/model", ["--save-model", "--save."]),
     "a login": ("coprune push out/pruned me/pico", ["hf auth login", "HF_TOKEN"]),
-    "a folder that is there": ("coprune pack out/pruned model", ["another folder"]),
     "what is dense": (
         f"coprune finetune model {TEXT.partition(' --nsamples')[0]}",
         ["coprune prune"],
@@ -110,9 +109,6 @@ def do_what_works(place: Path, typed: Type) -> None:
         assert "perplexity" in works(f"coprune eval {model} --data held --seqlen 32")
     assert "KL held" in works("coprune compare model out/run --data held --seqlen 32")
     assert works("coprune report out/run") == "page      out/run/report.html\n"
-    assert "out/packed" in works("coprune pack out/pruned out/packed")
-    assert "perplexity" in works("coprune eval out/packed --data held --seqlen 32")
-    assert works("coprune unpack out/packed out/unpacked") == "unpacked  out/unpacked\n"
 
 
 def test_what_a_newcomer_types_works_or_is_told_what_to_type(place: Path, typed: Type) -> None:

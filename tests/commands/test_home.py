@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import coprune
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.sweeps.file import Sweep
@@ -46,12 +45,10 @@ def test_commands_write_into_a_home(
         "report ~/run --output=~/page.html",
         "eval ~/pruned --data words.txt --seqlen 32 -q --json=~/figures.json",
         "estimate model --dataset words.txt --seqlen 32 -q --json=~/estimate.json",
-        "pack ~/pruned ~/packed",
     ]
     for line in lines:
         ended = run_command(line.split(), monkeypatch, capsys)
         assert ended.code == 0, ended.err
-    coprune.unpack("~/packed", "~/unpacked")
-    made = {"run", "pruned", "page.html", "figures.json", "estimate.json", "packed", "unpacked"}
+    made = {"run", "pruned", "page.html", "figures.json", "estimate.json"}
     assert made <= {path.name for path in home.iterdir()}
     assert {path.name for path in Path().iterdir()} == {"model", "words.txt"}

@@ -83,7 +83,6 @@ def test_an_ordinary_checkpoint_is_pruned_and_asked_what_it_writes(works: Works,
 def test_what_was_saved_can_be_measured_stored_and_exported(works: Works, place: Path) -> None:
     assert "perplexity" in works("coprune eval out/pruned --data embedded --seqlen 128 --eval-tokens 1024")
     assert "KL" in works("coprune compare dense out/run --data embedded --seqlen 128 --eval-tokens 1024")
-    works("coprune pack out/pruned out/packed")
     works(
         f"coprune prune smollm2-135m --remove channels=0.33 {SMALL} --no-eval --no-gate --save out/less --save-model out/smaller"
     )

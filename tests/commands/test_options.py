@@ -20,7 +20,7 @@ from support.pico_folder import save_pico, write_words
 
 # What the Python functions behind the commands take, so that nothing is computed.
 TAUGHT = ["--mode", "distill", "--teacher", "t"]
-FUNCTIONS = {"bench": "coprune.packed.bench.bench", "sweep": "coprune.sweeps.sweep.sweep",
+FUNCTIONS = {"bench": "coprune.sweeps.bench.bench", "sweep": "coprune.sweeps.sweep.sweep",
              "compare": "coprune.sweeps.compare.compare", "finetune": "coprune.training.finetune.finetune"}  # fmt: skip
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 

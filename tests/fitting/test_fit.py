@@ -167,7 +167,6 @@ def test_a_folder_for_transformers(place: Path, tmp_path: Path, monkeypatch: pyt
     assert found.kept
     kinds = {row.name.split("=")[0] for row in found.rows if row.bytes}
     assert {"vocabulary", "dense f16"} <= kinds
-    assert any("sparsity=" in row.name and "packed" in row.name for row in found.rows)
     dense, chosen = (next(row for row in found.rows if row.chosen is one) for one in (False, True))
     assert found.bytes == chosen.bytes < dense.bytes
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small" / "model", dtype="auto")

@@ -32,7 +32,7 @@ NO_WHEELS = ("rouge-score", "sqlitedict", "word2number")
 TESTS = [
     *("recipe", "commands/test_bad_input.py", "commands/test_options.py", "model/test_transformers_private.py"),
     *("pruning/methods/test_any_group.py", "pruning/methods/test_new_pattern.py", "pruning/methods/test_methods.py"),
-    *("data/test_local_text.py", "packed/test_folder.py", "packed/test_linear.py", "report/test_page.py"),
+    *("data/test_local_text.py", "report/test_page.py"),
     *("training/test_masked_lora.py", "evaluation/test_extras.py", "run/test_whole_run.py"),
 ]
 SHOWN = ("torch", "transformers", "numpy")

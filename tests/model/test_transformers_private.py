@@ -26,7 +26,7 @@ HOME = "coprune/model/transformers_private.py"
 MODEL = "transformers.modeling_utils:PreTrainedModel"
 CORE = "transformers.core_model_loading"
 STREAMING, SAVING = "streaming of checkpoints by block", "saving in the checkpoint's names and layout"
-PACKED, TRAINING = "loading of packed folders", "trackers of a fine-tuning"
+TRAINING = "trackers of a fine-tuning"
 
 # Where a name is, how it is called (positional arguments, then names), and what needs it.
 CALLED: list[tuple[str, int, set[str], str]] = [
@@ -35,11 +35,8 @@ CALLED: list[tuple[str, int, set[str], str]] = [
     (f"{CORE}:dot_natural_key", 1, set(), STREAMING),
     (f"{CORE}:convert_and_load_state_dict_in_model", 3, set(), STREAMING),
     (f"{CORE}:revert_weight_conversion", 2, set(), SAVING),
-    (f"{CORE}:WeightConverter", 3, set(), PACKED),
-    (f"{CORE}:WeightConverter.copy", 3, {"operations"}, PACKED),
     (f"{CORE}:WeightConverter.was_used", 1, set(), STREAMING),
     (f"{CORE}:WeightRenaming.was_used", 1, set(), STREAMING),
-    (f"{CORE}:ConversionOps.convert", 4, {"model", "full_layer_name"}, PACKED),
     (
         "transformers.modeling_utils:LoadStateDictConfig",
         0,
@@ -62,8 +59,6 @@ CALLED: list[tuple[str, int, set[str], str]] = [
     (f"{MODEL}.get_parameter_or_buffer", 2, set(), STREAMING),
     (f"{MODEL}.set_experts_implementation", 2, set(), "seeing every expert's own inputs"),
     ("transformers.pytorch_utils:Conv1D", 2, set(), "matrices of GPT-2 and its like"),
-    ("transformers.quantizers.base:HfQuantizer", 1, set(), PACKED),
-    ("transformers.utils.quantization_config:QuantizationConfigMixin", 1, set(), PACKED),
     ("transformers:Trainer._save", 1, {"output_dir", "state_dict"}, "fine-tuning's states to resume from"),
     ("transformers:Trainer.create_optimizer", 2, set(), "zeros that fine-tuning keeps"),
     ("transformers:Trainer.create_scheduler", 1, {"num_training_steps", "optimizer"}, "learning rates by the clock"),
@@ -108,8 +103,6 @@ def test_what_is_called_is_there_and_takes_what_it_is_given(
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        ("coprune.packed.quantizer:CopruneQuantizer", "transformers.quantizers.base:HfQuantizer"),
-        ("coprune.packed.quantizer:Unpack", f"{CORE}:ConversionOps"),
         ("coprune.training.trainer:ZeroKeepingTrainer", "transformers:Trainer"),
     ],
 )
@@ -128,17 +121,6 @@ def test_the_trainer_asks_for_what_is_set() -> None:
     source = inspect.getsource(look_up("transformers:Trainer", "fine-tuning"))
     for attribute in ("loss_is_scaled_for_ga", "_created_lr_scheduler"):
         assert f"self.{attribute}" in source, f"fine-tuning sets Trainer.{attribute}, which nobody reads any more"
-
-
-def test_packed_folders_are_registered_in_the_tables_that_are_read() -> None:
-    from coprune.model.checkpoint.names import QUANT_METHOD
-    from coprune.packed.registration import TABLE, register_with_transformers
-
-    tables = [
-        look_up(f"{TABLE}:{name}", PACKED) for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
-    ]
-    register_with_transformers()
-    assert all(QUANT_METHOD in table for table in tables)
 
 
 def test_a_mixtures_tensors_are_renamed_and_fused() -> None:

@@ -156,14 +156,3 @@ def test_a_class_that_transformers_cannot_run_is_refused_at_worst(tmp_path: Path
     """Llama 4 with its tower, which fails on every input in transformers 5.24."""
     source = save_published(published_model("llama4", "text"), tmp_path / "source")
     assert lost_in_silence(source, tmp_path, {"dataset": TOKENS, **ZEROS})[1] == ""
-
-
-def test_a_packed_folder_is_pruned_with_its_files_or_not_at_all(published: dict[str, Path], tmp_path: Path) -> None:
-    source = save_published(published_model("gemma3", "text"), tmp_path / "source", more={})
-    made(source, tmp_path / "packed", None, encoding="packed", **ZEROS)
-    found = made(tmp_path / "packed", tmp_path / "saved", None, method="magnitude", sparsity=0.6)
-    assert (found.lost, found.new, found.files) == ([], [], [])
-    assert found.keys.keys() == {key for key in found.keys if key.startswith("quantization_config")}
-    made(published["gemma3"], tmp_path / "more", None, encoding="packed", **ZEROS)
-    with pytest.raises(BadInput, match=r"is packed and holds mtp\.layers\.0\.eh_proj\.weight"):
-        made(tmp_path / "more", tmp_path / "never", None, **ZEROS)

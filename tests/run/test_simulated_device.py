@@ -17,7 +17,7 @@ import pytest
 from support.simdevice.build import missing
 from support.torchrun import ENVIRONMENT
 
-KINDS = ("methods", "walk", "removal", "packing", "fine-tuning", "evaluation", "images", "memory")
+KINDS = ("methods", "walk", "removal", "fine-tuning", "evaluation", "images", "memory")
 TESTS = Path(__file__).parents[1]
 
 

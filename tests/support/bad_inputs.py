@@ -28,8 +28,6 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "prune": lambda **settings: coprune.prune(**{**PRUNE, **settings}, quiet=True),
     "finetune": lambda **settings: coprune.finetune(**settings, quiet=True),
     "generate": lambda **settings: coprune.generate(**settings, quiet=True),
-    "pack": coprune.pack,
-    "unpack": coprune.unpack,
     "bench": coprune.bench,
     "export": lambda **settings: coprune.export(**settings, quiet=True),
 }

@@ -12,10 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from coprune.packed.operator import unpacked_product
-
 OTHER = torch.device("xpu", 0)
-_PRODUCTS = (torch.ops.coprune.packed_linear.default, torch.ops.coprune.packed_product.default)
 _ON_THE_HOST = ("numpy", "data_ptr", "__array__")
 
 
@@ -39,8 +36,6 @@ class OtherDevice(TorchFunctionMode):
                 return self._moved(function, tensors[0], args[1:], kwargs)
             if there and any(not isinstance(tensor, OtherTensor) and tensor.ndim for tensor in tensors):
                 raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
-            if there and function in _PRODUCTS:
-                function = unpacked_product  # what the device would run, not what there is for host memory
             found = function(*tree_map(_named_cpu, args), **tree_map(_named_cpu, kwargs))
             there = there or OTHER in [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
             return tree_map(_placed, found) if there else found

@@ -49,8 +49,6 @@ _READ_FIRST = (
     "estimate",
     "finetune",
     "generate",
-    "pack",
-    "unpack",
     "push",
     "export",
     "merge",
@@ -92,7 +90,6 @@ def make_base(folder: Path) -> Base:
     words = [" ".join(f"word{number * row % 97}" for number in range(99)) for row in range(9)]
     with patch.object(run_folders, "write_page", lambda runs, path: True):
         coprune.prune(str(folder / "dense"), dataset=words, nsamples=2, seqlen=32, save=folder / "run", quiet=True)
-    coprune.pack(folder / "pruned", folder / "packed")
     save_classifier("deit", folder / "classifier")
     _write_images(folder / "images")
     _write_items(folder / "items")
@@ -165,7 +162,6 @@ class World:
         patches.setitem(EMBEDDED_EVALUATION, "embedded-lambada", lambda: held_out)
         patches.setattr("coprune.pruning.methods._registered", {})
         patches.setenv("TASK_DATA", str(base["items"]))
-        patches.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
         # A worker of a sweep that begins anew would know nothing of this world.
         patches.setattr(pool, "get_context", lambda _: get_context("fork"))
         (folder / "docs").symlink_to(ROOT / "docs")
@@ -200,8 +196,8 @@ class World:
             source = self.base["site"] / PACKAGE / FILE
         elif name.startswith("timm/"):
             source = self.base["classifier"]
-        elif "MIXTURE" in name or name.endswith("packed"):
-            source = self.base["mixture" if "MIXTURE" in name else "packed"]
+        elif "MIXTURE" in name:
+            source = self.base["mixture"]
         else:
             source = self.base["pruned" if name.startswith("out/") or name in ("PRUNED", "FOLDER") else "dense"]
         place.parent.mkdir(parents=True, exist_ok=True)

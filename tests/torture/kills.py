@@ -18,7 +18,6 @@ from coprune.base.environment import kernel_cache
 from coprune.base.files import write_text as write_text_file
 from coprune.base.native.build import load_kernels
 from coprune.base.progress import Reporter
-from coprune.packed.folder import pack, unpack
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.report.folder import REPORT_FILE as PRUNED
@@ -64,24 +63,17 @@ def make_place(place: Path) -> dict[str, Work]:
         write_text_file(out / "made.txt", str(found.perplexity))
 
     def compare(out: Path) -> None:
-        found = coprune.compare(
-            [model, place / "packed_model"], str(place / "test.txt"), seqlen=32, device="cpu", quiet=True
-        )
+        found = coprune.compare([model, place / "pruned"], str(place / "test.txt"), seqlen=32, device="cpu", quiet=True)
         write_text_file(out / "made.txt", found.to_markdown())
 
     def write(out: Path) -> object:
         return coprune.generate(model, out / "made.jsonl", place / "ask.jsonl", seqlen=8, device="cpu", quiet=True)
 
-    pack(place / "model", place / "packed_model")
-    pack(place / "pruned", place / "packed")
     (place / "ask.jsonl").write_text('{"prompt": "w5 w6"}\n{"prompt": "w7"}\n')
     return {
         "prune (wanda, streamed)": prune(method="wanda", stream=True),
         "prune (sparsegpt 2:4, sequential)": prune(method="sparsegpt", pattern="2:4", propagation="sequential"),
-        "prune to a packed folder": prune(method="wanda", encoding="packed", stream=True),
         "prune --remove": prune(remove="channels=0.34,blocks=0.34", align=32),
-        "pack": lambda out: pack(place / "pruned", out / "made"),
-        "unpack": lambda out: unpack(place / "packed", out / "made"),
         "finetune (lora)": tune,
         "finetune (dense)": lambda out: tune(out, mode="dense"),
         "export": lambda out: coprune.export(place / "f32.gguf", out / "made.gguf", type="q8_0", quiet=True),

@@ -1,7 +1,6 @@
 """Hurt coprune on purpose and say what became of it: python tests/torture/run.py [--quick] [--only PART] [--seed N].
 
-500 packed folders changed by chance and by intent, multiplied from by kernels that are built under the address
-sanitiser; 100 tokenizers, chat templates and configurations each, pruned with; 160 runs killed once or twice, half at random
+100 tokenizers, chat templates and configurations each, pruned with; 160 runs killed once or twice, half at random
 moments and half at calls of the system, and 24 on a disk that is full at a random byte, each begun again and compared
 byte by byte with one that was left in peace; 40 commands stopped by SIGTERM. docs/reliability.md holds what it printed.
 """
@@ -24,17 +23,14 @@ if __name__ == "__main__":
 
 from torture.fuzz import CHANGES, attack
 from torture.kills import Undisturbed
-from torture.mutations import watched
 from torture.stops import Stopped
-
-_BATCH = 100
 
 
 def main() -> int:
     """Run everything and print a table; returns 1 if anything was not as promised."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    parser.add_argument("--only", choices=["folders", "files", "runs", "disks", "stops"], help="one part of it")
+    parser.add_argument("--only", choices=["files", "runs", "disks", "stops"], help="one part of it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     part = 10 if options.quick else 1
@@ -42,8 +38,6 @@ def main() -> int:
     print(f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} cores, {platform.system()}")
     bad = []
     with tempfile.TemporaryDirectory() as place:
-        if options.only in (None, "folders"):
-            bad += _mutations(Path(place), options.seed, 500 // part)
         for kind in CHANGES if options.only in (None, "files") else ():
             ends, wrong = attack(kind, options.seed, 100 // part)
             print(f"{100 // part} changed {kind}: {', '.join(f'{n} {end}' for end, n in ends.items())}", flush=True)
@@ -61,20 +55,6 @@ def main() -> int:
         print(f"NOT AS PROMISED: {line}")
     print(f"{len(bad)} things were not as promised; {(time.monotonic() - started) / 60:.0f} minutes.")
     return 1 if bad else 0
-
-
-def _mutations(place: Path, seed: int, count: int) -> list[str]:
-    place.mkdir(exist_ok=True)
-    ends: Counter[str] = Counter()
-    for first in range(0, count, _BATCH):
-        try:
-            found, watcher = watched(seed + first, min(_BATCH, count - first), place)
-        except RuntimeError as error:
-            return [str(error)]
-        ends.update(found)
-        told = ", ".join(f"{number} {end}" for end, number in ends.most_common())
-        print(f"{ends.total()} changed packed folders, kernels under: {watcher}; {told}", flush=True)
-    return []
 
 
 def _disturbances(undisturbed: Undisturbed, seed: int, count: int, how: str) -> list[str]:

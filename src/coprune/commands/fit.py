@@ -66,7 +66,7 @@ def fit(
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="Do not try this: vocabulary, experts, blocks, channels, embedding, zeros; repeatable.",
+            help="Do not try this: vocabulary, experts, blocks, channels, embedding; repeatable.",
             show_default=False,
         ),
     ] = None,

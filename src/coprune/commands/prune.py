@@ -90,14 +90,9 @@ def _next_step(report: Report) -> Words:
     if saved is None:
         return ("to keep the model, type the same again with ", Set("save_model", ...), " ", Set("overwrite", True))
     if report.answers is None or not report.answers.degenerates:
-        if recipe.output.encoding == "packed" or recipe.output.as_gguf:
-            return ("how fast it is here: ", Command("bench", saved))
-        if recipe.remove.parts and report.model.task == "text":
+        if report.model.task == "text" and not recipe.output.as_gguf:
             return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))
-        return (
-            "stored smaller, bit for bit the same: ",
-            Command("pack", saved, saved.with_name(f"{saved.name}-packed")),
-        )
+        return ("how fast it is here: ", Command("bench", saved))
     if recipe.train.mode is not None:
         return ("prune less, or train longer with ", Set("finetune_minutes", ...))
     dense = Set("teacher", recipe.model.name)

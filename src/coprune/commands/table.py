@@ -29,8 +29,6 @@ COMMANDS: dict[str, str] = {
     "finetune": "Recover what pruning cost, with every zero kept.",
     "generate": "Let a model write a file to be calibrated on.",
     "merge": "Merge a masked adapter into its pruned model.",
-    "pack": "Store a pruned model smaller, bit for bit the same.",
-    "unpack": "Give back the dense folder that was packed.",
     "push": "Put a saved model on the Hugging Face Hub.",
     "export": "Write a model as a GGUF file for llama.cpp and others.",
     "bench": "Measure how fast models are on this machine.",

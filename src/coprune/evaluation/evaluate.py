@@ -36,7 +36,7 @@ def evaluate(
     """Measure a model: perplexity as the papers do (windows that do not overlap), accuracy on images, or tasks.
 
     Args:
-        model: a Hub id, a folder (packed or not), a GGUF file, `smollm2-135m`, or a model in memory, which is not changed.
+        model: a Hub id, a folder, a GGUF file, `smollm2-135m`, or a model in memory, which is not changed.
         data: texts, as a list or with commas between: corpora (`embedded`, `wikitext2`, `c4`, `ptb`), paths, ids of the
             Hub, each perhaps with settings of its own (`c4@seqlen=1024@tokens=65536`); of a classifier, sets of images.
             Without any, and without tasks, `wikitext2`. Also a `datasets.Dataset`, a tensor of token ids, or a mapping of

@@ -17,7 +17,6 @@ from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Perple
 from coprune.evaluation.required import Figure, figures_of_closeness
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
-from coprune.packed.linear import PackedLinear
 
 
 class _Facts(BaseModel):
@@ -120,9 +119,6 @@ def weight_facts(model: PreTrainedModel, bytes_on_disk: int) -> WeightFacts:
         if parameter.ndim >= 2 and id(parameter) not in outside:
             size += count
             kept += there
-    for layer in (module for module in model.modules() if isinstance(module, PackedLinear)):
-        count, there = layer.header.numel, layer.header.kept
-        parameters, nonzeros, size, kept = parameters + count, nonzeros + there, size + count, kept + there
     return WeightFacts(
         parameters=parameters,
         nonzeros=nonzeros,

@@ -13,7 +13,6 @@ from coprune.model.checkpoint.load import TaskName, task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import Loaded, open_model, require_processor, say_of_bfloat16
-from coprune.packed.linear import PackedLinear
 from coprune.recipe.parts import ModelPart
 
 Model = str | Path | PreTrainedModel
@@ -75,7 +74,4 @@ class Held:
         return self._loaded
 
     def bytes_of_weights(self) -> int:
-        model = self._loaded.model
-        packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear)]
-        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *packed)}
-        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+        return sum(one.numel() * one.dtype.itemsize for one in self._loaded.model.parameters())

@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-KINDS = ("vocabulary", "experts", "blocks", "channels", "embedding", "zeros")
+KINDS = ("vocabulary", "experts", "blocks", "channels", "embedding")
 """Kinds of changes that the user can exclude; quantisation always stays."""
-EXACT, PACKED = "f16", "packed"
-"""Sixteen bits as they are, and the packed format, in which zeros take no room."""
+EXACT = "f16"
+"""Sixteen bits as they are."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
 EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "iq4_nl")
@@ -19,8 +19,6 @@ VOCABULARIES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Shares of the tokens that stay."""
 STRUCTURES = (("experts=0.25",), ("channels=0.125", "channels=0.25"), ("blocks=0.1",))
 """Structured removals that are tried, each followed by a distillation: the least first, where there are several amounts."""
-ZEROS = ("sparsity=0.5", "sparsity=0.6")
-"""Shares of zeros that are tried likewise, where the runtime gains from them."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Cut:
     """A model without some parts, before it is quantised."""
 
     removed: tuple[str, ...] = ()
-    """Removed parts in the syntax of `--remove`, one after another; the last may be a sparsity."""
+    """Removed parts in the syntax of `--remove`, one after another."""
     tokens: int = 0
     """Tokens of a distillation afterwards."""
 

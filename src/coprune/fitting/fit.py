@@ -72,7 +72,7 @@ class FitArguments(TypedDict, total=False):
     like: str | Path | None
     """A GGUF file of the source model, where that is a folder."""
     without: str | Sequence[str]
-    """Changes not to try: vocabulary, experts, blocks, channels, embedding, zeros."""
+    """Changes not to try: vocabulary, experts, blocks, channels, embedding."""
     workers: int
     """Candidates that are measured at a time [1]."""
     ray: str | None

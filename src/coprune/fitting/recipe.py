@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
-from coprune.fitting.candidates import EMBEDDINGS, EXACT, PACKED, TYPES, Candidate, Cut
+from coprune.fitting.candidates import EMBEDDINGS, EXACT, TYPES, Candidate, Cut
 from coprune.fitting.notes import Asked, Runtime, read_passages
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
 
@@ -19,9 +19,7 @@ RECIPE_FILE, TEXT_FILE = "recipe.yaml", "text.jsonl"
 _MOST_TRAINED = 1 << 24
 """Tokens of a distillation at most; a search takes far fewer."""
 _Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-_Part = Annotated[
-    str, StringConstraints(pattern=r"^(vocabulary=[1-9]\d{0,8}|(experts|channels|blocks|sparsity)=0\.\d{1,6})$")
-]
+_Part = Annotated[str, StringConstraints(pattern=r"^(vocabulary=[1-9]\d{0,8}|(experts|channels|blocks)=0\.\d{1,6})$")]
 
 
 class _Checked(BaseModel):
@@ -55,7 +53,7 @@ class FitRecipe(_Checked):
     @field_validator("type")
     @classmethod
     def _known_type(cls, said: str) -> str:
-        if said not in (EXACT, PACKED, *TYPES, *ALL_TYPES):
+        if said not in (EXACT, *TYPES, *ALL_TYPES):
             raise ValueError(f"it should be one of {', '.join(TYPES)}")
         return said
 

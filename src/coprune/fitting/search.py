@@ -18,11 +18,9 @@ from coprune.fitting.candidates import (
     DENSE,
     EMBEDDINGS,
     EXACT,
-    PACKED,
     STRUCTURES,
     TYPES,
     VOCABULARIES,
-    ZEROS,
     Candidate,
     Cut,
 )
@@ -37,7 +35,6 @@ Target = Literal["size", "speed", "memory"]
 EXACT_DENSE = Candidate(DENSE, EXACT)
 _RUNGS = (8, 4, 2, 1)
 """Parts of the seen items after which it may be told already."""
-_KIND = {"sparsity": "zeros"}
 _FIRST = "q4_k_m"
 """The type that is tried first."""
 _ALIGN = 64
@@ -290,7 +287,7 @@ class Search:
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
         """Return whether a quant is known not to be smaller than the best before it is made itself."""
-        unknown = candidate.type in (EXACT, PACKED) or not self.workshop.is_made(candidate.cut.sized_by)
+        unknown = candidate.type == EXACT or not self.workshop.is_made(candidate.cut.sized_by)
         if self.wish.target != "size" or unknown:
             return False
         try:
@@ -370,8 +367,6 @@ class Search:
             self._halve(plain[plain.index(largest) + 1 :], plain=True)
         for amounts in STRUCTURES:
             self._halve(self._structures(self._kept[-1], amounts))
-        if self.workshop.asked.runtime == "transformers":
-            self._halve([replace(one, type=PACKED) for one in self._structures(self._kept[-1], ZEROS)])
 
     def _plain(self) -> list[Candidate]:
         """Return the quants of the dense model, largest first."""
@@ -397,7 +392,7 @@ class Search:
         return [replace(base, type=one) for one in types[types.index(base.type) + 1 : types.index(last) + 1]]
 
     def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:
-        asked = [one for one in amounts if _KIND.get(kind := one.partition("=")[0], kind) not in self.wish.without]
+        asked = [one for one in amounts if one.partition("=")[0] not in self.wish.without]
         tokens = 0 if self.untried else self._distilled()  # takes more time than what there was none for
         return [base.of(Cut((*base.cut.removed, one), tokens)) for one in asked] if tokens else []
 
@@ -449,7 +444,7 @@ class Search:
         """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more, quants untried, too."""
         plain = self._plain()
         types, pool = (
-            [*(one.type for one in plain), PACKED],
+            [one.type for one in plain],
             [*self._kept, *(one for one in plain if one not in self.tried)],
         )
         safe = {one: [self._safety[other] for other in self._kept if one.spares(other, types)] for one in pool}

@@ -21,7 +21,7 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
-from coprune.fitting.candidates import DENSE, EXACT, PACKED, Candidate, Cut
+from coprune.fitting.candidates import DENSE, EXACT, Candidate, Cut
 from coprune.fitting.made import bytes_in, note_of, seconds_in, seconds_of
 from coprune.fitting.notes import Asked, Measured, Passage, differing, read_passages, write_passages
 from coprune.fitting.reader import Reader
@@ -33,7 +33,6 @@ from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
 from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
-from coprune.packed.folder import pack
 from coprune.run.generate import generate
 from coprune.run.prune import prune
 from coprune.run.vocabulary import tokens_kept
@@ -218,9 +217,6 @@ class Workshop:
         target = self._file(candidate)
 
         def make() -> None:
-            if candidate.type == PACKED:
-                pack(exact, target)
-                return
             matrix, asked = self._importance(candidate.cut), self._quantisation(candidate)
             self.reporter.say(f"Making {candidate.name}")
             write_text(_sources(target), json.dumps([exact.name, matrix.name]))
@@ -240,9 +236,7 @@ class Workshop:
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's file, which is not needed any more."""
-        if candidate.type == PACKED:
-            shutil.rmtree(self._file(candidate), ignore_errors=True)
-        elif candidate.type != EXACT:
+        if candidate.type != EXACT:
             self._file(candidate).unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -315,8 +309,7 @@ class Workshop:
             base = str(self._cut(before))
         else:
             base = str(self._exact(DENSE)) if in_file or self.asked.runtime == "transformers" else self.asked.model
-        kind, _, amount = cut.removed[-1].partition("=")
-        more: dict[str, Any] = {"sparsity": float(amount)} if kind == "sparsity" else {"remove": cut.removed[-1]}
+        kind, more = cut.removed[-1].partition("=")[0], dict[str, Any](remove=cut.removed[-1])
         if cut.tokens:
             more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
 

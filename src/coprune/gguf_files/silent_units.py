@@ -18,9 +18,7 @@ from torch import Tensor
 from coprune.gguf_files.smaller import Exported
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
-from coprune.model.checkpoint.load import load_model
-from coprune.model.checkpoint.locate import ModelFolder, is_packed
-from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.edit import Configure, Edit, KeepSlices
 from coprune.model.edits import Edits
 from coprune.model.folding import head_size
@@ -91,13 +89,9 @@ def _has_zeros(source: Exported, name: str) -> bool:
 
 
 def _proven(folder: ModelFolder) -> ProvenModel:
-    if is_packed(folder):
-        weights: Weights = InMemory(load_model(folder, processed=False)[0])
-        blocks = find_blocks(weights.model)
-    else:
-        lazy = LazyCheckpoint(folder)
-        weights, blocks = lazy, find_blocks(lazy.model)
-        lazy.acquire_rest([block.name for block in blocks])
+    weights = LazyCheckpoint(folder)
+    blocks = find_blocks(weights.model)
+    weights.acquire_rest([block.name for block in blocks])
     found = FoundModel(weights, blocks, choose_matrices(weights.model, blocks))
     words = int(weights.model.config.get_text_config().vocab_size)
     return prove_replay(found, torch.randint(words, (1, 32), generator=torch.Generator().manual_seed(0)))

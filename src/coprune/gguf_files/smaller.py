@@ -13,7 +13,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.gguf_files.tensor_matching import Piece, squeezed
 from coprune.model.checkpoint.deferred import deferred, held
 from coprune.model.checkpoint.load import load_model, require_one_part
-from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, is_packed
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
@@ -113,8 +113,7 @@ def exported(location: Location) -> Exported:
     name, edits = history_of(location.path)
     uncut = not any(isinstance(edit, Configure) for one in edits for edit in one.all())
     source = _folder_named(name) or (location if uncut else None)
-    tensors = whole_tensors(location) if is_packed(location) else checkpoint_entries(location.path)
-    return Exported(tensors, edits, location, source)
+    return Exported(checkpoint_entries(location.path), edits, location, source)
 
 
 def _folder_named(name: str | None) -> ModelFolder | None:

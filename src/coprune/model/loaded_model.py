@@ -21,7 +21,7 @@ from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
-from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, is_packed, locate
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, locate
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.names import counted_kinds
 from coprune.model.checkpoint.source import Source
@@ -161,8 +161,7 @@ def open_model(asked: ModelPart, stream: bool, experts_apart: bool = False) -> L
     """
     location = locate(asked.name, asked.cache_dir)
     device = choose_device(asked.device)
-    # A packed folder is unpacked by transformers as a whole.
-    if stream and isinstance(location, ModelFolder) and not is_packed(location):
+    if stream and isinstance(location, ModelFolder):
         lazy = LazyCheckpoint(location, asked.dtype, device, experts_apart=experts_apart)
         blocks = find_blocks(lazy.model)
         if asked.check_memory:
@@ -182,19 +181,9 @@ def open_model(asked: ModelPart, stream: bool, experts_apart: bool = False) -> L
 def in_memory(model: PreTrainedModel, location: Location, dtype: DtypeName = "auto") -> InMemory:
     """Wrap a loaded model, to be saved in the layout of its source.
 
-    dtype: that it was loaded in. Raises BadInput for a packed folder that holds more than the model loads.
+    dtype: that it was loaded in.
     """
-    if isinstance(location, GgufFile):
-        return InMemory(model)
-    source = Source(location, model, dtype)
-    if is_packed(location) and (carried := source.conversion.carried):
-        raise BadInput(
-            f"{location.name} is packed and holds {carried[0]} ({len(carried)} in all), which the model does not load",
-            field="model",
-            value=location.name,
-            fix="prune the folder that it was made from",
-        )
-    return InMemory(model, source)
+    return InMemory(model) if isinstance(location, GgufFile) else InMemory(model, Source(location, model, dtype))
 
 
 def open_without_weights(asked: ModelPart) -> Loaded | None:

@@ -161,12 +161,12 @@ class OutputPart(Part):
         ),
     ] = None
     encoding: Annotated[
-        Literal["source", "dense", "packed"],
+        Literal["source", "dense"],
         Decides.MEASUREMENT,
         Shown.COMMON,
         Field(
             description="How the saved model's tensors are stored: as the source's are (FP8, MXFP4, INT4 …, else dense), "
-            "dense, as any tool reads them, or packed, as coprune pack does, which takes less room and needs coprune to load."
+            "or dense, as any tool reads them."
         ),
     ] = "source"
     report_to: Annotated[

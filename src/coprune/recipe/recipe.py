@@ -81,9 +81,6 @@ def _of_training(recipe: Tree) -> BadInput | None:
         return wrong
     if not 0 <= (seed := recipe.calibrate.seed) < 2**32:
         return BadInput(f"seed cannot be {seed}: that of a training is 0 to {2**32 - 1}", field="seed", value=seed)
-    if recipe.output.encoding == "packed":
-        pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
-        return BadInput("a fine-tuned model is saved dense", field="encoding", value=recipe.output.encoding, fix=pack)
     # A training keeps the zeros of the pruning.
     return refuse_numbers(recipe.prune.exclude, "exclude", recipe.remove.shares)
 
@@ -133,7 +130,6 @@ def _of_removal(recipe: Tree) -> BadInput | None:
         "rotate": recipe.prune.rotate,
         "refine": bool(recipe.prune.refine),
         "propagation": recipe.calibrate.propagation != "block",
-        "encoding": recipe.output.encoding == "packed",
     }
     for setting, given in said.items():
         if given:

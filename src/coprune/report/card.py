@@ -9,7 +9,6 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 
 from coprune.base.words import per_cent
 from coprune.evaluation.zero_shot import ZeroShotFacts
-from coprune.packed.folder import IMPORT, STORED
 from coprune.report.answers import answers_markdown
 from coprune.report.html import base_of, name_of
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
@@ -17,11 +16,15 @@ from coprune.report.schema import OF_IMAGES, Report
 from coprune.report.vocabulary import vocabulary_markdown
 
 _LOAD = """```python
-{first}from transformers import {model}, {processor}
+from transformers import {model}, {processor}
 
 model = {model}.from_pretrained("PATH OR ID OF THIS FOLDER")
 {name} = {processor}.from_pretrained("PATH OR ID OF THIS FOLDER")
 ```"""
+_STORED = {
+    "source": "The weights are stored as the original's are, so any tool that loads the original loads this.",
+    "dense": "The weights are stored dense, so any tool that loads the original loads this.",
+}
 _TOKENIZER = {"processor": "AutoTokenizer", "name": "tokenizer"}
 _AUTO = {
     "text": {"model": "AutoModelForCausalLM", **_TOKENIZER},
@@ -52,8 +55,7 @@ _PIPELINES = {
 def _how_to_load(report: Report) -> str:
     names = _AUTO[report.model.task]
     own = {"model": report.model.loaded_by} if report.model.loaded_by else {}
-    packed = report.recipe.output.encoding == "packed"
-    return _LOAD.format(**names | own, first=IMPORT if packed else "")
+    return _LOAD.format(**names | own)
 
 
 def model_card(report: Report) -> str:
@@ -89,7 +91,7 @@ def model_card(report: Report) -> str:
     card = "\n".join(header) + (
         f"\n{_model_index(report)}---\n\n# {inline(title)}, pruned with {report.recipe.way}{tuned}\n\n"
         f"{_what_was_done(report)} "
-        f"{STORED[_stored(report)]}\n\n{note}## {measured}\n\n{results}\n\n"
+        f"{_STORED[_stored(report)]}\n\n{note}## {measured}\n\n{results}\n\n"
         f"## How it was made\n\n{_calibrated_on(report)}\n\n"
         f"Made with {versions}. The recipe, without what is usual{repeats}:\n\n{fenced(recipe.to_yaml(usual=False), 'yaml')}\n\n"
         f"## Load\n\n{_how_to_load(report)}\n"

@@ -29,7 +29,7 @@ def push(folder: Path | str, repository: str, private: bool = False) -> str:
     """Upload the folder of a model, with its card, to the Hugging Face Hub.
 
     Args:
-        folder: of a saved model (packed or not), of adapters, or of a run that saved its model.
+        folder: of a saved model, of adapters, or of a run that saved its model.
         repository: its name there, `owner/name`; created if it does not exist.
         private: whether only its owner can see it.
 

@@ -40,8 +40,8 @@ from coprune.report.vocabulary import vocabulary_section
 _SAME = 0.001  # sparsities that differ by less are one figure
 
 
-def run_page(report: Report, speed: Sequence[str] = (), links: Sequence[str] = ()) -> str:
-    """Build the page of one run. speed: sections about its speed, HTML; links: to pages that belong to it, HTML."""
+def run_page(report: Report, links: Sequence[str] = ()) -> str:
+    """Build the page of one run. links: to pages that belong to it, HTML."""
     parts = [_head(report, links), _cards(report)]
     if report.perplexity:
         parts.append(perplexity_section(report))
@@ -57,7 +57,7 @@ def run_page(report: Report, speed: Sequence[str] = (), links: Sequence[str] = (
     if report.sample is not None:
         parts.append(_sample(report))
     parts += [_matrices(report), picker(report.matrices, report.model.block_names)]
-    parts += [*speed, _events(report), _phases(report), _recipe(report)]
+    parts += [_events(report), _phases(report), _recipe(report)]
     data = picker_data(report.matrices, report.model.block_names)
     return page(f"{name_of(report.model.source)}, pruned with {report.recipe.way}", "\n".join(parts), data)
 

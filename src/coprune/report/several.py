@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from coprune.base.errors import BadInput
-from coprune.base.words import Command, Set, per_cent
+from coprune.base.words import Command, per_cent
 from coprune.evaluation.zero_shot import MAIN_METRIC, shown
 from coprune.model.checkpoint.digest import bytes_of_weights
-from coprune.packed.bench import Bench, Row
 from coprune.recipe.command import command_of
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.html import copyable, header, name_of, of_several, page, section, table, text
@@ -76,7 +73,7 @@ def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
     if len(runs) > 1:
         return runs_page(runs, beside=beside)
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
-    return run_page(runs[0].report, speed_sections(folder), links_of_run(folder, beside or folder))
+    return run_page(runs[0].report, links_of_run(folder, beside or folder))
 
 
 def names_apart(paths: Sequence[Path]) -> list[str]:
@@ -188,52 +185,3 @@ def _commands(runs: Sequence[Run]) -> str:
     """Return the command of every run but those that were handed Python objects."""
     lines = [f"# {run.name}\n{command_of(run.report.recipe)}" for run in runs if not run.report.recipe.given]
     return section("Commands", copyable("commands", "\n\n".join(lines)), note="Each repeats one run.") if lines else ""
-
-
-BENCH_FILE = "bench.json"
-_BENCH = TypeAdapter(Bench)
-
-
-def speed_sections(folder: Path) -> list[str]:
-    """Return the benchmark of a run's folder as HTML, empty without one. Raises BadInput if it is not bench's."""
-    file = folder / BENCH_FILE
-    if not file.is_file():
-        return []
-    try:
-        found = _BENCH.validate_json(file.read_bytes())
-    except (ValidationError, OSError) as error:
-        measured = Command("bench", "MODEL", Set("json", file))
-        raise BadInput((f"{file} is not what ", measured, " writes"), fix="measure again") from error
-    note = (
-        f"coprune bench {found.model}: {found.dtype}, {found.threads} threads on {found.device}, {found.instruction_set} "
-        "kernels. Forms in turns within one process; medians with quartiles."
-    )
-    return [section("Speed and memory when it runs", _sizes(found), _times(found), note=note)]
-
-
-def _sizes(found: Bench) -> str:
-    rows = []
-    for form, size in found.bytes.items():
-        limit = f"{found.bandwidth / size:.1f}" if found.bandwidth else "–"
-        own = [form, f"{size / 1e6:,.1f}", f"{size / found.bytes[found.baseline(form)]:.3f}", limit]
-        rows.append([*own, f"{found.files[form] / 1e6:,.1f}"] if found.files else own)
-    header = ["form", "MB of weights in memory", f"of {found.reference}", "tokens/s that memory allows"]
-    return table([*header, "MB on the disk"] if found.files else header, rows)
-
-
-def _times(found: Bench) -> str:
-    header = ["phase", "sequences", "form", "ms", "tokens/s", f"to {found.reference}"]
-    return table(header, [_time(row, found.gains(row)) for row in found.rows])
-
-
-def _time(row: Row, gains: bool) -> list[str]:
-    t = row.seconds
-    verdict = "" if gains else " (no gain here)"
-    return [
-        row.phase,
-        str(row.batch),
-        row.form,
-        f"{t.median * 1e3:.2f} ({t.low * 1e3:.2f} – {t.high * 1e3:.2f})",
-        f"{row.tokens_per_second:.1f}",
-        f"{row.speedup:.2f} ×{verdict}",
-    ]

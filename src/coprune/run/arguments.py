@@ -130,7 +130,7 @@ class OutcomeArguments(AnswerArguments, total=False):
     output: OutputPart | Mapping[str, Any]
     save: File | None
     save_model: File | None
-    encoding: Literal["source", "dense", "packed"]
+    encoding: Literal["source", "dense"]
     report_to: str | Sequence[str] | None
     push_to_hub: str | None
     private: bool | None

@@ -26,7 +26,6 @@ from coprune.model.edits import Edits
 from coprune.model.loaded_model import Loaded
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.model_structure import FoundModel, ProvenModel
-from coprune.packed.encoding import PackedEncoding
 from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.methods import Method
 from coprune.pruning.pruner import MatrixResult, Solver
@@ -146,8 +145,6 @@ class Run:
         if self.recipe.output.as_gguf:
             return Untouched()
         asked, stored = self.recipe.output.encoding, self.loaded.weights.stored_as
-        if asked == "packed":
-            return PackedEncoding()
         return DENSE if stored is None or asked == "dense" else stored
 
     @property

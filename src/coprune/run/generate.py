@@ -18,6 +18,7 @@ from coprune.base.words import Setting
 from coprune.data.conversations import read_prompts
 from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_own
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.compiled import compile_decoding
 from coprune.model.generation import positions_of
 from coprune.model.loaded_model import (
     Loaded,
@@ -26,7 +27,6 @@ from coprune.model.loaded_model import (
     require_processor,
     say_of_bfloat16,
 )
-from coprune.packed.compiled import compile_decoding
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import OWN, Source
 

@@ -38,7 +38,7 @@ def compare(
     """Compare models: size, sparsity, perplexity or accuracy, closeness to the first, and tasks.
 
     Args:
-        models: two or more Hub ids, folders (packed or not), GGUF files, or folders of runs and sweeps that saved models;
+        models: two or more Hub ids, folders, GGUF files, or folders of runs and sweeps that saved models;
             the first is the baseline.
         data: texts or images to measure on, as in `coprune.evaluate`.
         evaluations: the folder where evaluations are kept, so that nothing is measured twice; without it,

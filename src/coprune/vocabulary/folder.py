@@ -19,7 +19,7 @@ from coprune.base.files import whole_folder, write_text
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import CARD_FILE, COPIED, own_files
 from coprune.model.checkpoint.load import load_tokenizer
-from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
+from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.checkpoint.shards import (
     ADAPTER_CONFIG,
@@ -84,8 +84,6 @@ def tokenizer_content(folder: ModelFolder) -> dict[str, Any]:
 
 def refuse_folder(folder: ModelFolder) -> None:
     """Raise BadInput or UnsupportedModel for folders whose vocabulary cannot be cut."""
-    if is_packed(folder):
-        raise BadInput(f"{folder.name} is packed", field="model", value=folder.name, fix="unpack it first")
     coded = source_encoding(folder.path)
     rows = [name for name in (coded.weights if coded is not None else {}) if "embed" in name or "lm_head" in name]
     if rows:

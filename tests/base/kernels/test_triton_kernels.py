@@ -10,7 +10,6 @@ SCRIPT = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from coprune.base.kernels.columns_triton import _update
-from coprune.packed.triton_kernel import _multiply
 
 def compiled(kernel, pointers, integers, **constants):
     signature = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr")
@@ -22,9 +21,6 @@ for group, pruned in ((4, 2), (8, 4), (16, 8), (1, 0)):
     pointers = dict.fromkeys(("columns", "left", "unit", "pivots"), "*fp32") | {"keep": "*u8"}
     shape = dict(M=group, PRUNED=pruned, SIZE=128, ROWS=32)
     compiled(_update, pointers, ("rows", "size", "down", "right"), **shape)
-for dtype in ("*fp32", "*bf16"):
-    pointers = {"mask": "*i32", "values": dtype, "starts": "*i64", "x": dtype, "y": dtype}
-    compiled(_multiply, pointers, ("rows", "columns"), BLOCK_ROWS=16, WORDS=2)
 print("checked")
 """
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from coprune.model.checkpoint.companions import copy_companions, is_own, own_files
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.packed.folder import pack, unpack
 from support.pico_folder import save_pico
 
 
@@ -31,22 +31,18 @@ def test_links_out_of_a_folder_are_not_copied(crafted: Path, tmp_path: Path, cap
     out = tmp_path / "out"
     out.mkdir()
     copy_companions(ModelFolder(crafted, "model"), out)
-    pack(crafted, tmp_path / "packed")
-    unpack(tmp_path / "packed", tmp_path / "unpacked")
-    for folder in (out, tmp_path / "packed", tmp_path / "unpacked"):
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        assert not any(b"secret" in path.read_bytes() for path in files)
-        assert not any(path.is_symlink() for path in folder.rglob("*"))
-        assert (folder / "inside.txt").read_bytes() == (crafted / "tokenizer.json").read_bytes()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert not any(b"secret" in path.read_bytes() for path in files)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    assert (out / "inside.txt").read_bytes() == (crafted / "tokenizer.json").read_bytes()
     assert "notes.txt is left out" in caplog.text
 
 
-def test_what_packing_is_given_is_no_pipe(crafted: Path, tmp_path: Path) -> None:
-    import os
-
+def test_pipes_are_not_copied(crafted: Path, tmp_path: Path) -> None:
     os.mkfifo(crafted / "pipe.txt")  # reading it would wait for ever
-    pack(crafted, tmp_path / "packed")
-    assert not (tmp_path / "packed" / "pipe.txt").exists()
+    (tmp_path / "out").mkdir()
+    copy_companions(ModelFolder(crafted, "model"), tmp_path / "out")
+    assert not (tmp_path / "out" / "pipe.txt").exists()
 
 
 def test_the_hubs_cache_is_made_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ import torch
 from coprune.base.devices import Kind, kind_of
 from coprune.base.errors import BadInput
 from coprune.base.kernels import columns, gram, ranks, shifted
-from coprune.base.native import build, product
+from coprune.base.native import build
 
-Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest", "shifted_inverses", "packed_product"]
+Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest", "shifted_inverses"]
 
 
 def always() -> bool:
@@ -86,13 +86,6 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
     ("shifted_inverses", "cpu"): (Kernel("eigenvalues", shifted.by_eigenvalues),),
     ("shifted_inverses", "cuda"): (Kernel("factors", shifted.by_factors),),
     ("shifted_inverses", "other"): (Kernel("factors", shifted.by_factors),),
-    ("packed_product", "cpu"): (
-        Kernel("native", product.prepare_natively, native_is_there),
-        Kernel("torch", product.leave_packed),
-    ),
-    # There it is the operator that chooses (packed/proven).
-    ("packed_product", "cuda"): (Kernel("torch", product.leave_packed),),
-    ("packed_product", "other"): (Kernel("torch", product.leave_packed),),
 }
 """Kernels by operation and kind of device, preferred ones first."""
 

@@ -1,8 +1,8 @@
 """Compilation of the CPU kernels on first use, into the user's cache.
 
 The sources have a plain C interface and include nothing of PyTorch or Python: they compile in about three seconds and do
-not depend on the ABI of a PyTorch version. Without a compiler, packed weights are unpacked for each product, and pruning
-uses torch alone. Environment: COPRUNE_KERNELS=0 disables them, COPRUNE_CACHE sets the folder, CXX names the compiler.
+not depend on the ABI of a PyTorch version. Without a compiler, torch alone is used. Environment: COPRUNE_KERNELS=0
+disables them, COPRUNE_CACHE sets the folder, CXX names the compiler.
 """
 
 from __future__ import annotations
@@ -33,24 +33,11 @@ X86_UNITS: dict[str, tuple[str, ...]] = {
     "portable": (),
     "avx2": ("-DCOPRUNE_X86", *AVX2_FLAGS),
     "avx512": ("-DCOPRUNE_X86", *AVX512_FLAGS),
-    "avx512_vbmi2": ("-DCOPRUNE_X86", *AVX512_FLAGS, "-mavx512vbmi2", "-mavx512bf16"),
+    "avx512_bf16": ("-DCOPRUNE_X86", *AVX512_FLAGS, "-mavx512bf16"),
 }
-LEVELS = ("portable", "avx2", "avx512", "avx512_vbmi2")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 logger = logging.getLogger(__name__)
-
-
-class MatrixStruct(ctypes.Structure):
-    """`struct Matrix` of packed.h."""
-
-    _fields_ = (
-        ("mask", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-    )
 
 
 class CompilationFailed(Exception):
@@ -75,14 +62,6 @@ def load_kernels() -> ctypes.CDLL | None:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the functions' argument types. Raises AttributeError if one is missing."""
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.coprune_multiply.argtypes = [pointer, integer, integer, pointer, pointer, wide, integer]
-    library.coprune_multiply.restype = None
-    library.coprune_expand.argtypes = [pointer, integer, pointer, wide, wide, integer]
-    library.coprune_expand.restype = None
-    library.coprune_count.argtypes = [pointer, wide, wide, pointer]
-    library.coprune_count.restype = wide
-    library.coprune_read.argtypes = [pointer, wide, integer]
-    library.coprune_read.restype = ctypes.c_uint64
     library.coprune_update_columns.argtypes = [pointer, integer]
     library.coprune_update_columns.restype = integer
     library.coprune_gram_scratch.argtypes = [wide, wide]
@@ -96,7 +75,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """Return the name of the kernels in use: portable, avx2, avx512, avx512_vbmi2, or none."""
+    """Return the name of the kernels in use: portable, avx2, avx512, avx512_bf16, or none."""
     library = load_kernels()
     return "none" if library is None else LEVELS[library.coprune_level()]
 

@@ -46,5 +46,5 @@ extern const SolvingKernels portable_solving;
 #ifdef COPRUNE_X86
 extern const SolvingKernels avx2_solving;
 extern const SolvingKernels avx512_solving;
-extern const SolvingKernels avx512_vbmi2_solving;
+extern const SolvingKernels avx512_bf16_solving;
 #endif

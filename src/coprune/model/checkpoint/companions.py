@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
-from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
+from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
 from coprune.model.checkpoint.shards import read_json
 
@@ -58,8 +58,6 @@ def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto"
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copied)
     config = read_json(source.path / "config.json")
-    if is_packed(source):
-        config.pop("quantization_config")
     if config.get("model_args"):
         config["model_args"] = undoubled(config["model_args"])
     if dtype not in ("auto", config.get("dtype"), config.get("torch_dtype")):

@@ -43,8 +43,7 @@ from coprune.base.words import Set
 from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.foreign_tokenizer import check_tokenizer
 from coprune.model.checkpoint.gguf_reader import reading_once
-from coprune.model.checkpoint.locate import GgufFile, Location, gguf_parts, is_packed
-from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.checkpoint.locate import GgufFile, Location, gguf_parts
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import SourceEncoding, checkpoint_entries, source_encoding
 from coprune.model.transformers_private import (
@@ -168,8 +167,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 def _forget_codes(config: Any) -> None:
     """Take the quantisation out of a configuration whose weights are decoded, not by transformers, when they are read."""
     for own in (one for one in (config, getattr(config, "text_config", None)) if one is not None):
-        said = getattr(own, "quantization_config", None)
-        if isinstance(said, dict) and said.get("quant_method") != QUANT_METHOD:
+        if isinstance(getattr(own, "quantization_config", None), dict):
             del own.quantization_config
         if getattr(getattr(own, "dtype", None), "itemsize", 2) == 1:
             own.dtype = torch.bfloat16
@@ -233,7 +231,7 @@ def load_model(
     require_all_weights(location.name, info["missing_keys"])
     if isinstance(location, GgufFile):
         forget_quantization(model)
-    elif not is_packed(location):
+    else:
         require_floats(model, checkpoint_entries(location.path))
     name_model(model, location.name)
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else

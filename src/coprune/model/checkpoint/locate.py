@@ -29,7 +29,7 @@ from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
 from coprune.base.files import whole_folder
 from coprune.base.words import Set, Setting, Words
-from coprune.model.checkpoint.names import LICENCES, QUANT_METHOD, VOCABULARIES, refuse_missing
+from coprune.model.checkpoint.names import LICENCES, VOCABULARIES, refuse_missing
 from coprune.model.checkpoint.shards import read_json, stored_entries, tell_of_adapter
 from coprune.model.checkpoint.source_encoding import source_encoding
 
@@ -165,12 +165,6 @@ def holds_model(folder: Path) -> bool:
     except (BadInput, OSError):
         return False
     return (folder / "config.json").is_file()
-
-
-def is_packed(folder: ModelFolder) -> bool:
-    """Return whether the folder is one of coprune's packed checkpoints, which load bit for bit."""
-    quantization = read_json(folder.path / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def _locate_gguf(path: Path) -> GgufFile:

@@ -17,8 +17,6 @@ VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")
 """Files of tokenizers, besides JSON and plain text."""
 MODELOPT_FILE = "hf_quant_config.json"
 """The file in which ModelOpt describes the quantisation, beside a configuration."""
-QUANT_METHOD = "coprune"
-"""The `quant_method` of a packed folder's configuration."""
 
 
 def counted_kinds(names: Iterable[str]) -> list[tuple[str, int]]:

@@ -21,7 +21,7 @@ from coprune.model.checkpoint.conversion import Conversion, Renamed
 from coprune.model.checkpoint.deferred import deferred, untouched
 from coprune.model.checkpoint.file_config import changes_in_file
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, read_config
-from coprune.model.checkpoint.locate import ModelFolder, is_packed
+from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_json, read_tensor, stored_entries
 from coprune.model.checkpoint.source_encoding import DecodedEntry, SourceEncoding, source_encoding
@@ -82,8 +82,6 @@ class Source:
 
     def leads_back(self) -> bool:
         """Return whether the whole model can be saved in the layout of its files."""
-        if is_packed(self.location):
-            return False
         without_values = {name: tensor.to("meta") for name, tensor in self._model.state_dict().items()}
         try:
             self.conversion.revert(self.conversion.groups, without_values)

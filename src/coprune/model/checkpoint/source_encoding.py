@@ -26,7 +26,7 @@ from coprune.model.checkpoint.formats.by_input import PARTS, ByInput, bases_of, 
 from coprune.model.checkpoint.formats.configuration import Quantization
 from coprune.model.checkpoint.formats.find import refuse_unread
 from coprune.model.checkpoint.formats.weight import STACKED
-from coprune.model.checkpoint.names import MODELOPT_FILE, QUANT_METHOD, kinds_of
+from coprune.model.checkpoint.names import MODELOPT_FILE, kinds_of
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_json, read_tensor, stored_entries
 from coprune.model.kept_slices import KeptSlices
 
@@ -230,13 +230,12 @@ def stored_share(said: Mapping[str, Any] | None, itemsize: int) -> float:
 
 
 def is_quantised(folder: Path) -> bool:
-    """Return whether a folder's configuration declares quantised weights, other than packed by coprune."""
-    found = quantization_of(read_json(folder / "config.json"))
-    return found is not None and found.get("quant_method") != QUANT_METHOD
+    """Return whether a folder's configuration declares quantised weights."""
+    return quantization_of(read_json(folder / "config.json")) is not None
 
 
 def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEncoding | None:
-    """Return how a folder's checkpoint is quantised; None if its tensors are dense, or packed by coprune.
+    """Return how a folder's checkpoint is quantised; None if its tensors are dense.
 
     dtype: that weights are decoded to; None for the configuration's own.
 
@@ -250,8 +249,6 @@ def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEnc
             raise BadInput(f"{folder / 'config.json'} has a quantization_config that is not a mapping")
         return None
     method = found.get("quant_method", "compressed-tensors" if "compression_config" in config else None)
-    if method == QUANT_METHOD:
-        return None
     if method in READ_ONLY:
         return ReadOnly(found, stored_entries(folder), dtype or _own_dtype(config))
     if method not in READABLE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.simdevice.cases import measuring, packing, pruning, removing, training
+from support.simdevice.cases import measuring, pruning, removing, training
 from support.simdevice.cases.case import Case
 
 CASES: dict[str, tuple[Case, ...]] = {
@@ -10,7 +10,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "walk": pruning.walks(),
     "families": pruning.families(),
     "removal": removing.removals(),
-    "packing": packing.packings(),
     "fine-tuning": training.trainings(),
     "evaluation": measuring.evaluations(),
     "images": measuring.images(),

@@ -22,7 +22,7 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
 
     The model's own `generate` uses it, since its cache is of fixed size from now on (transformers' StaticCache). The first
     token waits for the compiler, once for each batch size and length of the cache, until torch compiles no more of them (eight);
-    steps of further ones are computed as ever. Packed weights stay packed: their product is one operator in the graph.
+    steps of further ones are computed as ever.
 
     Args:
         model: a language model of transformers, for inference; changed in place. What is compiled is not saved with it.
@@ -34,10 +34,7 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
         BadInput: it is no model of transformers that writes text.
     """
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise BadInput(
-            f"{type(model).__name__} does not write text by transformers' generate",
-            fix="without it, torch.compile(model) takes packed layers as they are",
-        )
+        raise BadInput(f"{type(model).__name__} does not write text by transformers' generate")
     own, attention, settings = vars(model).copy(), model.config._attn_implementation, model.generation_config
     assert settings is not None
     before = settings.cache_implementation, settings.disable_compile
