@@ -22,6 +22,7 @@ IDS = torch.randint(60, (6, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
 # Eight experts in two groups, so that each can lose some.
 GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+SCALED: dict[str, Any] = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
 MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
 
 
@@ -45,6 +46,8 @@ MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group
         pytest.param("nemotron_h", {}, "experts=0.25", marks=pytest.mark.slow),  # experts without a gate of their own
         ("qwen3_next", {}, "experts=keep:20"),  # as many experts as the width of much else
         pytest.param("lfm2_moe", {}, "experts=0.25", marks=pytest.mark.slow),  # the correction lies beside the router
+        ("gemma4_text", SCALED, "experts=0.25"),  # a factor per expert in the module around the router
+        ("gemma4_text", SCALED | {"num_experts": 64}, "experts=keep:48"),  # as many experts as the model is wide
     ],
 )
 def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(
@@ -61,7 +64,7 @@ def _with_corrections(model: Any) -> Any:
     """The model with biases and corrections of its routers that are no zeros, so that one which is lost would show."""
     generator = torch.Generator().manual_seed(3)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if any(part in name for part in ("correction_bias", "expert_bias", "router.bias")):
+        if any(part in name for part in ("correction_bias", "expert_bias", "router.bias", "per_expert_scale")):
             tensor.data += torch.rand(tensor.shape, generator=generator)
     return model
 

@@ -6,7 +6,7 @@ tokens go to. In the same way shows whether experts are chosen within groups, ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -336,6 +336,7 @@ class _Search:
                 if path not in sliced and count in tensor.shape and tensor.ndim >= (1 if place == self._path else 2):
                     sliced[path] = tensor.shape.index(count)
         sliced = {path: dim % tensor_at(self._module, path).ndim for path, dim in sliced.items()}
+        sliced |= dict(self._taken_by_choice(count, sliced))
         index = self._chosen(router, count, lambda logits: logits)
         assert index is not None
         top, call, owner = index.shape[1], self._call, self._owner_path
@@ -350,23 +351,62 @@ class _Search:
                 return mixture
         return f"experts of {self._block.name}.{self._path} are chosen though their logits are minus infinity"
 
-    def _avoids(self, mixture: Mixture) -> bool:
-        """Return whether excluded experts are never chosen; tried with the most chosen one of every group."""
+    def _taken_by_choice(self, count: int, known: Collection[str]) -> Iterator[tuple[str, int]]:
+        """Yield tensors around the experts with one entry per expert that only the tokens of this expert see.
+
+        Yields:
+            Path in the block, and the dimension of the experts.
+        """
+        index: Tensor | None = None
+        above = self._module.get_submodule(self._above)
+        for name, tensor in [*above.named_parameters(), *above.named_buffers()]:
+            path = ".".join(part for part in (self._above, name) if part)
+            if path in known or path.startswith(f"{self._path}.") or not tensor.is_floating_point():
+                continue
+            for dim in (dim for dim, size in enumerate(tensor.shape) if size == count):
+                index = self._routing()[0] if index is None else index
+                if self._is_taken(tensor.movedim(dim, 0), index, count):
+                    yield path, dim
+                    break
+
+    def _is_taken(self, entries: Tensor, index: Tensor, count: int) -> bool:
+        """Return whether a NaN in the entry of an expert (the first axis) reaches its tokens' outputs and no others."""
+        tokens = torch.stack([(index == expert).any(dim=1) for expert in range(count)])
+        some = [expert for expert, own in enumerate(tokens) if 0 < int(own.sum()) < len(own)]
+        for expert in some[:2]:
+            before = entries.data[expert].clone()
+            entries.data[expert] = torch.nan
+            try:
+                out = self._run()
+            finally:
+                entries.data[expert] = before
+            reached = torch.isnan(out.reshape(len(index), -1)).any(dim=1)
+            if not torch.equal(reached.cpu(), tokens[expert].cpu()):
+                return False
+        return bool(some)
+
+    def _routing(self) -> tuple[Tensor, Tensor]:
+        """Run the block; return the experts of every token, T × k, and the output."""
         seen: list[Tensor] = []
-        own = self._owner.forward
+        own, call = self._owner.forward, self._call
+        assert call is not None
 
         def forward(*args: object, **kwargs: object) -> object:
-            seen.append(mixture.call.index_of(own, args, kwargs))
+            seen.append(call.index_of(own, args, kwargs))
             return own(*args, **kwargs)
 
         with forward_as(self._owner, forward):
-            self._run()
-            chosen = torch.bincount(seen.pop().flatten().cpu(), minlength=mixture.count)
-            worst = chosen.view(mixture.groups, -1).argmax(dim=1)
-            keep = torch.ones(mixture.groups, mixture.count // mixture.groups, dtype=torch.bool)
-            keep[torch.arange(mixture.groups), worst] = False
-            with mixture.silent(self._module, keep.flatten()):
-                out = self._run()
+            out = self._run()
+        return seen[-1], out
+
+    def _avoids(self, mixture: Mixture) -> bool:
+        """Return whether excluded experts are never chosen; tried with the most chosen one of every group."""
+        chosen = torch.bincount(self._routing()[0].flatten().cpu(), minlength=mixture.count)
+        worst = chosen.view(mixture.groups, -1).argmax(dim=1)
+        keep = torch.ones(mixture.groups, mixture.count // mixture.groups, dtype=torch.bool)
+        keep[torch.arange(mixture.groups), worst] = False
         if int(keep.sum()) < mixture.top:
             return True  # nothing of it can be removed anyway
-        return bool(keep.flatten()[seen.pop().cpu()].all()) and bool(torch.isfinite(out).all())
+        with mixture.silent(self._module, keep.flatten()):
+            index, out = self._routing()
+        return bool(keep.flatten()[index.cpu()].all()) and bool(torch.isfinite(out).all())
