@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from coprune.base import limited
 from coprune.base.errors import BadInput
 from coprune.data import rendering
 from coprune.data.conversations import template_text
@@ -47,7 +48,7 @@ def test_a_template_that_takes_too_much_or_fails_is_one_message(template: str, s
     "template", ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 7**(10**8) }}"]
 )
 def test_a_template_that_takes_too_long_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "SECONDS", 1)
+    monkeypatch.setattr(limited, "SECONDS", 1)
     tokenizer, started = with_template(template), time.monotonic()
     with pytest.raises(BadInput, match="it takes more than 1 seconds"):
         template_text(SAID, tokenizer, "row 1")

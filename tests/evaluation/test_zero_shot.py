@@ -161,7 +161,7 @@ def test_the_code_of_a_task_folder_ends_in_a_refusal(tmp_path: Path, code: str, 
     definition |= {"output_type": "multiple_choice", "doc_to_choice": ["a", "b"], "doc_to_target": "label"}
     (tmp_path / "mine.yaml").write_text(json.dumps(definition)[:-1] + ", doc_to_text: !function own_code.text}")
     with pytest.raises(BadInput, match=f"a task cannot be loaded: {said}"):
-        find_tasks(settings(tasks=("mine",), include_path=tmp_path))
+        find_tasks(settings(tasks=("mine",), include_path=tmp_path, trusted=True))
 
 
 @pytest.mark.slow

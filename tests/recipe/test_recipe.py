@@ -35,7 +35,7 @@ FREE_TO_RESUME = {
     *("limit", "prompt", "report_to", "push_to_hub", "log_json", "encoding", "generate", "generate_prompts"),
     *("private", "overwrite", "batch_size"),
     *("generate_tokens", "generate_temperature", "gate", "require", "apply_chat_template"),
-    *("gen_kwargs", "log_samples", "finetune_save_every", "finetune_eval_seqlen"),
+    *("gen_kwargs", "log_samples", "finetune_save_every", "finetune_eval_seqlen", "trust_tasks"),
 }
 # What may differ where a sweep takes a finished run over; that a model was saved may not.
 FREE_WHEN_FINISHED = {
@@ -49,12 +49,13 @@ FREE_WHEN_FINISHED = {
         "push_to_hub",
         "log_json",
     ),
-    *("log_samples", "private", "overwrite", "finetune_save_every"),
+    *("log_samples", "private", "overwrite", "finetune_save_every", "trust_tasks"),
 }
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
     *("finetune_save_every", "finetune_eval_seqlen"),
     "vocabulary_force",
+    "trust_tasks",
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
     *(
         "bos",

@@ -82,6 +82,9 @@ def fit(
         typer.Option(metavar="ADDRESS", help="Or by a Ray cluster (host:port, auto, local).", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the halves, and of what is drawn.")] = 0,
+    trust_tasks: Annotated[
+        bool, typer.Option("--trust-tasks", help="Let task definitions run the code that they name; read it first.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Find the smallest file of a model that still does your tasks, and prove it on items that the search has not seen.
@@ -102,6 +105,7 @@ def fit(
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")
     given: dict[str, Any] = {"items": items, "text": text, "like": like, "without": without, "types": types}
     how: FitArguments = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
+    how["trust_tasks"] = trust_tasks
     how |= {"target": target, "runtime": runtime, "budget": budget, "seed": seed, "workers": workers, "ray": ray}  # type: ignore[typeddict-item]
     found = fit(model, task, require, output=output, quiet=quiet, **how)
     show(str(found))

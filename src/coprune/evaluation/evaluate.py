@@ -44,8 +44,9 @@ def evaluate(
         against: another model, as `model`, whose next-token distributions are compared on the same texts.
         processor: the tokenizer or image processor of models in memory.
         quiet: no progress bars and lines on standard error.
-        settings: `tasks` of lm-eval, or the papers' seven with `zero_shot=True`, with `num_fewshot`, `include_path`, `limit`
-            (items of each), `apply_chat_template`, `gen_kwargs` and `log_samples`; `generate` (`builtin`, or a file of
+        settings: `tasks` of lm-eval, or the papers' seven with `zero_shot=True`, with `num_fewshot`, `include_path`
+            (`trust_tasks` lets its definitions run code), `limit` (items of each), `apply_chat_template`, `gen_kwargs` and
+            `log_samples`; `generate` (`builtin`, or a file of
             prompts) for answers, with `generate_prompts`, `generate_tokens` and `generate_temperature`;
             `require` for conditions that they are held against (`required` of what is returned);
             `seqlen`, `batch_size` and `tokens` of the texts; `images` of each set; `dtype`, `device` and `cache_dir` of

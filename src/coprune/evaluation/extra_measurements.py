@@ -135,6 +135,7 @@ def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
         asked.chat_template,
         asked.gen_kwargs,
         asked.log_samples,
+        asked.trusted,
     )
 
 

@@ -20,13 +20,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import in_host_memory
-from coprune.base.errors import BadInput, NumericalError
+from coprune.base.errors import BadInput, CopruneError, NumericalError
 from coprune.base.files import write_text
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import LeaveOut
 from coprune.data.rendering import render
 from coprune.evaluation.batches import BATCH_LOGITS
-from coprune.evaluation.harness_tasks import SEED, find_tasks, generation_settings, isolated, one_line
+from coprune.evaluation.harness_tasks import SEED, find_tasks, foreign_in, generation_settings, isolated, one_line
 from coprune.evaluation.zero_shot import Estimate, TaskScores, ZeroShot, ZeroShotSettings
 from coprune.model.checkpoint.load import evaluating
 
@@ -55,7 +55,7 @@ def zero_shot(
     from lm_eval.evaluator import evaluate
 
     terminal = sys.stderr
-    with isolated(), evaluating(model):
+    with isolated(), foreign_in(settings).sandboxed(), evaluating(model):
         for task in tasks["tasks"].values():
             _configure(task, settings)
         harness = watched_model(
@@ -87,6 +87,8 @@ def _explained() -> Iterator[None]:
     except OverflowError as error:  # perplexities, which upstream forms by math.exp
         broken = "a task's metric overflows, which happens when a model is broken"
         raise NumericalError(broken, field="tasks") from error
+    except CopruneError:
+        raise
     except (ValueError, AssertionError) as error:  # no or too few few-shot examples, unsafe code, multimodal tasks
         raise BadInput(f"the tasks cannot be run: {one_line(error)}", field="tasks") from error
 

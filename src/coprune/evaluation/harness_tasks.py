@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -22,18 +22,14 @@ import torch
 from coprune.base.errors import BadInput, about
 from coprune.base.words import Set, Setting, Words, parts_of
 from coprune.data.hub import require_dataset
+from coprune.evaluation.harness_trust import DEFINITIONS, Foreign, foreign_definitions
 from coprune.evaluation.zero_shot import ZeroShotSettings
 from coprune.recipe.choice import read_named
 
-_PACKAGE = Path(__file__).parents[1]
-# In an installed package, and in a checkout.
-_DEFINITIONS = next(
-    (p for p in (_PACKAGE / "task_definitions", _PACKAGE.parents[1] / "docs" / "tasks") if p.is_dir()), None
-)
 LOCAL_TASKS_HINT: Words = (
     "To use files on this machine, write a task definition that names them and give its folder with ",
     Setting("include_path"),
-    *([] if _DEFINITIONS is None else [f"; {_DEFINITIONS} holds such definitions of the usual tasks"]),
+    *([] if DEFINITIONS is None else [f"; {DEFINITIONS} holds such definitions of the usual tasks"]),
 )
 # Dataset builders that read files, where the Hub has no say.
 _FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
@@ -44,7 +40,8 @@ SEED = 1234
 def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
     """Find the tasks and read their data, as the harness's `TaskManager.load` returns them.
 
-    Raises BadInput if lm-eval is missing, a name is unknown, a number makes no sense, or data are out of reach.
+    Raises BadInput if lm-eval is missing, a name is unknown, a number makes no sense, data are out of reach, or a definition
+    runs code that nobody said to trust.
     """
     if settings.num_fewshot < 0 or (settings.limit is not None and settings.limit < 1):
         raise BadInput(
@@ -60,10 +57,12 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
     generation_settings(settings)
     if not settings.tasks:
         raise BadInput("no task is named", field="tasks", fix=("name some, as in ", Set("tasks", "boolq,arc_easy")))
-    manager = _manager(settings)
-    with isolated():
+    manager, foreign = _manager(settings), foreign_in(settings)
+    with isolated(), foreign.sandboxed():
         for name in settings.tasks:
             _require_known(name, manager)
+        foreign.require_no_code(_in_use(settings.tasks, manager))
+        for name in settings.tasks:
             _require_data(name, manager)
         try:
             loaded: dict[str, Any] = manager.load(list(settings.tasks))
@@ -77,6 +76,22 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
                 fix=LOCAL_TASKS_HINT,
             ) from error
     return loaded
+
+
+def foreign_in(settings: ZeroShotSettings) -> Foreign:
+    """Return the definitions that must not run code: none where the user trusts them."""
+    return Foreign() if settings.trusted else foreign_definitions(settings.include_path, settings.tasks)
+
+
+def _in_use(names: Sequence[str], manager: Any) -> set[Path] | None:
+    """Return the definitions of tasks; None, for all, where a name is of a group or tag, whose members may lie anywhere."""
+    found = set[Path]()
+    for name in names:
+        entry = manager.task_index.get(name)
+        if entry is not None and (entry.kind.name not in ("TASK", "PY_TASK") or entry.yaml_path is None):
+            return None
+        found.add((Path(name).expanduser() if entry is None else entry.yaml_path).resolve())
+    return found
 
 
 def generation_settings(settings: ZeroShotSettings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class MeasureArguments(AnswerArguments, total=False):
     zero_shot: bool
     num_fewshot: int
     include_path: str | Path | None
+    trust_tasks: bool
     limit: int | None
     apply_chat_template: bool
     gen_kwargs: str | None

@@ -39,6 +39,8 @@ class ZeroShotSettings:
     """Settings of tasks that generate, in place of their own: `max_gen_toks=64,temperature=0.7`."""
     log_samples: Path | None = None
     """Folder for every item with the model's answer, a .jsonl file per task."""
+    trusted: bool = False
+    """Whether definitions that are no part of lm-eval may run code."""
 
     def logging_as(self, model: str) -> ZeroShotSettings:
         """Return the settings for one model of several, whose items go to a folder of its own."""

@@ -79,6 +79,8 @@ class FitArguments(TypedDict, total=False):
     """Address of a Ray cluster that does it, or `local` [processes of this machine]."""
     types: str | Sequence[str]
     """Types of llama.cpp that are tried."""
+    trust_tasks: bool
+    """Whether task definitions of others (.yaml) may run the code that they name [False]."""
 
 
 def fit(
@@ -103,7 +105,7 @@ def fit(
         quiet: no progress bars and lines.
         how: `target` (size, speed or memory), `budget` (60m), `items` of each task at most, `text` to calibrate on, `like` (a
             GGUF file of the source model), `without` and `types` to leave things out, `workers` and `ray` to measure several
-            candidates at a time, `seed`.
+            candidates at a time, `trust_tasks` to let definitions of tasks run code, `seed`.
 
     Returns:
         The file, the verdict on the unseen half, and all candidates.
@@ -196,7 +198,8 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) 
     if not types:
         raise BadInput("no type is named", field="types", fix=f"name some of {', '.join(TYPES)}")
     seed, most = int(how.get("seed", 0)), how.get("items")
-    tasks = tuple(read_task(name, seed, most) for name in _paths(task))
+    trusted = how.get("trust_tasks", False)
+    tasks = tuple(read_task(name, seed, most, trusted) for name in _paths(task))
     conditions = read_conditions(require or ",".join(dict.fromkeys(_USUAL[one.kind] for one in tasks)))
     budget = _seconds(how.get("budget", "60m"))
     location, like = locate(str(model)), how.get("like")

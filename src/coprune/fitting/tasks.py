@@ -90,14 +90,15 @@ class Task:
         return sum(1 / len(item.choices) for item in self.items) / len(self.items)
 
 
-def read_task(name: str, seed: int = 0, most: int | None = None) -> Task:
+def read_task(name: str, seed: int = 0, most: int | None = None, trusted: bool = False) -> Task:
     """Read items.
 
     Args:
-        name: a .jsonl file, plain text, a task of choices of lm-eval's, or a definition of one (.yaml), which may run code;
+        name: a .jsonl file, plain text, a task of choices of lm-eval's, or a definition of one (.yaml);
             with a share behind a colon (`mine.jsonl:0.7`) where there are several.
         seed: of the halves.
         most: items at most, drawn by the seed.
+        trusted: whether a definition may run code.
 
     Returns:
         The items without doubles, in two halves.
@@ -108,7 +109,7 @@ def read_task(name: str, seed: int = 0, most: int | None = None) -> Task:
     name, share = _share(name)
     path = expand_home(name)
     if path.suffix in _DEFINITIONS or not looks_local(name):
-        found = _of_harness(name)
+        found = _of_harness(name, trusted)
     elif path.suffix in (".jsonl", ".json") and path.exists():
         found = _items(rows_of(path), name)
     else:
@@ -138,19 +139,20 @@ def _share(name: str) -> tuple[str, float]:
     return found[1], float(found[2])
 
 
-def _of_harness(name: str) -> list[Item]:
+def _of_harness(name: str, trusted: bool) -> list[Item]:
     """Read the items of a task of lm-eval's, by name or definition. Raises BadInput."""
-    from coprune.evaluation.harness_tasks import find_tasks, isolated
+    from coprune.evaluation.harness_tasks import find_tasks, foreign_in, isolated
     from coprune.evaluation.zero_shot import ZeroShotSettings
 
     path = expand_home(name)
     folder = path.parent if path.suffix in _DEFINITIONS else None
+    settings = ZeroShotSettings((name if folder is None else path.stem,), include_path=folder, trusted=trusted)
     try:
-        known = find_tasks(ZeroShotSettings(tasks=(name if folder is None else path.stem,), include_path=folder))
+        known = find_tasks(settings)
     except BadInput as error:
         error.field, error.value = "task", name
         raise
-    with isolated():
+    with isolated(), foreign_in(settings).sandboxed():
         return [_of_document(task, document, name) for task in known["tasks"].values() for document in task.eval_docs]
 
 

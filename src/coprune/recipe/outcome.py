@@ -54,9 +54,15 @@ class TasksPart(Part):
         Word("include_path"),
         Decides.MEASUREMENT,
         Field(
-            description="Folder with task definitions of your own (YAML), which can run code (`!function`): trust it."
+            description="Folder with task definitions of your own (YAML); those that run code (`!function`) need --trust-tasks."
         ),
     ] = None
+    trusted: Annotated[
+        bool,
+        Word("trust_tasks"),
+        Decides.WHERE,
+        Field(description="Let task definitions run the code that they name; read it first."),
+    ] = False
     limit: Annotated[
         int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)
     ] = None

@@ -118,6 +118,7 @@ class OutcomeArguments(AnswerArguments, total=False):
     tasks: str | Sequence[str] | None
     num_fewshot: int
     include_path: File | None
+    trust_tasks: bool
     limit: int | None
     apply_chat_template: bool
     gen_kwargs: str | None

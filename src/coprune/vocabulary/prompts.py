@@ -10,6 +10,10 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from coprune.base.errors import BadInput
+from coprune.base.limited import Exceeded
+from coprune.data.rendering import render
+
 _TOOL: dict[Any, Any] = {
     "type": "function",
     "function": {
@@ -45,7 +49,11 @@ _TOOLS: tuple[list[Any] | None, ...] = (None, [_TOOL])
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return what a tokenizer's chat templates write of a few conversations, and all text that stands in them."""
+    """Return what a tokenizer's chat templates write of a few conversations, and all text that stands in them.
+
+    Raises:
+        BadInput: a template takes more time or memory than any real one.
+    """
     templates = tokenizer.chat_template
     if not templates:
         return []
@@ -58,12 +66,11 @@ def _written(tokenizer: PreTrainedTokenizerBase, template: str) -> Iterator[str]
         for tools in _TOOLS:
             for begins in (False, True):
                 try:
-                    made = tokenizer.apply_chat_template(
-                        messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=begins
-                    )
-                except Exception:  # templates refuse conversations in ways of their own
+                    yield render(tokenizer, messages, begins, template=template, tools=tools)
+                except Exceeded as error:
+                    raise BadInput(f"the tokenizer's chat template fails on a short conversation: {error}") from error
+                except ValueError:  # templates refuse conversations in ways of their own
                     continue
-                yield str(made)
 
 
 def _literals(template: str) -> Iterator[str]:

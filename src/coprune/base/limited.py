@@ -1,0 +1,147 @@
+"""A child process with limits on memory and time, in which templates of strangers are rendered."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import signal
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+Render = Callable[..., str]
+SECONDS = 10
+"""Time limit for one text."""
+_MORE_BYTES = 1 << 30  # of memory, beside what the process has already
+_IDLE_SECONDS = 5
+_LONGEST, _TIMES = 1_000_000, 100
+"""Maximum characters of a text, and how many more for each byte of what it is made of."""
+Key = TypeVar("Key")
+
+
+class Exceeded(ValueError):
+    """A text that takes more time or memory than the limits, or gets longer."""
+
+
+class Child:
+    """A child of this process that makes texts, until it has been idle for a while.
+
+    Args:
+        render: makes a text; runs in the child.
+        state: of the renderer, by which a caller tells whether it is still the same.
+    """
+
+    def __init__(self, render: Render, state: str) -> None:
+        self.state = state
+        self._lock = threading.Lock()
+        (asked, ask), (told, tell) = os.pipe(), os.pipe()
+        with warnings.catch_warnings():
+            # Python warns of a fork beside threads; the child uses none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process = os.fork()
+        if self._process == 0:
+            _serve(render, asked, tell)
+        os.close(asked)
+        os.close(tell)
+        self._ask, self._told = os.fdopen(ask, "wb"), os.fdopen(told, "rb")
+        weakref.finalize(self, _end, self._process, self._ask, self._told)
+
+    def ask(self, question: bytes) -> list[str | None] | None:
+        """Return what `_rendered` does, or None if the child ended meanwhile. question: pickled arguments."""
+        with self._lock, suppress(BrokenPipeError):
+            self._ask.write(len(question).to_bytes(8, "little") + question)
+            self._ask.flush()
+            line = self._told.readline()
+            return list(json.loads(line)) if line.endswith(b"\n") else None
+        return None
+
+
+def render_limited(
+    children: MutableMapping[Key, Child], key: Key, render: Render, arguments: tuple[Any, ...], state: str = ""
+) -> str:
+    """Return `render(*arguments)`, computed in a child process with limits on memory, time and length.
+
+    Args:
+        children: those started already.
+        key: which of them to use; it is started if it is not there or has ended.
+        render: makes the text.
+        arguments: whatever pickle takes.
+        state: of the renderer; a child of another state is replaced.
+
+    Raises:
+        ValueError: the renderer's error.
+        Exceeded: it exceeded a limit.
+    """
+    child, question = children.get(key), pickle.dumps(arguments)
+    found = child.ask(question) if child is not None and child.state == state else None
+    if found is None:  # or it ended meanwhile, since nobody asked for long
+        child = children[key] = Child(render, state)
+        found = child.ask(question)
+    if found is None:
+        raise Exceeded(f"it takes more than {SECONDS} seconds or a gigabyte of memory, or crashes")
+    text, error, limit = found
+    if limit is not None:
+        raise Exceeded(limit)
+    if error is not None:
+        raise ValueError(error)
+    return str(text)
+
+
+def _end(process: int, *streams: BinaryIO) -> None:
+    for stream in streams:
+        with suppress(OSError):
+            stream.close()
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def _serve(render: Render, asked: int, tell: int) -> None:
+    """Render what is asked, one line each, until nobody asks any more; in a process of its own, which ends here."""
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        # The child must not inherit this process's locks and pipes.
+        edges = [2, *sorted((asked, tell)), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]
+        for before, after in pairwise(edges):
+            os.closerange(before + 1, min(after, 1 << 16))
+        _limit_memory()
+        with os.fdopen(asked, "rb") as questions, os.fdopen(tell, "wb") as answers:
+            signal.alarm(_IDLE_SECONDS)
+            while length := int.from_bytes(questions.read(8), "little"):
+                question = questions.read(length)
+                signal.alarm(SECONDS)
+                answers.write(json.dumps(_rendered(render, question)).encode() + b"\n")
+                answers.flush()
+                signal.alarm(_IDLE_SECONDS)
+    finally:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    with suppress(OSError, ValueError):  # a system that does not tell how much this process has, or has no such limit
+        now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = now + _MORE_BYTES if hard == resource.RLIM_INFINITY else min(now + _MORE_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def _rendered(render: Render, question: bytes) -> tuple[str | None, str | None, str | None]:
+    """Return the text, the error, and the limit that was exceeded, two of them None."""
+    try:
+        text = str(render(*pickle.loads(question)))
+    except MemoryError:
+        return None, None, "it takes more than a gigabyte of memory"
+    except Exception as error:  # a template is a program of somebody else's: whatever it raises
+        return None, " ".join(str(error).split())[:200] or type(error).__name__, None
+    if len(text) > _LONGEST + _TIMES * len(question):
+        return None, None, f"it makes {len(text):,} characters of a few words"
+    return text, None, None
