@@ -379,3 +379,13 @@ def require_apart(run: Path, model: Path, own: Iterable[str] = ()) -> None:
     if any(there.is_relative_to(here / name) for name in own):
         inside = f"{model} would be in what the run keeps for itself"
         raise BadInput(inside, field="save_model", value=model, fix=fix)
+
+
+def digest_of_files(files: Iterable[Path], named: bool = True) -> str:
+    """Return the digest of files' contents, with or without their names, in the order given; 32 hexadecimal digits."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            own = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole.update(f"{file.name if named else ''} {own}\n".encode())
+    return whole.hexdigest()[:32]

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coprune.base.errors import BadInput, about, unknown_name
+from coprune.base.files import digest_of_files
 from coprune.base.words import Command, Set, Setting
 from coprune.data.local_text import files_of, looks_local, split_column
-from coprune.model.checkpoint.digest import digest_of_files
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import exists
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
+from coprune.base.files import digest_of_files
 from coprune.model.checkpoint.locate import Location, gguf_parts
 from coprune.model.checkpoint.names import VOCABULARIES
 
@@ -36,16 +35,6 @@ def model_digest(path: Path) -> str:
         return digest_of_files(gguf_parts(path), named=False)
     files = {file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES}
     return digest_of_files(sorted(files))
-
-
-def digest_of_files(files: Iterable[Path], named: bool = True) -> str:
-    """Return the digest of files' contents, with or without their names, in the order given; 32 hexadecimal digits."""
-    whole = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            own = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.name if named else ''} {own}\n".encode())
-    return whole.hexdigest()[:32]
 
 
 def bytes_of_weights(path: Path) -> int:

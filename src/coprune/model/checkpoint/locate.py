@@ -29,6 +29,7 @@ from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
 from coprune.base.files import whole_folder
 from coprune.base.words import Set, Setting, Words
+from coprune.model.checkpoint.adapter_folder import base_of, is_adapter, merged_folder
 from coprune.model.checkpoint.names import LICENCES, VOCABULARIES, refuse_missing
 from coprune.model.checkpoint.shards import read_json, stored_entries, tell_of_adapter
 from coprune.model.checkpoint.source_encoding import source_encoding
@@ -78,7 +79,8 @@ def locate(
 ) -> Location:
     """Find the model's files, fetching them from the Hub into `cache_dir` if they are not here.
 
-    model: a name in PACKAGED, a path to a GGUF file or to a folder, timm/NAME@FILE, or a Hub id; a path that exists wins.
+    model: a name in PACKAGED, a path to a GGUF file or to a folder (of an adapter, too, which is merged into its base),
+        timm/NAME@FILE, or a Hub id; a path that exists wins.
     weights: whether a folder has to hold any, and whether those of a Hub id are fetched (see `holds_weights`).
     Raises BadInput for anything that is not there, out of reach, incomplete or damaged; no weight is read.
     """
@@ -87,6 +89,8 @@ def locate(
     if path.is_file():
         return _locate_gguf(path)
     if path.is_dir():
+        if is_adapter(path):
+            return _merged(path, name, cache_dir, weights)
         with about("model", name):
             found = check_folder(ModelFolder(path, name), weights)
         tell_of_adapter(path)
@@ -230,7 +234,16 @@ def _fetch(name: str, cache_dir: Path | None, revision: str | None, weights: boo
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _not_fetched(name, error) from error
+    if is_adapter(Path(folder)):
+        return _merged(Path(folder), name, cache_dir, weights)
     return check_folder(ModelFolder(Path(folder), name), weights)
+
+
+def _merged(adapter: Path, name: str, cache_dir: Path | None, weights: bool) -> ModelFolder:
+    """Return an adapter with its base as one model; without weights the base, which is configured alike."""
+    base = base_of(adapter, cache_dir)
+    found = check_folder(ModelFolder(base, name), weights)
+    return check_folder(ModelFolder(merged_folder(adapter, base, cache_dir), name)) if weights else found
 
 
 def _not_fetched(name: str, error: Exception) -> BadInput:

@@ -206,9 +206,7 @@ def read_ahead(entries: Iterable[TensorEntry]) -> None:
 
 def _no_weights(folder: Path) -> BadInput:
     """Return the error about a folder without safetensors, by what it holds instead."""
-    if (folder / "adapter_config.json").is_file():
-        cause, fix = f"{folder} holds an adapter, not a model", "merge it into its base model and save that"
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         cause = f"{folder} holds only pickled weights, which can run code when they are read"
         fix = (
             "convert them where you trust them: load with transformers' from_pretrained and write with "
