@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from coprune.evaluation.perplexity import perplexity
     from coprune.fitting.fit import fit
     from coprune.fitting.result import Fitted
-    from coprune.gguf_files.export import Gguf, export
     from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
     from coprune.report.hub import push
     from coprune.report.schema import Report
-    from coprune.run.generate import generate
-    from coprune.run.inspect import Inspection, inspect
     from coprune.run.memory_estimate import Estimate
-    from coprune.run.prune import estimate, prune
     from coprune.run.result import Result
-    from coprune.run.stages import run_recipe
+    from coprune.steps.call import estimate, prune
+    from coprune.steps.export import Gguf, export
+    from coprune.steps.inspect import Inspection, inspect
+    from coprune.steps.stages import run_recipe
+    from coprune.steps.write_text import generate
     from coprune.sweeps.bench import Bench, bench
     from coprune.sweeps.compare import compare
     from coprune.sweeps.result import SweepResult
@@ -60,8 +60,8 @@ _HOME = {
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
     "Fitted": "coprune.fitting.result",
-    "Gguf": "coprune.gguf_files.export",
-    "Inspection": "coprune.run.inspect",
+    "Gguf": "coprune.steps.export",
+    "Inspection": "coprune.steps.inspect",
     "LostProcess": "coprune.base.errors",
     "OutOfMemory": "coprune.base.errors",
     "Merged": "coprune.training.merge",
@@ -74,20 +74,20 @@ _HOME = {
     "VerificationError": "coprune.base.errors",
     "bench": "coprune.sweeps.bench",
     "compare": "coprune.sweeps.compare",
-    "estimate": "coprune.run.prune",
+    "estimate": "coprune.steps.call",
     "evaluate": "coprune.evaluation.evaluate",
-    "export": "coprune.gguf_files.export",
+    "export": "coprune.steps.export",
     "finetune": "coprune.training.finetune",
     "fit": "coprune.fitting.fit",
-    "generate": "coprune.run.generate",
-    "inspect": "coprune.run.inspect",
+    "generate": "coprune.steps.write_text",
+    "inspect": "coprune.steps.inspect",
     "keep_zeros": "coprune.training.keep_zeros",
     "merge": "coprune.training.merge",
     "perplexity": "coprune.evaluation.perplexity",
-    "prune": "coprune.run.prune",
+    "prune": "coprune.steps.call",
     "push": "coprune.report.hub",
     "register_method": "coprune.pruning.methods",
-    "run_recipe": "coprune.run.stages",
+    "run_recipe": "coprune.steps.stages",
     "sweep": "coprune.sweeps.sweep",
 }
 

@@ -16,7 +16,6 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.evaluation.asked_texts import split_texts
-from coprune.evaluation.evaluation import WeightFacts
 from coprune.recipe.recipe import make_recipe
 from coprune.report.folder import model_of
 from coprune.store.store import Store
@@ -185,17 +184,6 @@ def test_what_is_known_is_not_measured_again_unless_something_changed(
     (tmp_path / "changed").rename(tmp_path / "moved")
     compare_models([names[0], str(tmp_path / "moved")], recipe(text), quiet, cache)
     assert len(loads) == 6
-
-
-def test_a_damaged_entry_is_measured_again(tmp_path: Path) -> None:
-    cache = Store(tmp_path)
-    facts = WeightFacts(parameters=2, nonzeros=1, matrix_sparsity=0.5, bytes_on_disk=8)
-    assert cache.get("key", WeightFacts, lambda: facts) == facts
-    (file,) = tmp_path.glob("*.json")
-    file.write_text("{", encoding="utf-8")
-    other = facts.model_copy(update={"nonzeros": 2})
-    assert cache.get("key", WeightFacts, lambda: other) == other
-    assert cache.get("key", WeightFacts, lambda: facts) == other
 
 
 def test_a_run_folder_stands_for_its_saved_model(

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 import coprune
 from coprune.base.errors import UnsupportedModel, VerificationError
-from coprune.gguf_files import export
-from coprune.gguf_files.export import Gguf
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.gguf_files.metadata import Field, Plan, Planned, write_gguf
 from coprune.gguf_files.verify import require_written
 from coprune.model.edits import Edits
+from coprune.steps import export
+from coprune.steps.export import Gguf
 from support.padded import pad_blocks
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save

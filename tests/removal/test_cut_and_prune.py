@@ -14,8 +14,8 @@ from coprune.base.progress import Reporter
 from coprune.model.edits import history_of
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
-from coprune.run.checks import prepare_solver
-from coprune.run.stages import run_recipe
+from coprune.steps.checks import prepare_solver
+from coprune.steps.stages import run_recipe
 from support.pico import pico_model
 from support.pico_folder import save_pico, write_words
 from support.saved import load_clean

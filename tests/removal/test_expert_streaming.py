@@ -14,8 +14,8 @@ from coprune.base.errors import VerificationError
 from coprune.base.progress import Reporter
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import make_recipe
-from coprune.run import stages
-from coprune.run.stages import run_recipe
+from coprune.steps import stages
+from coprune.steps.stages import run_recipe
 from support.killing import count_lines, killed_at
 from support.measured_peaks import measured_peaks
 from support.pico_folder import listing, save_pico, write_words

@@ -13,8 +13,8 @@ from coprune.base.errors import VerificationError
 from coprune.base.progress import Reporter
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import make_recipe
-from coprune.run import stages
-from coprune.run.stages import run_recipe
+from coprune.steps import stages
+from coprune.steps.stages import run_recipe
 from support.pico import pico_model
 from support.pico_folder import save, write_words
 

@@ -17,9 +17,9 @@ from coprune.removal import rehearsal, removal_plan, smaller_model
 from coprune.removal.rehearsal import alike
 from coprune.removal.smaller_model import Resized, possible_changes
 from coprune.report.run_events import OfMatrix
-from coprune.run import stages
 from coprune.run.events import Phase
-from coprune.run.stages import run_recipe
+from coprune.steps import stages
+from coprune.steps.stages import run_recipe
 from support.killing import killed_when
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save_pico, write_words

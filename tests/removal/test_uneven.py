@@ -16,10 +16,12 @@ from coprune.base.progress import Reporter
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
-from coprune.removal import removal_plan, removal_stage
-from coprune.run import context, stages
+from coprune.removal import removal_plan
+from coprune.run import context
 from coprune.run.result import Result
-from coprune.run.stages import run_recipe
+from coprune.steps import remove as removal_stage
+from coprune.steps import stages
+from coprune.steps.stages import run_recipe
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 from support.pico_pairs import save_pair_model

@@ -23,8 +23,8 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.retired import GONE_PARTS
 from coprune.recipe.tree import FIELDS, FLAT, LEAVES, OLDER_PARTS, PARTS
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
-from coprune.run.checks import prepare_solver
-from coprune.run.prune import choice_of, options_of, read_call, sort_options
+from coprune.steps.call import choice_of, options_of, read_call, sort_options
+from coprune.steps.checks import prepare_solver
 from support.annotations import kinds
 
 OTHER_WORDS = {"sparsity_ratio": "sparsity", "sparsity_type": "pattern", "use_variant": None}

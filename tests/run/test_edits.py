@@ -24,9 +24,9 @@ from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.report.run_events import AnyEvent
 from coprune.run.context import NOTHING, Run
-from coprune.run.opening import open_run
 from coprune.run.result import Result
-from coprune.run.stages import run_recipe
+from coprune.steps.opening import open_run
+from coprune.steps.stages import run_recipe
 from support.drop_block import DropBlock, drop_blocks
 from support.killing import count_lines, killed_at
 from support.pico import pico_tokens

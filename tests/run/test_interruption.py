@@ -149,7 +149,7 @@ def test_an_announced_run_whose_model_is_missing_is_not_finished(
     (place / "pruned").mkdir()
     quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude")
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.run.stages._save", killed)
+        patch.setattr("coprune.steps.stages._save", killed)
         with pytest.raises(Killed):
             run_command(quick, monkeypatch, capsys)
     assert (place / "run" / ".report.json").is_file()
@@ -183,7 +183,7 @@ def test_a_run_that_lacks_only_its_name_is_finished_and_pushed_whoever_hears_of_
     assert (place / "pruned" / "model.safetensors").is_file()
     assert not pushed
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.run.stages.open_run", killed)  # nothing is done again
+        patch.setattr("coprune.steps.stages.open_run", killed)  # nothing is done again
         assert run_command([*quick, "--log-json", "log.jsonl"], monkeypatch, capsys).code == 0
     assert (place / "run" / "report.json").is_file()
     assert pushed == ["me/half"]

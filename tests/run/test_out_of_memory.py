@@ -22,8 +22,8 @@ from coprune.model.walk.recording import Recording
 from coprune.pruning import pruner
 from coprune.recipe.flags import CommandLine
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run import stages
-from coprune.run.stages import less_memory, run_recipe
+from coprune.steps import stages
+from coprune.steps.stages import less_memory, run_recipe
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 

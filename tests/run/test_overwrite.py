@@ -11,7 +11,7 @@ import pytest
 
 import coprune as package
 from coprune.recipe.recipe import make_recipe
-from coprune.run.checks import refuse_own_source
+from coprune.steps.checks import refuse_own_source
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 

@@ -12,8 +12,8 @@ import yaml
 
 from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.identity import run_identity
-from coprune.run.repeat import beside_finished, where_to
+from coprune.steps.repeat import beside_finished, where_to
+from coprune.steps.run_identity import run_identity
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -141,7 +141,7 @@ def test_a_default_folder_whose_pruning_was_interrupted_before_the_fine_tuning_g
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    from coprune.training.after_pruning import pruning_of
+    from coprune.steps.train import pruning_of
 
     monkeypatch.chdir(tmp_path)
     asked = make_recipe({"model": "m", "finetune": "lora", "seed": 1})

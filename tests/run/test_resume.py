@@ -17,7 +17,7 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.result import Result
-from coprune.run.stages import run_recipe
+from coprune.steps.stages import run_recipe
 from support.killing import count_lines, killed_at, killed_when
 from support.pico import pico_model
 from support.pico_folder import listing, save, save_pico, write_words

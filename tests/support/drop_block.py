@@ -9,7 +9,7 @@ import pytest
 from coprune.model import edits
 from coprune.model.edit import Edit
 from coprune.pruning.pruner import MatrixResult
-from coprune.run import prune_blocks
+from coprune.steps import prune as prune_blocks
 from support.page_code import named_in
 
 PREFIX = "model.layers"

@@ -19,7 +19,7 @@ import yaml
 
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
-from coprune.run import stages
+from coprune.steps import stages
 from coprune.sweeps import pool
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.pool import LocalWorkers

@@ -19,7 +19,7 @@ from coprune.commands.sweep import _show
 from coprune.commands.terminal import console
 from coprune.evaluation.answers.facts import Requirement
 from coprune.report.schema import Report
-from coprune.run.stages import run_recipe
+from coprune.steps.stages import run_recipe
 from coprune.sweeps import results, worker
 from coprune.sweeps.events import Board, Cause, Doing, Done, NotDone
 from coprune.sweeps.expand import Run
@@ -182,7 +182,7 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     how = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
     sweep, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coprune.training.after_pruning.run_finetuning", killed)
+        patch.setattr("coprune.steps.train.run_finetuning", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_and_train(run)
     assert finished_report(run.recipe) is None

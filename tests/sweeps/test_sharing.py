@@ -13,13 +13,14 @@ import pytest
 
 from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
-from coprune.run import context, stages
+from coprune.run import context
+from coprune.steps import stages
+from coprune.steps import train as after_pruning
 from coprune.sweeps import worker
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.worker import Job, do_job
-from coprune.training import after_pruning
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.sample import sampled
 from support.task_items import DEFINITIONS, word_items

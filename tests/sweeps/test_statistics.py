@@ -13,7 +13,8 @@ from torch import nn
 
 from coprune.report.run_events import OfMatrix
 from coprune.report.schema import Report
-from coprune.run import context, kept_statistics, stages
+from coprune.run import context, kept_statistics
+from coprune.steps import stages
 from coprune.sweeps import worker
 from coprune.sweeps.events import Doing, Done, JobEvent
 from coprune.sweeps.expand import Run

@@ -14,8 +14,8 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.stages import run_recipe
-from coprune.training.after_pruning import pruning_of, training_of
+from coprune.steps.stages import run_recipe
+from coprune.steps.train import pruning_of, training_of
 from coprune.training.masks import find_masks
 from coprune.training.report import FinetuneReport
 from support.pico import pico_model
@@ -125,7 +125,7 @@ def test_the_trained_model_is_pushed_and_the_one_before_is_not(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed: list[Any] = []
-    monkeypatch.setattr("coprune.run.parts.require_login", pushed.append)
+    monkeypatch.setattr("coprune.steps.parts.require_login", pushed.append)
     monkeypatch.setattr("coprune.run.context.push", lambda *asked: pushed.append(asked))
     where: dict[str, Any] = {
         "save": tmp_path / "run",
@@ -222,7 +222,7 @@ def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
     where = {"save": tmp_path / "run", "save_model": tmp_path / "model"}
     asked: dict[str, Any] = {**SMALL, **where, "dataset": str(write_text(tmp_path / "text.txt", 700))}
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
-    for at in ("coprune.run.stages._save", "coprune.training.after_pruning.run_finetuning"):
+    for at in ("coprune.steps.stages._save", "coprune.steps.train.run_finetuning"):
         with monkeypatch.context() as patch:
             patch.setattr(at, killed)
             with pytest.raises(KeyboardInterrupt):
@@ -244,7 +244,7 @@ def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
     for at in ("run_finetuning", "finish_run_folder"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"coprune.training.after_pruning.{at}", killed)
+            patch.setattr(f"coprune.steps.train.{at}", killed)
             with pytest.raises(KeyboardInterrupt):
                 coprune.prune(str(dense), **asked)
         asked |= {"batch_size": 2, "cache_dir": tmp_path / "cache"}

@@ -11,9 +11,9 @@ from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.recipe.recipe import make_recipe
-from coprune.run.stages import run_recipe
-from coprune.training import after_pruning
-from coprune.training.after_pruning import require_room_to_train
+from coprune.steps import train as after_pruning
+from coprune.steps.stages import run_recipe
+from coprune.steps.train import require_room_to_train
 from coprune.training.footprint import TRAINED_BYTES
 from support.pico import pico_model
 from support.pruned import save, write_text

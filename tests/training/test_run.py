@@ -19,7 +19,7 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.recipe.pattern import NM
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.run.stages import run_recipe
+from coprune.steps.stages import run_recipe
 from coprune.training.adapters import load_adapter
 from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import find_masks, plain_parameters

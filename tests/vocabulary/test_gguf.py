@@ -11,10 +11,10 @@ import torch
 from gguf import GGUFReader
 
 from coprune.base.progress import Reporter
-from coprune.gguf_files.export import export
 from coprune.gguf_files.llama_cpp import LlamaCpp
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
+from coprune.steps.export import export
 from coprune.vocabulary.choose import Kept, choose
 from coprune.vocabulary.folder import Beside, cut_folder
 from coprune.vocabulary.gguf import Gguf

@@ -180,7 +180,7 @@ def test_a_replaced_model_is_noticed_after_its_cut_was_killed(words: Path, tmp_p
         coprune.prune(source, save=tmp_path / name, save_model=tmp_path / f"{name}-model", **asked)
 
     cut = tmp_path / "run" / "vocabulary" / "model"
-    assert killed_when(lambda: work("run"), cut.exists, ("run/vocabulary",))
+    assert killed_when(lambda: work("run"), cut.exists, ("steps/trim",))
     save_with_tokens(source, seed=1)
     work("run")
     work("fresh")

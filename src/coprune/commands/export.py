@@ -55,8 +55,8 @@ def export(
     A smaller model that came from a GGUF file needs nothing else: coprune export out/smaller smaller.gguf --type q8_0.
     One that came from elsewhere needs a GGUF file of the same source model, of any type: --like source-q4_0.gguf.
     """
-    from coprune.gguf_files.export import export
     from coprune.report.folder import model_of
+    from coprune.steps.export import export
 
     how: ImatrixArguments = {"imatrix": imatrix, "dataset": dataset, "save_imatrix": save_imatrix}
     show(str(export(model_of(model), output, like=like, type=type_, padded=padded, quiet=quiet, **how)))

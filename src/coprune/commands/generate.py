@@ -42,7 +42,7 @@ def generate(
     said: dict[str, Any] = dict(samples=samples, seqlen=seqlen, temperature=temperature, top_p=top_p, seed=seed)
     said |= dict(column=column, template=template, dtype=dtype, device=device, cache_dir=cache_dir)
     said |= dict(compile=compile or None)
-    from coprune.run.generate import generate
+    from coprune.steps.write_text import generate
 
     given: Any = {name: value for name, value in said.items() if value is not None}
     show(f"written   {generate(model, target, prompts, quiet=quiet, **given)}")

@@ -35,12 +35,12 @@ def inspect(
     named = named_model(model, model_option, Command("inspect", "smollm2-135m", Set("pattern", "2:4")))
     recipe = make_recipe({"model": named, "nsamples": _FEW_SAMPLES} | typed)
     from coprune.base.progress import Reporter
-    from coprune.run.inspect import inspect_recipe
+    from coprune.steps.inspect import inspect_recipe
 
     if plot is None:
         show("\n".join(inspect_recipe(recipe, Reporter(quiet), weights).lines(matrices)))
         return
-    from coprune.run.plot_matrix import plot_matrix
+    from coprune.steps.plot_matrix import plot_matrix
 
     plot_matrix(recipe, plot, output, Reporter(quiet))
     show(f"plot      {output}")

@@ -39,8 +39,8 @@ def prune(
     began = time.perf_counter()
     with importing():
         from coprune.base.processes import joined_processes
-        from coprune.run.repeat import where_to
-        from coprune.run.stages import run_recipe
+        from coprune.steps.repeat import where_to
+        from coprune.steps.stages import run_recipe
     imported = time.perf_counter() - began
 
     with joined_processes(train=recipe.train.mode is not None) as processes:

@@ -27,15 +27,15 @@ from coprune.fitting.notes import Asked, Measured, Passage, differing, read_pass
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, score_item
 from coprune.fitting.tasks import Item, joined, shared_out
-from coprune.gguf_files.export import export
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
 from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
-from coprune.run.generate import generate
-from coprune.run.prune import prune
-from coprune.run.vocabulary import tokens_kept
+from coprune.steps.call import prune
+from coprune.steps.export import export
+from coprune.steps.trim import tokens_kept
+from coprune.steps.write_text import generate
 from coprune.vocabulary.counts import sources_of
 
 _OWN_TEXTS, _OWN_TOKENS = 16, 256

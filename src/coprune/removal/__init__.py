@@ -1,1 +1,1 @@
-"""Whole parts removed: channels, heads, experts, blocks. The core enters through `coprune.run.to_removal` alone."""
+"""Whole parts of a model removed: channels, heads, experts, blocks."""

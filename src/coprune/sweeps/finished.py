@@ -104,7 +104,7 @@ def _is_to_train(recipe: Recipe, report: Report) -> bool:
 
 def _pruning_of(recipe: Recipe) -> Recipe:
     """Return the recipe of the pruning part."""
-    from coprune.training.after_pruning import pruning_of
+    from coprune.steps.train import pruning_of
 
     return pruning_of(recipe)
 

@@ -25,9 +25,10 @@ from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target, parse_pattern
-from coprune.run import prune_blocks, shared_weights
+from coprune.run import shared_weights
 from coprune.run.memory_bound import Shapes
 from coprune.run.output import Output
+from coprune.steps import prune as prune_blocks
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico
 from support.walking import (

@@ -29,10 +29,10 @@ from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.html import MadeFacts
 from coprune.report.schema import ModelFacts, Report, SparsityFacts, installed_versions
-from coprune.run.checks import prepare_folders, replace_earlier
 from coprune.run.context import Given, Run
 from coprune.run.result import Result
-from coprune.run.to_gguf import require_gguf_source
+from coprune.steps.checks import prepare_folders, replace_earlier
+from coprune.steps.to_gguf import require_gguf_source
 from coprune.store.notes import read_note, write_note
 from coprune.store.store import key_of
 from coprune.vocabulary.choose import Kept

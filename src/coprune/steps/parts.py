@@ -24,10 +24,12 @@ from coprune.report.card import model_card
 from coprune.report.folder import REPORT_FILE, announce, finish_run_folder
 from coprune.report.hub import require_login
 from coprune.report.schema import Report
-from coprune.run.checks import CUT, TUNED, prepare_model_folder, refuse_finished, refuse_own_source
 from coprune.run.context import Given, Run
 from coprune.run.result import Result
 from coprune.run.reuse import Reuse
+from coprune.steps.checks import CUT, TUNED, prepare_model_folder, refuse_finished, refuse_own_source
+from coprune.steps.cut_and_prune import check_cut_and_zeros, cutting_of, of_both, zeros_of
+from coprune.steps.train import check_training, pruning_of, train_pruned
 
 Do = Callable[[Run], Result]
 """Does the stages of one part."""
@@ -42,12 +44,8 @@ def check_parts(run: Run) -> None:
         require_login(recipe.output.push_to_hub)
     run.replaces = run.processes.from_first(lambda: _replaces(recipe))
     if recipe.train.mode is not None:
-        from coprune.training.after_pruning import check_training
-
         run.processes.from_first(lambda: check_training(recipe, run.given.loaded is not None))
     if recipe.cuts_and_prunes:
-        from coprune.run.to_removal import check_cut_and_zeros
-
         check_cut_and_zeros(recipe, run.given.method)
 
 
@@ -72,8 +70,6 @@ def _untrained(recipe: Recipe) -> Recipe:
     recipe = recipe.replaced(overwrite=None)
     if recipe.train.mode is None:
         return recipe
-    from coprune.training.after_pruning import pruning_of
-
     return pruning_of(recipe)
 
 
@@ -122,8 +118,6 @@ def prune(run: Run, before: Result | None, do: Do) -> Result:
 
 def cut(run: Run, before: Result | None, do: Do) -> Result:
     """Remove parts of the source."""
-    from coprune.run.to_removal import cutting_of
-
     recipe, folder = _untrained(run.recipe), _between(run)
     finished = run.processes.from_first((run.recipe.run_folder / REPORT_FILE).is_file)
     fresh = run.replaces and finished
@@ -148,8 +142,6 @@ def _between(run: Run) -> Path | None:
 
 def prune_rest(run: Run, before: Result | None, do: Do) -> Result:
     """Prune what a cut left."""
-    from coprune.run.to_removal import of_both, zeros_of
-
     assert before is not None
     recipe, removed, given = _untrained(run.recipe), before.report, Given(None, run.given.method)
     if removed.saved_model is None:
@@ -170,8 +162,6 @@ def prune_rest(run: Run, before: Result | None, do: Do) -> Result:
 
 def train(run: Run, before: Result | None, do: Do) -> Result:
     """Train what was pruned."""
-    from coprune.training.after_pruning import train_pruned
-
     assert before is not None
     report = train_pruned(run.recipe.replaced(overwrite=None), before.report, run.reporter, run.processes)
     if report.saved_model is None:  # adapters that are not merged

@@ -16,7 +16,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import RemovePart
 from coprune.removal.unit_scores import SPREADINGS
 from coprune.report.schema import Report
-from coprune.run.checks import prepare_solver
+from coprune.steps.checks import prepare_solver
 
 # Settings of the pruning alone, at their defaults.
 _NO_ZEROS: dict[str, Any] = {

@@ -29,6 +29,7 @@ from coprune.recipe.structure import RemovePart
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.report.links import PAGE_FILE
 from coprune.report.schema import DISTRIBUTIONS_FILE
+from coprune.steps.remove import check_names
 
 LARGE_GROUP = 64
 """Group size above which a method is tried on one group."""
@@ -49,8 +50,6 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     if recipe.cuts_and_prunes:  # what is left gets zeros, whose turn comes when the cut is done
         prepare_solver(recipe.model_copy(update={"remove": RemovePart()}), given)
     if recipe.remove.parts:
-        from coprune.run.to_removal import check_names
-
         check_names(recipe)
         # Removal needs Gram matrices, as SparseGPT does, and sets nothing to zero.
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)

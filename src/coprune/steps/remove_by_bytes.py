@@ -41,9 +41,9 @@ from coprune.removal.expert_scores import AIMER, ExpertSums, WeightSums, expert_
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.html import MadeFacts
 from coprune.report.schema import CalibrationFacts, ModelFacts, Report, SparsityFacts, installed_versions
-from coprune.run.checks import prepare_folders, replace_earlier
 from coprune.run.context import Run
 from coprune.run.result import Result
+from coprune.steps.checks import prepare_folders, replace_earlier
 
 
 def file_cut_by_bytes(run: Run) -> GgufFile | None:

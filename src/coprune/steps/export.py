@@ -41,12 +41,12 @@ from coprune.gguf_files.llama_cpp import (
 )
 from coprune.gguf_files.metadata import Field, Fields, Plan, write_gguf
 from coprune.gguf_files.plan import Example, planned, read_example
-from coprune.gguf_files.silent_units import Narrow, narrowed
 from coprune.gguf_files.smaller import Exported, exported, planned_shape
 from coprune.gguf_files.verify import require_same, require_written
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.edits import history_of
 from coprune.model.removed import Removal
+from coprune.steps.silent_units import Narrow, narrowed
 
 _USUAL_TEXT = "embedded"
 

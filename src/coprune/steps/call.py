@@ -42,15 +42,15 @@ from coprune.recipe.presets import PRESETS, preset_settings, usual_preset, way_s
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.tree import FLAT, PARTS
 from coprune.run.arguments import PruneArguments
-from coprune.run.checks import check_widths, needs_inputs, prepare_solver
 from coprune.run.context import NOTHING, Given, Run
 from coprune.run.memory_bound import TextSizes, bound_run
 from coprune.run.memory_estimate import Estimate
-from coprune.run.opening import open_run
-from coprune.run.preset_training import recipe_that_fits
 from coprune.run.result import Result
-from coprune.run.stages import run_recipe
-from coprune.run.vocabulary import rest_of
+from coprune.steps.checks import check_widths, needs_inputs, prepare_solver
+from coprune.steps.opening import open_run
+from coprune.steps.preset_training import recipe_that_fits
+from coprune.steps.stages import run_recipe
+from coprune.steps.trim import rest_of
 
 
 def prune(

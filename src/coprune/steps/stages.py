@@ -26,26 +26,29 @@ from coprune.model.checkpoint.locate import GgufFile, ModelFolder
 from coprune.model.loaded_model import choose_device, streams
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe
+from coprune.removal.removal_plan import find_removable
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.hub import require_login
 from coprune.report.run_events import Rounded
 from coprune.report.schema import Report
-from coprune.run.checks import prepare_folders, replace_earlier
 from coprune.run.context import NOTHING, Given, Run
 from coprune.run.dense_figures import dense_figures
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import build_report
-from coprune.run.identity import may_round_otherwise, run_identity, weighs_blocks
-from coprune.run.opening import open_run, prove_run, say_if_sparse
 from coprune.run.output import Destination, Output
-from coprune.run.parts import Part, check_answers, check_parts, cut, prune, prune_rest, pruned_before, train
-from coprune.run.prune_blocks import prune_blocks
 from coprune.run.result import Result
 from coprune.run.reuse import Reuse
-from coprune.run.to_gguf import cut_of, refuse_other_changes
 from coprune.run.trackers import final_figures, listening
-from coprune.run.vocabulary import cut_vocabulary
+from coprune.steps.checks import prepare_folders, replace_earlier
+from coprune.steps.opening import open_run, prove_run, say_if_sparse
+from coprune.steps.parts import Part, check_answers, check_parts, cut, prune, prune_rest, pruned_before, train
+from coprune.steps.prune import prune_blocks
+from coprune.steps.remove import remove_parts, smaller_model
+from coprune.steps.remove_by_bytes import cut_by_bytes, file_cut_by_bytes
+from coprune.steps.run_identity import may_round_otherwise, run_identity, weighs_blocks
+from coprune.steps.to_gguf import cut_of, refuse_other_changes
+from coprune.steps.trim import cut_vocabulary
 from coprune.store.store import Store
 
 
@@ -86,8 +89,6 @@ def do_parts(run: Run) -> Result:
     recipe = run.recipe
     if recipe.output.as_gguf:
         refuse_other_changes(recipe, run.given)
-        from coprune.run.to_removal import cut_by_bytes, file_cut_by_bytes
-
         if (location := file_cut_by_bytes(run)) is not None:
             return cut_by_bytes(run, location)
     parts: list[Part] = [cut, prune_rest] if recipe.cuts_and_prunes else [prune]
@@ -159,8 +160,6 @@ def plan(run: Run) -> None:
     if not run.recipe.remove.parts:
         run.change = prune_blocks
         return
-    from coprune.run.to_removal import find_removable, remove_parts
-
     may_go = find_removable(run)
     run.change = partial(remove_parts, found=may_go)
     if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
@@ -246,8 +245,6 @@ def end(run: Run) -> Result:
 
 
 def _smaller_model(run: Run) -> PreTrainedModel:
-    from coprune.run.to_removal import smaller_model
-
     return smaller_model(run, run.outcome.edits)
 
 

@@ -13,6 +13,7 @@ from coprune.base.files import folder_apart
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
+from coprune.steps.train import pruning_of
 
 
 def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Recipe, str | None]:
@@ -55,8 +56,6 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         there |= {name: value for name, value in recipe.deciding(Decides.ROUNDING).items() if name in there}
     if recipe.train.mode is None:
         return there
-    from coprune.training.after_pruning import pruning_of  # needs an extra, as fine-tuning does
-
     # The first half of this run, which was interrupted before it was fine-tuned.
     own_half = (folder / "pruned").is_dir() or not (folder / REPORT_FILE).is_file()
     return recipe.whole if own_half and there == pruning_of(recipe).whole else there

@@ -39,7 +39,7 @@ def _fits(recipe: Recipe) -> bool:
     """Return whether the whole model can be trained here beside the dense one, and be saved as the source is."""
     if find_spec("peft") is None:
         return False
-    from coprune.training.after_pruning import require_room_to_train
+    from coprune.steps.train import require_room_to_train
 
     location = locate(recipe.model.name, recipe.model.cache_dir, weights=False)
     if task_at(location) != "text":

@@ -26,8 +26,10 @@ from coprune.model.walk.prove import prove_replay
 from coprune.pruning.allocation import allocation_named
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
+from coprune.removal.mixtures import may_have_experts
 from coprune.report.run_events import left_lines
-from coprune.run.checks import (
+from coprune.run.context import Run
+from coprune.steps.checks import (
     check_allocation,
     check_processes,
     check_widths,
@@ -36,7 +38,6 @@ from coprune.run.checks import (
     prepare_solver,
     reads_calibration,
 )
-from coprune.run.context import Run
 
 
 def open_run(run: Run, remember: Remember = read_anew) -> Run:
@@ -81,11 +82,8 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
             field="remove",
             fix="set zeros instead, with a method and a pattern",
         )
-    if "experts" in recipe.remove.shares:
-        from coprune.run.to_removal import may_have_experts
-
-        if not may_have_experts(run.found):
-            raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
+    if "experts" in recipe.remove.shares and not may_have_experts(run.found):
+        raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
     # Whether parameters of three dimensions are experts shows when the model runs.
     check_widths((matrix for matrix in run.found.chosen.all() if matrix.expert is None), run.target)
     check_allocation(recipe, run.found, run.target)

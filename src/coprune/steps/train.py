@@ -36,10 +36,6 @@ from coprune.report.schema import Report
 from coprune.training.footprint import training_bytes
 from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
-from coprune.training.resume import gives_as
-from coprune.training.run import in_precision_of_the_device, run_finetuning
-from coprune.training.session import require_trainable
-from coprune.training.trainer import training_device
 
 
 def check_training(recipe: Recipe, in_memory: bool) -> None:
@@ -72,6 +68,8 @@ def train_pruned(recipe: Recipe, pruned: Report, reporter: Reporter, processes: 
         The report of the run, which speaks of the fine-tuned model; that of the fine-tuning alone is
         `finetune/finetune.json`. Raises as `run_finetuning`.
     """
+    from coprune.training.run import run_finetuning  # needs an extra, and takes seconds to import
+
     settings = training_of(recipe).replaced(**_measured_alike(pruned))
     if processes.first:
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
@@ -139,6 +137,9 @@ def _require_teacher(recipe: Recipe) -> None:
 
 def _require_room(recipe: Recipe, settings: Recipe) -> None:
     """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
+    from coprune.training.session import require_trainable
+    from coprune.training.trainer import training_device
+
     where = locate(recipe.model.name, recipe.model.cache_dir)
     try:
         require_trainable(where, recipe.train.mode)
@@ -152,6 +153,9 @@ def _require_room(recipe: Recipe, settings: Recipe) -> None:
 
 def _finetuned_before(settings: Recipe) -> FinetuneReport | None:
     """Return the report of an earlier run's fine-tuning, or None."""
+    from coprune.training.resume import gives_as
+    from coprune.training.run import in_precision_of_the_device
+
     try:
         report = FinetuneReport.model_validate_json(
             (settings.training_folder / FINETUNE_FILE).read_text(encoding="utf-8")

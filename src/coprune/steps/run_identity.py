@@ -1,0 +1,45 @@
+"""The identity of a run: its settings, its model and its data."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from coprune.recipe.parts import Decides
+from coprune.recipe.recipe import Recipe
+from coprune.removal.unit_scores import ByError, spreading_named
+from coprune.run.identity import Identity
+
+
+def may_round_otherwise(recipe: Recipe) -> bool:
+    """Return whether a run may resume with other settings on which only last bits hang.
+
+    Not where a step of training takes one batch, nor where what goes from one block must fit what goes from the others.
+    """
+    fits = recipe.remove.parts or recipe.prune.reshapes
+    return not (recipe.prune.reconstruct.steps or fits)
+
+
+def weighs_blocks(recipe: Recipe) -> bool:
+    """Return whether blocks are weighed by what a run does with all of the model in memory, and by something else without."""
+    if not recipe.remove.parts:
+        return False  # options of the same name are others for zeros
+    by = spreading_named(recipe.prune.allocation)
+    return isinstance(by, ByError) and by.tokens > 0
+
+
+def run_identity(
+    recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None, streams: bool = False
+) -> Identity:
+    """Return what a run is by its recipe, its model and its data. streams: whether the model's blocks stay on the disk."""
+    settings, rounding = recipe.deciding(Decides.RESULT), recipe.deciding(Decides.ROUNDING)
+    if not may_round_otherwise(recipe):
+        settings, rounding = settings | rounding, {}
+    if recipe.prune.allocation.is_file:
+        settings["allocation file"] = Path(recipe.prune.allocation.name).read_text(encoding="utf-8")
+    if (kept := recipe.remove.kept_scores) is not None and kept.is_file():
+        settings["experts' scores"] = hashlib.sha256(kept.read_bytes()).hexdigest()
+    if weighs_blocks(recipe):
+        settings["what blocks are weighed by"] = "hidden states" if streams else "logits"
+    known = {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}
+    return Identity(known, rounding)
