@@ -19,9 +19,8 @@ from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
 # What the Python functions behind the commands take, so that nothing is computed.
-TAUGHT = ["--mode", "distill", "--teacher", "t"]
 FUNCTIONS = {"bench": "coprune.sweeps.bench.bench", "sweep": "coprune.sweeps.sweep.sweep",
-             "compare": "coprune.sweeps.compare.compare", "finetune": "coprune.training.finetune.finetune"}  # fmt: skip
+             "compare": "coprune.sweeps.compare.compare"}  # fmt: skip
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 
@@ -68,7 +67,6 @@ def test_a_flag_has_one_meaning_in_all_commands() -> None:
         (["sweep", "--script", "opt", "--dry-run"], {"script": "opt"}),
         (["compare", "a", "b", "--evaluations", "x"], {"evaluations": Path("x")}),
         (["compare", "a", "b", "--evaluation-cache", "x"], {"evaluations": Path("x")}),
-        (["finetune", "--model", "m", *TAUGHT, "--block-size", "16"], {"seqlen": 16}),
     ],
 )
 def test_older_names_are_accepted(
@@ -83,7 +81,6 @@ def test_older_names_are_accepted(
         asked.update(settings)
         raise Enough
 
-    pytest.importorskip("peft")
     monkeypatch.setattr(FUNCTIONS[typed[0]], take)
     with pytest.raises(Enough):
         run_command(typed, monkeypatch, capsys)

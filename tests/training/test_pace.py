@@ -20,7 +20,7 @@ def test_the_rate_rises_and_then_falls() -> None:
 def test_what_comes_first_of_steps_and_minutes_ends_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("coprune.training.trainer.time.perf_counter", lambda: now)
-    measured = Pace(minutes=1)
+    measured = Pace(60)
     measured.start(seconds_before=12)
     now = 118.0
     measured.update(10, 100)
@@ -30,6 +30,6 @@ def test_what_comes_first_of_steps_and_minutes_ends_a_training(monkeypatch: pyte
     now = 200.0
     measured.update(91, 100)
     assert measured.done == 1
-    by_steps = Pace(minutes=None)
+    by_steps = Pace(None)
     by_steps.update(25, 100)
     assert by_steps.done == pytest.approx(0.25)

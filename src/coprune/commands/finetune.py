@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
 
 from coprune.base.environment import importing, rank
+from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set
+from coprune.commands.closing import closing_of_training
 from coprune.commands.options import training_options, with_options
 from coprune.commands.recipe_options import ModelOption, named_model
 from coprune.commands.terminal import end_unless_held, show
@@ -28,15 +31,19 @@ def finetune(
 
     Example: coprune finetune out/pruned --mode lora --dataset embedded --seqlen 512 --minutes 20
     """
+    began = time.monotonic()  # a limit of minutes counts from here
     typed = {name: value for name, value in (settings | {"bf16": bf16}).items() if value is not None}
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
-    training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
+    recipe = training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
     with importing():
-        from coprune.training.finetune import finetune
+        from coprune.training.run import run_finetuning
 
-    report = finetune(named, quiet=quiet, **typed)
+    report = run_finetuning(recipe, Reporter(quiet), began=began)
     if rank() == 0:
         show(str(report))
+        show(f"time      {time.monotonic() - began:.0f} s, of which {report.seconds:.0f} s trained")
         show(f"curves    {report.settings.training_folder / 'finetune.json'}")
         show(f"page      {report.settings.training_folder / 'report.html'}")
+        for name, line in closing_of_training(report):
+            show(f"{name:<9} {line}")
         end_unless_held(report.required)

@@ -10,6 +10,7 @@ import typer
 from coprune.base.environment import importing, rank
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
+from coprune.commands.closing import verdict_on
 from coprune.commands.options import ShortCommand, with_options
 from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.terminal import end_unless_held, show
@@ -78,10 +79,7 @@ def closing(report: Report) -> list[tuple[str, str]]:
     """Return the last lines of a run: a verdict on what the model writes, and what to type next."""
     answers, lines = report.answers, []
     if answers is not None:
-        said = (
-            "worse than the dense model does" if answers.degenerates else "no worse than the dense model by this check"
-        )
-        lines.append(("verdict", f"it writes {said} ({answers.verdict()})"))
+        lines.append(("verdict", verdict_on(answers)))
     return [*lines, ("next", say(_next_step(report)))]
 
 

@@ -63,7 +63,9 @@ class TrainPart(Part):
         _RESULT,
         Shown.COMMON,
         Field(
-            description="Fine-tune for so long; the learning rate falls with the time. [one pass over the text]", gt=0
+            description="Limit on the time of the fine-tuning, with loading, measuring and saving; the learning rate "
+            "falls with it. [one pass over the text]",
+            gt=0,
         ),
     ] = None
     tokens: Annotated[

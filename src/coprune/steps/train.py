@@ -74,7 +74,7 @@ def train_pruned(recipe: Recipe, pruned: Report, reporter: Reporter, processes: 
     if processes.first:
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
     before = processes.from_first(lambda: _finetuned_before(settings))
-    found = run_finetuning(settings, reporter) if before is None else before
+    found = run_finetuning(settings, reporter, after_pruning=True) if before is None else before
     final = _of_both(pruned, recipe, found)
     if processes.first:
         if found.saved_model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,30 @@ from coprune.training.resume import (
 )
 from coprune.training.saving import round_to, save_model
 from coprune.training.session import Session, prepare_session
+from coprune.training.time_limit import TimeLimit
 from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train, training_device
 
 
-def run_finetuning(settings: Recipe, reporter: Reporter | None = None) -> FinetuneReport:
+def run_finetuning(
+    settings: Recipe, reporter: Reporter | None = None, *, began: float | None = None, after_pruning: bool = False
+) -> FinetuneReport:
     """Fine-tune a pruned model so that every zero stays zero, and save the result with its curves.
 
     Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
-    process calls this. Raises BadInput for what cannot be done as asked, BrokenMask, NumericalError, VerificationError.
+    process calls this.
+
+    Args:
+        settings: of the training.
+        reporter: hears of it; by default on standard error.
+        began: when a limit of minutes began, by `time.monotonic`; by default now.
+        after_pruning: whether the same run pruned the model before.
+
+    Raises:
+        BadInput: for what cannot be done as asked.
+        BrokenMask, NumericalError, VerificationError: as `coprune.finetune`.
     """
+    minutes = settings.train.minutes
+    limit = TimeLimit(None if minutes is None else 60 * minutes, began or time.monotonic(), after_pruning)
     processes = started_processes()
     first = processes.first
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
@@ -83,7 +99,7 @@ def run_finetuning(settings: Recipe, reporter: Reporter | None = None) -> Finetu
     if first:
         prepare_folders(settings)
     with reporter.libraries():
-        return _run(settings, reporter, first)
+        return _run(settings, reporter, first, limit)
 
 
 def in_precision_of_the_device(settings: Recipe) -> Recipe:
@@ -93,17 +109,19 @@ def in_precision_of_the_device(settings: Recipe) -> Recipe:
     return settings.replaced(finetune_dtype="float32")
 
 
-def _run(settings: Recipe, reporter: Reporter, first: bool) -> FinetuneReport:
-    session = prepare_session(settings, reporter)
+def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) -> FinetuneReport:
+    session = prepare_session(settings, reporter, limit, training_device(settings.model.device))
     if first and settings.output.overwrite:
         replace_earlier(settings)
     resume = resume_from(session, first)
-    before = _measure(session, "pruned") if first else {}
-    look = look_before(session) if first else Look(None)
-    objective = distillation_of(session)
+    with limit.before_and_after():
+        before = _measure(session, "pruned") if first else {}
+        look = look_before(session) if first else Look(None)
+    objective = distillation_of(session, limit)
     dense = _measure_teacher(session, objective) if first else {}
+    session.data, seconds = limit.planned(session.data, settings, resume is not None, reporter)
     with reporter.bar(f"Fine-tuning ({settings.train.mode})", 1.0) as advance:
-        trainer = build_trainer(session, objective, advance)
+        trainer = build_trainer(session, objective, seconds, advance)
         cached = getattr(session.model.config, "use_cache", None)
         with full_disk_explained(session.training_folder), freed_memory_kept():
             train(trainer, resume)
@@ -360,14 +378,17 @@ _OF_TOKENS, _OF_CLASSES = 1.0, 2.0
 """Temperatures at which distributions over tokens, and over classes, are compared."""
 
 
-def distillation_of(session: Session) -> Distillation | None:
+def distillation_of(session: Session, limit: TimeLimit) -> Distillation | None:
     """Return the loss of distillation, with its teacher in memory; None for the data's own loss."""
     settings = session.settings
     if not has_teacher(settings.train.mode):
         return None
     assert settings.train.teacher is not None
-    session.reporter.say(f"Loading the teacher {settings.train.teacher}")
-    teacher, _ = load_model(locate(settings.train.teacher, settings.model.cache_dir), "auto")
+    session.reporter.say(
+        f"Loading the teacher {settings.train.teacher}: about {limit.loading:.0f} s, as the model took"
+    )
+    with session.reporter.bar("Loading the teacher", 1.0):
+        teacher, _ = load_model(locate(settings.train.teacher, settings.model.cache_dir), "auto")
     _require_same_outputs(session.loaded.model, teacher)
     device = training_device(settings.model.device)
     torch.nn.Module.to(teacher, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from coprune.training.masks import (
     routers_within,
     select_parameters,
 )
+from coprune.training.time_limit import TimeLimit
 from coprune.training.training_data import (
     TrainingData,
     begun,
@@ -73,13 +75,25 @@ class Session:
         return self.settings.training_folder / "training"
 
 
-def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
-    """Check all that can be checked, cheap things first."""
+def prepare_session(
+    settings: Recipe, reporter: Reporter, limit: TimeLimit | None = None, device: torch.device | None = None
+) -> Session:
+    """Check all that can be checked, cheap things first.
+
+    Args:
+        settings: of the training.
+        reporter: hears of it.
+        limit: of its time; learns how fast the model is.
+        device: of the training.
+    """
+    limit, device = limit or TimeLimit(None), device or torch.device("cpu")
     _check_named(settings)
     location = locate(settings.model.name, settings.model.cache_dir)
     require_trainable(location, settings.train.mode)
     reporter.say(f"Loading {settings.model.name}")
+    started = time.monotonic()
     model, processor = load_model(location, "auto")
+    limit.loading = time.monotonic() - started
     masks, history = masks_of(model, location.path), History.read(location.path)
     for removal in history.removed:
         reporter.say(f"Removed before: {removal.line()}.")
@@ -91,8 +105,11 @@ def prepare_session(settings: Recipe, reporter: Reporter) -> Session:
     dtype = model.dtype
     loaded = Loaded(in_memory(model, location), processor, location.name, False)
     task = _task(settings, loaded)
-    data, evaluation = _begun_alike(_training_data(settings, task, loaded, reporter), task, loaded, reporter)
+    data = _training_data(settings, task, loaded, reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
+    limit.try_out(model, data, settings, device)
+    task = _task(limit.bounded(settings, task, data, reporter), loaded)
+    data, evaluation = _begun_alike(data, task, loaded, reporter)
     return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history, location)
 
 

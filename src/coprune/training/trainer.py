@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     Trainer,
@@ -40,7 +39,7 @@ from coprune.training.distill import Objective
 from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
 from coprune.training.session import Session
-from coprune.training.training_data import EVALUATIONS, TrainingData
+from coprune.training.training_data import EVALUATIONS, TrainingData, stack
 
 _WARMUP = 0.03
 """Share of a training in which the rate rises."""
@@ -127,10 +126,19 @@ def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
         trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
 
 
-def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
-    """Create a trainer for a session's settings that saves its states in the session's folder."""
+def build_trainer(
+    session: Session, objective: Objective | None, seconds: float | None, advance: Advance
+) -> ZeroKeepingTrainer:
+    """Create a trainer for a session's settings that saves its states in the session's folder.
+
+    Args:
+        session: of the training.
+        objective: what is minimised; None for the data's own loss.
+        seconds: when the training ends, if not before; None for its steps alone.
+        advance: of its bar.
+    """
     settings, data = session.settings, session.data
-    pace = Pace(settings.train.minutes)
+    pace = Pace(seconds)
     trainer = ZeroKeepingTrainer(
         model=session.model,
         args=training_arguments(settings, data, session.training_folder),
@@ -214,19 +222,15 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples of one size into a batch without padding."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-
 _SECONDS_BETWEEN_STATES = 600.0  # at most, on machines that take few steps in that time
 
 
 class Pace:
     """Seconds since the start of a training (those before an interruption included) and the share that is done."""
 
-    def __init__(self, minutes: float | None) -> None:
-        self.limit = None if minutes is None else minutes * 60
+    def __init__(self, limit: float | None) -> None:
+        """Create a pace. limit: seconds of the training."""
+        self.limit = limit
         self.done = 0.0
         self.agreed = 0.0
         """Seconds at the last step, the same in all processes."""
@@ -236,6 +240,9 @@ class Pace:
     def start(self, seconds_before: float = 0.0) -> None:
         """Start the clock, for an interrupted training at what it had used."""
         self._before, self._started = seconds_before, time.perf_counter()
+        self.agreed = seconds_before
+        if self.limit is not None:
+            self.limit = _agreed(self.limit)
 
     @property
     def seconds(self) -> float:
@@ -243,10 +250,17 @@ class Pace:
         return self._before + time.perf_counter() - self._started
 
     def update(self, step: int, max_steps: int) -> None:
-        """Find out how much is done; called by all processes at the same step."""
-        by_steps = step / max(1, max_steps)
-        self.agreed = _agreed(self.seconds)
-        self.done = min(1.0, by_steps if self.limit is None else max(by_steps, self.agreed / self.limit))
+        """Find out how much is done, which is all where another step would not fit; all processes call it at the same step."""
+        self.done = min(1.0, step / max(1, max_steps))
+        before, self.agreed = self.agreed, _agreed(self.seconds)
+        if self.limit is not None:
+            fits = 2 * self.agreed - before <= self.limit  # one that takes as long as the last
+            self.done = max(self.done, self.agreed / self.limit) if fits else 1.0
+
+    @property
+    def now(self) -> float:
+        """The share that is done in the middle of a step."""
+        return self.done if self.limit is None else min(1.0, max(self.done, self.seconds / self.limit))
 
 
 def rate_at(done: float) -> float:
@@ -280,7 +294,7 @@ class Along(TrainerCallback):
         self._pace.start(max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0))
         self._pace.update(state.global_step, state.max_steps)
         self._measured, self._saved = self._due(), self._pace.agreed
-        self._show()
+        self._show(self._pace.done)
         if state.global_step and self._pace.done >= 1:
             raise AtItsEnd
 
@@ -290,11 +304,17 @@ class Along(TrainerCallback):
         """Move on; the learning rate of the next step is set right after this."""
         self._pace.update(state.global_step + 1, state.max_steps)
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show how far a long step is."""
+        self._show(self._pace.now)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Save a state in time, measure at equal shares of the training, and stop when the time is up."""
-        self._show()
+        self._show(self._pace.done)
         if self._pace.agreed - self._saved >= _SECONDS_BETWEEN_STATES:
             control.should_save = True
         if self._pace.done >= 1:
@@ -321,9 +341,9 @@ class Along(TrainerCallback):
         """Return the number of measurements due by now."""
         return math.floor(self._pace.done * EVALUATIONS + 1e-9)
 
-    def _show(self) -> None:
-        self._advance(self._pace.done - self._shown)
-        self._shown = self._pace.done
+    def _show(self, done: float) -> None:
+        self._advance(done - self._shown)
+        self._shown = done
 
 
 def _agreed(seconds: float) -> float:

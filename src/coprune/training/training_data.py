@@ -71,6 +71,11 @@ EVALUATIONS = 5
 """How often what is held out is measured along a training."""
 
 
+def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack samples of one size into a batch without padding."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
 class TextWindows(Dataset[dict[str, Tensor]]):
     """Windows of tokens (N × S int64) as a data set: every item predicts its own tokens."""
 

@@ -1,0 +1,200 @@
+"""The time limit of a fine-tuning: loading, measuring, training, saving and the verdict all have to end within it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from coprune.base.devices import synchronize
+from coprune.base.environment import world_size
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.base.words import Set, Setting, say
+from coprune.evaluation.asked_texts import plain_names
+from coprune.evaluation.tasks import ImageTask, PairTask, Task, TextTask
+from coprune.model.checkpoint.load import evaluating
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import split_sources
+from coprune.recipe.train import has_adapters, has_teacher
+from coprune.training.training_data import EVALUATIONS, TrainingData, stack
+
+ENOUGH_STEPS = 20
+"""Fewer steps change little."""
+_MEASURING, _WATCHING = 0.1, 0.05
+"""Shares of the limit: of one measurement of the model, and of all measurements of what is held out."""
+_BACKWARD = 2.0
+"""Time of a backward pass over that of a forward pass."""
+_SPARE = 1.2
+"""What follows the training may take as many times as long as what it repeats did."""
+_SAVING = 3.0, 5.0
+"""Time of saving a model, reloading and comparing it over that of loading it: with adapters, and of all weights."""
+
+
+@dataclass
+class TimeLimit:
+    """A limit on the wall time of a whole fine-tuning, and what of it is spent."""
+
+    seconds: float | None
+    """None without a limit."""
+    began: float = field(default_factory=time.monotonic)
+    after_pruning: bool = False
+    """Whether a pruned model is trained in the same run. It is measured like the dense one, and trained at least one step."""
+    loading: float = 0.0
+    """Seconds that loading the model took."""
+    repeated: float = 0.0
+    """Seconds of what follows the training as well."""
+    measuring: float = 0.0
+    """Seconds of a forward pass of one batch without gradients, in the precision of measurements; 0 if unknown."""
+    training: float = 0.0
+    """The same in the precision of the training."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.began
+
+    @contextmanager
+    def before_and_after(self) -> Iterator[None]:
+        """Time the body, which is done once more after the training."""
+        started = time.monotonic()
+        yield
+        self.repeated += time.monotonic() - started
+
+    def try_out(self, model: torch.nn.Module, data: TrainingData, settings: Recipe, device: torch.device) -> None:
+        """Time forward passes of one batch, which determine how much is measured and how many steps fit."""
+        if self.seconds is None:
+            return
+        torch.nn.Module.to(model, device)
+        count = settings.train.batch_size or data.batch_size
+        batch = stack([data.train[place % len(data.train)] for place in range(count)])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        if not data.has_targets:
+            batch.pop("labels", None)
+
+        def forward() -> Any:
+            return model(**batch) if data.loss is None else data.loss(model, batch)
+
+        with torch.no_grad(), evaluating(model):
+            self.measuring = self.training = _seconds(forward, device)
+            if settings.train.dtype == "bfloat16":
+                with torch.autocast(device.type, torch.bfloat16):
+                    self.training = _seconds(forward, device)
+
+    def bounded(self, settings: Recipe, task: Task, data: TrainingData, reporter: Reporter) -> Recipe:
+        """Return settings that measure text or images for a share of the time, where nothing says on how much."""
+        asked = settings.evaluate
+        said = asked.images if isinstance(task, ImageTask) else asked.tokens
+        if self.seconds is None or self.after_pruning or said is not None or isinstance(task, PairTask):
+            return settings
+        names = plain_names(asked.data) if asked.data is not None else split_sources(settings.calibrate.data)
+        batches = _MEASURING * self.seconds / self.measuring / max(1, len(names))
+        samples = int(batches * (settings.train.batch_size or data.batch_size))
+        word, most, unit = "eval_images", max(1, samples), "images"
+        if isinstance(task, TextTask):
+            word, most, unit = "eval_tokens", max(1, samples * data.tokens // task.seqlen) * task.seqlen, "tokens"
+        if asked.perplexity:
+            reporter.say(
+                say((f"At most {most:,} {unit} are measured in this time; ", Setting(word), " sets another number."))
+            )
+        return settings.replaced(**{word: most})
+
+    def planned(
+        self, data: TrainingData, settings: Recipe, resumes: bool, reporter: Reporter
+    ) -> tuple[TrainingData, float | None]:
+        """Fit the training into the time that is left.
+
+        Args:
+            data: of the training. A step takes fewer samples, and less of what is held out is watched, where the time is
+                short and the settings leave that open.
+            settings: of the training.
+            resumes: whether the training goes on from a saved state.
+            reporter: hears how many steps fit.
+
+        Returns:
+            The data, and the seconds of the training; None without a limit.
+
+        Raises:
+            BadInput: not one step fits.
+        """
+        if self.seconds is None:
+            return data, None
+        batch = self.training * (1 + _BACKWARD + has_teacher(settings.train.mode))
+        after = self._after(settings)
+        left = self.seconds - self.elapsed - after
+        if world_size() == 1:  # else all have to decide the same
+            data = _watched_briefly(data, left, self.measuring, settings.train.batch_size or data.batch_size)
+            fitting = int(left / (ENOUGH_STEPS * batch))
+            data = replace(data, accumulate=max(1, min(data.accumulate, fitting)))
+        if data.held_out is not None:  # which is watched once more at the end
+            watched = self.measuring * len(data.held_out) / (settings.train.batch_size or data.batch_size)
+            after, left = after + watched, left - watched
+        step = batch * (settings.train.accumulate or data.accumulate)
+        if not resumes and settings.train.max_steps is None and settings.train.tokens is None:
+            self._announce(step, after, left, reporter)
+        return data, max(left, 1e-3)
+
+    def _after(self, settings: Recipe) -> float:
+        """Return the seconds that what follows the training will take: measuring, saving, reloading, comparing."""
+        saving = _SAVING[0] if has_adapters(settings.train.mode) else _SAVING[1]
+        return _SPARE * self.repeated + saving * self.loading + 2 * self.measuring
+
+    def _announce(self, step: float, after: float, left: float, reporter: Reporter) -> None:
+        """Say how many steps fit. Raises BadInput if it is not even one."""
+        assert self.seconds is not None
+        steps, asked = max(0, int(left / step)), f"{self.seconds / 60:g}"
+        least = _minutes(self.elapsed + after + _SPARE * step)
+        if steps >= ENOUGH_STEPS:
+            reporter.say(f"About {steps} steps of {step:.2g} s fit into {asked} minutes.")
+        elif steps or self.after_pruning:
+            enough = _minutes(self.elapsed + after + ENOUGH_STEPS * step)
+            few = (
+                f"about {steps} steps of {step:.2g} s fit" if steps else f"a step takes {step:.2g} s, and one is taken"
+            )
+            said = f"Little time: {few} into {asked} minutes, and fewer than {ENOUGH_STEPS} change little. "
+            reporter.say(
+                say((said, Set("minutes", enough), " would do, or shorter windows with ", Setting("seqlen"), "."))
+            )
+        else:
+            cause = (
+                f"not one step fits: all else takes about {self.elapsed + after:.0f} s here, and a step {step:.2g} s"
+            )
+            raise BadInput(
+                cause,
+                field="minutes",
+                value=asked,
+                fix=("it takes at least ", Set("minutes", least), ", or shorter windows with ", Setting("seqlen")),
+            )
+
+
+def _watched_briefly(data: TrainingData, seconds: float, forward: float, batch_size: int) -> TrainingData:
+    """Return the data with as much held out as can be watched in a share of the time, perhaps nothing."""
+    if data.held_out is None:
+        return data
+    most = int(_WATCHING * max(0.0, seconds) / (EVALUATIONS * forward)) * batch_size
+    held_out = Subset(data.held_out, range(min(most, len(data.held_out)))) if most else None
+    return replace(data, held_out=held_out)
+
+
+def _minutes(seconds: float) -> float:
+    """Return seconds as minutes, rounded up to a tenth."""
+    return math.ceil(seconds / 6) / 10
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of some work; of its second time where the first is short, since it warms up."""
+    for _ in range(2):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        found = time.perf_counter() - started
+        if found > 0.5:
+            break
+    return max(found, 1e-6)
