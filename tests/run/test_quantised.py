@@ -149,12 +149,36 @@ def test_channels_and_heads_go_in_the_blocks_that_share_scales(
             assert all(raw(row).numpy().tobytes() in columns for row in after[name].flatten(0, -2)), name
 
 
-def test_channels_whose_blocks_do_not_divide_are_refused_with_a_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"remove": "channels=0.25"}, 48),  # 54 of 72 asked for: three blocks of 16, without the half one at the end
+        ({"remove": "channels=0.25", "score": "flap"}, 48),
+        ({"remove": "channels=0.25", "allocation": "error"}, None),
+        ({"remove": "channels=0.1", "score": "magnitude"}, 64),
+    ],
+)
+def test_channels_of_a_width_that_blocks_do_not_divide_are_kept_in_whole_blocks(
+    settings: dict[str, Any], kept: int | None, tmp_path: Path
+) -> None:
     source, _ = quantised_pico(tmp_path, "fp8 block", "llama", intermediate_size=72)
+    found = pruned(source, tmp_path / "a", **settings)  # compared with the silenced model before it got its name
+    config = json.loads((found / "config.json").read_text())
+    assert config["intermediate_size"] % 16 == 0
+    assert kept in (None, config["intermediate_size"])
+    before, after = (tensors_of(folder)["model.layers.0.mlp.up_proj.weight"] for folder in (source, found))
+    rows = [bytes(raw(row).numpy().tobytes()) for row in before]
+    blocks = [rows.index(bytes(raw(row).numpy().tobytes())) for row in after]
+    assert all(first % 16 == 0 for first in blocks[::16])
+    assert "quantization_config" in config
+
+
+def test_fewer_channels_than_two_blocks_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    source, _ = quantised_pico(tmp_path, "fp8 block", "llama", intermediate_size=24)
     with pytest.raises(UnsupportedModel, match=r"FP8 \(E4M3\), a scale for 16 × 16, so .* in whole blocks of 16 only"):
         pruned(source, tmp_path / "a", remove="channels=0.5")
     dense = pruned(source, tmp_path / "b", remove="channels=0.5", encoding="dense")
-    assert load_clean(dense).config.intermediate_size < 72
+    assert load_clean(dense).config.intermediate_size < 24
     assert "quantization_config" not in json.loads((dense / "config.json").read_text())
 
 

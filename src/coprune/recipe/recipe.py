@@ -295,9 +295,18 @@ class Recipe(Tree):
 
     @property
     def run_folder(self) -> Path:
-        """Folder of the run's report."""
-        if self.output.run is not None:
-            return self.output.run
+        """Folder of the run's report; one that nobody named is not in the model's."""
+        return self.output.run or self._outside(self._usual_folder)
+
+    def _outside(self, folder: Path) -> Path:
+        """Return a folder, or one beside the model's where it would be in that."""
+        model = self.output.model
+        if model is None or not folder.absolute().is_relative_to(model.absolute()):
+            return folder
+        return model.with_name(f"{model.name}-run") / folder.absolute().relative_to(model.absolute())
+
+    @property
+    def _usual_folder(self) -> Path:
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
         if self.remove.parts:
             shares = [f"{kind}-{share:g}" for kind, share in self.remove.shares.items()]
@@ -314,9 +323,8 @@ class Recipe(Tree):
     @property
     def training_folder(self) -> Path:
         """Folder of curves, adapters and resumable states, for a recipe that only trains."""
-        return self.output.run or Path("out") / "finetune" / (Path(self.model.name).name or "model") / str(
-            self.train.mode
-        )
+        usual = Path("out") / "finetune" / (Path(self.model.name).name or "model") / str(self.train.mode)
+        return self.output.run or self._outside(usual)
 
     @property
     def trained_folder(self) -> Path:

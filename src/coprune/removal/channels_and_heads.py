@@ -68,12 +68,13 @@ class Part:
 
     @property
     def grouped(self) -> Tensor:
-        """The consumer's columns by what goes together: U / group × K · group int64."""
-        return self.units.view(self.count // self.group, -1)
+        """The consumer's columns by what goes together: U // group × K · group int64. A rest goes before any group."""
+        groups = self.count // self.group
+        return self.units[: groups * self.group].reshape(groups, -1)
 
     def ungrouped(self, keep: Tensor) -> Tensor:
-        """Expand a mask of groups (U / group bool) to units (U bool)."""
-        return keep.repeat_interleave(self.group)
+        """Expand a mask of groups (U // group bool) to units (U bool), without the rest."""
+        return nn.functional.pad(keep.repeat_interleave(self.group), (0, self.count % self.group))
 
     def columns(self, keep: Tensor) -> Tensor:
         """Return the kept columns of the consumer: C bool. keep: U bool."""
@@ -346,3 +347,37 @@ def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str
     for block, folds, run in folds_of_blocks(model, dropped):
         groups, handed = model.structure.groups[block.index], model.structure.handed[block.index]
         yield block.name, [*parts_of(block, folds, groups, handed, run)]
+
+
+@torch.no_grad()
+def read_together(model: ProvenModel, kind: Kind) -> str | None:
+    """Return why units of the first block that has any cannot go: matrices whose outputs are read over all units together.
+
+    None where something else is the cause.
+    """
+    for block, folds, run in folds_of_blocks(model, ()):
+        own = [fold for fold in folds if fold.layout.is_heads() == (kind == "heads")]
+        for fold in own if kind == "heads" else ():
+            part = _heads_of(block, fold, model.structure.groups[block.index], run)
+            for matrix, rows in part.beside:
+                if not is_apart(block.module, replace(part, beside=((matrix, rows),)), run):
+                    return (
+                        f"the outputs of {matrix.name} are {_read_by(block, matrix)} over all heads together, so that a "
+                        "head which goes would change the others"
+                    )
+        if own:
+            return None
+    return None
+
+
+def _read_by(block: Block, matrix: Matrix) -> str:
+    """Return what reads all outputs of a matrix, by the vector with an entry for each beside it, such as a norm's weight."""
+    path = matrix.name.rpartition(".")[0]
+    holder = block.module.get_submodule(path.removeprefix(block.name).removeprefix("."))
+    vectors = (
+        name.rpartition(".")[0]
+        for name, parameter in holder.named_parameters()
+        if parameter.shape == (matrix.shape[0],) and name.rpartition(".")[2] != "bias"
+    )
+    found = next((name for name in vectors if name), None)
+    return "read" if found is None else f"read by {found}"

@@ -19,7 +19,7 @@ from coprune.model.saved_slices import slices_kept
 from coprune.model.walk.model_structure import ProvenModel
 from coprune.recipe.structure import RemovePart
 from coprune.removal.block_scores import block_score_named, may_go
-from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, step_of
+from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, read_together, step_of
 from coprune.removal.cuts import Plan
 from coprune.removal.expert_choice import experts_left, find_experts, known_scores
 from coprune.removal.mixtures import Mixture
@@ -59,13 +59,12 @@ def find_removable(run: Run) -> Removable:
     """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
     asked, model = run.recipe.remove, run.model
     kinds = _kinds(asked.shares)
-    parts = {
-        name: [part for part in found if part.kind in kinds] for name, found in (find_parts(model, ()) if kinds else ())
-    }
+    there = dict(find_parts(model, ()) if kinds else ())
+    parts = {name: [part for part in found if part.kind in kinds] for name, found in there.items()}
     require_align(run, parts)
-    parts = in_steps(run, parts)
     for kind in kinds:
-        _say_without(run, kind, parts)
+        _say_without(run, kind, there)
+    parts = in_steps(run, parts)
     found = Removable(parts, find_experts(run) if "experts" in asked.shares else {})
     if found.mixtures and asked.kept_scores is not None and "blocks" not in asked.shares:
         whose = run.loaded.fingerprint(model.every_block)
@@ -78,8 +77,8 @@ def find_removable(run: Run) -> Removable:
     try:
         configure = rehearse(run, rest)
     except UnsupportedModel as error:
-        there: dict[str, Collection[str]] = {kind: having(kind, parts) for kind in kinds}
-        alone = left_alone(run, there | ({"experts": found.mixtures} if found.mixtures else {}))
+        have: dict[str, Collection[str]] = {kind: having(kind, parts) for kind in kinds}
+        alone = left_alone(run, have | ({"experts": found.mixtures} if found.mixtures else {}))
         raise alone or _with_a_share_that_works(run, rest, error) from None
     return found if "blocks" in asked.shares else replace(found, rehearsed=(rest, configure))
 
@@ -154,12 +153,15 @@ def require_align(run: Run, parts: Mapping[str, Sequence[Part]]) -> None:
 
 
 def _say_without(run: Run, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
-    """Report blocks without parts of a kind. Raises UnsupportedModel if none has any."""
+    """Report blocks without parts of a kind. Raises UnsupportedModel, naming the cause, if none has any."""
     there = having(kind, parts)
     without = [name for name in parts if name not in there]
     if len(without) == len(parts):
+        others = [other for other in _kinds(("channels", "heads")) if having(other, parts)]
         raise left_alone(run, {kind: there}) or UnsupportedModel(
-            f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
+            read_together(run.model, kind)
+            or f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed",
+            fix=f"remove {' or '.join([*others, 'blocks'])} instead",
         )
     if without:
         have = " has" if len(without) == 1 else f" and {len(without) - 1} other blocks have"
@@ -238,11 +240,11 @@ def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> di
 def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
     """Return the number of kept units: a multiple of `align`, or of the largest power of two below it that divides them.
 
-    group: units that can only be removed together.
+    group: units that can only be removed together. Where it does not divide them, the rest goes first.
     """
-    step = step_of(units, align, group)
-    kept = max(step, round(units * (1 - share) / step) * step)
-    return min(kept, units)
+    step, wanted = step_of(units, align, group), units * (1 - share)
+    kept = min(max(step, round(wanted / step) * step), units // group * group)
+    return kept if abs(kept - wanted) <= units - wanted else units
 
 
 def blocks_that_go(run: Run, counts: Sequence[int]) -> list[int]:
@@ -288,9 +290,11 @@ def _group(run: Run, encoding: Encoding, part: Part, least: int) -> int:
     refused = UnsupportedModel(f"no {part.kind} of {part.block} can be removed")
     powers = (1 << power for power in range(_MOST.bit_length()))
     for group in powers:
-        if group < least or part.count % group or 2 * group > part.count:
+        rest = part.count % group
+        if group < least or 2 * group > part.count or (rest and part.kind != "channels"):
             continue
         every_other = torch.arange(part.count) // group % 2 == 0
+        every_other[part.count - rest :] = False
         masks = part.masks([every_other] * len(part.fold.consumers))
         layout = partial(run.model.weights.layout, part.block)
         try:

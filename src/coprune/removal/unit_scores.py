@@ -48,7 +48,7 @@ class Score(Protocol):
         Args:
             weight: the consumer, O × C float32.
             statistic: of its inputs.
-            units: the columns of every unit, U × K int64.
+            units: the columns of every unit, U × K int64; columns of none go before any.
             count: how many units to keep.
 
         Returns:
@@ -134,10 +134,15 @@ class Surgery:
 
     @classmethod
     def on(cls, weight: Tensor, statistic: Gram, units: Tensor, damping: float) -> Surgery:
-        """Start with all units. Arguments as of `Score.keep`; damping: as of `OBS`."""
+        """Start with all units, without columns that are of none. Arguments as of `Score.keep`; damping: as of `OBS`."""
         lower, _ = damped_cholesky(statistic.gram, damping)
         left = torch.ones(len(units), dtype=torch.bool, device=weight.device)
-        return cls(units, left, weight.clone(), inverse_of_factor(lower))
+        surgery = cls(units, left, weight.clone(), inverse_of_factor(lower))
+        outside = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        outside[units.flatten()] = False
+        if bool(outside.any()):
+            surgery._take_out(outside.nonzero().flatten())
+        return surgery
 
     def remove(self, number: int) -> None:
         """Remove so many of the units that cost least."""
@@ -145,7 +150,11 @@ class Surgery:
         cost = removal_cost(current, inverse, self.units).masked_fill(~self.left, torch.inf)
         chosen = cost.topk(number, largest=False).indices
         self.left[chosen] = False
-        columns = self.units[chosen].flatten()
+        self._take_out(self.units[chosen].flatten())
+
+    def _take_out(self, columns: Tensor) -> None:
+        """Remove columns, for which the others make up."""
+        current, inverse = self.current, self.inverse
         gone = current[:, columns]
         self.lost += float((gone * torch.linalg.solve(inverse[columns][:, columns], gone.T).T).sum())
         push = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])

@@ -350,9 +350,8 @@ def _measured(run: Run, plan: Plan) -> list[Levels]:
             after = [keep(hidden) for hidden in event.after]
             moved = movement(joined(event.before), joined(after), processes)
             for part in plan.parts.get(event.block.name, ()):
-                counts = list(
-                    range(part.count, 0, -step_of(part.count, align if part.kind == "channels" else 1, part.group))
-                )
+                step = step_of(part.count, align if part.kind == "channels" else 1, part.group)
+                counts = list(range(part.count // part.group * part.group, 0, -step))
                 levels.append(_levels(event.block, part, counts, inputs, (score, moved)))
             inputs = {}
     return levels

@@ -1,0 +1,21 @@
+"""The folder of a run that nobody named is never the reason why a model cannot be saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coprune.recipe.recipe import make_recipe
+from coprune.run.checks import prepare_folders
+
+
+@pytest.mark.parametrize("saved", ["out/foo", "out"])
+def test_a_run_folder_that_nobody_named_is_beside_the_model(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe({"model": "x/foo", "save_model": saved, "method": "wanda"})
+    prepare_folders(recipe)
+    assert not recipe.run_folder.is_relative_to(saved)
+    assert recipe.run_folder.name == "wanda"
