@@ -289,7 +289,7 @@ def test_a_new_method_is_one_file_and_one_line(
         assert report["recipe"]["prune"]["method"] == {"name": "lottery", "my_option": 0.5}
         assert report["sparsity"]["matrices"] == 0.5
         assert "--my-option" in coprune("methods", "lottery")
-        ended = run_command(["prune", "model", "-q", "-m", "lottery", "--my-option", "-1"], monkeypatch, capsys)
+        ended = run_command(["prune", "model", "-q", *SMALL, "-m", "lottery", "--my-option", "-1"], monkeypatch, capsys)
         assert (ended.code, len(ended.err.splitlines())) == (2, 1)
         assert "my_option" in ended.err
     finally:

@@ -82,6 +82,7 @@ def test_older_names_are_accepted(
         raise Enough
 
     monkeypatch.setattr(FUNCTIONS[typed[0]], take)
+    monkeypatch.setattr("coprune.commands.recipe_options.look", lambda name: None)
     with pytest.raises(Enough):
         run_command(typed, monkeypatch, capsys)
     assert asked | taken == asked

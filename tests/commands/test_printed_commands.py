@@ -98,6 +98,7 @@ SAID: dict[str, tuple[Any, dict[str, Any]]] = {
     "tasks": ("boolq,rte", {}),
     "num_fewshot": (2, TASKS),
     "include_path": ("tasks of mine", TASKS),
+    "trust_tasks": (True, TASKS),
     "limit": (3, TASKS),
     "apply_chat_template": (True, TASKS),
     "gen_kwargs": ("max_gen_toks=64,do_sample=true", TASKS),
@@ -146,7 +147,7 @@ def assert_made_again(recipe: Recipe) -> None:
 
 @pytest.fixture(autouse=True)
 def any_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coprune.commands.recipe_options.refuse_missing", lambda name: None)
+    monkeypatch.setattr("coprune.commands.recipe_options.look_at", lambda recipe: None)
 
 
 def test_every_setting_is_tried() -> None:

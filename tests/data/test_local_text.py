@@ -61,6 +61,18 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     assert local_text(f"{tmp_path / 'a.parquet'}:more").text == "x\n\ny\n\nz"
 
 
+def test_a_table_has_one_column_of_text_or_is_refused_with_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,body\n1,"one, two"\n2,"three\nfour"\n3,\n')
+    assert local_text(str(tmp_path / "a.csv")).text == "one, two\n\nthree\nfour"
+    (tmp_path / "b.tsv").write_text("question\tanswer\nwhy?\tso\n")
+    with pytest.raises(BadInput, match=r"no column named 'text'.*'question', 'answer'.*path:column"):
+        local_text(str(tmp_path / "b.tsv"))
+    assert local_text(f"{tmp_path / 'b.tsv'}:answer").text == "so"
+    (tmp_path / "c.csv").write_text("")
+    with pytest.raises(BadInput, match="cannot be read as a table"):
+        local_text(str(tmp_path / "c.csv"))
+
+
 def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path: Path) -> None:
     for name in ["b/1.txt", "a.txt", "c.md", ".hidden.txt", ".cache/x.txt"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)

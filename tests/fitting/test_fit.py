@@ -437,7 +437,7 @@ def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_
 
 def test_a_runtime_that_is_not_installed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.gguf_files.llama_cpp.has_llama_cpp", lambda: False)
-    with pytest.raises(BadInput, match="pip install llama-cpp-py-sync"):
+    with pytest.raises(BadInput, match=r"pip install 'coprune\[gguf\]'"):
         coprune.fit(place / "model.gguf", place / "text.txt", output=tmp_path / "out", **how(place))
 
 

@@ -13,7 +13,6 @@ import torch
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.model.checkpoint import locate
 from coprune.recipe.presets import PRESETS
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words
@@ -76,7 +75,7 @@ def test_of_a_hub_id_the_configuration_alone_is_fetched(place: Path, monkeypatch
         asked.append(options)
         return str(place / "bare")
 
-    monkeypatch.setattr(locate, "snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert coprune.inspect("someone/model", quiet=True).blocks
     assert "*.safetensors" in asked[0]["ignore_patterns"]
     assert "*.json" in asked[0]["allow_patterns"]

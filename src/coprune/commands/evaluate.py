@@ -10,8 +10,10 @@ import typer
 from coprune.base.environment import importing
 from coprune.base.words import Command, Set
 from coprune.commands.options import measuring_options, with_options
-from coprune.commands.recipe_options import ModelArgument, ModelOption, named_model
+from coprune.commands.recipe_options import ModelArgument, ModelOption, look_at_texts, named_model
 from coprune.commands.terminal import end_unless_held, show
+from coprune.model.checkpoint.glance import writes_text
+from coprune.recipe.views import measuring_recipe
 
 
 @with_options(measuring_options())
@@ -31,13 +33,17 @@ def evaluate(
 
     Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
     """
-    with importing():
-        from coprune.base.files import require_file, write_text
-        from coprune.evaluation.evaluate import evaluate
+    from coprune.base.files import require_file, write_text
 
     require_file(json_file, "json")
-    example = Command("evaluate", "smollm2-135m", Set("data", "embedded"))
-    found = evaluate(named_model(model, model_option, example), against=against, quiet=quiet, **settings)
+    named = named_model(model, model_option, Command("evaluate", "smollm2-135m", Set("data", "embedded")))
+    recipe = measuring_recipe(named, {name: value for name, value in settings.items() if value is not None})
+    if writes_text(named, recipe.model.cache_dir):
+        look_at_texts(recipe, calibrates=False)
+    with importing():
+        from coprune.evaluation.evaluate import evaluate
+
+    found = evaluate(named, against=against, quiet=quiet, **settings)
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     show(str(found))

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coprune.base.environment import expand_home
 from coprune.commands.terminal import show
+from coprune.gguf_files.llama_cpp import require_type
+from coprune.model.checkpoint.glance import look
 
 if TYPE_CHECKING:
     from coprune.gguf_files.importance import ImatrixArguments
@@ -28,7 +31,7 @@ def export(
         str,
         typer.Option(
             "--type",
-            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with llama-cpp-py-sync installed also q6_k, q5_k_m, q4_k_m, "
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with coprune[gguf] also q6_k, q5_k_m, q4_k_m, "
             "iq4_nl, q3_k_m, iq3_xxs, q2_k, iq2_xs …",
         ),
     ] = "f16",
@@ -55,6 +58,9 @@ def export(
     A smaller model that came from a GGUF file needs nothing else: coprune export out/smaller smaller.gguf --type q8_0.
     One that came from elsewhere needs a GGUF file of the same source model, of any type: --like source-q4_0.gguf.
     """
+    if not (expand_home(model) / "report.json").is_file():  # of a run its model is meant
+        look(model)
+    require_type(type_)
     from coprune.report.folder import model_of
     from coprune.steps.export import export
 

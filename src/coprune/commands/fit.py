@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coprune.commands.terminal import show
+from coprune.gguf_files.llama_cpp import require_llama_cpp
+from coprune.model.checkpoint.glance import look
 
 if TYPE_CHECKING:
     from coprune.fitting.fit import FitArguments
@@ -96,9 +98,15 @@ def fit(
     Example: coprune fit smollm2-135m --task examples/fit/choice.jsonl --require 'accuracy>=dense-0.25' -o small
     """
     from coprune.base.errors import BadInput
+
+    if runtime == "llama.cpp":
+        require_llama_cpp("models are fitted to llama.cpp", "runtime", runtime)
+    is_recipe = Path(model).suffix in (".yaml", ".yml")
+    if not is_recipe:
+        look(model)
     from coprune.fitting.fit import fit, remake
 
-    if Path(model).suffix in (".yaml", ".yml"):
+    if is_recipe:
         show(f"{remake(model, output, quiet)}: the same bytes as the recipe says")
         return
     if not task:

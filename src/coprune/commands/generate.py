@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.commands.terminal import show
+from coprune.model.checkpoint.glance import look
 
 
 def generate(
@@ -42,6 +43,8 @@ def generate(
     said: dict[str, Any] = dict(samples=samples, seqlen=seqlen, temperature=temperature, top_p=top_p, seed=seed)
     said |= dict(column=column, template=template, dtype=dtype, device=device, cache_dir=cache_dir)
     said |= dict(compile=compile or None)
+    if prompts is None or prompts.is_file():  # else that is what is wrong
+        look(model, cache_dir)
     from coprune.steps.write_text import generate
 
     given: Any = {name: value for name, value in said.items() if value is not None}

@@ -11,15 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.base.errors import BadInput, unknown_name
+from coprune.base.errors import BadInput, about, unknown_name
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, say
 from coprune.commands.options import help_all_option, method_options, recipe_options
-from coprune.model.checkpoint.names import refuse_missing
+from coprune.data.corpora import look_at_text
+from coprune.evaluation.asked_texts import split_texts
+from coprune.model.checkpoint.glance import look, writes_text
 from coprune.recipe.choice import METHOD_NAMES, METHODS_OF_PACKAGES
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.presets import usual_preset
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
+from coprune.recipe.sources import split_sources
 
 METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Typer's settings by which a method's own options are left to `recipe_asked`."""
@@ -89,7 +92,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
         if line is not None:
             reporter.say(say(line))
     recipe = make_recipe(chosen)
-    _refuse_mistyped(recipe)
+    look_at(recipe)
     if PRESET not in flatten(chosen):
         return recipe
     from coprune.steps.preset_training import recipe_that_fits  # which imports torch, after the first line
@@ -97,18 +100,32 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
     return recipe_that_fits(chosen)
 
 
-def _refuse_mistyped(recipe: Recipe) -> None:
-    """Raise BadInput for a folder or a method that does not exist, before torch is imported, which takes seconds."""
-    if not recipe.model.name.startswith("timm/"):
-        refuse_missing(recipe.model.name)
+def look_at(recipe: Recipe) -> None:
+    """Raise BadInput for a model, a text or a method that is not there, before torch is imported, which takes seconds."""
     name = recipe.prune.method.name
     if "torch" not in sys.modules and name not in METHOD_NAMES and not entry_points(group=METHODS_OF_PACKAGES):
         raise unknown_name("method", name, METHOD_NAMES, field="method")
+    look(recipe.model.name, recipe.model.cache_dir)
+    if writes_text(recipe.model.name, recipe.model.cache_dir):
+        look_at_texts(recipe)
+
+
+def look_at_texts(recipe: Recipe, calibrates: bool = True) -> None:
+    """Raise BadInput for a text of a recipe that is not there or out of reach. calibrates: whether one is calibrated on."""
+    where, asked = recipe.model.cache_dir, recipe.evaluate
+    for source in split_sources(recipe.calibrate.data) if calibrates and recipe.reads_calibration else ():
+        if not source.is_own:
+            with about("dataset", recipe.calibrate.data):
+                look_at_text(source.name, where)
+    for text in split_texts(asked.data) if asked.perplexity else ():
+        with about("eval_data", asked.data):
+            look_at_text(text.name, where)
 
 
 def named_model(model: str | None, model_option: str | None, example: Command) -> str:
-    """Return the named model. Raises BadInput, with an example, without one, and as `one_model`."""
+    """Return the named model. Raises BadInput, with an example, without one, and as `one_model` and `look`."""
     if found := one_model(model, model_option):
+        look(found)
         return found
     raise _no_model(example)
 

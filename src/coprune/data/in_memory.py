@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.data.text import JoinedText, choose_text_column, join
+from coprune.data.text import PREFIX, JoinedText, choose_text_column, join
 
-PREFIX = "given:"
 _LABEL = re.compile(r"[\w-]+")
 _KINDS = "a list of strings, a datasets.Dataset or a tensor of token ids"
 

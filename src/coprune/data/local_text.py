@@ -1,4 +1,4 @@
-"""Text of the user's own: files of text by whatever name, rows in .json, .jsonl and .parquet, or folders of them.
+"""Text of the user's own: files of text by whatever name, rows in .json, .jsonl, .csv, .tsv and .parquet, or folders of them.
 
 What is valid UTF-8, also gzipped, is text, and one document; the other kinds hold one document a row. Everything is
 joined with blank lines, in the order of the files' names.
@@ -260,6 +260,22 @@ def _read_parquet(file: Path, column: str | None) -> list[str]:
         raise BadInput(f"{file} cannot be read as parquet: {error}") from error
 
 
+def _read_csv(file: Path, column: str | None) -> list[str]:
+    """Read the column of text of a table whose first line names the columns."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    between = "\t" if ".tsv" in file.suffixes else ","
+    parsing = csv.ParseOptions(delimiter=between, newlines_in_values=True)
+    try:
+        table = csv.read_csv(pa.BufferReader(_content(file).encode()), parse_options=parsing)
+    except pa.ArrowException as error:
+        raise BadInput(f"{file} cannot be read as a table: {error}") from error
+    columns = {field.name: pa.types.is_string(field.type) for field in table.schema}
+    chosen = choose_text_column(columns, column, str(file))
+    return [text for text in table.column(chosen).to_pylist() if text]
+
+
 READERS: dict[str, Callable[[Path, str | None], list[str]]] = {
     ".txt": _read_txt,
     ".txt.gz": _read_txt,
@@ -267,6 +283,7 @@ READERS: dict[str, Callable[[Path, str | None], list[str]]] = {
     ".json.gz": _read_json,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
+    **dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz"), _read_csv),
     ".parquet": _read_parquet,
 }
 """Reader of one file by its ending; by any other it is text."""

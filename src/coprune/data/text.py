@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from coprune.base.errors import BadInput
 from coprune.base.validation import is_text
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LOCAL_FILE_HINT = (
-    "To use text of your own, give the path of a file of text (UTF-8), of rows (.jsonl, .json, .parquet), or of a "
+    "To use text of your own, give the path of a file of text (UTF-8), of rows (.jsonl, .json, .csv, .parquet), or of a "
     "folder of such files"
 )
 
@@ -72,12 +72,16 @@ def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str
     )
 
 
+PREFIX = "given:"
+"""Begins the name of what a caller hands over from Python."""
 NOTHING = -1
 """Stands behind the end of a sample; no token has this number."""
 
 
 def padded(parts: Sequence[Tensor], nothing: int | bool) -> Tensor:
     """Stack samples of several parts. parts: N × S, each with its own S; nothing: the padding value."""
+    import torch  # here alone: text is looked at before it is imported, which takes seconds
+
     width = max(part.shape[1] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=nothing) for part in parts])
 

@@ -5,45 +5,52 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import platform
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Set
-from coprune.model.checkpoint.mapped_gguf import LLAMA_CPP, ggml_library
+from coprune.model.checkpoint.names import LLAMA_CPP
 
-PACKAGE = LLAMA_CPP
+if TYPE_CHECKING:  # whether it is there is asked before torch is imported, which takes seconds
+    from torch import Tensor
+
 TOKEN_EMBEDDINGS = "token_embd.weight"
 """The tensor's name in llama.cpp."""
 
 
 def has_llama_cpp() -> bool:
     """Return whether the package with llama.cpp's library is installed."""
-    return importlib.util.find_spec(PACKAGE) is not None
+    return importlib.util.find_spec(LLAMA_CPP) is not None
 
 
 def require_llama_cpp(why: str, field: str, value: object) -> None:
     """Raise BadInput where llama.cpp is not installed. why: what it is needed for."""
     if not has_llama_cpp():
-        package = PACKAGE.replace("_", "-")
-        raise BadInput(
-            f"{why}, and the package {package} is not installed", field=field, value=value, fix=f"pip install {package}"
-        )
+        raise BadInput(f"{why}, and llama.cpp is not installed", field=field, value=value, fix=how_to_install())
+
+
+def how_to_install() -> str:
+    """Return what to type where llama.cpp is not installed."""
+    here = (sys.platform, platform.machine())
+    if here == ("linux", "x86_64"):
+        return "pip install 'coprune[gguf]'"
+    return f"coprune[gguf] brings it on Linux on x86-64, and this is {here[0]} on {here[1]}"
 
 
 @cache
 def _library() -> tuple[Any, Any]:
     """Return cffi's interface and llama.cpp's functions."""
-    bindings: Any = importlib.import_module(f"{PACKAGE}._cffi_bindings")
+    bindings: Any = importlib.import_module(f"{LLAMA_CPP}._cffi_bindings")
     ffi, library = bindings.get_ffi(), bindings.get_lib()
 
     def listen(level: int, text: Any, data: object) -> None:
@@ -113,6 +120,8 @@ def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> s
     ffi, library = _library()
     options = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     options.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{asked.kind.upper()}"]
+    import torch
+
     options.nthread, options.dry_run = torch.get_num_threads(), dry
     if asked.embedding is not None:
         stored = ffi.typeof("enum ggml_type").relements[f"GGML_TYPE_{asked.embedding.upper()}"]
@@ -148,6 +157,8 @@ See = Callable[[Any], None]
 
 def _watching(ffi: Any, see: Mapping[str, See]) -> Any:
     """Return llama.cpp's callback that shows computed tensors by name."""
+    from coprune.model.checkpoint.mapped_gguf import ggml_library
+
     ggml = ggml_library()
     assert ggml is not None
     ggml.ggml_get_name.argtypes, ggml.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
@@ -202,6 +213,8 @@ class LlamaCpp:
         states = library.llama_model_is_recurrent(self._model) or library.llama_model_is_hybrid(self._model)
         self._branches = 1 if states else branches
         asked.n_seq_max, asked.kv_unified = self._branches, self._branches > 1
+        import torch
+
         asked.n_threads = asked.n_threads_batch = threads or torch.get_num_threads()
         if see is not None:
             asked.cb_eval = self._callback = _watching(ffi, see)  # kept, since it has to live as long
@@ -270,6 +283,8 @@ class LlamaCpp:
         self._compute(tokens)
         sizes = [1, *(len(after) - 1 for after in afters)]
         first, *others = self.last_logits(sum(sizes)).split(sizes)
+        import torch
+
         return [torch.cat([first, one]) for one in others]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -281,6 +296,8 @@ class LlamaCpp:
     def last_logits(self, count: int) -> Tensor:
         """Return the logits of the last `count` tokens, which were read with all logits: tokens × vocabulary, float32."""
         raw = self._ffi.buffer(self._library.llama_get_logits(self._context), count * self.vocabulary * 4)
+        import torch
+
         return torch.from_numpy(np.frombuffer(raw, dtype=np.float32).reshape(count, -1).copy())
 
     def cut_back(self, length: int) -> bool:

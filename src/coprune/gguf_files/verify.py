@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
-from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp, how_to_install
 from coprune.gguf_files.metadata import Plan
 from coprune.gguf_files.smaller import Exported, whole_tensors
 from coprune.gguf_files.tensor_matching import Piece
@@ -87,7 +87,7 @@ def require_same(file: Path, source: Exported, kind: str) -> str | None:
         if not has_llama_cpp():
             raise UnsupportedModel(
                 "transformers cannot read the file back, and llama.cpp is not here to try it",
-                fix="pip install llama-cpp-py-sync",
+                fix=how_to_install(),
             ) from error
         if not _loads(file):
             raise UnsupportedModel(

@@ -278,6 +278,12 @@ class Recipe(Tree):
         return bool(self.remove.shares) and self.prune.asks_for_zeros
 
     @property
+    def reads_calibration(self) -> bool:
+        """Whether the calibration text is looked at: not where only experts go, scored on other texts or on none."""
+        own = bool(self.remove.domains) or self.remove.weighs_experts
+        return not (set(self.remove.shares) == {"experts"} and own) or self.prune.reconstruct.steps > 0
+
+    @property
     def sets_zeros(self) -> bool:
         """Whether weights are set to zero, beside those removed."""
         return not self.remove.parts or self.prune.asks_for_zeros

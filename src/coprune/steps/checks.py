@@ -178,12 +178,6 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
         allocation.allocate(units_of(model.chosen, model.names, shared=not allocation.looks), {}, target)
 
 
-def reads_calibration(recipe: Recipe) -> bool:
-    """Return whether the calibration text is looked at: not where only experts go, scored on other texts or on none."""
-    only_experts = set(recipe.remove.shares) == {"experts"} and (recipe.remove.domains or recipe.remove.weighs_experts)
-    return not only_experts or recipe.prune.reconstruct.steps > 0
-
-
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Return whether the calibration data decides the result: by a statistic, a training, an allocation, a reordering."""
     if solver.statistic is not None or recipe.prune.reconstruct.steps > 0 or recipe.prune.reshapes:

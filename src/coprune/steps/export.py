@@ -305,7 +305,7 @@ class Making:
         whole = self.alike(kind)
         if self.narrow.apart is None:
             return whole
-        why = "the package llama-cpp-py-sync is not installed, in which it would be tried"
+        why = "llama.cpp is not installed (coprune[gguf]), in which it would be tried"
         if has_llama_cpp():
             try:
                 found, why = self._tried(whole, beside), "llama.cpp computes something else then"

@@ -36,7 +36,6 @@ from coprune.steps.checks import (
     needs_inputs,
     prepare_reconstruction,
     prepare_solver,
-    reads_calibration,
 )
 
 
@@ -88,9 +87,7 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
     check_widths((matrix for matrix in run.found.chosen.all() if matrix.expert is None), run.target)
     check_allocation(recipe, run.found, run.target)
     run.loaded, run.task = loaded, task_for(recipe, loaded, run.processes, remember)
-    run.samples = (
-        run.task.calibration(needs_inputs(recipe, run.solver), reporter) if reads_calibration(recipe) else None
-    )
+    run.samples = run.task.calibration(needs_inputs(recipe, run.solver), reporter) if recipe.reads_calibration else None
     run.domains = _domains(run, remember)
     run.data = run.task.evaluation(reporter)
     return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
@@ -100,7 +97,7 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
 def _require_reach(recipe: Recipe) -> None:
     """Raise BadInput where the text is a corpus of the Hub, which does not answer: before a model is loaded."""
     reads_text = "data" in recipe.calibrate.model_fields_set or locates_gguf(recipe.model.name)
-    for source in split_sources(recipe.calibrate.data) if reads_text and reads_calibration(recipe) else ():
+    for source in split_sources(recipe.calibrate.data) if reads_text and recipe.reads_calibration else ():
         corpus = HUB_CORPORA.get(source.name)
         if corpus is not None and source.name not in EMBEDDED:
             with about("dataset", recipe.calibrate.data):

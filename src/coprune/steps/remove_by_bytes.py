@@ -20,7 +20,7 @@ from coprune.base.memory import peak_memory
 from coprune.base.words import LeaveOut, Setting
 from coprune.data.windows import Sampling, Windows, draw_samples
 from coprune.gguf_files.experts import ExpertFile, require_runs, tokenizer_of, watch_experts
-from coprune.gguf_files.llama_cpp import PACKAGE, has_llama_cpp
+from coprune.gguf_files.llama_cpp import require_llama_cpp
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.model.removed import Fewer, SmallerModel, fewer_lines
 from coprune.model.transformers_private import reads_gguf
@@ -125,9 +125,7 @@ def _refuse(run: Run, file: ExpertFile) -> None:
     if recipe.remove.weighs_experts:
         run.reporter.say("Experts are scored by their weights: no text is read, and perplexity is not measured.")
         return
-    if not has_llama_cpp():
-        package = PACKAGE.replace("_", "-")
-        raise BadInput(f"{why}, and llama.cpp is not installed", field="model", fix=f"pip install {package}")
+    require_llama_cpp(why, "model", run.recipe.model.name)
     run.reporter.say(f"{why[0].upper()}{why[1:]}, so llama.cpp runs the text, and perplexity is not measured.")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.glance import no_gguf
 from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.transformers_private import gguf_metadata_read_once
 
@@ -63,9 +64,7 @@ def gguf_reader(file: Path, field: str) -> Any:
     try:
         from gguf.gguf_reader import GGUFReader
     except ImportError:
-        raise BadInput(
-            "GGUF files need the package gguf, which is not installed", fix="pip install 'coprune[gguf]'"
-        ) from None
+        raise no_gguf() from None
     try:
         return _plain_reader(GGUFReader)(file)
     except (ValueError, KeyError, IndexError, OverflowError) as error:

