@@ -43,7 +43,7 @@ def rows(*given: Any, times: int = 20) -> list[dict[str, Any]]:
         (rows({"regex": "("}), "regular expression"),
         (rows({"answer": ""}), "empty answer"),
         (rows({"answer": "a"}, {}), "several kinds"),
-        (rows({"answer": "a"}, {"answer": "b"}, times=3), "6 different items"),
+        (rows({"answer": "a"}, {"answer": "b"}, times=3), "3 different items"),
         ([{"prompt": "the same", "regex": "a"}] * 100, "1 different items"),
         (
             [{"question": "q", "options": ["a", "b"]}],

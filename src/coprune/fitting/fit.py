@@ -25,7 +25,7 @@ from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import read_conditions
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
-from coprune.fitting.tasks import METRICS_OF, Kind, Task, read_task
+from coprune.fitting.tasks import METRICS_OF, Kind, Task, read_tasks
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
@@ -198,8 +198,7 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) 
     if not types:
         raise BadInput("no type is named", field="types", fix=f"name some of {', '.join(TYPES)}")
     seed, most = int(how.get("seed", 0)), how.get("items")
-    trusted = how.get("trust_tasks", False)
-    tasks = tuple(read_task(name, seed, most, trusted) for name in _paths(task))
+    tasks = read_tasks(_paths(task), seed, most, how.get("trust_tasks", False))
     conditions = read_conditions(require or ",".join(dict.fromkeys(_USUAL[one.kind] for one in tasks)))
     budget = _seconds(how.get("budget", "60m"))
     location, like = locate(str(model)), how.get("like")
@@ -356,7 +355,7 @@ def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]
     reader = search.workshop.reader(file, chosen.cut)
     if isinstance(reader.engine, InTransformers):  # has the very tokenizer
         return ["transformers loads the folder; what was measured was measured there"]
-    texts = [_text_of(task, place) for task in search.tasks for place in task.unseen][:50]
+    texts = [task.items[place].asked for task in search.tasks for place in task.unseen][:50]
     differing = [text for text in texts if reader.engine.tokenize(text) != reader.all_ids(text)]
     reader.engine.close()
     if len(differing) == len(texts):
@@ -364,11 +363,6 @@ def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]
     return [
         f"llama.cpp tokenises {len(texts) - len(differing)} of {len(texts)} unseen items as the model's tokenizer does"
     ]
-
-
-def _text_of(task: Task, place: int) -> str:
-    item = task.items[place]
-    return item.text or (item.prompt if isinstance(item.prompt, str) else "\n".join(said for _, said in item.prompt))
 
 
 def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:

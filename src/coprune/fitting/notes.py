@@ -9,10 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from coprune.base.errors import about
-from coprune.base.files import write_text
 from coprune.evaluation.asked_texts import text_fingerprint
 from coprune.fitting.tasks import Task
 from coprune.model.checkpoint.digest import source_digest
@@ -58,16 +57,6 @@ class Asked:
         } | self.digests
 
 
-class Passage(BaseModel):
-    """A document of calibration text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    text: str
-    judging: bool
-    """Whether it holds an item that tells first what a candidate keeps."""
-
-
 class Measured(BaseModel):
     """Measurements of a candidate."""
 
@@ -80,28 +69,18 @@ class Measured(BaseModel):
     refused: str = ""
     """Why it cannot be made."""
     scores: dict[str, dict[str, dict[int, float]]] = {}
-    """Figures of items by the task's fingerprint, metric and the item's index."""
+    """Figures of items by the task's key, metric and the item's index."""
 
     def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
         """Return the figures of some items."""
-        found = self.scores[task.fingerprint][metric]
+        found = self.scores[task.key][metric]
         return [found[place] for place in places]
 
     def missing(self, task: Task, places: Sequence[int]) -> list[int]:
         """Return the places of the items of which a figure is missing."""
-        own = self.scores.get(task.fingerprint, {})
+        own = self.scores.get(task.key, {})
         there = set.intersection(*(set(one) for one in own.values())) if own else set()
         return [place for place in places if place not in there]
-
-
-def read_passages(file: Path) -> list[Passage]:
-    """Read calibration text. Raises ValueError for another file."""
-    lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
-    return [Passage.model_validate_json(line) for line in lines if line]
-
-
-def write_passages(file: Path, passages: Sequence[Passage]) -> None:
-    write_text(file, "".join(f"{passage.model_dump_json()}\n" for passage in passages))
 
 
 def differing(facts: Mapping[str, Any], note: Path) -> list[str]:

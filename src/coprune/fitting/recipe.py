@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
+from coprune.fitting.calibration import read_passages
 from coprune.fitting.candidates import EMBEDDINGS, EXACT, TYPES, Candidate, Cut
-from coprune.fitting.notes import Asked, Runtime, read_passages
+from coprune.fitting.notes import Asked, Runtime
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
 
 RECIPE_FILE, TEXT_FILE = "recipe.yaml", "text.jsonl"

@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.data.local_text import local_text, looks_local, rows_of
+from coprune.fitting.doubles import clusters_of
 
 Kind = Literal["choice", "answer", "text", "prompts"]
 Prompt = str | tuple[tuple[str, str], ...]
@@ -60,6 +61,12 @@ class Item:
             return "choice"
         return "answer" if self.answer or self.regex else "prompts"
 
+    @property
+    def asked(self) -> str:
+        """The text that a model reads, without what is right."""
+        said = self.prompt if isinstance(self.prompt, str) else "\n".join(content for _, content in self.prompt)
+        return self.text or said
+
 
 @dataclass(frozen=True)
 class Task:
@@ -73,12 +80,24 @@ class Task:
     unseen: tuple[int, ...]
     share: float = 1.0
     """Of the text to calibrate and distill on, beside the other tasks' shares."""
+    clusters: tuple[int, ...] = ()
+    """A number of every item, the same for near-doubles; empty where all are apart."""
+
+    def apart(self, places: Sequence[int]) -> list[int]:
+        """Return the first place of each cluster: near-doubles count as one item in a proof."""
+        if not self.clusters:
+            return [*places]
+        return [*{self.clusters[place]: place for place in reversed(places)}.values()][::-1]
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of the items, under which their figures are kept."""
+        return _digest([self.kind, repr(self.items)])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the items and their halves."""
-        content = json.dumps([self.kind, repr(self.items), self.seen, self.unseen, self.share])
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        """Digest of the items and their halves."""
+        return _digest([self.key, self.seen, self.unseen, self.share, self.clusters])
 
     @property
     def chance(self) -> float:
@@ -90,23 +109,62 @@ class Task:
         return sum(1 / len(item.choices) for item in self.items) / len(self.items)
 
 
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode("utf-8", "replace")).hexdigest()[:32]
+
+
 def read_task(name: str, seed: int = 0, most: int | None = None, trusted: bool = False) -> Task:
-    """Read items.
+    """Read the items of one task; see `read_tasks`."""
+    return read_tasks([name], seed, most, trusted)[0]
+
+
+def read_tasks(names: Sequence[str], seed: int = 0, most: int | None = None, trusted: bool = False) -> tuple[Task, ...]:
+    """Read items, and split those of all tasks such that near-doubles lie in the same half.
 
     Args:
-        name: a .jsonl file, plain text, a task of choices of lm-eval's, or a definition of one (.yaml);
+        names: .jsonl files, plain text, tasks of choices of lm-eval's, or definitions of them (.yaml);
             with a share behind a colon (`mine.jsonl:0.7`) where there are several.
         seed: of the halves.
-        most: items at most, drawn by the seed.
+        most: items of each at most, drawn by the seed.
         trusted: whether a definition may run code.
 
     Returns:
         The items without doubles, in two halves.
 
     Raises:
-        BadInput: the file cannot be read, holds no kind or several, has too few items, or one choice is always right.
+        BadInput: a file cannot be read, holds no kind or several, has too few items, or one choice is always right.
     """
-    name, share = _share(name)
+    found = [(*_share(name),) for name in names]
+    if len({name for name, _ in found}) < len(found):
+        name = next(name for name, times in Counter(name for name, _ in found).items() if times > 1)
+        raise _wrong(name, "is named twice", "name it once")
+    read = [(name, share, _different(name, trusted)) for name, share in found]
+    orders = [_drawn(len(items), seed, most) for _, _, items in read]
+    compared = [
+        "\n".join([items[place].asked, *sorted(items[place].choices)])
+        for (_, _, items), order in zip(read, orders, strict=True)
+        for place in order
+    ]
+    numbers, half, tasks = iter(clusters_of(compared)), dict[int, bool](), list[Task]()
+    for (name, share, items), order in zip(read, orders, strict=True):
+        cluster = {place: next(numbers) for place in order}
+        different = dict.fromkeys(cluster.values())
+        _split(different, half)
+        seen = [place for place in order if half[cluster[place]]]
+        unseen = [place for place in order if not half[cluster[place]]]
+        if min(len({cluster[place] for place in one}) for one in (seen, unseen)) < LEAST_HALF:
+            what = f"has {len(different)} different items"
+            if len(different) >= 2 * LEAST_HALF:
+                what += ", too many of which are near-doubles of another task's in the same half"
+            raise _wrong(name, what, f"give it at least {2 * LEAST_HALF}")
+        clusters = tuple(cluster.get(place, -1) for place in range(len(items)))
+        alone = len(different) == len(order)
+        tasks.append(Task(name, items[0].kind, items, (*seen,), (*unseen,), share, () if alone else clusters))
+    return tuple(tasks)
+
+
+def _different(name: str, trusted: bool) -> tuple[Item, ...]:
+    """Read the items of a task, each once. Raises BadInput where they are not of one kind."""
     path = expand_home(name)
     if path.suffix in _DEFINITIONS or not looks_local(name):
         found = _of_harness(name, trusted)
@@ -121,13 +179,24 @@ def read_task(name: str, seed: int = 0, most: int | None = None, trusted: bool =
     if len(kinds) > 1:
         raise _wrong(name, f"has items of several kinds ({', '.join(kinds)})", "give each kind a file of its own")
     _refuse_one_class(name, items)
-    order = list(range(len(items)))
-    random.Random(f"{seed} {len(items)}").shuffle(order)
-    order = order[:most]
-    if len(order) < 2 * LEAST_HALF:
-        raise _wrong(name, f"has {len(order)} different items", f"give it at least {2 * LEAST_HALF}")
-    half = len(order) // 2
-    return Task(name, kinds[0], items, tuple(order[:half]), tuple(order[half:]), share)
+    return items
+
+
+def _drawn(count: int, seed: int, most: int | None) -> list[int]:
+    """Return places of items in a seeded order."""
+    order = list(range(count))
+    random.Random(f"{seed} {count}").shuffle(order)
+    return order[:most]
+
+
+def _split(different: Iterable[int], half: dict[int, bool]) -> None:
+    """Decide the half of every cluster of a task: the earlier tasks' decisions count, and both halves get as many."""
+    there = [*different]
+    wanted = len(there) // 2 - sum(half[one] for one in there if one in half)
+    for one in there:
+        if one not in half:
+            half[one] = wanted > 0
+            wanted -= 1
 
 
 def _share(name: str) -> tuple[str, float]:
@@ -256,7 +325,7 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
 
 def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[str]:
     """Return texts of every task in proportion to the shares, all of one task; with equal shares all texts."""
-    if len(set(shares)) == 1:
+    if len(set(shares)) < 2:
         return [text for own in texts for text in own]
     unit = min(sum(map(len, own)) / share for own, share in zip(texts, shares, strict=True))
     found = list[str]()

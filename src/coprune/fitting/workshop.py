@@ -21,12 +21,13 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
+from coprune.fitting.calibration import calibration_of, read_passages, write_passages
 from coprune.fitting.candidates import DENSE, EXACT, Candidate, Cut
 from coprune.fitting.made import bytes_in, note_of, seconds_in, seconds_of
-from coprune.fitting.notes import Asked, Measured, Passage, differing, read_passages, write_passages
+from coprune.fitting.notes import Asked, Measured, differing
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, score_item
-from coprune.fitting.tasks import Item, joined, shared_out
+from coprune.fitting.tasks import Task
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
 from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
@@ -143,7 +144,7 @@ class Workshop:
         scores = {name: {metric: dict(own) for metric, own in one.items()} for name, one in found.scores.items()}
         with self.reporter.bar(candidate.name, sum(map(len, missing.values()))) as advance:
             for task in self.asked.tasks:
-                own = scores.setdefault(task.fingerprint, {})
+                own = scores.setdefault(task.key, {})
                 for place in missing[task.name]:
                     for metric, value in score_item(reader, task, place, dense).items():
                         own.setdefault(metric, {})[place] = value
@@ -360,15 +361,12 @@ class Workshop:
         return self.folder / "text" / "text.jsonl"
 
     def _texts(self) -> list[str]:
-        return [passage.text for passage in self._passages()]
-
-    def _passages(self) -> list[Passage]:
-        return read_passages(self.text)
+        return [passage.text for passage in read_passages(self.text)]
 
     def _text_of_cuts(self) -> Path:
         """Return the text that cuts are made and trained with: not that of the items that judge first."""
         file = self.text.with_name("cuts.jsonl")
-        write_passages(file, [passage for passage in self._passages() if not passage.judging])
+        write_passages(file, [passage for passage in read_passages(self.text) if not passage.judging])
         return file
 
     @property
@@ -401,21 +399,16 @@ class Workshop:
 
     def _collect(self) -> None:
         answers = DenseAnswers.load(self._dense_answers) if self._dense_answers.exists() else DenseAnswers()
-        texts = [
-            [self._text_of(task.items[place], answers.ids.get(place, [])) for place in reversed(task.seen)]
-            for task in self.asked.tasks
-        ]
-        own = joined(shared_out(texts, [task.share for task in self.asked.tasks]), _CHARACTERS)
-        # The first seen items judge first. They come last here, so that a share of a task is of the others.
-        judging = {text for some in texts for text in some[len(some) - len(some) // 2 :]}
-        passages = [Passage(text="\n".join(one), judging=not judging.isdisjoint(one)) for one in own]
-        passages += [Passage(text=text, judging=False) for text in self._more_text()]
-        write_passages(self.text, passages)
 
-    def _text_of(self, item: Item, answer: Sequence[int]) -> str:
-        prompt = item.prompt if isinstance(item.prompt, str) else "\n".join(content for _, content in item.prompt)
-        said = item.text or item.answer or str(self.tokenizer.decode([*answer], skip_special_tokens=True))
-        return f"{prompt} {said}".strip()
+        def of(task: Task, place: int) -> str:
+            item = task.items[place]
+            right = item.answer or self.tokenizer.decode(answers.ids.get(place, []), skip_special_tokens=True)
+            return item.asked if item.text else f"{item.asked} {right}".strip()
+
+        passages, line = calibration_of(self.asked.tasks, of, self._more_text())
+        if line:
+            self.reporter.say(line)
+        write_passages(self.text, passages)
 
     def _more_text(self) -> list[str]:
         if self.asked.text is not None:
