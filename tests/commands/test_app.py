@@ -99,7 +99,12 @@ print("LOADED", [name for name in sys.modules if name.startswith(("coprune.recip
 
 @pytest.mark.parametrize(
     ("typed", "said"),
-    [("prune nosuch/", "no model at"), ("prune x -m wandaa", "'wanda'")],
+    [
+        ("prune nosuch/", "no model at"),
+        ("prune x -m wandaa", "'wanda'"),
+        ("fit x --runtime transformers --task examples/fit/choice.jsonl -o y", "what 60 can prove at best: accuracy>=dense-0.12"),
+        ("fit x --runtime transformers --task examples/fit/text.txt --require accuracy>=0.5 -o y", "applies to no task"),
+    ],
 )
 def test_a_typing_error_is_told_before_torch_is_imported(typed: str, said: str) -> None:
     program = f"""

@@ -98,11 +98,15 @@ def fit(
     Example: coprune fit smollm2-135m --task examples/fit/choice.jsonl --require 'accuracy>=dense-0.25' -o small
     """
     from coprune.base.errors import BadInput
+    from coprune.fitting.require import wanted
+    from coprune.fitting.tasks import is_file
 
     if runtime == "llama.cpp":
         require_llama_cpp("models are fitted to llama.cpp", "runtime", runtime)
     is_recipe = Path(model).suffix in (".yaml", ".yml")
     if not is_recipe:
+        if task and all(is_file(one) for one in task):
+            wanted(task, require, seed, items)
         look(model)
     from coprune.fitting.fit import fit, remake
 

@@ -1,23 +1,33 @@
-"""One-sided bounds of a mean difference between two models that answered the same items."""
+"""One-sided confidence bounds of what two models' figures of the same items say about all items like these.
+
+Every estimate assumes that items were drawn independently; near-doubles count as one item.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
 LEVEL = 0.95
 """A bound is wrong in one of twenty repetitions at most."""
 LEAST_ITEMS = 8
 """Items below which a spread says nothing."""
 _MOST_ITEMS = 1 << 24
+_PRECISION = 1e-9
+_CORRECTION = 0.5
+"""Continuity correction of counts, in items."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """A mean over items, and what it is at least and at most, each at the one-sided level."""
+    """An estimate, and what it is at least and at most, each at the one-sided level."""
 
     mean: float
     low: float
@@ -25,109 +35,256 @@ class Bounds:
     items: int
 
 
-def bounds_of(differences: Sequence[float], of_answers: bool = False, level: float = LEVEL) -> Bounds:
-    """Return confidence bounds of the mean of the population that items were drawn from.
+class Estimate(ABC):
+    """A quantity of all items, estimated from some."""
 
-    Differences of right and wrong answers (-1, 0, 1) get Tango's score interval for paired proportions (1998) with a continuity
-    correction, which holds where few or no items differ; all others get Student's.
+    items: float
+    span: tuple[float, float] = (-1.0, 1.0)
+    """Between which it lies."""
 
-    Args:
-        differences: one of every item.
-        of_answers: whether they are of right and wrong answers; not inferred from the values, which may all be zero.
-        level: one-sided, of either bound.
+    @property
+    @abstractmethod
+    def mean(self) -> float:
+        """The estimate."""
 
-    Returns:
-        The mean and its bounds; infinite ones for fewer than eight items.
-    """
-    count = len(differences)
-    if not count:
-        return Bounds(math.nan, -math.inf, math.inf, 0)
-    mean = math.fsum(differences) / count
-    if of_answers:
-        seen = Counter(differences)
-        gained, lost = seen[1], seen[-1]
-        return Bounds(mean, *_both(gained, lost, count, level), count)
-    if count < LEAST_ITEMS or not math.isfinite(mean):
-        return Bounds(mean, -math.inf, math.inf, count)
-    reach = _student(count - 1, level) * _deviation(differences, mean) / math.sqrt(count)
-    return Bounds(mean, mean - reach, mean + reach, count)
+    @abstractmethod
+    def is_above(self, value: float, level: float = LEVEL) -> bool:
+        """Return whether it is proven to be at least a value: P(true if it is less) ≤ 1 − level."""
 
+    @abstractmethod
+    def high(self, level: float = LEVEL) -> float:
+        """Return its upper bound."""
 
-def _student(freedom: int, level: float) -> float:
-    """Return a quantile of Student's distribution."""
-    from scipy.special import stdtrit  # takes longer to import than most need it
+    @abstractmethod
+    def needed(self, value: float) -> int | None:
+        """Return how many items like these would prove that it is at least a value; None where none would."""
 
-    return float(stdtrit(freedom, level))
+    def bounds(self, level: float = LEVEL) -> Bounds:
+        """Return the lower and the upper bound. level: one-sided, of either."""
+        if not self.items:
+            return Bounds(math.nan, -math.inf, math.inf, 0)
+        low = _last(lambda value: self.is_above(value, level), *self.span)
+        return Bounds(self.mean, low, self.high(level), int(self.items))
 
 
-def _both(gained: int, lost: int, items: int, level: float) -> tuple[float, float]:
-    return score_bound(gained, lost, items, level), -score_bound(lost, gained, items, level)
-
-
-def _deviation(values: Sequence[float], mean: float) -> float:
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def score_bound(gained: float, lost: float, items: float, level: float = LEVEL) -> float:
-    """Return what the difference of two paired proportions is at least.
-
-    Args:
-        gained: items that only the new model answers rightly.
-        lost: items that only the old one does.
-        items: all.
-        level: of the bound.
-    """
-    low, high, errors = -1.0, 1.0, NormalDist().inv_cdf(level)
-    while high - low > 1e-9:
+def _last(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Return the largest value for which something holds; the lowest if it holds for none."""
+    while high - low > _PRECISION:
         middle = (low + high) / 2
-        if _score(gained, lost, items, middle) > errors:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
 
 
-def _score(gained: float, lost: float, items: float, difference: float) -> float:
-    """Return the distance of the items from a difference in standard errors, with that difference as the truth."""
-    second = -gained - lost + (2 * items - gained + lost) * difference
-    third = -lost * difference * (1 - difference)
-    loses = (math.sqrt(max(0.0, second**2 - 8 * items * third)) - second) / (4 * items)
-    variance = items * (2 * loses + difference * (1 - difference))
-    above = gained - lost - items * difference - 0.5
+@dataclass(frozen=True)
+class _Counts(Estimate):
+    """Items by which of two models answers them rightly; numbers of an estimate need not be whole."""
+
+    both: float
+    gained: float
+    """Items that only the new model answers rightly."""
+    lost: float
+    """Items that only the old one does."""
+    items: float
+
+    def needed(self, value: float) -> int | None:
+        """Return how many items of these proportions it takes."""
+        if not self.items or not self.mean > value:
+            return None
+
+        def holds(items: int) -> bool:
+            by = items / self.items
+            more = replace(self, both=self.both * by, gained=self.gained * by, lost=self.lost * by, items=items)
+            return more.is_above(value)
+
+        high = 1
+        while not holds(high):
+            high *= 2
+            if high > _MOST_ITEMS:
+                return None
+        low = high // 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        return high
+
+    def is_above(self, value: float, level: float = LEVEL) -> bool:
+        """Compare the score with the normal distribution's quantile."""
+        return self._score(value, -_CORRECTION) > NormalDist().inv_cdf(level)
+
+    def is_below(self, value: float, level: float = LEVEL) -> bool:
+        """Return whether it is proven to be at most a value."""
+        return -self._score(value, _CORRECTION) > NormalDist().inv_cdf(level)
+
+    def high(self, level: float = LEVEL) -> float:
+        """Return the least value that it is proven to be at most."""
+        least, most = self.span
+        return -_last(lambda value: self.is_below(-value, level), -most, -least)
+
+    @abstractmethod
+    def _score(self, value: float, correction: float) -> float:
+        """Return the distance from a value in standard errors that are estimated with this value as the truth."""
+
+
+class Difference(_Counts):
+    """Accuracy of the new model minus the old one's: Tango's score interval for paired proportions.
+
+    With b items gained and c lost of n the score of a difference δ is (b − c − nδ ∓ ½) / √(n (2q + δ(1 − δ))). There q is the
+    maximum-likelihood share of lost items if the difference is δ: the positive root of
+    2n q² + (−b − c + (2n − b + c) δ) q − c δ (1 − δ). (Statistics in Medicine 17 (1998) 891–908; the continuity correction of
+    half an item is added here, and of one where every item differs.)
+    """
+
+    @property
+    def mean(self) -> float:
+        """Difference of the shares."""
+        return (self.gained - self.lost) / self.items if self.items else math.nan
+
+    def _score(self, value: float, correction: float) -> float:
+        gained, lost, items = self.gained, self.lost, self.items
+        second = -gained - lost + (2 * items - gained + lost) * value
+        third = -lost * value * (1 - value)
+        loses = (math.sqrt(max(0.0, second**2 - 8 * items * third)) - second) / (4 * items) if items else 0.0
+        if gained + lost == items:  # then one answer more or less moves the difference by two items
+            correction *= 2
+        return _standardised(gained - lost - items * value + correction, items * (2 * loses + value * (1 - value)))
+
+
+class Ratio(_Counts):
+    """Accuracy of the new model over the old one's: Nam and Blackwelder's score interval for a ratio of paired proportions.
+
+    Items that both answer wrongly say nothing of the ratio. Of the N others a are answered rightly by both models, b by the new
+    one alone, c by the old one alone. The ratio is ρ where P(a) + P(b) = ρ (P(a) + P(c)); with q = P(b) then
+    P(a) = ρ − (1 + ρ) q and P(c) = 1 − ρ + ρ q. The likelihood a ln P(a) + b ln P(b) + c ln P(c) is largest at a root of a
+    quadratic equation. With these shares the score is (a + b − ρ (a + c) ∓ ½) / √(N (P(a) (1 − ρ)² + P(b) + P(c) ρ²)).
+    (Statistics in Medicine 21 (2002) 689–699; the continuity correction of half an item is added here: with it the error,
+    enumerated over all outcomes, stays below 5 %.)
+    """
+
+    span = (_PRECISION, 10.0)
+
+    @property
+    def mean(self) -> float:
+        """Ratio of the shares."""
+        old, new = self.both + self.lost, self.both + self.gained
+        return new / old if old else math.inf if new else math.nan
+
+    def _score(self, value: float, correction: float) -> float:
+        both, gained, lost = self.both, self.gained, self.lost
+        some = both + gained + lost
+        # The likelihood's derivative times -q P(a) P(c): first q² + second q + third.
+        first = value * (1 + value) * some
+        second = (1 - value**2) * (both + gained) - value**2 * (gained + lost)
+        third = -gained * value * (1 - value)
+        root = math.sqrt(max(0.0, second**2 - 4 * first * third))
+        gains = (root - second) / (2 * first) if some else 0.0
+        gains = min(max(gains, (value - 1) / value, 0.0), value / (1 + value))
+        keeps, loses = value - (1 + value) * gains, 1 - value + value * gains
+        variance = some * (keeps * (1 - value) ** 2 + gains + loses * value**2)
+        return _standardised(both + gained - value * (both + lost) + correction, variance)
+
+
+class Share(_Counts):
+    """Accuracy of one model: Clopper and Pearson's exact bound (Biometrika 26 (1934) 404–413), by the binomial distribution."""
+
+    span = (0.0, 1.0)
+
+    @property
+    def mean(self) -> float:
+        """Share of right answers."""
+        return (self.both + self.gained) / self.items if self.items else math.nan
+
+    def is_above(self, value: float, level: float = LEVEL) -> bool:
+        """Return whether as many right answers are rare with a smaller share."""
+        from scipy.special import betainc  # takes longer to import than most need it
+
+        right = self.both + self.gained
+        rare = 1.0 if right <= 0 else float(betainc(right, self.items - right + 1, value))
+        return rare <= 1 - level
+
+    def is_below(self, value: float, level: float = LEVEL) -> bool:
+        """Return whether as many wrong answers are rare with a larger share."""
+        return replace(self, both=self.items - self.both - self.gained, gained=0.0).is_above(1 - value, level)
+
+    def _score(self, value: float, correction: float) -> float:
+        raise NotImplementedError
+
+
+def _standardised(above: float, variance: float) -> float:
     return above / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, above)
 
 
-def items_needed(differences: Sequence[float], least: float, of_answers: bool = False) -> int | None:
-    """Return how many items like these would prove that their mean is at least a number; None where none would.
+_BETS = np.linspace(0.01, 0.99, 99)
+_OPINION = np.log1p(0.1 * _BETS) + 0.01 * np.log1p(-_BETS)
+"""What bets begin with: as if one item had won a tenth of the range and a hundredth of an item all of it had been lost."""
 
-    Args:
-        differences: of items like those.
-        least: what is to be proven.
-        of_answers: as in `bounds_of`.
+
+class Mean(Estimate):
+    """Mean of figures that are not below a floor: a bound by betting (Waudby-Smith and Ramdas, JRSS B 86 (2024) 1–27).
+
+    Against the claim that the mean is m or less a gambler bets, before each item, a share λ ∈ [0, 1) of the capital: with
+    y = (x − m) / (m − floor) ≥ −1 the capital is multiplied by 1 + λ y. If the claim is true it does not grow on average, so it
+    ever reaches 20 times its start with a probability of 1/20 at most (Ville), whatever the distribution above the floor. λ
+    is the share with which the capital would have grown most on the items before, so it depends on no later item. Figures
+    below the floor, and those that are no numbers, count as the floor: what is proven is a bound of the mean of max(x, floor).
+    Nothing is proven where the mean itself is lower.
     """
-    seen = bounds_of(differences, of_answers)
-    if not seen.items or not seen.mean > least:
-        return None
-    if of_answers:
-        counts = Counter(differences)
-        gained, lost = counts[1] / seen.items, counts[-1] / seen.items
 
-        def holds(items: int) -> bool:
-            return score_bound(gained * items, lost * items, items) >= least
-    else:
-        spread = _deviation(differences, seen.mean) if seen.items > 1 else math.inf
+    def __init__(self, values: Sequence[float], floor: float) -> None:
+        """Estimate the mean of values, in an order that does not depend on them."""
+        self.values, self.floor, self.items = np.asarray(values, dtype=np.float64), floor, len(values)
+        self.span = (floor + _PRECISION, max(self.mean, floor + 2 * _PRECISION))
 
-        def holds(items: int) -> bool:
-            reach = _student(max(1, items - 1), LEVEL) * spread / math.sqrt(items)
-            return items >= LEAST_ITEMS and seen.mean - reach >= least
+    @property
+    def mean(self) -> float:
+        """Their mean, without the floor."""
+        return math.fsum(self.values) / len(self.values) if len(self.values) else math.nan
 
-    high = LEAST_ITEMS
-    while not holds(high):
-        high *= 2
-        if high > _MOST_ITEMS:
+    @property
+    def beyond(self) -> int:
+        """Figures that count as the floor."""
+        return int((~(self.values >= self.floor)).sum())
+
+    def is_above(self, value: float, level: float = LEVEL) -> bool:
+        """Return whether the capital reached 1 / (1 − level)."""
+        return self._ruined(value, level) is not None
+
+    def high(self, level: float = LEVEL) -> float:
+        """Return Student's upper bound, an approximation: it ends the search for a candidate early and proves nothing."""
+        from scipy.special import stdtrit  # takes longer to import than most need it
+
+        count = len(self.values)
+        if count < LEAST_ITEMS or not math.isfinite(self.mean):
+            return self.mean if count >= LEAST_ITEMS and self.mean < 0 else math.inf
+        reach = float(stdtrit(count - 1, level)) * float(self.values.std(ddof=1)) / math.sqrt(count)
+        return self.mean + reach
+
+    def needed(self, value: float) -> int | None:
+        """Return how many such items it takes: if they are too few, as many more as the best bet needs on these."""
+        if not self.mean > value or not value > self.floor:
             return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+        if (first := self._ruined(value, LEVEL)) is not None:
+            return first
+        growth = np.log1p(np.outer(self._won(value), _BETS)).mean(axis=0).max()
+        if not growth > 0:
+            return None
+        more = (math.log(1 / (1 - LEVEL)) - self._capital(value)[-1]) / growth
+        return None if more > _MOST_ITEMS else len(self.values) + max(1, math.ceil(more))
+
+    def _ruined(self, value: float, level: float) -> int | None:
+        """Return after how many items the claim of a smaller mean was ruined; None if it was not."""
+        if not self.mean >= value or not value > self.floor:
+            return None
+        reached = np.flatnonzero(self._capital(value) >= math.log(1 / (1 - level)))
+        return int(reached[0]) + 1 if len(reached) else None
+
+    def _capital(self, value: float) -> Array:
+        """Return the logarithm of the capital after each item."""
+        growth = np.log1p(np.outer(self._won(value), _BETS))
+        before = _OPINION + np.concatenate([np.zeros((1, len(_BETS))), growth[:-1].cumsum(axis=0)])
+        bets: Array = growth[np.arange(len(growth)), before.argmax(axis=1)]
+        return bets.cumsum()
+
+    def _won(self, value: float) -> Array:
+        """Return every item's figure above a value, in units of how far the floor is below it."""
+        counted: Array = np.where(self.values >= self.floor, self.values, self.floor)
+        return (counted - value) / (value - self.floor)

@@ -22,10 +22,10 @@ from coprune.fitting.made import bytes_in, copy, digest_of
 from coprune.fitting.notes import Asked, Runtime
 from coprune.fitting.page import card, page
 from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
-from coprune.fitting.require import read_conditions
+from coprune.fitting.require import wanted
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
-from coprune.fitting.tasks import METRICS_OF, Kind, Task, read_tasks
+from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
@@ -36,20 +36,13 @@ from coprune.report.schema import Report
 
 FACTS_FILE, CARD_FILE = "fit.json", "README.md"
 WORK_FOLDER = ".fit"
-_USUAL: dict[Kind, str] = {
-    "choice": "accuracy>=dense-0.02",
-    "answer": "accuracy>=dense-0.02",
-    "text": "bits<=dense*1.02",
-    "prompts": "acceptance>=0.9",
-}
-"""Default requirement by kind of task."""
 _UNITS = {
     "bytes": "bytes of the file, or of a folder's weights",
     "cost": "bytes (size, memory) or tokens per second (speed)",
     "speed": "tokens per second",
     "seconds": "seconds",
-    "mean, low, high": "margin of the first condition, in its metric: share of items (accuracy, acceptance), bits per byte "
-    "(bits) or nats per token (kl)",
+    "mean, low, high": "margin of the first condition: share of items (accuracy, acceptance), ratio to dense (with a factor), "
+    "bits per byte (bits) or nats per token (kl)",
 }
 _BUDGET = re.compile(r"(\d+\.?\d*)\s*(h|m|s|)")
 _SECONDS = {"h": 3600, "m": 60, "": 60, "s": 1}
@@ -198,8 +191,7 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) 
     if not types:
         raise BadInput("no type is named", field="types", fix=f"name some of {', '.join(TYPES)}")
     seed, most = int(how.get("seed", 0)), how.get("items")
-    tasks = read_tasks(_paths(task), seed, most, how.get("trust_tasks", False))
-    conditions = read_conditions(require or ",".join(dict.fromkeys(_USUAL[one.kind] for one in tasks)))
+    tasks, conditions = wanted(_paths(task), require, seed, most, how.get("trust_tasks", False))
     budget = _seconds(how.get("budget", "60m"))
     location, like = locate(str(model)), how.get("like")
     if runtime == "llama.cpp" and like is None and not isinstance(location, GgufFile):

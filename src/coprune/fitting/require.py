@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.evaluation.bounds import Bounds, bounds_of, items_needed
+from coprune.base.words import Setting
+from coprune.evaluation.bounds import LEAST_ITEMS, Bounds, Difference, Estimate, Mean, Ratio, Share
+from coprune.fitting.tasks import METRICS_OF, Kind, Task, read_tasks
 
 METRICS: dict[str, str] = {
     "accuracy": "share of right answers (choice, answer)",
@@ -20,6 +23,17 @@ METRICS: dict[str, str] = {
 """Metric of an item, and the kinds of tasks that have it."""
 _AGAINST = ("acceptance", "kl")
 """Metrics that compare with the dense model already."""
+USUAL: dict[Kind, str] = {
+    "choice": "accuracy>=dense-0.02",
+    "answer": "accuracy>=dense-0.02",
+    "text": "bits<=dense*1.02",
+    "prompts": "acceptance>=0.9",
+}
+"""Default requirement by kind of task."""
+WORST, WORST_BITS = 8, 2
+"""An item counts as at most so many times what is allowed: of kl or an increase in bits, and of bits."""
+_LEAST_ALLOWED = 0.01
+"""Increase in bits that is taken for what is allowed where less is."""
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _CONDITION = re.compile(
     rf"(?P<name>\w+)\s*(?P<sign><=|>=)\s*(?:dense\s*(?:(?P<by>[*+-])\s*(?P<offset>{_NUMBER}))?|(?P<number>{_NUMBER}))"
@@ -31,25 +45,36 @@ class Verdict(StrEnum):
 
     KEPT = "kept"
     LOST = "not kept"
-    OPEN = "cannot be told"
+    OPEN = "inconclusive"
 
 
 @dataclass(frozen=True)
 class Held:
-    """A condition on items: the mean difference that decides, and the verdict."""
+    """A condition on items: the estimate that decides, and the verdict."""
 
     condition: str
     bounds: Bounds
     least: float
-    """Minimum of the difference; signs are such that more is better."""
+    """Minimum of the estimate; signs are such that more is better."""
     verdict: Verdict
     needed: int | None
     """Items that would prove it if all went on like this; None where none would."""
+    said: str
+    """The figures in words."""
 
     def line(self) -> str:
         """Return the finding in one line."""
         mean, low = self.margin
-        return f"{self.condition}: {self.verdict} (margin {mean:+.4f}, at least {low:+.4f} at 95 %, {self.bounds.items} items)"
+        found = f"{self.said}; margin {mean:+.4f}, at least {low:+.4f} at 95 %"
+        if self.verdict is not Verdict.OPEN:
+            return f"{self.condition}: {self.verdict} ({found})"
+        would = f"about {self.more:,} more items would decide" if self.more else "more such items would not prove it"
+        return f"{self.condition}: {self.verdict} ({found}); {would}"
+
+    @property
+    def more(self) -> int | None:
+        """Return how many items more would prove it, of which half are unseen; None where none would."""
+        return None if self.needed is None else 2 * max(1, self.needed - self.bounds.items)
 
     @property
     def margin(self) -> tuple[float, float]:
@@ -76,25 +101,143 @@ class Condition:
     """Factor of the dense model's figure; 0 for an absolute condition."""
     number: float
 
-    @property
-    def relative(self) -> bool:
-        """Whether it is of the difference to the dense model, whatever that one's figures are."""
-        return self.factor == 1.0
-
     def judge(self, found: Sequence[float], dense: Sequence[float]) -> Held:
-        """Test the condition on items. found, dense: both models' figures of the same items."""
-        sign = 1.0 if self.up else -1.0
-        pairs = zip(found, dense, strict=True)
-        differences = [sign * (value - self.factor * before) + 0.0 for value, before in pairs]
-        least = sign * self.number + 0.0  # not -0.0
-        answers = self.metric == "accuracy" and self.factor in (0.0, 1.0)
-        bounds = bounds_of(differences, answers)
-        verdict = Verdict.KEPT if bounds.low >= least else Verdict.LOST if bounds.high < least else Verdict.OPEN
-        return Held(self.text, bounds, least, verdict, items_needed(differences, least, answers))
+        """Test the condition on items. found, dense: both models' figures of the same items, no two of them near-doubles."""
+        estimate, least = self._estimate(found, dense)
+        bounds = estimate.bounds()
+        kept = estimate.is_above(least)
+        verdict = Verdict.KEPT if kept else Verdict.LOST if bounds.high < least else Verdict.OPEN
+        return Held(self.text, bounds, least, verdict, estimate.needed(least), self._said(estimate, found, dense))
 
-    def least_items(self, dense: Sequence[float]) -> int | None:
-        """Return how many items it takes at the least: of a model that answers as the dense one does. None: more never will."""
-        return self.judge(dense, dense).needed
+    def is_kept(self, found: Sequence[float], dense: Sequence[float]) -> bool:
+        """Return whether the items prove the condition."""
+        estimate, least = self._estimate(found, dense)
+        return estimate.is_above(least)
+
+    def _estimate(self, found: Sequence[float], dense: Sequence[float]) -> tuple[Estimate, float]:
+        """Return what is estimated, more being better, and its minimum."""
+        if self.metric == "accuracy":
+            new, old = ([value > 0.5 for value in one] for one in (found, dense))
+            if self.factor == 0.0:
+                return Share(sum(new), 0, 0, len(new)), self.number
+            seen = Counter(zip(new, old, strict=True))
+            counts = seen[True, True], seen[True, False], seen[False, True], len(new)
+            return (Difference(*counts), self.number) if self.factor == 1.0 else (Ratio(*counts), self.factor)
+        if self.metric == "acceptance":
+            return Mean(found, 0.0), self.number
+        if self.factor == 0.0:
+            times = WORST if self.metric == "kl" else WORST_BITS
+            return Mean([-value for value in found], -times * self.number), -self.number
+        pairs = list(zip(found, dense, strict=True))
+        if self.factor == 1.0:
+            losses, allowed = [value - before for value, before in pairs], self.number
+        else:
+            losses, allowed = [value / before - 1 for value, before in pairs], self.factor - 1
+        floor = -allowed - (WORST - 1) * max(abs(allowed), _LEAST_ALLOWED)
+        return Mean([-loss for loss in losses], floor), -allowed
+
+    def _said(self, estimate: Estimate, found: Sequence[float], dense: Sequence[float]) -> str:
+        if self.metric == "accuracy":
+            return f"{sum(found):.0f} of {len(found)} right, dense {sum(dense):.0f}"
+        means = f"{math.fsum(found) / max(1, len(found)):.4f}"
+        if self.metric == "bits":
+            means += f", dense {math.fsum(dense) / max(1, len(dense)):.4f}"
+        times = WORST_BITS if self.metric == "bits" and not self.factor else WORST
+        counted = isinstance(estimate, Mean) and estimate.beyond
+        beyond = f", {counted} of them beyond {times} times the limit" if counted else ""
+        return f"{means} on {len(found)} items{beyond}"
+
+    def least_items(self, dense: Sequence[float] | None = None) -> int | None:
+        """Return how many items it takes at the least: of a model that answers as the dense one does.
+
+        dense: its figures; None before it was measured: then the best there may be. Returns None if more never will.
+        """
+        best = {"accuracy": 1.0, "acceptance": 1.0, "kl": 0.0, "bits": 1.0 if self.factor else 0.0}[self.metric]
+        figures = [best] * LEAST_ITEMS if dense is None else dense
+        return self.judge(figures, figures).needed
+
+    def strictest(self, items: int, dense: Sequence[float] | None = None) -> Condition | None:
+        """Return the strictest condition of this form that a number of items can prove, in hundredths; None without any.
+
+        dense: as in `least_items`.
+        """
+        if self.metric in ("bits", "kl"):  # the items depend on the share of what is allowed that is used up
+            return None
+        for hundredths in range(1, 100):
+            by = hundredths / 100
+            if self.factor == 1.0:
+                one = replace(self, text=f"{self.metric}>=dense-{by:g}", number=-by)
+            elif self.factor:
+                one = replace(self, text=f"{self.metric}>=dense*{1 - by:g}", factor=1 - by)
+            else:
+                one = replace(self, text=f"{self.metric}>={1 - by:g}", number=1 - by)
+            least = one.least_items(dense)
+            if least is not None and least <= items:
+                return one
+        return None
+
+
+def wanted(
+    names: Sequence[str], require: str | None, seed: int = 0, items: int | None = None, trusted: bool = False
+) -> tuple[tuple[Task, ...], tuple[Condition, ...]]:
+    """Read tasks and conditions, and check that these many items can prove them: without a model, and without torch.
+
+    Args:
+        names: of tasks, as `read_tasks` takes them.
+        require: conditions; None for the usual ones of the tasks' kinds.
+        seed: of the halves.
+        items: of each task at most.
+        trusted: whether definitions of lm-eval may run code.
+
+    Raises:
+        BadInput: something cannot be read, or cannot be proven.
+    """
+    tasks = read_tasks(names, seed, items, trusted)
+    conditions = read_conditions(require or ",".join(dict.fromkeys(USUAL[one.kind] for one in tasks)))
+    require_provable(conditions, tasks)
+    return tasks, conditions
+
+
+def pairs(conditions: Sequence[Condition], tasks: Sequence[Task]) -> Iterator[tuple[Condition, Task]]:
+    """List conditions with the tasks that they apply to."""
+    return ((one, task) for one in conditions for task in tasks if one.metric in METRICS_OF[task.kind])
+
+
+def require_provable(conditions: Sequence[Condition], tasks: Sequence[Task]) -> None:
+    """Raise BadInput where a condition applies to no task, none to a task, or a task's items can never prove it.
+
+    Of the items only their number is looked at, so that it needs no model.
+    """
+    for condition in conditions:
+        if not any(condition.metric in METRICS_OF[task.kind] for task in tasks):
+            kinds = ", ".join(sorted({task.kind for task in tasks}))
+            cause = f"{condition.text} applies to no task: the items are of the kind {kinds}"
+            raise BadInput(cause, field="require", value=condition.text, fix="leave it out, or add such a task")
+    for task in tasks:
+        if not any(condition.metric in METRICS_OF[task.kind] for condition in conditions):
+            fix = ("add a condition on ", " or ".join(METRICS_OF[task.kind]), " to ", Setting("require"))
+            raise BadInput(f"no condition applies to {task.name}", field="require", fix=fix)
+    for condition, task in pairs(conditions, tasks):
+        refuse_few(condition, task)
+
+
+def refuse_few(condition: Condition, task: Task, dense: Sequence[float] | None = None) -> None:
+    """Raise BadInput where even the dense model would not be proven to keep a condition. dense: its unseen figures, if known."""
+    least, unseen = condition.least_items(dense), len(task.apart(task.unseen))
+    there = len(task.apart(task.seen)) + unseen
+    if least is None:
+        shown = "" if dense is None else f" ({math.fsum(dense) / len(dense):.3f})"
+        cause = f"the dense model itself does not keep {condition.text} on {task.name}{shown}"
+        raise BadInput(cause, field="require", value=condition.text, fix="require less")
+    if least <= unseen:
+        return
+    cause = (
+        f"{task.name} has too few items to prove {condition.text}: even a model with the same answers would need "
+        f"{2 * least} (half of them unseen), and there are {there}"
+    )
+    provable = condition.strictest(unseen, dense)
+    fix = "add items" if provable is None else f"add items, or require what {there} can prove at best: {provable.text}"
+    raise BadInput(cause, field="task", value=task.name, fix=fix)
 
 
 def read_conditions(text: str) -> tuple[Condition, ...]:

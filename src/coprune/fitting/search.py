@@ -13,7 +13,7 @@ from typing import Literal
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_text
 from coprune.base.words import Set, Setting
-from coprune.evaluation.bounds import LEAST_ITEMS, bounds_of
+from coprune.evaluation.bounds import LEAST_ITEMS, Share
 from coprune.fitting.candidates import (
     DENSE,
     EMBEDDINGS,
@@ -25,7 +25,7 @@ from coprune.fitting.candidates import (
     Cut,
 )
 from coprune.fitting.notes import Measured
-from coprune.fitting.require import Condition, Held, Verdict
+from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
 from coprune.fitting.score import answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team, places_ahead
@@ -81,7 +81,7 @@ class Search:
     """Looks for the cheapest candidate that keeps what is required."""
 
     def __init__(self, workshop: Workshop, wish: Wish, team: Team) -> None:
-        """Raises BadInput where a condition is about no task, or a task has none."""
+        """Begin a search for what `wish` asks of the workshop's tasks."""
         self.workshop, self.wish, self.tasks = workshop, wish, workshop.asked.tasks
         self._team = team
         self.tried: dict[Candidate, Measured] = {}
@@ -89,19 +89,6 @@ class Search:
         self._kept: list[Candidate] = []  # what keeps everything on the seen half, the best last
         self._vocabulary = len(workshop.tokenizer)
         self.untried: list[Candidate] = []
-        for condition in wish.conditions:
-            if not any(condition.metric in METRICS_OF[task.kind] for task in self.tasks):
-                kinds = ", ".join(sorted({task.kind for task in self.tasks}))
-                cause = f"{condition.text} applies to no task: the items are of the kind {kinds}"
-                raise BadInput(cause, field="require", value=condition.text, fix="leave it out, or add such a task")
-        for task in self.tasks:
-            if not any(condition.metric in METRICS_OF[task.kind] for condition in wish.conditions):
-                cause = f"no condition applies to {task.name}"
-                fix = ("add a condition on ", " or ".join(METRICS_OF[task.kind]), " to ", Setting("require"))
-                raise BadInput(cause, field="require", fix=fix)
-        for condition, task in self._pairs():
-            if condition.relative:  # can be told before the dense model is measured
-                self._refuse_few(condition, task, [0.0] * len(task.unseen))
 
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
@@ -115,15 +102,15 @@ class Search:
         for task in self.tasks:
             self._refuse_chance(task, found)
         for condition, task in self._pairs():
-            figures = found.of(task, condition.metric, task.unseen)
-            self._refuse_few(condition, task, figures)
+            figures = found.of(task, condition.metric, task.apart(task.unseen))
+            refuse_few(condition, task, figures)
             self.workshop.reporter.say(f"Dense: {condition.metric} {fmean(figures):.3f} on {task.name}")
         return found
 
     def _refuse_chance(self, task: Task, dense: Measured) -> None:
         if "accuracy" not in METRICS_OF[task.kind]:
             return
-        places = [*task.seen, *task.unseen]
+        places = task.apart([*task.seen, *task.unseen])
         right = dense.of(task, "accuracy", places)
         share = sum(right) / len(right)
         if task.kind == "answer" and not any(right):
@@ -133,32 +120,14 @@ class Search:
                 f"{answer_text(reader, item).strip()[:60]!r} was written where {item.regex or item.answer!r} is right"
             )
             raise BadInput(cause, field="task", value=task.name, fix=f"{said}; give examples in the prompt, or a regex")
-        if task.kind == "choice" and bounds_of([value - task.chance for value in right]).low <= 0:
+        if task.kind == "choice" and not Share(sum(right), 0, 0, len(right)).is_above(task.chance):
             what = f"the dense model's accuracy on {task.name}, {share:.3f} of {len(right)} items,"
             cause = f"{what} is not proven to be above chance ({task.chance:.3f})"
             fix = "there is nothing to keep: take another model, prompts that it understands, or more items"
             raise BadInput(cause, field="task", value=task.name, fix=fix)
 
-    def _refuse_few(self, condition: Condition, task: Task, figures: Sequence[float]) -> None:
-        least = condition.least_items(figures)
-        if least is None:
-            shown = "" if condition.relative else f" ({sum(figures) / len(figures):.3f})"
-            cause = f"the dense model itself does not keep {condition.text} on {task.name}{shown}"
-            raise BadInput(cause, field="require", value=condition.text, fix="require less")
-        if least > len(figures):
-            cause = (
-                f"{task.name} has too few items to tell {condition.text}: even a model with the same answers would need "
-                f"{2 * least} (half of them unseen), and there are {len(task.seen) + len(task.unseen)}"
-            )
-            raise BadInput(cause, field="task", value=task.name, fix="add items, or require less")
-
     def _pairs(self) -> list[tuple[Condition, Task]]:
-        return [
-            (condition, task)
-            for condition in self.wish.conditions
-            for task in self.tasks
-            if condition.metric in METRICS_OF[task.kind]
-        ]
+        return [*pairs(self.wish.conditions, self.tasks)]
 
     def _report(self, candidate: Candidate, held: Sequence[Held], half: str) -> None:
         """Print what a candidate keeps."""
@@ -251,7 +220,7 @@ class Search:
         """Test all conditions on some items."""
         found, dense = self.workshop.known(candidate), self.workshop.known(EXACT_DENSE)
         return [
-            condition.judge(*(one.of(task, condition.metric, places[task.name]) for one in (found, dense)))
+            condition.judge(*(one.of(task, condition.metric, task.apart(places[task.name])) for one in (found, dense)))
             for condition, task in self._pairs()
         ]
 

@@ -166,7 +166,7 @@ def read_tasks(names: Sequence[str], seed: int = 0, most: int | None = None, tru
 def _different(name: str, trusted: bool) -> tuple[Item, ...]:
     """Read the items of a task, each once. Raises BadInput where they are not of one kind."""
     path = expand_home(name)
-    if path.suffix in _DEFINITIONS or not looks_local(name):
+    if not is_file(name):
         found = _of_harness(name, trusted)
     elif path.suffix in (".jsonl", ".json") and path.exists():
         found = _items(rows_of(path), name)
@@ -197,6 +197,12 @@ def _split(different: Iterable[int], half: dict[int, bool]) -> None:
         if one not in half:
             half[one] = wanted > 0
             wanted -= 1
+
+
+def is_file(name: str) -> bool:
+    """Return whether a task is a file of items or text, and not one of lm-eval's."""
+    name = _share(name)[0]
+    return expand_home(name).suffix not in _DEFINITIONS and looks_local(name)
 
 
 def _share(name: str) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import per_cent
 from coprune.evaluation.answers.answer_records import Along, Answers, Facts, Figures, Way, is_empty
-from coprune.evaluation.bounds import bounds_of
+from coprune.evaluation.bounds import Difference
 from coprune.evaluation.measurement import Interval
 from coprune.recipe.answers import ALONG, LIKENESS, Condition, no_emptier
 
@@ -275,8 +276,8 @@ def _interval(condition: Condition, facts: AnswerFacts) -> Interval | None:
     if condition.sampled or not condition.against_dense or condition.name not in ("loops", "empty"):
         return None
     own, dense = ([getattr(one, name) for one in facts.samples] for name in _PAIRED[condition.name])
-    pairs = [float(bool(one) - bool(other)) for one, other in zip(own, dense, strict=True)]
-    found = bounds_of(pairs, of_answers=True, level=_TWO_SIDED)
+    pairs = Counter((bool(one), bool(other)) for one, other in zip(own, dense, strict=True))
+    found = Difference(pairs[True, True], pairs[True, False], pairs[False, True], pairs.total()).bounds(_TWO_SIDED)
     return (found.low * found.items, found.high * found.items)
 
 
