@@ -13,6 +13,7 @@ import argparse
 import csv
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +146,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=2000)
     trials = parser.parse_args().trials
-    rows, worst = list[dict[str, Any]](), list[dict[str, Any]]()
+    rows = list[dict[str, Any]]()
     for text, truths in TRUTHS.items():
-        for items in ITEMS:
-            own = list[dict[str, Any]]()
-            for name, draw in truths.items():
-                old, new = (wrongly_kept(text, draw, items, trials, kept=rule) for rule in (before, None))
-                own.append({"condition": text, "figures": name, "items": items, "before": old, "now": new})
-            rows += own
-            most = {when: f"{100 * max(row[when] for row in own):.1f} %" for when in ("before", "now")}
-            worst.append({"condition": f"`{text}`", "items": items} | most)
-            print(worst[-1], flush=True)
+        for items, (name, draw) in product(ITEMS, truths.items()):
+            old, new = (wrongly_kept(text, draw, items, trials, kept=rule) for rule in (before, None))
+            rows.append({"condition": text, "figures": name, "items": items, "before": old, "now": new})
+        print(worst([row for row in rows if row["condition"] == text]), flush=True)
     write("proofs", rows)
-    write("proofs-worst", worst)
+    write("proofs-worst", worst(rows))
     shares = ((0.0, 0.0), (0.3, 0.3), (0.5, 0.5), (0.8, 0.5))
     needed = [
         {"condition": f"`{text}`"} | {f"{used:.0%} used": 2 * items_for(text, used, spread) for used, spread in shares}
@@ -173,6 +169,19 @@ def main() -> None:
             for text in texts
         ],
     )
+
+
+def worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row of each condition: of the distributions the largest share, before and now, by the number of items."""
+
+    def most(text: str, items: int, when: str) -> str:
+        return f"{100 * max(row[when] for row in rows if (row['condition'], row['items']) == (text, items)):.1f}"
+
+    return [
+        {"wrongly kept, %": f"`{text}`"}
+        | {f"{items} items": f"{most(text, items, 'before')} → {most(text, items, 'now')}" for items in ITEMS}
+        for text in dict.fromkeys(row["condition"] for row in rows)
+    ]
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:

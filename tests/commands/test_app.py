@@ -102,8 +102,14 @@ print("LOADED", [name for name in sys.modules if name.startswith(("coprune.recip
     [
         ("prune nosuch/", "no model at"),
         ("prune x -m wandaa", "'wanda'"),
-        ("fit x --runtime transformers --task examples/fit/choice.jsonl -o y", "what 60 can prove at best: accuracy>=dense-0.12"),
-        ("fit x --runtime transformers --task examples/fit/text.txt --require accuracy>=0.5 -o y", "applies to no task"),
+        (
+            "fit x --runtime transformers --task examples/fit/choice.jsonl -o y",
+            "what 60 can prove at best: accuracy>=dense-0.12",
+        ),
+        (
+            "fit x --runtime transformers --task examples/fit/text.txt --require accuracy>=0.5 -o y",
+            "applies to no task",
+        ),
     ],
 )
 def test_a_typing_error_is_told_before_torch_is_imported(typed: str, said: str) -> None:

@@ -47,7 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = len(json.loads(tokenizer)["model"]["vocab"])
     model = pico_model("llama", vocab_size=size, max_position_embeddings=1024, tie_word_embeddings=True)
     write_pico_gguf(distinct_norms(model), folder / "model.gguf", tokenizer=tokenizer)
-    (folder / "text.txt").write_text("\n".join(TEXTS))
+    generator = random.Random(0)
+    (folder / "text.txt").write_text("\n".join(" ".join(generator.sample(WORDS, 60)) for _ in range(60)))
     return folder
 
 
@@ -344,7 +345,7 @@ def test_facts_name_what_was_measured(place: Path, found: Any) -> None:
 @pytest.mark.slow
 def test_dense_keeps_all_of_its_own_answers(place: Path, tmp_path: Path) -> None:
     generator = random.Random(0)
-    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": " ".join(generator.sample(WORDS, 4))} for _ in range(20)])
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": " ".join(generator.sample(WORDS, 4))} for _ in range(64)])
     settings = how(place, types="q8_0", without=f"{WITHOUT},embedding")
     found = coprune.fit(place / "model.gguf", prompts, "acceptance>=0.9,kl<=0.05", output=tmp_path / "out", **settings)
     assert found.kept
@@ -406,7 +407,7 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("text", {"require": "bits<=0.1"}, "dense model itself does not keep"),
         ("text", {"require": "accuracy>=0.5"}, "applies to no task"),
         ("text", {"budget": "0.01s"}, "too short for one candidate"),
-        ("prompts", {"budget": "0.01s"}, "too short for one candidate"),
+        ("prompts", {"budget": "0.01s", "require": "acceptance>=0.8"}, "too short for one candidate"),
         ("text", {"budget": "soon"}, "is not a time"),
         ("text", {"target": "beauty"}, "unknown target"),
         ("text", {"runtime": "vllm"}, "unknown runtime"),

@@ -157,7 +157,7 @@ def test_a_model_that_ends_at_once_passes_no_gate(tmp_path: Path, monkeypatch: p
     assert [one.holds for one in judge(read_conditions("loops<=dense+1,empty<=dense+1"), found)] == [True, False]
     unsaid = coprune.evaluate(tmp_path / "mute", against=tmp_path / "dense", require="loops<=dense", **asked).required
     assert [one.line() for one in unsaid if not one.holds] == [
-        "empty<=dense does not hold (2, dense 0, difference -0.94 to +2)"
+        "empty<=dense does not hold (2, dense 0, difference -1.2 to +2)"
     ]
     assert found.sampled is not None
     assert found.sampled.figures.empty == 2
