@@ -46,6 +46,10 @@ REFUSED = {
     "coprune prune model --dataset words.txt --eval-data c4": "dataset 'allenai/c4' is out of reach",
     "coprune eval model": "the corpus 'embedded', which needs no network",
     "coprune eval model --data wrods.txt": "Did you mean words.txt?",
+    "coprune prune model --budget 5m": "prune has no option --budget; it is one of coprune fit.",
+    "coprune fit model --method wanda -o out": "fit has no option --method; it is one of coprune prune, estimate, sweep.",
+    "coprune finetune model --patern 2:4": "No such option: --patern",
+    "coprune quantize model": "type: coprune export MODEL OUT.gguf --type q4_k_m --imatrix auto",
     "coprune prune mlx -m wanda": "mlx holds MLX weights, which no other library reads; take the original model",
     "coprune prune pipeline -m wanda": "pipeline is a diffusion pipeline, which is not supported",
 }

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -126,7 +125,7 @@ SAID: dict[str, tuple[Any, dict[str, Any]]] = {
 def parser_of(command: str) -> Any:
     """Return what reads the arguments of a command; None where there is none of that name."""
     group: Any = typer.main.get_command(app)
-    return group.get_command(click.Context(group), command)
+    return group.get_command(typer.Context(group), command)
 
 
 def typed(line: str) -> Recipe:

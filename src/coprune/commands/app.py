@@ -23,7 +23,7 @@ from coprune.base.environment import quieten_tokenizers, rank, require_posix, wo
 from coprune.base.errors import BadInput, CopruneError, is_panic
 from coprune.base.words import ended, speaking
 from coprune.commands.grouped import WIDEST
-from coprune.commands.table import Commands
+from coprune.commands.table import Commands, option_of_another
 from coprune.commands.terminal import tell
 from coprune.recipe.flags import CommandLine
 from coprune.recipe.retired import retired
@@ -110,6 +110,8 @@ def _run(arguments: list[str]) -> int:
 
         if (gone := retired_in_training(option) if in_training else retired(option)) is not None:
             _fail(gone.text(face))
+        if (other := option_of_another(option, arguments[0])) is not None:
+            _fail(other.text(face))
         # Reported in the style of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")
         # For a missing argument, also show the usage.

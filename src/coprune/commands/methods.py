@@ -6,13 +6,14 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coprune.commands.terminal import show
-from coprune.pruning.methods import all_methods, find_method, origin_of
-from coprune.pruning.methods.base import Method
+
+if TYPE_CHECKING:
+    from coprune.pruning.methods.base import Method
 
 
 def methods(
@@ -25,6 +26,8 @@ def methods(
 
 def describe_methods(name: str | None = None) -> list[str]:
     """Return lines that list every method (or one) with its options. Raises BadInput for an unknown name."""
+    from coprune.pruning.methods import all_methods, find_method, origin_of
+
     chosen = {name: find_method(name)} if name is not None else all_methods()
     lines = []
     for title, method in chosen.items():

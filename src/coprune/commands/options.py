@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.commands.grouped import GroupedCommand
+from coprune.commands.table import option_of_another
 from coprune.recipe.choice import Choice, read_scalar
 from coprune.recipe.flags import flags_of
 from coprune.recipe.flat import TRAIN
@@ -163,8 +164,8 @@ def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Comman
     return decorate
 
 
-def method_options(arguments: list[str]) -> dict[str, Any]:
-    """Read `--block-size 64` or `--block-size=64` as an option of the method.
+def method_options(arguments: list[str], command: str) -> dict[str, Any]:
+    """Read `--block-size 64` or `--block-size=64` as an option of the method. command: whose arguments they are.
 
     Raises BadInput for an option that is no method's, with the nearest of all options, and for one that was retired.
     """
@@ -181,6 +182,8 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
         if not _is_methods_option(name):
             if (gone := retired(written)) is not None:
                 raise gone
+            if (other := option_of_another(written, command)) is not None:
+                raise other
             flags = [option for parameter in recipe_options() for option in _flags(parameter)]
             flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]
             raise unknown_name(

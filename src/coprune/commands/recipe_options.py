@@ -81,7 +81,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
     if typed["use_variant"]:
         settings["use_variant"] = True
     settings |= {name: typed[name] for name in (PRESET, TRAIN) if typed[name] is not None}
-    if options := method_options(context.args):
+    if options := method_options(context.args, context.info_name or "prune"):
         settings["options"] = options
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
     chosen: Mapping[str, Any] = layered(from_file, settings)

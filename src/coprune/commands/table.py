@@ -12,6 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
+from coprune.base.words import Command, Set
 from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.flags import CALLED
 
@@ -34,6 +36,13 @@ COMMANDS: dict[str, str] = {
     "bench": "Measure how fast models are on this machine.",
 }
 """Every command, with its summary in one line of a narrow terminal. Its function is in the file of its name."""
+
+_ELSEWHERE = {
+    "quantize": Command("export", "MODEL", "OUT.gguf", Set("type", "q4_k_m"), Set("imatrix", "auto")),
+    "convert": Command("export", "MODEL", "OUT.gguf"),
+    "train": Command("finetune", "FOLDER"),
+}
+"""What other tools call a command, and what it is here."""
 
 
 def command_named(name: str) -> Callable[..., None]:
@@ -79,6 +88,15 @@ class _Parsers(Mapping[str, Any]):
         return len(COMMANDS)
 
 
+def option_of_another(flag: str, command: str) -> BadInput | None:
+    """Return the error for an option that other commands have; None for any other. flag: such as `--budget`."""
+    parsers = _Parsers()
+    having = [name for name in COMMANDS if any(flag in (*p.opts, *p.secondary_opts) for p in parsers[name].params)]
+    if not having or command in having:
+        return None
+    return BadInput(f"{command} has no option {flag}", value=flag, fix=f"it is one of coprune {', '.join(having)}")
+
+
 class Commands(TyperGroup):
     """Shows the table without importing the commands."""
 
@@ -89,6 +107,12 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names in the order of the table."""
         return list(COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that was typed. Raises BadInput for what other tools call one."""
+        if (here := _ELSEWHERE.get(args[0].replace("quantise", "quantize"))) is not None:
+            raise BadInput(f"there is no command {args[0]}", value=args[0], fix=("type: ", here))
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the table."""
