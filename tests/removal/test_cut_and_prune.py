@@ -92,6 +92,19 @@ def test_either_half_can_be_interrupted(home: Path, tmp_path: Path) -> None:
     assert load_clean(tmp_path / "model").config.num_hidden_layers == 2
 
 
+def test_a_source_that_changed_between_the_halves_is_noticed(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    both = make_recipe(settings(tmp_path, **CUT, **ZEROS, save=tmp_path / "run", save_model=tmp_path / "model"))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(both, reporter=StoppedAt("Loading " + str(tmp_path / "run")))
+    save_pico(tmp_path / "llama", seed=1)
+    run_recipe(both, reporter=QUIET)
+    run_recipe(both.replaced(save=tmp_path / "fresh", save_model=tmp_path / "fresh-model"), reporter=QUIET)
+    tensors, expected = (load_clean(tmp_path / name).state_dict() for name in ("model", "fresh-model"))
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
 def test_a_model_in_memory_needs_no_folder(tmp_path: Path) -> None:
     tokens = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
     more = CUT | {"save_model": tmp_path / "model", "evaluate": False, "quiet": True}

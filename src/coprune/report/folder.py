@@ -13,7 +13,8 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import remove_unfinished, write_text
 from coprune.base.words import Command, Set, Words
-from coprune.model.checkpoint.locate import holds_model
+from coprune.model.checkpoint.digest import source_digest
+from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.recipe import Recipe
 from coprune.report.links import PAGE_FILE
 from coprune.report.schema import Report, reference_log
@@ -38,8 +39,24 @@ def announced(recipe: Recipe) -> Report | None:
         report = Report.read(recipe.run_folder / _ANNOUNCED)
     except BadInput:
         return None
-    same = report.recipe.gives_as(recipe) and report.saved_model == recipe.output.model
+    same = is_of(report, recipe) and report.saved_model == recipe.output.model
     return report if same else None
+
+
+def is_of(report: Report, recipe: Recipe) -> bool:
+    """Return whether a report is of this recipe, on the model that its name leads to now."""
+    return report.recipe.gives_as(recipe) and has_source(report, recipe)
+
+
+def has_source(report: Report, recipe: Recipe) -> bool:
+    """Return whether the model that a recipe names has the bytes that a report was made of, as far as both are there."""
+    if report.model.digest is None:
+        return True
+    try:
+        location = locate(recipe.model.name, recipe.model.cache_dir)
+    except BadInput:
+        return True  # gone or out of reach, so not replaced either
+    return source_digest(location) == report.model.digest
 
 
 def finish_run_folder(recipe: Recipe, report: Report) -> None:

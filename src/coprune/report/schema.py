@@ -55,6 +55,8 @@ class ModelFacts(BaseModel):
     block_names: list[str] = []
     loaded_by: str = ""
     """Class of transformers that loads it, if that is none of its Auto classes."""
+    digest: str | None = None
+    """Of the source's files, by which a changed one is noticed; None for a model in memory."""
 
 
 class CalibrationFacts(BaseModel):

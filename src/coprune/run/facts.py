@@ -18,7 +18,9 @@ from coprune.evaluation.embeddings import embedding_change
 from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity, Transcribed
 from coprune.evaluation.required import judge_measured
 from coprune.evaluation.transcripts import transcript_change
+from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.load import loaded_by_auto
+from coprune.model.checkpoint.locate import locate
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
@@ -102,7 +104,7 @@ def _placed(outcome: Outcome) -> list[MatrixResult]:
 
 
 def _model(run: Run) -> ModelFacts:
-    loaded, module = run.loaded, run.model.module
+    loaded, module, asked = run.loaded, run.model.module, run.recipe.model
     return ModelFacts(
         source=loaded.source,
         model_type=module.config.model_type,
@@ -114,6 +116,7 @@ def _model(run: Run) -> ModelFacts:
         quantised_source=loaded.quantised_source,
         task=loaded.task,
         loaded_by="" if loaded_by_auto(module) else type(module).__name__,
+        digest=None if run.given.loaded is not None else source_digest(locate(asked.name, asked.cache_dir)),
     )
 
 

@@ -5,6 +5,7 @@ So every part can be interrupted and goes on, and what it left stays to be compa
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from coprune.model.loaded_model import Loaded
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
-from coprune.report.folder import REPORT_FILE, announce, finish_run_folder
+from coprune.report.folder import REPORT_FILE, announce, finish_run_folder, has_source, is_of
 from coprune.report.hub import require_login
 from coprune.report.schema import Report
 from coprune.run.context import Given, Run
@@ -62,7 +63,7 @@ def _replaces(recipe: Recipe) -> bool:
 
 def _is_pruned(recipe: Recipe) -> bool:
     path = recipe.run_folder / REPORT_FILE
-    return path.is_file() and Report.read(path).recipe.gives_as(_untrained(recipe))
+    return path.is_file() and is_of(Report.read(path), _untrained(recipe))
 
 
 def _untrained(recipe: Recipe) -> Recipe:
@@ -93,7 +94,8 @@ def pruned_before(run: Run) -> Result | None:
             return None
         report = Report.read(path)
         if not _goes_on(report, pruning):
-            which = "a finished run" if report.recipe.gives_as(run.recipe) else "another run"
+            which = "a finished run" if is_of(report, run.recipe) else "another run"
+            which += "" if has_source(report, pruning) else " on other weights"
             fix = ("name another folder with ", Setting("save"))
             raise BadInput(f"{pruning.run_folder} already holds {which}", field="save", fix=fix)
         return report
@@ -108,7 +110,7 @@ def pruned_before(run: Run) -> Result | None:
 def _goes_on(report: Report, recipe: Recipe) -> bool:
     """Return whether a finished part is one of this run, which may resume with other batches where memory ran out."""
     what = Decides.RESULT | Decides.MEASUREMENT
-    return report.recipe.deciding(what) == recipe.deciding(what)
+    return report.recipe.deciding(what) == recipe.deciding(what) and has_source(report, recipe)
 
 
 def prune(run: Run, before: Result | None, do: Do) -> Result:
@@ -178,7 +180,14 @@ def _earlier(run: Run, recipe: Recipe, fresh: bool = False) -> Result | None:
         if fresh or not run.write or not path.is_file() or (model is not None and not holds_model(model)):
             return None
         report = Report.read(path)
-        return report if _goes_on(report, recipe) else None
+        if _goes_on(report, recipe):
+            return report
+        if not has_source(report, recipe) and recipe.run_folder != run.recipe.run_folder:
+            run.reporter.say(
+                f"{recipe.run_folder} was made of other weights than {recipe.model.name} has now: made again."
+            )
+            shutil.rmtree(recipe.run_folder)
+        return None
 
     report = run.processes.from_first(found)
     return None if report is None else Result(report)

@@ -21,6 +21,7 @@ from coprune.base.words import LeaveOut, Setting
 from coprune.data.windows import Sampling, Windows, draw_samples
 from coprune.gguf_files.experts import ExpertFile, require_runs, tokenizer_of, watch_experts
 from coprune.gguf_files.llama_cpp import require_llama_cpp
+from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.model.removed import Fewer, SmallerModel, fewer_lines
 from coprune.model.transformers_private import reads_gguf
@@ -225,6 +226,7 @@ def _report(run: Run, facts: _Facts) -> Report:
             blocks=file.blocks,
             parameters=whole,
             quantised_source=True,
+            digest=source_digest(file.file),
         ),
         calibration=None
         if samples is None

@@ -289,6 +289,7 @@ def _model_facts(source: Source, device: str) -> ModelFacts:
         blocks=int(text.get("num_hidden_layers") or 0),
         parameters=source.parameters,
         quantised_source=isinstance(location, GgufFile),
+        digest=source_digest(location),
     )
 
 

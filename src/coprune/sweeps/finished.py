@@ -13,7 +13,7 @@ from coprune.base.files import write_text
 from coprune.base.words import Command, Setting, duration, say
 from coprune.recipe.flags import CommandLine
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import REPORT_FILE
+from coprune.report.folder import REPORT_FILE, has_source
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.sweeps.expand import Run, expand
@@ -40,6 +40,13 @@ def finished_report(recipe: Recipe) -> Report | None:
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
         raise BadInput(
             f"{folder} holds another run's report, in which {'; '.join(differing)}",
+            field="save",
+            value=folder,
+            fix=("Name another folder with ", Setting("save"), ", or remove it"),
+        )
+    if not has_source(report, recipe):
+        raise BadInput(
+            f"{folder} holds a report on other weights: {recipe.model.name} has changed since",
             field="save",
             value=folder,
             fix=("Name another folder with ", Setting("save"), ", or remove it"),
