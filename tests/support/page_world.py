@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 import coprune
 from coprune.data.corpora import EMBEDDED, EMBEDDED_EVALUATION
 from coprune.data.text import JoinedText
+from coprune.model.checkpoint.glance import PACKAGED, Packaged
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.model.checkpoint.locate import PACKAGED, Packaged
 from coprune.report import folder as run_folders
 from coprune.sweeps import pool
 from support.page_blocks import ROOT

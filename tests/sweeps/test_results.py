@@ -182,7 +182,7 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     how = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
     sweep, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coprune.steps.train.run_finetuning", killed)
+        patch.setattr("coprune.training.run.run_finetuning", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_and_train(run)
     assert finished_report(run.recipe) is None

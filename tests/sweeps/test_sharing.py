@@ -14,8 +14,7 @@ import pytest
 from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
 from coprune.run import context
-from coprune.steps import stages
-from coprune.steps import train as after_pruning
+from coprune.steps import stages, train
 from coprune.sweeps import worker
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
@@ -140,7 +139,7 @@ def test_another_run_in_the_folder_is_refused(place: Path) -> None:
 
 
 def test_nothing_is_pruned_for_a_training_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(after_pruning, "room_on", lambda device, memory: (1000, "of memory"))
+    monkeypatch.setattr(train, "room_on", lambda device, memory: (1000, "of memory"))
     sweep, (run,) = pico_sweep(method=["wanda"], evaluate=False, **TRAINED | {"check_memory": True})
     event = do_here(sweep, [run])["wanda"]
     assert event.cause is Cause.REFUSED
@@ -162,7 +161,7 @@ def test_a_training_has_the_memory_that_the_pruned_model_took(place: Path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("coprune.model.loaded_model.load_model", noted)
-    monkeypatch.setattr(after_pruning, "run_finetuning", look)
+    monkeypatch.setattr("coprune.training.run.run_finetuning", look)
     sweep, runs = pico_sweep(method=["wanda"], evaluate=False, stream=False, **TRAINED)
     with pytest.raises(KeyboardInterrupt):
         do_here(sweep, runs)

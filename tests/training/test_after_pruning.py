@@ -222,7 +222,7 @@ def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
     where = {"save": tmp_path / "run", "save_model": tmp_path / "model"}
     asked: dict[str, Any] = {**SMALL, **where, "dataset": str(write_text(tmp_path / "text.txt", 700))}
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
-    for at in ("coprune.steps.stages._save", "coprune.steps.train.run_finetuning"):
+    for at in ("coprune.steps.stages._save", "coprune.training.run.run_finetuning"):
         with monkeypatch.context() as patch:
             patch.setattr(at, killed)
             with pytest.raises(KeyboardInterrupt):
@@ -242,9 +242,9 @@ def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_
 
     asked: dict[str, Any] = {**SMALL, "save": tmp_path / "run", "dataset": str(write_text(tmp_path / "text.txt", 700))}
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
-    for at in ("run_finetuning", "finish_run_folder"):
+    for at in ("training.run.run_finetuning", "steps.train.finish_run_folder"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"coprune.steps.train.{at}", killed)
+            patch.setattr(f"coprune.{at}", killed)
             with pytest.raises(KeyboardInterrupt):
                 coprune.prune(str(dense), **asked)
         asked |= {"batch_size": 2, "cache_dir": tmp_path / "cache"}
