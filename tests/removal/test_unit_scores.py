@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coprune.model.kept_slices import KeptSlices
 from coprune.model.walk.statistics import Gram
-from coprune.removal.removal_plan import kept_count
+from coprune.removal.channels_and_heads import kept_count
 from coprune.removal.unit_scores import FLAP, OBS, Magnitude, WandaSP, refitted, removal_cost
 
 OUT, CHANNELS, TOKENS = 12, 16, 200

@@ -82,7 +82,7 @@ def _of_training(recipe: Tree) -> BadInput | None:
     if not 0 <= (seed := recipe.calibrate.seed) < 2**32:
         return BadInput(f"seed cannot be {seed}: that of a training is 0 to {2**32 - 1}", field="seed", value=seed)
     # A training keeps the zeros of the pruning.
-    return refuse_numbers(recipe.prune.exclude, "exclude", recipe.remove.shares)
+    return refuse_numbers(recipe.prune.exclude, "exclude", recipe.remove.kinds)
 
 
 def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
@@ -119,8 +119,8 @@ def _of_removal(recipe: Tree) -> BadInput | None:
     if not recipe.remove.parts:
         return None
     if recipe.prune.asks_for_zeros:
-        return _of_both(recipe) if recipe.remove.shares else None
-    if recipe.train.mode is not None and not recipe.remove.shares:
+        return _of_both(recipe) if recipe.remove.kinds else None
+    if recipe.train.mode is not None and not recipe.remove.kinds:
         cause: Words = "a run that only cuts the vocabulary cannot train as well"
         fix: Words = (LeaveOut("finetune"), ", save the model and run: ", Command("finetune", "FOLDER"))
         return BadInput(cause, field="finetune", fix=fix)
@@ -144,17 +144,17 @@ def _of_both(recipe: Tree) -> BadInput | None:
     if recipe.evaluate.runs_tasks:
         fix: Words = ("save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...)))
         return BadInput("zero-shot tasks are not run by a run that cuts and prunes", field="tasks", fix=fix)
-    asked, shares = recipe.prune, recipe.remove.shares
-    return refuse_numbers(asked.include, "include", shares) or refuse_numbers(asked.exclude, "exclude", shares)
+    asked, kinds = recipe.prune, recipe.remove.kinds
+    return refuse_numbers(asked.include, "include", kinds) or refuse_numbers(asked.exclude, "exclude", kinds)
 
 
 def _of_allocation(recipe: Tree) -> BadInput | None:
     """Check the allocation, which can be of zeros over matrices or of channels and heads over blocks."""
-    asked, shares = recipe.prune.allocation.name, recipe.remove.shares.keys()
+    asked, kinds = recipe.prune.allocation.name, recipe.remove.kinds
     if asked in WHOLE_MODEL and recipe.model.stream:
         wrong = f"{WHOLE_MODEL[asked]}, which has to be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
-    units, zeros = recipe.remove.spreads, not shares or recipe.prune.asks_for_zeros
+    units, zeros = recipe.remove.spreads, not kinds or recipe.prune.asks_for_zeros
     if asked == "uniform" or (units and asked in SPREADING) or zeros:
         return None
     fix = ("take ", Set("allocation", "uniform"))
@@ -210,7 +210,7 @@ def _of_answers(recipe: Tree) -> BadInput | None:
         later = Command("evaluate", "FOLDER", Set("generate", "builtin"))
         fix: Words = (LeaveOut("stream"), ", or save the model and run: ", later)
         return BadInput("answers need the whole model in memory", field="stream", value=True, fix=fix)
-    if recipe.remove.shares and recipe.prune.asks_for_zeros:
+    if recipe.remove.kinds and recipe.prune.asks_for_zeros:
         for condition in asked.conditions:
             if condition.name in LIKENESS:
                 cause = f"{condition.text} needs the dense model, which a run that cuts and prunes does not keep"
@@ -275,7 +275,7 @@ class Recipe(Tree):
     @property
     def cuts_and_prunes(self) -> bool:
         """Whether parts are removed and the rest is pruned."""
-        return bool(self.remove.shares) and self.prune.asks_for_zeros
+        return bool(self.remove.kinds) and self.prune.asks_for_zeros
 
     @property
     def reads_calibration(self) -> bool:
@@ -315,10 +315,9 @@ class Recipe(Tree):
     def _usual_folder(self) -> Path:
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
         if self.remove.parts:
-            shares = [f"{kind}-{share:g}" for kind, share in self.remove.shares.items()]
-            own = [] if self.remove.vocabulary is None else self.remove.only_vocabulary().parts
-            gone = "-".join([*shares, *(re.sub("[=: ]+", "-", one.removesuffix("%")) for one in own)])
-            return Path("out") / name / f"without-{gone}{self._target if self.sets_zeros else ''}" / self.way
+            return (
+                Path("out") / name / f"without-{self.remove.label}{self._target if self.sets_zeros else ''}" / self.way
+            )
         return Path("out") / name / self._target.removeprefix("-") / self.prune.method.name
 
     @property

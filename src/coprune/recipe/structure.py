@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -15,10 +16,14 @@ from coprune.base.validation import one_is_enough
 from coprune.base.words import Set, Setting, Words
 from coprune.recipe.choice import Choice, read_pairs
 from coprune.recipe.parts import Decides, Part, Shown, Word
+from coprune.recipe.size import PART as SIZE
+from coprune.recipe.size import Size, share_of, size_of
 from coprune.recipe.vocabulary import PART as VOCABULARY
 from coprune.recipe.vocabulary import Target, shares_of, target_of
 
 Removable = Literal["channels", "heads", "blocks", "experts"]
+_FOR_SIZE: tuple[Removable, ...] = ("channels", "heads", "blocks")
+"""Kinds of parts that go for a target size, in this order."""
 Scored = Literal["units", "blocks", "experts", "rows"]
 """Units that a score ranks: `units` are channels and heads, `rows` tokens of a vocabulary."""
 SCORES: dict[Scored, tuple[str, ...]] = {
@@ -64,9 +69,9 @@ class RemovePart(Part):
         Decides.RESULT | Decides.COST,
         Shown.COMMON,
         Field(
-            description="Remove a share of the model's channels, heads, blocks or experts, so that it gets smaller: "
-            "channels=0.33, heads=0.25, blocks=0.2, experts=0.25 (or experts=keep:96, how many stay); repeatable, "
-            "or with commas between. vocabulary=96k (tokens "
+            description="Remove parts of the model, so that it gets smaller: size=0.25 (the share of its parameters that goes; "
+            "or what is left: size=100MB, size=1.2B), or shares of one kind: channels=0.33, heads=0.25, blocks=0.2, "
+            "experts=0.25 (or experts=keep:96, how many stay); repeatable, or with commas between. vocabulary=96k (tokens "
             "that stay), vocabulary=0.6 (a share to go) or vocabulary=loss:1% (as few as cost so many more bits per byte)."
         ),
     ] = ()
@@ -121,6 +126,7 @@ class RemovePart(Part):
     @field_validator("parts")
     @classmethod
     def _check(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
+        _refuse_beside_size(asked)
         shares(asked)
         _vocabulary(asked)
         return asked
@@ -180,7 +186,7 @@ class RemovePart(Part):
     @property
     def scores(self) -> dict[Scored, Choice]:
         """The scores that what is removed goes by."""
-        removed = self.shares.keys()
+        removed = self.kinds
         kinds: list[Scored] = ["units"] if self.spreads else []
         kinds += ["blocks"] if "blocks" in removed else []
         kinds += ["experts"] if "experts" in removed else []
@@ -190,11 +196,25 @@ class RemovePart(Part):
     @property
     def spreads(self) -> bool:
         """Whether channels or heads are removed, whose number may differ by block."""
-        return bool({"channels", "heads"} & self.shares.keys())
+        return not {"channels", "heads"}.isdisjoint(self.kinds)
+
+    @property
+    def size(self) -> Size | None:
+        """Target size of the model; None where the shares of its parts are given."""
+        return None if (own := _pairs(self.parts).get(SIZE)) is None else size_of(own)
+
+    @property
+    def kinds(self) -> Collection[Removable]:
+        """Kinds of parts that are removed; for a target size, those that may be."""
+        return _FOR_SIZE if self.size is not None else self.shares.keys()
+
+    def with_shares(self, found: Mapping[Removable, str]) -> Self:
+        """Return the same with shares in the place of a target size."""
+        return self.model_copy(update={"parts": tuple(f"{kind}={share}" for kind, share in found.items())})
 
     @property
     def shares(self) -> dict[Removable, float | Left]:
-        """The share of each that is removed of the blocks, or what is left of it."""
+        """The share of each that is removed of the blocks, or what is left of it; none yet for a target size."""
         return shares(self.parts)
 
     def share(self, kind: Removable) -> float:
@@ -202,6 +222,13 @@ class RemovePart(Part):
         found = self.shares[kind]
         assert not isinstance(found, Left)
         return found
+
+    @property
+    def label(self) -> str:
+        """What is removed, as part of a folder's name."""
+        shares = [f"{kind}-{share:g}" for kind, share in self.shares.items()]
+        others = (f"{name}={value}" for name, value in _pairs(self.parts).items() if name in (SIZE, VOCABULARY))
+        return "-".join([*shares, *(re.sub("[=: ]+", "-", one.removesuffix("%")) for one in others)])
 
     @property
     def vocabulary(self) -> Target | None:
@@ -257,14 +284,14 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
     """
     found: dict[Removable, float | Left] = {}
     for name, value in _pairs(asked).items():
-        if name == VOCABULARY:
+        if name in (VOCABULARY, SIZE):
             continue
         kind: Removable | None = next((known for known in get_args(Removable) if known == name), None)
         if name == "parameters":
-            fix = ("say what goes: ", Set("remove", "channels=0.33"))
+            fix = ("say what is to be left: ", Set("remove", "size=100M"))
             raise BadInput("a budget of parameters was retired", field="remove", value=f"{name}={value}", fix=fix)
         if kind is None:
-            raise unknown_name("part to remove", name, [*get_args(Removable), VOCABULARY], field="remove")
+            raise unknown_name("part to remove", name, [*get_args(Removable), VOCABULARY, SIZE], field="remove")
         found[kind] = _share_or_left(kind, value)
     return found
 
@@ -273,15 +300,27 @@ def _share_or_left(kind: Removable, value: str) -> float | Left:
     count = value.removeprefix("keep:")
     if kind == "experts" and count != value and count.isdecimal() and int(count) > 0:
         return Left(int(count))
-    try:
-        share = float(value)
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
+    share = share_of(value)
+    if share is None:
         number = f"; to keep {value}, write experts=keep:{value}" if kind == "experts" and value.isdecimal() else ""
         cause = f"the share of {kind} to remove is a number between 0 and 1, not {value!r}{number}"
         raise BadInput(cause, field="remove", value=f"{kind}={value}")
     return share
+
+
+def _refuse_beside_size(asked: tuple[str, ...]) -> None:
+    """Raise BadInput where parts are named beside a target size, which chooses them, or that is none."""
+    said = _pairs(asked)
+    if SIZE not in said:
+        return
+    size, others = size_of(said[SIZE]), [name for name in said if name not in (SIZE, VOCABULARY)]
+    if others:
+        cause = f"a target size chooses the shares of {', '.join(_FOR_SIZE[:-1])} and {_FOR_SIZE[-1]} itself"
+        raise BadInput(cause, field="remove", value=f"{others[0]}={said[others[0]]}", fix="leave one out")
+    if size.gone is not None and VOCABULARY in said:
+        cause = "a share to remove is of one model, and a cut of the vocabulary makes another first"
+        fix = ("say what is to be left: ", Set("remove", f"{VOCABULARY}={said[VOCABULARY]},{SIZE}=100MB"))
+        raise BadInput(cause, field="remove", value=f"{SIZE}={said[SIZE]}", fix=fix)
 
 
 def _pairs(asked: tuple[str, ...]) -> dict[str, str]:

@@ -301,6 +301,22 @@ def step_of(units: int, align: int, group: int = 1) -> int:
     return group * next(step for step in steps if units % step == 0 and step < max(units, 2))
 
 
+def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
+    """Return the number of kept units: a multiple of `align`, or of the largest power of two below it that divides them.
+
+    group: units that can only be removed together. Where it does not divide them, the rest goes first.
+    """
+    step, wanted = step_of(units, align, group), units * (1 - share)
+    kept = min(max(step, round(wanted / step) * step), units // group * group)
+    return kept if abs(kept - wanted) <= units - wanted else units
+
+
+def share_of(units: int, kept: int) -> str:
+    """Return the share, with the fewest digits, by which so many of some units are kept."""
+    shares = (f"{1 - kept / units:.{digits}f}" for digits in range(1, 9))
+    return next(share for share in shares if kept_count(units, float(share), 1) == kept)
+
+
 def groups_of(parts: Iterable[Part], kind: Kind) -> dict[int, int]:
     """Return the group size of units of a kind, by their number."""
     return {part.count: part.group for part in parts if part.kind == kind}

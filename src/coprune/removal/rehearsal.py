@@ -66,7 +66,7 @@ def rehearse(run: Run, plan: Plan) -> Configure:
     if written is None:
         raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} cannot express {_told(changes)}")
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
-    share = run.recipe.remove.shares.get("experts")
+    share = run.removal.shares.get("experts")
     parts = tuple(fewer(plan, len(model.blocks), share))
     removed = SmallerModel(parts=parts, before=module.num_parameters(), saved=after, padding=padding)
     worded = None if written == changes else written

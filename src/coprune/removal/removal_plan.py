@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.base.words import Setting
+from coprune.base.words import Set, Setting
 from coprune.model.blocks import Block, by_list
 from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.edit import Configure
 from coprune.model.saved_slices import slices_kept
 from coprune.model.walk.model_structure import ProvenModel
+from coprune.recipe.size import Size
 from coprune.recipe.structure import RemovePart
 from coprune.removal.block_scores import block_score_named, may_go
-from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, read_together, step_of
+from coprune.removal.by_size import Counted, shares_for, smallest
+from coprune.removal.channels_and_heads import (
+    Kind,
+    Part,
+    find_parts,
+    groups_of,
+    kept_count,
+    read_together,
+    share_of,
+    step_of,
+)
 from coprune.removal.cuts import Plan
 from coprune.removal.expert_choice import experts_left, find_experts, known_scores
 from coprune.removal.mixtures import Mixture
@@ -58,9 +71,74 @@ class Removable:
 def find_removable(run: Run) -> Removable:
     """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
     asked, model = run.recipe.remove, run.model
+    there = dict(find_parts(model, ()) if _kinds(asked.kinds) else ())
+    return _find(run, there) if asked.size is None else _find_for_size(run, there, asked.size)
+
+
+def _find_for_size(run: Run, there: Mapping[str, Sequence[Part]], size: Size) -> Removable:
+    """Choose the shares that bring the model to a size, and find as with these. there: all parts, by block."""
+    asked, module = run.recipe.remove, run.model.module
+    require_align(run, there)
+    parts = _that_can_go(run, there)
+    if size.nbytes is not None and run.encoding.name == "source":
+        fix = (
+            "give the share that goes, ",
+            Set("remove", "size=0.25"),
+            ", or save it dense: ",
+            Set("encoding", "dense"),
+        )
+        raise BadInput("bytes are counted for a model that is saved dense", field="remove", fix=fix)
+    counted, before = Counted.of(run.model, parts), module.num_parameters()
+    most, refused = size.most(before, module.dtype.itemsize), list[UnsupportedModel]()
+    if most >= before:
+        cause = f"the model has {_told(before, module)} already"
+        raise BadInput(cause, field="remove", value=asked.parts, fix="give a smaller size")
+    for shares, left in shares_for(counted, parts, most, asked.align):
+        run.sized = asked.with_shares(shares)
+        try:
+            found = _find(run, there)
+        except UnsupportedModel as error:
+            refused.append(error)
+            continue
+        chosen = ",".join(run.sized.parts)
+        run.reporter.say(f"{','.join(asked.parts)}: {chosen} leaves {_told(left, module)} of {_told(before, module)}.")
+        return found
+    if refused:
+        raise refused[0]
+    least = _told(smallest(counted, parts, asked.align), module)
+    raise BadInput(
+        f"at least {least} would be left",
+        field="remove",
+        value=asked.parts,
+        fix="give a larger size, or take a smaller model",
+    )
+
+
+def _that_can_go(run: Run, there: Mapping[str, Sequence[Part]]) -> Mapping[str, Sequence[Part]]:
+    """Return the parts of those kinds whose units can go, in the groups that the source's encoding needs."""
+    found: dict[str, list[Part]] = {name: [] for name in there}
+    for kind in _kinds(run.recipe.remove.kinds):
+        with suppress(UnsupportedModel):
+            for name, own in in_steps(
+                run, {n: [p for p in all_ if p.kind == kind] for n, all_ in there.items()}
+            ).items():
+                found[name] += own
+    return found
+
+
+def _told(parameters: int, module: PreTrainedModel) -> str:
+    """Return a number of parameters, and the bytes that they take."""
+    kind = str(module.dtype).removeprefix("torch.")
+    return f"{parameters:,} parameters ({parameters * module.dtype.itemsize / 1e6:,.1f} MB in {kind})"
+
+
+def _find(run: Run, there: Mapping[str, Sequence[Part]]) -> Removable:
+    """Find what can go with the shares that are asked for. there: all parts, by block."""
+    asked, model = run.removal, run.model
     kinds = _kinds(asked.shares)
-    there = dict(find_parts(model, ()) if kinds else ())
-    parts = {name: [part for part in found if part.kind in kinds] for name, found in there.items()}
+    parts: Mapping[str, Sequence[Part]] = {
+        name: [part for part in found if part.kind in kinds] for name, found in there.items()
+    }
     require_align(run, parts)
     for kind in kinds:
         _say_without(run, kind, there)
@@ -103,15 +181,9 @@ def _with_a_share_that_works(run: Run, plan: Plan, error: UnsupportedModel) -> U
     return error
 
 
-def share_of(units: int, kept: int) -> str:
-    """Return the share, with the fewest digits, by which so many of some units are kept."""
-    shares = (f"{1 - kept / units:.{digits}f}" for digits in range(1, 9))
-    return next(share for share in shares if kept_count(units, float(share), 1) == kept)
-
-
 def plan_removal(run: Run, found: Removable) -> Plan:
     """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
-    asked = run.recipe.remove
+    asked = run.removal
     dropped = sorted(blocks_that_go(run, _counts_of_blocks(run, asked.share("blocks"))))
     score, several = asked.score_of("blocks"), run.model.blocks[-1].part > 0
     told = ", ".join(run.model.names[index] if several else str(index) for index in dropped)
@@ -170,7 +242,7 @@ def _say_without(run: Run, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> N
 
 def _plan_of(run: Run, found: Removable, dropped: Sequence[int]) -> Plan:
     """Return the plan in which some blocks go. Raises BadInput where nothing of what is asked for goes."""
-    asked, keep = run.recipe.remove, dict[Kind, dict[int, int]]()
+    asked, keep = run.removal, dict[Kind, dict[int, int]]()
     rest = found.without({run.model.names[index] for index in dropped})
     for kind in _kinds(asked.shares):
         groups = groups_of((part for own in rest.parts.values() for part in own), kind)
@@ -235,16 +307,6 @@ def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> di
         together = f", where {max(groups.values())} go together" if max(groups.values()) > 1 else ""
         raise BadInput(f"{share:g} of {of} {kind} is none{together}", field="remove", fix=fix)
     return kept
-
-
-def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
-    """Return the number of kept units: a multiple of `align`, or of the largest power of two below it that divides them.
-
-    group: units that can only be removed together. Where it does not divide them, the rest goes first.
-    """
-    step, wanted = step_of(units, align, group), units * (1 - share)
-    kept = min(max(step, round(wanted / step) * step), units // group * group)
-    return kept if abs(kept - wanted) <= units - wanted else units
 
 
 def blocks_that_go(run: Run, counts: Sequence[int]) -> list[int]:

@@ -32,6 +32,7 @@ from coprune.pruning.pruner import MatrixResult, Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import RemovePart
 from coprune.report.folder import announce, finish_run_folder
 from coprune.report.hub import push
 from coprune.report.run_events import AnyEvent
@@ -118,6 +119,8 @@ class Run:
     extras: Extras = field(init=False)
     change: Callable[[Run], Outcome] = field(init=False)
     """Walks over the blocks and changes them."""
+    sized: RemovePart | None = None
+    """What is removed, with the shares that a target size comes to."""
     write_gguf: Callable[[Path, Edits, Reporter], None] | None = None
     """Makes another GGUF file of the source, where that is one and parts of it go."""
 
@@ -138,6 +141,11 @@ class Run:
     def writes(self) -> bool:
         """Whether this process writes the run folder."""
         return self.write and self.processes.first
+
+    @property
+    def removal(self) -> RemovePart:
+        """What is removed, with shares where the recipe gives a size."""
+        return self.sized or self.recipe.remove
 
     @property
     def encoding(self) -> Encoding:

@@ -317,7 +317,7 @@ class Bound:
             if self._room is None or self._room.asked:
                 waiting = _within(waiting, limit)
             hidden, statistics = max(hidden, waiting), shapes.statistic
-        if recipe.remove.parts and not {"channels", "heads"} & recipe.remove.shares.keys():
+        if recipe.remove.parts and not {"channels", "heads"} & {*recipe.remove.kinds}:
             statistics = 0
         sizes = [hidden + max(statistics, shapes.shared) + max(shapes.solve, batch)]
         if recipe.prune.reconstruct.steps:  # weights, gradients, two moments and two best states, all in float32

@@ -42,7 +42,7 @@ def check_cut_and_zeros(recipe: Recipe, method: Method | None) -> None:
     prepare_solver(recipe, method)
     asked = allocation_named(_for_zeros(recipe))
     globs = [glob for glob, _ in asked.entries] if isinstance(asked, ByFile) else []
-    if (wrong := refuse_numbers(globs, "allocation", recipe.remove.shares)) is not None:
+    if (wrong := refuse_numbers(globs, "allocation", recipe.remove.kinds)) is not None:
         raise wrong
 
 

@@ -50,7 +50,7 @@ from coprune.steps.checks import prepare_folders, replace_earlier
 def file_cut_by_bytes(run: Run) -> GgufFile | None:
     """Return the GGUF file of which only experts go, if no model in transformers is wanted for that, or there is none."""
     recipe = run.recipe
-    if {*recipe.remove.shares} != {"experts"}:
+    if {*recipe.remove.kinds} != {"experts"}:
         return None
     location = locate(recipe.model.name, recipe.model.cache_dir)
     if not isinstance(location, GgufFile):

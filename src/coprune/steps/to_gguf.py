@@ -28,7 +28,7 @@ def require_gguf_source(recipe: Recipe, given: Given) -> None:
 def refuse_other_changes(recipe: Recipe, given: Given) -> None:
     """Raise BadInput where more is asked for than to leave experts and blocks out of a GGUF file."""
     require_gguf_source(recipe, given)
-    kinds = [kind for kind in recipe.remove.shares if kind not in ("experts", "blocks")]
+    kinds = [kind for kind in recipe.remove.kinds if kind not in ("experts", "blocks")]
     if kinds:
         raise _refused(recipe, f"{kinds[0]} go from inside of its tensors, whose values are stored anew then")
     if recipe.sets_zeros:

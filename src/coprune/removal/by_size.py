@@ -1,0 +1,163 @@
+"""The shares of channels, heads and blocks that bring a model to a size, by counting parameters alone.
+
+Channels go first, since they cost the least for their size; heads where channels alone do not suffice, then blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from coprune.model.blocks import by_list
+from coprune.model.walk.model_structure import ProvenModel
+from coprune.recipe.structure import Removable
+from coprune.removal.block_scores import may_go
+from coprune.removal.channels_and_heads import Kind, Part, groups_of, kept_count, step_of
+
+_MOST: dict[Removable, float] = {"channels": 0.75, "heads": 0.5, "blocks": 0.5}
+"""Shares beyond which the next kind of parts goes, too."""
+_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Level:
+    """A share of one kind of parts, and what it leaves."""
+
+    share: str = ""
+    """In the fewest digits; empty where nothing goes."""
+    keep: Mapping[int, int] = field(default_factory=dict)
+    """Number of kept units by the number present; of blocks, by list."""
+
+
+Shares = dict[Removable, str]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model as numbers of parameters."""
+
+    outside: int
+    """Parameters outside the blocks."""
+    blocks: Sequence[int]
+    """Parameters of every block."""
+    units: Sequence[Mapping[tuple[Kind, int], int]]
+    """Parameters of one unit of every block, over all its parts, by kind and number of units."""
+    lists: Sequence[tuple[Sequence[int], Sequence[int]]]
+    """Numbers of the blocks of each list, and of those that may go."""
+
+    @classmethod
+    def of(cls, model: ProvenModel, parts: Mapping[str, Sequence[Part]]) -> Counted:
+        """Count a model. parts: what its blocks may lose, by block."""
+        blocks = [sum(one.numel() for one in block.module.parameters()) for block in model.blocks]
+        units = []
+        for block in model.blocks:
+            own: dict[tuple[Kind, int], int] = {}
+            for part in parts.get(block.name, ()):
+                own[part.kind, part.count] = own.get((part.kind, part.count), 0) + _of_unit(part)
+            units.append(own)
+        lists = [[block.index for block in own] for own in by_list(model.blocks)]
+        outside = model.module.num_parameters() - sum(blocks)
+        return cls(outside, blocks, units, list(zip(lists, may_go(model), strict=True)))
+
+    def left(self, levels: Mapping[Removable, Level]) -> int:
+        """Return how many parameters are left, at most: of the blocks, the smallest go."""
+        sizes = [
+            whole - sum(size * (units - levels[kind].keep.get(units, units)) for (kind, units), size in own.items())
+            for whole, own in zip(self.blocks, self.units, strict=True)
+        ]
+        gone = 0
+        for at, (own, free) in enumerate(self.lists):
+            count = len(own) - levels["blocks"].keep.get(at, len(own))
+            gone += sum(sorted(sizes[number] for number in free)[:count])
+        return self.outside + sum(sizes) - gone
+
+
+def _of_unit(part: Part) -> int:
+    """Return the parameters that a part loses with one of its units."""
+    keep = torch.arange(part.count) >= part.group
+    masks = part.masks([keep] * len(part.fold.consumers))
+    return sum(int((~mask).sum()) for mask in masks.values()) // part.group
+
+
+def shares_for(
+    counted: Counted, parts: Mapping[str, Sequence[Part]], most: int, align: int
+) -> Iterator[tuple[Shares, int]]:
+    """Yield shares with which at most so many parameters are left, and how many these are: each with more kinds of parts.
+
+    Args:
+        counted: the model.
+        parts: what its blocks may lose, by block.
+        most: parameters that may be left.
+        align: multiples in which channels are kept.
+    """
+    every = _levels(counted, parts, align)
+    nothing = Level()
+    ways: tuple[tuple[Removable, ...], ...] = ((), ("heads",), ("blocks",), ("heads", "blocks"))
+    for used in ways:
+        offered = {kind: levels if kind == "channels" or kind in used else [nothing] for kind, levels in every.items()}
+        found = _least(counted, offered, most)
+        if found is not None and all(found[kind].share for kind in used):
+            yield {kind: level.share for kind, level in found.items() if level.share}, counted.left(found)
+
+
+def _least(counted: Counted, offered: Mapping[Removable, Sequence[Level]], most: int) -> dict[Removable, Level] | None:
+    """Return the lowest levels that suffice: of blocks and heads as little as channels allow; None where none do."""
+    chosen = {kind: levels[-1] for kind, levels in offered.items()}
+    if counted.left(chosen) > most:
+        return None
+    kinds: tuple[Removable, ...] = ("blocks", "heads", "channels")
+    for kind in kinds:
+        levels = (chosen | {kind: level} for level in offered[kind])
+        chosen = next(tried for tried in levels if counted.left(tried) <= most)
+    return chosen
+
+
+def smallest(counted: Counted, parts: Mapping[str, Sequence[Part]], align: int) -> int:
+    """Return the fewest parameters that any of these shares leave."""
+    return counted.left({kind: levels[-1] for kind, levels in _levels(counted, parts, align).items()})
+
+
+def _levels(counted: Counted, parts: Mapping[str, Sequence[Part]], align: int) -> dict[Removable, list[Level]]:
+    return {
+        "channels": _unit_levels(parts, "channels", align),
+        "heads": _unit_levels(parts, "heads", 1),
+        "blocks": _block_levels([(len(own), len(free)) for own, free in counted.lists]),
+    }
+
+
+def _unit_levels(parts: Mapping[str, Sequence[Part]], kind: Kind, align: int) -> list[Level]:
+    """Return the shares of channels or heads that differ in what they leave, the smallest first, from nothing on."""
+    groups, found = groups_of((part for own in parts.values() for part in own), kind), [Level()]
+    steps = {units: step_of(units, align, group) for units, group in groups.items()}
+    for share in sorted({1 - kept / units for units, step in steps.items() for kept in range(step, units, step)}):
+        keep = {units: kept_count(units, share, align, group) for units, group in groups.items()}
+        for text in _written(share) if share <= _MOST[kind] and keep != found[-1].keep else ():
+            if all(kept_count(units, float(text), align, groups[units]) == kept for units, kept in keep.items()):
+                found.append(Level(text, keep))
+                break
+    return found
+
+
+def _block_levels(lists: Sequence[tuple[int, int]]) -> list[Level]:
+    """Return the same of blocks. lists: of every list, how many blocks there are and how many may go."""
+    found = [Level()]
+    for share in sorted({gone / blocks for blocks, free in lists for gone in range(1, free + 1)}):
+        counts = [round(share * blocks) if free else 0 for blocks, free in lists]
+        fits = all(count <= free and count < blocks for count, (blocks, free) in zip(counts, lists, strict=True))
+        if share > _MOST["blocks"] or not fits:
+            break
+        text = next(
+            text
+            for text in _written(share)
+            if [round(float(text) * blocks) if free else 0 for blocks, free in lists] == counts
+        )
+        keep = {at: blocks - count for at, (count, (blocks, _)) in enumerate(zip(counts, lists, strict=True))}
+        found.append(Level(text, keep))
+    return found
+
+
+def _written(share: float) -> Iterator[str]:
+    """Yield a share in ever more digits."""
+    yield from (f"{share:.{digits}f}" for digits in range(1, _DIGITS + 1))
