@@ -119,6 +119,13 @@ def test_a_missing_part_is_named_before_anything(parts: list[Path], tmp_path: Pa
         locate(alone)
 
 
+def test_a_part_that_is_there_twice_is_named_before_anything(parts: list[Path], tmp_path: Path) -> None:
+    for part in parts:
+        (tmp_path / part.name).write_bytes(parts[0].read_bytes())
+    with pytest.raises(BadInput, match=r"split-00002-of-00003\.gguf is part 1 of 3 by its metadata, and part 2 of 3"):
+        locate(tmp_path / parts[0].name)
+
+
 def test_parts_are_not_read_whole(parts: list[Path], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="one of several parts"):
         coprune.prune(parts[0], save_model=tmp_path / "folder", remove="experts=keep:6", **PRUNING)

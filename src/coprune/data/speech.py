@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.validation import explain
 
 ENDINGS = (".wav",)
 HINT = (
     "name a folder of .wav files, each perhaps with its words in a .txt file of the same name, or in rows of metadata.jsonl "
     'like {"file_name": "one.wav", "text": "…"}'
 )
+_MOST_SECONDS = 3_600
 _TEXTS = ("text", "transcription", "sentence")
 
 
@@ -56,6 +61,8 @@ def read_recordings(name: str) -> Recordings:
     if not path.is_dir() or not holds_recordings(path):
         raise BadInput(f"{name} is no folder of recordings, and the model writes what it hears", fix=HINT)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+    for file in files:
+        look_at_sound(file)
     told = _metadata(path / "metadata.jsonl")
     return Recordings(
         [Recording(file, _said(file, told.get(str(file.relative_to(path))))) for file in files], str(path)
@@ -90,11 +97,69 @@ def _metadata(file: Path) -> dict[str, str]:
     return found
 
 
+class Sound(BaseModel):
+    """The header of a WAV file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    channels: Annotated[int, Field(ge=1, le=64)]
+    rate: Annotated[int, Field(ge=1_000, le=768_000)]
+    """Samples a second."""
+    bits: Annotated[int, Field(ge=8, le=64, multiple_of=8)]
+    """Of one sample."""
+    bytes: Annotated[int, Field(ge=0)]
+    """Of all samples."""
+
+    @property
+    def seconds(self) -> float:
+        """Length of the recording."""
+        return self.bytes / (self.rate * self.channels * self.bits // 8)
+
+
+def look_at_sound(file: Path) -> Sound:
+    """Read the header of a WAV file. Raises BadInput if it is damaged, or the recording is too long to be held in memory."""
+    try:
+        with open_given(file) as stream:
+            sound = Sound.model_validate(_header(stream))
+    except ValidationError as error:
+        raise explain(error).within(str(file)) from error
+    except (OSError, ValueError, struct.error) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{file} cannot be read as sound ({error})", fix="mend or remove it") from error
+    if sound.seconds > _MOST_SECONDS:
+        raise BadInput(
+            f"{file} holds {sound.seconds:,.0f} seconds of sound, and {_MOST_SECONDS:,} are read", fix="cut it into pieces"
+        )
+    return sound
+
+
+def _header(stream: BinaryIO) -> dict[str, int]:
+    """Return the fields of a WAV file's header. Raises ValueError, struct.error if it has none."""
+    magic, _, kind = struct.unpack("<4sI4s", stream.read(12))
+    if magic not in (b"RIFF", b"RIFX", b"RF64") or kind != b"WAVE":
+        raise ValueError("it is not a WAV file")
+    order = ">" if magic == b"RIFX" else "<"
+    found: dict[str, int] = {}
+    size = os.fstat(stream.fileno()).st_size
+    while stream.tell() < size:
+        name, length = struct.unpack(f"{order}4sI", stream.read(8))
+        if name == b"fmt ":
+            _, channels, rate, _, _, bits = struct.unpack(f"{order}HHIIHH", stream.read(16))
+            found |= {"channels": channels, "rate": rate, "bits": bits}
+            length -= 16
+        elif name == b"data":
+            return found | {"bytes": min(length, size - stream.tell())}
+        stream.seek(max(0, length + length % 2), os.SEEK_CUR)
+    return found
+
+
 def waveform(file: Path, rate: int) -> NDArray[np.float32]:
     """Read a WAV file as one channel at a rate of samples a second. Raises BadInput if it is damaged."""
     from scipy.io import wavfile
     from scipy.signal import resample_poly
 
+    look_at_sound(file)
     try:
         own, samples = wavfile.read(file)
     except (OSError, ValueError, EOFError) as error:

@@ -23,8 +23,9 @@ from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp
 from coprune.gguf_files.metadata import architecture
 from coprune.gguf_files.parts import BLOCK, by_expert
 from coprune.gguf_files.slices import Slice, Sliced
+from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.gguf_reader import gguf_reader
-from coprune.model.checkpoint.locate import GgufFile, gguf_parts
+from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import decode_into, shape_of
 
 _BESIDE = re.compile(r"exp|tid2eid")

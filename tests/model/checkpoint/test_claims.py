@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,15 +35,20 @@ def test_more_layers_or_experts_than_tensors_are_refused(name: str, count: int, 
     locate(model)
 
 
-def gguf(path: Path, count: int, tensors: int = 3) -> Path:
+def text(content: str | bytes) -> bytes:
+    """A text in a GGUF file."""
+    written = content.encode() if isinstance(content, str) else content
+    return struct.pack("<Q", len(written)) + written
+
+
+ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+
+
+def gguf(path: Path, count: int, tensors: int = 3, token: str | bytes = "b", first: bytes = ARCHITECTURE) -> Path:
     """The metadata of a GGUF file: a text, a list of texts, and how many blocks there are."""
-
-    def text(content: str) -> bytes:
-        return struct.pack("<Q", len(content)) + content.encode()
-
     entries = [
-        text("general.architecture") + struct.pack("<I", 8) + text("llama"),
-        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b"),
+        first,
+        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text(token),
         text("tokenizer.ggml.scores") + struct.pack("<IIQ", 9, 6, 2) + struct.pack("<2f", 1, 2),
         text("llama.block_count") + struct.pack("<IQ", 10, count),
     ]
@@ -71,3 +77,23 @@ def test_lists_in_lists_of_a_gguf_file_are_one_message(tmp_path: Path) -> None:
     file.write_bytes(head + struct.pack("<IQ", 9, 1) * 100_000)
     with pytest.raises(BadInput, match="cut off or damaged"):
         locate(file)
+
+
+@pytest.mark.parametrize("name", ["z-00001-of-00000.gguf", "z-00000-of-00001.gguf", "z-00003-of-00002.gguf"])
+def test_a_part_of_none_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"says that it is part \d of \d"):
+        locate(gguf(tmp_path / name, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"first": text("general.name") + struct.pack("<I", 8) + text("a")}, r"has no general\.architecture"),
+        ({"first": text("general.architecture") + struct.pack("<II", 4, 1)}, r"general\.architecture cannot be 1"),
+        ({"token": b"\xff\xfe"}, r"tokenizer\.ggml\.tokens of .* holds a text that is not UTF-8"),
+        ({"first": text("split.no") + struct.pack("<I", 8) + text("a")}, r"has no general\.architecture"),
+    ],
+)
+def test_metadata_without_a_meaning_are_refused_by_name(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=told):
+        locate(gguf(tmp_path / "model.gguf", 3, **changes))

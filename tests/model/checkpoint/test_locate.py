@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,8 @@ def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
 
 def test_files(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF" + b"\x03\0\0\0" + bytes(16) + b"and so on")
+    texts = [struct.pack("<Q", len(one)) + one for one in (b"general.architecture", b"llama")]
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + texts[0] + struct.pack("<I", 8) + texts[1] + b"and so on")
     assert locate(file) == GgufFile(file, "model.gguf")
     file.write_bytes(b"GG")
     with pytest.raises(BadInput, match="cut off or not a GGUF file"):

@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from coprune.base.files import digest_of_files
-from coprune.model.checkpoint.locate import Location, gguf_parts
+from coprune.model.checkpoint.gguf_header import gguf_parts
+from coprune.model.checkpoint.locate import Location
 from coprune.model.checkpoint.names import VOCABULARIES
 
 _WEIGHTS = ("*.safetensors", "*.gguf")

@@ -42,8 +42,9 @@ from coprune.base.errors import BadInput, CopruneError, panics_caught
 from coprune.base.words import Set
 from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.foreign_tokenizer import check_tokenizer
+from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.gguf_reader import reading_once
-from coprune.model.checkpoint.locate import GgufFile, Location, gguf_parts
+from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import SourceEncoding, checkpoint_entries, source_encoding
 from coprune.model.transformers_private import (

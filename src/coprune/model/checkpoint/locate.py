@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,8 @@ from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
 from coprune.base.files import whole_folder
 from coprune.model.checkpoint.adapter_folder import base_of, is_adapter, merged_folder
+from coprune.model.checkpoint.gguf_header import read_gguf_headers
 from coprune.model.checkpoint.glance import (
-    GGUF_MAGIC,
     PACKAGED,
     WEIGHT_FILES,
     Packaged,
@@ -143,33 +142,9 @@ def holds_model(folder: Path) -> bool:
 def _locate_gguf(path: Path) -> GgufFile:
     look_at_file(path)
     with about("model", str(path)):
-        for part in gguf_parts(path):
-            check_gguf(part)
+        for header, integers in read_gguf_headers(path):
+            check_claims(integers, header.tensors, path)
     return GgufFile(path, path.name)
-
-
-def gguf_parts(file: Path) -> list[Path]:
-    """Return the files that a GGUF file's tensors lie in: itself, or all parts where it is `NAME-00001-of-00003.gguf`.
-
-    Raises BadInput where one of them is missing.
-    """
-    found = _PART.fullmatch(file.name)
-    if found is None:
-        return [file]
-    count = int(found["count"])
-    names = [f"{found['name']}-{number:05d}-of-{found['count']}.gguf" for number in range(1, count + 1)]
-    missing = [name for name in names if not (file.parent / name).is_file()]
-    if missing:
-        raise BadInput(
-            f"{file.name} is one of {count} parts, of which {missing[0]} is not beside it",
-            field="model",
-            value=str(file),
-            fix="fetch it too",
-        )
-    return [file.parent / name for name in names]
-
-
-_PART = re.compile(r"(?P<name>.+)-(\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) -> Location:
@@ -204,9 +179,6 @@ _HARMLESS = 1000
 _COUNTS = re.compile(
     r"(?:(?:n|num)_(?:\w+_)?|\w+\.)?(?:layers?|layer_count|block_count|experts?|expert_count|labels|classes)"
 )
-_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_GGUF_INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
-_TEXT, _ARRAY = 8, 9
 
 
 def check_claims(config: Mapping[str, Any], most: int | None, file: Path) -> None:
@@ -236,58 +208,6 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
                 left.append(value)
             elif type(value) is int and _COUNTS.fullmatch(str(name)):
                 yield str(name), value
-
-
-def check_gguf(file: Path) -> None:
-    """Raise BadInput if a GGUF file's metadata are cut off, or claim more blocks than it has tensors."""
-    with file.open("rb") as stream:
-        if stream.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-            raise BadInput(f"{file} is cut off or not a GGUF file", fix="fetch it again")
-        try:
-            version, tensors, entries = struct.unpack("<IQQ", stream.read(20))
-            if version not in (2, 3):
-                return  # transformers says what it thinks of it
-            found = {name: value for name, value in _metadata(stream, entries) if value is not None}
-        except (struct.error, ValueError, KeyError, OverflowError, OSError, RecursionError) as error:
-            raise BadInput(f"{file} is cut off or damaged", fix="fetch it again") from error
-    check_claims(found, tensors, file)
-
-
-def _metadata(stream: BinaryIO, entries: int) -> Iterator[tuple[str, int | None]]:
-    """Yield the keys of a GGUF file with integer values; the others are None."""
-    for _ in range(entries):
-        name = _text(stream).decode()
-        (kind,) = struct.unpack("<I", stream.read(4))
-        if kind in _GGUF_INTEGERS:
-            (value,) = struct.unpack(_GGUF_INTEGERS[kind], stream.read(_GGUF_SIZES[kind]))
-            yield name, value
-        else:
-            _skip(stream, kind)
-            yield name, None
-
-
-def _skip(stream: BinaryIO, kind: int) -> None:
-    if kind == _TEXT:
-        _text(stream)
-    elif kind != _ARRAY:
-        stream.seek(_GGUF_SIZES[kind], 1)
-    else:
-        inner, count = struct.unpack("<IQ", stream.read(12))
-        if inner in _GGUF_SIZES:
-            stream.seek(_GGUF_SIZES[inner] * count, 1)
-        else:
-            for _ in range(count):
-                _skip(stream, inner)
-
-
-def _text(stream: BinaryIO) -> bytes:
-    (length,) = struct.unpack("<Q", stream.read(8))
-    if length > 1 << 30:
-        raise ValueError("a text of this length")
-    found = stream.read(length)
-    if len(found) < length:
-        raise ValueError("cut off")
-    return found
 
 
 def names_timm_file(name: str) -> bool:

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import mmap
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,10 +29,11 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.encoding import DENSE
+from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.gguf_reader import gguf_reader, reading_once
 from coprune.model.checkpoint.lazy import LazyCheckpoint, ahead_to, build_skeleton
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers
-from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, gguf_parts
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
 from coprune.model.checkpoint.names import LLAMA_CPP
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_tensor
 from coprune.model.checkpoint.source import Source
@@ -51,10 +53,10 @@ class MappedGguf:
         self.first: Any = next(iter(self.parts.values()))
         """The reader of the part that holds the metadata of all."""
         self.tensors: list[Any] = [stored for reader in self.parts.values() for stored in reader.tensors]
-        said = self.first.fields.get("split.tensors.count")
-        if said is not None and said.contents() != len(self.tensors):
+        names = Counter(stored.name for stored in self.tensors)
+        if twice := [name for name, count in names.items() if count > 1]:
             raise BadInput(
-                f"the parts of {file.name} hold {len(self.tensors)} tensors, and the first says {said.contents()}",
+                f"the parts of {file.name} hold {twice[0]} more than once",
                 field=field,
                 value=file.name,
                 fix="fetch them again",
