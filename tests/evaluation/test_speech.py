@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,55 @@ def test_recordings_are_read_at_the_models_rate(place: Path, tmp_path: Path) -> 
         read = torch.from_numpy(waveform(row.file, 16000))
         assert len(read) == 16000
         assert (read[100:-100:2] - torch.from_numpy(wave)[50:-50]).abs().max() < 0.02
+
+
+def crafted_wav(file: Path, channels: int = 1, rate: int = 8000, bits: int = 16, seconds: float = 0.1) -> Path:
+    """A WAV file of silence with these words in its header."""
+    wide = max(1, channels * bits // 8)
+    size = int(seconds * max(1, rate)) * wide
+    form = struct.pack("<HHIIHH", 1, channels, rate, (rate * wide) % (1 << 32), wide, bits)
+    file.write_bytes(
+        b"RIFF"
+        + struct.pack("<I", 36 + size)
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + form
+        + b"data"
+        + struct.pack("<I", size)
+    )
+    with file.open("r+b") as stream:
+        stream.truncate(44 + size)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"channels": 0}, "channels cannot be 0"),
+        ({"channels": 3000, "seconds": 0.001}, "channels cannot be 3000"),
+        ({"rate": 0}, "rate cannot be 0"),
+        ({"rate": 1}, "rate cannot be 1"),
+        ({"rate": 4_000_000_000, "seconds": 1e-6}, "rate cannot be 4000000000"),
+        ({"bits": 0}, "bits cannot be 0"),
+        ({"bits": 13}, "bits cannot be 13"),
+        ({"rate": 1000, "bits": 8, "seconds": 4000}, "holds 4,000 seconds of sound, and 3,600 are read"),
+    ],
+)
+def test_headers_without_a_meaning_are_refused_before_any_work(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    crafted_wav(tmp_path / "a.wav", **changes)
+    with pytest.raises(BadInput, match=f"a.wav.*{told}"):
+        read_recordings(str(tmp_path))
+    with pytest.raises(BadInput, match=told):
+        waveform(tmp_path / "a.wav", 16000)
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", b"RIFF\0\0\0\0WAVEfmt ", b"RIFF\0\0\0\0WAVE", b"noise" * 20])
+def test_what_is_no_wav_file_is_one_message(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(BadInput, match=r"a\.wav"):
+        read_recordings(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.words import Setting
@@ -37,6 +38,34 @@ def write_bytes(path: Path, content: bytes) -> None:
         write_durably(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror}") from error
+
+
+def open_given(path: Path) -> BinaryIO:
+    """Open a file that somebody named, to read its bytes.
+
+    Raises BadInput at once for a pipe or a device, which could be waited for without end; OSError as `open`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise BadInput(f"{path} is a pipe or a device", value=path, fix="save what it gives to a file, and name that")
+
+
+def read_given(path: Path) -> str:
+    """Read a UTF-8 file that somebody named. Raises as `open_given`, and UnicodeDecodeError."""
+    with open_given(path) as stream:
+        return stream.read().decode("utf-8")
+
+
+def require_regular(folder: Path) -> None:
+    """Raise BadInput where a folder holds pipes or devices, which a library that reads it could wait for."""
+    for entry in folder.iterdir():
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise BadInput(f"{entry} is a pipe or a device", value=folder, fix="remove it")
 
 
 def like_named(path: Path, least: float = 0.6) -> Path | None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from coprune.base.errors import BadInput
-from coprune.base.files import like_named
+from coprune.base.files import like_named, read_given
 from coprune.base.words import Words, parts_of
 
 _MOST_LETTERS = 200
@@ -84,7 +84,7 @@ def _short(value: Any) -> str:
 def read_as(kind: type[Kind], path: Path) -> Kind:
     """Read a report of a kind. Raises BadInput if it is missing or no such report."""
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(read_given(path))
     except OSError as error:
         raise BadInput(f"the report {path} cannot be read: {error.strerror}") from None
     except ValueError:
@@ -111,7 +111,7 @@ def read_yaml(path: Path, what: str, field: str) -> Any:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise _refused(path, what, field, f"is too large: more than {_MOST_BYTES:,} bytes")
-        return _loaded(path.read_text(encoding="utf-8"))
+        return _loaded(read_given(path))
     except OSError as error:
         near = like_named(path, least=0.75) if isinstance(error, FileNotFoundError) else None
         hint = f"did you mean {near}?" if near else "name a file that is there"
@@ -138,6 +138,7 @@ def _loaded(text: str) -> Any:
     root = yaml.compose(text, yaml.SafeLoader)
     if root is None:
         return None
+    _refuse_doubles(root)
     if _size(root, {}) > _MOST_NODES:
         raise yaml.YAMLError(f"its aliases stand for more than {_MOST_NODES:,} values")
     return yaml.safe_load(text)
@@ -153,6 +154,28 @@ def _deepest(text: str) -> int:
             level = max(level + (1 if bracket in "[{" else -1), 0)
             deepest = max(deepest, level)
     return deepest
+
+
+def _refuse_doubles(root: yaml.Node) -> None:
+    """Raise YAMLError for a key that a mapping has twice, of which the last would win silently."""
+    left, seen = [root], set[int]()
+    while left:
+        node = left.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            left += node.value
+            continue
+        keys = set[tuple[str, str]]()
+        for key, value in node.value:
+            left += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise yaml.YAMLError(
+                        f"{key.value} is given twice, the second time in line {key.start_mark.line + 1}"
+                    )
+                keys.add((key.tag, key.value))
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

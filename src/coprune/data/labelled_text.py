@@ -10,6 +10,7 @@ from typing import Any
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.files import read_given
 
 HINT = (
     'every line is like {"text": "…", "label": "positive"}, or {"tokens": ["…"], "labels": ["…"]} for a label per token'
@@ -70,7 +71,7 @@ def labelled_texts(name: str, numbers: Mapping[str, int], classes: int, each_wor
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return read_given(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as text ({error})", fix=HINT) from error
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.files import like_named
+from coprune.base.files import like_named, open_given
 from coprune.data.speech import holds_recordings
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join, whole_characters
 
@@ -104,12 +104,16 @@ def _ending(path: Path) -> str:
 def _begins_as_text(file: Path) -> bool:
     """Return whether the beginning of a file is text."""
     try:
-        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+        with open_given(file) as stored, gzip.open(stored) if _is_gzipped(file) else stored as stream:
             begin = stream.read(_LOOKED_AT)
         # The last character may be truncated.
         return b"\0" not in begin and bool(begin) and codecs.getincrementaldecoder("utf-8")().decode(begin) is not None
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error):
+    except (BadInput, OSError, UnicodeDecodeError, EOFError, zlib.error):
         return False
+
+
+def _is_gzipped(file: Path) -> bool:
+    return file.suffix.lower() == ".gz"
 
 
 def _read(file: Path, column: str | None) -> list[str]:
@@ -138,6 +142,8 @@ def rows_of(file: Path) -> list[Any]:
             rows = _parsed(_content(file))
             return rows if isinstance(rows, list) else [rows]
         return [row for batch in _parquet(file) for row in batch.to_pylist()]
+    except BadInput:
+        raise
     except (ValueError, EOFError, zlib.error, OSError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
 
@@ -158,27 +164,30 @@ def _parquet(file: Path, columns: list[str] | None = None) -> list[Any]:
     """Return the batches of a parquet file."""
     import pyarrow.parquet as pq
 
-    parquet, size, batches = pq.ParquetFile(file), 0, []
-    claimed = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
-    for batch in parquet.iter_batches(_ROWS, columns=columns) if claimed <= _most_bytes(file) else ():
-        batches.append(batch)
-        size += batch.nbytes
-        if size > _most_bytes(file):
-            break
+    size, batches = 0, []
+    with open_given(file) as stream:
+        parquet = pq.ParquetFile(stream)
+        claimed = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
+        for batch in parquet.iter_batches(_ROWS, columns=columns) if claimed <= _most_bytes(file) else ():
+            batches.append(batch)
+            size += batch.nbytes
+            if size > _most_bytes(file):
+                break
     if max(size, claimed) > _most_bytes(file):
         raise _too_much(file)
     return batches
 
 
 def _content(file: Path) -> str:
-    if file.suffix.lower() == ".gz":
-        most = _most_bytes(file)
-        with gzip.open(file) as stream:
-            data = stream.read(most + 1)
-        if len(data) > most:
-            raise _too_much(file)
-    else:
-        data = file.read_bytes()
+    with open_given(file) as stored:
+        if _is_gzipped(file):
+            most = _most_bytes(file)
+            with gzip.open(stored) as stream:
+                data = stream.read(most + 1)
+            if len(data) > most:
+                raise _too_much(file)
+        else:
+            data = stored.read()
     return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
@@ -252,7 +261,8 @@ def _read_parquet(file: Path, column: str | None) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        kinds = {field.name: field.type for field in pq.read_schema(file)}
+        with open_given(file) as stream:
+            kinds = {field.name: field.type for field in pq.read_schema(stream)}
         columns = {name: pa.types.is_string(kind) or pa.types.is_large_string(kind) for name, kind in kinds.items()}
         chosen = choose_text_column(columns, column, str(file))
         return [text for batch in _parquet(file, [chosen]) for text in batch.column(0).to_pylist() if text]

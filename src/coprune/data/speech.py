@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.files import open_given, read_given
 from coprune.base.validation import explain
 
 ENDINGS = (".wav",)
@@ -74,7 +75,7 @@ def _said(file: Path, told: str | None) -> str | None:
     if told is not None or not beside.is_file():
         return told
     try:
-        return beside.read_text(encoding="utf-8").strip()
+        return read_given(beside).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{beside} cannot be read as text ({error})", fix=HINT) from error
 
@@ -84,7 +85,7 @@ def _metadata(file: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if not file.is_file():
         return found
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         try:
             row = json.loads(line) if line.strip() else {}
         except ValueError:
@@ -95,6 +96,11 @@ def _metadata(file: Path) -> dict[str, str]:
         if said is not None:
             found[str(row.get("file_name"))] = said
     return found
+
+
+def _lines(file: Path) -> list[str]:
+    with open_given(file) as stream:
+        return stream.read().decode("utf-8", errors="replace").splitlines()
 
 
 class Sound(BaseModel):
@@ -129,7 +135,8 @@ def look_at_sound(file: Path) -> Sound:
         raise BadInput(f"{file} cannot be read as sound ({error})", fix="mend or remove it") from error
     if sound.seconds > _MOST_SECONDS:
         raise BadInput(
-            f"{file} holds {sound.seconds:,.0f} seconds of sound, and {_MOST_SECONDS:,} are read", fix="cut it into pieces"
+            f"{file} holds {sound.seconds:,.0f} seconds of sound, and {_MOST_SECONDS:,} are read",
+            fix="cut it into pieces",
         )
     return sound
 

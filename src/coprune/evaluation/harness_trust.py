@@ -18,6 +18,7 @@ from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from coprune.base.errors import BadInput
+from coprune.base.files import open_given
 from coprune.base.limited import Child, Exceeded, render_limited
 from coprune.base.words import Set, Words
 
@@ -149,7 +150,7 @@ def _is_installed(path: Path) -> bool:
 
 def _read(path: Path) -> Definition:
     try:
-        with path.open("rb") as stream:
+        with open_given(path) as stream:
             reader = _Reader(stream)
             content = reader.get_single_data()
     except (yaml.YAMLError, ValueError, OSError, RecursionError):

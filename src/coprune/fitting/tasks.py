@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -32,6 +32,8 @@ _DEFINITIONS = (".yaml", ".yml")
 """Of tasks of lm-eval's."""
 _SHARED = re.compile(r"(.+):(\d*\.?\d+)")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LONGEST = 500_000
+"""Characters of an item at most, more than models read: tokenising one row of ten million takes gigabytes."""
 _PASSAGE = 300
 """Characters of an item of plain text, or a little more: whole lines."""
 _EXAMPLES = (
@@ -276,6 +278,9 @@ def _items(rows: Any, name: str) -> list[Item]:
 
 
 def _item(row: Mapping[str, Any], place: str) -> list[Item]:
+    length = sum(len(one) for one in _texts_in(row))
+    if length > _LONGEST:
+        raise _wrong(place, f"has {length:,} characters, and an item has {_LONGEST:,} at most", "cut it into several")
     if isinstance(row.get("text"), str):
         text = row["text"].strip()
         return [Item(text=text)] if text else []
@@ -300,6 +305,17 @@ def _item(row: Mapping[str, Any], place: str) -> list[Item]:
             raise _wrong(place, "has an empty answer", "write what the model should answer")
         return [Item(prompt, answer=str(answer).strip())]
     return [Item(prompt)]
+
+
+def _texts_in(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of a row at any depth."""
+    left: list[Any] = [row]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping | list):
+            left += value.values() if isinstance(value, Mapping) else value
 
 
 def _right(answer: Any, choices: Sequence[str], place: str) -> str:

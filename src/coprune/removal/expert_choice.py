@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.base.files import write_text
+from coprune.base.files import read_given, write_text
 from coprune.base.validation import reason
 from coprune.base.words import per_cent
 from coprune.evaluation.tasks import Samples
@@ -331,7 +331,7 @@ class ExpertScores(BaseModel):
     def read(cls, path: Path) -> Self:
         """Read a file. Raises BadInput where it is missing or damaged."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_given(path))
         except OSError as error:
             raise BadInput(f"{path} cannot be read: {error.strerror}", field="domains", value=path) from None
         except ValidationError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput, panics_caught
+from coprune.base.files import read_given
 from coprune.model.checkpoint import pattern_trial
 
 _MOST_GROWTH, _HUGE = 32, 10**9
@@ -27,9 +28,11 @@ _REPEATED = re.compile(r"[)*+?}][*+{]|\{\d{3,}|\{\d*,\d{3,}|\(\?[#x]|\\[gk1-9]")
 def check_tokenizer(file: Path) -> None:
     """Raise BadInput for a tokenizer that makes a text many times as long, or whose patterns exceed limits."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_given(file))
         steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
         patterns = sorted({pattern for step in steps for pattern in _patterns(step)})
+    except BadInput:
+        raise
     except (OSError, ValueError, AttributeError, RecursionError):
         return  # what is no tokenizer's file is left to who reads it
     empty = _tried(file, patterns)

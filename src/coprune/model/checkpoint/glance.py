@@ -16,6 +16,7 @@ from pathlib import Path
 from coprune.base.data_packages import carried_file
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.files import require_regular
 from coprune.base.words import Set, Setting, Words
 
 HUB_SECONDS = 10.0
@@ -100,6 +101,7 @@ def look_at_folder(path: Path, name: str) -> None:
     """Raise BadInput for a folder without a configuration, or with weights of a kind that is never read."""
     if not any(path.iterdir()):
         raise BadInput(f"{path} is an empty folder", field="model", value=name)
+    require_regular(path)
     if (wrong := _foreign(path, name)) is not None:
         raise wrong
     if not (path / _CONFIG).is_file() and not any(path.glob("*.gguf")):
