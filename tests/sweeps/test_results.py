@@ -223,7 +223,7 @@ def test_a_sweep_ends_with_3_where_a_run_is_not_as_required(
         _show(SweepResult(sweep, runs, reports, {first: "no room"}))
 
 
-def killed(*_: Any) -> None:
+def killed(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 

@@ -155,7 +155,7 @@ def test_a_training_has_the_memory_that_the_pruned_model_took(place: Path, monke
         loaded.append(weakref.ref(found[0]))
         return found
 
-    def look(*_: Any) -> None:
+    def look(*_: Any, **__: Any) -> None:
         gc.collect()
         assert [model() for model in loaded] == [None]
         raise KeyboardInterrupt

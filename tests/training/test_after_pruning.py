@@ -216,7 +216,7 @@ def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Pat
 def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     where = {"save": tmp_path / "run", "save_model": tmp_path / "model"}
@@ -237,7 +237,7 @@ def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
 def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_go(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     asked: dict[str, Any] = {**SMALL, "save": tmp_path / "run", "dataset": str(write_text(tmp_path / "text.txt", 700))}
