@@ -133,14 +133,16 @@ def test_killed_at_three_moments_it_ends_with_the_same_answer(place: Path, found
 @pytest.mark.slow
 def test_a_second_verdict_of_the_same_items_is_told(place: Path, tmp_path: Path) -> None:
     def notes(**more: Any) -> list[str]:
+        required = more.pop("require", "bits<=dense*1.1")
         settings = how(place, **more)
-        required = "bits<=dense*1.1"
         found = coprune.fit(place / "model.gguf", place / "text.txt", required, output=tmp_path / "small", **settings)
         return [note for note in found.notes if "verdicts" in note]
 
     assert notes() == notes() == []
     (note,) = notes(types="q8_0")
     assert "have now given 2 verdicts" in note
+    (note,) = notes(types="q8_0", require="bits<=dense*1.3")
+    assert "have now given 3 verdicts" in note
 
 
 @pytest.mark.slow
@@ -183,7 +185,7 @@ def test_transformers_finds_continuations_as_likely_as_llama_cpp(place: Path) ->
         workshop = Workshop(place / f"in {runtime}", asked, Reporter(quiet=True))
         reader = workshop.reader(workshop.file(Candidate(DENSE, EXACT)), DENSE)
         before, afters = reader.ids("The sea"), [reader.ids("is wide")[1:], reader.ids("was")[1:]]
-        found.append([*reader.log_likelihood(before, afters), *reader.write(before, 4)])
+        found.append([*reader.log_likelihood(before, afters), *reader.write(before, 4).ids])
     assert found[1] == pytest.approx(found[0], rel=0.01)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ READ = POSITIONS - 64
 """Tokens at the end of a prompt that are read."""
 _CHOICES = 8
 """Of an item that are read at a time."""
+
+
+class Written(NamedTuple):
+    """What a model wrote."""
+
+    ids: list[int]
+    end: int | None
+    """The token that ended it; None where it was stopped."""
 
 
 @dataclass
@@ -91,20 +100,19 @@ class Reader:
             for one, after in zip(rows, afters, strict=True)
         ]
 
-    def write(self, before: Sequence[int], most: int, enough: Callable[[str], bool] = lambda text: False) -> list[int]:
+    def write(self, before: Sequence[int], most: int, enough: Callable[[str], bool] = lambda text: False) -> Written:
         """Continue a prompt greedily. enough: returns whether the text may end."""
         self.engine.forget()
         self.engine.read(before)
         found: list[int] = []
-        while len(found) < most:
+        while True:
             token = int(self.engine.last_logits(1)[0].argmax())
             if self.engine.ends(token):
-                break
+                return Written(found, token)
             found.append(token)
             if len(found) == most or enough(self.text(found)):
-                break
+                return Written(found, None)
             self.engine.read([token])
-        return found
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode tokens."""

@@ -18,8 +18,8 @@ from coprune.fitting.tasks import Item, Task
 
 Scores = dict[str, float]
 ANSWER_TOKENS = 32
-_LIKELIEST = 2048
-"""Tokens of a distribution that are kept; all others count as one."""
+_LIKELIEST, _DRAWN = 1024, 64
+"""Tokens of a distribution that are kept, and those drawn from the rest by their probability, which stand for it."""
 _LEAST = 1e-9
 
 
@@ -28,25 +28,37 @@ class DenseAnswers:
     """The dense model's answers to prompts and its token probabilities, by the item's index."""
 
     ids: dict[int, list[int]] = field(default_factory=dict)
-    likeliest: dict[int, Tensor] = field(default_factory=dict)
-    """Tokens × likeliest: ids, int32."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """The token that ended an answer, where one did."""
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    """Positions × tokens: ids, int32; of each position the likeliest, then the drawn ones."""
     shares: dict[int, Tensor] = field(default_factory=dict)
     """Probabilities of these tokens, float32."""
 
     def add(self, reader: Reader, place: int, item: Item) -> None:
         """Generate the dense model's answer to an item."""
         before = reader.ids(item.prompt) or reader.begin
-        ids = reader.write(before, ANSWER_TOKENS)
-        self.ids[place] = ids
-        if ids:
-            (rows,) = reader.along(before, [ids])
-            shares, likeliest = rows.exp().topk(min(_LIKELIEST, rows.shape[1]), dim=1)
-            self.likeliest[place], self.shares[place] = likeliest.int(), shares
+        self.ids[place], end = reader.write(before, ANSWER_TOKENS)
+        if end is not None:
+            self.ends[place] = end
+        (rows,) = reader.along(before, [self.positions(place)])
+        shares = rows.exp()
+        likeliest = shares.topk(min(_LIKELIEST, shares.shape[1]), dim=1).indices
+        if shares.shape[1] > _LIKELIEST:
+            rest = shares.scatter(1, likeliest, 0.0) + torch.finfo().tiny
+            drawn = rest.multinomial(_DRAWN, replacement=True, generator=torch.Generator().manual_seed(place))
+            likeliest = torch.cat([likeliest, drawn], dim=1)
+        self.tokens[place], self.shares[place] = likeliest.int(), shares.gather(1, likeliest)
+
+    def positions(self, place: int) -> list[int]:
+        """Return the tokens that are predicted along an answer, with the one that ends it."""
+        return [*self.ids[place], *([self.ends[place]] if place in self.ends else [])]
 
     def save(self, file: Path) -> None:
         """Write it, whole or not at all."""
         tensors = {f"{place} ids": torch.tensor(ids, dtype=torch.int32) for place, ids in self.ids.items()}
-        tensors |= {f"{place} likeliest": one.contiguous() for place, one in self.likeliest.items()}
+        tensors |= {f"{place} end": torch.tensor([end], dtype=torch.int32) for place, end in self.ends.items()}
+        tensors |= {f"{place} tokens": one.contiguous() for place, one in self.tokens.items()}
         tensors |= {f"{place} shares": one.contiguous() for place, one in self.shares.items()}
         write_durably(file, lambda temporary: save_file(tensors, temporary))
 
@@ -58,6 +70,8 @@ class DenseAnswers:
             place, _, part = name.partition(" ")
             if part == "ids":
                 found.ids[int(place)] = tensor.tolist()
+            elif part == "end":
+                found.ends[int(place)] = int(tensor)
             else:
                 getattr(found, part)[int(place)] = tensor
         return found
@@ -110,7 +124,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def answer_text(reader: Reader, item: Item) -> str:
     """Generate a model's answer to an item."""
     line = (lambda text: False) if item.regex else (lambda text: "\n" in text.lstrip())
-    return reader.text(reader.write(reader.ids(item.prompt) or reader.begin, ANSWER_TOKENS, line))
+    return reader.text(reader.write(reader.ids(item.prompt) or reader.begin, ANSWER_TOKENS, line).ids)
 
 
 def is_right(item: Item, text: str) -> bool:
@@ -134,23 +148,28 @@ def bits_per_byte(reader: Reader, text: str) -> float:
 
 
 def _closeness(reader: Reader, item: Item, place: int, dense: DenseAnswers) -> Scores:
-    ids = dense.ids[place]
-    if not ids:
-        written = reader.write(reader.ids(item.prompt) or reader.begin, 1)
-        return {"acceptance": float(not written), "kl": 0.0 if not written else -math.log(_LEAST)}
+    """Compare the distributions of the next token along the dense model's answer, also where that ends."""
+    ids = dense.positions(place)
     before, after = reader.ids(item.prompt) or reader.begin, _own_ids(reader, ids)
     accepted = kl = 0.0
     if after:
         (rows,) = reader.along(before, [after])
-        shares, likeliest = dense.shares[place][: len(after)], dense.likeliest[place][: len(after)].long()
-        own = _of_old(rows.exp(), reader.old_ids, int(dense.likeliest[place].max())).gather(1, likeliest)
-        expected = torch.cat([shares, (1 - shares.sum(1, keepdim=True)).clamp_min(0)], dim=1).double()
-        found = torch.cat([own, (1 - own.sum(1, keepdim=True)).clamp_min(0)], dim=1).double()
-        accepted = float(torch.minimum(expected, found).sum())
-        ratio = expected.clamp_min(_LEAST) / found.clamp_min(_LEAST)
-        kl = float((expected * ratio.log()).sum())
+        tokens = dense.tokens[place][: len(after)].long()
+        expected = dense.shares[place][: len(after)].double()
+        found = _of_old(rows.exp(), reader.old_ids, int(tokens.max())).gather(1, tokens).double()
+        weights = torch.ones_like(expected)
+        if tokens.shape[1] > _LIKELIEST:
+            # Of a token that was drawn, the mean of x / p is the sum of x over the rest, without a bias.
+            rest = (1 - expected[:, :_LIKELIEST].sum(1, keepdim=True)).clamp_min(0)
+            weights[:, _LIKELIEST:] = rest / _DRAWN / expected[:, _LIKELIEST:].clamp_min(1e-30)
+        accepted = float((weights * torch.minimum(expected, found)).sum())
+        ratio = expected.clamp_min(1e-30) / found.clamp_min(_LEAST)
+        kl = float((weights * expected * ratio.log()).sum())
     lost = len(ids) - len(after)
-    return {"acceptance": accepted / len(ids), "kl": max(0.0, kl - lost * math.log(_LEAST)) / len(ids)}
+    return {
+        "acceptance": min(1.0, accepted / len(ids)),
+        "kl": max(0.0, kl - lost * math.log(_LEAST)) / len(ids),
+    }
 
 
 def _own_ids(reader: Reader, ids: Sequence[int]) -> list[int]:

@@ -421,11 +421,15 @@ class Search:
         return sorted(sizes, key=lambda one: (-max(safe[one]), -sizes[one]))
 
     def _looks(self, judged: list[str]) -> int:
-        """Record a sequence of candidates that the unseen half has judged, and return the number of such sequences."""
+        """Record a sequence of candidates that the unseen half has judged by these conditions, and count such records.
+
+        The same candidates judged by looser conditions are another attempt to have one kept.
+        """
         file = self.workshop.folder / VERDICTS_FILE
-        known: list[list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        if judged not in known:
-            known.append(judged)
+        known: list[list[list[str]]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        look = [sorted("".join(condition.text.split()) for condition in self.wish.conditions), judged]
+        if look not in known:
+            known.append(look)
             write_text(file, json.dumps(known))
         return len(known)
 
