@@ -16,12 +16,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import coprune
-from coprune.base.errors import BadInput, VerificationError
+from coprune.base.errors import BadInput, CopruneError, LostProcess, OutOfMemory, VerificationError
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.fit import WORK_FOLDER, remake
 from coprune.fitting.made import digest_of
-from coprune.fitting.notes import Asked
+from coprune.fitting.notes import Asked, Measured
 from coprune.fitting.reader import POSITIONS, Reader
 from coprune.fitting.recipe import RECIPE_FILE
 from coprune.fitting.score import bits_per_byte, score_item
@@ -268,6 +268,54 @@ def test_replaced_calibration_text_is_noticed(place: Path, tmp_path: Path) -> No
     text.write_text("two")
     with pytest.raises(BadInput, match="holds a fit with another text;"):
         opened()
+
+
+def test_a_full_disk_is_no_verdict(place: Path, tmp_path: Path) -> None:
+    """With a limit on the size of files, as on a full disk; the same again with space goes on."""
+    (out := tmp_path / "out").mkdir()
+
+    def measured(folder: Path) -> Measured:
+        workshop = Workshop(folder / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
+        return workshop.measure(Candidate(DENSE, EXACT), {})
+
+    assert in_child(measured, out, largest=100_000) == 3
+    assert not [*out.glob("fit/results/*")]
+    found = measured(out)
+    assert found.bytes > 100_000
+    assert not found.refused
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (CopruneError("the disk is full"), None),
+        (LostProcess("a worker is gone"), None),
+        (KeyboardInterrupt(), None),
+        (MemoryError(), None),
+        (OutOfMemory("no memory is left"), ""),
+        (BadInput("the run would not fit", field="check_memory"), ""),
+        (BadInput("0.125 of 2 channels is none"), "0.125 of 2 channels"),
+    ],
+)
+def test_only_what_is_a_property_of_a_candidate_is_stored(
+    error: BaseException, kept: str | None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened() -> Workshop:
+        return Workshop(tmp_path / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
+
+    def raises(self: Workshop, candidate: Candidate) -> Path:
+        raise error
+
+    candidate = Candidate(DENSE, "q8_0")
+    monkeypatch.setattr(Workshop, "file", raises)
+    workshop = opened()
+    if kept is None:
+        with pytest.raises(type(error)):
+            workshop.measure(candidate, {})
+    else:
+        assert workshop.measure(candidate, {}).refused
+    assert opened().known(candidate).refused.startswith(kept or "")
+    assert bool(opened().known(candidate).refused) == bool(kept)
 
 
 def test_a_recipe_of_a_replaced_model_is_refused_before_anything_is_made(moved: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coprune.base.files import write_durably
+from coprune.base.patterns import is_found
 from coprune.fitting.reader import POSITIONS, READ, Reader
 from coprune.fitting.tasks import Item, Task
 
@@ -128,12 +128,12 @@ def answer_text(reader: Reader, item: Item) -> str:
 
 
 def is_right(item: Item, text: str) -> bool:
-    """Return whether an answer matches: the pattern is found in it, or its first line is the expected one.
+    """Return whether an answer matches: the pattern is found in it within limits, or its first line is the expected one.
 
     Case, surrounding spaces and a final full stop are ignored.
     """
     if item.regex:
-        return re.search(item.regex, text) is not None
+        return is_found(item.regex, text)
     first, *_ = text.strip().splitlines() or [""]
     return first.strip().rstrip(".").casefold() == item.answer.rstrip(".").casefold()
 

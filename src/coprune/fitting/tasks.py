@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.patterns import require_pattern
 from coprune.data.local_text import local_text, looks_local, rows_of
 from coprune.fitting.doubles import clusters_of
 
@@ -296,9 +297,9 @@ def _item(row: Mapping[str, Any], place: str) -> list[Item]:
         return [Item(prompt, tuple(choices), _right(answer, choices, place))]
     if regex is not None:
         try:
-            re.compile(regex)
-        except (re.error, TypeError) as error:
-            raise _wrong(place, f"has no regular expression ({error})", "mend it") from None
+            require_pattern(regex)
+        except ValueError as error:
+            raise _wrong(place, f"has no regular expression that can be used ({error})", "mend it") from None
         return [Item(prompt, regex=regex)]
     if answer is not None:
         if not isinstance(answer, str | int | float) or not str(answer).strip():

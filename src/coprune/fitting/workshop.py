@@ -17,7 +17,15 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from coprune.base.errors import BadInput, CopruneError
+from coprune.base.errors import (
+    BadInput,
+    BrokenMask,
+    CopruneError,
+    NumericalError,
+    OutOfMemory,
+    UnsupportedModel,
+    VerificationError,
+)
 from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
@@ -47,9 +55,11 @@ _HEAD_TOKENS = 512
 VERDICTS_FILE = "verdicts.json"
 """What the unseen half has judged."""
 _CHARACTERS = 1200
-"""Of a document that short texts are joined to."""
+"""Of the text that memory and speed are measured with."""
 _MEMORY_TOKENS, _CONTEXT, _SPEED_TOKENS, _FIRST_ANSWERS = 128, 2048, 24, 8
 _RUN = ".run"
+_VERDICTS = (BadInput, UnsupportedModel, NumericalError, VerificationError, BrokenMask)
+"""Errors that are properties of a candidate and are stored; a full disk or a lost process is not."""
 
 
 class Workshop:
@@ -60,6 +70,7 @@ class Workshop:
         self.folder, self.asked, self.reporter = folder, asked, reporter
         self._noted = 0.0  # seconds that this process has accounted for
         self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
+        self._passing: dict[Candidate, Measured] = {}
         note, facts = folder / "asked.json", asked.facts()
         if note.exists() and (others := differing(facts, note)):
             if not self._refused.exists():
@@ -121,7 +132,9 @@ class Workshop:
         return locate(self.asked.model)  # which reads a GGUF file's vocabulary
 
     def known(self, candidate: Candidate) -> Measured:
-        """Return the stored measurements of a candidate."""
+        """Return the stored measurements of a candidate, or why it cannot be made now."""
+        if candidate in self._passing:
+            return self._passing[candidate]
         file = self._results(candidate)
         return Measured.model_validate_json(file.read_text(encoding="utf-8")) if file.exists() else Measured()
 
@@ -135,7 +148,13 @@ class Workshop:
         try:
             file = self.file(candidate)
         except CopruneError as error:
-            self._keep(candidate, found.model_copy(update={"refused": str(error)}), started, noted)
+            refused = found.model_copy(update={"refused": str(error)})
+            if _lacks_memory(error):  # of this machine now, where the search ends without it
+                self._passing[candidate] = refused
+            elif isinstance(error, _VERDICTS) and not isinstance(error.__cause__, OSError):
+                self._keep(candidate, refused, started, noted)
+            else:
+                raise
             return self.known(candidate)
         reader = self.reader(file, candidate.cut)
         if not found.bytes:
@@ -178,7 +197,8 @@ class Workshop:
         return self._tokenizers[place], tokens_kept(self.run_of(cut.fewer))
 
     def _first_figures(self, file: Path, reader: Reader) -> dict[str, float]:
-        ids = (reader.ids(self._texts()[0][:_CHARACTERS]) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
+        text = next((task.items[task.seen[0]].asked for task in self.asked.tasks), "A text.")
+        ids = (reader.ids(text[:_CHARACTERS]) * _MEMORY_TOKENS)[:_MEMORY_TOKENS]
         reader.engine.forget()
         reader.engine.read(ids)
         memory = reader.engine.bytes + reader.engine.context_bytes * _CONTEXT // _MEMORY_TOKENS
@@ -423,6 +443,10 @@ class Workshop:
         generate(model, file, samples=_OWN_TEXTS, seqlen=_OWN_TOKENS, seed=seed, quiet=quiet)
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
+
+
+def _lacks_memory(error: CopruneError) -> bool:
+    return isinstance(error, OutOfMemory) or error.field == "check_memory"
 
 
 def _sources(file: Path) -> Path:
