@@ -91,16 +91,17 @@ def kept_of(content: dict[str, Any], size: int, seed: int = 0) -> Kept:
     return choose(size, weights, vocabulary.essential(), vocabulary.parts)
 
 
-def save_with_tokens(
-    folder: Path, family: str = "llama", kind: str = "bytes", size: int = SIZE, **changes: Any
-) -> Path:
-    """Save a pico model of a family, as many rows as a tokenizer has tokens, with that tokenizer; returns the folder."""
-    tokenizer = Tokenizer.from_str(content_of(kind, size))
+def save_with_tokens(folder: Path, family: str = "llama", content: str | None = None, **changes: Any) -> Path:
+    """Save a pico model of a family with a tokenizer, as many rows as that has tokens; returns the folder.
+
+    content: the tokenizer's; by default of bytes.
+    """
+    tokenizer = Tokenizer.from_str(content_of("bytes") if content is None else content)
     ids: dict[str, Any] = {
         name: tokenizer.token_to_id(token) for name, token in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "</s>"))
     }
     settings = {f"{name}_token_id": number for name, number in ids.items()}
-    model = pico_model(family, vocab_size=tokenizer.get_vocab_size(), **settings, **changes)
+    model = pico_model(family, **{"vocab_size": tokenizer.get_vocab_size(), **settings, **changes})
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size="150KB")

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from coprune.base.errors import UnsupportedModel
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.kinds import Vocabulary, kind_of
+from coprune.vocabulary.kinds import Vocabulary
 from coprune.vocabulary.rewrite import cut_tokenizer
 from support.vocabularies import KINDS, TEXTS, content_of, kept_of
 
@@ -79,11 +78,6 @@ def test_a_choice_without_the_parts_of_its_tokens_would_not_do() -> None:
     without = Kept(tuple(token for token in kept.old if token != last))
     smaller = Vocabulary.of(cut_tokenizer(content, without))
     assert [token for token in range(len(without.old)) if smaller.parts(token) is None]
-
-
-def test_a_whole_list_of_words_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match="WordLevel"):
-        kind_of({"model": {"type": "WordLevel", "vocab": {"a": 0}}})
 
 
 @pytest.mark.slow

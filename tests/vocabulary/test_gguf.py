@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 
 from coprune.base.progress import Reporter
 from coprune.gguf_files.llama_cpp import LlamaCpp
+from coprune.gguf_files.metadata import Field
+from coprune.gguf_files.vocabulary import named_ids, without_tokens
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
 from coprune.steps.export import export
 from coprune.vocabulary.choose import Kept, choose
 from coprune.vocabulary.folder import Beside, cut_folder
 from coprune.vocabulary.gguf import Gguf
-from coprune.vocabulary.kinds import Vocabulary
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.vocabularies import content_of
@@ -40,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def kept(whole: Path) -> Kept:
     source = Gguf(GgufFile(whole, whole.name))
-    vocabulary = Vocabulary.of(source.content)
+    vocabulary = source.vocabulary
     weights = np.random.default_rng(0).random(source.rows)
     essential = {number for number in vocabulary.essential() | source.named if number < source.rows}
     return choose(SIZE, weights, essential, vocabulary.parts)
@@ -67,6 +68,15 @@ def test_rows_are_the_same_bytes_and_metadata_follow(whole: Path, small: Path, k
     made = {"".join(merge.split(" ")) for merge in told["tokenizer.ggml.merges"]}
     assert made
     assert made <= set(told["tokenizer.ggml.tokens"])
+
+
+def test_ids_outside_the_tokenizers_keys_follow() -> None:
+    fields = {
+        "tokenizer.ggml.tokens": Field(["a", "b", "c"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "t5.decoder_start_token_id": Field(2, GGUFValueType.UINT32),
+    }
+    assert named_ids(fields) == {2}
+    assert without_tokens(fields, "t5", [0, 2])["t5.decoder_start_token_id"].value == 1
 
 
 def test_llama_cpp_computes_the_same_logits(whole: Path, small: Path, kept: Kept) -> None:

@@ -11,7 +11,7 @@ from coprune.gguf_files.metadata import Field, Fields
 
 TOKENS = "tokenizer.ggml.tokens"
 MERGES = "tokenizer.ggml.merges"
-_IDS = re.compile(r"tokenizer\..*(_token_ids?|suppress_tokens)")
+_IDS = re.compile(r".*(_token_ids?|suppress_tokens)")
 
 
 def tokens_in(fields: Fields) -> list[str]:

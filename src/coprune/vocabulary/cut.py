@@ -32,6 +32,7 @@ from coprune.vocabulary.prompts import prompts
 from coprune.vocabulary.samples import LANGUAGES, NAMES, SOURCES
 from coprune.vocabulary.search import search
 from coprune.vocabulary.sources import Source, described
+from coprune.vocabulary.tokenizer_file import named_in
 
 LEAST_SAVED = 0.05
 """A cut that saves less of the weights' bytes is refused unless it is forced."""
@@ -75,8 +76,14 @@ class Cutting:
     texts: Texts = field(init=False)
 
     def __post_init__(self) -> None:
-        self.content = self.source.content
-        self.vocabulary = Vocabulary.of(self.content)
+        self.vocabulary = self.source.vocabulary
+        self.content = self.vocabulary.content
+        if beyond := [number for number in named_in(self.content) if number >= self.source.rows]:
+            token = self.vocabulary.tokens[min(beyond)]
+            cause = (
+                f"the tokenizer adds {token!r} to texts, and the model has no row for it (only {self.source.rows:,})"
+            )
+            raise BadInput(cause, field="model", value=self.source.location.name)
         self._parts: Callable[[int], tuple[int, ...] | None] = cache(self.vocabulary.parts)
         structure = self.asked.structure
         self.texts = read_texts(structure.vocabulary_text, self.asked.data, self.asked.cache_dir, self.reporter)
@@ -97,7 +104,7 @@ class Cutting:
     @cached_property
     def essential(self) -> set[int]:
         """Ids that stay in any case, with all that they are made by."""
-        found = self.vocabulary.essential() | self.source.named
+        found = self.vocabulary.essential() | self.source.named | set(self.source.processor.all_special_ids)
         for text in prompts(self.source.processor):
             found |= set(self.tokenizer.encode(text, add_special_tokens=False).ids)
         return closure((number for number in found if number < self.source.rows), self._parts)
@@ -209,7 +216,7 @@ class Cutting:
             parts=parts,
             counted=[f"{source.name} {source.share:.0%}" for source in self.texts.sources],
             bytes_before=before,
-            left_out=self.source.stale,
+            notes=self.source.notes(kept),
             bytes_after=after,
             texts=costs,
             not_run=judge if isinstance(judge, str) else "",

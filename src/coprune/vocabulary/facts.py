@@ -79,8 +79,8 @@ class VocabularyFacts(BaseModel):
     """Bytes of all weights before."""
     bytes_after: int
     texts: list[TextCost]
-    left_out: list[str] = []
-    """Files of the source that held the old vocabulary once more."""
+    notes: list[str] = []
+    """What is to be known of the folder's other files, a line each."""
     tries: dict[int, float] = {}
     """Rise of bits per byte on held-out text by the number of tokens, where a size was searched for."""
     proven: float | None = None
@@ -131,8 +131,7 @@ class VocabularyFacts(BaseModel):
             tried = ", ".join(f"{size:,} {rise:+.2%}" for size, rise in sorted(self.tries.items()))
             found.append(f"searched ({tried}), proven on other text: {self.proven:+.2%}")
         found += [f"no model was run: {self.not_run}"] if self.not_run else []
-        if self.left_out:
-            found.append(f"left out, since they hold the old vocabulary: {', '.join(self.left_out)}")
+        found += self.notes
         if not self.pays:
             found.append(
                 f"DOES NOT PAY: {self.texts[0].rise:+.1%} for {self.saved:.1%} of the bytes; fewer bits a weight cost less"

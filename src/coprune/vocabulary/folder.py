@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.base.files import whole_folder, write_text
 from coprune.base.progress import Reporter
-from coprune.model.checkpoint.companions import CARD_FILE, COPIED, own_files
+from coprune.model.checkpoint.companions import CARD_FILE, copy_companions, own_files
+from coprune.model.checkpoint.digest import NOTES
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.names import EDITS_FILE
@@ -37,25 +38,25 @@ from coprune.model.edit import CutVocabulary, FillZeros
 from coprune.model.edits import Edits, pruned_names
 from coprune.model.kept_slices import runs_of
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.rewrite import cut_config, cut_tokenizer, cut_tokenizer_config
+from coprune.vocabulary.kinds import Vocabulary
+from coprune.vocabulary.rewrite import cut_tokenizer
 from coprune.vocabulary.samples import LANGUAGES, SOURCES
-from coprune.vocabulary.tables import Table, find_tables
+from coprune.vocabulary.settings import Naming, cut_added_tokens, resized, without_names
+from coprune.vocabulary.tables import Table, find_tables, sizes_of
 
+_LISTED = 20
+"""Maximum number of places named in a message."""
 MAP_FILE = "coprune_vocabulary.json"
 """The ids before by the ids now, for what still goes by them: drafts, adapters, tokenised data."""
 TOKENIZER_FILE = "tokenizer.json"
 STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.spm")
 """Files that hold the vocabulary once more, as it was."""
-_ANEW = (
-    "*.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    TOKENIZER_FILE,
-    EDITS_FILE,
-    MAP_FILE,
-)
-"""Files that are written anew."""
+_NOT_SETTINGS = (TOKENIZER_FILE, EDITS_FILE, MAP_FILE, *NOTES, "*.index.json", *STALE)
+"""JSON files without ids of tokens, and those that are written anew."""
+_DOUBTED = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
+"""Files that a model is loaded with, in which an integer that may be an id is reported."""
+_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files whose names of tokens add tokens to a tokenizer that lacks them."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,77 @@ def _saved(entry: TensorEntry, table: Table, kept: Kept) -> int:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The JSON files of a folder that may name tokens."""
+
+    files: Mapping[str, Mapping[str, Any]]
+    """Contents by name."""
+    naming: Naming
+    beyond: Mapping[str, str]
+    """Special tokens by their names as attributes, which the tokenizer has and the model has no row for."""
+
+    @classmethod
+    def of(cls, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, rows: int) -> Settings:
+        """Read them.
+
+        Args:
+            folder: of the model.
+            tokenizer: as transformers loads it, with what its class adds.
+            vocabulary: of its `tokenizer.json`.
+            rows: of the embedding.
+
+        Raises:
+            BadInput: one that the model is loaded with is malformed.
+        """
+        files: dict[str, Mapping[str, Any]] = {}
+        for path in own_files(folder.path):
+            if path.suffix == ".json" and not _matches(path.name, _NOT_SETTINGS):
+                with nullcontext() if _matches(path.name, (*_DOUBTED, *_TOKENIZER)) else suppress(BadInput):
+                    files[path.name] = read_json(path)
+        ids, named = tokenizer.get_vocab(), tokenizer.special_tokens_map.items()
+        beyond = {name: token for name, token in named if isinstance(token, str) and ids.get(token, rows) >= rows}
+        return cls(files, Naming(rows, vocabulary, sizes_of(files["config.json"], rows)), beyond)
+
+    @property
+    def named(self) -> set[int]:
+        """Ids of tokens that they name."""
+        return set().union(*(self.naming.ids(content) for content in self.files.values()))
+
+    def cut(self, kept: Kept) -> dict[str, dict[str, Any]]:
+        """Return what has to change, by name. Raises UnsupportedModel where one names a token that does not stay."""
+        found = {name: self.naming.cut(content, kept) for name, content in self.files.items()}
+        gone = self._gone(kept)
+        for name in _TOKENIZER:
+            if name in found:
+                found[name] = without_names(cut_added_tokens(found[name], kept), gone)
+        if self.beyond:
+            found[_TOKENIZER[0]] = found.get(_TOKENIZER[0], {}) | dict.fromkeys(self.beyond)
+        return {name: content for name, content in found.items() if content != self.files.get(name)}
+
+    def notes(self, kept: Kept) -> list[str]:
+        """Return a line each about numbers that may be ids and stay as they are, and about names that are left out."""
+        doubtful = [
+            f"{name}: {place}"
+            for name, content in self.files.items()
+            if _matches(name, _DOUBTED)
+            for place in self.naming.doubtful(content, kept)
+        ]
+        gone = sorted(self._gone(kept))
+        return [
+            f"{said}: {', '.join(which[:_LISTED])}{' …' if len(which) > _LISTED else ''}"
+            for said, which in (
+                ("left as they are, though they may be ids of tokens", doubtful),
+                ("named by the tokenizer's settings, but without a row in the embedding, so left out there", gone),
+            )
+            if which
+        ]
+
+    def _gone(self, kept: Kept) -> set[str]:
+        named = (self.naming.without_rows(self.files[name], kept) for name in _TOKENIZER if name in self.files)
+        return {*self.beyond.values()}.union(*named)
+
+
+@dataclass(frozen=True)
 class Beside:
     """Origin of a folder."""
 
@@ -145,37 +217,29 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
     refuse_occupied(target)
     config, content = read_json(source.path / "config.json"), tokenizer_content(source)
     entries = stored_entries(source.path)
-    tables, smaller = find_tables(source, config, entries, kept)
+    tables, sizes = find_tables(source, config, entries, kept)
+    whole, rows = load_tokenizer(source), max(table.size for table in tables.values())
+    settings = Settings.of(source, whole, Vocabulary.of(content), rows).cut(kept)
+    settings["config.json"] = resized(settings.get("config.json", config), sizes)
     with whole_folder(target) as out:
-        _copy_beside(source, out)
+        copy_companions(source, out)
+        for name in stale_files(source):
+            (out / name).unlink(missing_ok=True)
         if beside.card:
             write_text(out / CARD_FILE, beside.card)
-        write_text(out / "config.json", json.dumps(smaller, indent=2, sort_keys=True) + "\n")
+        for name, changed in settings.items():
+            write_text(out / name, json.dumps(changed, indent=2, sort_keys=name == "config.json") + "\n")
         cut = cut_tokenizer(content, kept)
         write_text(out / TOKENIZER_FILE, json.dumps(cut, ensure_ascii=False, separators=(",", ":")))
-        changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-            "generation_config.json": lambda found: cut_config(found, kept, {}),
-            "tokenizer_config.json": lambda found: cut_tokenizer_config(found, kept),
-        }
-        for name, change in changes.items():
-            if (source.path / name).is_file():
-                write_text(out / name, json.dumps(change(read_json(source.path / name)), indent=2) + "\n")
         _write_map(out, kept, tables)
         _write_history(source, out, kept, tables, beside.asked)
         total = sum(entry.nbytes for entry in entries.values())
         with reporter.bar("Writing", total) as advance:
             _write_shards(entries, out, tables, kept, advance)
         _verify(source, out, tables, kept)
+        require_same_tokens(whole, ModelFolder(out, str(out)), kept)
     after = sum(entry.nbytes for entry in stored_entries(target).values())
     return Written(target, total, after, tables)
-
-
-def _copy_beside(source: ModelFolder, out: Path) -> None:
-    """Copy what knows nothing of ids."""
-    stale = set(stale_files(source))
-    for path in own_files(source.path):
-        if path.name not in stale and _matches(path.name, COPIED) and not _matches(path.name, _ANEW):
-            shutil.copyfile(path, out / path.name)
 
 
 def stale_files(source: ModelFolder) -> list[str]:
@@ -290,7 +354,7 @@ def _copy(
 
 
 def _verify(source: ModelFolder, out: Path, tables: Mapping[str, Table], kept: Kept) -> None:
-    """Raise VerificationError where rows or tokens of what was written are not those that they should be."""
+    """Raise VerificationError where rows of what was written are not those that they should be."""
     before, after = stored_entries(source.path), stored_entries(out)
     if before.keys() != after.keys():
         raise VerificationError(f"{out} does not hold the tensors of {source.name}")
@@ -299,7 +363,6 @@ def _verify(source: ModelFolder, out: Path, tables: Mapping[str, Table], kept: K
         for place in (int(one) for one in places if one < kept.below(table.size)):
             if table.axis == 0 and _row(before[name], kept.old[place]) != _row(after[name], place):
                 raise VerificationError(f"{name} does not hold the row of the token {kept.old[place]} in {out}")
-    require_same_tokens(load_tokenizer(source), ModelFolder(out, str(out)), kept)
 
 
 def _row(entry: TensorEntry, number: int) -> bytes:
@@ -309,13 +372,30 @@ def _row(entry: TensorEntry, number: int) -> bytes:
         return stream.read(width)
 
 
-def require_same_tokens(whole: PreTrainedTokenizerBase, written: Location, kept: Kept) -> None:
-    """Load a smaller tokenizer with transformers, and compare it with the whole one on texts with kept tokens only.
+def require_same_tokens(
+    whole: PreTrainedTokenizerBase, written: Location, kept: Kept, beyond: Collection[str] = ()
+) -> None:
+    """Load a smaller tokenizer with transformers, and compare it with the whole one: its tokens, and texts.
+
+    Args:
+        whole: as transformers loads it.
+        written: the smaller model.
+        kept: the tokens that stay.
+        beyond: tokens that it may have besides, without a row.
 
     Raises:
-        VerificationError: the written one tokenises such a text differently, or decodes a text differently.
+        VerificationError: its tokens are not those that stay under their new ids, so that one would have no row in the
+            embedding or another's; or it tokenises a text of kept tokens differently, or decodes a text differently.
     """
-    dense, cut = whole.backend_tokenizer, load_tokenizer(written).backend_tokenizer
+    loaded = load_tokenizer(written)
+    expected = {(token, kept.new[number]) for token, number in whole.get_vocab().items() if number in kept.new}
+    there = {(token, number) for token, number in loaded.get_vocab().items() if token not in beyond}
+    if wrong := sorted(there ^ expected):
+        raise VerificationError(
+            f"the smaller tokenizer has {len(loaded):,} tokens for {len(kept.old):,} rows: {wrong[0][0]!r} is the first of"
+            f" {len(wrong):,} that should not be there, are missing, or have another id"
+        )
+    dense, cut = whole.backend_tokenizer, loaded.backend_tokenizer
     for text in (*LANGUAGES.values(), *SOURCES.values()):
         old, new = (one.encode(text, add_special_tokens=False).ids for one in (dense, cut))
         if all(token in kept.new for token in old) and [kept.new[token] for token in old] != new:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +16,7 @@ from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.folder import Written, require_same_tokens
+from coprune.vocabulary.kinds import Vocabulary
 from coprune.vocabulary.tables import Table
 
 _TABLES = ("token_embd.weight", "output.weight", "output.bias", "per_layer_token_embd.weight")
@@ -50,10 +50,13 @@ class Gguf(Sliced):
         return load_tokenizer(self.file)
 
     @cached_property
-    def content(self) -> dict[str, Any]:
-        """The content of the `tokenizer.json` that transformers makes of the file."""
-        found: dict[str, Any] = json.loads(self.processor.backend_tokenizer.to_str())
-        return found
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of the `tokenizer.json` that transformers makes of the file."""
+        return Vocabulary.of(json.loads(self.processor.backend_tokenizer.to_str()))
+
+    def notes(self, kept: Kept) -> list[str]:
+        """Return nothing: a file's keys say what is an id."""
+        return []
 
     def slices(self, kept: Kept) -> dict[str, Slice]:
         """Return what stays of every tensor."""
@@ -64,11 +67,6 @@ class Gguf(Sliced):
         """Return the bytes of all tensors before and after a cut."""
         return self.sizes(self.slices(kept))
 
-    @property
-    def stale(self) -> list[str]:
-        """Always empty: a file holds its vocabulary once."""
-        return []
-
     def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
         """Write the file with the tokens that stay; it has no place for a card.
 
@@ -78,5 +76,7 @@ class Gguf(Sliced):
         """
         slices = self.slices(kept)
         self.write(target, slices, without_tokens(self.fields, self.arch, kept.old), reporter)
-        require_same_tokens(self.processor, GgufFile(target, target.name), kept)
+        # transformers adds tokens that its class has by default, and a GGUF file cannot say otherwise.
+        beyond = {token for token, number in self.processor.get_vocab().items() if number >= self.rows}
+        require_same_tokens(self.processor, GgufFile(target, target.name), kept, beyond)
         return Written(target, *self.sizes(slices), self.tables)

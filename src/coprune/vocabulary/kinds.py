@@ -15,12 +15,11 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
-from coprune.base.errors import UnsupportedModel
+from coprune.vocabulary.tokenizer_file import check_content, named_in, unsupported
 
 _NAMED_FREE = re.compile(r"unused|reserved|\[PAD\d+\]", re.IGNORECASE)
 """Names of unused added tokens."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_OTHERS = {"WordLevel": "a list of whole words has no parts to fall back to"}
 
 
 class Kind(Protocol):
@@ -148,14 +147,15 @@ def kind_of(content: Mapping[str, Any]) -> Kind:
     """Read the kind of a tokenizer out of the content of its `tokenizer.json`.
 
     Raises:
-        UnsupportedModel: of another kind than those whose cut is known to be exact, by name.
+        BadInput, UnsupportedModel: as `check_content`, and for options of BPE whose cut is not known to be exact.
     """
-    model = content.get("model") or {}
-    kind = model.get("type")
+    check_content(content)
+    model = content["model"]
+    kind = model["type"]
     if kind == "BPE":
         for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if model.get(option):
-                raise _unsupported(f"BPE with {option}")
+                raise unsupported(f"BPE with {option}")
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         merges = {(first, second): rank for rank, (first, second) in enumerate(pairs)}
         letters = frozenset(BYTE_LETTERS) if _has(content, "ByteLevel") else frozenset[str]()
@@ -165,14 +165,7 @@ def kind_of(content: Mapping[str, Any]) -> Kind:
         ids = {token: number for number, (token, _) in enumerate(model["vocab"])}
         scores = tuple(float(score) for _, score in model["vocab"])
         return Unigram(ids, scores, bool(model.get("byte_fallback")), model.get("unk_id"))
-    if kind == "WordPiece":
-        return WordPiece(model["vocab"], model.get("continuing_subword_prefix", "##"), model.get("unk_token", "[UNK]"))
-    raise _unsupported(f"{kind} ({_OTHERS[kind]})" if kind in _OTHERS else str(kind))
-
-
-def _unsupported(kind: str) -> UnsupportedModel:
-    known = "BPE, Unigram and WordPiece are known to be cut exactly"
-    return UnsupportedModel(f"the tokenizer is of the kind {kind}, whose vocabulary cannot be cut ({known})")
+    return WordPiece(model["vocab"], model.get("continuing_subword_prefix", "##"), model.get("unk_token", "[UNK]"))
 
 
 def _has(content: Mapping[str, Any], kind: str) -> bool:
@@ -206,7 +199,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Vocabulary:
-        """Read the content of a `tokenizer.json`. Raises UnsupportedModel as `kind_of`."""
+        """Read the content of a `tokenizer.json`. Raises as `kind_of`."""
         return cls(content, kind_of(content))
 
     @cached_property
@@ -215,9 +208,19 @@ class Vocabulary:
         return {one["content"]: one["id"] for one in self.content.get("added_tokens") or ()}
 
     @cached_property
+    def by_token(self) -> dict[str, int]:
+        """Ids of all tokens."""
+        return {**self.kind.ids, **self.added}
+
+    @cached_property
     def tokens(self) -> dict[int, str]:
         """Tokens by id."""
-        return {number: token for token, number in [*self.kind.ids.items(), *self.added.items()]}
+        return {number: token for token, number in self.by_token.items()}
+
+    @cached_property
+    def meaningful(self) -> set[int]:
+        """Ids of added tokens that are not reserved."""
+        return {number for token, number in self.added.items() if not _NAMED_FREE.search(token)}
 
     @cached_property
     def texts(self) -> dict[int, str]:
@@ -233,10 +236,8 @@ class Vocabulary:
         }
 
     def essential(self) -> set[int]:
-        """Return the ids that stay whatever is counted: bytes or characters, unknown, added tokens that stand for something."""
-        stay = set(self.kind.needed())
-        stay |= {number for token, number in self.added.items() if not _NAMED_FREE.search(token)}
-        return stay | set(named_in(self.content))
+        """Return the ids that stay whatever is counted: bytes or characters, unknown, added tokens that are not reserved."""
+        return {*self.kind.needed()} | self.meaningful | named_in(self.content)
 
     def parts(self, number: int) -> tuple[int, ...] | None:
         """Return the ids of the tokens that a token is made by; None if no text is ever cut into it."""
@@ -244,23 +245,3 @@ class Vocabulary:
         if token is None:
             return None
         return () if token in self.added else self.kind.parts(token)
-
-
-def named_in(content: Mapping[str, Any]) -> Iterator[int]:
-    """Return the ids that a tokenizer's post-processor and padding name."""
-    padding = content.get("padding")
-    if isinstance(padding, Mapping) and isinstance(padding.get("pad_id"), int):
-        yield padding["pad_id"]
-    yield from _in_processor(content.get("post_processor"))
-
-
-def _in_processor(part: Any) -> Iterator[int]:
-    if not isinstance(part, Mapping):
-        return
-    for token in (part.get("special_tokens") or {}).values() if isinstance(part.get("special_tokens"), Mapping) else ():
-        yield from token["ids"]
-    for name in ("sep", "cls"):
-        if isinstance(part.get(name), list):
-            yield part[name][1]
-    for inner in part.get("processors") or ():
-        yield from _in_processor(inner)

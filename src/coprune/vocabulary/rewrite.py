@@ -1,20 +1,12 @@
-"""Token ids in tokenizer, configuration and generation settings, rewritten for the kept tokens."""
+"""The content of a `tokenizer.json` with fewer tokens."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from coprune.vocabulary.choose import Kept
-
-_NAMES_TOKENS = re.compile(
-    r"(.*_)?token_ids?|.*_token_ind(ex|ices)|(begin_)?suppress_tokens|(bad|force)_words_ids|forced_decoder_ids|sequence_bias"
-)
-_PAIRS = ("forced_decoder_ids",)
-"""Lists of places and tokens, of which only the second are ids."""
-_SIZE = re.compile(r".*vocab.*")
 
 
 def cut_tokenizer(content: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
@@ -60,76 +52,3 @@ def _in_processor(part: Any, new: Mapping[int, int]) -> None:
             part[name][1] = new[part[name][1]]
     for inner in part.get("processors") or ():
         _in_processor(inner, new)
-
-
-def ids_in(config: Mapping[str, Any], rows: int) -> set[int]:
-    """Return all ids of tokens that a configuration names, at every level. rows: those beyond mean none."""
-    found: set[int] = set()
-
-    def note(number: int) -> int:
-        if 0 <= number < rows:
-            found.add(number)
-        return number
-
-    _rewritten(config, note)
-    return found
-
-
-def cut_config(config: Mapping[str, Any], kept: Kept, sizes: Mapping[int, int]) -> dict[str, Any]:
-    """Return a configuration with new ids and sizes, at every level.
-
-    sizes: new sizes of a vocabulary by old ones. Ids that are no token's stay as they are.
-    """
-    renumbered = _rewritten(config, lambda number: kept.new.get(number, number))
-    return _resized(renumbered, sizes)
-
-
-def _rewritten(config: Mapping[str, Any], change: Callable[[int], int]) -> dict[str, Any]:
-    return {
-        key: _changed(value, change, key in _PAIRS)
-        if _NAMES_TOKENS.fullmatch(key)
-        else _rewritten(value, change)
-        if isinstance(value, Mapping)
-        else value
-        for key, value in config.items()
-    }
-
-
-def _changed(value: Any, change: Callable[[int], int], pairs: bool) -> Any:
-    if type(value) is int:
-        return change(value)
-    if isinstance(value, list) and pairs and len(value) == 2 and all(type(one) in (int, type(None)) for one in value):
-        return [value[0], None if value[1] is None else change(value[1])]
-    if isinstance(value, list):
-        return [_changed(one, change, pairs) for one in value]
-    return value
-
-
-def _resized(config: Mapping[str, Any], sizes: Mapping[int, int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found[key] = _resized(value, sizes)
-        else:
-            named = _SIZE.fullmatch(key) and type(value) is int and value in sizes
-            found[key] = sizes[value] if named else value
-    return found
-
-
-def sizes_in(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Return every size of a vocabulary that a configuration says, by its key."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from sizes_in(value)
-        elif _SIZE.fullmatch(key) and type(value) is int:
-            yield key, value
-
-
-def cut_tokenizer_config(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`, whose added tokens go by their ids."""
-    found = dict(config)
-    if isinstance(tokens := found.get("added_tokens_decoder"), Mapping):
-        found["added_tokens_decoder"] = {
-            str(kept.new[int(number)]): token for number, token in tokens.items() if int(number) in kept.new
-        }
-    return found

@@ -20,6 +20,7 @@ from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.folder import (
     Beside,
+    Settings,
     Written,
     bytes_of,
     cut_folder,
@@ -28,7 +29,7 @@ from coprune.vocabulary.folder import (
     tokenizer_content,
 )
 from coprune.vocabulary.gguf import Gguf
-from coprune.vocabulary.rewrite import ids_in
+from coprune.vocabulary.kinds import Vocabulary
 from coprune.vocabulary.tables import rows_of, skeleton
 
 
@@ -48,8 +49,12 @@ class Source(Protocol):
         ...
 
     @property
-    def content(self) -> dict[str, Any]:
-        """Content of `tokenizer.json`."""
+    def vocabulary(self) -> Vocabulary:
+        """All tokens."""
+        ...
+
+    def notes(self, kept: Kept) -> list[str]:
+        """Return what a cut cannot settle by itself, a line each."""
         ...
 
     @property
@@ -66,11 +71,6 @@ class Source(Protocol):
         """Return the bytes of all weights before and after a cut."""
         ...
 
-    @property
-    def stale(self) -> list[str]:
-        """Names of files that hold the vocabulary once more, and are left out."""
-        ...
-
     def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
         """Write the model with the tokens that stay. card: its model card."""
         ...
@@ -84,7 +84,7 @@ class FolderSource:
         self.location: Location = folder
         self.folder, self._asked = folder, asked
         refuse_folder(folder)
-        self.content = tokenizer_content(folder)
+        self.vocabulary = Vocabulary.of(tokenizer_content(folder))
         self.config = read_json(folder.path / "config.json")
 
     @cached_property
@@ -97,12 +97,20 @@ class FolderSource:
         """As in `Source`."""
         return rows_of(skeleton(self.folder, self.config))
 
+    @cached_property
+    def _settings(self) -> Settings:
+        return Settings.of(self.folder, self.processor, self.vocabulary, self.rows)
+
     @property
     def named(self) -> set[int]:
         """As in `Source`."""
-        found = ids_in(self.config, self.rows)
-        file = self.folder.path / "generation_config.json"
-        return found | (ids_in(read_json(file), self.rows) if file.is_file() else set())
+        return self._settings.named
+
+    def notes(self, kept: Kept) -> list[str]:
+        """As in `Source`."""
+        stale = stale_files(self.folder)
+        left_out = [f"left out, since they hold the old vocabulary: {', '.join(stale)}"] if stale else []
+        return [*left_out, *self._settings.notes(kept)]
 
     @property
     def parameters(self) -> int:
@@ -113,11 +121,6 @@ class FolderSource:
     def bytes_of(self, kept: Kept) -> tuple[int, int]:
         """Return the sizes as in `Source`."""
         return bytes_of(self.folder, self.config, kept)
-
-    @property
-    def stale(self) -> list[str]:
-        """As in `Source`."""
-        return stale_files(self.folder)
 
     def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
         """Cut as in `Source`."""

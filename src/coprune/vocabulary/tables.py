@@ -16,7 +16,7 @@ from coprune.model.checkpoint.load import explained, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import TensorEntry
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.rewrite import cut_config, sizes_in
+from coprune.vocabulary.settings import Naming, resized, sizes_in
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,14 @@ def rows_of(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
-def sizes_for(config: Mapping[str, Any], rows: int, kept: Kept) -> dict[int, int]:
-    """Return new sizes of a configuration's vocabularies by old ones: the embedding's, and that of tables of every layer."""
-    inside = {size for key, size in sizes_in(config) if key == "vocab_size_per_layer_input" and size < rows}
-    return {size: kept.below(size) for size in inside | {rows}}
+def sizes_of(config: Mapping[str, Any], rows: int) -> set[int]:
+    """Return the sizes of a configuration's vocabularies: of the embedding, and of tables of every layer."""
+    return {rows} | {size for key, size in sizes_in(config) if key == "vocab_size_per_layer_input" and size < rows}
 
 
 def find_tables(
     folder: ModelFolder, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], kept: Kept
-) -> tuple[dict[str, Table], dict[str, Any]]:
+) -> tuple[dict[str, Table], dict[int, int]]:
     """Find every tensor of a folder that has rows for tokens.
 
     Args:
@@ -61,7 +60,7 @@ def find_tables(
         kept: the tokens that stay.
 
     Returns:
-        Tables by the names of tensors, and the content of the smaller model's configuration.
+        Tables by the names of tensors, and new sizes of the configuration's vocabularies by old ones.
 
     Raises:
         UnsupportedModel: the configuration cannot say the smaller vocabulary, or a tensor as long as it is none of the tables.
@@ -69,7 +68,8 @@ def find_tables(
     model = skeleton(folder, config)
     rows = rows_of(model)
     _refuse_offsets(config)
-    smaller = cut_config(config, kept, sizes_for(config, rows, kept))
+    sizes = {size: kept.below(size) for size in sizes_of(config, rows)}
+    smaller = resized(Naming(rows, sizes=[*sizes]).cut(config, kept, instead=0), sizes)
     before, after = _shapes(model), _shapes(skeleton(folder, smaller))
     found: dict[str, Table] = {}
     for name, shape in before.items():
@@ -84,7 +84,7 @@ def find_tables(
         found[name] = Table(axes[0], shape[axes[0]])
     if not any(table.size == rows for table in found.values()):
         raise UnsupportedModel("no number of the configuration says how large the vocabulary is")
-    return _stored(Conversion(model, entries), found, entries, rows), smaller
+    return _stored(Conversion(model, entries), found, entries, rows), sizes
 
 
 def _stored(

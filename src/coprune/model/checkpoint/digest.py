@@ -14,7 +14,7 @@ from coprune.model.checkpoint.names import VOCABULARIES
 _WEIGHTS = ("*.safetensors", "*.gguf")
 _OTHERS = ("*.json", "*.txt", "*.jinja", *VOCABULARIES)
 """What else decides a model's outputs: its configuration and how it cuts text into tokens."""
-_NOTES = ("report.json", "finetune.json", "distributions.json")
+NOTES = ("report.json", "finetune.json", "distributions.json")
 """Reports beside a model, which decide nothing of it."""
 
 
@@ -31,7 +31,7 @@ def model_digest(path: Path) -> str:
     """
     if path.is_file():
         return _digest(_states(gguf_parts(path)), named=False)
-    files = {file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES}
+    files = {file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in NOTES}
     return _digest(_states(sorted(files)), named=True)
 
 
