@@ -164,8 +164,9 @@ def rooms() -> Drawing:
         "commands": "one command, one file",
         "fitting": "the smallest model that still does a task",
         "sweeps": "many runs from one file, local or on Ray",
+        "steps": "prune, remove, trim, train, export: from model to model",
         "removal": "remove channels, heads, experts and blocks",
-        "run": "one run, from recipe to folder",
+        "run": "what all stages of one run share",
         "training": "adapters, dense training, distillation",
         "report": "report.json, the page, the model card",
         "vocabulary": "remove tokens and their rows",
@@ -175,10 +176,11 @@ def rooms() -> Drawing:
         "model": "open, walk, edit and write a model",
         "data": "text and images to calibrate and measure on",
         "recipe": "settings as data, without torch",
+        "store": "results under keys of contents, claims, notes",
         "base": "errors, files, memory, processes, kernels",
     }
     for i, (room, words) in enumerate(told.items()):
-        d.box(8, 8 + 46 * i, 464, f"{room}: {words}", TITLE if room in ("base", "recipe", "data") else MODEL)
+        d.box(8, 8 + 46 * i, 464, f"{room}: {words}", TITLE if room in ("base", "store", "recipe", "data") else MODEL)
     return d
 
 

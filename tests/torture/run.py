@@ -2,7 +2,8 @@
 
 100 tokenizers, chat templates and configurations each, pruned with; 160 runs killed once or twice, half at random
 moments and half at calls of the system, and 24 on a disk that is full at a random byte, each begun again and compared
-byte by byte with one that was left in peace; 40 commands stopped by SIGTERM. docs/reliability.md holds what it printed.
+byte by byte with one that was left in peace; 40 commands stopped by SIGTERM; a dozen kinds of
+hostile surroundings. docs/reliability.md holds what it printed.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ if __name__ == "__main__":
 from torture.fuzz import CHANGES, attack
 from torture.kills import Undisturbed
 from torture.stops import Stopped
+from torture.surroundings import ATTACKS, make_place
 
 
 def main() -> int:
     """Run everything and print a table; returns 1 if anything was not as promised."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    parser.add_argument("--only", choices=["files", "runs", "disks", "stops"], help="one part of it")
+    parser.add_argument(
+        "--only", choices=["files", "runs", "disks", "stops", "surroundings", *ATTACKS], help="one part of it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     part = 10 if options.quick else 1
@@ -51,6 +55,11 @@ def main() -> int:
             ends, wrong = Stopped(Path(place) / "stops").stop(40 // part, options.seed)
             print(f"{40 // part} commands stopped: {', '.join(f'{n} {end}' for end, n in ends.items())}", flush=True)
             bad += wrong
+        for name, attack_in in ATTACKS.items():
+            if options.only in (None, "surroundings", name):
+                began, wrong = time.monotonic(), attack_in(make_place(Path(place) / name))
+                print(f"{name}: {'; '.join(wrong) or 'as promised'} ({time.monotonic() - began:.0f} s)", flush=True)
+                bad += [f"{name}: {one}" for one in wrong]
     for line in bad:
         print(f"NOT AS PROMISED: {line}")
     print(f"{len(bad)} things were not as promised; {(time.monotonic() - started) / 60:.0f} minutes.")
