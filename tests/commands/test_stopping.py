@@ -1,4 +1,4 @@
-"""SIGTERM stops a command wherever it comes: within what swallows it, and in one of several processes that wait."""
+"""SIGTERM and Ctrl-C stop a command wherever they come: within what swallows them, and in one of several processes."""
 
 from __future__ import annotations
 
@@ -19,45 +19,61 @@ from support.commands import run_command
 class Dying:
     """Its finaliser is where a signal comes; what that raises, Python prints and forgets."""
 
+    def __init__(self, sent: signal.Signals) -> None:
+        self._sent = sent
+
     def __del__(self) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(self._sent)
 
 
-def swallowed_by_a_finaliser() -> None:
-    Dying()
+def swallowed_by_a_finaliser(sent: signal.Signals) -> None:
+    Dying(sent)
 
 
-def swallowed_by_a_library() -> None:
+def swallowed_by_a_library(sent: signal.Signals) -> None:
     with suppress(BaseException):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(sent)
 
 
-def made_another_error() -> None:
+def made_another_error(sent: signal.Signals) -> None:
     try:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(sent)
     except BaseException:
         raise RuntimeError("a library's own") from None
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("swallow", [swallowed_by_a_finaliser, swallowed_by_a_library, made_another_error])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
-    swallow: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    swallow: Callable[[signal.Signals], None],
+    sent: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def work(*_: object, **__: object) -> int:
-        swallow()
+        swallow(sent)
         for _step in range(1000):
             time.sleep(0.01)
         return 0
 
     monkeypatch.setattr(app, "_AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(app, "app", work)
-    before: object = signal.getsignal(signal.SIGTERM)
+    before: object = signal.getsignal(sent)
     ended = run_command(["prune", "model"], monkeypatch, capsys)
-    assert ended.code == 143
+    assert ended.code == code
     assert ended.err.endswith("under its final name. To go on, type: coprune prune model\n")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(sent) is before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_ends_soon_after_a_swallowed_signal_was_stopped(
+    sent: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(app, "app", lambda *_, **__: swallowed_by_a_library(sent))
+    assert run_command(["export", "model"], monkeypatch, capsys).code == code
 
 
 def test_tidying_up_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

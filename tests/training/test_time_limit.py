@@ -169,3 +169,15 @@ def test_the_last_lines_are_a_verdict_and_what_to_type_next(
     assert "it writes" in verdict
     assert following.startswith("next      ")
     assert "coprune " in following or "--minutes" in following
+
+
+def test_answers_that_nobody_asked_for_end_with_their_share_of_the_time(
+    home: Path, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coprune.training.time_limit._ANSWERING", 1e-6)
+    recipe = asked(home, tmp_path / "run", minutes=0.3, gate=True)
+    report = run_finetuning(recipe, heard.reporter)
+    assert report.answers is None
+    assert report.no_answers is not None
+    assert "a tenth of the time" in report.no_answers
+    assert report.steps >= 1

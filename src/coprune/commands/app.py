@@ -80,10 +80,10 @@ def main() -> None:
         with stopped_alike(stop):
             code = _run(sys.argv[1:] or ["--help"])
     except BaseException:
-        if not stop.terminated:
+        if stop.number is None:
             raise
-        code = INTERRUPTED  # whatever a library made of it
-    if code == INTERRUPTED:
+        code = INTERRUPTED
+    if code == INTERRUPTED or stop.number is not None:  # whatever a library made of it
         tell(f"coprune: {how_to_go_on(sys.argv[1:])}")
         code = stop.code
     if code:
@@ -156,20 +156,21 @@ _GOES_ON = ("prune", "finetune", "fit", "sweep", "compare")
 
 
 class Stop:
-    """The state of SIGTERM: received or not."""
+    """The signal that stopped a command: SIGTERM or Ctrl-C's SIGINT."""
 
     def __init__(self) -> None:
-        self.terminated = False
+        self.number: int | None = None
+        """None without one."""
 
     @property
     def code(self) -> int:
         """The exit code of a command that was stopped."""
-        return TERMINATED if self.terminated else INTERRUPTED
+        return INTERRUPTED if self.number is None else 128 + self.number
 
-    def _take(self, number: int, frame: object) -> None:
-        # A second one ends the process at once.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.terminated = True
+    def take(self, number: int, frame: object) -> None:
+        """Stop the command as the handler of a signal."""
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.number = number
         signal.signal(signal.SIGALRM, self._insist)
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS, _AGAIN_SECONDS)
         raise KeyboardInterrupt
@@ -186,7 +187,7 @@ class Stop:
 
 @contextmanager
 def stopped_alike(stop: Stop) -> Iterator[None]:
-    """Make SIGTERM stop the body as Ctrl-C does. stop: records the signal.
+    """Make SIGTERM and Ctrl-C stop the body, also where a library swallows what they raise. stop: records the signal.
 
     Among several processes it ends this one with a line: the launcher ends all when one is lost, and this one may be in a
     call that no signal handler interrupts.
@@ -198,13 +199,19 @@ def stopped_alike(stop: Stop) -> Iterator[None]:
         _end_when_told()
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop._take)
+    # A shell starts background jobs with Ctrl-C ignored, which stays so.
+    taken = [
+        signal.SIGTERM,
+        *([signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []),
+    ]
+    before = {number: signal.signal(number, stop.take) for number in taken}
     try:
         yield
     finally:
-        if stop.terminated:
+        if stop.number is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_when_told() -> None:

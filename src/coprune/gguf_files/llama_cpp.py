@@ -57,13 +57,40 @@ def _library() -> tuple[Any, Any]:
         if _HEARD is not None:
             _HEARD.append(ffi.string(text).decode(errors="replace"))
 
-    callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", listen)
+    callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", listen, onerror=_keep)
     _KEPT.append(callback)
     library.llama_log_set(callback, ffi.NULL)
     library.llama_backend_init()
-    return ffi, library
+    return ffi, _Calls(library)
 
 
+def _keep(kind: object, error: BaseException, traceback: object) -> None:
+    _RAISED.append(error)
+
+
+class _Calls:
+    """llama.cpp's functions; each raises at its end what a callback raised in it, such as Ctrl-C, which cannot pass through C."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            if _RAISED:
+                error = _RAISED[0]
+                _RAISED.clear()
+                raise error
+            return result
+
+        self.__dict__[name] = call  # found at once the next time
+        return call
+
+
+_RAISED: list[BaseException] = []
+"""What callbacks raised in the call that is under way."""
 _KEPT: list[Any] = []
 """Callbacks, which have to live as long as the library."""
 _HEARD: list[str] | None = None
@@ -175,7 +202,7 @@ def _watching(ffi: Any, see: Mapping[str, See]) -> Any:
         own(values)
         return True
 
-    return ffi.callback("bool(struct ggml_tensor *, bool, void *)", shown)
+    return ffi.callback("bool(struct ggml_tensor *, bool, void *)", shown, error=False, onerror=_keep)
 
 
 class LlamaCpp:

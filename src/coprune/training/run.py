@@ -116,7 +116,7 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
     resume = resume_from(session, first)
     with limit.before_and_after():
         before = _measure(session, "pruned") if first else {}
-        look = look_before(session) if first else Look(None)
+        look = look_before(session, limit) if first else Look(None)
     objective = distillation_of(session, limit)
     dense = _measure_teacher(session, objective) if first else {}
     session.data, seconds = limit.planned(session.data, settings, resume is not None, reporter)
@@ -130,7 +130,7 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
         _release(session.model, trainer)
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     if first:
-        report = _finish(session, trainer, (before, dense, look), trained)
+        report = _finish(session, trainer, (before, dense, look), trained, limit)
     else:
         report = _report(session, trainer, [], trained, None, None)
     accelerator: Any = trainer.accelerator
@@ -175,6 +175,7 @@ def _finish(
     trainer: ZeroKeepingTrainer,
     seen: tuple[dict[str, Measured], dict[str, Measured], Look],
     trained: int,
+    limit: TimeLimit,
 ) -> FinetuneReport:
     """Measure, merge, verify and save; what a run resumes from is removed last.
 
@@ -185,7 +186,7 @@ def _finish(
     if not adapts:
         round_to(session.model, session.dtype)
     after = _measure(session, "fine-tuned")
-    look.ask(session.loaded.model, session.loaded, session.reporter)
+    look.ask(session.loaded.model, session.loaded, limit.of_answers(session.reporter, settings.evaluate.answers))
     changes = [change(before[name], after[name], dense.get(name)) for name in session.evaluation]
     folder = None if adapts and not settings.train.adapters.masked else settings.trained_folder
     adapter = settings.training_folder / "adapter" if adapts else None
@@ -250,7 +251,7 @@ def _sparsity_now(session: Session) -> float:
     return sum(entry.matrix.zeros() for entry in session.masks.matrices) / max(sizes, 1)
 
 
-def look_before(session: Session) -> Look:
+def look_before(session: Session, limit: TimeLimit) -> Look:
     """Generate answers with the model before its fine-tuning, or with the dense one instead.
 
     Raises:
@@ -267,7 +268,7 @@ def look_before(session: Session) -> Look:
         look = Look(plan, reference="before")
         look.prepare(session.loaded, reporter)
         torch.nn.Module.to(session.loaded.model, device)
-        look.ask_dense(session.loaded, reporter)
+        look.ask_dense(session.loaded, limit.of_answers(reporter, asked))
         return look
     part = ModelPart(name=name, device=str(device), cache_dir=settings.model.cache_dir)
     look = Look(plan, part)

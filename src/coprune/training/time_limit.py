@@ -14,12 +14,13 @@ from torch.utils.data import Subset
 
 from coprune.base.devices import synchronize
 from coprune.base.environment import world_size
-from coprune.base.errors import BadInput
-from coprune.base.progress import Reporter
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Set, Setting, say
 from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.tasks import ImageTask, PairTask, Task, TextTask
 from coprune.model.checkpoint.load import evaluating
+from coprune.recipe.answers import AnswersPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
 from coprune.recipe.train import has_adapters, has_teacher
@@ -27,14 +28,40 @@ from coprune.training.training_data import EVALUATIONS, TrainingData, stack
 
 ENOUGH_STEPS = 20
 """Fewer steps change little."""
-_MEASURING, _WATCHING = 0.1, 0.05
-"""Shares of the limit: of one measurement of the model, and of all measurements of what is held out."""
+_MEASURING, _WATCHING, _ANSWERING = 0.1, 0.05, 0.1
+"""Shares of the limit: of one measurement of the model, of all measurements of what is held out, of one model's answers."""
 _BACKWARD = 2.0
 """Time of a backward pass over that of a forward pass."""
 _SPARE = 1.2
 """What follows the training may take as many times as long as what it repeats did."""
 _SAVING = 3.0, 5.0
 """Time of saving a model, reloading and comparing it over that of loading it: with adapters, and of all weights."""
+
+
+class TooSlow(UnsupportedModel):
+    """A model's answers, which nobody asked for, take longer than their share of the time."""
+
+
+class _Watched(Reporter):
+    """Another reporter, whose bars raise TooSlow when the time is over."""
+
+    def __init__(self, reporter: Reporter, seconds: float, cause: str) -> None:
+        super().__init__(reporter.quiet)
+        self._reporter, self._until, self._cause = reporter, time.monotonic() + seconds, cause
+
+    def say(self, line: str) -> None:
+        self._reporter.say(line)
+
+    @contextmanager
+    def bar(self, description: str, total: float) -> Iterator[Advance]:
+        with self._reporter.bar(description, total) as advance:
+
+            def watched(amount: float) -> None:
+                advance(amount)
+                if time.monotonic() > self._until:
+                    raise TooSlow(self._cause)
+
+            yield watched
 
 
 @dataclass
@@ -67,8 +94,19 @@ class TimeLimit:
         yield
         self.repeated += time.monotonic() - started
 
+    def of_answers(self, reporter: Reporter, asked: AnswersPart) -> Reporter:
+        """Return the reporter of a model's answers, which ends those that nobody asked for with their share of the time."""
+        if self.seconds is None or self.after_pruning or asked.is_asked:
+            return reporter
+        share = _ANSWERING * self.seconds
+        return _Watched(reporter, share, f"they take longer than {share:.2g} s, a tenth of the time")
+
     def try_out(self, model: torch.nn.Module, data: TrainingData, settings: Recipe, device: torch.device) -> None:
-        """Time forward passes of one batch, which determine how much is measured and how many steps fit."""
+        """Time forward passes of one batch, which determine how much is measured and how many steps fit.
+
+        Raises:
+            BadInput: not one step could fit, however little is measured.
+        """
         if self.seconds is None:
             return
         torch.nn.Module.to(model, device)
@@ -86,6 +124,12 @@ class TimeLimit:
             if settings.train.dtype == "bfloat16":
                 with torch.autocast(device.type, torch.bfloat16):
                     self.training = _seconds(forward, device)
+        resumes = any((settings.training_folder / "training").glob("checkpoint-*"))
+        if not (self.after_pruning or resumes or _has_steps(settings)):
+            measured = self.measuring * 2 * bool(settings.evaluate.perplexity)
+            teacher = self.loading * has_teacher(settings.train.mode)
+            step = self._batch(settings) * (settings.train.accumulate or 1)
+            self._require(self.elapsed + measured + teacher + self._after(settings), step)
 
     def bounded(self, settings: Recipe, task: Task, data: TrainingData, reporter: Reporter) -> Recipe:
         """Return settings that measure text or images for a share of the time, where nothing says on how much."""
@@ -125,7 +169,7 @@ class TimeLimit:
         """
         if self.seconds is None:
             return data, None
-        batch = self.training * (1 + _BACKWARD + has_teacher(settings.train.mode))
+        batch = self._batch(settings)
         after = self._after(settings)
         left = self.seconds - self.elapsed - after
         if world_size() == 1:  # else all have to decide the same
@@ -136,9 +180,13 @@ class TimeLimit:
             watched = self.measuring * len(data.held_out) / (settings.train.batch_size or data.batch_size)
             after, left = after + watched, left - watched
         step = batch * (settings.train.accumulate or data.accumulate)
-        if not resumes and settings.train.max_steps is None and settings.train.tokens is None:
+        if not resumes and not _has_steps(settings):
             self._announce(step, after, left, reporter)
         return data, max(left, 1e-3)
+
+    def _batch(self, settings: Recipe) -> float:
+        """Return the seconds of training on one batch."""
+        return self.training * (1 + _BACKWARD + has_teacher(settings.train.mode))
 
     def _after(self, settings: Recipe) -> float:
         """Return the seconds that what follows the training will take: measuring, saving, reloading, comparing."""
@@ -149,7 +197,6 @@ class TimeLimit:
         """Say how many steps fit. Raises BadInput if it is not even one."""
         assert self.seconds is not None
         steps, asked = max(0, int(left / step)), f"{self.seconds / 60:g}"
-        least = _minutes(self.elapsed + after + _SPARE * step)
         if steps >= ENOUGH_STEPS:
             reporter.say(f"About {steps} steps of {step:.2g} s fit into {asked} minutes.")
         elif steps or self.after_pruning:
@@ -162,15 +209,27 @@ class TimeLimit:
                 say((said, Set("minutes", enough), " would do, or shorter windows with ", Setting("seqlen"), "."))
             )
         else:
-            cause = (
-                f"not one step fits: all else takes about {self.elapsed + after:.0f} s here, and a step {step:.2g} s"
-            )
-            raise BadInput(
-                cause,
-                field="minutes",
-                value=asked,
-                fix=("it takes at least ", Set("minutes", least), ", or shorter windows with ", Setting("seqlen")),
-            )
+            self._require(self.elapsed + after, step)
+
+    def _require(self, others: float, step: float) -> None:
+        """Raise BadInput if a step does not fit beside all else, of so many seconds."""
+        assert self.seconds is not None
+        if others + step <= self.seconds:
+            return
+        raise BadInput(
+            f"not one step fits: all else takes about {others:.0f} s here, and a step {step:.2g} s",
+            field="minutes",
+            value=f"{self.seconds / 60:g}",
+            fix=(
+                *("it takes at least ", Set("minutes", _minutes(_SPARE * (others + step)))),
+                *(", or shorter windows with ", Setting("seqlen")),
+            ),
+        )
+
+
+def _has_steps(settings: Recipe) -> bool:
+    """Return whether the length of the training is also said in steps."""
+    return settings.train.max_steps is not None or settings.train.tokens is not None
 
 
 def _watched_briefly(data: TrainingData, seconds: float, forward: float, batch_size: int) -> TrainingData:
