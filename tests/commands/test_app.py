@@ -21,6 +21,8 @@ from coprune.pruning.methods import METHODS
 from coprune.recipe.choice import METHOD_NAMES
 from coprune.recipe.flags import flags_of
 from coprune.recipe.parts import is_common
+from coprune.recipe.presets import BARE, preset_settings, usual_preset
+from coprune.recipe.recipe import DEFAULTS, make_recipe
 from coprune.recipe.tree import DETAILS, FIELDS, FLAT
 from coprune.recipe.views import MEASURING
 from support.commands import run_command
@@ -64,6 +66,22 @@ def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) 
         assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
 
 
+def test_help_tells_the_defaults_that_a_command_takes(
+    coprune: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    said, _ = usual_preset({"model": "m"})
+    taken = make_recipe(said).flat()
+    told = " ".join(coprune("prune", "--help-all").split())
+    for word in preset_settings(BARE):
+        if word not in DETAILS:
+            value = taken[word]
+            first = value if isinstance(value, tuple) else ("on" if value is True else value,)
+            assert f"[{' '.join(map(str, first))} by preset {BARE}, else " in told, word
+    assert f"[{taken['method']} by preset {BARE}, else {DEFAULTS['method']}]" in coprune("prune", "--help")
+    assert "by preset" not in coprune("sweep", "--help")  # which takes none where none is named
+
+
 def test_the_short_help_is_one_screen_of_what_fields_call_common(coprune: Callable[..., str]) -> None:
     help_text = coprune("prune", "--help")
     short = help_text[help_text.index("\nOptions:") :]
@@ -74,6 +92,13 @@ def test_the_short_help_is_one_screen_of_what_fields_call_common(coprune: Callab
     shown = {flags_of(name)[0].partition("/")[0] for name in common}
     assert set(options) - shown == {"--quiet", "--recipe", "--preset", "--help", "--help-all"}
     assert len(short.splitlines()) <= 85  # at 80 columns
+    assert "model <str>  Hub id, local folder, GGUF file, or smollm2-135m\n" in help_text
+    assert "vocabulary=96k" in short
+    train = coprune("finetune", "--help")
+    assert {"--mode", "--teacher", "--minutes", "--tokens", "--learning-rate", "--train-only"} <= set(train.split())
+    assert "--rank" not in train
+    assert "--rank" in coprune("finetune", "--help-all")
+    assert len(train.splitlines()) <= 75
     assert coprune("estimate", "--help-all").count("--calibrate-on") == 1  # where it is not in the short one
     assert "--calibrate-on" not in coprune("estimate", "--help")
 

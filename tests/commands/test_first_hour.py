@@ -49,7 +49,7 @@ REFUSED = {
         f"coprune prune model {TEXT} --seed 3 --save-model out/pruned",
         ["--save-model", "--overwrite"],
     ),
-    "a run in its model": (f"coprune prune model {TEXT} --save-model out/model", ["--save-model", "--save."]),
+    "a run in its model": (f"coprune prune model {TEXT} --save-model out/model", ["--save-model"]),
     "a login": ("coprune push out/pruned me/pico", ["hf auth login", "HF_TOKEN"]),
     "what is dense": (
         f"coprune finetune model {TEXT.partition(' --nsamples')[0]}",

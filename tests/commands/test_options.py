@@ -105,7 +105,7 @@ def test_help_is_grouped_and_as_wide_as_the_terminal(
     text = "\n".join(lines)
     assert "--sparsity_ratio" not in text
     assert "--save-model" in text[text.index("Where it goes:") :]
-    assert "Adapters (--mode lora or lora-distill):" in coprune("finetune", "--help")
+    assert "Adapters (--mode lora or lora-distill):" in coprune("finetune", "--help-all")
 
 
 @pytest.fixture

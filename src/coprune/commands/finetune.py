@@ -11,13 +11,15 @@ from coprune.base.environment import importing, rank
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set
 from coprune.commands.closing import closing_of_training
-from coprune.commands.options import training_options, with_options
+from coprune.commands.options import TrainingCommand, help_all_option, training_options, with_options
 from coprune.commands.recipe_options import ModelOption, named_model
 from coprune.commands.terminal import end_unless_held, show
 from coprune.recipe.views import training_recipe
 
+READ_WITH = {"cls": TrainingCommand}
 
-@with_options(training_options())
+
+@with_options([*training_options(), help_all_option()])
 def finetune(
     model: Annotated[
         str | None, typer.Argument(help="The pruned model: a local folder or Hub id.", show_default=False)

@@ -28,6 +28,7 @@ from coprune.recipe.choice import Choice, read_scalar
 from coprune.recipe.flags import flags_of
 from coprune.recipe.flat import TRAIN
 from coprune.recipe.parts import is_common
+from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import DEFAULTS
 from coprune.recipe.retired import retired
 from coprune.recipe.tree import DETAILS, FIELDS, HEADS, LEAVES
@@ -38,8 +39,10 @@ _NOT_OPTIONS = ("model", "options")
 _METHODS = "coprune.pruning.methods"
 _HELP_ALL = "help_all"
 _FEW = 6
-_NAMED_TWICE = ("model_option", "use_variant")
-"""Options of the Wanda repository for what an argument and a method are called here."""
+_NAMED_TWICE = ("model_option", "use_variant", "bf16")
+"""Options of other tools for what is called otherwise here."""
+_COMMON_IN_TRAINING = ("finetune_tokens", "finetune_lr", "finetune_teacher", "finetune_only")
+"""Settings that most people need who train, beside those of a run that prunes."""
 _TITLES_OF_TRAINING = {"Calibration": "The data", "What is pruned, and how": "Fine-tuning"}
 """Titles of option groups in commands that prune nothing."""
 
@@ -52,21 +55,36 @@ class ShortCommand(GroupedCommand):
         if ctx.meta.get(_HELP_ALL):
             super().format_options(ctx, formatter)
             return
-        for title, rows in self.groups(ctx, _is_shown_short).items():
+        for title, rows in self.groups(ctx, self.is_shown_short).items():
             with formatter.section(title):
                 formatter.write_dl([(names, _in_few_words(told)) for names, told in rows])
 
+    def is_shown_short(self, name: str) -> bool:
+        """Return whether the short help shows an option, by its parameter's name; those outside a recipe are always shown."""
+        return name not in (*_NAMED_TWICE, TRAIN) and (name not in FIELDS or is_common(FIELDS[name]))
 
-def _is_shown_short(name: str) -> bool:
-    """Return whether the short help shows an option, by its parameter's name; options outside the recipe are always shown."""
-    return name not in (*_NAMED_TWICE, TRAIN) and (name not in FIELDS or is_common(FIELDS[name]))
+
+class TrainingCommand(ShortCommand):
+    """The same of a command that trains and prunes nothing, whose settings have other names."""
+
+    def is_shown_short(self, name: str) -> bool:
+        """Return whether the short help shows an option, likewise."""
+        word = TRAINING[name].word if name in TRAINING else None
+        common = word is None or word in _COMMON_IN_TRAINING or is_common(FIELDS[word])
+        return name not in _NAMED_TWICE and common
+
+
+def _apart(told: str) -> tuple[str, str | None]:
+    """Split a help text from the default in brackets at its end."""
+    found = re.fullmatch(r"(.*) \[([^\[\]]*)\]", told, re.DOTALL)
+    return (found[1], found[2]) if found else (told, None)
 
 
 def _in_few_words(told: str) -> str:
     """Return the first statement of a help text, with the default from its end."""
-    default = re.search(r" \[[^\[\]]*\]$", told)
-    said = told.removesuffix(default[0]) if default else told
-    return re.split(r"\. |; | \(", said, maxsplit=1)[0].removesuffix(".") + (default[0] if default else "")
+    said, default = _apart(told)
+    first = re.split(r"\. |; | \(", said, maxsplit=1)[0].removesuffix(".")
+    return first if default is None else f"{first} [{default}]"
 
 
 def _show_all(context: typer.Context, asked: bool | None) -> None:
@@ -84,9 +102,10 @@ def help_all_option() -> inspect.Parameter:
     return inspect.Parameter(_HELP_ALL, keyword, default=None, annotation=Annotated[bool | None, option])
 
 
-def recipe_options() -> list[inspect.Parameter]:
-    """Return one command-line option per setting of a recipe."""
-    return [_option(name, Setting(name), []) for name in FIELDS if name not in _NOT_OPTIONS]
+def recipe_options(preset: str | None = None) -> list[inspect.Parameter]:
+    """Return one command-line option per setting of a recipe. preset: what is taken where nothing says how to prune."""
+    usual = {} if preset is None else {word: (preset, value) for word, value in preset_settings(preset).items()}
+    return [_option(name, Setting(name), [], usual=usual.get(name)) for name in FIELDS if name not in _NOT_OPTIONS]
 
 
 def training_options() -> list[inspect.Parameter]:
@@ -111,7 +130,11 @@ def measuring_options() -> list[inspect.Parameter]:
 
 
 def _option(
-    name: str, setting: Setting, flags: list[str], titles: Mapping[str, str] = MappingProxyType({})
+    name: str,
+    setting: Setting,
+    flags: list[str],
+    titles: Mapping[str, str] = MappingProxyType({}),
+    usual: tuple[str, Any] | None = None,
 ) -> inspect.Parameter:
     """Return the option of a setting.
 
@@ -120,6 +143,7 @@ def _option(
         setting: of a recipe.
         flags: the option's own.
         titles: other titles of groups, by those of parts.
+        usual: the preset that is taken where nothing is said, with its value of the setting.
     """
     leaf, default = LEAVES[setting.word], DEFAULTS[setting.word]
     field, several = leaf.field, default == ()
@@ -132,17 +156,35 @@ def _option(
         more = f" … (coprune {command} --help)" if len(details) > _FEW else ""
         told = f"{told} Options behind a colon: {', '.join(most)}{more}."
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
-    # 0 equals False, but is a default to show.
-    unsaid = default is None or default is False or several or told.endswith("]")
     option = typer.Option(
         *flags or flags_of(name),
-        help=told if unsaid else f"{told} [{'on' if default is True else default}]",
+        help=_with_default(told, default, usual),
         show_default=False,
         rich_help_panel=titles.get(leaf.part.title, leaf.part.title),
         hidden=not flags and setting.word in DETAILS and not is_common(field),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _with_default(told: str, default: Any, usual: tuple[str, Any] | None) -> str:
+    """Return a help text that ends with the default; of two, that of the preset comes first."""
+    told, said = _apart(told)
+    # 0 equals False, but is a default to show.
+    if said is None and default is not None and default is not False and default != ():
+        said = _shown(default)
+    if usual is not None:
+        preset, value = usual
+        said = f"{_shown(value)} by preset {preset}, else {said or _shown(default)}"
+    return told if said is None else f"{told} [{said}]"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return (
+        (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else "none" if value is None else str(value)
     )
 
 

@@ -20,7 +20,7 @@ from coprune.evaluation.asked_texts import split_texts
 from coprune.model.checkpoint.glance import look, writes_text
 from coprune.recipe.choice import METHOD_NAMES, METHODS_OF_PACKAGES
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
-from coprune.recipe.presets import usual_preset
+from coprune.recipe.presets import BARE, usual_preset
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 from coprune.recipe.sources import split_sources
 
@@ -39,7 +39,7 @@ _OWN: dict[str, Any] = {
         str | None,
         typer.Option(
             "--preset",
-            help="How long you are willing to wait: fast, balanced or best. Where nothing says how to prune, balanced is taken.",
+            help=f"How long you are willing to wait: fast, balanced or best. [{BARE}, where nothing says how to prune]",
             rich_help_panel="What is pruned, and how",
         ),
     ],
@@ -61,7 +61,7 @@ def run_options() -> list[inspect.Parameter]:
     """Return the options of a run: the sources of its settings, and every setting."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _OWN.items()]
-    return [*own, *recipe_options(), help_all_option()]
+    return [*own, *recipe_options(BARE), help_all_option()]
 
 
 def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Reporter) -> Recipe:

@@ -133,6 +133,7 @@ class ModelPart(Part):
         str,
         Word("model"),
         _RESULT,
+        Shown.COMMON,
         Field(description="Hub id, local folder, GGUF file, or smollm2-135m.", min_length=1),
     ]
     dtype: Annotated[
@@ -228,7 +229,7 @@ class PrunePart(Part):
         Decides.RESULT,
         Shown.COMMON,
         Field(
-            description="Fraction of zeros, 0 ≤ s < 1, or 50%; an N:M pattern sets it. Without either: 0.5.",
+            description="Fraction of zeros, 0 ≤ s < 1, or 50%; an N:M pattern sets it. [0.5]",
             allow_inf_nan=True,
         ),
         BeforeValidator(_per_cent),

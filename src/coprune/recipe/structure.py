@@ -69,10 +69,10 @@ class RemovePart(Part):
         Decides.RESULT | Decides.COST,
         Shown.COMMON,
         Field(
-            description="Remove parts of the model, so that it gets smaller: size=0.25 (the share of its parameters that goes; "
-            "or what is left: size=100MB, size=1.2B), or shares of one kind: channels=0.33, heads=0.25, blocks=0.2, "
-            "experts=0.25 (or experts=keep:96, how many stay); repeatable, or with commas between. vocabulary=96k (tokens "
-            "that stay), vocabulary=0.6 (a share to go) or vocabulary=loss:1% (as few as cost so many more bits per byte)."
+            description="Remove parts of the model, so that it gets smaller: size=0.25, or a share of channels=0.33, heads=0.25, "
+            "blocks=0.2, experts=0.25, vocabulary=96k (tokens that stay); repeatable, or with commas between. size is the share "
+            "of the parameters that goes, or what is left: size=100MB, size=1.2B. Also experts=keep:96 (how many stay), "
+            "vocabulary=0.6 (a share to go) and vocabulary=loss:1% (as few as cost so many more bits per byte)."
         ),
     ] = ()
     score: Annotated[

@@ -107,7 +107,8 @@ class TrainPart(Part):
         Globs,
         _RESULT,
         Field(
-            description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. blocks: embeddings, head and other "
+            description="Train only what matches this pattern, such as '*.q_proj', or blocks or routers; repeatable. "
+            "blocks: embeddings, head and other "
             "matrices around the blocks stay as they are, unless they were pruned; routers: only what chooses among experts, "
             "after some were removed. [lora: all pruned linear layers; else all weights]"
         ),

@@ -78,6 +78,7 @@ TRAINING: dict[str, Setting] = {
     "seed": Setting("seed", "Seed of everything random."),
     "mode": Setting(
         "finetune",
+        "lora, dense, distill or lora-distill. "
         "lora: low-rank adapters, masked so that merging keeps every zero; dense: the weights themselves; distill: the weights, "
         "toward the dense model (--teacher); lora-distill: adapters, toward it. [lora]",
     ),
