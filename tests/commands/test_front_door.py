@@ -73,7 +73,7 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "pipeline" / "unet" / "config.json").write_text("{}")
     for name, content in {"empty.gguf": b"", "noise.gguf": b"noise", "whole.gguf": b"GGUF", "empty.txt": b""}.items():
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "words.txt").write_text("".join(f"{number} words, one after another\n" for number in range(400)))
+    (tmp_path / "words.txt").write_text("".join(f"{number} words, one after another\n" for number in range(1000)))
     return tmp_path
 
 
