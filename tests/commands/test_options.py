@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from coprune.commands.table import COMMANDS, command_named
-from coprune.recipe.flags import OLDER
+from coprune.recipe.flags import with_dashes
 from coprune.recipe.views import MEASURING
-from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
 # What the Python functions behind the commands take, so that nothing is computed.
@@ -25,7 +24,7 @@ SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 
 def options_of(command: str) -> dict[str, tuple[str, str]]:
-    """Every flag of a command that is no older name, with the setting that it is of, and the kind of its value."""
+    """Every flag of a command, with the setting that it is of, and the kind of its value."""
     found = {}
     for parameter in inspect.signature(command_named(command), eval_str=True).parameters.values():
         if not hasattr(parameter.annotation, "__metadata__"):
@@ -34,9 +33,8 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
         names = [option.default, *(option.param_decls or ())]
         flags = [flag for name in names if isinstance(name, str) for flag in name.split("/") if flag.startswith("-")]
         setting = MEASURING[parameter.name].word if parameter.name in MEASURING else parameter.name
-        older = OLDER.get(parameter.name, []) if len(flags) > 1 else []
         for flag in flags or [f"--{parameter.name.replace('_', '-')}"]:
-            if type(option).__name__ == "OptionInfo" and flag not in older and "_" not in flag:
+            if type(option).__name__ == "OptionInfo":
                 found[flag] = setting.removesuffix("_option"), kind_of(kind)
     return found
 
@@ -58,34 +56,20 @@ def test_a_flag_has_one_meaning_in_all_commands() -> None:
     assert {setting for setting, _ in meanings["--json"]} == {"json_file"}
 
 
-@pytest.mark.parametrize(
-    ("typed", "taken"),
-    [
-        (["bench", "m", "--prompt", "7", "--tokens", "3"], {"prompt": 7, "tokens": 3}),
-        (["bench", "m", "--prompt-tokens", "7", "--decode-tokens", "3"], {"prompt": 7, "tokens": 3}),
-        (["sweep", "--preset", "opt", "--dry-run"], {"script": "opt"}),
-        (["sweep", "--script", "opt", "--dry-run"], {"script": "opt"}),
-        (["compare", "a", "b", "--evaluations", "x"], {"evaluations": Path("x")}),
-        (["compare", "a", "b", "--evaluation-cache", "x"], {"evaluations": Path("x")}),
-    ],
-)
-def test_older_names_are_accepted(
-    typed: list[str], taken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: dict[str, Any] = {}
-
-    class Enough(Exception):
-        """What was asked for is known by now."""
-
-    def take(*_: Any, **settings: Any) -> None:
-        asked.update(settings)
-        raise Enough
-
-    monkeypatch.setattr(FUNCTIONS[typed[0]], take)
-    monkeypatch.setattr("coprune.commands.recipe_options.look", lambda name: None)
-    with pytest.raises(Enough):
-        run_command(typed, monkeypatch, capsys)
-    assert asked | taken == asked
+def test_the_flags_of_the_wanda_repositorys_main_are_taken() -> None:
+    theirs = [
+        "model",
+        "seed",
+        "nsamples",
+        "sparsity_ratio",
+        "sparsity_type",
+        "prune_method",
+        "cache_dir",
+        "use_variant",
+    ]
+    theirs += ["save", "save_model", "eval_zero_shot"]
+    assert set(with_dashes([f"--{name}" for name in theirs])) <= set(options_of("prune"))
+    assert with_dashes(["prune", "a_b", "--save_model=x_y", "-p"]) == ["prune", "a_b", "--save-model=x_y", "-p"]
 
 
 def test_help_is_grouped_and_as_wide_as_the_terminal(

@@ -13,7 +13,7 @@ from coprune.recipe.flat import flatten, layered, nest, word_for
 from coprune.recipe.parts import ReconstructPart
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.tree import FIELDS, FLAT, OLDER_PARTS, PARTS
+from coprune.recipe.tree import FIELDS, FLAT, PARTS
 from coprune.recipe.views import measuring_recipe
 
 FLAT_SETTINGS = {
@@ -51,38 +51,25 @@ NESTED_SETTINGS = {
     "evaluate": {"data": ["a.txt", "b.txt"], "tasks": {"few_shot": 2, "task_folder": "tasks"}},
     "output": {"run": "out/run", "model": "out/model"},
 }
-OLDER_SETTINGS = {
-    "model": {"name": "m", "dtype": "bfloat16"},
-    "method": {"name": "sparsegpt", "block-size": 64},
-    "pattern": {"name": "2:4"},
-    "selection": {"exclude": ["*.q_proj"]},
-    "calibration": {"samples": 32, "seqlen": 64, "propagation": "sequential"},
-    "allocation": {"name": "uniform"},
-    "refine": [{"name": "swaps"}, {"name": "refit", "rounds": 10}],
-    "reconstruction": {"steps": 3},
-    "finetune": {"mode": "lora"},
-    "evaluation": {"data": ["a.txt", "b.txt"], "few_shot": 2, "task_folder": "tasks"},
-    "output": {"run": "out/run", "model": "out/model"},
-}
 MIXED_SETTINGS = {
     "model": "m",
     "model.dtype": "bfloat16",
     "method": "sparsegpt:block_size=64",
     "pattern": "2:4",
-    "selection.exclude": "*.q_proj",
-    "calibration": {"samples": 32, "seqlen": 64},
+    "prune.exclude": "*.q_proj",
+    "calibrate": {"samples": 32, "seqlen": 64},
     "propagation": "sequential",
     "refine": ["swaps", {"name": "refit", "options": {"rounds": 10}}],
-    "reconstruction.steps": 3,
+    "prune.reconstruct.steps": 3,
     "finetune": "lora",
-    "evaluation": {"data": "a.txt,b.txt", "task_folder": "tasks"},
+    "evaluate": {"data": "a.txt,b.txt", "tasks.task_folder": "tasks"},
     "num_fewshot": 2,
     "output": {"run": "out/run"},
     "save_model": "out/model",
 }
 
 
-@pytest.mark.parametrize("settings", [NESTED_SETTINGS, OLDER_SETTINGS, MIXED_SETTINGS])
+@pytest.mark.parametrize("settings", [NESTED_SETTINGS, MIXED_SETTINGS])
 def test_all_ways_to_say_it_make_one_recipe(settings: dict[str, Any]) -> None:
     assert make_recipe(settings) == make_recipe(FLAT_SETTINGS)
     assert Recipe.model_validate(settings) == make_recipe(FLAT_SETTINGS)
@@ -97,7 +84,7 @@ def test_every_field_of_every_part_has_a_word_and_every_word_a_field() -> None:
 def test_no_option_of_a_method_is_called_like_a_setting() -> None:
     options = {name for method in METHODS.values() for name in vars(method)}
     assert options & set(FLAT) == {"score"}  # which is a method's unless something is removed
-    assert options & {*PARTS, *OLDER_PARTS} == {"selection"}  # which calls tell apart, since a part is a mapping
+    assert not options & {*PARTS}
 
 
 def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
@@ -106,7 +93,7 @@ def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
     removing = make_recipe({"model": "m", "score": "flap", "remove": "heads=0.5"})
     assert (removing.remove.score_of("units").name, removing.prune.method.options) == ("flap", {})
     with pytest.raises(BadInput, match="is of channels and heads, and none are removed"):
-        make_recipe({"model": "m", "structure": {"score": "flap"}})
+        make_recipe({"model": "m", "remove": {"score": "flap"}})
     both = make_recipe({"model": "m", "score": ["frequency", "flap:refit=true"], "remove": "heads=0.5,experts=0.5"})
     assert {kind: str(score) for kind, score in both.remove.scores.items()} == {
         "units": "flap:refit=true",
@@ -130,23 +117,23 @@ def test_the_values_come_back_by_their_words() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"nsamples": 3, "calibration": {"samples": 3}}, "nsamples is given twice, as nsamples and as calibration.sam"),
+        ({"nsamples": 3, "calibrate": {"samples": 3}}, "nsamples is given twice, as nsamples and as calibrate.sam"),
         ({"sparsity": 0.5, "sparsity_ratio": 0.5}, "sparsity is given twice, as sparsity and as sparsity_ratio"),
         ({"method": "wanda", "prune_method": "wanda"}, "method is given twice"),
         ({"method": "wanda:group=row", "options": {"group": "row"}}, "option group is given twice"),
         ({"method": {"name": "wanda", "group": "row", "options": {"group": "row"}}}, "'group' is given twice"),
         ({"sparsitty": 0.5}, "unknown recipe field 'sparsitty'; did you mean 'sparsity'?"),
         (
-            {"calibration": {"sampels": 3}},
-            "unknown recipe field 'calibration.sampels'; did you mean 'calibrate.samples'",
+            {"calibrate": {"sampels": 3}},
+            "unknown recipe field 'calibrate.sampels'; did you mean 'calibrate.samples'",
         ),
-        ({"calibration.sampels": 3}, "did you mean 'calibrate.samples'"),
+        ({"calibrate.sampels": 3}, "did you mean 'calibrate.samples'"),
         ({"calibratoin.samples": 3}, "did you mean 'calibrate.samples'"),
-        ({"calibratoin": {"samples": 3}}, "did you mean 'calibration'"),
-        ({"calibration": 32}, "calibration has settings of its own, such as calibrate.data, and cannot be 32"),
+        ({"calibrat": {"samples": 3}}, "did you mean 'calibrate'"),
+        ({"calibrate": 32}, "calibrate has settings of its own, such as calibrate.data, and cannot be 32"),
         ({"nsamples": "many"}, "^nsamples cannot be 'many'"),
-        ({"calibration": {"samples": "many"}}, "^calibration.samples cannot be 'many'"),
-        ({"calibration.samples": 0}, "^calibration.samples cannot be 0"),
+        ({"calibrate": {"samples": "many"}}, "^calibrate.samples cannot be 'many'"),
+        ({"calibrate.samples": 0}, "^calibrate.samples cannot be 0"),
         ({"refine": 3}, "^refine cannot be 3"),
         ({"refine": [{"rounds": 3}]}, "refine.0.name is missing"),
         ({"refine": ["refit:rounds"]}, "^the option 'rounds' of refit has no value; write refit:rounds=VALUE.$"),
@@ -154,7 +141,7 @@ def test_the_values_come_back_by_their_words() -> None:
         ({"method": {"name": "wanda", "options": 3}}, "options are a mapping"),
         ({"pattern": 124}, 'write pattern: "2:4"'),
         ({"method": "sparsegpt", "use_variant": True}, "a variant of wanda, not of sparsegpt"),
-        ({"pattern": {"name": "2:4", "sparsity": 0.6}}, "contradicts the pattern"),
+        ({"prune": {"pattern": "2:4", "sparsity": 0.6}}, "contradicts the pattern"),
     ],
 )
 def test_what_is_wrong_is_told_by_the_name_that_was_used(settings: dict[str, Any], message: str) -> None:
@@ -164,7 +151,7 @@ def test_what_is_wrong_is_told_by_the_name_that_was_used(settings: dict[str, Any
 
 def test_an_error_says_its_setting_and_value() -> None:
     with pytest.raises(BadInput) as caught:
-        make_recipe({"model": "m", "calibration": {"samples": "many"}})
+        make_recipe({"model": "m", "calibrate": {"samples": "many"}})
     assert (caught.value.field, caught.value.value) == ("nsamples", "many")
 
 
@@ -175,14 +162,14 @@ def test_all_that_is_wrong_is_told() -> None:
 
 def test_a_model_has_to_be_named() -> None:
     with pytest.raises(BadInput, match="model is missing"):
-        make_recipe({"calibration": {"samples": 3}})
+        make_recipe({"calibrate": {"samples": 3}})
 
 
 def test_what_comes_later_wins_and_options_add_up() -> None:
     first = {"method": {"name": "sparsegpt", "block_size": 64, "damping": 0.1}, "nsamples": 3}
-    later = layered(first, {"options": {"damping": 0.2}, "calibration": {"samples": 4}})
+    later = layered(first, {"options": {"damping": 0.2}, "calibrate": {"samples": 4}})
     assert flatten(later) == {"method": "sparsegpt", "options": {"block_size": 64, "damping": 0.2}, "nsamples": 4}
-    assert "calibration.samples" in later
+    assert "calibrate.samples" in later
     assert flatten(layered(first, {"method": "sparsegpt"}))["options"] == {"block_size": 64, "damping": 0.1}
     assert "options" not in flatten(layered(first, {"method": "wanda"}))
     assert flatten(layered({"options": {"block_size": 64}}, {"method": "sparsegpt"}))["options"] == {"block_size": 64}
@@ -192,7 +179,7 @@ def test_what_asks_for_something_may_say_how_behind_a_colon() -> None:
     short = {
         "model": "m",
         "reconstruct": "6:tokens=6144,lr=0.001",
-        "finetune": "distill:max_steps=3,scope=blocks,kl_weight=1",
+        "finetune": "distill:max_steps=3,only=blocks",
     }
     assert make_recipe(short | {"generate": "p.jsonl:ask:count=2"}) == make_recipe(
         {
@@ -211,7 +198,7 @@ def test_what_asks_for_something_may_say_how_behind_a_colon() -> None:
 
 def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
     preset = {"reconstruct": 6, "reconstruct_tokens": 6144}
-    assert layered(preset, {"reconstruction": {"steps": 3}}) == {"reconstruction.steps": 3}
+    assert layered(preset, {"prune.reconstruct": {"steps": 3}}) == {"prune.reconstruct.steps": 3}
     assert layered(preset, {"reconstruct_tokens": 100}) == {"reconstruct": 6, "reconstruct_tokens": 100}
     assert layered(preset, {"reconstruct": 3, "reconstruct_tokens": 9}) == {"reconstruct": 3, "reconstruct_tokens": 9}
     said = layered(preset | {"reconstruct_lr": 0.01}, {"reconstruct": 3})
@@ -232,7 +219,7 @@ def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:
 
 def test_nothing_said_is_nothing_nested() -> None:
     assert nest({}) == {}
-    assert nest({"calibration": None, "output": {}}) == {}
+    assert nest({"calibrate": None, "output": {}}) == {}
 
 
 def test_the_name_of_a_score_says_what_it_is_of() -> None:
@@ -249,13 +236,13 @@ def test_the_name_of_a_score_says_what_it_is_of() -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        *({"preset": "best"}, {"sparsity": 0.5}, {"structure.remove": "heads=0.5"}, {"use_variant": True}),
-        *({"refine": ()}, {"save_model": "out"}, {"output": {"model": "out"}}, {"answers.gate": True}),
-        {"evaluation": {"prompt": "Why"}},
+        *({"preset": "best"}, {"sparsity": 0.5}, {"remove.parts": "heads=0.5"}, {"use_variant": True}),
+        *({"refine": ()}, {"save_model": "out"}, {"output": {"model": "out"}}, {"evaluate.answers.gate": True}),
+        {"evaluate": {"prompt": "Why"}},
     ],
 )
 def test_a_measurement_refuses_what_it_would_ignore(setting: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"is about pruning, and a measurement prunes nothing; leave out "):
         measuring_recipe("m", {"seqlen": 64, **setting})
-    assert measuring_recipe("m", {"seqlen": 64, "calibration.batch_size": 2}).calibrate.batch_size == 2
-    assert measuring_recipe("m", {"answers": {"require": "loops<1"}}).evaluate.data is None
+    assert measuring_recipe("m", {"seqlen": 64, "calibrate.batch_size": 2}).calibrate.batch_size == 2
+    assert measuring_recipe("m", {"evaluate.answers": {"require": "loops<1"}}).evaluate.data is None

@@ -278,10 +278,6 @@ def test_a_refusal_comes_before_all_that_is_slow(
         ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
         ({"remove": "blocks=0.67", "include": "*.1.*"}, "2 of 3 blocks cannot be removed, since 2 are excluded"),
         ({"remove": "channels=0.4", "align": 97}, "have 96 channels at most, .* multiples of 97; give 32 or less"),
-        (
-            {"remove": "parameters=0.2"},
-            "a budget of parameters was retired; say what is to be left: remove='size=100M'",
-        ),
         ({"remove": "channels=0.01"}, "0.01 of 96 channels is none"),
         ({"remove": "heads=0.1,channels=0.4"}, "0.1 of 2 heads is none"),
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),

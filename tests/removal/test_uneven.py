@@ -223,10 +223,8 @@ def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monk
     ("settings", "message"),
     [
         ({"remove": "channels=0.3", "allocation": "owl"}, "uniform, error, not by owl"),
-        ({"remove": "channels=0.3", "allocation": "alpha:epsilon=0.2"}, "not by alpha"),
         ({"remove": "blocks=0.34", "allocation": "error"}, "none are removed"),
         ({"remove": "experts=0.3", "allocation": "error"}, "none are removed"),
-        ({"remove": "channels=0.3", "allocation": "search:rounds=3"}, "search was retired; take allocation='error'"),
         ({"remove": "channels=0.3", "allocation": "error:tokens=-3"}, "must not be negative"),
         ({"remove": "channels=0.3", "allocation": "error:tries=3"}, "unknown option of allocation 'error'"),
         ({"remove": "channels=0.3", "allocation": "luck"}, "not by luck"),

@@ -133,7 +133,6 @@ def test_a_page_says_when_where_and_by_what_command(
     assert made.commit == commit_of(Path(coprune.__file__).parents[2])  # none of an installed package
     assert commit_of(Path(__file__).parents[2]) != ""
     assert commit_of(tmp_path) is None
-    assert '<pre id="command">' not in run_page(report.model_copy(update={"made": None}))  # of an earlier version
 
 
 def test_one_sparsity_for_all_is_a_sentence(runs: list[Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import coprune
 from coprune.evaluation.comparison_table import Comparison
+from coprune.pruning.events import Event
 from coprune.recipe.views import training_recipe
 from coprune.report.compared import comparison_page
 from coprune.report.heat_map import place_of
@@ -18,7 +19,7 @@ from coprune.report.html import MadeFacts
 from coprune.report.links import link_back
 from coprune.report.page import picker_data, run_page, shown_matrices
 from coprune.report.plot import Axis
-from coprune.report.run_events import Told
+from coprune.report.run_events import OfMatrix
 from coprune.report.schema import Report
 from coprune.sweeps.page import write_sweep_page
 from coprune.training.page import finetune_page, write_finetune_page
@@ -199,7 +200,7 @@ def test_pages_of_large_models_are_small_too(place: Path, blocks: int, experts: 
     ]
     names = [f"model.layers.{block}" for block in range(blocks)]
     model = report.model.model_copy(update={"block_names": names})
-    events = [Told(text=f"{matrix.name}: damped") for matrix in matrices]
+    events = [OfMatrix(matrix=matrix.name, event=Event(kind="no tokens")) for matrix in matrices]
     page = run_page(report.model_copy(update={"matrices": matrices, "model": model, "events": events}))
     assert len(page.encode()) < MOST
     chosen = shown_matrices(matrices, names)

@@ -20,8 +20,7 @@ from coprune.recipe.flat import flatten
 from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.retired import GONE_PARTS
-from coprune.recipe.tree import FIELDS, FLAT, LEAVES, OLDER_PARTS, PARTS
+from coprune.recipe.tree import FIELDS, FLAT, LEAVES, PARTS
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
 from coprune.steps.call import choice_of, options_of, read_call, sort_options
 from coprune.steps.checks import prepare_solver
@@ -39,7 +38,7 @@ def sorted_for(method: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_settings_are_the_recipes_or_the_methods_own() -> None:
-    said = sorted_for("sparsegpt", {"nsamples": 3, "block_size": 64, "calibration": {"seed": 1}})
+    said = sorted_for("sparsegpt", {"nsamples": 3, "block_size": 64, "calibrate": {"seed": 1}})
     assert said == {"options": {"block_size": 64}, "nsamples": 3, "seed": 1}
 
 
@@ -53,17 +52,12 @@ def test_options_may_come_with_the_name_or_by_themselves(method: str, settings: 
     )
 
 
-def test_an_option_may_be_called_like_a_part() -> None:
-    assert sorted_for("ablate_mag_seq", {"selection": "iterative"})["options"] == {"selection": "iterative"}
-    assert recipe_of("ablate_mag_seq", selection={"exclude": "*.q_proj"}).prune.exclude == ("*.q_proj",)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"nsampels": 3}, "unknown setting 'nsampels'; did you mean 'nsamples'"),
         ({"block_sise": 3}, "did you mean 'block_size'"),
-        ({"nsamples": 3, "calibration": {"samples": 3}}, "given twice"),
+        ({"nsamples": 3, "calibrate": {"samples": 3}}, "given twice"),
         ({"preset": "fasst"}, "did you mean 'fast'"),
         ({"method": "spargpt"}, "did you mean 'sparsegpt'"),
     ],
@@ -151,7 +145,7 @@ OF_TRAININGS = {word for word, leaf in LEAVES.items() if leaf.path[0] == "train"
 
 
 def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:
-    parts = {part for part in PARTS if "." not in part} | set(OLDER_PARTS) - set(GONE_PARTS)
+    parts = {part for part in PARTS if "." not in part}
     settings = set(FLAT) | parts | set(OTHER_WORDS)
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
     others = set(typing.get_type_hints(ProcessorArguments))
@@ -169,7 +163,7 @@ def test_the_arguments_take_what_the_settings_take() -> None:
 
 
 def test_the_methods_options_have_their_types() -> None:
-    typed = typing.get_type_hints(MethodArguments) | {"selection": typing.get_type_hints(PruneArguments)["selection"]}
+    typed = typing.get_type_hints(MethodArguments)
     for method in METHODS.values():
         for name, kind in typing.get_type_hints(type(method)).items():
             if name in {field.name for field in dataclasses.fields(method)}:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 
 from coprune.base.errors import BadInput, CopruneError, VerificationError
 from coprune.base.progress import Reporter
@@ -22,7 +21,6 @@ from coprune.model.edits import Edits, dump_edits, load_edits, pruned_names, sou
 from coprune.model.matrices import find_matrices
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.report.run_events import AnyEvent
 from coprune.run.context import NOTHING, Run
 from coprune.run.result import Result
 from coprune.steps.opening import open_run
@@ -179,13 +177,3 @@ def test_a_damaged_file_beside_the_source_is_found_before_anything_is_pruned(con
     recipe = make_recipe({"model": str(tmp_path / "llama"), "method": "magnitude", "layer_error": False})
     with pytest.raises(BadInput, match=r"coprune_edits.json is damaged"):
         open_run(Run(recipe, NOTHING, Reporter(quiet=True)))
-
-
-def test_removals_and_events_of_earlier_versions_are_read_as_they_were_said() -> None:
-    configure = {"kind": "configure", "changes": {}, "removed": "blocks 3 → 2"}
-    (edit,) = load_edits([configure])
-    removal = edit.removal()
-    assert removal is not None
-    assert removal.line() == "blocks 3 → 2"
-    (event,) = TypeAdapter(list[AnyEvent]).validate_python(["model.layers.0: damped"])
-    assert event.line() == "model.layers.0: damped"

@@ -170,7 +170,7 @@ def test_flat_and_nested_recipes_have_one_identity() -> None:
             "method": {"name": "sparsegpt", "block_size": 64},
             "refine": [{"name": "refit", "rounds": 3}],
             "allocation": {"name": "owl", "spread": 0.1},
-            "calibration": {"samples": 4},
+            "calibrate": {"samples": 4},
             "output": {"run": "b"},
         }
     )

@@ -70,12 +70,6 @@ def test_a_model_that_was_handed_over_is_trained_block_by_block(model: Path) -> 
     assert recipe_that_fits(settings, in_memory=True).train.mode is None
 
 
-def test_older_names_train_the_whole_model() -> None:
-    for older, name in {"tuned": "balanced", "max": "best"}.items():
-        whole = {"preset": name, "train": "whole", "model": "m", **TARGET}
-        assert make_recipe({"preset": older, "model": "m", **TARGET}) == make_recipe(whole)
-
-
 def test_where_to_train_is_refused_without_a_preset(model: Path) -> None:
     with pytest.raises(BadInput, match="no preset is named"):
         make_recipe({"model": "m", "train": "whole", "method": "wanda"})

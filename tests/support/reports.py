@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts
-from coprune.report.run_events import Told
+from coprune.pruning.events import Event
+from coprune.report.run_events import OfMatrix
 from coprune.report.schema import Report
 
 
@@ -23,4 +24,5 @@ def with_tasks(report: Report) -> Report:
     )
     mean = Estimate(value=0.5, stderr=0.03)
     facts = ZeroShotFacts(tasks=tasks, mean_dense=mean, mean_pruned=mean, mean_delta=mean, harness="0")
-    return report.model_copy(update={"zero_shot": facts, "events": [Told(text="<b>event</b>")]})
+    event = OfMatrix(matrix="m", event=Event(kind="other", note="<b>event</b>"))
+    return report.model_copy(update={"zero_shot": facts, "events": [event]})

@@ -120,21 +120,21 @@ FLAT_SWEEP = {
 }
 NESTED_SWEEPS: dict[str, dict[str, Any]] = {
     "parts": {
-        "calibration": {"data": "embedded", "samples": [32, 128], "seqlen": [64, 128]},
+        "calibrate": {"data": "embedded", "samples": [32, 128], "seqlen": [64, 128]},
         "method": ["wanda", "magnitude"],
         "sweep": {
-            "zip": ["calibration.samples", "calibration.seqlen"],
-            "exclude": [{"calibration": {"samples": 128}, "method": {"name": "magnitude"}}],
+            "zip": ["calibrate.samples", "calibrate.seqlen"],
+            "exclude": [{"calibrate": {"samples": 128}, "method": {"name": "magnitude"}}],
         },
     },
     "places": {
         "dataset": "embedded",
-        "calibration.samples": [32, 128],
+        "calibrate.samples": [32, 128],
         "prune_method": ["wanda", "magnitude"],
-        "calibration": {"seqlen": [64, 128]},
+        "calibrate": {"seqlen": [64, 128]},
         "sweep": {
-            "zip": ["nsamples", "calibration.seqlen"],
-            "exclude": [{"calibration.samples": 128, "prune_method": "magnitude"}],
+            "zip": ["nsamples", "calibrate.seqlen"],
+            "exclude": [{"calibrate.samples": 128, "prune_method": "magnitude"}],
         },
     },
 }
@@ -240,7 +240,7 @@ def test_the_folder_may_be_in_ones_home(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_folders_are_named_by_words_or_places() -> None:
-    flat, placed = ({"folders": name} for name in ("{nsamples}/{method}", "{calibration.samples}/{method.name}"))
+    flat, placed = ({"folders": name} for name in ("{nsamples}/{method}", "{calibrate.samples}/{prune.method.name}"))
     data = {"nsamples": [32, 128], "method": ["wanda", "magnitude"]}
     assert names(**data, sweep=flat) == names(**data, sweep=placed)
 
@@ -250,9 +250,9 @@ def test_folders_are_named_by_words_or_places() -> None:
     [
         ({"metod": ["wanda"]}, "did you mean 'method'"),
         ({"method": []}, "empty list"),
-        ({"calibration": {"sampels": [1, 2]}}, "did you mean 'calibrate.samples'"),
-        ({"calibration": {"samples": [1, 2]}, "nsamples": [1, 2]}, "nsamples is given twice"),
-        ({"calibration": {"samples": []}}, "empty list"),
+        ({"calibrate": {"sampels": [1, 2]}}, "did you mean 'calibrate.samples'"),
+        ({"calibrate": {"samples": [1, 2]}, "nsamples": [1, 2]}, "nsamples is given twice"),
+        ({"calibrate": {"samples": []}}, "empty list"),
         ({"method": ["wanda:group=row", "wanda"], "options": {"group": "row"}}, "options are given twice"),
         ({"output": {"log_json": "x.jsonl"}}, "for one run"),
         ({"use_variant": True}, "name the method wanda_variant"),
@@ -299,7 +299,7 @@ def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
 
 def test_choices_and_parts_of_a_recipe_are_taken() -> None:
     owl, added = Choice.of("owl:spread=0.1"), ReconstructPart(steps=4)
-    told = {"allocation": [owl, Choice.of("uniform")], "reconstruction": added}
+    told = {"allocation": [owl, Choice.of("uniform")], "prune.reconstruct": added}
     plain = {"allocation": ["owl:spread=0.1", "uniform"], "reconstruct": 4}
     sweep = Sweep.make({**told, "model": "pico", "output": OutputPart(run=Path("out/x"))})
     assert expand(Sweep.make(yaml.safe_load(sweep.to_yaml()))) == expand(sweep) == runs_of(**plain)
@@ -347,12 +347,12 @@ def test_a_dry_run_lists_commands_and_touches_nothing(
     ("words", "message"),
     [
         ([], "neither a file nor a script is named"),
-        (["some.yaml", "--preset", "llama-7b"], "a file (some.yaml) and a script (llama-7b) are named"),
-        (["some.yaml", "--preset", "tuned"], "for a preset of its runs, write 'preset: tuned' into it"),
+        (["some.yaml", "--script", "llama-7b"], "a file (some.yaml) and a script (llama-7b) are named"),
+        (["some.yaml", "--script", "best"], "for a preset of its runs, write 'preset: best' into it"),
         (["--script", "llama-7bb", "--dry-run"], "did you mean 'llama-7b'"),
         (["missing.yaml", "--dry-run"], "cannot be read"),
-        (["--preset", "llama-7b", "--dry-run", "--method", "wnda"], "the run unstructured/wnda: unknown method"),
-        (["--preset", "llama-7b", "--dry-run", "--block-size=64"], "No such option"),
+        (["--script", "llama-7b", "--dry-run", "--method", "wnda"], "the run unstructured/wnda: unknown method"),
+        (["--script", "llama-7b", "--dry-run", "--block-size=64"], "No such option"),
     ],
 )
 def test_a_command_that_cannot_be_is_refused(

@@ -15,9 +15,9 @@ def test_presets_are_listed_like_methods() -> None:
         target = {"pattern": run.recipe.prune.pattern}
         alone = make_recipe(PLAIN | target | preset_settings(preset, target) | {"seed": 3})
         assert run.recipe.gives_as(alone)
-    assert names(preset=["balanced", "tuned"], sweep={"folders": "{preset}-{method}"}) == [
+    assert names(preset=["balanced", "best"], sweep={"folders": "{preset}-{method}"}) == [
         "balanced-sparsegpt",
-        "tuned-sparsegpt",
+        "best-alps",
     ]
     less = {"exclude": [{"preset": "best", "seed": 1}]}
     assert names(preset=["fast", "best"], seed=[0, 1], sweep=less) == ["fast/seed-0", "fast/seed-1", "best/seed-0"]

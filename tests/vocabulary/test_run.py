@@ -255,7 +255,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few": ({"remove": "vocabulary=64"}, "fewer than required"),
     "too many": ({"remove": "vocabulary=2048"}, "has only"),
     "no size": ({"remove": "vocabulary=some"}, "not a size of a vocabulary"),
-    "retired score": ({"remove": "vocabulary=640", "score": "bits"}, "was retired; leave it out"),
     "no loss": ({"remove": "vocabulary=loss:200%"}, "not a size of a vocabulary"),
     "twice": ({"remove": "vocabulary=640,vocabulary=0.5"}, "given twice"),
     "unknown language": ({"remove": "vocabulary=640", "vocabulary_text": "xx"}, "unknown language 'xx'"),

@@ -25,8 +25,7 @@ from coprune.base.words import ended, speaking
 from coprune.commands.grouped import WIDEST
 from coprune.commands.table import Commands, option_of_another
 from coprune.commands.terminal import tell
-from coprune.recipe.flags import CommandLine
-from coprune.recipe.retired import retired
+from coprune.recipe.flags import CommandLine, with_dashes
 
 app = typer.Typer(
     name="coprune",
@@ -78,7 +77,7 @@ def main() -> None:
     stop = Stop()
     try:
         with stopped_alike(stop):
-            code = _run(sys.argv[1:] or ["--help"])
+            code = _run(with_dashes(sys.argv[1:]) or ["--help"])
     except BaseException:
         if stop.number is None:
             raise
@@ -104,13 +103,7 @@ def _run(arguments: list[str]) -> int:
     except CopruneError as error:
         _fail(error.text(face))
     except _UsageError as error:
-        option = getattr(error, "option_name", "")
-        in_training = error.ctx is not None and error.ctx.info_name == "finetune"
-        from coprune.recipe.views import retired_in_training  # imports every setting, which help does without
-
-        if (gone := retired_in_training(option) if in_training else retired(option)) is not None:
-            _fail(gone.text(face))
-        if (other := option_of_another(option, arguments[0])) is not None:
+        if (other := option_of_another(getattr(error, "option_name", ""), arguments[0])) is not None:
             _fail(other.text(face))
         # Reported in the style of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")

@@ -19,12 +19,8 @@ def bench(
             metavar="MODEL",
         ),
     ],
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "--prompt", help="Tokens of the prompt.", min=1)
-    ] = 128,
-    decode_tokens: Annotated[
-        int, typer.Option("--decode-tokens", "--tokens", help="Tokens to decode after it.", min=1)
-    ] = 24,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.", min=1)] = 128,
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Tokens to decode after it.", min=1)] = 24,
     repeats: Annotated[int, typer.Option(help="Measurements of the prompt.", min=1)] = 5,
     dtype: Annotated[
         str, typer.Option(help="Of the weights in transformers: auto, float32, bfloat16 or float16.")

@@ -24,7 +24,6 @@ def compare(
         Path | None,
         typer.Option(
             "--evaluation-cache",
-            "--evaluations",
             help="Where evaluations are kept, to be used again. [~/.cache/coprune/store]",
         ),
     ] = None,

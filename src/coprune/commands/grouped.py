@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from coprune.recipe.flags import OLDER
+from coprune.recipe.flags import ALIASES
 
 WIDEST = 160
 """Columns; a wider terminal makes lines that are hard to read."""
@@ -59,9 +59,9 @@ class GroupedCommand(TyperCommand):
 
 @contextmanager
 def _by_todays_names(param: Any) -> Iterator[None]:
-    """Hide older spellings of an option in the body."""
+    """Hide the aliases of an option in the body."""
     before = param.opts
-    param.opts = [name for name in before if "_" not in name and name not in OLDER.get(param.name, ())] or before
+    param.opts = [name for name in before if name.removeprefix("--").replace("-", "_") not in ALIASES]
     try:
         yield
     finally:

@@ -30,7 +30,6 @@ from coprune.recipe.flat import TRAIN
 from coprune.recipe.parts import is_common
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import DEFAULTS
-from coprune.recipe.retired import retired
 from coprune.recipe.tree import DETAILS, FIELDS, HEADS, LEAVES
 from coprune.recipe.views import INSPECTING, MEASURING, TRAINING, Setting
 
@@ -209,7 +208,7 @@ def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Comman
 def method_options(arguments: list[str], command: str) -> dict[str, Any]:
     """Read `--block-size 64` or `--block-size=64` as an option of the method. command: whose arguments they are.
 
-    Raises BadInput for an option that is no method's, with the nearest of all options, and for one that was retired.
+    Raises BadInput for an option that is no method's, with the nearest of all options.
     """
     if not arguments:
         return {}
@@ -222,8 +221,6 @@ def method_options(arguments: list[str], command: str) -> dict[str, Any]:
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
         if not _is_methods_option(name):
-            if (gone := retired(written)) is not None:
-                raise gone
             if (other := option_of_another(written, command)) is not None:
                 raise other
             flags = [option for parameter in recipe_options() for option in _flags(parameter)]

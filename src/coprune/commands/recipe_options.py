@@ -52,7 +52,7 @@ _OWN: dict[str, Any] = {
         ),
     ],
     "use_variant": Annotated[
-        bool | None, typer.Option("--use-variant", "--use_variant", help="Wanda's variant with an adaptive threshold.")
+        bool | None, typer.Option("--use-variant", help="Wanda's variant with an adaptive threshold.")
     ],
 }
 

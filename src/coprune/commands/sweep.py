@@ -40,7 +40,6 @@ def sweep(
         str | None,
         typer.Option(
             "--script",
-            "--preset",
             help="llama-7b, …, opt, ablate-weight-update: the original batch scripts.",
         ),
     ] = None,

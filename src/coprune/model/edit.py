@@ -79,17 +79,6 @@ class FillZeros(Edit):
         return self.masks
 
 
-class AddLowRank(Edit):
-    """Matrices of low rank were added to pruned ones, as an adapter beside them: an edit of earlier versions."""
-
-    ranks: dict[str, int]
-    """Rank by the name of the matrix."""
-
-    def place(self, name: str) -> str | None:
-        layer, _, factor = name.rpartition(".lora_")
-        return None if factor and layer in self.ranks else name
-
-
 class KeepSlices(Edit):
     """Channels or heads of a block were removed: its tensors are smaller. In memory they are zeros until it is saved."""
 

@@ -17,7 +17,6 @@ from coprune.base.files import write_text
 from coprune.base.validation import reason
 from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import (
-    AddLowRank,
     Configure,
     CutVocabulary,
     DropBlock,
@@ -33,7 +32,6 @@ from coprune.model.removed import AnyRemoval
 _LONGEST_PATH = 4096
 EDITS: dict[str, type[Edit]] = {
     "fill_zeros": FillZeros,
-    "add_low_rank": AddLowRank,
     "keep_slices": KeepSlices,
     "keep_experts": KeepExperts,
     "keep_carried": KeepCarried,

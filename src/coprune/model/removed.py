@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import per_cent
 
@@ -120,7 +120,7 @@ class Tokens(Removal):
 
 
 class Told(Removal):
-    """A removal in words: of an edit without numbers, or as earlier versions kept it."""
+    """A removal in words, of an edit without numbers."""
 
     text: str
 
@@ -128,8 +128,4 @@ class Told(Removal):
         return self.text
 
 
-def _told(value: Any) -> Any:
-    return {"text": value} if isinstance(value, str) else value
-
-
-AnyRemoval = Annotated[SmallerModel | SilentUnits | CarriedExperts | Tokens | Told, BeforeValidator(_told)]
+AnyRemoval = SmallerModel | SilentUnits | CarriedExperts | Tokens | Told

@@ -3,61 +3,41 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coprune.base.words import Face, Set
 
-# The Wanda repository's names of options, and short forms. Every other option is named like its setting.
-_FLAGS: dict[str, list[str]] = {
-    "method": ["--method", "--prune_method", "--prune-method", "-m"],
-    "sparsity": ["--sparsity", "--sparsity_ratio", "--sparsity-ratio", "-s"],
-    "pattern": ["--pattern", "--sparsity_type", "--sparsity-type", "-p"],
-    "cache_dir": ["--cache-dir", "--cache_dir"],
-    "save_model": ["--save-model", "--save_model"],
-    "eval_zero_shot": ["--eval-zero-shot", "--eval_zero_shot"],
-    "num_fewshot": ["--num-fewshot", "--num_fewshot"],
-    "include_path": ["--include-path", "--include_path"],
-    "apply_chat_template": ["--apply-chat-template", "--apply_chat_template"],
-    "gen_kwargs": ["--gen-kwargs", "--gen_kwargs"],
-    "log_samples": ["--log-samples", "--log_samples"],
-    "evaluate": ["--eval/--no-eval"],
-    "evaluate_dense": ["--eval-dense/--no-eval-dense"],
-    "layer_error": ["--layer-error/--no-layer-error"],
-    "gate": ["--gate/--no-gate"],
-    "stream": ["--stream/--no-stream"],
-    "check_memory": ["--check-memory/--no-check-memory"],
-    "masked": ["--masked/--no-masked"],
-    "finetune_masked": ["--finetune-masked/--no-finetune-masked"],
-    "permute": ["--permute/--no-permute"],
-    "rotate": ["--rotate/--no-rotate"],
+ALIASES = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}
+"""Settings by their names in the Wanda repository's main.py; its other flags are called as here, with underscores."""
+_SHORT = {"method": "-m", "sparsity": "-s", "pattern": "-p"}
+_SWITCHES = {"evaluate": "eval", "evaluate_dense": "eval-dense"} | {
+    name: name.replace("_", "-")
+    for name in ("layer_error", "gate", "stream", "check_memory", "masked", "finetune_masked", "permute", "rotate")
 }
-
-# Those of a training, where a name has another meaning in a run that prunes.
-_FLAGS_OF_TRAINING: dict[str, list[str]] = {
-    "seqlen": ["--seqlen", "--block-size", "--block_size"],
-    "train": ["--train-only", "--train"],
-}
-
-# Old names by option, accepted but hidden, since they had another meaning in other commands.
-OLDER: dict[str, list[str]] = {
-    "method": ["--prune-method"],
-    "sparsity": ["--sparsity-ratio"],
-    "pattern": ["--sparsity-type"],
-    "seqlen": ["--block-size"],
-    "prompt_tokens": ["--prompt"],
-    "decode_tokens": ["--tokens"],
-    "script": ["--preset"],
-    "cache": ["--evaluations"],
-    "train": ["--train"],
-}
-"""An option that has no other name keeps these."""
+"""Flags that have an opposite, without their dashes."""
 
 
 def flags_of(setting: str, in_training: bool = False) -> list[str]:
     """Return the flags of a setting's option, its own first. in_training: whether they are of `coprune finetune`."""
-    known = _FLAGS | _FLAGS_OF_TRAINING if in_training else _FLAGS
-    return known.get(setting, [f"--{setting.replace('_', '-')}"])
+    if setting in _SWITCHES:
+        return [f"--{_SWITCHES[setting]}/--no-{_SWITCHES[setting]}"]
+    if in_training and setting == "train":  # which has another meaning in a run that prunes
+        return ["--train-only"]
+    others = [name for name, means in ALIASES.items() if means == setting]
+    return [f"--{name.replace('_', '-')}" for name in (setting, *others)] + (
+        [_SHORT[setting]] if setting in _SHORT else []
+    )
+
+
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which a flag's underscores are dashes: `--save_model` as `--save-model`."""
+    found = []
+    for word in arguments:
+        flag, sign, value = word.partition("=")
+        found.append(f"{flag.replace('_', '-')}{sign}{value}" if word.startswith("--") else word)
+    return found
 
 
 CALLED = {"evaluate": "eval"}

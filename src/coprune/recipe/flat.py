@@ -11,12 +11,10 @@ from pydantic import BaseModel
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Set
 from coprune.recipe.choice import Choice, read_named, split_choice
-from coprune.recipe.retired import GONE_PARTS, moved_to, passed_over, retired
-from coprune.recipe.tree import FLAT, HEADS, LEAVES, OLDER_PARTS, PARTS, WORDS, todays_place
+from coprune.recipe.flags import ALIASES
+from coprune.recipe.tree import FLAT, HEADS, LEAVES, PARTS, WORDS
 
-# The Wanda repository's words that are not coprune's own.
-_OTHER_WORDS = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}
-_VARIANT = "use_variant"
+_VARIANT = "use_variant"  # the Wanda repository's flag
 PRESET = "preset"  # stands for settings in what is said; no recipe keeps it
 TRAIN = "train"  # says which of a preset's settings; no recipe keeps it either
 _METHOD = "method"  # whatever else is said of it is an option of its own
@@ -27,23 +25,19 @@ _SCORE = "score"  # which some methods have as an option: it is theirs where not
 
 
 def is_setting(name: str) -> bool:
-    """Return whether a name is that of a setting, a retired one, or a part of a recipe."""
-    known = {*FLAT, *_OTHER_WORDS, *PARTS, *OLDER_PARTS, _VARIANT, PRESET, TRAIN, *GONE_PARTS}
-    return name in known or "." in name or retired(name) is not None
+    """Return whether a name is that of a setting, or of a part of a recipe."""
+    return name in {*FLAT, *ALIASES, *PARTS, _VARIANT, PRESET, TRAIN} or "." in name
 
 
 def word_for(name: str) -> str:
     """Return the flat name of a setting by any of its names or its path. Raises BadInput for an unknown one."""
-    word = _OTHER_WORDS.get(name, name)
+    word = ALIASES.get(name, name)
     if word in FLAT or word in (_VARIANT, PRESET, TRAIN):
         return word
-    place = todays_place(name)
-    if place in WORDS:
-        return WORDS[place]
-    if (gone := retired(name)) is not None:
-        raise gone
-    inside = [known for known in WORDS if known.startswith(f"{place.rpartition('.')[0]}.")]
-    known = [*FLAT, *PARTS, *OLDER_PARTS, PRESET, TRAIN, *_OTHER_WORDS, *(WORDS if "." in name else ())]
+    if name in WORDS:
+        return WORDS[name]
+    inside = [known for known in WORDS if known.startswith(f"{name.rpartition('.')[0]}.")]
+    known = [*FLAT, *PARTS, PRESET, TRAIN, *ALIASES, *(WORDS if "." in name else ())]
     raise unknown_name("recipe field", name, inside if "." in name and inside else known, field=name)
 
 
@@ -108,13 +102,8 @@ def names_said(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Return every setting: its flat name, the name under which it was given, and its value."""
-    found, moved = dict[str, tuple[str, Any]](), dict[str, tuple[str, Any]]()
+    found = dict[str, tuple[str, Any]]()
     for name, value in ((inner, value) for key, said in settings.items() for inner, value in _within(str(key), said)):
-        if (place := moved_to(name, value)) is not None:
-            moved[word_for(place)] = name, value
-            continue
-        if passed_over(name, value):
-            continue
         word = word_for(name)
         if word not in found:
             found[word] = name, value
@@ -127,57 +116,46 @@ def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         if twice := sorted(set(before) & set(value)):
             raise BadInput(f"the method's option {twice[0]} is given twice", field="options", fix="leave one out")
         found[word] = "options", {**before, **value}
-    for word, (name, value) in moved.items():
-        if word in found and found[word][1] not in (None, [], (), value) and (gone := retired(name)) is not None:
-            raise gone
-        found[word] = name, value
     return ((word, name, value) for word, (name, value) in found.items())
 
 
 def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the settings of one entry of a mapping: one, or all of a part."""
-    place, said = todays_place(key), value.__dict__ if isinstance(value, BaseModel) else value
-    if (key in (_METHOD, "prune_method") or place in (_OF_METHOD, f"{_OF_METHOD}.name")) and isinstance(
+    said = value.__dict__ if isinstance(value, BaseModel) else value
+    if ALIASES.get(key, key) in (_METHOD, _OF_METHOD, f"{_OF_METHOD}.name") and isinstance(
         value, str | Mapping | Choice
     ):
         yield from _within_method(key, value)
-    elif place.startswith(f"{_OF_METHOD}.") and place not in WORDS:
-        yield f"{_METHOD}.options", {place.removeprefix(f"{_OF_METHOD}.").replace("-", "_"): value}
-    elif key in GONE_PARTS:
-        inside = value if isinstance(value, Mapping) else {GONE_PARTS[key]: value}
-        yield from ((f"{key}.{field}", inner) for field, inner in inside.items())
-    elif isinstance(value, str) and (told := _with_options(key, place, value)) is not None:
+    elif key.startswith(f"{_OF_METHOD}.") and key not in WORDS:
+        yield f"{_OF_METHOD}.options", {key.removeprefix(f"{_OF_METHOD}.").replace("-", "_"): value}
+    elif isinstance(value, str) and (told := _with_options(key, value)) is not None:
         yield from told.items()
-    elif place in PARTS and isinstance(said, Mapping):
+    elif key in PARTS and isinstance(said, Mapping):
         for field in value.model_fields_set if isinstance(value, BaseModel) else said:
             yield from _within(f"{key}.{field}", said[field])
-    elif place not in PARTS or key in (*FLAT, TRAIN):
+    elif key not in PARTS or key in (*FLAT, TRAIN):
         yield key, value
-    elif value is not None and (head := PARTS[place].head) is not None:
+    elif value is not None and (head := PARTS[key].head) is not None:
         yield f"{key}.{head}", value
     elif value is not None:
-        example = next(known for known in WORDS if known.startswith(f"{place}."))
+        example = next(known for known in WORDS if known.startswith(f"{key}."))
         raise BadInput(
             f"{key} has settings of its own, such as {example}, and cannot be {value!r}", field=key, value=value
         )
 
 
-def _with_options(key: str, place: str, value: str) -> dict[str, Any] | None:
+def _with_options(key: str, value: str) -> dict[str, Any] | None:
     """Return the settings in a text with options after a colon, or None without any."""
-    word = key if key in FLAT else WORDS.get(place)
+    word = key if key in FLAT else WORDS.get(key)
     found = _TEXT_WITH_OPTIONS.fullmatch(value)
     if word not in HEADS or found is None:
         return None
     own, said = HEADS[word], read_named(f"{word}:{found['options']}")[1]
     told = {word: found["value"]}
     for name, option in said.items():
-        former = f"{word}_{name}"
-        if moved_to(former, option) is not None:
-            told[former] = option
-        elif not passed_over(former, option):
-            if name not in own:
-                raise unknown_name(f"option of {word}", name, own, field=word)
-            told[own[name]] = option
+        if name not in own:
+            raise unknown_name(f"option of {word}", name, own, field=word)
+        told[own[name]] = option
     return told
 
 
@@ -195,6 +173,6 @@ def _within_method(key: str, value: str | Mapping[str, Any] | Choice) -> Iterato
         choice = Choice.of(value)
         split = {"name": choice.name, "options": choice.options}
     if "name" in split:
-        yield key if isinstance(value, str) else "method.name", split["name"]
+        yield key if isinstance(value, str) else f"{_OF_METHOD}.name", split["name"]
     if split["options"]:
-        yield "method.options", split["options"]
+        yield f"{_OF_METHOD}.options", split["options"]

@@ -57,8 +57,6 @@ WHOLE: dict[str, dict[str, Any]] = {
     "best": {**_TRAINED, "finetune_tokens": 122_880, "finetune_lr": 1.2e-3},
 }
 """Settings of the training presets where the whole model is trained."""
-OLDER = {"tuned": "balanced", "max": "best"}
-"""Names that presets which train the whole model had."""
 BARE = "balanced"
 """Preset of a run without settings of pruning."""
 _WAYS = ("whole", "blocks")
@@ -99,14 +97,12 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None, train: str
             channels are permuted for N:M alone, zeros spread unevenly where a pattern leaves that open and no parts are removed,
             none of these three in a model that is streamed, and adapters are trained at a rate of their own.
 
-        train: `whole` trains the whole model, `blocks` (the default, but for older names) one block after another.
+        train: `whole` trains the whole model, `blocks` (the default) one block after another.
 
     Returns:
         Settings by their flat names. Raises BadInput for an unknown name.
     """
-    if train is None:
-        train = "whole" if name in OLDER else "blocks"
-    name = OLDER.get(name, name)
+    train = train or "blocks"
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS, field=PRESET)
     if train not in _WAYS:

@@ -158,9 +158,7 @@ def _of_allocation(recipe: Tree) -> BadInput | None:
     if asked == "uniform" or (units and asked in SPREADING) or zeros:
         return None
     fix = ("take ", Set("allocation", "uniform"))
-    if units and asked == "search":
-        cause, fix = "allocation search was retired", ("take ", Set("allocation", "error"))
-    elif units:
+    if units:
         cause = f"channels and heads are allocated by {', '.join(SPREADING)}, not by {recipe.prune.allocation}"
     else:
         cause = f"allocation {recipe.prune.allocation} is for channels or heads, and none are removed"
@@ -438,7 +436,7 @@ def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = 
     """Build a recipe, turning what is wrong with it into one clear BadInput.
 
     Args:
-        settings: parts (`calibration: {samples: 32}`), places (`calibration.samples`), or flat names (`nsamples`); a `preset`
+        settings: parts (`calibrate: {samples: 32}`), places (`calibrate.samples`), or flat names (`nsamples`); a `preset`
             stands for its settings, and what is said beside it wins.
         called: what errors call settings, by their flat names, where that is not as they were said.
 

@@ -266,8 +266,6 @@ def cannot_score(asked: RemovePart) -> BadInput | None:
 
 def _scored(name: str) -> Scored:
     kind = next((kind for kind, names in SCORES.items() if name in names), None)
-    if name == "bits":
-        raise BadInput("the score bits was retired", field="score", value=name, fix="leave it out: tokens are counted")
     if kind is None:
         raise unknown_name("score", name, [one for names in SCORES.values() for one in names], field="score")
     return kind
@@ -287,9 +285,6 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
         if name in (VOCABULARY, SIZE):
             continue
         kind: Removable | None = next((known for known in get_args(Removable) if known == name), None)
-        if name == "parameters":
-            fix = ("say what is to be left: ", Set("remove", "size=100M"))
-            raise BadInput("a budget of parameters was retired", field="remove", value=f"{name}={value}", fix=fix)
         if kind is None:
             raise unknown_name("part to remove", name, [*get_args(Removable), VOCABULARY, SIZE], field="remove")
         found[kind] = _share_or_left(kind, value)

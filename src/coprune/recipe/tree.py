@@ -94,36 +94,3 @@ HEADS: dict[str, dict[str, str]] = {
 }
 """Settings that ask for something, and for each those that say how: flat names by the names that they have behind its colon."""
 DETAILS = {word for own in HEADS.values() for word in own.values()}
-
-# Parts and fields as recipes of earlier versions call them.
-_OLDER = {
-    **{
-        f"evaluation.{name}": f"evaluate.tasks.{name}"
-        for name in ("few_shot", "task_folder", "limit", "chat_template", "gen_kwargs", "log_samples")
-    },
-    "pattern.name": "prune.pattern",
-    "structure.remove": "remove.parts",
-    "pattern": "prune",
-    "selection": "prune",
-    "method": "prune.method",
-    "allocation": "prune.allocation",
-    "refine": "prune.refine",
-    "low_rank": "prune.low_rank",
-    "reconstruction": "prune.reconstruct",
-    "structure": "remove",
-    "calibration": "calibrate",
-    "finetune.distill": "train",
-    "train.distill": "train",
-    "finetune": "train",
-    "evaluation": "evaluate",
-    "answers": "evaluate.answers",
-}
-OLDER_PARTS = tuple(name for name in _OLDER if "." not in name)
-
-
-def todays_place(name: str) -> str:
-    """Return the place of a setting or part in the tree, by its place today or in an earlier version."""
-    for older, place in _OLDER.items():
-        if name == older or name.startswith(f"{older}."):
-            return place + name.removeprefix(older)
-    return name

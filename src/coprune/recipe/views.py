@@ -13,7 +13,6 @@ from coprune.base.words import Setting as Named
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.flat import flatten, names_said
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.retired import RETIRED, retired
 from coprune.recipe.train import has_teacher
 from coprune.recipe.tree import LEAVES
 
@@ -99,17 +98,7 @@ TRAINING: dict[str, Setting] = {
     **_alike("overwrite"),
 }
 """Settings of a training by name, likewise: those of its own part go without that part's prefix."""
-_GONE = {word.removeprefix("finetune_"): word for word in RETIRED}
-_CALLED_IN_TRAINING = {setting.word: name for name, setting in TRAINING.items()} | {
-    w: name for name, w in _GONE.items()
-}
-
-
-def retired_in_training(flag: str) -> BadInput | None:
-    """Return the error for an option of `coprune finetune` that is gone; None for any other."""
-    name = flag.removeprefix("--").removeprefix("distill-").replace("-", "_")
-    gone = retired(_GONE.get(name, name))
-    return None if gone is None else gone.renamed(_CALLED_IN_TRAINING)
+_CALLED_IN_TRAINING = {setting.word: name for name, setting in TRAINING.items()}
 
 
 def training_recipe(settings: Mapping[str, Any]) -> Recipe:
@@ -143,15 +132,12 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
 
 
 def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a training under a recipe's names. Raises BadInput for one that is unknown, or retired."""
+    """Return settings of a training under a recipe's names. Raises BadInput for an unknown one."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        if name == "bf16":  # what `dtype` was called
-            name, value = "dtype", "bfloat16" if value else "float32"
-        name = "seqlen" if name == "block_size" else name
-        if name not in TRAINING and name not in _GONE:
+        if name not in TRAINING:
             raise unknown_name("setting", name, TRAINING, field=name)
-        found[_GONE[name] if name in _GONE else TRAINING[name].word] = value
+        found[TRAINING[name].word] = value
     return found
 
 

@@ -26,7 +26,10 @@ def comparison_page(found: Comparison, made: MadeFacts | None = None, beside: Pa
     first, *others = (row.name for row in rows)
     lead = f'<p class="soft">The first model, {text(first)}, is what the others are compared with.</p>'
     links = [] if beside is None else _links(rows, beside)
-    parts = [header("Comparison", f"{len(rows)} models", lead, made_lines(made), links), *_perplexity(rows)]
+    parts = [
+        header("Comparison", f"{len(rows)} models", lead, "" if made is None else made_lines(made), links),
+        *_perplexity(rows),
+    ]
     parts += [*_size(rows), *_accuracy(rows), *_tasks(rows), _table(found), *_answers(rows)]
     return page(f"{', '.join(others[:3])} compared with {first}", "\n".join(parts))
 

@@ -58,10 +58,8 @@ def header(kind: str, title: str, lead: str, made: str, links: Sequence[str] = (
     return f'<header><nav>{"".join(links)}</nav><p class="kind">{text(kind)}</p><h1>{text(title)}</h1>{lead}{made}</header>'
 
 
-def made_lines(made: MadeFacts | None) -> str:
-    """Return date, machine and command as HTML; empty for a report of an earlier version."""
-    if made is None:
-        return ""
+def made_lines(made: MadeFacts) -> str:
+    """Return date, machine and command as HTML."""
     typed = '<p class="soft">Called from Python.</p>' if made.command is None else copyable("command", made.command)
     return f'<p class="soft">{text(made.line())}</p>{typed}'
 
@@ -231,8 +229,8 @@ class MadeFacts(BaseModel):
     machine: str
     command: str | None
     """Command line of the run; None for a call from Python."""
-    version: str = ""
-    """Version of coprune; empty in reports of earlier versions."""
+    version: str
+    """Version of coprune; empty where it is not installed."""
     commit: str | None = None
     """Commit of coprune, if it runs from a git checkout; with `-dirty` if files differ from it."""
 
@@ -258,11 +256,8 @@ class MadeFacts(BaseModel):
         return f", with coprune {self.version}{commit}" if self.version or commit else ""
 
 
-def of_several(made: Sequence[MadeFacts | None]) -> str:
-    """Return dates, machines and versions of several runs in one line; empty if unknown."""
-    known = [one for one in made if one is not None]
-    if not known:
-        return ""
+def of_several(known: Sequence[MadeFacts]) -> str:
+    """Return dates, machines and versions of several runs in one line."""
     first, last = (f"{found(one.date for one in known):%Y-%m-%d %H:%M}" for found in (min, max))
     when = f"{first} UTC" if first == last else f"{first} to {last} UTC"
     with_what = " and ".join(dict.fromkeys(f"on {one.machine}{one._software()}" for one in known))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import Setting, say
 from coprune.model.checkpoint.formats import Rounding
@@ -101,8 +101,8 @@ class IdleTrainings(RunEvent):
         return say((f"{gained}. A smaller ", Setting("reconstruct_lr"), " may"))
 
 
-LeftAlone = LeftOut | NotLoaded | str
-"""Layers and tensors that a run leaves alone; in words as earlier versions kept them."""
+LeftAlone = LeftOut | NotLoaded
+"""Layers and tensors that a run leaves alone."""
 _MOST_NOT_LOADED = 30
 
 
@@ -114,17 +114,4 @@ def left_lines(left: Sequence[LeftAlone]) -> list[str]:
     return [*loaded, *others[:_MOST_NOT_LOADED], *([f"{more:,} more kinds of such tensors"] if more > 0 else [])]
 
 
-class Told(RunEvent):
-    """An event in words, as earlier versions kept it."""
-
-    text: str
-
-    def line(self) -> str:
-        return self.text
-
-
-def _told(value: Any) -> Any:
-    return {"text": value} if isinstance(value, str) else value
-
-
-AnyEvent = Annotated[OfMatrix | ResumedOtherwise | Rounded | IdleTrainings | Told, BeforeValidator(_told)]
+AnyEvent = OfMatrix | ResumedOtherwise | Rounded | IdleTrainings

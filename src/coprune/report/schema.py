@@ -162,8 +162,7 @@ class Report(Shown, BaseModel):
     """Zeros saved beside them, where blocks keep different numbers of channels or heads."""
     edits: list[AnyRemoval] = []
     """Parts of the model that were removed."""
-    made: MadeFacts | None = None
-    """None in reports of earlier versions."""
+    made: MadeFacts
     left_out: list[LeftAlone] = []
     """Layers that cannot be pruned as matrices, and tensors that the model does not load."""
 
@@ -245,7 +244,7 @@ class Report(Shown, BaseModel):
         try:
             found = _DISTRIBUTIONS.validate_json(path.with_name(DISTRIBUTIONS_FILE).read_bytes())
         except (OSError, ValueError):
-            return report  # of an earlier version, or copied alone
+            return report  # copied alone
         matrices = [matrix.model_copy(update={"distributions": found.get(matrix.name)}) for matrix in report.matrices]
         return report.model_copy(update={"matrices": matrices})
 

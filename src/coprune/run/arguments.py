@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.data.in_memory import CalibrationData, TextData
 from coprune.evaluation.measure_arguments import AnswerArguments
-from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluatePart, OutputPart
-from coprune.recipe.parts import CalibratePart, PrunePart, ReconstructPart
+from coprune.recipe.parts import CalibratePart, PrunePart
 from coprune.recipe.structure import RemovePart
 from coprune.recipe.train import Mode, TrainPart
 
@@ -41,6 +40,7 @@ class MethodArguments(TypedDict, total=False):
     rounds: int
     rounds_per_rho: int
     score: Literal["magnitude", "wanda"] | Named | Sequence[Named]
+    selection: Literal["sequential", "iterative"]
     start: Literal["magnitude", "wanda", "ria"]
 
 
@@ -52,15 +52,13 @@ class CalibrationArguments(TypedDict, total=False):
     use_variant: bool
     sparsity: float | None
     sparsity_ratio: float | None
-    pattern: str | Mapping[str, Any]
+    pattern: str
     sparsity_type: str
     permute: bool
     rotate: bool
     include: str | Sequence[str]
     exclude: str | Sequence[str]
-    selection: Literal["sequential", "iterative"] | Mapping[str, Any]
     calibrate: CalibratePart | Mapping[str, Any]
-    calibration: CalibratePart | Mapping[str, Any]
     dataset: CalibrationData
     nsamples: int
     seqlen: int | None
@@ -73,7 +71,6 @@ class CalibrationArguments(TypedDict, total=False):
     propagation: Literal["block", "sequential", "dense"]
     allocation: Named
     refine: Named | Sequence[Named]
-    reconstruction: ReconstructPart | Mapping[str, Any]
     reconstruct: int | str
     reconstruct_tokens: int
     reconstruct_lr: float
@@ -83,7 +80,6 @@ class CalibrationArguments(TypedDict, total=False):
 class StructureArguments(TypedDict, total=False):
     """Arguments of structured removal."""
 
-    structure: RemovePart | Mapping[str, Any]
     remove: str | Sequence[str] | RemovePart | Mapping[str, Any]
     domains: str | Sequence[str] | Mapping[str, File]
     blend: str
@@ -101,14 +97,13 @@ class OutcomeArguments(AnswerArguments, total=False):
     stream: bool | None
     check_memory: bool
     train: Literal["whole", "blocks"] | TrainPart | Mapping[str, Any] | None
-    finetune: Mode | str | TrainPart | Mapping[str, Any] | None
+    finetune: Mode | str | None
     finetune_minutes: float | None
     finetune_tokens: int | None
     finetune_lr: float | None
     finetune_rates: Literal["absolute", "relative"]
     finetune_accumulate: int | None
     finetune_dtype: Literal["float32", "bfloat16"]
-    evaluation: EvaluatePart | Mapping[str, Any]
     evaluate: bool | EvaluatePart | Mapping[str, Any]
     evaluate_dense: bool
     eval_data: TextData | None
@@ -125,7 +120,6 @@ class OutcomeArguments(AnswerArguments, total=False):
     log_samples: File | None
     prompt: str
     layer_error: bool
-    answers: AnswersPart | Mapping[str, Any]
     gate: bool
     require: str | None
     output: OutputPart | Mapping[str, Any]

@@ -76,7 +76,7 @@ def prune(
         processor: the tokenizer or image processor of a model in memory.
         quiet: no progress bars and lines on standard error.
         settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
-            calibration={"samples": 32}) and the method's own options, by name. `dataset` may also be a list of strings, a
+            calibrate={"samples": 32}) and the method's own options, by name. `dataset` may also be a list of strings, a
             `datasets.Dataset` or a tensor of token ids (samples × length); `eval_data` a data set, a tensor, or a mapping
             of labels to names, lists of strings, data sets and tensors.
 

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Command, Set
-from coprune.recipe.presets import OLDER, PRESETS
+from coprune.recipe.presets import PRESETS
 from coprune.run.arguments import CalibrationArguments, OutcomeArguments
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, finished_reports
@@ -62,8 +62,7 @@ def sweep(
     """
     how = Execution(**{name: value for name, value in settings.items() if name in _EXECUTION})  # type: ignore[arg-type]
     fixed = {name: value for name, value in settings.items() if name not in _EXECUTION}
-    older: Any = fixed.pop("preset", None)  # what `script` was called
-    chosen = _chosen(lists, script or older).with_settings(fixed)
+    chosen = _chosen(lists, script).with_settings(fixed)
     if dry_run:
         runs = check_sweep(chosen)
         return SweepResult(chosen, runs, finished_reports(runs), ledger=Ledger.read(chosen.folder))
@@ -73,11 +72,7 @@ def sweep(
 def _chosen(lists: Lists | None, script: str | None) -> Sweep:
     if lists is not None and script is not None:
         named = "lists" if isinstance(lists, Mapping) else lists
-        meant = (
-            f"for a preset of its runs, write 'preset: {script}' into it"
-            if script in (*PRESETS, *OLDER)
-            else "leave one out"
-        )
+        meant = f"for a preset of its runs, write 'preset: {script}' into it" if script in PRESETS else "leave one out"
         raise BadInput(f"a file ({named}) and a script ({script}) are named", field="script", value=script, fix=meant)
     if script is not None:
         return sweep_of_script(script)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows, judge
@@ -16,7 +15,6 @@ from coprune.evaluation.required import Figure, figures_of_closeness, judge_meas
 from coprune.evaluation.transcripts import TranscriptChange, transcript_change
 from coprune.model.removed import AnyRemoval
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.views import in_a_recipes_words
 from coprune.report.html import MadeFacts
 
 REPORT_FILE = "finetune.json"
@@ -126,17 +124,12 @@ def change(before: Measured, after: Measured, dense: Measured | None = None) -> 
     )
 
 
-def _in_parts(settings: Any) -> Any:
-    """Read settings of a report, also of earlier versions, which had no parts."""
-    return in_a_recipes_words(settings) if isinstance(settings, Mapping) and "mode" in settings else settings
-
-
 class FinetuneReport(Shown, BaseModel):
     """The report of a fine-tuning run."""
 
     model_config = ConfigDict(frozen=True)
 
-    settings: Annotated[Recipe, BeforeValidator(_in_parts)]
+    settings: Recipe
     source: str
     """The text or images."""
     windows: int
@@ -176,8 +169,7 @@ class FinetuneReport(Shown, BaseModel):
     no_answers: str | None = None
     """Why it was not, where it would have been."""
     required: tuple[Requirement, ...] = ()
-    made: MadeFacts | None = None
-    """None in reports of earlier versions."""
+    made: MadeFacts
 
     @property
     def samples(self) -> str:

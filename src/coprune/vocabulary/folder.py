@@ -23,9 +23,6 @@ from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.checkpoint.shards import (
-    ADAPTER_CONFIG,
-    ADAPTER_FOLDER,
-    ADAPTER_WEIGHTS,
     INDEX_FILE,
     TensorEntry,
     read_entries,
@@ -94,14 +91,6 @@ def refuse_folder(folder: ModelFolder) -> None:
             value=folder.name,
             fix="use a checkpoint whose embedding is not quantised",
         )
-    adapter = folder.path / ADAPTER_FOLDER / ADAPTER_CONFIG
-    if adapter.is_file():
-        weights = folder.path / ADAPTER_FOLDER / ADAPTER_WEIGHTS
-        names = read_entries(weights) if weights.is_file() else {}
-        holds = [name for name in names if "embed" in name or "lm_head" in name]
-        if holds:
-            cause = f"the adapter in {adapter.parent} holds rows of the vocabulary ({holds[0]})"
-            raise BadInput(cause, field="model", value=folder.name, fix="merge it into the model first")
 
 
 def bytes_of(folder: ModelFolder, config: Mapping[str, Any], kept: Kept) -> tuple[int, int]:

@@ -178,9 +178,7 @@ def test_files_that_cannot_be_followed(
         ("owl:spread", "write owl:spread=VALUE"),
         ("owl:spread=-1", "negative"),
         ("fisher:points=1", "at least 2"),
-        ("alpha", "take allocation='fisher'"),
-        ("error:points=3", "of zeros was retired"),
-        ("search:rounds=3", "of zeros was retired"),
+        ("error:points=3", "unknown allocation 'error'"),
         ("uniform:spread=0.1", "no options"),
     ],
 )

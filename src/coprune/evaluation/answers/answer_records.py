@@ -61,8 +61,8 @@ class Along(Facts):
     """KL(dense ‖ this) in nats per token."""
     interval: Interval | None
     """95 % bootstrap interval over the answers."""
-    acceptance: float | None = None
-    """Σ min(p, q), with which speculative decoding accepts a draft token (arXiv 2211.17192); None in older reports."""
+    acceptance: float
+    """Σ min(p, q), with which speculative decoding accepts a draft token (arXiv 2211.17192)."""
     acceptance_interval: Interval | None = None
 
 

@@ -135,9 +135,8 @@ class AnswerFacts(Asked):
         if self.along is not None:
             shown = _with_interval(self.along.kl, self.along.interval)
             rows.append(("KL", f"{shown} nats a token along the dense model's answers"))
-            if self.along.acceptance is not None:
-                shown = _with_interval(self.along.acceptance, self.along.acceptance_interval)
-                rows.append(("acceptance", f"{shown} along the dense model's answers"))
+            shown = _with_interval(self.along.acceptance, self.along.acceptance_interval)
+            rows.append(("acceptance", f"{shown} along the dense model's answers"))
         if self.sampled is not None:
             rows.append((f"T = {self.temperature:g}", self.line(self.sampled)))
         for sample in self.samples[:_SHOWN]:

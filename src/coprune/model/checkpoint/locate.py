@@ -30,7 +30,7 @@ from coprune.model.checkpoint.glance import (
     refuse_missing,
 )
 from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
-from coprune.model.checkpoint.shards import read_json, stored_entries, tell_of_adapter
+from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.model.checkpoint.source_encoding import source_encoding
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", *VOCABULARIES, *LICENCES]
@@ -76,9 +76,7 @@ def locate(
         if is_adapter(path):
             return _merged(path, name, cache_dir, weights)
         with about("model", name):
-            found = check_folder(ModelFolder(path, name), weights)
-        tell_of_adapter(path)
-        return found
+            return check_folder(ModelFolder(path, name), weights)
     if name in PACKAGED:
         return _locate_packaged(PACKAGED[name], cache_dir, weights)
     if names_timm_file(name):

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -310,16 +309,7 @@ def _malformed(what: str) -> BadInput:
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"
-"""The folder in a model's that holds what is added to its layers, in PEFT's own format."""
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's name for the configuration of an adapter."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """PEFT's name for the file with its tensors."""
-
-
-@cache
-def tell_of_adapter(folder: Path) -> None:
-    """Warn once that a folder's weights are read without its adapter."""
-    if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
-        logger.warning("%s is left out: %s is read without it", folder / ADAPTER_FOLDER, folder)

@@ -13,7 +13,6 @@ from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.allocation.fisher import ByFisher
 from coprune.pruning.allocation.owl import OWL
 from coprune.recipe.choice import Choice
-from coprune.recipe.retired import retired_allocation
 
 __all__ = ["ALLOCATIONS", "Allocation", "Unit", "allocation_named"]
 
@@ -39,5 +38,5 @@ def allocation_named(asked: Choice | str | Mapping[str, Any]) -> Allocation:
         return ByFile.read(Path(choice.name))
     if choice.name not in ALLOCATIONS:
         known = [*ALLOCATIONS, "FILE.yaml"]
-        raise retired_allocation(choice.name) or unknown_name("allocation", choice.name, known, field="allocation")
+        raise unknown_name("allocation", choice.name, known, field="allocation")
     return with_options(ALLOCATIONS[choice.name], "allocation", choice.name, choice.options)
