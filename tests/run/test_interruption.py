@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -91,6 +93,28 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
     assert (place / "run" / "report.json").is_file()
     assert (place / "pruned" / "model.safetensors").is_file()
     assert not list(place.glob(".pruned*"))
+
+
+def test_the_times_of_a_resumed_run_add_up_and_earlier_ones_are_told_apart(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(place, signal.SIGKILL)
+    began = time.monotonic()
+    ended = run_command(command(*OPTIONS), monkeypatch, capsys)
+    wall = time.monotonic() - began
+    assert ended.code == 0, ended.err
+    (line,) = (line.partition(" ")[2].strip() for line in ended.out.splitlines() if line.startswith("time "))
+    here, _, before = line.partition("; before, until it was stopped: ")
+    total, _, parts = here.partition(" s: ")
+    seconds = [float(found) for found in re.findall(r"([\d.]+) s ", parts)]
+    assert sum(seconds) == pytest.approx(float(total), abs=0.11)
+    assert wall - 2 < float(total) < wall + 0.1
+    chosen = {name: float(found) for found, name in re.findall(r"([\d.]+) s to (choose weights)", before)}
+    report = json.loads((place / "run" / "report.json").read_text())
+    of_all = sum(matrix["seconds"] for matrix in report["matrices"])
+    now = sum(float(found) for found in re.findall(r"([\d.]+) s to choose weights", parts))
+    assert chosen["choose weights"] + now == pytest.approx(of_all, abs=0.16)
+    assert chosen["choose weights"] > 0
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ def _run(arguments: list[str]) -> int:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
         with speaking(face):
             require_posix()
-            code: int = app(arguments, standalone_mode=False) or 0
+            code: int = app(arguments, standalone_mode=False, obj=time.monotonic()) or 0
             if sys.stdout is not None:  # which it is where whoever started this closed it
                 sys.stdout.flush()
             return code

@@ -14,6 +14,7 @@ from coprune.commands.closing import closing_of_training
 from coprune.commands.options import TrainingCommand, help_all_option, training_options, with_options
 from coprune.commands.recipe_options import ModelOption, named_model
 from coprune.commands.terminal import end_unless_held, show
+from coprune.commands.times import TRAINING, Times
 from coprune.recipe.views import training_recipe
 
 READ_WITH = {"cls": TrainingCommand}
@@ -34,16 +35,20 @@ def finetune(
     Example: coprune finetune out/pruned --mode lora --dataset embedded --seqlen 512 --minutes 20
     """
     began = time.monotonic()  # a limit of minutes counts from here
+    times = Times(began)
     typed = {name: value for name, value in (settings | {"bf16": bf16}).items() if value is not None}
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
     recipe = training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
     with importing():
         from coprune.training.run import run_finetuning
 
-    report = run_finetuning(recipe, Reporter(quiet), began=began)
+    times.started()
+    reporter = Reporter(quiet)
+    reporter.listeners.append(times.hear)
+    report = run_finetuning(recipe, reporter, began=began)
     if rank() == 0:
         show(str(report))
-        show(f"time      {time.monotonic() - began:.0f} s, of which {report.seconds:.0f} s trained")
+        show(f"time      {times.line({TRAINING: report.seconds})}")
         show(f"curves    {report.settings.training_folder / 'finetune.json'}")
         show(f"page      {report.settings.training_folder / 'report.html'}")
         for name, line in closing_of_training(report):

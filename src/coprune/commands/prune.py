@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from coprune.commands.closing import verdict_on
 from coprune.commands.options import ShortCommand, with_options
 from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.terminal import end_unless_held, show
+from coprune.commands.times import Times, of_any_process
 
 if TYPE_CHECKING:
     from coprune.report.schema import Report
@@ -33,17 +33,16 @@ def prune(
 
     A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
     """
-    reporter = Reporter(quiet or rank() != 0)
+    times, reporter = Times(context.obj), Reporter(quiet or rank() != 0)
     recipe = recipe_asked(context, typed, reporter)
     if rank() == 0:  # before torch and transformers are imported, which takes seconds
         reporter.say(f"{recipe.model.name}: {recipe.way}, {recipe.shape}")
-    began = time.perf_counter()
     with importing():
         from coprune.base.processes import joined_processes
         from coprune.steps.repeat import where_to
         from coprune.steps.stages import run_recipe
-    imported = time.perf_counter() - began
-
+    times.started()
+    reporter.listeners.append(times.hear)
     with joined_processes(train=recipe.train.mode is not None) as processes:
         asked, named = recipe, {name for name in ("save", "save_model") if typed[name] is not None}
         recipe, said = processes.from_first(lambda: where_to(asked, typed["recipe"] is not None, named))
@@ -52,27 +51,12 @@ def prune(
         report = run_recipe(recipe, reporter=reporter, processes=processes).report
     if processes.first:
         show(str(report))
-        show(f"time      {where_time_went(report, imported)}")
+        show(f"time      {times.line(of_any_process(report))}")
         show(f"report    {recipe.run_folder / 'report.json'}")
         show(f"page      {recipe.run_folder / 'report.html'}")
         for name, line in closing(report):
             show(f"{name:<9} {line}")
         end_unless_held(report.required)
-
-
-def where_time_went(report: Report, imported: float) -> str:
-    """Return the seconds of every part of a run that took a tenth of one. imported: seconds that imports took."""
-    from coprune.run.events import Phase
-
-    weights = sum(matrix.seconds for matrix in report.matrices)
-    parts = [("import libraries", imported)]
-    for phase in report.phases:
-        if phase.name == Phase.PRUNE:
-            parts.append(("run the blocks", phase.seconds - weights))
-            parts.append(("choose weights and compare layers", weights))
-        else:
-            parts.append((phase.name, phase.seconds))
-    return ", ".join(f"{seconds:.1f} s to {what}" for what, seconds in parts if seconds >= 0.1)
 
 
 def closing(report: Report) -> list[tuple[str, str]]:

@@ -41,6 +41,7 @@ from coprune.report.markdown import fenced, field, hub_id, inline, without_place
 from coprune.report.schema import OF_IMAGES, installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.distill import Distillation
+from coprune.training.events import Trained
 from coprune.training.report import (
     AccuracyChange,
     Change,
@@ -124,7 +125,9 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
         trainer = build_trainer(session, objective, seconds, advance)
         cached = getattr(session.model.config, "use_cache", None)
         with full_disk_explained(session.training_folder), freed_memory_kept():
+            began = time.monotonic()
             train(trainer, resume)
+            reporter.tell(Trained(time.monotonic() - began))
         if cached is not None:
             session.model.config.use_cache = cached
         _release(session.model, trainer)
