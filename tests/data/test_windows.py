@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
-from coprune.data import calibration_windows, evaluation_tokens
+from coprune.data import calibration_windows, evaluation_tokens, windows
 from coprune.data.windows import (
     Sampling,
     TooShort,
@@ -22,6 +22,7 @@ from coprune.data.windows import (
     draw_windows,
     fingerprint,
     held_out_tokens,
+    token_ids,
     tokens_and_bytes,
 )
 from support.words import word_tokenizer, words
@@ -207,3 +208,20 @@ def test_samples_of_ones_own_text_leave_out_the_tenth_that_perplexity_is_of(tmp_
     assert draw_samples("embedded", tokenizer, Sampling(4, 32, 0, held_out_for=20)).fingerprint == (
         calibration_windows("embedded", tokenizer, 4, 32, 0).fingerprint
     )
+
+
+def test_a_large_text_is_tokenised_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, smollm2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = "\n".join(f"Line {number} of a text, with wörds and 漢字." for number in range(3000))
+    whole = tokens_and_bytes(smollm2_tokenizer, text)
+    monkeypatch.setattr(windows, "WHOLE", 20_000)
+    monkeypatch.setattr(windows, "PIECE", 5_000)
+    parts = list(windows.pieces_of(text))
+    assert len(parts) > 20
+    assert "".join(parts) == text
+    tokens, sizes = tokens_and_bytes(smollm2_tokenizer, text)
+    assert torch.equal(tokens, whole[0])
+    assert torch.equal(sizes, whole[1])
+    assert token_ids(smollm2_tokenizer, text) == tokens.tolist()
+    assert list(windows.pieces_of("x" * 50_000)) == ["x" * 5_000] * 10

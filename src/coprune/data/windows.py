@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def draw_samples(name: str, tokenizer: Tokenizes | None, sampling: Sampling) -> 
             text.texts, lambda document: token_ids(tokenizer, document), nsamples, seqlen, seed, text.source
         )
     else:
-        ids = token_ids(tokenizer, text.text)
+        ids = token_stream(tokenizer, text.text)
         if window is not None and holds_out(name):
             ids = ids[: len(ids) - held_out_tokens(len(ids), window)]
         tokens = draw_windows(ids, nsamples, seqlen, seed, text.source)
@@ -190,21 +190,57 @@ def evaluation_tokens(
 
 def token_ids(tokenizer: Tokenizes, text: str) -> list[int]:
     """Tokenise with the tokenizer's own defaults (its beginning-of-text mark included), whatever the length."""
-    ids: list[int] = encode(tokenizer, text)["input_ids"]
-    return ids
+    found: list[int] = token_stream(tokenizer, text).tolist()
+    return found
+
+
+def token_stream(tokenizer: Tokenizes, text: str) -> Tensor:
+    """Tokenise as `token_ids`: T int64. A large text is tokenised in pieces, since a token takes a hundred bytes meanwhile."""
+    parts = [
+        torch.tensor(encode(tokenizer, piece, **_marks(number))["input_ids"], dtype=torch.int64)
+        for number, piece in enumerate(pieces_of(text))
+    ]
+    return torch.cat(parts)
 
 
 def tokens_and_bytes(tokenizer: Tokenizes, text: str) -> tuple[Tensor, Tensor]:
-    """Tokenise, and count the UTF-8 bytes that each token covers: T int64 and T int64.
+    """Tokenise as `token_stream`, and count the UTF-8 bytes that each token covers: T int64 and T int64."""
+    parts = [_tokens_and_bytes(tokenizer, piece, **_marks(number)) for number, piece in enumerate(pieces_of(text))]
+    tokens, sizes = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(sizes)
+
+
+def _marks(number: int) -> dict[str, bool]:
+    """Return the options of a piece: the marks of a text are put to its first piece alone."""
+    return {"add_special_tokens": False} if number else {}
+
+
+WHOLE, PIECE = 16_000_000, 1_000_000
+"""Characters that are tokenised at once, and of the pieces of a longer text."""
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """Yield a text in pieces that begin with white space, where tokens begin as well; whole if it is not long."""
+    start = 0
+    while len(text) - start > (WHOLE if start == 0 else PIECE):
+        end = start + PIECE
+        cut = max(text.rfind(mark, start + 1, end) for mark in ("\n", " "))
+        yield text[start : cut if cut > 0 else end]
+        start = cut if cut > 0 else end
+    yield text[start:]
+
+
+def _tokens_and_bytes(tokenizer: Tokenizes, text: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokenise a piece, and count the UTF-8 bytes that each token covers.
 
     A token covers the text from its own start to the start of the next, so that the bytes add up exactly. A tokenizer
     that does not tell where its tokens lie gets the bytes spread evenly.
     """
     if not tokenizer.is_fast:
-        ids = token_ids(tokenizer, text)
+        ids = encode(tokenizer, text, **options)["input_ids"]
         edges = torch.linspace(0, len(text.encode()), len(ids) + 1, dtype=torch.float64).round().to(torch.int64)
         return torch.tensor(ids, dtype=torch.int64), edges.diff()
-    encoded = encode(tokenizer, text, return_offsets_mapping=True)
+    encoded = encode(tokenizer, text, return_offsets_mapping=True, **options)
     starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
     # Special tokens report (0, 0), also at the end.
     starts = np.maximum.accumulate(starts)
@@ -261,7 +297,9 @@ def _require_seqlen(seqlen: int) -> None:
         )
 
 
-def draw_windows(ids: list[int], nsamples: int, seqlen: int, seed: int, source: str = "the text") -> Tensor:
+def draw_windows(
+    ids: Sequence[int] | Tensor, nsamples: int, seqlen: int, seed: int, source: str = "the text"
+) -> Tensor:
     """Draw windows of consecutive tokens whose starts are uniform: nsamples × seqlen int64.
 
     Raises BadInput if there are not more than seqlen tokens.
@@ -269,7 +307,7 @@ def draw_windows(ids: list[int], nsamples: int, seqlen: int, seed: int, source: 
     # The published code never uses the last possible start, hence one token more than a window.
     require_length(len(ids), seqlen + 1, source)
     generator = random.Random(seed)
-    stream = torch.tensor(ids, dtype=torch.int64)
+    stream = torch.as_tensor(ids, dtype=torch.int64)
     starts = [generator.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
     return torch.stack([stream[start : start + seqlen] for start in starts])
 
