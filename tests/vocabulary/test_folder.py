@@ -11,14 +11,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.errors import UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.edits import Edits
 from coprune.model.removed import Tokens
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.folder import MAP_FILE, Beside, cut_folder
+from coprune.vocabulary.folder import Beside, cut_folder
+from coprune.vocabulary.settings import MAP_FILE
 from support.pico import pico_model
 from support.pico_folder import listing
 from support.pico_hybrids import COMMON
@@ -39,7 +40,7 @@ QUIET = Reporter(quiet=True)
 
 
 def cut(source: Path, target: Path, kept: Kept) -> Path:
-    return cut_folder(ModelFolder(source, "pico"), target, kept, QUIET, Beside(str(source))).path
+    return cut_folder(ModelFolder(source, "pico"), target, kept, QUIET, Beside(str(source)))
 
 
 def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,8 +98,7 @@ def test_what_names_tokens_follows_and_what_holds_the_old_ones_is_left_out(tmp_p
     (source / "tokenizer.model").write_bytes(b"old")
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 6], "suppress_tokens": [3]}))
     kept = kept_of(json.loads(content_of("bytes")), 640)
-    written = cut_folder(ModelFolder(source, "pico"), tmp_path / "small", kept, QUIET)
-    small = written.path
+    small = cut_folder(ModelFolder(source, "pico"), tmp_path / "small", kept, QUIET)
     assert not (small / "tokenizer.model").exists()
     generation = json.loads((small / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [kept.new[2], kept.new[6]], "suppress_tokens": [kept.new[3]]}
@@ -116,18 +116,6 @@ def test_a_refused_folder_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"only tekken.json"):
         cut(source, tmp_path / "small", Kept(tuple(range(640))))
     assert listing(tmp_path) == before
-
-
-def test_an_adapter_with_rows_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    source = save_with_tokens(tmp_path / "dense")
-    (source / "adapter").mkdir()
-    (source / "adapter" / "adapter_config.json").write_text("{}")
-    tensors = {"base_model.model.lm_head.weight": torch.zeros(4, 4)}
-    save_file(tensors, source / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(BadInput, match="rows of the vocabulary"):
-        cut(source, tmp_path / "small", Kept(tuple(range(640))))
 
 
 def test_rows_of_several_shards_are_those_of_the_source(tmp_path: Path) -> None:

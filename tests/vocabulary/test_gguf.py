@@ -49,7 +49,7 @@ def kept(whole: Path) -> Kept:
 
 @pytest.fixture(scope="module")
 def small(whole: Path, kept: Kept) -> Path:
-    return Gguf(GgufFile(whole, whole.name)).cut(whole.with_name("small.gguf"), kept, QUIET).path
+    return Gguf(GgufFile(whole, whole.name)).cut(whole.with_name("small.gguf"), kept, QUIET)
 
 
 def test_rows_are_the_same_bytes_and_metadata_follow(whole: Path, small: Path, kept: Kept) -> None:
@@ -93,7 +93,7 @@ def test_a_folder_with_fewer_tokens_is_exported_after_the_whole_file(whole: Path
     cut_folder(ModelFolder(tmp_path / "dense", "dense"), tmp_path / "small", kept, QUIET, Beside(str(whole)))
     made = export(tmp_path / "small", tmp_path / "out.gguf", type="q8_0", quiet=True)
     exported, cut = GGUFReader(made.path), Gguf(GgufFile(whole, whole.name)).cut(tmp_path / "cut.gguf", kept, QUIET)
-    other = GGUFReader(cut.path)
+    other = GGUFReader(cut)
     for key in ("tokens", "token_type", "merges", "eos_token_id"):
         name = f"tokenizer.ggml.{key}"
         assert exported.fields[name].contents() == other.fields[name].contents()

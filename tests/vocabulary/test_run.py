@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import coprune
 from coprune.base.errors import BadInput
@@ -287,6 +288,16 @@ def test_an_empty_text_is_refused(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(BadInput, match="no text"):
         coprune.prune(dense, remove="vocabulary=640", vocabulary_text=str(tmp_path / "empty.txt"), quiet=True)
+
+
+def test_chat_prompts_keep_their_tokens(dense: Path, words: Path, tmp_path: Path) -> None:
+    """Neither the template's text nor its marks are in the text that counts."""
+    coprune.prune(dense, remove="vocabulary=576", save_model=tmp_path / "small", **settings(words, evaluate=False))
+    old = json.loads((tmp_path / "small" / "coprune_vocabulary.json").read_text())["old_ids"]
+    whole, small = (AutoTokenizer.from_pretrained(folder) for folder in (dense, tmp_path / "small"))
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]
+    before, after = (one.apply_chat_template(said, return_dict=False) for one in (whole, small))
+    assert [old[token] for token in after] == before
 
 
 def test_the_map_says_where_every_token_came_from(dense: Path, words: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def kept_in(folder: Path, size: int = 704) -> Kept:
 
 def cut(folder: Path, target: Path) -> tuple[Path, Kept]:
     kept = kept_in(folder)
-    return cut_folder(ModelFolder(folder, "pico"), target, kept, QUIET).path, kept
+    return cut_folder(ModelFolder(folder, "pico"), target, kept, QUIET), kept
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_a_token_without_a_row_is_not_added_again(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_not_finished(tmp_path: Path, monkeypatch: Any) -> None:
     folder = save_with_tokens(tmp_path / "dense")
-    monkeypatch.setattr("coprune.vocabulary.folder.without_names", lambda found, _: found | {"pad_token": "<more>"})
+    monkeypatch.setattr("coprune.vocabulary.settings.without_names", lambda found, _: found | {"pad_token": "<more>"})
     with pytest.raises(VerificationError, match=r"705 tokens for 704 rows: '<more>'"):
         cut(folder, tmp_path / "small")
     assert not (tmp_path / "small").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from coprune.base.errors import UnsupportedModel
@@ -49,11 +49,16 @@ def without_tokens(fields: Fields, arch: str, old_ids: Sequence[int]) -> dict[st
     return found
 
 
+def stays(merge: str | Sequence[str], tokens: Container[str]) -> bool:
+    """Return whether a merge, a pair or its parts with a blank between, is kept: both of its parts are, and their result."""
+    first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return first in tokens and second in tokens and first + second in tokens
+
+
 def _cut(key: str, field: Field, count: int, kept: set[str], new: Mapping[int, int]) -> Field:
     value = field.value
     if key == MERGES:
-        pairs = (pair.split(" ", 1) for pair in value)
-        return replace(field, value=[f"{a} {b}" for a, b in pairs if a in kept and b in kept and a + b in kept])
+        return replace(field, value=[merge for merge in value if stays(merge, kept)])
     if _IDS.fullmatch(key):
         if isinstance(value, list):
             return replace(field, value=[new[one] for one in value if one in new])

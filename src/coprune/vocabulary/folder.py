@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +16,6 @@ from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.base.files import whole_folder, write_text
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import CARD_FILE, copy_companions, own_files
-from coprune.model.checkpoint.digest import NOTES
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.names import EDITS_FILE
@@ -38,33 +35,8 @@ from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.kinds import Vocabulary
 from coprune.vocabulary.rewrite import cut_tokenizer
 from coprune.vocabulary.samples import LANGUAGES, SOURCES
-from coprune.vocabulary.settings import Naming, cut_added_tokens, resized, without_names
-from coprune.vocabulary.tables import Table, find_tables, sizes_of
-
-_LISTED = 20
-"""Maximum number of places named in a message."""
-MAP_FILE = "coprune_vocabulary.json"
-"""The ids before by the ids now, for what still goes by them: drafts, adapters, tokenised data."""
-TOKENIZER_FILE = "tokenizer.json"
-STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.spm")
-"""Files that hold the vocabulary once more, as it was."""
-_NOT_SETTINGS = (TOKENIZER_FILE, EDITS_FILE, MAP_FILE, *NOTES, "*.index.json", *STALE)
-"""JSON files without ids of tokens, and those that are written anew."""
-_DOUBTED = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
-"""Files that a model is loaded with, in which an integer that may be an id is reported."""
-_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
-"""Files whose names of tokens add tokens to a tokenizer that lacks them."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A model that was written with fewer tokens."""
-
-    path: Path
-    bytes_before: int
-    """Bytes of all weights before."""
-    bytes_after: int
-    tables: Mapping[str, Table]
+from coprune.vocabulary.settings import MAP_FILE, STALE, TOKENIZER_FILE, Settings, matches, resized
+from coprune.vocabulary.tables import Table, find_tables
 
 
 def tokenizer_content(folder: ModelFolder) -> dict[str, Any]:
@@ -106,77 +78,6 @@ def _saved(entry: TensorEntry, table: Table, kept: Kept) -> int:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The JSON files of a folder that may name tokens."""
-
-    files: Mapping[str, Mapping[str, Any]]
-    """Contents by name."""
-    naming: Naming
-    beyond: Mapping[str, str]
-    """Special tokens by their names as attributes, which the tokenizer has and the model has no row for."""
-
-    @classmethod
-    def of(cls, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, rows: int) -> Settings:
-        """Read them.
-
-        Args:
-            folder: of the model.
-            tokenizer: as transformers loads it, with what its class adds.
-            vocabulary: of its `tokenizer.json`.
-            rows: of the embedding.
-
-        Raises:
-            BadInput: one that the model is loaded with is malformed.
-        """
-        files: dict[str, Mapping[str, Any]] = {}
-        for path in own_files(folder.path):
-            if path.suffix == ".json" and not _matches(path.name, _NOT_SETTINGS):
-                with nullcontext() if _matches(path.name, (*_DOUBTED, *_TOKENIZER)) else suppress(BadInput):
-                    files[path.name] = read_json(path)
-        ids, named = tokenizer.get_vocab(), tokenizer.special_tokens_map.items()
-        beyond = {name: token for name, token in named if isinstance(token, str) and ids.get(token, rows) >= rows}
-        return cls(files, Naming(rows, vocabulary, sizes_of(files["config.json"], rows)), beyond)
-
-    @property
-    def named(self) -> set[int]:
-        """Ids of tokens that they name."""
-        return set().union(*(self.naming.ids(content) for content in self.files.values()))
-
-    def cut(self, kept: Kept) -> dict[str, dict[str, Any]]:
-        """Return what has to change, by name. Raises UnsupportedModel where one names a token that does not stay."""
-        found = {name: self.naming.cut(content, kept) for name, content in self.files.items()}
-        gone = self._gone(kept)
-        for name in _TOKENIZER:
-            if name in found:
-                found[name] = without_names(cut_added_tokens(found[name], kept), gone)
-        if self.beyond:
-            found[_TOKENIZER[0]] = found.get(_TOKENIZER[0], {}) | dict.fromkeys(self.beyond)
-        return {name: content for name, content in found.items() if content != self.files.get(name)}
-
-    def notes(self, kept: Kept) -> list[str]:
-        """Return a line each about numbers that may be ids and stay as they are, and about names that are left out."""
-        doubtful = [
-            f"{name}: {place}"
-            for name, content in self.files.items()
-            if _matches(name, _DOUBTED)
-            for place in self.naming.doubtful(content, kept)
-        ]
-        gone = sorted(self._gone(kept))
-        return [
-            f"{said}: {', '.join(which[:_LISTED])}{' …' if len(which) > _LISTED else ''}"
-            for said, which in (
-                ("left as they are, though they may be ids of tokens", doubtful),
-                ("named by the tokenizer's settings, but without a row in the embedding, so left out there", gone),
-            )
-            if which
-        ]
-
-    def _gone(self, kept: Kept) -> set[str]:
-        named = (self.naming.without_rows(self.files[name], kept) for name in _TOKENIZER if name in self.files)
-        return {*self.beyond.values()}.union(*named)
-
-
-@dataclass(frozen=True)
 class Beside:
     """Origin of a folder."""
 
@@ -185,7 +86,7 @@ class Beside:
     card: str = ""
 
 
-def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter, beside: Beside = Beside()) -> Written:
+def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter, beside: Beside = Beside()) -> Path:
     """Write a folder's model with the tokens that stay.
 
     Args:
@@ -196,7 +97,7 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
         beside: what else it says.
 
     Returns:
-        What was written.
+        The target.
 
     Raises:
         BadInput, UnsupportedModel: the model cannot be cut, or the target is taken.
@@ -227,17 +128,12 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
             _write_shards(entries, out, tables, kept, advance)
         _verify(source, out, tables, kept)
         require_same_tokens(whole, ModelFolder(out, str(out)), kept)
-    after = sum(entry.nbytes for entry in stored_entries(target).values())
-    return Written(target, total, after, tables)
+    return target
 
 
 def stale_files(source: ModelFolder) -> list[str]:
     """Return the names of a folder's files that hold the vocabulary once more."""
-    return [path.name for path in own_files(source.path) if _matches(path.name, STALE)]
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return [path.name for path in own_files(source.path) if matches(path.name, STALE)]
 
 
 def _write_map(out: Path, kept: Kept, tables: Mapping[str, Table]) -> None:

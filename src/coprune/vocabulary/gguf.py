@@ -15,7 +15,7 @@ from coprune.gguf_files.vocabulary import named_ids, tokens_in, without_tokens
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.folder import Written, require_same_tokens
+from coprune.vocabulary.folder import require_same_tokens
 from coprune.vocabulary.kinds import Vocabulary
 from coprune.vocabulary.tables import Table
 
@@ -67,7 +67,7 @@ class Gguf(Sliced):
         """Return the bytes of all tensors before and after a cut."""
         return self.sizes(self.slices(kept))
 
-    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
+    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
         """Write the file with the tokens that stay; it has no place for a card.
 
         Raises:
@@ -79,4 +79,4 @@ class Gguf(Sliced):
         # transformers adds tokens that its class has by default, and a GGUF file cannot say otherwise.
         beyond = {token for token, number in self.processor.get_vocab().items() if number >= self.rows}
         require_same_tokens(self.processor, GgufFile(target, target.name), kept, beyond)
-        return Written(target, *self.sizes(slices), self.tables)
+        return target

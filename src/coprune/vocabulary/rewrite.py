@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from coprune.gguf_files.vocabulary import stays
 from coprune.vocabulary.choose import Kept
 
 
@@ -33,12 +34,6 @@ def cut_tokenizer(content: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
     _in_processor(found.get("post_processor"), new)
     order = [*content]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
-
-
-def stays(pair: str | list[str], tokens: Any) -> bool:
-    """Return whether a merge is kept: both of its parts are, and their result."""
-    first, second = pair.split(" ") if isinstance(pair, str) else pair
-    return first in tokens and second in tokens and first + second in tokens
 
 
 def _in_processor(part: Any, new: Mapping[int, int]) -> None:

@@ -8,12 +8,21 @@ a size, a count or a place.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from fnmatch import fnmatchcase
 from typing import Any
 
-from coprune.base.errors import UnsupportedModel
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.model.checkpoint.companions import own_files
+from coprune.model.checkpoint.digest import NOTES
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.names import EDITS_FILE
+from coprune.model.checkpoint.shards import read_json
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.kinds import Vocabulary
 
@@ -40,8 +49,21 @@ _LABELS = re.compile(r"(.*\.)?\w+2(id|label)\.[^.]*")
 """Places of numbers of labels."""
 _NAMES = re.compile(r".*_token|.*_special_tokens")
 _SIZE = re.compile(r".*vocab.*")
-_LARGEST = 20
+
+
+_LISTED = 20
 """Maximum number of places named in a message."""
+MAP_FILE = "coprune_vocabulary.json"
+"""The ids before by the ids now, for what still goes by them: drafts, adapters, tokenised data."""
+TOKENIZER_FILE = "tokenizer.json"
+STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.spm")
+"""Files that hold the vocabulary once more, as it was."""
+_NOT_SETTINGS = (TOKENIZER_FILE, EDITS_FILE, MAP_FILE, *NOTES, "*.index.json", *STALE)
+"""JSON files without ids of tokens, and those that are written anew."""
+_DOUBTED = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
+"""Files that a model is loaded with, in which an integer that may be an id is reported."""
+_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files whose names of tokens add tokens to a tokenizer that lacks them."""
 
 
 class _Role(Enum):
@@ -224,3 +246,83 @@ def cut_added_tokens(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
             str(kept.new[int(number)]): token for number, token in tokens.items() if int(number) in kept.new
         }
     return found
+
+
+def sizes_of(config: Mapping[str, Any], rows: int) -> set[int]:
+    """Return the sizes of a configuration's vocabularies: of the embedding, and of tables of every layer."""
+    return {rows} | {size for key, size in sizes_in(config) if key == "vocab_size_per_layer_input" and size < rows}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The JSON files of a folder that may name tokens."""
+
+    files: Mapping[str, Mapping[str, Any]]
+    """Contents by name."""
+    naming: Naming
+    beyond: Mapping[str, str]
+    """Special tokens by their names as attributes, which the tokenizer has and the model has no row for."""
+
+    @classmethod
+    def of(cls, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, rows: int) -> Settings:
+        """Read them.
+
+        Args:
+            folder: of the model.
+            tokenizer: as transformers loads it, with what its class adds.
+            vocabulary: of its `tokenizer.json`.
+            rows: of the embedding.
+
+        Raises:
+            BadInput: one that the model is loaded with is malformed.
+        """
+        files: dict[str, Mapping[str, Any]] = {}
+        for path in own_files(folder.path):
+            if path.suffix == ".json" and not matches(path.name, _NOT_SETTINGS):
+                with nullcontext() if matches(path.name, (*_DOUBTED, *_TOKENIZER)) else suppress(BadInput):
+                    files[path.name] = read_json(path)
+        ids, named = tokenizer.get_vocab(), tokenizer.special_tokens_map.items()
+        beyond = {name: token for name, token in named if isinstance(token, str) and ids.get(token, rows) >= rows}
+        return cls(files, Naming(rows, vocabulary, sizes_of(files["config.json"], rows)), beyond)
+
+    @property
+    def named(self) -> set[int]:
+        """Ids of tokens that they name."""
+        return set().union(*(self.naming.ids(content) for content in self.files.values()))
+
+    def cut(self, kept: Kept) -> dict[str, dict[str, Any]]:
+        """Return what has to change, by name. Raises UnsupportedModel where one names a token that does not stay."""
+        found = {name: self.naming.cut(content, kept) for name, content in self.files.items()}
+        gone = self._gone(kept)
+        for name in _TOKENIZER:
+            if name in found:
+                found[name] = without_names(cut_added_tokens(found[name], kept), gone)
+        if self.beyond:
+            found[_TOKENIZER[0]] = found.get(_TOKENIZER[0], {}) | dict.fromkeys(self.beyond)
+        return {name: content for name, content in found.items() if content != self.files.get(name)}
+
+    def notes(self, kept: Kept) -> list[str]:
+        """Return a line each about numbers that may be ids and stay as they are, and about names that are left out."""
+        doubtful = [
+            f"{name}: {place}"
+            for name, content in self.files.items()
+            if matches(name, _DOUBTED)
+            for place in self.naming.doubtful(content, kept)
+        ]
+        gone = sorted(self._gone(kept))
+        return [
+            f"{said}: {', '.join(which[:_LISTED])}{' …' if len(which) > _LISTED else ''}"
+            for said, which in (
+                ("left as they are, though they may be ids of tokens", doubtful),
+                ("named by the tokenizer's settings, but without a row in the embedding, so left out there", gone),
+            )
+            if which
+        ]
+
+    def _gone(self, kept: Kept) -> set[str]:
+        named = (self.naming.without_rows(self.files[name], kept) for name in _TOKENIZER if name in self.files)
+        return {*self.beyond.values()}.union(*named)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

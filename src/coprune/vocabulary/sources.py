@@ -20,8 +20,6 @@ from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.folder import (
     Beside,
-    Settings,
-    Written,
     bytes_of,
     cut_folder,
     refuse_folder,
@@ -30,6 +28,7 @@ from coprune.vocabulary.folder import (
 )
 from coprune.vocabulary.gguf import Gguf
 from coprune.vocabulary.kinds import Vocabulary
+from coprune.vocabulary.settings import Settings
 from coprune.vocabulary.tables import rows_of, skeleton
 
 
@@ -71,8 +70,8 @@ class Source(Protocol):
         """Return the bytes of all weights before and after a cut."""
         ...
 
-    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
-        """Write the model with the tokens that stay. card: its model card."""
+    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
+        """Write the model with the tokens that stay; returns the target. card: its model card."""
         ...
 
 
@@ -122,7 +121,7 @@ class FolderSource:
         """Return the sizes as in `Source`."""
         return bytes_of(self.folder, self.config, kept)
 
-    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
+    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
         """Cut as in `Source`."""
         return cut_folder(self.folder, target, kept, reporter, Beside(self._asked, card))
 

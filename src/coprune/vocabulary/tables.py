@@ -16,7 +16,7 @@ from coprune.model.checkpoint.load import explained, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import TensorEntry
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.settings import Naming, resized, sizes_in
+from coprune.vocabulary.settings import Naming, resized, sizes_in, sizes_of
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ def rows_of(model: PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return int(weight.shape[0])
-
-
-def sizes_of(config: Mapping[str, Any], rows: int) -> set[int]:
-    """Return the sizes of a configuration's vocabularies: of the embedding, and of tables of every layer."""
-    return {rows} | {size for key, size in sizes_in(config) if key == "vocab_size_per_layer_input" and size < rows}
 
 
 def find_tables(
