@@ -31,6 +31,7 @@ from coprune.sweeps.table import Cell, PaperTable, markdown, paper_tables
 from coprune.sweeps.worker import Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
+from support.reports import with_tasks
 
 RULES = {"exclude": [{"method": "magnitude", "seed": 1}], "include": [{"method": "wanda", "seed": 0, "nsamples": 8}]}
 
@@ -90,6 +91,19 @@ def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(
         assert [cells[column].best for cells in methods] == [cells[column].mean == best for cells in methods]
     dense = next(iter(reports.values())).perplexity[0].dense
     assert f"| dense | {dense:.2f} | {dense:.2f} |" in markdown(table).splitlines()
+
+
+def test_every_task_has_its_scores_with_standard_errors(here: tuple[Sweep, list[Run], dict[str, Report]]) -> None:
+    sweep, runs, found = here
+    (run,) = (run for run in runs if run.name == "magnitude/unstructured/seed-0")
+    report = with_tasks(found[run.name])
+    tables = {table.title.partition(": ")[2]: table for table in paper_tables(sweep, [run], {run.name: report})}
+    task, mean = tables["accuracy on piqa"], tables["mean accuracy over the tasks"]
+    assert [cell.text for (cell,) in task.rows.values()] == ["60.00 % ± 5.00 %", "50.00 % ± 5.00 %"]
+    assert [cell.text for (cell,) in mean.rows.values()] == ["50.00 % ± 3.00 %", "50.00 % ± 3.00 %"]
+    row = _measured(report)
+    assert (row["acc piqa"], row["acc piqa ±"], row["dense acc piqa"]) == (0.5, 0.05, 0.6)
+    assert (row["mean accuracy"], row["mean accuracy ±"]) == (0.5, 0.03)
 
 
 def test_a_preset_is_told_beside_its_method(here: tuple[Sweep, list[Run], dict[str, Report]], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, per_cent
-from coprune.evaluation.zero_shot import MAIN_METRIC, shown
+from coprune.evaluation.zero_shot import MAIN_METRIC, main_of, shown
 from coprune.model.checkpoint.digest import bytes_of_weights
 from coprune.recipe.command import command_of
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
@@ -149,6 +149,8 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text], sets: Sequence[_Images],
     titles = ["run", "method", "pattern", "zeros", "of all"]
     titles += [f"perplexity {name} ({length})" for name, _, length in texts]
     titles += [f"top-1 % {name} ({count:,})" for name, _, count in sets]
+    names = dict.fromkeys(task.task for run in runs if run.report.zero_shot for task in run.report.zero_shot.tasks)
+    titles += [*names]
     titles += ["mean accuracy", "difference to dense", "prune time", "size"]
     rows = []
     for number_, run in enumerate(runs, 1):
@@ -156,6 +158,11 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text], sets: Sequence[_Images],
         row = [f"{number_} {run.name}", report.recipe.way, report.recipe.shape]
         row += [per_cent(report.sparsity.matrices), per_cent(report.sparsity.model)]
         row += [_perplexity(run, on) for on in texts] + [_top1(run, on) for on in sets]
+        scores = {} if facts is None else {task.task: task.pruned for task in facts.tasks}
+        row += [
+            shown(main_of(scores[name]), scores[name][main_of(scores[name])]) if name in scores else "–"
+            for name in names
+        ]
         row += [shown(MAIN_METRIC, None if facts is None else facts.mean_pruned)]
         row += [shown(MAIN_METRIC, None if facts is None else facts.mean_delta, "+"), f"{report.prune_seconds:.1f} s"]
         rows.append([*row, "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB"])

@@ -10,7 +10,7 @@ from coprune.report.html import table as html_table
 from coprune.report.links import PAGE_FILE, link_back
 from coprune.report.several import Run, Top, runs_page
 from coprune.sweeps.finished import read_finished, sweep_command
-from coprune.sweeps.table import PaperTable, paper_tables
+from coprune.sweeps.table import SPREAD, PaperTable, paper_tables
 
 
 def write_sweep_page(folder: Path, path: Path | None = None) -> None:
@@ -37,5 +37,4 @@ def write_sweep_page(folder: Path, path: Path | None = None) -> None:
 
 def _section(table: PaperTable) -> str:
     rows = [[name, *(cell.text for cell in cells)] for name, cells in table.rows.items()]
-    note = "Mean ± standard deviation over seeds."
-    return section(table.title, html_table(["method", *table.columns], rows), note=note)
+    return section(table.title, html_table(["method", *table.columns], rows), note=SPREAD)

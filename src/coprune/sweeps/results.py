@@ -17,6 +17,7 @@ from rich.text import Text
 
 from coprune.base.files import write_durably, write_text
 from coprune.base.words import printable
+from coprune.evaluation.zero_shot import Estimate, main_of
 from coprune.recipe.command import command_of
 from coprune.recipe.flat import PRESET
 from coprune.report.schema import Report
@@ -24,7 +25,7 @@ from coprune.sweeps.expand import Run, varied
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, sweep_command
 from coprune.sweeps.page import write_sweep_page
-from coprune.sweeps.table import markdown, paper_tables, perplexity_of, tasks_of, top1_of
+from coprune.sweeps.table import SPREAD, markdown, paper_tables, perplexity_of, tasks_of, top1_of
 
 PARQUET, CSV, MARKDOWN, FAILURES = "results.parquet", "results.csv", "results.md", "failures.txt"
 Row = dict[str, Any]
@@ -73,7 +74,9 @@ def results_markdown(
     parts = [markdown(table) for table in paper_tables(sweep, runs, reports)]
     seeds = {run.recipe.calibrate.seed for run in runs}
     if len(seeds) > 1:
-        parts.append(f"Mean ± standard deviation over the seeds {', '.join(map(str, sorted(seeds)))}.\n")
+        parts.append(f"Seeds {', '.join(map(str, sorted(seeds)))}.\n")
+    if any("±" in part for part in parts):
+        parts.append(f"{SPREAD}\n")
     parts.append(f"{len(reports)} of {len(runs)} runs are done. {ledger.line()}".rstrip() + "\n")
     parts += [f"- failed: {name}: {text.splitlines()[-1]}\n" for name, text in failures.items() if text]
     parts.append(f"`{sweep_command(sweep.folder)}` does what is not done yet.\n")
@@ -100,8 +103,10 @@ def _measured(report: Report) -> Row:
     for images in report.accuracy:
         row |= {f"accuracy {images.data}": top1_of(report, images), f"dense accuracy {images.data}": images.dense_top1}
     if (tasks := tasks_of(report)) is not None:
-        means = (tasks.mean_pruned, tasks.mean_dense)
-        row["mean accuracy"], row["dense mean accuracy"] = (None if one is None else one.value for one in means)
+        row |= _columns("mean accuracy", tasks.mean_pruned, tasks.mean_dense)
+        for task in tasks.tasks:
+            metric, dense = main_of(task.pruned), task.dense or {}
+            row |= _columns(f"{metric} {task.task}", task.pruned[metric], dense.get(metric))
     errors = [matrix.relative_layer_error for matrix in report.matrices if matrix.relative_layer_error is not None]
     row["mean layer error"] = math.fsum(errors) / len(errors) if errors else None
     return row | {
@@ -110,6 +115,14 @@ def _measured(report: Report) -> Row:
         "peak_memory_bytes": report.peak_memory_bytes,
         "numerical_events": len(report.events),
     }
+
+
+def _columns(name: str, found: Estimate | None, dense: Estimate | None) -> Row:
+    """Return an estimate of the final and the dense model, each with its standard error."""
+    row: Row = {}
+    for title, one in ((name, found), (f"dense {name}", dense)):
+        row |= {title: None if one is None else one.value, f"{title} ±": None if one is None else one.stderr}
+    return row
 
 
 def _plain(value: Any) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from coprune.evaluation.zero_shot import ZeroShotFacts
+from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts, is_share, main_of
 from coprune.recipe.flat import PRESET
 from coprune.recipe.pattern import parse_pattern
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
@@ -29,6 +29,9 @@ class Measure:
     dense: float | None
     less: bool
     form: str
+    errors: Mapping[str, float | None] = field(default_factory=dict)
+    """Standard errors over the items of one run, by run."""
+    dense_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[s
         for cells in rows.values():
             cells[index] = Cell(cells[index].text, cells[index].mean, cells[index].mean == best)
     if measure.dense is not None:
-        dense = Cell(_number(measure.dense, measure.form), measure.dense)
+        dense = Cell(_with_error(measure.dense, measure.dense_error, measure.form), measure.dense)
         rows = {"dense": [dense] * len(columns), **rows}
     return PaperTable(f"{model}: {measure.title}", columns, rows)
 
@@ -120,12 +123,16 @@ def _cell(runs: Sequence[Run], measure: Measure, row: str, column: str, beside: 
     if not found:
         return Cell("–", None)
     mean = statistics.fmean(found)
-    text = _number(mean, measure.form)
-    if len(found) > 1 and all(map(math.isfinite, found)):
-        text += f" ± {_number(statistics.stdev(found), measure.form)}"
+    several = len(found) > 1 and all(map(math.isfinite, found))
+    own = next((measure.errors.get(name) for name in meant if name in measure.values), None)
+    text = _with_error(mean, statistics.stdev(found) if several else own if len(found) == 1 else None, measure.form)
     if len(found) < len(meant):
         text += f" ({len(found)} of {len(meant)})"
     return Cell(text, mean)
+
+
+def _with_error(value: float, error: float | None, form: str) -> str:
+    return _number(value, form) if error is None else f"{_number(value, form)} ± {_number(error, form)}"
 
 
 def _number(value: float, form: str) -> str:
@@ -133,7 +140,7 @@ def _number(value: float, form: str) -> str:
 
 
 def _measures(runs: Sequence[Run], reports: Mapping[str, Report]) -> Iterator[Measure]:
-    """Yield perplexity on every text, accuracy on every set of images, and mean accuracy over tasks, as far as measured."""
+    """Yield perplexity on every text, accuracy on every set of images, every task and their mean, as far as measured."""
     found = {run.name: reports[run.name] for run in runs if run.name in reports}
     texts = {(facts.data, facts.seqlen): None for report in found.values() for facts in report.perplexity}
     for data, seqlen in texts:
@@ -147,7 +154,31 @@ def _measures(runs: Sequence[Run], reports: Mapping[str, Report]) -> Iterator[Me
         top1 = {name: top1_of(found[name], one) for name, one in images.items()}
         yield Measure(f"top-1 accuracy on {data}", top1, before, False, ".2%")
     tasks = {name: own for name, report in found.items() if (own := tasks_of(report)) is not None}
-    means = {name: facts.mean_pruned.value for name, facts in tasks.items() if facts.mean_pruned is not None}
+    names = dict.fromkeys(task.task for facts in tasks.values() for task in facts.tasks)
+    for name in names if len(names) > 1 else ():
+        one = {run: task for run, facts in tasks.items() for task in facts.tasks if task.task == name}
+        metric = main_of(next(iter(one.values())).pruned)
+        dense_score = next((task.dense[metric] for task in one.values() if task.dense and metric in task.dense), None)
+        scores = {run: task.pruned[metric] for run, task in one.items() if metric in task.pruned}
+        title = f"{_METRICS.get(metric, metric)} on {name}"
+        less = "perplexity" in metric or metric in ("bits_per_byte", "ter")
+        yield _estimated(title, scores, dense_score, less, ".2%" if is_share(metric) else ".2f")
+    means = {run: facts.mean_pruned for run, facts in tasks.items() if facts.mean_pruned is not None}
     if means:
-        of_dense = next((facts.mean_dense.value for facts in tasks.values() if facts.mean_dense is not None), None)
-        yield Measure("mean accuracy over the zero-shot tasks", means, of_dense, False, ".2%")
+        of_dense = next((facts.mean_dense for facts in tasks.values() if facts.mean_dense is not None), None)
+        title = "mean accuracy over the tasks" if len(names) > 1 else f"accuracy on {next(iter(names))}"
+        yield _estimated(title, means, of_dense, False, ".2%")
+
+
+_METRICS = {"acc": "accuracy", "acc_norm": "normalised accuracy"}
+
+
+def _estimated(title: str, found: Mapping[str, Estimate], dense: Estimate | None, less: bool, form: str) -> Measure:
+    """Return estimates with their standard errors as a measure."""
+    values, errors = {run: one.value for run, one in found.items()}, {run: one.stderr for run, one in found.items()}
+    before = (None, None) if dense is None else (dense.value, dense.stderr)
+    return Measure(title, values, before[0], less, form, errors, before[1])
+
+
+SPREAD = "± is the standard deviation over seeds; of a task with one seed the standard error over its items."
+"""What stands behind a sign in these tables."""
