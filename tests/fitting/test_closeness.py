@@ -16,9 +16,10 @@ from coprune.fitting import score
 from coprune.fitting.candidates import DENSE, Candidate
 from coprune.fitting.notes import Asked
 from coprune.fitting.reader import Reader
-from coprune.fitting.score import DenseAnswers, score_item
+from coprune.fitting.score import DenseAnswers, item_key, score_item
 from coprune.fitting.tasks import Item, Task
 from coprune.fitting.workshop import Workshop
+from coprune.fitting.writing import is_sound, provable, writing_of
 from coprune.gguf_files.llama_cpp import has_llama_cpp
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -54,8 +55,8 @@ def test_closeness_is_over_the_whole_distribution(readers: list[Reader], monkeyp
     one, other = readers
     answers, accepted, kl, as_one = DenseAnswers(), list[float](), list[float](), list[float]()
     for place, item in enumerate(ITEMS):
-        answers.add(one, place, item)
-        ids = answers.positions(place)
+        answers.add(one, TASK, place)
+        ids = answers.positions(item_key(TASK, place))
         expected, found = (rows(reader, item, ids).exp() for reader in (one, other))
         accepted.append(float(torch.minimum(expected, found).sum(1).mean()))
         kl.append(float((expected * (expected / found).log()).sum(1).mean()))
@@ -75,11 +76,12 @@ def test_few_tokens_are_kept_of_a_position(
 ) -> None:
     monkeypatch.setattr(score, "_LIKELIEST", 16)
     answers = DenseAnswers()
-    answers.add(readers[0], 3, ITEMS[3])
+    answers.add(readers[0], TASK, 3)
     answers.save(tmp_path / "answers.safetensors")
     again = DenseAnswers.load(tmp_path / "answers.safetensors")
-    assert again.tokens[3].shape == (len(answers.positions(3)), 16 + 64)
-    assert again.positions(3) == answers.positions(3)
+    key = item_key(TASK, 3)
+    assert again.tokens[key].shape == (len(answers.positions(key)), 16 + 64)
+    assert again.positions(key) == answers.positions(key)
     assert score_item(readers[1], TASK, 3, again) == score_item(readers[1], TASK, 3, answers)
 
 
@@ -92,8 +94,9 @@ def test_a_model_that_never_stops_is_less_close(readers: list[Reader], monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(dense.engine, "ends", lambda token: token == end)
         answers = DenseAnswers()
-        answers.add(dense, 0, item)
-    assert (answers.ids[0], answers.ends[0]) == (written[:-1], end)
+        answers.add(dense, TASK, 0)
+    key = item_key(TASK, 0)
+    assert (answers.ids[key], answers.ends[key]) == (written[:-1], end)
     same = score_item(dense, TASK, 0, answers)
     assert same == {"acceptance": pytest.approx(1, abs=1e-5), "kl": pytest.approx(0, abs=1e-5)}
     ended = float(rows(dense, item, written)[-1, end].exp())
@@ -107,3 +110,23 @@ def test_a_model_that_never_stops_is_less_close(readers: list[Reader], monkeypat
 
     monkeypatch.setattr(dense, "along", endless)
     assert score_item(dense, TASK, 0, answers)["acceptance"] == pytest.approx(1 - ended / len(written), abs=1e-5)
+
+
+def test_what_loops_or_never_ends_is_not_sound() -> None:
+    assert is_sound([1, 2, 3], ended=True, other_ended=True)
+    assert is_sound([*range(32)], ended=False, other_ended=False)
+    assert not is_sound([*range(32)], ended=False, other_ended=True)
+    assert not is_sound([7, 8] * 16, ended=False, other_ended=False)
+
+
+def test_a_task_without_answers_of_some_length_is_continued_on_some_of_its_items() -> None:
+    text = Task("text", "text", tuple(Item(text=f"{place} and so on, and so on") for place in range(200)), *halves(200))
+    (found,) = writing_of([text, TASK])
+    assert (found.kind, len(found.seen), len(found.unseen)) == ("writing", 32, 32)
+    assert found.items[7].prompt == "7 and so"
+    assert provable(found)
+    assert not provable(writing_of([Task("few", "text", text.items, *halves(20))])[0])
+
+
+def halves(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(range(count // 2)), tuple(range(count // 2, count))

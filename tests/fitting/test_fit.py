@@ -44,12 +44,26 @@ WITHOUT = "vocabulary,experts,channels,blocks"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico llama as a GGUF file, text, and prompts."""
     folder, tokenizer = tmp_path_factory.mktemp("fit"), content_of("bytes")
-    size = len(json.loads(tokenizer)["model"]["vocab"])
-    model = pico_model("llama", vocab_size=size, max_position_embeddings=1024, tie_word_embeddings=True)
+    model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
     write_pico_gguf(distinct_norms(model), folder / "model.gguf", tokenizer=tokenizer)
     generator = random.Random(0)
     (folder / "text.txt").write_text("\n".join(" ".join(generator.sample(WORDS, 60)) for _ in range(60)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def copying(place: Path) -> Path:
+    """The same, but it writes its last token again, whatever is cut."""
+    model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    weight.data.mul_(20)
+    write_pico_gguf(distinct_norms(model), place / "copying.gguf", tokenizer=content_of("bytes"))
+    return place / "copying.gguf"
+
+
+def tokens() -> int:
+    return len(json.loads(content_of("bytes"))["model"]["vocab"])
 
 
 def how(place: Path, **more: Any) -> dict[str, Any]:
@@ -70,14 +84,13 @@ def found(place: Path) -> Any:
 
 @pytest.mark.slow
 def test_fewer_tokens_and_channels_are_tried_and_made_again(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coprune.fitting.search._DISTILLED", (1024, 2048))
     settings = how(place, without="experts,blocks", types="q8_0", budget="24h")
-    found = coprune.fit(
-        place / "model.gguf", place / "text.txt", "bits<=dense*2.5", output=tmp_path / "small", **settings
-    )
+    found = coprune.fit(copying, place / "text.txt", "bits<=dense*2.5", output=tmp_path / "small", **settings)
     assert found.kept
+    assert [line.partition(":")[0] for line in found.lines[1:]] == ["still writes", "still writes"]
     assert any(row.name.startswith("vocabulary=") and row.bytes for row in found.rows)
     assert "vocabulary=" in found.chosen or "channels=" in found.chosen
     assert ("vocabulary=" in found.chosen) == any(note.startswith("fewer tokens: LOST") for note in found.notes)
@@ -88,6 +101,18 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
     assert 0 < judging.count(False) == used.count("\n") < len(judging)
     made = remake(tmp_path / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
     assert made.read_bytes() == found.file.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_cut_that_no_longer_writes_is_not_kept(place: Path, tmp_path: Path) -> None:
+    """It reads the text as before, which has none of the tokens that the model itself writes: by the text alone it is kept."""
+    settings = how(place, without="experts,blocks,channels,embedding", types="q8_0", budget="24h")
+    found = coprune.fit(place / "model.gguf", place / "text.txt", "bits<=dense*1.6", output=tmp_path / "o", **settings)
+    assert found.chosen == "q8_0"
+    cuts = [row for row in found.rows if row.name.startswith("vocabulary=") and row.verdict]
+    assert cuts
+    assert all(row.verdict != "kept" for row in cuts)
+    assert any((row.low or 0) > 0 for row in cuts)  # which is of the first condition, on the text
 
 
 def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_page(place: Path, found: Any) -> None:
@@ -159,14 +184,12 @@ def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, tmp
 
 
 @pytest.mark.slow
-def test_a_folder_for_transformers(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_for_transformers(place: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of change is tried, what is chosen loads there with the figures that were measured, and is made again."""
     monkeypatch.setattr("coprune.fitting.search._DISTILLED", (1024, 2048))
     settings = how(place, without="blocks,experts", budget="24h", runtime="transformers")
     del settings["types"]
-    found = coprune.fit(
-        place / "model.gguf", place / "text.txt", "bits<=dense*2.5", output=tmp_path / "small", **settings
-    )
+    found = coprune.fit(copying, place / "text.txt", "bits<=dense*2.5", output=tmp_path / "small", **settings)
     assert found.kept
     kinds = {row.name.split("=")[0] for row in found.rows if row.bytes}
     assert {"vocabulary", "dense f16"} <= kinds

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from coprune.base.errors import about
 from coprune.evaluation.asked_texts import text_fingerprint
 from coprune.fitting.tasks import Task
+from coprune.fitting.writing import writing_of
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import locate
 
@@ -32,6 +33,11 @@ class Asked:
     like: str | None = None
     """A GGUF file of the source model."""
     runtime: Runtime = "llama.cpp"
+
+    @cached_property
+    def writing(self) -> tuple[Task, ...]:
+        """What shows whether a model still writes; only cuts are measured on it."""
+        return writing_of(self.tasks)
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -21,6 +21,8 @@ METRICS: dict[str, str] = {
     "kl": "KL(dense ‖ this) along the dense model's answers, nats per token (prompts)",
 }
 """Metric of an item, and the kinds of tasks that have it."""
+_COUNTED = {"accuracy": "right", "sound": "sound"}
+"""Metrics of answers that count or do not, in words."""
 _AGAINST = ("acceptance", "kl")
 """Metrics that compare with the dense model already."""
 USUAL: dict[Kind, str] = {
@@ -28,6 +30,7 @@ USUAL: dict[Kind, str] = {
     "answer": "accuracy>=dense-0.02",
     "text": "bits<=dense*1.02",
     "prompts": "acceptance>=0.9",
+    "writing": "",
 }
 """Default requirement by kind of task."""
 WORST, WORST_BITS = 8, 2
@@ -116,7 +119,7 @@ class Condition:
 
     def _estimate(self, found: Sequence[float], dense: Sequence[float]) -> tuple[Estimate, float]:
         """Return what is estimated, more being better, and its minimum."""
-        if self.metric == "accuracy":
+        if self.metric in _COUNTED:
             new, old = ([value > 0.5 for value in one] for one in (found, dense))
             if self.factor == 0.0:
                 return Share(sum(new), 0, 0, len(new)), self.number
@@ -137,8 +140,8 @@ class Condition:
         return Mean([-loss for loss in losses], floor), -allowed
 
     def _said(self, estimate: Estimate, found: Sequence[float], dense: Sequence[float]) -> str:
-        if self.metric == "accuracy":
-            return f"{sum(found):.0f} of {len(found)} right, dense {sum(dense):.0f}"
+        if self.metric in _COUNTED:
+            return f"{sum(found):.0f} of {len(found)} {_COUNTED[self.metric]}, dense {sum(dense):.0f}"
         means = f"{math.fsum(found) / max(1, len(found)):.4f}"
         if self.metric == "bits":
             means += f", dense {math.fsum(dense) / max(1, len(dense)):.4f}"
@@ -152,7 +155,9 @@ class Condition:
 
         dense: its figures; None before it was measured: then the best there may be. Returns None if more never will.
         """
-        best = {"accuracy": 1.0, "acceptance": 1.0, "kl": 0.0, "bits": 1.0 if self.factor else 0.0}[self.metric]
+        best = {"accuracy": 1.0, "sound": 1.0, "acceptance": 1.0, "kl": 0.0, "bits": 1.0 if self.factor else 0.0}[
+            self.metric
+        ]
         figures = [best] * LEAST_ITEMS if dense is None else dense
         return self.judge(figures, figures).needed
 

@@ -15,51 +15,54 @@ from coprune.base.files import write_durably
 from coprune.base.patterns import is_found
 from coprune.fitting.reader import POSITIONS, READ, Reader
 from coprune.fitting.tasks import Item, Task
+from coprune.fitting.writing import is_sound
 
 Scores = dict[str, float]
 ANSWER_TOKENS = 32
 _LIKELIEST, _DRAWN = 1024, 64
 """Tokens of a distribution that are kept, and those drawn from the rest by their probability, which stand for it."""
 _LEAST = 1e-9
+DENSE_SOUND = "dense sound"
+"""Figure of the dense model that is kept beside the other's."""
 
 
 @dataclass
 class DenseAnswers:
-    """The dense model's answers to prompts and its token probabilities, by the item's index."""
+    """The dense model's answers to items and its token probabilities, by the task's key and the item's index."""
 
-    ids: dict[int, list[int]] = field(default_factory=dict)
-    ends: dict[int, int] = field(default_factory=dict)
+    ids: dict[str, list[int]] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
     """The token that ended an answer, where one did."""
-    tokens: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
     """Positions × tokens: ids, int32; of each position the likeliest, then the drawn ones."""
-    shares: dict[int, Tensor] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
     """Probabilities of these tokens, float32."""
 
-    def add(self, reader: Reader, place: int, item: Item) -> None:
+    def add(self, reader: Reader, task: Task, place: int) -> None:
         """Generate the dense model's answer to an item."""
-        before = reader.ids(item.prompt) or reader.begin
-        self.ids[place], end = reader.write(before, ANSWER_TOKENS)
+        before, key = _before(reader, task.items[place]), item_key(task, place)
+        self.ids[key], end = reader.write(before, ANSWER_TOKENS)
         if end is not None:
-            self.ends[place] = end
-        (rows,) = reader.along(before, [self.positions(place)])
+            self.ends[key] = end
+        (rows,) = reader.along(before, [self.positions(key)])
         shares = rows.exp()
         likeliest = shares.topk(min(_LIKELIEST, shares.shape[1]), dim=1).indices
         if shares.shape[1] > _LIKELIEST:
             rest = shares.scatter(1, likeliest, 0.0) + torch.finfo().tiny
             drawn = rest.multinomial(_DRAWN, replacement=True, generator=torch.Generator().manual_seed(place))
             likeliest = torch.cat([likeliest, drawn], dim=1)
-        self.tokens[place], self.shares[place] = likeliest.int(), shares.gather(1, likeliest)
+        self.tokens[key], self.shares[key] = likeliest.int(), shares.gather(1, likeliest)
 
-    def positions(self, place: int) -> list[int]:
+    def positions(self, key: str) -> list[int]:
         """Return the tokens that are predicted along an answer, with the one that ends it."""
-        return [*self.ids[place], *([self.ends[place]] if place in self.ends else [])]
+        return [*self.ids[key], *([self.ends[key]] if key in self.ends else [])]
 
     def save(self, file: Path) -> None:
         """Write it, whole or not at all."""
-        tensors = {f"{place} ids": torch.tensor(ids, dtype=torch.int32) for place, ids in self.ids.items()}
-        tensors |= {f"{place} end": torch.tensor([end], dtype=torch.int32) for place, end in self.ends.items()}
-        tensors |= {f"{place} tokens": one.contiguous() for place, one in self.tokens.items()}
-        tensors |= {f"{place} shares": one.contiguous() for place, one in self.shares.items()}
+        tensors = {f"{key} ids": torch.tensor(ids, dtype=torch.int32) for key, ids in self.ids.items()}
+        tensors |= {f"{key} end": torch.tensor([end], dtype=torch.int32) for key, end in self.ends.items()}
+        tensors |= {f"{key} tokens": one.contiguous() for key, one in self.tokens.items()}
+        tensors |= {f"{key} shares": one.contiguous() for key, one in self.shares.items()}
         write_durably(file, lambda temporary: save_file(tensors, temporary))
 
     @classmethod
@@ -67,13 +70,13 @@ class DenseAnswers:
         """Read it again."""
         found = cls()
         for name, tensor in load_file(file).items():
-            place, _, part = name.partition(" ")
+            key, _, part = name.partition(" ")
             if part == "ids":
-                found.ids[int(place)] = tensor.tolist()
+                found.ids[key] = tensor.tolist()
             elif part == "end":
-                found.ends[int(place)] = int(tensor)
+                found.ends[key] = int(tensor)
             else:
-                getattr(found, part)[int(place)] = tensor
+                getattr(found, part)[key] = tensor
         return found
 
 
@@ -84,7 +87,7 @@ def score_item(reader: Reader, task: Task, place: int, dense: DenseAnswers | Non
         reader: the model.
         task: the items.
         place: which of them.
-        dense: what the dense model answers to prompts.
+        dense: what the dense model answers.
 
     Returns:
         A figure of every metric of the task's kind.
@@ -97,7 +100,25 @@ def score_item(reader: Reader, task: Task, place: int, dense: DenseAnswers | Non
     if task.kind == "text":
         return {"bits": bits_per_byte(reader, item.text)}
     assert dense is not None
-    return _closeness(reader, item, place, dense)
+    found = _closeness(reader, item, item_key(task, place), dense)
+    return found if task.kind == "prompts" else found | _soundness(reader, item, item_key(task, place), dense)
+
+
+def item_key(task: Task, place: int) -> str:
+    """Name an item among those of several tasks."""
+    return f"{task.key}/{place}"
+
+
+def _before(reader: Reader, item: Item) -> list[int]:
+    return reader.ids(item.prompt) or reader.begin
+
+
+def _soundness(reader: Reader, item: Item, key: str, dense: DenseAnswers) -> Scores:
+    """Say whether what a model writes by itself is sound, and whether what the dense one wrote is."""
+    ids, end = reader.write(_before(reader, item), ANSWER_TOKENS)
+    dense_ended = key in dense.ends
+    sound = is_sound(ids, end is not None, dense_ended)
+    return {"sound": float(sound), DENSE_SOUND: float(is_sound(dense.ids[key], dense_ended, dense_ended))}
 
 
 def _chosen(reader: Reader, item: Item) -> str:
@@ -124,7 +145,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def answer_text(reader: Reader, item: Item) -> str:
     """Generate a model's answer to an item."""
     line = (lambda text: False) if item.regex else (lambda text: "\n" in text.lstrip())
-    return reader.text(reader.write(reader.ids(item.prompt) or reader.begin, ANSWER_TOKENS, line).ids)
+    return reader.text(reader.write(_before(reader, item), ANSWER_TOKENS, line).ids)
 
 
 def is_right(item: Item, text: str) -> bool:
@@ -147,15 +168,15 @@ def bits_per_byte(reader: Reader, text: str) -> float:
     return -found / math.log(2) / len(text.encode())
 
 
-def _closeness(reader: Reader, item: Item, place: int, dense: DenseAnswers) -> Scores:
+def _closeness(reader: Reader, item: Item, key: str, dense: DenseAnswers) -> Scores:
     """Compare the distributions of the next token along the dense model's answer, also where that ends."""
-    ids = dense.positions(place)
-    before, after = reader.ids(item.prompt) or reader.begin, _own_ids(reader, ids)
+    ids = dense.positions(key)
+    before, after = _before(reader, item), _own_ids(reader, ids)
     accepted = kl = 0.0
     if after:
         (rows,) = reader.along(before, [after])
-        tokens = dense.tokens[place][: len(after)].long()
-        expected = dense.shares[place][: len(after)].double()
+        tokens = dense.tokens[key][: len(after)].long()
+        expected = dense.shares[key][: len(after)].double()
         found = _of_old(rows.exp(), reader.old_ids, int(tokens.max())).gather(1, tokens).double()
         weights = torch.ones_like(expected)
         if tokens.shape[1] > _LIKELIEST:

@@ -26,10 +26,11 @@ from coprune.fitting.candidates import (
 )
 from coprune.fitting.notes import Measured
 from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
-from coprune.fitting.score import answer_text
+from coprune.fitting.score import ANSWER_TOKENS, DENSE_SOUND, answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team, places_ahead
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
+from coprune.fitting.writing import REQUIRED, provable
 
 Target = Literal["size", "speed", "memory"]
 EXACT_DENSE = Candidate(DENSE, EXACT)
@@ -83,6 +84,9 @@ class Search:
     def __init__(self, workshop: Workshop, wish: Wish, team: Team) -> None:
         """Begin a search for what `wish` asks of the workshop's tasks."""
         self.workshop, self.wish, self.tasks = workshop, wish, workshop.asked.tasks
+        self._writing = workshop.asked.writing
+        self._all = [*self.tasks, *self._writing]
+        self._can_cut = all(provable(task) for task in self._writing)
         self._team = team
         self.tried: dict[Candidate, Measured] = {}
         self._safety: dict[Candidate, float] = {}  # by the seen half
@@ -154,8 +158,9 @@ class Search:
         dense = self.workshop.known(EXACT_DENSE).seconds / 2
         usual = max(dense, fmean([self.workshop.took(one) for one in self.tried] or [dense]))
         cut = 0.0 if self.workshop.is_made(candidate.cut) else self.workshop.expected_to_cut(candidate.cut)
-        trained = candidate.cut.tokens / (self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST)
-        return usual + cut + trained
+        speed = self.workshop.known(EXACT_DENSE).speed
+        continued = 0.0 if candidate.cut == DENSE else 2 * ANSWER_TOKENS * sum(len(task.seen) for task in self._writing)
+        return usual + cut + (candidate.cut.tokens * _TRAINING_COST + continued) / speed
 
     def _has_time(self, candidate: Candidate) -> bool:
         """Return whether the budget has time for a candidate and for all that is to be proven then."""
@@ -206,7 +211,7 @@ class Search:
         return not known.refused and (not known.bytes or bool(self._missing(known, wanted)))
 
     def _missing(self, known: Measured, wanted: Mapping[str, Sequence[int]]) -> list[int]:
-        return [place for task in self.tasks for place in known.missing(task, wanted.get(task.name, ()))]
+        return [place for task in self._all for place in known.missing(task, wanted.get(task.name, ()))]
 
     def _seen(self, part: int = 1) -> dict[str, list[int]]:
         return {task.name: [*task.seen[: max(1, len(task.seen) // part)]] for task in self.tasks}
@@ -217,20 +222,31 @@ class Search:
         return {"size": float(found.bytes), "memory": float(found.memory), "speed": -found.speed}[self.wish.target]
 
     def judged(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> list[Held]:
-        """Test all conditions on some items."""
+        """Test all conditions on some items, and where prompts were continued, whether the model still writes."""
         found, dense = self.workshop.known(candidate), self.workshop.known(EXACT_DENSE)
-        return [
+        held = [
             condition.judge(*(one.of(task, condition.metric, task.apart(places[task.name])) for one in (found, dense)))
             for condition, task in self._pairs()
         ]
+        for task in self._writing:
+            if own := places.get(task.name):
+                beside = {"sound": DENSE_SOUND}
+                held += [
+                    one.judge(*(found.of(task, name, own) for name in (one.metric, beside.get(one.metric, one.metric))))
+                    for one in REQUIRED
+                ]
+        return held
 
     def judged_so_far(self, candidate: Candidate) -> list[Held]:
         """Test all conditions on the items of the seen half measured so far; empty without any."""
-        known = self.workshop.known(candidate)
-        places = {
-            name: [one for one in own if not self._missing(known, {name: [one]})] for name, own in self._seen().items()
-        }
-        return self.judged(candidate, places) if all(places.values()) else []
+        known, seen = self.workshop.known(candidate), self._seen()
+        asked = seen | self._continued("seen")
+        places = {name: [one for one in own if not self._missing(known, {name: [one]})] for name, own in asked.items()}
+        return self.judged(candidate, places) if all(places[name] for name in seen) else []
+
+    def _continued(self, half: Literal["seen", "unseen"], cut: Cut | None = None) -> dict[str, list[int]]:
+        """Return the prompts of a half that show whether a cut model still writes; none of the dense model."""
+        return {} if cut == DENSE else {task.name: [*getattr(task, half)] for task in self._writing}
 
     def _tried_on(
         self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
@@ -243,15 +259,22 @@ class Search:
         verdict = Verdict.OPEN
         for part in self._parts(candidate.cut):
             if verdict is Verdict.OPEN:
-                self._measure(candidate, self._seen(part), ahead)
-                held = self.judged(candidate, self._seen(part))
-                verdict = verdict_of(held)
-                self._safety[candidate] = min(one.safety for one in held)
+                self._measure(candidate, seen := self._seen(part), ahead)
+                verdict = self._verdict(candidate, seen)
+        if verdict is Verdict.KEPT and (continued := self._continued("seen", candidate.cut)):
+            self._measure(candidate, continued, ())
+            verdict = self._verdict(candidate, seen | continued)
         return "kept" if verdict is Verdict.KEPT else "lost"
+
+    def _verdict(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> Verdict:
+        """Judge a candidate by some of the seen items, and keep how clearly."""
+        held = self.judged(candidate, places)
+        self._safety[candidate] = min(one.safety for one in held)
+        return verdict_of(held)
 
     def _parts(self, cut: Cut) -> Sequence[int]:
         """Return parts of the seen items that tell about a cut: if they are many, not those whose text made it."""
-        few = any(len(task.seen) // 2 < LEAST_ITEMS for task in self.tasks)
+        few = any(len(task.seen) < 4 * (condition.least_items() or LEAST_ITEMS) for condition, task in self._pairs())
         return _RUNGS if cut == DENSE or few else _RUNGS[:-1]
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
@@ -324,6 +347,8 @@ class Search:
         self._halve(plain, plain.index(first), one=large_tables)
         if not self._kept:  # what is smaller keeps no more than the largest quant
             return
+        if not self._can_cut:
+            self.workshop.reporter.say("Too few items to tell whether a model still writes: no parts or tokens are cut")
         largest, smallest = self._kept[0], self._kept[-1]
         smaller = partial(self._smaller, last=(plain[-1] if large_tables else smallest).type)
         # A cut may save more bytes than smaller types do, for less: so from both ends.
@@ -350,7 +375,7 @@ class Search:
         return sorted((one for one in found if sizes[one] < sizes[base]), key=sizes.__getitem__, reverse=True)
 
     def _vocabularies(self, base: Candidate) -> list[Candidate]:
-        if "vocabulary" in self.wish.without:
+        if "vocabulary" in self.wish.without or not self._can_cut:
             return []
         sizes = [int(share * self._vocabulary) // _ALIGN * _ALIGN for share in VOCABULARIES]
         return [base.of(Cut((f"vocabulary={size}",))) for size in sizes if size]
@@ -362,7 +387,9 @@ class Search:
 
     def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:
         asked = [one for one in amounts if one.partition("=")[0] not in self.wish.without]
-        tokens = 0 if self.untried else self._distilled()  # takes more time than what there was none for
+        tokens = (
+            0 if self.untried or not self._can_cut else self._distilled()
+        )  # takes more time than what there was none for
         return [base.of(Cut((*base.cut.removed, one), tokens)) for one in asked] if tokens else []
 
     def _distilled(self) -> int:
@@ -393,13 +420,14 @@ class Search:
         judged: dict[Candidate, list[Held]] = {}
         passed = list[Candidate]()
         for place, candidate in enumerate(chain):
+            asked = unseen | self._continued("unseen", candidate.cut)
             after = self._proof(1 + sum(one in least for one in chain[place + 1 :]))
             made = 0.0 if candidate in self.tried else self._expected(candidate)
             late = self._elapsed + made + after > self.wish.budget
-            if surest and late and candidate not in least and self._is_new(candidate, unseen):
+            if surest and late and candidate not in least and self._is_new(candidate, asked):
                 continue
-            self.tried[candidate] = self.workshop.measure(candidate, unseen)
-            judged[candidate] = self.judged(candidate, unseen)
+            self.tried[candidate] = self.workshop.measure(candidate, asked)
+            judged[candidate] = self.judged(candidate, asked)
             self._report(candidate, judged[candidate], "unseen")
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
                 break

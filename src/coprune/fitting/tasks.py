@@ -18,7 +18,8 @@ from coprune.base.patterns import require_pattern
 from coprune.data.local_text import local_text, looks_local, rows_of
 from coprune.fitting.doubles import clusters_of
 
-Kind = Literal["choice", "answer", "text", "prompts"]
+Kind = Literal["choice", "answer", "text", "prompts", "writing"]
+"""Kinds of tasks; `writing` is none of a user's (`coprune.fitting.writing`)."""
 Prompt = str | tuple[tuple[str, str], ...]
 """Text, or the messages of a conversation: roles with what they say."""
 METRICS_OF: dict[Kind, tuple[str, ...]] = {
@@ -26,6 +27,7 @@ METRICS_OF: dict[Kind, tuple[str, ...]] = {
     "answer": ("accuracy",),
     "text": ("bits",),
     "prompts": ("acceptance", "kl"),
+    "writing": ("acceptance", "sound"),
 }
 LEAST_HALF = 8
 """Items of a half at least."""

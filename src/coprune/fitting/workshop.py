@@ -34,7 +34,7 @@ from coprune.fitting.candidates import DENSE, EXACT, Candidate, Cut
 from coprune.fitting.made import bytes_in, note_of, seconds_in, seconds_of
 from coprune.fitting.notes import Asked, Measured, differing
 from coprune.fitting.reader import Reader
-from coprune.fitting.score import DenseAnswers, score_item
+from coprune.fitting.score import DenseAnswers, item_key, score_item
 from coprune.fitting.tasks import Task
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
@@ -141,12 +141,15 @@ class Workshop:
     def measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> Measured:
         """Make a candidate, if it is not there, and measure what is missing of it. wanted: places of items by task."""
         found = self.known(candidate)
-        missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in self.asked.tasks}
+        tasks = [*self.asked.tasks, *self.asked.writing]
+        missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in tasks}
         if found.refused or (found.bytes and not any(missing.values())):
             return found
         started, noted = time.perf_counter(), self._noted
         try:
             file = self.file(candidate)
+            asked = [one for one in (self._prompts, self.asked.writing) if any(missing[task.name] for task in one)]
+            answers = {one[0].kind: self._answers(one) for one in asked}
         except CopruneError as error:
             refused = found.model_copy(update={"refused": str(error)})
             if _lacks_memory(error):  # of this machine now, where the search ends without it
@@ -159,13 +162,12 @@ class Workshop:
         reader = self.reader(file, candidate.cut)
         if not found.bytes:
             found = found.model_copy(update=self._first_figures(file, reader))
-        dense = DenseAnswers.load(self._dense_answers) if self._dense_answers.exists() else None
         scores = {name: {metric: dict(own) for metric, own in one.items()} for name, one in found.scores.items()}
         with self.reporter.bar(candidate.name, sum(map(len, missing.values()))) as advance:
-            for task in self.asked.tasks:
+            for task in tasks:
                 own = scores.setdefault(task.key, {})
                 for place in missing[task.name]:
-                    for metric, value in score_item(reader, task, place, dense).items():
+                    for metric, value in score_item(reader, task, place, answers.get(task.kind)).items():
                         own.setdefault(metric, {})[place] = value
                     advance(1)
         reader.engine.close()
@@ -390,39 +392,52 @@ class Workshop:
         return file
 
     @property
-    def _dense_answers(self) -> Path:
-        return self.folder / "text" / "answers.safetensors"
+    def _prompts(self) -> tuple[Task, ...]:
+        return tuple(task for task in self.asked.tasks if task.kind == "prompts")
 
-    def prepare(self, expect: Callable[[float], None]) -> None:
-        """Generate the dense model's answers, and collect the text of the seen half. Raises CopruneError.
+    def _answers(
+        self, tasks: Sequence[Task], expect: Callable[[float], None] = lambda seconds: None
+    ) -> DenseAnswers | None:
+        """Return the dense model's answers to all items of tasks, generated if need be; None without tasks.
 
-        expect: is told, after the first answers, how many seconds all will take.
+        expect: as in `prepare`.
         """
-        asked = [
-            (task, place) for task in self.asked.tasks if task.kind == "prompts" for place in task.seen + task.unseen
-        ]
+        if not tasks:
+            return None
+        target = self.folder / "text" / f"{tasks[0].kind}.safetensors"
+        asked = [(task, place) for task in tasks for place in task.seen + task.unseen]
 
         def answer() -> None:
             reader, found = self.reader(self.file(Candidate(DENSE, EXACT)), DENSE), DenseAnswers()
             started = time.perf_counter()
             with self.reporter.bar("The dense model's answers", len(asked)) as advance:
                 for number, (task, place) in enumerate(asked, 1):
-                    found.add(reader, place, task.items[place])
+                    found.add(reader, task, place)
                     advance(1)
                     if number == _FIRST_ANSWERS:
                         expect((time.perf_counter() - started) * len(asked) / number)
-            found.save(self._dense_answers)
+            reader.engine.close()
+            found.save(target)
 
-        if asked:
-            self._once(self._dense_answers, answer)
+        self._once(target, answer)
+        return DenseAnswers.load(target)
+
+    def prepare(self, expect: Callable[[float], None]) -> None:
+        """Generate the dense model's answers to prompts, and collect the text of the seen half. Raises CopruneError.
+
+        expect: is told, after the first answers, how many seconds all will take.
+        """
+        self._answers(self._prompts, expect)
         self._once(self.text, self._collect)
 
     def _collect(self) -> None:
-        answers = DenseAnswers.load(self._dense_answers) if self._dense_answers.exists() else DenseAnswers()
+        answers = self._answers(self._prompts) or DenseAnswers()
 
         def of(task: Task, place: int) -> str:
             item = task.items[place]
-            right = item.answer or self.tokenizer.decode(answers.ids.get(place, []), skip_special_tokens=True)
+            right = item.answer or self.tokenizer.decode(
+                answers.ids.get(item_key(task, place), []), skip_special_tokens=True
+            )
             return item.asked if item.text else f"{item.asked} {right}".strip()
 
         passages, line = calibration_of(self.asked.tasks, of, self._more_text())
