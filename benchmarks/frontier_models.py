@@ -15,6 +15,7 @@ from torch import Tensor
 
 import coprune
 from coprune.data import calibration_windows
+from coprune.gguf_files.llama_cpp import require_type
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.shards import read_tensor
@@ -120,7 +121,7 @@ def exported(asked: argparse.Namespace, folder: Path, kind: str) -> Path:
     """A GGUF file of a folder."""
     file: Path = asked.folder / f"{folder.name}-{kind}.gguf"
     if not file.exists():
-        coprune.export(folder, file, type=kind, like=asked.like or locate(asked.model).path)
+        coprune.export(folder, file, type=require_type(kind), like=asked.like or locate(asked.model).path)
     return file
 
 

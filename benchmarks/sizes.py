@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import coprune
+from coprune.gguf_files.llama_cpp import require_type
 
 PRUNED: dict[str, dict[str, Any]] = {
     "channels-20": {"remove": "channels=0.2"},
@@ -64,7 +65,9 @@ def make(asked: argparse.Namespace) -> dict[str, Path | str]:
         for kind in FILES[: 2 if name.startswith("uneven") else None]:
             models[f"{name} {kind}"] = file = asked.folder / f"{name}-{kind}.gguf"
             if not file.exists():
-                coprune.export(asked.model if name == "dense" else asked.folder / name, file, type=kind, quiet=True)
+                coprune.export(
+                    asked.model if name == "dense" else asked.folder / name, file, type=require_type(kind), quiet=True
+                )
     return models
 
 
@@ -87,7 +90,7 @@ def quality(model: Path | str, asked: argparse.Namespace) -> dict[str, float]:
     known = asked.folder / "quality" / f"{Path(model).name}.json"
     if not known.exists():
         found = coprune.evaluate(
-            _loadable(Path(model)), "embedded", seqlen=asked.seqlen, tokens=asked.tokens, dtype="float32"
+            _loadable(Path(model)), "embedded", seqlen=asked.seqlen, eval_tokens=asked.tokens, dtype="float32"
         )
         size = (Path(model).stat().st_size if Path(model).is_file() else found.weights.bytes_on_disk) / 1e6
         known.parent.mkdir(exist_ok=True)
@@ -103,7 +106,7 @@ def _loadable(model: Path) -> Path:
     name, _, kind = model.stem.rpartition("-")
     padded = model.with_name(f"{name}-{kind}-padded.gguf")
     if not padded.exists():
-        coprune.export(model.with_name(name), padded, type=kind, padded=True, quiet=True)
+        coprune.export(model.with_name(name), padded, type=require_type(kind), padded=True, quiet=True)
     return padded
 
 

@@ -135,7 +135,6 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
 
     reporter.listeners.append(hear)
     result = run_recipe(recipe, reporter=reporter, write=False)
-    assert result.model is not None
     assert result.report.calibration is not None
     if result.report.calibration.fingerprint != settings["fingerprint"]:
         raise SystemExit("coprune drew other tokens than the other runs were given")

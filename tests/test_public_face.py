@@ -7,11 +7,17 @@ import sys
 import typing
 
 import pytest
+from hover_texts import texts_by_file, with_texts
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import coprune
+from coprune.commands.table import command_named
 from coprune.evaluation.measure_arguments import MeasureArguments
+from coprune.gguf_files.llama_cpp import GgufType
+from coprune.model.loaded_model import Processor
 from coprune.recipe.tree import FIELDS
 from coprune.recipe.views import MEASURING, TRAINING
+from coprune.run.arguments import PruneArguments
 from coprune.training.finetune import FinetuneArguments
 from support.annotations import kinds
 
@@ -112,6 +118,43 @@ def test_the_settings_of_a_fine_tuning_are_typed() -> None:
     assert set(typed) == {*TRAINING, "bf16"} - {"model", "mode"}
     for name, (word, _) in TRAINING.items():
         assert name not in typed or kinds(FIELDS[word].annotation) - {tuple} <= kinds(typed[name]), name
+
+
+def test_editors_show_the_settings_own_descriptions() -> None:
+    for file, texts in texts_by_file().items():
+        source = file.read_text(encoding="utf-8")
+        assert with_texts(source, texts) == source, f"run docs/site/hover_texts.py for {file.name}"
+        assert len([text for text in texts.values() if text[:40] in source]) >= 15
+
+
+def test_a_type_of_file_that_there_is_not_is_seen_by_type_checkers() -> None:
+    assert typing.get_type_hints(coprune.export)["type"] == GgufType
+    assert "q4_k_m" in typing.get_args(GgufType)
+    assert "q4_km" not in typing.get_args(GgufType)
+
+
+def test_what_a_result_holds_is_typed() -> None:
+    for name, kind in {"model": PreTrainedModel, "tokenizer": PreTrainedTokenizerBase}.items():
+        assert typing.get_type_hints(inspect.getattr_static(coprune.Result, name).fget)["return"] is kind
+    for function in (coprune.prune, coprune.estimate, coprune.evaluate, coprune.inspect):
+        assert kinds(inspect.signature(function, eval_str=True).parameters["processor"].annotation) == {
+            *kinds(Processor), type(None)
+        }  # fmt: skip
+
+
+def test_one_thing_has_one_name() -> None:
+    asked = {word for word, _ in MEASURING.values()}
+    assert {name for name in MEASURING if name not in asked} == {"data"}
+    assert not {"tokenizer", "image_processor"} & set(typing.get_type_hints(PruneArguments))
+    for name in ("fit", "compare", "evaluate"):
+        options = inspect.signature(command_named(name), eval_str=True).parameters
+        for own in inspect.signature(getattr(coprune, name)).parameters.values():
+            if own.kind is own.KEYWORD_ONLY and own.name in options:
+                declared = getattr(options[own.name].annotation, "__metadata__", [None])[0]
+                flags = [flag for flag in getattr(declared, "param_decls", None) or () if flag.startswith("--")]
+                assert not flags or f"--{own.name.replace('_', '-')}" in [flag.split("/")[0] for flag in flags], (
+                    own.name
+                )
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

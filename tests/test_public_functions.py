@@ -56,9 +56,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture(scope="module")
 def folder(pruned: coprune.Result, place: Path) -> Path:
     """The pruned model as a checkpoint."""
-    assert pruned.model is not None
     pruned.model.save_pretrained(place / "pruned")
-    pruned.processor.save_pretrained(place / "pruned")
+    pruned.tokenizer.save_pretrained(place / "pruned")
     return place / "pruned"
 
 
@@ -72,7 +71,6 @@ def pruned(place: Path) -> coprune.Result:
 def test_a_result_holds_what_the_model_reads_with(pruned: coprune.Result) -> None:
     assert isinstance(pruned.processor, PreTrainedTokenizerBase)
     assert pruned.tokenizer is pruned.processor
-    assert pruned.model is not None
 
 
 def test_a_streamed_result_has_the_tokenizer_too(inside: Path, tmp_path: Path) -> None:
@@ -207,7 +205,6 @@ def test_evaluate_measures_what_the_command_does(
 
 
 def test_evaluate_measures_a_model_in_memory_and_leaves_it_as_it_is(inside: Path, pruned: coprune.Result) -> None:
-    assert pruned.model is not None
     pruned.model.train()
     found = coprune.evaluate(
         pruned.model, ["test.txt"], against=pruned.model, processor=pruned.processor, seqlen=32, quiet=True
@@ -221,7 +218,6 @@ def test_evaluate_measures_a_model_in_memory_and_leaves_it_as_it_is(inside: Path
 
 
 def test_evaluate_says_what_a_model_in_memory_lacks(inside: Path, pruned: coprune.Result) -> None:
-    assert pruned.model is not None
     with pytest.raises(
         coprune.BadInput, match="dtype is about loading, and the model is already in memory; leave out dtype"
     ):
@@ -233,7 +229,7 @@ def test_evaluate_says_what_a_model_in_memory_lacks(inside: Path, pruned: coprun
 
 
 def test_texts_are_paths_as_well_as_names(inside: Path) -> None:
-    small: dict[str, Any] = {"seqlen": 32, "tokens": 128, "quiet": True}
+    small: dict[str, Any] = {"seqlen": 32, "eval_tokens": 128, "quiet": True}
     both: Any = [Path("test.txt"), Path("words.txt")]
     named = coprune.evaluate("model", "test.txt,words.txt", **small)
     assert coprune.evaluate("model", both, **small) == named
@@ -265,9 +261,11 @@ def test_what_needs_a_name_says_so_of_a_model_in_memory(inside: Path) -> None:
 
 
 def test_compare_measures_what_the_command_does(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
-    kept = ["--evaluations", tmp_path / "kept", "--json", tmp_path / "found.json", "--csv", tmp_path / "found.csv"]
+    kept = ["--evaluation-cache", tmp_path / "kept", "--json", tmp_path / "found.json", "--csv", tmp_path / "found.csv"]
     told = command("compare", "model", "model", "--data", "test.txt", "--seqlen", 32, "--quiet", *kept)
-    found = coprune.compare(["model", Path("model")], "test.txt", seqlen=32, evaluations=tmp_path / "kept", quiet=True)
+    found = coprune.compare(
+        ["model", Path("model")], "test.txt", seqlen=32, evaluation_cache=tmp_path / "kept", quiet=True
+    )
     assert json.loads((tmp_path / "found.json").read_text()) == json.loads(found.model_dump_json())
     assert (tmp_path / "found.csv").read_text() == found.to_csv()
     assert [line.split() for line in told.split("\n") if line.split()] == [
@@ -303,7 +301,6 @@ def test_inspect_gives_the_data_of_which_the_commands_lines_are_a_rendering(
 def test_inspect_sees_zeros_of_a_model_in_memory_and_what_an_allocation_spreads(
     inside: Path, pruned: coprune.Result
 ) -> None:
-    assert pruned.model is not None
     found = coprune.inspect(pruned.model, allocation="owl", processor=pruned.processor, dataset="words.txt", **SMALL)
     assert all(matrix.zeros == matrix.size // 2 for matrix in found.matrices)
     assert len({str(matrix.target) for matrix in found.matrices}) > 1
@@ -315,7 +312,7 @@ def test_inspect_sees_zeros_of_a_model_in_memory_and_what_an_allocation_spreads(
 def test_finetune_trains_what_the_command_does(
     inside: Path, tmp_path: Path, folder: Path, command: Callable[..., str]
 ) -> None:
-    asked: dict[str, Any] = {"dataset": "words.txt", "block_size": 16, "max_steps": 2, "eval_data": "test.txt"}
+    asked: dict[str, Any] = {"dataset": "words.txt", "seqlen": 16, "max_steps": 2, "eval_data": "test.txt"}
     typed = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
     told = command("finetune", folder, *typed, "--save", tmp_path / "typed", "-q")
     found = coprune.finetune(folder, "lora", save=tmp_path / "called", quiet=True, **asked)
@@ -337,7 +334,7 @@ def test_finetune_trains_what_the_command_does(
 
 def test_bench_does_what_the_command_does(folder: Path, command: Callable[..., str]) -> None:
     found = coprune.bench(folder, prompt=4, tokens=2, repeats=1)
-    told = command("bench", folder, "--prompt", 4, "--tokens", 2, "--repeats", 1)
+    told = command("bench", folder, "--prompt-tokens", 4, "--decode-tokens", 2, "--repeats", 1)
     assert [line.split()[:3] for line in told.splitlines()] == [line.split()[:3] for line in str(found).splitlines()]
     assert repr(found).startswith(f"<Bench of {folder.name}: ")
     assert found._repr_html_().count("<tr>") == 1 + len(found.rows)

@@ -167,7 +167,8 @@ def test_completion_is_made_for_the_shell(coprune: Callable[..., str], monkeypat
 
 
 @pytest.mark.parametrize(
-    ("typed", "completed"), [("coprune pr", ["prune"]), ("coprune eval --to", ["--tokens"]), ("coprune xyz", [])]
+    ("typed", "completed"),
+    [("coprune pr", ["prune"]), ("coprune eval --eval-to", ["--eval-tokens"]), ("coprune xyz", [])],
 )
 def test_words_are_completed(typed: str, completed: list[str]) -> None:
     asked = {"_COPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}

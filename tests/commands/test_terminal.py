@@ -55,7 +55,7 @@ def test_figures_are_kept_before_they_are_shown(
         ("eval model --json eval.json", "eval.json"),
         ("compare model model --csv both.csv", "both.csv"),
     ):
-        asked = [*line.split(), "--data", "words.txt", "--seqlen", "32", "--tokens", "64", "--quiet"]
+        asked = [*line.split(), "--data", "words.txt", "--seqlen", "32", "--eval-tokens", "64", "--quiet"]
         with suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", full)
             ended = run_command(asked, patch, capsys)

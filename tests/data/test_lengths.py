@@ -106,7 +106,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def prune(dataset: Any, **settings: Any) -> coprune.Result:
     asked: dict[str, Any] = dict(method="wanda", nsamples=6, seqlen=24, evaluate=False, quiet=True) | settings
-    return coprune.prune(pico_model("llama"), tokenizer=pico_tokenizer("known"), dataset=dataset, **asked)
+    return coprune.prune(pico_model("llama"), processor=pico_tokenizer("known"), dataset=dataset, **asked)
 
 
 @pytest.mark.parametrize("settings", [{}, {"propagation": "sequential", "method": "sparsegpt", "reconstruct": 2}])

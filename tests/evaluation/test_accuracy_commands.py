@@ -46,7 +46,7 @@ def predictions(folder: Path) -> tuple[Tensor, Tensor]:
 def test_two_classifiers_side_by_side(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["compare", *map(str, models), "--data", "digits", "--images", str(LIMIT), "--fresh"]
+    command = ["compare", *map(str, models), "--data", "digits", "--eval-images", str(LIMIT), "--fresh"]
     files = ["--json", str(tmp_path / "c.json"), "--csv", str(tmp_path / "c.csv"), "--markdown", str(tmp_path / "c.md")]
     ended = run_command([*command, *files], monkeypatch, capsys)
     assert ended.code == 0, ended.err
@@ -80,7 +80,16 @@ def test_two_classifiers_side_by_side(
 def test_eval_of_a_classifier(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", str(models[0]), "--data", "digits", "--images", str(LIMIT), "--json", str(tmp_path / "e.json")]
+    command = [
+        "eval",
+        str(models[0]),
+        "--data",
+        "digits",
+        "--eval-images",
+        str(LIMIT),
+        "--json",
+        str(tmp_path / "e.json"),
+    ]
     ended = run_command(command, monkeypatch, capsys)
     assert ended.code == 0, ended.err
     ranked, labels = predictions(models[0])

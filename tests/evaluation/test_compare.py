@@ -107,7 +107,7 @@ def test_the_json_of_a_comparison_is_what_direct_computation_gives(
     monkeypatch.setenv("TASK_DATA", str(word_items(tmp_path / "data")))
     command = ["compare", *map(str, checkpoints), "--data", str(text), "--seqlen", str(SEQLEN), "-q"]
     command += ["--tasks", "piqa,hellaswag", "--limit", "5", "--include-path", str(DEFINITIONS)]
-    command += ["--evaluations", str(tmp_path / "cache"), "--json", str(tmp_path / "all.json")]
+    command += ["--evaluation-cache", str(tmp_path / "cache"), "--json", str(tmp_path / "all.json")]
     command += ["--csv", str(tmp_path / "all.csv"), "--markdown", str(tmp_path / "all.md")]
     ended = run_command(command, monkeypatch, capsys)
     assert ended.code == 0, ended.err
@@ -255,11 +255,11 @@ def test_evaluations_are_kept_in_the_home_and_not_in_a_file(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     models = checkpoints[:2]
-    coprune.compare(models, str(text), seqlen=SEQLEN, evaluations="~/kept", quiet=True)
+    coprune.compare(models, str(text), seqlen=SEQLEN, evaluation_cache="~/kept", quiet=True)
     assert any((tmp_path / "kept").glob("*.json"))
     for wrong, message in ((text, "is a file; name a folder"), (text / "kept", "which is no folder")):
         with pytest.raises(BadInput, match=message):
-            coprune.compare(models, str(text), seqlen=SEQLEN, evaluations=wrong, quiet=True)
+            coprune.compare(models, str(text), seqlen=SEQLEN, evaluation_cache=wrong, quiet=True)
 
 
 def test_models_of_other_tokens_compare_per_byte_and_begin_by_themselves(

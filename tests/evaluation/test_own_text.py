@@ -32,7 +32,7 @@ def prune(dataset: Any, **settings: Any) -> coprune.Result:
     return coprune.prune(
         pico_model("llama"),
         "sparsegpt",
-        **dict(dataset=dataset, nsamples=6, seqlen=24, evaluate=False, quiet=True, tokenizer=pico_tokenizer("known"))
+        **dict(dataset=dataset, nsamples=6, seqlen=24, evaluate=False, quiet=True, processor=pico_tokenizer("known"))
         | settings,
     )
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.gguf_files.llama_cpp import GgufType, LlamaCpp, has_llama_cpp
 from coprune.gguf_files.metadata import Counts, Field, config_of, corrected
 from coprune.gguf_files.tensor_matching import Matcher
 from coprune.model.checkpoint.load import quiet_transformers
@@ -118,7 +118,7 @@ def test_an_example_in_another_type_will_do(place: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "most"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 5e-2), ("q5_0", 0.3), ("q4_0", 0.6), ("q4_k_m", 0.6)]
 )
-def test_types(kind: str, most: float, place: Path, tmp_path: Path) -> None:
+def test_types(kind: GgufType, most: float, place: Path, tmp_path: Path) -> None:
     if kind == "q4_k_m" and not has_llama_cpp():
         pytest.skip("llama-cpp-py-sync is not installed")
     made = coprune.export(place / "small", tmp_path / "out.gguf", like=place / "f32.gguf", type=kind, quiet=True)

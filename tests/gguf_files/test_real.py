@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import coprune
-from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.gguf_files.llama_cpp import GgufType, LlamaCpp, has_llama_cpp
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from support.padded import pad_blocks
@@ -30,7 +30,8 @@ def test_smollm2_without_channels_heads_and_blocks(tmp_path: Path) -> None:
     tokens = torch.randint(49152, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = load_clean(tmp_path / "small")(tokens).logits[0]
-    for kind, most in (("f32", 1e-2), ("q8_0", 0.5)):
+    kinds: list[tuple[GgufType, float]] = [("f32", 1e-2), ("q8_0", 0.5)]
+    for kind, most in kinds:
         made = coprune.export(tmp_path / "small", tmp_path / f"{kind}.gguf", type=kind, quiet=True)
         found = LlamaCpp(made.path, context=32, threads=1).logits(tokens[0].tolist())
         # llama.cpp keeps keys and values in half precision, whose rounding a model cut on 128 tokens amplifies at single
@@ -39,7 +40,7 @@ def test_smollm2_without_channels_heads_and_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f16", 1e-2), ("q8_0", 0.2)])
-def test_smollm2_with_blocks_of_different_widths(kind: str, most: float, tmp_path: Path) -> None:
+def test_smollm2_with_blocks_of_different_widths(kind: GgufType, most: float, tmp_path: Path) -> None:
     source = locate("smollm2-135m")
     model, tokenizer = load_model(source)
     widths = {block: 1536 - 64 * (1 + block % 9) for block in range(29)}

@@ -59,7 +59,7 @@ class Workbench:
         else:
             model, tokenizer = self._model(row.model)
             model = copy.deepcopy(model).to(getattr(torch, row.dtype))
-            result = coprune.prune(model, row.method, tokenizer=tokenizer, **settings)
+            result = coprune.prune(model, row.method, processor=tokenizer, **settings)
         return figures_of(result.report, dict(result.model.state_dict()))
 
     def _common(self, model: str) -> dict[str, Any]:

@@ -74,7 +74,6 @@ def test_at_least_the_share_goes_and_the_run_says_what_it_chose(
     model = pico_model(family)
     before = model.num_parameters()
     result = coprune.prune(model, remove=f"size={size}", **SETTINGS)
-    assert result.model is not None
     left = result.model.num_parameters()
     said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith(f"size={size}: "))
     chosen = said.removeprefix(f"size={size}: ").partition(" leaves ")[0]
@@ -91,7 +90,6 @@ def test_no_smaller_share_of_channels_would_do(capsys: pytest.CaptureFixture[str
     chosen = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("size=0.25: ")).split()[1]
     less = float(chosen.partition("=")[2]) - 16 / model.config.intermediate_size
     result = coprune.prune(pico_model("llama"), remove=f"channels={less}", quiet=True, **SETTINGS)
-    assert result.model is not None
     assert result.model.num_parameters() > most
 
 

@@ -112,7 +112,6 @@ def test_a_model_in_memory_needs_no_folder(tmp_path: Path) -> None:
     card = (tmp_path / "model" / "README.md").read_text()
     assert "blocks 3 → 2" in card
     assert "50.00 % of the weights in 14 matrices are zero" in card
-    assert result.model is not None
     assert result.model.config.num_hidden_layers == 2
     assert result.report.sparsity.matrices == pytest.approx(0.5, abs=1e-3)
     weight = result.model.get_parameter("model.layers.1.mlp.down_proj.weight")

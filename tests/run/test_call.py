@@ -21,7 +21,7 @@ from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.tree import FIELDS, FLAT, LEAVES, PARTS
-from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
+from coprune.run.arguments import MethodArguments, PruneArguments
 from coprune.steps.call import choice_of, options_of, read_call, sort_options
 from coprune.steps.checks import prepare_solver
 from support.annotations import kinds
@@ -148,8 +148,7 @@ def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> No
     parts = {part for part in PARTS if "." not in part}
     settings = set(FLAT) | parts | set(OTHER_WORDS)
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
-    others = set(typing.get_type_hints(ProcessorArguments))
-    wanted = (settings - {"model", "method"}) | options | others
+    wanted = (settings - {"model", "method"}) | options
     assert wanted - OF_TRAININGS <= set(typing.get_type_hints(PruneArguments)) <= wanted
 
 

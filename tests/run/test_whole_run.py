@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import coprune
+from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
 from coprune.model.leftovers import NotLoaded
 from coprune.model.matrices import find_matrices
@@ -98,7 +99,7 @@ def test_a_tensor_that_the_model_does_not_load_is_named_and_saved(texts: Path, t
 
 def test_a_model_in_memory_is_pruned_in_place(texts: Path) -> None:
     model, oracle = pico_model("llama"), pico_model("llama")
-    result = coprune.prune(model, "wanda", tokenizer=pico_tokenizer(), pattern="2:4", **settings(texts))
+    result = coprune.prune(model, "wanda", processor=pico_tokenizer(), pattern="2:4", **settings(texts))
     assert result.model is model
     from coprune.data.windows import calibration_windows
 
@@ -141,20 +142,21 @@ def test_a_run_folder_explains_itself(texts: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_written_unless_asked(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    coprune.prune(pico_model("llama", num_hidden_layers=1), "magnitude", tokenizer=pico_tokenizer(), **settings(texts))
+    coprune.prune(pico_model("llama", num_hidden_layers=1), "magnitude", processor=pico_tokenizer(), **settings(texts))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_streamed_run_without_a_model_to_save_leaves_no_checkpoint(texts: Path, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model", num_hidden_layers=2)
     result = coprune.prune(folder, "wanda", stream=True, save=tmp_path / "run", **settings(texts))
-    assert result.model is None
+    with pytest.raises(BadInput, match="the run left no model in memory; keep it with save_model="):
+        _ = result.model
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
 
 
 def test_sparsity_zero_changes_nothing(texts: Path) -> None:
     model, dense = pico_model("llama"), pico_model("llama")
-    coprune.prune(model, "sparsegpt", tokenizer=pico_tokenizer(), sparsity=0, **settings(texts))
+    coprune.prune(model, "sparsegpt", processor=pico_tokenizer(), sparsity=0, **settings(texts))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 

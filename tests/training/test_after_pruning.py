@@ -57,7 +57,7 @@ def test_conversations_are_no_text_to_train_on(tmp_path: Path) -> None:
 def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path) -> None:
     model = pico_model("llama", vocab_size=1002, num_hidden_layers=2)
     small: dict[str, Any] = {"pattern": "2:4", "seqlen": 16, "nsamples": 2, "evaluate": False, "gate": False}
-    small |= {"dataset": str(write_text(tmp_path / "text.txt", 700)), "tokenizer": word_tokenizer(), "quiet": True}
+    small |= {"dataset": str(write_text(tmp_path / "text.txt", 700)), "processor": word_tokenizer(), "quiet": True}
     with pytest.raises(BadInput, match="only in memory; name the model's folder, or use finetune='dense'"):
         coprune.prune(model, finetune="distill", save=tmp_path / "distilled", **small)
     assert not (tmp_path / "distilled").exists()
@@ -83,7 +83,6 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     assert (result.report.finetuned.mode, result.report.finetuned.steps) == ("distill", 5)
     assert (result.report.recipe.prune.permute, result.report.recipe.prune.rotate) == (True, True)
     assert result.report.saved_model == tmp_path / "run" / "finetune" / "model"
-    assert result.model is not None
     assert find_masks(result.model).patterns == {"2:4": 14}
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
     trained = result.model.get_parameter("model.layers.0.mlp.up_proj.weight")
@@ -102,7 +101,6 @@ def test_what_pruning_leaves_alone_stays_so_while_it_is_trained(
         str(dense), dataset=text, finetune_tokens=65, exclude=exclude, save=tmp_path / "run", quiet=True, **asked
     )
     source = AutoModelForCausalLM.from_pretrained(dense)
-    assert result.model is not None
     for name, parameter in result.model.named_parameters():
         if ".layers.0." in name or "layers.1.mlp.down_proj" in name:
             assert torch.equal(parameter, source.get_parameter(name)), name

@@ -63,8 +63,8 @@ def test_alone_it_leaves_a_model_a_report_and_a_page(dense: Path, words: Path, t
     assert len([one for one in facts.texts if one.bits is not None]) > 6
     assert "Vocabulary" in (save / "report.html").read_text()
     assert "Hindi" in (model / "README.md").read_text()
-    assert result.model is not None
-    assert result.processor("Hello").input_ids
+    assert result.held is not None
+    assert result.tokenizer("Hello").input_ids
     again = coprune.Recipe.from_yaml(save / "recipe.yaml")
     assert again.remove.vocabulary == result.report.recipe.remove.vocabulary
 
@@ -92,7 +92,7 @@ def test_a_model_in_memory_is_left_as_it_is(dense: Path, words: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = coprune.prune(model, processor=tokenizer, remove="vocabulary=0.4", **settings(words, evaluate=False))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert result.model.config.vocab_size == len(result.processor) == 576
+    assert result.model.config.vocab_size == len(result.tokenizer) == 576
 
 
 def test_the_command_line_does_the_same(

@@ -20,12 +20,9 @@ def compare(
             help="Folders, Hub ids, GGUF files, runs or sweeps that saved models; the first is the baseline."
         ),
     ],
-    cache: Annotated[
+    evaluation_cache: Annotated[
         Path | None,
-        typer.Option(
-            "--evaluation-cache",
-            help="Where evaluations are kept, to be used again. [~/.cache/coprune/store]",
-        ),
+        typer.Option(help="Where evaluations are kept, to be used again. [~/.cache/coprune/store]"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again and keep nothing.")] = False,
     json_file: Annotated[
@@ -50,7 +47,7 @@ def compare(
 
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
         require_file(file, field)
-    found = compare(models, evaluations=cache, fresh=fresh, quiet=quiet, **settings)
+    found = compare(models, evaluation_cache=evaluation_cache, fresh=fresh, quiet=quiet, **settings)
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     if csv_file is not None:

@@ -60,9 +60,9 @@ def export(
     """
     if not (expand_home(model) / "report.json").is_file():  # of a run its model is meant
         look(model)
-    require_type(type_)
+    kind = require_type(type_)
     from coprune.report.folder import model_of
     from coprune.steps.export import export
 
     how: ImatrixArguments = {"imatrix": imatrix, "dataset": dataset, "save_imatrix": save_imatrix}
-    show(str(export(model_of(model), output, like=like, type=type_, padded=padded, quiet=quiet, **how)))
+    show(str(export(model_of(model), output, like=like, type=kind, padded=padded, quiet=quiet, **how)))

@@ -43,7 +43,6 @@ def fit(
     target: Annotated[
         str,
         typer.Option(
-            "--for",
             metavar="size|speed|memory",
             help="What to minimise: bytes of the file, bytes in memory, or time of a token.",
         ),

@@ -16,7 +16,7 @@ from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against
 from coprune.evaluation.model_source import Held, Model
 from coprune.model.checkpoint.load import READ_TEXT, WHAT
-from coprune.model.loaded_model import refuse_what_loading_decides
+from coprune.model.loaded_model import Processor, refuse_what_loading_decides
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.views import measuring_recipe
 from coprune.store.store import Store
@@ -29,7 +29,7 @@ def evaluate(
     data: TextData | None = None,
     *,
     against: Model | None = None,
-    processor: Any = None,
+    processor: Processor | None = None,
     quiet: bool = False,
     **settings: Unpack[MeasureArguments],
 ) -> Evaluation:
@@ -44,12 +44,12 @@ def evaluate(
         against: another model, as `model`, whose next-token distributions are compared on the same texts.
         processor: the tokenizer or image processor of models in memory.
         quiet: no progress bars and lines on standard error.
-        settings: `tasks` of lm-eval, or the papers' seven with `zero_shot=True`, with `num_fewshot`, `include_path`
+        settings: `tasks` of lm-eval, or the papers' seven with `eval_zero_shot=True`, with `num_fewshot`, `include_path`
             (`trust_tasks` lets its definitions run code), `limit` (items of each), `apply_chat_template`, `gen_kwargs` and
             `log_samples`; `generate` (`builtin`, or a file of
             prompts) for answers, with `generate_prompts`, `generate_tokens` and `generate_temperature`;
             `require` for conditions that they are held against (`required` of what is returned);
-            `seqlen`, `batch_size` and `tokens` of the texts; `images` of each set; `dtype`, `device` and `cache_dir` of
+            `seqlen`, `batch_size` and `eval_tokens` of the texts; `eval_images` of each set; `dtype`, `device` and `cache_dir` of
             models that are loaded.
 
     Returns:

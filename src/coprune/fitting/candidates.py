@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Final
 
 KINDS = ("vocabulary", "experts", "blocks", "channels", "embedding")
 """Kinds of changes that the user can exclude; quantisation always stays."""
-EXACT = "f16"
+EXACT: Final = "f16"
 """Sixteen bits as they are."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""

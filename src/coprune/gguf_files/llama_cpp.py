@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -363,41 +363,32 @@ class LlamaCpp:
             self.close()
 
 
+GgufType = Literal[
+    "f32", "f16", "bf16",
+    "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m",
+    "iq3_s", "q2_k", "iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
+]  # fmt: skip
+"""Types of a file, by the bits of a weight within their kind: plain, of the gguf package, of llama.cpp's quantiser."""
+TYPES: tuple[str, ...] = get_args(GgufType)
 PLAIN = ("f32", "f16", "bf16")
 QUANTISED = {"q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
 """Types of blocks of 32 that the gguf package makes, with their bits."""
-NEED_IMPORTANCE = ("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
-"""Types that llama.cpp's quantiser makes with an importance matrix alone."""
-BY_LLAMA_CPP = (
-    *(
-        "q6_k",
-        "q5_k_m",
-        "q5_k_s",
-        "q4_k_m",
-        "q4_k_s",
-        "iq4_nl",
-        "iq4_xs",
-        "q3_k_l",
-        "q3_k_m",
-        "q3_k_s",
-        "iq3_m",
-        "iq3_s",
-        "q2_k",
-    ),
-    *NEED_IMPORTANCE,
-)
+BY_LLAMA_CPP = tuple(name for name in TYPES if name not in (*PLAIN, *QUANTISED))
 """Types that llama.cpp's quantiser makes."""
-TYPES = (*PLAIN, *QUANTISED, *BY_LLAMA_CPP)
+NEED_IMPORTANCE = ("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+"""Those that it makes with an importance matrix alone."""
 _BLOCK = 32
 _LARGEST_HALF = 65504.0
 
 
-def require_type(name: str) -> None:
-    """Raise BadInput for a type that there is not, or whose package is not installed."""
+def require_type(name: str) -> GgufType:
+    """Return a type by its name. Raises BadInput for one that there is not, or whose package is not installed."""
     if name not in TYPES:
         raise unknown_name("type", name, TYPES, "type")
     if name in BY_LLAMA_CPP:
         require_llama_cpp(f"the type {name} is made by llama.cpp's own quantiser", "type", name)
+    return cast(GgufType, name)
 
 
 def file_type(name: str) -> int:

@@ -37,7 +37,7 @@ MEASURING: dict[str, Setting] = {
         "Texts, comma-separated: embedded,c4@seqlen=1024,a path … [wikitext2]; or images: digits, a folder …",
     ),
     "tasks": Setting("tasks", "Tasks of lm-eval, comma-separated, such as boolq,arc_easy."),
-    "zero_shot": Setting("eval_zero_shot", "The papers' seven tasks."),
+    "eval_zero_shot": Setting("eval_zero_shot", "The papers' seven tasks."),
     **_alike(
         "num_fewshot",
         "include_path",
@@ -51,8 +51,8 @@ MEASURING: dict[str, Setting] = {
     "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
     "bos": Setting("bos"),
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
-    "tokens": Setting("eval_tokens", "Use only so many tokens of each text. [all]"),
-    "images": Setting("eval_images", "Use only so many images of each set. [all]"),
+    "eval_tokens": Setting("eval_tokens", "Use only so many tokens of each text. [all]"),
+    "eval_images": Setting("eval_images", "Use only so many images of each set. [all]"),
     **_alike("dtype", "device", "cache_dir"),
 }
 """Settings of a measurement by name; the names of a command's options are made from these."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.base.words import Sheet, Shown
+from coprune.base.errors import BadInput
+from coprune.base.words import Set, Sheet, Shown, Words
+from coprune.model.loaded_model import Processor
 from coprune.report.schema import Report
 
 
@@ -18,20 +19,35 @@ class Result(Shown):
     """A run's report, its model if that is in memory, and what the model reads with."""
 
     report: Report
-    processor: Any = None
-    """Tokenizer or image processor; None where no model was opened, or it has none."""
+    processor: Processor | None = None
+    """Tokenizer, image processor or both in one; None where no model was opened, or it has none."""
     made: Callable[[], PreTrainedModel | None] = lambda: None
     """Gives the model; one that lost parts, was trained or streamed, is built or loaded when it is first asked for."""
 
     @cached_property
-    def model(self) -> PreTrainedModel | None:
-        """None where it was streamed and not saved, or pruned by an earlier run."""
+    def held(self) -> PreTrainedModel | None:
+        """The model; None where it was streamed and not saved, or pruned by an earlier run."""
         return self.made()
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The processor of a model of text."""
-        return self.processor if self.report.model.task == "text" else None
+    def model(self) -> PreTrainedModel:
+        """The model in memory. Raises BadInput where there is none."""
+        if self.held is None:
+            saved = self.report.saved_model
+            fix: Words = (
+                f"It is in {saved}"
+                if saved
+                else ("keep it with ", Set("save_model", ...), " or ", Set("stream", False))
+            )
+            raise BadInput("the run left no model in memory", field="model", fix=fix)
+        return self.held
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor of a model of text. Raises BadInput where there is none."""
+        if not isinstance(self.processor, PreTrainedTokenizerBase):
+            raise BadInput("the run left no tokenizer in memory", field="tokenizer")
+        return self.processor
 
     def headline(self) -> str:
         """Return its report's headline."""

@@ -26,6 +26,7 @@ from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import (
     Loaded,
+    Processor,
     open_model,
     open_without_weights,
     refuse_what_loading_decides,
@@ -58,7 +59,7 @@ def prune(
     method: Named | Method | type[Method] | None = None,
     *,
     preset: str | None = None,
-    processor: Any = None,
+    processor: Processor | None = None,
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Result:
@@ -96,7 +97,7 @@ def prune(
                 reporter.say(given.line)
             result = run_recipe(recipe, given, reporter, write=recipe.output.run is not None)
             if given.model is not None or not streams(recipe):
-                _ = result.model  # while the model that was given is as the run left it
+                _ = result.held  # while the model that was given is as the run left it
             return result
 
 
@@ -106,7 +107,7 @@ def estimate(
     *,
     preset: str | None = None,
     presets: bool = False,
-    processor: Any = None,
+    processor: Processor | None = None,
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Estimate:
@@ -218,7 +219,6 @@ def _shape_of(recipe: Recipe, reporter: Reporter) -> Loaded | None:
 
 Named = str | Mapping[str, Any] | Choice
 """Something by name, perhaps with options: `owl:spread=0.1`, or `{"name": "owl", "spread": 0.1}`."""
-_PROCESSORS = ("tokenizer", "image_processor")
 _DEFAULT_METHOD = "wanda"
 
 
@@ -237,9 +237,7 @@ def read_call(
     Raises:
         BadInput: an argument is unknown, given twice, or of the wrong type.
     """
-    said = {name: value for name, value in settings.items() if name not in _PROCESSORS}
-    for name in _PROCESSORS:
-        processor = settings[name] if settings.get(name) is not None else processor
+    said = dict(settings)
     loaded = None if isinstance(model, str | Path) else _in_memory(model, processor, said)
     named, given = (method, None) if method is None or isinstance(method, str | Mapping | Choice) else choice_of(method)
     usual = {} if preset is None else preset_settings(preset, train=way_said(said))

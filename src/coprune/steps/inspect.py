@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from transformers import PreTrainedModel
 
@@ -18,7 +18,7 @@ from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.loaded_model import Loaded, open_model, open_without_weights
+from coprune.model.loaded_model import Loaded, Processor, open_model, open_without_weights
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.matrix_choice import choose_matrices
 from coprune.model.walk.model_structure import FoundModel
@@ -43,7 +43,7 @@ def inspect(
     model: str | Path | PreTrainedModel,
     *,
     weights: bool = True,
-    processor: Any = None,
+    processor: Processor | None = None,
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Inspection:

@@ -159,7 +159,7 @@ def prune_rest(run: Run, before: Result | None, do: Do) -> Result:
     if run.writes:
         announce(recipe, report)
         finish_run_folder(recipe, report)
-    return Result(report, result.processor, lambda: result.model)
+    return Result(report, result.processor, lambda: result.held)
 
 
 def train(run: Run, before: Result | None, do: Do) -> Result:
@@ -199,4 +199,4 @@ def _do_part(run: Run, recipe: Recipe, given: Given, do: Do, reuse: Reuse | None
     report = run.processes.from_first(lambda: result.report)
     if report.saved_model is not None and run.recipe.train.mode is not None:
         return Result(report)  # nothing holds the model in memory while it is trained
-    return Result(report, result.processor, lambda: result.model)
+    return Result(report, result.processor, lambda: result.held)

@@ -105,7 +105,7 @@ def cut_vocabulary(run: Run, do: Callable[[Run], Result]) -> Result:
             announce(recipe, report)
             finish_run_folder(recipe, report)
         run.push()
-        model = result.model  # while the folder that it may be read from is there
+        model = result.held  # while the folder that it may be read from is there
         return Result(report, result.processor, lambda: model)
 
 

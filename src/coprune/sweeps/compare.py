@@ -30,7 +30,7 @@ def compare(
     models: Sequence[str | Path],
     data: TextData | None = None,
     *,
-    evaluations: str | Path | None = None,
+    evaluation_cache: str | Path | None = None,
     fresh: bool = False,
     quiet: bool = False,
     **settings: Unpack[MeasureArguments],
@@ -41,7 +41,7 @@ def compare(
         models: two or more Hub ids, folders, GGUF files, or folders of runs and sweeps that saved models;
             the first is the baseline.
         data: texts or images to measure on, as in `coprune.evaluate`.
-        evaluations: the folder where evaluations are kept, so that nothing is measured twice; without it,
+        evaluation_cache: the folder where evaluations are kept, so that nothing is measured twice; without it,
             `~/.cache/coprune/store`.
         fresh: measure everything again, and keep nothing.
         quiet: no progress bars and lines on standard error.
@@ -55,7 +55,7 @@ def compare(
         NumericalError: a model's output is NaN.
     """
     named = [name for model in _names(models) for name in models_to_compare(model)]
-    store = Store(None) if fresh else _store(evaluations)
+    store = Store(None) if fresh else _store(evaluation_cache)
     reporter = Reporter(quiet)
     with handed_over({"data": data, **settings}, None, "data") as asked, reporter.libraries():
         recipe = measuring_recipe(named[0] if named else "-", asked)
@@ -68,9 +68,9 @@ def _store(evaluations: str | Path | None) -> Store:
         return Store.of_user()
     folder = expand_home(evaluations)
     if folder.is_file():
-        raise BadInput(f"{folder} is a file", field="evaluations", value=evaluations, fix="name a folder")
+        raise BadInput(f"{folder} is a file", field="evaluation_cache", value=evaluations, fix="name a folder")
     if not folder.exists():
-        require_usable(folder, "evaluations")
+        require_usable(folder, "evaluation_cache")
     return Store(folder)
 
 

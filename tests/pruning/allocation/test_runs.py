@@ -100,7 +100,7 @@ def run(tmp_path: Path, allocation: str, **settings: Any) -> Report:
     return coprune.prune(
         pico_model("llama"),
         settings.pop("method", "wanda"),
-        tokenizer=pico_tokenizer(),
+        processor=pico_tokenizer(),
         dataset=str(words),
         nsamples=8,
         seqlen=32,

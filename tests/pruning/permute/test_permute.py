@@ -152,7 +152,7 @@ def test_a_run_prunes_less_of_strong_channels_that_stand_together(tmp_path: Path
         report = coprune.prune(
             model,
             "wanda",
-            tokenizer=pico_tokenizer(),
+            processor=pico_tokenizer(),
             pattern="2:4",
             permute=permute_first,
             dataset=str(words),

@@ -72,7 +72,7 @@ class ImageTask:
         """The model's own transforms."""
         if self._loaded.processor is None:
             needs = "a classifier in memory needs its image processor"
-            raise BadInput(needs, field="image_processor", fix=("give it with ", Setting("image_processor")))
+            raise BadInput(needs, field="processor", fix=("give it with ", Setting("processor")))
         return transform_of(self._loaded.processor, self._channels)
 
     @property
