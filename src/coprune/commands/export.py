@@ -10,10 +10,10 @@ import typer
 from coprune.base.environment import expand_home
 from coprune.commands.terminal import show
 from coprune.gguf_files.llama_cpp import require_type
-from coprune.model.checkpoint.glance import look
+from coprune.model.checkpoint.glance import is_run, look
 
 if TYPE_CHECKING:
-    from coprune.gguf_files.importance import ImatrixArguments
+    from coprune.steps.export import ExportArguments
 
 
 def export(
@@ -23,7 +23,16 @@ def export(
         str | None,
         typer.Option(
             help="GGUF file of the source model, in any type: its metadata, tokenizer and order are taken over. [the one that "
-            "the model was made from]",
+            "the model was made from, or what --converter makes]",
+            show_default=False,
+        ),
+    ] = None,
+    converter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without --like. [in $LLAMA_CPP, or on the "
+            "PATH]",
             show_default=False,
         ),
     ] = None,
@@ -56,13 +65,14 @@ def export(
     """Write a model as a GGUF file for llama.cpp, Ollama and others: what was removed is gone there too.
 
     A smaller model that came from a GGUF file needs nothing else: coprune export out/smaller smaller.gguf --type q8_0.
-    One that came from elsewhere needs a GGUF file of the same source model, of any type: --like source-q4_0.gguf.
+    One that came from elsewhere needs a GGUF file of the same source model, of any type (--like source-q4_0.gguf), or
+    llama.cpp's converter.
     """
-    if not (expand_home(model) / "report.json").is_file():  # of a run its model is meant
+    if not is_run(expand_home(model)):
         look(model)
     kind = require_type(type_)
-    from coprune.report.folder import model_of
     from coprune.steps.export import export
 
-    how: ImatrixArguments = {"imatrix": imatrix, "dataset": dataset, "save_imatrix": save_imatrix}
-    show(str(export(model_of(model), output, like=like, type=kind, padded=padded, quiet=quiet, **how)))
+    how: ExportArguments = {"imatrix": imatrix, "dataset": dataset, "save_imatrix": save_imatrix}
+    how["converter"] = converter
+    show(str(export(model, output, like=like, type=kind, padded=padded, quiet=quiet, **how)))

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coprune.base.environment import expand_home
 from coprune.commands.terminal import show
 from coprune.gguf_files.llama_cpp import require_llama_cpp
-from coprune.model.checkpoint.glance import look
+from coprune.model.checkpoint.glance import is_run, look
 
 if TYPE_CHECKING:
     from coprune.fitting.fit import FitArguments
@@ -61,7 +62,17 @@ def fit(
     like: Annotated[
         str | None,
         typer.Option(
-            help="Any GGUF file of the model, in any type: needed where MODEL is a folder.", show_default=False
+            help="Any GGUF file of the model, in any type: needed where MODEL is a folder, unless there is a --converter.",
+            show_default=False,
+        ),
+    ] = None,
+    converter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="llama.cpp's convert_hf_to_gguf.py, or its folder, for a MODEL folder without --like. [in $LLAMA_CPP, or on the "
+            "PATH]",
+            show_default=False,
         ),
     ] = None,
     without: Annotated[
@@ -106,7 +117,8 @@ def fit(
     if not is_recipe:
         if task and all(is_file(one) for one in task):
             wanted(task, require, seed, items)
-        look(model)
+        if not is_run(expand_home(model)):
+            look(model)
     from coprune.fitting.fit import fit, remake
 
     if is_recipe:
@@ -114,7 +126,14 @@ def fit(
         return
     if not task:
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")
-    given: dict[str, Any] = {"items": items, "text": text, "like": like, "without": without, "types": types}
+    given: dict[str, Any] = {
+        "items": items,
+        "text": text,
+        "like": like,
+        "converter": converter,
+        "without": without,
+        "types": types,
+    }
     how: FitArguments = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
     how["trust_tasks"] = trust_tasks
     how |= {"target": target, "runtime": runtime, "budget": budget, "seed": seed, "workers": workers, "ray": ray}  # type: ignore[typeddict-item]

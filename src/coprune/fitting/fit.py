@@ -7,13 +7,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, VerificationError, unknown_name
-from coprune.base.files import require_usable, write_text
+from coprune.base.files import require_usable, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
 from coprune.fitting.candidates import EXACT, KINDS, TYPES, Candidate
@@ -28,14 +28,17 @@ from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, v
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
+from coprune.gguf_files.converter import find_converter, no_template
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
-from coprune.model.checkpoint.locate import GgufFile, locate
-from coprune.report.folder import REPORT_FILE
+from coprune.model.checkpoint.digest import source_digest
+from coprune.model.checkpoint.locate import Location, ModelFolder, locate
+from coprune.report.folder import REPORT_FILE, model_of
 from coprune.report.html import MadeFacts
 from coprune.report.schema import Report
+from coprune.steps.export import template_of
 
 FACTS_FILE, CARD_FILE = "fit.json", "README.md"
-WORK_FOLDER = ".fit"
+WORK_FOLDER, TEMPLATE_FOLDER = ".fit", ".template"
 _UNITS = {
     "bytes": "bytes of the file, or of a folder's weights",
     "cost": "bytes (size, memory) or tokens per second (speed)",
@@ -64,6 +67,8 @@ class FitArguments(TypedDict, total=False):
     """More text to calibrate and distill on [what the model writes]."""
     like: str | Path | None
     """A GGUF file of the source model, where that is a folder."""
+    converter: str | Path | None
+    """Or the path of llama.cpp's convert_hf_to_gguf.py, which makes one [in `$LLAMA_CPP`, or on the PATH]."""
     without: str | Sequence[str]
     """Changes not to try: vocabulary, experts, blocks, channels, embedding."""
     workers: int
@@ -97,8 +102,9 @@ def fit(
         output: the folder for the model, its recipe, page and card.
         quiet: no progress bars and lines.
         how: `target` (size, speed or memory), `budget` (60m), `items` of each task at most, `text` to calibrate on, `like` (a
-            GGUF file of the source model), `without` and `types` to leave things out, `workers` and `ray` to measure several
-            candidates at a time, `trust_tasks` to let definitions of tasks run code, `seed`.
+            GGUF file of the source model) or `converter` (llama.cpp's convert_hf_to_gguf.py) where that is a folder, `without`
+            and `types` to leave things out, `workers` and `ray` to measure several candidates at a time, `trust_tasks` to let
+            definitions of tasks run code, `seed`.
 
     Returns:
         The file, the verdict on the unseen half, and all candidates.
@@ -116,6 +122,7 @@ def fit(
     require_usable(target, "output")
     if target.exists() and any(target.iterdir()) and not (target / WORK_FOLDER).is_dir():
         raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
+    asked = _with_template(asked, target, how, reporter)
     team = Team(_workers(how), how.get("ray"))
     try:
         workshop = Workshop(target / WORK_FOLDER, asked, reporter)
@@ -193,12 +200,30 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) 
     seed, most = int(how.get("seed", 0)), how.get("items")
     tasks, conditions = wanted(_paths(task), require, seed, most, how.get("trust_tasks", False))
     budget = _seconds(how.get("budget", "60m"))
-    location, like = locate(str(model)), how.get("like")
-    if runtime == "llama.cpp" and like is None and not isinstance(location, GgufFile):
-        cause = f"{model} is not a GGUF file, and its metadata and tokenizer need one as a template"
-        raise BadInput(cause, field="like", fix="name any GGUF file of the same model, in any type")
-    asked = Asked(str(model), tasks, seed, how.get("text"), None if like is None else str(like), runtime)
+    model, like = model_of(str(model)), how.get("like")
+    location = locate(model)
+    if _needs_template(runtime, location, like) and find_converter(how.get("converter")) is None:
+        raise no_template(location.path, location.name)
+    asked = Asked(model, tasks, seed, how.get("text"), None if like is None else str(like), runtime)
     return asked, Wish(conditions, target, budget, without, types)
+
+
+def _needs_template(runtime: str, location: Location, like: str | Path | None) -> bool:
+    """Return whether llama.cpp's converter has to make the GGUF file that all others are made like."""
+    return runtime == "llama.cpp" and like is None and isinstance(location, ModelFolder)
+
+
+def _with_template(asked: Asked, folder: Path, how: FitArguments, reporter: Reporter) -> Asked:
+    """Return what is asked with a template for the model's folder, made once. folder: of the fit."""
+    location = locate(asked.model)
+    if not isinstance(location, ModelFolder) or not _needs_template(asked.runtime, location, asked.like):
+        return asked
+    file = folder / TEMPLATE_FOLDER / f"{source_digest(location)[:16]}.gguf"
+    if not file.is_file():
+        for name in (WORK_FOLDER, TEMPLATE_FOLDER):  # the first tells that the folder is a fit's
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        write_durably(file, lambda final: template_of(location, final, how.get("converter"), reporter))
+    return replace(asked, like=str(file))
 
 
 def _paths(task: Any) -> list[str]:

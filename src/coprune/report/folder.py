@@ -14,6 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import remove_unfinished, write_text
 from coprune.base.words import Command, Set, Words
 from coprune.model.checkpoint.digest import source_digest
+from coprune.model.checkpoint.glance import is_run
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.recipe import Recipe
 from coprune.report.links import PAGE_FILE
@@ -90,13 +91,15 @@ def _require_report(run: Path) -> None:
 
 
 def model_of(name: str) -> str:
-    """Return the model behind a name: a run folder's saved model, or the name itself.
+    """Return the model behind a name: the one that a run or a training saved, or the name itself.
 
     Raises BadInput for a run that saved no model, or whose model is gone.
     """
     folder = expand_home(name)
-    if (folder / "config.json").exists() or not (folder / REPORT_FILE).is_file():
+    if not is_run(folder):
         return name
+    if not (folder / REPORT_FILE).is_file():
+        return str(folder / "model")
     saved = Report.read(folder / REPORT_FILE).saved_model
     if saved is None:
         raise BadInput(

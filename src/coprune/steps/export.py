@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, CopruneError, UnsupportedModel, unknown_name
 from coprune.base.files import require_usable, write_durably
 from coprune.base.progress import Reporter
-from coprune.base.words import LeaveOut, Set, Setting, Sheet, Shown
+from coprune.base.words import LeaveOut, Set, Sheet, Shown
+from coprune.gguf_files.converter import convert, find_converter, no_template
 from coprune.gguf_files.importance import (
     AUTO,
     NONE,
@@ -44,12 +46,20 @@ from coprune.gguf_files.metadata import Field, Fields, Plan, write_gguf
 from coprune.gguf_files.plan import Example, planned, read_example
 from coprune.gguf_files.smaller import Exported, exported, planned_shape
 from coprune.gguf_files.verify import require_same, require_written
-from coprune.model.checkpoint.locate import GgufFile, Location, locate
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
 from coprune.model.edits import history_of
 from coprune.model.removed import Removal
+from coprune.report.folder import model_of
 from coprune.steps.silent_units import Narrow, narrowed
 
 _USUAL_TEXT = "embedded"
+
+
+class ExportArguments(ImatrixArguments, total=False):
+    """More arguments of an export."""
+
+    converter: str | Path | None
+    """Path of llama.cpp's convert_hf_to_gguf.py, or of its folder."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +70,7 @@ class Gguf(Shown):
     type: str
     bytes: int
     like: Path
-    """The file whose metadata and order it has."""
+    """The file whose metadata and order it has, or the folder that llama.cpp's converter made one of."""
     tensors: int
     removed: Sequence[Removal] = ()
     """Parts removed relative to the other file."""
@@ -86,21 +96,22 @@ def export(
     type: GgufType = "f16",
     padded: bool = False,
     quiet: bool = False,
-    **how: Unpack[ImatrixArguments],
+    **how: Unpack[ExportArguments],
 ) -> Gguf:
     """Write a model as a GGUF file, which llama.cpp and all that builds on it can run.
 
     Args:
-        model: a folder, such as one with a smaller model that `prune` saved, or a GGUF file to be stored in another type.
+        model: a folder of a model (or of the run that saved it), or a GGUF file to be stored in another type.
         output: the file to write.
         like: a GGUF file of the source model, in any type, whose metadata, tokenizer and order are taken over; by default the
-            one that the model was made from.
+            one that the model was made from, or what llama.cpp's converter makes of the folder.
         type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, iq3_xxs …
         padded: keep channels and heads that are all zeros, with which some folders pad their blocks to one width.
         quiet: no progress bars and lines.
         how: `imatrix`, for types that llama.cpp's quantiser makes: `auto` measures how much every input matters on the text
             `dataset`, a file in llama.cpp's format is read, `none` (default) weighs all inputs alike; `save_imatrix` names a file
-            to write it to.
+            to write it to. `converter`: the path of llama.cpp's convert_hf_to_gguf.py, or of its folder [in `$LLAMA_CPP`, or on
+            the PATH].
 
     Returns:
         What was written.
@@ -111,24 +122,64 @@ def export(
     """
     target, reporter = expand_home(output), Reporter(quiet)
     require_type(type)
+    converter = how.pop("converter", None)
     weighing = _weighing(type, how)
     _require_free(target)
     with reporter.libraries():
-        location = locate(model)
-        file = _example(location, like)
-    source = exported(location)
-    example = read_example(file, source, reporter)
-    making = Making(example, Narrow(source, None) if padded else _without_zeros(source, reporter), reporter)
-    written: list[Whole] = []
-
-    def write(final: Path) -> None:
-        written.append(_write(making, type, final, partial(_beside, final), weighing))
-
+        location = locate(model_of(str(model)))
+        file = _example(location, like, converter)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(target, write)
+    with _template(file, location, converter, target.parent, reporter) as (template, source):
+        example = read_example(template, source, reporter)
+        making = Making(example, Narrow(source, None) if padded else _without_zeros(source, reporter), reporter)
+        written: list[Whole] = []
+
+        def write(final: Path) -> None:
+            written.append(_write(making, type, final, partial(_beside, final), weighing))
+
+        write_durably(target, write)
     (whole,) = written
     removed = [one for edits in whole.source.edits for one in edits.removals()]
-    return Gguf(target, type, target.stat().st_size, file.path, len(whole.plan.tensors), removed, whole.plan.arch)
+    origin = location.path if file is None else file.path
+    return Gguf(target, type, target.stat().st_size, origin, len(whole.plan.tensors), removed, whole.plan.arch)
+
+
+@contextmanager
+def _template(
+    file: GgufFile | None, location: Location, converter: Path | str | None, beside: Path, reporter: Reporter
+) -> Iterator[tuple[GgufFile, Exported]]:
+    """Yield the GGUF file that serves as template, and the model as made from the same source.
+
+    Args:
+        file: the template; without one, the converter makes it of the source's folder, or of the model's own.
+        location: the model.
+        converter: as in `find_converter`.
+        beside: folder for a file as large as the source.
+        reporter: says what is converted.
+
+    Raises:
+        BadInput: there is neither, or the converter does not take the model.
+    """
+    source = exported(location)
+    if file is not None:
+        yield file, source
+        return
+    assert isinstance(location, ModelFolder)
+    whole = source.source or location
+    if whole.path == location.path:  # what it was cut from is not here, so it is the beginning itself
+        source = replace(source, edits=[], source=location)
+    with tempfile.TemporaryDirectory(prefix=".converted-", dir=beside) as folder:
+        yield template_of(whole, Path(folder, "source.gguf"), converter, reporter), source
+
+
+def template_of(folder: ModelFolder, target: Path, converter: Path | str | None, reporter: Reporter) -> GgufFile:
+    """Convert a model's folder to a GGUF file that serves as template for all that is made of the model. Raises BadInput."""
+    script = find_converter(converter)
+    if script is None:
+        raise no_template(folder.path, folder.name)
+    reporter.say(f"Converting {folder.name} with {script}, for its metadata and tokenizer")
+    convert(script, folder, target, reporter)
+    return GgufFile(target, folder.name)
 
 
 def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
@@ -214,9 +265,16 @@ def _require_free(target: Path) -> None:
         raise BadInput(f"{target} exists", field="output", value=target, fix="remove it or choose another name")
 
 
-def _example(location: Location, like: Path | str | None) -> GgufFile:
-    """Return the GGUF file that serves as template: the named one, or the source of the model."""
+def _example(location: Location, like: Path | str | None, converter: Path | str | None) -> GgufFile | None:
+    """Return the GGUF file that serves as template: the named one, or the source of the model; None if one has to be made.
+
+    Raises BadInput where none can be made either.
+    """
     if like is not None:
+        if converter is not None:
+            raise BadInput(
+                "a GGUF file is named, so nothing is converted", field="converter", fix=LeaveOut("converter")
+            )
         try:
             found = locate(like)
         except BadInput as error:
@@ -234,16 +292,9 @@ def _example(location: Location, like: Path | str | None) -> GgufFile:
             found = location  # it has gone, or only the Hub has it
         if isinstance(found, GgufFile):
             return found
-    raise BadInput(
-        f"nothing says which GGUF file {location.name} was made from, and it needs one for its metadata and tokenizer",
-        field="like",
-        fix=(
-            "name one with ",
-            Setting("like"),
-            ": any GGUF file of the same source model, in any type. The Hub has one of most models, in repositories whose names "
-            "end with -GGUF; or llama.cpp's convert_hf_to_gguf.py makes one of the source model's folder",
-        ),
-    )
+    if find_converter(converter) is None:
+        raise no_template(location.path, location.name)
+    return None
 
 
 Beside = Callable[[], AbstractContextManager[Path]]

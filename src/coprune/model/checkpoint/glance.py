@@ -73,6 +73,12 @@ def writes_text(model: str, cache_dir: Path | None = None) -> bool:
         return False
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a folder is one of a run, in whose place the model that it saved is meant."""
+    saved = (path / "report.json", path / "model" / _CONFIG)
+    return not (path / _CONFIG).is_file() and any(file.is_file() for file in saved)
+
+
 def look_at_file(path: Path) -> None:
     """Raise BadInput for a file that is no GGUF file."""
     if path.suffix.lower() != ".gguf":
