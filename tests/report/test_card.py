@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from huggingface_hub.utils._paths import filter_repo_objects
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.model.checkpoint.origin import Origin, origin_of
 from coprune.recipe.recipe import make_recipe
 from coprune.report.card import model_card
 from coprune.report.page import run_page
@@ -51,6 +54,29 @@ def test_the_card_s_metadata_hold_the_results(files: tuple[Path, Path]) -> None:
     assert values == [pytest.approx(report.perplexity[0].pruned, abs=1e-4), 0.5, 0.5]
     assert "| piqa (version 1.0, 0-shot) | acc | 100 | 60.00 ± 5.00 % | 50.00 ± 5.00 % | -10.00 ± 2.00 % |" in card
     assert f"{report.perplexity[0].pruned:.2f}" in card
+
+
+def test_the_card_names_base_licence_bytes_and_where_it_loads(files: tuple[Path, Path], tmp_path: Path) -> None:
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    shutil.copytree(files[0], source)
+    header = "---\nlicense: other\nlicense_name: mine\nlicense_link: [1]\nbase_model:\n- someone/base\n---\n# Model\n"
+    (source / "README.md").write_text(header)
+    settings: dict[str, Any] = {"dataset": str(files[1]), "eval_data": str(files[1]), "seqlen": 32, "nsamples": 2}
+    coprune.prune(str(source), "magnitude", save_model=saved, quiet=True, **settings)
+    card = (saved / "README.md").read_text()
+    told = yaml.safe_load(card.split("---")[1])
+    assert {name: told.get(name) for name in ("base_model", "license", "license_name", "license_link")} == {
+        "base_model": "someone/base",
+        "license": "other",
+        "license_name": "mine",
+        "license_link": None,
+    }
+    size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    assert f"The weights take {size:,} bytes. The model loads in transformers. llama.cpp and Ollama take" in card
+    (source / "README.md").write_text("---\n[: no YAML\n---\n")
+    assert origin_of(str(source)) == Origin()
+    (source / "config.json").write_text(json.dumps({"_name_or_path": "someone/else"}))
+    assert origin_of(str(source)).base_model == "someone/else"
 
 
 def test_a_plot_shows_the_matrix_of_the_dense_model(
@@ -171,7 +197,8 @@ def test_cards_tell_no_places_of_this_machine(files: tuple[Path, Path], tmp_path
     settings: dict[str, Any] = dict(seqlen=32, nsamples=2, quiet=True, save_model=tmp_path / "a b" / "pruned")
     report = coprune.prune(str(model), "magnitude", dataset=str(spaced), eval_data=str(text), **settings).report
     card = (tmp_path / "a b" / "pruned" / "README.md").read_text()
-    assert card == model_card(report)
+    size = sum(file.stat().st_size for file in (tmp_path / "a b" / "pruned").glob("*.safetensors"))
+    assert card == model_card(report, size)
     for place in (tmp_path, model.parent, "my own texts", "a b/"):
         assert str(place) not in card
     assert "# model, pruned with magnitude" in card

@@ -95,9 +95,12 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
     assert not list(place.glob(".pruned*"))
 
 
+@pytest.mark.slow
 def test_the_times_of_a_resumed_run_add_up_and_earlier_ones_are_told_apart(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Wide enough that choosing takes tenths of a second.
+    save_pico(place / "model", num_hidden_layers=3, hidden_size=384, intermediate_size=1024)
     interrupt(place, signal.SIGKILL)
     began = time.monotonic()
     ended = run_command(command(*OPTIONS), monkeypatch, capsys)

@@ -7,8 +7,12 @@ from pathlib import Path
 import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
+from coprune.base.files import write_text
 from coprune.base.words import per_cent
 from coprune.evaluation.zero_shot import ZeroShotFacts
+from coprune.model.checkpoint.companions import CARD_FILE
+from coprune.model.checkpoint.digest import bytes_of_weights
+from coprune.model.checkpoint.origin import origin_of
 from coprune.report.answers import answers_markdown
 from coprune.report.html import base_of, name_of
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
@@ -58,9 +62,23 @@ def _how_to_load(report: Report) -> str:
     return _LOAD.format(**names | own)
 
 
-def model_card(report: Report) -> str:
-    """Return Markdown with the Hub's metadata header: the model, the method, the measurements, how to load it."""
-    base = base_of(report.model.source)
+def _where_it_loads(report: Report, size: int | None) -> str:
+    said = "" if size is None else f"The weights take {size:,} bytes. "
+    gguf = " llama.cpp and Ollama take what `coprune export` writes." if report.model.task == "text" else ""
+    return f"{said}The model loads in transformers.{gguf}"
+
+
+def write_card(report: Report, folder: Path) -> None:
+    """Write the card of a saved model, with the bytes of its weights, into its folder."""
+    write_text(folder / CARD_FILE, model_card(report, bytes_of_weights(folder)))
+
+
+def model_card(report: Report, size: int | None = None) -> str:
+    """Return Markdown with the Hub's metadata header: the model, the method, the measurements, how to load it.
+
+    size: bytes of the saved weights, where they are known by now.
+    """
+    base, origin = base_of(report.model.source), origin_of(report.recipe.model.name, report.recipe.model.cache_dir)
     images = report.model.task == "images"
     header = [
         "---",
@@ -70,7 +88,9 @@ def model_card(report: Report) -> str:
         "- coprune",
         "- pruning",
     ]
-    header += [field("base_model", base)] if hub_id(base) else []
+    if known := (base if hub_id(base) else origin.base_model):
+        header.append(field("base_model", known))
+    header += [field(name, value) for name, value in origin.licence().items()]
     note = (
         "The weights were dequantised from a quantised file before they were pruned; all figures are of those.\n\n"
         if report.model.quantised_source
@@ -94,7 +114,7 @@ def model_card(report: Report) -> str:
         f"{_STORED[_stored(report)]}\n\n{note}## {measured}\n\n{results}\n\n"
         f"## How it was made\n\n{_calibrated_on(report)}\n\n"
         f"Made with {versions}. The recipe, without what is usual{repeats}:\n\n{fenced(recipe.to_yaml(usual=False), 'yaml')}\n\n"
-        f"## Load\n\n{_how_to_load(report)}\n"
+        f"## Load\n\n{_where_it_loads(report, size)}\n\n{_how_to_load(report)}\n"
     )
     return without_places(card, [recipe.model_dump(mode="json"), base])
 

@@ -33,6 +33,7 @@ from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import RemovePart
+from coprune.report.card import write_card
 from coprune.report.folder import announce, finish_run_folder
 from coprune.report.hub import push
 from coprune.report.run_events import AnyEvent
@@ -221,6 +222,8 @@ class Run:
     def finish(self, report: Report) -> Report:
         """Return the report with all that the run took but for its page, which is made if the run leaves a folder."""
         report = report.model_copy(update={"total_seconds": time.perf_counter() - self.began})
+        if self.first and report.saved_model is not None and report.saved_model.is_dir():
+            write_card(report, report.saved_model)  # again, with the bytes that it takes
         if self.writes:
             announce(self.recipe, report)
             finish_run_folder(self.recipe, report)

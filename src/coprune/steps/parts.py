@@ -11,17 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
 from coprune.base.words import Setting
 from coprune.evaluation.answers.questions import plan_of, questions_for
-from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
-from coprune.report.card import model_card
+from coprune.report.card import write_card
 from coprune.report.folder import REPORT_FILE, announce, finish_run_folder, has_source, is_of
 from coprune.report.hub import require_login
 from coprune.report.schema import Report
@@ -155,7 +153,7 @@ def prune_rest(run: Run, before: Result | None, do: Do) -> Result:
     result = _earlier(run, own) or _do_part(run, own, given, do)
     report = of_both(recipe, removed, result.report)
     if run.first and recipe.output.model is not None:
-        write_text(recipe.output.model / CARD_FILE, model_card(report))
+        write_card(report, recipe.output.model)
     if run.writes:
         announce(recipe, report)
         finish_run_folder(recipe, report)

@@ -18,7 +18,6 @@ from coprune.data.mixture import reads_conversations
 from coprune.evaluation.answers.facts import judge
 from coprune.evaluation.required import judge_measured
 from coprune.model.bare_configuration import Imagined
-from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location, holds_weights, locate
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
@@ -29,7 +28,7 @@ from coprune.recipe.parts import CalibratePart, ModelPart, PrunePart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.sources import split_sources
 from coprune.recipe.train import LEARNING_RATES, TrainPart, has_adapters, has_teacher
-from coprune.report.card import model_card
+from coprune.report.card import write_card
 from coprune.report.figures import FinetunedFacts
 from coprune.report.folder import RECIPE_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
@@ -78,7 +77,7 @@ def train_pruned(recipe: Recipe, pruned: Report, reporter: Reporter, processes: 
     final = _of_both(pruned, recipe, found)
     if processes.first:
         if found.saved_model is not None:
-            write_text(found.saved_model / CARD_FILE, model_card(final))
+            write_card(final, found.saved_model)
         announce(recipe, final)
         finish_run_folder(recipe, final)
         for line in str(found).splitlines():

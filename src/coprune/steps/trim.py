@@ -16,7 +16,6 @@ from coprune.base.files import require_usable, write_text
 from coprune.base.memory import peak_memory
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.evaluation.asked_texts import text_fingerprint
-from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, holds_model, locate
@@ -25,7 +24,7 @@ from coprune.model.loaded_model import choose_device
 from coprune.model.removed import Tokens
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.vocabulary import shares_of
-from coprune.report.card import model_card
+from coprune.report.card import model_card, write_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.html import MadeFacts
 from coprune.report.schema import ModelFacts, Report, SparsityFacts, installed_versions
@@ -100,7 +99,7 @@ def cut_vocabulary(run: Run, do: Callable[[Run], Result]) -> Result:
         result = do(Run(own, Given(method=run.given.method), run.reporter, run.processes, run.write))
         report = _whole(recipe, choice, result.report, time.perf_counter() - run.began)
         if recipe.output.model is not None:
-            write_text(recipe.output.model / CARD_FILE, model_card(report))
+            write_card(report, recipe.output.model)
         if run.writes:
             announce(recipe, report)
             finish_run_folder(recipe, report)

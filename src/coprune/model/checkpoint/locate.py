@@ -33,7 +33,7 @@ from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
 from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.model.checkpoint.source_encoding import source_encoding
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", *VOCABULARIES, *LICENCES]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
 NOT_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors"]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
