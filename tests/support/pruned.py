@@ -70,7 +70,7 @@ def settings_for(folder: Path, model: Path, text: Path, **changes: Any) -> dict[
     return {
         "model": str(model),
         "dataset": str(text),
-        "block_size": 16,
+        "seqlen": 16,
         "batch_size": 2,
         "accumulate": 2,
         "max_steps": 6,

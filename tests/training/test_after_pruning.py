@@ -71,7 +71,8 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     few: dict[str, Any] = {"finetune_tokens": 65}
     result = coprune.prune(
         str(dense),
-        preset="max",
+        preset="best",
+        train="whole",
         pattern="2:4",
         dataset=str(write_text(tmp_path / "text.txt", 700)),
         save=tmp_path / "run",
@@ -90,7 +91,7 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     assert result.tokenizer is not None
 
 
-@pytest.mark.parametrize("training", [{"preset": "tuned"}, {"finetune": "dense"}])
+@pytest.mark.parametrize("training", [{"preset": "balanced", "train": "whole"}, {"finetune": "dense"}])
 def test_what_pruning_leaves_alone_stays_so_while_it_is_trained(
     dense: Path, tmp_path: Path, training: dict[str, Any]
 ) -> None:

@@ -85,7 +85,12 @@ def test_a_processor_without_products_of_bfloat16_trains_in_float32(
 
     def trained(name: str, half: bool) -> dict[str, Tensor]:
         how = settings_for(
-            tmp_path / name, tmp_path / "model", tmp_path / "text.txt", mode="dense", max_steps=2, bf16=half
+            tmp_path / name,
+            tmp_path / "model",
+            tmp_path / "text.txt",
+            mode="dense",
+            max_steps=2,
+            dtype="bfloat16" if half else "float32",
         )
         assert run_finetuning(training_recipe(how), Reporter(quiet=True)).settings.train.dtype == "float32"
         return load_file(tmp_path / name / "model" / "model.safetensors")

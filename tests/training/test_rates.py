@@ -66,7 +66,10 @@ def test_scaled_weights_take_scaled_steps_and_a_stopped_run_goes_on_to_the_same_
 
 def test_presets_that_train_ask_for_it_and_adapters_cannot_have_it() -> None:
     assert (
-        training_of(make_recipe({"model": "m", "pattern": "2:4", **preset_settings("tuned")})).train.rates == "relative"
+        training_of(
+            make_recipe({"model": "m", "pattern": "2:4", **preset_settings("balanced", train="whole")})
+        ).train.rates
+        == "relative"
     )
     with pytest.raises(BadInput, match="adapters begin at zero"):
         training_recipe({"model": "m", "mode": "lora", "rates": "relative"})

@@ -58,8 +58,8 @@ MODES = [
     ("lora", {}),
     ("dense", {}),
     ("distill", {}),
-    ("lora-distill", {"bf16": True}),
-    ("distill", {"bf16": True, "gradient_checkpointing": True}),
+    ("lora-distill", {"dtype": "bfloat16"}),
+    ("distill", {"dtype": "bfloat16", "gradient_checkpointing": True}),
 ]
 
 
@@ -261,7 +261,7 @@ def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home: Path, tm
     with pytest.raises(BadInput, match="rank 65 is above the width"):
         run(home, tmp_path / "run", rank=65)
     with pytest.raises(BadInput, match="too short"):
-        run(home, tmp_path / "run", block_size=128, dataset=str(short(tmp_path)))
+        run(home, tmp_path / "run", seqlen=128, dataset=str(short(tmp_path)))
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "finetune.json").write_text("{}")

@@ -94,10 +94,10 @@ def test_a_head_that_was_pruned_is_trained_too(tmp_path: Path, tied: bool) -> No
 
 def test_presets_train_blocks_and_adapters_beside_them_go_by_what_adapters_take() -> None:
     asked = {"model": "m", "pattern": "2:4"}
-    weights = training_of(make_recipe(asked | preset_settings("tuned", asked)))
+    weights = training_of(make_recipe(asked | preset_settings("balanced", asked, "whole")))
     assert (weights.train.scope, weights.train.rates, weights.train.mode) == ("blocks", "relative", "distill")
     asked |= {"finetune": "lora-distill"}
-    adapters = training_of(make_recipe(preset_settings("tuned", asked) | asked))
+    adapters = training_of(make_recipe(preset_settings("balanced", asked, "whole") | asked))
     assert (adapters.train.scope, adapters.train.rates, adapters.train.mode) == ("all", "absolute", "lora-distill")
     assert adapters.train.rate == training_recipe({"model": "m", "mode": "lora-distill", "teacher": "m"}).train.rate
     assert adapters.train.tokens == weights.train.tokens

@@ -26,7 +26,6 @@ def finetune(
         str | None, typer.Argument(help="The pruned model: a local folder or Hub id.", show_default=False)
     ] = None,
     model_option: ModelOption = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16", help="The same as --dtype bfloat16.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
@@ -36,7 +35,7 @@ def finetune(
     """
     began = time.monotonic()  # a limit of minutes counts from here
     times = Times(began)
-    typed = {name: value for name, value in (settings | {"bf16": bf16}).items() if value is not None}
+    typed = {name: value for name, value in settings.items() if value is not None}
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
     recipe = training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
     with importing():

@@ -38,7 +38,7 @@ _NOT_OPTIONS = ("model", "options")
 _METHODS = "coprune.pruning.methods"
 _HELP_ALL = "help_all"
 _FEW = 6
-_NAMED_TWICE = ("model_option", "use_variant", "bf16")
+_NAMED_TWICE = ("model_option", "use_variant")
 """Options of other tools for what is called otherwise here."""
 _COMMON_IN_TRAINING = ("finetune_tokens", "finetune_lr", "finetune_teacher", "finetune_only")
 """Settings that most people need who train, beside those of a run that prunes."""

@@ -206,20 +206,16 @@ _FIGURES = {
     "empty": ("answers that are empty", "{}"),
     "ended": ("answers that end", "{}"),
     "tokens": ("tokens per answer", "{:.1f}"),
-    "distinct2": ("distinct-2", "{:.3f}"),
-    "repeat": ("longest repeat", "{}"),
-    "seconds": ("seconds per answer", "{:.2f}"),
 }
-_LIKENESS = {"agreed": "tokens that agree", "script": "same script"}
 
 
 def answer_columns(sampled: bool, against: bool) -> list[Column]:
     """Make the columns of answers. sampled: whether answers were sampled too; against: whether there are two models."""
-    columns = _columns("greedy", against)
+    columns = _columns("greedy")
     if against:
         columns.append(plain("KL along answers", lambda row: _along(row, "kl"), "{:.4f}"))
         columns.append(plain("acceptance along answers", lambda row: _along(row, "acceptance"), "{:.4f}"))
-    return columns + (_columns("sampled", against) if sampled else [])
+    return columns + (_columns("sampled") if sampled else [])
 
 
 def _along(row: Row, figure: str) -> Number:
@@ -227,7 +223,7 @@ def _along(row: Row, figure: str) -> Number:
     return None if facts is None or facts.along is None else getattr(facts.along, figure)
 
 
-def _columns(name: str, against: bool) -> list[Column]:
+def _columns(name: str) -> list[Column]:
     def way(row: Row) -> Way | None:
         facts = row.evaluation.answers
         return None if facts is None else facts.greedy if name == "greedy" else facts.sampled
@@ -239,15 +235,7 @@ def _columns(name: str, against: bool) -> list[Column]:
 
         return plain(f"{title}, {name}", value, form)
 
-    def likeness(field: str, title: str) -> Column:
-        def value(row: Row) -> Number:
-            found = way(row)
-            return None if found is None or found.likeness is None else getattr(found.likeness, field)
-
-        return share(f"{title}, {name}", value, 1)
-
-    columns = [figure(field, *shown) for field, shown in _FIGURES.items()]
-    return columns + ([likeness(field, title) for field, title in _LIKENESS.items()] if against else [])
+    return [figure(field, *shown) for field, shown in _FIGURES.items()]
 
 
 class Comparison(Shown, BaseModel):

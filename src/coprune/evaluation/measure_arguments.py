@@ -11,8 +11,9 @@ class AnswerArguments(TypedDict, total=False):
     """Prompts, and how they are answered."""
 
     generate: str | Path | None
-    """Let the models answer prompts, greedily and sampled, and measure loops, lengths and likeness to the dense model:
-    builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for another)."""
+    """Let the models answer prompts, greedily and sampled, and measure loops, lengths and closeness to the dense
+    model: builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for
+    another)."""
     generate_prompts: int | None
     """Use only so many of the prompts. [all]"""
     generate_tokens: int

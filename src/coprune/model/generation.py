@@ -7,7 +7,6 @@ processor turns them into tokens.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from coprune.base.devices import synchronize
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Advance
 from coprune.model.checkpoint.load import evaluating
@@ -64,8 +62,6 @@ class Answer:
     """Without the prompt; where the answer ended by itself, the token that ended it is the last."""
     ended: bool
     """Whether the model ended the answer."""
-    seconds: float
-    """Share of the batch's time."""
 
 
 def generate(
@@ -153,9 +149,8 @@ def _answer_batch(
     if settings.temperature > 0:
         processors.append(_Draw(settings, _numbers(settings.seed, places, new_tokens, device), longest))
     options: dict[str, Any] = {"attention_mask": mask.to(device)} if _masks(module) else {}
-    write, started = cast(Any, module.generate), time.perf_counter()
     try:
-        written: Tensor = write(
+        written: Tensor = cast(Any, module.generate)(
             tokens.to(device),
             generation_config=_configuration(settings, new_tokens),
             logits_processor=processors,
@@ -164,9 +159,7 @@ def _answer_batch(
         )
     except (AttributeError, KeyError, TypeError) as error:  # of a class whose configuration lacks what it reads
         raise UnsupportedModel(f"{type(module).__name__} cannot generate: {error!r}") from error
-    synchronize(device)
-    seconds = (time.perf_counter() - started) / len(prompts)
-    return [_cut(row, settings.end_ids, seconds) for row in written[:, longest:].tolist()]
+    return [_cut(row, settings.end_ids) for row in written[:, longest:].tolist()]
 
 
 def _masks(module: PreTrainedModel) -> bool:
@@ -174,13 +167,13 @@ def _masks(module: PreTrainedModel) -> bool:
     return "attention_mask" in signature(module.forward).parameters
 
 
-def _cut(tokens: list[int], end_ids: Iterable[int], seconds: float) -> Answer:
+def _cut(tokens: list[int], end_ids: Iterable[int]) -> Answer:
     """Return a row of tokens without the padding after its end."""
     ends = set(end_ids)
     for place, token in enumerate(tokens):
         if token in ends:
-            return Answer(tokens[: place + 1], True, seconds)
-    return Answer(tokens, False, seconds)
+            return Answer(tokens[: place + 1], True)
+    return Answer(tokens, False)
 
 
 def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:

@@ -31,7 +31,7 @@ class AnswersPart(Part):
         _MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="Let the models answer prompts, greedily and sampled, and measure loops, lengths and likeness to the "
+            description="Let the models answer prompts, greedily and sampled, and measure loops, lengths and closeness to the "
             "dense model: builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for "
             "another).",
         ),
@@ -117,21 +117,13 @@ FIGURES: dict[str, str] = {
     "empty": "answers that say nothing: white space and punctuation at most",
     "ended": "answers that end by themselves",
     "tokens": "mean tokens of an answer",
-    "seconds": "mean seconds of an answer",
-    "distinct1": "mean share of distinct words (tokens) of an answer",
-    "distinct2": "mean share of distinct pairs of tokens",
-    "distinct3": "mean share of distinct threes of tokens",
-    "repeat": "tokens of the longest stretch in any answer that says something twice or more in a row",
 }
 """Figures of one model's answers."""
-LIKENESS: dict[str, str] = {
-    "length": "mean tokens over the dense model's",
-    "agreed": "mean share of the dense model's tokens before the first difference",
-    "script": "mean share of letters in the dense model's scripts",
+ALONG: dict[str, str] = {
     "kl": "mean KL(dense ‖ this) along the dense model's own answers, in nats per token",
     "acceptance": "mean of Σ min(dense, this) along the dense model's own answers",
 }
-"""Figures against the dense model's answers."""
+"""Figures along the dense model's likeliest answers, with its distributions."""
 MEASURED: dict[str, str] = {
     "perplexity": "perplexity; of masked tokens, or of targets, where that is measured",
     "accuracy": "share of right labels",
@@ -143,8 +135,6 @@ MEASURED: dict[str, str] = {
 """Figures of measurements."""
 BESIDE = ("cosine", "overlap", "alike")
 """Measurements that compare with the dense model already."""
-ALONG = ("kl", "acceptance")
-"""Those that are measured along the dense model's likeliest answers, with its distributions."""
 _SAMPLED = "sampled"
 _SIZE = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _CONDITION = re.compile(
@@ -171,7 +161,7 @@ class Condition:
     @property
     def needs_dense(self) -> bool:
         """Whether it requires the dense model's answers, or measurements."""
-        return self.against_dense or self.name in LIKENESS or self.name in BESIDE
+        return self.against_dense or self.name in ALONG or self.name in BESIDE
 
     def holds(self, figure: float, dense: float | None) -> bool:
         """Return whether a figure meets the condition. dense: the dense model's figure, for relative conditions."""
@@ -220,15 +210,15 @@ def _read(text: str) -> Condition:
         fix = "write a figure, <, <=, > or >=, and a number, dense, dense+1 or dense*1.1: loops<=dense+1,kl<0.5"
         raise BadInput(f"{text!r} is not a condition", field="require", value=text, fix=fix)
     name, way = found["name"], found["way"]
-    if name not in FIGURES and name not in LIKENESS and name not in MEASURED:
-        raise unknown_name("figure", name, [*FIGURES, *LIKENESS, *MEASURED], field="require")
+    if name not in FIGURES and name not in ALONG and name not in MEASURED:
+        raise unknown_name("figure", name, [*FIGURES, *ALONG, *MEASURED], field="require")
     if way not in (None, _SAMPLED):
         raise unknown_name("kind of answers", way, [_SAMPLED], field="require")
     if way is not None and (name in ALONG or name in MEASURED):
         fix, where = "leave out 'sampled.'", "the likeliest answers" if name in ALONG else "the data"
         raise BadInput(f"{name} is measured along {where}", field="require", value=text, fix=fix)
     dense = found["dense"] is not None
-    if dense and (name in LIKENESS or name in BESIDE):
+    if dense and (name in ALONG or name in BESIDE):
         fix = f"give a number, as in {name}{found['sign']}0.5"
         raise BadInput(f"{name} already compares with the dense model", field="require", value=text, fix=fix)
     number = found["offset"] if dense else found["number"]

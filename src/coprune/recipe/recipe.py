@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
-from coprune.recipe.answers import LIKENESS, cannot_require
+from coprune.recipe.answers import ALONG, cannot_require
 from coprune.recipe.choice import USUAL_METHOD, Choice
 from coprune.recipe.flat import names_said, nest
 from coprune.recipe.outcome import OutputPart
@@ -210,7 +210,7 @@ def _of_answers(recipe: Tree) -> BadInput | None:
         return BadInput("answers need the whole model in memory", field="stream", value=True, fix=fix)
     if recipe.remove.kinds and recipe.prune.asks_for_zeros:
         for condition in asked.conditions:
-            if condition.name in LIKENESS:
+            if condition.name in ALONG:
                 cause = f"{condition.text} needs the dense model, which a run that cuts and prunes does not keep"
                 fix = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin")))
                 return BadInput(cause, field="require", fix=fix)

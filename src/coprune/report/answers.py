@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from coprune.base.words import per_cent
-from coprune.evaluation.answers.answer_records import Figures, Way
+from coprune.evaluation.answers.answer_records import Figures
 from coprune.evaluation.answers.facts import AnswerFacts, Requirement
 from coprune.report.html import quote, section, table, text
 from coprune.report.markdown import inline
@@ -15,14 +14,9 @@ _MOST_LETTERS = 600
 # What each figure is called, and how it is written.
 _FIGURES: dict[str, Callable[[Figures], str]] = {
     "answers that loop": lambda found: f"{found.loops} of {found.answers}",
-    "answers that are empty": lambda found: "" if found.empty is None else f"{found.empty} of {found.answers}",
+    "answers that are empty": lambda found: f"{found.empty} of {found.answers}",
     "answers that end by themselves": lambda found: f"{found.ended} of {found.answers}",
     "tokens of an answer": lambda found: f"{found.tokens:.1f}",
-    "distinct tokens (distinct-1)": lambda found: f"{found.distinct1:.3f}",
-    "distinct pairs (distinct-2)": lambda found: f"{found.distinct2:.3f}",
-    "distinct threes (distinct-3)": lambda found: f"{found.distinct3:.3f}",
-    "longest repeat in tokens": lambda found: f"{found.repeat}",
-    "seconds of an answer": lambda found: f"{found.seconds:.2f}",
 }
 
 
@@ -39,24 +33,12 @@ def answer_table(facts: AnswerFacts, who: str = "this model") -> tuple[list[str]
     for name, show in _FIGURES.items():
         cells = [show(found) for _, way in ways for found in ([way.dense] if way.dense else []) + [way.figures]]
         rows.append([name, *cells])
-    if two:
-        rows += [[name, *(cell for _, way in ways for cell in ("", show(way)))] for name, show in _LIKENESS.items()]
     if facts.along is not None:
         kl = f"{facts.along.kl:.4f}"
         rows.append(["KL along the dense model's answers (nats a token)", "", kl, *[""] * (len(header) - 3)])
-        accepted = "" if facts.along.acceptance is None else f"{facts.along.acceptance:.4f}"
+        accepted = f"{facts.along.acceptance:.4f}"
         rows.append(["acceptance along the dense model's answers", "", accepted, *[""] * (len(header) - 3)])
     return header, rows
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else per_cent(share, 1)
-
-
-_LIKENESS: dict[str, Callable[[Way], str]] = {
-    "tokens that agree until the first difference": lambda way: _share(way.likeness.agreed if way.likeness else None),
-    "letters in the same script": lambda way: _share(way.likeness.script if way.likeness else None),
-}
 
 
 def note(facts: AnswerFacts) -> str:

@@ -100,7 +100,6 @@ class TrainingArguments(TypedDict, total=False):
     teacher: str | Path | None
     """The dense model: distill trains toward it, and answers that are asked for are compared with its. [in prune: the
     model]"""
-    bf16: bool
     dtype: Literal["float32", "bfloat16"]
     """What the fine-tuning computes in; trained weights are float32."""
     gradient_checkpointing: bool

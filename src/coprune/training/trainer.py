@@ -30,7 +30,7 @@ from coprune.base.environment import accelerate_told, local_rank, world_size
 from coprune.base.errors import NumericalError
 from coprune.base.processes import started_processes
 from coprune.base.progress import Advance
-from coprune.base.words import LeaveOut, Setting
+from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.loaded_model import choose_device
 from coprune.pruning.refine.trainable_parameters import sizes_of
@@ -334,7 +334,7 @@ class Along(TrainerCallback):
             raise NumericalError(
                 f"the loss at step {state.global_step} is not finite",
                 field="learning_rate",
-                fix=("lower ", Setting("learning_rate"), ", or ", LeaveOut("bf16")),
+                fix=("lower ", Setting("learning_rate"), ", or take ", Set("dtype", "float32")),
             )
 
     def _due(self) -> int:

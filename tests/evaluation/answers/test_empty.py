@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def said(*texts: str) -> tuple[Answered, ...]:
     found = []
     for text in texts:
         tokens = [sum(word.encode()) + 10 for word in text.split()] + ([] if text == LOOP else [2])
-        found.append(Answered(text=text, tokens=tuple(tokens), ended=text != LOOP, seconds=0.0))
+        found.append(Answered(text=text, tokens=tuple(tokens), ended=text != LOOP))
     return tuple(found)
 
 
@@ -123,19 +122,6 @@ def test_the_lines_the_card_and_the_page_tell_it_for_both_ways() -> None:
     # Of a dozen samples those that are empty come first.
     assert page.count("pruned, empty") == 11
     assert page.rindex("pruned, empty") < page.rindex('pruned">pruned<')
-
-
-def test_a_report_from_before_they_were_counted_is_read() -> None:
-    old = json.loads(facts((SPOKEN,) * 2, SPOKEN, "").model_dump_json())
-    for way in (old["greedy"]["figures"], old["greedy"]["dense"]):
-        del way["empty"]
-    found = AnswerFacts.model_validate(old)
-    assert found.verdict() == "none of 2 answers loops; dense 0"
-    assert "empty ?" in found.line(found.greedy)
-    assert "| answers that are empty |  |  |" in answers_markdown(found, ())
-    (judged,) = judge(read_conditions("empty<=dense+1"), found)
-    assert not judged.holds
-    assert judged.figure is None
 
 
 def test_a_model_that_ends_at_once_passes_no_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The loop detector on texts that were made for it, and figures of repetition against their definitions."""
+"""The loop detector on texts that were made for it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from coprune.evaluation.answers.answer_records import (
     LEAST_TIMES,
     LEAST_TOKENS,
     Loop,
-    distinct,
     find_loop,
-    longest_repeat,
 )
 
 
@@ -101,24 +99,3 @@ def test_a_loop_may_count() -> None:
 )
 def test_lists_tables_and_short_answers_are_none(text: str) -> None:
     assert find_loop(words(text)) is None
-
-
-def test_distinct_counts_n_grams() -> None:
-    assert distinct([1, 2, 1, 2, 1], 1) == 2 / 5
-    assert distinct([1, 2, 1, 2, 1], 2) == 2 / 4
-    assert distinct([1, 2, 1, 2, 1], 3) == 2 / 3
-    assert distinct([1, 2], 3) == distinct([], 1) == 1
-
-
-def test_the_longest_repeat_is_that_of_a_search_through_everything() -> None:
-    assert longest_repeat([1, 2, 1, 2, 1, 2]) == 6
-    assert longest_repeat([9, 1, 2, 3, 1, 2, 3, 1, 9]) == 7
-    assert longest_repeat([1, 2, 3]) == longest_repeat([]) == 0
-
-    def repeats(piece: list[int]) -> bool:
-        return any(piece[p:] == piece[:-p] for p in range(1, len(piece) // 2 + 1))
-
-    for seed in range(20):
-        tokens = random.Random(seed).choices(range(3), k=14)
-        pieces = [tokens[a:b] for a in range(14) for b in range(a + 1, 15)]
-        assert longest_repeat(tokens) == max((len(piece) for piece in pieces if repeats(piece)), default=0)

@@ -88,7 +88,6 @@ def _ask(
             text=str(tokenizer.decode(answer.tokens[: -1 if answer.ended else None], skip_special_tokens=True)),
             tokens=tuple(answer.tokens),
             ended=answer.ended,
-            seconds=answer.seconds,
         )
         for answer in answers
     )

@@ -9,11 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.base.words import per_cent
 from coprune.evaluation.answers.answer_records import Along, Answers, Facts, Figures, Way, is_empty
 from coprune.evaluation.bounds import Difference
 from coprune.evaluation.measurement import Interval
-from coprune.recipe.answers import ALONG, LIKENESS, Condition, no_emptier
+from coprune.recipe.answers import ALONG, Condition, no_emptier
 
 Reference = Literal["dense", "before"]
 _SHOWN = 3
@@ -75,9 +74,10 @@ class AnswerFacts(Asked):
     def verdict(self) -> str:
         """Return a sentence on degenerate answers: `3 of 16 answers loop; dense 0`, `2 of 16 answers are empty; dense 0`."""
         found, dense = self.greedy.figures, self.greedy.dense
-        ills = [("loops", "loop", found.loops, dense.loops if dense else 0)]
-        if found.empty is not None:
-            ills.append(("is empty", "are empty", found.empty, (dense.empty if dense else None) or 0))
+        ills = [
+            ("loops", "loop", found.loops, dense.loops if dense else 0),
+            ("is empty", "are empty", found.empty, dense.empty if dense else 0),
+        ]
         told = [ill for ill in ills if ill[2] or ill[3]]
         if told:
             said = [(f"{count or 'none'}", many if count > 1 else one) for one, many, count, _ in told]
@@ -104,7 +104,7 @@ class AnswerFacts(Asked):
         found, dense = self.greedy.figures, self.greedy.dense
         if dense is None:
             return bool(found.loops or found.empty)
-        return found.loops > dense.loops or (found.empty or 0) > (dense.empty or 0) or self._stops_soon
+        return found.loops > dense.loops or found.empty > dense.empty or self._stops_soon
 
     def beside(self, dense: AnswerFacts | None) -> AnswerFacts:
         """Return the facts with the dense model's figures and answers of another run on the same prompts."""
@@ -113,11 +113,11 @@ class AnswerFacts(Asked):
         pairs = zip(self.samples, dense.samples, strict=True)
         sampled = self.sampled
         if sampled is not None and dense.sampled is not None:
-            sampled = sampled.model_copy(update={"dense": dense.sampled.dense, "likeness": None})
+            sampled = sampled.model_copy(update={"dense": dense.sampled.dense})
         return self.model_copy(
             update={
                 "reference": "dense",
-                "greedy": self.greedy.model_copy(update={"dense": dense.greedy.dense, "likeness": None}),
+                "greedy": self.greedy.model_copy(update={"dense": dense.greedy.dense}),
                 "sampled": sampled,
                 "samples": tuple(
                     one.model_copy(update={"dense": other.dense, "dense_loops": other.dense_loops})
@@ -153,16 +153,10 @@ class AnswerFacts(Asked):
         """Return the figures of one way, each followed by the other model's."""
         parts = [
             self._pair(way, "loops", lambda found: f"{found.loops} of {found.answers}"),
-            self._pair(way, "empty", lambda found: "?" if found.empty is None else f"{found.empty} of {found.answers}"),
+            self._pair(way, "empty", lambda found: f"{found.empty} of {found.answers}"),
             self._pair(way, "ended", lambda found: f"{found.ended} of {found.answers}"),
             self._pair(way, "tokens", lambda found: f"{found.tokens:.1f}"),
-            self._pair(way, "distinct-2", lambda found: f"{found.distinct2:.2f}"),
-            self._pair(way, "longest repeat", lambda found: f"{found.repeat}"),
-            self._pair(way, "seconds", lambda found: f"{found.seconds:.2f}"),
         ]
-        if way.likeness is not None:
-            parts.append(f"agrees {per_cent(way.likeness.agreed, 1)}")
-            parts += [] if way.likeness.script is None else [f"same script {per_cent(way.likeness.script, 1)}"]
         return ", ".join(parts)
 
     def _pair(self, way: Way, name: str, show: Callable[[Figures], str]) -> str:
@@ -247,7 +241,7 @@ def judge(conditions: Sequence[Condition], facts: AnswerFacts | None) -> tuple[R
         facts: the answers; None if there are none, so that no condition holds.
 
     Returns:
-        One requirement per condition, and the unmet ones of `no_emptier` where empty answers were counted.
+        One requirement per condition, and the unmet ones of `no_emptier`.
     """
     found = [_judge(condition, facts) for condition in conditions]
     beside_dense = facts is not None and facts.greedy.dense is not None
@@ -287,6 +281,4 @@ def _figures(condition: Condition, facts: AnswerFacts) -> tuple[float | None, fl
         return None if facts.along is None else getattr(facts.along, condition.name), None
     if way is None:
         return None, None
-    if condition.name in LIKENESS:
-        return None if way.likeness is None else getattr(way.likeness, condition.name), None
     return getattr(way.figures, condition.name), None if way.dense is None else getattr(way.dense, condition.name)

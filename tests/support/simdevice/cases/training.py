@@ -80,15 +80,15 @@ def resumed(folder: Path) -> str:
 
 def trainings() -> tuple[Case, ...]:
     """Every mode, in float32 and bfloat16."""
-    mixed: dict[str, Any] = {"bf16": True, "gradient_checkpointing": True}
+    mixed: dict[str, Any] = {"dtype": "bfloat16", "gradient_checkpointing": True}
     return (
         Case("lora", trained_alike("llama", "lora", max_steps=2)),
         Case("distill", trained_alike("llama", "distill", max_steps=2), True),
-        Case("lora bf16", trained_alike("llama", "lora", bf16=True)),
+        Case("lora bf16", trained_alike("llama", "lora", dtype="bfloat16")),
         Case("dense", trained_alike("llama", "dense", held_out=0.2)),
         Case("gpt2 lora", trained_alike("gpt2", "lora")),
         Case("gpt2 dense", trained_alike("gpt2", "dense")),
-        Case("lora-distill bf16", trained_alike("llama", "lora-distill", bf16=True)),
+        Case("lora-distill bf16", trained_alike("llama", "lora-distill", dtype="bfloat16")),
         Case("distill mixed bf16", trained_alike("llama", "distill", **mixed)),
         Case("resumed", resumed),
     )
