@@ -114,3 +114,8 @@ def test_bytes_and_parameters_are_of_what_is_saved(tmp_path: Path, stream: bool)
 def test_a_size_out_of_reach_is_refused_with_the_nearest(size: str, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         coprune.prune(pico_model("llama"), remove=f"size={size}", quiet=True, **SETTINGS)
+
+
+def test_bytes_of_blocks_of_different_widths_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"saved as wide as the widest, .*size=0.25.*allocation='uniform'"):
+        coprune.prune(pico_model("llama"), remove="size=300KB", allocation="error", quiet=True, **SETTINGS)

@@ -80,14 +80,8 @@ def _find_for_size(run: Run, there: Mapping[str, Sequence[Part]], size: Size) ->
     asked, module = run.recipe.remove, run.model.module
     require_align(run, there)
     parts = _that_can_go(run, there)
-    if size.nbytes is not None and run.encoding.name == "source":
-        fix = (
-            "give the share that goes, ",
-            Set("remove", "size=0.25"),
-            ", or save it dense: ",
-            Set("encoding", "dense"),
-        )
-        raise BadInput("bytes are counted for a model that is saved dense", field="remove", fix=fix)
+    if size.nbytes is not None:
+        _require_countable(run)
     counted, before = Counted.of(run.model, parts), module.num_parameters()
     most, refused = size.most(before, module.dtype.itemsize), list[UnsupportedModel]()
     if most >= before:
@@ -112,6 +106,17 @@ def _find_for_size(run: Run, there: Mapping[str, Sequence[Part]], size: Size) ->
         value=asked.parts,
         fix="give a larger size, or take a smaller model",
     )
+
+
+def _require_countable(run: Run) -> None:
+    """Raise BadInput where the bytes of the saved model are not those of its parameters alone."""
+    wanted = ("give the share that goes, ", Set("remove", "size=0.25"), ", or ")
+    if run.encoding.name == "source":
+        cause = "bytes are counted for a model that is saved dense"
+        raise BadInput(cause, field="remove", fix=(*wanted, "save it dense: ", Set("encoding", "dense")))
+    if run.recipe.prune.allocation.name != "uniform":
+        cause = "blocks of different widths are saved as wide as the widest, which is known only in the end"
+        raise BadInput(cause, field="remove", fix=(*wanted, "take ", Set("allocation", "uniform")))
 
 
 def _that_can_go(run: Run, there: Mapping[str, Sequence[Part]]) -> Mapping[str, Sequence[Part]]:
