@@ -91,6 +91,10 @@ def do_what_works(place: Path, typed: Type) -> None:
     def works(line: str) -> str:
         ended = typed(line)
         assert ended.code == 0, (line, ended.err)
+        if not line.endswith(("-h", "--help", "--version", "coprune")):
+            last = ended.out.splitlines()[-1]
+            assert last.startswith("next      "), (line, last)
+            assert "coprune " in last or "--save-model" in last, (line, last)
         return ended.out
 
     assert works("coprune --version") == f"coprune {package.__version__}\n"
@@ -108,7 +112,12 @@ def do_what_works(place: Path, typed: Type) -> None:
     for model in ("out/pruned", "model"):
         assert "perplexity" in works(f"coprune eval {model} --data held --seqlen 32")
     assert "KL held" in works("coprune compare model out/run --data held --seqlen 32")
-    assert works("coprune report out/run") == "page      out/run/report.html\n"
+    assert works("coprune report out/run").startswith("page      out/run/report.html\n")
+    assert "at most" in works(f"coprune estimate model {TEXT}")
+    (place / "sweep.yaml").write_text(
+        "{model: model, dataset: words, seqlen: 32, nsamples: 2, method: [wanda], save: out/s}"
+    )
+    assert "out/s/results.md" in works("coprune sweep sweep.yaml --workers 1 --no-layer-error")
 
 
 def test_what_a_newcomer_types_works_or_is_told_what_to_type(place: Path, typed: Type) -> None:

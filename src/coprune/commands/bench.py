@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.commands.terminal import show
+from coprune.base.words import Command, Set
+from coprune.commands.terminal import show, show_next
 
 
 def bench(
@@ -49,3 +50,6 @@ def bench(
     if json_file is not None:
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")
     show(str(found))
+    show_next(
+        ("find a smaller one that does your task: ", Command("fit", models[0], Set("task", ...), Set("output", ...)))
+    )

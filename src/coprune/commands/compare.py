@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.environment import importing
+from coprune.base.words import Command
 from coprune.commands.options import measuring_options, with_options
-from coprune.commands.terminal import show
+from coprune.commands.terminal import show, show_next
 
 
 @with_options(measuring_options())
@@ -65,4 +66,5 @@ def compare(
         show(f"required  {name}: {one.line()}")
     if page_file is not None:
         show(f"page      {page_file}")
+    show_next(("for llama.cpp and Ollama: ", Command("export", models[-1], "OUT.gguf")))
     end_unless_held(one for _, one in required)

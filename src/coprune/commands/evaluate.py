@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.environment import importing
-from coprune.base.words import Command, Set
+from coprune.base.words import Command, Set, Words
 from coprune.commands.options import measuring_options, with_options
 from coprune.commands.recipe_options import ModelArgument, ModelOption, look_at_texts, named_model
-from coprune.commands.terminal import end_unless_held, show
+from coprune.commands.terminal import end_unless_held, show, show_next
 from coprune.model.checkpoint.glance import writes_text
 from coprune.recipe.views import measuring_recipe
 
@@ -47,4 +47,6 @@ def evaluate(
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     show(str(found))
+    other: Words = ("compare it with another: ", Command("compare", named, "MODEL"))
+    show_next(other if against is None else ("write all of it into a table: ", Command("compare", against, named)))
     end_unless_held(found.required)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coprune.base.environment import expand_home
-from coprune.commands.terminal import show
+from coprune.base.words import Command
+from coprune.commands.terminal import show, show_next
 from coprune.gguf_files.llama_cpp import require_type
 from coprune.model.checkpoint.glance import is_run, look
 
@@ -76,3 +77,4 @@ def export(
     how: ExportArguments = {"imatrix": imatrix, "dataset": dataset, "save_imatrix": save_imatrix}
     how["converter"] = converter
     show(str(export(model, output, like=like, type=kind, padded=padded, quiet=quiet, **how)))
+    show_next(("how fast it is here: ", Command("bench", output)))

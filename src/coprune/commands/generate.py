@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.commands.terminal import show
+from coprune.base.words import Command, Set
+from coprune.commands.terminal import show, show_next
 from coprune.model.checkpoint.glance import look
 
 
@@ -48,4 +49,7 @@ def generate(
     from coprune.steps.write_text import generate
 
     given: Any = {name: value for name, value in said.items() if value is not None}
-    show(f"written   {generate(model, target, prompts, quiet=quiet, **given)}")
+    written = generate(model, target, prompts, quiet=quiet, **given)
+    show(f"written   {written}")
+    on = Set("dataset", written), Set("calibrate_on", "generated")
+    show_next(("calibrate on it: ", Command("prune", model, *on, Set("save_model", ...))))

@@ -10,7 +10,7 @@ import typer
 from coprune.base.words import Command, Set
 from coprune.commands.options import inspecting_options, with_options
 from coprune.commands.recipe_options import ModelArgument, ModelOption, named_model
-from coprune.commands.terminal import show
+from coprune.commands.terminal import show, show_next
 from coprune.recipe.recipe import make_recipe
 
 _FEW_SAMPLES = 16
@@ -39,6 +39,10 @@ def inspect(
 
     if plot is None:
         show("\n".join(inspect_recipe(recipe, Reporter(quiet), weights).lines(matrices)))
+        said = [
+            Set(name, one) for name, value in typed.items() for one in (value if isinstance(value, list) else [value])
+        ]
+        show_next(("prune it: ", Command("prune", named, *said, Set("save_model", ...))))
         return
     from coprune.steps.plot_matrix import plot_matrix
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from coprune.commands.terminal import show
+from coprune.base.words import Command
+from coprune.commands.terminal import show, show_next
 
 
 def merge(
@@ -20,3 +21,4 @@ def merge(
     from coprune.training.merge import merge
 
     show(str(merge(model, adapter, output, quiet=quiet)))
+    show_next(("measure it: ", Command("evaluate", output)))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coprune.commands.terminal import show
+from coprune.base.words import Command, Set
+from coprune.commands.terminal import show, show_next
 
 if TYPE_CHECKING:
     from coprune.pruning.methods.base import Method
@@ -22,6 +23,7 @@ def methods(
     """List the pruning methods and their own options."""
 
     show("\n".join(describe_methods(name)))
+    show_next(("take one: ", Command("prune", "MODEL", Set("method", name or ...), Set("save_model", ...))))
 
 
 def describe_methods(name: str | None = None) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from coprune.commands.terminal import show
+from coprune.base.words import Command
+from coprune.commands.terminal import show, show_next
 
 
 def push(
@@ -28,3 +29,4 @@ def push(
     with Reporter(quiet).libraries():
         address = push(folder, repository, private)
     show(f"pushed to {address}")
+    show_next(("look at it from another machine: ", Command("inspect", repository)))

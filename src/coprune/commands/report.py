@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from coprune.base.errors import BadInput
-from coprune.commands.terminal import show
+from coprune.base.words import Command, Words
+from coprune.commands.terminal import show, show_next
 
 
 def report(
@@ -39,3 +40,5 @@ def report(
     else:
         write_page(runs, path)
     show(f"page      {path}")
+    compared: Words = ("compare the models: ", Command("compare", *runs))
+    show_next(("a page with others: ", Command("report", runs[0], "RUN")) if len(runs) == 1 else compared)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coprune.base.environment import importing
+from coprune.base.words import Command, Set, Words
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, help_all_option, recipe_options, with_options
 from coprune.commands.terminal import show
@@ -96,7 +97,7 @@ def _show(found: SweepResult) -> None:
 
     Raises CopruneError if a run failed.
     """
-    from coprune.commands.terminal import console, end_unless_held
+    from coprune.commands.terminal import console, end_unless_held, show_next
     from coprune.report.links import PAGE_FILE
     from coprune.sweeps.results import MARKDOWN, print_tables
 
@@ -110,4 +111,7 @@ def _show(found: SweepResult) -> None:
         if not one.holds:
             show(f"required  {name}: {one.line()}")
     found.require_success()
+    saved = any(report.saved_model is not None for report in found.reports.values())
+    compared: Words = ("compare the models: ", Command("compare", found.sweep.folder))
+    show_next(compared if saved else ("keep the models, too: type the same with ", Set("save_model", ...)))
     end_unless_held(one for _, one in required)

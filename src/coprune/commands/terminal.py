@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coprune.base.words import Sheet, printable
+from coprune.base.words import Sheet, Words, printable, say
 
 NOT_AS_REQUIRED = 3
 _NO_EDGE = 10_000  # columns
@@ -51,6 +51,11 @@ def print_sheet(sheet: Sheet) -> None:
 def show(text: str) -> None:
     """Print a result on standard output."""
     typer.echo(printable(text))
+
+
+def show_next(words: Words) -> None:
+    """Print what to type next, as the last line."""
+    show(f"next      {say(words)}")
 
 
 def tell(text: str) -> None:
