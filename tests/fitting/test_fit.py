@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import coprune
-from coprune.base.errors import BadInput, CopruneError, LostProcess, OutOfMemory, VerificationError
+from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.fit import WORK_FOLDER, remake
@@ -28,27 +28,14 @@ from coprune.fitting.score import bits_per_byte, score_item
 from coprune.fitting.tasks import Item, Task, read_task
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
-from coprune.model.checkpoint.digest import source_digest
-from coprune.model.checkpoint.locate import locate
+from coprune.store.notes import read_note, write_note
 from support.disturbing import in_child
+from support.fits import WITHOUT, WORDS, how, tokens, write
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
-from support.vocabularies import TEXTS, content_of
+from support.vocabularies import content_of
 
 pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
-WORDS = "\n".join(TEXTS).split()
-WITHOUT = "vocabulary,experts,channels,blocks"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico llama as a GGUF file, text, and prompts."""
-    folder, tokenizer = tmp_path_factory.mktemp("fit"), content_of("bytes")
-    model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
-    write_pico_gguf(distinct_norms(model), folder / "model.gguf", tokenizer=tokenizer)
-    generator = random.Random(0)
-    (folder / "text.txt").write_text("\n".join(" ".join(generator.sample(WORDS, 60)) for _ in range(60)))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +47,6 @@ def copying(place: Path) -> Path:
     weight.data.mul_(20)
     write_pico_gguf(distinct_norms(model), place / "copying.gguf", tokenizer=content_of("bytes"))
     return place / "copying.gguf"
-
-
-def tokens() -> int:
-    return len(json.loads(content_of("bytes"))["model"]["vocab"])
-
-
-def how(place: Path, **more: Any) -> dict[str, Any]:
-    return {"text": str(place / "text.txt"), "types": "q8_0,q4_0", "quiet": True, "without": WITHOUT} | more
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture(scope="module")
-def found(place: Path) -> Any:
-    return coprune.fit(
-        place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=place / "small", **how(place)
-    )
 
 
 @pytest.mark.slow
@@ -126,11 +93,6 @@ def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_
     assert str(place) not in page
     assert all(row.name in page for row in found.rows)
     assert not [file for file in (place / "small" / ".fit").glob("*/*.gguf") if ".imatrix." not in file.name]
-
-
-def test_the_recipe_makes_the_same_bytes_again(place: Path, found: Any, tmp_path: Path) -> None:
-    made = remake(place / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
-    assert made.read_bytes() == found.file.read_bytes()
 
 
 @pytest.mark.slow
@@ -228,13 +190,14 @@ def test_what_there_is_no_time_to_prove_is_passed_over(
         folder, task = tmp_path / budget, read_task(str(place / "text.txt"))
         shutil.copytree(place / "small", folder)
         (folder / WORK_FOLDER / VERDICTS_FILE).unlink()
-        known = {file: json.loads(file.read_text()) for file in folder.glob(f"{WORK_FOLDER}/results/*.json")}
-        measured = sorted((file for file in known if known[file].get("scores")), key=lambda file: known[file]["bytes"])
+        notes = {file: read_note(file, Measured) for file in folder.glob(f"{WORK_FOLDER}/results/*.json")}
+        known = {file: note.record for file, note in notes.items() if note is not None and note.record.scores}
+        measured = sorted(known, key=lambda file: known[file].bytes)
         for file in measured[:-1]:
-            for figures in known[file]["scores"][task.key].values():
+            for figures in known[file].scores[task.key].values():
                 for one in task.unseen:
-                    figures.pop(str(one), None)
-            file.write_text(json.dumps(known[file]))
+                    figures.pop(one, None)
+            write_note(file, known[file])
         again = coprune.fit(
             place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=folder, **how(place, budget=budget)
         )
@@ -251,168 +214,31 @@ def test_another_fit_leaves_the_folder_alone(place: Path, found: Any) -> None:
     assert yaml.safe_load((place / "small" / RECIPE_FILE).read_text())["bytes"] == found.file.stat().st_size
 
 
-@pytest.fixture
-def moved(place: Path, found: Any, tmp_path: Path) -> Path:
-    """A finished fit with its files in another folder."""
-    shutil.copytree(place, tmp_path / "moved", ignore=shutil.ignore_patterns("in *", "long", "reader"))
-    return tmp_path / "moved"
+def test_where_nothing_smaller_is_proven_the_users_file_stays_as_it_was(place: Path, tmp_path: Path) -> None:
+    """Of a file in eight bits the quant in eight bits is no gain, though its few bytes of metadata may be fewer."""
+    small = tmp_path / "small.gguf"
+    coprune.export(place / "model.gguf", small, type="q8_0")
+    settings = how(place, types="q8_0", without=f"{WITHOUT},embedding", budget="24h")
+    found = coprune.fit(small, place / "text.txt", "bits<=dense*1.1", output=tmp_path / "out", **settings)
+    assert not found.kept
+    assert found.file.read_bytes() == small.read_bytes()
+    assert found.given_bytes == found.bytes == small.stat().st_size
+    assert "1.00 of the" in str(found)
+    assert "nothing better" in str(found)
+    assert any("your own model, byte for byte" in note for note in found.notes)
+    assert remake(tmp_path / "out" / RECIPE_FILE, tmp_path / "again", quiet=True).read_bytes() == small.read_bytes()
 
 
-def again_in(folder: Path) -> Any:
-    required, output = "bits<=dense*1.1", folder / "small"
-    return coprune.fit(folder / "model.gguf", folder / "text.txt", required, output=output, **how(folder))
-
-
-def other_bytes(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-def test_a_replaced_model_file_is_noticed(found: Any, moved: Path) -> None:
-    other_bytes(moved / "model.gguf")
-    with pytest.raises(BadInput, match="holds a fit with another model;"):
-        again_in(moved)
-
-
-def test_a_fit_whose_files_moved_is_not_done_again(found: Any, moved: Path) -> None:
-    again = again_in(moved)
-    assert (again.chosen, again.lines, again.rows) == (found.chosen, found.lines, found.rows)
-
-
-def test_replaced_calibration_text_is_noticed(place: Path, tmp_path: Path) -> None:
-    (text := tmp_path / "more.txt").write_text("one")
-
-    def opened() -> Workshop:
-        asked = Asked(str(place / "model.gguf"), (), 0, str(text), str(place / "model.gguf"))
-        return Workshop(tmp_path / "fit", asked, Reporter(quiet=True))
-
-    opened()
-    text.write_text("two")
-    with pytest.raises(BadInput, match="holds a fit with another text;"):
-        opened()
-
-
-def test_a_full_disk_is_no_verdict(place: Path, tmp_path: Path) -> None:
-    """With a limit on the size of files, as on a full disk; the same again with space goes on."""
-    (out := tmp_path / "out").mkdir()
-
-    def measured(folder: Path) -> Measured:
-        workshop = Workshop(folder / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
-        return workshop.measure(Candidate(DENSE, EXACT), {})
-
-    assert in_child(measured, out, largest=100_000) == 3
-    assert not [*out.glob("fit/results/*")]
-    found = measured(out)
-    assert found.bytes > 100_000
-    assert not found.refused
-
-
-@pytest.mark.parametrize(
-    ("error", "kept"),
-    [
-        (CopruneError("the disk is full"), None),
-        (LostProcess("a worker is gone"), None),
-        (KeyboardInterrupt(), None),
-        (MemoryError(), None),
-        (OutOfMemory("no memory is left"), ""),
-        (BadInput("the run would not fit", field="check_memory"), ""),
-        (BadInput("0.125 of 2 channels is none"), "0.125 of 2 channels"),
-    ],
-)
-def test_only_what_is_a_property_of_a_candidate_is_stored(
-    error: BaseException, kept: str | None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def opened() -> Workshop:
-        return Workshop(tmp_path / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
-
-    def raises(self: Workshop, candidate: Candidate) -> Path:
-        raise error
-
-    candidate = Candidate(DENSE, "q8_0")
-    monkeypatch.setattr(Workshop, "file", raises)
-    workshop = opened()
-    if kept is None:
-        with pytest.raises(type(error)):
-            workshop.measure(candidate, {})
-    else:
-        assert workshop.measure(candidate, {}).refused
-    assert opened().known(candidate).refused.startswith(kept or "")
-    assert bool(opened().known(candidate).refused) == bool(kept)
-
-
-def test_a_recipe_of_a_replaced_model_is_refused_before_anything_is_made(moved: Path, tmp_path: Path) -> None:
-    recipe = moved / "small" / RECIPE_FILE
-    content = yaml.safe_load(recipe.read_text()) | {"model": str(moved / "model.gguf")}
-    recipe.write_text(yaml.safe_dump(content))
-    other_bytes(moved / "model.gguf")
-    with pytest.raises(BadInput, match="another model than the one"):
-        remake(recipe, tmp_path / "again", quiet=True)
-    assert not (tmp_path / "again").exists()
-
-
-def test_a_remake_whose_check_fails_leaves_no_file(place: Path, found: Any, tmp_path: Path) -> None:
-    for name in ("recipe.yaml", "text.jsonl"):
-        shutil.copy(place / "small" / name, tmp_path / name)
-    recipe = tmp_path / RECIPE_FILE
-    recipe.write_text(re.sub(r"sha256: \w+", f"sha256: {'a' * 64}", recipe.read_text()))
-    with pytest.raises(VerificationError, match="was not kept"):
-        remake(recipe, tmp_path / "again", quiet=True)
-    assert not [*(tmp_path / "again").rglob("*.gguf")]
-
-
-CUT = {"removed": [], "tokens": 0}
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"type": "nope"},
-        {"type": "../../x"},
-        {"type": ["q8_0"]},
-        {"embedding": "../q"},
-        {"runtime": "nope"},
-        {"cut": CUT | {"removed": [5]}},
-        {"cut": CUT | {"removed": ["vocabulary=../x"]}},
-        {"cut": CUT | {"tokens": 10**18}},
-        {"cut": CUT | {"tokens": -1}},
-        {"cut": []},
-        {"text": "../../text.jsonl"},
-        {"seed": "x"},
-        {"seed": -1},
-        {"sha256": 5},
-        {"source": "0"},
-        {"model": None},
-        {"like": 5},
-        {"more": 1},
-        [],
-        5,
-        None,
-    ],
-)
-def test_a_foreign_recipe_is_refused(said: Any, place: Path, found: Any, tmp_path: Path) -> None:
-    content = yaml.safe_load((place / "small" / RECIPE_FILE).read_text())
-    (recipe := tmp_path / RECIPE_FILE).write_text(yaml.safe_dump(content | said if isinstance(said, dict) else said))
-    shutil.copy(place / "small" / "text.jsonl", tmp_path / "text.jsonl")
-    with pytest.raises(BadInput, match="is not the recipe of a fit"):
-        remake(recipe, tmp_path / "again", quiet=True)
-    assert not (tmp_path / "again").exists()
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]\n", b'{"text": 5, "judging": true}\n', b"\xff\xfe", b"[" * 100_000])
-def test_garbage_beside_a_recipe_is_refused(text: bytes, place: Path, found: Any, tmp_path: Path) -> None:
-    shutil.copy(place / "small" / RECIPE_FILE, tmp_path / RECIPE_FILE)
-    (tmp_path / "text.jsonl").write_bytes(text)
-    with pytest.raises(BadInput, match=r"text\.jsonl"):
-        remake(tmp_path / RECIPE_FILE, tmp_path / "again", quiet=True)
-
-
-def test_facts_name_what_was_measured(place: Path, found: Any) -> None:
-    facts = json.loads((place / "small" / "fit.json").read_text())
-    assert facts["digests"]["model"] == source_digest(locate(place / "model.gguf"))
-    assert facts["digests"]["chosen"] == digest_of(found.file)
-    assert {"version", "date", "machine", "units", "conditions"} <= facts.keys()
-    assert facts["tasks"][0]["unseen items"] > 0
+def test_what_is_left_to_try_ends_with_the_command_for_more_time(place: Path, tmp_path: Path) -> None:
+    items, text = place / "text.txt", str(place / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coprune.fitting.search.Search._has_time", lambda self, candidate: not self.tried)
+        settings = how(place, types="q8_0,q4_0", without="embedding", budget="20m")
+        found = coprune.fit(place / "model.gguf", items, "bits<=dense*1.1", output=tmp_path / "out", **settings)
+    assert found.next.startswith(f"coprune.fit({str(place / 'model.gguf')!r}, task={str(items)!r}")
+    assert f"text={text!r}" in found.next
+    assert found.next.endswith("budget='60m')")
+    assert str(found).endswith(found.next)
 
 
 @pytest.mark.slow
@@ -481,7 +307,8 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("text", {"require": "accuracy>=0.5"}, "applies to no task"),
         ("text", {"budget": "0.01s"}, "too short for one candidate"),
         ("prompts", {"budget": "0.01s", "require": "acceptance>=0.8"}, "too short for one candidate"),
-        ("text", {"budget": "soon"}, "is not a time"),
+        ("text", {"budget": "soon"}, "is not a time of a search"),
+        ("text", {"budget": "9" * 400}, "is not a time of a search"),
         ("text", {"target": "beauty"}, "unknown target"),
         ("text", {"runtime": "vllm"}, "unknown runtime"),
         ("text", {"runtime": "transformers"}, "types are of llama.cpp"),

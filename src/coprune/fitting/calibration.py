@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.progress import Reporter
 from coprune.fitting.doubles import holding
+from coprune.fitting.reader import Reader
 from coprune.fitting.tasks import Task, joined, shared_out
 
 _CHARACTERS = 1200
 """Of a document that short texts are joined to."""
+
+
+_OWN_TEXTS, _OWN_TOKENS = 16, 256
+"""Texts of the model's own at most, and tokens of one."""
+_LEAST_TOKENS, _CHARACTERS_OF_TOKEN = 320, 5
+"""Of the seen items that calibrate at least, and what a token is taken for before it is counted."""
+_TIMES = 4
+"""Texts that are drawn at most for each wanted one, since some end at once."""
 
 
 class Passage(BaseModel):
@@ -59,6 +70,29 @@ def calibration_of(
     count, of = sum(text in left_out for text in every), len(every)
     line = f"{count} of {of} passages to calibrate on hold text of unseen items and are left out"
     return found, line if count else ""
+
+
+def own_count(characters: int, tokens: int) -> int:
+    """Return how many texts of its own the dense model writes: as many as there is time for, or as the items lack.
+
+    characters: of the seen items that calibrate. tokens: that there is time for.
+    """
+    lacking = _LEAST_TOKENS - characters // _CHARACTERS_OF_TOKEN
+    return max(0, min(_OWN_TEXTS, tokens // _OWN_TOKENS), -(-lacking // _OWN_TOKENS))
+
+
+def own_texts(reader: Reader, count: int, seed: int, reporter: Reporter) -> list[str]:
+    """Draw texts from a model, until they have the tokens of a number of whole ones."""
+    generator, found, left = torch.Generator().manual_seed(seed), list[str](), count * _OWN_TOKENS
+    with reporter.bar("Texts", left) as advance:
+        for _ in range(_TIMES * count):
+            ids = reader.invent(min(left, _OWN_TOKENS), generator)
+            found.append(reader.text(ids))
+            left -= len(ids)
+            advance(len(ids))
+            if left <= 0:
+                break
+    return [text for text in found if text.strip()]
 
 
 def _seen(task: Task) -> Sequence[int]:

@@ -12,6 +12,8 @@ KINDS = ("vocabulary", "experts", "blocks", "channels", "embedding")
 """Kinds of changes that the user can exclude; quantisation always stays."""
 EXACT: Final = "f16"
 """Sixteen bits as they are."""
+GIVEN = "given"
+"""The user's own file or folder, byte for byte."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
 EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "iq4_nl")
@@ -91,6 +93,8 @@ class Candidate:
     @property
     def name(self) -> str:
         """Description."""
+        if self.type == GIVEN:
+            return "the model as it was given"
         bits = self.type if self.embedding is None else f"{self.type}, embeddings {self.embedding}"
         return f"{self.cut.name} {bits}".strip()
 
@@ -114,3 +118,6 @@ class Candidate:
             (types.index(one.type), (None, *EMBEDDINGS).index(one.embedding)) for one in (self, other)
         )
         return type <= lower and bits <= fewer and self.cut.spares(other.cut)
+
+
+AS_GIVEN = Candidate(DENSE, GIVEN)

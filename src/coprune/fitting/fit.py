@@ -15,16 +15,17 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, VerificationError, unknown_name
 from coprune.base.files import require_usable, write_durably, write_text
 from coprune.base.progress import Reporter
-from coprune.base.words import LeaveOut
-from coprune.fitting.candidates import EXACT, KINDS, TYPES, Candidate
+from coprune.base.words import Command, LeaveOut, Set, say
+from coprune.fitting.budget import EXACT_DENSE
+from coprune.fitting.candidates import AS_GIVEN, EXACT, KINDS, TYPES, Candidate
 from coprune.fitting.in_transformers import InTransformers
-from coprune.fitting.made import bytes_in, copy, digest_of
+from coprune.fitting.made import bytes_given, bytes_in, copy, digest_of
 from coprune.fitting.notes import Asked, Runtime
 from coprune.fitting.page import card, page
 from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import wanted
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
-from coprune.fitting.search import EXACT_DENSE, Finding, Search, Target, Wish, verdict_of
+from coprune.fitting.search import Finding, Search, Target, Wish, verdict_of
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
@@ -48,6 +49,11 @@ _UNITS = {
     "bits per byte (bits) or nats per token (kl)",
 }
 _BUDGET = re.compile(r"(\d+\.?\d*)\s*(h|m|s|)")
+_DEFAULTS = {"target": "size", "runtime": "llama.cpp", "seed": 0, "workers": 1, "trust_tasks": False, "without": ()}
+_TIMES = 3
+"""The budget that is advised where there is more to try, over the one that was not enough."""
+_LONGEST = 366 * 86_400.0
+"""Seconds of a search at most."""
 _SECONDS = {"h": 3600, "m": 60, "": 60, "s": 1}
 
 
@@ -131,7 +137,11 @@ def fit(
             finding = search.run()
     finally:
         team.stop()
-    return _leave(target, search, finding)
+    fewer = search.tasks != asked.tasks  # than there are items
+    said = {"task": task, "require": require, "output": output, **how, "budget": f"{_TIMES * wish.budget / 60:.3g}m"}
+    own = [Set(name, value) for name, value in said.items() if value is not None and _DEFAULTS.get(name) != value]
+    more = say(Command("fit", model, *own)) if finding.untried or (fewer and not finding.kept) else ""
+    return _leave(target, search, finding, more)
 
 
 def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
@@ -248,12 +258,14 @@ def _workers(how: FitArguments) -> int:
 
 def _seconds(said: str | float) -> float:
     found = _BUDGET.fullmatch(str(said).strip().lower())
-    if found is None or not float(found[1]) > 0:
-        raise BadInput(f"{said!r} is not a time", field="budget", value=said, fix="write 60m, 2h, or minutes")
-    return float(found[1]) * _SECONDS[found[2]]
+    seconds = 0.0 if found is None else float(found[1]) * _SECONDS[found[2]]
+    if not 0 < seconds <= _LONGEST:
+        cause = f"{str(said)[:40]!r} is not a time of a search"
+        raise BadInput(cause, field="budget", value=said, fix="write 60m, 2h, or minutes, up to a year")
+    return seconds
 
 
-def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
+def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
     """Write the model and what is to be known of it, and remove the rest."""
     workshop, chosen = search.workshop, finding.chosen
     file = target / _name(workshop.asked, chosen)
@@ -268,9 +280,23 @@ def _leave(target: Path, search: Search, finding: Finding) -> Fitted:
     size, digest = bytes_in(file), digest_of(file)
     write_text(target / RECIPE_FILE, FitRecipe.of(workshop.asked, chosen, size, digest).written())
     rows = _rows(search, finding)
-    lines = tuple(one.line() for one in finding.held)
+    better = chosen != AS_GIVEN
+    tried = [f"{name.name}: {one.line()}" for name, held in finding.unseen.items() for one in held]
+    lines = tuple(one.line() for one in finding.held) if better else tuple(tried)
     plain = None if finding.plain is None else finding.plain.name
-    found = Fitted(file, bytes_in(file), finding.kept, chosen.name, lines, rows, plain, tuple(notes))
+    found = Fitted(
+        file,
+        size,
+        finding.kept,
+        chosen.name,
+        lines,
+        rows,
+        plain,
+        tuple(notes),
+        bytes_given(workshop.source),
+        better,
+        more,
+    )
     named = _named(workshop.asked.model)
     write_text(target / PAGE_FILE, page(found, named, search.wish.target))
     write_text(target / CARD_FILE, card(found, named))
@@ -297,6 +323,7 @@ def _facts(search: Search, finding: Finding, found: Fitted, digest: str) -> dict
         "tasks": [_counts(search, task, finding.chosen) for task in search.tasks],
         "chosen": asdict(finding.chosen),
         "bytes": found.bytes,
+        "given bytes": found.given_bytes,
         "kept": found.kept,
         "unseen": found.lines,
         "notes": found.notes,
@@ -310,9 +337,10 @@ def _counts(search: Search, task: Task, chosen: Candidate) -> dict[str, Any]:
     facts = {"name": task.name, "kind": task.kind, "seen items": len(task.seen), "unseen items": len(task.unseen)}
     if "accuracy" not in METRICS_OF[task.kind]:
         return facts
+    both = EXACT_DENSE, EXACT_DENSE if chosen == AS_GIVEN else chosen
     pairs = Counter(
         zip(
-            *(search.workshop.known(one).of(task, "accuracy", task.unseen) for one in (EXACT_DENSE, chosen)),
+            *(search.workshop.known(one).of(task, "accuracy", task.unseen) for one in both),
             strict=True,
         )
     )
@@ -347,7 +375,9 @@ def _notes(search: Search, finding: Finding) -> list[str]:
         found.append(
             f"{sizes[0] / sizes[1]:.2f} of the bytes of the best plain quant that passes, {finding.plain.name}"
         )
-    if finding.chosen.plain and not finding.untried:
+    if finding.chosen == AS_GIVEN:
+        found.append("nothing better than what was given is proven: this is your own model, byte for byte")
+    elif finding.chosen.plain and not finding.untried:
         what = "the dense model" if finding.chosen == EXACT_DENSE else "a plain quant"
         failed = any(not one.plain for one in finding.unseen)
         found.append(f"{'the unseen items confirm no cut' if failed else 'no cut helps here'}: this is {what}")
@@ -384,7 +414,7 @@ def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]
 
 def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
     found = []
-    for candidate in [EXACT_DENSE, *finding.tried]:
+    for candidate in dict.fromkeys([EXACT_DENSE, *finding.tried, finding.chosen]):
         known, held = search.workshop.known(candidate), finding.unseen.get(candidate)
         part = "unseen"
         if held is None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
+from pydantic import RootModel
+
 from coprune.base.files import whole_folder, write_durably
+from coprune.model.checkpoint.gguf_header import gguf_parts
+from coprune.model.checkpoint.locate import GgufFile, Location
+from coprune.store.notes import read_note, write_note
 
 
 def files_in(made: Path) -> list[Path]:
@@ -18,6 +22,19 @@ def files_in(made: Path) -> list[Path]:
 def bytes_in(made: Path) -> int:
     """Return the bytes of a file, or of a folder's weights."""
     return sum(file.stat().st_size for file in files_in(made))
+
+
+def bytes_given(source: Location) -> int:
+    """Return the bytes of a model's GGUF file with all its parts, or of its folder's weights."""
+    parts = [source.path] if source.path.is_dir() else gguf_parts(source.path)
+    return sum(map(bytes_in, parts))
+
+
+def is_file_of(source: Location, runtime: str) -> bool:
+    """Return whether a model's own file or folder is one for a runtime, as it is."""
+    if isinstance(source, GgufFile):
+        return runtime == "llama.cpp" and len(gguf_parts(source.path)) == 1
+    return runtime == "transformers"
 
 
 def digest_of(made: Path) -> str:
@@ -40,17 +57,26 @@ def copy(source: Path, target: Path) -> None:
         shutil.copytree(source, out, dirs_exist_ok=True)
 
 
+class Seconds(RootModel[float]):
+    """The time of making something."""
+
+
 def note_of(made: Path) -> Path:
     """Return the file that tells the seconds of making something."""
     return made.with_name(f"{made.name}.seconds.json")
 
 
+def note_seconds(note: Path, seconds: float) -> None:
+    """Note the seconds of making something."""
+    write_note(note, Seconds(seconds))
+
+
 def seconds_in(note: Path) -> float:
-    """Return the seconds that a note tells."""
-    return float(json.loads(note.read_text(encoding="utf-8"))["seconds"])
+    """Return the seconds that a note tells; 0 where there is none, or a damaged one."""
+    found = read_note(note, Seconds)
+    return 0.0 if found is None else max(0.0, found.record.root)
 
 
 def seconds_of(made: Path) -> float:
     """Return the seconds that making something took; 0 where nothing is noted."""
-    note = note_of(made)
-    return seconds_in(note) if note.exists() else 0.0
+    return seconds_in(note_of(made))

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from coprune.base.errors import about
 from coprune.evaluation.asked_texts import text_fingerprint
@@ -17,8 +17,28 @@ from coprune.fitting.tasks import Task
 from coprune.fitting.writing import writing_of
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import locate
+from coprune.store.notes import read_note
 
 Runtime = Literal["llama.cpp", "transformers"]
+Value = TypeVar("Value")
+
+
+class Sizes(RootModel[dict[str, int]]):
+    """Numbers by name."""
+
+
+class Looks(RootModel[list[tuple[list[str], list[str]]]]):
+    """Conditions, with the candidates that were judged by them in this order."""
+
+
+class Sources(RootModel[tuple[str, str]]):
+    """The files that a quant was made of: in sixteen bits, and its importance matrix."""
+
+
+def noted(file: Path, kind: type[RootModel[Value]], otherwise: Value) -> Value:
+    """Return the value of a note, or another where there is none or it is damaged."""
+    found = read_note(file, kind)
+    return otherwise if found is None else found.record.root
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ _COSTS = {"size": ("megabytes", 1e6), "memory": ("megabytes in memory", 1e6), "s
 def page(found: Fitted, model: str, target: str) -> str:
     """Return the page: the verdict, the picture, all candidates."""
     verdict = "kept" if found.kept else "NOT kept"
-    lead = f"<p>{text(found.chosen)}: what is required is <b>{verdict}</b> on the unseen half.</p>"
+    said = f"what is required is <b>{verdict}</b> on the unseen half" if found.better else f"<b>{found.verdict}</b>"
+    lead = f"<p>{text(found.chosen)}: {said}.</p>"
     parts = [header("Fit", f"{model}, for {target}", lead, made_lines(MadeFacts.here()))]
     said = "".join(f"<li>{text(line)}</li>" for line in (*found.lines, *found.notes))
     parts.append(section("The last word", panel(f'<ul class="events">{said}</ul>')))
@@ -70,7 +71,9 @@ def _picture(found: Fitted, target: str) -> str | None:
 
 def card(found: Fitted, model: str) -> str:
     """Return the model card, in Markdown."""
-    verdict = "is kept" if found.kept else "is **not** kept"
+    verdict = "what was required is kept" if found.kept else "what was required is **not** kept"
+    if not found.better:
+        verdict = "nothing better than the model as it was given is proven, and this is its file, byte for byte"
     lines = "\n".join(f"- {line}" for line in (*found.lines, *found.notes))
     kind, run = "gguf", f"llama-cli -m {found.file.name}"
     if found.file.is_dir():
@@ -78,6 +81,6 @@ def card(found: Fitted, model: str) -> str:
     return (
         f"---\nlibrary_name: {kind}\ntags:\n- coprune\n- {kind}\n---\n\n# {found.file.name}\n\n"
         f"`{model}` as {found.chosen}, {found.bytes:,} bytes, found by `coprune fit`. On items that the search had "
-        f"not seen, what was required {verdict}:\n\n{lines}\n\nRun it: `{run}`. Make it again: "
+        f"not seen, {verdict}:\n\n{lines}\n\nRun it: `{run}`. Make it again: "
         "`coprune fit recipe.yaml -o OUT`.\n"
     )

@@ -114,6 +114,20 @@ class Reader:
                 return Written(found, None)
             self.engine.read([token])
 
+    def invent(self, length: int, generator: torch.Generator) -> list[int]:
+        """Draw a text from the model's own distribution, from its beginning until it ends."""
+        self.engine.forget()
+        self.engine.read(self.begin or [0])
+        found: list[int] = []
+        while len(found) < length:
+            shares = self.engine.last_logits(1)[0].softmax(dim=0)
+            token = int(shares.multinomial(1, generator=generator))
+            if self.engine.ends(token):
+                break
+            found.append(token)
+            self.engine.read([token])
+        return found
+
     def text(self, ids: Sequence[int]) -> str:
         """Decode tokens."""
         return str(self.tokenizer.decode([*ids], skip_special_tokens=True))

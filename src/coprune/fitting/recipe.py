@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.fitting.calibration import read_passages
-from coprune.fitting.candidates import EMBEDDINGS, EXACT, TYPES, Candidate, Cut
+from coprune.fitting.candidates import EMBEDDINGS, GIVEN, TYPES, Candidate, Cut
 from coprune.fitting.notes import Asked, Runtime
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
 
@@ -54,7 +54,7 @@ class FitRecipe(_Checked):
     @field_validator("type")
     @classmethod
     def _known_type(cls, said: str) -> str:
-        if said not in (EXACT, *TYPES, *ALL_TYPES):
+        if said not in (GIVEN, *ALL_TYPES):
             raise ValueError(f"it should be one of {', '.join(TYPES)}")
         return said
 

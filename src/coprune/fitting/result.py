@@ -60,6 +60,18 @@ class Fitted(Shown):
     plain: str | None
     """The best plain quant that passed."""
     notes: tuple[str, ...] = ()
+    given_bytes: int = 0
+    """Bytes of what was given."""
+    better: bool = True
+    """Whether the file is another one than what was given, which is kept where nothing better is proven."""
+
+    next: str = ""
+    """The command that searches on with more time, if there is more to try."""
+
+    @property
+    def verdict(self) -> str:
+        """The result in words."""
+        return "kept" if self.kept else "not kept" if self.better else "nothing better is proven"
 
     @property
     def page(self) -> Path:
@@ -68,13 +80,14 @@ class Fitted(Shown):
 
     def headline(self) -> str:
         """Return the chosen model and whether its requirements are proven."""
-        return f"{self.file}: {self.chosen}, {self.bytes:,} bytes, {'kept' if self.kept else 'NOT KEPT'}"
+        return f"{self.file}: {self.chosen}, {self.bytes:,} bytes, {self.verdict.upper() if not self.kept else self.verdict}"
 
     def sheet(self) -> Sheet:
         """Return the verdict with its figures."""
-        size = f"{self.bytes:,} bytes, {self.bytes / self.rows[0].bytes:.2f} of the dense model"
+        size = f"{self.bytes:,} bytes, {self.bytes / self.given_bytes:.2f} of the {self.given_bytes:,} that were given"
         rows = [("chosen", self.chosen), ("file", f"{self.file}, {size}"), ("page", str(self.page))]
         rows += [("note", note) for note in self.notes]
         rows += [("unseen", line) for line in self.lines]
-        rows.append(("verdict", "kept" if self.kept else "not kept"))
+        rows.append(("verdict", self.verdict))
+        rows += [("next", self.next)] if self.next else []
         return Sheet(self.headline(), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,10 +10,10 @@ from statistics import fmean
 from typing import Literal
 
 from coprune.base.errors import BadInput, CopruneError
-from coprune.base.files import write_text
-from coprune.base.words import Set, Setting
 from coprune.evaluation.bounds import LEAST_ITEMS, Share
+from coprune.fitting.budget import EXACT_DENSE, Budget
 from coprune.fitting.candidates import (
+    AS_GIVEN,
     DENSE,
     EMBEDDINGS,
     EXACT,
@@ -24,27 +23,28 @@ from coprune.fitting.candidates import (
     Candidate,
     Cut,
 )
-from coprune.fitting.notes import Measured
+from coprune.fitting.made import is_file_of
+from coprune.fitting.notes import Looks, Measured, Sizes, noted
 from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
-from coprune.fitting.score import ANSWER_TOKENS, DENSE_SOUND, answer_text
+from coprune.fitting.score import DENSE_SOUND, answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team, places_ahead
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.fitting.writing import REQUIRED, provable
+from coprune.store.notes import write_note
 
 Target = Literal["size", "speed", "memory"]
-EXACT_DENSE = Candidate(DENSE, EXACT)
 _RUNGS = (8, 4, 2, 1)
 """Parts of the seen items after which it may be told already."""
 _FIRST = "q4_k_m"
 """The type that is tried first."""
 _ALIGN = 64
+_GAIN = 0.01
+"""Of what was given that a result saves at least."""
 _DISTILLED_SHARE = 0.3
 """Share of the remaining budget for one distillation."""
 _DISTILLED = (8_192, 262_144)
 """Tokens of a distillation at least and at most."""
-_TRAINING_COST = 4.0
-"""Time of a token in training over one in reading: two models forward, one backward, in float32."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Finding:
 
     chosen: Candidate
     held: list[Held]
-    """Conditions on the unseen half."""
+    """Conditions on the unseen half, of the best candidate."""
     kept: bool
     plain: Candidate | None
     """The smallest plain quant that passed on both halves."""
@@ -92,13 +92,18 @@ class Search:
         self._safety: dict[Candidate, float] = {}  # by the seen half
         self._kept: list[Candidate] = []  # what keeps everything on the seen half, the best last
         self._vocabulary = len(workshop.tokenizer)
+        self.budget = Budget(workshop, wish.budget, team.count)
+        self._least = {task.key: 0 for task in self.tasks}  # items that prove something at all
+        for condition, task in self._pairs():
+            self._least[task.key] = max(self._least[task.key], condition.least_items() or 0)
         self.untried: list[Candidate] = []
 
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
-        self.workshop.prepare(self._refuse_long)
-        self._refuse_short()
-        found = self.workshop.measure(EXACT_DENSE, {task.name: [*task.seen, *task.unseen] for task in self.tasks})
+        self.tasks = self.budget.carried(self._least)
+        every = {task.name: [*task.seen, *task.unseen] for task in self.tasks}
+        self.workshop.answer(every)
+        found = self.workshop.measure(EXACT_DENSE, every)
         if found.refused:
             raise BadInput(
                 f"the dense model cannot be measured: {found.refused}", field="model", value=self.workshop.asked.model
@@ -109,6 +114,7 @@ class Search:
             figures = found.of(task, condition.metric, task.apart(task.unseen))
             refuse_few(condition, task, figures)
             self.workshop.reporter.say(f"Dense: {condition.metric} {fmean(figures):.3f} on {task.name}")
+        self.workshop.collect(self.tasks, self.budget.own)
         return found
 
     def _refuse_chance(self, task: Task, dense: Measured) -> None:
@@ -143,55 +149,11 @@ class Search:
             said = f"{found.bytes / 1e6:.1f} MB, {verdict_of(held)} ({margin})"
         self.workshop.reporter.say_once(f"{candidate.name}: {said}")
 
-    @property
-    def _elapsed(self) -> float:
-        """Seconds since the beginning, as far as they led to something: the same after a kill."""
-        return self.workshop.spent / self._team.count
-
-    def _proof(self, candidates: int) -> float:
-        """Return an upper bound of the seconds of the final test: the dense model's time on that half, and writing."""
-        dense = self.workshop.known(EXACT_DENSE).seconds / 2
-        return candidates * dense + self.workshop.took_to_write(DENSE)
-
-    def _expected(self, candidate: Candidate) -> float:
-        """Seconds of making and measuring a candidate: of the usual one so far, or of half of the items in the dense model."""
-        dense = self.workshop.known(EXACT_DENSE).seconds / 2
-        usual = max(dense, fmean([self.workshop.took(one) for one in self.tried] or [dense]))
-        cut = 0.0 if self.workshop.is_made(candidate.cut) else self.workshop.expected_to_cut(candidate.cut)
-        speed = self.workshop.known(EXACT_DENSE).speed
-        continued = 0.0 if candidate.cut == DENSE else 2 * ANSWER_TOKENS * sum(len(task.seen) for task in self._writing)
-        return usual + cut + (candidate.cut.tokens * _TRAINING_COST + continued) / speed
-
     def _has_time(self, candidate: Candidate) -> bool:
         """Return whether the budget has time for a candidate and for all that is to be proven then."""
-        proof = self._proof(len(_chain([*self._kept, candidate])))
-        after = self._elapsed + self._expected(candidate) + proof
-        return not self.tried or after <= self.wish.budget or not self._is_new(candidate, self._seen())
-
-    def _refuse_short(self) -> None:
-        """Measure the dense model on a part of the seen half. Raises BadInput where the budget is too short for one candidate."""
-        places = {task.name: [*task.seen, *task.unseen] for task in self.tasks}
-        if not self._missing(self.workshop.known(EXACT_DENSE), places):
-            return
-        opened = self.workshop.measure(EXACT_DENSE, {}).seconds
-        first = self.workshop.measure(EXACT_DENSE, self._seen(_RUNGS[0])).seconds
-        items, count = sum(map(len, places.values())), sum(map(len, self._seen(_RUNGS[0]).values()))
-        whole = opened + (first - opened) * items / count
-        # The dense model on the other items, and one candidate on all of them.
-        self._refuse_long(2 * whole - first + self.workshop.took_to_write(DENSE))
-
-    def _refuse_long(self, seconds: float) -> None:
-        """Raise BadInput where the budget is too short for what has to come next. seconds: of that."""
-        needed = self._elapsed + seconds
-        if needed > self.wish.budget:
-            cause = f"the budget of {self.wish.budget / 60:.3g} minutes is too short for one candidate"
-            fix = (
-                f"one takes about {needed / 60:.1f} minutes, and a search several: allow ",
-                Set("budget", f"{math.ceil(3 * needed / 60)}m"),
-                ", or take fewer items with ",
-                Setting("items"),
-            )
-            raise BadInput(cause, field="budget", value=self.wish.budget / 60, fix=fix)
+        proof = self.budget.proof(len(_chain([*self._kept, candidate])))
+        enough = self.budget.expected(candidate, [*self.tried]) + proof <= self.budget.left
+        return not self.tried or enough or not self._is_new(candidate, self._seen())
 
     def _measure(
         self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], ahead: Sequence[Candidate]
@@ -199,10 +161,14 @@ class Search:
         """Measure a candidate, and with other workers those that may be asked for next."""
         anew = [one for one in (candidate, *ahead) if self._is_new(one, wanted)]
         if candidate in anew:
+            self.workshop.note_rest()
             if self._team.alone:
-                self.workshop.measure(candidate, wanted)
+                # Where something is kept already, the proof of that must have its time.
+                until = self.budget.until(self.budget.proof(len(_chain(self._kept)))) if self._kept else math.inf
+                self.workshop.measure(candidate, wanted, until)
             else:
                 self._team.measure(self.workshop, anew, wanted)
+                self.workshop.note_rest(counts=False)
         self.tried[candidate] = self.workshop.known(candidate)
         return self.tried[candidate]
 
@@ -250,7 +216,7 @@ class Search:
 
     def _tried_on(
         self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
-    ) -> Literal["kept", "lost", "no cheaper", "refused"]:
+    ) -> Literal["kept", "lost", "no cheaper", "refused", "late"]:
         """Make and measure a candidate, on a part of the seen items first, as far as it takes to tell."""
         if self._measure(candidate, {}, ahead).refused:
             return "refused"
@@ -259,10 +225,14 @@ class Search:
         verdict = Verdict.OPEN
         for part in self._parts(candidate.cut):
             if verdict is Verdict.OPEN:
-                self._measure(candidate, seen := self._seen(part), ahead)
+                found = self._measure(candidate, seen := self._seen(part), ahead)
+                if self._missing(found, seen):
+                    return "late"
                 verdict = self._verdict(candidate, seen)
         if verdict is Verdict.KEPT and (continued := self._continued("seen", candidate.cut)):
-            self._measure(candidate, continued, ())
+            found = self._measure(candidate, continued, ())
+            if self._missing(found, continued):
+                return "late"
             verdict = self._verdict(candidate, seen | continued)
         return "kept" if verdict is Verdict.KEPT else "lost"
 
@@ -274,7 +244,7 @@ class Search:
 
     def _parts(self, cut: Cut) -> Sequence[int]:
         """Return parts of the seen items that tell about a cut: if they are many, not those whose text made it."""
-        few = any(len(task.seen) < 4 * (condition.least_items() or LEAST_ITEMS) for condition, task in self._pairs())
+        few = any(len(task.seen) < 4 * max(LEAST_ITEMS, self._least[task.key]) for task in self.tasks)
         return _RUNGS if cut == DENSE or few else _RUNGS[:-1]
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
@@ -311,7 +281,10 @@ class Search:
                 ahead = [left[next] for next in places_ahead(low, place, high, self._team.count)[1:]]
                 said = self._tried_on(candidate, best, ahead)
             else:
+                said = "late"
+            if said == "late":
                 self.untried += [candidate, *(other for other in left[low:high] if other != candidate)]
+                lost += [candidate] if self.tried.pop(candidate, None) else []
                 break
             if candidate in self.tried:
                 self._report(candidate, self.judged_so_far(candidate), "seen")
@@ -334,7 +307,17 @@ class Search:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
         self.measure_dense()
         self._climb()
-        return self._proven()
+        return self._or_as_given(self._proven())
+
+    def _or_as_given(self, finding: Finding) -> Finding:
+        """Return what was given where nothing clearly better than it is proven."""
+        if not is_file_of(self.workshop.source, self.workshop.asked.runtime):
+            return finding
+        self.workshop.measure(AS_GIVEN, {})
+        given = self.cost(AS_GIVEN)
+        if finding.kept and given - self.cost(finding.chosen) > _GAIN * abs(given):
+            return finding
+        return replace(finding, chosen=AS_GIVEN, kept=False, plain=None)
 
     def _climb(self) -> None:
         """Collect what keeps everything."""
@@ -397,14 +380,12 @@ class Search:
 
         By what reading them takes the dense model, in powers of two, so that a few seconds more or less change nothing.
         """
-        file = self.workshop.folder / "text" / "distilled.txt"
-        if file.exists():
-            return int(file.read_text())
-        left = self.wish.budget - self._elapsed
-        rate = self.workshop.known(EXACT_DENSE).speed / _TRAINING_COST
-        tokens, (least, most) = _DISTILLED_SHARE * left * rate, _DISTILLED
+        file = self.workshop.folder / "text" / "distilled.json"
+        if (known := noted(file, Sizes, {})) and "tokens" in known:
+            return known["tokens"]
+        tokens, (least, most) = _DISTILLED_SHARE * self.budget.left * self.budget.reads, _DISTILLED
         found = 0 if tokens < least else min(most, 1 << (int(tokens).bit_length() - 1))
-        write_text(file, str(found))
+        write_note(file, Sizes({"tokens": found}))
         return found
 
     def _proven(self) -> Finding:
@@ -421,9 +402,9 @@ class Search:
         passed = list[Candidate]()
         for place, candidate in enumerate(chain):
             asked = unseen | self._continued("unseen", candidate.cut)
-            after = self._proof(1 + sum(one in least for one in chain[place + 1 :]))
-            made = 0.0 if candidate in self.tried else self._expected(candidate)
-            late = self._elapsed + made + after > self.wish.budget
+            after = self.budget.proof(1 + sum(one in least for one in chain[place + 1 :]))
+            made = 0.0 if candidate in self.tried else self.budget.expected(candidate, [*self.tried])
+            late = made + after > self.budget.left
             if surest and late and candidate not in least and self._is_new(candidate, asked):
                 continue
             self.tried[candidate] = self.workshop.measure(candidate, asked)
@@ -454,11 +435,12 @@ class Search:
         The same candidates judged by looser conditions are another attempt to have one kept.
         """
         file = self.workshop.folder / VERDICTS_FILE
-        known: list[list[list[str]]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        look = [sorted("".join(condition.text.split()) for condition in self.wish.conditions), judged]
+        damaged: tuple[list[str], list[str]] = ([], ["a note that is damaged now"])
+        known = noted(file, Looks, [damaged] if file.exists() else [])
+        look = (sorted("".join(condition.text.split()) for condition in self.wish.conditions), judged)
         if look not in known:
             known.append(look)
-            write_text(file, json.dumps(known))
+            write_note(file, Looks(known))
         return len(known)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -29,10 +30,11 @@ from coprune.base.errors import (
 from coprune.base.files import whole_folder, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
-from coprune.fitting.calibration import calibration_of, read_passages, write_passages
-from coprune.fitting.candidates import DENSE, EXACT, Candidate, Cut
-from coprune.fitting.made import bytes_in, note_of, seconds_in, seconds_of
-from coprune.fitting.notes import Asked, Measured, differing
+from coprune.fitting.calibration import calibration_of, own_count, own_texts, read_passages, write_passages
+from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, GIVEN, Candidate, Cut
+from coprune.fitting.clock import Clock, Mark
+from coprune.fitting.made import bytes_in, note_of, note_seconds, seconds_in, seconds_of
+from coprune.fitting.notes import Asked, Measured, Sizes, Sources, differing, noted
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, item_key, score_item
 from coprune.fitting.tasks import Task
@@ -44,10 +46,9 @@ from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, loc
 from coprune.steps.call import prune
 from coprune.steps.export import export
 from coprune.steps.trim import tokens_kept
-from coprune.steps.write_text import generate
+from coprune.store.notes import read_note, write_note
 from coprune.vocabulary.counts import sources_of
 
-_OWN_TEXTS, _OWN_TOKENS = 16, 256
 _SAMPLES, _SEQLEN = 16, 256
 """Of what statistics are measured on."""
 _HEAD_TOKENS = 512
@@ -56,7 +57,7 @@ VERDICTS_FILE = "verdicts.json"
 """What the unseen half has judged."""
 _CHARACTERS = 1200
 """Of the text that memory and speed are measured with."""
-_MEMORY_TOKENS, _CONTEXT, _SPEED_TOKENS, _FIRST_ANSWERS = 128, 2048, 24, 8
+_MEMORY_TOKENS, _CONTEXT, _SPEED_TOKENS = 128, 2048, 24
 _RUN = ".run"
 _VERDICTS = (BadInput, UnsupportedModel, NumericalError, VerificationError, BrokenMask)
 """Errors that are properties of a candidate and are stored; a full disk or a lost process is not."""
@@ -68,7 +69,9 @@ class Workshop:
     def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
         """Open a folder of measurements. Raises BadInput if it belongs to another fit."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
-        self._noted = 0.0  # seconds that this process has accounted for
+        self._clock = Clock()
+        self.paces: dict[str, float] = {}
+        """Seconds of an item by the task's key, as measured by this process, in the dense model at first."""
         self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
         self._passing: dict[Candidate, Measured] = {}
         note, facts = folder / "asked.json", asked.facts()
@@ -80,7 +83,8 @@ class Workshop:
         self._refused.unlink(missing_ok=True)
         if not note.exists():
             write_text(note, json.dumps(facts, indent=1))
-        (folder / "locks").mkdir(exist_ok=True)
+        for name in ("locks", "text"):
+            (folder / name).mkdir(exist_ok=True)
 
     @property
     def _refused(self) -> Path:
@@ -102,9 +106,9 @@ class Workshop:
         notes = self.folder.glob("*/*.seconds.json")
         return sum(map(seconds_in, notes))
 
-    def took(self, candidate: Candidate) -> float:
-        """Return the seconds of making and measuring a candidate, without its cut."""
-        return self.known(candidate).seconds + seconds_of(self._file(candidate))
+    def took_to_make(self, candidate: Candidate) -> float:
+        """Return the seconds of making a candidate's file, without its cut."""
+        return seconds_of(self._file(candidate))
 
     def took_to_write(self, cut: Cut) -> float:
         """Return the seconds of writing a cut as a file."""
@@ -125,37 +129,40 @@ class Workshop:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The dense model's."""
-        return load_tokenizer(self._source)
+        return load_tokenizer(self.source)
 
     @cached_property
-    def _source(self) -> Location:
+    def source(self) -> Location:
+        """The model's files."""
         return locate(self.asked.model)  # which reads a GGUF file's vocabulary
 
     def known(self, candidate: Candidate) -> Measured:
         """Return the stored measurements of a candidate, or why it cannot be made now."""
         if candidate in self._passing:
             return self._passing[candidate]
-        file = self._results(candidate)
-        return Measured.model_validate_json(file.read_text(encoding="utf-8")) if file.exists() else Measured()
+        found = read_note(self._results(candidate), Measured)  # a damaged one is measured again
+        return Measured() if found is None else found.record
 
-    def measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> Measured:
-        """Make a candidate, if it is not there, and measure what is missing of it. wanted: places of items by task."""
+    def measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], until: float = math.inf) -> Measured:
+        """Make a candidate, if it is not there, and measure what is missing of it.
+
+        wanted: places of items by task. until: the moment of `time.perf_counter()` from which no other item is begun.
+        """
         found = self.known(candidate)
         tasks = [*self.asked.tasks, *self.asked.writing]
         missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in tasks}
         if found.refused or (found.bytes and not any(missing.values())):
             return found
-        started, noted = time.perf_counter(), self._noted
+        mark = self._clock.mark()
         try:
             file = self.file(candidate)
-            asked = [one for one in (self._prompts, self.asked.writing) if any(missing[task.name] for task in one)]
-            answers = {one[0].kind: self._answers(one) for one in asked}
+            self.answer(missing)
         except CopruneError as error:
             refused = found.model_copy(update={"refused": str(error)})
             if _lacks_memory(error):  # of this machine now, where the search ends without it
                 self._passing[candidate] = refused
             elif isinstance(error, _VERDICTS) and not isinstance(error.__cause__, OSError):
-                self._keep(candidate, refused, started, noted)
+                self._keep(candidate, refused, mark)
             else:
                 raise
             return self.known(candidate)
@@ -164,23 +171,24 @@ class Workshop:
             found = found.model_copy(update=self._first_figures(file, reader))
         scores = {name: {metric: dict(own) for metric, own in one.items()} for name, one in found.scores.items()}
         with self.reporter.bar(candidate.name, sum(map(len, missing.values()))) as advance:
-            for task in tasks:
-                own = scores.setdefault(task.key, {})
-                for place in missing[task.name]:
-                    for metric, value in score_item(reader, task, place, answers.get(task.kind)).items():
-                        own.setdefault(metric, {})[place] = value
-                    advance(1)
+            for task in (one for one in tasks if missing[one.name]):
+                own, dense = scores.setdefault(task.key, {}), self._answered(task)
+                with self._pace(task, missing[task.name]):
+                    for place in missing[task.name]:
+                        if time.perf_counter() > until:
+                            break
+                        for metric, value in score_item(reader, task, place, dense).items():
+                            own.setdefault(metric, {})[place] = value
+                        advance(1)
         reader.engine.close()
-        self._keep(candidate, found.model_copy(update={"scores": scores}), started, noted)
+        self._keep(candidate, found.model_copy(update={"scores": scores}), mark)
         return self.known(candidate)
 
-    def _keep(self, candidate: Candidate, found: Measured, started: float, noted: float) -> None:
-        """Write what was measured. noted: seconds accounted for when it began; what was made on the way counts by itself."""
-        file = self._results(candidate)
-        seconds = found.seconds + time.perf_counter() - started - (self._noted - noted)
-        self._noted += seconds - found.seconds
-        write_text(file, found.model_copy(update={"seconds": seconds}).model_dump_json())
-        write_text(file.with_suffix(".seconds.json"), json.dumps({"seconds": seconds}))
+    def _keep(self, candidate: Candidate, found: Measured, mark: Mark) -> None:
+        """Write what was measured. mark: when it began; what was made on the way counts by itself."""
+        file, seconds = self._results(candidate), found.seconds + self._clock.since(mark)
+        write_note(file, found.model_copy(update={"seconds": seconds}))
+        note_seconds(file.with_suffix(".seconds.json"), seconds)
 
     def _results(self, candidate: Candidate) -> Path:
         return self.folder / "results" / f"{_hash(candidate.key)}.json"
@@ -215,7 +223,7 @@ class Workshop:
     def bytes_of(self, candidate: Candidate) -> int:
         """Return the bytes of a candidate's weights from their shapes; what it is sized by is made. Raises CopruneError."""
         file = self.folder / "text" / "sizes.json"
-        known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        known = noted(file, Sizes, {})
         if candidate.type == EXACT:
             return bytes_in(self._exact(candidate.cut))
         if candidate.key not in known:
@@ -223,7 +231,7 @@ class Workshop:
             source, asked = self._exact(whole.cut), self._quantisation(whole)
             before = known.get(whole.key) or quantized_bytes(source, asked)
             size = before if rows is None else before - bytes_of_rows(source, asked, rows)
-            write_text(file, json.dumps(known := known | {whole.key: before, candidate.key: size}))
+            write_note(file, Sizes(known := known | {whole.key: before, candidate.key: size}))
         return known[candidate.key]
 
     def _file(self, candidate: Candidate) -> Path:
@@ -234,6 +242,8 @@ class Workshop:
 
     def file(self, candidate: Candidate) -> Path:
         """Return a candidate's file, made if need be. Raises CopruneError where it cannot be."""
+        if candidate == AS_GIVEN:
+            return self.source.path
         exact = self._exact(candidate.cut)
         if candidate.type == EXACT:
             return exact
@@ -242,7 +252,7 @@ class Workshop:
         def make() -> None:
             matrix, asked = self._importance(candidate.cut), self._quantisation(candidate)
             self.reporter.say(f"Making {candidate.name}")
-            write_text(_sources(target), json.dumps([exact.name, matrix.name]))
+            write_note(_sources(target), Sources((exact.name, matrix.name)))
             write_durably(target, lambda path: quantize_beside(self._quants(matrix), exact, path, asked))
 
         self._once(target, make)
@@ -254,12 +264,12 @@ class Workshop:
     def _quants(self, matrix: Path) -> list[Quant]:
         """List the quants that are here with an importance matrix."""
         made = [(file, _sources(file)) for file in sorted((self.folder / "files").glob("*.gguf"))]
-        said = [(file, json.loads(sources.read_text(encoding="utf-8"))) for file, sources in made if sources.exists()]
+        said = [(file, noted(sources, Sources, ("", ""))) for file, sources in made]
         return [Quant(file, file.with_name(exact)) for file, (exact, own) in said if own == matrix.name]
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's file, which is not needed any more."""
-        if candidate.type != EXACT:
+        if candidate.type not in (EXACT, GIVEN):
             self._file(candidate).unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -288,12 +298,12 @@ class Workshop:
 
     def _dense_folder(self, target: Path) -> Path:
         """Return the dense model as a folder, in sixteen bits if it is a GGUF file."""
-        if isinstance(self._source, ModelFolder):
-            return self._source.path
+        if isinstance(self.source, ModelFolder):
+            return self.source.path
 
         def make() -> None:
             self.reporter.say("Writing the dense model as a folder")
-            model, tokenizer = load_model(self._source, "bfloat16")
+            model, tokenizer = load_model(self.source, "bfloat16")
             with whole_folder(target) as out, quiet_transformers():
                 model.save_pretrained(out)
                 tokenizer.save_pretrained(out)
@@ -318,7 +328,7 @@ class Workshop:
     def _is_in_file(self, cut: Cut) -> bool:
         """Return whether a cut takes nothing but rows of tokens from a GGUF file, where they can be copied."""
         tokens_only = bool(cut.removed) and not cut.others and self.asked.runtime == "llama.cpp"
-        return tokens_only and isinstance(self._source, GgufFile)
+        return tokens_only and isinstance(self.source, GgufFile)
 
     def run_of(self, cut: Cut) -> Path:
         """Return the folder of the run that makes a cut."""
@@ -369,13 +379,15 @@ class Workshop:
         with FileLock(self.folder / "locks" / f"{target.name}.lock"):
             if target.exists():  # another worker has made it meanwhile
                 return
-            started, noted = time.perf_counter(), self._noted
-            make()
             note = note_of(target)
-            if not note.exists():  # what is made a second time, after its first use, was counted then
-                took = time.perf_counter() - started - (self._noted - noted)
-                self._noted += took
-                write_text(note, json.dumps({"seconds": took}))
+            with nullcontext() if note.exists() else self._clock.timed(note):  # what is made again was counted before
+                make()
+
+    def note_rest(self, counts: bool = True) -> None:
+        """Note the time of this process that nothing else has noted; or leave it out, where workers noted it."""
+        rest, note = self._clock.rest(), self.folder / "text" / "rest.seconds.json"
+        if counts:
+            note_seconds(note, seconds_in(note) + rest)
 
     @property
     def text(self) -> Path:
@@ -391,73 +403,82 @@ class Workshop:
         write_passages(file, [passage for passage in read_passages(self.text) if not passage.judging])
         return file
 
-    @property
-    def _prompts(self) -> tuple[Task, ...]:
-        return tuple(task for task in self.asked.tasks if task.kind == "prompts")
+    def _answers(self, task: Task) -> Path:
+        return self.folder / "text" / f"answers-{task.key[:16]}.safetensors"
 
-    def _answers(
-        self, tasks: Sequence[Task], expect: Callable[[float], None] = lambda seconds: None
-    ) -> DenseAnswers | None:
-        """Return the dense model's answers to all items of tasks, generated if need be; None without tasks.
+    def _answered(self, task: Task) -> DenseAnswers:
+        file = self._answers(task)
+        return DenseAnswers.load(file) if file.exists() else DenseAnswers()
 
-        expect: as in `prepare`.
+    def answer(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Generate the dense model's answers to prompts that have none yet. wanted: places of items by task."""
+        for task in [*self.asked.tasks, *self.asked.writing]:
+            file, places = self._answers(task), wanted.get(task.name, ())
+            if task.kind not in ("prompts", "writing") or not places:
+                continue
+            exact = self.file(Candidate(DENSE, EXACT))
+            with FileLock(self.folder / "locks" / f"{file.name}.lock"):
+                found = self._answered(task)
+                missing = [place for place in places if item_key(task, place) not in found.ids]
+                if not missing:
+                    continue
+                with self._clock.timed(note_of(file)):
+                    reader = self.reader(exact, DENSE)
+                    bar = self.reporter.bar("The dense model's answers", len(missing))
+                    with bar as advance, self._pace(task, missing):
+                        for place in missing:
+                            found.add(reader, task, place)
+                            advance(1)
+                    reader.engine.close()
+                    found.save(file)
+
+    @contextmanager
+    def _pace(self, task: Task, places: Sequence[int]) -> Iterator[None]:
+        """Keep the seconds of an item of a task, without opening the model."""
+        started = time.perf_counter()
+        yield
+        if places:
+            self.paces[task.key] = self.paces.get(task.key, 0.0) + (time.perf_counter() - started) / len(places)
+
+    def collect(self, tasks: Sequence[Task], seconds: float) -> None:
+        """Collect the text of the seen half, and more. Raises CopruneError.
+
+        tasks: with the items that are used. seconds: for the text of the model's own.
         """
-        if not tasks:
-            return None
-        target = self.folder / "text" / f"{tasks[0].kind}.safetensors"
-        asked = [(task, place) for task in tasks for place in task.seen + task.unseen]
+        self._once(self.text, lambda: self._collect(tasks, seconds))
 
-        def answer() -> None:
-            reader, found = self.reader(self.file(Candidate(DENSE, EXACT)), DENSE), DenseAnswers()
-            started = time.perf_counter()
-            with self.reporter.bar("The dense model's answers", len(asked)) as advance:
-                for number, (task, place) in enumerate(asked, 1):
-                    found.add(reader, task, place)
-                    advance(1)
-                    if number == _FIRST_ANSWERS:
-                        expect((time.perf_counter() - started) * len(asked) / number)
-            reader.engine.close()
-            found.save(target)
-
-        self._once(target, answer)
-        return DenseAnswers.load(target)
-
-    def prepare(self, expect: Callable[[float], None]) -> None:
-        """Generate the dense model's answers to prompts, and collect the text of the seen half. Raises CopruneError.
-
-        expect: is told, after the first answers, how many seconds all will take.
-        """
-        self._answers(self._prompts, expect)
-        self._once(self.text, self._collect)
-
-    def _collect(self) -> None:
-        answers = self._answers(self._prompts) or DenseAnswers()
+    def _collect(self, tasks: Sequence[Task], seconds: float) -> None:
+        answers = {key: ids for task in tasks for key, ids in self._answered(task).ids.items()}
 
         def of(task: Task, place: int) -> str:
             item = task.items[place]
             right = item.answer or self.tokenizer.decode(
-                answers.ids.get(item_key(task, place), []), skip_special_tokens=True
+                answers.get(item_key(task, place), []), skip_special_tokens=True
             )
             return item.asked if item.text else f"{item.asked} {right}".strip()
 
-        passages, line = calibration_of(self.asked.tasks, of, self._more_text())
+        own = [of(task, place) for task in tasks for place in task.seen[len(task.seen) // 2 :]]
+        passages, line = calibration_of(tasks, of, self._more_text(sum(map(len, own)), seconds))
         if line:
             self.reporter.say(line)
         write_passages(self.text, passages)
 
-    def _more_text(self) -> list[str]:
+    def _more_text(self, characters: int, seconds: float) -> list[str]:
+        """Return the user's text, or text of the model's own. characters: that there are already. seconds: for the latter."""
         if self.asked.text is not None:
             from coprune.data import calibration_windows
 
             windows = calibration_windows(self.asked.text, self.tokenizer, 2 * _SAMPLES, _SEQLEN, self.asked.seed)
             return [str(self.tokenizer.decode(one, skip_special_tokens=True)) for one in windows.tokens]
-        file = self.text.with_name("own.jsonl")
-        file.unlink(missing_ok=True)  # of a fit that was killed
-        self.reporter.say("The dense model writes text of its own, to be calibrated on")
-        model, seed, quiet = self.asked.model, self.asked.seed, self.reporter.quiet
-        generate(model, file, samples=_OWN_TEXTS, seqlen=_OWN_TOKENS, seed=seed, quiet=quiet)
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return [str(self.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)) for row in rows]
+        count = own_count(characters, int(seconds * self.known(Candidate(DENSE, EXACT)).speed))
+        if not count:
+            self.reporter.say("The items of the seen half calibrate alone: the budget leaves no time for other text")
+            return []
+        self.reporter.say(f"The dense model writes {count} texts of its own, to be calibrated on")
+        reader = self.reader(self.file(Candidate(DENSE, EXACT)), DENSE)
+        found = own_texts(reader, count, self.asked.seed, self.reporter)
+        reader.engine.close()
+        return found
 
 
 def _lacks_memory(error: CopruneError) -> bool:

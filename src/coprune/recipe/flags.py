@@ -63,6 +63,8 @@ class CommandLine(Face):
         yes, _, no = flags_of(name, self._trains)[0].partition("/")
         if isinstance(value, bool):
             return yes if value else no or f"no {yes}"
+        if isinstance(value, list | tuple):
+            return " ".join(self.set(name, one) for one in value)
         # What begins with a dash would be taken for another flag.
         return f"{yes}{'=' if str(value).startswith('-') else ' '}{_word(value)}"
 

@@ -1,0 +1,179 @@
+"""The time of a fit: what was spent, what a step will take, and how many items the budget carries."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from pydantic import BaseModel
+
+from coprune.base.errors import BadInput
+from coprune.base.words import Set, Setting
+from coprune.fitting.candidates import DENSE, EXACT, Candidate
+from coprune.fitting.notes import Sizes, noted
+from coprune.fitting.score import ANSWER_TOKENS
+from coprune.fitting.tasks import LEAST_HALF, Task
+from coprune.fitting.workshop import Workshop
+from coprune.store.notes import read_note, write_note
+
+EXACT_DENSE = Candidate(DENSE, EXACT)
+_TRAINING_COST = 4.0
+"""Time of a token in training over one in reading: two models forward, one backward, in float32."""
+_READING, _OWN = 0.1, 0.05
+"""Shares of the budget for reading all items in the dense model, and for text of its own."""
+_PROBED = 4
+"""Items of a task that are timed before it is decided how many are taken."""
+_SLOW = 8.0
+"""Time of making an i-quant over that of others, as long as none was made."""
+
+
+class Paces(BaseModel):
+    """Seconds of the dense model: of opening it, and of an item by the task's key."""
+
+    opened: float
+    items: dict[str, float]
+
+
+class Budget:
+    """The time of a fit, which is the same after a kill as far as it led to something."""
+
+    def __init__(self, workshop: Workshop, seconds: float, workers: int) -> None:
+        """Count what was spent in a workshop. seconds: of the whole fit. workers: candidates at a time."""
+        self._workshop, self.seconds, self._workers = workshop, seconds, workers
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return self._workshop.spent / self._workers
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.seconds - self.elapsed
+
+    @property
+    def own(self) -> float:
+        """Seconds for text of the model's own."""
+        return _OWN * self.seconds
+
+    def until(self, proof: float) -> float:
+        """Return the moment of `time.perf_counter()` that leaves so many seconds for the proof."""
+        return time.perf_counter() + self.left - proof
+
+    @property
+    def reads(self) -> float:
+        """Tokens of training a second."""
+        return self._workshop.known(EXACT_DENSE).speed / _TRAINING_COST
+
+    @property
+    def _half(self) -> float:
+        return self._workshop.known(EXACT_DENSE).seconds / 2
+
+    def proof(self, candidates: int) -> float:
+        """Return an upper bound of the seconds of the final test: the dense model's time on that half, and writing."""
+        return candidates * self._half + self._workshop.took_to_write(DENSE)
+
+    def expected(self, candidate: Candidate, tried: Sequence[Candidate]) -> float:
+        """Return the seconds of making and measuring a candidate: as others took, or half of the items in the dense model."""
+        workshop = self._workshop
+        slow = [one for one in tried if _is_slow(one) == _is_slow(candidate)]
+        made = fmean([workshop.took_to_make(one) for one in slow or tried] or [0.0])
+        if not slow and _is_slow(candidate):
+            made *= _SLOW
+        read = max(self._half, fmean([workshop.known(one).seconds for one in tried] or [0.0]))
+        if candidate.cut == DENSE:
+            return made + read
+        cut = 0.0 if workshop.is_made(candidate.cut) else workshop.expected_to_cut(candidate.cut)
+        continued = 2 * ANSWER_TOKENS * sum(len(task.seen) for task in workshop.asked.writing)
+        tokens = _TRAINING_COST * candidate.cut.tokens + continued
+        return made + read + cut + tokens / workshop.known(EXACT_DENSE).speed
+
+    def refuse(self, seconds: float) -> None:
+        """Raise BadInput where the budget is too short for what has to come next. seconds: of that."""
+        needed = self.elapsed + seconds
+        if needed > self.seconds:
+            cause = f"the budget of {self.seconds / 60:.3g} minutes is too short for one candidate"
+            fix = (
+                f"the least is about {needed / 60:.1f} minutes, and a search takes several times as much: allow ",
+                Set("budget", f"{math.ceil(3 * needed / 60)}m"),
+                ", or take fewer items with ",
+                Setting("items"),
+            )
+            raise BadInput(cause, field="budget", value=self.seconds / 60, fix=fix)
+
+    def carried(self, least: Mapping[str, int]) -> tuple[Task, ...]:
+        """Return the tasks with as many of their items as the budget carries: the first ones, of an order by the seed.
+
+        What an earlier call took stays. A few items are timed in the dense model for it.
+
+        Args:
+            least: items of the unseen half by the task's key, with which nothing is proven if there are fewer.
+
+        Raises:
+            BadInput: the budget is too short for one candidate on these.
+        """
+        workshop, tasks = self._workshop, self._workshop.asked.tasks
+        file = workshop.folder / "text" / "items.json"
+        before = noted(file, Sizes, {})
+        if (paces := self._paces()) is None:
+            return tasks
+        wanted, left = dict[str, int](), _READING * self.seconds
+        by_time = sorted(tasks, key=lambda task: paces.items[task.key] * len(task.unseen))
+        for number, task in enumerate(by_time):  # what a short task leaves of its share is the longer ones'
+            share = int(left / (len(tasks) - number) / (2 * paces.items[task.key]))
+            whole = max(len(task.seen), len(task.unseen))
+            wanted[task.key] = min(whole, max(share, least[task.key], LEAST_HALF, before.get(task.key, 0)))
+            left = max(0.0, left - 2 * paces.items[task.key] * wanted[task.key])
+        found = tuple(_first(task, wanted[task.key]) for task in tasks)
+        places = {task.name: [*task.seen, *task.unseen] for task in found}
+        known = workshop.known(EXACT_DENSE)
+        missing = {task.key: len(known.missing(task, places[task.name])) for task in found}
+        if any(missing.values()):
+            reading = paces.opened + sum(paces.items[key] * count for key, count in missing.items())
+            one = paces.opened + sum(paces.items[task.key] * len(places[task.name]) for task in found)
+            self.refuse(reading + one + workshop.took_to_write(DENSE))
+        for task, all_items in zip(found, tasks, strict=True):
+            there, all_of = len(places[task.name]), len(all_items.seen) + len(all_items.unseen)
+            if there < all_of:
+                what = f"Of {all_of:,} items of {task.name} {there:,} are taken, drawn by the seed: as many as"
+                workshop.reporter.say(f"{what} {self.seconds / 60:.3g} minutes carry")
+        write_note(file, Sizes(wanted))
+        return found
+
+    def _paces(self) -> Paces | None:
+        """Time a few items of each task in the dense model, once; None where that cannot be opened."""
+        workshop, file = self._workshop, self._workshop.folder / "text" / "paces.json"
+        if (note := read_note(file, Paces)) is not None and note.record.items.keys() >= {
+            task.key for task in workshop.asked.tasks
+        }:
+            return note.record
+        opened = workshop.measure(EXACT_DENSE, {})
+        if opened.refused:
+            return None
+        self.refuse(opened.seconds)
+        workshop.paces.clear()
+        places = {task.name: task.seen[:_PROBED] for task in workshop.asked.tasks}
+        workshop.answer(places)
+        workshop.measure(EXACT_DENSE, places)
+        # Of items that were measured before a kill nothing is known but their sum.
+        usual = workshop.known(EXACT_DENSE).seconds / sum(map(len, places.values()))
+        items = {task.key: max(1e-6, workshop.paces.get(task.key, usual)) for task in workshop.asked.tasks}
+        write_note(file, found := Paces(opened=opened.seconds, items=items))
+        return found
+
+
+def _first(task: Task, count: int) -> Task:
+    """Return a task with the first items of each half that are so many different ones."""
+
+    def of(places: Sequence[int]) -> tuple[int, ...]:
+        apart = task.apart(places)
+        return tuple(places) if count >= len(apart) else tuple(places[: places.index(apart[count])])
+
+    return replace(task, seen=of(task.seen), unseen=of(task.unseen))
+
+
+def _is_slow(candidate: Candidate) -> bool:
+    return candidate.type.startswith("iq")

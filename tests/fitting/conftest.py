@@ -1,0 +1,33 @@
+"""A small model with text, and what a fit of it finds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coprune
+from support.fits import WORDS, how, tokens
+from support.pico import pico_model
+from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.vocabularies import content_of
+
+
+@pytest.fixture(scope="package")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico llama as a GGUF file, text, and prompts."""
+    folder, tokenizer = tmp_path_factory.mktemp("fit"), content_of("bytes")
+    model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
+    write_pico_gguf(distinct_norms(model), folder / "model.gguf", tokenizer=tokenizer)
+    generator = random.Random(0)
+    (folder / "text.txt").write_text("\n".join(" ".join(generator.sample(WORDS, 60)) for _ in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def found(place: Path) -> Any:
+    return coprune.fit(
+        place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=place / "small", **how(place)
+    )

@@ -1,0 +1,148 @@
+"""The budget is a limit: items that it carries, text of the model's own, and candidates that take too long."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.fitting.budget import Budget
+from coprune.fitting.calibration import own_count, read_passages
+from coprune.fitting.candidates import DENSE, EXACT, Candidate
+from coprune.fitting.notes import Asked
+from coprune.fitting.reader import Reader
+from coprune.fitting.tasks import Task, read_tasks
+from coprune.fitting.workshop import Workshop
+from coprune.gguf_files.llama_cpp import has_llama_cpp
+from support.pico import pico_model
+from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.vocabularies import TEXTS, content_of
+
+pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
+WORDS = "\n".join(TEXTS).split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file, tokenizer = tmp_path_factory.mktemp("budget") / "model.gguf", content_of("bytes")
+    size = len(json.loads(tokenizer)["model"]["vocab"])
+    made = pico_model("llama", vocab_size=size, max_position_embeddings=1024, tie_word_embeddings=True)
+    write_pico_gguf(distinct_norms(made), file, tokenizer=tokenizer)
+    return file
+
+
+def text_task(folder: Path, passages: int) -> tuple[Task, ...]:
+    generator = random.Random(0)
+    lines = [
+        " ".join(generator.choice(WORDS) + str(generator.randrange(99)) for _ in range(60)) for _ in range(passages)
+    ]
+    (file := folder / "text.txt").write_text("\n".join(lines))
+    return read_tasks([str(file)])
+
+
+def prompt_tasks(folder: Path, count: int = 20) -> tuple[Task, ...]:
+    names = []
+    for seed in range(2):
+        generator = random.Random(seed)
+        rows = [{"prompt": " ".join(generator.sample(WORDS, 6))} for _ in range(count)]
+        names.append(file := folder / f"{seed}.jsonl")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_tasks([*map(str, names)])
+
+
+class Said(Reporter):
+    """A reporter that keeps what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines = list[str]()
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+Opening = Callable[[Sequence[Task]], Workshop]
+
+
+@pytest.fixture
+def opened(model: Path, tmp_path: Path) -> Opening:
+    return lambda tasks: Workshop(tmp_path / "fit", Asked(str(model), tuple(tasks)), Said())
+
+
+def test_a_text_takes_as_many_items_as_the_budget_carries(opened: Opening, tmp_path: Path) -> None:
+    tasks = text_task(tmp_path, 2000)
+    workshop = opened(tasks)
+    started = time.perf_counter()
+    (few,) = Budget(workshop, 30.0, 1).carried({tasks[0].key: 8})
+    assert time.perf_counter() - started < 30
+    assert 8 <= len(few.unseen) < len(tasks[0].unseen)
+    assert few.unseen == tasks[0].unseen[: len(few.unseen)]
+    (line,) = [line for line in workshop.reporter.lines if "are taken" in line]  # type: ignore[attr-defined]
+    assert line.startswith("Of 2,000 items of ")
+    (more,) = Budget(workshop, 60.0, 1).carried({tasks[0].key: 8})
+    assert len(more.unseen) == pytest.approx(2 * len(few.unseen), rel=0.05)
+    (same,) = Budget(workshop, 30.0, 1).carried({tasks[0].key: 8})
+    assert same == more  # of an earlier call
+
+
+def test_a_budget_that_carries_no_proof_is_refused_before_the_search(opened: Opening, tmp_path: Path) -> None:
+    tasks = text_task(tmp_path, 2000)
+    with pytest.raises(BadInput, match=r"too short for one candidate; the least is about \d"):
+        Budget(opened(tasks), 0.5, 1).carried({tasks[0].key: 1000})
+
+
+def test_a_short_run_is_calibrated_by_its_items(
+    opened: Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(self: Reader, length: int, generator: object) -> list[int]:
+        raise AssertionError
+
+    monkeypatch.setattr(Reader, "invent", never)
+    workshop = opened(tasks := text_task(tmp_path, 40))
+    workshop.measure(Candidate(DENSE, EXACT), {})
+    workshop.collect(tasks, 0.0)
+    assert {passage.text.strip() for passage in read_passages(workshop.text)}
+
+
+def test_the_model_writes_as_much_as_there_is_time_for_or_the_items_lack() -> None:
+    assert own_count(100_000, 255) == 0
+    assert own_count(100_000, 1000) == 3
+    assert own_count(100_000, 10**9) == 16
+    assert own_count(0, 0) == 2
+
+
+def test_text_of_its_own_is_drawn_by_the_seed(opened: Opening, tmp_path: Path) -> None:
+    workshop = opened(tasks := prompt_tasks(tmp_path))
+    workshop.answer({task.name: task.seen for task in tasks})
+    workshop.measure(Candidate(DENSE, EXACT), {})
+    texts = []
+    for _ in range(2):
+        workshop.collect(tasks, 0.0)
+        texts.append(workshop.text.read_text())
+        workshop.text.unlink()
+    assert texts[0] == texts[1]
+    assert any("writes" in line for line in workshop.reporter.lines)  # type: ignore[attr-defined]
+
+
+def test_the_answers_of_two_tasks_of_prompts_stay_apart(opened: Opening, tmp_path: Path) -> None:
+    one, other = prompt_tasks(tmp_path)
+    workshop, places = opened([one, other]), [0, 1, 2, 3]
+    workshop.answer({one.name: places, other.name: places})
+    found = workshop.measure(Candidate(DENSE, EXACT), {one.name: places, other.name: places})
+    for task in (one, other):
+        assert found.of(task, "acceptance", places) == pytest.approx([1.0] * 4, abs=1e-3)
+
+
+def test_a_candidate_without_time_keeps_what_was_measured(opened: Opening, tmp_path: Path) -> None:
+    (task,) = text_task(tmp_path, 40)
+    workshop, places = opened([task]), [*range(16)]
+    found = workshop.measure(Candidate(DENSE, EXACT), {task.name: places}, until=time.perf_counter())
+    assert found.bytes
+    assert found.missing(task, places) == places
+    assert not workshop.measure(Candidate(DENSE, EXACT), {task.name: places}).missing(task, places)
