@@ -16,7 +16,7 @@ from coprune.recipe.recipe import make_recipe
 from coprune.recipe.size import Size, size_of
 from coprune.recipe.structure import shares
 from support.pico import pico_model
-from support.pico_folder import save_pico
+from support.pico_folder import save_pico, write_words
 from support.saved import load_clean
 
 IDS = torch.randint(60, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -81,6 +81,28 @@ def test_at_least_the_share_goes_and_the_run_says_what_it_chose(
     assert f"leaves {left:,} parameters" in said
     assert left <= (1 - float(size)) * before
     assert result.report.recipe.remove.parts == (f"size={size}",)
+
+
+def test_the_example_is_a_quarter_smaller_on_disk(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "model")
+    example = coprune.Recipe.from_yaml(Path(__file__).parents[2] / "examples" / "a-quarter-smaller.yaml")
+    small = example.replaced(
+        model=str(folder),
+        dataset=str(write_words(tmp_path / "words.txt")),
+        nsamples=4,
+        seqlen=32,
+        align=16,
+        evaluate=False,
+        generate=None,
+        gate=False,
+        save=tmp_path / "run",
+        save_model=tmp_path / "small",
+    )
+    coprune.run_recipe(small)
+    before, after = (
+        sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in (folder, tmp_path / "small")
+    )
+    assert 0.6 * before < after <= 0.75 * before
 
 
 def test_no_smaller_share_of_channels_would_do(capsys: pytest.CaptureFixture[str]) -> None:

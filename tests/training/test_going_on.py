@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.data import corpora
+from coprune.data.text import JoinedText
 from coprune.recipe.views import training_recipe
 from coprune.training.report import FinetuneReport
 from coprune.training.run import run_finetuning
@@ -112,3 +114,15 @@ def test_what_tensorboard_heard_is_there_when_the_states_are_gone(home: Path, tm
     assert not (tmp_path / "training").exists()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert len(events.Scalars("train/loss")) == 3
+
+
+def test_without_a_text_a_training_needs_no_network(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = JoinedText((home / "text.txt").read_text(), "the embedded text")
+    monkeypatch.setitem(corpora.EMBEDDED, "embedded", lambda: text)
+    settings = settings_for(tmp_path / "run", home / "llama", home / "text.txt", mode="dense", max_steps=2)
+    del settings["dataset"]
+    report = run_finetuning(training_recipe(settings), QUIET)
+    assert report.source == "the embedded text"
+    assert report.settings.calibrate.data == "embedded"

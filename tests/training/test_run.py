@@ -208,7 +208,7 @@ def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
 
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (128, 1), (129, 2), (640, 5)])
 def test_tokens_are_as_many_steps_as_they_fill(home: Path, tmp_path: Path, tokens: int, steps: int) -> None:
-    more: dict[str, Any] = {"tokens": tokens, "max_steps": None, "block_size": 16, "batch_size": 2, "accumulate": 4}
+    more: dict[str, Any] = {"tokens": tokens, "max_steps": None, "seqlen": 16, "batch_size": 2, "accumulate": 4}
     assert run(home, tmp_path / "run", mode="dense", **more).steps == steps
 
 

@@ -71,7 +71,7 @@ TRAINING: dict[str, Setting] = {
     "dataset": Setting(
         "dataset",
         "Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings, where the "
-        "model reads these; or images: digits, a folder of classes, .parquet, or a datasets id.",
+        "model reads these; or images: digits, a folder of classes, .parquet, or a datasets id. [embedded]",
     ),
     "seqlen": Setting("seqlen", "Tokens per training window. [min(1024, model's limit)]"),
     "seed": Setting("seed", "Seed of everything random."),

@@ -64,7 +64,7 @@ class TrainingArguments(TypedDict, total=False):
 
     dataset: CalibrationData
     """Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings,
-    where the model reads these; or images: digits, a folder of classes, .parquet, or a datasets id."""
+    where the model reads these; or images: digits, a folder of classes, .parquet, or a datasets id. [embedded]"""
     seqlen: int | None
     """Tokens per training window. [min(1024, model's limit)]"""
     batch_size: int | None

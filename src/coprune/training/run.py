@@ -27,7 +27,7 @@ from coprune.evaluation.tasks import EmbeddingTask, LabelTask, named, task_for
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.model.blocks import by_list, find_blocks
 from coprune.model.checkpoint.companions import Companions
-from coprune.model.checkpoint.load import dtype_name, load_model, task_of
+from coprune.model.checkpoint.load import READ_TEXT, dtype_name, load_model, task_at, task_of
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.edits import source_of
@@ -86,6 +86,8 @@ def run_finetuning(
     """
     minutes = settings.train.minutes
     limit = TimeLimit(None if minutes is None else 60 * minutes, began or time.monotonic(), after_pruning)
+    if not after_pruning:
+        settings = with_a_text(settings)
     processes = started_processes()
     first = processes.first
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
@@ -101,6 +103,14 @@ def run_finetuning(
         prepare_folders(settings)
     with reporter.libraries():
         return _run(settings, reporter, first, limit)
+
+
+def with_a_text(settings: Recipe) -> Recipe:
+    """Return the settings with the text that needs no network, where none is named and the model reads text."""
+    if "data" in settings.calibrate.model_fields_set:
+        return settings
+    reads_text = task_at(locate(settings.model.name, settings.model.cache_dir)) in (*READ_TEXT, "labels")
+    return settings.replaced(dataset="embedded") if reads_text else settings
 
 
 def in_precision_of_the_device(settings: Recipe) -> Recipe:
