@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker
 
 from coprune.base.environment import wandb_project
 from coprune.base.errors import BadInput, unknown_name
@@ -19,100 +22,40 @@ from coprune.report.schema import Report
 from coprune.run.events import BlockPruned, Failed, Finished, Started
 
 
-class Tracker(Protocol):
-    """A run in an experiment tracker."""
+class Tracker:
+    """A run in an experiment tracker of accelerate, which begins with the first figures, so that a refused run leaves nothing."""
+
+    def __init__(self, name: str, recipe: Recipe) -> None:
+        """Take the tracker's name; where it writes is said by its own environment, or is the run folder."""
+        self._name, self._recipe = name, recipe
+        self._begun: Any = None
 
     def log(self, figures: dict[str, float], step: int) -> None:
         """Log figures by name."""
-        ...
+        if self._begun is None:
+            self._begun = self._begin()
+        self._begun.log(figures, step=step)
 
     def close(self) -> None:
         """End the run."""
-        ...
+        if self._begun is not None:
+            self._begun.finish()
+
+    def _begin(self) -> Any:
+        PartialState()  # which accelerate's own lines ask for
+        if self._name == "tensorboard":
+            begun = TensorBoardTracker("tensorboard", self._recipe.run_folder)
+            begun.start()
+            begun.log({"recipe": f"```\n{self._recipe.to_yaml()}```"})
+            return begun
+        begun = LOGGER_TYPE_TO_CLASS[self._name](wandb_project() if self._name == "wandb" else "coprune")
+        begun.start()
+        # Plain values, which trackers can filter by.
+        begun.store_init_configuration(json.loads(json.dumps(self._recipe.flat(), default=str)))
+        return begun
 
 
-class TensorBoard:
-    """Event files in the run folder."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._writer: Any = None
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        if self._writer is None:
-            # Created late, since the writer makes its folder at once, and a refused run leaves none.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._recipe.run_folder / "tensorboard"))
-            self._writer.add_text("recipe", f"```\n{self._recipe.to_yaml()}```")
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-class Wandb:
-    """A run of Weights & Biases, in the project `coprune` unless WANDB_PROJECT names another."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        import wandb
-
-        self._run: Any = wandb.init(project=wandb_project(), config=_settings(recipe))
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._run.log(figures, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class MLflow:
-    """A run of MLflow, where MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        import mlflow
-
-        self._mlflow: Any = mlflow
-        mlflow.start_run()
-        mlflow.log_params({name: str(value)[:500] for name, value in _settings(recipe).items()})
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._mlflow.log_metrics(figures, step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-class Trackio:
-    """A run of Trackio, in the project `coprune`."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        import trackio
-
-        self._trackio: Any = trackio
-        trackio.init(project="coprune", config=_settings(recipe))
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._trackio.log(figures, step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as flat settings of plain values, which trackers can filter by."""
-    settings: dict[str, Any] = json.loads(json.dumps(recipe.flat(), default=str))
-    return settings
-
-
-TRACKERS: dict[str, Callable[[Recipe], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "mlflow": MLflow,
-    "trackio": Trackio,
-}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @contextmanager
@@ -133,7 +76,7 @@ def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
         if recipe.output.log_json is not None:
             reporter.listeners.append(stack.enter_context(_json_lines(recipe.output.log_json)))
         for name in names:
-            tracker = TRACKERS[name](recipe)
+            tracker = Tracker(name, recipe)
             stack.callback(tracker.close)
             reporter.listeners.append(_feed(tracker))
         reporter.tell(Started(recipe))
