@@ -13,12 +13,14 @@
 #   make devices  run all cases of the simulated GPU, of which make test runs a few, and try benchmarks/gpu.py (a quarter of an hour,
 #               a C++ compiler)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
-# All make a virtual environment of their own in .venv first: with the newest Python on which the tests were run, which
-# pyproject.toml's classifiers name, else with python3. PYTHON names another interpreter.
+# All make a virtual environment of their own in .venv first: with python3 if the tests were run on its version, which
+# pyproject.toml's classifiers tell, else with the newest of those. PYTHON names another interpreter.
 
 TRIED := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | sort -t. -k2 -nr)
 # One that starts and can make environments: pyenv's placeholders for versions that are switched off do not start.
-PYTHON ?= $(shell for name in $(TRIED:%=python%) python3; do \
+PYTHON ?= $(shell \
+  python3 -c 'import ensurepip, sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(TRIED)".split())' 2>/dev/null && echo python3 && exit; \
+  for name in $(TRIED:%=python%) python3; do \
   "$$name" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && exit; done; \
   echo no-python-3.11-or-newer)
 VENV := .venv

@@ -15,14 +15,20 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
-def taken(tmp_path: Path, works: str, fails: str = "", **variables: str) -> str:
-    """The interpreter of make's environment, on a path with some that work and some that cannot make environments."""
+def taken(tmp_path: Path, works: str, fails: str = "", untried: bool = True, **variables: str) -> str:
+    """The interpreter of make's environment, on a path with some that work and some that cannot make environments.
+
+    untried: whether python3 is of a version on which nothing was tried.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ("make", "sh", "sed", "sort"):
         (folder / tool).symlink_to(str(shutil.which(tool)))
     for name, status in [*((name, 0) for name in works.split()), *((name, 1) for name in fails.split())]:
-        (folder / name).write_text(f"#!/bin/sh\nexit {status}\n", encoding="utf-8")
+        asked = (
+            f'case "$*" in *version_info\\[*) exit {int(untried)};; esac\n' if name == "python3" and not status else ""
+        )
+        (folder / name).write_text(f"#!/bin/sh\n{asked}exit {status}\n", encoding="utf-8")
         (folder / name).chmod(0o755)
     words = [
         "make",
@@ -44,6 +50,10 @@ def test_no_newer_python_is_locked_out() -> None:
 
 def test_what_the_matrix_runs_is_there() -> None:
     assert [test for test in TESTS if not (ROOT / "tests" / test).exists()] == []
+
+
+def test_make_takes_the_users_own_python_if_it_was_tried(tmp_path: Path) -> None:
+    assert taken(tmp_path, "python3 python3.11 python3.12", untried=False) == "python3"
 
 
 def test_make_takes_the_newest_python_that_was_tried(tmp_path: Path) -> None:
