@@ -196,17 +196,27 @@ class TimeLimit:
     def _announce(self, step: float, after: float, left: float, reporter: Reporter) -> None:
         """Say how many steps fit. Raises BadInput if it is not even one."""
         assert self.seconds is not None
-        steps, asked = max(0, int(left / step)), f"{self.seconds / 60:g}"
+        steps, asked = max(0, int(left / step)), Set("minutes", round(self.seconds / 60, 3))
         if steps >= ENOUGH_STEPS:
-            reporter.say(f"About {steps} steps of {step:.2g} s fit into {asked} minutes.")
+            reporter.say(say((f"About {steps} steps of {step:.2g} s fit into ", asked, ".")))
         elif steps or self.after_pruning:
             enough = _minutes(self.elapsed + after + ENOUGH_STEPS * step)
             few = (
                 f"about {steps} steps of {step:.2g} s fit" if steps else f"a step takes {step:.2g} s, and one is taken"
             )
-            said = f"Little time: {few} into {asked} minutes, and fewer than {ENOUGH_STEPS} change little. "
+            said = f", and fewer than {ENOUGH_STEPS} change little. "
             reporter.say(
-                say((said, Set("minutes", enough), " would do, or shorter windows with ", Setting("seqlen"), "."))
+                say(
+                    (
+                        f"Little time: {few} into ",
+                        asked,
+                        said,
+                        Set("minutes", enough),
+                        " would do, or shorter windows with ",
+                        Setting("seqlen"),
+                        ".",
+                    )
+                )
             )
         else:
             self._require(self.elapsed + after, step)
