@@ -9,16 +9,18 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import open_given, read_given
 from coprune.base.validation import explain
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ENDINGS = (".wav",)
 HINT = (
@@ -163,6 +165,7 @@ def _header(stream: BinaryIO) -> dict[str, int]:
 
 def waveform(file: Path, rate: int) -> NDArray[np.float32]:
     """Read a WAV file as one channel at a rate of samples a second. Raises BadInput if it is damaged."""
+    import numpy as np  # what finds recordings runs before anything slow is imported
     from scipy.io import wavfile
     from scipy.signal import resample_poly
 
