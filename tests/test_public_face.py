@@ -14,7 +14,7 @@ import coprune
 from coprune.commands.table import command_named
 from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.gguf_files.llama_cpp import GgufType
-from coprune.model.loaded_model import Processor
+from coprune.model.transformers_private import Processor
 from coprune.recipe.tree import FIELDS
 from coprune.recipe.views import MEASURING, TRAINING
 from coprune.run.arguments import PruneArguments

@@ -60,11 +60,15 @@ def test_the_page_of_recipes_has_every_setting_with_its_flat_name() -> None:
 @pytest.mark.parametrize(
     ("command", "entry"),
     [
-        ("prune", "`-m, --method <str>`\n:   How weights are chosen and mended; see: coprune methods. Default: wanda."),
+        (
+            "prune",
+            "`-m, --method <str>`\n:   How weights are chosen and mended; see: coprune methods. "
+            "Default: sparsegpt by preset balanced, else wanda.",
+        ),
         ("prune", "`--seed <int>`\n:   Seed for the choice of calibration samples. Default: 0."),
         (
             "prune",
-            "`-s, --sparsity <str>`\n:   Fraction of zeros, 0 ≤ s &lt; 1, or 50%; an N:M pattern sets it. Without either: 0.5.",
+            "`-s, --sparsity <str>`\n:   Fraction of zeros, 0 ≤ s &lt; 1, or 50%; an N:M pattern sets it. Default: 0.5.",
         ),
         (
             "push",

@@ -88,7 +88,11 @@ def test_the_command_ends_with_one_line_and_nothing_written(
     damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save = tmp_path / "run"
-    ended = run_command(["prune", str(damaged), "--remove", "vocabulary=704", "--save", str(save)], monkeypatch, capsys)
+    ended = run_command(
+        ["prune", str(damaged), "--remove", "vocabulary=704", "--dataset", "embedded", "--save", str(save)],
+        monkeypatch,
+        capsys,
+    )
     assert ended.code == 2
     assert "name the token 5000" in ended.err
     assert "Traceback" not in ended.err

@@ -93,6 +93,21 @@ def named_compiler() -> str | None:
     return os.environ.get("CXX") or None
 
 
+def datasets_cache() -> str | None:
+    """Return the folder that the user named for the Hub's data sets, or None."""
+    return os.environ.get("HF_DATASETS_CACHE")
+
+
+def llama_cpp_place() -> str | None:
+    """Return the place of llama.cpp that the user named (LLAMA_CPP), or None."""
+    return os.environ.get("LLAMA_CPP")
+
+
+def program_folders() -> list[Path]:
+    """Return the folders in which programs are looked for."""
+    return [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+
+
 def wandb_project() -> str:
     """Return the Weights & Biases project from WANDB_PROJECT."""
     return os.environ.get("WANDB_PROJECT", "coprune")

@@ -7,12 +7,12 @@ dataset is not in the cache, that is said at once.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coprune.base.environment import datasets_cache
 from coprune.base.errors import BadInput
 from coprune.base.progress import bars_hidden
 from coprune.base.words import Set
@@ -103,7 +103,7 @@ def require_dataset(dataset: str, cache_dir: Path | None = None, instead: Set | 
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     # As datasets does, whose import takes a second.
-    cache = Path(cache_dir or os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
+    cache = Path(cache_dir or datasets_cache() or Path(HF_HOME) / "datasets")
     if (cache / dataset.replace("/", "___")).is_dir():
         return
     try:

@@ -16,7 +16,8 @@ from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against
 from coprune.evaluation.model_source import Held, Model
 from coprune.model.checkpoint.load import READ_TEXT, WHAT
-from coprune.model.loaded_model import Processor, refuse_what_loading_decides
+from coprune.model.loaded_model import refuse_what_loading_decides
+from coprune.model.transformers_private import Processor
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.views import measuring_recipe
 from coprune.store.store import Store

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about
 from coprune.base.words import Set, Setting, Words, parts_of
 from coprune.data.hub import require_dataset
@@ -90,7 +91,7 @@ def _in_use(names: Sequence[str], manager: Any) -> set[Path] | None:
         entry = manager.task_index.get(name)
         if entry is not None and (entry.kind.name not in ("TASK", "PY_TASK") or entry.yaml_path is None):
             return None
-        found.add((Path(name).expanduser() if entry is None else entry.yaml_path).resolve())
+        found.add((expand_home(name) if entry is None else entry.yaml_path).resolve())
     return found
 
 

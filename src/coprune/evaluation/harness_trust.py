@@ -17,6 +17,7 @@ import yaml
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import open_given
 from coprune.base.limited import Child, Exceeded, render_limited
@@ -131,7 +132,7 @@ def foreign_definitions(folder: Path | None, names: tuple[str, ...]) -> Foreign:
         names: of tasks; a path is a definition.
     """
     left = [] if folder is None else [*folder.glob("**/*.yaml")]
-    left += [path for name in names if (path := Path(name).expanduser()).is_file()]
+    left += [path for name in names if (path := expand_home(name)).is_file()]
     found: dict[Path, Definition] = {}
     while left:
         path = left.pop().resolve()

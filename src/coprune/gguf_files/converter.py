@@ -7,7 +7,6 @@ and sees only the folder's data: none of the code that may lie beside them.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import resource
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load
 
-from coprune.base.environment import expand_home
+from coprune.base.environment import expand_home, llama_cpp_place, program_folders, whole_environment
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting, Words
@@ -48,7 +47,7 @@ def find_converter(named: str | Path | None = None) -> Path | None:
     Raises:
         BadInput: it is not where it was said to be.
     """
-    said = named or os.environ.get("LLAMA_CPP")
+    said = named or llama_cpp_place()
     if said:
         path = expand_home(said)
         script = path / SCRIPT if path.is_dir() else path
@@ -57,7 +56,7 @@ def find_converter(named: str | Path | None = None) -> Path | None:
             fix = ("give the path of llama.cpp's ", SCRIPT, ", or of the folder that holds it, with ", where)
             raise BadInput(f"there is no {script}", field="converter", value=str(said), fix=fix)
         return script
-    places = [Path(folder) / SCRIPT for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    places = [folder / SCRIPT for folder in program_folders()]
     if (module := importlib.util.find_spec(_MODULE)) is not None and module.origin is not None:
         places.append(Path(module.origin))
     for program in filter(None, map(shutil.which, _PROGRAMS)):
@@ -120,7 +119,7 @@ def convert(converter: Path, folder: ModelFolder, target: Path, reporter: Report
                 text=True,
                 errors="replace",
                 timeout=_SECONDS + size / _BYTES_A_SECOND,
-                env=os.environ | offline,
+                env=whole_environment() | offline,
                 preexec_fn=partial(_limit, 3 * size + (1 << 30)),
                 check=False,
             )

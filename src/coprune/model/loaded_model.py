@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.processing_utils import ProcessorMixin
 
 from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
@@ -38,10 +36,6 @@ from coprune.recipe.structure import WHOLE_MODEL
 
 _SHARE_FOR_WEIGHTS = 0.75
 """Share of free memory allowed for the weights of a model that is temporarily read whole."""
-
-
-Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin
-"""What a model reads with: a tokenizer, an image processor, or a processor of speech and text."""
 
 
 @dataclass

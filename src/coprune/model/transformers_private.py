@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
@@ -38,6 +39,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 from transformers.models.auto.auto_factory import _get_model_class
+from transformers.processing_utils import ProcessorMixin
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
@@ -59,6 +61,10 @@ Converter = WeightConverter
 """A conversion that changes the layout of tensors."""
 QuantizationConfig = quantization_config.QuantizationConfigMixin
 """The part of a configuration that says how weights are stored."""
+Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin
+"""What a model reads with: a tokenizer, an image processor, or a processor of speech and text."""
+NAME_IN_CONFIG = "_name_or_path"
+"""Key under which a configuration names where its model came from."""
 in_natural_order = dot_natural_key
 """A key to sort tensors' names by, so that the tenth expert comes after the ninth."""
 

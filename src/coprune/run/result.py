@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Sheet, Shown, Words
-from coprune.model.loaded_model import Processor
+from coprune.model.transformers_private import Processor
 from coprune.report.schema import Report
 
 

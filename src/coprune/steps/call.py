@@ -26,7 +26,6 @@ from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import (
     Loaded,
-    Processor,
     open_model,
     open_without_weights,
     refuse_what_loading_decides,
@@ -34,6 +33,7 @@ from coprune.model.loaded_model import (
     streams,
 )
 from coprune.model.matrix_choice import choose_matrices
+from coprune.model.transformers_private import Processor
 from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.methods import Method, all_methods, find_method, is_option, method_named, option_names
 from coprune.pruning.methods.entry_points import missing_in

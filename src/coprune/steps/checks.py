@@ -185,7 +185,7 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     return allocation_named(recipe.prune.allocation).statistic is not None
 
 
-_FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "search.json", "log_*.txt")
+_FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "log_*.txt")
 TUNED, CUT = ("pruned", "finetune"), ("cut", "zeros")
 """Folders of the two halves of a run that trains, and of one that cuts and prunes."""
 _FOLDERS = TUNED + CUT + ("vocabulary", "rest")

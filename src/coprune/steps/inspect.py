@@ -18,9 +18,10 @@ from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.loaded_model import Loaded, Processor, open_model, open_without_weights
+from coprune.model.loaded_model import Loaded, open_model, open_without_weights
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.matrix_choice import choose_matrices
+from coprune.model.transformers_private import Processor
 from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
 from coprune.pruning.allocation import allocation_named

@@ -179,6 +179,7 @@ def test_the_command_shows_figures_and_answers(
         "acceptance",
         "T",
         *("prompt", "dense", "answer") * 2,
+        "next",
     ]
     assert "perplexity" not in ended.out
 

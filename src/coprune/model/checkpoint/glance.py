@@ -75,8 +75,8 @@ def writes_text(model: str, cache_dir: Path | None = None) -> bool:
 
 def is_run(path: Path) -> bool:
     """Return whether a folder is one of a run, in whose place the model that it saved is meant."""
-    saved = (path / "report.json", path / "model" / _CONFIG)
-    return not (path / _CONFIG).is_file() and any(file.is_file() for file in saved)
+    reports = (path / "report.json", path / "finetune.json")
+    return not (path / _CONFIG).is_file() and any(file.is_file() for file in reports)
 
 
 def look_at_file(path: Path) -> None:

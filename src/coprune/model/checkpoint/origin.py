@@ -16,6 +16,7 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.glance import PACKAGED
+from coprune.model.transformers_private import NAME_IN_CONFIG
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ADDRESS = "https://huggingface.co/"
@@ -89,7 +90,7 @@ def _front(card: Path | None) -> dict[str, Any]:
 def _name_in(config: Path | None) -> str | None:
     """Return the Hub id in a configuration, where it is one."""
     try:
-        name = None if config is None else json.loads(config.read_bytes()).get("_name_or_path")
+        name = None if config is None else json.loads(config.read_bytes()).get(NAME_IN_CONFIG)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return name if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
