@@ -1,7 +1,6 @@
 """Undocumented internals of transformers that coprune uses, which may change in any version.
 
-They are all wrapped here, and one test checks each of them. Only the import hook of packed folders names its table itself,
-as it must not import transformers, and fine-tuning overrides a Trainer's saving; the same test covers both.
+They are all wrapped here, and one test checks each of them; fine-tuning overrides a Trainer's saving, which it covers too.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    ConversionOps,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -41,11 +39,10 @@ from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.processing_utils import ProcessorMixin
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
 from transformers.utils.loading_report import LoadStateDictInfo
 
-__all__ = ["Conv1D", "HfQuantizer"]
+__all__ = ["Conv1D"]
 
 # Older and newer versions of transformers differ in what they ask for here, where nothing is distributed.
 _TENSOR_PARALLEL: dict[str, Any] = (
@@ -55,12 +52,6 @@ _SKIPPED: dict[str, Any] = (
     {"skipped_pp_keys": set()} if "skipped_pp_keys" in signature(LoadStateDictInfo).parameters else {}
 )
 
-Operation = ConversionOps
-"""A step of a conversion from a checkpoint's tensors to a model's parameter."""
-Converter = WeightConverter
-"""A conversion that changes the layout of tensors."""
-QuantizationConfig = quantization_config.QuantizationConfigMixin
-"""The part of a configuration that says how weights are stored."""
 Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin
 """What a model reads with: a tokenizer, an image processor, or a processor of speech and text."""
 NAME_IN_CONFIG = "_name_or_path"
@@ -140,20 +131,6 @@ def set_conversions_to_revert(model: nn.Module, conversions: list[Any] | None) -
     model.__dict__.pop("_weight_conversions", None)
     if conversions is not None:
         model.__dict__["_weight_conversions"] = conversions
-
-
-def begin_with(operation: Operation, converter: Any) -> Any:
-    """Return a copy of a converter with another first step."""
-    return converter.copy(
-        converter._original_source_patterns.copy(),
-        converter._original_target_patterns.copy(),
-        operations=[operation, *converter.operations],
-    )
-
-
-def convert_every_tensor(operation: Operation) -> Converter:
-    """Return a conversion of all otherwise unconverted tensors, under their own names."""
-    return WeightConverter([r"^(.+)$"], [r"\1"], [operation])
 
 
 def without_known_exceptions(

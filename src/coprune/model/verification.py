@@ -10,7 +10,6 @@ from torch import Tensor
 
 from coprune.base.errors import VerificationError
 from coprune.base.reading import to_host
-from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
 from coprune.model.edit import Configure, KeepExperts
@@ -24,21 +23,20 @@ from coprune.model.walk.walk import streamed_logits
 _TOKENS = 64  # of text, whose logits are compared
 
 
-def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encoding = DENSE) -> None:
+def verify_saved(folder: Path, model: ProvenModel, edits: Edits) -> None:
     """Reload a saved folder, block by block, and compare every mask and the logits of one sample.
 
     Args:
         folder: the whole checkpoint.
         model: the pruned model that was saved, in which the edits are applied.
         edits: what was done to it.
-        encoding: how its tensors are stored.
 
     Raises:
         VerificationError: names the first difference.
     """
     location = check_folder(ModelFolder(folder, str(folder)))
     checksums, device = edits.checksums(), input_device(model.module)
-    saved = LazyCheckpoint(location, device=device, encoding=encoding, experts_apart=not checksums)
+    saved = LazyCheckpoint(location, device=device, experts_apart=not checksums)
     found = FoundModel.without_matrices(saved)
     saved.acquire_rest(found.names)
     for block in found.blocks:

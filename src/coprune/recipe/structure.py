@@ -242,12 +242,6 @@ class RemovePart(Part):
         gone = {"vocabulary_text": (), "vocabulary_force": False}
         return self.model_copy(update={"parts": left, "score": score, **gone})
 
-    def only_vocabulary(self) -> Self:
-        """Return what is removed of the vocabulary alone."""
-        score = tuple(one for one in self.score if _scored(one.name) == "rows")
-        own = tuple(f"{name}={value}" for name, value in _pairs(self.parts).items() if name == VOCABULARY)
-        return self.model_copy(update={"parts": own, "score": score, "domains": (), "blend": "max-min"})
-
 
 def cannot_score(asked: RemovePart) -> BadInput | None:
     """Return the error in settings of parts that are not removed, or None."""

@@ -307,7 +307,7 @@ class Output:
         edits.write(partial, beside.source)
         change_config(partial, edits.configure, partial_of(self.encoding.configure, place=edits.place))
         self.encoding.complete(partial, edits.place)
-        writer.finish([_IDENTITY, _SETTLED], check, edits.place, self.encoding)
+        writer.finish([_IDENTITY, _SETTLED], check, edits.place)
 
     def discard(self) -> None:
         """Remove what was written, if anything was; the run is over and nobody asked for the model."""

@@ -272,7 +272,7 @@ def _save(run: Run, report: Report) -> None:
 
     def check(folder: Path) -> None:
         run.reporter.say("Reloading the saved model to compare masks and logits")
-        verify_saved(folder, run.model, run.outcome.edits, run.output.encoding)
+        verify_saved(folder, run.model, run.outcome.edits)
 
     asked = run.recipe.model
     beside = Companions(run.loaded.processor, model_card(report), asked.dtype, asked.name)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from coprune.model.checkpoint.deferred import held
@@ -23,21 +22,13 @@ def keep_place(name: str) -> str | None:
     return name
 
 
-class Encoding(Protocol):
-    """A way to store tensors in safetensors files."""
+class Encoding:
+    """A way to store tensors in safetensors files: here as plain values, readable by any tool."""
 
-    @property
-    def name(self) -> str:
-        """Short name, used in the names of files that are not dense."""
-        ...
-
-    @property
-    def journalled(self) -> bool:
-        """Whether the journal already stores tensors in this encoding, so that their bytes are copied."""
-        return False
+    name = "dense"
 
     def store(self, name: str, tensor: Tensor, kept: Sequence[KeptSlices]) -> tuple[dict[str, Tensor], Rounding]:
-        """Return what a run's unfinished files hold of a dense tensor, by names, and what was rounded for that.
+        """Return what a run's files hold of a dense tensor, by names, and what was rounded for that.
 
         kept: slices that are left of it, one cut after the other. Raises UnsupportedModel where it cannot be cut so.
         """
@@ -50,19 +41,8 @@ class Encoding(Protocol):
         return
 
     def bytes_of(self, dense: int) -> int:
-        """Return how many bytes the tensors take that take so many as the model's weights tell."""
+        """Return the encoded size in bytes. dense: size of the plain values."""
         return dense
-
-    def write(self, file: Path, names: Sequence[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write a file of these tensors, which come one by one, as they would lie in a dense checkpoint.
-
-        names: of all of them, beforehand. Raises BadInput for a tensor that cannot be stored.
-        """
-        ...
-
-    def decode(self, stored: Tensor) -> Tensor:
-        """Decode a stored tensor. Raises BadInput if it is damaged."""
-        ...
 
     def complete(self, folder: Path, place: Place) -> None:
         """Update files beside the weights that describe their storage; here those that are no longer true are removed."""
@@ -70,29 +50,13 @@ class Encoding(Protocol):
 
     def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
         """Describe the storage of tensors in the content of `config.json`, in place. place: new names of the source's."""
-        ...
-
-
-class Dense(Encoding):
-    """Plain values, readable by any tool."""
-
-    name = "dense"
-    journalled = True
-
-    def write(self, file: Path, names: Sequence[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
-
-    def decode(self, stored: Tensor) -> Tensor:
-        return stored
-
-    def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
         for said in (config, config.get("text_config")):
             if isinstance(said, dict):
                 said.pop("quantization_config", None)
                 said.pop("compression_config", None)
 
 
-class Untouched(Dense):
+class Untouched(Encoding):
     """No storage: the result copies the source's bytes, and edits say which tensors."""
 
     name = "edits"
@@ -104,4 +68,4 @@ class Untouched(Dense):
         return 0
 
 
-DENSE = Dense()
+DENSE = Encoding()

@@ -22,7 +22,6 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.conversion import Renamed, require_floats
 from coprune.model.checkpoint.deferred import deferred
-from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import DtypeName, class_for, explained, prepare, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.names import is_below, is_below_any
@@ -161,7 +160,6 @@ class Unread:
     """A tensor in a file, which is read when transformers slices it."""
 
     entry: TensorEntry
-    encoding: Encoding
     name: str = ""
     uncut: Uncut | None = None
     """Restores the model's shape of a tensor that was made smaller."""
@@ -175,7 +173,7 @@ class Unread:
             return there
         if self.ahead is not None and (fetched := self.ahead.take(self.entry)) is not None:
             return fetched
-        tensor = self.encoding.decode(read_tensor(self.entry))
+        tensor = read_tensor(self.entry)
         return tensor if self.uncut is None else self._in_full(tensor)
 
     def _in_full(self, tensor: Tensor) -> Tensor:
@@ -187,7 +185,7 @@ class LazyCheckpoint:
     """The model of a folder, streamed; implements `weights.Weights`.
 
     dtype: "auto" computes in the configuration's and writes every tensor in its own; another is both computed in and
-    written. encoding: how the files store their tensors. experts_apart: whether experts stay in their files until they are
+    written. experts_apart: whether experts stay in their files until they are
     multiplied, one at a time, which are not changed then. Raises BadInput if the folder is damaged or lacks weights,
     before any weight is read.
     """
@@ -202,25 +200,21 @@ class LazyCheckpoint:
         dtype: DtypeName = "auto",
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
-        encoding: Encoding = DENSE,
         experts_apart: bool = False,
     ) -> None:
-        self._encoding = encoding
-        self._apart = experts_apart and encoding.journalled and in_host_memory(torch.device(device))
+        self._apart = experts_apart and in_host_memory(torch.device(device))
         self.location = location
         self.device = torch.device(device)
         self.stored_as = source_encoding(location.path, None if dtype == "auto" else getattr(torch, dtype))
         self._entries = stored_entries(location.path) if self.stored_as is None else dict(self.stored_as.entries)
         self._uncut: dict[str, Uncut | None] = {}
-        # Packed tensors are decoded in host memory.
-        self._ahead = ahead_to(self.device) if encoding.journalled else None
+        self._ahead = ahead_to(self.device)
         with quiet_transformers(), explained(location):
             config = read_config(location.path, trust_remote_code)
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
             self._model = build_skeleton(location, config, self.dtype, self.device, trust_remote_code)
         self.source = Source(location, self._model, dtype, self._entries)
-        if encoding.journalled:
-            require_floats(self._model, self._entries)
+        require_floats(self._model, self._entries)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -353,7 +347,7 @@ class LazyCheckpoint:
         return self._apart and self._model.get_parameter_or_buffer(group.target).ndim == 3
 
     def _unread(self, name: str, apart: bool = False) -> Unread:
-        return Unread(self._entries[name], self._encoding, name, self._uncut.get(name), self._ahead, apart)
+        return Unread(self._entries[name], name, self._uncut.get(name), self._ahead, apart)
 
     def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self._model.named_parameters(remove_duplicate=False)

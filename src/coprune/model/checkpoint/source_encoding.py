@@ -20,7 +20,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.deferred import untouched
-from coprune.model.checkpoint.encoding import Dense, Place, keep_place
+from coprune.model.checkpoint.encoding import Encoding, Place, keep_place
 from coprune.model.checkpoint.formats import Rounding, Weight, find_weights
 from coprune.model.checkpoint.formats.by_input import PARTS, ByInput, bases_of, by_input
 from coprune.model.checkpoint.formats.configuration import Quantization
@@ -75,7 +75,7 @@ class DecodedEntry(TensorEntry):
         return {role: read_tensor(entry) for role, entry in self.parts}
 
 
-class SourceEncoding(Dense):
+class SourceEncoding(Encoding):
     """Encoding of a quantised checkpoint. entries: content of its files, by name."""
 
     name = "source"
@@ -172,9 +172,9 @@ class ByInputEntry(TensorEntry):
 class ReadOnly(SourceEncoding):
     """Encoding of a GPTQ or AWQ checkpoint, which is written as plain values."""
 
-    name = Dense.name
-    store, require_cut, bytes_of = Dense.store, Dense.require_cut, Dense.bytes_of
-    configure, complete = Dense.configure, Dense.complete
+    name = Encoding.name
+    store, require_cut, bytes_of = Encoding.store, Encoding.require_cut, Encoding.bytes_of
+    configure, complete = Encoding.configure, Encoding.complete
 
     def decoded(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         form = by_input(self._quantization)

@@ -35,9 +35,9 @@ from coprune.base.files import (
     write_whole,
 )
 from coprune.base.reading import on_its_way
-from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
+from coprune.model.checkpoint.encoding import Place, keep_place
 from coprune.model.checkpoint.names import EDITS_FILE
-from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries, read_tensor
+from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries
 from coprune.store.claim import Claim, Taken
 
 REST = "rest"
@@ -213,7 +213,6 @@ class CheckpointWriter:
         scaffolding: Sequence[str] = (),
         check: Callable[[Path], object] = lambda folder: None,
         place: Place = keep_place,
-        encoding: Encoding = DENSE,
     ) -> Path:
         """Make the folder a checkpoint and give it its final name; config and tokenizer must be in `partial` by then.
 
@@ -221,7 +220,6 @@ class CheckpointWriter:
             scaffolding: names of the caller's own files in `partial` that are to go before that.
             check: called with the whole checkpoint before it gets its name, which it does not get if that raises.
             place: the name that every tensor gets, None for one that is left out.
-            encoding: how tensors are stored.
 
         Returns:
             The folder under its final name.
@@ -238,9 +236,9 @@ class CheckpointWriter:
         parts = [self.file(part) for part in self._parts]
         if self._joined:
             files = [self.partial / SINGLE_FILE]
-            write_durably(files[0], lambda temporary: copy_tensors(parts, temporary, place, encoding))
+            write_durably(files[0], lambda temporary: join_files(parts, temporary, place))
         else:
-            files = [file for part in parts if (file := self._final(part, place, encoding)) is not None]
+            files = [file for part in parts if (file := self._final(part, place)) is not None]
             self._write_index(files)
         try:
             check(self.partial)
@@ -258,7 +256,7 @@ class CheckpointWriter:
         name_durably(self.partial, self.folder)
         return self.folder
 
-    def _final(self, part: Path, place: Place, encoding: Encoding) -> Path | None:
+    def _final(self, part: Path, place: Place) -> Path | None:
         """Return the shard that a part becomes: itself if unchanged, None if nothing is left of it.
 
         A part that changes stays until the end, since a run that is killed meanwhile goes on from it.
@@ -266,10 +264,10 @@ class CheckpointWriter:
         placed = placed_entries([part], place)
         if not placed:
             return None
-        if encoding.journalled and placed.keys() == read_entries(part).keys():
+        if placed.keys() == read_entries(part).keys():
             return part
-        file = part.with_name(part.name.replace("model-", f"{encoding.name}-", 1))
-        write_durably(file, lambda temporary: copy_tensors([part], temporary, place, encoding))
+        file = part.with_name(part.name.replace("model-", "dense-", 1))
+        write_durably(file, lambda temporary: join_files([part], temporary, place))
         return file
 
     def _write_index(self, files: Sequence[Path]) -> None:
@@ -349,15 +347,6 @@ def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str |
 
 def _item_bytes(entry: TensorEntry) -> int:
     return entry.nbytes // max(math.prod(entry.shape), 1)
-
-
-def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: Encoding) -> None:
-    """Write the tensors of several dense files into one, stored as the encoding does; one is in memory at a time."""
-    if encoding.journalled:
-        join_files(files, target, place)
-        return
-    entries = placed_entries(files, place)
-    encoding.write(target, list(entries), ((name, read_tensor(entry)) for name, entry in entries.items()))
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
