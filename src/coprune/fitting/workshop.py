@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import (
@@ -46,6 +45,7 @@ from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, loc
 from coprune.steps.call import prune
 from coprune.steps.export import export
 from coprune.steps.trim import tokens_kept
+from coprune.store.claim import claimed
 from coprune.store.notes import read_note, write_note
 from coprune.vocabulary.counts import sources_of
 
@@ -376,7 +376,7 @@ class Workshop:
         if target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "locks" / f"{target.name}.lock"):
+        with claimed(self.folder / "locks" / f"{target.name}.lock"):
             if target.exists():  # another worker has made it meanwhile
                 return
             note = note_of(target)
@@ -417,7 +417,7 @@ class Workshop:
             if task.kind not in ("prompts", "writing") or not places:
                 continue
             exact = self.file(Candidate(DENSE, EXACT))
-            with FileLock(self.folder / "locks" / f"{file.name}.lock"):
+            with claimed(self.folder / "locks" / f"{file.name}.lock"):
                 found = self._answered(task)
                 missing = [place for place in places if item_key(task, place) not in found.ids]
                 if not missing:
