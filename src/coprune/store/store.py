@@ -92,11 +92,6 @@ class Store:
         if self._folder is not None:
             write_note(self._record(key), record, seconds)
 
-    def forget(self, key: Key) -> None:
-        """Remove a result's record, so that it is made again."""
-        if self._folder is not None:
-            self._record(key).unlink(missing_ok=True)
-
     def _record(self, key: Key) -> Path:
         assert self._folder is not None
         return self._folder / f"{key}.json"
