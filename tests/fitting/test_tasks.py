@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from coprune.base.errors import BadInput
+from coprune.fitting.require import wanted
 from coprune.fitting.score import is_right
 from coprune.fitting.tasks import Item, read_task, shared_out
 
@@ -26,6 +27,12 @@ def test_the_halves_of_the_examples_share_no_item(file: str, kind: str) -> None:
     assert abs(len(task.seen) - len(task.unseen)) < 2
     assert read_task(str(EXAMPLES / file)) == task
     assert read_task(str(EXAMPLES / file), seed=1).seen != task.seen
+
+
+@pytest.mark.parametrize("file", ["prompts.jsonl", "text.txt"])
+def test_the_examples_suffice_for_the_usual_conditions(file: str) -> None:
+    (task,), _ = wanted([str(EXAMPLES / file)], None)
+    assert len(task.apart(task.unseen)) >= 50  # half of the allowed loss may be used up
 
 
 def rows(*given: Any, times: int = 20) -> list[dict[str, Any]]:
