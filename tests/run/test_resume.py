@@ -104,7 +104,16 @@ def run(name: str, place: Path, out: Path, **changes: Any) -> Result:
 def figures(out: Path) -> tuple[Any, Any]:
     """The report without what may differ between two runs of one recipe: times, memory, places."""
     report = json.loads((out / "run" / "report.json").read_text())
-    for name in ("prune_seconds", "total_seconds", "phases", "peak_memory_bytes", "saved_model", "recipe", "made"):
+    for name in (
+        "prune_seconds",
+        "total_seconds",
+        "earlier_seconds",
+        "phases",
+        "peak_memory_bytes",
+        "saved_model",
+        "recipe",
+        "made",
+    ):
         del report[name]
     return _without_seconds(report), json.loads((out / "run" / "distributions.json").read_text())
 
@@ -270,8 +279,11 @@ def test_finished_blocks_are_not_done_again(
 ) -> None:
     journal = half_done("wanda")
     noted = len(list(journal.glob("model-*.json")))
-    run_recipe(recipe_of("wanda", place, tmp_path))
+    done = run_recipe(recipe_of("wanda", place, tmp_path))
     assert f"{noted} of 3 blocks were finished" in capsys.readouterr().err
+    found = [matrix.seconds for matrix in done.report.matrices if int(matrix.name.split(".")[2]) < noted]
+    assert done.report.earlier_seconds == pytest.approx(sum(found))
+    assert f"after {sum(found):.1f} s of choosing weights in one that was stopped" in str(done.report)
 
 
 DIFFERENT: dict[str, dict[str, Any]] = {

@@ -51,7 +51,9 @@ class Ended:
     def wrong(self, *codes: int, words: str = "") -> list[str]:
         """Return what is wrong with it, where it should end with one of some codes and say some words."""
         found = [] if self.code in codes else [f"it ended with {self.code}: {self.said[-800:]}"]
-        found += ["a traceback"] if "Traceback" in self.said else []
+        found += (
+            [f"a traceback: {self.said[self.said.index('Traceback') :][-2000:]}"] if "Traceback" in self.said else []
+        )
         found += [f"it does not say {words!r}: {self.said[-400:]}"] if words not in self.said else []
         return found + ([f"it held {self.peak >> 20} MB"] if self.peak > _MOST_BYTES else [])
 

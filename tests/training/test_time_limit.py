@@ -97,6 +97,26 @@ def test_minutes_in_which_no_step_fits_are_refused_with_the_least(home: Path, tm
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_slow_measurement_is_refused_within_the_minutes(
+    home: Path, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is suddenly busy: every batch of the measurement takes a second, which the trial did not show."""
+    measure = coprune.training.run._measure
+
+    def slowly(session: Any, which: str) -> Any:
+        with session.reporter.bar("as slow as can be", 30) as advance:
+            for _ in range(30):
+                time.sleep(1)
+                advance(1)
+        return measure(session, which)
+
+    monkeypatch.setattr(coprune.training.run, "_measure", slowly)
+    began = time.monotonic() - 50
+    with pytest.raises(BadInput, match="not one step fits"):
+        run_finetuning(asked(home, tmp_path / "run", minutes=1), heard.reporter, began=began)
+    assert time.monotonic() - began < 1.2 * 60
+
+
 def test_of_a_pruned_model_one_step_is_trained_where_none_fits(home: Path, tmp_path: Path, heard: Heard) -> None:
     report = run_finetuning(asked(home, tmp_path / "run", minutes=0.001), heard.reporter, after_pruning=True)
     assert report.steps == 1

@@ -103,7 +103,8 @@ def _cards(report: Report) -> str:
     stored = "; stored dense" if report.has_zeros else ""
     stored += f"; stored with {short(report.padding)} zeros of padding" if report.padding else ""
     cards.append(card("weights left", short(left), f"of {short(report.model.parameters)}{stored}"))
-    cards.append(card("time", seconds(report.prune_seconds), f"to prune; {seconds(report.total_seconds)} in all"))
+    total = f"to prune; {seconds(report.total_seconds)} in all{report.before()}"
+    cards.append(card("time", seconds(report.prune_seconds), total))
     cards.append(card("peak memory", f"{report.peak_memory_bytes / 2**30:.2f} GiB", f"on {report.model.device}"))
     return f'<div class="cards">{"".join(cards)}</div>'
 

@@ -123,8 +123,11 @@ class Report(Shown, BaseModel):
     sparsity: SparsityFacts
     perplexity: list[PerplexityFacts]
     prune_seconds: float
-    """The walk alone, without loading, evaluating and saving."""
+    """The walk alone, without loading, evaluating and saving, in the process that finished the run."""
     total_seconds: float
+    """Of the process that finished the run."""
+    earlier_seconds: float = 0.0
+    """Of an earlier process that was stopped, on the weights that it had chosen."""
     peak_memory_bytes: int
     """Largest resident set of the process."""
     peak_device_memory_bytes: int | None
@@ -219,7 +222,7 @@ class Report(Shown, BaseModel):
             rows.append(("kept", f"of the experts' score by {recipe.remove.score_of('experts')}: {kept}"))
         rows += [("left", layer) for layer in left_lines(self.left_out)]
         took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
-        rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))
+        rows.append(("took", f"{took}{self.before()}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))
         rows += answer_rows(self.answers, self.no_answers, self.required)
         if self.trainings:
             rows.append(("trained", f"{len(self.trainings)} blocks, the last: {training_line(self.trainings[-1])}"))
@@ -229,6 +232,12 @@ class Report(Shown, BaseModel):
             how = "bytes compared with the source's" if recipe.output.as_gguf else "reloaded and compared"
             rows.append(("model in", f"{self.saved_model} ({how})"))
         return Sheet(self.headline(), rows)
+
+    def before(self) -> str:
+        """Return the time of an earlier, stopped process in words; nothing where one process did it all."""
+        if not self.earlier_seconds:
+            return ""
+        return f" in this process, after {self.earlier_seconds:.1f} s of choosing weights in one that was stopped"
 
     def write(self, path: Path) -> None:
         """Write the report whole or not at all, and the matrices' distributions to a file beside it."""

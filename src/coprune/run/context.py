@@ -79,6 +79,8 @@ class Outcome:
     """Share of its experts' score that each domain keeps, where experts were removed."""
     events: Sequence[AnyEvent] = ()
     """Events besides those of single matrices."""
+    earlier: float = 0.0
+    """Seconds of an earlier, stopped process on matrices that were found finished."""
 
 
 @dataclass(eq=False)

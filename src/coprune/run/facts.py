@@ -67,6 +67,7 @@ def build_report(run: Run) -> Report:
         left_out=[*model.chosen.left_out, *run.loaded.left_out],
         prune_seconds=outcome.seconds,
         total_seconds=time.perf_counter() - run.began,
+        earlier_seconds=outcome.earlier,
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=None if (there := device_memory(run.loaded.device)) is None else there.peak,
         versions=installed_versions(),

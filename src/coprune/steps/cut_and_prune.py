@@ -112,6 +112,7 @@ def of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
             "padding": cut.padding,
             "prune_seconds": cut.prune_seconds + pruned.prune_seconds,
             "total_seconds": cut.total_seconds + pruned.total_seconds,
+            "earlier_seconds": cut.earlier_seconds + pruned.earlier_seconds,
             "peak_memory_bytes": max(cut.peak_memory_bytes, pruned.peak_memory_bytes),
         }
     )

@@ -86,7 +86,12 @@ def prune_blocks(run: Run) -> Outcome:
     outside = {matrix.name for matrix in model.chosen.outside}
     rest = FillZeros(masks=_masks([*shared, *(result for result in results if result.name in outside)]))
     return Outcome(
-        shared + earlier + results, output.edits(rest), time.perf_counter() - started, trainings, events=events
+        shared + earlier + results,
+        output.edits(rest),
+        time.perf_counter() - started,
+        trainings,
+        events=events,
+        earlier=sum(result.seconds for result in earlier),
     )
 
 

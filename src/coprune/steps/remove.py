@@ -98,7 +98,14 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
     carried = cut_carried(run, plan.mixtures, output.edits())
-    return Outcome(earlier + results, output.edits(configure, *carried), seconds, output.trainings, covered)
+    return Outcome(
+        earlier + results,
+        output.edits(configure, *carried),
+        seconds,
+        output.trainings,
+        covered,
+        earlier=sum(result.seconds for result in earlier),
+    )
 
 
 def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:

@@ -125,11 +125,12 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
     if first and settings.output.overwrite:
         replace_earlier(settings)
     resume = resume_from(session, first)
+    early = replace(session, reporter=limit.before_training(reporter, settings, resume is not None))
     with limit.before_and_after():
-        before = _measure(session, "pruned") if first else {}
-        look = look_before(session, limit) if first else Look(None)
-    objective = distillation_of(session, limit)
-    dense = _measure_teacher(session, objective) if first else {}
+        before = _measure(early, "pruned") if first else {}
+        look = look_before(early, limit) if first else Look(None)
+    objective = distillation_of(early, limit)
+    dense = _measure_teacher(early, objective) if first else {}
     session.data, seconds = limit.planned(session.data, settings, resume is not None, reporter)
     with reporter.bar(f"Fine-tuning ({settings.train.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, seconds, advance)

@@ -43,11 +43,11 @@ class TooSlow(UnsupportedModel):
 
 
 class _Watched(Reporter):
-    """Another reporter, whose bars raise TooSlow when the time is over."""
+    """Another reporter, whose bars check the time at every step."""
 
-    def __init__(self, reporter: Reporter, seconds: float, cause: str) -> None:
+    def __init__(self, reporter: Reporter, check: Callable[[], None]) -> None:
         super().__init__(reporter.quiet)
-        self._reporter, self._until, self._cause = reporter, time.monotonic() + seconds, cause
+        self._reporter, self._check = reporter, check
 
     def say(self, line: str) -> None:
         self._reporter.say(line)
@@ -58,8 +58,7 @@ class _Watched(Reporter):
 
             def watched(amount: float) -> None:
                 advance(amount)
-                if time.monotonic() > self._until:
-                    raise TooSlow(self._cause)
+                self._check()
 
             yield watched
 
@@ -99,7 +98,20 @@ class TimeLimit:
         if self.seconds is None or self.after_pruning or asked.is_asked:
             return reporter
         share = _ANSWERING * self.seconds
-        return _Watched(reporter, share, f"they take longer than {share:.2g} s, a tenth of the time")
+        until = time.monotonic() + share
+
+        def check() -> None:
+            if time.monotonic() > until:
+                raise TooSlow(f"they take longer than {share:.2g} s, a tenth of the time")
+
+        return _Watched(reporter, check)
+
+    def before_training(self, reporter: Reporter, settings: Recipe, resumes: bool) -> Reporter:
+        """Return the reporter of what precedes the training, whose bars raise BadInput once no step fits any more."""
+        if not self._needs_a_step(settings, resumes):
+            return reporter
+        step = self._step(settings)
+        return _Watched(reporter, lambda: self._require(self.elapsed + self._after(settings), step))
 
     def try_out(self, model: torch.nn.Module, data: TrainingData, settings: Recipe, device: torch.device) -> None:
         """Time forward passes of one batch, which determine how much is measured and how many steps fit.
@@ -125,11 +137,10 @@ class TimeLimit:
                 with torch.autocast(device.type, torch.bfloat16):
                     self.training = _seconds(forward, device)
         resumes = any((settings.training_folder / "training").glob("checkpoint-*"))
-        if not (self.after_pruning or resumes or _has_steps(settings)):
+        if self._needs_a_step(settings, resumes):
             measured = self.measuring * 2 * bool(settings.evaluate.perplexity)
             teacher = self.loading * has_teacher(settings.train.mode)
-            step = self._batch(settings) * (settings.train.accumulate or 1)
-            self._require(self.elapsed + measured + teacher + self._after(settings), step)
+            self._require(self.elapsed + measured + teacher + self._after(settings), self._step(settings))
 
     def bounded(self, settings: Recipe, task: Task, data: TrainingData, reporter: Reporter) -> Recipe:
         """Return settings that measure text or images for a share of the time, where nothing says on how much."""
@@ -183,6 +194,14 @@ class TimeLimit:
         if not resumes and not _has_steps(settings):
             self._announce(step, after, left, reporter)
         return data, max(left, 1e-3)
+
+    def _needs_a_step(self, settings: Recipe, resumes: bool) -> bool:
+        """Return whether a training in which not one step fits is refused."""
+        return self.seconds is not None and not (self.after_pruning or resumes or _has_steps(settings))
+
+    def _step(self, settings: Recipe) -> float:
+        """Return the seconds of the smallest step that the settings allow."""
+        return self._batch(settings) * (settings.train.accumulate or 1)
 
     def _batch(self, settings: Recipe) -> float:
         """Return the seconds of training on one batch."""
