@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, str | int]] = {
     "channels by FLAP, refit": {"remove": "channels={channels}", "score": "flap:refit=true"},
     "channels by OBS, refit": {"remove": "channels={channels}", "score": "obs"},
     "blocks by KL": {"remove": "blocks={blocks}", "score": "kl"},
+    "blocks mapped": {"remove": "blocks={blocks}", "score": "map"},
     "channels by OBS, spread by error": {"remove": "channels={channels}", "allocation": "error"},
     "channels by OBS, reconstructed": {"remove": "channels={channels}", "reconstruct": 20},
 }

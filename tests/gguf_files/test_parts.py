@@ -188,6 +188,7 @@ def test_the_command_line_does_it_and_a_run_that_was_killed_after_that_is_finish
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "channels": ({"remove": "channels=0.5"}, "channels go from inside of its tensors"),
     "zeros": ({"sparsity": 0.5}, "zeros change the values"),
+    "a map": ({"remove": "blocks=0.25", "score": "map"}, "the map of blocks changes the values"),
     "zeros too": ({"remove": "experts=0.25", "pattern": "2:4"}, "zeros change the values"),
     "trained": ({"remove": "experts=0.25", "finetune": "dense"}, "a training changes the values"),
 }

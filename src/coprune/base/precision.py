@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coprune.base.devices import capability, in_host_memory
 
@@ -29,6 +29,20 @@ def full_float32() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextmanager
+def held_in_float32(module: nn.Module) -> Iterator[None]:
+    """Hold parameters and buffers in float32 in the body; small updates would vanish in half precision."""
+    tensors = [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point()]
+    dtypes = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(torch.float32)
+    try:
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
 
 
 def total(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coprune.model.checkpoint.companions import put_into
 from coprune.model.kept_slices import KeptSlices
-from coprune.model.removed import AnyRemoval, CarriedExperts, Tokens
+from coprune.model.removed import AnyRemoval, CarriedExperts, MappedBlocks, Tokens
 from coprune.model.routing import NeverChosen
 
 
@@ -225,6 +225,16 @@ class DropBlock(Edit):
         if int(index) == int(number):
             return None
         return f"{path}.{int(index) - (int(index) > int(number))}{dot}{rest}"
+
+
+class MergeMap(Edit):
+    """A linear map of the blocks behind this one, which go, was merged into its weights."""
+
+    blocks: list[str]
+    """Their names."""
+
+    def removal(self) -> AnyRemoval:
+        return MappedBlocks(blocks=tuple(self.blocks))
 
 
 class PadUnits(Edit):

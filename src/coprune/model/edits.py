@@ -25,6 +25,7 @@ from coprune.model.edit import (
     KeepCarried,
     KeepExperts,
     KeepSlices,
+    MergeMap,
     PadUnits,
 )
 from coprune.model.removed import AnyRemoval
@@ -37,6 +38,7 @@ EDITS: dict[str, type[Edit]] = {
     "keep_carried": KeepCarried,
     "cut_vocabulary": CutVocabulary,
     "drop_block": DropBlock,
+    "merge_map": MergeMap,
     "pad_units": PadUnits,
     "configure": Configure,
 }

@@ -148,6 +148,7 @@ def streams(recipe: Recipe) -> bool:
 def keeps_experts(recipe: Recipe) -> bool:
     """Return whether a recipe changes no matrix of an expert, though it may remove experts and blocks."""
     changed = recipe.sets_zeros or recipe.train.mode is not None or recipe.prune.reconstruct.steps
+    changed = changed or (recipe.remove.maps_blocks and not recipe.output.as_gguf)
     return bool(recipe.remove.parts) and {*recipe.remove.kinds} <= {"experts", "blocks"} and not changed
 
 

@@ -85,6 +85,17 @@ class SmallerModel(Removal):
         return f"{', '.join(fewer_lines(self.parts))}: {sizes}"
 
 
+class MappedBlocks(Removal):
+    """Blocks whose linear map was merged into the block before them."""
+
+    blocks: tuple[str, ...]
+
+    def line(self) -> str:
+        first, last = self.blocks[0], self.blocks[-1].rpartition(".")[2]
+        named = first if len(self.blocks) == 1 else f"{first} to {last}"
+        return f"a linear map of {named} is merged into the block before"
+
+
 class SilentUnits(Removal):
     """Channels and heads that were all zeros."""
 
@@ -128,4 +139,4 @@ class Told(Removal):
         return self.text
 
 
-AnyRemoval = SmallerModel | SilentUnits | CarriedExperts | Tokens | Told
+AnyRemoval = SmallerModel | MappedBlocks | SilentUnits | CarriedExperts | Tokens | Told

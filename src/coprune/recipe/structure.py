@@ -28,7 +28,7 @@ Scored = Literal["units", "blocks", "experts", "rows"]
 """Units that a score ranks: `units` are channels and heads, `rows` tokens of a vocabulary."""
 SCORES: dict[Scored, tuple[str, ...]] = {
     "units": ("obs", "wanda_sp", "flap", "magnitude"),
-    "blocks": ("kl", "influence"),
+    "blocks": ("map", "kl", "influence"),
     "experts": ("reap", "frequency", "random", "aimer"),
     "rows": ("counts",),
 }
@@ -81,9 +81,10 @@ class RemovePart(Part):
         Decides.RESULT,
         Field(
             description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
-            "magnitude; which blocks: kl (what the model says without it; the default) or influence (what changes "
-            "its inputs least); which experts: reap (gate times answer; the default), frequency, random, or aimer (their "
-            "weights alone, without a text); options as in wanda_sp:refit=true; repeatable."
+            "magnitude; which blocks: map (those in a row that a linear map replaces best; the default), kl (what the model "
+            "says without it) or influence (what changes its inputs least); which experts: reap (gate times answer; the "
+            "default), frequency, random, or aimer (their weights alone, without a text); options as in "
+            "wanda_sp:refit=true; repeatable."
         ),
     ] = ()
     domains: Annotated[
@@ -192,6 +193,11 @@ class RemovePart(Part):
         kinds += ["experts"] if "experts" in removed else []
         kinds += ["rows"] if self.vocabulary is not None else []
         return {kind: self.score_of(kind) for kind in kinds}
+
+    @property
+    def maps_blocks(self) -> bool:
+        """Whether a linear map replaces blocks, where the model has a place for one."""
+        return "blocks" in self.kinds and self.score_of("blocks").name == "map"
 
     @property
     def spreads(self) -> bool:

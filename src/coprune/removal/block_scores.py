@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
@@ -11,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coprune.base.errors import UnsupportedModel
 from coprune.base.options import one_of, require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, scaled
@@ -21,10 +23,23 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, Recording, record_batches
 from coprune.model.walk.walk import Walk
 from coprune.recipe.choice import Choice
+from coprune.removal.maps import Map, MapWalk, Span, Writers, best_sets, find_writers
 from coprune.run.calibrating import first_batches
 
 ROWS = 256
 """Tokens whose distributions are compared at a time, each of which is as long as the vocabulary."""
+_TRIED = 2048
+"""Minimum of tokens on which distributions are compared."""
+
+
+@dataclass(frozen=True)
+class Going:
+    """Blocks that go."""
+
+    blocks: list[int]
+    """Their numbers, in the order in which they went; only of `may_go`."""
+    mapped: Sequence[int] = ()
+    """Numbers of the blocks into which a map of those right behind them is merged."""
 
 
 class BlockScore(Protocol):
@@ -37,7 +52,7 @@ class BlockScore(Protocol):
         counts: Sequence[int],
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
-    ) -> list[int]:
+    ) -> Going:
         """Choose blocks.
 
         Args:
@@ -47,8 +62,8 @@ class BlockScore(Protocol):
             advance: called with the share of the work that was just done.
             processes: those that choose together, each with the whole of the model and of the batches.
 
-        Returns:
-            Their numbers, in the order in which they went; only of `may_go`.
+        Raises:
+            UnsupportedModel: the score is of something that the model does not have.
         """
         ...
 
@@ -70,10 +85,10 @@ class Influence:
         counts: Sequence[int],
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
-    ) -> list[int]:
+    ) -> Going:
         found = influences(model, batches, advance, processes)
         least = (sorted(own, key=found.__getitem__)[:n] for own, n in zip(may_go(model), counts, strict=True))
-        return sorted(chain.from_iterable(least), key=found.__getitem__)
+        return Going(sorted(chain.from_iterable(least), key=found.__getitem__))
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ class Divergence:
     After the first round only the best blocks of the last one are tried again.
     """
 
-    tokens: int = 2048
+    tokens: int = _TRIED
     """Minimum of calibration tokens to use (of images: one batch)."""
     candidates: int = 6
     """Number of blocks tried again after one is removed; 0: all."""
@@ -99,7 +114,7 @@ class Divergence:
         counts: Sequence[int],
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
-    ) -> list[int]:
+    ) -> Going:
         some, gone = first_batches(batches, self.tokens), list[int]()
         order, count = [*chain.from_iterable(may_go(model))], sum(counts)
         while len(gone) < count:
@@ -114,10 +129,80 @@ class Divergence:
             gone.append(nearest[0])
             advance(1 / count)
             order = [*nearest[1:], *(index for index in order if index not in tried)]
-        return gone
+        return Going(gone)
 
 
-BLOCK_SCORES: dict[str, BlockScore] = {"influence": Influence(), "kl": Divergence()}
+@dataclass(frozen=True)
+class Mapped:
+    """Replace blocks in a row by a linear map, merged into the block before them (ReplaceMe, arXiv 2505.02819).
+
+    Of the sets of spans whose maps have the least error, the one with which the distributions stay closest to the dense model's.
+    """
+
+    tokens: int = 16384
+    """Minimum of calibration tokens to solve the maps on (of images: one batch)."""
+    spans: int = 3
+    """Most spans of blocks in a row."""
+    candidates: int = 2
+    """Number of sets of as many spans that are tried, on 2,048 tokens."""
+
+    def __post_init__(self) -> None:
+        require_positive(tokens=self.tokens, spans=self.spans, candidates=self.candidates)
+
+    def choose(
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        counts: Sequence[int],
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
+    ) -> Going:
+        writers = find_writers(model)
+        walk = MapWalk(model, writers, processes.own(first_batches(batches, self.tokens)), processes)
+        spans = [self._spans(model, writers, part, count) for part, count in enumerate(counts)]
+        every, found = {*chain.from_iterable(spans)}, dict[Span, Map]()
+        share = 0.7 / (1 + max((span.last for span in every), default=0))
+        for span, one in walk.of_outputs(every, scaled(advance, share)) if every else ():
+            found[span] = one
+        # The first process decides, since another machine may round differently.
+        errors = processes.from_first(lambda: {span: one.error for span, one in found.items()})
+        sets = [
+            best_sets({span: errors[span] for span in own}, count, self.spans, self.candidates)
+            for own, count in zip(spans, counts, strict=True)
+        ]
+        for own, count in zip(sets, counts, strict=True):
+            if count and not own:
+                raise UnsupportedModel(
+                    f"no {count} blocks could be replaced by a map: a block before them has to have a matrix that only adds to "
+                    "its output"
+                )
+        tried = {one: {span: found[span] for span in one} for own in sets for one in own}
+        costs = self._costs(model, batches, processes, tried, writers)
+        advance(0.3)
+        gone = [span for own in sets if own for span in min(own, key=costs.__getitem__)]
+        return Going([index for span in gone for index in span.gone], [span.before for span in gone])
+
+    def _spans(self, model: ProvenModel, writers: Mapping[int, Writers], part: int, most: int) -> list[Span]:
+        """Return the spans of a list of blocks that may go."""
+        free = {*may_go(model)[part]} if most else set[int]()
+        befores = [block.index for block in model.blocks if block.part == part and block.index in writers]
+        spans = (Span(before, count) for before in befores for count in range(1, most + 1))
+        return [span for span in spans if free.issuperset(span.gone)]
+
+    def _costs(
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        processes: Processes,
+        tried: Mapping[tuple[Span, ...], Mapping[Span, Map]],
+        writers: Mapping[int, Writers],
+    ) -> dict[tuple[Span, ...], float]:
+        own = processes.own([*tried])
+        costs = divergences_mapped(model, first_batches(batches, _TRIED), {one: tried[one] for one in own}, writers)
+        return {one: cost for some in processes.gather(costs) for one, cost in some.items()}
+
+
+BLOCK_SCORES: dict[str, BlockScore] = {"map": Mapped(), "kl": Divergence(), "influence": Influence()}
 """Scores of blocks by name."""
 
 
@@ -196,6 +281,45 @@ def divergences(
                     torch.inf if way is None else kl_of_logits(dense, logits_of(model, tokens, way.hidden[batch]))
                 )
     return {index: found / max(count, 1) for index, found in total.items()}
+
+
+@torch.no_grad()
+def divergences_mapped(
+    model: ProvenModel,
+    batches: Sequence[Tensor],
+    tried: Mapping[tuple[Span, ...], Mapping[Span, Map]],
+    writers: Mapping[int, Writers],
+) -> dict[tuple[Span, ...], float]:
+    """Return KL(dense ‖ with a set of spans replaced by their maps) of every set, in nats per token (per image).
+
+    Args:
+        model: the dense model.
+        batches: as in `record_batches`.
+        tried: the sets, with their maps.
+        writers: of the blocks before the spans.
+    """
+    total, count = dict.fromkeys(tried, 0.0), 0
+    gone = {one: {index for span in one for index in span.gone} for one in tried}
+    for some in _together(model, batches) if tried else ():
+        base, ways = record_batches(model, some), dict[tuple[Span, ...], Recording]()
+        for event in Walk(model.idle()):
+            if not isinstance(event, BlockDone):
+                continue
+            block = event.block
+            for one, maps in tried.items():
+                merged = next((own for span, own in maps.items() if span.before == block.index), None)
+                if one not in ways and merged is not None:
+                    ways[one] = base.apart()
+                if one in ways:
+                    with nullcontext() if merged is None else writers[block.index].merged(merged):
+                        ways[one].go_past(model, block, runs=block.index not in gone[one])
+            base.go_past(model, block)
+        for batch, tokens in enumerate(some):
+            dense = logits_of(model, tokens, base.hidden[batch])
+            count += len(dense)
+            for one, way in ways.items():
+                total[one] += kl_of_logits(dense, logits_of(model, tokens, way.hidden[batch]))
+    return {one: found / max(count, 1) for one, found in total.items()}
 
 
 @dataclass

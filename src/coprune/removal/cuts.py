@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coprune.model.blocks import Block
-from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, PadUnits
+from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, MergeMap, PadUnits
 from coprune.model.kept_slices import runs_of
 from coprune.model.removed import Fewer
 from coprune.model.saved_slices import Layout, masks_as_saved, saved_name, slices_kept, whole_slices
 from coprune.recipe.structure import Left
 from coprune.removal.channels_and_heads import Kind, Part, filled, together
+from coprune.removal.maps import spans_of
 from coprune.removal.mixtures import Mixture
 from coprune.run.context import Run
 
@@ -28,6 +29,8 @@ class Plan:
 
     dropped: Sequence[int] = ()
     """Numbers of the blocks that go."""
+    mapped: Sequence[int] = ()
+    """Numbers of the blocks into which a map of those right behind them is merged."""
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     """Parts that may get smaller, by block."""
     keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
@@ -92,7 +95,11 @@ def edits_of_block(run: Run, plan: Plan, block: Block, cut: Cut, layout: Layout 
     model = run.model
     if block.index in plan.dropped:
         return [dropped(run, block.index, layout)]
-    edits: list[Edit] = []
+    edits: list[Edit] = [
+        MergeMap(blocks=[model.names[index] for index in span.gone])
+        for span in spans_of(plan.dropped, plan.mapped)
+        if span.before == block.index
+    ]
     if cut.units:
         saved = cut.padded(plan)
         edits.append(KeepSlices(kept=slices_kept(model.module, block.name, saved.masks, layout)))

@@ -13,15 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.base.words import Set, Setting
+from coprune.base.words import Set, Setting, say
 from coprune.model.blocks import Block, by_list
 from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.edit import Configure
 from coprune.model.saved_slices import slices_kept
 from coprune.model.walk.model_structure import ProvenModel
+from coprune.recipe.choice import Choice
 from coprune.recipe.size import Size
-from coprune.recipe.structure import RemovePart
-from coprune.removal.block_scores import block_score_named, may_go
+from coprune.recipe.structure import SCORES, RemovePart
+from coprune.removal.block_scores import Going, Mapped, block_score_named, may_go
 from coprune.removal.by_size import Counted, shares_for, smallest
 from coprune.removal.channels_and_heads import (
     Kind,
@@ -35,9 +36,11 @@ from coprune.removal.channels_and_heads import (
 )
 from coprune.removal.cuts import Plan
 from coprune.removal.expert_choice import experts_left, find_experts, known_scores
+from coprune.removal.maps import FoundMap, MapWalk, find_writers, spans_of
 from coprune.removal.mixtures import Mixture
 from coprune.removal.rehearsal import rehearse, resized_by
 from coprune.removal.smaller_model import refusal_of
+from coprune.run.calibrating import first_batches
 from coprune.run.context import Run
 
 _MOST_SHARES = 3
@@ -189,11 +192,15 @@ def _with_a_share_that_works(run: Run, plan: Plan, error: UnsupportedModel) -> U
 def plan_removal(run: Run, found: Removable) -> Plan:
     """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
     asked = run.removal
-    dropped = sorted(blocks_that_go(run, _counts_of_blocks(run, asked.share("blocks"))))
-    score, several = asked.score_of("blocks"), run.model.blocks[-1].part > 0
-    told = ", ".join(run.model.names[index] if several else str(index) for index in dropped)
-    run.reporter.say(f"Blocks that go, by {score}: {told}.")
-    return _plan_of(run, found, dropped)
+    score, going = blocks_that_go(run, _counts_of_blocks(run, asked.share("blocks")))
+    several = run.model.blocks[-1].part > 0
+    told, mapped = (
+        ", ".join(run.model.names[index] if several else str(index) for index in sorted(numbers))
+        for numbers in (going.blocks, going.mapped)
+    )
+    merged = f"; their linear map goes into {mapped}" if mapped else ""
+    run.reporter.say(f"Blocks that go, by {score}: {told}{merged}.")
+    return replace(_plan_of(run, found, sorted(going.blocks)), mapped=going.mapped)
 
 
 def _kinds(shares: Collection[str]) -> list[Kind]:
@@ -255,7 +262,7 @@ def _plan_of(run: Run, found: Removable, dropped: Sequence[int]) -> Plan:
             raise UnsupportedModel(f"none of the blocks that stay has {kind} that can be removed")
         keep[kind] = _kept(kind, groups, asked.share(kind), asked.align)
     left = {mixture.count: experts_left(mixture, asked) for mixture in rest.mixtures.values()}
-    return Plan(dropped, rest.parts, keep, rest.mixtures, left)
+    return Plan(dropped, (), rest.parts, keep, rest.mixtures, left)
 
 
 def _counts_of_blocks(run: Run, share: float) -> list[int]:
@@ -314,13 +321,53 @@ def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> di
     return kept
 
 
-def blocks_that_go(run: Run, counts: Sequence[int]) -> list[int]:
-    """Return the numbers of the least important blocks. counts: how many of each list."""
+def blocks_that_go(run: Run, counts: Sequence[int]) -> tuple[Choice, Going]:
+    """Choose the least important blocks. Where none can be replaced by a map, and nobody asked for one, the next score chooses.
+
+    Args:
+        run: what it is asked and has found.
+        counts: how many of each list.
+
+    Returns:
+        The score, and what it chose.
+    """
+    asked, scores = run.recipe.remove.score_of("blocks"), SCORES["blocks"]
+    try:
+        if run.recipe.output.as_gguf and asked.name == scores[0]:
+            raise UnsupportedModel("a map would change values of a GGUF file, whose bytes are copied")
+        return asked, _going(run, asked, counts)
+    except UnsupportedModel as error:
+        if asked.name != scores[0] or asked in run.recipe.remove.score:
+            raise
+        run.reporter.say(f"Blocks are left out without a map in their place: {say(error.cause)}.")
+        return (other := Choice(name=scores[1])), _going(run, other, counts)
+
+
+def _going(run: Run, score: Choice, counts: Sequence[int]) -> Going:
     assert run.samples is not None
-    score = block_score_named(run.recipe.remove.score_of("blocks"))
     with run.reporter.bar("Choosing blocks", 1.0) as advance:
         batches = run.task.batches(run.samples.tokens)
-        return score.choose(run.model, batches, counts, advance, run.processes)
+        return block_score_named(score).choose(run.model, batches, counts, advance, run.processes)
+
+
+def find_maps(run: Run, plan: Plan, finished: Collection[str]) -> dict[int, FoundMap]:
+    """Solve the maps of a plan's blocks, by the number of the block that gets one; none where all such blocks are finished.
+
+    Args:
+        run: what it is asked; its model is dense still.
+        plan: what goes.
+        finished: names of blocks that an earlier run finished.
+    """
+    spans = spans_of(plan.dropped, plan.mapped)
+    if all(run.model.names[span.before] in finished for span in spans):
+        return {}
+    assert run.samples is not None
+    score, processes = block_score_named(run.removal.score_of("blocks")), run.processes
+    assert isinstance(score, Mapped)
+    batches = processes.own(first_batches(run.task.batches(run.samples.tokens), score.tokens))
+    walk = MapWalk(run.model, find_writers(run.model), batches, processes)
+    with run.reporter.bar("Solving the map", 1 + max(span.last for span in spans)) as advance:
+        return walk.merged(spans, advance)
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:

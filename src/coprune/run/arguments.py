@@ -55,9 +55,9 @@ class MethodArguments(TypedDict, total=False):
     """Number of rounds after which the mask is checked and ρ raised."""
     score: Literal["magnitude", "wanda"] | Named | Sequence[Named]
     """Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or magnitude;
-    which blocks: kl (what the model says without it; the default) or influence (what changes its inputs least);
-    which experts: reap (gate times answer; the default), frequency, random, or aimer (their weights alone, without
-    a text); options as in wanda_sp:refit=true; repeatable."""
+    which blocks: map (those in a row that a linear map replaces best; the default), kl (what the model says without
+    it) or influence (what changes its inputs least); which experts: reap (gate times answer; the default), frequency,
+    random, or aimer (their weights alone, without a text); options as in wanda_sp:refit=true; repeatable."""
     selection: Literal["sequential", "iterative"]
     """Whether the mask is chosen before the update (`sequential`) or along with it (`iterative`)."""
     start: Literal["magnitude", "wanda", "ria"]

@@ -33,8 +33,9 @@ from coprune.removal.channels_and_heads import Kind, Part, parameter_of, step_of
 from coprune.removal.cuts import Cut, Plan, edits_of_block
 from coprune.removal.expert_choice import choose_experts, cut_carried
 from coprune.removal.expert_scores import expert_score_named
+from coprune.removal.maps import FoundMap
 from coprune.removal.rehearsal import rehearse
-from coprune.removal.removal_plan import Removable, only_consumers, plan_removal
+from coprune.removal.removal_plan import Removable, find_maps, only_consumers, plan_removal
 from coprune.removal.smaller_model import build_smaller
 from coprune.removal.unit_scores import (
     ByError,
@@ -81,6 +82,7 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
     plan, configure = _planned(run, found)
     run.reporter.say(f"Removing {configure.removed.line()}.")
     experts, covered = choose_experts(run, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
+    maps = find_maps(run, plan, finished)
     with run.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             only_consumers(model, plan),
@@ -94,7 +96,7 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
         )
         with output.settled(), memory_within(lambda: walk.at):
             output.write_passed()
-            results = _remove(run, walk, plan, experts)
+            results = _remove(run, walk, plan, experts, maps)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
     carried = cut_carried(run, plan.mixtures, output.edits())
@@ -132,8 +134,13 @@ def _even(run: Run, found: Removable, settled: dict[str, Any] | None) -> tuple[P
     return even, rehearse(run, even)
 
 
-def _remove(run: Run, walk: Walk, plan: Plan, experts: Mapping[str, Tensor]) -> list[MatrixResult]:
-    """Cut every block when the walk is through with it, and write it. experts: which are kept, by block."""
+def _remove(
+    run: Run, walk: Walk, plan: Plan, experts: Mapping[str, Tensor], maps: Mapping[int, FoundMap]
+) -> list[MatrixResult]:
+    """Cut every block when the walk is through with it, and write it.
+
+    experts: which are kept, by block; maps: of blocks that go, by the number of the block before them.
+    """
     inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
     # Blocks before the first cut have no error to compensate.
@@ -144,12 +151,14 @@ def _remove(run: Run, walk: Walk, plan: Plan, experts: Mapping[str, Tensor]) -> 
             inputs |= event.known()
             continue
         block = event.block
+        if (merged := maps.get(block.index)) is not None:
+            merged.merge(run.processes)
         units, own = _cut_units(run, plan, block, inputs)
         layout = partial(run.model.weights.layout, block.name)
         if (left := experts.get(block.name)) is not None:
             plan.mixtures[block.name].never_choose(block.module, left)
         cut, training = Cut(units, left), None
-        if first <= block.index and block.index not in plan.dropped:
+        if first <= block.index and block.index not in (*plan.dropped, *plan.mapped):
             own, training = _reconstruct(run, walk, event, (cut.masks, own))
         edits = edits_of_block(run, plan, block, cut, layout)
         run.finish_block(block, BlockOutcome(own, edits, training))
@@ -207,6 +216,7 @@ def settled_in(plan: Plan) -> dict[str, Any]:
     chosen = {name: [*own] for name, own in plan.chosen.items()}
     return {
         "dropped": [*plan.dropped],
+        "mapped": [*plan.mapped],
         "keep": sizes,
         "experts": experts,
         "uneven": dict(plan.uneven),
@@ -226,7 +236,8 @@ def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
     rest = found.without({run.model.names[index] for index in settled["dropped"]})
     parts = {name: [part for part in own if part.kind in keep] for name, own in rest.parts.items()} if keep else {}
     experts, chosen = dict(settled["experts"]), settled["chosen"]
-    return Plan(settled["dropped"], parts, keep, rest.mixtures, experts, settled["uneven"], chosen)
+    mapped = settled["mapped"]
+    return Plan(settled["dropped"], mapped, parts, keep, rest.mixtures, experts, settled["uneven"], chosen)
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ def refuse_other_changes(recipe: Recipe, given: Given) -> None:
     kinds = [kind for kind in recipe.remove.kinds if kind not in ("experts", "blocks")]
     if kinds:
         raise _refused(recipe, f"{kinds[0]} go from inside of its tensors, whose values are stored anew then")
+    if recipe.remove.maps_blocks and recipe.remove.score:
+        raise _refused(recipe, "the map of blocks changes the values of its tensors")
     if recipe.sets_zeros:
         raise _refused(recipe, "zeros change the values of its tensors")
     if recipe.train.mode is not None or recipe.prune.reconstruct.steps:

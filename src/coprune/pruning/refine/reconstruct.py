@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from coprune.base.devices import kind_of
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
-from coprune.base.precision import precision_on
+from coprune.base.precision import held_in_float32, precision_on
 from coprune.pruning.refine.trainable_parameters import Trained, sizes_of
 
 
@@ -92,7 +92,7 @@ class Reconstruction:
             with torch.no_grad():
                 return sum(float(loss_of(batch)) for batch in watched) / sum(shares[batch] for batch in watched)
 
-        with _in_float32(module):
+        with held_in_float32(module):
             before = watch()
             if not math.isfinite(before):
                 raise NumericalError("the block's outputs are not finite, so it cannot be reconstructed")
@@ -200,20 +200,6 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-@contextmanager
-def _in_float32(module: nn.Module) -> Iterator[None]:
-    """Hold parameters and buffers in float32 in the body; small updates would vanish in half precision."""
-    tensors = [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point()]
-    dtypes = [tensor.dtype for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.to(torch.float32)
-    try:
-        yield
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
 
 
 _TINY = 1e-12
