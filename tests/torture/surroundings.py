@@ -189,12 +189,16 @@ def killed_workers(place: Path, how: str = "--workers 2", name: str = "killed") 
     wrong += [] if count else ["no worker was found to be killed"]
     wrong += run(f"sweep {name}.yaml {how}", place).wrong(0)  # what was lost too often is done now
     wrong += run(f"sweep {name}-calm.yaml", place).wrong(0)
-    for report in (place / f"{name}-calm").glob("*/report.json"):
-        calm, other = (
-            json.loads((place / top / report.parent.name / "report.json").read_text()) for top in (f"{name}-calm", name)
-        )
-        wrong += [] if calm["perplexity"] == other["perplexity"] else [f"{report.parent.name} has other figures"]
-    return wrong
+    calm, other = (_perplexities(place / top) for top in (f"{name}-calm", name))
+    return wrong + ([] if calm == other and len(calm) == 6 else [f"it has other figures: {other}, undisturbed {calm}"])
+
+
+def _perplexities(sweep: Path) -> dict[str, Any]:
+    """The figures of every run that is done, by its folder."""
+    return {
+        str(report.parent.relative_to(sweep)): json.loads(report.read_text())["perplexity"]
+        for report in sorted(sweep.rglob("report.json"))
+    }
 
 
 def killed_ray(place: Path) -> list[str]:
@@ -211,7 +215,7 @@ def killed_ray(place: Path) -> list[str]:
             stderr=said,
         )
         until = time.monotonic() + _SLOW
-        while not list((place / "driver").glob("*/report.json")) and driver.poll() is None and time.monotonic() < until:
+        while not _perplexities(place / "driver") and driver.poll() is None and time.monotonic() < until:
             time.sleep(0.5)
         below = _descendants(driver.pid)
         driver.kill()
@@ -242,9 +246,17 @@ def killed_fit(place: Path) -> list[str]:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-        wrong += [f"{name}: {one}" for one in run(words, place).wrong(0)]
-        shutil.rmtree(place / name, ignore_errors=True)
+        wrong += [f"{name}: {one}" for one in run(words, place).wrong(0, 1)]  # 1: nothing better is proven
+        wrong += [f"{name}-calm: {one}" for one in run(f"{words}-calm", place).wrong(0, 1)]
+        wrong += [] if _found(place / name) == _found(place / f"{name}-calm") else [f"{name}: another answer"]
     return wrong
+
+
+def _found(folder: Path) -> list[Any]:
+    """What a fit tried, with its figures but speed, and the weights that it left."""
+    rows = [{**row, "speed": None} for row in json.loads((folder / "fit.json").read_text())["rows"]]
+    weights = [path for end in ("gguf", "safetensors") for path in sorted(folder.glob(f"**/*.{end}"))]
+    return [rows, *(path.read_bytes() for path in weights if ".fit" not in path.parts)]
 
 
 def bombs(place: Path) -> list[str]:
@@ -335,7 +347,7 @@ def load(place: Path) -> list[str]:
     asked |= {"sparsity": [round(0.2 + 0.02 * step, 2) for step in range(30)]}
     (place / "sixty.yaml").write_text(yaml.safe_dump(asked))
     wrong += run("sweep sixty.yaml", place).wrong(0)
-    done = len(list((place / "sixty").glob("*/report.json")))
+    done = len(_perplexities(place / "sixty"))
     return wrong + ([] if done == 60 else [f"{done} of 60 runs are done"])
 
 

@@ -78,7 +78,9 @@ def _next_step(report: Report) -> Words:
     if recipe.train.mode is not None:
         return ("prune less, or train longer with ", Set("finetune_minutes", ...))
     dense = Set("teacher", recipe.model.name)
-    train = Command("finetune", saved, Set("mode", "distill"), dense, Set("dataset", recipe.calibrate.data))
+    train = Command(
+        "finetune", saved, Set("mode", "distill"), dense, Set("dataset", recipe.calibrate.data), Set("minutes", 10)
+    )
     if recipe.remove.parts or recipe.prune.reconstruct.steps:
         return ("train it toward the dense model: ", train)
     return ("repair more while pruning with ", Set("preset", "balanced"), ", or train the result: ", train)

@@ -125,7 +125,7 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
     if first and settings.output.overwrite:
         replace_earlier(settings)
     resume = resume_from(session, first)
-    early = replace(session, reporter=limit.before_training(reporter, settings, resume is not None))
+    early = replace(session, reporter=limit.before_training(reporter, settings))
     with limit.before_and_after():
         before = _measure(early, "pruned") if first else {}
         look = look_before(early, limit) if first else Look(None)

@@ -93,7 +93,7 @@ def prepare_session(
     reporter.say(f"Loading {settings.model.name}")
     started = time.monotonic()
     model, processor = load_model(location, "auto")
-    limit.loading = time.monotonic() - started
+    limit.loaded(time.monotonic() - started, settings)
     masks, history = masks_of(model, location.path), History.read(location.path)
     for removal in history.removed:
         reporter.say(f"Removed before: {removal.line()}.")

@@ -106,12 +106,22 @@ class TimeLimit:
 
         return _Watched(reporter, check)
 
-    def before_training(self, reporter: Reporter, settings: Recipe, resumes: bool) -> Reporter:
+    def before_training(self, reporter: Reporter, settings: Recipe) -> Reporter:
         """Return the reporter of what precedes the training, whose bars raise BadInput once no step fits any more."""
-        if not self._needs_a_step(settings, resumes):
+        if not self._needs_a_step(settings):
             return reporter
         step = self._step(settings)
         return _Watched(reporter, lambda: self._require(self.elapsed + self._after(settings), step))
+
+    def loaded(self, seconds: float, settings: Recipe) -> None:
+        """Take note of how long loading the model took.
+
+        Raises:
+            BadInput: loading a teacher and saving the result alone would exceed the limit.
+        """
+        self.loading = seconds
+        if self._needs_a_step(settings):
+            self._require(self._others(settings))
 
     def try_out(self, model: torch.nn.Module, data: TrainingData, settings: Recipe, device: torch.device) -> None:
         """Time forward passes of one batch, which determine how much is measured and how many steps fit.
@@ -136,11 +146,9 @@ class TimeLimit:
             if settings.train.dtype == "bfloat16":
                 with torch.autocast(device.type, torch.bfloat16):
                     self.training = _seconds(forward, device)
-        resumes = any((settings.training_folder / "training").glob("checkpoint-*"))
-        if self._needs_a_step(settings, resumes):
+        if self._needs_a_step(settings):
             measured = self.measuring * 2 * bool(settings.evaluate.perplexity)
-            teacher = self.loading * has_teacher(settings.train.mode)
-            self._require(self.elapsed + measured + teacher + self._after(settings), self._step(settings))
+            self._require(self._others(settings) + measured, self._step(settings))
 
     def bounded(self, settings: Recipe, task: Task, data: TrainingData, reporter: Reporter) -> Recipe:
         """Return settings that measure text or images for a share of the time, where nothing says on how much."""
@@ -195,9 +203,14 @@ class TimeLimit:
             self._announce(step, after, left, reporter)
         return data, max(left, 1e-3)
 
-    def _needs_a_step(self, settings: Recipe, resumes: bool) -> bool:
-        """Return whether a training in which not one step fits is refused."""
+    def _needs_a_step(self, settings: Recipe) -> bool:
+        """Return whether a training in which not one step fits is refused; one that resumes is not."""
+        resumes = any((settings.training_folder / "training").glob("checkpoint-*"))
         return self.seconds is not None and not (self.after_pruning or resumes or _has_steps(settings))
+
+    def _others(self, settings: Recipe) -> float:
+        """Return the least seconds of all but training and measuring: what is spent, a teacher, and what follows."""
+        return self.elapsed + self.loading * has_teacher(settings.train.mode) + self._after(settings)
 
     def _step(self, settings: Recipe) -> float:
         """Return the seconds of the smallest step that the settings allow."""
@@ -240,13 +253,14 @@ class TimeLimit:
         else:
             self._require(self.elapsed + after, step)
 
-    def _require(self, others: float, step: float) -> None:
-        """Raise BadInput if a step does not fit beside all else, of so many seconds."""
+    def _require(self, others: float, step: float = 0.0) -> None:
+        """Raise BadInput if a step does not fit beside all else. others, step: their seconds, 0 for a step of unknown length."""
         assert self.seconds is not None
         if others + step <= self.seconds:
             return
         raise BadInput(
-            f"not one step fits: all else takes about {others:.0f} s here, and a step {step:.2g} s",
+            f"not one step fits: all else takes about {others:.0f} s here"
+            + (f", and a step {step:.2g} s" if step else ""),
             field="minutes",
             value=f"{self.seconds / 60:g}",
             fix=(
