@@ -89,7 +89,7 @@ def inside(settings: dict[str, Any]) -> None:
     from coprune.base import processes as distributed
     from coprune.base.progress import Reporter
     from coprune.recipe.recipe import make_recipe
-    from coprune.steps.stages import run_recipe
+    from coprune.runner.run_recipe import run_recipe
 
     times: Times = {"idle": 0.0, "communication": 0.0}
     heard = distributed._heard

@@ -104,7 +104,7 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
     from coprune.base.progress import Event, Reporter
     from coprune.recipe.recipe import make_recipe
     from coprune.run.events import Phase, PhaseDone
-    from coprune.steps.stages import run_recipe
+    from coprune.runner.run_recipe import run_recipe
 
     limit = settings["run"].partition("--activation-memory ")[2]
     recipe = make_recipe(

@@ -164,9 +164,11 @@ def rooms() -> Drawing:
         "commands": "one command, one file",
         "fitting": "the smallest model that still does a task",
         "sweeps": "many runs from one file, local or on Ray",
+        "runner": "the steps of a recipe, one after another",
         "steps": "prune, remove, trim, train, export: from model to model",
+        "stages": "what steps that walk over blocks share",
         "removal": "remove channels, heads, experts and blocks",
-        "run": "what all stages of one run share",
+        "run": "what the stages of a run find, and its output",
         "training": "adapters, dense training, distillation",
         "report": "report.json, the page, the model card",
         "vocabulary": "remove tokens and their rows",
@@ -176,7 +178,7 @@ def rooms() -> Drawing:
         "model": "open, walk, edit and write a model",
         "data": "text and images to calibrate and measure on",
         "recipe": "settings as data, without torch",
-        "store": "results under keys of contents, claims, notes",
+        "store": "results under keys of contents: claims, notes, places",
         "base": "errors, files, memory, processes, kernels",
     }
     for i, (room, words) in enumerate(told.items()):

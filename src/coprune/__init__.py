@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from coprune.report.schema import Report
     from coprune.run.memory_estimate import Estimate
     from coprune.run.result import Result
-    from coprune.steps.call import estimate, prune
+    from coprune.runner.call import estimate, prune
+    from coprune.runner.run_recipe import run_recipe
     from coprune.steps.export import Gguf, export
     from coprune.steps.inspect import Inspection, inspect
-    from coprune.steps.stages import run_recipe
     from coprune.steps.write_text import generate
     from coprune.sweeps.bench import Bench, bench
     from coprune.sweeps.compare import compare
@@ -74,7 +74,7 @@ _HOME = {
     "VerificationError": "coprune.base.errors",
     "bench": "coprune.sweeps.bench",
     "compare": "coprune.sweeps.compare",
-    "estimate": "coprune.steps.call",
+    "estimate": "coprune.runner.call",
     "evaluate": "coprune.evaluation.evaluate",
     "export": "coprune.steps.export",
     "finetune": "coprune.training.finetune",
@@ -84,10 +84,10 @@ _HOME = {
     "keep_zeros": "coprune.training.keep_zeros",
     "merge": "coprune.training.merge",
     "perplexity": "coprune.evaluation.perplexity",
-    "prune": "coprune.steps.call",
+    "prune": "coprune.runner.call",
     "push": "coprune.report.hub",
     "register_method": "coprune.pruning.methods",
-    "run_recipe": "coprune.steps.stages",
+    "run_recipe": "coprune.runner.run_recipe",
     "sweep": "coprune.sweeps.sweep",
 }
 

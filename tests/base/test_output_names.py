@@ -13,7 +13,7 @@ from coprune.base.files import require_apart
 from coprune.model.checkpoint.writer import join_files, refuse_occupied
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.steps.checks import prepare_folders
+from coprune.stages.checks import prepare_folders
 from coprune.training.resume import prepare_folders as prepare_training
 
 NAMES = ["n" * 250, "x/" + "m" * 300, "a\0b", "\ud800", "file/below", "link", "x" * 5000]

@@ -13,7 +13,7 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.data.in_memory import given_data, given_samples, handed_over
 from coprune.data.windows import calibration_windows, evaluation_tokens, fingerprint
-from coprune.steps.call import read_call
+from coprune.run.read_call import read_call
 from support.pico_folder import save_pico
 
 TEXTS = [f"Sentence {i} tells of {i * i} trees, and of nothing else." for i in range(120)]

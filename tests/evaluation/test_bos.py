@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_under_the_name_of_what_was_chosen(
 
     more = {"save": tmp_path / "run", "save_model": tmp_path / "model"}
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.steps.stages._save", killed)
+        patch.setattr("coprune.stages.run_stages._save", killed)
         with pytest.raises(KeyboardInterrupt):
             pruned(home, "auto", **more)
     with pytest.raises(BadInput, match=r"calibration\.bos was 'first' and is 'every'|bos was 'first' and is 'every'"):

@@ -23,7 +23,7 @@ from coprune.base.errors import CopruneError
 from coprune.base.progress import Reporter
 from coprune.model.blocks import find_blocks
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.killing import killed_when
 from support.pico import FAMILIES, MIXTURES, MORE_MIXTURES, pico_model
 from support.pico_folder import listing, save, write_words

@@ -12,7 +12,7 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.steps.checks import prepare_solver
+from coprune.stages.checks import prepare_solver
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from coprune.base.progress import Reporter
 from coprune.model.removed import CarriedExperts
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico_folder import save_pico, write_words
 
 TABLES = ("gate_up_proj", "down_proj")

@@ -14,8 +14,8 @@ from coprune.base.progress import Reporter
 from coprune.model.edits import history_of
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
-from coprune.steps.checks import prepare_solver
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
+from coprune.stages.checks import prepare_solver
 from support.pico import pico_model
 from support.pico_folder import save_pico, write_words
 from support.saved import load_clean
@@ -85,10 +85,10 @@ def test_either_half_can_be_interrupted(home: Path, tmp_path: Path) -> None:
         run_recipe(make_recipe(both), reporter=StoppedAt("Reloading"))
     with pytest.raises(KeyboardInterrupt):
         run_recipe(make_recipe(both), reporter=StoppedAt(f"Loading {tmp_path}"))
-    before = (tmp_path / "run" / "cut" / "report.json").stat().st_mtime_ns
+    before = (tmp_path / "run" / "remove" / "report.json").stat().st_mtime_ns
     # As is advised where memory runs out.
     run_recipe(make_recipe(both | {"batch_size": 1}), reporter=QUIET)
-    assert (tmp_path / "run" / "cut" / "report.json").stat().st_mtime_ns == before
+    assert (tmp_path / "run" / "remove" / "report.json").stat().st_mtime_ns == before
     assert load_clean(tmp_path / "model").config.num_hidden_layers == 2
 
 
@@ -167,7 +167,8 @@ def test_an_allocation_is_of_units_or_of_zeros(
     prepare_solver(asked)  # as a sweep and an estimate do
     run_recipe(asked, reporter=QUIET)
     said = [
-        str(Report.read(tmp_path / "run" / half / "report.json").recipe.prune.allocation) for half in ("cut", "zeros")
+        str(Report.read(tmp_path / "run" / half / "report.json").recipe.prune.allocation)
+        for half in ("remove", "prune")
     ]
     assert said == [of_units, of_zeros]
 

@@ -13,7 +13,7 @@ from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico_folder import save, save_pico, write_words
 from support.pico_hybrids import HYBRIDS
 

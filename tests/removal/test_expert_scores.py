@@ -20,7 +20,7 @@ from coprune.recipe.recipe import make_recipe
 from coprune.removal.expert_calls import Routed
 from coprune.removal.expert_scores import ExpertSums
 from coprune.run.events import Phase
-from coprune.steps import stages
+from coprune.stages import run_stages
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, write_words
 
@@ -129,7 +129,7 @@ def test_scores_that_lack_a_mixture_are_refused_before_the_dense_model_is_measur
     def slow(*_: Any) -> Any:
         raise AssertionError("this takes hours")
 
-    monkeypatch.setitem(stages.STAGES, Phase.MEASURE_DENSE, (slow,))
+    monkeypatch.setitem(run_stages.STAGES, Phase.MEASURE_DENSE, (slow,))
     left = {"remove": "experts=0.25", "domains": str(file)}
     with pytest.raises(BadInput, match=r"experts.json holds no scores of the experts in model.layers.\d"):
         coprune.prune(model(), **asked | left)

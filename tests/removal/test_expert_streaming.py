@@ -14,8 +14,8 @@ from coprune.base.errors import VerificationError
 from coprune.base.progress import Reporter
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import make_recipe
-from coprune.steps import stages
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
+from coprune.stages import run_stages
 from support.killing import count_lines, killed_at
 from support.measured_peaks import measured_peaks
 from support.pico_folder import listing, save_pico, write_words
@@ -71,7 +71,7 @@ def test_a_wrong_row_of_a_router_is_found_when_the_folder_is_read_again(
         save_file(tensors, file, metadata={"format": "pt"})
         verify_saved(folder, *args, **options)
 
-    monkeypatch.setattr(stages, "verify_saved", damage)
+    monkeypatch.setattr(run_stages, "verify_saved", damage)
     with pytest.raises(VerificationError, match="differ from the pruned model's"):
         run(tmp_path, "damaged", remove="experts=0.25", stream=True)
 
@@ -86,7 +86,7 @@ def test_a_refused_folder_does_not_stand_in_the_way_of_another_run(
         raise VerificationError("no")
 
     with monkeypatch.context() as refusing:
-        refusing.setattr(stages, "verify_saved", refuse)
+        refusing.setattr(run_stages, "verify_saved", refuse)
         with pytest.raises(VerificationError):
             run(tmp_path, "out", remove="experts=0.25", stream=True)
     assert (tmp_path / "out" / ".small.partial").is_dir()

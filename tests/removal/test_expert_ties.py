@@ -13,8 +13,8 @@ from coprune.base.errors import VerificationError
 from coprune.base.progress import Reporter
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import make_recipe
-from coprune.steps import stages
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
+from coprune.stages import run_stages
 from support.pico import pico_model
 from support.pico_folder import save, write_words
 
@@ -52,6 +52,6 @@ def test_a_wrong_weight_is_found_where_the_router_does_not_decide(
         save_file(tensors, file, metadata={"format": "pt"})
         verify_saved(folder, *args, **options)
 
-    monkeypatch.setattr(stages, "verify_saved", damage)
+    monkeypatch.setattr(run_stages, "verify_saved", damage)
     with pytest.raises(VerificationError, match="differ from the pruned model's"):
         run_recipe(make_recipe(undecided | {"stream": True}), reporter=Reporter(quiet=True))

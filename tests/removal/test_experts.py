@@ -12,7 +12,7 @@ import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words

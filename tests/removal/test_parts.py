@@ -18,8 +18,8 @@ from coprune.removal.rehearsal import alike
 from coprune.removal.smaller_model import Resized, possible_changes
 from coprune.report.run_events import OfMatrix
 from coprune.run.events import Phase
-from coprune.steps import stages
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
+from coprune.stages import run_stages
 from support.killing import killed_when
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save_pico, write_words
@@ -262,7 +262,7 @@ def test_a_refusal_comes_before_all_that_is_slow(
     def slow(*_: Any) -> Any:
         raise AssertionError("this takes hours")
 
-    monkeypatch.setitem(stages.STAGES, Phase.MEASURE_DENSE, (slow,))
+    monkeypatch.setitem(run_stages.STAGES, Phase.MEASURE_DENSE, (slow,))
     monkeypatch.setattr(removal_plan, "blocks_that_go", slow)
     with pytest.raises(UnsupportedModel):
         coprune.prune(pico_model(family), remove=remove, save=tmp_path / "run", **SETTINGS)

@@ -11,7 +11,7 @@ import pytest
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.removal import rehearsal
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico_folder import listing, save_pico, write_words
 from support.saved import load_clean
 

@@ -19,9 +19,9 @@ from coprune.recipe.recipe import make_recipe
 from coprune.removal import removal_plan
 from coprune.run import context
 from coprune.run.result import Result
+from coprune.runner.run_recipe import run_recipe
+from coprune.stages import run_stages
 from coprune.steps import remove as removal_stage
-from coprune.steps import stages
-from coprune.steps.stages import run_recipe
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 from support.pico_pairs import save_pair_model
@@ -211,7 +211,7 @@ def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monk
     write_words(tmp_path / "words.txt")
     asked = training_of(tmp_path, "stopped") | {"allocation": "error", "remove": "channels=0.33"}
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "build_report", interrupt)
+        patched.setattr(run_stages, "build_report", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
     with pytest.raises(BadInput, match="what blocks are weighed by was 'logits' and is 'hidden states'"):

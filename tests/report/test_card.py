@@ -83,7 +83,7 @@ def test_a_plot_shows_the_matrix_of_the_dense_model(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("vl_convert")
-    from coprune.steps.plot_matrix import matrix_distributions
+    from coprune.stages.plot_matrix import matrix_distributions
 
     model, text = files
     name = "model.layers.1.mlp.down_proj"

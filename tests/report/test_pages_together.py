@@ -112,14 +112,14 @@ def test_links_lead_only_to_what_is_there(place: Path, tmp_path: Path) -> None:
     alone.mkdir()
     (alone / "report.json").write_bytes((place / "sweep" / "wanda" / "report.json").read_bytes())
     assert "<nav></nav>" in coprune_report(alone, alone / "report.html")
-    (alone / "finetune").mkdir()
-    (alone / "finetune" / "finetune.json").write_text(tuned(place / "wanda").model_dump_json())
-    write_finetune_page(alone / "finetune")
-    assert links_in(alone / "finetune" / "report.html") == [(alone / "report.html").resolve()]
+    (alone / "train").mkdir()
+    (alone / "train" / "finetune.json").write_text(tuned(place / "wanda").model_dump_json())
+    write_finetune_page(alone / "train")
+    assert links_in(alone / "train" / "report.html") == [(alone / "report.html").resolve()]
     elsewhere = tmp_path / "other pages" / "run.html"
     elsewhere.parent.mkdir()
     coprune_report(alone, elsewhere)
-    assert links_in(elsewhere) == [(alone / "finetune" / "report.html").resolve()]
+    assert links_in(elsewhere) == [(alone / "train" / "report.html").resolve()]
 
 
 def coprune_report(run: Path, page: Path) -> str:

@@ -22,8 +22,8 @@ from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.tree import FIELDS, FLAT, LEAVES, PARTS
 from coprune.run.arguments import MethodArguments, PruneArguments
-from coprune.steps.call import choice_of, options_of, read_call, sort_options
-from coprune.steps.checks import prepare_solver
+from coprune.run.read_call import choice_of, options_of, read_call, sort_options
+from coprune.stages.checks import prepare_solver
 from support.annotations import kinds
 
 OTHER_WORDS = {"sparsity_ratio": "sparsity", "sparsity_type": "pattern", "use_variant": None}

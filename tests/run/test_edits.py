@@ -23,8 +23,8 @@ from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.context import NOTHING, Run
 from coprune.run.result import Result
-from coprune.steps.opening import open_run
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
+from coprune.stages.opening import open_run
 from support.drop_block import DropBlock, drop_blocks
 from support.killing import count_lines, killed_at
 from support.pico import pico_tokens

@@ -246,7 +246,7 @@ def test_a_run_that_fine_tunes_speaks_of_the_fine_tuned_model(tuned: Any, tmp_pa
     assert [one.holds for one in report.required] == [False, True, True]
     assert report.required[0].figure == report.answers.along.kl
     # Everything is there nevertheless, and says the same.
-    alone = json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    alone = json.loads((tmp_path / "run" / "train" / "finetune.json").read_text())
     assert alone["required"] == json.loads(report.model_dump_json())["required"]
     assert "kl<1e-9 does not hold" in ended.out
     assert report.answers.verdict() in (tmp_path / "out" / "README.md").read_text()

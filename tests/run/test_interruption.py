@@ -176,7 +176,7 @@ def test_an_announced_run_whose_model_is_missing_is_not_finished(
     (place / "pruned").mkdir()
     quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude")
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.steps.stages._save", killed)
+        patch.setattr("coprune.stages.run_stages._save", killed)
         with pytest.raises(Killed):
             run_command(quick, monkeypatch, capsys)
     assert (place / "run" / ".report.json").is_file()
@@ -201,7 +201,7 @@ def test_a_run_that_lacks_only_its_name_is_finished_and_pushed_whoever_hears_of_
         return name
 
     monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    monkeypatch.setattr("coprune.run.context.push", push)
+    monkeypatch.setattr("coprune.runner.run_recipe.push", push)
     quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude", "--push-to-hub", "me/half")
     with monkeypatch.context() as patch:
         patch.setattr("coprune.run.context.finish_run_folder", killed)
@@ -210,7 +210,7 @@ def test_a_run_that_lacks_only_its_name_is_finished_and_pushed_whoever_hears_of_
     assert (place / "pruned" / "model.safetensors").is_file()
     assert not pushed
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.steps.stages.open_run", killed)  # nothing is done again
+        patch.setattr("coprune.stages.run_stages.open_run", killed)  # nothing is done again
         assert run_command([*quick, "--log-json", "log.jsonl"], monkeypatch, capsys).code == 0
     assert (place / "run" / "report.json").is_file()
     assert pushed == ["me/half"]

@@ -22,8 +22,9 @@ from coprune.model.walk.recording import Recording
 from coprune.pruning import pruner
 from coprune.recipe.flags import CommandLine
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.steps import stages
-from coprune.steps.stages import less_memory, run_recipe
+from coprune.runner.run_recipe import run_recipe
+from coprune.stages.run_stages import less_memory
+from coprune.steps import prune as steps_prune
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 
@@ -140,7 +141,7 @@ def test_a_model_in_memory_has_nothing_to_go_on_from(monkeypatch: pytest.MonkeyP
     def no_memory(*arguments: Any) -> None:
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(stages, "prune_blocks", no_memory)
+    monkeypatch.setattr(steps_prune, "prune_blocks", no_memory)
     with pytest.raises(coprune.OutOfMemory) as caught:
         coprune.prune(pico_model("llama"), "magnitude", evaluate=False, layer_error=False, nsamples=4, quiet=True)
     said = str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 
 import coprune as package
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.checks import refuse_own_source
+from coprune.stages.checks import prepare_folders
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -105,4 +105,4 @@ def test_overwrite_keeps_what_coprune_did_not_write_and_what_the_run_reads(
     assert "mine already exists and is not empty; name another folder with --save-model." in said
     assert run("--save", "run", "--save-model", "pruned")[0] == 0
     with pytest.raises(package.BadInput, match="the run would replace pruned, which it reads"):
-        refuse_own_source(make_recipe({"model": "pruned", "save": "other", "save_model": "pruned", "overwrite": True}))
+        prepare_folders(make_recipe({"model": "pruned", "save": "other", "save_model": "pruned", "overwrite": True}))

@@ -23,7 +23,7 @@ from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import share_out
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.report.schema import Report
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico_folder import save_pico, words_of, write_words
 from support.pico_pairs import save_pair_model
 from support.together import together

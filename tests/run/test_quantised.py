@@ -22,7 +22,7 @@ from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.recipe import make_recipe
 from coprune.report.run_events import Rounded
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico import pico_tokens
 from support.pico_folder import listing, write_words
 from support.quantised import FORMATS, quantised_pico

@@ -12,8 +12,8 @@ import yaml
 
 from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.steps.repeat import beside_finished, where_to
-from coprune.steps.run_identity import run_identity
+from coprune.runner.repeat import beside_finished, where_to
+from coprune.stages.run_identity import run_identity
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -130,10 +130,10 @@ def test_folders_that_are_named_now_stay(tmp_path: Path) -> None:
 
 def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path, finetune="lora")
-    finish(tmp_path / "run")
+    (tmp_path / "run" / "prune").mkdir(parents=True)
+    finish(tmp_path / "run" / "prune")
     assert beside_finished(asked) == asked
-    (tmp_path / "run" / "finetune").mkdir()
-    (tmp_path / "run" / "finetune" / "finetune.json").touch()
+    finish(tmp_path / "run")
     assert beside_finished(asked).output.run == tmp_path / "run-2"
 
 
@@ -141,21 +141,16 @@ def test_a_default_folder_whose_pruning_was_interrupted_before_the_fine_tuning_g
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    from coprune.steps.train import pruning_of
-
     monkeypatch.chdir(tmp_path)
     asked = make_recipe({"model": "m", "finetune": "lora", "seed": 1})
     run = asked.run_folder
     run.mkdir(parents=True)
-    (run / "recipe.yaml").write_text(pruning_of(asked).untold().to_yaml())
-    assert where_to(asked, False, ()) == (asked, None)
-    finish(run)
-    (run / "pruned").mkdir()
+    (run / "recipe.yaml").write_text(asked.untold().to_yaml())
     assert where_to(asked, False, ()) == (asked, None)
     other = make_recipe({"model": "m", "finetune": "lora"})
     found, said = where_to(other, False, ())
-    assert found.output.run == run.with_name("wanda-seed-0-finetune-lora")
-    assert said == f"{run} holds a run that differs in seed, finetune, save_model; this one goes to {found.output.run}."
+    assert found.output.run == run.with_name("wanda-seed-0")
+    assert said == f"{run} holds a run that differs in seed; this one goes to {found.output.run}."
     # What is in the way is another run, which nobody asked to replace.
     assert where_to(other.replaced(overwrite=True), False, ())[0].output.run == found.output.run
     assert where_to(other.replaced(overwrite=True), True, ()) == (other.replaced(overwrite=True), None)
@@ -177,10 +172,10 @@ def test_flat_and_nested_recipes_have_one_identity() -> None:
     identity = run_identity(flat, "weights", "tokens")
     assert run_identity(nested, "weights", "tokens") == identity
     # As journals of flat recipes have it, so that those runs go on.
-    assert identity.settings["nsamples"] == 4
-    assert list(identity.settings["refine"]) == ["refit:rounds=3"]
-    assert identity.settings["allocation"] == "owl:spread=0.1"
-    assert identity.settings["options"] == {"block_size": 64}
+    assert identity.decides["nsamples"] == 4
+    assert list(identity.decides["refine"]) == ["refit:rounds=3"]
+    assert identity.decides["allocation"] == "owl:spread=0.1"
+    assert identity.decides["options"] == {"block_size": 64}
     assert run_identity(flat.replaced(nsamples=5), "weights", "tokens") != identity
 
 
@@ -188,12 +183,12 @@ def test_what_only_last_bits_hang_on_may_change() -> None:
     """But for runs in which one batch is one step, or what goes from one block has to fit what goes from the others."""
     smaller = make_recipe({"model": "m", "batch_size": 1})
     identity = run_identity(smaller, "weights", "tokens")
-    assert identity.rounding == {"batch_size": 1}
-    assert identity.settings == run_identity(make_recipe({"model": "m"}), "weights", "tokens").settings
+    assert identity.besides == {"batch_size": 1}
+    assert identity.decides == run_identity(make_recipe({"model": "m"}), "weights", "tokens").decides
     for more in ({"reconstruct": 3}, {"remove": "heads=0.5"}, {"permute": True, "pattern": "2:4"}, {"rotate": True}):
         identity = run_identity(smaller.replaced(**more), "weights", "tokens")
-        assert identity.rounding == {}
-        assert identity.settings["batch_size"] == 1
+        assert identity.besides == {}
+        assert identity.decides["batch_size"] == 1
 
 
 def test_a_run_that_was_stopped_goes_on_in_the_default_folder_with_smaller_batches(

@@ -17,7 +17,7 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.result import Result
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.killing import count_lines, killed_at, killed_when
 from support.pico import pico_model
 from support.pico_folder import listing, save, save_pico, write_words
@@ -30,7 +30,7 @@ Undisturbed = Callable[[str], tuple[Path, int, int]]
 """From a run's name to its folder, the lines that it takes, and those that write."""
 Left = Callable[[str], Path]
 """From a run's name to what is left of it."""
-WRITING = ("checkpoint", "run/output", "files.py", "stages.py", "verification", "report")
+WRITING = ("checkpoint", "run/output", "files.py", "run_stages.py", "runner/", "store/", "verification", "report")
 # Method, propagation, family, streamed, and more settings of the recipe.
 RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "wanda": ("wanda", "block", "llama", True, {}),
@@ -263,7 +263,7 @@ def test_a_damaged_part_is_done_again(
 def test_a_journal_that_does_not_say_whose_it_is_is_begun_anew(
     place: Path, undisturbed: Undisturbed, half_done: Left, tmp_path: Path
 ) -> None:
-    (half_done("wanda") / "journal.json").write_text("{")
+    (half_done("wanda") / "place.json").write_text("{")
     run("wanda", place, tmp_path)
     assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
 

@@ -85,11 +85,11 @@ def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
 ) -> None:
     save_pico(place / "half", num_hidden_layers=2, dtype=torch.bfloat16)
     trained: dict[str, Any] = {"reconstruct": 1, "reconstruct_dtype": "bfloat16"}
-    for module in ("coprune.steps.opening", "coprune.model.loaded_model"):
+    for module in ("coprune.stages.opening", "coprune.model.loaded_model"):
         monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: True)
     coprune.prune("half", "wanda", **SMALL, **trained)
     assert not any(SLOW_IN_BFLOAT16 in line for line in said)
-    for module in ("coprune.steps.opening", "coprune.model.loaded_model"):
+    for module in ("coprune.stages.opening", "coprune.model.loaded_model"):
         monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: False)
     coprune.prune("half", "wanda", **SMALL, **trained)
     told = [line.removeprefix(SLOW_IN_BFLOAT16) for line in said if SLOW_IN_BFLOAT16 in line]

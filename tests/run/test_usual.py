@@ -10,7 +10,7 @@ from coprune.base.errors import BadInput
 from coprune.base.words import say
 from coprune.recipe.presets import usual_preset
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.preset_training import recipe_that_fits
+from coprune.run.preset_training import recipe_that_fits
 from support.pico_folder import save_pico
 from support.quantised import quantised_pico
 
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_trained_block_by_block(model: Path, monkeypatch: p
     def refuse(*_: object) -> None:
         raise BadInput("too large")
 
-    monkeypatch.setattr("coprune.steps.train.require_room_to_train", refuse)
+    monkeypatch.setattr("coprune.run.preset_training.require_room_to_train", refuse)
     recipe = recipe_that_fits({"model": str(model), "preset": "best", **TARGET})
     assert recipe == make_recipe({"model": str(model), "preset": "best", "train": "blocks", **TARGET})
     assert recipe.train.mode is None

@@ -73,7 +73,7 @@ def _prune(name: str, arguments: dict[str, Any]) -> None:
 def _main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import coprune.steps.stages  # noqa: F401
+    import coprune.runner.run_recipe  # noqa: F401
 
     for name, arguments in json.loads(sys.argv[1]).items():
         _, status = os.waitpid(forked(partial(_prune, name, arguments)), 0)

@@ -9,7 +9,7 @@ import torch
 
 from coprune.base.progress import Reporter
 from coprune.report.schema import Report
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import Sweep
 from support.pico_folder import save_pico, write_words

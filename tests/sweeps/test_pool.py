@@ -19,7 +19,7 @@ import yaml
 
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
-from coprune.steps import stages
+from coprune.runner import run_recipe
 from coprune.sweeps import pool
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.pool import LocalWorkers
@@ -127,7 +127,7 @@ def test_an_unforeseen_error_is_retried_and_in_the_end_reported(
     crashes: int, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs = pico_sweep(method=["magnitude", "wanda"])
-    left, real = [crashes], stages.run_recipe
+    left, real = [crashes], run_recipe.run_recipe
 
     def crashing(recipe: Recipe, *others: Any, **named: Any) -> Any:
         if recipe.prune.method.name == "magnitude" and left[0]:
@@ -135,7 +135,7 @@ def test_an_unforeseen_error_is_retried_and_in_the_end_reported(
             raise RuntimeError("out of luck")
         return real(recipe, *others, **named)
 
-    monkeypatch.setattr(stages, "run_recipe", crashing)
+    monkeypatch.setattr(run_recipe, "run_recipe", crashing)
     ends: list[tuple[Any, bool]] = []
     jobs = [Job(run, "run", sweep.folder, THREADS) for run in runs]
     conduct(jobs, Here(), 1, lambda event, again: ends.append((event, again)) if not isinstance(event, Doing) else None)

@@ -19,7 +19,7 @@ from coprune.commands.sweep import _show
 from coprune.commands.terminal import console
 from coprune.evaluation.answers.facts import Requirement
 from coprune.report.schema import Report
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from coprune.sweeps import results, worker
 from coprune.sweeps.events import Board, Cause, Doing, Done, NotDone
 from coprune.sweeps.expand import Run

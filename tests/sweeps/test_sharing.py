@@ -14,12 +14,13 @@ import pytest
 from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
 from coprune.run import context
-from coprune.steps import stages, train
+from coprune.stages import run_stages
 from coprune.sweeps import worker
 from coprune.sweeps.events import Cause, Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.worker import Job, do_job
+from coprune.training import footprint
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.sample import sampled
 from support.task_items import DEFINITIONS, word_items
@@ -51,13 +52,13 @@ def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
 
 def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often which model is measured from now on."""
-    times, measure = Counter[str](), stages.measure
+    times, measure = Counter[str](), run_stages.measure
 
     def counting(run: context.Run, which: str) -> Any:
         times[which] += 1
         return measure(run, which)
 
-    monkeypatch.setattr(stages, "measure", counting)
+    monkeypatch.setattr(run_stages, "measure", counting)
     return times
 
 
@@ -139,7 +140,7 @@ def test_another_run_in_the_folder_is_refused(place: Path) -> None:
 
 
 def test_nothing_is_pruned_for_a_training_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "room_on", lambda device, memory: (1000, "of memory"))
+    monkeypatch.setattr(footprint, "room_on", lambda device, memory: (1000, "of memory"))
     sweep, (run,) = pico_sweep(method=["wanda"], evaluate=False, **TRAINED | {"check_memory": True})
     event = do_here(sweep, [run])["wanda"]
     assert event.cause is Cause.REFUSED

@@ -14,7 +14,7 @@ from torch import nn
 from coprune.report.run_events import OfMatrix
 from coprune.report.schema import Report
 from coprune.run import context, kept_statistics
-from coprune.steps import stages
+from coprune.steps import prune as steps_prune
 from coprune.sweeps import worker
 from coprune.sweeps.events import Doing, Done, JobEvent
 from coprune.sweeps.expand import Run
@@ -48,7 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often blocks were called while a run pruned, by the run's folder."""
     counted = Counter[str]()
-    prune = stages.__dict__["prune_blocks"]
+    prune = steps_prune.prune_blocks
 
     def counting(run: context.Run, *others: Any) -> Any:
         def count(module: nn.Module, arguments: Any) -> None:
@@ -61,7 +61,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             for hook in hooks:
                 hook.remove()
 
-    monkeypatch.setattr(stages, "prune_blocks", counting)
+    monkeypatch.setattr(steps_prune, "prune_blocks", counting)
     return counted
 
 

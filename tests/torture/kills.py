@@ -21,7 +21,7 @@ from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.report.folder import REPORT_FILE as PRUNED
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from coprune.training.report import REPORT_FILE as FINETUNED
 from coprune.training.run import run_finetuning
 from support.disturbing import Work, in_child, left_in

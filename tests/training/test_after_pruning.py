@@ -14,8 +14,8 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.steps.stages import run_recipe
-from coprune.steps.train import pruning_of, training_of
+from coprune.runner.plan import plan_of, training_of
+from coprune.runner.run_recipe import run_recipe
 from coprune.training.masks import find_masks
 from coprune.training.report import FinetuneReport
 from support.pico import pico_model
@@ -41,7 +41,7 @@ def test_a_pruning_hands_on_how_it_is_trained() -> None:
         "bfloat16",
     )
     assert found.train.teacher == "m"
-    alone = pruning_of(recipe).train
+    alone = plan_of(recipe)[0].recipe.train
     assert alone == type(alone)()
     with pytest.raises(BadInput, match=r"'model.layers.1.\*' depends on numbers"):
         make_recipe({"model": "m", "finetune": "dense", "remove": "blocks=0.5", "exclude": "model.layers.1.*"})
@@ -83,9 +83,9 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     assert result.report.finetuned is not None
     assert (result.report.finetuned.mode, result.report.finetuned.steps) == ("distill", 5)
     assert (result.report.recipe.prune.permute, result.report.recipe.prune.rotate) == (True, True)
-    assert result.report.saved_model == tmp_path / "run" / "finetune" / "model"
+    assert result.report.saved_model == tmp_path / "run" / "train" / "model"
     assert find_masks(result.model).patterns == {"2:4": 14}
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "prune" / "model")
     trained = result.model.get_parameter("model.layers.0.mlp.up_proj.weight")
     assert not torch.equal(trained, pruned.model.layers[0].mlp.up_proj.weight)
     assert result.tokenizer is not None
@@ -105,7 +105,7 @@ def test_what_pruning_leaves_alone_stays_so_while_it_is_trained(
     for name, parameter in result.model.named_parameters():
         if ".layers.0." in name or "layers.1.mlp.down_proj" in name:
             assert torch.equal(parameter, source.get_parameter(name)), name
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "prune" / "model")
     up = "model.layers.1.mlp.up_proj.weight"
     assert not torch.equal(result.model.get_parameter(up), pruned.get_parameter(up))
 
@@ -124,8 +124,8 @@ def test_the_trained_model_is_pushed_and_the_one_before_is_not(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed: list[Any] = []
-    monkeypatch.setattr("coprune.steps.parts.require_login", pushed.append)
-    monkeypatch.setattr("coprune.run.context.push", lambda *asked: pushed.append(asked))
+    monkeypatch.setattr("coprune.runner.run_recipe.require_login", pushed.append)
+    monkeypatch.setattr("coprune.runner.run_recipe.push", lambda *asked: pushed.append(asked))
     where: dict[str, Any] = {
         "save": tmp_path / "run",
         "save_model": tmp_path / "model",
@@ -177,7 +177,7 @@ def test_an_earlier_run_is_replaced_once_the_new_one_is_known_to_work(dense: Pat
     ("where", "message"),
     [
         ({"save_model": "taken"}, "already exists and is not empty"),
-        ({"save_model": "run/pruned"}, "would be in what the run keeps for itself"),
+        ({"save_model": "run/prune"}, "would be in what the run keeps for itself"),
         ({"save": "taken/run", "save_model": "taken"}, "which becomes the model's"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_the_models_is_refused_before_pruning(
         coprune.prune(
             str(dense), finetune="dense", dataset=str(tmp_path / "taken" / "mine.txt"), quiet=True, **SMALL, **folders
         )
-    assert not (tmp_path / "run" / "pruned").exists()
+    assert not (tmp_path / "run" / "prune" / "model").exists()
 
 
 def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
     where = {"save": tmp_path / "run", "save_model": tmp_path / "model"}
     asked: dict[str, Any] = {**SMALL, **where, "dataset": str(write_text(tmp_path / "text.txt", 700))}
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
-    for at in ("coprune.steps.stages._save", "coprune.training.run.run_finetuning"):
+    for at in ("coprune.stages.run_stages._save", "coprune.training.run.run_finetuning"):
         with monkeypatch.context() as patch:
             patch.setattr(at, killed)
             with pytest.raises(KeyboardInterrupt):
@@ -241,7 +241,7 @@ def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_
 
     asked: dict[str, Any] = {**SMALL, "save": tmp_path / "run", "dataset": str(write_text(tmp_path / "text.txt", 700))}
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
-    for at in ("training.run.run_finetuning", "steps.train.finish_run_folder"):
+    for at in ("training.run.run_finetuning", "runner.run_recipe.finish_run_folder"):
         with monkeypatch.context() as patch:
             patch.setattr(f"coprune.{at}", killed)
             with pytest.raises(KeyboardInterrupt):
@@ -249,7 +249,7 @@ def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_
         asked |= {"batch_size": 2, "cache_dir": tmp_path / "cache"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     found = coprune.prune(str(dense), **asked).report
-    assert found.saved_model == tmp_path / "run" / "finetune" / "model"
+    assert found.saved_model == tmp_path / "run" / "train" / "model"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")} == before
     with pytest.raises(BadInput, match="another run"):
         coprune.prune(str(dense), **(asked | {"seed": 1}))
@@ -268,7 +268,7 @@ def test_figures_of_pruned_and_trained_model_are_of_the_same_windows(tmp_path: P
         quiet=True,
         **asked,
     ).report
-    tuned = FinetuneReport.model_validate_json((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    tuned = FinetuneReport.model_validate_json((tmp_path / "run" / "train" / "finetune.json").read_text())
     assert (report.perplexity[0].seqlen, tuned.block_size) == (1100, 1024)
     (change,) = tuned.perplexity
     assert change.seqlen == 1100

@@ -36,7 +36,7 @@ def test_a_fine_tuning_takes_over_what_the_dense_model_spoke_for(
     )
     assert result.report.bos is not None
     assert result.report.bos.used == "every"
-    tuned = FinetuneReport.model_validate_json((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    tuned = FinetuneReport.model_validate_json((tmp_path / "run" / "train" / "finetune.json").read_text())
     assert tuned.settings.calibrate.bos == "every"
     (change,) = tuned.perplexity
     assert change.before == pytest.approx(result.report.perplexity[0].pruned, rel=1e-4)

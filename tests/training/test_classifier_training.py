@@ -127,10 +127,10 @@ def test_pruning_and_fine_tuning_in_one_command(
     command += ["--nsamples", "16", "--eval-images", "40", "--device", "cpu", "--save", str(tmp_path / "run")]
     ended = run_command([*command, "--finetune", "dense", "--finetune-minutes", "0.02"], monkeypatch, capsys)
     assert ended.code == 0, ended.err
-    found = json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    found = json.loads((tmp_path / "run" / "train" / "finetune.json").read_text())
     assert found["accuracy"][0]["images"] == 40
-    tuned = load(tmp_path / "run" / "finetune" / "model")
-    for name, zero in find_masks(load(tmp_path / "run" / "pruned")).pruned.items():
+    tuned = load(tmp_path / "run" / "train" / "model")
+    for name, zero in find_masks(load(tmp_path / "run" / "prune" / "model")).pruned.items():
         assert not dict(tuned.named_parameters())[name][zero].any()
 
 

@@ -71,7 +71,7 @@ def test_a_state_is_saved_in_time_where_steps_are_slow(
 def test_a_run_that_failed_before_its_first_state_stands_in_nobodys_way(home: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path, StoppedAt(0.3), max_steps=6)
-    assert (tmp_path / "training" / "identity.json").is_file()
+    assert (tmp_path / "training" / "place.json").is_file()
     assert run(home, tmp_path, max_steps=2, learning_rate=1e-3).steps == 2
 
 

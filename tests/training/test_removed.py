@@ -16,7 +16,7 @@ from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.report.page import number, run_page
 from coprune.report.schema import Report
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from coprune.training.masks import History, find_masks
 from coprune.training.run import run_finetuning
 from support.pico import pico_model

@@ -11,10 +11,9 @@ from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.recipe.recipe import make_recipe
-from coprune.steps import train as after_pruning
-from coprune.steps.stages import run_recipe
-from coprune.steps.train import require_room_to_train
-from coprune.training.footprint import TRAINED_BYTES
+from coprune.runner.run_recipe import run_recipe
+from coprune.training import footprint
+from coprune.training.footprint import TRAINED_BYTES, require_room_to_train
 from support.pico import pico_model
 from support.pruned import save, write_text
 
@@ -70,7 +69,7 @@ def test_nothing_is_pruned_for_a_training_without_room(
     text = write_text(tmp_path / "text.txt", 200)
     asked = {"model": str(dense), "dataset": str(text), "pattern": "2:4", "seqlen": 16, "nsamples": 2, "device": "cpu"}
     asked |= {"save": tmp_path / "run", "finetune": "distill", "evaluate": False, "gate": False, "finetune_tokens": 16}
-    monkeypatch.setattr(after_pruning, "room_on", lambda device, memory: (1000, "of memory"))
+    monkeypatch.setattr(footprint, "room_on", lambda device, memory: (1000, "of memory"))
     with pytest.raises(
         BadInput,
         match=r"training all weights(?s:.*)finetune='lora-distill', finetune_lr=0\.002, finetune_rates='absolute'",
@@ -78,4 +77,4 @@ def test_nothing_is_pruned_for_a_training_without_room(
         run_recipe(make_recipe(asked))
     assert not (tmp_path / "run").exists()
     run_recipe(make_recipe(asked | {"check_memory": False}))
-    assert (tmp_path / "run" / "finetune" / "model").is_dir()
+    assert (tmp_path / "run" / "train" / "model").is_dir()

@@ -19,7 +19,7 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.recipe.pattern import NM
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from coprune.training.adapters import load_adapter
 from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import find_masks, plain_parameters
@@ -304,9 +304,9 @@ def test_two_processes_prune_and_fine_tune_in_one_run(home: Path, tmp_path: Path
     options = ["--dataset", str(home / "text.txt"), "--pattern", "2:4", "--seqlen", "16", "--nsamples", "4"]
     options += ["--device", "cpu", "--no-eval", "--save", str(tmp_path / "run"), "--finetune", "dense"]
     run_together(torchrun(2, "-m", "coprune", "prune", str(home / "dense"), *options, "--finetune-minutes", "0.01"))
-    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "finetune" / "model")
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "train" / "model")
     assert find_masks(tuned).patterns == {"2:4": 14}
-    assert json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run" / "train" / "finetune.json").read_text())["processes"] == 2
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(home: Path, tmp_path: Path) -> None:

@@ -180,8 +180,8 @@ def test_a_replaced_model_is_noticed_after_its_cut_was_killed(words: Path, tmp_p
     def work(name: str) -> None:
         coprune.prune(source, save=tmp_path / name, save_model=tmp_path / f"{name}-model", **asked)
 
-    cut = tmp_path / "run" / "vocabulary" / "model"
-    assert killed_when(lambda: work("run"), cut.exists, ("steps/trim",))
+    cut = tmp_path / "run" / "trim" / "report.json"
+    assert killed_when(lambda: work("run"), cut.exists, ("runner/",))
     save_with_tokens(source, seed=1)
     work("run")
     work("fresh")

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M to 50 % with Wanda, on text that needs no network, and show what that did."""
     _fetch_packages(quiet)
-    from coprune.steps.call import prune
+    from coprune.runner.call import prune
 
     report = prune(
         "smollm2-135m",

@@ -44,7 +44,7 @@ def inspect(
         ]
         show_next(("prune it: ", Command("prune", named, *said, Set("save_model", ...))))
         return
-    from coprune.steps.plot_matrix import plot_matrix
+    from coprune.stages.plot_matrix import plot_matrix
 
     plot_matrix(recipe, plot, output, Reporter(quiet))
     show(f"plot      {output}")

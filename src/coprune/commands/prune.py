@@ -39,8 +39,8 @@ def prune(
         reporter.say(f"{recipe.model.name}: {recipe.way}, {recipe.shape}")
     with importing():
         from coprune.base.processes import joined_processes
-        from coprune.steps.repeat import where_to
-        from coprune.steps.stages import run_recipe
+        from coprune.runner.repeat import where_to
+        from coprune.runner.run_recipe import run_recipe
     times.started()
     reporter.listeners.append(times.hear)
     with joined_processes(train=recipe.train.mode is not None) as processes:

@@ -95,7 +95,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
     look_at(recipe)
     if PRESET not in flatten(chosen):
         return recipe
-    from coprune.steps.preset_training import recipe_that_fits  # which imports torch, after the first line
+    from coprune.run.preset_training import recipe_that_fits  # which imports torch, after the first line
 
     return recipe_that_fits(chosen)
 

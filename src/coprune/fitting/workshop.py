@@ -42,7 +42,7 @@ from coprune.gguf_files.llama_cpp import Quantisation, quantized_bytes
 from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
-from coprune.steps.call import prune
+from coprune.runner.call import prune
 from coprune.steps.export import export
 from coprune.steps.trim import tokens_kept
 from coprune.store.claim import claimed

@@ -248,6 +248,17 @@ class RemovePart(Part):
         gone = {"vocabulary_text": (), "vocabulary_force": False}
         return self.model_copy(update={"parts": left, "score": score, **gone})
 
+    def vocabulary_alone(self) -> Self:
+        """Return what is removed of the vocabulary alone."""
+        own = tuple(f"{name}={value}" for name, value in _pairs(self.parts).items() if name == VOCABULARY)
+        score = tuple(one for one in self.score if _scored(one.name) == "rows")
+        return type(self)(
+            parts=own,
+            score=score,
+            vocabulary_text=self.vocabulary_text,
+            vocabulary_force=self.vocabulary_force,
+        )
+
 
 def cannot_score(asked: RemovePart) -> BadInput | None:
     """Return the error in settings of parts that are not removed, or None."""

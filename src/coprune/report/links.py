@@ -11,7 +11,7 @@ from coprune.report.html import link
 
 PAGE_FILE = "report.html"
 SWEEP_FILE = "sweep.yaml"
-FINETUNE_FOLDER = "finetune"
+FINETUNE_FOLDER = "train"
 _NAV = "<nav>"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from coprune.evaluation.extra_measurements import Extras
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import Data, Samples, Task, TextTask
 from coprune.model.blocks import Block
+from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Untouched
+from coprune.model.checkpoint.locate import locate
 from coprune.model.edits import Edits
 from coprune.model.loaded_model import Loaded
 from coprune.model.walk.activations import GIB, Activations, device_room
@@ -35,7 +38,6 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import RemovePart
 from coprune.report.card import write_card
 from coprune.report.folder import announce, finish_run_folder
-from coprune.report.hub import push
 from coprune.report.run_events import AnyEvent
 from coprune.report.schema import PhaseFacts, Report
 from coprune.run.events import BlockPruned, Phase, PhaseDone
@@ -85,7 +87,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class Run:
-    """A run, or a part of a run of several. Fields without a default are set by the stage that finds them."""
+    """A run, or a step of one. Fields without a default are set by the stage that finds them."""
 
     recipe: Recipe
     given: Given
@@ -94,12 +96,8 @@ class Run:
     write: bool = False
     """Whether the run writes a run folder."""
     reuse: Reuse = field(default_factory=Reuse)
-    whole: Run | None = None
-    """The run that this is a part of."""
-    replaces: bool = False
-    """Whether an earlier run's output is deleted, once all checks have passed."""
-    closing: ExitStack = field(default_factory=ExitStack)
-    """Closed at the end of the run."""
+    taking: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Entered by the first process when all checks have passed, around the first write: what an earlier run left is deleted."""
     began: float = field(default_factory=time.perf_counter)
     phases: list[PhaseFacts] = field(default_factory=list)
 
@@ -170,6 +168,15 @@ class Run:
         found = [f"{name} {one.fingerprint}".strip() for name, one in {**own, **self.domains}.items()]
         return ", ".join(found) or None
 
+    def source_digest(self) -> str:
+        """Return the digest of the model that the run begins with, in memory or in files. Raises BadInput if there is none."""
+        asked, loaded = self.recipe.model, self.given.loaded
+        if loaded is None:
+            return source_digest(locate(asked.name, asked.cache_dir))
+        backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+        beside = loaded.model.config, loaded.model.generation_config, loaded.tokenizer, backend and backend.to_str()
+        return hashlib.sha256(f"{loaded.fingerprint(())} {beside}".encode()).hexdigest()[:32]
+
     def estimate(self) -> Estimate | None:
         """Bound the memory of the run, once its data are read; None for models of images."""
         if not isinstance(self.task, TextTask):
@@ -230,9 +237,3 @@ class Run:
             announce(self.recipe, report)
             finish_run_folder(self.recipe, report)
         return report
-
-    def push(self) -> None:
-        """Upload the saved model to the Hub, if the recipe says so. Raises as `report.hub.push`."""
-        asked = self.recipe.output
-        if self.first and asked.push_to_hub is not None and asked.model is not None:
-            self.reporter.say(f"Pushed to {push(asked.model, asked.push_to_hub, bool(asked.private))}")

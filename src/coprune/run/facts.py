@@ -94,6 +94,26 @@ def build_report(run: Run) -> Report:
     return report.model_copy(update={"required": (*report.required, *measurements)})
 
 
+def report_without_walk(run: Run, model: ModelFacts, **more: Any) -> Report:
+    """Return the report of a step that walks over no blocks, and measures none. more: what else it has found."""
+    seconds = time.perf_counter() - run.began
+    found: dict[str, Any] = {
+        "calibration": None,
+        "sparsity": SparsityFacts(target=0.0, matrices=0.0, model=0.0),
+        "perplexity": [],
+        "prune_seconds": seconds,
+        "total_seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "peak_device_memory_bytes": None,
+        "versions": installed_versions(),
+        "events": [],
+        "matrices": [],
+        "saved_model": run.recipe.output.model,
+        "made": MadeFacts.here(),
+    }
+    return Report(recipe=run.recipe, model=model, **found | more)
+
+
 def _placed(outcome: Outcome) -> list[MatrixResult]:
     """Return the remaining matrices under their names in the saved model."""
     named = [(outcome.edits.place(result.name), result) for result in outcome.results]

@@ -6,7 +6,6 @@ the same recipe, model and data takes the good ones over and does the rest. Noth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,13 +13,12 @@ from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import RootModel, TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 
 from coprune.base.devices import in_host_memory
-from coprune.base.errors import BadInput, LostProcess
-from coprune.base.files import write_text
+from coprune.base.errors import LostProcess
 from coprune.base.processes import Processes
 from coprune.base.words import Setting
 from coprune.model.blocks import Block
@@ -33,12 +31,16 @@ from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
 from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.pruner import MatrixResult
-from coprune.report.run_events import AnyEvent
-from coprune.run.identity import Identity, changes
+from coprune.report.run_events import AnyEvent, ResumedOtherwise
+from coprune.store.notes import read_note, write_note
+from coprune.store.place import FILE as PLACE_FILE
+from coprune.store.place import Identity, Place
 
-_IDENTITY = "journal.json"
 _SETTLED = "settled.json"
-_EARLIER = "changed meanwhile"
+
+
+class _Settled(RootModel[dict[str, Any]]):
+    """What was settled before the first block."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,6 @@ class BlockOutcome:
 
 _RESULTS = TypeAdapter(list[MatrixResult])
 _TRAINING = TypeAdapter(BlockTraining | None)
-_EVENTS = TypeAdapter(list[AnyEvent])
 
 
 def _remembered(outcome: BlockOutcome, rounding: Rounding) -> dict[str, Any]:
@@ -111,30 +112,14 @@ class Output:
             total = to.encoding.bytes_of(self._weights.total_bytes)
             return CheckpointWriter(to.folder, [REST, *self._names], total)
 
-        found, identity = writer(), to.identity
-        path = found.partial / _IDENTITY
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = None  # without a readable note of whose they are, finished blocks cannot be trusted
-        differing = [] if before is None else changes(before, identity.settings)
-        if before is None or (differing and not found.holds_work):
-            found.discard()
+        found = writer()
+        place = Place(found.partial, to.identity)
+        if not place.takes_up(found.holds_work, "save_model", to.folder):
+            found.discard()  # without a readable note of whose they are, finished blocks cannot be trusted
             found = writer()
-            write_text(path, json.dumps(identity.settings | identity.rounding, indent=2))
-            return found
-        if differing:
-            raise BadInput(
-                f"{found.partial} is the journal of an unfinished run in which {'; '.join(one.change for one in differing)}",
-                field="save_model",
-                value=to.folder,
-                fix="Finish that run with its own settings, or remove the folder, or choose another name",
-            )
-        changed = changes(before, identity.rounding)
-        self.changes = [*_EVENTS.validate_python(before.get(_EARLIER, [])), *changed]
-        if changed:
-            now = identity.settings | identity.rounding | {_EARLIER: _EVENTS.dump_python(self.changes, mode="json")}
-            write_text(path, json.dumps(now, indent=2))
+            place.begin()
+        changes = place.identity.changes()
+        self.changes = [ResumedOtherwise(setting=name, before=before, now=now) for name, before, now in changes]
         return found
 
     def finished(self) -> dict[str, BlockOutcome]:
@@ -195,20 +180,15 @@ class Output:
         """Return what an earlier run settled before its first block; None if it did not come so far."""
 
         def read() -> dict[str, Any] | None:
-            try:
-                if self._writer is None:
-                    return None
-                found: dict[str, Any] = json.loads((self._writer.partial / _SETTLED).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                return None
-            return found
+            note = None if self._writer is None else read_note(self._writer.partial / _SETTLED, _Settled)
+            return None if note is None else note.record.root
 
         return self._processes.from_first(read)
 
     def keep_settled(self, settled: Mapping[str, Any]) -> None:
         """Keep what was settled, as JSON, for a later run that goes on."""
         if self._writer is not None:
-            write_text(self._writer.partial / _SETTLED, json.dumps(settled))
+            write_note(self._writer.partial / _SETTLED, _Settled(dict(settled)))
 
     def restore(self, block: Block) -> None:
         """Restore a block finished by an earlier run."""
@@ -307,7 +287,7 @@ class Output:
         edits.write(partial, beside.source)
         change_config(partial, edits.configure, partial_of(self.encoding.configure, place=edits.place))
         self.encoding.complete(partial, edits.place)
-        writer.finish([_IDENTITY, _SETTLED], check, edits.place)
+        writer.finish([PLACE_FILE, _SETTLED], check, edits.place)
 
     def discard(self) -> None:
         """Remove what was written, if anything was; the run is over and nobody asked for the model."""

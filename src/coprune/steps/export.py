@@ -49,8 +49,8 @@ from coprune.gguf_files.verify import require_same, require_written
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
 from coprune.model.edits import history_of
 from coprune.model.removed import Removal
+from coprune.removal.silent_units import Narrow, narrowed
 from coprune.report.folder import model_of
-from coprune.steps.silent_units import Narrow, narrowed
 
 _USUAL_TEXT = "embedded"
 

@@ -33,8 +33,8 @@ from coprune.recipe.structure import WHOLE_MODEL
 from coprune.run.arguments import PruneArguments
 from coprune.run.calibrating import counted_batches, first_counted, record_counted
 from coprune.run.context import NOTHING, Given
-from coprune.steps.call import read_call
-from coprune.steps.checks import check_widths, prepare_solver
+from coprune.run.read_call import read_call
+from coprune.stages.checks import check_widths, prepare_solver
 
 FEW_SAMPLES = 16
 """Number of samples that suffice to show an allocation."""

@@ -1,4 +1,4 @@
-"""The walk of a run: look at the dense model once, then prune block by block and write what is finished."""
+"""Prune: look at the dense model once, then prune block by block and write what is finished."""
 
 from __future__ import annotations
 
@@ -38,10 +38,25 @@ from coprune.run.calibrating import (
 from coprune.run.context import Outcome, Run
 from coprune.run.kept_statistics import kept_statistics
 from coprune.run.output import BlockOutcome
+from coprune.run.result import Result
 from coprune.run.shared_weights import DenseCopies, prune_shared
+from coprune.stages.run_stages import run_stages
 
 _FEW_TOKENS = 2048
 """Norms of inputs are looked at, and Gram matrices of single heads, which are narrow: so few tokens tell all of them."""
+
+
+def prune(run: Run) -> Result:
+    """Set weights of a model to zero.
+
+    Raises:
+        BadInput, NumericalError, UnsupportedModel, VerificationError: as `coprune.prune`.
+    """
+    return run_stages(run, _plan)
+
+
+def _plan(run: Run) -> None:
+    run.change = prune_blocks
 
 
 @freed_memory_kept()

@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from coprune.base.devices import memory_within
 from coprune.model.blocks import Block
 from coprune.model.edit import Configure
-from coprune.model.edits import Edits
-from coprune.model.saved_slices import smaller_tensors
 from coprune.model.walk.block_events import BlockDone, Past
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Dense
@@ -26,17 +23,13 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation.allocation import Uniform
 from coprune.pruning.block_training import BlockTraining, reconstruct_cut
 from coprune.pruning.pruner import MatrixResult
-from coprune.recipe.recipe import Recipe
-from coprune.removal.block_scores import block_score_named
 from coprune.removal.candidates import Candidates, Consumers, Levels, Steps
 from coprune.removal.channels_and_heads import Kind, Part, parameter_of, step_of
 from coprune.removal.cuts import Cut, Plan, edits_of_block
 from coprune.removal.expert_choice import choose_experts, cut_carried
-from coprune.removal.expert_scores import expert_score_named
 from coprune.removal.maps import FoundMap
 from coprune.removal.rehearsal import rehearse
-from coprune.removal.removal_plan import Removable, find_maps, only_consumers, plan_removal
-from coprune.removal.smaller_model import build_smaller
+from coprune.removal.removal_plan import Removable, find_maps, find_removable, only_consumers, plan_removal
 from coprune.removal.unit_scores import (
     ByError,
     Score,
@@ -56,15 +49,28 @@ from coprune.removal.unit_scores import (
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune
 from coprune.run.context import Outcome, Run
 from coprune.run.output import BlockOutcome
+from coprune.run.result import Result
+from coprune.stages.run_stages import run_stages
+from coprune.stages.to_gguf import cut_of
+from coprune.steps.remove_by_bytes import cut_by_bytes, file_cut_by_bytes
 
 
-def check_names(recipe: Recipe) -> None:
-    """Check the scores and the allocation of a recipe. Raises BadInput for an unknown name or option."""
-    score_named(recipe.remove.score_of("units"))
-    block_score_named(recipe.remove.score_of("blocks"))
-    expert_score_named(recipe.remove.score_of("experts"))
-    if recipe.remove.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
-        spreading_named(recipe.prune.allocation)
+def remove(run: Run) -> Result:
+    """Remove parts of a model's blocks; of a GGUF file's by its format alone, where that suffices.
+
+    Raises:
+        BadInput, NumericalError, UnsupportedModel, VerificationError: as `coprune.prune`.
+    """
+    if (location := file_cut_by_bytes(run)) is not None:
+        return cut_by_bytes(run, location)
+    return run_stages(run, _plan)
+
+
+def _plan(run: Run) -> None:
+    may_go = find_removable(run)
+    run.change = partial(remove_parts, found=may_go)
+    if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
+        run.write_gguf = file.cut
 
 
 def remove_parts(run: Run, found: Removable) -> Outcome:
@@ -199,14 +205,6 @@ def _reconstruct(
         return cut[1], None
     chosen = run.model.chosen.blocks[done.block.index]
     return reconstruct_cut(run.reconstruction, done, walk.recording, chosen, cut)
-
-
-def smaller_model(run: Run, edits: Edits) -> PreTrainedModel:
-    """Build the model that is left, in memory."""
-    module = run.model.module
-    changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
-    layout = partial(run.model.weights.layout, "")
-    return build_smaller(module, smaller_tensors(module, edits, layout), changes)
 
 
 def settled_in(plan: Plan) -> dict[str, Any]:

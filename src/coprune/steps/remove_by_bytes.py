@@ -8,22 +8,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, about
-from coprune.base.files import write_text
-from coprune.base.memory import peak_memory
 from coprune.base.words import LeaveOut, Setting
 from coprune.data.windows import Sampling, Windows, draw_samples
 from coprune.gguf_files.experts import ExpertFile, require_runs, tokenizer_of, watch_experts
 from coprune.gguf_files.llama_cpp import require_llama_cpp
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import GgufFile, locate
-from coprune.model.removed import Fewer, SmallerModel, fewer_lines
+from coprune.model.removed import SmallerModel, fewer_lines
 from coprune.model.transformers_private import reads_gguf
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
@@ -39,18 +35,17 @@ from coprune.removal.expert_choice import (
     known_scores,
 )
 from coprune.removal.expert_scores import AIMER, ExpertSums, WeightSums, expert_score_named
-from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
-from coprune.report.html import MadeFacts
-from coprune.report.schema import CalibrationFacts, ModelFacts, Report, SparsityFacts, installed_versions
+from coprune.report.folder import announce
+from coprune.report.schema import CalibrationFacts, ModelFacts
 from coprune.run.context import Run
+from coprune.run.facts import report_without_walk
 from coprune.run.result import Result
-from coprune.steps.checks import prepare_folders, replace_earlier
 
 
 def file_cut_by_bytes(run: Run) -> GgufFile | None:
     """Return the GGUF file of which only experts go, if no model in transformers is wanted for that, or there is none."""
     recipe = run.recipe
-    if {*recipe.remove.kinds} != {"experts"}:
+    if not recipe.output.as_gguf or {*recipe.remove.kinds} != {"experts"}:
         return None
     location = locate(recipe.model.name, recipe.model.cache_dir)
     if not isinstance(location, GgufFile):
@@ -88,26 +83,27 @@ def cut_by_bytes(run: Run, location: GgufFile) -> Result:
     recipe = run.recipe
     target = recipe.output.model
     assert target is not None
-    if run.write and (known := announced(recipe)) is not None:
-        finish_run_folder(recipe, known)
-        return Result(known)
     file = ExpertFile(location)
     _refuse(run, file)
-    prepare_folders(recipe)
     left = {mixture.count: experts_left(mixture, recipe.remove) for mixture in file.mixtures.values()}
     domains = _samples(recipe, file)
-    if recipe.output.overwrite:
-        replace_earlier(recipe)
-    if run.writes:
-        recipe.run_folder.mkdir(parents=True, exist_ok=True)
-        write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
+    with run.taking():
+        pass  # checked by now is all that can be
     removed = tuple(fewer(Plan(experts=left), file.blocks, recipe.remove.shares["experts"]))
     run.reporter.say(f"Removing {', '.join(fewer_lines(removed))}.")
     began = time.perf_counter()
     keeps, covered = choose(run, file.mixtures, _scores(run, file, domains), left)
     kept = {block: keep.nonzero().flatten().tolist() for block, keep in keeps.items()}
-    facts = _Facts(file, removed, file.parameters_of(kept), domains, covered, time.perf_counter() - began)
-    report = _report(run, facts)
+    left_over = file.parameters_of(kept)
+    report = report_without_walk(
+        run,
+        _model(file),
+        calibration=_calibration(recipe, domains),
+        prune_seconds=time.perf_counter() - began,
+        edits=[SmallerModel(parts=removed, before=file.parameters, saved=left_over)],
+        left=left_over,
+        covered=covered,
+    )
     if run.writes:
         announce(recipe, report)
     file.cut(target, kept, run.reporter)
@@ -199,56 +195,27 @@ def _sums(run: Run, file: ExpertFile, domains: dict[str, Windows]) -> Scored:
     return scored
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What a report tells."""
+def _model(file: ExpertFile) -> ModelFacts:
+    return ModelFacts(
+        source=file.file.name,
+        model_type=file.arch,
+        dtype="as stored",
+        device="cpu",
+        blocks=file.blocks,
+        parameters=file.parameters,
+        quantised_source=True,
+        digest=source_digest(file.file),
+    )
 
-    file: ExpertFile
-    removed: tuple[Fewer, ...]
-    left: int
-    domains: dict[str, Windows]
-    covered: dict[str, float]
-    seconds: float
 
-
-def _report(run: Run, facts: _Facts) -> Report:
-    recipe, file = run.recipe, facts.file
-    whole = file.parameters
-    samples: Any = facts.domains.get("calibration")
-    removed = SmallerModel(parts=facts.removed, before=whole, saved=facts.left)
-    return Report(
-        recipe=recipe,
-        model=ModelFacts(
-            source=file.file.name,
-            model_type=file.arch,
-            dtype="as stored",
-            device="cpu",
-            blocks=file.blocks,
-            parameters=whole,
-            quantised_source=True,
-            digest=source_digest(file.file),
-        ),
-        calibration=None
-        if samples is None
-        else CalibrationFacts(
-            source=samples.source,
-            nsamples=len(samples.tokens),
-            seqlen=samples.tokens.shape[1],
-            seed=recipe.calibrate.seed,
-            fingerprint=samples.fingerprint,
-        ),
-        sparsity=SparsityFacts(target=0.0, matrices=0.0, model=0.0),
-        perplexity=[],
-        prune_seconds=facts.seconds,
-        total_seconds=time.perf_counter() - run.began,
-        peak_memory_bytes=peak_memory(),
-        peak_device_memory_bytes=None,
-        versions=installed_versions(),
-        events=[],
-        matrices=[],
-        edits=[removed],
-        left=facts.left,
-        covered=facts.covered,
-        saved_model=recipe.output.model,
-        made=MadeFacts.here(),
+def _calibration(recipe: Recipe, domains: dict[str, Windows]) -> CalibrationFacts | None:
+    samples = domains.get("calibration")
+    if samples is None:
+        return None
+    return CalibrationFacts(
+        source=samples.source,
+        nsamples=len(samples.tokens),
+        seqlen=samples.tokens.shape[1],
+        seed=recipe.calibrate.seed,
+        fingerprint=samples.fingerprint,
     )

@@ -33,10 +33,8 @@ def finished_report(recipe: Recipe) -> Report | None:
         report = Report.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError:
         raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to do that run again") from None
-    trains = _is_to_train(recipe, report)
-    expected = _pruning_of(recipe) if trains else recipe
-    if not report.recipe.gives_as(expected):
-        before, now = report.recipe.whole, expected.whole
+    if not report.recipe.gives_as(recipe):
+        before, now = report.recipe.whole, recipe.whole
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
         raise BadInput(
             f"{folder} holds another run's report, in which {'; '.join(differing)}",
@@ -51,7 +49,7 @@ def finished_report(recipe: Recipe) -> Report | None:
             value=folder,
             fix=("Name another folder with ", Setting("save"), ", or remove it"),
         )
-    return None if trains else report
+    return report
 
 
 def finished_reports(runs: list[Run]) -> dict[str, Report]:
@@ -73,8 +71,7 @@ def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
     sweep = Sweep.read(folder / SWEEP_FILE).with_settings({"save": str(folder)})
     runs = expand(sweep)
     there = [run for run in runs if (folder / run.name / REPORT_FILE).is_file()]
-    found = {run.name: Report.read(folder / run.name / REPORT_FILE) for run in there}
-    reports = {run.name: found[run.name] for run in there if not _is_to_train(run.recipe, found[run.name])}
+    reports = {run.name: Report.read(folder / run.name / REPORT_FILE) for run in there}
     if not reports:
         raise BadInput(
             f"no run of the sweep in {folder} is finished", fix=(Command("sweep", folder / SWEEP_FILE), " goes on")
@@ -102,18 +99,6 @@ def models_to_compare(name: str) -> list[str]:
             ),
         )
     return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
-
-
-def _is_to_train(recipe: Recipe, report: Report) -> bool:
-    """Return whether a run that trains has only been pruned so far."""
-    return recipe.train.mode is not None and report.finetuned is None
-
-
-def _pruning_of(recipe: Recipe) -> Recipe:
-    """Return the recipe of the pruning part."""
-    from coprune.steps.train import pruning_of
-
-    return pruning_of(recipe)
 
 
 SHARED_FOLDER = ".shared"

@@ -105,7 +105,7 @@ class LocalWorkers:
     def _hire(self, gpu: str | None) -> _Worker:
         # What takes seconds to import is imported by one process, from which every worker is forked.
         context: Any = get_context("forkserver" if sys.platform == "linux" else "spawn")
-        context.set_forkserver_preload(["coprune.steps.stages"])
+        context.set_forkserver_preload(["coprune.runner.run_recipe"])
         ours, theirs = context.Pipe()
         given = (theirs, gpu, self._log, whole_environment())
         process = context.Process(target=_work, args=given, name="coprune-sweep", daemon=True)

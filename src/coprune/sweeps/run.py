@@ -15,7 +15,7 @@ from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.run.reuse import KeptEstimate, estimate_key, kept_estimate
-from coprune.steps.checks import prepare_solver
+from coprune.stages.checks import prepare_solver
 from coprune.store.claim import Claim, Taken
 from coprune.store.store import Store
 from coprune.sweeps.events import Board, Cause, Doing, Done, JobEvent, NotDone

@@ -103,7 +103,7 @@ def do_job(job: Work, tell: Tell) -> None:
 def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
     from coprune.run import context
-    from coprune.steps.opening import open_run
+    from coprune.stages.opening import open_run
 
     tell(Doing(job.run.name, "estimating"))
     recipe, reuse = job.run.recipe, _reuse(job.sweep)
@@ -125,7 +125,7 @@ def _reuse(sweep: Path) -> Reuse:
 
 def _run(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
-    from coprune.steps.stages import run_recipe
+    from coprune.runner.run_recipe import run_recipe
     from coprune.sweeps.finished import finished_report
 
     recipe = job.run.recipe

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from coprune.base.devices import DeviceMemory, device_memory
+from coprune.base.errors import BadInput
+from coprune.base.words import Set, Together
+from coprune.model.bare_configuration import Imagined
+from coprune.model.checkpoint.gguf_reader import gguf_reader
+from coprune.model.checkpoint.locate import GgufFile, Location, holds_weights
+from coprune.model.checkpoint.source_encoding import checkpoint_entries
+from coprune.model.room import room_on
+from coprune.model.walk.activations import GIB
+from coprune.recipe.train import LEARNING_RATES
 
 # A weight and its gradient in float32, and the moments of the optimiser.
 TRAINED_BYTES = 16
@@ -23,3 +37,63 @@ def training_bytes(sizes: Iterable[tuple[str, int]], scope: str) -> int:
         trained = scope == "all" or (scope == "blocks" and any(map(str.isdigit, name.split("."))))
         needed += size * (TRAINED_BYTES if trained else _HELD_BYTES)
     return needed
+
+
+def require_room_to_train(
+    location: Location,
+    scope: str,
+    distills: bool,
+    device: torch.device,
+    memory: Callable[[torch.device], DeviceMemory | None] = device_memory,
+) -> None:
+    """Raise BadInput if a model's weights could not all be trained in the memory of a device.
+
+    Activations are not counted, so a training that passes may still not fit.
+
+    Args:
+        location: the model that is to be pruned and then trained, and the teacher of a distillation.
+        scope: what is trained, as the settings of a fine-tuning name it. No model is loaded yet: numbers in names tell what
+            is in a block.
+        distills: whether the dense model lies beside the trained one.
+        device: where both go.
+        memory: reads a device's memory.
+    """
+    sizes, stored = _sizes(location)
+    needed = training_bytes(sizes, scope) + (stored if distills else 0)
+    available, where = room_on(device, memory)
+    if available is None or needed <= available:
+        return
+    what = "all weights" if scope == "all" else f"the {scope}"
+    raise BadInput(
+        f"training {what} of {location.name} takes {needed / GIB:.1f} GiB {where} at least, and "
+        f"{available / GIB:.1f} are there",
+        field="finetune",
+        fix=(
+            "use ",
+            Together((Set("preset", "best"), Set("train", "blocks"))),
+            " or ",
+            Together(
+                (
+                    Set("finetune", "lora-distill"),
+                    Set("finetune_lr", LEARNING_RATES["lora-distill"]),
+                    Set("finetune_rates", "absolute"),
+                )
+            )
+            if distills
+            else Set("finetune", "lora"),
+            ", or skip this check with ",
+            Set("check_memory", False),
+        ),
+    )
+
+
+def _sizes(location: Location) -> tuple[list[tuple[str, int]], int]:
+    """Return the number of weights of each tensor of a model, and the bytes of all once loaded."""
+    if isinstance(location, GgufFile):
+        sizes = [(t.name, int(t.n_elements)) for t in gguf_reader(location.path, field="model").tensors]
+        return sizes, 4 * sum(size for _, size in sizes)  # decoded to float32
+    if not holds_weights(location):
+        imagined = Imagined(location, "auto", torch.device("cpu"))
+        return [(name, one.numel()) for name, one in imagined.model.named_parameters()], imagined.total_bytes
+    entries = checkpoint_entries(location.path)
+    return [(name, math.prod(e.shape)) for name, e in entries.items()], sum(e.nbytes for e in entries.values())

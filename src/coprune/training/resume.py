@@ -20,6 +20,7 @@ from coprune.base.files import (
     require_usable,
     write_text,
 )
+from coprune.base.validation import read_as
 from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
@@ -28,12 +29,12 @@ from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import TRAINING
 from coprune.report.links import PAGE_FILE
+from coprune.store.place import Identity, Place, settings_in
 from coprune.training.masks import masks_of, plain_parameters
 from coprune.training.page import write_page_of
 from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session
 
-_IDENTITY = "identity.json"
 _ANNOUNCED = f".{REPORT_FILE}"
 
 
@@ -65,8 +66,8 @@ def finish_announced(settings: Recipe) -> FinetuneReport | None:
     Returns its report, or None if there is no such run. Raises BrokenMask if a pruned weight in the model is not zero.
     """
     try:
-        report = FinetuneReport.model_validate_json((settings.training_folder / _ANNOUNCED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_as(FinetuneReport, settings.training_folder / _ANNOUNCED)
+    except BadInput:
         return None
     if not gives_as(report, settings) or not holds_model(settings.trained_folder):
         return None
@@ -118,19 +119,12 @@ def beside_others(settings: Recipe) -> tuple[Recipe, str | None]:
 
 def _settings_in(folder: Path) -> dict[str, Any] | None:
     """Return the settings that determine the finished or unfinished run in a folder, or None."""
-    for file in (folder / REPORT_FILE, folder / "training" / _IDENTITY):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            return (
-                _deciding(FinetuneReport.model_validate(content).settings)
-                if file.name == REPORT_FILE
-                else dict(content)
-            )
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError, KeyError):
-            return {}
-    return None
+    if not (folder / REPORT_FILE).is_file():
+        return settings_in(folder / "training")
+    try:
+        return _deciding(read_as(FinetuneReport, folder / REPORT_FILE).settings)
+    except BadInput:
+        return {}
 
 
 def _deciding(settings: Recipe, what: Decides = Decides.RESULT) -> dict[str, Any]:
@@ -159,35 +153,19 @@ def resume_from(session: Session, first: bool) -> Path | None:
     """
     folder = session.training_folder
     settings = session.settings
-    identity = _deciding(settings) | {
+    found = {
         "masks": session.masks.fingerprint(),
         "weights": _fingerprint(session),
         "data": session.data.fingerprint,
     }
-    try:
-        earlier = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        earlier = None
+    place = Place(folder, Identity.of("training", 1, _deciding(settings) | found))
     # The Trainer writes this file last, so a state that has it is whole.
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    if earlier is None or (earlier != identity and not whole):
+    if not place.takes_up(bool(whole), "save", settings.training_folder):
         if first:  # also of a run that failed before it left anything to go on from
             shutil.rmtree(folder, ignore_errors=True)
-            write_text(folder / _IDENTITY, json.dumps(identity, indent=2))
+            place.begin()
         return None
-    differing = [
-        f"{key} was {earlier.get(key)!r} and is {now!r}" for key, now in identity.items() if earlier.get(key) != now
-    ]
-    if differing:
-        raise BadInput(
-            f"{folder} belongs to an unfinished run in which {'; '.join(differing)}",
-            field="save",
-            value=folder,
-            fix=(
-                "Finish that run with its own settings, remove the folder, or name another one with ",
-                Setting("save"),
-            ),
-        )
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is not None:
         session.reporter.say(f"Resuming from step {newest.name.rpartition('-')[2]} of an interrupted run.")

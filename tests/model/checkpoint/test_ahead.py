@@ -20,7 +20,7 @@ from coprune.model.checkpoint.lazy import Ahead, LazyCheckpoint, ahead_to, chann
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico_folder import listing, save_pico, write_words
 
 HERE = torch.device("cpu")

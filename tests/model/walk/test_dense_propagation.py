@@ -23,7 +23,7 @@ from coprune.recipe.pattern import NM, Target
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
 from coprune.run.output import Output
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save_pico, write_words
 from support.walking import MOVES, Propagation, make_walk, prune_with_walk

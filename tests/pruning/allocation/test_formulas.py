@@ -19,7 +19,7 @@ from coprune.pruning.allocation.fisher import convex_curve
 from coprune.pruning.allocation.owl import kept_by_outliers
 from coprune.recipe.pattern import Target, Unstructured
 from coprune.recipe.recipe import make_recipe
-from coprune.steps.checks import check_allocation
+from coprune.stages.checks import check_allocation
 from support.pico import pico_model, pico_tokens
 from support.walking import inputs_by_full_forwards, layers_of, make_walk, prove
 

@@ -293,6 +293,13 @@ class CheckpointWriter:
                 self.partial.replace(gone / self.partial.name)
 
 
+def discard_unfinished(folder: Path) -> None:
+    """Remove what a killed run has written of a checkpoint. folder: its final one."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if _is_unfinished_checkpoint(partial):
+        shutil.rmtree(partial)
+
+
 def _is_unfinished_checkpoint(folder: Path) -> bool:
     """Return whether a folder was left by an interrupted run, at any moment; at the last it is already a whole model."""
     if not folder.is_dir() or folder.is_symlink():

@@ -15,7 +15,7 @@ import coprune
 from coprune.base.progress import Reporter, Said
 from coprune.recipe.recipe import make_recipe
 from coprune.run.events import BlockPruned
-from coprune.steps.stages import run_recipe
+from coprune.runner.run_recipe import run_recipe
 from support.pico_folder import save_pico, write_words
 from support.saved import tensors_of
 from support.simdevice import NAME

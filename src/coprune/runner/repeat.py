@@ -13,7 +13,6 @@ from coprune.base.files import folder_apart
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
-from coprune.steps.train import pruning_of
 
 
 def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Recipe, str | None]:
@@ -54,11 +53,7 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if not (folder / REPORT_FILE).is_file():
         # An unfinished run resumes even if rounding would differ, as its journal does.
         there |= {name: value for name, value in recipe.deciding(Decides.ROUNDING).items() if name in there}
-    if recipe.train.mode is None:
-        return there
-    # The first half of this run, which was interrupted before it was fine-tuned.
-    own_half = (folder / "pruned").is_dir() or not (folder / REPORT_FILE).is_file()
-    return recipe.whole if own_half and there == pruning_of(recipe).whole else there
+    return there
 
 
 def beside_finished(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
@@ -74,7 +69,7 @@ def beside_finished(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
         run, model = recipe.run_folder, recipe.output.model
         if "save" not in named:
             run = _numbered(run, number)
-            if _is_finished(run, recipe):
+            if (run / REPORT_FILE).is_file():
                 continue
         if model is not None and "save_model" not in named:
             model = _numbered(model, number)
@@ -87,11 +82,6 @@ def beside_finished(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
 
 def _numbered(folder: Path, number: int) -> Path:
     return folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-
-
-def _is_finished(run: Path, recipe: Recipe) -> bool:
-    tuned = recipe.train.mode is None or (run / "finetune" / "finetune.json").is_file()
-    return (run / REPORT_FILE).is_file() and tuned
 
 
 def _is_taken(folder: Path) -> bool:

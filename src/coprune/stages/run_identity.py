@@ -8,7 +8,7 @@ from pathlib import Path
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.removal.unit_scores import ByError, spreading_named
-from coprune.run.identity import Identity
+from coprune.store.place import Identity
 
 
 def may_round_otherwise(recipe: Recipe) -> bool:
@@ -31,7 +31,7 @@ def weighs_blocks(recipe: Recipe) -> bool:
 def run_identity(
     recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None, streams: bool = False
 ) -> Identity:
-    """Return what a run is by its recipe, its model and its data. streams: whether the model's blocks stay on the disk."""
+    """Return what decides a run's blocks: recipe, model and data. streams: whether the model's blocks stay on the disk."""
     settings, rounding = recipe.deciding(Decides.RESULT), recipe.deciding(Decides.ROUNDING)
     if not may_round_otherwise(recipe):
         settings, rounding = settings | rounding, {}
@@ -42,4 +42,4 @@ def run_identity(
     if weighs_blocks(recipe):
         settings["what blocks are weighed by"] = "hidden states" if streams else "logits"
     known = {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}
-    return Identity(known, rounding)
+    return Identity.of("blocks", 1, known, rounding)

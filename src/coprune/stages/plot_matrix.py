@@ -20,7 +20,7 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.recipe.recipe import Recipe
 from coprune.run.calibrating import counted_batches, record_counted
-from coprune.steps.checks import check_widths, prepare_solver
+from coprune.stages.checks import check_widths, prepare_solver
 
 _PANELS = {
     "magnitude": "log₁₀ |weight|",

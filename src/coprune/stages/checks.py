@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -18,18 +17,22 @@ from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.allocation import units_of
+from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.methods import METHODS, Method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.choice import Choice
+from coprune.recipe.parts import refuse_numbers
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import RemovePart
-from coprune.report.folder import RECIPE_FILE, REPORT_FILE
+from coprune.removal.block_scores import block_score_named
+from coprune.removal.expert_scores import expert_score_named
+from coprune.removal.unit_scores import score_named, spreading_named
+from coprune.report.folder import RECIPE_FILE, REPORT_FILE, has_source
 from coprune.report.links import PAGE_FILE
-from coprune.report.schema import DISTRIBUTIONS_FILE
-from coprune.steps.remove import check_names
+from coprune.report.schema import DISTRIBUTIONS_FILE, Report
 
 LARGE_GROUP = 64
 """Group size above which a method is tried on one group."""
@@ -50,7 +53,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     if recipe.cuts_and_prunes:  # what is left gets zeros, whose turn comes when the cut is done
         prepare_solver(recipe.model_copy(update={"remove": RemovePart()}), given)
     if recipe.remove.parts:
-        check_names(recipe)
+        _check_names(recipe)
         # Removal needs Gram matrices, as SparseGPT does, and sets nothing to zero.
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.prune.method)
@@ -69,6 +72,15 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     return solver, target
 
 
+def _check_names(recipe: Recipe) -> None:
+    """Check the scores and the allocation of a recipe. Raises BadInput for an unknown name or option."""
+    score_named(recipe.remove.score_of("units"))
+    block_score_named(recipe.remove.score_of("blocks"))
+    expert_score_named(recipe.remove.score_of("experts"))
+    if recipe.remove.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
+        spreading_named(recipe.prune.allocation)
+
+
 def _method_of(asked: Choice) -> Method:
     if asked.is_given:
         raise BadInput(
@@ -78,6 +90,25 @@ def _method_of(asked: Choice) -> Method:
             fix="pass it again, or name another method",
         )
     return method_named(asked.name, asked.options)
+
+
+def check_zeros_after(removed: Collection[str], recipe: Recipe, method: Method | None) -> None:
+    """Check a step whose turn comes late.
+
+    Args:
+        removed: kinds of parts that the whole run removes, after which some blocks have other numbers.
+        recipe: the step's.
+        method: where it was handed over.
+
+    Raises:
+        BadInput: a name or option is unknown, or the combination is not possible.
+    """
+    prepare_solver(recipe, method)
+    if not recipe.remove.parts:
+        asked = allocation_named(recipe.prune.allocation)
+        globs = [glob for glob, _ in asked.entries] if isinstance(asked, ByFile) else []
+        if (wrong := refuse_numbers(globs, "allocation", removed)) is not None:
+            raise wrong
 
 
 def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
@@ -113,17 +144,21 @@ def check_processes(recipe: Recipe, size: int) -> None:
         )
 
 
-def prepare_folders(recipe: Recipe) -> None:
-    """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused."""
+def prepare_folders(recipe: Recipe, begun: bool = False) -> None:
+    """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused.
+
+    begun: whether the folder for the model may have the run's own already.
+    """
     run_folder = recipe.run_folder
     require_usable(run_folder, "save")
     another = ("name another run folder with ", Setting("save"))
     if run_folder.exists() and not run_folder.is_dir():
         raise BadInput(f"{run_folder} is a file", field="save", value=run_folder, fix=another)
     if recipe.output.overwrite:
-        refuse_own_source(recipe)
-    else:
-        refuse_finished(run_folder)
+        _refuse_own_source(recipe)
+    elif (run_folder / REPORT_FILE).exists():
+        fix = (*another, ", or replace it with ", Set("overwrite", True))
+        raise BadInput(f"{run_folder} already holds {_which(recipe)}", field="save", value=run_folder, fix=fix)
     # A run that was refused or failed early left no more than its logs.
     logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
     holds = {path for path in run_folder.glob("*") if not is_unfinished(path)} - logs
@@ -131,16 +166,11 @@ def prepare_folders(recipe: Recipe) -> None:
         raise BadInput(
             f"{run_folder} already holds something other than a run", field="save", value=run_folder, fix=another
         )
-    prepare_model_folder(recipe)
-
-
-def prepare_model_folder(recipe: Recipe, halves: Iterable[str] = ()) -> None:
-    """Refuse a folder for the model that is something else already. halves: folders of the run that hold its halves."""
-    run_folder, target = recipe.run_folder, recipe.output.model
-    if target is None:
+    target = recipe.output.model
+    if target is None or begun:
         return
     require_own_name(target, "save_model")
-    require_apart(run_folder, target, halves)
+    require_apart(run_folder, target, OWN_FOLDERS)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         mine = is_coprunes(target)
         if not (mine and recipe.output.overwrite):
@@ -149,11 +179,14 @@ def prepare_model_folder(recipe: Recipe, halves: Iterable[str] = ()) -> None:
             raise BadInput(f"{target} already exists and is not empty", field="save_model", value=target, fix=fix)
 
 
-def refuse_finished(run_folder: Path) -> None:
-    """Raise BadInput where a run was finished already."""
-    if (run_folder / REPORT_FILE).exists():
-        fix = ("name another run folder with ", Setting("save"), ", or replace it with ", Set("overwrite", True))
-        raise BadInput(f"{run_folder} already holds a finished run", field="save", value=run_folder, fix=fix)
+def _which(recipe: Recipe) -> str:
+    """Return what a run folder with a report holds, for people."""
+    try:
+        report = Report.read(recipe.run_folder / REPORT_FILE)
+    except BadInput:
+        return "a finished run"
+    run = "a finished run" if report.recipe.gives_as(recipe) else "another run"
+    return run if has_source(report, recipe) else f"{run} on other weights"
 
 
 def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
@@ -186,17 +219,16 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
 
 
 _FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "log_*.txt")
-TUNED, CUT = ("pruned", "finetune"), ("cut", "zeros")
-"""Folders of the two halves of a run that trains, and of one that cuts and prunes."""
-_FOLDERS = TUNED + CUT + ("vocabulary", "rest")
+OWN_FOLDERS = ("trim", "remove", "prune", "train", "vocabulary")
+"""What a run keeps in its folder: the steps of a run of several, and the trials of a cut vocabulary."""
 
 
-def refuse_own_source(recipe: Recipe) -> None:
+def _refuse_own_source(recipe: Recipe) -> None:
     """Raise BadInput where a run would remove the model that it reads."""
     source = expand_home(recipe.model.name)
     if not source.exists():
         return
-    gone = [recipe.run_folder / name for name in _FOLDERS]
+    gone = [recipe.run_folder / name for name in OWN_FOLDERS]
     gone += [recipe.output.model] if recipe.output.model is not None else []
     if any(source.resolve().is_relative_to(folder.resolve()) for folder in gone):
         fix = ("name other folders with ", Setting("save"), " and ", Setting("save_model"))
@@ -211,7 +243,7 @@ def replace_earlier(recipe: Recipe) -> None:
         for pattern in _FILES:
             for file in run.glob(pattern):
                 file.unlink()
-        for name in _FOLDERS:
+        for name in OWN_FOLDERS:
             shutil.rmtree(run / name, ignore_errors=True)
     if model is not None and is_coprunes(model):
         shutil.rmtree(model)

@@ -1,4 +1,4 @@
-"""A run from top to bottom: its parts, each from folder to folder, and the stages of every part that cuts or prunes."""
+"""The stages of a step that walks over the blocks, from top to bottom: opened, measured, changed, measured again, saved."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from coprune.base.devices import enough_memory, in_host_memory
-from coprune.base.files import write_text
 from coprune.base.memory import return_free_memory
-from coprune.base.processes import ALONE, Processes
-from coprune.base.progress import Reporter
 from coprune.base.words import Set, Together, Words
 from coprune.evaluation.extra_measurements import Extras
 from coprune.evaluation.measurement import Measured
@@ -23,108 +20,42 @@ from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
+from coprune.model.edit import Configure
 from coprune.model.loaded_model import choose_device, streams
+from coprune.model.saved_slices import smaller_tensors
 from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe
-from coprune.removal.removal_plan import find_removable
+from coprune.removal.smaller_model import build_smaller
 from coprune.report.card import model_card
-from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
-from coprune.report.hub import require_login
+from coprune.report.folder import announce
 from coprune.report.run_events import Rounded
 from coprune.report.schema import Report
-from coprune.run.context import NOTHING, Given, Run
+from coprune.run.context import Run
 from coprune.run.dense_figures import dense_figures
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import build_report
 from coprune.run.output import Destination, Output
 from coprune.run.result import Result
-from coprune.run.reuse import Reuse
 from coprune.run.trackers import final_figures, listening
-from coprune.steps.checks import prepare_folders, replace_earlier
-from coprune.steps.opening import open_run, prove_run, say_if_sparse
-from coprune.steps.parts import Part, check_answers, check_parts, cut, prune, prune_rest, pruned_before, train
-from coprune.steps.prune import prune_blocks
-from coprune.steps.remove import remove_parts, smaller_model
-from coprune.steps.remove_by_bytes import cut_by_bytes, file_cut_by_bytes
-from coprune.steps.run_identity import may_round_otherwise, run_identity, weighs_blocks
-from coprune.steps.to_gguf import cut_of, refuse_other_changes
-from coprune.steps.trim import cut_vocabulary
-from coprune.store.store import Store
+from coprune.stages.opening import open_run, prove_run, say_if_sparse
+from coprune.stages.run_identity import may_round_otherwise, run_identity, weighs_blocks
 
 
-def run_recipe(
-    recipe: Recipe,
-    given: Given = NOTHING,
-    reporter: Reporter | None = None,
-    write: bool = True,
-    processes: Processes = ALONE,
-    reuse: Reuse | None = None,
-) -> Result:
-    """Run a recipe.
+def run_stages(run: Run, plan: Callable[[Run], None]) -> Result:
+    """Run the stages of a step that walks over the blocks.
 
     Args:
-        recipe: the settings.
-        given: objects that replace parts of the recipe, such as a loaded model.
-        reporter: receives messages and events; by default on standard error.
-        write: whether to write a run folder (the model is saved if the recipe names a folder for it).
-        processes: this one among those of the run, which all call this.
-        reuse: results shared with other runs; by default the dense model's figures, in the user's store.
-
-    Returns:
-        The report, with the model and its processor as far as they are in memory.
-
-    Raises:
-        BadInput, NumericalError, UnsupportedModel: as `prune`.
-        LostProcess: another process ended.
+        run: what is asked for.
+        plan: sets `run.change`, once the model is proven.
     """
-    heard = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
-    run = Run(
-        recipe, given, heard, processes, write, reuse or Reuse(Store.of_user()), replaces=bool(recipe.output.overwrite)
-    )
-    return cut_vocabulary(run, do_parts) if recipe.remove.vocabulary is not None else do_parts(run)
-
-
-def do_parts(run: Run) -> Result:
-    """Run the parts one after another, each from the folder that the one before wrote."""
     recipe = run.recipe
-    if recipe.output.as_gguf:
-        refuse_other_changes(recipe, run.given)
-        if (location := file_cut_by_bytes(run)) is not None:
-            return cut_by_bytes(run, location)
-    parts: list[Part] = [cut, prune_rest] if recipe.cuts_and_prunes else [prune]
-    if recipe.train.mode is not None:
-        parts.append(train)
-    if len(parts) == 1:
-        return do_stages(run)
-    check_parts(run)
-    result = pruned_before(run)
-    with run.closing:
-        for part in parts if result is None else [train]:
-            result = part(run, result, do_stages)
-    assert result is not None
-    if result.report.saved_model is not None:
-        run.push()
-    return result
-
-
-def do_stages(run: Run) -> Result:
-    """Run the stages of a run, or of one part of it."""
-    recipe, whole = run.recipe, run.whole or run
-    if run.processes.size == 1 and run.write and (report := announced(recipe)) is not None:
-        finish_run_folder(recipe, report)  # a run that was killed when only this was left
-        run.push()
-        return Result(report)
-    if recipe.output.push_to_hub is not None:
-        require_login(recipe.output.push_to_hub)
-    if run.first and (run.write or recipe.output.model):
-        prepare_folders(whole.recipe if whole.replaces else recipe)
     with listening(recipe, run.reporter) if run.first else nullcontext(), run.reporter.libraries():
         loaded = run.given.loaded
         device = choose_device(recipe.model.device) if loaded is None else loaded.device
         run.count_from_here(device)
         with enough_memory(less_memory(recipe, device, loaded is not None), lambda: run.phase):
             for phase, stages in STAGES.items():
-                for stage in stages:
+                for stage in (*stages, plan) if phase is Phase.PREPARE else stages:
                     stage(run)
                 if phase is not Phase.SAVE or (run.first and recipe.output.model is not None):
                     run.done(phase)
@@ -152,31 +83,12 @@ def prove(run: Run) -> None:
     if run.first:
         say_if_sparse(run)
         run.extras.look.prepare(run.loaded, run.reporter)
-        check_answers(run)
-
-
-def plan(run: Run) -> None:
-    """Find how the blocks change: parts of them are removed, or weights set to zero."""
-    if not run.recipe.remove.parts:
-        run.change = prune_blocks
-        return
-    may_go = find_removable(run)
-    run.change = partial(remove_parts, found=may_go)
-    if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
-        run.write_gguf = file.cut
 
 
 def claim(run: Run) -> None:
-    """Take the run's folders: what an earlier run left goes where that is asked for, and the recipe is kept."""
-    whole = run.whole or run
-    if run.first and whole.replaces:
-        replace_earlier(whole.recipe)
-    whole.replaces = False
-    run.output = Output(run.processes, run.model, _destination(run) if run.first else None)
-    if run.writes:
-        recipes = {one.run_folder: one for one in (run.recipe, whole.recipe)}  # the whole's where both go to one
-        for folder, recipe in recipes.items():
-            write_text(folder / RECIPE_FILE, recipe.untold().to_yaml())
+    """Take the run's folders."""
+    with run.taking() if run.first else nullcontext():
+        run.output = Output(run.processes, run.model, _destination(run) if run.first else None)
 
 
 def measure_dense(run: Run) -> None:
@@ -223,7 +135,7 @@ def save(run: Run) -> None:
 
 
 STAGES: dict[Phase, Sequence[Callable[[Run], None]]] = {
-    Phase.PREPARE: (open_source, estimate, prove, plan),
+    Phase.PREPARE: (open_source, estimate, prove),
     Phase.MEASURE_DENSE: (claim, measure_dense),
     Phase.PRUNE: (change_blocks,),
     Phase.MEASURE_PRUNED: (measure_pruned,),
@@ -232,11 +144,10 @@ STAGES: dict[Phase, Sequence[Callable[[Run], None]]] = {
 
 
 def end(run: Run) -> Result:
-    """Write the report, push the model, and give both back."""
+    """Write the report, and give it back with the model."""
     return_free_memory()
     report = run.finish(run.report.model_copy(update={"phases": run.phases}))
     run.reporter.tell(Finished(final_figures(report)))
-    run.push()
     if run.loaded.weights.streams:
         saved = partial(_saved_model, report.saved_model, run.recipe.model.device)
         return Result(report, run.loaded.processor, saved)
@@ -245,7 +156,11 @@ def end(run: Run) -> Result:
 
 
 def _smaller_model(run: Run) -> PreTrainedModel:
-    return smaller_model(run, run.outcome.edits)
+    """Build the model that is left, in memory."""
+    module, edits = run.model.module, run.outcome.edits
+    changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
+    layout = partial(run.model.weights.layout, "")
+    return build_smaller(module, smaller_tensors(module, edits, layout), changes)
 
 
 def _destination(run: Run) -> Destination | None:
@@ -259,7 +174,7 @@ def _destination(run: Run) -> Destination | None:
     weights = run.loaded.fingerprint(model.every_block)
     identity = run_identity(recipe.replaced(bos=used), weights, run.fingerprint, model.weights.streams)
     if run.encoding.name == "source":  # unfinished files are of one encoding
-        identity = replace(identity, settings=identity.settings | {"encoding": run.encoding.name})
+        identity = identity.model_copy(update={"decides": identity.decides | {"encoding": run.encoding.name}})
     folder = recipe.output.model or recipe.run_folder / "checkpoint"
     return Destination(folder, keep, identity, run.encoding)
 

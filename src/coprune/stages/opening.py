@@ -29,7 +29,7 @@ from coprune.recipe.sources import split_sources
 from coprune.removal.mixtures import may_have_experts
 from coprune.report.run_events import left_lines
 from coprune.run.context import Run
-from coprune.steps.checks import (
+from coprune.stages.checks import (
     check_allocation,
     check_processes,
     check_widths,

@@ -14,6 +14,7 @@ from coprune.model.loaded_model import choose_device
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.presets import MENDS, WHOLE
 from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.training.footprint import require_room_to_train
 
 
 def recipe_that_fits(settings: Mapping[str, Any], in_memory: bool = False) -> Recipe:
@@ -39,8 +40,6 @@ def _fits(recipe: Recipe) -> bool:
     """Return whether the whole model can be trained here beside the dense one, and be saved as the source is."""
     if find_spec("peft") is None:
         return False
-    from coprune.steps.train import require_room_to_train
-
     location = locate(recipe.model.name, recipe.model.cache_dir, weights=False)
     if task_at(location) != "text":
         return False  # how long a preset trains is said in tokens

@@ -1,0 +1,150 @@
+"""The runner: it goes through the steps of a plan, takes what is finished, and does the rest."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from coprune.base.errors import BadInput
+from coprune.base.processes import ALONE, Processes
+from coprune.base.progress import Reporter
+from coprune.base.words import Set, Setting
+from coprune.run.result import Result
+from coprune.store.place import Identity, Place, said
+
+_SOURCES = "sources"
+Taking = Callable[[], AbstractContextManager[object]]
+"""Entered by a step when all its checks have passed, around its first write."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a step leaves: a record, and a model in a folder or in memory."""
+
+    record: BaseModel
+    model: Path | None = None
+    held: Result | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(ABC):
+    """Makes a model of another one, or of several."""
+
+    name: str
+    version: int = 1
+    """Raised when the step is done differently."""
+    folder: Path | None
+    """Where it works and leaves its record; None where nothing is found again."""
+    settings: Mapping[str, Any]
+    """Values that decide what it makes, without names of models."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """Values that decide what else is in its record: an unfinished step may go on with others."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raise BadInput for what can be refused before anything is done."""
+
+    @abstractmethod
+    def sources(self, before: Left | None) -> Sequence[str]:
+        """Return digests of the models and texts that it reads."""
+
+    @abstractmethod
+    def finished(self, before: Left | None) -> Left | None:
+        """Return what lies whole in its folder, whoever made it."""
+
+    def clear(self) -> None:  # noqa: B027
+        """Remove what it has made outside its folder."""
+
+    @abstractmethod
+    def run(self, before: Left | None, taking: Taking) -> Left:
+        """Make it, going on from what an interrupted run left in the folder."""
+
+
+def go(
+    steps: Sequence[Step],
+    reporter: Reporter,
+    processes: Processes = ALONE,
+    taking: Taking = nullcontext,
+    anew: bool = False,
+    replaces: bool = False,
+) -> tuple[list[BaseModel], Left]:
+    """Go through the steps of a plan.
+
+    Args:
+        steps: in order.
+        reporter: hears what is taken over.
+        processes: this one among those of the run, which all call this.
+        taking: entered by the first step that is done, around its own.
+        anew: whether nothing is taken over.
+        replaces: whether the work of another run goes where it is in the way.
+
+    Returns:
+        The record of each step, and what the last one left.
+
+    Raises:
+        BadInput: a step cannot be done as asked, or its folder holds another result.
+    """
+    for step in steps:
+        processes.from_first(step.check)
+    records, left = list[BaseModel](), None
+    for step in steps:
+        # Nothing in memory is held beside what is made of its folder.
+        before = left if left is None or left.model is None else replace(left, held=None)
+        left = None if anew else processes.from_first(partial(_finished, step, before, reporter, replaces))
+        if left is None:
+            left = step.run(before, partial(_takes, step, before, taking))
+            taking = nullcontext
+            # The others also wait here for the first one, which saves what all are about to read.
+            left = replace(processes.from_first(partial(replace, left, held=None)), held=left.held)
+        records.append(left.record)
+    assert left is not None
+    return records, left
+
+
+def _place(step: Step, before: Left | None) -> Place | None:
+    if step.folder is None:
+        return None
+    contents = {**step.settings, _SOURCES: list(step.sources(before))}
+    return Place(step.folder, Identity.of(step.name, step.version, contents, step.measured))
+
+
+def _finished(step: Step, before: Left | None, reporter: Reporter, replaces: bool) -> Left | None:
+    """Return what an earlier run left of the same key. Raises BadInput where another run's work is in the way."""
+    place = _place(step, before)
+    if place is None:
+        return None
+    found = step.finished(before)
+    differing = place.differing(finished=found is not None)
+    if found is not None and differing == []:
+        reporter.say(f"Done by an earlier run: {found.model or place.folder}")
+        return found
+    if differing and not replaces and [name for name, _, _ in differing] != [_SOURCES]:
+        raise BadInput(
+            f"{place.folder} holds the work of another run, in which {said(differing)}",
+            field="save",
+            value=place.folder,
+            fix=("name another folder with ", Setting("save"), ", or replace it with ", Set("overwrite", True)),
+        )
+    if found is not None or differing:
+        reporter.say(f"{place.folder} was made of something else than there is now: made again.")
+    return None
+
+
+@contextmanager
+def _takes(step: Step, before: Left | None, taking: Taking) -> Iterator[None]:
+    """Take the folder of a step, whatever is left there of other work."""
+    place = _place(step, before)
+    with taking():
+        if place is not None and (place.differing() or step.finished(before) is not None):
+            step.clear()
+            shutil.rmtree(place.folder, ignore_errors=True)
+        yield
+        if place is not None:
+            place.begin()

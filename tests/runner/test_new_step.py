@@ -1,0 +1,144 @@
+"""A step that coprune does not have is one class: the runner does it, takes it up after a kill, and finds it again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from safetensors.torch import load_file
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.model.checkpoint.digest import model_digest
+from coprune.model.checkpoint.locate import holds_model
+from coprune.model.checkpoint.shards import INDEX_FILE
+from coprune.model.checkpoint.writer import CheckpointWriter
+from coprune.runner.runner import Left, Step, Taking, go
+from coprune.store.notes import read_note, write_note
+from support.killing import count_lines, killed_at
+from support.pico_folder import save_pico
+
+QUIET = Reporter(quiet=True)
+
+
+class Merged(BaseModel):
+    """What merging tells."""
+
+    tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Step):
+    """The mean of two models of the same shapes."""
+
+    name: str = "merge"
+    models: tuple[Path, Path]
+
+    def check(self) -> None:
+        shapes = [
+            {name: one.shape for name, one in tensors_of(model).items()} for model in self.models if model.exists()
+        ]
+        if shapes and any(one != shapes[0] for one in shapes):
+            raise BadInput(f"{self.models[0]} and {self.models[1]} have other shapes", fix="merge models of one kind")
+
+    def sources(self, before: Left | None) -> Sequence[str]:
+        return [model_digest(model) for model in self.models]
+
+    def finished(self, before: Left | None) -> Left | None:
+        note = read_note(self._model.with_name("merged.json"), Merged)
+        return None if note is None or not holds_model(self._model) else Left(note.record, self._model)
+
+    def run(self, before: Left | None, taking: Taking) -> Left:
+        (first, second), share = map(tensors_of, self.models), self.settings["share"]
+        with taking():
+            self._model.parent.mkdir(parents=True, exist_ok=True)
+        if not holds_model(self._model):
+            writer = CheckpointWriter(self._model, [*first], sum(one.nbytes for one in first.values()))
+            for name in first:
+                if not writer.verify(name):
+                    writer.write(name, {name: share * first[name] + (1 - share) * second[name]})
+            for file in {*self.models[0].glob("*.json")} - {self.models[0] / INDEX_FILE}:
+                shutil.copyfile(file, writer.partial / file.name)
+            writer.finish()
+        write_note(self._model.with_name("merged.json"), merged := Merged(tensors=len(first)))
+        return Left(merged, self._model)
+
+    @property
+    def _model(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "model"
+
+
+def tensors_of(model: Path) -> dict[str, torch.Tensor]:
+    return {name: one for file in sorted(model.glob("*.safetensors")) for name, one in load_file(file).items()}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    small: dict[str, Any] = {"num_hidden_layers": 1}
+    return save_pico(tmp_path / "one", **small), save_pico(tmp_path / "other", seed=1, **small)
+
+
+def weights(left: Left) -> bytes:
+    assert left.model is not None
+    return (left.model / "model.safetensors").read_bytes()
+
+
+def merge(models: tuple[Path, Path], folder: Path, share: float = 0.5, replaces: bool = False) -> Left:
+    records, left = go([Merge(models=models, folder=folder, settings={"share": share})], QUIET, replaces=replaces)
+    assert records == [left.record]
+    return left
+
+
+def test_it_is_done_once(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = merge(models, tmp_path / "merged")
+    one, other, mean = map(tensors_of, (*models, tmp_path / "merged" / "model"))
+    assert mean.keys() == one.keys()
+    assert all(((one[name] + other[name]) / 2 - mean[name]).abs().max() < 1e-6 for name in mean)
+    monkeypatch.setattr(CheckpointWriter, "__init__", lambda *_: pytest.fail("it is finished"))
+    assert weights(merge(models, tmp_path / "merged")) == weights(left)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(models: tuple[Path, Path], tmp_path: Path) -> None:
+    work = partial(merge, models, tmp_path / "merged")
+    lines, _ = count_lines(work, ("",))
+    expected = (tmp_path / "merged" / "model" / "model.safetensors").read_bytes()
+    for share in (0.2, 0.4, 0.6, 0.8, 0.95):
+        shutil.rmtree(tmp_path / "merged")
+        killed_at(work, int(lines * share))
+        assert weights(work()) == expected
+
+
+def test_it_is_made_again_when_a_sources_bytes_change(models: tuple[Path, Path], tmp_path: Path) -> None:
+    before = weights(merge(models, tmp_path / "merged"))
+    save_pico(models[1], seed=2, num_hidden_layers=1)
+    after = weights(merge(models, tmp_path / "merged"))
+    assert before != after == weights(merge(models, tmp_path / "fresh"))
+
+
+def test_another_share_is_another_result_and_replaces_nothing_unasked(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    before = weights(merge(models, tmp_path / "merged"))
+    with pytest.raises(BadInput, match=r"holds the work of another run, in which share was 0\.5 and is 0\.25"):
+        merge(models, tmp_path / "merged", share=0.25)
+    assert weights(merge(models, tmp_path / "merged")) == before
+    assert weights(merge(models, tmp_path / "merged", share=0.25, replaces=True)) != before
+
+
+def test_steps_follow_one_another(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """The second reads what the first leaves, and both are done again when a source of the first is another."""
+    how: dict[str, Any] = {"settings": {"share": 0.5}}
+    first = Merge(models=models, folder=tmp_path / "first", **how)
+    second = Merge(models=(tmp_path / "first" / "model", models[1]), folder=tmp_path / "second", **how)
+    plan = [first, second]
+    before = weights(go(plan, QUIET)[1])
+    save_pico(models[0], seed=3, num_hidden_layers=1)
+    assert weights(go(plan, QUIET)[1]) != before

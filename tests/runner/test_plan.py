@@ -1,0 +1,101 @@
+"""Runs of several steps: which steps a recipe comes to, and what a kill, another text or another setting does to them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.runner.plan import plan_of
+from coprune.runner.run_recipe import run_recipe
+from support.killing import count_lines, killed_at, killed_when
+from support.pico_folder import save_pico, write_words
+
+QUIET = Reporter(quiet=True)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_every_step_begins_with_what_the_one_before_leaves(tmp_path: Path) -> None:
+    asked = {"model": "m", "remove": "vocabulary=0.5,channels=0.5", "sparsity": 0.5, "finetune": "distill"}
+    plan = plan_of(make_recipe({**asked, "save_model": tmp_path / "model", "push_to_hub": "me/m"}), tmp_path)
+    trim, remove, prune, train = (step.recipe for step in plan)
+    assert [step.name for step in plan] == ["trim", "remove", "prune", "train"]
+    assert [step.folder for step in plan] == [tmp_path / step.name for step in plan]
+    left = [str(tmp_path / name / "model") for name in ("trim", "remove", "prune")]
+    assert [one.model.name for one in (trim, remove, prune, train)] == ["m", *left]
+    assert [str(one.output.model) for one in (trim, remove, prune, train)] == [*left, str(tmp_path / "model")]
+    assert (trim.remove.parts, remove.remove.parts, prune.remove.parts) == (("vocabulary=0.5",), ("channels=0.5",), ())
+    assert (remove.prune.sparsity, prune.prune.sparsity, prune.train.mode) == (None, 0.5, None)
+    # The dense model of all that follows has as many tokens as what is trained.
+    assert (train.train.mode, train.train.teacher) == ("distill", left[0])
+    assert not any(one.output.push_to_hub for one in (trim, remove, prune, train))
+
+
+def test_one_step_is_the_recipe_itself() -> None:
+    recipe = make_recipe({"model": "m", "sparsity": 0.5})
+    assert [(step.name, step.recipe, step.folder) for step in plan_of(recipe)] == [("prune", recipe, None)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    return tmp_path
+
+
+def both(place: Path, out: str, **more: Any) -> Recipe:
+    asked: dict[str, Any] = {"remove": "channels=0.4,blocks=0.34", "align": 16, "pattern": "2:4", "method": "wanda"}
+    words = {"dataset": str(place / "words.txt"), "nsamples": 4, "seqlen": 16, "device": "cpu", "evaluate": False}
+    folders = {"save": place / out / "run", "save_model": place / out / "model"}
+    return make_recipe({"model": str(place / "llama"), **asked, **words, **folders, **more})
+
+
+def weights(place: Path, out: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((place / out / "model").glob("*.safetensors"))}
+
+
+WRITING = ("runner/", "store/", "run_stages", "run/output", "checkpoint/writer", "report/folder", "base/files")
+
+
+def test_killed_at_any_moment_both_steps_end_with_the_same_bytes(place: Path) -> None:
+    _, lines = count_lines(lambda: run_recipe(both(place, "whole"), reporter=QUIET), WRITING)
+    expected = weights(place, "whole")
+    for share in (0.3, 0.55, 0.8, 0.97):
+        killed_at(lambda: run_recipe(both(place, "cut"), reporter=QUIET), int(lines * share), WRITING)
+        if not (place / "cut" / "run" / "report.json").exists():
+            run_recipe(both(place, "cut"), reporter=QUIET)
+        assert weights(place, "cut") == expected
+        assert not [path for path in (place / "cut").rglob(".*") if path.name != ".gitattributes"]
+        shutil.rmtree(place / "cut")
+
+
+def stopped_between(place: Path) -> None:
+    """Kill a run when its first step is done and the second has not begun."""
+    first = place / "cut" / "run" / "remove" / "report.json"
+    assert killed_when(lambda: run_recipe(both(place, "cut"), reporter=QUIET), first.exists, ("runner/",))
+
+
+def test_a_text_that_changed_between_two_steps_is_noticed(place: Path) -> None:
+    stopped_between(place)
+    write_words(place / "words.txt", seed=1)
+    for out in ("cut", "fresh"):
+        run_recipe(both(place, out), reporter=QUIET)
+    assert weights(place, "cut") == weights(place, "fresh")
+
+
+def test_another_setting_is_named_and_replaces_what_is_there_only_if_asked(place: Path) -> None:
+    stopped_between(place)
+    before = {path: path.stat().st_mtime_ns for path in (place / "cut").rglob("*") if path.is_file()}
+    with pytest.raises(BadInput, match=r"holds the work of another run, in which align was 16 and is 32"):
+        run_recipe(both(place, "cut", align=32), reporter=QUIET)
+    with pytest.raises(BadInput, match="no file"):
+        run_recipe(both(place, "cut", align=32, overwrite=True, dataset=str(place / "wrods.txt")), reporter=QUIET)
+    assert {path: path.stat().st_mtime_ns for path in (place / "cut").rglob("*") if path.is_file()} == before
+    run_recipe(both(place, "cut", align=32, overwrite=True), reporter=QUIET)
+    run_recipe(both(place, "fresh", align=32), reporter=QUIET)
+    assert weights(place, "cut") == weights(place, "fresh")
