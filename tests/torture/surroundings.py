@@ -175,9 +175,10 @@ def _sweep(place: Path, name: str) -> None:
 
 def _works(process: psutil.Process) -> bool:
     try:
-        return any("multiprocessing" in word or "ray::" in word for word in process.cmdline())
+        words = " ".join(process.cmdline())
     except psutil.Error:
         return False
+    return any(one in words for one in ("multiprocessing.spawn", "multiprocessing.forkserver", "ray::"))
 
 
 def killed_workers(place: Path, how: str = "--workers 2", name: str = "killed") -> list[str]:
