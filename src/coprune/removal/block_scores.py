@@ -140,7 +140,7 @@ class Mapped:
     """
 
     tokens: int = 16384
-    """Minimum of calibration tokens to solve the maps on (of images: one batch)."""
+    """Minimum of calibration tokens to solve the maps on (of images: one batch). A quarter of them ranks the spans."""
     spans: int = 3
     """Most spans of blocks in a row."""
     candidates: int = 2
@@ -158,7 +158,7 @@ class Mapped:
         processes: Processes = ALONE,
     ) -> Going:
         writers = find_writers(model)
-        walk = MapWalk(model, writers, processes.own(first_batches(batches, self.tokens)), processes)
+        walk = MapWalk(model, writers, processes.own(first_batches(batches, self.tokens // 4)), processes)
         spans = [self._spans(model, writers, part, count) for part, count in enumerate(counts)]
         every, found = {*chain.from_iterable(spans)}, dict[Span, Map]()
         share = 0.7 / (1 + max((span.last for span in every), default=0))

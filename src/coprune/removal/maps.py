@@ -6,7 +6,7 @@ over tokens. No names are used: which matrices of a block only add to its output
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -119,24 +119,23 @@ class Writers:
             tensor.zero_()
 
     @torch.no_grad()
-    def turn(self, turned: Tensor) -> None:
-        """Multiply what they write with a matrix, in place. turned: H × H float32, new outputs × old ones."""
+    def rewrite(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the weights and biases in place. change: of O × N float32, whose rows are outputs."""
         with full_float32():
             for matrix in self.matrices:
-                own = turned.to(matrix.stored().device)
-                matrix.write(own @ matrix.read())
+                matrix.write(change(matrix.read()))
                 if (bias := bias_of(matrix)) is not None:
-                    bias.copy_(own @ bias.to(torch.float32))
+                    bias.copy_(change(bias.to(torch.float32)[:, None])[:, 0])
 
     @torch.no_grad()
     def merge(self, mapped: Map) -> None:
         """Merge a map into the weights, in place."""
-        change = mapped.change.T
+        change = mapped.change.T.to(self.matrices[0].stored().device)
         if mapped.of_inputs:
             (matrix,) = self.matrices
-            matrix.write(matrix.read() + change.to(matrix.stored().device))
+            matrix.write(matrix.read() + change)
         else:
-            self.turn(torch.eye(len(change), device=change.device) + change)
+            self.rewrite(lambda rows: rows + change @ rows)
 
     @contextmanager
     def merged(self, mapped: Map) -> Iterator[None]:
@@ -197,8 +196,8 @@ def _only_adds(writers: Writers, recording: Recording, done: BlockDone) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     # Different powers of two, exact in every dtype: a norm behind the matrix, which permutations alone pass, changes with them.
-    scales = 2.0 ** torch.randint(-1, 2, (width,), generator=generator)
-    turned = torch.diag(scales)[torch.randperm(width, generator=generator)].to(before.device)
+    scales = (2.0 ** torch.randint(-1, 2, (width,), generator=generator)).to(before.device)
+    order = torch.randperm(width, generator=generator).to(before.device)
 
     def run() -> Tensor:
         return recording.run_in_float32(done.block, 0, before.to(torch.float32))
@@ -206,11 +205,11 @@ def _only_adds(writers: Writers, recording: Recording, done: BlockDone) -> bool:
     with full_float32(), held_in_float32(done.block.module):
         whole = run()
         with writers.put_back():
-            writers.turn(turned)
+            writers.rewrite(lambda rows: rows[order] * scales[:, None])
             other = run()
             writers.silence()
             rest = run()
-        apart, norms = distances(other - rest, (whole - rest) @ turned.T)
+        apart, norms = distances(other - rest, (whole - rest)[..., order] * scales)
     _, sizes = distances(whole, whole)
     return bool((norms > 1e-4 * sizes).any() and (apart <= 1e-3 * norms + 1e-5 * sizes).all())
 
