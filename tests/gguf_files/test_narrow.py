@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import coprune
 from coprune.base.errors import UnsupportedModel, VerificationError
+from coprune.gguf_files import deci
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.gguf_files.metadata import Field, Plan, Planned, write_gguf
 from coprune.gguf_files.verify import require_written
@@ -150,16 +151,16 @@ def test_nothing_is_promised_that_llama_cpp_did_not_show(
 @needs_llama_cpp
 def test_another_model_is_not_the_same_in_llama_cpp(tmp_path: Path) -> None:
     files = [write_pico_gguf(pico_model("llama", seed=seed), tmp_path / f"{seed}.gguf") for seed in (0, 1)]
-    assert export.same_in_llama_cpp(files[0], files[0])
-    assert not export.same_in_llama_cpp(*files)
+    assert deci.same_in_llama_cpp(files[0], files[0])
+    assert not deci.same_in_llama_cpp(*files)
     (tmp_path / "none.gguf").write_bytes(b"GGUF")
-    assert not export.same_in_llama_cpp(files[0], tmp_path / "none.gguf")
+    assert not deci.same_in_llama_cpp(files[0], tmp_path / "none.gguf")
 
 
 def test_a_width_that_is_said_nowhere_is_refused() -> None:
     plan = Plan("x", {"x.block_count": Field(1, 4)}, "f32", {})
     with pytest.raises(UnsupportedModel, match="how wide an attention head is"):
-        export._head_width(plan)
+        deci._head_width(plan)
 
 
 def test_a_file_with_other_values_is_found_out(tmp_path: Path) -> None:

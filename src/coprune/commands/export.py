@@ -57,7 +57,15 @@ def export(
             "a file of llama-imatrix. Types below iq3_s need it.",
         ),
     ] = "none",
-    dataset: Annotated[str, typer.Option(help="Text that --imatrix auto measures on.")] = "embedded",
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate",
+            help="Round the matrices of the blocks one column after another, so that later columns make up for each one's error "
+            "on --dataset (GPTQ): same type and size, nearer to the model.",
+        ),
+    ] = False,
+    dataset: Annotated[str, typer.Option(help="Text that --imatrix auto and --compensate calibrate on.")] = "embedded",
     save_imatrix: Annotated[
         Path | None, typer.Option(help="Write that to this file too, in llama.cpp's format.", show_default=False)
     ] = None,
@@ -75,6 +83,6 @@ def export(
     from coprune.steps.export import export
 
     how: ExportArguments = {"imatrix": imatrix, "dataset": dataset, "save_imatrix": save_imatrix}
-    how["converter"] = converter
+    how["converter"], how["compensate"] = converter, compensate
     show(str(export(model, output, like=like, type=kind, padded=padded, quiet=quiet, **how)))
     show_next(("how fast it is here: ", Command("bench", output)))

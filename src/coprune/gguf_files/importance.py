@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +32,10 @@ from coprune.model.matrices import Matrix
 from coprune.model.matrix_choice import Chosen, choose_matrices
 from coprune.model.transformers_private import revert_conversion, saved_tensors, set_conversions_to_revert
 from coprune.model.walk.block_events import MatricesReady
-from coprune.model.walk.model_structure import FoundModel
+from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.recording import Dense, record_batches
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.recording import Dense, Moves, record_batches
+from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from coprune.recipe.parts import ModelPart
 
@@ -76,25 +76,47 @@ class Asked:
         return None if self.data is None else measured(location, self.data, reporter)
 
 
-@torch.no_grad()
-def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict[str, Tensor]:
-    """Measure the inputs of every matrix in a model's blocks.
+@dataclass(frozen=True)
+class TextWalk:
+    """A model and calibration text that runs through it, block by block."""
+
+    location: Location
+    model: Any
+    chosen: Chosen
+    """Every matrix of the blocks, before a forward showed which parameters are mixtures."""
+    proven: ProvenModel
+    tokens: Tensor
+
+    def walk(self, statistic: type[Statistic], moves: Moves, advance: Callable[[float], None]) -> Walk:
+        """Return the walk over its blocks."""
+        recording = record_batches(self.proven, [*self.tokens.split(1)])
+        return Walk(self.proven, recording, statistic, moves, advance=advance)
+
+    def by_name(self, values: Callable[[Matrix], Tensor]) -> dict[str, Tensor]:
+        """Return a value of every weight by the names of the checkpoint, in its shapes; NaN for what is no such matrix.
+
+        values: of a matrix, broadcast over its outputs × inputs, float32; they take no more memory here.
+        """
+        if isinstance(self.location, GgufFile):  # its parameters were read under the model's own names
+            set_conversions_to_revert(self.model, None)
+        found, nan = _by_parameter(self.chosen, values), torch.tensor(torch.nan)
+        state = {name: self.model.get_parameter_or_buffer(name) for name in saved_tensors(self.model)}
+        own = {name: found.get(id(one), nan.expand(one.shape)) for name, one in state.items()}
+        return revert_conversion(self.model, own)
+
+
+def read_text(location: Location, data: str | Tensor, dtype: DtypeName) -> TextWalk:
+    """Open a model, and prepare a walk of text through it.
 
     Args:
         location: the model.
         data: a corpus, or samples of token ids (N × S).
-        reporter: shows the bar.
-
-    Returns:
-        Tensors by the names of the checkpoint, in the shapes of the weights: every row holds the mean squares of its inputs,
-        and NaN stands for what is no such matrix. They take the memory of a row.
+        dtype: of its weights.
 
     Raises:
         BadInput: the text cannot be read.
         UnsupportedModel: the model cannot be walked.
     """
-    # In bfloat16 the mean squares differ by up to 1.8 %, which is less than between samples of text.
-    dtype: DtypeName = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
     asked = ModelPart(name=str(location.path), dtype=dtype, device="cpu", check_memory=False)
     loaded = open_model(asked, stream=True)
     model, tokenizer = loaded.model, loaded.processor
@@ -106,36 +128,51 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
     blocks = find_blocks(model)
     chosen = choose_matrices(model, blocks)
     proven = prove_replay(FoundModel(loaded.weights, blocks, chosen), data[:1])
-    with reporter.bar("Importance of the weights", len(blocks)) as advance:
-        walk = Walk(proven, record_batches(proven, [*data.split(1)]), InputNorm, Dense(), advance=advance)
+    return TextWalk(location, model, chosen, proven, data)
+
+
+@torch.no_grad()
+def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict[str, Tensor]:
+    """Measure the inputs of every matrix in a model's blocks.
+
+    Args:
+        location: the model.
+        data: as in `read_text`.
+        reporter: shows the bar.
+
+    Returns:
+        Tensors by the names of the checkpoint, in the shapes of the weights: every row holds the mean squares of its inputs,
+        and NaN stands for what is no such matrix. They take the memory of a row.
+
+    Raises:
+        BadInput, UnsupportedModel: as `read_text`.
+    """
+    # In bfloat16 the mean squares differ by up to 1.8 %, which is less than between samples of text.
+    text = read_text(location, data, "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32")
+    with reporter.bar("Importance of the weights", len(text.proven.blocks)) as advance:
         seen: dict[str, Tensor] = {}
-        for event in walk:
+        for event in text.walk(InputNorm, Dense(), advance):
             if isinstance(event, MatricesReady):
                 seen |= {name: statistic.mean_square for name, statistic in event.statistics().items()}
-    if isinstance(location, GgufFile):  # its parameters were read under the model's own names
-        set_conversions_to_revert(model, None)
-    means = _by_parameter(chosen, seen)
-    state = {name: model.get_parameter_or_buffer(name) for name in saved_tensors(model)}
-    nan = torch.tensor(torch.nan)
-    return revert_conversion(model, {name: means.get(id(own), nan.expand(own.shape)) for name, own in state.items()})
+    # An expert without tokens has uniform importance.
+    return text.by_name(lambda matrix: seen.get(matrix.name, torch.ones(matrix.shape[1])).clamp_min(_LEAST)[None])
 
 
-def _by_parameter(chosen: Chosen, seen: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Return mean squares in the shapes of the parameters, by their identities."""
+def _by_parameter(chosen: Chosen, values: Callable[[Matrix], Tensor]) -> dict[int, Tensor]:
+    """Return values of matrices in the shapes of the parameters, by their identities."""
     parts: dict[int, list[tuple[Matrix, Tensor]]] = {}
     for matrix in chosen.all():
-        # An expert without tokens has uniform importance.
-        mean = seen.get(matrix.name, torch.ones(matrix.shape[1])).clamp_min(_LEAST)
-        same = filled(mean.unsqueeze(1 - matrix.input_dim), matrix.stored().shape)
+        own = values(matrix)
+        same = filled(own if matrix.input_dim == 1 else own.T, matrix.stored().shape)
         parts.setdefault(id(getattr(matrix.owner, matrix.attribute)), []).append((matrix, same))
     found = {}
-    for number, own in parts.items():
-        first, same = own[0]
+    for number, own_parts in parts.items():
+        first, same = own_parts[0]
         whole = getattr(first.owner, first.attribute)
         if first.expert is None:
             found[number] = same if same.shape == whole.shape else same.reshape(whole.shape)
-        elif len(own) == first.stacked:
-            found[number] = (torch.cat if whole.ndim == 2 else torch.stack)([one for _, one in own])
+        elif len(own_parts) == first.stacked:
+            found[number] = (torch.cat if whole.ndim == 2 else torch.stack)([one for _, one in own_parts])
     return found
 
 
@@ -148,18 +185,32 @@ def in_file(means: Mapping[str, Tensor], names: Mapping[str, str], example: Exam
         example: the file that it is made like.
         source: the model that is written.
     """
-    seen, found = replace(source, tensors=means), dict[str, Tensor]()
+    found = dict[str, Tensor]()
     for name, own in names.items():
-        if not example.pieces[own] or len(example.shapes[own]) < 2:
-            continue
-        try:
-            values = example.values(own, seen)
-        except UnsupportedModel:  # of several equal tensors, which is no matrix of a block
+        values = found_in(means, own, example, source)
+        if values is None:
             continue
         rows = values[:, 0] if values.ndim > 2 else values[:1]
         if bool(rows.isfinite().all()):
             found[name] = rows.clone()  # not a view, which would keep all of them
     return found
+
+
+def found_in(values: Mapping[str, Tensor], name: str, example: Example, source: Exported) -> Tensor | None:
+    """Return values of weights in the shape and the order of a tensor of a file; None where it is no matrix.
+
+    Args:
+        values: by the checkpoint's names and in its shapes, as `TextWalk.by_name` gives them.
+        name: of the tensor in the example.
+        example: the file that it is made like.
+        source: the model that is written.
+    """
+    if not example.pieces[name] or len(example.shapes[name]) < 2:
+        return None
+    try:
+        return example.values(name, replace(source, tensors=values))
+    except UnsupportedModel:  # of several equal tensors, which is no matrix of a block
+        return None
 
 
 def importance_of(file: Path, data: str | Tensor, reporter: Reporter) -> Importance:

@@ -65,7 +65,7 @@ class Solver:
 
     def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
         """Prune one matrix (O × I float32, not modified). Raises NumericalError."""
-        statistic, events = _usable_statistic(inputs)
+        statistic, events = usable_statistic(inputs)
         if inputs is not None and statistic is None and self.statistic is not None:
             pruned = METHODS["magnitude"].prune(weight, None, target)
             return pruned._replace(events=(Event(kind="no tokens"),))
@@ -79,7 +79,7 @@ class Solver:
         return pruned._replace(events=events + pruned.events)
 
 
-def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Event, ...]]:
+def usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Event, ...]]:
     """Return the statistic to prune by; an expert's with too few tokens is topped up from its layer's."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or statistic is None or statistic.count == 0:

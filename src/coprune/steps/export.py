@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from coprune.base.environment import expand_home
@@ -21,11 +19,13 @@ from coprune.base.files import require_usable, write_durably
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut, Set, Sheet, Shown
 from coprune.gguf_files.converter import convert, find_converter, no_template
+from coprune.gguf_files.deci import deci_plans, same_in_llama_cpp
 from coprune.gguf_files.importance import (
     AUTO,
     NONE,
     Asked,
     ImatrixArguments,
+    found_in,
     in_file,
     read_importance,
     write_importance,
@@ -35,22 +35,21 @@ from coprune.gguf_files.llama_cpp import (
     NEED_IMPORTANCE,
     PLAIN,
     GgufType,
-    LlamaCpp,
     Quantisation,
     has_llama_cpp,
     quantize,
     require_type,
-    tensor_type,
 )
-from coprune.gguf_files.metadata import Field, Fields, Plan, write_gguf
+from coprune.gguf_files.metadata import Plan, write_gguf
 from coprune.gguf_files.plan import Example, planned, read_example
-from coprune.gguf_files.smaller import Exported, exported, planned_shape
+from coprune.gguf_files.smaller import Exported, exported
 from coprune.gguf_files.verify import require_same, require_written
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
 from coprune.model.edits import history_of
 from coprune.model.removed import Removal
 from coprune.removal.silent_units import Narrow, narrowed
 from coprune.report.folder import model_of
+from coprune.steps.round_file import round_file
 
 _USUAL_TEXT = "embedded"
 
@@ -58,6 +57,8 @@ _USUAL_TEXT = "embedded"
 class ExportArguments(ImatrixArguments, total=False):
     """More arguments of an export."""
 
+    compensate: bool
+    """Whether matrices are rounded with compensation."""
     converter: str | Path | None
     """Path of llama.cpp's convert_hf_to_gguf.py, or of its folder."""
 
@@ -110,8 +111,8 @@ def export(
         quiet: no progress bars and lines.
         how: `imatrix`, for types that llama.cpp's quantiser makes: `auto` measures how much every input matters on the text
             `dataset`, a file in llama.cpp's format is read, `none` (default) weighs all inputs alike; `save_imatrix` names a file
-            to write it to. `converter`: the path of llama.cpp's convert_hf_to_gguf.py, or of its folder [in `$LLAMA_CPP`, or on
-            the PATH].
+            to write it to. `compensate`: round matrices column by column, later ones making up for each one's error on `dataset`.
+            `converter`: the path of llama.cpp's convert_hf_to_gguf.py, or of its folder [in `$LLAMA_CPP`, or on the PATH].
 
     Returns:
         What was written.
@@ -123,7 +124,8 @@ def export(
     target, reporter = expand_home(output), Reporter(quiet)
     require_type(type)
     converter = how.pop("converter", None)
-    weighing = _weighing(type, how)
+    compensate = how.pop("compensate", False)
+    weighing = _weighing(type, how, compensate)
     _require_free(target)
     with reporter.libraries():
         location = locate(model_of(str(model)))
@@ -136,6 +138,9 @@ def export(
 
         def write(final: Path) -> None:
             written.append(_write(making, type, final, partial(_beside, final), weighing))
+            if compensate:
+                asked = how.get("dataset", _USUAL_TEXT)
+                round_file(final, making.narrow.alike.location, asked, written[-1].matrices, reporter)
 
         write_durably(target, write)
     (whole,) = written
@@ -190,12 +195,15 @@ def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
         return Narrow(source, None)
 
 
-def _weighing(kind: str, how: ImatrixArguments) -> Asked:
+def _weighing(kind: str, how: ImatrixArguments, compensate: bool) -> Asked:
     """Read which importance matrix is asked for. Raises BadInput for one that has no effect, and a type that lacks one."""
     named, save = how.get("imatrix") or NONE, how.get("save_imatrix")
     for name in how:
         if name not in ImatrixArguments.__annotations__:
             raise unknown_name("setting", name, ImatrixArguments.__annotations__, field=name)
+    if compensate and kind in PLAIN:
+        cause = f"nothing is rounded to the type {kind} that could be compensated"
+        raise BadInput(cause, field="compensate", value=True, fix=LeaveOut("compensate"))
     if named != NONE and kind not in BY_LLAMA_CPP:
         cause = f"an importance matrix has no effect on the type {kind}"
         raise BadInput(cause, field="imatrix", value=str(named), fix=LeaveOut("imatrix"))
@@ -306,11 +314,23 @@ class Whole:
     """The content of a new file."""
 
     plan: Plan
-    values: Callable[[str], Tensor]
-    """Makes a tensor, float32, by its name in the example."""
+    example: Example
     source: Exported
     number: int | None = None
     """Index of the way to store every block's own width; None where all blocks are alike."""
+    arrange: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    """Brings a tensor, by its name in the example, into the order of the file's architecture."""
+
+    def values(self, name: str) -> Tensor:
+        """Make a tensor, float32, by its name in the example."""
+        return self.arrange(name, self.example.values(name, self.source))
+
+    def matrices(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield what matrices would be if the model had these values, with their names in the file."""
+        for name, tensor in self.plan.tensors.items():
+            own = found_in(values, tensor.source, self.example, self.source)
+            if own is not None:
+                yield name, self.arrange(tensor.source, own)
 
     def write(self, file: Path, reporter: Reporter) -> None:
         """Write it, read it again, and compare. Raises VerificationError, UnsupportedModel where it is not the model."""
@@ -334,17 +354,13 @@ class Making:
     def alike(self, kind: str) -> Whole:
         """Make a file of the template's architecture. kind: a type that the gguf package makes."""
         source = self.narrow.alike
-        return Whole(planned(self.example, source, kind), lambda name: self.example.values(name, source), source)
+        return Whole(planned(self.example, source, kind), self.example, source)
 
     def _apart(self, kind: str) -> Iterator[Whole]:
         source = self.narrow.apart
         assert source is not None
         for number, found in enumerate(deci_plans(self.alike(kind).plan, self.example, source)):
-
-            def values(name: str, arrange: Callable[[str, Tensor], Tensor] = found.arrange) -> Tensor:
-                return arrange(name, self.example.values(name, source))
-
-            yield Whole(found.plan, values, source, number)
+            yield Whole(found.plan, self.example, source, number, found.arrange)
 
     def again(self, whole: Whole, kind: str) -> Whole:
         """Convert the file to another type."""
@@ -379,119 +395,3 @@ class Making:
                     if same_in_llama_cpp(padded, file):
                         return other
         return None
-
-
-ARCHITECTURE = "deci"
-_READS = re.compile(
-    r"(vocab_size|context_length|embedding_length|block_count|feed_forward_length|attention\.(head_count|head_count_kv|key_length|"
-    r"value_length|layer_norm_rms_epsilon)|rope\.(dimension_count|freq_base|scale_linear|scaling\..*))"
-)
-"""Numbers of the configuration that this architecture reads; all others would be lost."""
-_ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
-_PROBE = 32
-"""Tokens that both files are given."""
-_ROUNDING = 1e-2
-"""Difference of logits over their norm, without their mean; in float16, which rounds what every matrix is multiplied with."""
-
-
-@dataclass(frozen=True)
-class Deci:
-    """A plan of a file of this architecture, and how its values are made."""
-
-    plan: Plan
-    head: int
-    """Width of a head."""
-    halves: bool
-    """Whether rotary embeddings pair the two halves of a head rather than neighbouring channels."""
-
-    def arrange(self, name: str, tensor: Tensor) -> Tensor:
-        """Reorder rows of queries and keys for this architecture. name: in the source file."""
-        if not self.halves or not _ROTARY.fullmatch(name):
-            return tensor
-        halves: Tensor = tensor.reshape(-1, 2, self.head // 2, *tensor.shape[1:])
-        return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def deci_plans(padded: Plan, example: Example, source: Exported) -> Iterator[Deci]:
-    """Yield the plans of a file whose blocks have different widths, for either order of a head's rows.
-
-    Args:
-        padded: the plan in the source's own architecture, with all blocks of the same width.
-        example: the file that serves as template.
-        source: the model, every block at its own width.
-
-    Raises:
-        UnsupportedModel: the metadata have a number that this architecture does not read.
-    """
-    shapes, mixed = example.shapes, example.mixed
-    tensors = {}
-    for name, tensor in padded.tensors.items():
-        shape = planned_shape(example.pieces[tensor.source], shapes[tensor.source], source) or tensor.shape
-        kind = tensor_type(tensor.source, shape, padded.kind, example.types[tensor.source], mixed)
-        tensors[name] = replace(tensor, shape=shape, kind=kind)
-    head = _head_width(padded)
-    fields = _fields(padded, {name: tensor.shape for name, tensor in tensors.items()}, head)
-    for halves in (False, True):
-        yield Deci(Plan(ARCHITECTURE, fields, padded.kind, tensors), head, halves)
-
-
-def _head_width(padded: Plan) -> int:
-    said = padded.fields.get(f"{padded.arch}.attention.key_length")
-    if said is not None:
-        return int(said.value)
-    width, heads = (padded.fields.get(f"{padded.arch}.{key}") for key in ("embedding_length", "attention.head_count"))
-    if width is None or heads is None or not isinstance(heads.value, int):
-        raise UnsupportedModel("the metadata do not say how wide an attention head is")
-    return int(width.value // heads.value)
-
-
-def _fields(padded: Plan, shapes: Mapping[str, tuple[int, ...]], head: int) -> Fields:
-    own = f"{padded.arch}."
-    unread = [key for key in padded.fields if key.startswith(own) and not _READS.fullmatch(key.removeprefix(own))]
-    if unread:
-        raise UnsupportedModel(f"the architecture {ARCHITECTURE} does not read {unread[0]}")
-    found = {
-        f"{ARCHITECTURE}.{key.removeprefix(own)}" if key.startswith(own) else key: field
-        for key, field in padded.fields.items()
-    }
-    number = padded.fields[f"{own}block_count"]
-    blocks = range(int(number.value))
-    rows = {"feed_forward_length": ("ffn_gate", 1), "attention.head_count": ("attn_q", head)}
-    rows |= {"attention.head_count_kv": ("attn_k", head)}
-    for key, (tensor, size) in rows.items():
-        names = [f"blk.{block}.{tensor}.weight" for block in blocks]
-        missing = [name for name in names if name not in shapes]
-        if missing:
-            raise UnsupportedModel(f"the architecture {ARCHITECTURE} needs {missing[0]}, which the file has not")
-        found[f"{ARCHITECTURE}.{key}"] = Field([shapes[name][0] // size for name in names], _array(), number.type)
-    widths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-    return {**{f"{ARCHITECTURE}.{key}": replace(number, value=head) for key in widths}, **found}
-
-
-def _array() -> int:
-    from gguf import GGUFValueType
-
-    return int(GGUFValueType.ARRAY)
-
-
-def same_in_llama_cpp(padded: Path, narrow: Path) -> bool:
-    """Return whether llama.cpp computes the same logits from two files. Raises BadInput if it cannot load the first."""
-    with_zeros = LlamaCpp(padded, context=_PROBE)
-    try:
-        tokens = torch.randint(with_zeros.vocabulary, (_PROBE,), generator=torch.Generator().manual_seed(0)).tolist()
-        expected = with_zeros.logits(tokens)
-    finally:
-        with_zeros.close()
-    try:
-        without = LlamaCpp(narrow, context=_PROBE)
-    except BadInput:
-        return False
-    try:
-        found = without.logits(tokens)
-    finally:
-        without.close()
-    if found.shape != expected.shape:
-        return False
-    expected = expected - expected.mean(dim=1, keepdim=True)
-    found = found - found.mean(dim=1, keepdim=True)
-    return bool((found - expected).norm() <= _ROUNDING * expected.norm())
