@@ -5,6 +5,7 @@
 #   make lint, make types
 #   make coverage  make test with the lines and branches that it reaches, and the share that it must reach
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
+#   make keywords  write the typed keyword arguments of Python's functions from the settings, after these changed
 #   make site   build the documentation as a site, in out/site (docs/CONTRIBUTING.md)
 #   make torture   fuzz models' files, kill and stop runs, fill disks
 #               (an hour; docs/reliability.md)
@@ -27,7 +28,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test coverage slow test-all wheel matrix site families devices torture golden lint types clean
+.PHONY: demo test coverage slow test-all wheel matrix keywords site families devices torture golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -49,6 +50,9 @@ wheel: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py
 
 # mkdocs-material speaks of its successor at every build; that is no warning of ours.
+keywords: $(READY)
+	$(BIN)/python docs/site/keyword_arguments.py
+
 site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

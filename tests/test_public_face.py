@@ -7,18 +7,15 @@ import sys
 import typing
 
 import pytest
-from hover_texts import texts_by_file, with_texts
+from keyword_arguments import FILE, written
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import coprune
 from coprune.commands.table import command_named
-from coprune.evaluation.measure_arguments import MeasureArguments
+from coprune.data.keyword_arguments import PruneArguments
 from coprune.gguf_files.llama_cpp import GgufType
 from coprune.model.transformers_private import Processor
-from coprune.recipe.tree import FIELDS
-from coprune.recipe.views import MEASURING, TRAINING
-from coprune.run.arguments import PruneArguments
-from coprune.training.finetune import FinetuneArguments
+from coprune.recipe.views import MEASURING
 from support.annotations import kinds
 
 FUNCTIONS = [
@@ -108,23 +105,8 @@ def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: 
             assert "Unpack" in str(parameter.annotation)
 
 
-def test_the_settings_of_a_measurement_are_typed() -> None:
-    typed = typing.get_type_hints(MeasureArguments)
-    assert set(typed) == set(MEASURING) - {"data"}
-
-
-def test_the_settings_of_a_fine_tuning_are_typed() -> None:
-    typed = typing.get_type_hints(FinetuneArguments)
-    assert set(typed) == set(TRAINING) - {"model", "mode"}
-    for name, (word, _) in TRAINING.items():
-        assert name not in typed or kinds(FIELDS[word].annotation) - {tuple} <= kinds(typed[name]), name
-
-
-def test_editors_show_the_settings_own_descriptions() -> None:
-    for file, texts in texts_by_file().items():
-        source = file.read_text(encoding="utf-8")
-        assert with_texts(source, texts) == source, f"run docs/site/hover_texts.py for {file.name}"
-        assert len([text for text in texts.values() if text[:40] in source]) >= 15
+def test_keyword_arguments_are_written_from_the_settings() -> None:
+    assert FILE.read_text(encoding="utf-8") == written(), "run make keywords"
 
 
 def test_a_type_of_file_that_there_is_not_is_seen_by_type_checkers() -> None:

@@ -1,4 +1,4 @@
-"""What every command takes and every part of a recipe holds, written as Markdown from the code when the site is built."""
+"""What every command takes and a recipe holds, written as Markdown from the code when the site is built."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import typer
 
 from coprune.commands.app import app
-from coprune.recipe.tree import LEAVES, PARTS
+from coprune.recipe.tree import LEAVES
 
 MARKER = "<!-- every command with its options -->"
 """Where `commands.md` has them."""
-PARTS_MARKER = "<!-- every part with its settings -->"
+SETTINGS_MARKER = "<!-- every setting by its group -->"
 """Where `recipe.md` has them."""
 # A command that takes most of prune's options names these only.
 _MANY = 20
@@ -49,14 +49,13 @@ def all_commands() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def all_parts() -> str:
-    """The table of parts: their settings, with the flat names of those that are called otherwise."""
-    rows = ["| part | its settings, with their flat names |", "| --- | --- |"]
-    for place, part in PARTS.items():
-        own = {word: leaf.place.removeprefix(f"{place}.") for word, leaf in LEAVES.items() if leaf.part is part}
-        told = [f"`{name}`" if name == word else f"`{name}` (`{word}`)" for word, name in own.items()]
-        rows.append(f"| `{place}` | {', '.join(told)} |")
-    return "\n".join(rows) + "\n"
+def all_settings() -> str:
+    """The table of a recipe's settings, by the groups of `--help`."""
+    groups: dict[str, list[str]] = {}
+    for word, leaf in LEAVES.items():
+        groups.setdefault(leaf.part.title, []).append(f"`{word}`")
+    rows = [f"| {title} | {', '.join(words)} |" for title, words in groups.items()]
+    return "\n".join(["| group | its settings |", "| --- | --- |", *rows]) + "\n"
 
 
 def _groups(name: str, command: Any) -> Groups:

@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Put in place what a page says that it has, and call other pages by their titles rather than by their files."""
     made = {
         "commands.md": (command_pages.MARKER, command_pages.all_commands),
-        "recipe.md": (command_pages.PARTS_MARKER, command_pages.all_parts),
+        "recipe.md": (command_pages.SETTINGS_MARKER, command_pages.all_settings),
         "results.md": (RESULTS, _results),
     }
     if page.file.src_uri in made:

@@ -23,7 +23,7 @@ from coprune.recipe.flags import flags_of
 from coprune.recipe.parts import is_common
 from coprune.recipe.presets import BARE, preset_settings, usual_preset
 from coprune.recipe.recipe import DEFAULTS, make_recipe
-from coprune.recipe.tree import DETAILS, FIELDS, FLAT
+from coprune.recipe.tree import DETAILS, FIELDS
 from coprune.recipe.views import MEASURING
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
@@ -48,7 +48,7 @@ def report_in(folder: Path) -> dict[str, Any]:
 
 
 def test_every_field_of_the_recipe_is_an_option() -> None:
-    assert set(FLAT) - {"options"} <= set(inspect.signature(command_named("prune")).parameters)
+    assert set(FIELDS) - {"options"} <= set(inspect.signature(command_named("prune")).parameters)
 
 
 def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) -> None:
@@ -59,7 +59,7 @@ def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) 
         assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
     options = set(re.findall(r"--[\w-]+", coprune("prune", "--help-all")))
     for setting in {
-        word for word in set(FLAT) - {"model", "options"} if word not in DETAILS or is_common(FIELDS[word])
+        word for word in set(FIELDS) - {"model", "options"} if word not in DETAILS or is_common(FIELDS[word])
     }:
         assert "--" + SHORTER.get(setting, setting.replace("_", "-")) in options
     for setting in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
@@ -193,7 +193,7 @@ def test_a_command_written_for_the_seed(coprune: Callable[..., str], place: Path
         *("--save_model", "pruned", "--use_variant", "--seqlen", "32", "--eval-data", "test.txt"),
     )
     report = report_in(place / "out")
-    assert report["recipe"]["prune"]["method"]["name"] == "wanda_variant"
+    assert report["recipe"]["method"] == "wanda_variant"
     assert report["sparsity"]["matrices"] == 0.5
     header, line = (place / "out" / "log_wanda_variant.txt").read_text().splitlines()
     assert header.split("\t") == ["method", "actual_sparsity", "ppl_test"]
@@ -209,7 +209,7 @@ def test_a_run_repeats_from_its_recipe(coprune: Callable[..., str], place: Path)
     coprune("prune", "--recipe", "a/recipe.yaml", "--save", "b", "--save-model", "y")
     assert (place / "x" / "model.safetensors").read_bytes() == (place / "y" / "model.safetensors").read_bytes()
     first, second = (report_in(place / name) for name in "ab")
-    assert first["recipe"]["prune"]["method"] == {"name": "sparsegpt", "block_size": 32}
+    assert first["recipe"]["method"] == {"name": "sparsegpt", "block_size": 32}
     strip = [[{k: v for k, v in m.items() if k != "seconds"} for m in r["matrices"]] for r in (first, second)]
     assert strip[0] == strip[1]
 
@@ -219,8 +219,8 @@ def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune: Call
     coprune("prune", "model", "--recipe", "recipe.yaml", "--preset", "fast", "--dataset", "words.txt", "--seqlen", "32",
             "--sparsity", "0.75", "--save", "out")  # fmt: skip
     recipe = report_in(place / "out")["recipe"]
-    assert (recipe["model"]["name"], recipe["prune"]["sparsity"]) == ("model", 0.75)
-    assert (recipe["calibrate"]["samples"], recipe["calibrate"]["propagation"]) == (7, "sequential")
+    assert (recipe["model"], recipe["sparsity"]) == ("model", 0.75)
+    assert (recipe["nsamples"], recipe["propagation"]) == (7, "sequential")
 
 
 def test_the_default_run_folder_names_model_target_and_method(coprune: Callable[..., str], place: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_new_method_is_one_file_and_one_line(
         coprune("prune", "model", *SMALL, "-m", "lottery", "--my-option", "0.5", "-p", "2:4", "--save", "out",
                 "--save-model", "pruned", "--propagation", "sequential", "--refine", "refit")  # fmt: skip
         report = report_in(place / "out")
-        assert report["recipe"]["prune"]["method"] == {"name": "lottery", "my_option": 0.5}
+        assert report["recipe"]["method"] == {"name": "lottery", "my_option": 0.5}
         assert report["sparsity"]["matrices"] == 0.5
         assert "--my-option" in coprune("methods", "lottery")
         ended = run_command(["prune", "model", "-q", *SMALL, "-m", "lottery", "--my-option", "-1"], monkeypatch, capsys)

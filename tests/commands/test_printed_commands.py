@@ -22,7 +22,7 @@ from coprune.recipe.flags import CALLED, flags_of
 from coprune.recipe.presets import PRESETS, WHOLE
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
 from coprune.recipe.structure import SCORES
-from coprune.recipe.tree import FLAT
+from coprune.recipe.tree import FIELDS
 from coprune.sweeps.expand import expand
 from coprune.sweeps.sweep import SWEEPS, sweep_of_script
 
@@ -150,7 +150,7 @@ def any_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_is_tried() -> None:
-    assert SAID.keys() == FLAT.keys()
+    assert SAID.keys() == FIELDS.keys()
     assert [word for word, (value, _) in SAID.items() if word != "dataset" and value == DEFAULTS[word]] == []
 
 

@@ -309,11 +309,11 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("prompts", {"budget": "0.01s", "require": "acceptance>=0.8"}, "too short for one candidate"),
         ("text", {"budget": "soon"}, "is not a time of a search"),
         ("text", {"budget": "9" * 400}, "is not a time of a search"),
-        ("text", {"target": "beauty"}, "unknown target"),
-        ("text", {"runtime": "vllm"}, "unknown runtime"),
+        ("text", {"target": "beauty"}, "target cannot be 'beauty'"),
+        ("text", {"runtime": "vllm"}, "runtime cannot be 'vllm'"),
         ("text", {"runtime": "transformers"}, "types are of llama.cpp"),
         ("text", {"types": "q9"}, "unknown type"),
-        ("text", {"without": "layers"}, "unknown kind of change"),
+        ("text", {"without": "layers"}, "without cannot be 'layers'"),
     ],
 )
 def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,13 +19,8 @@ from coprune.recipe.flat import flatten
 from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.tree import FIELDS, FLAT, LEAVES, PARTS
-from coprune.run.arguments import MethodArguments, PruneArguments
 from coprune.run.read_call import choice_of, options_of, read_call, sort_options
 from coprune.stages.checks import prepare_solver
-from support.annotations import kinds
-
-OTHER_WORDS = {"sparsity_ratio": "sparsity", "sparsity_type": "pattern", "use_variant": None}
 
 
 def recipe_of(method: Any = None, preset: str | None = None, **settings: Any) -> Recipe:
@@ -38,7 +32,7 @@ def sorted_for(method: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_settings_are_the_recipes_or_the_methods_own() -> None:
-    said = sorted_for("sparsegpt", {"nsamples": 3, "block_size": 64, "calibrate": {"seed": 1}})
+    said = sorted_for("sparsegpt", {"nsamples": 3, "block_size": 64, "seed": 1})
     assert said == {"options": {"block_size": 64}, "nsamples": 3, "seed": 1}
 
 
@@ -57,7 +51,7 @@ def test_options_may_come_with_the_name_or_by_themselves(method: str, settings: 
     [
         ({"nsampels": 3}, "unknown setting 'nsampels'; did you mean 'nsamples'"),
         ({"block_sise": 3}, "did you mean 'block_size'"),
-        ({"nsamples": 3, "calibrate": {"samples": 3}}, "given twice"),
+        ({"sparsity": 0.3, "sparsity_ratio": 0.3}, "given twice"),
         ({"preset": "fasst"}, "did you mean 'fast'"),
         ({"method": "spargpt"}, "did you mean 'sparsegpt'"),
     ],
@@ -138,32 +132,3 @@ def test_options_of_an_unknown_method_are_its_own_business() -> None:
 def test_what_is_no_method_is_refused(method: Any) -> None:
     with pytest.raises(BadInput, match="is not a method"):
         choice_of(method)
-
-
-OF_TRAININGS = {word for word, leaf in LEAVES.items() if leaf.path[0] == "train"}
-"""Of which only some are typed by their flat names: `train` takes all of them."""
-
-
-def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:
-    parts = {part for part in PARTS if "." not in part}
-    settings = set(FLAT) | parts | set(OTHER_WORDS)
-    options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
-    wanted = (settings - {"model", "method"}) | options
-    assert wanted - OF_TRAININGS <= set(typing.get_type_hints(PruneArguments)) <= wanted
-
-
-def test_the_arguments_take_what_the_settings_take() -> None:
-    typed = typing.get_type_hints(PruneArguments)
-    for word in set(FLAT) & set(typed) - {"model", "method", "options"}:
-        wanted = kinds(FIELDS[word].annotation) - {tuple, Choice}
-        assert wanted <= kinds(typed[word]), word
-    for word, means in OTHER_WORDS.items():
-        assert means is None or kinds(typed[word]) <= kinds(typed[means])
-
-
-def test_the_methods_options_have_their_types() -> None:
-    typed = typing.get_type_hints(MethodArguments)
-    for method in METHODS.values():
-        for name, kind in typing.get_type_hints(type(method)).items():
-            if name in {field.name for field in dataclasses.fields(method)}:
-                assert kinds(kind) <= kinds(typed[name]), name

@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_smaller_batches(place: Path, tmp_path: Path, monkeyp
             assert int((weight != 0).sum()) == int((small[name] != 0).sum())
             torch.testing.assert_close(weight, small[name], rtol=0, atol=1e-3)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["recipe"]["calibrate"]["batch_size"] == 1
+    assert report["recipe"]["batch_size"] == 1
 
 
 def test_where_a_matrix_is_pruned_counts_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
@@ -345,22 +344,6 @@ def test_what_is_measured_afterwards_may_differ(
     run("wanda", place, tmp_path, evaluate=False)
     assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
     assert not figures(tmp_path)[0]["perplexity"]
-
-
-def test_a_run_of_flat_settings_goes_on_from_a_nested_recipe(
-    place: Path,
-    undisturbed: Undisturbed,
-    half_done: Left,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    half_done("wanda")
-    nested = tmp_path / "nested.yaml"
-    nested.write_text(recipe_of("wanda", place, tmp_path).to_yaml())
-    assert yaml.safe_load(nested.read_text())["calibrate"]["samples"] == 6
-    run_recipe(Recipe.from_yaml(nested))
-    assert "blocks were finished" in capsys.readouterr().err
-    assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
 
 
 @pytest.mark.parametrize("streamed_first", [True, False])

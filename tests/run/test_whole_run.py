@@ -123,7 +123,7 @@ def test_a_run_folder_explains_itself(texts: Path, tmp_path: Path) -> None:
     )
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml") == result.report.recipe
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["prune"]["sparsity"] == 0.6
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["sparsity"] == 0.6
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert coprune.Report.read(tmp_path / "run" / "report.json") == result.report
     assert 0 < report["prune_seconds"] < report["total_seconds"]

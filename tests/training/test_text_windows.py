@@ -61,7 +61,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     for changes, message in refused:
         with pytest.raises(BadInput, match=message):
             training_recipe({**good, **changes})
-    assert json.loads(training_recipe(good).model_dump_json())["train"]["mode"] == "lora"
+    assert json.loads(training_recipe(good).model_dump_json())["finetune"] == "lora"
     assert training_recipe({**good, "learning_rate": None}).train.rate == 1e-4
 
 

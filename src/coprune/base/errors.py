@@ -32,7 +32,7 @@ class CopruneError(Exception):
 
     Args:
         cause: what is wrong, as words without a final full stop.
-        field: the setting that it is about, by its flat name; None where it is about none, or several.
+        field: the setting that it is about, by its name; None where it is about none, or several.
         value: what that setting was; None where it was not given.
         fix: what to do about it, likewise; where it begins with a capital letter, it is a sentence of its own.
     """

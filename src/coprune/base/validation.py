@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, unknown_name
 from coprune.base.files import like_named, read_given
 from coprune.base.words import Words, parts_of
 
@@ -23,6 +23,11 @@ Place = tuple[str, ...]
 def one_is_enough(value: Any) -> Any:
     """Accept a single text or mapping as a list of one; a validator."""
     return (value,) if isinstance(value, str | Mapping) else value
+
+
+def path_as_text(value: Any) -> Any:
+    """Accept a path as its text; a validator."""
+    return str(value) if isinstance(value, Path) else value
 
 
 def is_text(value: str) -> bool:
@@ -38,6 +43,17 @@ def reason(detail: Any) -> str:
     """Return pydantic's complaint about one value, as the end of a sentence."""
     said = str(detail["msg"]).removeprefix("Value error, ").removesuffix(".")
     return said.replace("Input should", "it should", 1)
+
+
+def settings_of(kind: type[Kind], said: Mapping[str, Any]) -> Kind:
+    """Make the settings of a call. Raises BadInput for an unknown name, with the nearest one, or a wrong value."""
+    for name in said:
+        if name not in kind.model_fields:
+            raise unknown_name("setting", name, kind.model_fields, field=name)
+    try:
+        return kind.model_validate(said)
+    except ValidationError as error:
+        raise explain(error, lambda place: (place[0], place[0])) from None
 
 
 def explain(error: ValidationError, names: Callable[[Place], tuple[str, str]] | None = None) -> BadInput:

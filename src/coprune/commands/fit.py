@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from coprune.base.environment import expand_home
+from coprune.base.validation import settings_of
+from coprune.commands.options import settings_options, with_options
 from coprune.commands.terminal import show
+from coprune.fitting.fit_settings import FitSettings
 from coprune.gguf_files.llama_cpp import require_llama_cpp
 from coprune.model.checkpoint.glance import is_run, look
-
-if TYPE_CHECKING:
-    from coprune.fitting.fit import FitArguments
 
 NOT_KEPT = 1
 
 
+@with_options(settings_options(FitSettings))
 def fit(
     model: Annotated[
         str, typer.Argument(help="A model to fit, or the recipe.yaml that an earlier fit left, which is made again.")
@@ -41,63 +42,8 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="size|speed|memory",
-            help="What to minimise: bytes of the file, bytes in memory, or time of a token.",
-        ),
-    ] = "size",
-    runtime: Annotated[
-        str, typer.Option(metavar="llama.cpp|transformers", help="Where it will run: a GGUF file, or a folder.")
-    ] = "llama.cpp",
-    budget: Annotated[str, typer.Option(help="Time of the search and the proof: 60m, 2h; the best by then.")] = "60m",
-    items: Annotated[
-        int | None, typer.Option(min=1, help="Items of each task at most. [all]", show_default=False)
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="More text to calibrate and distill on. [what the model writes]", show_default=False),
-    ] = None,
-    like: Annotated[
-        str | None,
-        typer.Option(
-            help="Any GGUF file of the model, in any type: needed where MODEL is a folder, unless there is a --converter.",
-            show_default=False,
-        ),
-    ] = None,
-    converter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="llama.cpp's convert_hf_to_gguf.py, or its folder, for a MODEL folder without --like. [in $LLAMA_CPP, or on the "
-            "PATH]",
-            show_default=False,
-        ),
-    ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Do not try this: vocabulary, experts, blocks, channels, embedding; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    types: Annotated[
-        str | None,
-        typer.Option(help="Types of llama.cpp to try, with commas between. [q8_0 to iq2_xs]", show_default=False),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Candidates that are measured at a time, by processes of this machine.")
-    ] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Or by a Ray cluster (host:port, auto, local).", show_default=False),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the halves, and of what is drawn.")] = 0,
-    trust_tasks: Annotated[
-        bool, typer.Option("--trust-tasks", help="Let task definitions run the code that they name; read it first.")
-    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+    **settings: Any,
 ) -> None:
     """Find the smallest file of a model that still does your tasks, and prove it on items that the search has not seen.
 
@@ -111,12 +57,14 @@ def fit(
     from coprune.fitting.require import wanted
     from coprune.fitting.tasks import is_file
 
-    if runtime == "llama.cpp":
-        require_llama_cpp("models are fitted to llama.cpp", "runtime", runtime)
+    how: Any = {name: value for name, value in settings.items() if value is not None}
+    asked = settings_of(FitSettings, how)
+    if asked.runtime == "llama.cpp":
+        require_llama_cpp("models are fitted to llama.cpp", "runtime", asked.runtime)
     is_recipe = Path(model).suffix in (".yaml", ".yml")
     if not is_recipe:
         if task and all(is_file(one) for one in task):
-            wanted(task, require, seed, items)
+            wanted(task, require, asked.seed, asked.items)
         if not is_run(expand_home(model)):
             look(model)
     from coprune.fitting.fit import fit, remake
@@ -126,17 +74,6 @@ def fit(
         return
     if not task:
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")
-    given: dict[str, Any] = {
-        "items": items,
-        "text": text,
-        "like": like,
-        "converter": converter,
-        "without": without,
-        "types": types,
-    }
-    how: FitArguments = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
-    how["trust_tasks"] = trust_tasks
-    how |= {"target": target, "runtime": runtime, "budget": budget, "seed": seed, "workers": workers, "ray": ray}  # type: ignore[typeddict-item]
     found = fit(model, task, require, output=output, quiet=quiet, **how)
     show(str(found))
     if not found.kept:

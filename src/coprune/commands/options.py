@@ -9,6 +9,7 @@ import ast
 import inspect
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -18,7 +19,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput, unknown_name
@@ -167,6 +168,19 @@ def _option(
     )
 
 
+def settings_options(settings: type[BaseModel]) -> list[inspect.Parameter]:
+    """Return one command-line option per setting of a command that has no recipe."""
+    found = []
+    for name, field in settings.model_fields.items():
+        several, default = typing.get_origin(field.annotation) is tuple, field.default
+        kind: Any = list[str] if several else str if _is_read_otherwise(field) else field.annotation
+        told = _with_default(str(field.description), default, None)
+        option = typer.Option(*flags_of(name), help=told, show_default=False)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        found.append(inspect.Parameter(name, keyword, default=None, annotation=Annotated[kind | None, option]))
+    return found
+
+
 def _with_default(told: str, default: Any, usual: tuple[str, Any] | None) -> str:
     """Return a help text that ends with the default; of two, that of the preset comes first."""
     told, said = _apart(told)
@@ -189,7 +203,8 @@ def _shown(value: Any) -> str:
 
 def _is_read_otherwise(field: FieldInfo) -> bool:
     """Return whether a number may also be written in another form, such as 50%, which the recipe parses."""
-    return field.annotation == float | None and any(isinstance(note, BeforeValidator) for note in field.metadata)
+    own = [note for note in field.metadata if isinstance(note, BeforeValidator)]
+    return field.annotation in (float, float | None) and bool(own)
 
 
 def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Command]:

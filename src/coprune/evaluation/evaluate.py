@@ -10,9 +10,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.data.in_memory import TextData, handed_over
+from coprune.data.keyword_arguments import MeasureArguments
 from coprune.evaluation.evaluation import Evaluation
 from coprune.evaluation.extra_measurements import Extras, measures_anything, nothing_to_measure
-from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against
 from coprune.evaluation.model_source import Held, Model
 from coprune.model.checkpoint.load import READ_TEXT, WHAT

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
-KINDS = ("vocabulary", "experts", "blocks", "channels", "embedding")
-"""Kinds of changes that the user can exclude; quantisation always stays."""
 EXACT: Final = "f16"
 """Sixteen bits as they are."""
 GIVEN = "given"

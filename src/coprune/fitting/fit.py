@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any, Unpack
 
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput, VerificationError, unknown_name
+from coprune.base.errors import BadInput, VerificationError
 from coprune.base.files import require_usable, write_durably, write_text
 from coprune.base.progress import Reporter
-from coprune.base.words import Command, LeaveOut, Set, say
+from coprune.base.validation import settings_of
+from coprune.base.words import Command, Set, say
+from coprune.data.keyword_arguments import FitArguments
 from coprune.fitting.budget import EXACT_DENSE
-from coprune.fitting.candidates import AS_GIVEN, EXACT, KINDS, TYPES, Candidate
+from coprune.fitting.candidates import AS_GIVEN, EXACT, Candidate
+from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.made import bytes_given, bytes_in, copy, digest_of
-from coprune.fitting.notes import Asked, Runtime
+from coprune.fitting.notes import Asked
 from coprune.fitting.page import card, page
 from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import wanted
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
-from coprune.fitting.search import Finding, Search, Target, Wish, verdict_of
+from coprune.fitting.search import Finding, Search, Wish, verdict_of
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
@@ -48,43 +50,8 @@ _UNITS = {
     "mean, low, high": "margin of the first condition: share of items (accuracy, acceptance), ratio to dense (with a factor), "
     "bits per byte (bits) or nats per token (kl)",
 }
-_BUDGET = re.compile(r"(\d+\.?\d*)\s*(h|m|s|)")
-_DEFAULTS = {"target": "size", "runtime": "llama.cpp", "seed": 0, "workers": 1, "trust_tasks": False, "without": ()}
 _TIMES = 3
 """The budget that is advised where there is more to try, over the one that was not enough."""
-_LONGEST = 366 * 86_400.0
-"""Seconds of a search at most."""
-_SECONDS = {"h": 3600, "m": 60, "": 60, "s": 1}
-
-
-class FitArguments(TypedDict, total=False):
-    """Arguments of the search."""
-
-    target: Target
-    """Quantity to minimise: `size` of the file, `memory` with 2,048 tokens, or time per token (`speed`)."""
-    runtime: Runtime
-    """Runtime of the model: `llama.cpp` (a GGUF file), or `transformers` (a folder)."""
-    budget: str | float
-    """Time of the search: `60m`, `2h`, or minutes [60]."""
-    seed: int
-    items: int | None
-    """Items of each task at most [all]."""
-    text: str | None
-    """More text to calibrate and distill on [what the model writes]."""
-    like: str | Path | None
-    """A GGUF file of the source model, where that is a folder."""
-    converter: str | Path | None
-    """Or the path of llama.cpp's convert_hf_to_gguf.py, which makes one [in `$LLAMA_CPP`, or on the PATH]."""
-    without: str | Sequence[str]
-    """Changes not to try: vocabulary, experts, blocks, channels, embedding."""
-    workers: int
-    """Candidates that are measured at a time [1]."""
-    ray: str | None
-    """Address of a Ray cluster that does it, or `local` [processes of this machine]."""
-    types: str | Sequence[str]
-    """Types of llama.cpp that are tried."""
-    trust_tasks: bool
-    """Whether task definitions of others (.yaml) may run the code that they name [False]."""
 
 
 def fit(
@@ -107,10 +74,7 @@ def fit(
         require: conditions with commas between: `accuracy>=dense-0.01`, `bits<=dense*1.02`, `acceptance>=0.9`, `kl<=0.1`.
         output: the folder for the model, its recipe, page and card.
         quiet: no progress bars and lines.
-        how: `target` (size, speed or memory), `budget` (60m), `items` of each task at most, `text` to calibrate on, `like` (a
-            GGUF file of the source model) or `converter` (llama.cpp's convert_hf_to_gguf.py) where that is a folder, `without`
-            and `types` to leave things out, `workers` and `ray` to measure several candidates at a time, `trust_tasks` to let
-            definitions of tasks run code, `seed`.
+        how: how the file is searched for; `coprune fit --help` says what each setting does.
 
     Returns:
         The file, the verdict on the unseen half, and all candidates.
@@ -119,17 +83,13 @@ def fit(
         BadInput: for what cannot be done as asked, too few items, a dense model that does no better than chance, or a budget that
             is too short.
     """
-    for name in how:
-        if name not in FitArguments.__annotations__:
-            raise unknown_name("setting", name, FitArguments.__annotations__, field=name)
-    target, reporter = expand_home(output), Reporter(quiet)
-    _workers(how)
-    asked, wish = _read(model, task, require, how)
+    target, reporter, settings = expand_home(output), Reporter(quiet), settings_of(FitSettings, how)
+    asked, wish = _read(model, task, require, settings)
     require_usable(target, "output")
     if target.exists() and any(target.iterdir()) and not (target / WORK_FOLDER).is_dir():
         raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
-    asked = _with_template(asked, target, how, reporter)
-    team = Team(_workers(how), how.get("ray"))
+    asked = _with_template(asked, target, settings, reporter)
+    team = Team(settings.workers, settings.ray)
     try:
         workshop = Workshop(target / WORK_FOLDER, asked, reporter)
         with workshop.refusing():
@@ -139,7 +99,8 @@ def fit(
         team.stop()
     fewer = search.tasks != asked.tasks  # than there are items
     said = {"task": task, "require": require, "output": output, **how, "budget": f"{_TIMES * wish.budget / 60:.3g}m"}
-    own = [Set(name, value) for name, value in said.items() if value is not None and _DEFAULTS.get(name) != value]
+    usual = FitSettings().model_dump()
+    own = [Set(name, value) for name, value in said.items() if value is not None and usual.get(name) != value]
     more = say(Command("fit", model, *own)) if finding.untried or (fewer and not finding.kept) else ""
     return _leave(target, search, finding, more)
 
@@ -188,42 +149,29 @@ def _name(asked: Asked, chosen: Candidate) -> str:
     return "model" if asked.runtime == "transformers" else f"model-{chosen.type}.gguf"
 
 
-def _read(model: str | Path, task: Any, require: str | None, how: FitArguments) -> tuple[Asked, Wish]:
+def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -> tuple[Asked, Wish]:
     """Read and check everything that needs no model."""
-    if (runtime := how.get("runtime", "llama.cpp")) not in get_args(Runtime):
-        raise unknown_name("runtime", runtime, get_args(Runtime), "runtime")
-    if runtime == "llama.cpp":
-        require_llama_cpp("models are fitted to llama.cpp", "runtime", runtime)
-    elif "types" in how:
-        raise BadInput("types are of llama.cpp", field="types", value=how["types"], fix=LeaveOut("types"))
-    if (target := how.get("target", "size")) not in get_args(Target):
-        raise unknown_name("target", target, get_args(Target), "target")
-    without = _names(how.get("without", ()))
-    types = _names(how.get("types", TYPES if runtime == "llama.cpp" else EXACT))
-    for name in without:
-        if name not in KINDS:
-            raise unknown_name("kind of change", name, KINDS, "without")
+    in_llama_cpp = how.runtime == "llama.cpp"
+    if in_llama_cpp:
+        require_llama_cpp("models are fitted to llama.cpp", "runtime", how.runtime)
+    types = how.types if in_llama_cpp else (EXACT,)
     for name in types:
         require_type(name)
-    if not types:
-        raise BadInput("no type is named", field="types", fix=f"name some of {', '.join(TYPES)}")
-    seed, most = int(how.get("seed", 0)), how.get("items")
-    tasks, conditions = wanted(_paths(task), require, seed, most, how.get("trust_tasks", False))
-    budget = _seconds(how.get("budget", "60m"))
-    model, like = model_of(str(model)), how.get("like")
+    tasks, conditions = wanted(_paths(task), require, how.seed, how.items, how.trust_tasks)
+    model = model_of(str(model))
     location = locate(model)
-    if _needs_template(runtime, location, like) and find_converter(how.get("converter")) is None:
+    if _needs_template(how.runtime, location, how.like) and find_converter(how.converter) is None:
         raise no_template(location.path, location.name)
-    asked = Asked(model, tasks, seed, how.get("text"), None if like is None else str(like), runtime)
-    return asked, Wish(conditions, target, budget, without, types)
+    asked = Asked(model, tasks, how.seed, how.text, how.like, how.runtime)
+    return asked, Wish(conditions, how.target, how.budget, how.without, types)
 
 
-def _needs_template(runtime: str, location: Location, like: str | Path | None) -> bool:
+def _needs_template(runtime: str, location: Location, like: str | None) -> bool:
     """Return whether llama.cpp's converter has to make the GGUF file that all others are made like."""
     return runtime == "llama.cpp" and like is None and isinstance(location, ModelFolder)
 
 
-def _with_template(asked: Asked, folder: Path, how: FitArguments, reporter: Reporter) -> Asked:
+def _with_template(asked: Asked, folder: Path, how: FitSettings, reporter: Reporter) -> Asked:
     """Return what is asked with a template for the model's folder, made once. folder: of the fit."""
     location = locate(asked.model)
     if not isinstance(location, ModelFolder) or not _needs_template(asked.runtime, location, asked.like):
@@ -232,7 +180,7 @@ def _with_template(asked: Asked, folder: Path, how: FitArguments, reporter: Repo
     if not file.is_file():
         for name in (WORK_FOLDER, TEMPLATE_FOLDER):  # the first tells that the folder is a fit's
             (folder / name).mkdir(parents=True, exist_ok=True)
-        write_durably(file, lambda final: template_of(location, final, how.get("converter"), reporter))
+        write_durably(file, lambda final: template_of(location, final, how.converter, reporter))
     return replace(asked, like=str(file))
 
 
@@ -241,28 +189,6 @@ def _paths(task: Any) -> list[str]:
     if not names:
         raise BadInput("no task is named", field="task", fix="name a file of items")
     return names
-
-
-def _names(said: str | Sequence[str]) -> tuple[str, ...]:
-    """Return names from a comma-separated text or a list."""
-    parts = said.split(",") if isinstance(said, str) else [part for one in said for part in one.split(",")]
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _workers(how: FitArguments) -> int:
-    count = how.get("workers", 1)
-    if not isinstance(count, int) or count < 1:
-        raise BadInput(f"cannot try {count!r} candidates at a time", field="workers", value=count, fix="give 1 or more")
-    return count
-
-
-def _seconds(said: str | float) -> float:
-    found = _BUDGET.fullmatch(str(said).strip().lower())
-    seconds = 0.0 if found is None else float(found[1]) * _SECONDS[found[2]]
-    if not 0 < seconds <= _LONGEST:
-        cause = f"{str(said)[:40]!r} is not a time of a search"
-        raise BadInput(cause, field="budget", value=said, fix="write 60m, 2h, or minutes, up to a year")
-    return seconds
 
 
 def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:

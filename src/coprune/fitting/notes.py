@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, RootModel
 
 from coprune.base.errors import about
 from coprune.evaluation.asked_texts import text_fingerprint
+from coprune.fitting.fit_settings import Runtime
 from coprune.fitting.tasks import Task
 from coprune.fitting.writing import writing_of
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import locate
 from coprune.store.notes import read_note
 
-Runtime = Literal["llama.cpp", "transformers"]
 Value = TypeVar("Value")
 
 

@@ -13,7 +13,8 @@ from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.fitting.calibration import read_passages
 from coprune.fitting.candidates import EMBEDDINGS, GIVEN, TYPES, Candidate, Cut
-from coprune.fitting.notes import Asked, Runtime
+from coprune.fitting.fit_settings import Runtime
+from coprune.fitting.notes import Asked
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
 
 RECIPE_FILE, TEXT_FILE = "recipe.yaml", "text.jsonl"

@@ -23,6 +23,7 @@ from coprune.fitting.candidates import (
     Candidate,
     Cut,
 )
+from coprune.fitting.fit_settings import Target
 from coprune.fitting.made import is_file_of
 from coprune.fitting.notes import Looks, Measured, Sizes, noted
 from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
@@ -33,7 +34,6 @@ from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.fitting.writing import REQUIRED, provable
 from coprune.store.notes import write_note
 
-Target = Literal["size", "speed", "memory"]
 _RUNGS = (8, 4, 2, 1)
 """Parts of the seen items after which it may be told already."""
 _FIRST = "q4_k_m"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from coprune.recipe.parts import ModelPart
 
 Importance = Mapping[str, Tensor]
 """Mean squares of the inputs (experts × inputs, or 1 × inputs), float32, by the tensor's name in the file."""
-AUTO, NONE = "auto", "none"
 _SAMPLES, _SEQLEN = 16, 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _HEAD, _BEFORE_HEAD = "output.weight", "result_norm"
@@ -50,20 +49,9 @@ _LEAST = 1e-10
 """Replacement of zero, which would leave a weight to chance."""
 
 
-class ImatrixArguments(TypedDict, total=False):
-    """The importance matrix for the quantiser."""
-
-    imatrix: Path | str | None
-    """`auto` to measure it, a file in llama.cpp's format, or `none`."""
-    dataset: str
-    """Text that `auto` measures on."""
-    save_imatrix: Path | str | None
-    """File to write it to, in llama.cpp's format."""
-
-
 @dataclass(frozen=True)
 class Asked:
-    """The same, read and checked."""
+    """An importance matrix for the quantiser: a file, or text to measure one on, and where it is saved."""
 
     file: Path | None = None
     data: str | None = None

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.validation import path_as_text
 from coprune.base.words import LeaveOut, Piece, Set, Words
 from coprune.recipe.parts import Decides, Part, Shown, Word
 
@@ -27,7 +28,7 @@ class AnswersPart(Part):
     prompts: Annotated[
         str | None,
         Word("generate"),
-        BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+        BeforeValidator(path_as_text, json_schema_input_type=str | Path | None),
         _MEASUREMENT,
         Shown.COMMON,
         Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,9 @@ def _joined(value: Any) -> Any:
     return ",".join(map(str, value)) if named else value
 
 
-CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
+CommaSeparated = Annotated[
+    str | None, BeforeValidator(_joined, json_schema_input_type=str | Sequence[str | Path] | Path | None)
+]
 
 
 class TasksPart(Part):
@@ -92,7 +95,11 @@ class EvaluatePart(Part):
     title = "Measuring"
 
     perplexity: Annotated[
-        bool, Word("evaluate"), _MEASUREMENT, Shown.COMMON, Field(description="Measure perplexity.")
+        bool,
+        Word("evaluate"),
+        _MEASUREMENT,
+        Shown.COMMON,
+        Field(description="Measure perplexity or accuracy before and after."),
     ] = True
     dense: Annotated[
         bool, Word("evaluate_dense"), _MEASUREMENT, Field(description="Measure the dense model's perplexity too.")
@@ -111,20 +118,20 @@ class EvaluatePart(Part):
         int | None,
         Word("eval_images"),
         _MEASUREMENT,
-        Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1),
+        Field(description="Use only so many images of each set, evenly spaced. [all]", ge=1),
     ] = None
     tokens: Annotated[
         int | None,
         Word("eval_tokens"),
         _MEASUREMENT,
         Shown.COMMON,
-        Field(description="Use only so many tokens of each evaluation text. [all]", ge=2),
+        Field(description="Use only so many tokens of each text. [all]", ge=2),
     ] = None
     zero_shot: Annotated[
         bool,
         Word("eval_zero_shot"),
         _MEASUREMENT,
-        Field(description="Run zero-shot tasks on the dense and the pruned model (needs coprune[eval])."),
+        Field(description="Run the papers' seven zero-shot tasks (needs coprune[eval])."),
     ] = False
     tasks: TasksPart = TasksPart()
     prompt: Annotated[

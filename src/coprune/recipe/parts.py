@@ -1,7 +1,7 @@
 """The parts of a recipe that say which model is pruned, how, and what it sees meanwhile.
 
-A field's description is the help text of the command's option, and every field says what it decides. A field's flat name is its
-own, behind the prefix of its part, unless it says another word. Nothing heavy is imported here.
+A field's description is the help text of the command's option, and every field says what it decides. People know a field by
+its own name behind the prefix of its part, unless it says another word. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shown(Enum):
 
 @dataclass(frozen=True)
 class Word:
-    """The flat name of a field that is not called like it."""
+    """The name by which people know a field, where it is another."""
 
     name: str
 
@@ -102,7 +102,7 @@ class Part(BaseModel):
     title: ClassVar[str]
     """Title of the group of its options."""
     prefix: ClassVar[str] = ""
-    """Prefix of its fields' flat names."""
+    """Prefix of its fields' names."""
     head: ClassVar[str | None] = None
     """The field that asks for what the others say how to do: its text may hold them too, as in `6:tokens=6144`."""
 
@@ -124,6 +124,19 @@ class Part(BaseModel):
         return (name, *(value.first_said() or ())) if isinstance(value, Part) else (name,)
 
 
+DtypeOfModel = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    _RESULT,
+    Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),
+]
+Device = Annotated[
+    str, _RESULT, Shown.COMMON, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
+]
+CacheFolder = Annotated[
+    Path | None, Decides.WHERE, Field(description="Where downloads are kept. [the Hugging Face cache]")
+]
+
+
 class ModelPart(Part):
     """Settings of the model."""
 
@@ -136,17 +149,9 @@ class ModelPart(Part):
         Shown.COMMON,
         Field(description="Hub id, local folder, GGUF file, or smollm2-135m.", min_length=1),
     ]
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        _RESULT,
-        Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),
-    ] = "auto"
-    device: Annotated[
-        str, _RESULT, Shown.COMMON, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
-    ] = "auto"
-    cache_dir: Annotated[
-        Path | None, Decides.WHERE, Field(description="Where downloads are kept. [the Hugging Face cache]")
-    ] = None
+    dtype: DtypeOfModel = "auto"
+    device: Device = "auto"
+    cache_dir: CacheFolder = None
     # Streaming limits what is measured; the weights are the same.
     stream: Annotated[
         bool | None,
@@ -232,7 +237,7 @@ class PrunePart(Part):
             description="Fraction of zeros, 0 ≤ s < 1, or 50%; an N:M pattern sets it. [0.5]",
             allow_inf_nan=True,
         ),
-        BeforeValidator(_per_cent),
+        BeforeValidator(_per_cent, json_schema_input_type=float | str | None),
     ] = None
     permute: Annotated[
         bool,
@@ -352,7 +357,7 @@ class CalibratePart(Part):
         int,
         Decides.RESULT,
         Shown.COMMON,
-        Field(description="Seed for the choice of calibration samples.", ge=-(2**63), lt=2**63),
+        Field(description="Seed of everything random.", ge=-(2**63), lt=2**63),
     ] = 0
     batch_size: Annotated[
         int | None,

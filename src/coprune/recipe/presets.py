@@ -100,7 +100,7 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None, train: str
         train: `whole` trains the whole model, `blocks` (the default) one block after another.
 
     Returns:
-        Settings by their flat names. Raises BadInput for an unknown name.
+        Settings by name. Raises BadInput for an unknown name.
     """
     train = train or "blocks"
     if name not in PRESETS:

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_serializer, model_validator
 
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.recipe.answers import ALONG, cannot_require
 from coprune.recipe.choice import USUAL_METHOD, Choice
-from coprune.recipe.flat import names_said, nest
+from coprune.recipe.flat import nest
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import Decides, ModelPart, Part, deciding, refuse_numbers
+from coprune.recipe.parts import Decides, Part, deciding, refuse_numbers
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.presets import with_preset
 from coprune.recipe.structure import SPREADING, WHOLE_MODEL, RemovePart, cannot_score
 from coprune.recipe.train import cannot_train
-from coprune.recipe.tree import FIELDS, FLAT, LEAVES, WORDS, Tree
+from coprune.recipe.tree import FIELDS, LEAVES, Tree
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -50,12 +50,12 @@ def contradiction(recipe: Tree) -> BadInput | None:
     )
 
 
-def _unused(asked: Part, place: str, wanted: Set, why: str) -> BadInput | None:
+def _unused(asked: Part, place: tuple[str, ...], wanted: Set, why: str) -> BadInput | None:
     """Return the error in a part that configures a step nobody asked for. wanted: the setting that asks for it."""
     said = asked.first_said()
     if said is None:
         return None
-    word = WORDS[".".join((place, *said))]
+    word = next(word for word, leaf in LEAVES.items() if leaf.path == (*place, *said))
     cause: Words = (Setting(word), why, Setting(wanted.name))
     return BadInput(cause, field=word, value=attrgetter(".".join(said))(asked), fix=("add ", wanted))
 
@@ -70,13 +70,13 @@ def _of_reconstruction(recipe: Tree) -> BadInput | None:
             fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
         )
     why = " says how blocks are trained, and none is trained without "
-    return None if asked.steps else _unused(asked, "prune.reconstruct", Set("reconstruct", 6), why)
+    return None if asked.steps else _unused(asked, ("prune", "reconstruct"), Set("reconstruct", 6), why)
 
 
 def _of_training(recipe: Tree) -> BadInput | None:
     if recipe.train.mode is None:
         why = " says how the pruned model is trained, and nothing is trained without "
-        return _unused(recipe.train, "train", Set("finetune", "lora"), why)
+        return _unused(recipe.train, ("train",), Set("finetune", "lora"), why)
     if (wrong := cannot_train(recipe.train)) is not None:
         return wrong
     if not 0 <= (seed := recipe.calibrate.seed) < 2**32:
@@ -257,7 +257,7 @@ _NOT_HELD = "This file alone does not repeat the run: {what} was handed over in 
 
 
 class Recipe(Tree):
-    """The settings of a run, made from parts or from flat settings such as `nsamples`."""
+    """The settings of a run, made from settings by name and written as such: `{"model": "smollm2-135m", "nsamples": 32}`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -335,15 +335,15 @@ class Recipe(Tree):
         return self.output.model or self.training_folder / "model"
 
     def flat(self) -> dict[str, Any]:
-        """Return every setting by its flat name; one with options is written as text, except the method's."""
-        return {word: self.setting(word) for word in FLAT}
+        """Return every setting by its name; one with options is written as text, except the method's."""
+        return {word: self.setting(word) for word in LEAVES}
 
     def setting(self, word: str) -> Any:
-        """Return the value of one setting, by its flat name."""
-        return _as_text(attrgetter(FLAT[word])(self))
+        """Return the value of one setting, by its name."""
+        return _as_text(attrgetter(".".join(LEAVES[word].path))(self))
 
     def replaced(self, **settings: Any) -> Recipe:
-        """Return the recipe with other values, by flat name, without validation."""
+        """Return the recipe with other values, by name, without validation."""
         changed = self
         for word, value in settings.items():
             path = LEAVES[word].path
@@ -362,7 +362,7 @@ class Recipe(Tree):
         return [f"the method {self.prune.method.name}"] if self.prune.method.is_given else []
 
     def deciding(self, what: Decides) -> dict[str, Any]:
-        """Return the settings that influence some results, by flat name."""
+        """Return the settings that influence some results, by name."""
         return deciding(self.flat(), FIELDS, what)
 
     @property
@@ -374,20 +374,29 @@ class Recipe(Tree):
         """Return whether another recipe gives the same weights and measurements."""
         return self.whole == other.whole
 
+    @model_serializer
+    def _by_name(self) -> dict[str, Any]:
+        method, said = self.prune.method, self.flat()
+        del said["options"]
+        return said | {"method": method.model_dump() if method.options else method.name}
+
     def to_yaml(self, usual: bool = True) -> str:
-        """Return the recipe as YAML for `Recipe.from_yaml`: its parts, without unset values.
+        """Return the recipe as YAML for `Recipe.from_yaml`, without unset values.
 
         Where a call from Python handed something over that no file holds, a comment says so.
 
         Args:
             usual: whether settings are in it that are as they are where nothing is said.
         """
-        parts = self.model_dump(mode="json", exclude_none=True, exclude_defaults=not usual)
+        said = {
+            word: value
+            for word, value in self.model_dump(mode="json").items()
+            if value not in (None, []) and (usual or self.setting(word) != DEFAULTS[word])
+        }
         if "data" not in self.calibrate.model_fields_set:
-            parts.get("calibrate", {}).pop("data", None)  # its default depends on what the model reads
-        if self.train.mode is None:
-            parts.pop("train", None)  # nothing in it says anything
-        said = _without_empty(parts)
+            said.pop("dataset", None)  # its default depends on what the model reads
+        if self.train.mode is None:  # nothing in its part says anything
+            said = {word: value for word, value in said.items() if LEAVES[word].path[0] != "train"}
         note = f"# {_NOT_HELD.format(what=' and '.join(self.given))}\n" if self.given else ""
         return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)
 
@@ -395,11 +404,6 @@ class Recipe(Tree):
     def from_yaml(cls, path: Path) -> Recipe:
         """Read a recipe file. Raises BadInput if it is missing, no YAML, or no valid recipe."""
         return make_recipe(read_settings(path))
-
-
-def _without_empty(parts: dict[str, Any]) -> dict[str, Any]:
-    within = {name: _without_empty(value) if isinstance(value, dict) else value for name, value in parts.items()}
-    return {name: value for name, value in within.items() if value not in ({}, [])}
 
 
 def _as_text(value: Any) -> Any:
@@ -415,8 +419,8 @@ def _with(part: Kind, path: tuple[str, ...], value: Any) -> Kind:
     return part.model_copy(update={first: _with(getattr(part, first), tuple(rest), value) if rest else value})
 
 
-DEFAULTS: dict[str, Any] = {**Recipe(model=ModelPart(name="-")).flat(), "model": None}
-"""Defaults of all settings, by their flat names."""
+DEFAULTS: dict[str, Any] = {**Recipe.model_validate({"model": "-"}).flat(), "model": None}
+"""Defaults of all settings, by name."""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -436,25 +440,21 @@ def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = 
     """Build a recipe, turning what is wrong with it into one clear BadInput.
 
     Args:
-        settings: parts (`calibrate: {samples: 32}`), places (`calibrate.samples`), or flat names (`nsamples`); a `preset`
-            stands for its settings, and what is said beside it wins.
-        called: what errors call settings, by their flat names, where that is not as they were said.
+        settings: by name; a `preset` stands for its settings, and what is said beside it wins.
+        called: what errors call settings, by their names, where that is not as they were said.
 
     Raises:
         BadInput: a name is unknown or given twice, a value is of the wrong type, or settings contradict each other.
     """
-    called = dict(called or {})
+    names = dict(called or {})
     try:
-        parts, names = nest(with_preset(settings)), names_said(settings) | called
-        return Recipe.model_validate(parts)
+        return Recipe.model_validate(dict(settings))
     except ValidationError as error:
-        raise explain(error, lambda place: _named(place, names)).renamed(called) from None
-    except BadInput as error:
-        raise error.renamed(called) from None
+        raise explain(error, lambda place: _named(place, names)).renamed(names) from None
 
 
 def _named(place: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, str]:
-    """Return the flat name of the setting at a path, and the name under which it was given."""
+    """Return the name of the setting at a path, and how a message calls what is wrong there."""
     for word, leaf in LEAVES.items():
         # A method's name and options share one path.
         path = leaf.path[:-1] if leaf.field.annotation is Choice and leaf.path[-1] == "name" else leaf.path

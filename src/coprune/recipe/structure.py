@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -89,7 +89,7 @@ class RemovePart(Part):
     ] = ()
     domains: Annotated[
         tuple[str, ...],
-        BeforeValidator(_as_words),
+        BeforeValidator(_as_words, json_schema_input_type=str | Sequence[str] | Mapping[str, str | Path]),
         Decides.RESULT | Decides.COST,
         Field(
             description="Texts by domain, on whose samples (as many of each) the experts are scored instead of the "
@@ -110,7 +110,7 @@ class RemovePart(Part):
     ] = 64
     vocabulary_text: Annotated[
         tuple[str, ...],
-        BeforeValidator(_as_words),
+        BeforeValidator(_as_words, json_schema_input_type=str | Sequence[str] | Mapping[str, float]),
         Decides.RESULT | Decides.COST,
         Field(
             description="What the vocabulary keeps: tokens of files, folders or corpora, words of languages (needs "

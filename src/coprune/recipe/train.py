@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from coprune.base.errors import BadInput
+from coprune.base.validation import path_as_text
 from coprune.base.words import LeaveOut, Set, Setting, Words
 from coprune.recipe.parts import Decides, Globs, Part, Shown, Word
 
@@ -140,6 +142,7 @@ class TrainPart(Part):
     ] = None
     teacher: Annotated[
         str | None,
+        BeforeValidator(path_as_text, json_schema_input_type=str | Path | None),
         _RESULT,
         Field(
             description="The dense model: distill trains toward it, and answers that are asked for are compared with its. [in "

@@ -1,7 +1,7 @@
-"""The tree of settings: the parts of a recipe, and the flat name of every setting in them.
+"""The tree of settings: the parts of a recipe, and the name of every setting in them.
 
-`nsamples` is the flat name of `calibrate.samples`. Options of the command line, columns of a sweep's table and messages about
-runs go by these names. Nothing heavy is imported here.
+People say `nsamples`, and the code reads `calibrate.samples`. Options of the command line, arguments in Python, files of recipes,
+columns of a sweep's table and messages about runs go by these names. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -41,56 +41,51 @@ class Leaf(NamedTuple):
     field: FieldInfo
     part: type[Part]
 
-    @property
-    def place(self) -> str:
-        """The path as people write it."""
-        return ".".join(self.path)
+
+def _part(field: FieldInfo) -> type[Part] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Part) else None
 
 
 def _leaves(part: type[Part], path: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
     for name, field in part.model_fields.items():
-        inner, place = field.annotation, (*path, name)
-        if isinstance(inner, type) and issubclass(inner, Part):
+        place = (*path, name)
+        if (inner := _part(field)) is not None:
             yield from _leaves(inner, place)
             continue
         word = next((note.name for note in field.metadata if isinstance(note, Word)), f"{part.prefix}{name}")
-        if inner is Choice and name == OF_METHOD:  # whose options a command and a call take by themselves
+        if field.annotation is Choice and name == OF_METHOD:  # whose options a command and a call take by themselves
             yield word, Leaf((*place, "name"), field, part)
             yield "options", Leaf((*place, "options"), field, part)
         else:
             yield word, Leaf(place, field, part)
 
 
-def _parts(kind: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, type[Part]]]:
-    for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
-            yield ".".join((*path, name)), field.annotation
-            yield from _parts(field.annotation, (*path, name))
-
-
 OF_METHOD = "method"
-PARTS: dict[str, type[Part]] = dict(_parts(Tree, ()))
-"""All parts by path, nested ones too."""
 LEAVES: dict[str, Leaf] = {
-    word: leaf for place, part in PARTS.items() if "." not in place for word, leaf in _leaves(part, (place,))
+    word: leaf
+    for name, field in Tree.model_fields.items()
+    if (part := _part(field)) is not None
+    for word, leaf in _leaves(part, (name,))
 }
-"""All settings by flat name."""
-FLAT: dict[str, str] = {word: leaf.place for word, leaf in LEAVES.items()}
-"""The place of every setting by its flat name."""
+"""All settings by name."""
 FIELDS: dict[str, FieldInfo] = {word: leaf.field for word, leaf in LEAVES.items()}
-"""Fields by flat name; of a method's name and options, that of the method."""
-WORDS: dict[str, str] = {place: word for word, place in FLAT.items()}
-"""The flat name of every setting by its place."""
+"""Fields by the settings' names; of a method's name and options, that of the method."""
 
-HEADS: dict[str, dict[str, str]] = {
-    WORDS[f"{place}.{part.head}"]: {
+
+def _details(head: Leaf) -> dict[str, str]:
+    """Return the settings of a part beside the one that asks for it: by their names in the part, with and without its prefix."""
+    place, part = head.path[:-1], head.part
+    return {
         name: word
         for word, leaf in LEAVES.items()
-        if leaf.place.startswith(f"{place}.") and leaf.path[-1] != part.head and word.startswith(part.prefix)
+        if leaf.path[: len(place)] == place and leaf is not head and word.startswith(part.prefix)
         for name in (leaf.path[-1], word.removeprefix(part.prefix))
     }
-    for place, part in PARTS.items()
-    if part.head is not None
+
+
+HEADS: dict[str, dict[str, str]] = {
+    word: _details(leaf) for word, leaf in LEAVES.items() if leaf.path[-1] == leaf.part.head
 }
-"""Settings that ask for something, and for each those that say how: flat names by the names that they have behind its colon."""
+"""Settings that ask for something, and for each those that say how: their names by those that they have behind its colon."""
 DETAILS = {word for own in HEADS.values() for word in own.values()}

@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Command, LeaveOut, Set
 from coprune.base.words import Setting as Named
 from coprune.recipe.answers import cannot_require
-from coprune.recipe.flat import flatten, names_said
+from coprune.recipe.flat import flatten
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.train import has_teacher
 from coprune.recipe.tree import LEAVES
@@ -37,23 +37,12 @@ MEASURING: dict[str, Setting] = {
         "Texts, comma-separated: embedded,c4@seqlen=1024,a path … [wikitext2]; or images: digits, a folder …",
     ),
     "tasks": Setting("tasks", "Tasks of lm-eval, comma-separated, such as boolq,arc_easy."),
-    "eval_zero_shot": Setting("eval_zero_shot", "The papers' seven tasks."),
     **_alike(
-        "num_fewshot",
-        "include_path",
-        "trust_tasks",
-        "limit",
-        "apply_chat_template",
-        "gen_kwargs",
-        "log_samples",
-        *_ANSWERS,
+        *("eval_zero_shot", "num_fewshot", "include_path", "trust_tasks", "limit", "apply_chat_template", "gen_kwargs"),
+        *("log_samples", *_ANSWERS, "seqlen", "bos"),
     ),
-    "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
-    "bos": Setting("bos"),
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
-    "eval_tokens": Setting("eval_tokens", "Use only so many tokens of each text. [all]"),
-    "eval_images": Setting("eval_images", "Use only so many images of each set. [all]"),
-    **_alike("dtype", "device", "cache_dir"),
+    **_alike("eval_tokens", "eval_images", "dtype", "device", "cache_dir"),
 }
 """Settings of a measurement by name; the names of a command's options are made from these."""
 
@@ -74,7 +63,7 @@ TRAINING: dict[str, Setting] = {
         "model reads these; or images: digits, a folder of classes, .parquet, or a datasets id. [embedded]",
     ),
     "seqlen": Setting("seqlen", "Tokens per training window. [min(1024, model's limit)]"),
-    "seed": Setting("seed", "Seed of everything random."),
+    **_alike("seed"),
     "mode": Setting(
         "finetune",
         "lora, dense, distill or lora-distill. "
@@ -90,9 +79,18 @@ TRAINING: dict[str, Setting] = {
     "exclude": Setting(
         "exclude", "Leave what matches this pattern as it is, and blocks of which all does; repeatable."
     ),
-    "evaluate": Setting("evaluate", "Measure perplexity or accuracy before and after."),
-    **_alike("eval_data", "eval_images", "eval_tokens", "bos", *_ANSWERS, "gate", "device", "cache_dir"),
-    "report_to": Setting("report_to", "Trackers as transformers names them, such as wandb."),
+    **_alike(
+        "evaluate",
+        "eval_data",
+        "eval_images",
+        "eval_tokens",
+        "bos",
+        *_ANSWERS,
+        "gate",
+        "device",
+        "cache_dir",
+        "report_to",
+    ),
     "save": Setting("save", "Run folder. [out/finetune/MODEL/MODE]"),
     "save_model": Setting("save_model", "Folder for the model. [model/ in the run folder]"),
     **_alike("overwrite"),
@@ -155,9 +153,8 @@ def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
     known = {setting.word for setting in MEASURING.values()}
     for word in flatten(named):
         if word not in known:
-            name = names_said(named)[word]
-            cause = f"{name} is about pruning, and a measurement prunes nothing"
-            raise BadInput(cause, field=name, value=settings.get(name), fix=LeaveOut(name))
+            cause = f"{word} is about pruning, and a measurement prunes nothing"
+            raise BadInput(cause, field=word, value=settings.get(word), fix=LeaveOut(word))
     recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
     named_others = recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked
     if recipe.evaluate.data is None and not named_others:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import say
 from coprune.data.in_memory import given_samples
+from coprune.data.keyword_arguments import Named
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import Loaded, refuse_what_loading_decides, require_processor
 from coprune.pruning.methods import Method, all_methods, find_method, is_option, method_named, option_names
@@ -22,12 +22,10 @@ from coprune.recipe.choice import Choice, Scalar
 from coprune.recipe.flat import PRESET, is_setting, layered
 from coprune.recipe.presets import preset_settings, usual_preset, way_said
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.tree import FLAT, PARTS
+from coprune.recipe.tree import LEAVES
 from coprune.run.context import Given
 from coprune.run.preset_training import recipe_that_fits
 
-Named = str | Mapping[str, Any] | Choice
-"""Something by name, perhaps with options: `owl:spread=0.1`, or `{"name": "owl", "spread": 0.1}`."""
 _DEFAULT_METHOD = "wanda"
 
 
@@ -84,12 +82,11 @@ def sort_options(settings: Mapping[str, Any], own: set[str] | None) -> dict[str,
     """
     for name in settings:
         if not is_setting(name) and (own is None or (name not in own and not is_option(name))):
-            raise unknown_name("setting", name, [*FLAT, *PARTS, *(() if own is None else option_names())], field=name)
-    # A part of the recipe may be called like an option (selection), but is a mapping, which no option is.
+            raise unknown_name("setting", name, [*LEAVES, *(() if own is None else option_names())], field=name)
     options = {
         name: value
         for name, value in settings.items()
-        if not is_setting(name) or (own is not None and name in own and not isinstance(value, Mapping | BaseModel))
+        if not is_setting(name) or (own is not None and name in own and not isinstance(value, Mapping))
     }
     rest = {name: value for name, value in settings.items() if name not in options}
     return layered({"options": options}, rest) if options else rest

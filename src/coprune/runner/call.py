@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.in_memory import handed_over
+from coprune.data.keyword_arguments import Named, PruneArguments
 from coprune.evaluation.tasks import Remember
 from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.bare_configuration import Imagined
@@ -31,11 +32,10 @@ from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.methods import Method
 from coprune.recipe.presets import PRESETS
 from coprune.recipe.recipe import Recipe
-from coprune.run.arguments import PruneArguments
 from coprune.run.context import NOTHING, Given, Run
 from coprune.run.memory_bound import TextSizes, bound_run
 from coprune.run.memory_estimate import Estimate
-from coprune.run.read_call import Named, read_call
+from coprune.run.read_call import read_call
 from coprune.run.result import Result
 from coprune.runner.plan import after_trim
 from coprune.runner.run_recipe import run_recipe
@@ -65,10 +65,10 @@ def prune(
             said wins.
         processor: the tokenizer or image processor of a model in memory.
         quiet: no progress bars and lines on standard error.
-        settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
-            calibrate={"samples": 32}) and the method's own options, by name. `dataset` may also be a list of strings, a
-            `datasets.Dataset` or a tensor of token ids (samples × length); `eval_data` a data set, a tensor, or a mapping
-            of labels to names, lists of strings, data sets and tensors.
+        settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …) and the method's own options,
+            by name. `dataset` may also be a list of strings, a `datasets.Dataset` or a tensor of token ids (samples ×
+            length); `eval_data` a data set, a tensor, or a mapping of labels to names, lists of strings, data sets and
+            tensors.
 
     Returns:
         The report, with the model and its processor as far as they are in memory.

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from coprune.data.mixture import reads_conversations
 from coprune.recipe.choice import USUAL_METHOD, Choice
-from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import CalibratePart, ModelPart, PrunePart
+from coprune.recipe.parts import PrunePart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.sources import split_sources
 from coprune.recipe.structure import RemovePart
 from coprune.recipe.train import TrainPart, has_teacher
+from coprune.recipe.tree import LEAVES
 from coprune.removal.unit_scores import SPREADINGS
 
 Name = Literal["trim", "remove", "prune", "train"]
@@ -128,21 +128,14 @@ def training_of(recipe: Recipe) -> Recipe:
     sources = split_sources(recipe.calibrate.data)
     plain = [source for source in sources if source.is_text and not reads_conversations(source)]
     named = "data" in recipe.calibrate.model_fields_set and plain
-    data: dict[str, Any] = {"data": max(plain, key=lambda source: source.share).name} if named else {}
-    asked, answers = recipe.calibrate, recipe.evaluate.answers
+    data = {"dataset": max(plain, key=lambda source: source.share).name} if named else {}
+    kept = ("model", "device", "cache_dir", "exclude", "seqlen", "seed", "bos", "report_to")
+    same = [word for word, leaf in LEAVES.items() if leaf.path[0] in ("train", "evaluate") or word in kept]
     # Only for requested answers, since the dense model has to be loaded again.
+    answers = recipe.evaluate.answers
     compares = answers.prompts is not None or any(condition.needs_dense for condition in answers.conditions)
     teacher = (recipe.train.teacher or recipe.model.name) if compares or has_teacher(recipe.train.mode) else None
-    return make_recipe(
-        {
-            "model": ModelPart(name=recipe.model.name, device=recipe.model.device, cache_dir=recipe.model.cache_dir),
-            "prune": PrunePart(exclude=recipe.prune.exclude),
-            "calibrate": CalibratePart(seqlen=asked.seqlen, seed=asked.seed, bos=asked.bos, **data),
-            "train": recipe.train.model_copy(update={"teacher": teacher}),
-            "evaluate": recipe.evaluate,
-            "output": OutputPart(report_to=recipe.output.report_to),
-        }
-    )
+    return make_recipe({word: recipe.setting(word) for word in same} | data | {"finetune_teacher": teacher})
 
 
 _OWN: dict[Name, Callable[[Recipe], Recipe]] = {

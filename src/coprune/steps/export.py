@@ -14,22 +14,16 @@ from typing import Unpack
 from torch import Tensor
 
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput, CopruneError, UnsupportedModel, unknown_name
+from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
 from coprune.base.files import require_usable, write_durably
 from coprune.base.progress import Reporter
+from coprune.base.validation import settings_of
 from coprune.base.words import LeaveOut, Set, Sheet, Shown
+from coprune.data.keyword_arguments import ExportArguments
 from coprune.gguf_files.converter import convert, find_converter, no_template
 from coprune.gguf_files.deci import deci_plans, same_in_llama_cpp
-from coprune.gguf_files.importance import (
-    AUTO,
-    NONE,
-    Asked,
-    ImatrixArguments,
-    found_in,
-    in_file,
-    read_importance,
-    write_importance,
-)
+from coprune.gguf_files.export_settings import AUTO, NONE, ExportSettings
+from coprune.gguf_files.importance import Asked, found_in, in_file, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import (
     BY_LLAMA_CPP,
     NEED_IMPORTANCE,
@@ -50,17 +44,6 @@ from coprune.model.removed import Removal
 from coprune.removal.silent_units import Narrow, narrowed
 from coprune.report.folder import model_of
 from coprune.steps.round_file import round_file
-
-_USUAL_TEXT = "embedded"
-
-
-class ExportArguments(ImatrixArguments, total=False):
-    """More arguments of an export."""
-
-    compensate: bool
-    """Whether matrices are rounded with compensation."""
-    converter: str | Path | None
-    """Path of llama.cpp's convert_hf_to_gguf.py, or of its folder."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,9 +76,7 @@ def export(
     model: Path | str,
     output: Path | str,
     *,
-    like: Path | str | None = None,
     type: GgufType = "f16",
-    padded: bool = False,
     quiet: bool = False,
     **how: Unpack[ExportArguments],
 ) -> Gguf:
@@ -104,15 +85,9 @@ def export(
     Args:
         model: a folder of a model (or of the run that saved it), or a GGUF file to be stored in another type.
         output: the file to write.
-        like: a GGUF file of the source model, in any type, whose metadata, tokenizer and order are taken over; by default the
-            one that the model was made from, or what llama.cpp's converter makes of the folder.
         type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, iq3_xxs …
-        padded: keep channels and heads that are all zeros, with which some folders pad their blocks to one width.
         quiet: no progress bars and lines.
-        how: `imatrix`, for types that llama.cpp's quantiser makes: `auto` measures how much every input matters on the text
-            `dataset`, a file in llama.cpp's format is read, `none` (default) weighs all inputs alike; `save_imatrix` names a file
-            to write it to. `compensate`: round matrices column by column, later ones making up for each one's error on `dataset`.
-            `converter`: the path of llama.cpp's convert_hf_to_gguf.py, or of its folder [in `$LLAMA_CPP`, or on the PATH].
+        how: how it is made; `coprune export --help` says what each setting does.
 
     Returns:
         What was written.
@@ -123,24 +98,25 @@ def export(
     """
     target, reporter = expand_home(output), Reporter(quiet)
     require_type(type)
-    converter = how.pop("converter", None)
-    compensate = how.pop("compensate", False)
-    weighing = _weighing(type, how, compensate)
+    settings = settings_of(ExportSettings, how)
+    weighing = _weighing(type, settings)
     _require_free(target)
     with reporter.libraries():
         location = locate(model_of(str(model)))
-        file = _example(location, like, converter)
+        file = _example(location, settings.like, settings.converter)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _template(file, location, converter, target.parent, reporter) as (template, source):
+    with _template(file, location, settings.converter, target.parent, reporter) as (template, source):
         example = read_example(template, source, reporter)
-        making = Making(example, Narrow(source, None) if padded else _without_zeros(source, reporter), reporter)
+        making = Making(
+            example, Narrow(source, None) if settings.padded else _without_zeros(source, reporter), reporter
+        )
         written: list[Whole] = []
 
         def write(final: Path) -> None:
             written.append(_write(making, type, final, partial(_beside, final), weighing))
-            if compensate:
-                asked = how.get("dataset", _USUAL_TEXT)
-                round_file(final, making.narrow.alike.location, asked, written[-1].matrices, reporter)
+            if settings.compensate:
+                place, matrices = making.narrow.alike.location, written[-1].matrices
+                round_file(final, place, settings.dataset, matrices, reporter)
 
         write_durably(target, write)
     (whole,) = written
@@ -195,18 +171,15 @@ def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
         return Narrow(source, None)
 
 
-def _weighing(kind: str, how: ImatrixArguments, compensate: bool) -> Asked:
+def _weighing(kind: str, how: ExportSettings) -> Asked:
     """Read which importance matrix is asked for. Raises BadInput for one that has no effect, and a type that lacks one."""
-    named, save = how.get("imatrix") or NONE, how.get("save_imatrix")
-    for name in how:
-        if name not in ImatrixArguments.__annotations__:
-            raise unknown_name("setting", name, ImatrixArguments.__annotations__, field=name)
-    if compensate and kind in PLAIN:
+    named, save = how.imatrix or NONE, how.save_imatrix
+    if how.compensate and kind in PLAIN:
         cause = f"nothing is rounded to the type {kind} that could be compensated"
         raise BadInput(cause, field="compensate", value=True, fix=LeaveOut("compensate"))
     if named != NONE and kind not in BY_LLAMA_CPP:
         cause = f"an importance matrix has no effect on the type {kind}"
-        raise BadInput(cause, field="imatrix", value=str(named), fix=LeaveOut("imatrix"))
+        raise BadInput(cause, field="imatrix", value=named, fix=LeaveOut("imatrix"))
     if named == NONE and kind in NEED_IMPORTANCE:
         cause = f"the type {kind} needs an importance matrix"
         raise BadInput(cause, field="type", value=kind, fix=("add ", Set("imatrix", AUTO), ", or name a file of it"))
@@ -216,7 +189,7 @@ def _weighing(kind: str, how: ImatrixArguments, compensate: bool) -> Asked:
     target = None if save is None else expand_home(save)
     require_usable(target, "save_imatrix") if target is not None else None
     if named in (AUTO, NONE):
-        return Asked(data=how.get("dataset", _USUAL_TEXT) if named == AUTO else None, save=target)
+        return Asked(data=how.dataset if named == AUTO else None, save=target)
     read_importance(expand_home(named))
     return Asked(file=expand_home(named), save=target)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.progress import NO_BAR, Reporter
 from coprune.base.words import LeaveOut, Sheet, Shown, per_cent
+from coprune.data.keyword_arguments import PruneArguments
 from coprune.evaluation.tasks import task_for
 from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import find_blocks
@@ -30,7 +31,6 @@ from coprune.recipe.flat import layered
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import WHOLE_MODEL
-from coprune.run.arguments import PruneArguments
 from coprune.run.calibrating import counted_batches, first_counted, record_counted
 from coprune.run.context import NOTHING, Given
 from coprune.run.read_call import read_call

@@ -12,11 +12,11 @@ from coprune.base.files import require_usable
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, say
 from coprune.data.in_memory import TextData, handed_over
+from coprune.data.keyword_arguments import MeasureArguments
 from coprune.evaluation.changes import row
 from coprune.evaluation.closeness import OtherTokens
 from coprune.evaluation.comparison_table import Comparison
 from coprune.evaluation.extra_measurements import Extras, measures_anything, nothing_to_measure
-from coprune.evaluation.measure_arguments import MeasureArguments
 from coprune.evaluation.measured_model import Subject, held_against, require_one_task
 from coprune.evaluation.measurement import Closeness
 from coprune.recipe.recipe import Recipe

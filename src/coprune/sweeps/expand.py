@@ -13,7 +13,8 @@ from typing import Any
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import PRESET, is_setting, word_for
+from coprune.recipe.flags import ALIASES
+from coprune.recipe.flat import PRESET
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
 from coprune.sweeps.file import FOLDERS, Sweep, added_to, is_axis, require_few
 
@@ -157,7 +158,7 @@ def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
         # Fields alone: a width (`{method:>1000000000}`) or an attribute has no sense in a path.
         if any(spec or conversion for _, _, spec, conversion in Formatter().parse(template)):
             raise ValueError(template)
-        name = re.sub(r"{([\w.]+)}", _by_word, template).format_map(known)
+        name = template.format_map(known | {alias: known[word] for alias, word in ALIASES.items()})
     except (KeyError, ValueError, IndexError, AttributeError):
         raise BadInput(
             f"sweep.folders {template!r} is not a pattern of recipe fields, such as '{{pattern}}/{{method}}'",
@@ -171,11 +172,6 @@ def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
             value=template,
         )
     return name
-
-
-def _by_word(field: re.Match[str]) -> str:
-    """Return a field of a template by its flat name."""
-    return f"{{{word_for(field[1])}}}" if is_setting(field[1]) else field[0]
 
 
 def folder_part(field: str, value: Any, bare: bool = False) -> str:

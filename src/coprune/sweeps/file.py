@@ -22,7 +22,7 @@ from coprune.base.words import Set
 from coprune.recipe.choice import Choice, split_choice
 from coprune.recipe.flat import PRESET, flatten, layered, word_for
 from coprune.recipe.recipe import DEFAULTS, read_settings
-from coprune.recipe.tree import FLAT
+from coprune.recipe.tree import LEAVES
 
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.
@@ -85,7 +85,7 @@ class Sweep(BaseModel):
         return cls.make(layered({"save": str(Path("out") / path.stem)}, data) | rules)
 
     def _by_words(self, paired: bool) -> Self:
-        """Return the sweep with settings by flat name. paired: whether methods and their options advance together."""
+        """Return the sweep with settings by their own names. paired: whether methods and their options advance together."""
         groups = [tuple(map(word_for, group)) for group in self.zip]
         if paired:
             groups = [(*group, "options") if "method" in group else group for group in groups]
@@ -98,7 +98,7 @@ class Sweep(BaseModel):
     def _check(self) -> None:
         for values in (self.settings, *self.include, *self.exclude):
             for name, value in values.items():
-                if name not in (*FLAT, PRESET):
+                if name not in (*LEAVES, PRESET):
                     in_sweep = "in a sweep, name the method wanda_variant"
                     raise BadInput(f"{name} is for one run", field=name, value=value, fix=in_sweep)
                 if is_axis(name, value) and not value:
@@ -168,7 +168,7 @@ class Sweep(BaseModel):
 
 
 def _words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by their flat names, as a file would hold them."""
+    """Return settings by their own names, as a file would hold them."""
     return {name: _plain(value) for name, value in flatten(settings).items()}
 
 

@@ -8,8 +8,8 @@ from typing import Any, Unpack
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Command, Set
+from coprune.data.keyword_arguments import RecipeArguments
 from coprune.recipe.presets import PRESETS
-from coprune.run.arguments import CalibrationArguments, OutcomeArguments
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, finished_reports
 from coprune.sweeps.result import SweepResult
@@ -20,7 +20,7 @@ Lists = str | Path | Mapping[str, Any]
 _EXECUTION = ("ray", "workers", "threads", "retries")
 
 
-class SweepArguments(CalibrationArguments, OutcomeArguments, total=False):
+class SweepArguments(RecipeArguments, total=False):
     """Settings of all runs, and where they are done."""
 
     model: str

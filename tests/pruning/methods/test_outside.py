@@ -148,7 +148,7 @@ def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(
     pruned = run("prune", "model", "-m", "lottery", "--luck", "0.5", *SMALL, *save, site=site)
     assert pruned.code == 0, pruned.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["recipe"]["prune"]["method"] == {"name": "lottery", "luck": 0.5}
+    assert report["recipe"]["method"] == {"name": "lottery", "luck": 0.5}
     assert report["sparsity"]["matrices"] == 0.5
     assert (tmp_path / "pruned" / "model.safetensors").is_file()
 

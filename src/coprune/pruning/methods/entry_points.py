@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput
 from coprune.model.walk.statistics import Statistic
 from coprune.pruning.methods.base import Method
 from coprune.recipe.choice import METHODS_OF_PACKAGES
-from coprune.recipe.tree import FLAT
+from coprune.recipe.tree import LEAVES
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
     if (missing := missing_in(made)) is not None:
         raise BadInput(f"{name!r} is not a method: {missing}")
     own = {field.name for field in dataclasses.fields(made)}
-    if shadowed := sorted(own & set(FLAT)):
+    if shadowed := sorted(own & set(LEAVES)):
         raise BadInput(f"the method {name!r} has an option {shadowed[0]!r}, which every recipe has", fix="rename it")
     found: Method = made
     return found

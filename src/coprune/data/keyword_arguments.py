@@ -1,0 +1,453 @@
+"""Keyword arguments of coprune's functions as types, for editors and type checkers.
+
+`make keywords` writes this file from the settings of a recipe and the options of the methods; nobody edits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from coprune.data.in_memory import CalibrationData, TextData
+from coprune.recipe.choice import Choice
+
+File = str | Path
+Named = str | Mapping[str, Any] | Choice
+"""Something by name, perhaps with options: `owl:spread=0.1`, or `{"name": "owl", "spread": 0.1}`."""
+
+
+class SharedArguments(TypedDict, total=False):
+    """What pruning, training and measuring are asked for alike."""
+
+    device: str
+    """auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    cache_dir: File | None
+    """Where downloads are kept. [the Hugging Face cache]"""
+    bos: Literal["auto", "first", "every", "never"]
+    """Where the token that begins a text (BOS) stands, in calibration and perplexity: at the start of the text, of
+    every window, or never; auto does as the tokenizer, unless it puts BOS and the dense model is clearly better (by
+    5 % in perplexity, on a few windows) where every window has it."""
+    eval_images: int | None
+    """Use only so many images of each set, evenly spaced. [all]"""
+    eval_tokens: int | None
+    """Use only so many tokens of each text. [all]"""
+    generate: File | None
+    """Let the models answer prompts, greedily and sampled, and measure loops, lengths and closeness to the dense
+    model: builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for
+    another)."""
+    generate_prompts: int | None
+    """Use only so many of the prompts. [all]"""
+    generate_tokens: int
+    """Most tokens of an answer."""
+    generate_temperature: float
+    """Temperature of the sampled answers; 0 for greedy ones alone."""
+    require: str | None
+    """Exit with 3, once all is saved, unless the answers, or what is measured, are so: conditions with commas between,
+    such as 'loops<=dense+1,kl<0.5' or 'perplexity<=dense*1.05' (accuracy, word_error; cosine, overlap, alike with
+    the dense model); no more answers may be empty than the dense model's unless that is said: empty<=dense+1."""
+
+
+class RecipeArguments(SharedArguments, total=False):
+    """The settings of a recipe, but for the model and the method."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."""
+    stream: bool | None
+    """Read and write the model block by block, so that memory holds one block at a time. [yes for checkpoint folders;
+    a GGUF file is read whole]"""
+    check_memory: bool
+    """Refuse a run that would not fit the memory."""
+    options: Mapping[str, bool | int | float | str | None]
+    """How weights are chosen and mended; see: coprune methods."""
+    pattern: str
+    """unstructured, or N:M = N kept of every M inputs (2:4, 4:8, 1:4 …)."""
+    sparsity: float | str | None
+    """Fraction of zeros, 0 ≤ s < 1, or 50%; an N:M pattern sets it. [0.5]"""
+    permute: bool
+    """For N:M: reorder channels first so that less is pruned; the model's outputs stay. Loads the whole model into
+    memory."""
+    rotate: bool
+    """Rotate the values of attention heads first so that the pattern removes less; the model's outputs stay. Loads the
+    whole model into memory."""
+    include: str | Sequence[str]
+    """Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable."""
+    exclude: str | Sequence[str]
+    """Leave matrices that match this pattern alone; repeatable."""
+    allocation: Named
+    """How the sparsity is spread over the matrices: uniform, owl or fisher (options as in owl:spread=0.1), or a
+    FILE.yaml of patterns of names and sparsities; how channels and heads that are removed are spread over the
+    blocks: uniform or error."""
+    refine: Named | Sequence[Named]
+    """Improve every mask's weights: refit, swaps (which ends with a refit), options as in refit:rounds=10; repeatable."""
+    reconstruct: int | str
+    """Train every pruned block for so many steps toward the dense model's outputs."""
+    reconstruct_tokens: int
+    """With reconstruct: train every block on at least so many tokens, with more steps where samples are short, so that
+    half as long ones do not halve the training. [as many as the steps hold]"""
+    reconstruct_lr: float
+    """Learning rate of that, times the size (root mean square) of each matrix and vector, so that one serves models
+    with smaller or larger weights."""
+    reconstruct_dtype: Literal["float32", "bfloat16"]
+    """What blocks compute in while they are trained."""
+    remove: str | Sequence[str]
+    """Remove parts of the model, so that it gets smaller: size=0.25, or a share of channels=0.33, heads=0.25,
+    blocks=0.2, experts=0.25, vocabulary=96k (tokens that stay); repeatable, or with commas between. size is the
+    share of the parameters that goes, or what is left: size=100MB, size=1.2B. Also experts=keep:96 (how many stay),
+    vocabulary=0.6 (a share to go) and vocabulary=loss:1% (as few as cost so many more bits per byte)."""
+    score: Literal["magnitude", "wanda"] | Named | Sequence[Named]
+    """Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or magnitude;
+    which blocks: map (those in a row that a linear map replaces best; the default), kl (what the model says without
+    it) or influence (what changes its inputs least); which experts: reap (gate times answer; the default),
+    frequency, random, or aimer (their weights alone, without a text); options as in wanda_sp:refit=true;
+    repeatable."""
+    domains: str | Sequence[str] | Mapping[str, File]
+    """Texts by domain, on whose samples (as many of each) the experts are scored instead of the calibration text's:
+    code=code.jsonl,chat=chat.jsonl; or the experts.json of an earlier run, whose scores are blended anew without a
+    pass; repeatable."""
+    blend: str
+    """How domains are blended: max-min (the one that keeps the least of its score keeps as much as can be), or by
+    weights: code=2,chat=1."""
+    align: int
+    """Keep channels in multiples of this, where the model has them."""
+    vocabulary_text: str | Sequence[str] | Mapping[str, float]
+    """What the vocabulary keeps: tokens of files, folders or corpora, words of languages (needs coprune[languages]),
+    and code, each perhaps with a share: mine.jsonl=2,en,code=0.5; repeatable. [the calibration text, en and code]"""
+    vocabulary_force: bool
+    """Cut a vocabulary even where that saves less than 5 per cent of the weights' bytes."""
+    dataset: CalibrationData
+    """Calibration text: wikitext2, c4, ptb, embedded, a datasets id, a local .txt, .jsonl or .parquet file or folder,
+    or self (what the dense model writes; self:prompts.jsonl, its answers); several with shares:
+    self=0.5,wikitext2=0.5. Images: digits, a folder of classes, .parquet, or a datasets id."""
+    nsamples: int
+    """Number of calibration samples."""
+    seqlen: int | None
+    """Tokens per sample and per perplexity window. [min(2048, model's limit)]"""
+    calibrate_on: Literal["all", "generated"]
+    """Which positions the statistics are of: all, or only those that a model wrote, the others being what it looks
+    back on. Text that says nothing of who wrote it counts whole."""
+    seed: int
+    """Seed of everything random."""
+    batch_size: int | None
+    """Samples per forward pass. [about 512 tokens on a CPU, 4096 elsewhere]"""
+    activation_memory: float | None
+    """GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes back batch by
+    batch. [all in memory]"""
+    device_activation_memory: float | None
+    """GiB of calibration activations to keep on a GPU; the rest goes to the host's memory, as far as activation_memory
+    lets it. [half of what is free there]"""
+    propagation: Literal["block", "sequential", "dense"]
+    """block: statistics of a block from its dense weights, as in the papers; sequential: each matrix from the inputs
+    that its pruned predecessors give it, in one pass (faster); dense: each matrix from its inputs in the dense
+    model, in one pass, so that all methods and patterns have the same statistics."""
+    finetune: Literal["lora", "dense", "distill", "lora-distill"] | str | None
+    """Fine-tune the pruned model with its zeros kept."""
+    finetune_minutes: float | None
+    """Limit on the time of the fine-tuning, with loading, measuring and saving; the learning rate falls with it. [one
+    pass over the text]"""
+    finetune_tokens: int | None
+    """Fine-tune on so many tokens: as many steps as they fill. [one pass over the text]"""
+    finetune_epochs: float
+    """Passes over the data, unless tokens, steps or minutes are given."""
+    finetune_max_steps: int | None
+    """Optimiser steps."""
+    finetune_batch_size: int | None
+    """Windows or images per process and forward pass. [1 window, 32 images]"""
+    finetune_accumulate: int | None
+    """Forward passes per step of the fine-tuning. [8 of text, 1 of images]"""
+    finetune_lr: float | None
+    """Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]"""
+    finetune_rates: Literal["absolute", "relative"]
+    """absolute: one learning rate for all that is trained; relative: times the size of each matrix and vector, so that
+    one rate serves models with smaller or larger weights."""
+    finetune_only: str | Sequence[str]
+    """Train only what matches this pattern, such as '*.q_proj', or blocks or routers; repeatable. blocks: embeddings,
+    head and other matrices around the blocks stay as they are, unless they were pruned; routers: only what chooses
+    among experts, after some were removed. [lora: all pruned linear layers; else all weights]"""
+    finetune_dtype: Literal["float32", "bfloat16"]
+    """What the fine-tuning computes in; trained weights are float32."""
+    finetune_gradient_checkpointing: bool
+    """Recompute activations to save memory."""
+    finetune_held_out: float
+    """Share of the samples held out (at most 64 windows or 2,048 images); 0: nothing is watched."""
+    finetune_save_every: int
+    """Steps between the states from which a training resumes."""
+    finetune_eval_seqlen: int | None
+    """Tokens per window of perplexity. [as in training]"""
+    finetune_teacher: File | None
+    """The dense model: distill trains toward it, and answers that are asked for are compared with its. [in prune: the
+    model]"""
+    finetune_rank: int
+    """lora: rank of the adapters."""
+    finetune_alpha: float
+    """lora: the update is scaled by alpha / rank."""
+    finetune_masked: bool
+    """lora: mask the update; without, adapters are plain PEFT's and stay unmerged."""
+    evaluate: bool
+    """Measure perplexity or accuracy before and after."""
+    evaluate_dense: bool
+    """Measure the dense model's perplexity too."""
+    eval_data: TextData | None
+    """Text for perplexity, comma-separated. [test split of the calibration corpus; of a text of your own the last
+    tenth, which is held out]"""
+    eval_zero_shot: bool
+    """Run the papers' seven zero-shot tasks (needs coprune[eval])."""
+    tasks: Sequence[File] | File | None
+    """Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot.
+    [boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa]"""
+    num_fewshot: int
+    """Solved examples before every question."""
+    include_path: File | None
+    """Folder with task definitions of your own (YAML); those that run code (`!function`) need --trust-tasks."""
+    trust_tasks: bool
+    """Let task definitions run the code that they name; read it first."""
+    limit: int | None
+    """Only the first so many items of each task. [all]"""
+    apply_chat_template: bool
+    """Put the tasks' prompts in the tokenizer's chat template."""
+    gen_kwargs: str | None
+    """How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."""
+    log_samples: File | None
+    """Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."""
+    prompt: str
+    """Text that both models continue, for the report; empty for none, as for streamed models."""
+    layer_error: bool
+    """Measure every matrix's relative layer error (costs little)."""
+    gate: bool
+    """Let a model that is saved answer a few short prompts, and say whether the answers loop or are empty."""
+    save: File | None
+    """Run folder for recipe, report and log. [out/MODEL/PATTERN/METHOD]"""
+    save_model: File | None
+    """Folder for the pruned model and tokenizer; NAME.gguf where a GGUF file loses experts, blocks or tokens, for a
+    file in which all else has the source's bytes. [not saved]"""
+    encoding: Literal["source", "dense"]
+    """How the saved model's tensors are stored: as the source's are (FP8, MXFP4, INT4 …, else dense), or dense, as any
+    tool reads them."""
+    report_to: Sequence[File] | File | None
+    """Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio."""
+    push_to_hub: str | None
+    """Upload the saved model with its card to this repository of the Hub."""
+    private: bool | None
+    """Let nobody else see that repository, which is then a new one."""
+    overwrite: bool | None
+    """Replace what an earlier run left in the folders of this one."""
+    log_json: File | None
+    """Also write what happens to this file, one JSON object a line."""
+    sparsity_ratio: float | str | None
+    sparsity_type: str
+    use_variant: bool
+    train: Literal["whole", "blocks"] | None
+    """Where a preset trains. [whole, if it fits the memory]"""
+
+
+class PruneArguments(RecipeArguments, total=False):
+    """The same with the methods' own options, for those that have them."""
+
+    group: Literal["row", "matrix"]
+    """Weights that compete: those of the whole matrix (the usual baseline) or of one output row. Weights that compete:
+    those of one output row (the paper's choice) or the whole matrix. Weights that compete: those of the whole
+    matrix (as in the authors' code) or of one output row. Weights that compete when the pattern is unstructured."""
+    block_size: int
+    """Columns whose mask is chosen together (unstructured); for N:M it is rounded up to a multiple of M. Columns whose
+    mask is chosen together (iterative, unstructured); for N:M it is rounded up to a multiple of M."""
+    damping: float
+    """Added to the Hessian's diagonal, as a fraction of its mean. Added to the unit diagonal of the scaled Gram
+    matrix. Added to the Gram matrix's diagonal before it is scaled, as a fraction of its mean."""
+    inner_loop: Literal["auto", "torch", "triton"]
+    """The loop over the columns of a block: auto is a native kernel on CPUs where it compiles, one of Triton's on
+    NVIDIA's GPUs where it gives what torch gives, and torch elsewhere."""
+    selection: Literal["sequential", "iterative"]
+    """Whether the mask is chosen before the update (`sequential`) or along with it (`iterative`)."""
+    power: float
+    """Exponent of the input norms: n^power."""
+    start: Literal["magnitude", "wanda", "ria"]
+    """The method whose mask it begins from."""
+    cycles: int
+    """Maximum number of swaps per row."""
+    rounds: int
+    """Rounds of the alternation. Rounds at most; it stops as soon as the mask stands still."""
+    mask_rounds: int
+    """Number of first rounds in which the mask is chosen again, on a cubic schedule of sparsity."""
+    rho: float
+    """Strength of the pull toward the sparse weights. The penalty at the start."""
+    rounds_per_rho: int
+    """Number of rounds after which the mask is checked and ρ raised."""
+    refit_rounds: int
+    """Rounds of conjugate gradients on the final mask."""
+
+
+class MeasureArguments(SharedArguments, total=False):
+    """The measurements of a model, and how they are done."""
+
+    tasks: Sequence[File] | File | None
+    """Tasks of lm-eval, comma-separated, such as boolq,arc_easy."""
+    eval_zero_shot: bool
+    """Run the papers' seven zero-shot tasks (needs coprune[eval])."""
+    num_fewshot: int
+    """Solved examples before every question."""
+    include_path: File | None
+    """Folder with task definitions of your own (YAML); those that run code (`!function`) need --trust-tasks."""
+    trust_tasks: bool
+    """Let task definitions run the code that they name; read it first."""
+    limit: int | None
+    """Only the first so many items of each task. [all]"""
+    apply_chat_template: bool
+    """Put the tasks' prompts in the tokenizer's chat template."""
+    gen_kwargs: str | None
+    """How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."""
+    log_samples: File | None
+    """Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."""
+    seqlen: int | None
+    """Tokens per sample and per perplexity window. [min(2048, model's limit)]"""
+    batch_size: int | None
+    """Windows per forward pass. [about 4096 tokens]"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."""
+
+
+class FinetuneArguments(SharedArguments, total=False):
+    """The settings of a training, but for model and mode."""
+
+    dataset: CalibrationData
+    """Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings,
+    where the model reads these; or images: digits, a folder of classes, .parquet, or a datasets id. [embedded]"""
+    seqlen: int | None
+    """Tokens per training window. [min(1024, model's limit)]"""
+    seed: int
+    """Seed of everything random."""
+    train: str | Sequence[str]
+    """Train only what matches this pattern, such as '*.q_proj', or blocks or routers; repeatable. blocks: embeddings,
+    head and other matrices around the blocks stay as they are, unless they were pruned; routers: only what chooses
+    among experts, after some were removed. [lora: all pruned linear layers; else all weights]"""
+    minutes: float | None
+    """Limit on the time of the fine-tuning, with loading, measuring and saving; the learning rate falls with it. [one
+    pass over the text]"""
+    tokens: int | None
+    """Fine-tune on so many tokens: as many steps as they fill. [one pass over the text]"""
+    epochs: float
+    """Passes over the data, unless tokens, steps or minutes are given."""
+    max_steps: int | None
+    """Optimiser steps."""
+    batch_size: int | None
+    """Windows or images per process and forward pass. [1 window, 32 images]"""
+    accumulate: int | None
+    """Forward passes per step of the fine-tuning. [8 of text, 1 of images]"""
+    learning_rate: float | None
+    """Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]"""
+    rates: Literal["absolute", "relative"]
+    """absolute: one learning rate for all that is trained; relative: times the size of each matrix and vector, so that
+    one rate serves models with smaller or larger weights."""
+    dtype: Literal["float32", "bfloat16"]
+    """What the fine-tuning computes in; trained weights are float32."""
+    gradient_checkpointing: bool
+    """Recompute activations to save memory."""
+    held_out: float
+    """Share of the samples held out (at most 64 windows or 2,048 images); 0: nothing is watched."""
+    save_every: int
+    """Steps between the states from which a training resumes."""
+    eval_seqlen: int | None
+    """Tokens per window of perplexity. [as in training]"""
+    teacher: File | None
+    """The dense model: distill trains toward it, and answers that are asked for are compared with its. [in prune: the
+    model]"""
+    rank: int
+    """lora: rank of the adapters."""
+    alpha: float
+    """lora: the update is scaled by alpha / rank."""
+    masked: bool
+    """lora: mask the update; without, adapters are plain PEFT's and stay unmerged."""
+    exclude: str | Sequence[str]
+    """Leave what matches this pattern as it is, and blocks of which all does; repeatable."""
+    evaluate: bool
+    """Measure perplexity or accuracy before and after."""
+    eval_data: TextData | None
+    """Text for perplexity, comma-separated. [test split of the calibration corpus; of a text of your own the last
+    tenth, which is held out]"""
+    gate: bool
+    """Let a model that is saved answer a few short prompts, and say whether the answers loop or are empty."""
+    report_to: Sequence[File] | File | None
+    """Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio."""
+    save: File | None
+    """Run folder. [out/finetune/MODEL/MODE]"""
+    save_model: File | None
+    """Folder for the model. [model/ in the run folder]"""
+    overwrite: bool | None
+    """Replace what an earlier run left in the folders of this one."""
+
+
+class GenerateArguments(TypedDict, total=False):
+    """How a model writes texts."""
+
+    samples: int | None
+    """Texts. [one per prompt, or 16]"""
+    seqlen: int | None
+    """Tokens of a text at most, without its prompt. [512, or the model's limit]"""
+    temperature: float
+    """Divisor of the logits; 0 takes the likeliest tokens."""
+    top_p: float
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int
+    """Seed of what is drawn."""
+    column: str | None
+    """Column of the prompts. [prompt]"""
+    template: Literal["chat", "none"] | None
+    """Whether prompts go through the chat template. [chat where there is one]"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."""
+    compile: bool
+    """Compile the step that makes a token: for long texts and many of them."""
+
+
+class ExportArguments(TypedDict, total=False):
+    """How a model becomes a GGUF file."""
+
+    like: File | None
+    """GGUF file of the source model, in any type: its metadata, tokenizer and order are taken over. [the one that the
+    model was made from, or what the converter makes]"""
+    converter: File | None
+    """llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without like. [in $LLAMA_CPP, or on the
+    PATH]"""
+    padded: bool
+    """Keep channels and heads that are all zeros, which pad blocks to one width."""
+    imatrix: File | None
+    """How much every input of a matrix matters, for types of llama.cpp's quantiser: auto (measured on the dataset), a
+    file of llama-imatrix, or none. Types below iq3_s need it."""
+    compensate: bool
+    """Round the matrices of the blocks one column after another, so that later columns make up for each one's error on
+    the dataset (GPTQ): same type and size, nearer to the model."""
+    dataset: str
+    """Text that the importance of inputs and the compensation calibrate on."""
+    save_imatrix: File | None
+    """Write that to this file too, in llama.cpp's format."""
+
+
+class FitArguments(TypedDict, total=False):
+    """How the smallest file is searched for."""
+
+    target: Literal["size", "speed", "memory"]
+    """What to minimise: size of the file, memory with 2,048 tokens, or time of a token (speed)."""
+    runtime: Literal["llama.cpp", "transformers"]
+    """Where it will run: llama.cpp (a GGUF file), or transformers (a folder)."""
+    budget: str | float
+    """Time of the search and the proof: 60m, 2h, or minutes; the best by then. [60m]"""
+    items: int | None
+    """Items of each task at most. [all]"""
+    text: str | None
+    """More text to calibrate and distill on. [what the model writes]"""
+    like: File | None
+    """Any GGUF file of the model, in any type: needed where that is a folder, unless there is a converter."""
+    converter: File | None
+    """llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without like. [in $LLAMA_CPP, or on the
+    PATH]"""
+    without: str | Sequence[str]
+    """Do not try this: vocabulary, experts, blocks, channels, embedding; repeatable."""
+    types: str | Sequence[str]
+    """Types of llama.cpp to try, with commas between. [q8_0 to iq2_xs]"""
+    workers: int
+    """Candidates that are measured at a time, by processes of this machine."""
+    ray: str | None
+    """Or by a Ray cluster (host:port, auto, local)."""
+    seed: int
+    """Of the halves, and of what is drawn."""
+    trust_tasks: bool
+    """Let task definitions run the code that they name; read it first."""

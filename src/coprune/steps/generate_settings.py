@@ -1,0 +1,37 @@
+"""What `coprune generate` is asked for beside model, file and prompts, by the command and by Python alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from coprune.recipe.parts import CacheFolder, Device, DtypeOfModel
+
+
+class GenerateSettings(BaseModel):
+    """How a model writes texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    samples: Annotated[int | None, Field(description="Texts. [one per prompt, or 16]", ge=1)] = None
+    seqlen: Annotated[
+        int | None,
+        Field(description="Tokens of a text at most, without its prompt. [512, or the model's limit]", ge=1),
+    ] = None
+    temperature: Annotated[float, Field(description="Divisor of the logits; 0 takes the likeliest tokens.", ge=0)] = 1.0
+    top_p: Annotated[
+        float, Field(description="Draw from the likeliest tokens that together have this probability.", gt=0, le=1)
+    ] = 1.0
+    seed: Annotated[int, Field(description="Seed of what is drawn.")] = 0
+    column: Annotated[str | None, Field(description="Column of the prompts. [prompt]")] = None
+    template: Annotated[
+        Literal["chat", "none"] | None,
+        Field(description="Whether prompts go through the chat template. [chat where there is one]"),
+    ] = None
+    dtype: DtypeOfModel = "auto"
+    device: Device = "auto"
+    cache_dir: CacheFolder = None
+    compile: Annotated[
+        bool, Field(description="Compile the step that makes a token: for long texts and many of them.")
+    ] = False
