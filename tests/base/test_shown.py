@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coprune.base.words import Sheet, Shown
+from coprune.base.words import Cell, Sheet, Shown
 
 
 class Figures(Shown):
@@ -32,16 +32,22 @@ def test_python_shows_one_line_and_print_a_few() -> None:
 
 def test_a_notebook_shows_a_table_with_every_text_escaped() -> None:
     html = Figures()._repr_html_()
-    assert html.startswith("<table><caption>a &lt;model&gt;</caption><tr><th")
+    assert html.startswith("<table><caption>a &lt;model&gt;</caption><tbody><tr><th")
     assert ">size</th><td>1 &amp; 2</td></tr>" in html
     assert "<model>" not in html
 
 
 def test_columns_are_named() -> None:
     assert "<tr><th></th><th>a</th><th>b</th></tr>" in Columns()._repr_html_()
-    assert Columns()._repr_html_().endswith(">size</th><td>1</td><td>2</td></tr></table>")
+    assert Columns()._repr_html_().endswith(">size</th><td>1</td><td>2</td></tr></tbody></table>")
 
 
 def test_columns_are_aligned() -> None:
     sheet = Sheet("several", [("size", "1", "22222"), ("perplexity", "333", "")], ("", "a", "b"))
     assert sheet.lines() == ["              a      b", "size          1  22222", "perplexity  333"]
+
+
+def test_what_is_best_stands_out_and_what_has_a_page_leads_there() -> None:
+    sheet = Sheet("", [(Cell("a|b", link="a.html"), Cell("<1>", strong=True))], ("run", "loss"))
+    assert '<a href="a.html">a|b</a></td><td><b>&lt;1&gt;</b></td>' in sheet.html()
+    assert sheet.markdown().splitlines() == ["| run | loss |", "| --- | ---: |", "| a\\|b | **\\<1\\>** |"]

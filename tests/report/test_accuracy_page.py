@@ -16,9 +16,9 @@ import coprune
 from coprune.data.images import LabelledImages, labelled_images
 from coprune.report.card import model_card
 from coprune.report.heat_map import matrix_rows
-from coprune.report.page import run_page
+from coprune.report.run_page import run_page
+from coprune.report.runs_page import Run, runs_page
 from coprune.report.schema import Report
-from coprune.report.several import Run, runs_page
 from coprune.run.facts import class_name, thumbnail
 from coprune.run.trackers import final_figures
 from support.browser import find_browser, opened_page

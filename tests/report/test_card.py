@@ -20,9 +20,9 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.origin import Origin, origin_of
 from coprune.recipe.recipe import make_recipe
 from coprune.report.card import model_card
-from coprune.report.page import run_page
+from coprune.report.run_page import run_page
+from coprune.report.runs_page import Run, _reached
 from coprune.report.schema import Report
-from coprune.report.several import Run, _reached
 from support.commands import run_command
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save_pico, write_words

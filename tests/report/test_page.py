@@ -13,10 +13,10 @@ import coprune
 from coprune.evaluation.zero_shot import Estimate
 from coprune.report.card import model_card
 from coprune.report.heat_map import matrix_rows, place_of
-from coprune.report.html import MadeFacts, commit_of
-from coprune.report.page import run_page
+from coprune.report.made import MadeFacts, commit_of
+from coprune.report.run_page import run_page
+from coprune.report.runs_page import Run, names_apart, runs_page
 from coprune.report.schema import Report
-from coprune.report.several import Run, names_apart, runs_page
 from support.browser import find_browser, opened_page
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words

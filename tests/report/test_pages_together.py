@@ -13,16 +13,16 @@ import coprune
 from coprune.evaluation.comparison_table import Comparison
 from coprune.pruning.events import Event
 from coprune.recipe.views import training_recipe
-from coprune.report.compared import comparison_page
+from coprune.report.comparison_page import comparison_page
 from coprune.report.heat_map import place_of
-from coprune.report.html import MadeFacts
 from coprune.report.links import link_back
-from coprune.report.page import picker_data, run_page, shown_matrices
+from coprune.report.made import MadeFacts
 from coprune.report.plot import Axis
 from coprune.report.run_events import OfMatrix
+from coprune.report.run_page import picker_data, run_page, shown_matrices
 from coprune.report.schema import Report
-from coprune.sweeps.page import write_sweep_page
-from coprune.training.page import finetune_page, write_finetune_page
+from coprune.sweeps.sweep_page import write_sweep_page
+from coprune.training.finetune_page import finetune_page, write_finetune_page
 from coprune.training.report import FinetuneReport, HeldOutPoint, LossPoint, PerplexityChange
 from support.browser import find_browser, opened_page
 from support.commands import run_command

@@ -27,7 +27,7 @@ from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, finished_report, read_finished
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import _measured, collect
-from coprune.sweeps.table import Cell, PaperTable, markdown, paper_tables
+from coprune.sweeps.table import PaperTable, Result, paper_tables
 from coprune.sweeps.worker import Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
@@ -90,7 +90,7 @@ def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(
         best = min(cells[column].mean or inf for cells in methods)
         assert [cells[column].best for cells in methods] == [cells[column].mean == best for cells in methods]
     dense = next(iter(reports.values())).perplexity[0].dense
-    assert f"| dense | {dense:.2f} | {dense:.2f} |" in markdown(table).splitlines()
+    assert f"| dense | {dense:.2f} | {dense:.2f} |" in table.markdown().splitlines()
 
 
 def test_every_task_has_its_scores_with_standard_errors(here: tuple[Sweep, list[Run], dict[str, Report]]) -> None:
@@ -176,7 +176,7 @@ def test_names_in_tables_and_on_the_board_steer_no_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     odd = "[/bold]\x1b[2J"
-    table = PaperTable(odd, [odd], {odd: [Cell(odd, 1.0)]})
+    table = PaperTable(odd, [odd], {odd: [Result(odd, 1.0)]})
     monkeypatch.setattr(results, "paper_tables", lambda *_: [table])
     results.print_tables(*here, console())
     board = Board([odd], earlier=0)
@@ -184,7 +184,8 @@ def test_names_in_tables_and_on_the_board_steer_no_terminal(
     console().print(board.render())
     board.note(NotDone(odd, Cause.REFUSED, odd), False)
     shown = capsys.readouterr()
-    assert shown.out.count("[/bold]\\x1b[2J") == 5
+    assert shown.out.count("[/bold]\\x1b[2J") == 6
+    assert odd not in shown.out
     assert shown.err == "failed   [/bold]\\x1b[2J  [/bold]\\x1b[2J\n"
 
 

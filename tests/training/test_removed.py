@@ -14,8 +14,9 @@ from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, source_of
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.report.page import number, run_page
+from coprune.report.run_page import run_page
 from coprune.report.schema import Report
+from coprune.report.wording import number
 from coprune.runner.run_recipe import run_recipe
 from coprune.training.masks import History, find_masks
 from coprune.training.run import run_finetuning

@@ -7,12 +7,16 @@ reads `stream=False`; on the command line `--no-stream`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from coprune.base.markdown import inline
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class Piece(Protocol):
@@ -180,30 +184,70 @@ def per_cent(share: float, digits: int = 2, signed: bool = False) -> str:
     return f"{100 * share:{'+' if signed else ''}.{digits}f} %"
 
 
-class Sheet(NamedTuple):
-    """A small table for people.
+Fact = TypeVar("Fact")
 
-    Without `columns` it is a list of names and values.
+
+@dataclass(frozen=True)
+class Cell:
+    """A text of a table that is emphasised, or leads to a page."""
+
+    text: str
+    strong: bool = False
+    link: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Sheet(NamedTuple):
+    """A table, or without `columns` a list of names and values: the first column holds names, the others figures.
+
+    It is shown as HTML in pages and notebooks, as Markdown in cards and files, and in a terminal.
     """
 
     title: str
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Cell]]
     columns: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, facts: Iterable[Fact], columns: Mapping[str, Callable[[Fact], str | Cell]]) -> Sheet:
+        """Return a table with a row per fact. columns: by its title, what a column shows of one."""
+        return cls("", [[show(fact) for show in columns.values()] for fact in facts], tuple(columns))
+
+    def cells(self) -> list[list[Cell]]:
+        """Return all rows."""
+        return [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
 
     def html(self) -> str:
         """Return the table as HTML, with every text escaped."""
-        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        rows = [f"<tr>{head}</tr>"] if head else []
-        for name, *cells in self.rows:
-            values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            rows.append(f'<tr><th style="text-align:left">{escape(name)}</th>{values}</tr>')
-        return f"<table><caption>{escape(self.title)}</caption>{''.join(rows)}</table>"
+        from coprune.base.templating import macro  # with jinja2, which takes a while
+
+        return macro("base/templates/table.html.j2", "table", self)
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, with every text escaped."""
+        rows = [[f"**{inline(c.text)}**" if c.strong else inline(c.text) for c in row] for row in self.cells()]
+        lines = [list(map(inline, self.columns)), ["---", *["---:"] * (len(self.columns) - 1)], *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def terminal(self) -> Table:
+        """Return the table for a terminal, folded where that is narrower."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        for place, column in enumerate(self.columns):
+            table.add_column(Text(printable(column)), justify="right" if place else "left", overflow="fold")
+        for row in self.cells():  # a text may look like rich's markup
+            table.add_row(*(Text(printable(cell.text), "bold" if cell.strong else "") for cell in row))
+        return table
 
     def lines(self) -> list[str]:
         """Return names and values as lines, or named columns below each other."""
         if not self.columns:
-            return [f"{name:<9} {' '.join(cells)}" for name, *cells in self.rows]
-        table = [self.columns, *self.rows]
+            return [f"{name!s:<9} {' '.join(map(str, cells))}" for name, *cells in self.rows]
+        table: list[Sequence[str]] = [self.columns, *([str(cell) for cell in row] for row in self.rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(self.columns))]
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
 

@@ -56,8 +56,8 @@ def compare(
     if markdown_file is not None:
         write_text(markdown_file, found.to_markdown())
     if page_file is not None:
-        from coprune.report.compared import comparison_page
-        from coprune.report.html import MadeFacts
+        from coprune.report.comparison_page import comparison_page
+        from coprune.report.made import MadeFacts
 
         write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
     print_sheet(found.sheet())  # once all is kept, since whoever reads it may be gone

@@ -28,8 +28,8 @@ def report(
     from coprune.report.folder import REPORT_FILE, write_page
     from coprune.report.links import PAGE_FILE
     from coprune.sweeps.finished import is_sweep
-    from coprune.sweeps.page import write_sweep_page
-    from coprune.training.page import is_finetuning, write_finetune_page
+    from coprune.sweeps.sweep_page import write_sweep_page
+    from coprune.training.finetune_page import is_finetuning, write_finetune_page
 
     folder = runs[0] if runs[0].is_dir() else runs[0].parent
     path = output or (folder / PAGE_FILE if len(runs) == 1 else Path(PAGE_FILE))

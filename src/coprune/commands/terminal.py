@@ -6,10 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from coprune.base.words import Sheet, Words, printable, say
 
@@ -38,14 +35,7 @@ def console() -> Console:
 
 def print_sheet(sheet: Sheet) -> None:
     """Print a table with named columns, folded where the terminal is narrower."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    first, *others = sheet.columns
-    table.add_column(Text(first))
-    for column in others:
-        table.add_column(Text(column), justify="right", overflow="fold")
-    for row in sheet.rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # a name may look like markup
-    console().print(table)
+    console().print(sheet.terminal())
 
 
 def show(text: str) -> None:

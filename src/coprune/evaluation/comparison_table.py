@@ -258,10 +258,7 @@ class Comparison(Shown, BaseModel):
 
     def to_markdown(self) -> str:
         """Return the table as Markdown."""
-        sheet = self.sheet()
-        names = " | ".join(name.replace("|", "\\|") for name in sheet.columns[1:])
-        lines = [f"| | {names} |", "| --- |" + " ---: |" * len(self.rows)]
-        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in sheet.rows)]) + "\n"
+        return self.sheet().markdown() + "\n"
 
     def to_csv(self) -> str:
         """Return one line per model, with bare numbers (fractions rather than per cent) and empty fields for missing ones."""

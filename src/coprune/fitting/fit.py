@@ -19,11 +19,11 @@ from coprune.base.words import Command, Set, say
 from coprune.data.keyword_arguments import FitArguments
 from coprune.fitting.budget import EXACT_DENSE
 from coprune.fitting.candidates import AS_GIVEN, EXACT, Candidate
+from coprune.fitting.fit_page import fit_card, fit_page
 from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.made import bytes_given, bytes_in, copy, digest_of
 from coprune.fitting.notes import Asked
-from coprune.fitting.page import card, page
 from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import wanted
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
@@ -36,7 +36,7 @@ from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import Location, ModelFolder, locate
 from coprune.report.folder import REPORT_FILE, model_of
-from coprune.report.html import MadeFacts
+from coprune.report.made import MadeFacts
 from coprune.report.schema import Report
 from coprune.steps.export import template_of
 
@@ -224,8 +224,8 @@ def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
         more,
     )
     named = _named(workshop.asked.model)
-    write_text(target / PAGE_FILE, page(found, named, search.wish.target))
-    write_text(target / CARD_FILE, card(found, named))
+    write_text(target / PAGE_FILE, fit_page(found, named, search.wish.target))
+    write_text(target / CARD_FILE, fit_card(found, named))
     write_text(target / FACTS_FILE, json.dumps(_facts(search, finding, found, digest), indent=1, default=list))
     workshop.clear()
     return found

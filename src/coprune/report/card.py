@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from coprune.base.files import write_text
-from coprune.base.words import per_cent
+from coprune.base.markdown import front_matter, hub_id, inline, without_places
+from coprune.base.templating import render
+from coprune.base.words import Sheet, per_cent
+from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.digest import bytes_of_weights
 from coprune.model.checkpoint.origin import origin_of
-from coprune.report.answers import answers_markdown
-from coprune.report.html import base_of, name_of
-from coprune.report.markdown import fenced, field, hub_id, inline, without_places
+from coprune.report.answers_section import answers_markdown
+from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.schema import OF_IMAGES, Report
-from coprune.report.vocabulary import vocabulary_markdown
+from coprune.report.vocabulary_section import vocabulary_markdown
+from coprune.report.wording import base_of, name_of, versions_line
 
-_LOAD = """```python
-from transformers import {model}, {processor}
-
-model = {model}.from_pretrained("PATH OR ID OF THIS FOLDER")
-{name} = {processor}.from_pretrained("PATH OR ID OF THIS FOLDER")
-```"""
 _STORED = {
     "source": "The weights are stored as the original's are, so any tool that loads the original loads this.",
     "dense": "The weights are stored dense, so any tool that loads the original loads this.",
@@ -56,18 +54,6 @@ _PIPELINES = {
 }
 
 
-def _how_to_load(report: Report) -> str:
-    names = _AUTO[report.model.task]
-    own = {"model": report.model.loaded_by} if report.model.loaded_by else {}
-    return _LOAD.format(**names | own)
-
-
-def _where_it_loads(report: Report, size: int | None) -> str:
-    said = "" if size is None else f"The weights take {size:,} bytes. "
-    gguf = " llama.cpp and Ollama take what `coprune export` writes." if report.model.task == "text" else ""
-    return f"{said}The model loads in transformers.{gguf}"
-
-
 def write_card(report: Report, folder: Path) -> None:
     """Write the card of a saved model, with the bytes of its weights, into its folder."""
     write_text(folder / CARD_FILE, model_card(report, bytes_of_weights(folder)))
@@ -79,60 +65,60 @@ def model_card(report: Report, size: int | None = None) -> str:
     size: bytes of the saved weights, where they are known by now.
     """
     base, origin = base_of(report.model.source), origin_of(report.recipe.model.name, report.recipe.model.cache_dir)
-    images = report.model.task == "images"
-    header = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: {_PIPELINES[report.model.task]}",
-        "tags:",
-        "- coprune",
-        "- pruning",
-    ]
-    if known := (base if hub_id(base) else origin.base_model):
-        header.append(field("base_model", known))
-    header += [field(name, value) for name, value in origin.licence().items()]
-    note = (
-        "The weights were dequantised from a quantised file before they were pruned; all figures are of those.\n\n"
-        if report.model.quantised_source
-        else ""
-    )
+    known, recipe = base if hub_id(base) else origin.base_model, report.recipe.untold()
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": _PIPELINES[report.model.task],
+        "tags": ["coprune", "pruning"],
+        **({"base_model": known} if known else {}),
+        **origin.licence(),
+        **_model_index(report),
+    }
+    own = {"model": report.model.loaded_by} if report.model.loaded_by else {}
     measured, results = _results(report)
-    if report.vocabulary is not None:
-        results += f"\n\n## Vocabulary\n\n{vocabulary_markdown(report.vocabulary)}"
-    if report.zero_shot is not None:
-        results += f"\n\n## Zero-shot tasks\n\n{_task_table(report.zero_shot)}"
-    if report.answers is not None:
-        results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
-    used = {name: version for name, version in report.versions.items() if images or name not in OF_IMAGES}
-    versions = ", ".join(f"{name} {version}" for name, version in used.items())
-    tuned = "" if report.finetuned is None else f", then fine-tuned ({report.finetuned.line()})"
-    recipe, title = report.recipe.untold(), base if hub_id(base) else Path(base).name
-    repeats = "" if report.recipe.given else ", which `coprune prune --recipe` repeats where its files are"
-    card = "\n".join(header) + (
-        f"\n{_model_index(report)}---\n\n# {inline(title)}, pruned with {report.recipe.way}{tuned}\n\n"
-        f"{_what_was_done(report)} "
-        f"{_STORED[_stored(report)]}\n\n{note}## {measured}\n\n{results}\n\n"
-        f"## How it was made\n\n{_calibrated_on(report)}\n\n"
-        f"Made with {versions}. The recipe, without what is usual{repeats}:\n\n{fenced(recipe.to_yaml(usual=False), 'yaml')}\n\n"
-        f"## Load\n\n{_where_it_loads(report, size)}\n\n{_how_to_load(report)}\n"
+    answers, vocabulary = report.answers, report.vocabulary
+    card = render(
+        "report/templates/card.md.j2",
+        report=report,
+        metadata=front_matter(metadata),
+        title=base if hub_id(base) else Path(base).name,
+        done=_what_was_done(report),
+        stored=_STORED[_stored(report)],
+        measured=measured,
+        results=results,
+        vocabulary=None if vocabulary is None else vocabulary_markdown(vocabulary),
+        tasks=None if report.zero_shot is None else _task_table(report.zero_shot),
+        answers=None if answers is None else answers_markdown(answers, report.required),
+        calibration=_calibrated_on(report),
+        versions=versions_line(versions_used(report.versions, of_images=report.model.task == "images")),
+        recipe=recipe.to_yaml(usual=False),
+        size=size,
+        load=_AUTO[report.model.task] | own,
     )
     return without_places(card, [recipe.model_dump(mode="json"), base])
 
 
-def _results(report: Report) -> tuple[str, str]:
+def versions_used(versions: Mapping[str, str], of_images: bool) -> dict[str, str]:
+    """Return the versions of the packages that a model needs."""
+    return {name: version for name, version in versions.items() if of_images or name not in OF_IMAGES}
+
+
+def _results(report: Report) -> tuple[str, Sheet]:
     """Return the measurements as a title and a table."""
     if report.model.task in ("images", "labels"):
         return "Accuracy", _accuracy_table(report)
     if report.model.task == "embeddings":
-        rows = [
-            f"| {inline(e.data)} | {e.passages} | {e.cosine:.4f} | {per_cent(e.overlap)} |" for e in report.embeddings
-        ]
         nearest = report.embeddings[0].nearest if report.embeddings else 0
-        header = f"| text | passages | cosine with the dense model | of the {nearest} nearest, alike |"
-        return "Embeddings", _table(header, rows)
+        of_vectors: dict[str, Callable[[EmbeddingChange], str]] = {
+            "text": lambda one: one.data,
+            "passages": lambda one: str(one.passages),
+            "cosine with the dense model": lambda one: f"{one.cosine:.4f}",
+            f"of the {nearest} nearest, alike": lambda one: per_cent(one.overlap),
+        }
+        return "Embeddings", Sheet.of(report.embeddings, of_vectors)
     if report.model.task == "speech":
-        rows = [f"| {inline(one.data)} | {inline(one.line(None))} |" for one in report.transcripts]
-        return "Transcripts", _table("| recordings | dense → pruned |", rows)
+        rows = [[one.data, one.line(None)] for one in report.transcripts]
+        return "Transcripts", Sheet("", rows, ["recordings", "dense → pruned"])
     titles = {"masked": "Pseudo-perplexity", "pairs": "Perplexity of targets"}
     return titles.get(report.model.task, "Perplexity"), _perplexity_table(report)
 
@@ -169,30 +155,36 @@ def _what_was_done(report: Report) -> str:
     return " ".join(said)
 
 
-def _perplexity_table(report: Report) -> str:
-    rows = [
-        f"| {inline(p.data)} | {p.seqlen} | {'not measured' if p.dense is None else f'{p.dense:.2f}'} | {p.pruned:.2f} |"
-        f"{_tuned(report, p.data)}"
-        for p in report.perplexity
-    ]
-    tuned = "" if report.finetuned is None else " fine-tuned |"
-    return _table(f"| text | sequence length | dense | pruned |{tuned}", rows)
+def _perplexity_table(report: Report) -> Sheet:
+    columns: dict[str, Callable[[PerplexityFacts], str]] = {
+        "text": lambda one: one.data,
+        "sequence length": lambda one: str(one.seqlen),
+        "dense": lambda one: "not measured" if one.dense is None else f"{one.dense:.2f}",
+        "pruned": lambda one: f"{one.pruned:.2f}",
+    }
+    if (tuned := report.finetuned) is not None:
+        found = {data: f"{value:.2f}" for data, value in tuned.perplexity.items()}
+        columns["fine-tuned"] = lambda one: found.get(one.data, "not measured")
+    return Sheet.of(report.perplexity, columns)
 
 
-def _task_table(facts: ZeroShotFacts) -> str:
+def _task_table(facts: ZeroShotFacts) -> Sheet:
     rows = [
-        f"| {inline(task.task)} (version {task.version}, {task.num_fewshot}-shot) | {metric} | {task.items} "
-        f"| {' | '.join(task.side_by_side(metric))} |"
+        [
+            f"{task.task} (version {task.version}, {task.num_fewshot}-shot)",
+            metric,
+            str(task.items),
+            *task.side_by_side(metric),
+        ]
         for task in facts.tasks
         for metric in task.pruned
     ]
     if facts.mean_pruned is not None:
-        rows.append(f"| mean | acc | | {' | '.join(facts.means_side_by_side())} |")
-    table = _table("| task | metric | items | dense | pruned | difference |", rows)
-    return f"{table}\n\nWith lm-eval {facts.harness}; ± is one standard error, of a difference over the same items."
+        rows.append(["mean", "acc", "", *facts.means_side_by_side()])
+    return Sheet("", rows, ["task", "metric", "items", "dense", "pruned", "difference"])
 
 
-def _model_index(report: Report) -> str:
+def _model_index(report: Report) -> dict[str, Any]:
     """Return the results as the Hub's metadata, shown beside the model."""
     tuned = report.finetuned
     texts = {p.data: p.pruned for p in report.perplexity} | ({} if tuned is None else tuned.perplexity)
@@ -210,30 +202,19 @@ def _model_index(report: Report) -> str:
         for metric, value in task.pruned.items():
             result = round(value.value, 6)
             found.append(EvalResult("text-generation", task.task, task.task, metric, result, metric_name=metric))
-    if not found:
-        return ""
-    index = eval_results_to_model_index(f"{name_of(report.model.source)}-{report.recipe.way}", found)
-    return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True, width=10_000)
+    name = f"{name_of(report.model.source)}-{report.recipe.way}"
+    return {"model-index": eval_results_to_model_index(name, found)} if found else {}
 
 
-def _accuracy_table(report: Report) -> str:
-    rows = [
-        f"| {inline(a.data)} | {a.images} | {'not measured' if a.dense_top1 is None else per_cent(a.dense_top1)} "
-        f"| {per_cent(a.pruned_top1)} | {per_cent(a.pruned_top5)} |{_tuned(report, a.data)}"
-        for a in report.accuracy
-    ]
-    tuned = "" if report.finetuned is None else " fine-tuned top-1 |"
-    return _table(f"| images | number | dense top-1 | pruned top-1 | pruned top-5 |{tuned}", rows)
-
-
-def _tuned(report: Report, data: str) -> str:
-    """Return the table cell of the fine-tuned model."""
-    if (facts := report.finetuned) is None:
-        return ""
-    if data in facts.perplexity:
-        return f" {facts.perplexity[data]:.2f} |"
-    return f" {per_cent(facts.top1[data])} |" if data in facts.top1 else " not measured |"
-
-
-def _table(head: str, rows: list[str]) -> str:
-    return "\n".join([head, "| --- " * (head.count("|") - 1) + "|", *rows]) if rows else "Not measured."
+def _accuracy_table(report: Report) -> Sheet:
+    columns: dict[str, Callable[[AccuracyFacts], str]] = {
+        "images": lambda one: one.data,
+        "number": lambda one: str(one.images),
+        "dense top-1": lambda one: "not measured" if one.dense_top1 is None else per_cent(one.dense_top1),
+        "pruned top-1": lambda one: per_cent(one.pruned_top1),
+        "pruned top-5": lambda one: per_cent(one.pruned_top5),
+    }
+    if (tuned := report.finetuned) is not None:
+        found = {data: per_cent(value) for data, value in tuned.top1.items()}
+        columns["fine-tuned top-1"] = lambda one: found.get(one.data, "not measured")
+    return Sheet.of(report.accuracy, columns)

@@ -73,7 +73,7 @@ def finish_run_folder(recipe: Recipe, report: Report) -> None:
 
 def write_page(runs: Sequence[Path], path: Path) -> None:
     """Write the page of one or several runs. runs: folders, or report files. Raises BadInput if one has no report."""
-    from coprune.report.several import report_page
+    from coprune.report.runs_page import report_page
 
     for run in runs:
         _require_report(run)

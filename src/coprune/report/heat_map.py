@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from coprune.base.words import per_cent
-from coprune.pruning.pruner import MatrixResult
-from coprune.report.html import panel, text
+
+if TYPE_CHECKING:
+    from coprune.pruning.pruner import MatrixResult
 
 Row = dict[str, Any]
 # Viridis at eight even steps: readable without colours, and on both papers.
@@ -53,39 +55,41 @@ def matrix_rows(matrices: Sequence[MatrixResult], blocks: Sequence[str] = ()) ->
     return rows
 
 
-def heat_map(rows: Sequence[Row], field: str) -> str:
-    """Return the chart of `sparsity` or `error`, from the minimum to the maximum."""
-    known = [row for row in rows if row[field] is not None]
-    low, high = min(row[field] for row in known), max(row[field] for row in known)
-    blocks = list(dict.fromkeys(row["block"] for row in known))
-    cells: dict[str, dict[str, Row]] = {}
-    for row in known:
-        cells.setdefault(row["kind"], {})[row["block"]] = row
-    lines = "".join(
-        f"<span>{text(kind)}</span><div>{''.join(_cell(found.get(block), field, low, high) for block in blocks)}</div>"
-        for kind, found in cells.items()
-    )
-    scale = f'<p class="scale">{per_cent(low)}<i></i>{per_cent(high)}</p>'
-    return panel(scale, f'<div class="heat" style="--blocks:{len(blocks)}">{lines}{_numbers(blocks)}</div>')
+@dataclass(frozen=True)
+class HeatCell:
+    """A matrix, or a kind of one in a block. tip: what the pointer shows."""
+
+    colour: str
+    tip: str
 
 
-def _cell(row: Row | None, field: str, low: float, high: float) -> str:
-    if row is None:
-        return "<b></b>"
-    several = f", mean of {row['matrices']}" if row["matrices"] > 1 else ""
-    tip = f"block {row['block']}, {row['kind']}: {per_cent(row[field])}{several}"
-    return f'<i style=background:#{colour((row[field] - low) / ((high - low) or 1.0))} title="{text(tip)}"></i>'
+@dataclass(frozen=True)
+class HeatMap:
+    """Cells by kind, one per block (None where a block has no such matrix); low and high: ends of the scale."""
 
+    low: str
+    high: str
+    blocks: Sequence[str]
+    rows: Mapping[str, Sequence[HeatCell | None]]
 
-def _numbers(blocks: Sequence[str]) -> str:
-    """Return the blocks' numbers below the cells; of many blocks only some."""
-    every = -(-len(blocks) // _LABELLED)
-    names = "".join(
-        f'<span style="grid-column:{place + 1}">{text(block)}</span>'
-        for place, block in enumerate(blocks)
-        if place % every == 0
-    )
-    return f'<span>block</span><div class="numbers">{names}</div>'
+    @classmethod
+    def of(cls, rows: Sequence[Row], field: str) -> HeatMap:
+        """Return the chart of `sparsity` or `error`, from the minimum to the maximum."""
+        known = [row for row in rows if row[field] is not None]
+        low, high = min(row[field] for row in known), max(row[field] for row in known)
+        blocks = list(dict.fromkeys(row["block"] for row in known))
+        found: dict[str, dict[str, HeatCell]] = {}
+        for row in known:
+            several = f", mean of {row['matrices']}" if row["matrices"] > 1 else ""
+            tip = f"block {row['block']}, {row['kind']}: {per_cent(row[field])}{several}"
+            cell = HeatCell(colour((row[field] - low) / ((high - low) or 1.0)), tip)
+            found.setdefault(row["kind"], {})[row["block"]] = cell
+        cells = {kind: [of.get(block) for block in blocks] for kind, of in found.items()}
+        return cls(per_cent(low), per_cent(high), blocks, cells)
+
+    def numbers(self) -> list[tuple[int, str]]:
+        """Return the blocks to be named, by their columns; of many blocks only some."""
+        return list(enumerate(self.blocks, 1))[:: -(-len(self.blocks) // _LABELLED)]
 
 
 def colour(share: float) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from coprune.base.files import write_text
-from coprune.report.html import link
+from coprune.base.templating import macro
+from coprune.report.view import Link
 
 PAGE_FILE = "report.html"
 SWEEP_FILE = "sweep.yaml"
@@ -22,7 +23,7 @@ def target(page: Path, beside: Path) -> str | None:
     return quote(os.path.relpath(page.absolute(), beside.absolute()).replace(os.sep, "/"))
 
 
-def links_of_run(folder: Path, beside: Path) -> list[str]:
+def links_of_run(folder: Path, beside: Path) -> list[Link]:
     """Return links from the page of a run to its sweep and its fine-tuning."""
     sweep = next((parent for parent in folder.absolute().parents if (parent / SWEEP_FILE).is_file()), None)
     found = [] if sweep is None else [_link(sweep / PAGE_FILE, beside, f"The sweep {sweep.name}")]
@@ -30,7 +31,7 @@ def links_of_run(folder: Path, beside: Path) -> list[str]:
     return [one for one in found if one is not None]
 
 
-def links_of_finetuning(folder: Path, model: Path) -> list[str]:
+def links_of_finetuning(folder: Path, model: Path) -> list[Link]:
     """Return a link from the page of a fine-tuning to the run that pruned its model, if that is found beside either."""
     places = [folder.parent] if folder.name == FINETUNE_FOLDER else []
     for place in [*places, model, model.parent]:
@@ -44,11 +45,12 @@ def link_back(page: Path, to: Path, name: str) -> None:
     address = target(to, page.parent)
     if address is None or not page.is_file():
         return
-    written, added = page.read_text(encoding="utf-8"), link(address, name)
+    added = macro("report/templates/parts.html.j2", "link", Link(address, name))
+    written = page.read_text(encoding="utf-8")
     if added not in written:
         write_text(page, written.replace(_NAV, _NAV + added, 1))
 
 
-def _link(page: Path, beside: Path, name: str) -> str | None:
+def _link(page: Path, beside: Path, name: str) -> Link | None:
     address = target(page, beside)
-    return None if address is None else link(address, name)
+    return None if address is None else Link(address, name)

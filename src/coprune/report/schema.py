@@ -26,7 +26,7 @@ from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, PerplexityFacts
-from coprune.report.html import MadeFacts
+from coprune.report.made import MadeFacts
 from coprune.report.run_events import AnyEvent, LeftAlone, left_lines
 from coprune.vocabulary.facts import VocabularyFacts
 

@@ -24,7 +24,7 @@ from coprune.model.checkpoint.locate import locate
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
-from coprune.report.html import MadeFacts
+from coprune.report.made import MadeFacts
 from coprune.report.run_events import OfMatrix
 from coprune.report.schema import (
     CalibrationFacts,

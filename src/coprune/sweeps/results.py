@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from coprune.base.files import write_durably, write_text
@@ -24,8 +22,8 @@ from coprune.report.schema import Report
 from coprune.sweeps.expand import Run, varied
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, sweep_command
-from coprune.sweeps.page import write_sweep_page
-from coprune.sweeps.table import SPREAD, markdown, paper_tables, perplexity_of, tasks_of, top1_of
+from coprune.sweeps.sweep_page import write_sweep_page
+from coprune.sweeps.table import SPREAD, paper_tables, perplexity_of, tasks_of, top1_of
 
 PARQUET, CSV, MARKDOWN, FAILURES = "results.parquet", "results.csv", "results.md", "failures.txt"
 Row = dict[str, Any]
@@ -53,25 +51,15 @@ def collect(
 def print_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], console: Console) -> None:
     """Print the tables, with the best of every column in bold."""
     for one in paper_tables(sweep, runs, reports):
-        console.print(_text(one.title), soft_wrap=True)
-        shown = Table(box=box.SIMPLE, pad_edge=False)
-        shown.add_column("")
-        for column in one.columns:
-            shown.add_column(_text(column), justify="right")
-        for name, cells in one.rows.items():
-            shown.add_row(_text(name), *(Text(cell.text, "bold" if cell.best else "") for cell in cells))
-        console.print(shown)
-
-
-def _text(words: str) -> Text:
-    return Text(printable(words))  # not markup, and nothing that steers a terminal
+        console.print(Text(printable(one.title)), soft_wrap=True)  # not markup, and nothing that steers a terminal
+        console.print(one.sheet().terminal())
 
 
 def results_markdown(
     sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], failures: Mapping[str, str], ledger: Ledger
 ) -> str:
     """Return the tables, the missing runs, and the cost of the sweep."""
-    parts = [markdown(table) for table in paper_tables(sweep, runs, reports)]
+    parts = [table.markdown() for table in paper_tables(sweep, runs, reports)]
     seeds = {run.recipe.calibrate.seed for run in runs}
     if len(seeds) > 1:
         parts.append(f"Seeds {', '.join(map(str, sorted(seeds)))}.\n")

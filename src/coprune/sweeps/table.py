@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coprune.base.words import Cell, Sheet
 from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts, is_share, main_of
 from coprune.recipe.flat import PRESET
 from coprune.recipe.pattern import parse_pattern
@@ -35,7 +36,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Result:
     """All seeds of one method with one pattern. mean: None if none is finished."""
 
     text: str
@@ -49,7 +50,16 @@ class PaperTable:
 
     title: str
     columns: list[str]
-    rows: dict[str, list[Cell]]
+    rows: dict[str, list[Result]]
+
+    def sheet(self) -> Sheet:
+        """Return the table as it is shown, with the best of every column emphasised."""
+        rows = [[Cell(name), *(Cell(one.text, strong=one.best) for one in found)] for name, found in self.rows.items()]
+        return Sheet("", rows, ["method", *self.columns])
+
+    def markdown(self) -> str:
+        """Return the title and the table as Markdown."""
+        return f"{self.title}\n\n{self.sheet().markdown()}\n"
 
 
 def perplexity_of(report: Report, facts: PerplexityFacts) -> float:
@@ -80,15 +90,6 @@ def paper_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report
     return tables
 
 
-def markdown(table: PaperTable) -> str:
-    """Return a table as Markdown, with the best of every column in bold."""
-    lines = ["| method | " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * len(table.columns)]
-    for name, cells in table.rows.items():
-        shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
-        lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
-    return f"{table.title}\n\n" + "\n".join(lines) + "\n"
-
-
 def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[str]) -> PaperTable:
     columns = list(dict.fromkeys(_column(run) for run in runs))
     names = dict.fromkeys(_row(run, beside) for run in runs)
@@ -100,9 +101,9 @@ def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[s
             continue
         best = min(known) if measure.less else max(known)
         for cells in rows.values():
-            cells[index] = Cell(cells[index].text, cells[index].mean, cells[index].mean == best)
+            cells[index] = Result(cells[index].text, cells[index].mean, cells[index].mean == best)
     if measure.dense is not None:
-        dense = Cell(_with_error(measure.dense, measure.dense_error, measure.form), measure.dense)
+        dense = Result(_with_error(measure.dense, measure.dense_error, measure.form), measure.dense)
         rows = {"dense": [dense] * len(columns), **rows}
     return PaperTable(f"{model}: {measure.title}", columns, rows)
 
@@ -117,18 +118,18 @@ def _row(run: Run, beside: Sequence[str]) -> str:
     return ", ".join([run.way, *others])
 
 
-def _cell(runs: Sequence[Run], measure: Measure, row: str, column: str, beside: Sequence[str]) -> Cell:
+def _cell(runs: Sequence[Run], measure: Measure, row: str, column: str, beside: Sequence[str]) -> Result:
     meant = [run.name for run in runs if _row(run, beside) == row and _column(run) == column]
     found = [measure.values[name] for name in meant if name in measure.values]
     if not found:
-        return Cell("–", None)
+        return Result("–", None)
     mean = statistics.fmean(found)
     several = len(found) > 1 and all(map(math.isfinite, found))
     own = next((measure.errors.get(name) for name in meant if name in measure.values), None)
     text = _with_error(mean, statistics.stdev(found) if several else own if len(found) == 1 else None, measure.form)
     if len(found) < len(meant):
         text += f" ({len(found)} of {len(meant)})"
-    return Cell(text, mean)
+    return Result(text, mean)
 
 
 def _with_error(value: float, error: float | None, form: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.markdown import inline
 from coprune.base.progress import Reporter
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.tasks import task_for
@@ -16,7 +17,6 @@ from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.writer import refuse_occupied
 from coprune.model.loaded_model import Loaded, in_memory
 from coprune.recipe.recipe import make_recipe
-from coprune.report.markdown import inline
 from coprune.training.adapters import merge_adapter, read_adapter_config
 from coprune.training.masks import masks_of
 from coprune.training.saving import save_model

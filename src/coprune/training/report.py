@@ -15,7 +15,7 @@ from coprune.evaluation.required import Figure, figures_of_closeness, judge_meas
 from coprune.evaluation.transcripts import TranscriptChange, transcript_change
 from coprune.model.removed import AnyRemoval
 from coprune.recipe.recipe import Recipe
-from coprune.report.html import MadeFacts
+from coprune.report.made import MadeFacts
 
 REPORT_FILE = "finetune.json"
 

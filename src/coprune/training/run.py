@@ -12,14 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import full_disk_explained
 from coprune.base.memory import freed_memory_kept
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
-from coprune.base.words import per_cent
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.measurement import Measured
@@ -30,18 +28,16 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import READ_TEXT, dtype_name, load_model, task_at, task_of
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.edits import source_of
 from coprune.model.loaded_model import Loaded, open_model
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train import has_adapters, has_teacher
-from coprune.report.answers import answers_markdown
-from coprune.report.html import MadeFacts
-from coprune.report.markdown import fenced, field, hub_id, inline, without_places
-from coprune.report.schema import OF_IMAGES, installed_versions
+from coprune.report.made import MadeFacts
+from coprune.report.schema import installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.distill import Distillation
 from coprune.training.events import Trained
+from coprune.training.finetune_card import adapter_card, finetune_card
 from coprune.training.report import (
     AccuracyChange,
     Change,
@@ -307,86 +303,6 @@ def _require_same_tokens(session: Session, dense: Loaded) -> None:
             value=session.settings.train.teacher,
             fix="give the dense model that was pruned",
         )
-
-
-def finetune_card(report: FinetuneReport) -> str:
-    """Return Markdown with the Hub's metadata header for the fine-tuned model."""
-    return _card(report, "transformers", "")
-
-
-def adapter_card(report: FinetuneReport, warning: str) -> str:
-    """Return the card of adapters. warning: the effect of merging plain ones."""
-    if not report.settings.train.adapters.masked:
-        return _card(report, "peft", f"Plain adapters of PEFT. {warning}\n\n")
-    return _card(
-        report,
-        "peft",
-        "Masked adapters: the update is (B A) ⊙ keep, with keep where the pruned model is not zero. Load them with "
-        "`coprune.training.adapters.load_adapter` or merge them with `coprune merge MODEL ADAPTER OUTPUT`; PEFT alone reads "
-        "the files too, but would add the update without its mask.\n\n",
-    )
-
-
-def _card(report: FinetuneReport, library: str, note: str) -> str:
-    settings = report.settings
-    header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
-    base = hub_id(settings.model.name) or hub_id(_source(settings.model.name))
-    header += [field("base_model", base)] if base else []
-    title, results = _results(report)
-    if report.answers is not None:
-        results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
-    patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
-    images = report.block_size is None
-    used = {name: version for name, version in report.versions.items() if images or name not in OF_IMAGES}
-    versions = ", ".join(f"{name} {version}" for name, version in used.items())
-    zeros = (
-        f"{per_cent(report.sparsity_after)} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
-        f"as many as before (every zero kept); this was verified before saving.\n\n"
-    )
-    what = [f"Removed before: {inline(one.line())}.\n\n" for one in report.removed]
-    what += [zeros] if report.pruned_matrices else []
-    how = "with its zeros kept" if report.pruned_matrices else "with less in it"
-    card = "\n".join(header) + (
-        f"\n---\n\n# {inline(Path(settings.model.name).name)}, fine-tuned {how} ({settings.train.mode})\n\n"
-        f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
-        f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {report.samples} "
-        f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
-        f"{fenced(settings.to_yaml(usual=False), 'yaml')}\n"
-    )
-    return without_places(card, settings.model_dump(mode="json"))
-
-
-def _source(model: str) -> str:
-    """Return the source of the fine-tuned model, from its folder."""
-    try:
-        return source_of(expand_home(model)) or ""
-    except BadInput:
-        return ""
-
-
-def _results(report: FinetuneReport) -> tuple[str, str]:
-    """Return the measurements: a title and a table."""
-    if report.embeddings:
-        title, head = "Embeddings", "| text | passages | closeness with the dense model before | after |"
-        rows = [
-            f"| {inline(e.data)} | {e.after.passages} | {e.before.headline()} | {e.after.headline()} |"
-            for e in report.embeddings
-        ]
-    elif report.transcripts:
-        title, head = "Transcripts", "| recordings | before → after |"
-        rows = [f"| {inline(t.data)} | {inline(t.line(None))} |" for t in report.transcripts]
-    elif report.accuracy or report.block_size is None:
-        title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
-        rows = [
-            f"| {inline(a.data)} | {a.images} | {per_cent(a.before_top1)} | {per_cent(a.after_top1)} | {per_cent(a.before_top5)} "
-            f"| {per_cent(a.after_top5)} |"
-            for a in report.accuracy
-        ]
-    else:
-        title, head = "Perplexity", "| text | sequence length | before | after |"
-        rows = [f"| {inline(p.data)} | {p.seqlen} | {p.before:.2f} | {p.after:.2f} |" for p in report.perplexity]
-    rule = "| --- " * (head.count("|") - 1) + "|"
-    return title, "\n".join([head, rule, *rows]) if rows else "Not measured."
 
 
 _OF_TOKENS, _OF_CLASSES = 1.0, 2.0

@@ -14,7 +14,8 @@ import coprune
 from coprune.evaluation.answers.answer_records import Answered, Answers, is_empty
 from coprune.evaluation.answers.facts import AnswerFacts, Asked, facts_of, judge
 from coprune.recipe.answers import read_conditions
-from coprune.report.answers import answers_markdown, answers_section
+from coprune.report.answers_section import answers_markdown, answers_section
+from coprune.report.view import Page
 from support.pico_folder import save_pico
 
 ASKED = Asked(prompts="builtin", fingerprint="f", chat=False, new_tokens=64, temperature=0.8, seed=0)
@@ -117,7 +118,7 @@ def test_the_lines_the_card_and_the_page_tell_it_for_both_ways() -> None:
     card = answers_markdown(found, ())
     assert "**11 of 13 answers are empty; dense 0" in card
     assert "| answers that are empty | 0 of 13 | 11 of 13 | 0 of 13 | 12 of 13 |" in card
-    page = answers_section(found, ())
+    page = Page("", "", [], [answers_section(found, ())]).html()
     assert '<p class="warn">11 of 13 answers are empty' in page
     # Of a dozen samples those that are empty come first.
     assert page.count("pruned, empty") == 11

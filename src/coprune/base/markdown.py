@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,15 @@ import yaml
 _PLACE = re.compile(r"(?<![\w/:.~\-])/(?:[^\s/,;:'\"`|()\[\]\\<>]+/)+([^\s/,;:'\"`|()\[\]\\<>]+)")
 
 
+# A confidence interval, whose brackets open no link.
+_INTERVAL = re.compile(r"(\[[-+\d., ]+\](?![(\[]))")
+
+
 def inline(text: str) -> str:
     """Return text on one line that neither ends a table cell nor opens markup."""
-    return re.sub(r"([\\`|<>\[\]*])", r"\\\1", " ".join(text.split()))
+    pieces = _INTERVAL.split(" ".join(text.split()))
+    pieces[::2] = [re.sub(r"([\\`|<>\[\]*])", r"\\\1", piece) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def fenced(content: str, language: str) -> str:
@@ -25,9 +31,9 @@ def fenced(content: str, language: str) -> str:
     return f"{fence}{language}\n{content.rstrip()}\n{fence}"
 
 
-def field(name: str, value: Any) -> str:
-    """Return a line of a card's metadata, quoted where YAML needs it."""
-    return yaml.safe_dump({name: value}, allow_unicode=True, width=10_000).rstrip("\n")
+def front_matter(facts: Mapping[str, Any]) -> str:
+    """Return a card's metadata, between its two lines of dashes, with texts quoted where YAML needs it."""
+    return f"---\n{yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True, width=10_000)}---\n"
 
 
 def hub_id(name: str) -> str | None:

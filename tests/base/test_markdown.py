@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from coprune.report.markdown import fenced, field, inline
+from coprune.base.markdown import fenced, front_matter, inline
 
 NAMES = [
     "a/b: c",
@@ -27,9 +27,11 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_in_the_metadata_is_one_value(name: str) -> None:
-    header = "\n".join(["---", "library_name: transformers", field("base_model", name), "tags:", "- pruning"])
-    assert yaml.safe_load(header) == {"library_name": "transformers", "base_model": name, "tags": ["pruning"]}
-    assert "\n---" not in field("base_model", name)
+    facts = {"library_name": "transformers", "base_model": name, "tags": ["pruning"]}
+    first, *lines, last = front_matter(facts).splitlines()
+    assert first == last == "---"
+    assert not any(line.startswith("---") for line in lines)
+    assert yaml.safe_load("\n".join(lines)) == facts
 
 
 @pytest.mark.parametrize("content", ["x: 1\n", "x: |\n  ```\n  # mine\n  ```\n", "`````\n", "````` `` ```"])
@@ -47,3 +49,8 @@ def test_text_within_a_line_opens_nothing(text: str) -> None:
     written = inline(text)
     assert "\n" not in written
     assert not re.search(r"(?<!\\)[`|<>\[\]*]", written)
+
+
+def test_brackets_of_an_interval_stay_as_they_are() -> None:
+    assert inline("1.02 [0.99, 1.05]") == "1.02 [0.99, 1.05]"
+    assert inline("[1](http://b)") == "\\[1\\](http://b)"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from coprune.base.files import write_text
-from coprune.report.html import copyable, section
-from coprune.report.html import table as html_table
 from coprune.report.links import PAGE_FILE, link_back
-from coprune.report.several import Run, Top, runs_page
+from coprune.report.runs_page import Run, Top, runs_page
+from coprune.report.view import Copyable, Section
 from coprune.sweeps.finished import read_finished, sweep_command
-from coprune.sweeps.table import SPREAD, PaperTable, paper_tables
+from coprune.sweeps.table import SPREAD, paper_tables
 
 
 def write_sweep_page(folder: Path, path: Path | None = None) -> None:
@@ -25,16 +24,11 @@ def write_sweep_page(folder: Path, path: Path | None = None) -> None:
     top = Top(
         kind="Sweep",
         title=f"{name}: {done} runs",
-        made=copyable("command", sweep_command(folder)),
-        tables=[_section(table) for table in paper_tables(sweep, runs, reports)],
+        command=Copyable("command", sweep_command(folder)),
+        tables=[Section(one.title, [one.sheet()], SPREAD) for one in paper_tables(sweep, runs, reports)],
     )
     found = [Run.read(folder / one, one) for one in reports]
     write_text(page, runs_page(found, top, page.parent))
     if page == folder / PAGE_FILE:
         for one in reports:
             link_back(folder / one / PAGE_FILE, page, f"The sweep {name}")
-
-
-def _section(table: PaperTable) -> str:
-    rows = [[name, *(cell.text for cell in cells)] for name, cells in table.rows.items()]
-    return section(table.title, html_table(["method", *table.columns], rows), note=SPREAD)

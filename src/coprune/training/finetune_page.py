@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from coprune.base.environment import expand_home
 from coprune.base.files import write_text
 from coprune.base.validation import read_as
-from coprune.base.words import per_cent
+from coprune.base.words import Sheet, per_cent
 from coprune.recipe.train import has_teacher
-from coprune.report.answers import answers_section
-from coprune.report.html import (
-    Bar,
-    bars,
-    card,
-    copyable,
-    from_to,
-    header,
-    made_lines,
-    page,
-    panel,
-    seconds,
-    section,
-    short,
-    table,
-    text,
-)
+from coprune.report.answers_section import answers_section
 from coprune.report.links import PAGE_FILE, links_of_finetuning
-from coprune.report.page import number
 from coprune.report.plot import Axis, Line, Plot, Point
-from coprune.training.report import REPORT_FILE, FinetuneReport
+from coprune.report.view import Bar, Bars, Card, Copyable, Curves, Link, Page, Paragraph, Section, made_parts
+from coprune.report.wording import number, seconds, short, versions_line
+from coprune.training.report import REPORT_FILE, AccuracyChange, FinetuneReport
 
 _MOST_POINTS = 400  # of a curve; more are averaged, which no page could show apart
 
@@ -51,76 +36,69 @@ def write_page_of(report: FinetuneReport, folder: Path, path: Path) -> None:
     write_text(path, finetune_page(report, links_of_finetuning(folder, expand_home(report.settings.model.name))))
 
 
-def finetune_page(report: FinetuneReport, links: Sequence[str] = ()) -> str:
-    """Build the page. links: to pages that belong to it, HTML."""
-    parts = [_head(report, links), _cards(report), _perplexity(report), _accuracy(report), _curves(report)]
+def finetune_page(report: FinetuneReport, links: Sequence[Link] = ()) -> str:
+    """Build the page. links: to pages that belong to it."""
+    settings = report.settings
+    name = Path(settings.model.name).name or settings.model.name
+    lead = (
+        f"{settings.model.name}: {report.trained_parameters:,} parameters trained for {_steps(report)} on "
+        f"{report.windows:,} {report.samples} of {report.source}, seed {settings.calibrate.seed}."
+    )
+    return Page(
+        "Fine-tuning",
+        f"{name}, fine-tuned",
+        [Paragraph(lead, "soft"), *made_parts(report.made)],
+        list(_sections(report)),
+        list(_cards(report)),
+        links,
+        heading=f"{name}, fine-tuned by {settings.train.mode}",
+    ).html()
+
+
+def _sections(report: FinetuneReport) -> Iterator[Section]:
+    if report.perplexity:
+        yield _perplexity(report)
+    if report.accuracy:
+        yield _accuracy(report)
+    if report.curve:
+        yield _curves(report)
     if report.answers is not None:
-        parts.append(answers_section(report.answers, report.required, "fine-tuned"))
-    parts += [_zeros(report), _settings(report)]
-    return page(f"{_name(report)}, fine-tuned", "\n".join(parts))
-
-
-def _name(report: FinetuneReport) -> str:
-    return Path(report.settings.model.name).name or report.settings.model.name
+        yield answers_section(report.answers, report.required, "fine-tuned")
+    if said := _zeros(report):
+        yield Section("Zeros", note=said)
+    recipe = Copyable("settings", report.settings.to_yaml(usual=False))
+    yield Section("Settings", [recipe], "Those that are not at their defaults.")
+    yield Section("Versions", note=versions_line(report.versions))
 
 
 def _steps(report: FinetuneReport) -> str:
     return f"{report.steps:,} step{'' if report.steps == 1 else 's'}"
 
 
-def _head(report: FinetuneReport, links: Sequence[str]) -> str:
-    lead = (
-        f'<p class="soft">{text(report.settings.model.name)}: {report.trained_parameters:,} parameters trained for '
-        f"{_steps(report)} on {report.windows:,} {report.samples} of {text(report.source)}, "
-        f"seed {report.settings.calibrate.seed}.</p>"
-    )
-    title = f"{_name(report)}, fine-tuned by {report.settings.train.mode}"
-    return header("Fine-tuning", title, lead, made_lines(report.made), links)
-
-
-def _cards(report: FinetuneReport) -> str:
-    cards = [
-        card(
-            f"perplexity on {found.data}",
-            from_to([number(found.before), number(found.after)]),
-            f"sequence length {found.seqlen}",
-        )
-        for found in report.perplexity
-    ]
-    cards += [
-        card(
-            f"top-1 accuracy on {found.data}",
-            from_to([f"{100 * found.before_top1:.2f}", per_cent(found.after_top1)]),
-            f"of {found.images:,} images",
-        )
-        for found in report.accuracy
-    ]
-    cards += [
-        card(
-            f"cosine with dense on {found.data}",
-            from_to([f"{found.before.cosine:.4f}", f"{found.after.cosine:.4f}"]),
-            f"overlap@{found.after.nearest} {per_cent(found.before.overlap)} → {per_cent(found.after.overlap)}",
-        )
-        for found in report.embeddings
-    ]
-    cards += [
-        card(
-            f"word error on {found.data}",
-            from_to([per_cent(found.dense), per_cent(found.pruned)]),
-            f"{found.recordings:,} recordings",
-        )
-        for found in report.transcripts
-        if found.dense is not None and found.pruned is not None
-    ]
+def _cards(report: FinetuneReport) -> Iterator[Card]:
+    for text in report.perplexity:
+        figures = [number(text.before), number(text.after)]
+        yield Card(f"perplexity on {text.data}", figures, f"sequence length {text.seqlen}")
+    for images in report.accuracy:
+        figures = [f"{100 * images.before_top1:.2f}", per_cent(images.after_top1)]
+        yield Card(f"top-1 accuracy on {images.data}", figures, f"of {images.images:,} images")
+    for vectors in report.embeddings:
+        before, after = vectors.before, vectors.after
+        overlap = f"overlap@{after.nearest} {per_cent(before.overlap)} → {per_cent(after.overlap)}"
+        figures = [f"{before.cosine:.4f}", f"{after.cosine:.4f}"]
+        yield Card(f"cosine with dense on {vectors.data}", figures, overlap)
+    for heard in report.transcripts:
+        if heard.dense is not None and heard.pruned is not None:
+            figures = [per_cent(heard.dense), per_cent(heard.pruned)]
+            yield Card(f"word error on {heard.data}", figures, f"{heard.recordings:,} recordings")
     if report.pruned_matrices:
-        zeros = card("zeros kept", per_cent(report.sparsity_after), f"in {report.pruned_matrices:,} pruned matrices")
-        cards.append(zeros)
-    cards.append(card("trained", short(report.trained_parameters), f"parameters by {report.settings.train.mode}"))
-    cards.append(card("time", seconds(report.seconds), _steps(report)))
-    return f'<div class="cards">{"".join(cards)}</div>'
+        matrices = f"in {report.pruned_matrices:,} pruned matrices"
+        yield Card("zeros kept", [per_cent(report.sparsity_after)], matrices)
+    yield Card("trained", [short(report.trained_parameters)], f"parameters by {report.settings.train.mode}")
+    yield Card("time", [seconds(report.seconds)], _steps(report))
 
 
-def _perplexity(report: FinetuneReport) -> str:
+def _perplexity(report: FinetuneReport) -> Section:
     """Return bars of perplexity before and after, on every text."""
     groups = [
         (
@@ -132,11 +110,10 @@ def _perplexity(report: FinetuneReport) -> str:
         )
         for found in report.perplexity
     ]
-    note = "Lower is better; on text that training never saw."
-    return section("Perplexity", bars(groups), note=note) if groups else ""
+    return Section("Perplexity", [Bars(groups)], "Lower is better; on text that training never saw.")
 
 
-def _accuracy(report: FinetuneReport) -> str:
+def _accuracy(report: FinetuneReport) -> Section:
     groups = [
         (
             f"{found.data}, top-1 of {found.images:,} images",
@@ -147,20 +124,18 @@ def _accuracy(report: FinetuneReport) -> str:
         )
         for found in report.accuracy
     ]
-    if not groups:
-        return ""
-    rows = [
-        [found.data, per_cent(found.before_top5), per_cent(found.after_top5), f"{found.images:,}"]
-        for found in report.accuracy
-    ]
-    shown = table(["images", "top-5 before", "top-5 after", "number"], rows)
-    return section("Accuracy", bars(groups, top=1.0), shown, note="Lines are Wilson's 95 % intervals.")
+    columns: dict[str, Callable[[AccuracyChange], str]] = {
+        "images": lambda found: found.data,
+        "top-5 before": lambda found: per_cent(found.before_top5),
+        "top-5 after": lambda found: per_cent(found.after_top5),
+        "number": lambda found: f"{found.images:,}",
+    }
+    shown = Sheet.of(report.accuracy, columns)
+    return Section("Accuracy", [Bars(groups, top=1.0), shown], "Lines are Wilson's 95 % intervals.")
 
 
-def _curves(report: FinetuneReport) -> str:
+def _curves(report: FinetuneReport) -> Section:
     """Return the training and held-out losses, and separately the learning rate and gradients."""
-    if not report.curve:
-        return ""
     training = [(float(one.step), one.loss) for one in report.curve]
     held_out = [(float(one.step), one.loss) for one in report.held_out]
     apart = has_teacher(report.settings.train.mode)  # whose objective is another quantity than the data's loss
@@ -172,10 +147,10 @@ def _curves(report: FinetuneReport) -> str:
     if norms:
         charts.append(_curve("gradient norm", norms, "training"))
     note = "Losses are in nats per token, or per image." if not apart else ""
-    return section("Training curves", panel(f'<div class="curves">{"".join(charts)}</div>', whole=False), note=note)
+    return Section("Training curves", [Curves(charts)], note)
 
 
-def _curve(title: str, places: Sequence[tuple[float, float]], kind: str) -> str:
+def _curve(title: str, places: Sequence[tuple[float, float]], kind: str) -> Plot:
     """Return one curve with fitting axes; a few points are marked."""
     drawn = _thinned(places)
     x = Axis.of("step", [at for at, _ in drawn], lambda value: f"{value:,.0f}")
@@ -185,7 +160,7 @@ def _curve(title: str, places: Sequence[tuple[float, float]], kind: str) -> str:
     points = (
         [Point(at, value, series, f"step {at:,.0f}: {value:.4g}") for at, value in drawn] if len(drawn) <= 30 else []
     )
-    return f'<div class="small">{Plot(x, y, points, [Line(drawn, kind)]).html()}</div>'
+    return Plot(x, y, points, [Line(drawn, kind)])
 
 
 def _thinned(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -202,12 +177,4 @@ def _zeros(report: FinetuneReport) -> str:
             f"{per_cent(report.sparsity_before)} of {report.pruned_matrices:,} matrices ({patterns}) were zeros before, "
             f"{per_cent(report.sparsity_after)} are after (every zero kept); the masks were verified at every save."
         )
-    return section("Zeros", note=" ".join(said)) if said else ""
-
-
-def _settings(report: FinetuneReport) -> str:
-    content = report.settings.to_yaml(usual=False)
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return section("Settings", copyable("settings", content), note="Those that are not at their defaults.") + section(
-        "Versions", note=versions
-    )
+    return " ".join(said)

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coprune.base.environment import expand_home
-from coprune.base.words import per_cent
+from coprune.base.words import Sheet, per_cent
 from coprune.evaluation.changes import Row
 from coprune.evaluation.comparison_table import Comparison
 from coprune.evaluation.zero_shot import is_share, main_of
-from coprune.report.html import Bar, MadeFacts, bars, header, link, made_lines, page, quote, section, table, text
+from coprune.report.fronts import Reached, fronts
 from coprune.report.links import PAGE_FILE, target
-from coprune.report.page import number, task_bar
-from coprune.report.plot import Reached, fronts
+from coprune.report.made import MadeFacts
+from coprune.report.run_page import task_bar
+from coprune.report.view import Bar, Bars, Kind, Link, Page, Paragraph, Quote, Quotes, Section, made_parts
+from coprune.report.wording import number
 
 _SAMPLES = 12
 _MOST_LETTERS = 600
@@ -24,28 +26,30 @@ def comparison_page(found: Comparison, made: MadeFacts | None = None, beside: Pa
     """Build the page. made: when, where and by what; beside: the folder that the page is for, from which links lead."""
     rows = found.rows
     first, *others = (row.name for row in rows)
-    lead = f'<p class="soft">The first model, {text(first)}, is what the others are compared with.</p>'
-    links = [] if beside is None else _links(rows, beside)
-    parts = [
-        header("Comparison", f"{len(rows)} models", lead, "" if made is None else made_lines(made), links),
-        *_perplexity(rows),
-    ]
-    parts += [*_size(rows), *_accuracy(rows), *_tasks(rows), _table(found), *_answers(rows)]
-    return page(f"{', '.join(others[:3])} compared with {first}", "\n".join(parts))
+    lead = [Paragraph(f"The first model, {first}, is what the others are compared with.", "soft")]
+    sections = [*_perplexity(rows), *_size(rows), *_accuracy(rows), *_tasks(rows), _table(found), *_answers(rows)]
+    return Page(
+        "Comparison",
+        f"{', '.join(others[:3])} compared with {first}",
+        [*lead, *([] if made is None else made_parts(made))],
+        sections,
+        links=[] if beside is None else _links(rows, beside),
+        heading=f"{len(rows)} models",
+    ).html()
 
 
-def _links(rows: Sequence[Row], beside: Path) -> list[str]:
+def _links(rows: Sequence[Row], beside: Path) -> list[Link]:
     """Return links to the pages of the runs that made the models, by their numbers in the table."""
     pages = [(place, row.name, target(expand_home(row.name) / PAGE_FILE, beside)) for place, row in enumerate(rows, 1)]
-    return [link(address, f"{place} {name}") for place, name, address in pages if address is not None]
+    return [Link(address, f"{place} {name}") for place, name, address in pages if address is not None]
 
 
-def _kind(place: int) -> str:
+def _kind(place: int) -> Kind:
     """Return the colour of a row; the baseline has the dense model's."""
     return "dense" if place == 0 else "pruned"
 
 
-def _perplexity(rows: Sequence[Row]) -> list[str]:
+def _perplexity(rows: Sequence[Row]) -> list[Section]:
     """Return bars for every text."""
     groups = []
     for index, text_ in enumerate(rows[0].evaluation.perplexity):
@@ -53,7 +57,7 @@ def _perplexity(rows: Sequence[Row]) -> list[str]:
         figures = [(one.value, number(one.value), one.interval) for one in found]
         groups.append((f"{text_.data}, sequence length {text_.seqlen}", _bars(rows, figures)))
     note = "Lower is better; lines are 95 % bootstrap intervals over the windows."
-    return [section("Perplexity", bars(groups), note=note)] if groups else []
+    return [Section("Perplexity", [Bars(groups)], note)] if groups else []
 
 
 def _bars(rows: Sequence[Row], figures: Sequence[tuple[float, str, tuple[float, float] | None]]) -> list[Bar]:
@@ -61,7 +65,7 @@ def _bars(rows: Sequence[Row], figures: Sequence[tuple[float, str, tuple[float, 
     return [Bar(row.name, _kind(place), *of) for place, (row, of) in enumerate(zip(rows, figures, strict=True))]
 
 
-def _size(rows: Sequence[Row]) -> list[str]:
+def _size(rows: Sequence[Row]) -> list[Section]:
     """Return plots of perplexity against sparsity and file size."""
     parts = []
     for index, text_ in enumerate(rows[0].evaluation.perplexity if len(rows) > 2 else ()):
@@ -80,16 +84,16 @@ def _size(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _accuracy(rows: Sequence[Row]) -> list[str]:
+def _accuracy(rows: Sequence[Row]) -> list[Section]:
     groups = []
     for index, images in enumerate(rows[0].evaluation.accuracy):
         found = [row.evaluation.accuracy[index] for row in rows]
         figures = [(one.top1, per_cent(one.top1), one.top1_interval) for one in found]
         groups.append((f"{images.data}, top-1 of {images.images:,} images", _bars(rows, figures)))
-    return [section("Accuracy", bars(groups, top=1.0), note="Lines are 95 % intervals.")] if groups else []
+    return [Section("Accuracy", [Bars(groups, top=1.0)], "Lines are 95 % intervals.")] if groups else []
 
 
-def _tasks(rows: Sequence[Row]) -> list[str]:
+def _tasks(rows: Sequence[Row]) -> list[Section]:
     """Return bars for every zero-shot task."""
     names = [] if rows[0].zero_shot is None else [task.task for task in rows[0].zero_shot.tasks]
     groups = []
@@ -100,21 +104,22 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
             if metrics and is_share(main_of(metrics)):
                 bars_.append(task_bar(row.name, _kind(place), metrics))
         groups.append((name, bars_))
-    return [section("Zero-shot tasks", bars(groups, top=1.0), note="Lines are 95 % intervals.")] if groups else []
+    return [Section("Zero-shot tasks", [Bars(groups, top=1.0)], "Lines are 95 % intervals.")] if groups else []
 
 
-def _table(found: Comparison) -> str:
+def _table(found: Comparison) -> Section:
     """Return the table, with models as columns, since there are more figures than models; many models are rows."""
     sheet = found.sheet()
     names = [f"{place} {row.name}" for place, row in enumerate(found.rows, 1)]
     if len(names) <= _COLUMNS:
-        return section("Everything measured", table(["", *names], sheet.rows))
-    rows = [[name, *(cells[place] for cells in sheet.rows)] for place, name in enumerate(names, 1)]
-    return section("Everything measured", table(["model", *(cells[0] for cells in sheet.rows)], rows))
+        return Section("Everything measured", [Sheet("", sheet.rows, ["", *names])])
+    figures, *rows = zip(*sheet.rows, strict=True)
+    turned = [[name, *cells] for name, cells in zip(names, rows, strict=True)]
+    return Section("Everything measured", [Sheet("", turned, ["model", *map(str, figures)])])
 
 
-def _answers(rows: Sequence[Row]) -> list[str]:
-    """Return the models' answers to each prompt side by side, as HTML."""
+def _answers(rows: Sequence[Row]) -> list[Section]:
+    """Return the models' answers to each prompt side by side."""
     known = [(place, row.name, row.evaluation.answers) for place, row in enumerate(rows)]
     told = [(place, name, answers.samples) for place, name, answers in known if answers is not None]
     if not told:
@@ -122,11 +127,11 @@ def _answers(rows: Sequence[Row]) -> list[str]:
     parts = []
     for index, sample in enumerate(told[0][2][:_SAMPLES]):
         quotes = [
-            quote(
+            Quote(
                 _kind(place), f"{name}, loops" if samples[index].loops else name, samples[index].answer[:_MOST_LETTERS]
             )
             for place, name, samples in told
             if index < len(samples)
         ]
-        parts.append(f'<p class="asked">{text(sample.prompt)}</p><div class="two">{"".join(quotes)}</div>')
-    return [section("What they write", *parts, note="The likeliest answer of every model.")]
+        parts.append(Quotes(quotes, asked=sample.prompt))
+    return [Section("What they write", parts, "The likeliest answer of every model.")]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from coprune.base.errors import BadInput
-from coprune.base.words import Command, per_cent
+from coprune.base.words import Cell, Command, Sheet, per_cent
 from coprune.evaluation.zero_shot import MAIN_METRIC, main_of, shown
 from coprune.model.checkpoint.digest import bytes_of_weights
 from coprune.recipe.command import command_of
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
-from coprune.report.html import copyable, header, name_of, of_several, page, section, table, text
+from coprune.report.fronts import Reached, fronts
 from coprune.report.links import PAGE_FILE, links_of_run, target
-from coprune.report.page import number, run_page
-from coprune.report.plot import Reached, fronts
+from coprune.report.made import of_several
+from coprune.report.run_page import run_page
 from coprune.report.schema import Report
+from coprune.report.view import Copyable, Page, Paragraph, Section
+from coprune.report.wording import name_of, number
 
 _Text = tuple[str, str, int]
 _Images = tuple[str, str, int]
@@ -54,12 +57,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Top:
-    """The top of a page of several runs. made: HTML; tables: sections, HTML; commands: by the run's name."""
+    """The top of a page of several runs. command: that made them; tables: what is shown before the runs."""
 
     kind: str
     title: str
-    made: str = ""
-    tables: Sequence[str] = ()
+    command: Copyable | None = None
+    tables: Sequence[Section] = ()
 
 
 def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
@@ -91,17 +94,17 @@ def runs_page(runs: Sequence[Run], top: Top | None = None, beside: Path | None =
     top = top or Top("Several runs", f"{len(runs)} runs")
     texts = Counter(_text_of(facts) for run in runs for facts in run.report.perplexity)
     sets = Counter(_images_of(facts) for run in runs for facts in run.report.accuracy)
-    made = of_several([run.report.made for run in runs])
-    lead = f'<p class="soft">{text(_models(runs))}</p>' + (f'<p class="soft">{text(made)}</p>' if made else "")
-    parts = [header(top.kind, top.title, lead, top.made), *top.tables]
+    models = ", ".join(dict.fromkeys(run.report.model.source for run in runs))
+    lead = [Paragraph(f"Of {models}.", "soft"), Paragraph(of_several([run.report.made for run in runs]), "soft")]
+    sections = [*top.tables]
     for on, count in texts.most_common():
         said = f"Sequence length {on[2]}, {count} of {len(runs)} runs; lower is better."
-        parts += fronts(f"Perplexity on {on[0]}", said, _of_text(runs, on))
+        sections += fronts(f"Perplexity on {on[0]}", said, _of_text(runs, on))
     for images, count in sets.most_common():
         said = f"{images[2]:,} images, {count} of {len(runs)} runs; higher is better."
-        parts += fronts(f"Top-1 accuracy on {images[0]}", said, _of_images(runs, images), less=False)
-    parts += [_table(runs, sorted(texts), list(sets), beside), _commands(runs)]
-    return page(top.title, "\n".join(parts))
+        sections += fronts(f"Top-1 accuracy on {images[0]}", said, _of_images(runs, images), less=False)
+    sections += [_table(runs, sorted(texts), list(sets), beside), *_commands(runs)]
+    return Page(top.kind, top.title, [*lead, *([top.command] if top.command else [])], sections).html()
 
 
 def _text_of(facts: PerplexityFacts) -> _Text:
@@ -110,10 +113,6 @@ def _text_of(facts: PerplexityFacts) -> _Text:
 
 def _images_of(facts: AccuracyFacts) -> _Images:
     return facts.data, facts.source, facts.images
-
-
-def _models(runs: Sequence[Run]) -> str:
-    return "Of " + ", ".join(dict.fromkeys(run.report.model.source for run in runs)) + "."
 
 
 def _of_text(runs: Sequence[Run], on: _Text) -> list[Reached]:
@@ -145,31 +144,42 @@ def _reached(run: Run, number_: int, value: float, dense: float | None) -> list[
     return [*before, Reached(run.name, run.report.recipe.way, value, zeros, run.size, str(number_))]
 
 
-def _table(runs: Sequence[Run], texts: Sequence[_Text], sets: Sequence[_Images], beside: Path | None) -> str:
-    titles = ["run", "method", "pattern", "zeros", "of all"]
-    titles += [f"perplexity {name} ({length})" for name, _, length in texts]
-    titles += [f"top-1 % {name} ({count:,})" for name, _, count in sets]
-    names = dict.fromkeys(task.task for run in runs if run.report.zero_shot for task in run.report.zero_shot.tasks)
-    titles += [*names]
-    titles += ["mean accuracy", "difference to dense", "prune time", "size"]
-    rows = []
-    for number_, run in enumerate(runs, 1):
-        report, facts = run.report, run.report.zero_shot
-        row = [f"{number_} {run.name}", report.recipe.way, report.recipe.shape]
-        row += [per_cent(report.sparsity.matrices), per_cent(report.sparsity.model)]
-        row += [_perplexity(run, on) for on in texts] + [_top1(run, on) for on in sets]
-        scores = {} if facts is None else {task.task: task.pruned for task in facts.tasks}
-        row += [
-            shown(main_of(scores[name]), scores[name][main_of(scores[name])]) if name in scores else "–"
-            for name in names
-        ]
-        row += [shown(MAIN_METRIC, None if facts is None else facts.mean_pruned)]
-        row += [shown(MAIN_METRIC, None if facts is None else facts.mean_delta, "+"), f"{report.prune_seconds:.1f} s"]
-        rows.append([*row, "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB"])
-    told = [column for column in range(len(titles)) if any(row[column] != "–" for row in rows)]
-    pages = [None if run.folder is None or beside is None else target(run.folder / PAGE_FILE, beside) for run in runs]
-    runs_told = table([titles[c] for c in told], [[row[c] for c in told] for row in rows], pages)
-    return section("Runs", runs_told, note="Charts call the runs by these numbers where names have no room.")
+def _table(runs: Sequence[Run], texts: Sequence[_Text], sets: Sequence[_Images], beside: Path | None) -> Section:
+    numbers = {id(run): number_ for number_, run in enumerate(runs, 1)}
+
+    def name(run: Run) -> Cell:
+        page = None if run.folder is None or beside is None else target(run.folder / PAGE_FILE, beside)
+        return Cell(f"{numbers[id(run)]} {run.name}", link=page)
+
+    columns: dict[str, Callable[[Run], str | Cell]] = {
+        "run": name,
+        "method": lambda run: run.report.recipe.way,
+        "pattern": lambda run: run.report.recipe.shape,
+        "zeros": lambda run: per_cent(run.report.sparsity.matrices),
+        "of all": lambda run: per_cent(run.report.sparsity.model),
+    }
+    columns |= {f"perplexity {on[0]} ({on[2]})": partial(_perplexity, on=on) for on in texts}
+    columns |= {f"top-1 % {on[0]} ({on[2]:,})": partial(_top1, on=on) for on in sets}
+    tasks = (task.task for run in runs if run.report.zero_shot for task in run.report.zero_shot.tasks)
+    columns |= {task: partial(_score, task=task) for task in tasks}
+    columns |= {
+        "mean accuracy": lambda run: shown(MAIN_METRIC, facts.mean_pruned if (facts := run.report.zero_shot) else None),
+        "difference to dense": lambda run: shown(
+            MAIN_METRIC, facts.mean_delta if (facts := run.report.zero_shot) else None, "+"
+        ),
+        "prune time": lambda run: f"{run.report.prune_seconds:.1f} s",
+        "size": lambda run: "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB",
+    }
+    told = {title: show for title, show in columns.items() if any(show(run) != "–" for run in runs)}
+    note = "Charts call the runs by these numbers where names have no room."
+    return Section("Runs", [Sheet.of(runs, told)], note)
+
+
+def _score(run: Run, task: str) -> str:
+    """Return the run's result in a task, by its main metric."""
+    tasks = () if run.report.zero_shot is None else run.report.zero_shot.tasks
+    found = next((one.pruned for one in tasks if one.task == task), None)
+    return "–" if found is None else shown(main_of(found), found[main_of(found)])
 
 
 def _perplexity(run: Run, on: _Text) -> str:
@@ -188,7 +198,7 @@ def _top1(run: Run, on: _Images) -> str:
     return f"{100 * facts.pruned_top1:.2f}" + (f" → {100 * tuned[facts.data]:.2f}" if facts.data in tuned else "")
 
 
-def _commands(runs: Sequence[Run]) -> str:
+def _commands(runs: Sequence[Run]) -> list[Section]:
     """Return the command of every run but those that were handed Python objects."""
     lines = [f"# {run.name}\n{command_of(run.report.recipe)}" for run in runs if not run.report.recipe.given]
-    return section("Commands", copyable("commands", "\n\n".join(lines)), note="Each repeats one run.") if lines else ""
+    return [Section("Commands", [Copyable("commands", "\n\n".join(lines))], "Each repeats one run.")] if lines else []
