@@ -81,7 +81,7 @@ def written() -> str:
         ),
     ]
     return _BEGINNING + "".join(
-        _typed(head, str(text), {name: key for name, key in keys.items() if keys is shared or name not in shared})
+        _typed(head, str(text), {name: key for name, key in keys.items() if name not in shared or "(Typed" in head})
         for head, text, keys in kinds
     )
 

@@ -204,7 +204,7 @@ def test_cards_tell_no_places_of_this_machine(files: tuple[Path, Path], tmp_path
     assert "# model, pruned with magnitude" in card
     assert "base_model" not in card
     assert "| text.txt | 32 |" in card
-    assert "data: a.txt" in card
+    assert "dataset: a.txt" in card
     assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in card
 
 

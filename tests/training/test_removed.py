@@ -53,8 +53,7 @@ def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -
     linear = [name for name, module in before.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
     assert len(linear) == 21
     assert all(not torch.equal(before.get_parameter(f"{n}.weight"), after.get_parameter(f"{n}.weight")) for n in linear)
-    assert report.removed
-    assert "blocks 4 → 3" in report.removed[0].line()
+    assert any("blocks 4 → 3" in one.line() for one in report.removed)
     assert (report.pruned_matrices, report.sparsity_after) == (0, 0.0)
     assert "blocks 4 → 3" in str(report)
     assert "blocks 4 → 3" in (tmp_path / "run" / "model" / "README.md").read_text()

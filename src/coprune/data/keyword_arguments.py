@@ -394,6 +394,10 @@ class GenerateArguments(TypedDict, total=False):
     """Whether prompts go through the chat template. [chat where there is one]"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     """Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."""
+    device: str
+    """auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    cache_dir: File | None
+    """Where downloads are kept. [the Hugging Face cache]"""
     compile: bool
     """Compile the step that makes a token: for long texts and many of them."""
 
