@@ -94,11 +94,11 @@ def _settings() -> Iterator[Row]:
         yield Row(f"mixtral +{allocation} sparsegpt 50%", "mixtral", "sparsegpt", {"allocation": allocation})
     for model in PICO:
         yield Row(f"{model} +permute wanda 2:4", model, "wanda", {**two_four, "permute": True})
-        yield Row(f"{model} +reconstruct wanda 2:4", model, "wanda", {**two_four, "reconstruct": 6})
+        yield Row(f"{model} +reconstruct wanda 2:4", model, "wanda", {**two_four, **_TRAINED})
     yield Row("llama +rotate wanda 2:4", "llama", "wanda", {**two_four, "rotate": True})
     yield Row("llama +permute ria 2:4", "llama", "ria", {**two_four, "permute": True})
-    yield Row("llama +reconstruct-bfloat16 wanda 50%", "llama", "wanda", {"reconstruct": 6} | _BFLOAT16)
-    yield Row("llama +refit+reconstruct alps 2:4", "llama", "alps", {**two_four, "refine": "refit", "reconstruct": 6})
+    yield Row("llama +reconstruct-bfloat16 wanda 50%", "llama", "wanda", _TRAINED | {"reconstruct_dtype": "bfloat16"})
+    yield Row("llama +refit+reconstruct alps 2:4", "llama", "alps", {**two_four, "refine": "refit", **_TRAINED})
     yield Row("llama wanda 4:8", "llama", "wanda", {"pattern": "4:8"})
     yield Row("llama sparsegpt 1:4", "llama", "sparsegpt", {"pattern": "1:4"})
     yield Row("llama sparsegpt 70%", "llama", "sparsegpt", {"sparsity": 0.7})
@@ -110,7 +110,7 @@ def _settings() -> Iterator[Row]:
     yield Row("llama +spilled wanda 50%", "llama", "wanda", {"activation_memory": 0.0})
 
 
-_BFLOAT16 = {"reconstruct_dtype": "bfloat16"}
+_TRAINED: dict[str, Any] = {"reconstruct": 6, "reconstruct_lr": 2.5e-3}
 
 
 def _reals() -> Iterator[Row]:
@@ -121,7 +121,7 @@ def _reals() -> Iterator[Row]:
         "refit": {"refine": "refit"},
         "swaps": {"refine": "swaps", "include": "*.0.self_attn.*"},
         "permute": {"permute": True},
-        "reconstruct": {"reconstruct": 4},
+        "reconstruct": {**_TRAINED, "reconstruct": 4},
     }
     for name, more in refinements.items():
         settings = {**TARGETS["2:4"], **more}

@@ -13,7 +13,7 @@ from coprune.model.matrices import Matrix, find_matrices, mask_checksum
 from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.recording import Recording
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.refine.reconstruct import Examples, Reconstruction
+from coprune.pruning.refine.reconstruct import FIRST_RATE, Examples, Reconstruction
 from coprune.pruning.refine.trainable_parameters import Trained, names_of, trained_in
 
 
@@ -27,6 +27,8 @@ class BlockTraining(BaseModel):
     """Relative error before."""
     end: float
     """Relative error of what was kept; that before where no step was better."""
+    rate: float
+    """Learning rate of what was kept, relative as in `Reconstruction`; the lowest that was tried where nothing was."""
     trained: str
     """Names of what was trained."""
 
@@ -42,6 +44,7 @@ def reconstruct_block(
     recording: Recording,
     results: list[MatrixResult],
     fixed: Container[str] = (),
+    earlier: Sequence[BlockTraining] = (),
 ) -> tuple[list[MatrixResult], BlockTraining | None]:
     """Train a block toward the dense model's outputs; one in which nothing was pruned is left alone.
 
@@ -51,6 +54,7 @@ def reconstruct_block(
         recording: the batches that go through it.
         results: what became of its matrices.
         fixed: parameters of the model that are not trained, since other blocks have them too.
+        earlier: trainings of the blocks before, whose learning rate serves here too.
 
     Returns:
         The results with their masks as they are now, and what the training did.
@@ -63,7 +67,7 @@ def reconstruct_block(
     matrices = {matrix.name: matrix for matrix in find_matrices(done.block.module, done.block.name)}
     before = {name: matrix.stored() == 0 for name, matrix in matrices.items()}
     trained = trained_in(done.block, [matrices[result.name] for result in results], fixed)
-    training = _train(reconstruction, done, recording, trained)
+    training = _train(reconstruction, done, recording, trained, earlier)
     for name, zeros in before.items():
         if bool((matrices[name].stored()[zeros] != 0).any()):
             raise NumericalError(f"{name}: reconstruction changed a weight that was pruned")
@@ -76,6 +80,7 @@ def reconstruct_cut(
     recording: Recording,
     chosen: Sequence[Matrix],
     cut: tuple[Mapping[str, Tensor], list[MatrixResult]],
+    earlier: Sequence[BlockTraining] = (),
 ) -> tuple[list[MatrixResult], BlockTraining]:
     """Train what is left of a block, after parts of it were removed, toward the dense model's outputs.
 
@@ -85,6 +90,7 @@ def reconstruct_cut(
         recording: the batches that go through it.
         chosen: its matrices, all of which are trained.
         cut: what is kept of its parameters (bool, by name), and what became of matrices.
+        earlier: as of `reconstruct_block`.
 
     Returns:
         As `reconstruct_block`. Raises NumericalError as that does.
@@ -92,7 +98,7 @@ def reconstruct_cut(
     masks, results = cut
     kept = {name.removeprefix(f"{done.block.name}."): mask for name, mask in masks.items()}
     trained = [_only(one, kept.get(one.name)) for one in trained_in(done.block, chosen)]
-    training = _train(reconstruction, done, recording, trained)
+    training = _train(reconstruction, done, recording, trained, earlier)
     for name, mask in kept.items():
         if bool((done.block.module.get_parameter(name)[~mask] != 0).any()):
             raise NumericalError(f"{done.block.name}.{name}: reconstruction changed what was removed")
@@ -116,8 +122,29 @@ def _checksum_of_rest(matrix: Matrix, masks: Mapping[str, Tensor]) -> str:
     return mask_checksum(left)
 
 
+_SEARCHED = 3
+"""Blocks on which learning rates are tried; neighbouring blocks of a model have much the same."""
+
+
+def rates_to_try(asked: Reconstruction, earlier: Sequence[BlockTraining]) -> tuple[float, ...]:
+    """Return the learning rates to try on a block: the last block's, and its half and double while that is not settled.
+
+    It is settled after a few blocks, and open again after a block that it gained nothing in. earlier: trainings of the blocks
+    before.
+    """
+    if asked.learning_rate is not None:
+        return (asked.learning_rate,)
+    rate = earlier[-1].rate if earlier else FIRST_RATE
+    settled = len(earlier) >= _SEARCHED and not earlier[-1].is_idle
+    return (rate,) if settled else (rate, rate / 2, 2 * rate)
+
+
 def _train(
-    reconstruction: Reconstruction, done: BlockDone, recording: Recording, trained: Sequence[Trained]
+    reconstruction: Reconstruction,
+    done: BlockDone,
+    recording: Recording,
+    trained: Sequence[Trained],
+    earlier: Sequence[BlockTraining],
 ) -> BlockTraining:
     """Train parameters of a block in place."""
     block = done.block
@@ -127,10 +154,13 @@ def _train(
 
     try:
         examples = Examples(done.before, done.after, recording.shares, recording.counted)
-        start, end = reconstruction.on(recording.positions).improve(block.module, trained, run, examples)
+        rates = rates_to_try(reconstruction, earlier)
+        found = reconstruction.on(recording.positions).improve(block.module, trained, run, examples, rates)
     except NumericalError as error:
         raise error.within(block.name) from error
-    return BlockTraining(block=block.name, start=start, end=min(start, end), trained=names_of(trained))
+    return BlockTraining(
+        block=block.name, start=found.before, end=found.after, rate=found.rate, trained=names_of(trained)
+    )
 
 
 def _with_masks(results: Sequence[MatrixResult], checksums: Mapping[str, str]) -> list[MatrixResult]:

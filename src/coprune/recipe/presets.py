@@ -23,7 +23,6 @@ _REFIT: dict[str, Any] = {
 _TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "fisher"}
 _BLOCK_BY_BLOCK: dict[str, Any] = {
     **_TURNED,
-    "reconstruct_lr": 2.5e-3,
     "reconstruct_dtype": "bfloat16",
     "batch_size": 2,
 }

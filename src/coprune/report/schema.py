@@ -262,7 +262,7 @@ def training_line(training: BlockTraining) -> str:
     """Return what the training of a block did, for people."""
     start = f"relative error {training.start:.5f}"
     gained = f"nothing gained, {start}" if training.is_idle else f"{start} → {training.end:.5f}"
-    return f"{gained} on the watched batches; trained: {training.trained}"
+    return f"{gained} on the watched batches, rate {training.rate:g}; trained: {training.trained}"
 
 
 def installed_versions() -> dict[str, str]:

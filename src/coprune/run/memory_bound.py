@@ -320,9 +320,9 @@ class Bound:
         if recipe.remove.parts and not {"channels", "heads"} & {*recipe.remove.kinds}:
             statistics = 0
         sizes = [hidden + max(statistics, shapes.shared) + max(shapes.solve, batch)]
-        if recipe.prune.reconstruct.steps:  # weights, gradients, two moments and two best states, all in float32
+        if recipe.prune.reconstruct.steps:  # in float32: weights, gradients, two moments, first and best states
             parameters = shapes.block_bytes // shapes.itemsize
-            sizes.append(hidden + 21 * parameters + 4 * self._batch * self._trained(self._longest))
+            sizes.append(hidden + 25 * parameters + 4 * self._batch * self._trained(self._longest))
         if recipe.prune.allocation.name == "fisher":
             sample = self._longest * (shapes.blocks * self._hidden + 2 * shapes.vocabulary * shapes.itemsize)
             sizes.append(sample + 4 * self._longest * self._trained(self._longest) + 2 * shapes.block_bytes)

@@ -120,7 +120,9 @@ def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded:
         training = None
         if run.reconstruction is not None and walk.recording is not None:
             fixed = run.model.chosen.shared
-            results, training = reconstruct_block(run.reconstruction, done, walk.recording, results, fixed)
+            results, training = reconstruct_block(
+                run.reconstruction, done, walk.recording, results, fixed, run.output.trainings
+            )
         own = sum((part for parts in run.processes.gather(rounded) for part in parts), Rounding())
         rounded.clear()
         run.finish_block(done.block, BlockOutcome(results, edits_of(results), training, own))

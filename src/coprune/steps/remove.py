@@ -204,7 +204,7 @@ def _reconstruct(
     if run.reconstruction is None or walk.recording is None:
         return cut[1], None
     chosen = run.model.chosen.blocks[done.block.index]
-    return reconstruct_cut(run.reconstruction, done, walk.recording, chosen, cut)
+    return reconstruct_cut(run.reconstruction, done, walk.recording, chosen, cut, run.output.trainings)
 
 
 def settled_in(plan: Plan) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
     parts = [Trained("weight", block.get_parameter("weight"), None)]
     # All batches are watched, since so few leave none to hold out.
     asked = Reconstruction(steps=steps, learning_rate=0.05, held_out=0)
-    before, _ = asked.improve(block, parts, lambda batch, hidden: block(hidden), examples)
-    return block.weight.data, before
+    done = asked.improve(block, parts, lambda batch, hidden: block(hidden), examples)
+    return block.weight.data, done.before
 
 
 def relative(x: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_a_training_that_improves_nothing_ends_early(steps: int, taken: int) -> 
 
     parts = [Trained("weight", block.get_parameter("weight"), None)]
     asked = Reconstruction(steps=steps, held_out=0.25)
-    assert asked.improve(block, parts, run, Examples(inputs, inputs, [1.0] * 4)) == (0.0, 0.0)
+    assert asked.improve(block, parts, run, Examples(inputs, inputs, [1.0] * 4)).after == 0
     assert sum(tried) == taken
 
 
@@ -151,10 +151,11 @@ def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
     examples = Examples(inputs, targets, [1.0] * 4)
     weights = examples.weights(range(4))
     parts = [Trained("weight", block.get_parameter("weight"), None)]
-    before, after = Reconstruction(steps=steps, learning_rate=rate, held_out=0.25).improve(block, parts, run, examples)
-    assert before == seen[0]
-    assert len(seen) > 1
-    assert after == min(seen) == float(examples.error(3, block(inputs[3]), weights))
+    done = Reconstruction(steps=steps, held_out=0.25).improve(block, parts, run, examples, [rate, 1e3, rate / 2])
+    assert done.before == seen[0]
+    assert len(seen) > 3
+    assert done.after == min(seen) == float(examples.error(3, block(inputs[3]), weights))
+    assert done.rate in (rate, rate / 2)
 
 
 def test_a_token_that_is_far_too_large_counts_little_more_than_one_that_is_wrong() -> None:

@@ -16,7 +16,7 @@ from coprune.base.errors import BadInput
 from coprune.model.walk.block_events import BlockDone
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.walk import Walk
-from coprune.pruning.block_training import BlockTraining, reconstruct_block
+from coprune.pruning.block_training import BlockTraining, rates_to_try, reconstruct_block
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import MatrixResult, Solver, prune_walk
 from coprune.pruning.refine.reconstruct import Reconstruction
@@ -34,7 +34,7 @@ def pruned(
     reconstruction: Any,
     propagation: Propagation = "sequential",
     aims: bool = True,
-    trainings: list[BlockTraining | None] | None = None,
+    trainings: list[BlockTraining] | None = None,
 ) -> tuple[PreTrainedModel, list[MatrixResult]]:
     """A pico model at 2:4, reconstructed if asked for; aims: whether dense states are kept only where they are looked at."""
     model = pico_model("llama")
@@ -47,11 +47,12 @@ def prune_two_of_four(
     reconstruction: Reconstruction | None,
     propagation: Propagation = "block",
     aims: bool = True,
-    trainings: list[BlockTraining | None] | None = None,
+    trainings: list[BlockTraining] | None = None,
     **choice: Sequence[str],
 ) -> list[MatrixResult]:
     proven = prove(model, batches[0], **choice)
     recording = record_batches(proven, batches)
+    trainings = [] if trainings is None else trainings
     solver = Solver(METHODS["wanda"])
     if reconstruction is not None:
         recording.dense = recording.hidden.copy()
@@ -62,8 +63,8 @@ def prune_two_of_four(
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         if reconstruction is None:
             return results
-        results, training = reconstruct_block(reconstruction, done, recording, results)
-        if trainings is not None:
+        results, training = reconstruct_block(reconstruction, done, recording, results, (), trainings)
+        if training is not None:
             trainings.append(training)
         return results
 
@@ -112,11 +113,41 @@ def test_dense_states_that_nobody_looks_at_make_no_difference(steps: int) -> Non
 
 
 def test_a_block_that_training_makes_worse_is_left_as_it_was() -> None:
-    trainings: list[BlockTraining | None] = []
+    trainings: list[BlockTraining] = []
     model, _ = pruned(Reconstruction(steps=2, learning_rate=1e3), trainings=trainings)
     plain, _ = pruned(None)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
-    assert all(training is not None and training.is_idle for training in trainings)
+    assert all(training.is_idle for training in trainings)
+
+
+def test_the_rate_is_what_lowers_the_held_out_error_of_the_first_blocks_most() -> None:
+    trainings: list[BlockTraining] = []
+    pruned(Reconstruction(steps=6), trainings=trainings)
+    first, *others = trainings
+    ends = {}
+    for rate in rates_to_try(Reconstruction(), []):
+        alone: list[BlockTraining] = []
+        pruned(Reconstruction(steps=6, learning_rate=rate), trainings=alone)
+        ends[rate] = alone[0].end
+    assert len(ends) == 3
+    assert first.rate == min(ends, key=ends.__getitem__)
+    assert first.end == min(ends.values())
+    before = first
+    for training in others:
+        assert training.rate in (before.rate / 2, before.rate, 2 * before.rate)
+        before = training
+
+
+def test_rates_are_tried_until_they_are_known_and_again_where_nothing_was_gained() -> None:
+    asked = Reconstruction()
+    start, half, double = rates_to_try(asked, [])
+    assert (half, double) == (start / 2, 2 * start)
+    gained = BlockTraining(block="0", start=1.0, end=0.5, rate=double, trained="")
+    assert rates_to_try(asked, [gained]) == (double, start, 2 * double)
+    assert rates_to_try(asked, [gained] * 3) == (double,)
+    idle = gained.model_copy(update={"end": 1.0, "rate": half})
+    assert rates_to_try(asked, [*[gained] * 3, idle]) == (half, half / 2, start)
+    assert rates_to_try(Reconstruction(learning_rate=0.5), [idle]) == (0.5,), "what is asked for is not searched"
 
 
 # What is trained beside the matrices: what has one of these words in its name, but in no layer that is left alone.
@@ -129,14 +160,14 @@ def trained_by(family: str, dtype: torch.dtype) -> tuple[set[str], set[str], lis
     """Prune and train a pico model; returns names of matrices and of other tensors that changed, and what trainings did."""
     model = pico_model(family, dtype=dtype)
     dense = copy.deepcopy(model.state_dict())
-    trainings: list[BlockTraining | None] = []
+    trainings: list[BlockTraining] = []
     results = prune_two_of_four(model, pico_tokens(4, 16).split(2), SHORT, trainings=trainings)
     assert all(result.sparsity == 0.5 for result in results)
     assert all(tensor.dtype == dense[name].dtype for name, tensor in model.state_dict().items())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
     pruned = {result.name.partition("[")[0] for result in results}
     matrices = {name for name in changed if name.removesuffix(".weight") in pruned}
-    return matrices, changed - matrices, [training for training in trainings if training is not None]
+    return matrices, changed - matrices, trainings
 
 
 @pytest.mark.parametrize("family", sampled([*FAMILIES, *MIXTURES, *HYBRIDS], quick=[*TEN, "qwen3_5_moe_text"]))
@@ -158,15 +189,13 @@ def test_other_dtypes_train_the_same(family: str, dtype: torch.dtype) -> None:
 def test_what_is_excluded_is_not_trained() -> None:
     model = pico_model("opt")
     dense = copy.deepcopy(model.state_dict())
-    trainings: list[BlockTraining | None] = []
+    trainings: list[BlockTraining] = []
     prune_two_of_four(model, BATCHES[:3], SHORT, trainings=trainings, exclude=["*.v_proj", "*.layers.1.*"])
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
     # Nothing of the excluded block, and the excluded layer's bias neither.
     assert not any("v_proj" in name or ".layers.1." in name for name in changed)
     assert "model.decoder.layers.0.self_attn.q_proj.bias" in changed
-    training = trainings[0]
-    assert training is not None
-    assert training.trained == (
+    assert trainings[0].trained == (
         "self_attn.k_proj, self_attn.k_proj.bias, self_attn.q_proj, self_attn.q_proj.bias, self_attn.out_proj, "
         "self_attn.out_proj.bias, self_attn_layer_norm, self_attn_layer_norm.bias, fc1, fc1.bias, fc2, fc2.bias, "
         "final_layer_norm, final_layer_norm.bias"

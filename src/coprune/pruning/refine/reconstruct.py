@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import held_in_float32, precision_on
 from coprune.pruning.refine.trainable_parameters import Trained, sizes_of
+
+FIRST_RATE = 5e-3
+"""Learning rate that is tried first, over the root mean square of what changes."""
+
+
+class Improved(NamedTuple):
+    """What a training did: errors on the watched batches, as `Examples.error` has them."""
+
+    before: float
+    after: float
+    """As before where no rate lowered it."""
+    rate: float
+    """Learning rate of the state that stays; the lowest that was tried where none lowered the error."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,8 @@ class Reconstruction:
     """Steps per block."""
     tokens: int = 0
     """Minimum number of tokens; steps are added until they have as many. 0: as many as the steps have."""
-    learning_rate: float = 2.5e-3
-    """Peak learning rate, times the root mean square of each parameter's entries that may change.
+    learning_rate: float | None = None
+    """Peak learning rate, times the root mean square of each parameter's entries that may change; None: found by trials.
 
     It rises over the first tenth of the steps, of six and more over two, and falls along a cosine.
     """
@@ -48,7 +61,9 @@ class Reconstruction:
     """Order of the batches."""
 
     def __post_init__(self) -> None:
-        require_positive(steps=self.steps, learning_rate=self.learning_rate)
+        require_positive(
+            steps=self.steps, learning_rate=FIRST_RATE if self.learning_rate is None else self.learning_rate
+        )
         require_not_negative(held_out=self.held_out, tokens=self.tokens)
 
     def on(self, positions: Sequence[int]) -> Reconstruction:
@@ -62,7 +77,8 @@ class Reconstruction:
         trained: Sequence[Trained],
         run: Callable[[int, Tensor], Tensor],
         examples: Examples,
-    ) -> tuple[float, float]:
+        rates: Sequence[float] = (),
+    ) -> Improved:
         """Train a pruned block in place; zeros stay zeros, and the best state that was seen is the one that stays.
 
         Args:
@@ -70,9 +86,10 @@ class Reconstruction:
             trained: its parameters that may change.
             run: (batch, float32 hidden states) → the block's output, differentiable.
             examples: what it is trained on.
+            rates: learning rates to try, each from the same start; without any, that of the settings.
 
         Returns:
-            The error on the watched batches before and after, as `Examples.error` has it.
+            What the training did.
 
         Raises:
             NumericalError: the loss is not finite before the first step.
@@ -96,8 +113,17 @@ class Reconstruction:
             before = watch()
             if not math.isfinite(before):
                 raise NumericalError("the block's outputs are not finite, so it cannot be reconstructed")
-            best = self._train(trained, loss_of, watch, batches, before) if trained else before
-        return before, best
+            tried = [*rates] or [self.learning_rate or FIRST_RATE]
+            best, best_rate = before, min(tried)
+            parameters = [one.parameter for one in trained]
+            start = best_state = _copies(parameters)
+            for rate in tried if trained else ():
+                error, state = self._train(trained, rate, loss_of, watch, batches, before)
+                if error < best:
+                    best, best_rate, best_state = error, rate, state
+                _restore(parameters, start)
+            _restore(parameters, best_state)
+        return Improved(before, best, best_rate)
 
     def batches_used(self, shares: Sequence[float]) -> set[int]:
         """Return the numbers of the batches that are used, fewer in a short training. shares: as of `Examples`."""
@@ -120,17 +146,18 @@ class Reconstruction:
     def _train(
         self,
         trained: Sequence[Trained],
+        rate: float,
         loss_of: Callable[[int], Tensor],
         watch: Callable[[], float],
         batches: Sequence[int],
         best: float,
-    ) -> float:
-        """Train and leave the block in the best state; returns its error on the watched batches."""
+    ) -> tuple[float, list[Tensor]]:
+        """Train at a rate; returns the least error on the watched batches, at the start `best`, and the state it came with."""
         parameters = [one.parameter for one in trained]
-        optimizer = self._optimizer(trained)
+        optimizer = _optimizer(trained, rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         every, patience = self._watching
-        order, best_state, left = endless(batches, self.seed), _copies(parameters), patience
+        order, best_state, left = endless(batches, self.seed), list[Tensor](), patience
         masked = [(one.parameter, one.entries) for one in trained if one.entries is not None]
         with _trainable(parameters):
             for step in range(1, self.steps + 1):
@@ -149,8 +176,7 @@ class Reconstruction:
                         best, best_state, left = error, _copies(parameters), patience
                     elif (left := left - 1) == 0:
                         break
-        _restore(parameters, best_state)
-        return best
+        return best, best_state
 
     @property
     def _watching(self) -> tuple[int, int]:
@@ -161,21 +187,20 @@ class Reconstruction:
         # Adam's first steps have full length whatever the gradient, so a check after two of them says nothing.
         return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 2
 
-    def _optimizer(self, trained: Sequence[Trained]) -> torch.optim.AdamW:
-        parameters = [one.parameter for one in trained]
-        sizes = sizes_of((one.parameter, one.entries) for one in trained)
-        groups = [
-            {"params": [one], "lr": self.learning_rate * size} for one, size in zip(parameters, sizes, strict=True)
-        ]
-        # One pass over each parameter instead of a dozen; only devices that torch is built for have it.
-        fused = kind_of(parameters[0].device) != "other"
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-
     def _rate(self, step: int) -> float:
         warm = max(2 if self.steps >= 6 else 1, self.steps // 10)
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def _optimizer(trained: Sequence[Trained], rate: float) -> torch.optim.AdamW:
+    parameters = [one.parameter for one in trained]
+    sizes = sizes_of((one.parameter, one.entries) for one in trained)
+    groups = [{"params": [one], "lr": rate * size} for one, size in zip(parameters, sizes, strict=True)]
+    # One pass over each parameter instead of a dozen; only devices that torch is built for have it.
+    fused = kind_of(parameters[0].device) != "other"
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 @torch.no_grad()
