@@ -19,6 +19,7 @@ from coprune.model.checkpoint.digest import bytes_of_weights
 from coprune.model.checkpoint.origin import origin_of
 from coprune.report.answers_section import answers_markdown
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
+from coprune.report.runtimes import loads_in
 from coprune.report.schema import OF_IMAGES, Report
 from coprune.report.vocabulary_section import vocabulary_markdown
 from coprune.report.wording import base_of, name_of, versions_line
@@ -93,6 +94,7 @@ def model_card(report: Report, size: int | None = None) -> str:
         versions=versions_line(versions_used(report.versions, of_images=report.model.task == "images")),
         recipe=recipe.to_yaml(usual=False),
         size=size,
+        loads_in=", ".join(loads_in(report.model.model_type, report.edits)),
         load=_AUTO[report.model.task] | own,
     )
     return without_places(card, [recipe.model_dump(mode="json"), base])

@@ -28,6 +28,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, PerplexityFacts
 from coprune.report.made import MadeFacts
 from coprune.report.run_events import AnyEvent, LeftAlone, left_lines
+from coprune.report.runtimes import loads_in
 from coprune.vocabulary.facts import VocabularyFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
@@ -231,6 +232,8 @@ class Report(Shown, BaseModel):
         if self.saved_model is not None:
             how = "bytes compared with the source's" if recipe.output.as_gguf else "reloaded and compared"
             rows.append(("model in", f"{self.saved_model} ({how})"))
+            if self.edits and not recipe.output.as_gguf and (tried := loads_in(model.model_type, self.edits)):
+                rows.append(("loads in", f"transformers; models of its family cut alike: {', '.join(tried)}"))
         return Sheet(self.headline(), rows)
 
     def before(self) -> str:

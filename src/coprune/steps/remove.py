@@ -46,6 +46,7 @@ from coprune.removal.unit_scores import (
     spreading_named,
     unit_costs,
 )
+from coprune.report.runtimes import refusals
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune
 from coprune.run.context import Outcome, Run
 from coprune.run.output import BlockOutcome
@@ -68,6 +69,9 @@ def remove(run: Run) -> Result:
 
 def _plan(run: Run) -> None:
     may_go = find_removable(run)
+    kinds = (run.sized or run.recipe.remove).kinds
+    if not run.recipe.output.as_gguf and (told := refusals(run.loaded.model.config.model_type, kinds)) is not None:
+        run.reporter.say(told)
     run.change = partial(remove_parts, found=may_go)
     if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
         run.write_gguf = file.cut

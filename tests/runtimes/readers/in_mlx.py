@@ -1,0 +1,34 @@
+"""What mlx-lm computes of a folder, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.utils import load_model
+
+mx.set_default_device(mx.cpu)
+
+
+def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
+    """Return log-probabilities of the next token and the tokens of a greedy continuation."""
+    model, _ = load_model(Path(folder))
+    model.set_dtype(mx.float32)
+    ids, written, first = list(tokens), [], None
+    for _ in range(new):
+        logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
+        if first is None:
+            first = (logits - mx.logsumexp(logits)).tolist()
+        written.append(int(mx.argmax(logits)))
+        ids.append(written[-1])
+    return {"logprobs": dict(enumerate(first or [])), "written": written}
+
+
+if __name__ == "__main__":
+    from each import each
+
+    each(read, version("mlx-lm"), json.loads(sys.argv[1]))

@@ -1,0 +1,30 @@
+"""What transformers computes of a folder: its class, in float32."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+VERSION = __import__("transformers").__version__
+
+
+def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
+    """Return log-probabilities of the next token and the tokens of a greedy continuation."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, written = torch.tensor([tokens]), []
+    with torch.inference_mode():
+        first = model(ids, use_cache=False).logits[0, -1].log_softmax(-1)
+        for _ in range(new):
+            written.append(int(model(ids, use_cache=False).logits[0, -1].argmax()))
+            ids = torch.cat([ids, torch.tensor([written[-1:]])], 1)
+    return {"logprobs": dict(enumerate(first.tolist())), "written": written}
+
+
+if __name__ == "__main__":
+    from each import each
+
+    each(read, VERSION, json.loads(sys.argv[1]))

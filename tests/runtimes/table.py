@@ -1,0 +1,110 @@
+"""What came of every folder in every runtime, as a file of the package, and as the page in the documentation."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROWS = ROOT / "src" / "coprune" / "report" / "runtimes.csv"
+PAGE = ROOT / "docs" / "runtimes.md"
+TITLES = {"vllm": "vLLM", "mlx": "MLX (mlx-lm)", "openvino": "OpenVINO"}
+SOURCE = "source"
+_OPENING = """# Runtimes
+
+This page shows where a smaller model loads: small models with random weights and SmolLM2-135M, whole and with a part removed, in
+runtimes that serve models, on a CPU. ✓ means that the log-probabilities of the next token differ from transformers' on the same
+folder by at most 0.001, and that sixteen greedy tokens are the same. A number refers to what the runtime said, below. – means
+that coprune removes no such part of this model. Where the whole model has a number, the fault is not the cut's.
+
+`make runtimes` makes an environment for each of them, since each pins its own torch, and writes this page ({size}).
+`coprune prune` says before it removes a part which of these runtimes refused it in the same family.
+"""
+_CLOSING = """
+## Not tried
+
+SGLang and TensorRT-LLM need a GPU, LiteRT converts through a format of its own, and Ollama runs what llama.cpp runs: a GGUF file
+of [`coprune export`](export.md), which is compared with the folder tensor by tensor.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one folder in one runtime."""
+
+    model: str
+    part: str
+    runtime: str
+    version: str
+    difference: float | None
+    """Greatest difference of the log-probabilities of five tokens from those of transformers; None if it was not read."""
+    reason: str
+    """Why it is not the same; the runtime's own message if it was refused."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What was tried."""
+        return self.model, self.part, self.runtime
+
+    @property
+    def same(self) -> bool:
+        """Whether the runtime computes what transformers does."""
+        return not self.reason
+
+
+def read_rows() -> list[Row]:
+    """Return what was found before."""
+    if not ROWS.exists():
+        return []
+    with ROWS.open(encoding="utf-8", newline="") as file:
+        return [
+            Row(**{name: row[name] for name in ("model", "part", "runtime", "version", "reason")},
+                difference=float(row["difference"]) if row["difference"] else None)
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def write_rows(rows: Sequence[Row]) -> None:
+    """Write all rows, by model, part and runtime."""
+    with ROWS.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in sorted(rows, key=lambda row: row.key):
+            shown = "" if row.difference is None else f"{row.difference:.1e}"
+            writer.writerow(asdict(row) | {"difference": shown})
+
+
+def page(rows: Sequence[Row], size: str) -> str:
+    """Return the documentation's page. size: what the environments take."""
+    found = {row.key: row for row in rows}
+    models = list(dict.fromkeys(row.model for row in sorted(rows, key=lambda row: row.model)))
+    parts = [SOURCE, *sorted({row.part for row in rows} - {SOURCE, "2:4"}), "2:4"]
+    lines, reasons = [_OPENING.format(size=size)], list[str]()
+    for runtime in dict.fromkeys(row.runtime for row in sorted(rows, key=lambda row: list(TITLES).index(row.runtime))):
+        version = max(row.version for row in rows if row.runtime == runtime)
+        lines.append(f"\n## {TITLES[runtime]} {version}\n\n| model | whole | {' | '.join(parts[1:])} |")
+        lines.append("| --- |" + " --- |" * len(parts))
+        for model in models:
+            cells = [_cell(found.get((model, part, runtime)), reasons) for part in parts]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+    lines.append("\n## What they say\n")
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join(lines) + "\n" + _CLOSING
+
+
+def _cell(row: Row | None, reasons: list[str]) -> str:
+    if row is None:
+        return "–"
+    if row.same:
+        return "✓"
+    if (reason := _quoted(row.reason)) not in reasons:
+        reasons.append(reason)
+    return str(reasons.index(reason) + 1)
+
+
+def _quoted(reason: str) -> str:
+    return (
+        reason if reason in ("other log-probabilities", "another greedy text") else f"`{reason.replace('`', chr(39))}`"
+    )
