@@ -113,7 +113,7 @@ def _read(runtime: str, python: Path, tried: Sequence[Tried], into: Path) -> dic
     while left := [one for one in tried if _identity(one) not in answers]:
         job = {"folders": {str(one.folder): one.tokens for one in left}, "new": GREEDY}
         by_folder, begun = {str(one.folder): one for one in left}, None
-        command = [python, reader, json.dumps(job)]
+        command = [str(python), str(reader), json.dumps(job)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:

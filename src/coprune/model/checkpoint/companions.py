@@ -66,7 +66,7 @@ def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto"
     if dtype not in ("auto", config.get("dtype"), config.get("torch_dtype")):
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     add_older_keys(config, CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {})
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
