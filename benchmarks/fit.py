@@ -83,10 +83,10 @@ def speeds(found: coprune.Fitted, workshop: Workshop) -> dict[str, float]:
     """Tokens a second of what was found and of the best plain quant, which is made again, by their names."""
     files = {found.chosen: found.file}
     if found.plain is not None and found.plain != found.chosen:
-        files[found.plain] = workshop.file(Candidate(DENSE, found.plain))
+        files[found.plain] = workshop.making.file(Candidate(DENSE, found.plain))
     busy = torch.get_num_threads() == 1
     measured = bench([*files.values()], prompt=_PROMPT, tokens=_STEPS, repeats=1, busy=busy)
-    workshop.clear()
+    workshop.making.clear()
     return dict(zip(files, (row.decode.median for row in measured.rows), strict=True))
 
 

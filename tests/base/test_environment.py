@@ -114,8 +114,8 @@ def test_gpus_are_named_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_user_sets_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    environment.quieten_tokenizers()
+    environment.quieten_libraries()
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-    environment.quieten_tokenizers()
+    environment.quieten_libraries()
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import coprune
+from coprune.base.environment import user_cache
 from support.fits import WORDS, how, tokens
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -31,3 +33,18 @@ def found(place: Path) -> Any:
     return coprune.fit(
         place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=place / "small", **how(place)
     )
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of this test alone, which holds nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "coprune" / "store"
+
+
+@pytest.fixture
+def known_store(found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of this test alone, which holds what the finished fit measured."""
+    shutil.copytree(user_cache() / "store", own := tmp_path / "cache" / "coprune" / "store")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return own

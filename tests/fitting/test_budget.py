@@ -13,7 +13,7 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.budget import Budget
-from coprune.fitting.calibration import own_count, read_passages
+from coprune.fitting.calibration import own_count, read_passages, texts_in
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.notes import Asked
 from coprune.fitting.reader import Reader
@@ -107,25 +107,26 @@ def test_a_short_run_is_calibrated_by_its_items(
     workshop = opened(tasks := text_task(tmp_path, 40))
     workshop.measure(Candidate(DENSE, EXACT), {})
     workshop.collect(tasks, 0.0)
-    assert {passage.text.strip() for passage in read_passages(workshop.text)}
+    assert {passage.text.strip() for passage in read_passages(workshop.making.text)}
 
 
 def test_the_model_writes_as_much_as_there_is_time_for_or_the_items_lack() -> None:
-    assert own_count(100_000, 255) == 0
-    assert own_count(100_000, 1000) == 3
-    assert own_count(100_000, 10**9) == 16
-    assert own_count(0, 0) == 2
+    assert own_count(100_000, texts_in(255)) == 0
+    assert own_count(100_000, texts_in(1000)) == 3
+    assert own_count(100_000, texts_in(10**9)) == 16
+    assert own_count(0, texts_in(0)) == 2
 
 
-def test_text_of_its_own_is_drawn_by_the_seed(opened: Opening, tmp_path: Path) -> None:
+def test_text_of_its_own_is_drawn_by_the_seed(opened: Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop = opened(tasks := prompt_tasks(tmp_path))
     workshop.answer({task.name: task.seen for task in tasks})
     workshop.measure(Candidate(DENSE, EXACT), {})
     texts = []
     for _ in range(2):
         workshop.collect(tasks, 0.0)
-        texts.append(workshop.text.read_text())
-        workshop.text.unlink()
+        texts.append(workshop.making.text.read_text())
+        workshop.making.text.unlink()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where it is not found
     assert texts[0] == texts[1]
     assert any("writes" in line for line in workshop.reporter.lines)  # type: ignore[attr-defined]
 

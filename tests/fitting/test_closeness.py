@@ -41,7 +41,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> list[Reader]:
         weight *= 2 * (1 + noise * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
         write_pico_gguf(distinct_norms(model), folder / "model.gguf", tokenizer=tokenizer)
         workshop = Workshop(folder / "fit", Asked(str(folder / "model.gguf"), ()), Reporter(quiet=True))
-        found.append(workshop.reader(workshop.file(Candidate(DENSE, "f16")), DENSE))
+        found.append(workshop.making.reader(workshop.making.file(Candidate(DENSE, "f16")), DENSE))
     return found
 
 

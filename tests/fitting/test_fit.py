@@ -96,7 +96,9 @@ def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_
 
 
 @pytest.mark.slow
-def test_killed_at_three_moments_it_ends_with_the_same_answer(place: Path, found: Any, tmp_path: Path) -> None:
+def test_killed_at_three_moments_it_ends_with_the_same_answer(
+    place: Path, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By SIGKILL, at calls of the system that are drawn; a run takes up where the last one was killed."""
 
     def run(out: Path) -> Any:
@@ -111,6 +113,7 @@ def test_killed_at_three_moments_it_ends_with_the_same_answer(place: Path, found
     calls = json.loads((tmp_path / "calls.json").read_text())
     for part in random.Random(0).sample(range(5, 30), 3):  # per cent of what a whole run takes, each time
         assert in_child(run, killed, kill_at=calls * part // 100) == -signal.SIGKILL
+    monkeypatch.setenv("XDG_CACHE_HOME", str(killed / "cache"))  # the children's
     again = run(killed)
     assert again.file.read_bytes() == found.file.read_bytes()
     assert (again.chosen, again.lines) == (found.chosen, found.lines)
@@ -134,7 +137,7 @@ def test_a_second_verdict_of_the_same_items_is_told(place: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ray", [None, "local"])
-def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, tmp_path: Path) -> None:
+def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, store: Path, tmp_path: Path) -> None:
     settings = how(place, workers=2, ray=ray)
     again = coprune.fit(
         place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "small", **settings
@@ -168,7 +171,7 @@ def test_transformers_finds_continuations_as_likely_as_llama_cpp(place: Path) ->
     for runtime in ("llama.cpp", "transformers"):
         asked = Asked(str(place / "model.gguf"), (), runtime=runtime)
         workshop = Workshop(place / f"in {runtime}", asked, Reporter(quiet=True))
-        reader = workshop.reader(workshop.file(Candidate(DENSE, EXACT)), DENSE)
+        reader = workshop.making.reader(workshop.making.file(Candidate(DENSE, EXACT)), DENSE)
         before, afters = reader.ids("The sea"), [reader.ids("is wide")[1:], reader.ids("was")[1:]]
         found.append([*reader.log_likelihood(before, afters), *reader.write(before, 4).ids])
     assert found[1] == pytest.approx(found[0], rel=0.01)
@@ -182,7 +185,7 @@ def test_the_same_again_measures_nothing_also_with_less_time(place: Path, found:
 
 
 def test_what_there_is_no_time_to_prove_is_passed_over(
-    place: Path, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, found: Any, known_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a search that is over, the unseen half has judged nothing yet but the dense model."""
 
@@ -190,8 +193,10 @@ def test_what_there_is_no_time_to_prove_is_passed_over(
         folder, task = tmp_path / budget, read_task(str(place / "text.txt"))
         shutil.copytree(place / "small", folder)
         (folder / WORK_FOLDER / VERDICTS_FILE).unlink()
-        notes = {file: read_note(file, Measured) for file in folder.glob(f"{WORK_FOLDER}/results/*.json")}
-        known = {file: note.record for file, note in notes.items() if note is not None and note.record.scores}
+        notes = {file: read_note(file, Measured) for file in known_store.glob("fit-*.json")}
+        known = {
+            file: note.record for file, note in notes.items() if note is not None and task.key in note.record.scores
+        }
         measured = sorted(known, key=lambda file: known[file].bytes)
         for file in measured[:-1]:
             for figures in known[file].scores[task.key].values():
@@ -255,7 +260,7 @@ def test_dense_keeps_all_of_its_own_answers(place: Path, tmp_path: Path) -> None
 
 def test_continuations_are_as_likely_as_by_themselves(place: Path) -> None:
     workshop = Workshop(place / "reader", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
-    reader = Reader.open(workshop.file(Candidate(DENSE, "f16")), workshop.tokenizer)
+    reader = Reader.open(workshop.making.file(Candidate(DENSE, "f16")), workshop.making.tokenizer)
     before, afters = reader.ids("The sea"), [reader.ids("is wide")[1:], reader.ids("was")[1:]]
     together = reader.log_likelihood(before, afters)
     assert together == pytest.approx([reader.log_likelihood(before, [after])[0] for after in afters], abs=1e-3)
@@ -266,7 +271,7 @@ def test_continuations_are_as_likely_as_by_themselves(place: Path) -> None:
 
 def test_long_items_are_read_whole_or_cut_alike_for_all_choices(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop = Workshop(place / "long", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
-    reader = Reader.open(workshop.file(Candidate(DENSE, "f16")), workshop.tokenizer)
+    reader = Reader.open(workshop.making.file(Candidate(DENSE, "f16")), workshop.making.tokenizer)
     read, likely = list[tuple[list[int], list[list[int]]]](), reader.log_likelihood
 
     def seen(before: list[int], afters: list[list[int]]) -> list[float]:
@@ -316,7 +321,7 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("text", {"without": "layers"}, "without cannot be 'layers'"),
     ],
 )
-def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_path: Path) -> None:
+def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_path: Path, store: Path) -> None:
     generator = random.Random(1)
     rows = (
         choices(40, generator)

@@ -13,19 +13,25 @@ import yaml
 
 import coprune
 from coprune.base.errors import BadInput, CopruneError, LostProcess, OutOfMemory, VerificationError
+from coprune.base.files import write_text
 from coprune.base.progress import Reporter
+from coprune.fitting.calibration import Passage, write_passages
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.fit import WORK_FOLDER, remake
 from coprune.fitting.made import digest_of
+from coprune.fitting.making import Making
 from coprune.fitting.notes import Asked, Measured
 from coprune.fitting.recipe import RECIPE_FILE
+from coprune.fitting.score import DenseAnswers
+from coprune.fitting.tasks import read_tasks
+from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.llama_cpp import has_llama_cpp
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import locate
 from coprune.store.notes import read_note
 from support.disturbing import in_child
-from support.fits import how
+from support.fits import WORDS, how, write
 
 pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
 
@@ -71,11 +77,11 @@ def test_a_fit_whose_files_moved_is_not_done_again(found: Any, moved: Path) -> N
     ],
     ids=["empty", "half", "binary", "deep", "null", "forged"],
 )
-def test_damaged_notes_are_measured_again(change: Any, found: Any, moved: Path) -> None:
-    notes = moved / "small" / WORK_FOLDER
-    sizes = {file: note.record.bytes for file in notes.glob("results/*") if (note := read_note(file, Measured))}
+def test_damaged_notes_are_measured_again(change: Any, found: Any, moved: Path, known_store: Path) -> None:
+    notes, results = moved / "small" / WORK_FOLDER, known_store.glob("fit-*.json")
+    sizes = {file: note.record.bytes for file in results if (note := read_note(file, Measured))}
     smallest = min((file for file in sizes if sizes[file]), key=sizes.__getitem__)
-    for file in [smallest, *notes.glob("text/*.json")]:
+    for file in [smallest, *notes.glob("text/*.json"), *known_store.glob("fit-paces*"), *known_store.glob("fit-size*")]:
         file.write_bytes(change(file.read_bytes()))
     again = again_in(moved)
     assert again.chosen == found.chosen
@@ -95,18 +101,26 @@ def test_replaced_calibration_text_is_noticed(place: Path, tmp_path: Path) -> No
         opened()
 
 
-def test_a_full_disk_is_no_verdict(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("type", [EXACT, "q8_0"])
+def test_a_full_disk_is_no_verdict(type: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit on the size of files, as on a full disk; the same again with space goes on."""
     (out := tmp_path / "out").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(out / "cache"))
+
+    def opened(folder: Path) -> Workshop:
+        return Workshop(folder / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
 
     def measured(folder: Path) -> Measured:
-        workshop = Workshop(folder / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
-        return workshop.measure(Candidate(DENSE, EXACT), {})
+        return opened(folder).measure(Candidate(DENSE, type), {})
 
-    assert in_child(measured, out, largest=100_000) == 3
-    assert not [*out.glob("fit/results/*")]
+    if type != EXACT:  # which llama.cpp makes of what is there
+        write_passages(opened(out).making.text, [Passage(text="The sea is wide. " * 80, judging=False)])
+        opened(out).bytes_of(Candidate(DENSE, type))
+    assert in_child(measured, out, largest=50_000) == 3
+    assert not [*out.glob("cache/coprune/store/fit-*.json")] or type != EXACT
+    assert opened(out).known(Candidate(DENSE, type)) == Measured()
     found = measured(out)
-    assert found.bytes > 100_000
+    assert found.bytes > 50_000
     assert not found.refused
 
 
@@ -128,11 +142,11 @@ def test_only_what_is_a_property_of_a_candidate_is_stored(
     def opened() -> Workshop:
         return Workshop(tmp_path / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
 
-    def raises(self: Workshop, candidate: Candidate) -> Path:
+    def raises(self: Making, candidate: Candidate) -> Path:
         raise error
 
     candidate = Candidate(DENSE, "q8_0")
-    monkeypatch.setattr(Workshop, "file", raises)
+    monkeypatch.setattr(Making, "file", raises)
     workshop = opened()
     if kept is None:
         with pytest.raises(type(error)):
@@ -141,6 +155,62 @@ def test_only_what_is_a_property_of_a_candidate_is_stored(
         assert workshop.measure(candidate, {}).refused
     assert opened().known(candidate).refused.startswith(kept or "")
     assert bool(opened().known(candidate).refused) == bool(kept)
+
+
+def test_a_failure_of_the_dense_model_is_no_verdict_on_a_candidate(
+    place: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a candidate is compared with is what the dense model writes."""
+    items = write(
+        tmp_path / "prompts.jsonl", [{"prompt": f"{number} {word}"} for number, word in enumerate(WORDS[:20])]
+    )
+    (task,) = read_tasks([str(items)])
+    workshop = Workshop(tmp_path / "fit", Asked(str(place / "model.gguf"), (task,)), Reporter(quiet=True))
+    exact, candidate = workshop.making.file(Candidate(DENSE, EXACT)), Candidate(DENSE, "q8_0")
+
+    def fails(*_: Any) -> None:
+        raise BadInput("the dense model writes nothing")
+
+    monkeypatch.setattr(Making, "file", lambda self, candidate: exact)
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseAnswers, "add", fails)
+        with pytest.raises(BadInput, match="the dense model writes nothing"):
+            workshop.measure(candidate, {task.name: [0]})
+    assert workshop.known(candidate) == Measured()
+    assert not workshop.measure(candidate, {task.name: [0]}).missing(task, [0])
+
+
+def test_a_second_fit_of_the_same_model_and_texts_measures_nothing_again(
+    found: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another folder, of files that have other names; it may have the time to try more."""
+    measured, measure = list[str](), Workshop._measure
+
+    def noted(self: Workshop, candidate: Candidate, *others: Any) -> None:
+        measured.append(candidate.name)
+        measure(self, candidate, *others)
+
+    monkeypatch.setattr(Workshop, "_measure", noted)
+    for name in ("model.gguf", "text.txt"):
+        shutil.copy(place / name, tmp_path / name)
+    again = again_in(tmp_path)
+    assert again.kept
+    assert not {row.name for row in found.rows} & set(measured)
+
+
+def test_an_error_in_a_worker_arrives_with_its_cause(place: Path, tmp_path: Path, store: Path) -> None:
+    asked, candidate = Asked(str(place / "model.gguf"), ()), Candidate(DENSE, "q8_0")
+    workshop = Workshop(tmp_path / "fit", asked, Reporter(quiet=True))
+    write_text(workshop.making.folder / "files" / f"{workshop.making.key('quant', candidate)}.gguf", "no model")
+    workshop.making.exact(DENSE)
+    team = Team(2, tmp_path / "workers.log")
+    try:
+        with pytest.raises(CopruneError, match=r"^q8_0 could not be measured: ") as told:
+            team.measure(workshop, [candidate], {})
+    finally:
+        team.stop()
+    assert ".gguf" in str(told.value)
+    assert "Traceback" not in str(told.value)
 
 
 def test_a_recipe_of_a_replaced_model_is_refused_before_anything_is_made(moved: Path, tmp_path: Path) -> None:

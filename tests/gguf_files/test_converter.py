@@ -15,7 +15,6 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.fit import _with_template
-from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.notes import Asked
 from coprune.gguf_files.converter import SCRIPT, find_converter
 from coprune.model.checkpoint.load import load_model, quiet_transformers
@@ -146,14 +145,14 @@ def test_a_run_stands_for_the_model_that_it_saved(place: Path, tmp_path: Path) -
 
 def test_fit_makes_a_template_once(place: Path, tmp_path: Path) -> None:
     asked, reporter = Asked(str(place / "dense"), ()), Reporter(quiet=True)
-    found = _with_template(asked, tmp_path / "fit", FitSettings(converter=str(place / "llama.cpp")), reporter)
+    found = _with_template(asked, tmp_path / "fit", place / "llama.cpp", reporter)
     assert found.like is not None
     assert isinstance(locate(found.like), GgufFile)
     written = Path(found.like).stat().st_mtime_ns
-    again = _with_template(asked, tmp_path / "fit", FitSettings(converter=str(place / "absent")), reporter)
+    again = _with_template(asked, tmp_path / "fit", place / "absent", reporter)
     assert again == found
     assert Path(found.like).stat().st_mtime_ns == written
-    assert _with_template(found, tmp_path / "fit", FitSettings(), reporter) is found
+    assert _with_template(found, tmp_path / "fit", None, reporter) is found
 
 
 @pytest.mark.slow

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
+from coprune.base.pool import Capacity, Cause
 from coprune.run.memory_estimate import DevicePeak, Estimate
 from coprune.run.reuse import KeptEstimate, estimate_key
 from coprune.store.store import Store
-from coprune.sweeps.events import Cause
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import SHARED_FOLDER
 from coprune.sweeps.run import Execution, Plan
-from coprune.sweeps.worker import Capacity
 
 GB = 10**9
 
@@ -78,9 +77,8 @@ def test_a_run_without_an_estimate_goes_alone_and_one_without_a_check_takes_noth
 def test_a_run_that_is_too_large_is_told_and_a_little_too_large_gets_a_machine_for_itself(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [3 * GB, 10 * GB, 40 * GB], Capacity(8, 18 * GB, 0, 4, 9 * GB))
     assert [job.memory for job in plan.to_run()] == [3 * GB, 9 * GB]
-    (event,) = plan.too_large
-    assert (event.run, event.cause) == ("nsamples-3", Cause.REFUSED)
-    assert "would not fit" in event.text
+    assert [(run, why.cause) for run, why in plan.too_large.items()] == [("nsamples-3", Cause.REFUSED)]
+    assert "would not fit" in plan.too_large["nsamples-3"].text
 
 
 def test_a_run_on_a_gpu_is_planned_by_both_memories(tmp_path: Path) -> None:
@@ -92,6 +90,6 @@ def test_a_run_on_a_gpu_is_planned_by_both_memories(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [on_gpu(60 * GB), on_gpu(120 * GB)], Capacity(8, 16 * GB, 1, 8, 16 * GB))
     jobs = plan.to_run()
     assert [job.memory for job in jobs] == [2 * GB]
-    (refused,) = plan.too_large
+    (refused,) = plan.too_large.values()
     assert refused.cause is Cause.REFUSED
     assert "111.76 of 74.5 GiB on cuda:0" in refused.text

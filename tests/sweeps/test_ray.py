@@ -8,18 +8,17 @@ import socket
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from coprune.base.errors import BadInput
+from coprune.base.pool import LOCAL, Cause, RayWorkers, run_all
 from coprune.report.schema import Report
-from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
-from coprune.sweeps.run import conduct
-from coprune.sweeps.worker import Job
+from coprune.sweeps.job import RunJob
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 
 pytest.importorskip("ray")
-from coprune.sweeps.on_ray import LOCAL, RayWorkers
 
 
 def kill_a_task(name: str) -> bool:
@@ -42,25 +41,22 @@ def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(
 ) -> None:
     monkeypatch.chdir(make_place(tmp_path))
     sweep, runs = pico_sweep(method=["sparsegpt"], seed=[0, 1, 2], nsamples=64)
-    jobs = [Job(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
+    jobs = [RunJob(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
     workers = RayWorkers(LOCAL)
     workers.at_once = 2
-    ends, killed = [], list[bool]()
 
-    def listen(event: JobEvent, again: bool) -> None:
-        if not isinstance(event, Doing):
-            ends.append((event.run, event.cause if isinstance(event, NotDone) else Done))
-        elif event.text == "pruning, 1 blocks done" and not killed:
-            time.sleep(0.01)
-            killed.append(kill_a_task(event.run))
+    def kill() -> None:
+        while not kill_a_task(runs[0].name):
+            time.sleep(0.1)
 
+    killing = Thread(target=kill)
+    killing.start()
     try:
-        conduct(jobs, workers, 1, listen)
+        ended = [(job.name, outcome.cause) for job, outcome in run_all(jobs, workers, 1)]
     finally:
         workers.stop()
-    found = Counter(ends)
-    assert {name: found[name, Done] for name, _ in found} == {run.name: 1 for run in runs}, ends
-    assert sum(count for (_, how), count in found.items() if how is Cause.LOST) == killed.count(True)
+        killing.join()
+    assert Counter(ended) == {(run.name, None): 1 for run in runs} | {(runs[0].name, Cause.LOST): 1}
     for run in runs:
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(
             alone(run, tmp_path / "separate")

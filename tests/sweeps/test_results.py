@@ -14,21 +14,21 @@ import typer
 import yaml
 
 from coprune.base.errors import BadInput, CopruneError
+from coprune.base.pool import do_job
 from coprune.base.progress import Reporter
 from coprune.commands.sweep import _show
 from coprune.commands.terminal import console
 from coprune.evaluation.answers.facts import Requirement
 from coprune.report.schema import Report
 from coprune.runner.run_recipe import run_recipe
-from coprune.sweeps import results, worker
-from coprune.sweeps.events import Board, Cause, Doing, Done, NotDone
+from coprune.sweeps import job, results
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, finished_report, read_finished
+from coprune.sweeps.job import RunJob
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import _measured, collect
 from coprune.sweeps.table import PaperTable, Result, paper_tables
-from coprune.sweeps.worker import Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
 from support.reports import with_tasks
@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_place(tmp_path_factory.mktemp("place"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(worker, "_texts", {})
+        patch.setattr(job, "_texts", {})
         sweep, runs = pico_sweep(
             method=["wanda", "magnitude"],
             pattern=["unstructured", "2:4"],
@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("out/sweep.yaml").write_text(sweep.to_yaml(), encoding="utf-8")
         for run in runs:
             if run.name != "wanda/2-4/seed-1":
-                do_job(Job(run, "run", sweep.folder, THREADS), lambda event: None)
+                do_job(RunJob(run, "run", sweep.folder, THREADS))
     return folder
 
 
@@ -155,22 +155,7 @@ def test_compare_takes_a_sweep_that_has_moved(
     assert rows[1].startswith("model,")
 
 
-def test_the_board_foresees_the_end() -> None:
-    board = Board(["a", "b", "c"], earlier=2, quiet=True)
-    assert board.remaining() is None
-    board.note(Doing("a", "pruning"), False)
-    board.note(Done("a"), False)
-    board.states["a"].seconds = 5.0
-    assert board.remaining() == pytest.approx(10)
-    board.note(NotDone("b", Cause.LOST, "gone"), True)
-    board.note(NotDone("b", Cause.REFUSED, "first\nlast"), False)
-    assert board.states["b"].text == "last"
-    assert board.remaining() == pytest.approx(5)
-    board.note(Done("c"), False)
-    assert board.remaining() == 0
-
-
-def test_names_in_tables_and_on_the_board_steer_no_terminal(
+def test_names_in_tables_steer_no_terminal(
     here: tuple[Sweep, list[Run], dict[str, Report]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -179,21 +164,14 @@ def test_names_in_tables_and_on_the_board_steer_no_terminal(
     table = PaperTable(odd, [odd], {odd: [Result(odd, 1.0)]})
     monkeypatch.setattr(results, "paper_tables", lambda *_: [table])
     results.print_tables(*here, console())
-    board = Board([odd], earlier=0)
-    board.note(Doing(odd, odd), False)
-    console().print(board.render())
-    board.note(NotDone(odd, Cause.REFUSED, odd), False)
-    shown = capsys.readouterr()
-    assert shown.out.count("[/bold]\\x1b[2J") == 6
-    assert odd not in shown.out
-    assert shown.err == "failed   [/bold]\\x1b[2J  [/bold]\\x1b[2J\n"
+    assert capsys.readouterr().out.count("[/bold]\\x1b[2J") == 4
 
 
 def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(make_place(tmp_path))
-    monkeypatch.setattr(worker, "_texts", {})
+    monkeypatch.setattr(job, "_texts", {})
     how = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
     sweep, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
     with pytest.MonkeyPatch.context() as patch:

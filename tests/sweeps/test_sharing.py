@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from coprune.base.pool import Cause, do_job
 from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
 from coprune.run import context
 from coprune.stages import run_stages
-from coprune.sweeps import worker
-from coprune.sweeps.events import Cause, Doing, Done, JobEvent
+from coprune.sweeps import job
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
-from coprune.sweeps.worker import Job, do_job
+from coprune.sweeps.job import RunJob
 from coprune.training import footprint
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.sample import sampled
@@ -38,16 +38,13 @@ CUT: dict[str, Any] = {"remove": "channels=0.4", "align": 16, "gate": False, "sp
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(make_place(tmp_path))
-    monkeypatch.setattr(worker, "_texts", {})
+    monkeypatch.setattr(job, "_texts", {})
     return tmp_path
 
 
 def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
-    """Do runs one after another in this process, as one worker would; the last event of each."""
-    events: list[JobEvent] = []
-    for run in runs:
-        do_job(Job(run, "run", sweep.folder, THREADS), events.append)
-    return {event.run: event for event in events if not isinstance(event, Doing)}
+    """Do runs one after another in this process, as one worker would; the outcome of each."""
+    return {run.name: do_job(RunJob(run, "run", sweep.folder, THREADS)) for run in runs}
 
 
 def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -67,10 +64,10 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monke
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
     times = counted_measurements(monkeypatch)
     ended = do_here(sweep, runs)
-    assert {type(event) for event in ended.values()} == {Done}, ended
+    assert {one.cause for one in ended.values()} == {None}, ended
     assert times == {"dense": 1, "pruned": 4}
-    assert ended[runs[0].name].saved["dense"] == 0
-    assert all(ended[run.name].saved["dense"] > 0 for run in runs[1:])
+    assert ended[runs[0].name].value["dense"] == 0
+    assert all(ended[run.name].value["dense"] > 0 for run in runs[1:])
     for run in (runs[0], runs[-1]):
         separate = alone(run, place / "separate")
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
@@ -86,9 +83,9 @@ def test_runs_of_two_halves_share_what_is_of_the_source(
     sweep, runs = pico_sweep(method=["wanda", "magnitude"], eval_tokens=320, **halves)
     times = counted_measurements(monkeypatch)
     ended = do_here(sweep, runs)
-    assert {type(event) for event in ended.values()} == {Done}, ended
+    assert {one.cause for one in ended.values()} == {None}, ended
     assert times["dense"] == 1
-    assert ended["magnitude"].saved["dense"] > 0
+    assert ended["magnitude"].value["dense"] > 0
     shared, separate = Report.read(runs[1].recipe.run_folder / "report.json"), alone(runs[1], place / "separate")
     assert measured(shared) == measured(separate)
     if shared.finetuned is not None and separate.finetuned is not None:
@@ -101,7 +98,7 @@ def test_every_run_logs_the_items_of_both_its_models(place: Path, monkeypatch: p
     asked = {"tasks": "piqa", "limit": 3, "include_path": str(DEFINITIONS), "log_samples": "items", "evaluate": False}
     sweep, runs = pico_sweep(method=["wanda", "magnitude"], stream=False, **asked)
     ended = do_here(sweep, runs)
-    assert {type(event) for event in ended.values()} == {Done}, ended
+    assert {one.cause for one in ended.values()} == {None}, ended
     logged = {str(file.relative_to("items")) for file in Path("items").rglob("*.jsonl")}
     assert logged == {f"{run}/{model}/piqa.jsonl" for run in ("wanda", "magnitude") for model in ("dense", "pruned")}
 
@@ -109,12 +106,12 @@ def test_every_run_logs_the_items_of_both_its_models(place: Path, monkeypatch: p
 def test_another_text_or_model_is_measured_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_place(place / "other")
     sweep, runs = pico_sweep(eval_data=["test.txt", "words.txt"], eval_tokens=320)
-    assert {type(event) for event in do_here(sweep, runs).values()} == {Done}
+    assert {one.cause for one in do_here(sweep, runs).values()} == {None}
     first, second = (Report.read(run.recipe.run_folder / "report.json").perplexity[0] for run in runs)
     assert first.dense != second.dense
     text = (place / "test.txt").read_text()
     (place / "test.txt").write_text(" ".join(reversed(text.split())))
-    monkeypatch.setattr(worker, "_texts", {})  # as a new process has none
+    monkeypatch.setattr(job, "_texts", {})  # as a new process has none
     sweep, runs = pico_sweep(method="magnitude", eval_data=["test.txt"], save="out2", eval_tokens=320)
     sweep = sweep.with_settings({"save": "out"})
     do_here(sweep, runs)
@@ -126,7 +123,7 @@ def test_a_run_that_is_done_is_not_done_again(place: Path) -> None:
     sweep, runs = pico_sweep(method=["magnitude"])
     do_here(sweep, runs)
     before = (place / "out/magnitude/report.json").stat().st_mtime_ns
-    assert isinstance(do_here(sweep, runs)["magnitude"], Done)
+    assert do_here(sweep, runs)["magnitude"].cause is None
     assert (place / "out/magnitude/report.json").stat().st_mtime_ns == before
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,13 +55,8 @@ def asks_for_fsdp() -> bool:
 
 
 def whole_environment() -> dict[str, str]:
-    """Return the variables of this process, for a worker that is forked from another one."""
+    """Return the variables of this process, for a program that it starts."""
     return dict(os.environ)
-
-
-def add_to_environment(variables: Mapping[str, str]) -> None:
-    """Set variables of this process, as those that a worker was started with."""
-    os.environ.update(variables)
 
 
 def user_cache() -> Path:
@@ -123,8 +120,10 @@ def see_only(gpu: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
-def quieten_tokenizers() -> None:
-    """Disable the tokenizers' warning about forked processes (TOKENIZERS_PARALLELISM), unless the user set it."""
+def quieten_libraries() -> None:
+    """Silence warnings, transformers' notes and, unless the user set TOKENIZERS_PARALLELISM, that of forked tokenizers."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -94,6 +94,12 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def forget_peak() -> None:
+    """Start the peak of this process's memory anew, so that a report tells of its own run (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 # Parameters of glibc's mallopt: what it has to be left of free memory at the end to give it back, what it asks the system
 # for by itself, and how many of those there may be.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4

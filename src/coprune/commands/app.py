@@ -6,21 +6,19 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shlex
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from coprune.base.environment import quieten_tokenizers, rank, require_posix, world_size
+from coprune.base.environment import quieten_libraries, rank, require_posix, world_size
 from coprune.base.errors import BadInput, CopruneError, is_panic
 from coprune.base.words import ended, speaking
 from coprune.commands.grouped import WIDEST
@@ -72,9 +70,7 @@ def main() -> None:
     A command may exit with a code of its own, as for an unmet requirement.
     """
     # Libraries' warnings are for developers; coprune itself reports what matters to users.
-    warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    quieten_tokenizers()
+    quieten_libraries()
     stop = Stop()
     try:
         with stopped_alike(stop):

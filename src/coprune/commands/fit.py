@@ -70,7 +70,7 @@ def fit(
     from coprune.fitting.fit import fit, remake
 
     if is_recipe:
-        show(f"{remake(model, output, quiet)}: the same bytes as the recipe says")
+        show(f"{remake(model, output, quiet, asked.converter)}: the same bytes as the recipe says")
         return
     if not task:
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")

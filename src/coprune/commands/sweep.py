@@ -61,7 +61,7 @@ def sweep(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Cores of a run. [all of them shared out]", min=1)] = None,
     retries: Annotated[int, typer.Option(help="Retries of a run that crashed or was killed.", min=0)] = 2,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and lines.")] = False,
     **settings: Any,
 ) -> None:
     """Run every combination of a file's lists, several at a time, and collect the results in one table.

@@ -17,7 +17,7 @@ from coprune.fitting.notes import Sizes, noted
 from coprune.fitting.score import ANSWER_TOKENS
 from coprune.fitting.tasks import LEAST_HALF, Task
 from coprune.fitting.workshop import Workshop
-from coprune.store.notes import read_note, write_note
+from coprune.store.notes import write_note
 
 EXACT_DENSE = Candidate(DENSE, EXACT)
 _TRAINING_COST = 4.0
@@ -74,19 +74,19 @@ class Budget:
 
     def proof(self, candidates: int) -> float:
         """Return an upper bound of the seconds of the final test: the dense model's time on that half, and writing."""
-        return candidates * self._half + self._workshop.took_to_write(DENSE)
+        return candidates * self._half + self._workshop.making.took_to_make(EXACT_DENSE)
 
     def expected(self, candidate: Candidate, tried: Sequence[Candidate]) -> float:
         """Return the seconds of making and measuring a candidate: as others took, or half of the items in the dense model."""
         workshop = self._workshop
         slow = [one for one in tried if _is_slow(one) == _is_slow(candidate)]
-        made = fmean([workshop.took_to_make(one) for one in slow or tried] or [0.0])
+        made = fmean([workshop.making.took_to_make(one) for one in slow or tried] or [0.0])
         if not slow and _is_slow(candidate):
             made *= _SLOW
         read = max(self._half, fmean([workshop.known(one).seconds for one in tried] or [0.0]))
         if candidate.cut == DENSE:
             return made + read
-        cut = 0.0 if workshop.is_made(candidate.cut) else workshop.expected_to_cut(candidate.cut)
+        cut = 0.0 if workshop.making.is_made(candidate.cut) else workshop.making.expected_to_cut(candidate.cut)
         continued = 2 * ANSWER_TOKENS * sum(len(task.seen) for task in workshop.asked.writing)
         tokens = _TRAINING_COST * candidate.cut.tokens + continued
         return made + read + cut + tokens / workshop.known(EXACT_DENSE).speed
@@ -134,7 +134,7 @@ class Budget:
         if any(missing.values()):
             reading = paces.opened + sum(paces.items[key] * count for key, count in missing.items())
             one = paces.opened + sum(paces.items[task.key] * len(places[task.name]) for task in found)
-            self.refuse(reading + one + workshop.took_to_write(DENSE))
+            self.refuse(reading + one + workshop.making.took_to_make(EXACT_DENSE))
         for task, all_items in zip(found, tasks, strict=True):
             there, all_of = len(places[task.name]), len(all_items.seen) + len(all_items.unseen)
             if there < all_of:
@@ -145,10 +145,8 @@ class Budget:
 
     def _paces(self) -> Paces | None:
         """Time a few items of each task in the dense model, once; None where that cannot be opened."""
-        workshop, file = self._workshop, self._workshop.folder / "text" / "paces.json"
-        if (note := read_note(file, Paces)) is not None and note.record.items.keys() >= {
-            task.key for task in workshop.asked.tasks
-        }:
+        workshop, key = self._workshop, self._workshop.key("fit-paces")
+        if (note := workshop.store.find(key, Paces)) is not None:
             return note.record
         opened = workshop.measure(EXACT_DENSE, {})
         if opened.refused:
@@ -156,12 +154,12 @@ class Budget:
         self.refuse(opened.seconds)
         workshop.paces.clear()
         places = {task.name: task.seen[:_PROBED] for task in workshop.asked.tasks}
-        workshop.answer(places)
         workshop.measure(EXACT_DENSE, places)
         # Of items that were measured before a kill nothing is known but their sum.
         usual = workshop.known(EXACT_DENSE).seconds / sum(map(len, places.values()))
         items = {task.key: max(1e-6, workshop.paces.get(task.key, usual)) for task in workshop.asked.tasks}
-        write_note(file, found := Paces(opened=opened.seconds, items=items))
+        found = Paces(opened=opened.seconds, items=items)
+        workshop.store.complete(key, found)
         return found
 
 

@@ -72,13 +72,18 @@ def calibration_of(
     return found, line if count else ""
 
 
-def own_count(characters: int, tokens: int) -> int:
+def texts_in(tokens: int) -> int:
+    """Return how many texts of its own the dense model has time for. tokens: that it writes in this time."""
+    return min(_OWN_TEXTS, tokens // _OWN_TOKENS)
+
+
+def own_count(characters: int, texts: int) -> int:
     """Return how many texts of its own the dense model writes: as many as there is time for, or as the items lack.
 
-    characters: of the seen items that calibrate. tokens: that there is time for.
+    characters: of the seen items that calibrate. texts: that there is time for.
     """
     lacking = _LEAST_TOKENS - characters // _CHARACTERS_OF_TOKEN
-    return max(0, min(_OWN_TEXTS, tokens // _OWN_TOKENS), -(-lacking // _OWN_TOKENS))
+    return max(0, texts, -(-lacking // _OWN_TOKENS))
 
 
 def own_texts(reader: Reader, count: int, seed: int, reporter: Reporter) -> list[str]:

@@ -23,6 +23,7 @@ from coprune.fitting.fit_page import fit_card, fit_page
 from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.made import bytes_given, bytes_in, copy, digest_of
+from coprune.fitting.making import Making
 from coprune.fitting.notes import Asked
 from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import wanted
@@ -34,7 +35,7 @@ from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.converter import find_converter, no_template
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.digest import source_digest
-from coprune.model.checkpoint.locate import Location, ModelFolder, locate
+from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.report.folder import REPORT_FILE, model_of
 from coprune.report.made import MadeFacts
 from coprune.report.schema import Report
@@ -88,8 +89,8 @@ def fit(
     require_usable(target, "output")
     if target.exists() and any(target.iterdir()) and not (target / WORK_FOLDER).is_dir():
         raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
-    asked = _with_template(asked, target, settings, reporter)
-    team = Team(settings.workers, settings.ray)
+    asked = _with_template(asked, target, settings.converter, reporter)
+    team = Team(settings.workers, target / WORK_FOLDER / "workers.log", settings.ray)
     try:
         workshop = Workshop(target / WORK_FOLDER, asked, reporter)
         with workshop.refusing():
@@ -105,13 +106,14 @@ def fit(
     return _leave(target, search, finding, more)
 
 
-def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
+def remake(recipe: str | Path, output: str | Path, quiet: bool = False, converter: str | Path | None = None) -> Path:
     """Make the model of a recipe that `fit` left again, without a search.
 
     Args:
         recipe: the file; the text beside it is needed too.
         output: a folder for the model.
         quiet: no progress bars and lines.
+        converter: as in `fit`, where that used one.
 
     Returns:
         The file.
@@ -120,7 +122,7 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
         BadInput: the recipe cannot be read, or a file is missing.
         VerificationError: what was made has other bytes.
     """
-    source, target = expand_home(recipe), expand_home(output)
+    source, target, reporter = expand_home(recipe), expand_home(output), Reporter(quiet)
     said = FitRecipe.read(source)
     chosen, asked = said.candidate, said.asked
     file = target / _name(asked, chosen)
@@ -130,18 +132,20 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False) -> Path:
     if asked.digests["model"] != said.source:
         cause = f"{said.model} is another model than the one that {source} was made from: its files hold other bytes"
         raise BadInput(cause, field="model", value=str(recipe), fix="put the files of that one there")
-    workshop = Workshop(target / WORK_FOLDER, asked, Reporter(quiet))
-    workshop.text.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source.with_name(said.text), workshop.text)
-    made = workshop.file(chosen)
+    _require_template(asked, converter)
+    work = target / WORK_FOLDER
+    making = Making(work, _with_template(asked, work, converter, reporter), reporter)
+    making.text.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source.with_name(said.text), making.text)
+    made = making.file(chosen)
     if digest_of(made) != said.sha256:  # before it gets the name of what is finished
-        shutil.rmtree(workshop.folder)
+        shutil.rmtree(work)
         raise VerificationError(
             f"the bytes of {file.name}, made as {source} says, differ from those of the fit, so it was not kept: another "
             "version or processor, or coprune[languages] is installed in one place alone"
         )
     copy(made, file)
-    shutil.rmtree(workshop.folder)
+    shutil.rmtree(work)
     return file
 
 
@@ -158,29 +162,34 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -
     for name in types:
         require_type(name)
     tasks, conditions = wanted(_paths(task), require, how.seed, how.items, how.trust_tasks)
-    model = model_of(str(model))
-    location = locate(model)
-    if _needs_template(how.runtime, location, how.like) and find_converter(how.converter) is None:
-        raise no_template(location.path, location.name)
-    asked = Asked(model, tasks, how.seed, how.text, how.like, how.runtime)
+    asked = Asked(model_of(str(model)), tasks, how.seed, how.text, how.like, how.runtime)
+    _require_template(asked, how.converter)
     return asked, Wish(conditions, how.target, how.budget, how.without, types)
 
 
-def _needs_template(runtime: str, location: Location, like: str | None) -> bool:
-    """Return whether llama.cpp's converter has to make the GGUF file that all others are made like."""
-    return runtime == "llama.cpp" and like is None and isinstance(location, ModelFolder)
-
-
-def _with_template(asked: Asked, folder: Path, how: FitSettings, reporter: Reporter) -> Asked:
-    """Return what is asked with a template for the model's folder, made once. folder: of the fit."""
+def _untemplated(asked: Asked) -> ModelFolder | None:
+    """Return the model's folder if llama.cpp's converter has to make the GGUF file that all others are made like."""
+    if asked.runtime != "llama.cpp" or asked.like is not None:
+        return None
     location = locate(asked.model)
-    if not isinstance(location, ModelFolder) or not _needs_template(asked.runtime, location, asked.like):
+    return location if isinstance(location, ModelFolder) else None
+
+
+def _require_template(asked: Asked, converter: str | Path | None) -> None:
+    """Raise BadInput where a template has to be made and there is no converter."""
+    if (folder := _untemplated(asked)) is not None and find_converter(converter) is None:
+        raise no_template(folder.path, folder.name)
+
+
+def _with_template(asked: Asked, folder: Path, converter: str | Path | None, reporter: Reporter) -> Asked:
+    """Return what is asked with a template for the model's folder, made once in the fit's folder. Raises BadInput."""
+    if (location := _untemplated(asked)) is None:
         return asked
     file = folder / TEMPLATE_FOLDER / f"{source_digest(location)[:16]}.gguf"
     if not file.is_file():
         for name in (WORK_FOLDER, TEMPLATE_FOLDER):  # the first tells that the folder is a fit's
             (folder / name).mkdir(parents=True, exist_ok=True)
-        write_durably(file, lambda final: template_of(location, final, how.converter, reporter))
+        write_durably(file, lambda final: template_of(location, final, converter, reporter))
     return replace(asked, like=str(file))
 
 
@@ -195,16 +204,18 @@ def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
     """Write the model and what is to be known of it, and remove the rest."""
     workshop, chosen = search.workshop, finding.chosen
     file = target / _name(workshop.asked, chosen)
-    source = file if _is_there(target, chosen, file) else workshop.file(chosen)
+    source = file if _is_there(target, chosen, file) else workshop.making.file(chosen)
     notes = [*_notes(search, finding), *_tokenised_alike(search, chosen, source)]
     for old in target.glob("model-*.gguf"):
         if old != file:
             old.unlink()
     if source != file:
         copy(source, file)
-    write_text(target / TEXT_FILE, workshop.text.read_text(encoding="utf-8"))
+    write_text(target / TEXT_FILE, workshop.making.text.read_text(encoding="utf-8"))
     size, digest = bytes_in(file), digest_of(file)
-    write_text(target / RECIPE_FILE, FitRecipe.of(workshop.asked, chosen, size, digest).written())
+    own_template = Path(workshop.asked.like or "").parent == target / TEMPLATE_FOLDER
+    asked = replace(workshop.asked, like=None) if own_template else workshop.asked  # it is made again like the model
+    write_text(target / RECIPE_FILE, FitRecipe.of(asked, chosen, size, digest).written())
     rows = _rows(search, finding)
     better = chosen != AS_GIVEN
     tried = [f"{name.name}: {one.line()}" for name, held in finding.unseen.items() for one in held]
@@ -219,7 +230,7 @@ def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
         rows,
         plain,
         tuple(notes),
-        bytes_given(workshop.source),
+        bytes_given(workshop.making.source),
         better,
         more,
     )
@@ -227,7 +238,7 @@ def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
     write_text(target / PAGE_FILE, fit_page(found, named, search.wish.target))
     write_text(target / CARD_FILE, fit_card(found, named))
     write_text(target / FACTS_FILE, json.dumps(_facts(search, finding, found, digest), indent=1, default=list))
-    workshop.clear()
+    workshop.making.clear()
     return found
 
 
@@ -308,7 +319,7 @@ def _notes(search: Search, finding: Finding) -> list[str]:
         failed = any(not one.plain for one in finding.unseen)
         found.append(f"{'the unseen items confirm no cut' if failed else 'no cut helps here'}: this is {what}")
     if (fewer := finding.chosen.cut.fewer) is not None:
-        facts = Report.read(search.workshop.run_of(fewer) / REPORT_FILE).vocabulary
+        facts = Report.read(search.workshop.making.run_of(fewer) / REPORT_FILE).vocabulary
         found += [f"fewer tokens: {lost}"] if facts is not None and (lost := facts.loud()) else []
     if finding.looks > 1:
         found.append(
@@ -325,7 +336,7 @@ def _notes(search: Search, finding: Finding) -> list[str]:
 
 def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]:
     """Compare the file's own tokenizer with the one that items were measured with. Raises VerificationError for another."""
-    reader = search.workshop.reader(file, chosen.cut)
+    reader = search.workshop.making.reader(file, chosen.cut)
     if isinstance(reader.engine, InTransformers):  # has the very tokenizer
         return ["transformers loads the folder; what was measured was measured there"]
     texts = [task.items[place].asked for task in search.tasks for place in task.unseen][:50]

@@ -1,4 +1,4 @@
-"""The file or folder of a model that was made: its bytes, its digest, a copy, and the note on how long it took."""
+"""The file or folder of a model that was made: its bytes, its digest, and a copy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from pydantic import RootModel
-
 from coprune.base.files import whole_folder, write_durably
 from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.locate import GgufFile, Location
-from coprune.store.notes import read_note, write_note
 
 
 def files_in(made: Path) -> list[Path]:
@@ -55,28 +52,3 @@ def copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with whole_folder(target) as out:
         shutil.copytree(source, out, dirs_exist_ok=True)
-
-
-class Seconds(RootModel[float]):
-    """The time of making something."""
-
-
-def note_of(made: Path) -> Path:
-    """Return the file that tells the seconds of making something."""
-    return made.with_name(f"{made.name}.seconds.json")
-
-
-def note_seconds(note: Path, seconds: float) -> None:
-    """Note the seconds of making something."""
-    write_note(note, Seconds(seconds))
-
-
-def seconds_in(note: Path) -> float:
-    """Return the seconds that a note tells; 0 where there is none, or a damaged one."""
-    found = read_note(note, Seconds)
-    return 0.0 if found is None else max(0.0, found.record.root)
-
-
-def seconds_of(made: Path) -> float:
-    """Return the seconds that making something took; 0 where nothing is noted."""
-    return seconds_in(note_of(made))

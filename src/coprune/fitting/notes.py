@@ -9,8 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from pydantic import BaseModel, RootModel
 
+from coprune.base.devices import describe
+from coprune.base.environment import installed_version
 from coprune.base.errors import about
 from coprune.evaluation.asked_texts import text_fingerprint
 from coprune.fitting.fit_settings import Runtime
@@ -18,6 +21,7 @@ from coprune.fitting.tasks import Task
 from coprune.fitting.writing import writing_of
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import locate
+from coprune.report.schema import installed_versions
 from coprune.store.notes import read_note
 
 Value = TypeVar("Value")
@@ -29,10 +33,6 @@ class Sizes(RootModel[dict[str, int]]):
 
 class Looks(RootModel[list[tuple[list[str], list[str]]]]):
     """Conditions, with the candidates that were judged by them in this order."""
-
-
-class Sources(RootModel[tuple[str, str]]):
-    """The files that a quant was made of: in sixteen bits, and its importance matrix."""
 
 
 def noted(file: Path, kind: type[RootModel[Value]], otherwise: Value) -> Value:
@@ -76,11 +76,15 @@ class Asked:
 
     def facts(self) -> dict[str, Any]:
         """Return the inputs as JSON: files by what they hold, wherever they lie."""
-        return {
-            "tasks": [task.fingerprint for task in self.tasks],
-            "seed": self.seed,
-            "runtime": self.runtime,
-        } | self.digests
+        tasks = [task.fingerprint for task in self.tasks]
+        return {"tasks": tasks, "seed": self.seed, "runtime": self.runtime} | self.digests
+
+    @cached_property
+    def contents(self) -> dict[str, Any]:
+        """What decides a candidate and its figures beside the tasks and the text that calibrates: for keys."""
+        packages = {name: installed_version(name) for name in ("llama-cpp-py-sync", "gguf")}
+        made = {"digests": self.digests, "seed": self.seed, "runtime": self.runtime}
+        return made | {"versions": installed_versions() | packages, "processor": describe(torch.device("cpu"))}
 
 
 class Measured(BaseModel):

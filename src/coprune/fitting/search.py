@@ -91,7 +91,7 @@ class Search:
         self.tried: dict[Candidate, Measured] = {}
         self._safety: dict[Candidate, float] = {}  # by the seen half
         self._kept: list[Candidate] = []  # what keeps everything on the seen half, the best last
-        self._vocabulary = len(workshop.tokenizer)
+        self._vocabulary = len(workshop.making.tokenizer)
         self.budget = Budget(workshop, wish.budget, team.count)
         self._least = {task.key: 0 for task in self.tasks}  # items that prove something at all
         for condition, task in self._pairs():
@@ -102,7 +102,6 @@ class Search:
         """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
         self.tasks = self.budget.carried(self._least)
         every = {task.name: [*task.seen, *task.unseen] for task in self.tasks}
-        self.workshop.answer(every)
         found = self.workshop.measure(EXACT_DENSE, every)
         if found.refused:
             raise BadInput(
@@ -124,7 +123,8 @@ class Search:
         right = dense.of(task, "accuracy", places)
         share = sum(right) / len(right)
         if task.kind == "answer" and not any(right):
-            item, reader = task.items[places[0]], self.workshop.reader(self.workshop.file(EXACT_DENSE), DENSE)
+            item, making = task.items[places[0]], self.workshop.making
+            reader = making.reader(making.file(EXACT_DENSE), DENSE)
             cause = f"none of the dense model's {len(right)} answers to {task.name} matches"
             said = (
                 f"{answer_text(reader, item).strip()[:60]!r} was written where {item.regex or item.answer!r} is right"
@@ -249,8 +249,9 @@ class Search:
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
         """Return whether a quant is known not to be smaller than the best before it is made itself."""
-        unknown = candidate.type == EXACT or not self.workshop.is_made(candidate.cut.sized_by)
-        if self.wish.target != "size" or unknown:
+        workshop = self.workshop
+        known = workshop.is_sized(candidate) or workshop.making.is_made(candidate.cut.sized_by)
+        if self.wish.target != "size" or candidate.type == EXACT or not known:
             return False
         try:
             return self.workshop.bytes_of(candidate) >= self.workshop.bytes_of(best)
@@ -301,7 +302,7 @@ class Search:
                 low = place + 1
             place = (low + high) // 2
         for candidate in lost:  # now, since others of the pool copy tensors of their files
-            self.workshop.drop(candidate)
+            self.workshop.making.drop(candidate)
 
     def run(self) -> Finding:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
@@ -311,7 +312,7 @@ class Search:
 
     def _or_as_given(self, finding: Finding) -> Finding:
         """Return what was given where nothing clearly better than it is proven."""
-        if not is_file_of(self.workshop.source, self.workshop.asked.runtime):
+        if not is_file_of(self.workshop.making.source, self.workshop.asked.runtime):
             return finding
         self.workshop.measure(AS_GIVEN, {})
         given = self.cost(AS_GIVEN)

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coprune.base.errors import CopruneError
+from coprune.base.pool import Workers, run_all, workers_at
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import Candidate
-from coprune.fitting.notes import Asked
+from coprune.fitting.notes import Asked, Measured
 from coprune.fitting.workshop import Workshop
-from coprune.sweeps.events import Doing, JobEvent, NotDone, Tell
-from coprune.sweeps.on_ray import RayWorkers
-from coprune.sweeps.pool import LocalWorkers
-from coprune.sweeps.run import conduct
-from coprune.sweeps.worker import Workers
 
-_RETRIES = 2
+_RETRIES = 1
+"""Of a candidate that lost its process: one that ends two of them is reported."""
 
 
 @dataclass(frozen=True)
@@ -39,54 +36,51 @@ class Measuring:
         """The candidate's."""
         return self.candidate.name
 
-    def do(self, tell: Tell) -> Mapping[str, float]:
-        """Measure it; what is found is kept in the folder."""
-        tell(Doing(self.name, "measuring"))
+    def do(self) -> Measured:
+        """Measure it."""
         wanted = {name: [*places] for name, places in self.wanted}
-        Workshop(self.folder, self.asked, Reporter(quiet=True)).measure(self.candidate, wanted)
-        return {}
+        return Workshop(self.folder, self.asked, Reporter(quiet=True)).measure(self.candidate, wanted)
 
 
 class Team:
     """Workers that share a fit's folder; processes of this machine are started when they are first needed."""
 
-    def __init__(self, count: int, ray: str | None = None) -> None:
+    def __init__(self, count: int, log: Path, ray: str | None = None) -> None:
         """Create a team. Raises BadInput if Ray is asked for and cannot be used.
 
-        count: candidates at a time. ray: address of a cluster, or `local`; None for processes of this machine.
+        count: candidates at a time. log: for what libraries print. ray: address of a cluster, or `local`; None for processes
+        of this machine.
         """
-        self.count, self._ray = count, ray
-        self._workers: Workers | None = None if ray is None else RayWorkers(ray)
+        self.count = count
+        self._workers: Workers | None = None if count == 1 and ray is None else workers_at(ray, log)
 
     @property
     def alone(self) -> bool:
         """Whether candidates are measured one after another in this process."""
-        return self.count == 1 and self._ray is None
+        return self._workers is None
 
     def measure(self, workshop: Workshop, pool: Sequence[Candidate], wanted: Mapping[str, Sequence[int]]) -> None:
-        """Measure candidates. Raises CopruneError for one that was lost with its worker again and again."""
-        if self._workers is None:
-            self._workers = LocalWorkers(workshop.folder / "workers.log")
+        """Measure candidates. Raises CopruneError for one that failed, or was lost with its process again and again."""
+        assert self._workers is not None
         self._workers.at_once = self.count
-        threads = max(1, min(self._workers.capacity.cores_each, self._workers.capacity.cores // self.count))
+        cores = self._workers.capacity
+        threads = max(1, min(cores.cores_each, cores.cores // self.count))
         folder, places = workshop.folder.absolute(), tuple((name, tuple(own)) for name, own in wanted.items())
         jobs = [Measuring(folder, workshop.asked, candidate, places, threads) for candidate in pool]
         with workshop.reporter.bar(f"{len(jobs)} candidates", len(jobs)) as advance:
-
-            def listen(event: JobEvent, again: bool) -> None:
-                if isinstance(event, Doing) or again:
-                    return
-                advance(1)
-                if isinstance(event, NotDone):
-                    raise CopruneError(f"{event.run} could not be measured: {event.text.splitlines()[-1]}")
-
-            conduct(jobs, self._workers, _RETRIES, listen)
+            for job, ended in run_all(jobs, self._workers, _RETRIES):
+                advance(not ended.again)
+                if isinstance(ended.reason, CopruneError):
+                    raise ended.reason.within(f"{job.name} could not be measured")
+                if ended.cause is not None and not ended.again:
+                    raise CopruneError(f"{job.name} could not be measured: {ended.last_line}")
+                if ended.cause is None:
+                    workshop.learn(job.candidate, ended.value)
 
     def stop(self) -> None:
         """Stop all workers."""
         if self._workers is not None:
             self._workers.stop()
-            self._workers = None
 
 
 def places_ahead(low: int, place: int, high: int, count: int) -> list[int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
-from coprune.base.errors import BadInput, unknown_name
+from coprune.base.errors import BadInput, CopruneError, unknown_name
 from coprune.base.words import Set
 from coprune.model.checkpoint.names import LLAMA_CPP
 
@@ -170,6 +170,9 @@ def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> s
     said = "".join(heard)
     if failed:
         *_, last = ["it does not say why", *filter(None, map(str.strip, said.splitlines()))]
+        if "iostream error" in last:  # all that C++ says where a write fails
+            cause = f"the disk is full or cannot be written: {target} could not be written"
+            raise CopruneError(cause, fix="free some space and repeat the command")
         raise BadInput(
             f"llama.cpp could not make the type {asked.kind} of this model: {last}", field="type", value=asked.kind
         )

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coprune.base.errors import BadInput, CopruneError
-from coprune.base.files import write_durably
-from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
+from coprune.base.errors import CopruneError
+from coprune.base.files import digest_of_files, write_durably
+from coprune.model.checkpoint.shards import read_entries, read_tensor
 from coprune.model.walk.block_events import OUTSIDE, Known, MatricesReady, Past
 from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.recording import Dense, Recording
@@ -28,11 +25,11 @@ from coprune.model.walk.statistics import Statistic
 from coprune.model.walk.walk import Walk
 from coprune.run.context import Run
 from coprune.run.dense_figures import computed
+from coprune.store.notes import Note
 from coprune.store.store import Key, key_of
 
 SPARE = 2
 """Factor of free disk space below which nothing is stored."""
-Kind = type[Statistic] | None
 
 
 def shared_places(run: Run, finished: Mapping[str, object]) -> list[str]:
@@ -66,51 +63,62 @@ def kept_statistics(run: Run, finished: Mapping[str, object], record: Callable[[
     places = shared_places(run, finished) if reuse.among_others and folder is not None else []
     if folder is None or not places:
         return {}
-    key = statistics_key(run)
-    statistics = StatisticsFiles(run, folder, key, places)
-    with reuse.store.claim(key):
+    statistics = KeptStatistics(run, folder, places)
+    with reuse.store.claim(statistics.key()):
         present = found = statistics.find()
         if len(found) < len(places):
             statistics.gather(present, record)
             found = statistics.find()
     if len(found) < len(places):
         return {}
-    reuse.saved.statistics += sum(kept.seconds for kept in present.values())
-    return {place: partial(kept.read, run.loaded.device) for place, kept in found.items()}
+    reuse.saved.statistics += sum(note.seconds for note in present.values())
+    return {place: partial(statistics.read, place, note.record.groups) for place, note in found.items()}
 
 
-def statistics_key(run: Run) -> Key:
-    """Return the key of the dense model's statistics: its weights, the samples, and which matrices share which statistic."""
-    model = run.model
-    assert run.samples is not None
-    statistic = run.solver.statistic
-    facts = {
-        "samples": run.samples.fingerprint,
-        "calibrate_on": run.recipe.calibrate.calibrate_on,
-        "batches": [tuple(batch.shape) for batch in run.task.batches(run.samples.tokens)],
-        "statistic": None if statistic is None else statistic.__name__,
-        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
-        "outside": [matrix.name for matrix in model.chosen.outside],
-    }
-    return key_of("statistics", 3, **computed(run), **facts)
+class Kept(BaseModel):
+    """Statistics of a place, whose tensors are in a file."""
+
+    digest: str
+    """Of the file."""
+    groups: dict[str, dict[str, int]]
+    """Width and counts by the name of a group's first matrix."""
 
 
-class StatisticsFiles:
-    """The statistics that a run has in common with others.
+class KeptStatistics:
+    """The statistics that a run has in common with others, of each place a result in the store.
 
-    folder: where they lie; key: names them; places: which of them the run needs.
+    folder: the store's; places: which of them the run needs.
     """
 
-    def __init__(self, run: Run, folder: Path, key: Key, places: Sequence[str]) -> None:
-        self._run = run
-        self._folder = folder
-        self._key = key
-        self._places = places
+    def __init__(self, run: Run, folder: Path, places: Sequence[str]) -> None:
+        self._run, self._folder, self._places = run, folder, places
+        statistic, samples = run.solver.statistic, run.samples
+        assert samples is not None
+        # The dense model's weights, the samples, and which matrices share which statistic.
+        self._facts = computed(run) | {
+            "samples": samples.fingerprint,
+            "calibrate_on": run.recipe.calibrate.calibrate_on,
+            "batches": [tuple(batch.shape) for batch in run.task.batches(samples.tokens)],
+            "statistic": None if statistic is None else statistic.__name__,
+            "groups": [
+                [[matrix.name for matrix in group] for group in groups] for groups in run.model.structure.groups
+            ],
+            "outside": [matrix.name for matrix in run.model.chosen.outside],
+        }
 
-    def find(self) -> dict[str, Kept]:
-        """Return the complete stored statistics, by place."""
-        found = {place: Kept.find(self._file(place), self._run.solver.statistic) for place in self._places}
-        return {place: kept for place, kept in found.items() if kept is not None}
+    def key(self, place: str | None = None) -> Key:
+        """Return the key of a place's statistics, or of all of them."""
+        return key_of("statistics", 4, place=place, **self._facts)
+
+    def find(self) -> dict[str, Note[Kept]]:
+        """Return the complete stored statistics, by place; a file is read once to see whether it is as it was written."""
+        found = {place: self._run.reuse.store.find(self.key(place), Kept) for place in self._places}
+        return {place: note for place, note in found.items() if note is not None and self._is_whole(place, note.record)}
+
+    def _is_whole(self, place: str, kept: Kept) -> bool:
+        with suppress(OSError):
+            return digest_of_files([self._file(place)]) == kept.digest
+        return False
 
     def gather(self, present: Container[str], record: Callable[[], Recording | None]) -> None:
         """Compute missing statistics of the dense model and store them, if the disk has room.
@@ -143,14 +151,50 @@ class StatisticsFiles:
                     assert event.inputs is not None
                     gathered[event.matrices[0].name] = event.inputs
                     continue
-                write_kept(self._file(event.block.name), gathered, time.perf_counter() - started)
+                self._keep(event.block.name, gathered, time.perf_counter() - started)
                 gathered, started = {}, time.perf_counter()
             if outside:
-                write_kept(self._file(OUTSIDE), gathered, time.perf_counter() - started)
+                self._keep(OUTSIDE, gathered, time.perf_counter() - started)
 
     def _file(self, place: str) -> Path:
-        name = hashlib.sha256(f"{place}\n{self._key}".encode()).hexdigest()[:32]
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"{self.key(place)}.safetensors"
+
+    def _keep(self, place: str, gathered: Mapping[str, Inputs], seconds: float) -> None:
+        """Store what was gathered of a place in some seconds, whole or not at all. Raises CopruneError if the disk is full.
+
+        gathered: by the name of each group's first matrix.
+        """
+        tensors: dict[str, Tensor] = {}
+        groups: dict[str, dict[str, int]] = {}
+        for name, inputs in gathered.items():
+            statistic, sample = inputs.statistic, inputs.sample
+            sums = {} if statistic is None else statistic.sums
+            rows = sample.inputs if _needs_rows(statistic) else sample.inputs[:0]
+            tensors |= {
+                f"{name} {part}": tensor.cpu().contiguous() for part, tensor in {**sums, "sample": rows}.items()
+            }
+            groups[name] = {"width": sample.width, "seen": sample.count}
+            groups[name]["tokens"] = 0 if statistic is None else statistic.count
+        write_durably(file := self._file(place), lambda temporary: save_file(tensors, temporary))
+        self._run.reuse.store.complete(self.key(place), Kept(digest=digest_of_files([file]), groups=groups), seconds)
+
+    def read(self, place: str, groups: Mapping[str, dict[str, int]]) -> dict[str, Inputs]:
+        """Read the inputs of every group of a place, by the name of its first matrix."""
+        entries, device = read_entries(self._file(place)), self._run.loaded.device
+
+        def read(name: str, width: int, seen: int, tokens: int) -> Inputs:
+            def tensor(part: str) -> Tensor:
+                return read_tensor(entries[f"{name} {part}"]).to(device)
+
+            kind = self._run.solver.statistic
+            statistic = None if kind is None else kind(width, device)
+            if statistic is not None:
+                statistic.restore({part: tensor(part) for part in statistic.sums}, tokens)
+            sample = InputSample(width, 0, device)
+            sample.restore(tensor("sample"), seen)
+            return Inputs(statistic, sample)
+
+        return {name: read(name, **counts) for name, counts in groups.items()}
 
     def _bytes(self, place: str) -> int:
         """Return an upper bound of the size of a place's file."""
@@ -166,76 +210,6 @@ class StatisticsFiles:
         return total
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A place's statistics, in a complete file."""
-
-    statistic: Kind
-    facts: dict[str, Any]
-    """Width and counts by group, and the time to gather them all."""
-    entries: dict[str, TensorEntry]
-
-    @classmethod
-    def find(cls, path: Path, statistic: Kind) -> Kept | None:
-        """Read a file once to see whether it is as it was written; None if not, or if there is none."""
-        try:
-            header = json.loads(read_header_bytes(path))["__metadata__"]
-            entries = read_entries(path)
-            tensors = ((name, read_tensor(entry)) for name, entry in sorted(entries.items()))
-            whole = header["digest"] == _digest(tensors, header["facts"])
-            return cls(statistic, json.loads(header["facts"]), entries) if whole else None
-        except (BadInput, OSError, ValueError, KeyError, TypeError):
-            return None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of gathering."""
-        return float(self.facts["seconds"])
-
-    def read(self, device: torch.device) -> dict[str, Inputs]:
-        """Read the inputs of every group, by the name of its first matrix."""
-        return {name: self._read(name, counts, device) for name, counts in self.facts["groups"].items()}
-
-    def _read(self, name: str, counts: dict[str, int], device: torch.device) -> Inputs:
-        def tensor(part: str) -> Tensor:
-            return read_tensor(self.entries[f"{name} {part}"]).to(device)
-
-        width = counts["width"]
-        statistic = None if self.statistic is None else self.statistic(width, device)
-        if statistic is not None:
-            statistic.restore({part: tensor(part) for part in statistic.sums}, counts["tokens"])
-        sample = InputSample(width, 0, device)
-        sample.restore(tensor("sample"), counts["seen"])
-        return Inputs(statistic, sample)
-
-
-def write_kept(path: Path, gathered: Mapping[str, Inputs], seconds: float) -> None:
-    """Write what was gathered of one place, whole or not at all.
-
-    gathered: by the name of each group's first matrix; seconds: that it took. Raises CopruneError if the disk is full.
-    """
-    tensors: dict[str, Tensor] = {}
-    groups: dict[str, dict[str, int]] = {}
-    for name, inputs in gathered.items():
-        statistic, sample = inputs.statistic, inputs.sample
-        sums = {} if statistic is None else statistic.sums
-        rows = sample.inputs if _needs_rows(statistic) else sample.inputs[:0]
-        tensors |= {f"{name} {part}": tensor.cpu().contiguous() for part, tensor in {**sums, "sample": rows}.items()}
-        groups[name] = {"width": sample.width, "seen": sample.count}
-        groups[name]["tokens"] = 0 if statistic is None else statistic.count
-    facts = json.dumps({"groups": groups, "seconds": seconds})
-    metadata = {"facts": facts, "digest": _digest(sorted(tensors.items()), facts)}
-    write_durably(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def _needs_rows(statistic: Statistic | Kind) -> bool:
+def _needs_rows(statistic: Statistic | type[Statistic] | None) -> bool:
     """Return whether layer errors need sampled inputs; some statistics give them without."""
     return statistic is None or not statistic.tells_errors
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]], facts: str) -> str:
-    digest = hashlib.blake2b(facts.encode(), digest_size=16)
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

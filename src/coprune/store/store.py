@@ -78,6 +78,13 @@ class Store:
             self.complete(key, record, time.perf_counter() - started)
             return record
 
+    def seconds(self, step: str = "*") -> list[float]:
+        """Return the seconds of every complete result of a step, by default of all steps."""
+        found = (
+            [] if self._folder is None else [read_note(file, BaseModel) for file in self._folder.glob(f"{step}-*.json")]
+        )
+        return [note.seconds for note in found if note is not None]
+
     @contextmanager
     def claim(self, key: Key) -> Iterator[None]:
         """Hold the claim on a result, for one that is not made by one call; wait for whoever holds it."""

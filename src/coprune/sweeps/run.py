@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_text
-from coprune.base.words import Setting
+from coprune.base.pool import Cause, Outcome, Workers, run_all, workers_at
+from coprune.base.progress import Reporter
+from coprune.base.words import Setting, duration
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.run.reuse import KeptEstimate, estimate_key, kept_estimate
 from coprune.stages.checks import prepare_solver
 from coprune.store.claim import Claim, Taken
 from coprune.store.store import Store
-from coprune.sweeps.events import Board, Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import SHARED_FOLDER, Ledger, finished_reports
-from coprune.sweeps.on_ray import RayWorkers
-from coprune.sweeps.pool import LocalWorkers
+from coprune.sweeps.job import RunJob
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import collect
-from coprune.sweeps.worker import Job, Work, Workers
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
@@ -69,38 +67,39 @@ def check_sweep(sweep: Sweep) -> list[Run]:
 
 def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, quiet: bool) -> None:
     """Run the unfinished runs."""
-    started = time.perf_counter()
-    outcome.ledger.wall.append(0.0)
-    workers: Workers = (
-        LocalWorkers(sweep.folder / SHARED_FOLDER / "workers.log") if how.ray is None else RayWorkers(how.ray)
-    )
+    started, reporter, ledger = time.perf_counter(), Reporter(quiet), outcome.ledger
+    ledger.wall.append(0.0)
+    workers = workers_at(how.ray, sweep.folder / SHARED_FOLDER / "workers.log")
     plan = Plan(sweep, how, workers, waiting)
-    board = Board([run.name for run in waiting], len(outcome.runs) - len(waiting), quiet)
 
     def note_time() -> None:
-        outcome.ledger.wall[-1] = time.perf_counter() - started
-        outcome.ledger.write(sweep.folder)
+        ledger.wall[-1] = time.perf_counter() - started
+        ledger.write(sweep.folder)
 
-    def listen(event: JobEvent, again: bool) -> None:
-        board.note(event, again)
-        if isinstance(event, Done):
-            outcome.ledger.saved[event.run] = dict(event.saved)
-            outcome.ledger.runs[event.run] = board.states[event.run].seconds or 0.0
-            note_time()
-        elif isinstance(event, NotDone) and not again:
-            outcome.failures[event.run] = event.text
+    def fail(run: str, why: Outcome) -> None:
+        outcome.failures[run] = why.text
+        reporter.say(f"failed   {run}  {why.last_line}")
 
     try:
-        with board.shown():
-            kinds = plan.to_estimate()
-            if kinds:
-                board.say(f"Estimating {len(kinds)} kinds of runs")
-            conduct(kinds, workers, how.retries, board.estimating)
-            jobs = plan.to_run()
-            board.at_once = workers.at_once
-            for event in plan.too_large:
-                listen(event, False)
-            conduct(jobs, workers, how.retries, listen)
+        if kinds := plan.to_estimate():
+            with reporter.bar(f"Estimating {len(kinds)} kinds of runs", len(kinds)) as advance:
+                for _, ended in run_all(kinds, workers, how.retries):
+                    advance(not ended.again)
+        jobs, done = plan.to_run(), len(outcome.reports)
+        for run, why in plan.too_large.items():
+            fail(run, why)
+        with reporter.bar("Runs", len(jobs)) as advance:
+            for job, ended in run_all(jobs, workers, how.retries):
+                advance(not ended.again)
+                if ended.again:
+                    reporter.say(f"again    {job.name}  {ended.last_line}")
+                elif ended.cause is not None:
+                    fail(job.name, ended)
+                else:
+                    done += 1
+                    ledger.saved[job.name], ledger.runs[job.name] = ended.value, ended.seconds
+                    reporter.say(f"done     {job.name}  {duration(ended.seconds)}  ({done} of {len(outcome.runs)})")
+                    note_time()
     finally:
         workers.stop()
         note_time()
@@ -117,40 +116,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         claim.close()
-
-
-_TICK = 0.25  # seconds between two looks for room that came about elsewhere
-
-Listen = Callable[[JobEvent, bool], None]
-"""Is told of every event, and whether the job will be tried again after it."""
-
-
-def conduct(jobs: Sequence[Work], workers: Workers, retries: int, listen: Listen) -> None:
-    """Run all jobs in order.
-
-    retries: how often a job is retried after losing its worker or an unforeseen error. After an exception, running jobs are
-    left to `workers.stop`.
-    """
-    waiting, running = deque(jobs), dict[str, Work]()
-    tries: Counter[str] = Counter()
-    while waiting or running:
-        while (job := next((job for job in waiting if workers.has_room(job)), None)) is not None:
-            waiting.remove(job)
-            running[job.name] = job
-            workers.start(job)
-        for event in workers.events(_TICK):
-            # Events of a lost worker may still arrive.
-            if event.run not in running:
-                continue
-            again = False
-            if not isinstance(event, Doing):
-                job = running.pop(event.run)
-                tries[event.run] += 1
-                may_work = isinstance(event, NotDone) and event.cause is not Cause.REFUSED
-                again = may_work and tries[event.run] <= retries
-                if again:
-                    waiting.appendleft(job)
-            listen(event, again)
 
 
 @dataclass(frozen=True)
@@ -175,9 +140,9 @@ class Plan:
     how: Execution
     workers: Workers
     waiting: Sequence[Run]
-    too_large: list[NotDone] = field(default_factory=list)
+    too_large: dict[str, Outcome] = field(default_factory=dict)
 
-    def to_estimate(self) -> list[Job]:
+    def to_estimate(self) -> list[RunJob]:
         """Return one job per kind of run without an estimate; none if runs go one by one."""
         if self._most() == 1:
             return []
@@ -185,16 +150,16 @@ class Plan:
         kinds = {estimate_key(run.recipe): run for run in reversed(unknown)}
         cores = self.workers.capacity.cores_each
         return [
-            Job(run, "estimate", self.sweep.folder, cores, self._needs_gpu(run)) for run in reversed(kinds.values())
+            RunJob(run, "estimate", self.sweep.folder, cores, self._needs_gpu(run)) for run in reversed(kinds.values())
         ]
 
-    def to_run(self) -> list[Job]:
+    def to_run(self) -> list[RunJob]:
         """Return the jobs of the runs that fit, with their shares of the cores; sets how many run at once."""
         fitting, memory = [], list[int]()
         for run in self.waiting:
             kept = self._kept(run)
             if (why := self._too_large(run, kept)) is not None:
-                self.too_large.append(NotDone(run.name, Cause.REFUSED, why))
+                self.too_large[run.name] = Outcome(cause=Cause.REFUSED, reason=why)
                 continue
             fitting.append((run, self._memory(run, kept)))
             memory.append(fitting[-1][1] or 0)
@@ -204,7 +169,7 @@ class Plan:
             slots = min(slots, capacity.gpus)
         self.workers.at_once = max(1, slots)
         threads = self.how.threads or max(1, min(capacity.cores_each, capacity.cores // max(1, slots)))
-        return [Job(run, "run", self.sweep.folder, threads, self._needs_gpu(run), size) for run, size in fitting]
+        return [RunJob(run, "run", self.sweep.folder, threads, self._needs_gpu(run), size) for run, size in fitting]
 
     def _most(self) -> int:
         return min(self.how.workers or self.workers.capacity.cores, len(self.waiting))

@@ -50,7 +50,7 @@ def sweep(
             `{"model": "smollm2-135m", "method": ["wanda", "sparsegpt"], "seed": [0, 1], "save": "out/table"}`.
         script: instead of that, a batch script of the Wanda repository (`llama-7b`, `opt` …).
         dry_run: only list the runs.
-        quiet: no live table on standard error.
+        quiet: no progress bar and lines on standard error.
         settings: settings that override the lists for all runs; `workers` (runs at a time), `threads` (cores of a run),
             `retries` (of a lost run) and `ray` (the address of a Ray cluster, or `local`).
 

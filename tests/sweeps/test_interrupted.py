@@ -9,24 +9,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from multiprocessing import Pipe
+from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from threading import Thread
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from coprune.recipe.recipe import Recipe
+from coprune.base import pool
+from coprune.base.pool import Cause, LocalWorkers, run_all
 from coprune.report.schema import Report
-from coprune.runner import run_recipe
-from coprune.sweeps import pool
-from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
-from coprune.sweeps.pool import LocalWorkers
-from coprune.sweeps.run import conduct
-from coprune.sweeps.worker import Capacity, Job, Work, do_job
+from coprune.sweeps.job import RunJob
 from support.commands import run_command
-from support.forking import forked
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep, sweep_data
 
 
@@ -38,46 +33,37 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place: Path) -> None:
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], nsamples=32, save_model="models")
-    workers = LocalWorkers(place / "log.txt")
+    workers, killed = LocalWorkers(place / "log.txt"), list[int]()
     workers.at_once = 2
-    events, killed = list[JobEvent](), list[str]()
 
-    def listen(event: JobEvent, again: bool) -> None:
-        events.append(event)
-        # Its first block is written by now, and in the journal or about to be.
-        if event == Doing(event.run, "pruning, 1 blocks done") and not killed:
-            worker = next(worker for worker, job in workers._busy if job.name == event.run)
-            assert worker.process.pid is not None
-            os.kill(worker.process.pid, signal.SIGKILL)
-            killed.append(event.run)
+    def written() -> list[Path]:
+        try:
+            return list(place.glob("**/.*/*layers*.safetensors"))
+        except FileNotFoundError:  # a file was renamed meanwhile
+            return []
 
-    jobs = [Job(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
+    def kill() -> None:
+        while not (blocks := written()):  # which are in the journal, or about to be
+            time.sleep(0.001)
+        worker = min(active_children(), key=lambda child: child.name)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        killed.append(len(blocks))
+
+    jobs = [RunJob(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
+    killing = Thread(target=kill)
+    killing.start()
     try:
-        conduct(jobs, workers, 1, listen)
+        ended = [(job.name, outcome) for job, outcome in run_all(jobs, workers, 1)]
     finally:
         workers.stop()
-    assert Counter(event.run for event in events if isinstance(event, Done)) == {run.name: 1 for run in runs}
-    (lost,) = (event for event in events if isinstance(event, NotDone))
-    assert (lost.run, lost.cause) == (killed[0], Cause.LOST)
-    assert "SIGKILL" in lost.text
-    doing = [event for event in events if isinstance(event, Doing) and event.run == killed[0]]
-    blocks = [event for event in doing if event.text.endswith("blocks done")]
-    assert len(blocks) <= 4  # of three blocks only one that was not in the journal yet was pruned again
+        killing.join()
+    assert killed
+    assert Counter(name for name, outcome in ended if outcome.cause is None) == {run.name: 1 for run in runs}
+    (lost,) = (outcome for _, outcome in ended if outcome.cause is not None)
+    assert (lost.cause, lost.again) == (Cause.LOST, True)
     for run in runs:
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(alone(run, place / "separate"))
-
-
-def test_a_worker_has_the_environment_of_who_hires_it(tmp_path: Path) -> None:
-    """And not that of the time at which the process was begun from which it is forked."""
-    ours, theirs = Pipe()
-    ours.close()  # so there is no work
-
-    def work() -> None:
-        sys.stdout = sys.stderr = (tmp_path / "said.txt").open("w")
-        pool._work(theirs, None, tmp_path / "log.txt", {"COPRUNE_HIRED": "now"})
-        assert os.environ["COPRUNE_HIRED"] == "now"
-
-    assert os.waitpid(forked(work), 0)[1] == 0
 
 
 def test_a_sweep_goes_on_past_failures_and_reports_them(
@@ -97,54 +83,6 @@ def test_a_sweep_goes_on_past_failures_and_reports_them(
     assert found == [None, None, *(float(row["perplexity test.txt"]) for row in rows[2:])]
     assert "missing" in (place / "out/failures.txt").read_text()
     assert "2 of 4 runs are done" in (place / "out/results.md").read_text()
-
-
-class Here:
-    """Does jobs in this process, one at a time."""
-
-    capacity = Capacity(1, None, 0, 1, None)
-    at_once = 1
-
-    def __init__(self) -> None:
-        self.told: list[JobEvent] = []
-
-    def has_room(self, job: Work) -> bool:
-        return not self.told
-
-    def start(self, job: Work) -> None:
-        do_job(job, self.told.append)
-
-    def events(self, seconds: float) -> list[JobEvent]:
-        told, self.told = self.told, []
-        return told
-
-    def stop(self) -> None:
-        """There is nothing to end."""
-
-
-@pytest.mark.parametrize("crashes", [1, 2])
-def test_an_unforeseen_error_is_retried_and_in_the_end_reported(
-    crashes: int, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sweep, runs = pico_sweep(method=["magnitude", "wanda"])
-    left, real = [crashes], run_recipe.run_recipe
-
-    def crashing(recipe: Recipe, *others: Any, **named: Any) -> Any:
-        if recipe.prune.method.name == "magnitude" and left[0]:
-            left[0] -= 1
-            raise RuntimeError("out of luck")
-        return real(recipe, *others, **named)
-
-    monkeypatch.setattr(run_recipe, "run_recipe", crashing)
-    ends: list[tuple[Any, bool]] = []
-    jobs = [Job(run, "run", sweep.folder, THREADS) for run in runs]
-    conduct(jobs, Here(), 1, lambda event, again: ends.append((event, again)) if not isinstance(event, Doing) else None)
-    first, second, last = ends
-    assert (first[0].run, first[0].cause, first[1]) == ("magnitude", Cause.BROKEN, True)
-    assert "RuntimeError: out of luck" in first[0].text
-    assert isinstance(second[0], Done if crashes == 1 else NotDone)
-    assert second[1] is False
-    assert (last[0].run, type(last[0])) == ("wanda", Done)
 
 
 @pytest.mark.slow

@@ -1,0 +1,277 @@
+"""The files of candidates: each made once, under a key of everything that decides its bytes, so that a killed fit resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.files import whole_folder, write_durably
+from coprune.base.progress import Reporter
+from coprune.data.tokenizing import encode
+from coprune.fitting.calibration import read_passages, write_passages
+from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, GIVEN, Candidate, Cut
+from coprune.fitting.clock import Clock, Mark
+from coprune.fitting.notes import Asked
+from coprune.fitting.reader import Reader
+from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
+from coprune.gguf_files.llama_cpp import Quantisation
+from coprune.gguf_files.reuse import Quant, quantize_beside
+from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
+from coprune.runner.call import prune
+from coprune.steps.export import export
+from coprune.steps.trim import tokens_kept
+from coprune.store.store import Key, Store, key_of
+from coprune.vocabulary.counts import sources_of
+
+SAMPLES, SEQLEN = 16, 256
+"""Of what statistics are measured on."""
+_HEAD_TOKENS = 512
+"""That the head's inputs are measured on."""
+_RUN, _MATRIX = ".run", ".imatrix.gguf"
+
+
+class Done(BaseModel):
+    """Something that this fit did, with the seconds of its note."""
+
+    sources: tuple[str, str] = ("", "")
+    """Of a quant: the names of the files that it was made of, in sixteen bits, and its importance matrix."""
+
+
+class Making:
+    """Makes candidates in a fit's folder."""
+
+    def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
+        """Begin in a folder. Nothing is made before it is asked for."""
+        self.folder, self.asked, self.reporter = folder, asked, reporter
+        self.clock, self.done = Clock(), Store(folder / "done")
+        self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The dense model's."""
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def source(self) -> Location:
+        """The model's files."""
+        return locate(self.asked.model)  # which reads a GGUF file's vocabulary
+
+    @property
+    def text(self) -> Path:
+        """The seen half's text and more, a document a row."""
+        return self.folder / "text" / "text.jsonl"
+
+    def key(self, step: str, candidate: Candidate, **more: Any) -> Key:
+        """Return the key of a candidate's file, or of what is measured of it."""
+        calibrated = candidate.cut != DENSE or candidate.type not in (EXACT, GIVEN)
+        text = hashlib.sha256(self.text.read_bytes()).hexdigest() if calibrated and self.text.exists() else None
+        return key_of(step, 1, candidate=candidate.key, text=text, **self.asked.contents, **more)
+
+    def note(self, key: Key, mark: Mark, record: Done | None = None) -> None:
+        """Note that something was done, with the seconds since a mark; they are added to those of earlier parts."""
+        known = self.done.find(key, Done)
+        before = 0.0 if known is None else known.seconds
+        self.done.complete(key, record or Done(), before + self.clock.since(mark))
+
+    def took(self, key: Key) -> float:
+        """Return the seconds of something that this fit did; 0 where it did not."""
+        found = self.done.find(key, Done)
+        return 0.0 if found is None else found.seconds
+
+    def took_to_make(self, candidate: Candidate) -> float:
+        """Return the seconds of making a candidate's file, without its cut."""
+        return self.took(self._written(candidate.cut)[0] if candidate.type == EXACT else self.key("quant", candidate))
+
+    def is_made(self, cut: Cut) -> bool:
+        """Return whether a cut was made, now or before a kill."""
+        return bool(self.took_to_make(Candidate(cut, EXACT)))
+
+    def expected_to_cut(self, cut: Cut) -> float:
+        """Return the seconds that making a cut and writing it may take: as those before it, or as times of the dense model's."""
+        written = self.took_to_make(Candidate(DENSE, EXACT))
+        # Otherwise it is opened twice and written, then exported.
+        first, after = (written, 0.0) if self._is_in_file(cut) else (3 * written, written)
+        return fmean(self.done.seconds("cut") or [first]) + after
+
+    def file(self, candidate: Candidate) -> Path:
+        """Return a candidate's file, made if need be. Raises CopruneError where it cannot be."""
+        if candidate == AS_GIVEN:
+            return self.source.path
+        exact = self.exact(candidate.cut)
+        if candidate.type == EXACT:
+            return exact
+        key = self.key("quant", candidate)
+        target = self._quant(key)
+
+        def make() -> None:
+            self.reporter.say(f"Making {candidate.name}")
+            asked = self.quantisation(candidate)
+            write_durably(target, lambda path: quantize_beside(self._quants(matrix), exact, path, asked))
+
+        if not target.exists():
+            matrix = self._importance(candidate.cut)
+            self._once(key, target, make, Done(sources=(exact.name, matrix.name)))
+        return target
+
+    def quantisation(self, candidate: Candidate) -> Quantisation:
+        """Return how a candidate is quantised; its importance matrix is measured if need be."""
+        return Quantisation(candidate.type, read_importance(self._importance(candidate.cut)), candidate.embedding)
+
+    def _quant(self, key: Key) -> Path:
+        return self.folder / "files" / f"{key}.gguf"
+
+    def _quants(self, matrix: Path) -> list[Quant]:
+        """List the quants that are here with an importance matrix."""
+        files = sorted((self.folder / "files").glob("quant-*.gguf"))
+        made = [(file, self.done.find(Key(*file.stem.split("-")), Done)) for file in files]
+        said = [(file, *note.record.sources) for file, note in made if note is not None]
+        return [Quant(file, file.with_name(exact)) for file, exact, own in said if own == matrix.name]
+
+    def drop(self, candidate: Candidate) -> None:
+        """Remove a candidate's file, which is not needed any more."""
+        if candidate.type not in (EXACT, GIVEN):
+            self._quant(self.key("quant", candidate)).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all files and folders of models, and keep what is known of them."""
+        for made in (*self.folder.glob("files/*"), *self.folder.glob("cuts/*")):
+            if made.is_dir() and made.suffix != _RUN:
+                shutil.rmtree(made)
+            elif not made.name.endswith((_RUN, _MATRIX)):
+                made.unlink()
+
+    def _written(self, cut: Cut) -> tuple[Key, Path]:
+        """Return the key and the place of a cut in sixteen bits: a file for llama.cpp, a folder for transformers."""
+        in_folder = self.asked.runtime == "transformers"
+        own = cut != DENSE and (in_folder or self._is_in_file(cut))
+        key = self.key("cut" if own else "exact", Candidate(cut, EXACT))
+        return key, self.folder / "cuts" / str(key) if in_folder else self.folder / "files" / f"{key}.gguf"
+
+    def exact(self, cut: Cut) -> Path:
+        """Return a cut in sixteen bits, made if need be. Raises CopruneError where it cannot be."""
+        key, target = self._written(cut)
+        if key.step == "cut":
+            return self._cut(cut)
+        if self.asked.runtime == "transformers" and isinstance(self.source, ModelFolder):
+            return self.source.path
+
+        def make() -> None:
+            self.reporter.say(f"Writing {cut.name or 'the dense model'} as {EXACT}")
+            if self.asked.runtime != "transformers":
+                export(source, target, like=self.asked.like, type=EXACT, quiet=True)
+                return
+            model, tokenizer = load_model(self.source, "bfloat16")
+            with whole_folder(target) as out, quiet_transformers():
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
+
+        if not target.exists():
+            source = self.asked.model if cut == DENSE else self._cut(cut)
+            self._once(key, target, make)
+        return target
+
+    def _importance(self, cut: Cut) -> Path:
+        """Return an importance matrix; fewer tokens leave an existing one unchanged."""
+        seen = cut if cut.others or cut.tokens else DENSE
+        key = self.key("importance", Candidate(seen, "importance"))
+        target = self.folder / "files" / f"{key}{_MATRIX}"
+
+        def make() -> None:
+            tokenizer = self._vocabulary_of(seen)[0]
+            ids = encode(tokenizer, "\n".join(self._texts()))["input_ids"]
+            found = importance_of(exact, str(self.text), self.reporter)
+            write_importance(target, {**found, **importance_of_head(exact, ids[:_HEAD_TOKENS])})
+
+        if not target.exists():
+            exact = self.exact(seen)
+            self._once(key, target, make)
+        return target
+
+    def _is_in_file(self, cut: Cut) -> bool:
+        """Return whether a cut takes nothing but rows of tokens from a GGUF file, where they can be copied."""
+        tokens_only = bool(cut.removed) and not cut.others and self.asked.runtime == "llama.cpp"
+        return tokens_only and isinstance(self.source, GgufFile)
+
+    def run_of(self, cut: Cut) -> Path:
+        """Return the folder of the run that makes a cut."""
+        return self.folder / "cuts" / f"{self.key('cut', Candidate(cut, EXACT))}{_RUN}"
+
+    def _cut(self, cut: Cut) -> Path:
+        """Return a cut as a folder, or as the exact file that it has been made in."""
+        key, in_file, before = self.key("cut", Candidate(cut, EXACT)), self._is_in_file(cut), cut.before
+        target = self._written(cut)[1] if in_file else self.folder / "cuts" / str(key)
+        kind, more = cut.removed[-1].partition("=")[0], dict[str, Any](remove=cut.removed[-1])
+        if cut.tokens:
+            more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
+
+        def make() -> None:
+            self.reporter.say(f"Removing {cut.name}")
+            text = str(self._text_of_cuts())
+            if kind == "vocabulary":
+                more.update(vocabulary_text=[text, *sources_of("\n".join(self._texts()))], vocabulary_force=True)
+            prune(
+                base,
+                dataset=text,
+                nsamples=SAMPLES,
+                seqlen=SEQLEN,
+                seed=self.asked.seed,
+                evaluate=False,
+                layer_error=False,
+                gate=False,
+                prompt="",
+                save=self.run_of(cut),
+                save_model=target,
+                overwrite=True,
+                quiet=self.reporter.quiet,
+                **more,
+            )
+
+        if not target.exists():
+            if before is not None and before != DENSE:
+                base = str(self._cut(before))
+            else:
+                base = str(self.exact(DENSE)) if in_file or self.asked.runtime == "transformers" else self.asked.model
+            self._once(key, target, make)
+        return target
+
+    def _once(self, key: Key, target: Path, make: Callable[[], None], record: Done | None = None) -> None:
+        """Make a file or folder, if it is not there, and note how long that took without what it was made of."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self.done.claim(key):
+            if target.exists():  # another worker has made it meanwhile
+                return
+            mark = self.clock.mark()
+            make()
+            if self.done.find(key, Done) is None:  # what is made again was counted before
+                self.note(key, mark, record)
+
+    def _texts(self) -> list[str]:
+        return [passage.text for passage in read_passages(self.text)]
+
+    def _text_of_cuts(self) -> Path:
+        """Return the text that cuts are made and trained with: not that of the items that judge first."""
+        file = self.text.with_name("cuts.jsonl")
+        write_passages(file, [passage for passage in read_passages(self.text) if not passage.judging])
+        return file
+
+    def reader(self, file: Path, cut: Cut) -> Reader:
+        """Open a file of a cut."""
+        return Reader.open(file, *self._vocabulary_of(cut))
+
+    def _vocabulary_of(self, cut: Cut) -> tuple[PreTrainedTokenizerBase, list[int] | None]:
+        """Return a cut's tokenizer, and the dense model's ids of its tokens where they are others."""
+        if cut.fewer is None:
+            return self.tokenizer, None
+        place = self._cut(cut.fewer)
+        if place not in self._tokenizers:
+            self._tokenizers[place] = load_tokenizer(locate(place))
+        return self._tokenizers[place], tokens_kept(self.run_of(cut.fewer))

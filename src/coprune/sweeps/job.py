@@ -1,0 +1,78 @@
+"""A run of a sweep as a job of the pool: to estimate its memory, or to do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from coprune.base.progress import Reporter
+from coprune.store.store import Store
+from coprune.sweeps.expand import Run
+from coprune.sweeps.finished import SHARED_FOLDER, finished_report
+
+if TYPE_CHECKING:
+    from coprune.run.reuse import Reuse
+
+Seconds = dict[str, float]
+"""Seconds of work that a run did not do again, by kind."""
+# Texts as tokens, which the later jobs of this process find again.
+_texts: dict[tuple[Hashable, ...], tuple[Any, float]] = {}
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """A run to do, or to estimate. gpu: whether it needs one; memory: bytes that it will take, None if unknown."""
+
+    run: Run
+    action: Literal["estimate", "run"]
+    sweep: Path
+    """The sweep's folder."""
+    threads: int
+    gpu: bool = False
+    memory: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's."""
+        return self.run.name
+
+    def do(self) -> Seconds:
+        """Run or estimate it; the result is in the run's folder, or in the sweep's store."""
+        return _ACTIONS[self.action](self)
+
+
+def _reuse(sweep: Path) -> Reuse:
+    """Return what the runs of a sweep have in common: a store in its folder, and texts that this process has tokenised."""
+    from coprune.run.reuse import Reuse
+
+    return Reuse(Store(sweep / SHARED_FOLDER), among_others=True, texts=_texts)
+
+
+def _estimate(job: RunJob) -> Seconds:
+    from coprune.run import context
+    from coprune.stages.opening import open_run
+
+    recipe, reuse = job.run.recipe, _reuse(job.sweep)
+    opened = open_run(
+        context.Run(recipe, context.NOTHING, Reporter(quiet=True), write=True),
+        partial(reuse.tokens, recipe.model.name),
+    )
+    reuse.estimate(recipe, opened.estimate)
+    return {}
+
+
+def _run(job: RunJob) -> Seconds:
+    from coprune.runner.run_recipe import run_recipe
+
+    recipe = job.run.recipe
+    if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could say so
+        return {}
+    reuse = _reuse(job.sweep)
+    run_recipe(recipe, reporter=Reporter(quiet=True), reuse=reuse)
+    return dict(vars(reuse.saved))
+
+
+_ACTIONS: dict[str, Callable[[RunJob], Seconds]] = {"estimate": _estimate, "run": _run}

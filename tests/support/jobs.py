@@ -1,0 +1,76 @@
+"""Jobs that a pool's worker processes can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_durably
+from coprune.base.words import Setting
+
+
+@dataclass(frozen=True)
+class Doing:
+    """A job that notes every try in a folder, with the id of its process, and then behaves as it is named."""
+
+    name: str
+    folder: Path
+    threads: int = 1
+    gpu: bool = False
+    memory: int | None = 0
+
+    def do(self) -> Any:
+        """Behave."""
+        with (self.folder / f"{self.name}.tries").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return _BEHAVING[self.name.partition(" ")[0]](self)
+
+    def tries(self) -> list[int]:
+        """The processes that tried it."""
+        file = self.folder / f"{self.name}.tries"
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def _work(job: Doing) -> str:
+    time.sleep(1.0)
+    return "done"
+
+
+def _die(job: Doing) -> None:
+    if job.name == "dies" or len(job.tries()) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refuse(job: Doing) -> None:
+    raise BadInput("nothing is left", field="nsamples", value=0, fix=("take more with ", Setting("nsamples")))
+
+
+def _break(job: Doing) -> None:
+    raise RuntimeError("out of luck")
+
+
+def _write(job: Doing) -> None:
+    """Write half a file, and wait to be stopped."""
+
+    def write(file: Path) -> None:
+        file.write_bytes(b"half")
+        (job.folder / "half").touch()
+        time.sleep(600)
+
+    write_durably(job.folder / "written", write)
+
+
+_BEHAVING: dict[str, Callable[[Doing], Any]] = {
+    "works": _work,
+    "dies": _die,
+    "refuses": _refuse,
+    "breaks": _break,
+    "returns": lambda job: lambda: None,  # which cannot be sent
+    "writes": _write,
+}
