@@ -18,7 +18,7 @@ from coprune.base.kernels.columns import ColumnBlock, push_errors, walk_with_tor
 from coprune.base.kernels.gram import panels
 from coprune.base.precision import full_float32
 from coprune.base.reading import refuse_if
-from coprune.gguf_files.block_types import BlockType, Scales
+from coprune.model.checkpoint.formats.block_types import BlockType, Scales
 from coprune.pruning.linear_algebra import InverseFactor
 
 _TOGETHER = 256

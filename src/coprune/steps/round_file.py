@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coprune.base.errors import NumericalError
 from coprune.base.progress import Reporter
-from coprune.gguf_files.block_types import BLOCK_TYPES
+from coprune.model.checkpoint.formats.block_types import BLOCK_TYPES
 from coprune.gguf_files.importance import TextWalk, read_text
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import Location
