@@ -12,7 +12,12 @@ from transformers import GenerationMixin
 
 import coprune
 from coprune.base.errors import UnsupportedModel
+from coprune.evaluation.answers import answer_generation, run_answers
+from coprune.evaluation.answers.answer_records import Answers
+from coprune.evaluation.measurement import Measured
 from coprune.report.schema import Report
+from coprune.run.context import Run
+from coprune.stages import run_stages
 from support.commands import Ended, run_command
 from support.pico import pico_model
 from support.pico_folder import save_pico, write_words
@@ -266,3 +271,34 @@ def test_its_gate_holds_it_against_the_dense_model(tuned: Any, tmp_path: Path) -
     assert len(report.answers.samples) == 16
     for sample in report.answers.samples:
         assert (sample.answer, sample.dense) == (answers[sample.prompt], expected[sample.prompt])
+
+
+def test_another_text_asks_the_dense_model_nothing_again(
+    inside: Path, prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, measured, measure = list[Any](), list[tuple[str, str]](), run_stages.measure
+
+    def asking(*given: Any) -> Answers:
+        asked.append(given[0])
+        return answer_generation.ask(*given)
+
+    monkeypatch.setattr(run_answers, "ask", asking)
+
+    def measuring(run: Run, which: str, name: str) -> Measured:
+        measured.append((which, name))
+        return measure(run, which, name)
+
+    monkeypatch.setattr(run_stages, "measure", measuring)
+    write_words(inside / "other.txt", count=300)
+    reports = []
+    for number, texts in enumerate(((), ("words.txt",), ("other.txt", "words.txt"))):
+        more = ["--eval", "--eval-data", ",".join(texts)] if texts else []
+        ended, report = prune(*more)
+        assert ended.code == 0, ended.err
+        reports.append(report)
+        for folder in ("run", "out"):
+            (tmp_path / folder).rename(tmp_path / f"{folder}{number}")
+    assert len(asked) == 1 + len(reports)  # the dense model once, and every result
+    assert [name for which, name in measured if which == "dense"] == ["words.txt", "other.txt"]
+    samples = [[sample.dense for sample in report.answers.samples] for report in reports]
+    assert samples[0] == samples[1] == samples[2]

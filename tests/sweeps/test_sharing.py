@@ -51,9 +51,9 @@ def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often which model is measured from now on."""
     times, measure = Counter[str](), run_stages.measure
 
-    def counting(run: context.Run, which: str) -> Any:
+    def counting(run: context.Run, which: str, name: str) -> Any:
         times[which] += 1
-        return measure(run, which)
+        return measure(run, which, name)
 
     monkeypatch.setattr(run_stages, "measure", counting)
     return times

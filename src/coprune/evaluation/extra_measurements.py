@@ -75,28 +75,44 @@ class Extras:
 
         return cls(recipe, find_tasks(zero_shot_settings(recipe)), look)
 
-    def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
-        """Generate the dense model's answers, and for a model in memory run the tasks and continue the prompt."""
-        asked, weights, tokenizer = self.recipe.evaluate, loaded.weights, loaded.tokenizer
-        if tokenizer is None or (which == "dense" and not asked.dense):
-            return
-        if which == "dense":
-            self.look.ask_dense(loaded, reporter, self.recipe.calibrate.batch_size)
-        if weights.streams:
-            return
-        if self.tasks is not None:
-            from coprune.evaluation.harness import zero_shot
+    def ask_dense(self, loaded: Loaded, reporter: Reporter) -> None:
+        """Generate the dense model's answers, or use stored ones."""
+        self.look.ask_dense(loaded, reporter, self.recipe.calibrate.batch_size)
 
-            settings = zero_shot_settings(self.recipe).logging_as(which)
-            title = f"Zero-shot tasks, {which}"
-            found = zero_shot(weights.model, tokenizer, settings, self.tasks, reporter, title)
-            self.zero_shot[which] = found
-            if found.mean is not None:
-                reporter.say(
-                    f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {per_cent(found.mean.value)}"
-                )
-        if asked.perplexity and asked.prompt and loaded.task == "text":
-            self.texts[which] = continue_text(weights.model, tokenizer, asked.prompt)
+    def runs_tasks_of(self, loaded: Loaded) -> bool:
+        """Return whether a model does the tasks: one in memory, with a tokenizer."""
+        return self.tasks is not None and loaded.tokenizer is not None and not loaded.weights.streams
+
+    def run_tasks(self, which: Which, loaded: Loaded, reporter: Reporter) -> ZeroShot:
+        """Run the tasks with a model that does them."""
+        from coprune.evaluation.harness import zero_shot
+
+        assert self.tasks is not None
+        assert loaded.tokenizer is not None
+        settings, title = zero_shot_settings(self.recipe).logging_as(which), f"Zero-shot tasks, {which}"
+        found = zero_shot(loaded.weights.model, loaded.tokenizer, settings, self.tasks, reporter, title)
+        if found.mean is not None:
+            accuracy = per_cent(found.mean.value)
+            reporter.say(f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {accuracy}")
+        return found
+
+    def continues_prompt_of(self, loaded: Loaded) -> bool:
+        """Return whether a model continues the prompt: one of text in memory, with a tokenizer."""
+        asked = self.recipe.evaluate
+        able = loaded.task == "text" and loaded.tokenizer is not None and not loaded.weights.streams
+        return able and bool(asked.perplexity and asked.prompt)
+
+    def continue_prompt(self, loaded: Loaded) -> str:
+        """Return a model's likeliest continuation of the prompt."""
+        assert loaded.tokenizer is not None
+        return continue_text(loaded.weights.model, loaded.tokenizer, self.recipe.evaluate.prompt)
+
+    def measure_pruned(self, loaded: Loaded, reporter: Reporter) -> None:
+        """Run the tasks with the pruned model and let it continue the prompt, where it can."""
+        if self.runs_tasks_of(loaded):
+            self.zero_shot["pruned"] = self.run_tasks("pruned", loaded, reporter)
+        if self.continues_prompt_of(loaded):
+            self.texts["pruned"] = self.continue_prompt(loaded)
 
     def zero_shot_facts(self) -> ZeroShotFacts | None:
         """Return both models' results side by side, or None if the tasks were not run."""

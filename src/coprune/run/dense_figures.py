@@ -1,93 +1,124 @@
-"""The dense model's figures: measured, or found where this model was measured on the same texts before."""
+"""The dense model's figures, each measured, or found where it was measured on the same model before.
+
+Every text, the tasks and the continuation of the prompt have keys of their own, so that another text asks nothing else
+again. Answers to prompts are kept likewise, by `coprune.evaluation.answers`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from coprune.data import EvaluationText
-from coprune.evaluation.answers.answer_records import Answers
-from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.evaluation.zero_shot import ZeroShot
+from coprune.model.checkpoint.digest import model_digest
+from coprune.model.checkpoint.locate import locate
 from coprune.model.loaded_model import streams
 from coprune.report.schema import installed_versions
 from coprune.run.context import Run
-from coprune.store.store import Key, key_of
+from coprune.store.store import key_of
 
-_SETTINGS = (
-    *("seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"),
-    *("apply_chat_template", "gen_kwargs"),
-    *("generate", "generate_prompts", "generate_tokens", "generate_temperature"),
-)
-"""Settings that decide what is measured, and how it rounds."""
+_TASK_SETTINGS = ("tasks", "eval_zero_shot", "num_fewshot", "limit", "apply_chat_template", "gen_kwargs")
+"""Settings that decide what tasks measure, beside those that decide how it rounds."""
+_BEYOND = ("log_samples", "include_path")
+"""Settings with which a record does not tell it all: items are logged beside the run's, and definitions lie in a folder."""
+
+Kept = TypeVar("Kept", bound=BaseModel)
 
 
-class DenseFacts(BaseModel):
-    """Measurements of a dense model."""
+class Continued(BaseModel):
+    """The likeliest continuation of a prompt."""
 
     model_config = ConfigDict(frozen=True)
 
-    perplexity: dict[str, Perplexity]
-    zero_shot: ZeroShot | None
-    text: str | None
-    answers: Answers | None = None
+    text: str
 
 
-def dense_figures(run: Run, measure: Callable[[], dict[str, Measured]]) -> dict[str, Measured]:
+def dense_figures(run: Run, measure: Callable[[str], Measured]) -> dict[str, Measured]:
     """Return the dense model's figures by the name of the data, and fill in the run's other measurements.
 
     Args:
         run: of which model, on what.
-        measure: does it.
+        measure: measures it on the data of one name.
     """
-    if not _can_be_kept(run):
-        return measure()
-    extras, anew = run.extras, dict[str, Measured]()
-
-    def measure_now() -> DenseFacts:
-        anew.update(measure())
-        perplexity = {name: one for name, one in anew.items() if isinstance(one, Perplexity)}
-        zero_shot, text = extras.zero_shot.get("dense"), extras.texts.get("dense")
-        return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=extras.look.dense)
-
-    key, store = dense_key(run), run.reuse.store
-    known = store.find(key, DenseFacts)
-    facts = store.get(key, DenseFacts, measure_now) if known is None else known.record
-    if known is None and anew:
-        return anew
-    run.reuse.saved.dense += 0.0 if known is None else known.seconds
-    if facts.zero_shot is not None:
-        extras.zero_shot["dense"] = facts.zero_shot
-    if facts.text is not None:
-        extras.texts["dense"] = facts.text
-    extras.look.dense = facts.answers
-    for one in facts.perplexity.values():
-        run.reporter.say(f"{one.of_model('dense')} (measured before)")
-    return dict(facts.perplexity)
+    if not run.recipe.evaluate.dense:
+        return {}
+    dense = _Dense(run)
+    figures = {name: dense.on_data(name, measure) for name in run.data}
+    if run.first:
+        run.extras.ask_dense(run.loaded, run.reporter)
+        if run.extras.runs_tasks_of(run.loaded):
+            run.extras.zero_shot["dense"] = dense.tasks()
+        if run.extras.continues_prompt_of(run.loaded):
+            run.extras.texts["dense"] = dense.continued().text
+    return figures
 
 
-def _can_be_kept(run: Run) -> bool:
-    """Return whether all that is measured of the dense model can be told again from a record."""
-    recipe, data = run.recipe, run.data.values()
-    if run.processes.size > 1 or run.loaded.task == "embeddings":  # whose vectors are not kept
-        return False
-    if recipe.evaluate.tasks.log_samples is not None and recipe.evaluate.runs_tasks:
-        return False  # items are logged beside the run's
-    return bool(recipe.evaluate.dense) and all(isinstance(one, EvaluationText) for one in data)
+class _Dense:
+    """Measurements of a run's dense model, each of which looks for an earlier one first."""
 
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
-def dense_key(run: Run) -> Key:
-    """Return the key of a dense model's measurements: its weights, the tokens, and everything that affects rounding."""
-    recipe = run.recipe
-    texts = {name: data.fingerprint for name, data in run.data.items() if isinstance(data, EvaluationText)}
-    settings = {name: recipe.setting(name) for name in _SETTINGS}
-    plan = plan_of(recipe.evaluate.answers, recipe.output.model is not None)
-    answers = None if plan is None else plan.prompts.fingerprint
-    return key_of("dense", 3, texts=texts, answers=answers, **computed(run), **settings)
+    def on_data(self, name: str, measure: Callable[[str], Measured]) -> Measured:
+        run, data, anew = self._run, self._run.data[name], list[Measured]()
+        # Vectors of embeddings are not kept, and several processes measure together.
+        if not isinstance(data, EvaluationText) or run.processes.size > 1 or run.loaded.task == "embeddings":
+            return measure(name)
+
+        def measure_now() -> Perplexity:
+            anew.append(found := measure(name))
+            assert isinstance(found, Perplexity)
+            return found
+
+        facts = {"text": data.fingerprint, "bytes": data.bytes, "seqlen": run.recipe.setting("seqlen")}
+        found = self._kept("perplexity", Perplexity, measure_now, **facts).on(name, data.source, data.fingerprint)
+        if not anew:
+            run.reporter.say(f"{found.of_model('dense')} (measured before)")
+        return found
+
+    def tasks(self) -> ZeroShot:
+        run, recipe = self._run, self._run.recipe
+        measure = partial(run.extras.run_tasks, "dense", run.loaded, run.reporter)
+        if run.given.loaded is not None or any(recipe.setting(name) for name in _BEYOND):
+            return measure()
+        settings = {name: run.recipe.setting(name) for name in _TASK_SETTINGS}
+        return self._kept("tasks", ZeroShot, measure, files=self._files(), **settings)
+
+    def continued(self) -> Continued:
+        run = self._run
+
+        def measure() -> Continued:
+            return Continued(text=run.extras.continue_prompt(run.loaded))
+
+        if run.given.loaded is not None:
+            return measure()
+        return self._kept("prompt", Continued, measure, files=self._files(), prompt=run.recipe.evaluate.prompt)
+
+    def _files(self) -> str:
+        """Name the model's files by their contents: the tokenizer, which the weights do not tell, is among them."""
+        model = self._run.recipe.model
+        return model_digest(locate(model.name, model.cache_dir).path)
+
+    def _kept(self, what: str, kind: type[Kept], measure: Callable[[], Kept], **facts: Any) -> Kept:
+        """Return a measurement from the store, made now if it is not there. facts: what decides it, beside the weights."""
+        store = self._run.reuse.store
+        if store.folder is None:
+            return measure()
+        key = key_of("dense", 4, what=what, **self._computed, **facts)
+        if (known := store.find(key, kind)) is None:
+            return store.get(key, kind, measure)
+        self._run.reuse.saved.dense += known.seconds
+        return known.record
+
+    @cached_property
+    def _computed(self) -> dict[str, Any]:
+        return {"batch_size": self._run.recipe.setting("batch_size"), **computed(self._run)}
 
 
 def computed(run: Run) -> dict[str, Any]:

@@ -92,15 +92,8 @@ def claim(run: Run) -> None:
 
 
 def measure_dense(run: Run) -> None:
-    """Measure the dense model, unless it was measured before."""
-
-    def measured() -> dict[str, Measured]:
-        found = measure(run, "dense") if run.recipe.evaluate.dense else {}
-        if run.first:
-            run.extras.measure("dense", run.loaded, run.reporter)
-        return found
-
-    run.dense = dense_figures(run, measured)
+    """Measure of the dense model what was not measured before."""
+    run.dense = dense_figures(run, lambda name: measure(run, "dense", name))
     run.extras.look.keep_rows(run.loaded)
 
 
@@ -114,10 +107,10 @@ def change_blocks(run: Run) -> None:
 
 def measure_pruned(run: Run) -> None:
     """Measure the pruned model, and let it answer; what lost parts as the smaller model that is saved."""
-    run.pruned, recipe = measure(run, "pruned"), run.recipe
+    run.pruned, recipe = {name: measure(run, "pruned", name) for name in run.data}, run.recipe
     if not run.first:
         return
-    run.extras.measure("pruned", run.loaded, run.reporter)
+    run.extras.measure_pruned(run.loaded, run.reporter)
     if run.extras.look.looks:
         with run.loaded.whole(run.reporter) as module:
             model = _smaller_model(run) if recipe.remove.parts else module
@@ -194,14 +187,12 @@ def _save(run: Run, report: Report) -> None:
     run.output.finish(beside, run.outcome.edits, check)
 
 
-def measure(run: Run, which: str) -> dict[str, Measured]:
-    """Measure perplexity or accuracy on all evaluation data."""
-    found, reporter, task = dict[str, Measured](), run.reporter, run.task
-    for name, data in run.data.items():
-        with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
-            measured = task.measure(run.model, data, run.activations(), advance)
-        found[name] = named(measured, name, data)
-        reporter.say(found[name].of_model(which))
+def measure(run: Run, which: str, name: str) -> Measured:
+    """Measure perplexity or accuracy on the evaluation data of a name."""
+    reporter, task, data = run.reporter, run.task, run.data[name]
+    with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
+        found = named(task.measure(run.model, data, run.activations(), advance), name, data)
+    reporter.say(found.of_model(which))
     return found
 
 

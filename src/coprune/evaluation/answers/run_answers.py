@@ -24,13 +24,13 @@ _LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generat
 class Look:
     """A look at a model's answers, and what was seen so far.
 
-    plan: what the run looks at; None for nothing; dense: the dense model in files, whose answers are kept where they were
-    asked for; reference: what stands for it otherwise.
+    plan: what the run looks at; None for nothing; dense: the dense model in files, whose answers are kept; reference: what
+    stands for it otherwise.
     """
 
     def __init__(self, plan: Plan | None, dense: ModelPart | None = None, reference: Reference = "dense") -> None:
         self._plan = plan
-        self._model = dense if plan is not None and not plan.is_short else None
+        self._model = dense
         self._reference = reference
         self._questions: Questions | None = None
         self._rows: KeptRows | None = None
