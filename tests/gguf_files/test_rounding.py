@@ -12,8 +12,8 @@ from torch import Tensor
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.model.checkpoint.formats.block_types import BLOCK_TYPES
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.model.checkpoint.formats.block_types import BLOCK_TYPES
 from coprune.model.checkpoint.mapped_gguf import decode
 from coprune.pruning.linear_algebra import factor_inverse
 from coprune.pruning.rounding import Loss, Rounded, round_columns

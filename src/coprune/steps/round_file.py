@@ -13,8 +13,8 @@ from torch import Tensor
 
 from coprune.base.errors import NumericalError
 from coprune.base.progress import Reporter
-from coprune.model.checkpoint.formats.block_types import BLOCK_TYPES
 from coprune.gguf_files.importance import TextWalk, read_text
+from coprune.model.checkpoint.formats.block_types import BLOCK_TYPES
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import Location
 from coprune.model.checkpoint.mapped_gguf import decode_into
