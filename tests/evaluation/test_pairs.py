@@ -139,7 +139,7 @@ def test_blocks_go_from_both_halves_or_from_the_decoder(
     if family == "Bart":  # as the files of released models say it once more
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    settings = REMOVING | {"remove": "blocks=0.34", "include": choice, "stream": stream}
+    settings = REMOVING | {"remove": "blocks=0.34", "score": "kl", "include": choice, "stream": stream}
     coprune.prune(source, save_model=small, dataset=place / "words.txt", **settings)
     model = AutoModelForSeq2SeqLM.from_pretrained(small)
     assert [getattr(model.config, name) for name in counts] == [3 if choice else 2, 2]

@@ -58,7 +58,7 @@ def test_both_halves_are_one_run(home: Path, tmp_path: Path) -> None:
     assert [matrix.mask_checksum for matrix in found.matrices] == [matrix.mask_checksum for matrix in second.matrices]
     (text,) = found.perplexity
     assert (text.dense, text.pruned) == (first.perplexity[0].dense, second.perplexity[0].pruned)
-    assert found.headline().startswith("llama: obs-kl-sparsegpt channels=0.4,blocks=0.34, 2:4, 50.00 % zeros")
+    assert found.headline().startswith("llama: obs-map-sparsegpt channels=0.4,blocks=0.34, 2:4, 50.00 % zeros")
     card = (tmp_path / "model" / "README.md").read_text()
     assert "blocks 3 → 2" in card
     assert "50.00 % of the weights in 14 matrices are zero" in card

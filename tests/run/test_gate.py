@@ -241,7 +241,7 @@ def test_a_run_that_fine_tunes_speaks_of_the_fine_tuned_model(tuned: Any, tmp_pa
         "--generate", "prompts.jsonl", "--generate-tokens", "12", "--require", "kl<1e-9,tokens>=0,sampled.loops<3"
     )
     assert ended.code == 3, ended.err
-    pruned = coprune.evaluate(tmp_path / "run" / "pruned", against="model", quiet=True, **asked).answers
+    pruned = coprune.evaluate(tmp_path / "run" / "prune" / "model", against="model", quiet=True, **asked).answers
     found = coprune.evaluate(tmp_path / "out", against="model", quiet=True, **asked).answers
     assert found.along.kl != pruned.along.kl, "the training changed nothing, so this test shows nothing"
     assert report.answers.samples == found.samples

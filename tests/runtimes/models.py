@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 import coprune
 from coprune.base.errors import CopruneError
 from coprune.model.checkpoint.load import load_model, load_processor, quiet_transformers
@@ -147,5 +145,7 @@ def _as_on_the_hub(folder: Path) -> None:
     """Write the configuration with the keys that published checkpoints have, most of which older versions wrote."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    add_older_keys(config, CONFIG_MAPPING[config["model_type"]].attribute_map)
+    add_older_keys(config)
+    if "num_local_experts" in config and config["model_type"] == "qwen3_moe":  # as mlx-lm reads it
+        config["num_experts"] = config["num_local_experts"]
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

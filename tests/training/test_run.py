@@ -288,9 +288,9 @@ def test_pruning_and_fine_tuning_in_one_run(home: Path, tmp_path: Path) -> None:
     }
     with pytest.raises(KeyboardInterrupt):
         run_recipe(make_recipe(settings), reporter=StoppedAt(0.5))
-    assert (tmp_path / "run" / "report.json").is_file()
+    assert (tmp_path / "run" / "prune" / "report.json").is_file()
     run_recipe(make_recipe(settings), reporter=QUIET)
-    pruned = zeros_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned"))
+    pruned = zeros_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "prune" / "model"))
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert find_masks(tuned).patterns == {"2:4": 14}
     assert all(torch.equal(zero, zeros_of(tuned)[name]) for name, zero in pruned.items())

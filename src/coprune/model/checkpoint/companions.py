@@ -10,13 +10,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
@@ -48,7 +46,7 @@ class Companions:
 
 
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
-    """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype and older keys.
+    """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
 
     Links that lead out of the folder are left out, and so are folders in it that hold weights (the same in other formats),
     unless sentence-transformers runs them behind the model.
@@ -66,8 +64,6 @@ def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto"
     if dtype not in ("auto", config.get("dtype"), config.get("torch_dtype")):
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    kind = str(config.get("model_type"))
-    add_older_keys(config, CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {})
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -143,7 +139,7 @@ def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> Non
     config.dtype = model.dtype
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    change_config(folder, partial(add_older_keys, aliases=config.attribute_map))
+    change_config(folder, add_older_keys)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     if processor is not None:

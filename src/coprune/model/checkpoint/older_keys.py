@@ -13,19 +13,11 @@ _PARTIAL = "partial_rotary_factor"
 _WIDE, _NARROW = "full_attention", "sliding_attention"
 
 
-def add_older_keys(config: dict[str, Any], aliases: Mapping[str, str]) -> None:
-    """Add the older name of what a configuration says, in place; a key that is there already stays.
-
-    Args:
-        config: the content of `config.json`.
-        aliases: older names of attributes to newer ones, as the configuration's class maps them.
-    """
+def add_older_keys(config: dict[str, Any]) -> None:
+    """Add the older name of what the content of `config.json` says, in place; a key that is there already stays."""
     for part in (config, *(value for key, value in config.items() if key.endswith("_config"))):
         if isinstance(part, dict):
             _add(part)
-    for older, newer in aliases.items():
-        if "expert" in older and newer in config:
-            config.setdefault(older, config[newer])
     if isinstance(config.get("dtype"), str):
         config.setdefault("torch_dtype", config["dtype"])
 
@@ -43,5 +35,3 @@ def _add(config: dict[str, Any]) -> None:
     config.setdefault(_THETA, rope[_THETA])
     if _PARTIAL in rope:
         config.setdefault(_PARTIAL, rope[_PARTIAL])
-    if rope.get("rope_type", "default") != "default":
-        config.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != _THETA})
