@@ -18,9 +18,10 @@ SPEED = "tokens per second, decoding one sequence"
 
 
 def main() -> None:
-    """Draw both pictures."""
+    """Draw all pictures."""
     sizes().save(ROOT / "docs" / "sizes.svg")
     frontier().save(ROOT / "docs" / "frontier.svg")
+    vocabulary().save(ROOT / "docs" / "vocabulary.svg")
 
 
 def sizes() -> alt.VConcatChart:
@@ -66,6 +67,30 @@ def frontier() -> alt.VConcatChart:
         rows.append(row | named | {"perplexity": row["Wikipedia"]})
     run = [row for row in rows if row["decode"] not in ("", "–")]
     return beside([(rows, "MB", "MB"), (run, "decode", SPEED)], "stored", [*dict.fromkeys(row["kind"] for row in rows)])
+
+
+def vocabulary() -> alt.LayerChart:
+    """Draw what fewer tokens bring beside llama.cpp's own quants, on Gemma-3-270M."""
+    rows = [
+        {"name": row["file"], "MB": row["MB"], "bits": row["Wikipedia"].split()[0]}
+        | {"label": row["file"].removeprefix("whole ").replace("vocabulary=", "").replace("embedding ", "")}
+        | {"kind": "whole vocabulary" if row["file"].startswith("whole") else "fewer tokens"}
+        for row in figures("vocabulary")
+    ]
+    points = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("MB:Q", title="MB on the disk", scale=alt.Scale(zero=False, padding=60)),
+        y=alt.Y("bits:Q", title="bits per byte of Wikipedia (lower is better)", scale=alt.Scale(zero=False, padding=20)),
+        color=alt.Color(
+            "kind:N",
+            sort=["whole vocabulary", "fewer tokens"],
+            scale=alt.Scale(scheme="dark2"),
+            legend=alt.Legend(title=None, orient="bottom", labelLimit=300),
+        ),
+        tooltip=["name:N"],
+    )
+    names = points.mark_text(align="left", dx=8, fontSize=13).encode(text="label:N")
+    chart = (points.mark_point(filled=True, size=80, opacity=1) + names).properties(width=620, height=330)
+    return chart.configure_axis(labelFontSize=13, titleFontSize=14).configure_legend(labelFontSize=14)
 
 
 def figures(name: str) -> list[dict[str, Any]]:
