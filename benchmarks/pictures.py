@@ -79,7 +79,9 @@ def vocabulary() -> alt.LayerChart:
     ]
     points = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("MB:Q", title="MB on the disk", scale=alt.Scale(zero=False, padding=60)),
-        y=alt.Y("bits:Q", title="bits per byte of Wikipedia (lower is better)", scale=alt.Scale(zero=False, padding=20)),
+        y=alt.Y(
+            "bits:Q", title="bits per byte of Wikipedia (lower is better)", scale=alt.Scale(zero=False, padding=20)
+        ),
         color=alt.Color(
             "kind:N",
             sort=["whole vocabulary", "fewer tokens"],

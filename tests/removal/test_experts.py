@@ -57,7 +57,7 @@ def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(
     before = model.num_parameters()
     result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
     assert saved_like(model, result.model, tmp_path / "small", rounding=1e-5).num_parameters() < before
-    assert "experts" in result.report.edits[0].line()
+    assert any("experts" in one.line() for one in result.report.edits)
 
 
 def _with_corrections(model: Any) -> Any:
