@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BATCHES = (1, 2, 4, 8)
-PROBE_SAMPLES = 8
+BATCHES = (1, 2, 4, 8, 16)
+PROBE_SAMPLES = 16
 
 
 def main() -> None:

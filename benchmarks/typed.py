@@ -1,7 +1,8 @@
 """What a user waits for: whole commands as they are typed, from the shell's start to its end, nothing switched off.
 
-Each is beside the fastest plain forward pass of its calibration tokens: a loop over batches of one size from 1 to 16, in a
-process of its own, on the same threads, without imports and loading. Commands and the pass take turns; the table has medians.
+Each is beside the fastest plain forward pass of its calibration tokens, as `speed.py` times it: in batches of the best size
+from 1 to 16, in a process of its own, on the same threads, without imports and loading. Commands and the pass take turns; the
+table has medians.
 `first` is a run on a model that was never measured here; `again` is another run on it, which finds the dense model's figures.
 
     python benchmarks/typed.py                        # 64 × 256 tokens, three times: half an hour of two cores
@@ -11,7 +12,6 @@ process of its own, on the same threads, without imports and loading. Commands a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -21,25 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-BATCHES = (1, 2, 4, 8, 16)
-_FLOOR = """
-import json, sys, time, torch
-from coprune.data.windows import calibration_windows
-from coprune.model.loaded_model import open_model
-from coprune.recipe.recipe import make_recipe
-model, data, samples, seqlen = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-loaded = open_model(make_recipe({"model": model, "dtype": "float32"}).model, stream=False)
-tokens = calibration_windows(data, loaded.tokenizer, samples, seqlen, 0).tokens
-seconds = {}
-with torch.inference_mode():
-    for batch in map(int, sys.argv[5].split(",")):
-        loaded.model.model(input_ids=tokens[:batch], use_cache=False)
-        began = time.perf_counter()
-        for part in tokens.split(batch):
-            loaded.model.model(input_ids=part, use_cache=False)
-        seconds[batch] = time.perf_counter() - began
-print(json.dumps(seconds))
-"""
+from speed import FLOOR, Found, inside, prepare
 
 
 class Timed(NamedTuple):
@@ -58,9 +40,9 @@ def main() -> None:
         name: [coprune, *command] for name, command in _commands(asked).items() if not asked.only or name in asked.only
     }
     times: dict[str, list[Timed]] = {}
-    floors = []
+    floors, tokens = [], prepare(asked)
     for turn in range(asked.repeats):
-        floors.append(_floor(asked))
+        floors.append(_floor(asked, tokens))
         print(f"turn {turn + 1}: the pass takes {floors[-1]:.1f} s", file=sys.stderr, flush=True)
         for name, command in commands.items():
             shutil.rmtree(asked.folder / "cache", ignore_errors=True)
@@ -75,7 +57,7 @@ def main() -> None:
 def _commands(asked: argparse.Namespace) -> dict[str, list[str]]:
     data = ["--dataset", asked.dataset, "--nsamples", str(asked.nsamples), "--seqlen", str(asked.seqlen)]
     written = ["--save", str(asked.folder / "run"), "--save-model", str(asked.folder / "model")]
-    prune = ["prune", asked.model, *data, *written, "--dtype", "float32", "--no-eval"]
+    prune = ["prune", asked.model, *data, *written, "--dtype", asked.dtype, "--no-eval"]
     sparse = asked.folder / "sparse"
     return {
         "wanda": [*prune, "-m", "wanda", "--propagation", "sequential", "-p", "2:4"],
@@ -101,11 +83,8 @@ def _timed(command: list[str], asked: argparse.Namespace) -> Timed:
     return Timed(took, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
-def _floor(asked: argparse.Namespace) -> float:
-    env = os.environ | {"OMP_NUM_THREADS": str(asked.threads)}
-    said = [asked.model, asked.dataset, str(asked.nsamples), str(asked.seqlen), ",".join(map(str, BATCHES))]
-    done = subprocess.run([sys.executable, "-c", _FLOOR, *said], env=env, check=True, capture_output=True, text=True)
-    return float(min(json.loads(done.stdout.splitlines()[-1]).values()))
+def _floor(asked: argparse.Namespace, tokens: Found) -> float:
+    return float(inside(tokens | {"run": FLOOR}, sys.executable, asked.threads)["seconds"])
 
 
 def _print_table(times: dict[str, list[Timed]], floors: list[float], asked: argparse.Namespace) -> None:
@@ -142,6 +121,9 @@ def _options() -> argparse.Namespace:
         "--only", type=lambda text: text.split(","), help="Some of the commands, comma-separated. [all]"
     )
     parser.add_argument("--folder", type=Path, default=Path("out/typed"))
+    parser.set_defaults(
+        dtype="float32", seed=0, blocks=None, pattern="2:4", eval_tokens=0
+    )  # as `speed.py` prepares them
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     if not (sparse := asked.folder / "sparse").exists() and (

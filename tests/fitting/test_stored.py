@@ -26,12 +26,16 @@ from coprune.fitting.score import DenseAnswers
 from coprune.fitting.tasks import read_tasks
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
+from coprune.gguf_files.converter import SCRIPT
 from coprune.gguf_files.llama_cpp import has_llama_cpp
 from coprune.model.checkpoint.digest import source_digest
+from coprune.model.checkpoint.load import load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import locate
 from coprune.store.notes import read_note
 from support.disturbing import in_child
-from support.fits import WORDS, how, write
+from support.fits import WITHOUT, WORDS, how, tokens, write
+from support.pico import pico_model
+from support.pico_gguf import distinct_norms
 
 pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
 
@@ -183,19 +187,17 @@ def test_a_failure_of_the_dense_model_is_no_verdict_on_a_candidate(
 def test_a_second_fit_of_the_same_model_and_texts_measures_nothing_again(
     found: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In another folder, of files that have other names; it may have the time to try more."""
-    measured, measure = list[str](), Workshop._measure
+    """In another folder, of files that have other names."""
 
-    def noted(self: Workshop, candidate: Candidate, *others: Any) -> None:
-        measured.append(candidate.name)
-        measure(self, candidate, *others)
+    def never(*_: Any) -> None:
+        raise AssertionError
 
-    monkeypatch.setattr(Workshop, "_measure", noted)
+    monkeypatch.setattr(Workshop, "_measure", never)
     for name in ("model.gguf", "text.txt"):
         shutil.copy(place / name, tmp_path / name)
     again = again_in(tmp_path)
-    assert again.kept
-    assert not {row.name for row in found.rows} & set(measured)
+    assert (again.chosen, again.lines, again.rows) == (found.chosen, found.lines, found.rows)
+    assert again.file.read_bytes() == found.file.read_bytes()
 
 
 def test_an_error_in_a_worker_arrives_with_its_cause(place: Path, tmp_path: Path, store: Path) -> None:
@@ -211,6 +213,29 @@ def test_an_error_in_a_worker_arrives_with_its_cause(place: Path, tmp_path: Path
         team.stop()
     assert ".gguf" in str(told.value)
     assert "Traceback" not in str(told.value)
+
+
+def test_the_recipe_of_a_folder_needs_nothing_of_the_fit_s_own(place: Path, tmp_path: Path, store: Path) -> None:
+    """The template that llama.cpp's converter made is made again."""
+    model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
+    with quiet_transformers():
+        distinct_norms(model).save_pretrained(tmp_path / "model")
+        load_tokenizer(locate(place / "model.gguf")).save_pretrained(tmp_path / "model")
+    (converter := tmp_path / SCRIPT).write_text(
+        f"import shutil, sys\nshutil.copy({str(place / 'model.gguf')!r}, sys.argv[sys.argv.index('--outfile') + 1])\n"
+    )
+    settings = how(place, types="q8_0", without=f"{WITHOUT},embedding", converter=converter)
+    found = coprune.fit(tmp_path / "model", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "out", **settings)
+    for name in (RECIPE_FILE, "text.jsonl"):
+        shutil.copy(tmp_path / "out" / name, tmp_path / name)
+    content = found.file.read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(BadInput, match="converter"):
+        remake(tmp_path / RECIPE_FILE, tmp_path / "again", quiet=True)
+    assert not (tmp_path / "again").exists()
+    made = remake(tmp_path / RECIPE_FILE, tmp_path / "again", quiet=True, converter=converter)
+    assert made.read_bytes() == content
+    assert [path.name for path in (tmp_path / "again").iterdir()] == [made.name]
 
 
 def test_a_recipe_of_a_replaced_model_is_refused_before_anything_is_made(moved: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from coprune.base.errors import CopruneError
 from coprune.model.checkpoint.load import load_model, load_processor, quiet_transformers
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.older_keys import add_older_keys
+from runtimes.table import SOURCE, ZEROS
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 
@@ -69,7 +70,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Changes of the shape by the type of model, with heads of 64, the narrowest that vLLM's kernels for CPUs take."""
 SHARES = {"channels": "channels=0.33", "heads": "heads=0.5", "blocks": "blocks=0.25", "experts": "experts=0.25"}
-SOURCE, ZEROS = "source", "2:4"
 
 
 @dataclass(frozen=True)

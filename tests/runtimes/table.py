@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from coprune.report.runtimes import NAMES
+
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "src" / "coprune" / "report" / "runtimes.csv"
 PAGE = ROOT / "docs" / "runtimes.md"
-TITLES = {"vllm": "vLLM", "mlx": "MLX (mlx-lm)", "openvino": "OpenVINO"}
-SOURCE = "source"
+SOURCE, ZEROS = "source", "2:4"
 _OPENING = """# Runtimes
 
 This page shows where a smaller model loads: small models with random weights and SmolLM2-135M, whole and with a part removed, in
@@ -80,11 +81,11 @@ def page(rows: Sequence[Row], size: str) -> str:
     """Return the documentation's page. size: what the environments take."""
     found = {row.key: row for row in rows}
     models = list(dict.fromkeys(row.model for row in sorted(rows, key=lambda row: row.model)))
-    parts = [SOURCE, *sorted({row.part for row in rows} - {SOURCE, "2:4"}), "2:4"]
+    parts = [SOURCE, *sorted({row.part for row in rows} - {SOURCE, ZEROS}), ZEROS]
     lines, reasons = [_OPENING.format(size=size)], list[str]()
-    for runtime in dict.fromkeys(row.runtime for row in sorted(rows, key=lambda row: list(TITLES).index(row.runtime))):
+    for runtime in dict.fromkeys(row.runtime for row in sorted(rows, key=lambda row: list(NAMES).index(row.runtime))):
         version = max(row.version for row in rows if row.runtime == runtime)
-        lines.append(f"\n## {TITLES[runtime]} {version}\n\n| model | whole | {' | '.join(parts[1:])} |")
+        lines.append(f"\n## {NAMES[runtime]} {version}\n\n| model | whole | {' | '.join(parts[1:])} |")
         lines.append("| --- |" + " --- |" * len(parts))
         for model in models:
             cells = [_cell(found.get((model, part, runtime)), reasons) for part in parts]

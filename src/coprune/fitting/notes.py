@@ -59,6 +59,11 @@ class Asked:
         """What shows whether a model still writes; only cuts are measured on it."""
         return writing_of(self.tasks)
 
+    @property
+    def every_task(self) -> tuple[Task, ...]:
+        """The tasks, and what shows whether a model still writes."""
+        return (*self.tasks, *self.writing)
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """Digests of what the model, `like` and `text` hold, read once; they travel to workers with the rest."""

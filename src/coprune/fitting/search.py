@@ -85,7 +85,7 @@ class Search:
         """Begin a search for what `wish` asks of the workshop's tasks."""
         self.workshop, self.wish, self.tasks = workshop, wish, workshop.asked.tasks
         self._writing = workshop.asked.writing
-        self._all = [*self.tasks, *self._writing]
+        self._all = workshop.asked.every_task
         self._can_cut = all(provable(task) for task in self._writing)
         self._team = team
         self.tried: dict[Candidate, Measured] = {}

@@ -104,12 +104,14 @@ class Workshop:
 
     def key(self, step: str, **more: Any) -> Key:
         """Return the key of something that is found for all tasks together."""
-        tasks = [task.key for task in (*self.asked.tasks, *self.asked.writing)]
-        return key_of(step, 1, tasks=tasks, **self.asked.contents, **more)
+        return key_of(step, 1, tasks=self._task_keys, **self.asked.contents, **more)
 
     def _results(self, candidate: Candidate) -> Key:
-        tasks = [task.key for task in (*self.asked.tasks, *self.asked.writing)]
-        return self.making.key("fit", candidate, tasks=tasks)
+        return self.making.key("fit", candidate, tasks=self._task_keys)
+
+    @property
+    def _task_keys(self) -> list[str]:
+        return [task.key for task in self.asked.every_task]
 
     def known(self, candidate: Candidate) -> Measured:
         """Return the stored measurements of a candidate, or why it cannot be made now."""
@@ -141,8 +143,8 @@ class Workshop:
 
     def _missing(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> tuple[dict[str, list[int]], bool]:
         """Return the places of items that are missing, and whether anything is."""
-        found, tasks = self.known(candidate), (*self.asked.tasks, *self.asked.writing)
-        missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in tasks}
+        found = self.known(candidate)
+        missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in self.asked.every_task}
         return missing, not found.refused and (not found.bytes or any(missing.values()))
 
     def _measure(self, candidate: Candidate, missing: Mapping[str, Sequence[int]], until: float) -> None:
@@ -164,7 +166,7 @@ class Workshop:
             found = found.model_copy(update=self._first_figures(file, reader))
         scores = {name: {metric: dict(own) for metric, own in one.items()} for name, one in found.scores.items()}
         with self.reporter.bar(candidate.name, sum(map(len, missing.values()))) as advance:
-            for task in (one for one in (*self.asked.tasks, *self.asked.writing) if missing[one.name]):
+            for task in (one for one in self.asked.every_task if missing[one.name]):
                 own, dense = scores.setdefault(task.key, {}), self._answered(task)
                 with self._pace(task, missing[task.name]):
                     for place in missing[task.name]:
@@ -223,7 +225,7 @@ class Workshop:
 
     def answer(self, wanted: Mapping[str, Sequence[int]]) -> None:
         """Generate the dense model's answers to prompts that have none yet. wanted: places of items by task."""
-        for task in (*self.asked.tasks, *self.asked.writing):
+        for task in self.asked.every_task:
             key, places = key_of("answers", 1, task=task.key), wanted.get(task.name, ())
             if task.kind not in ("prompts", "writing") or not places:
                 continue

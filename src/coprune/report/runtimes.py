@@ -25,8 +25,6 @@ class Runtime:
     version: str
     refused: str | None
     """The first of the parts without which it does not read the family's models; None if it reads all."""
-    reason: str = ""
-    """What it said."""
 
     @property
     def called(self) -> str:
@@ -47,22 +45,20 @@ def runtimes_tried(model_type: str, parts: Collection[str]) -> list[Runtime]:
         if _WHOLE not in own or own[_WHOLE]["reason"] or any(part not in own for part in parts):
             continue
         refused = next((part for part in parts if own[part]["reason"]), None)
-        reason = "" if refused is None else own[refused]["reason"]
-        found.append(Runtime(name, own[_WHOLE]["version"], refused, reason))
+        found.append(Runtime(name, own[_WHOLE]["version"], refused))
     return found
 
 
 def refusals(model_type: str, parts: Collection[str]) -> str | None:
     """Return a sentence about the runtimes that do not read a family's models without some parts; None if there are none."""
-    refused = [one for one in runtimes_tried(model_type, parts) if one.refused is not None]
+    refused = {one.called: one.refused for one in runtimes_tried(model_type, parts) if one.refused is not None}
     if not refused:
         return None
-    named, parts_named = (
-        " and ".join(one.called for one in refused),
-        " and ".join({str(one.refused): 0 for one in refused}),
+    named, fewer = " and ".join(refused), " and ".join(dict.fromkeys(refused.values()))
+    others = " or ".join(part for part in ("channels", "blocks") if part not in fewer)
+    return (
+        f"{named} did not read {model_type} with fewer {fewer} when this was tried; remove {others} to serve with it."
     )
-    others = " or ".join(part for part in ("channels", "blocks") if part not in parts_named)
-    return f"{named} did not read {model_type} with fewer {parts_named} when this was tried; remove {others} to serve with it."
 
 
 def loads_in(model_type: str, removals: Sequence[AnyRemoval]) -> list[str]:

@@ -69,8 +69,8 @@ def remove(run: Run) -> Result:
 
 def _plan(run: Run) -> None:
     may_go = find_removable(run)
-    kinds = (run.sized or run.recipe.remove).kinds
-    if not run.recipe.output.as_gguf and (told := refusals(run.loaded.model.config.model_type, kinds)) is not None:
+    model_type = run.loaded.model.config.model_type
+    if not run.recipe.output.as_gguf and (told := refusals(model_type, run.removal.kinds)) is not None:
         run.reporter.say(told)
     run.change = partial(remove_parts, found=may_go)
     if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
