@@ -28,7 +28,6 @@ EXCEPTIONS = {
     "#!/bin/bash": "a job of SLURM, which is not here; test_on_ray.py runs sweeps on Ray",
     "from datasets import load_dataset": "needs the Hub",
     "from torch.sparse import": "needs one of NVIDIA's GPUs; pruning/test_two_of_four.py runs it up to there",
-    "coprune demo": "test_newcomer.py runs it on the real model, which takes minutes",
     "coprune fit smollm2-135m": "random models choose by chance, which is refused; fitting/test_fit.py fits other tasks",
     "found = coprune.fit": "the same",
     "coprune compare out/table": "where the file names save_model, which the page's does not",

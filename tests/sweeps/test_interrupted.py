@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from multiprocessing import active_children
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pyarrow.parquet as pq
 import pytest
@@ -33,34 +33,30 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place: Path) -> None:
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], nsamples=32, save_model="models")
-    workers, killed = LocalWorkers(place / "log.txt"), list[int]()
+    workers, killed, ended = LocalWorkers(place / "log.txt"), list[int](), Event()
     workers.at_once = 2
 
-    def written() -> list[Path]:
-        try:
-            return list(place.glob("**/.*/*layers*.safetensors"))
-        except FileNotFoundError:  # a file was renamed meanwhile
-            return []
-
     def kill() -> None:
-        while not (blocks := written()):  # which are in the journal, or about to be
-            time.sleep(0.001)
+        while not (written := list(place.glob("models/.*.partial/model-*.safetensors"))):  # the blocks that are done
+            if ended.wait(0.001):
+                return
         worker = min(active_children(), key=lambda child: child.name)
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
-        killed.append(len(blocks))
+        killed.append(len(written))
 
     jobs = [RunJob(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
     killing = Thread(target=kill)
     killing.start()
     try:
-        ended = [(job.name, outcome) for job, outcome in run_all(jobs, workers, 1)]
+        outcomes = [(job.name, outcome) for job, outcome in run_all(jobs, workers, 1)]
     finally:
         workers.stop()
+        ended.set()
         killing.join()
     assert killed
-    assert Counter(name for name, outcome in ended if outcome.cause is None) == {run.name: 1 for run in runs}
-    (lost,) = (outcome for _, outcome in ended if outcome.cause is not None)
+    assert Counter(name for name, outcome in outcomes if outcome.cause is None) == {run.name: 1 for run in runs}
+    (lost,) = (outcome for _, outcome in outcomes if outcome.cause is not None)
     assert (lost.cause, lost.again) == (Cause.LOST, True)
     for run in runs:
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(alone(run, place / "separate"))
