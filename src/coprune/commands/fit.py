@@ -11,6 +11,7 @@ from coprune.base.environment import expand_home
 from coprune.base.validation import settings_of
 from coprune.commands.options import settings_options, with_options
 from coprune.commands.terminal import show
+from coprune.fitting.elsewhere import look_at_candidates
 from coprune.fitting.fit_settings import FitSettings
 from coprune.gguf_files.llama_cpp import require_llama_cpp
 from coprune.model.checkpoint.glance import is_run, look
@@ -63,6 +64,7 @@ def fit(
         require_llama_cpp("models are fitted to llama.cpp", "runtime", asked.runtime)
     is_recipe = Path(model).suffix in (".yaml", ".yml")
     if not is_recipe:
+        look_at_candidates(asked.candidate)
         if task and all(is_file(one) for one in task):
             wanted(task, require, asked.seed, asked.items)
         if not is_run(expand_home(model)):

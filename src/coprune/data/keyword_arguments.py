@@ -447,6 +447,8 @@ class FitArguments(TypedDict, total=False):
     """Do not try this: vocabulary, experts, blocks, channels, embedding; repeatable."""
     types: str | Sequence[str]
     """Types of llama.cpp to try, with commas between. [q8_0 to iq2_xs]"""
+    candidate: File | Sequence[File]
+    """GGUF file of the model from elsewhere, which is measured like those made here; repeatable."""
     workers: int
     """Candidates that are measured at a time, by processes of this machine."""
     ray: str | None

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Setting
-from coprune.fitting.candidates import DENSE, EXACT, Candidate
+from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, Candidate
 from coprune.fitting.notes import Sizes, noted
 from coprune.fitting.score import ANSWER_TOKENS
 from coprune.fitting.tasks import LEAST_HALF, Task
@@ -79,10 +79,12 @@ class Budget:
     def expected(self, candidate: Candidate, tried: Sequence[Candidate]) -> float:
         """Return the seconds of making and measuring a candidate: as others took, or half of the items in the dense model."""
         workshop = self._workshop
-        slow = [one for one in tried if _is_slow(one) == _is_slow(candidate)]
-        made = fmean([workshop.making.took_to_make(one) for one in slow or tried] or [0.0])
+        own = [one for one in tried if one.type != FOREIGN]
+        slow = [one for one in own if _is_slow(one) == _is_slow(candidate)]
+        made = fmean([workshop.making.took_to_make(one) for one in slow or own] or [0.0])
         if not slow and _is_slow(candidate):
             made *= _SLOW
+        made = 0.0 if candidate.type == FOREIGN else made
         read = max(self._half, fmean([workshop.known(one).seconds for one in tried] or [0.0]))
         if candidate.cut == DENSE:
             return made + read

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
 EXACT: Final = "f16"
 """Sixteen bits as they are."""
 GIVEN = "given"
 """The user's own file or folder, byte for byte."""
+FOREIGN: Final = "file"
+"""A file from elsewhere, byte for byte."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
 EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "iq4_nl")
@@ -87,24 +89,34 @@ class Candidate:
     cut: Cut
     type: str
     embedding: str | None = None
+    file: str = ""
+    """Digest of a file from elsewhere."""
+    title: str = field(default="", compare=False)
+    """Its name."""
 
     @property
     def name(self) -> str:
         """Description."""
         if self.type == GIVEN:
             return "the model as it was given"
+        if self.type == FOREIGN:
+            return self.title
         bits = self.type if self.embedding is None else f"{self.type}, embeddings {self.embedding}"
         return f"{self.cut.name} {bits}".strip()
 
     @property
     def plain(self) -> bool:
         """Whether it is a quant of the dense model and nothing else."""
-        return self.cut == DENSE and self.embedding is None
+        return self.cut == DENSE and self.embedding is None and self.type != FOREIGN
 
     @property
     def key(self) -> str:
         """Names it in a cache."""
-        return json.dumps(asdict(self), sort_keys=True)
+        facts = asdict(self)
+        del facts["title"]
+        if not self.file:
+            del facts["file"]
+        return json.dumps(facts, sort_keys=True)
 
     def of(self, cut: Cut) -> Candidate:
         """Return the candidate of another cut."""

@@ -15,10 +15,11 @@ from coprune.base.errors import BadInput, VerificationError
 from coprune.base.files import require_usable, write_durably, write_text
 from coprune.base.progress import Reporter
 from coprune.base.validation import settings_of
-from coprune.base.words import Command, Set, say
+from coprune.base.words import Command, LeaveOut, Set, say
 from coprune.data.keyword_arguments import FitArguments
 from coprune.fitting.budget import EXACT_DENSE
-from coprune.fitting.candidates import AS_GIVEN, EXACT, Candidate
+from coprune.fitting.candidates import AS_GIVEN, EXACT, FOREIGN, Candidate
+from coprune.fitting.elsewhere import look_at_candidates, require_same_model
 from coprune.fitting.fit_page import fit_card, fit_page
 from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
@@ -26,7 +27,7 @@ from coprune.fitting.made import bytes_given, bytes_in, copy, digest_of
 from coprune.fitting.making import Making
 from coprune.fitting.notes import Asked
 from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
-from coprune.fitting.require import wanted
+from coprune.fitting.require import Held, wanted
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import Finding, Search, Wish, verdict_of
 from coprune.fitting.tasks import METRICS_OF, Task
@@ -51,6 +52,8 @@ _UNITS = {
     "mean, low, high": "margin of the first condition: share of items (accuracy, acceptance), ratio to dense (with a factor), "
     "bits per byte (bits) or nats per token (kl)",
 }
+_TEXTS = 50
+"""Items on which tokenizers are compared."""
 _TIMES = 3
 """The budget that is advised where there is more to try, over the one that was not enough."""
 
@@ -87,9 +90,11 @@ def fit(
     target, reporter, settings = expand_home(output), Reporter(quiet), settings_of(FitSettings, how)
     asked, wish = _read(model, task, require, settings)
     require_usable(target, "output")
+    _require_apart(target, asked)
     if target.exists() and any(target.iterdir()) and not (target / WORK_FOLDER).is_dir():
         raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
     asked = _with_template(asked, target, settings.converter, reporter)
+    _require_same_model(asked)
     team = Team(settings.workers, target / WORK_FOLDER / "workers.log", settings.ray)
     try:
         workshop = Workshop(target / WORK_FOLDER, asked, reporter)
@@ -135,6 +140,9 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False, converte
     _require_template(asked, converter)
     work = target / WORK_FOLDER
     making = Making(work, _with_template(asked, work, converter, reporter), reporter)
+    if chosen.type == FOREIGN and digest_of(making.file(chosen)) != said.sha256:
+        cause = f"{said.file} holds other bytes than the file that the fit chose"
+        raise BadInput(cause, field="model", value=str(recipe), fix="put that one there")
     making.text.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source.with_name(said.text), making.text)
     made = making.file(chosen)
@@ -150,7 +158,9 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False, converte
 
 
 def _name(asked: Asked, chosen: Candidate) -> str:
-    return "model" if asked.runtime == "transformers" else f"model-{chosen.type}.gguf"
+    if asked.runtime == "transformers":
+        return "model"
+    return f"model-{Path(chosen.title).stem if chosen.type == FOREIGN else chosen.type}.gguf"
 
 
 def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -> tuple[Asked, Wish]:
@@ -162,9 +172,31 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -
     for name in types:
         require_type(name)
     tasks, conditions = wanted(_paths(task), require, how.seed, how.items, how.trust_tasks)
-    asked = Asked(model_of(str(model)), tasks, how.seed, how.text, how.like, how.runtime)
+    look_at_candidates(how.candidate)
+    asked = Asked(model_of(str(model)), tasks, how.seed, how.text, how.like, how.runtime, how.candidate)
     _require_template(asked, how.converter)
     return asked, Wish(conditions, how.target, how.budget, how.without, types)
+
+
+def _require_same_model(asked: Asked) -> None:
+    """Raise BadInput for a file from elsewhere that is of another model, or the model itself."""
+    if not asked.elsewhere:
+        return
+    model = locate(asked.like or asked.model).path
+    texts = [task.items[place].asked for task in asked.tasks for place in task.unseen[:_TEXTS]]
+    require_same_model(asked.elsewhere.values(), model, texts)
+    if (same := next((one for one in asked.elsewhere if one.file == asked.digests["model"]), None)) is not None:
+        cause, fix = f"{same.name} is the model itself", LeaveOut("candidate")
+        raise BadInput(cause, field="candidate", value=str(asked.elsewhere[same]), fix=fix)
+
+
+def _require_apart(target: Path, asked: Asked) -> None:
+    """Raise BadInput for a model or candidate in the output folder, where an earlier result is replaced."""
+    for name in (asked.model, *asked.files):
+        path = expand_home(name)
+        if path.is_file() and path.resolve().parent == target.resolve():
+            cause = f"{name} lies in {target}, where the result goes"
+            raise BadInput(cause, field="output", value=str(target), fix="name another folder")
 
 
 def _untemplated(asked: Asked) -> ModelFolder | None:
@@ -258,6 +290,7 @@ def _facts(search: Search, finding: Finding, found: Fitted, digest: str) -> dict
         "seed": asked.seed,
         "conditions": [condition.text for condition in search.wish.conditions],
         "tasks": [_counts(search, task, finding.chosen) for task in search.tasks],
+        "candidates": {one.name: one.file for one in asked.elsewhere},
         "chosen": asdict(finding.chosen),
         "bytes": found.bytes,
         "given bytes": found.given_bytes,
@@ -314,10 +347,13 @@ def _notes(search: Search, finding: Finding) -> list[str]:
         )
     if finding.chosen == AS_GIVEN:
         found.append("nothing better than what was given is proven: this is your own model, byte for byte")
+    elif finding.chosen.type == FOREIGN:
+        found.append(f"this is {finding.chosen.title}, which was given as a candidate, byte for byte")
     elif finding.chosen.plain and not finding.untried:
         what = "the dense model" if finding.chosen == EXACT_DENSE else "a plain quant"
         failed = any(not one.plain for one in finding.unseen)
         found.append(f"{'the unseen items confirm no cut' if failed else 'no cut helps here'}: this is {what}")
+    found += _beside(search, finding)
     if (fewer := finding.chosen.cut.fewer) is not None:
         facts = Report.read(search.workshop.making.run_of(fewer) / REPORT_FILE).vocabulary
         found += [f"fewer tokens: {lost}"] if facts is not None and (lost := facts.loud()) else []
@@ -334,12 +370,31 @@ def _notes(search: Search, finding: Finding) -> list[str]:
     return found
 
 
+def _beside(search: Search, finding: Finding) -> list[str]:
+    """Compare the files from elsewhere that were measured with the result."""
+    found, size = [], search.workshop.known(finding.chosen).bytes
+    for one in search.workshop.asked.elsewhere:
+        known, (part, held) = search.workshop.known(one), _judged(search, finding, one)
+        if known.refused:
+            found.append(f"{one.name} could not be measured: {known.refused}")
+        elif one != finding.chosen and held:
+            times = f"{known.bytes:,} bytes, {known.bytes / size:.2f} times those of the result"
+            found.append(f"{one.name}: {times}, {verdict_of(held)} on the {part} items")
+    return found
+
+
+def _judged(search: Search, finding: Finding, candidate: Candidate) -> tuple[str, Sequence[Held]]:
+    """Return the half of the items that a candidate was judged on last, and what it held there."""
+    held = finding.unseen.get(candidate)
+    return ("seen", search.judged_so_far(candidate)) if held is None else ("unseen", held)
+
+
 def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]:
     """Compare the file's own tokenizer with the one that items were measured with. Raises VerificationError for another."""
     reader = search.workshop.making.reader(file, chosen.cut)
     if isinstance(reader.engine, InTransformers):  # has the very tokenizer
         return ["transformers loads the folder; what was measured was measured there"]
-    texts = [task.items[place].asked for task in search.tasks for place in task.unseen][:50]
+    texts = [task.items[place].asked for task in search.tasks for place in task.unseen][:_TEXTS]
     differing = [text for text in texts if reader.engine.tokenize(text) != reader.all_ids(text)]
     reader.engine.close()
     if len(differing) == len(texts):
@@ -352,10 +407,7 @@ def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]
 def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
     found = []
     for candidate in dict.fromkeys([EXACT_DENSE, *finding.tried, finding.chosen]):
-        known, held = search.workshop.known(candidate), finding.unseen.get(candidate)
-        part = "unseen"
-        if held is None:
-            part, held = "seen", search.judged_so_far(candidate)
+        known, (part, held) = search.workshop.known(candidate), _judged(search, finding, candidate)
         found.append(
             Row(
                 name="dense f16" if candidate == EXACT_DENSE else candidate.name,
@@ -370,6 +422,7 @@ def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
                 mean=held[0].margin[0] if held else None,
                 low=held[0].margin[1] if held else None,
                 high=held[0].bounds.high - held[0].least if held else None,
+                elsewhere=candidate.type == FOREIGN,
             )
         )
     return tuple(found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -41,6 +42,14 @@ def _names(said: Any) -> Any:
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
         return said
     return tuple(name.strip() for part in parts for name in part.split(",") if name.strip())
+
+
+def _files(said: Any) -> Any:
+    """Read one path or a list of them; a validator."""
+    parts = [said] if isinstance(said, str | Path) else said
+    if not isinstance(parts, list | tuple):
+        return said
+    return tuple(str(part) if isinstance(part, Path) else part for part in parts)
 
 
 class FitSettings(BaseModel):
@@ -81,6 +90,11 @@ class FitSettings(BaseModel):
         BeforeValidator(_names, json_schema_input_type=str | Sequence[str]),
         Field(description="Types of llama.cpp to try, with commas between. [q8_0 to iq2_xs]", min_length=1),
     ] = TYPES
+    candidate: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_files, json_schema_input_type=str | Path | Sequence[str | Path]),
+        Field(description="GGUF file of the model from elsewhere, which is measured like those made here; repeatable."),
+    ] = ()
     workers: Annotated[
         int, Field(description="Candidates that are measured at a time, by processes of this machine.", ge=1)
     ] = 1
@@ -92,6 +106,10 @@ class FitSettings(BaseModel):
 
     @model_validator(mode="after")
     def _of_its_runtime(self) -> Self:
-        if self.runtime == "transformers" and "types" in self.model_fields_set:
-            raise BadInput("types are of llama.cpp", field="types", value=self.types, fix=LeaveOut("types"))
+        if self.runtime == "transformers":
+            if "types" in self.model_fields_set:
+                raise BadInput("types are of llama.cpp", field="types", value=self.types, fix=LeaveOut("types"))
+            if self.candidate:
+                cause, fix = "a GGUF file is measured in llama.cpp", LeaveOut("candidate")
+                raise BadInput(cause, field="candidate", value=self.candidate, fix=fix)
         return self

@@ -17,7 +17,7 @@ from coprune.base.files import whole_folder, write_durably
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
 from coprune.fitting.calibration import read_passages, write_passages
-from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, GIVEN, Candidate, Cut
+from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, Candidate, Cut
 from coprune.fitting.clock import Clock, Mark
 from coprune.fitting.notes import Asked
 from coprune.fitting.reader import Reader
@@ -37,6 +37,8 @@ SAMPLES, SEQLEN = 16, 256
 _HEAD_TOKENS = 512
 """That the head's inputs are measured on."""
 _RUN, _MATRIX = ".run", ".imatrix.gguf"
+_AS_THEY_ARE = (EXACT, GIVEN, FOREIGN)
+"""Types of the dense model's candidates that no text calibrates."""
 
 
 class Done(BaseModel):
@@ -72,7 +74,7 @@ class Making:
 
     def key(self, step: str, candidate: Candidate, **more: Any) -> Key:
         """Return the key of a candidate's file, or of what is measured of it."""
-        calibrated = candidate.cut != DENSE or candidate.type not in (EXACT, GIVEN)
+        calibrated = candidate.cut != DENSE or candidate.type not in _AS_THEY_ARE
         text = hashlib.sha256(self.text.read_bytes()).hexdigest() if calibrated and self.text.exists() else None
         return key_of(step, 1, candidate=candidate.key, text=text, **self.asked.contents, **more)
 
@@ -106,6 +108,8 @@ class Making:
         """Return a candidate's file, made if need be. Raises CopruneError where it cannot be."""
         if candidate == AS_GIVEN:
             return self.source.path
+        if candidate.type == FOREIGN:
+            return self.asked.elsewhere[candidate]
         exact = self.exact(candidate.cut)
         if candidate.type == EXACT:
             return exact
@@ -138,7 +142,7 @@ class Making:
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's file, which is not needed any more."""
-        if candidate.type not in (EXACT, GIVEN):
+        if candidate.type not in _AS_THEY_ARE:
             self._quant(self.key("quant", candidate)).unlink(missing_ok=True)
 
     def clear(self) -> None:

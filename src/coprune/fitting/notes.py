@@ -16,6 +16,8 @@ from coprune.base.devices import describe
 from coprune.base.environment import installed_version
 from coprune.base.errors import about
 from coprune.evaluation.asked_texts import text_fingerprint
+from coprune.fitting.candidates import Candidate
+from coprune.fitting.elsewhere import candidates_in
 from coprune.fitting.fit_settings import Runtime
 from coprune.fitting.tasks import Task
 from coprune.fitting.writing import writing_of
@@ -53,6 +55,13 @@ class Asked:
     like: str | None = None
     """A GGUF file of the source model."""
     runtime: Runtime = "llama.cpp"
+    files: tuple[str, ...] = ()
+    """GGUF files from elsewhere; no other candidate depends on them."""
+
+    @cached_property
+    def elsewhere(self) -> dict[Candidate, Path]:
+        """Candidates that are files from elsewhere, with their paths. Raises BadInput for damaged ones."""
+        return candidates_in(self.files)
 
     @cached_property
     def writing(self) -> tuple[Task, ...]:

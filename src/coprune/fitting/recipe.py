@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.fitting.calibration import read_passages
-from coprune.fitting.candidates import EMBEDDINGS, GIVEN, TYPES, Candidate, Cut
+from coprune.fitting.candidates import EMBEDDINGS, FOREIGN, GIVEN, TYPES, Candidate, Cut
 from coprune.fitting.fit_settings import Runtime
 from coprune.fitting.notes import Asked
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
@@ -49,13 +48,15 @@ class FitRecipe(_Checked):
     cut: RecipeCut
     type: str
     embedding: str | None = None
+    file: Annotated[str, Field(min_length=1)] | None = None
+    """Where the type is a file from elsewhere: its path."""
     bytes: Annotated[int, Field(gt=0)]
     sha256: _Digest
 
     @field_validator("type")
     @classmethod
     def _known_type(cls, said: str) -> str:
-        if said not in (GIVEN, *ALL_TYPES):
+        if said not in (GIVEN, FOREIGN, *ALL_TYPES):
             raise ValueError(f"it should be one of {', '.join(TYPES)}")
         return said
 
@@ -66,21 +67,30 @@ class FitRecipe(_Checked):
             raise ValueError(f"it should be one of {', '.join(EMBEDDINGS)}")
         return said
 
+    @model_validator(mode="after")
+    def _named_file(self) -> Self:
+        if (self.type == FOREIGN) != (self.file is not None):
+            raise ValueError(f"file goes with type {FOREIGN}")
+        return self
+
     @property
     def candidate(self) -> Candidate:
-        """The candidate that it makes."""
+        """The candidate that it makes. Raises BadInput where it is a file that is not there."""
+        if self.file is not None:
+            return next(iter(self.asked.elsewhere))
         return Candidate(Cut(tuple(self.cut.removed), self.cut.tokens), self.type, self.embedding)
 
     @property
     def asked(self) -> Asked:
         """The inputs of a fit that makes it."""
-        return Asked(self.model, (), self.seed, None, self.like, self.runtime)
+        files = () if self.file is None else (self.file,)
+        return Asked(self.model, (), self.seed, None, self.like, self.runtime, files)
 
     @classmethod
     def of(cls, asked: Asked, chosen: Candidate, size: int, digest: str) -> Self:
         """Describe a candidate. size, digest: of the file that was made."""
         cut = RecipeCut(removed=[*chosen.cut.removed], tokens=chosen.cut.tokens)
-        facts = {key: value for key, value in asdict(chosen).items() if key != "cut"}
+        file = str(asked.elsewhere[chosen]) if chosen.type == FOREIGN else None
         return cls(
             model=asked.model,
             source=asked.digests["model"],
@@ -88,9 +98,11 @@ class FitRecipe(_Checked):
             runtime=asked.runtime,
             seed=asked.seed,
             cut=cut,
+            type=chosen.type,
+            embedding=chosen.embedding,
+            file=file,
             bytes=size,
             sha256=digest,
-            **facts,
         )
 
     def written(self) -> str:

@@ -31,6 +31,8 @@ class Row:
     """Margin of the first condition, with its bounds."""
     low: float | None = None
     high: float | None = None
+    elsewhere: bool = False
+    """Whether it is a file that was given, not made."""
 
     @property
     def bounds(self) -> tuple[float, ...]:

@@ -91,6 +91,7 @@ class Search:
         self.tried: dict[Candidate, Measured] = {}
         self._safety: dict[Candidate, float] = {}  # by the seen half
         self._kept: list[Candidate] = []  # what keeps everything on the seen half, the best last
+        self._kept_elsewhere: list[Candidate] = []  # the same of files from elsewhere, which nothing is cut from
         self._vocabulary = len(workshop.making.tokenizer)
         self.budget = Budget(workshop, wish.budget, team.count)
         self._least = {task.key: 0 for task in self.tasks}  # items that prove something at all
@@ -151,7 +152,7 @@ class Search:
 
     def _has_time(self, candidate: Candidate) -> bool:
         """Return whether the budget has time for a candidate and for all that is to be proven then."""
-        proof = self.budget.proof(len(_chain([*self._kept, candidate])))
+        proof = self.budget.proof(len(_chain([*self._all_kept, candidate])))
         enough = self.budget.expected(candidate, [*self.tried]) + proof <= self.budget.left
         return not self.tried or enough or not self._is_new(candidate, self._seen())
 
@@ -164,13 +165,19 @@ class Search:
             self.workshop.note_rest()
             if self._team.alone:
                 # Where something is kept already, the proof of that must have its time.
-                until = self.budget.until(self.budget.proof(len(_chain(self._kept)))) if self._kept else math.inf
+                kept = self._all_kept
+                until = self.budget.until(self.budget.proof(len(_chain(kept)))) if kept else math.inf
                 self.workshop.measure(candidate, wanted, until)
             else:
                 self._team.measure(self.workshop, anew, wanted)
                 self.workshop.note_rest(counts=False)
         self.tried[candidate] = self.workshop.known(candidate)
         return self.tried[candidate]
+
+    @property
+    def _all_kept(self) -> list[Candidate]:
+        """What keeps everything on the seen half, made here or not, the best last."""
+        return sorted([*self._kept, *self._kept_elsewhere], key=self.cost, reverse=True)
 
     def _is_new(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> bool:
         known = self.workshop.known(candidate)
@@ -307,6 +314,7 @@ class Search:
     def run(self) -> Finding:
         """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
         self.measure_dense()
+        self._measure_elsewhere()
         self._climb()
         return self._or_as_given(self._proven())
 
@@ -319,6 +327,18 @@ class Search:
         if finding.kept and given - self.cost(finding.chosen) > _GAIN * abs(given):
             return finding
         return replace(finding, chosen=AS_GIVEN, kept=False, plain=None)
+
+    def _measure_elsewhere(self) -> None:
+        """Measure the files from elsewhere, the smallest first; nothing is concluded from one about another."""
+        for candidate in sorted(self.workshop.asked.elsewhere, key=self.workshop.bytes_of):
+            said = self._tried_on(candidate, None, ()) if self._has_time(candidate) else "late"
+            if said == "late":
+                self.untried.append(candidate)
+                self.tried.pop(candidate, None)
+                continue
+            self._report(candidate, self.judged_so_far(candidate), "seen")
+            if said == "kept":
+                self._kept_elsewhere.append(candidate)
 
     def _climb(self) -> None:
         """Collect what keeps everything."""
@@ -397,8 +417,9 @@ class Search:
         time for is passed over; no verdict decides that.
         """
         unseen = {task.name: [*task.unseen] for task in self.tasks}
-        surest, least = self._surest(), _chain(self._kept)
-        chain = [*dict.fromkeys([self._plain()[0], *surest])]
+        surest, least = self._surest(), _chain(self._all_kept)
+        first = [] if self._kept_elsewhere and not self._kept else [self._plain()[0]]
+        chain = [*dict.fromkeys([*first, *surest])]
         judged: dict[Candidate, list[Held]] = {}
         passed = list[Candidate]()
         for place, candidate in enumerate(chain):
@@ -427,8 +448,12 @@ class Search:
             [*self._kept, *(one for one in plain if one not in self.tried)],
         )
         safe = {one: [self._safety[other] for other in self._kept if one.spares(other, types)] for one in pool}
-        sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in pool if safe[one]}
-        return sorted(sizes, key=lambda one: (-max(safe[one]), -sizes[one]))
+        safe |= {one: [self._safety[one]] for one in self._kept_elsewhere}
+        sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in safe if safe[one]}
+        found = sorted(sizes, key=lambda one: (-max(safe[one]), -sizes[one]))
+        # Files that cannot win come last, where they keep nothing else from its verdict.
+        dear = [one for one in self._kept_elsewhere if self._kept and self.cost(one) >= self.cost(self._kept[-1])]
+        return [*(one for one in found if one not in dear), *(one for one in found if one in dear)]
 
     def _looks(self, judged: list[str]) -> int:
         """Record a sequence of candidates that the unseen half has judged by these conditions, and count such records.

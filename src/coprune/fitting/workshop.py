@@ -26,7 +26,7 @@ from coprune.base.errors import (
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.fitting.calibration import Passage, calibration_of, own_count, own_texts, texts_in, write_passages
-from coprune.fitting.candidates import DENSE, EXACT, Candidate
+from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, Candidate
 from coprune.fitting.clock import Mark
 from coprune.fitting.made import bytes_in
 from coprune.fitting.making import SAMPLES, SEQLEN, Making
@@ -202,6 +202,8 @@ class Workshop:
         """Return the bytes of a candidate's weights from their shapes; what it is sized by is made. Raises CopruneError."""
         if candidate.type == EXACT:
             return bytes_in(self.making.exact(candidate.cut))
+        if candidate.type == FOREIGN:
+            return bytes_in(self.making.file(candidate))
         key = self.making.key("fit-size", candidate)
         return self.store.get(key, Size, lambda: Size(self._planned_bytes(candidate))).root
 
