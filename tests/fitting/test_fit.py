@@ -21,6 +21,7 @@ from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.fit import WORK_FOLDER, remake
 from coprune.fitting.made import digest_of
+from coprune.fitting.making import Making
 from coprune.fitting.notes import Asked, Measured
 from coprune.fitting.reader import POSITIONS, Reader
 from coprune.fitting.recipe import RECIPE_FILE
@@ -244,6 +245,47 @@ def test_what_is_left_to_try_ends_with_the_command_for_more_time(place: Path, tm
     assert f"text={text!r}" in found.next
     assert found.next.endswith("budget='60m')")
     assert str(found).endswith(found.next)
+
+
+def test_a_distillation_without_time_is_named_and_done_with_more(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(tokens: int) -> Any:
+        monkeypatch.setattr("coprune.fitting.search._DISTILLED", (tokens, tokens))
+        settings = how(place, types="q8_0", without="vocabulary,blocks,embedding", budget="24h")
+        task, output = place / "text.txt", tmp_path / "out"
+        return coprune.fit(place / "model.gguf", task, "bits<=dense*1.1", output=output, **settings)
+
+    def cannot(*_: object, **__: object) -> None:
+        raise BadInput("nothing is cut here")
+
+    monkeypatch.setattr("coprune.fitting.making.prune", cannot)
+    short = found(1 << 40)
+    assert short.chosen == "q8_0"
+    assert any("channels=0.125" in note and "would be next (and 1 others)" in note for note in short.notes)
+    assert short.next.endswith("budget='4320m')")
+    longer = found(2048)
+    cuts = {row.name: row.refused for row in longer.rows if "distilled" in row.name}
+    assert cuts == {
+        f"channels={part}, distilled on 2,048 tokens q8_0": "nothing is cut here." for part in (0.125, 0.25)
+    }
+    assert not longer.next
+
+
+def test_where_nothing_can_be_made_the_users_file_stays(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(self: Making, candidate: Candidate) -> Any:
+        raise BadInput("llama.cpp could not make the type")
+
+    monkeypatch.setattr(Making, "_quants", cannot)
+    settings = how(place, types="q4_1", without=f"{WITHOUT},embedding", budget="24h")
+    found = coprune.fit(
+        place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "out", **settings
+    )
+    assert (found.kept, found.better) == (False, False)
+    assert found.file.read_bytes() == (place / "model.gguf").read_bytes()
+    assert [row.refused for row in found.rows if row.name == "q4_1"] == ["llama.cpp could not make the type."]
 
 
 @pytest.mark.slow

@@ -104,11 +104,16 @@ def fit(
     finally:
         team.stop()
     fewer = search.tasks != asked.tasks  # than there are items
-    said = {"task": task, "require": require, "output": output, **how, "budget": f"{_TIMES * wish.budget / 60:.3g}m"}
+    said = {"task": task, "require": require, "output": output, **how, "budget": _minutes(_TIMES * wish.budget)}
     usual = FitSettings().model_dump()
     own = [Set(name, value) for name, value in said.items() if value is not None and usual.get(name) != value]
     more = say(Command("fit", model, *own)) if finding.untried or (fewer and not finding.kept) else ""
     return _leave(target, search, finding, more)
+
+
+def _minutes(seconds: float) -> str:
+    """Return a time as `budget` takes it."""
+    return f"{seconds / 60:{'.3g' if seconds < 6000 else '.0f'}}m"
 
 
 def remake(recipe: str | Path, output: str | Path, quiet: bool = False, converter: str | Path | None = None) -> Path:
@@ -362,10 +367,10 @@ def _notes(search: Search, finding: Finding) -> list[str]:
             f"these unseen items have now given {finding.looks} verdicts, with other budgets or conditions: the 95 % hold for "
             "the first one, so take items that are new for a proof"
         )
-    if not finding.kept:
+    if not finding.kept and finding.held:
         needed = [one.needed for one in finding.held if one.needed is not None]
         there = sum(len(task.seen) + len(task.unseen) for task in search.tasks)
-        would = f"about {2 * max(needed):,} items would decide; there are {there:,}"
+        would = f"about {2 * max(needed, default=0):,} items would decide; there are {there:,}"
         found.append(would if needed else "more items would not prove it")
     return found
 

@@ -24,6 +24,7 @@ from coprune.fitting.reader import Reader
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation
 from coprune.gguf_files.reuse import Quant, quantize_beside
+from coprune.model.checkpoint.gguf_header import read_gguf_headers
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
 from coprune.runner.call import prune
@@ -66,6 +67,15 @@ class Making:
     def source(self) -> Location:
         """The model's files."""
         return locate(self.asked.model)  # which reads a GGUF file's vocabulary
+
+    @cached_property
+    def may_have_experts(self) -> bool:
+        """Whether no GGUF file of the model says that it has none."""
+        file = locate(self.asked.like) if self.asked.like is not None else self.source
+        if not isinstance(file, GgufFile):
+            return True
+        integers = read_gguf_headers(file.path)[0][1]
+        return any(name.endswith(".expert_count") and count for name, count in integers.items())
 
     @property
     def text(self) -> Path:

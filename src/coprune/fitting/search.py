@@ -321,6 +321,9 @@ class Search:
     def _or_as_given(self, finding: Finding) -> Finding:
         """Return what was given where nothing clearly better than it is proven."""
         if not is_file_of(self.workshop.making.source, self.workshop.asked.runtime):
+            if finding.chosen == AS_GIVEN:
+                said = "; ".join(f"{one.name}: {found.refused}" for one, found in self.tried.items() if found.refused)
+                raise BadInput(f"nothing can be made of this model ({said})", field="types", value=self.wish.types)
             return finding
         self.workshop.measure(AS_GIVEN, {})
         given = self.cost(AS_GIVEN)
@@ -390,22 +393,27 @@ class Search:
         return [replace(base, type=one) for one in types[types.index(base.type) + 1 : types.index(last) + 1]]
 
     def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:
-        asked = [one for one in amounts if one.partition("=")[0] not in self.wish.without]
-        tokens = (
-            0 if self.untried or not self._can_cut else self._distilled()
-        )  # takes more time than what there was none for
-        return [base.of(Cut((*base.cut.removed, one), tokens)) for one in asked] if tokens else []
+        left_out = (*self.wish.without, *(() if self.workshop.making.may_have_experts else ("experts",)))
+        asked = [one for one in amounts if one.partition("=")[0] not in left_out]
+        if not asked or not self._can_cut:
+            return []
+        tokens = 0 if self.untried else self._distilled()  # takes more time than what there was none for
+        found = [base.of(Cut((*base.cut.removed, one), tokens or _DISTILLED[0])) for one in asked]
+        if not tokens:
+            self.untried += found
+            return []
+        return found
 
     def _distilled(self) -> int:
-        """Return the tokens of a distillation that fits the time budget; 0 for too few.
+        """Return the tokens of a distillation that fits the time budget, or an earlier one; 0 for too few.
 
         By what reading them takes the dense model, in powers of two, so that a few seconds more or less change nothing.
         """
         file = self.workshop.folder / "text" / "distilled.json"
-        if (known := noted(file, Sizes, {})) and "tokens" in known:
-            return known["tokens"]
-        tokens, (least, most) = _DISTILLED_SHARE * self.budget.left * self.budget.reads, _DISTILLED
-        found = 0 if tokens < least else min(most, 1 << (int(tokens).bit_length() - 1))
+        if tokens := noted(file, Sizes, {}).get("tokens", 0):
+            return tokens
+        carried, (least, most) = _DISTILLED_SHARE * self.budget.left * self.budget.reads, _DISTILLED
+        found = 0 if carried < least else min(most, 1 << (int(carried).bit_length() - 1))
         write_note(file, Sizes({"tokens": found}))
         return found
 
@@ -421,24 +429,31 @@ class Search:
         first = [] if self._kept_elsewhere and not self._kept else [self._plain()[0]]
         chain = [*dict.fromkeys([*first, *surest])]
         judged: dict[Candidate, list[Held]] = {}
-        passed = list[Candidate]()
+        passed, unproven = list[Candidate](), list[Candidate]()
         for place, candidate in enumerate(chain):
             asked = unseen | self._continued("unseen", candidate.cut)
             after = self.budget.proof(1 + sum(one in least for one in chain[place + 1 :]))
             made = 0.0 if candidate in self.tried else self.budget.expected(candidate, [*self.tried])
             late = made + after > self.budget.left
             if surest and late and candidate not in least and self._is_new(candidate, asked):
+                unproven.append(candidate)
                 continue
             self.tried[candidate] = self.workshop.measure(candidate, asked)
+            if self.tried[candidate].refused:
+                self._report(candidate, (), "unseen")
+                continue
             judged[candidate] = self.judged(candidate, asked)
             self._report(candidate, judged[candidate], "unseen")
             if verdict_of(judged[candidate]) is not Verdict.KEPT:
                 break
             passed.append(candidate)
         passed.sort(key=self.cost, reverse=True)
+        tried, untried = [*self.tried], [one for one in dict.fromkeys(self.untried) if one not in self.tried]
+        if not judged:
+            return Finding(AS_GIVEN, [], False, None, tried, judged, untried)
         chosen, looks = (passed or [*judged])[-1], self._looks([candidate.key for candidate in judged])
-        untried = [one for one in dict.fromkeys(self.untried) if one not in self.tried]
-        return Finding(chosen, judged[chosen], bool(passed), _best_plain(passed), [*self.tried], judged, untried, looks)
+        untried += [one for one in unproven if not passed or (one in tried and self.cost(one) < self.cost(chosen))]
+        return Finding(chosen, judged[chosen], bool(passed), _best_plain(passed), tried, judged, untried, looks)
 
     def _surest(self) -> list[Candidate]:
         """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more, quants untried, too."""
