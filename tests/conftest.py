@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import importlib.util
 import signal
+import sys
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -99,6 +101,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ask first what other tests stumble over when a new version of transformers changes its internals; then the longest."""
     order = ("test_transformers_private.py", *LONGEST)
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that do jobs are forks of this one, which has imported everything already."""
+    from coprune.base import pool
+
+    begin = pool._begin
+
+    def begin_with_streams_of_files(*arguments: Any) -> None:
+        if sys.__stdout__ is not None and sys.__stderr__ is not None:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        begin(*arguments)
+
+    monkeypatch.setattr(pool, "_begin", begin_with_streams_of_files)
+    monkeypatch.setattr(pool, "get_context", lambda _: get_context("fork"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from coprune.commands.app import main
 from support.page_blocks import ROOT, SHELLS, Block, Line, lines_of, read_blocks
 from support.page_runs import RUNNERS, is_excerpt, run_line, run_python_block, run_yaml
 from support.page_world import Base, World, make_base
+from support.sample import sampled
 
 BLOCKS = read_blocks()
 EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.yaml"))
@@ -33,6 +34,20 @@ EXCEPTIONS = {
     "coprune compare out/table": "where the file names save_model, which the page's does not",
     "lm_eval run": "another program's command, with the same tasks as the line before it",
 }
+
+
+# Pages whose commands take several seconds.
+LONG = (
+    "evaluation",
+    "calibration",
+    "removal",
+    "recipe",
+    "mixtures",
+    "presets",
+    "big-mixture",
+    "large-models",
+    "quantised",
+)
 
 
 def exception_of(text: str) -> str | None:
@@ -86,7 +101,7 @@ def in_turn(page: str) -> Iterator[Block | Line]:
             yield block
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sampled(PAGES, quick=[page for page in PAGES if Path(page).stem not in LONG]))
 def test_what_a_page_says_works(page: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     for piece in in_turn(page):

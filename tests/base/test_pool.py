@@ -20,7 +20,7 @@ from support.jobs import Doing
 
 
 @pytest.fixture
-def workers(tmp_path: Path) -> Iterator[LocalWorkers]:
+def workers(forked_workers: None, tmp_path: Path) -> Iterator[LocalWorkers]:
     found = LocalWorkers(tmp_path / "logs" / "workers.log")
     found.at_once = 2
     yield found

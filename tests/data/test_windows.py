@@ -174,6 +174,7 @@ def test_bytes_of_a_real_tokenizer_add_up_to_those_of_the_text(
     assert bool((sizes >= 0).all())
 
 
+@pytest.mark.slow
 def test_bytes_of_a_real_tokenizer_are_those_of_its_tokens(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
     text = "The naïve café — 42 pages."
     tokens, sizes = tokens_and_bytes(smollm2_tokenizer, text)

@@ -117,7 +117,7 @@ def figures(result: coprune.Result) -> Any:
     return masks, report.calibration.fingerprint, text.fingerprint, text.dense, text.pruned
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_with_the_choice_is_the_run_that_names_it(
     home: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

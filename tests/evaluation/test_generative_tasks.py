@@ -69,7 +69,7 @@ def upstream(tokenizer: Any, chat: bool) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_numbers_are_those_of_calling_the_harness_directly(items: Path, chat: bool) -> None:
     tokenizer = pico_tokenizer()
     tokenizer.eos_token = "w2"  # upstream needs one of the tokenizer's own

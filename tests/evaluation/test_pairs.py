@@ -53,7 +53,7 @@ def loss_of_targets(folder: Path, place: Path) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_perplexity_is_that_of_forwards_before_and_after(stream: bool, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
     settings = {"dataset": place / "pairs.jsonl", "eval_data": place / "pairs.jsonl", **PRUNING}
@@ -107,7 +107,9 @@ def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))
-@pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Marian", ()), ("Bart", ("*decoder.*",))])
+@pytest.mark.parametrize(
+    ("family", "choice"), [("T5", ()), pytest.param("Marian", (), marks=pytest.mark.slow), ("Bart", ("*decoder.*",))]
+)
 def test_channels_go_from_both_halves_or_from_the_decoder(
     family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
 ) -> None:
@@ -129,7 +131,9 @@ DEEP: dict[str, dict[str, int]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))
-@pytest.mark.parametrize(("family", "choice"), [("T5", ()), ("Bart", ("*decoder.*",))])
+@pytest.mark.parametrize(
+    ("family", "choice"), [pytest.param("T5", (), marks=pytest.mark.slow), ("Bart", ("*decoder.*",))]
+)
 def test_blocks_go_from_both_halves_or_from_the_decoder(
     family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ def test_the_page_speaks_of_every_family_and_is_written_as_it_is_read() -> None:
     ("family", "remove"),
     [
         pytest.param("deepseek_v3", "experts=0.25,channels=0.4", marks=pytest.mark.slow),
-        ("jamba", "blocks=0.34"),
+        pytest.param("jamba", "blocks=0.34", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(family: str, remove: str, tmp_path: Path) -> None:

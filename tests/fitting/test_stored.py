@@ -200,6 +200,7 @@ def test_a_second_fit_of_the_same_model_and_texts_measures_nothing_again(
     assert again.file.read_bytes() == found.file.read_bytes()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_error_in_a_worker_arrives_with_its_cause(place: Path, tmp_path: Path, store: Path) -> None:
     asked, candidate = Asked(str(place / "model.gguf"), ()), Candidate(DENSE, "q8_0")
     workshop = Workshop(tmp_path / "fit", asked, Reporter(quiet=True))

@@ -22,7 +22,7 @@ from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.report.folder import model_of
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save
-from support.pico_gguf import distinct_norms
+from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.saved import load_clean
 
 LLAMA_CPP = os.environ.get("LLAMA_CPP")
@@ -145,7 +145,11 @@ def test_a_run_stands_for_the_model_that_it_saved(place: Path, tmp_path: Path) -
 
 def test_fit_makes_a_template_once(place: Path, tmp_path: Path) -> None:
     asked, reporter = Asked(str(place / "dense"), ()), Reporter(quiet=True)
-    found = _with_template(asked, tmp_path / "fit", place / "llama.cpp", reporter)
+    made = write_pico_gguf(load_clean(place / "dense"), tmp_path / "made.gguf", "F16")
+    (converter := tmp_path / SCRIPT).write_text(
+        f"import shutil, sys\nshutil.copy({str(made)!r}, sys.argv[sys.argv.index('--outfile') + 1])\n"
+    )
+    found = _with_template(asked, tmp_path / "fit", converter, reporter)
     assert found.like is not None
     assert isinstance(locate(found.like), GgufFile)
     written = Path(found.like).stat().st_mtime_ns

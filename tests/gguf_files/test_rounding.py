@@ -20,6 +20,7 @@ from coprune.pruning.rounding import Loss, Rounded, round_columns
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.sample import crossed
 from support.saved import load_clean
 
 WIDTH = 512
@@ -47,8 +48,7 @@ def rounded(weight: Tensor, of: Tensor, kind: str) -> Rounded:
     return round_columns(weight, Loss(of, factor_inverse(of, 0.01), of.diagonal()), BLOCK_TYPES[kind])
 
 
-@pytest.mark.parametrize("how", ["usual", "zeros", "tiny", "huge"])
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize(("kind", "how"), crossed([*BLOCK_TYPES], ["usual", "zeros", "tiny", "huge"]))
 def test_a_file_holds_the_values_that_were_chosen(kind: str, how: str) -> None:
     made = rounded(weights(how), gram(), kind)
     read = torch.from_numpy(quants.dequantize(made.stored.numpy(), GGMLQuantizationType[kind.upper()]))
@@ -82,7 +82,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("arch", "sizes"),
-    [("llama", {"hidden_size": 256, "intermediate_size": 512}), ("qwen3moe", {"hidden_size": 64})],
+    [
+        ("llama", {"hidden_size": 256, "intermediate_size": 512}),
+        pytest.param("qwen3moe", {"hidden_size": 64}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_row_of_a_file_is_its_own(arch: str, sizes: dict[str, Any], text: str, tmp_path: Path) -> None:
     """Queries and keys of llama are in another order of rows, and experts are one tensor."""
@@ -104,7 +107,9 @@ def test_every_row_of_a_file_is_its_own(arch: str, sizes: dict[str, Any], text: 
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", ["q2_k", "q3_k_m", "q4_k_m"])
+@pytest.mark.parametrize(
+    "kind", ["q2_k", pytest.param("q3_k_m", marks=pytest.mark.slow), pytest.param("q4_k_m", marks=pytest.mark.slow)]
+)
 def test_a_file_is_nearer_to_its_model_in_llama_cpp(kind: str, text: str, tmp_path: Path) -> None:
     model = distinct_norms(pico_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2))
     save(model, tmp_path / "dense")

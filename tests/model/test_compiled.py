@@ -61,6 +61,7 @@ def test_generate_takes_the_compiled_step_and_writes_the_same(model: PreTrainedM
     assert model.generation_config.cache_implementation is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_a_step_of_more_sizes_than_torch_compiles_writes_the_same(
     model: PreTrainedModel, caplog: pytest.LogCaptureFixture

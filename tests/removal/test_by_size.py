@@ -115,7 +115,7 @@ def test_no_smaller_share_of_channels_would_do(capsys: pytest.CaptureFixture[str
     assert result.model.num_parameters() > most
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bytes_and_parameters_are_of_what_is_saved(tmp_path: Path, stream: bool) -> None:
     folder = save_pico(tmp_path / "model", dtype=torch.bfloat16)
     before = load_clean(folder).num_parameters()

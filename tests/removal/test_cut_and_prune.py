@@ -92,6 +92,7 @@ def test_either_half_can_be_interrupted(home: Path, tmp_path: Path) -> None:
     assert load_clean(tmp_path / "model").config.num_hidden_layers == 2
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_between_the_halves_is_noticed(tmp_path: Path) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
@@ -154,8 +155,8 @@ def test_numbers_that_do_not_stay_are_refused_before_the_model_is_opened(
 @pytest.mark.parametrize(
     ("remove", "allocation", "of_units", "of_zeros"),
     [
-        ("channels=0.4", "error:tokens=0", "error:tokens=0", "uniform"),
-        ("blocks=0.34", "owl", "uniform", "owl"),
+        pytest.param("channels=0.4", "error:tokens=0", "error:tokens=0", "uniform", marks=pytest.mark.slow),
+        pytest.param("blocks=0.34", "owl", "uniform", "owl", marks=pytest.mark.slow),
         ("channels=0.4", "owl:spread=0.1", "uniform", "owl:spread=0.1"),
     ],
 )

@@ -46,7 +46,9 @@ def without_places(folder: Path) -> dict[str, bytes | None]:
     ("family", "changes", "remove"),
     [
         ("mixtral", {"tie_word_embeddings": True}, "experts=0.25,channels=0.4"),  # experts saved one by one
-        ("deepseek_v3", {"n_routed_experts": 8}, "experts=0.25"),  # a buffer among what is cut
+        pytest.param(
+            "deepseek_v3", {"n_routed_experts": 8}, "experts=0.25", marks=pytest.mark.slow
+        ),  # a buffer among what is cut
     ],
 )
 def test_streamed_is_as_in_memory(family: str, changes: dict[str, Any], remove: str, tmp_path: Path) -> None:

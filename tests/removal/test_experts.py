@@ -30,14 +30,18 @@ MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group
     ("family", "changes", "remove"),
     [
         ("mixtral", {}, "experts=0.25,channels=0.4,heads=0.5,blocks=0.34"),  # saved one by one; all at once
-        ("qwen2_moe", {}, "experts=0.25"),  # a shared expert behind a gate; gates that do not add up to one
+        pytest.param(
+            "qwen2_moe", {}, "experts=0.25", marks=pytest.mark.slow
+        ),  # a shared expert behind a gate; gates that do not add up to one
         pytest.param("qwen3_moe", {}, "experts=0.5", marks=pytest.mark.slow),
         pytest.param("olmoe", {}, "experts=0.25", marks=pytest.mark.slow),
         ("gpt_oss", {}, "experts=0.25,channels=0.4"),  # in one tensor, with biases of the router and the experts
         pytest.param(
             "deepseek_v2", {}, "experts=0.5", marks=pytest.mark.slow
         ),  # three of sixteen, out of two of four groups
-        ("deepseek_v3", GROUPED, "experts=0.25"),  # a correction of the choice, groups by their best two
+        pytest.param(
+            "deepseek_v3", GROUPED, "experts=0.25", marks=pytest.mark.slow
+        ),  # a correction of the choice, groups by their best two
         ("deepseek_v3", GROUPED | MANY_GROUPS, "experts=0.25"),  # that a token's experts do not show by their number
         pytest.param(
             "jamba", {}, "experts=0.25", marks=pytest.mark.slow
@@ -47,7 +51,9 @@ MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group
         ("qwen3_next", {}, "experts=keep:20"),  # as many experts as the width of much else
         pytest.param("lfm2_moe", {}, "experts=0.25", marks=pytest.mark.slow),  # the correction lies beside the router
         ("gemma4_text", SCALED, "experts=0.25"),  # a factor per expert in the module around the router
-        ("gemma4_text", SCALED | {"num_experts": 64}, "experts=keep:48"),  # as many experts as the model is wide
+        pytest.param(
+            "gemma4_text", SCALED | {"num_experts": 64}, "experts=keep:48", marks=pytest.mark.slow
+        ),  # as many experts as the model is wide
     ],
 )
 def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(

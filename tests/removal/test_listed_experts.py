@@ -20,7 +20,9 @@ IDS = torch.randint(60, (6, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
 
 
-@pytest.mark.parametrize("remove", ["experts=0.25", "experts=0.5,channels=0.5,blocks=0.5"])
+@pytest.mark.parametrize(
+    "remove", [pytest.param("experts=0.25", marks=pytest.mark.slow), "experts=0.5,channels=0.5,blocks=0.5"]
+)
 def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(remove: str, tmp_path: Path) -> None:
     model = listed_mixture()
     result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)

@@ -156,9 +156,9 @@ def test_two_processes_solve_one_map_on_the_batches_of_both(batches: int, tmp_pa
 @pytest.mark.parametrize(
     ("family", "remove"),
     [
-        ("llama", "blocks=0.5"),
+        pytest.param("llama", "blocks=0.5", marks=pytest.mark.slow),
         ("llama", "channels=0.4,heads=0.5,blocks=0.25"),
-        ("gpt2", "blocks=0.25"),
+        pytest.param("gpt2", "blocks=0.25", marks=pytest.mark.slow),
         pytest.param("gpt_neox", "blocks=0.25", marks=pytest.mark.slow),
         ("mixtral", "blocks=0.25"),
         pytest.param("gpt_oss", "blocks=0.25", marks=pytest.mark.slow),

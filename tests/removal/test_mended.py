@@ -23,7 +23,7 @@ MENDED: dict[str, Any] = {"reconstruct": 4}
     [
         ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
         ("gpt_oss", "channels=0.4,heads=0.5"),  # tables of biases, sinks
-        ("jamba", "channels=0.4"),  # blocks that lose nothing, behind some that do
+        pytest.param("jamba", "channels=0.4", marks=pytest.mark.slow),  # blocks that lose nothing, behind some that do
     ],
 )
 def test_what_is_silent_stays_silent_while_the_rest_is_trained(family: str, remove: str, tmp_path: Path) -> None:
@@ -58,6 +58,7 @@ def test_training_comes_nearer_to_the_dense_model() -> None:
     assert distance(reconstruct=20) < distance()
 
 
+@pytest.mark.slow
 def test_blocks_behind_one_that_goes_are_trained_to_make_up_for_it() -> None:
     def model() -> Any:
         made = pico_model("llama")

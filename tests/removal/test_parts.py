@@ -35,11 +35,15 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
         ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
         ("gpt2", "channels=0.4,blocks=0.34"),  # input × output weights, an MLP of four times the width by default
         pytest.param("qwen2", "heads=0.5", marks=pytest.mark.slow),  # biases; the width of a head has to be said now
-        ("gemma3_text", "channels=0.4,heads=0.5,blocks=0.25"),  # tied; norms after; two kinds of attention
+        pytest.param(
+            "gemma3_text", "channels=0.4,heads=0.5,blocks=0.25", marks=pytest.mark.slow
+        ),  # tied; norms after; two kinds of attention
         pytest.param("phi3", "channels=0.4", marks=pytest.mark.slow),  # gate and up are one matrix
         pytest.param("phi3", "heads=0.5", marks=pytest.mark.slow),  # query, key and value are one
         pytest.param("falcon", "channels=0.4,blocks=0.34", marks=pytest.mark.slow),
-        ("mixtral", "channels=0.4,heads=0.5"),  # every expert other channels; saved one by one
+        pytest.param(
+            "mixtral", "channels=0.4,heads=0.5", marks=pytest.mark.slow
+        ),  # every expert other channels; saved one by one
         ("gpt_oss", "channels=0.4,heads=0.5"),  # experts in one tensor, interleaved, with biases and sinks
         # Three sizes of MLPs; queries, keys and values of low rank.
         ("deepseek_v3", "channels=0.4,heads=0.5,blocks=0.34"),
@@ -64,7 +68,7 @@ def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remov
 @pytest.mark.parametrize(
     ("family", "settings", "stays", "place", "left"),
     [
-        ("deepseek_v3", {}, [1, 2], "first_k_dense_replace", 0),
+        pytest.param("deepseek_v3", {}, [1, 2], "first_k_dense_replace", 0, marks=pytest.mark.slow),
         ("qwen3_moe", {"mlp_only_layers": [1]}, [1, 2], "mlp_only_layers", [0]),
     ],
 )
@@ -198,7 +202,7 @@ def test_tokens_that_end_a_text_are_no_list_of_blocks() -> None:
     assert made.config.eos_token_id == made.generation_config.eos_token_id == [2, 5, 7]
 
 
-@pytest.mark.parametrize("done", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("done", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bytes(done: int, tmp_path: Path) -> None:
     save_pico(tmp_path / "llama", num_hidden_layers=4)
     write_words(tmp_path / "words.txt")

@@ -31,7 +31,7 @@ def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
 @pytest.mark.parametrize(
     ("family", "changes", "asked"),
     [
-        ("llama", {"num_hidden_layers": 5}, {"remove": "blocks=0.4"}),
+        pytest.param("llama", {"num_hidden_layers": 5}, {"remove": "blocks=0.4"}, marks=pytest.mark.slow),
         ("llama", {"num_hidden_layers": 5}, {"remove": "blocks=0.4", "score": "kl:tokens=64,candidates=2"}),
         (
             "gemma3_text",

@@ -50,7 +50,7 @@ def real_counts(folder: Path) -> list[tuple[str, list[int]]]:
 @pytest.mark.parametrize(
     ("family", "remove", "allocation", "kept"),
     [
-        ("llama", "channels=0.33", "error", {"channels": 3 * 64}),
+        pytest.param("llama", "channels=0.33", "error", {"channels": 3 * 64}, marks=pytest.mark.slow),
         ("llama", "channels=0.33,heads=0.5", "error", {"channels": 3 * 64, "heads": 3}),
         ("mixtral", "channels=0.33", "error:tokens=0", {"channels": 3 * 64}),  # other channels of every expert
         pytest.param("gemma3_text", "channels=0.4,blocks=0.25", "error", None, marks=pytest.mark.slow),
@@ -152,6 +152,7 @@ def go_whole_and_stop(go: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
             go("stopped")
 
 
+@pytest.mark.slow
 def test_what_was_settled_is_not_chosen_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
@@ -177,6 +178,7 @@ def test_what_was_settled_is_not_chosen_anew(tmp_path: Path, monkeypatch: pytest
     assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "whole" / "small")
 
 
+@pytest.mark.slow
 def test_heads_that_blocks_share_are_as_many_and_the_same_ones_and_not_chosen_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +208,7 @@ def test_heads_that_blocks_share_are_as_many_and_the_same_ones_and_not_chosen_an
     assert len({str(found[1].real) for name, found in own.items() if name.startswith("decoder")}) > 1
 
 
+@pytest.mark.slow
 def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")

@@ -24,7 +24,7 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
 from support.pico_images import CLASSES, CLASSIFIERS, SIZE, TIMM, pico_classifier, pico_pixels, save_classifier
-from support.sample import sampled
+from support.sample import crossed, sampled
 from support.walking import (
     Layer,
     Propagation,
@@ -38,8 +38,7 @@ from support.walking import (
 TWO_OF_FOUR = Target(NM(2, 4), 0.5)
 
 
-@pytest.mark.parametrize("propagation", ["block", "sequential"])
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize(("family", "propagation"), crossed([*CLASSIFIERS], ["block", "sequential"]))
 def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation) -> None:
     model, oracle = pico_classifier(family), pico_classifier(family)
     batches = pico_pixels(family, 4).split(2)

@@ -164,7 +164,7 @@ def test_a_model_without_tokenizer_is_not_asked(tmp_path: Path) -> None:
         coprune.prune(pico_model("llama"), "magnitude", dataset=tokens, require="loops<3", **SETTINGS)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_lost_blocks_answers_as_it_is_saved(inside: Path, tmp_path: Path, stream: bool) -> None:
     report = coprune.prune(
         "model", remove="blocks=0.34", stream=stream, dataset="words.txt", save_model=tmp_path / "small", **SETTINGS
@@ -235,6 +235,7 @@ def tuned(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_that_fine_tunes_speaks_of_the_fine_tuned_model(tuned: Any, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"generate": "prompts.jsonl", "generate_tokens": 12}
     ended, report = tuned(

@@ -76,7 +76,7 @@ def test_zeros_change_nothing_else(published: dict[str, Path], model_type: str, 
     assert set(found.changed.values()) == {"zeros"}
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_experts_go_and_what_sees_stays(published: dict[str, Path], stream: bool, tmp_path: Path) -> None:
     found = made(published["qwen3_5_moe"], tmp_path / "saved", stream, remove="experts=0.25")
     assert found.keys == {"text_config.num_experts": (4, 3)}

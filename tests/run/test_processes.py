@@ -35,8 +35,6 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "sparsegpt": ("llama", "sparsegpt", "block", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
     # So few tokens that experts go without, and some are seen by one process only.
     "few tokens": ("mixtral", "sparsegpt", "sequential", {"seqlen": 2, "nsamples": 5, "evaluate": False}),
-    "fisher": ("mixtral", "wanda", "block", {"allocation": "fisher", "sparsity": 0.6}),
-    "permuted": ("llama", "wanda", "block", {"permute": True, "pattern": "2:4", "evaluate": False}),
     "parts": (
         "llama",
         "wanda",
@@ -55,6 +53,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "two lengths": ("llama", "wanda", "sequential", {"dataset": "{words}:seqlen=16=0.5,{own}=0.5", "evaluate": False}),
 }
 MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "fisher": ("mixtral", "wanda", "block", {"allocation": "fisher", "sparsity": 0.6}),
+    "permuted": ("llama", "wanda", "block", {"permute": True, "pattern": "2:4", "evaluate": False}),
     "halves, sparsegpt": ("T5", "sparsegpt", "block", {"dataset": "{pairs}", "pattern": "2:4", "eval_data": None}),
     "halves, dense": ("T5", "wanda", "dense", {"dataset": "{words}", "seqlen": 24, "evaluate": False}),
     # Two of four layers take the keys and values of others.

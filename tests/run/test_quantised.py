@@ -95,7 +95,7 @@ def test_wanda_in_memory_makes_the_masks_of_the_decoded_model(form: str, family:
     ("form", "family", "stream"),
     [
         pytest.param("fp8 block", "qwen3_moe", True, marks=pytest.mark.slow),
-        ("int4", "qwen3_moe", False),
+        pytest.param("int4", "qwen3_moe", False, marks=pytest.mark.slow),
         ("fp8 block", "deepseek_v3", True),
         ("mxfp4", "gpt_oss", True),
     ],
@@ -182,7 +182,7 @@ def test_fewer_channels_than_two_blocks_are_refused_with_a_way_out(tmp_path: Pat
     assert "quantization_config" not in json.loads((dense / "config.json").read_text())
 
 
-@pytest.mark.parametrize(("form", "stream"), [("fp8 block", True), ("int4", False)])
+@pytest.mark.parametrize(("form", "stream"), [("fp8 block", True), pytest.param("int4", False, marks=pytest.mark.slow)])
 def test_a_method_that_changes_weights_rounds_them_and_says_so(form: str, stream: bool, tmp_path: Path) -> None:
     source, _ = quantised_pico(tmp_path, form, "llama")
     report = coprune.prune(

@@ -144,7 +144,7 @@ def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Undist
 
 
 # Runs of a few kinds; all of them, and more moments, take long.
-QUICK = ("wanda", "mixture", "reconstructed")
+QUICK = ("wanda",)
 MOMENTS = sampled(range(20), quick=[[*RUNS].index(name) for name in QUICK])
 
 
@@ -178,6 +178,7 @@ def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undistur
     assert not [path for path in tmp_path.rglob(".*") if path.name != ".gitattributes"]
 
 
+@pytest.mark.slow
 def test_killed_twice_while_the_page_is_written(place: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     expected, *_ = undisturbed("allocated")
 
@@ -230,8 +231,8 @@ def half_done(killed: Left, tmp_path: Path) -> Left:
         ("wanda", "cut off"),
         ("wanda", "no note"),
         ("wanda", "garbled note"),
+        ("wanda", "empty note"),
         pytest.param("mixture in memory", "flipped bit", marks=pytest.mark.slow),
-        ("mixture in memory", "empty note"),
     ],
 )
 def test_a_damaged_part_is_done_again(

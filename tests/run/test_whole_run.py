@@ -54,7 +54,6 @@ def without_seconds(report: Report) -> list[dict[str, Any]]:
         quick=[
             ("llama", "auto"),
             ("gpt2", "bfloat16"),
-            ("gpt_oss", "bfloat16"),
         ],
     ),
 )

@@ -62,10 +62,11 @@ def weights(place: Path, out: str) -> dict[str, bytes]:
 WRITING = ("runner/", "store/", "run_stages", "run/output", "checkpoint/writer", "report/folder", "base/files")
 
 
-def test_killed_at_any_moment_both_steps_end_with_the_same_bytes(place: Path) -> None:
+@pytest.mark.parametrize("shares", [(0.55, 0.97), pytest.param((0.3, 0.8), marks=pytest.mark.slow)], ids=str)
+def test_killed_at_any_moment_both_steps_end_with_the_same_bytes(shares: tuple[float, ...], place: Path) -> None:
     _, lines = count_lines(lambda: run_recipe(both(place, "whole"), reporter=QUIET), WRITING)
     expected = weights(place, "whole")
-    for share in (0.3, 0.55, 0.8, 0.97):
+    for share in shares:
         killed_at(lambda: run_recipe(both(place, "cut"), reporter=QUIET), int(lines * share), WRITING)
         if not (place / "cut" / "run" / "report.json").exists():
             run_recipe(both(place, "cut"), reporter=QUIET)

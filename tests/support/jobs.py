@@ -38,7 +38,7 @@ class Doing:
 
 
 def _work(job: Doing) -> str:
-    time.sleep(1.0)
+    time.sleep(0.2)
     return "done"
 
 

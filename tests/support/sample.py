@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,13 @@ def sampled(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
     cases, chosen = list(cases), list(quick)
     assert all(one in cases for one in chosen)
     return [case if case in chosen else _slow(case) for case in cases]
+
+
+def crossed(*axes: Sequence[Any]) -> list[Any]:
+    """Return all combinations of one value of each axis; the quick ones have every value, and few of them together."""
+    longest = max(map(len, axes))
+    diagonal = [tuple(axis[number % len(axis)] for axis in axes) for number in range(longest)]
+    return sampled(product(*axes), quick=diagonal)
 
 
 def of_ten(families: Iterable[str]) -> list[Any]:

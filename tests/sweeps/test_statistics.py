@@ -157,6 +157,7 @@ def test_a_disk_without_room_keeps_nothing(
     assert set(forwards.values()) == {RECORDING + ONE_PASS}
 
 
+@pytest.mark.slow
 def test_experts_and_the_head(place: Path, forwards: Counter[str]) -> None:
     """So few tokens that experts lean on their layer's average, which comes of all of them."""
     save_pico(place / "mixtral", "mixtral", tie_word_embeddings=False)

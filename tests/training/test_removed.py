@@ -62,7 +62,7 @@ def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -
     assert source_of(tmp_path / "run" / "model") == str(home / "dense")
 
 
-@pytest.mark.parametrize("mode", ["lora", "dense"])
+@pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.slow), "dense"])
 def test_padding_stays_zeros_however_little_there_is(home: Path, tmp_path: Path, mode: str) -> None:
     asked = settings(home, save=tmp_path / "run", save_model=tmp_path / "small", remove="channels=0.04", align=4)
     run_recipe(make_recipe(asked | {"allocation": "error:tokens=0"}), reporter=QUIET)

@@ -107,21 +107,23 @@ def test_a_model_that_loads_too_slowly_is_refused_as_soon_as_it_is_loaded(home: 
 def test_a_slow_measurement_is_refused_within_the_minutes(
     home: Path, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that is suddenly busy: every batch of the measurement takes a second, which the trial did not show."""
-    measure = coprune.training.run._measure
+    """A machine that is suddenly busy: the measurement takes far longer than the trial did show."""
+    measure, waited = coprune.training.run._measure, [0]
 
     def slowly(session: Any, which: str) -> Any:
-        with session.reporter.bar("as slow as can be", 30) as advance:
-            for _ in range(30):
-                time.sleep(1)
+        with session.reporter.bar("as slow as can be", 100) as advance:
+            for _ in range(100):
+                time.sleep(0.1)
+                waited[0] += 1
                 advance(1)
         return measure(session, which)
 
     monkeypatch.setattr(coprune.training.run, "_measure", slowly)
-    began = time.monotonic() - 50
+    began = time.monotonic() - 55
     with pytest.raises(BadInput, match="not one step fits"):
         run_finetuning(asked(home, tmp_path / "run", minutes=1), heard.reporter, began=began)
     assert time.monotonic() - began < 1.2 * 60
+    assert 0 < waited[0] < 100
 
 
 def test_of_a_pruned_model_one_step_is_trained_where_none_fits(home: Path, tmp_path: Path, heard: Heard) -> None:
@@ -202,7 +204,7 @@ def test_answers_that_nobody_asked_for_end_with_their_share_of_the_time(
     home: Path, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coprune.training.time_limit._ANSWERING", 1e-6)
-    recipe = asked(home, tmp_path / "run", minutes=0.3, gate=True)
+    recipe = asked(home, tmp_path / "run", minutes=0.3, gate=True, max_steps=2)
     report = run_finetuning(recipe, heard.reporter)
     assert report.answers is None
     assert report.no_answers is not None

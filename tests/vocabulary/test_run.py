@@ -171,6 +171,7 @@ def test_a_killed_search_goes_on(dense: Path, words: Path, tmp_path: Path, monke
     assert interrupted == coprune.prune(dense, remove="vocabulary=loss:12%", **other).report.vocabulary
 
 
+@pytest.mark.slow
 def test_a_replaced_model_is_noticed_after_its_cut_was_killed(words: Path, tmp_path: Path) -> None:
     """The cut is done and what else is asked for has not begun."""
     source = save_with_tokens(tmp_path / "dense")
@@ -213,6 +214,7 @@ def test_a_text_that_changed_after_the_choice_is_noticed(
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_what_a_replaced_model_lost_is_not_taken_for_what_this_one_loses(
     words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ def test_chat_prompts_keep_their_tokens(dense: Path, words: Path, tmp_path: Path
     assert [old[token] for token in after] == before
 
 
+@pytest.mark.slow
 def test_the_map_says_where_every_token_came_from(dense: Path, words: Path, tmp_path: Path) -> None:
     coprune.prune(dense, remove="vocabulary=704", save_model=tmp_path / "small", **settings(words, evaluate=False))
     old = json.loads((tmp_path / "small" / "coprune_vocabulary.json").read_text())["old_ids"]

@@ -16,12 +16,12 @@ from itertools import chain, islice, product
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coprune.model.checkpoint.companions import places_in, put_into
 from coprune.model.checkpoint.conversion import load_tensors
+from coprune.model.checkpoint.empty import without_weights
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.checkpoint.names import is_below_any
 from coprune.model.transformers_private import (
@@ -234,7 +234,7 @@ class _Making:
 def _skeleton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedModel:
     made = type(model.config).from_dict(dict(config))
     made._attn_implementation = model.config._attn_implementation
-    with quiet_transformers(), init_empty_weights(include_buffers=False):
+    with quiet_transformers(), without_weights():
         small: PreTrainedModel = type(model)(made)
     # The loader determines the checkpoint's names, for example timm's.
     set_conversions_to_revert(small, conversions_to_revert(model))

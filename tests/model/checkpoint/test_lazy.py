@@ -22,7 +22,15 @@ from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.weights import InMemory
 from support.forking import forked
 from support.pico import pico_tokens
+from support.sample import crossed
 from support.saved import MODELS, assert_same_tensors, load_clean, save_model, tensors_of
+from support.short import NO_THREADS
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What users have."""
+    monkeypatch.delenv(NO_THREADS)
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -34,8 +42,7 @@ def open_lazy(folder: Path, **options: object) -> tuple[LazyCheckpoint, list[str
     return lazy, block_names(lazy.model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), crossed([*MODELS], [torch.float32, torch.bfloat16]), ids=str)
 def test_blocks_stream_through_unchanged(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_model(name, tmp_path, dtype)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -56,8 +63,7 @@ def test_blocks_stream_through_unchanged(name: str, dtype: torch.dtype, tmp_path
     assert lazy.total_bytes == sum(tensor.nbytes for tensor in original.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), crossed([*MODELS], [torch.float32, torch.bfloat16]), ids=str)
 def test_everything_acquired_is_the_model_that_transformers_loads(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter, join_files
 from support.disturbing import in_child, left_in
 from support.forking import forked
+from support.sample import crossed
 from support.saved import (
     MODELS,
     assert_same_tensors,
@@ -42,8 +43,7 @@ from support.saved import (
 )
 
 
-@pytest.mark.parametrize("single", [True, False], ids=["single", "sharded"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "single"), crossed([*MODELS], [True, False]))
 def test_a_streamed_copy_is_the_original(
     name: str, single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

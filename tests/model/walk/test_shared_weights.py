@@ -112,7 +112,9 @@ def test_blocks_are_trained_toward_the_dense_model(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(aim, expected)
 
 
-@pytest.mark.parametrize("more", [{"reconstruct": 3}, {"propagation": "dense", "allocation": "owl"}])
+@pytest.mark.parametrize(
+    "more", [{"reconstruct": 3}, pytest.param({"propagation": "dense", "allocation": "owl"}, marks=pytest.mark.slow)]
+)
 def test_a_folder_holds_them_once(more: dict[str, Any], tmp_path: Path) -> None:
     save_pico(tmp_path / "source", "zamba2")
     for stream in (True, False):
@@ -138,7 +140,7 @@ def test_a_folder_holds_them_once(more: dict[str, Any], tmp_path: Path) -> None:
     assert not list((tmp_path / "True").glob("shared*"))
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_that_goes_on_prunes_them_again_only_where_it_has_to(
     damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

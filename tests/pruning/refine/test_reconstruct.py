@@ -23,7 +23,7 @@ from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import NM, Target
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
 from support.pico_hybrids import HYBRIDS
-from support.sample import TEN, sampled
+from support.sample import TEN, crossed, sampled
 from support.walking import MOVES, Propagation, prove
 
 BATCHES = pico_tokens(24, 32).split(2)
@@ -77,7 +77,10 @@ def distance(model: PreTrainedModel) -> float:
     return float((found - dense).norm() / dense.norm())
 
 
-@pytest.mark.parametrize(("propagation", "changes"), [("sequential", {}), ("block", {"dtype": "bfloat16"})])
+@pytest.mark.parametrize(
+    ("propagation", "changes"),
+    [pytest.param("sequential", {}, marks=pytest.mark.slow), ("block", {"dtype": "bfloat16"})],
+)
 def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
     propagation: Propagation, changes: dict[str, Any]
 ) -> None:
@@ -102,7 +105,7 @@ def test_a_processor_without_products_of_bfloat16_trains_in_float32(monkeypatch:
     assert not all(torch.equal(a, b) for a, b in zip(half.parameters(), exact.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("steps", [1, 3, 30])
+@pytest.mark.parametrize("steps", [1, 3, pytest.param(30, marks=pytest.mark.slow)])
 def test_dense_states_that_nobody_looks_at_make_no_difference(steps: int) -> None:
     reconstruction = Reconstruction(steps=steps)
     used = reconstruction.batches_used([1.0] * len(BATCHES))
@@ -180,8 +183,7 @@ def test_half_precision_trains_what_was_pruned_norms_and_biases_in_every_family(
     assert any(training.end < training.start for training in trainings)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("family", ["opt", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize(("family", "dtype"), crossed(["opt", "gpt_oss", "mixtral"], [torch.float16, torch.float32]))
 def test_other_dtypes_train_the_same(family: str, dtype: torch.dtype) -> None:
     assert trained_by(family, dtype)[:2] == trained_by(family, torch.bfloat16)[:2]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.big_modeling import init_empty_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -22,6 +21,7 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.conversion import Renamed, require_floats
 from coprune.model.checkpoint.deferred import deferred
+from coprune.model.checkpoint.empty import without_weights
 from coprune.model.checkpoint.load import DtypeName, class_for, explained, prepare, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.names import is_below, is_below_any
@@ -376,7 +376,7 @@ def build_skeleton(
         _compute_buffers(model)
         return model
 
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model = built()
     if any(buffer.is_meta for buffer in model.buffers()):
         # Some of timm's modules compute their tables on their parameters' device, which must not be meta.

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.big_modeling import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -41,6 +40,7 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, panics_caught
 from coprune.base.words import Set
 from coprune.model.checkpoint.conversion import require_floats
+from coprune.model.checkpoint.empty import without_weights
 from coprune.model.checkpoint.foreign_tokenizer import check_tokenizer
 from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.gguf_reader import reading_once
@@ -129,7 +129,7 @@ def class_for(config: Any) -> Any:
         return HEADS[task][0]
     if task == "images":
         raise _not_for(config, named, "is no classifier of images")
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         head = build(named, config).get_output_embeddings()
     if head is None:
         raise _not_for(config, named, "has no head that predicts tokens, so that nothing of it could be measured")

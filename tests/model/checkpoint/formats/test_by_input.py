@@ -20,7 +20,9 @@ from support.pico import pico_tokens
 from support.quantised import quantised_pico
 
 
-@pytest.mark.parametrize(("form", "family"), [("gptq", "llama"), ("awq", "qwen3_moe")])
+@pytest.mark.parametrize(
+    ("form", "family"), [pytest.param("gptq", "llama", marks=pytest.mark.slow), ("awq", "qwen3_moe")]
+)
 def test_it_is_pruned_as_the_plain_weights_that_it_holds(form: str, family: str, tmp_path: Path) -> None:
     quantised, dense = quantised_pico(tmp_path, form, family)
     own, plain = (
