@@ -105,7 +105,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that do jobs are forks of this one, which has imported everything already."""
+    """Processes that do jobs are forks of this one, which has imported everything already; for jobs that compute nothing.
+
+    A pool of threads that this process has would not follow, and be waited for.
+    """
     from coprune.base import pool
 
     begin = pool._begin

@@ -348,7 +348,6 @@ def test_bench_does_what_the_command_does(folder: Path, command: Callable[..., s
     assert found._repr_html_().count("<tr>") == 1 + len(found.rows)
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_does_what_the_command_does(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     lists = {"model": "model", "dataset": "words.txt", "method": ["magnitude", "wanda"], "nsamples": 4, "seqlen": 32}
     lists |= {"eval_data": "test.txt", "save": str(tmp_path / "sweep"), "check_memory": False}

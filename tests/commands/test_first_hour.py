@@ -120,7 +120,6 @@ def do_what_works(place: Path, typed: Type) -> None:
     assert "out/s/results.md" in works("coprune sweep sweep.yaml --workers 1 --no-layer-error")
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_what_a_newcomer_types_works_or_is_told_what_to_type(place: Path, typed: Type) -> None:
     do_what_works(place, typed)
     for what, (line, names) in REFUSED.items():
