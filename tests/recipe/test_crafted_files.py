@@ -15,6 +15,7 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.stages.checks import prepare_solver
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
+from support.sample import crossed
 
 READERS: dict[str, Callable[[Path], Any]] = {"recipe": Recipe.from_yaml, "sweep": Sweep.read, "allocation": ByFile.read}
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -41,8 +42,7 @@ TEXTS: dict[str, str | bytes] = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("what", TEXTS)
+@pytest.mark.parametrize(("what", "reader"), crossed([*TEXTS], [*READERS]))
 def test_a_crafted_file_is_one_short_message(what: str, reader: str, tmp_path: Path) -> None:
     content = TEXTS[what]
     file = tmp_path / "file.yaml"

@@ -67,7 +67,9 @@ def classifier(family: str) -> Any:
         ("transformers vit", "heads=0.5", "key-value heads with their query heads 2 → 1"),
         pytest.param("transformers vit", "blocks=0.5", "blocks 2 → 1", marks=pytest.mark.slow),
         ("transformers dinov2", "channels=0.25", "channels 128 → 96"),  # said as a multiple of the width
-        ("transformers dinov2", "heads=0.5", "key-value heads with their query heads 2 → 1"),
+        pytest.param(
+            "transformers dinov2", "heads=0.5", "key-value heads with their query heads 2 → 1", marks=pytest.mark.slow
+        ),
         pytest.param("transformers dinov2", "blocks=0.5", "blocks 2 → 1", marks=pytest.mark.slow),
         pytest.param(
             "transformers deit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32", marks=pytest.mark.slow
@@ -75,7 +77,12 @@ def classifier(family: str) -> Any:
         pytest.param(
             "transformers beit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32", marks=pytest.mark.slow
         ),
-        ("transformers swin", "channels=0.5", "channels 64 → 32 and 128 → 64 and 256 → 128 and 512 → 256"),
+        pytest.param(
+            "transformers swin",
+            "channels=0.5",
+            "channels 64 → 32 and 128 → 64 and 256 → 128 and 512 → 256",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_small_classifier_is_the_big_one_with_the_parts_silent(

@@ -43,7 +43,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["lora", "dense", "distill", "lora-distill"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("lora", marks=pytest.mark.slow),
+        "dense",
+        pytest.param("distill", marks=pytest.mark.slow),
+        "lora-distill",
+    ],
+)
 def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -> None:
     teacher = {"teacher": str(home / "dense")} if "distill" in mode else {}
     asked = settings_for(tmp_path / "run", home / "small", home / "text.txt", mode=mode, max_steps=3, **teacher)

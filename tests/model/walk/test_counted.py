@@ -16,7 +16,7 @@ from coprune.model.walk.recording import ByBlock, Dense, Moves, Sequential, reco
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from support.pico import MIXTURES, MORE_MIXTURES, pico_model, pico_tokens
-from support.sample import of_ten
+from support.sample import crossed, of_ten
 from support.walking import prove
 
 TOKENS = pico_tokens(4, 24)
@@ -73,8 +73,7 @@ def compare(family: str, kind: type[Statistic], moves: Moves) -> dict[str, Input
 
 
 @pytest.mark.parametrize("moves", MOVES, ids=["block", "sequential", "dense"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(("family", "kind"), crossed(["llama", "mixtral"], KINDS))
 def test_every_statistic_in_every_propagation(family: str, kind: type[Statistic], moves: Moves) -> None:
     kinds = Statistic.__subclasses__()
     assert {*kinds, *(own for one in kinds for own in one.__subclasses__())} == {*KINDS}, "a statistic is missing here"

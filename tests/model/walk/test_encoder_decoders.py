@@ -11,6 +11,7 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target, parse_pattern
 from support.pico_pairs import pico_pair_model, pico_pairs
+from support.sample import crossed
 from support.walking import (
     Propagation,
     inputs_by_full_forwards,
@@ -45,8 +46,7 @@ def test_the_proof_finds_what_is_handed_on() -> None:
     assert [one.leaves for one in handed] == [((1, 1),), (), ((1, 1), (2, 4)), ((1, 1), (2, 4)), ()]
 
 
-@pytest.mark.parametrize("propagation", ["block", "sequential"])
-@pytest.mark.parametrize("family", ["T5", "Bart", "Whisper"])
+@pytest.mark.parametrize(("family", "propagation"), crossed(["Bart", "T5", "Whisper"], ["block", "sequential"]))
 def test_masks_are_those_of_whole_forwards(family: str, propagation: Propagation) -> None:
     model, oracle = pico_pair_model(family), pico_pair_model(family)
     batches = list(pico_pairs(model, 6).split(2))
