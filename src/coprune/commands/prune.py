@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,10 +13,11 @@ from coprune.base.words import Command, Set, Words, say
 from coprune.commands.closing import verdict_on
 from coprune.commands.options import ShortCommand, with_options
 from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
-from coprune.commands.terminal import end_unless_held, show
+from coprune.commands.terminal import end_unless_held, show, show_next
 from coprune.commands.times import Times, of_any_process
 
 if TYPE_CHECKING:
+    from coprune.recipe.recipe import Recipe
     from coprune.report.schema import Report
 
 READ_WITH = {"context_settings": METHOD_OPTIONS, "cls": ShortCommand}
@@ -24,6 +26,13 @@ READ_WITH = {"context_settings": METHOD_OPTIONS, "cls": ShortCommand}
 @with_options(run_options())
 def prune(
     context: typer.Context,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only print the steps, and their memory, time and bytes; read no weights and write nothing.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **typed: Any,
 ) -> None:
@@ -37,6 +46,9 @@ def prune(
     recipe = recipe_asked(context, typed, reporter)
     if rank() == 0:  # before torch and transformers are imported, which takes seconds
         reporter.say(f"{recipe.model.name}: {recipe.way}, {recipe.shape}")
+    if dry_run:
+        _tell(recipe, typed, reporter)
+        return
     with importing():
         from coprune.base.processes import joined_processes
         from coprune.runner.repeat import where_to
@@ -57,6 +69,17 @@ def prune(
         for name, line in closing(report):
             show(f"{name:<9} {line}")
         end_unless_held(report.required)
+
+
+def _tell(recipe: Recipe, typed: Mapping[str, Any], reporter: Reporter) -> None:
+    """Print what a run would do."""
+    with importing():
+        from coprune.runner.dry_run import dry_run
+        from coprune.runner.repeat import where_to
+    named = {name for name in ("save", "save_model") if typed[name] is not None}
+    found = dry_run(where_to(recipe, typed["recipe"] is not None, named)[0], reporter)
+    show(str(found))
+    show_next(("do it: ", found.command()))
 
 
 def closing(report: Report) -> list[tuple[str, str]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from coprune.model.checkpoint.lazy import build_skeleton
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
@@ -37,6 +39,14 @@ class Imagined(InMemory):
             super().__init__(build_skeleton(location, config, kind, device, trust_remote_code=False))
             self._model.tie_weights()  # each was moved to the meta device by itself
         self.device, self._quantization = device, quantization_of(read_json(location.path / "config.json"))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, device: torch.device) -> Self:
+        """Wrap a model that is on the meta device already."""
+        found = cls.__new__(cls)
+        InMemory.__init__(found, model)
+        found.device, found._quantization = device, None
+        return found
 
     @property
     def stored_share(self) -> float:

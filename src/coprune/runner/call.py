@@ -176,15 +176,15 @@ def estimate_recipe(
 
 def _estimate(recipe: Recipe, given: Given, reporter: Reporter, remember: Remember) -> Estimate:
     if given.loaded is not None and isinstance(given.loaded.weights, Imagined):
-        return _estimate_shapes(recipe, given.loaded, given.method, reporter)
+        return estimate_shapes(recipe, given.loaded, given.method, reporter)
     found = open_run(Run(recipe, given, reporter), remember).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far", field="model")
     return found
 
 
-def _estimate_shapes(recipe: Recipe, loaded: Loaded, method: Method | None, reporter: Reporter) -> Estimate:
-    """Estimate as `_estimate` from a configuration alone; no text is read, since the recipe gives its length."""
+def estimate_shapes(recipe: Recipe, loaded: Loaded, method: Method | None, reporter: Reporter) -> Estimate:
+    """Bound a run's memory from shapes alone; no text is read, since the recipe gives its length. Raises as `prune`."""
     solver, target = prepare_solver(recipe, method)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude)

@@ -1,0 +1,170 @@
+"""A run that is only told: its steps, its memory, time and bytes, and what lies where it would write."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.base.words import Sheet, Shown, duration, per_cent
+from coprune.evaluation.tasks.text_task import choose_seqlen
+from coprune.model.bare_configuration import Imagined
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.checkpoint.load import load_processor, task_of
+from coprune.model.checkpoint.locate import GgufFile, Location, locate
+from coprune.model.checkpoint.mapped_gguf import LazyGguf
+from coprune.model.loaded_model import Loaded, choose_device, streams
+from coprune.model.matrix_choice import Chosen, choose_matrices
+from coprune.recipe.command import command_of
+from coprune.recipe.recipe import Recipe
+from coprune.report.folder import RECIPE_FILE, REPORT_FILE
+from coprune.run.memory_estimate import Estimate
+from coprune.runner.call import estimate_shapes
+from coprune.runner.plan import after_trim, plan_of
+from coprune.runner.saved_size import SavedSize, saved_size
+from coprune.runner.time_estimate import Tokens, seconds_of
+from coprune.stages.checks import check_widths, prepare_folders, prepare_solver
+
+
+@dataclass(frozen=True, repr=False)
+class DryRun(Shown):
+    """What a run would do, without having done it."""
+
+    recipe: Recipe
+    model: str
+    """The model, and how it would be opened."""
+    steps: tuple[str, ...]
+    memory: Estimate | None
+    """None where only a run on a language model can be estimated, or a cut of the vocabulary is all."""
+    seconds: float | None
+    size: SavedSize
+    there: tuple[tuple[str, str], ...]
+    """What lies at the places that the run would write to."""
+    refused: str | None
+    """Why the run would end before it starts, and what to do; None where it would not."""
+
+    def headline(self) -> str:
+        """Return the steps in short."""
+        return f"{self.recipe.model.name}: {'; '.join(self.steps)}"
+
+    def sheet(self) -> Sheet:
+        """Return everything."""
+        rows = [("model", self.model)]
+        rows += [(f"step {number}", step) for number, step in enumerate(self.steps, 1)]
+        memory = "not estimated for this run" if self.memory is None else self.memory.headline()
+        rows.append(("memory", memory))
+        if self.seconds is not None:
+            rows.append(
+                ("time", f"about {duration(self.seconds)} here, to a factor of three, without generated answers")
+            )
+        rows += [("bytes", self.size.line()), *self.there]
+        if self.refused is not None:
+            rows.append(("refused", self.refused))
+        return Sheet(self.headline(), rows)
+
+    def command(self) -> str:
+        """Return the command that does it."""
+        return command_of(self.recipe)
+
+
+def dry_run(recipe: Recipe, reporter: Reporter) -> DryRun:
+    """Tell what a run would do. Nothing is written, and no weight and no text is read.
+
+    Raises:
+        BadInput: as the run would, as far as neither weights nor texts show it.
+        UnsupportedModel: the model has no blocks.
+    """
+    asked = recipe.model
+    location = locate(asked.name, asked.cache_dir, weights=False)
+    with reporter.libraries():
+        loaded = _outline(location, recipe)
+    blocks = find_blocks(loaded.model)
+    chosen = choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude)
+    solver, _ = prepare_solver(recipe)
+    left, memory, seconds = recipe if recipe.remove.vocabulary is None else after_trim(recipe), None, None
+    if left is not None and loaded.task == "text":
+        memory = estimate_shapes(left, loaded, None, reporter)
+        seqlen = choose_seqlen(loaded.model, recipe.calibrate.seqlen)
+        calibrated = recipe.calibrate.samples * seqlen
+        tokens = Tokens(calibrated, recipe.evaluate.tokens or calibrated, seqlen)
+        seconds = seconds_of(left, solver, tokens, loaded, chosen.blocks)
+    refused = None
+    try:
+        prepare_folders(recipe, begun=plan_of(recipe, recipe.run_folder)[-1].folder is not None)
+    except BadInput as error:
+        refused = str(error)
+    return DryRun(
+        recipe,
+        _opened(recipe, location, loaded),
+        tuple(_steps(recipe, chosen, blocks)),
+        memory,
+        seconds,
+        saved_size(recipe, location, loaded, blocks),
+        tuple(_there(recipe)),
+        refused,
+    )
+
+
+def _outline(location: Location, recipe: Recipe) -> Loaded:
+    """Return a model of which no weight is read."""
+    asked = recipe.model
+    device = choose_device(asked.device)
+    if isinstance(location, GgufFile):
+        model = LazyGguf(location, asked.dtype, "cpu").model
+        model.tie_weights()
+        return Loaded(Imagined.of(model, device), None, location.name, True)
+    imagined, processor = Imagined(location, asked.dtype, device), None
+    with suppress(BadInput):
+        processor = load_processor(location, task_of(imagined.model.config))
+    return Loaded(imagined, processor, location.name, False)
+
+
+def _opened(recipe: Recipe, location: Location, loaded: Loaded) -> str:
+    kind = "GGUF file" if isinstance(location, GgufFile) else "folder"
+    way = "one block in memory at a time" if streams(recipe) else "whole in memory"
+    parameters = f"{loaded.model.num_parameters():,} parameters"
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return f"{location.name}, {parameters}; the {kind} is opened in {dtype} on {loaded.device}, {way}"
+
+
+def _steps(recipe: Recipe, chosen: Chosen, blocks: list[Block]) -> list[str]:
+    found = []
+    for planned in plan_of(recipe, recipe.run_folder):
+        own = planned.recipe
+        if planned.name == "trim":
+            found.append(f"trim: {', '.join(own.remove.parts)} of the tokens stay or go, with their rows")
+        elif planned.name == "remove":
+            found.append(f"remove: {', '.join(own.remove.parts)} of {len(blocks)} blocks, by {own.way}")
+        elif planned.name == "prune":
+            _, target = prepare_solver(own)
+            check_widths((m for m in chosen.all() if m.expert is None), target)
+            weights = sum(math.prod(matrix.shape) for matrix in chosen.all())
+            zeros = f"{per_cent(target.sparsity)} of {weights:,} weights in {len(list(chosen.all()))} matrices"
+            found.append(f"prune: {zeros} become zero ({own.prune.pattern}), by {own.prune.method.name}")
+        else:
+            train = own.train
+            limits = {"minutes": train.minutes, "tokens": train.tokens, "steps": train.max_steps}
+            far = next((f"{value:,} {unit}" for unit, value in limits.items() if value), f"{train.epochs:g} epochs")
+            found.append(f"train: {train.mode}, {far}")
+    return found
+
+
+def _there(recipe: Recipe) -> list[tuple[str, str]]:
+    run, model = recipe.run_folder, recipe.output.model
+    places = [("run", run), *([] if model is None else [("model in", model)])]
+    return [(name, f"{path}: {_what(path)}") for name, path in places]
+
+
+def _what(path: Path) -> str:
+    if not path.exists():
+        return "nothing there yet"
+    if path.is_file():
+        return f"a file of {path.stat().st_size:,} bytes"
+    if (path / REPORT_FILE).is_file():
+        return "a finished run"
+    if (path / RECIPE_FILE).is_file():
+        return "an unfinished run, which the command resumes"
+    return "something else" if any(path.iterdir()) else "an empty folder"

@@ -1,0 +1,244 @@
+"""The bytes of the model that a run saves, counted from the shapes of the one that it reads."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.model.blocks import Block, by_list
+from coprune.model.checkpoint.gguf_reader import gguf_reader
+from coprune.model.checkpoint.locate import GgufFile, Location, holds_weights
+from coprune.model.checkpoint.shards import DTYPES, shard_files, stored_entries
+from coprune.model.folding import bias_of
+from coprune.model.leftovers import lists_of
+from coprune.model.loaded_model import Loaded
+from coprune.model.matrices import Matrix, find_matrices
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import Left, Removable
+from coprune.recipe.vocabulary import Loss, Target
+from coprune.removal.channels_and_heads import Kind, kept_count
+from coprune.removal.expert_choice import count_left
+
+_TABLES = ("token_embd.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class SavedSize:
+    """The bytes of a model's weights before and after a run."""
+
+    before: int
+    after: int | None
+    """None where only the run's own measurements decide it."""
+    is_exact: bool = True
+    """Whether a run leaves exactly so many; else about so many."""
+    at_most: bool = False
+
+    def line(self) -> str:
+        """Return both for people."""
+        if self.after is None:
+            return f"{self.before:,} before; after: known once the run has measured what can go"
+        about = "at most " if self.at_most else "" if self.is_exact else "about "
+        return f"{self.before:,} of weights before, {about}{self.after:,} after"
+
+
+def stored_bytes(location: Location, loaded: Loaded) -> int:
+    """Return the bytes of a model's tensors in its files; from the configuration where there are none."""
+    if isinstance(location, GgufFile):
+        return location.path.stat().st_size
+    if not holds_weights(location) or not shard_files(location.path):
+        return int(loaded.weights.total_bytes * loaded.weights.stored_share)
+    return sum(entry.nbytes for entry in stored_entries(location.path).values())
+
+
+def saved_size(recipe: Recipe, location: Location, loaded: Loaded, blocks: Sequence[Block]) -> SavedSize:
+    """Return the bytes before and after a run.
+
+    Zeros and trainings change no size. Channels, heads and experts are counted as the run would cut them where their widths
+    are plain in the shapes. What is known only later (tokens under a loss, blocks of different sizes) is given as a bound.
+
+    Args:
+        recipe: of the run.
+        location: of its model.
+        loaded: that model, perhaps without weights.
+        blocks: of that.
+    """
+    before, asked = stored_bytes(location, loaded), recipe.remove
+    dense = sum(parameter.numel() for parameter in loaded.model.parameters())
+    item = _item_bytes(recipe, location, loaded, before, dense)
+    stored = _stored_item(location, loaded, before, dense)
+    start = before if item is None else before + round((item - stored) * dense)
+    exact, item = item is not None, item or stored
+    if not asked.parts:
+        return SavedSize(before, start, is_exact=exact or start == before)
+    gone, at_most = 0.0, False
+    if asked.vocabulary is not None:
+        rows = _rows_gone(asked.vocabulary, loaded)
+        at_most = rows is None
+        of_row = item if not recipe.output.as_gguf else _item_of_tables(location)
+        gone += (rows or 0) * of_row / item
+    if asked.size is not None:
+        most = asked.size.most(dense - round(gone), math.ceil(item))
+        return SavedSize(before, min(start, round(most * item)), at_most=True)
+    left = _of_blocks(recipe, loaded, blocks)
+    if left is None:
+        return SavedSize(before, None)
+    of_blocks, alike = left
+    spread = asked.spreads and recipe.prune.allocation.name != "uniform"
+    after = round(start - (gone + of_blocks) * item)
+    return SavedSize(before, after, is_exact=exact and alike and not spread, at_most=at_most)
+
+
+def _item_bytes(recipe: Recipe, location: Location, loaded: Loaded, before: int, dense: int) -> float | None:
+    """Return the bytes of a parameter where it is saved; None for as many as in the source."""
+    dtype = loaded.model.dtype.itemsize
+    if isinstance(location, GgufFile):
+        return None if recipe.output.as_gguf else dtype
+    quantised = before < dense * dtype * 0.9
+    if recipe.output.encoding == "dense" or recipe.model.dtype != "auto" or not quantised:
+        return dtype
+    return None
+
+
+def _stored_item(location: Location, loaded: Loaded, before: int, dense: int) -> float:
+    """Return the bytes of a parameter in the source: of one dtype, or on average."""
+    own = loaded.model.dtype.itemsize
+    if isinstance(location, GgufFile) or before < dense * own * 0.9:
+        return before / dense
+    dtypes = {entry.dtype for entry in stored_entries(location.path).values()} if holds_weights(location) else set()
+    return DTYPES[dtypes.pop()].itemsize if len(dtypes) == 1 else own
+
+
+def _rows_gone(target: Target, loaded: Loaded) -> int | None:
+    """Return the parameters that go with a vocabulary's rows; None where a loss decides."""
+    if isinstance(target, Loss):
+        return None
+    shapes = {id(table): tuple(table.shape) for table in _tables(loaded.model)}
+    return sum(max(0, rows - target.kept(rows)) * width for rows, width in shapes.values())
+
+
+def _item_of_tables(location: Location) -> float:
+    """Return the bytes of a value in the embeddings and the head of a GGUF file."""
+    tables = [t for t in gguf_reader(location.path, field="model").tensors if t.name in _TABLES]
+    return sum(int(t.n_bytes) for t in tables) / max(1, sum(int(t.n_elements) for t in tables))
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [one.get_parameter("weight") for one in found if one is not None]
+
+
+def _of_blocks(recipe: Recipe, loaded: Loaded, blocks: Sequence[Block]) -> tuple[float, bool] | None:
+    """Return the parameters that the blocks lose, and whether it does not matter which; None where that is unknown."""
+    shares = recipe.remove.shares
+    sizes, whole = [], [sum(p.numel() for p in block.module.parameters()) for block in blocks]
+    for block in blocks:
+        size = _left_of(block, shares, loaded, recipe.remove.align)
+        if size is None:
+            return None
+        sizes.append(size)
+    gone, alike = float(sum(whole) - sum(sizes)), True
+    if (share := shares.get("blocks")) is not None:
+        assert not isinstance(share, Left)
+        for own in by_list(blocks):
+            left = [sizes[block.index] for block in own]
+            alike = alike and len({*left}) == 1
+            gone += round(share * len(own)) * sum(left) / len(left)
+    return gone, alike
+
+
+def _left_of(block: Block, shares: Mapping[Removable, float | Left], loaded: Loaded, align: int) -> float | None:
+    """Return the parameters that a block keeps; None where its shapes do not tell."""
+    config = loaded.model.config.get_text_config()
+    kept = _share_of_experts(block, shares.get("experts"))
+    if kept is None:
+        return None
+    size = {name: float(p.numel()) for name, p in block.module.named_parameters(block.name)}
+    for name in size:
+        size[name] *= kept.get(name, 1.0)
+    seen = {"channels": False, "heads": False}
+    for group in _groups(block):
+        kind = group.kind
+        share = None if kind is None else shares.get(kind)
+        if kind is None or share is None:
+            continue
+        seen[kind] = True
+        units = group.width if kind == "channels" else _kv_heads(config)
+        if not units:
+            return None
+        lost = 1 - kept_count(units, float(share), align if kind == "channels" else 1) / units  # type: ignore[arg-type]
+        for name, count in group.counted():
+            size[name] -= count * lost * kept.get(name, 1.0)
+    if any(kind in shares and not found for kind, found in seen.items()):
+        return None
+    return sum(size.values())
+
+
+def _kv_heads(config: object) -> int:
+    found = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    return found if isinstance(found, int) else 0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices of one module: the one that writes hidden states, and those that read them for it."""
+
+    writes: Matrix
+    reads: Sequence[Matrix]
+
+    @property
+    def width(self) -> int:
+        """Number of values between them."""
+        return self.writes.shape[1]
+
+    @property
+    def kind(self) -> Kind | None:
+        """What its values are: of one or two matrices as wide as it reads, channels; of three together, heads."""
+        rows = sum(matrix.shape[0] for matrix in self.reads)
+        if rows in (self.width, 2 * self.width) and len({m.shape[0] for m in self.reads}) == 1:
+            return "channels"
+        return "heads" if rows > self.width else None
+
+    def counted(self) -> Iterator[tuple[str, int]]:
+        """Yield the parameters that lose values, and how many they have."""
+        yield self.writes.parameter, math.prod(self.writes.shape)
+        for matrix in self.reads:
+            yield matrix.parameter, math.prod(matrix.shape)
+            if matrix.expert is not None and hasattr(matrix.owner, f"{matrix.attribute}_bias"):
+                yield f"{matrix.parameter}_bias", matrix.shape[0]
+            elif matrix.expert is None and bias_of(matrix) is not None:
+                yield f"{matrix.name}.bias", matrix.shape[0]
+
+
+def _groups(block: Block) -> Iterator[_Group]:
+    by_module = defaultdict[tuple[str, int | None], list[Matrix]](list)
+    for matrix in find_matrices(block.module, block.name):
+        by_module[matrix.name.rpartition(".")[0], matrix.expert].append(matrix)
+    for own in by_module.values():
+        if len(own) > 1:  # the last one writes what the others read
+            hidden = own[-1].shape[0]
+            reads = [matrix for matrix in own[:-1] if matrix.shape[1] == hidden]
+            if reads:
+                yield _Group(own[-1], reads)
+
+
+def _share_of_experts(block: Block, asked: float | Left | None) -> dict[str, float] | None:
+    """Return the share that stays of every parameter of which some goes with experts; None where they are not alike."""
+    if asked is None:
+        return {}
+    lists, found = lists_of(block), dict[str, float]()
+    stacked = {one.parameter: one.stacked for one in find_matrices(block.module, block.name) if one.expert is not None}
+    counts = {*lists.values(), *stacked.values()}
+    if len(counts) != 1:
+        return None if counts else {}
+    (count,) = counts
+    left = (asked.count if isinstance(asked, Left) else count_left(count, asked)) / count
+    for name, parameter in block.module.named_parameters(block.name):
+        in_list = any(name.startswith(f"{path}.") for path in lists)
+        if in_list or parameter.shape[0] == count:  # experts, and the rows of what chooses among them
+            found[name] = left
+    return found

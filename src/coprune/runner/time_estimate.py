@@ -1,0 +1,118 @@
+"""The time of a run before it starts: its multiplications, counted from shapes, at the rate that this machine has just shown."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from coprune.base.devices import synchronize
+from coprune.model.loaded_model import Loaded
+from coprune.model.matrices import Matrix
+from coprune.pruning.pruner import Solver
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.train import has_teacher
+
+_SIZE, _LEAST_SECONDS = 768, 0.2
+_EFFICIENCY = 0.45
+"""Share of the probed rate that whole runs reach, measured with SmolLM2-135M on one core."""
+_OPENING = 10.0
+"""Seconds to import, open, verify and report."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Numbers of tokens that a run reads."""
+
+    calibrated: int
+    evaluated: int
+    seqlen: int
+
+
+def seconds_of(
+    recipe: Recipe, solver: Solver, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]
+) -> float:
+    """Return about how many seconds a run takes on its device; to a factor of three; answers and tasks are not counted.
+
+    Args:
+        recipe: the settings.
+        solver: the resolved method.
+        tokens: how many the run reads.
+        loaded: the model, perhaps without weights.
+        blocks: the matrices of every block.
+    """
+    if recipe.train.minutes is not None:
+        training, limit = 0.0, 60 * recipe.train.minutes
+    else:
+        training, limit = _training(recipe, tokens, loaded, blocks), 0.0
+    work = training + _walking(recipe, solver, tokens, blocks) + _measuring(recipe, tokens, loaded, blocks)
+    return _OPENING + limit + work / (_EFFICIENCY * _rate(loaded.device))
+
+
+def _walking(recipe: Recipe, solver: Solver, tokens: Tokens, blocks: Sequence[Sequence[Matrix]]) -> float:
+    """Return the operations of the walk: the blocks on the calibration tokens, the Gram matrices, and the solves."""
+    gram = bool({"channels", "heads"} & {*recipe.remove.kinds}) or (
+        solver.statistic is not None and any(len(shape) == 2 for shape in solver.statistic.shapes(8).values())
+    )
+    reads = bool(recipe.remove.parts) or solver.statistic is not None or recipe.prune.reconstruct.steps > 0
+    work = 2 * 2 * tokens.calibrated * _weights(blocks) if reads else 0.0
+    if gram:
+        for matrix in (one for own in blocks for one in own):
+            outputs, inputs = matrix.shape
+            if recipe.remove.parts and outputs >= inputs:
+                continue  # only what writes hidden states loses inputs
+            work += _share(matrix) * 2 * tokens.calibrated * inputs**2 / 2 + inputs**3 + 4 * outputs * inputs**2
+    steps = recipe.prune.reconstruct.steps
+    return work + 3 * 2 * steps * tokens.seqlen * _weights(blocks)
+
+
+def _measuring(recipe: Recipe, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]) -> float:
+    if not recipe.evaluate.perplexity:
+        return 0.0
+    return (1 + recipe.evaluate.dense) * 2 * tokens.evaluated * (_weights(blocks) + _head(loaded))
+
+
+def _training(recipe: Recipe, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]) -> float:
+    asked = recipe.train
+    if asked.mode is None:
+        return 0.0
+    seen = asked.tokens or (asked.max_steps or 0) * (asked.accumulate or 8) * tokens.seqlen
+    seen = seen or math.ceil(asked.epochs * tokens.calibrated)
+    passes = 6 + 2 * has_teacher(asked.mode)
+    return passes * seen * (_weights(blocks) + _head(loaded))
+
+
+def _head(loaded: Loaded) -> int:
+    head = loaded.model.get_output_embeddings()
+    return 0 if head is None else math.prod(head.weight.shape)
+
+
+def _share(matrix: Matrix) -> float:
+    """Return the share of tokens that a matrix sees: an eighth where it is an expert's, as in most mixtures."""
+    return 1.0 if matrix.expert is None else 1 / 8
+
+
+def _weights(blocks: Sequence[Sequence[Matrix]]) -> float:
+    """Return the weights that a token is multiplied with."""
+    return sum(_share(matrix) * math.prod(matrix.shape) for own in blocks for matrix in own)
+
+
+@torch.no_grad()
+def _rate(device: torch.device) -> float:
+    """Return the multiplications and additions of float32 that a device does in a second."""
+    one = torch.ones(_SIZE, _SIZE, device=device)
+    began, done = time.perf_counter(), 0
+    for _ in _until(began + _LEAST_SECONDS):
+        one @ one
+        synchronize(device)
+        done += 1
+    return done * 2 * _SIZE**3 / (time.perf_counter() - began)
+
+
+def _until(moment: float) -> Iterator[None]:
+    yield
+    while time.perf_counter() < moment:
+        yield
