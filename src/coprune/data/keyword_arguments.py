@@ -423,6 +423,9 @@ class ExportArguments(TypedDict, total=False):
     """Text that the importance of inputs and the compensation calibrate on."""
     save_imatrix: File | None
     """Write that to this file too, in llama.cpp's format."""
+    modelfile: bool
+    """Write an Ollama Modelfile beside the file: its stop tokens, and the chat template where that is proven to be the
+    same in Ollama's language."""
 
 
 class FitArguments(TypedDict, total=False):

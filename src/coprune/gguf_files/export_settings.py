@@ -57,3 +57,10 @@ class ExportSettings(BaseModel):
     save_imatrix: Annotated[Path | None, Field(description="Write that to this file too, in llama.cpp's format.")] = (
         None
     )
+    modelfile: Annotated[
+        bool,
+        Field(
+            description="Write an Ollama Modelfile beside the file: its stop tokens, and the chat template where that is proven "
+            "to be the same in Ollama's language."
+        ),
+    ] = False

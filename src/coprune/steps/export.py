@@ -35,6 +35,7 @@ from coprune.gguf_files.llama_cpp import (
     require_type,
 )
 from coprune.gguf_files.metadata import Plan, write_gguf
+from coprune.gguf_files.modelfile import FILE, Written, write_modelfile
 from coprune.gguf_files.plan import Example, planned, read_example
 from coprune.gguf_files.smaller import Exported, exported
 from coprune.gguf_files.verify import require_same, require_written
@@ -61,6 +62,9 @@ class Gguf(Shown):
     architecture: str = ""
     """Name in llama.cpp: that file's, or `deci` where blocks differ in width."""
 
+    modelfile: Written | None = None
+    """Ollama's Modelfile beside it, where one was asked for."""
+
     def headline(self) -> str:
         """Return the path, type and size of the file."""
         return f"{self.path}: {self.type}, {self.bytes:,} bytes"
@@ -69,6 +73,8 @@ class Gguf(Shown):
         """Return the main figures and the source."""
         rows = [("tensors", f"{self.tensors} in {self.type}, {self.bytes:,} bytes"), ("like", str(self.like))]
         rows.append(("architecture", self.architecture))
+        if self.modelfile is not None:
+            rows.append(("modelfile", f"{self.modelfile.path}: {self.modelfile.content.line()}"))
         return Sheet(self.headline(), [*rows, *(("removed", one.line()) for one in self.removed)])
 
 
@@ -101,6 +107,8 @@ def export(
     settings = settings_of(ExportSettings, how)
     weighing = _weighing(type, settings)
     _require_free(target)
+    if settings.modelfile and (taken := target.with_name(FILE)).exists():
+        raise BadInput(f"{taken} exists", field="modelfile", value=True, fix="remove it, or write into another folder")
     with reporter.libraries():
         location = locate(model_of(str(model)))
         file = _example(location, settings.like, settings.converter)
@@ -120,9 +128,11 @@ def export(
 
         write_durably(target, write)
     (whole,) = written
+    beside = write_modelfile(target) if settings.modelfile else None
     removed = [one for edits in whole.source.edits for one in edits.removals()]
     origin = location.path if file is None else file.path
-    return Gguf(target, type, target.stat().st_size, origin, len(whole.plan.tensors), removed, whole.plan.arch)
+    figures = target.stat().st_size, origin, len(whole.plan.tensors), removed, whole.plan.arch
+    return Gguf(target, type, *figures, beside)
 
 
 @contextmanager

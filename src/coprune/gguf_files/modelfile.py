@@ -1,0 +1,234 @@
+"""Ollama's `Modelfile` of a GGUF file: its stop tokens, and its chat template where that can be said in Go and is proven.
+
+Ollama does not run the Jinja template in a GGUF file. It compares it with the templates that it knows, and hands a user's text
+on as it is where none is like it; a TEMPLATE in the Modelfile comes before that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from coprune.base.files import write_text
+from coprune.model.checkpoint.gguf_reader import gguf_reader
+
+FILE = "Modelfile"
+_STOPS = ("eos", "eot", "eom")
+"""Kinds of tokens that end an answer, as the metadata calls them."""
+_ROLES = ("system", "user", "assistant")
+_ONE, _OTHER, _LAST = "Hello there", "What is 2+2?", "And 3+3?"
+Messages = Sequence[Mapping[str, str]]
+
+
+def _talk(*said: tuple[str, str]) -> Messages:
+    return [{"role": role, "content": content} for role, content in said]
+
+
+SAMPLES: tuple[Messages, ...] = (
+    _talk(("user", _ONE)),
+    _talk(("system", "Be brief."), ("user", _ONE)),
+    _talk(("user", _ONE), ("assistant", _OTHER), ("user", _LAST)),
+    _talk(
+        ("system", "Be brief."),
+        ("user", _ONE),
+        ("assistant", "Hi."),
+        ("user", _OTHER),
+        ("assistant", "4"),
+        ("user", _LAST),
+    ),
+)
+"""Conversations on which the two templates are compared."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A chat template as texts around each message."""
+
+    around: Mapping[str, tuple[str, str]]
+    """Texts before and after a message, by its role."""
+    answer: str
+    """Text that begins an answer."""
+    unasked: str = ""
+    """Text at the beginning where there is no system message."""
+
+    def render(self, messages: Messages) -> str:
+        """Return a conversation as the model reads it, up to its answer."""
+        first = "" if messages[0]["role"] == "system" else self.unasked
+        said = (self.around[one["role"]] for one in messages)
+        return first + "".join(f"{a}{m['content']}{b}" for (a, b), m in zip(said, messages, strict=True)) + self.answer
+
+    def in_go(self) -> str:
+        """Return the same in the language of Ollama's templates."""
+        whole = f"{{{{ if not .System }}}}{self.unasked}{{{{ end }}}}" if self.unasked else ""
+        whole += "{{ range .Messages }}"
+        for number, role in enumerate(role for role in _ROLES if role in self.around):
+            before, after = self.around[role]
+            whole += f'{{{{ {"else " if number else ""}if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+        return f"{whole}{{{{ end }}}}{{{{ end }}}}{self.answer}"
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """What Ollama is told of a GGUF file."""
+
+    file: str
+    stops: Sequence[str]
+    turns: Turns | None
+    why: str = field(default="")
+    """Why there is no template."""
+
+    def text(self) -> str:
+        """Return the file's content."""
+        lines = [f"FROM ./{self.file}"]
+        if self.turns is None:
+            lines.append(f"# No TEMPLATE: {self.why}.")
+        else:
+            lines.append(f'TEMPLATE """{self.turns.in_go()}"""')
+        return (
+            "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in self.stops)])
+            + "\n"
+        )
+
+    def line(self) -> str:
+        """Return what it holds, for people."""
+        told = ", ".join(self.stops) or "none"
+        template = (
+            f"no template ({self.why})" if self.turns is None else f"template proven on {len(SAMPLES)} conversations"
+        )
+        return f"{template}, stop: {told}"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A Modelfile that was written."""
+
+    path: Path
+    content: Modelfile
+
+
+def write_modelfile(gguf: Path) -> Written:
+    """Write the Modelfile beside a GGUF file, from that file's metadata."""
+    found = Written(gguf.with_name(FILE), modelfile_of(gguf))
+    write_text(found.path, found.content.text())
+    return found
+
+
+def modelfile_of(gguf: Path) -> Modelfile:
+    """Return the Modelfile of a GGUF file."""
+    fields = gguf_reader(gguf, field="output").fields
+
+    def value(name: str) -> Any:
+        return fields[name].contents() if name in fields else None
+
+    def token(kind: str) -> str | None:
+        number = value(f"tokenizer.ggml.{kind}_token_id")
+        return None if number is None else str(fields["tokenizer.ggml.tokens"].contents(number))
+
+    stops = list(dict.fromkeys(found for kind in _STOPS if (found := token(kind))))
+    template = value("tokenizer.chat_template")
+    if not template:
+        return Modelfile(gguf.name, stops, None, "the file holds no chat template, so text is continued as it is")
+    special = {"bos_token": token("bos") or "", "eos_token": token("eos") or ""}
+    added = special["bos_token"] if value("tokenizer.ggml.add_bos_token") else ""
+    turns = turns_of(str(template), special, added)
+    why = (
+        "the chat template cannot be said as texts around each message; Ollama takes its own where it knows a like one"
+    )
+    return Modelfile(gguf.name, stops, turns, "" if turns else why)
+
+
+def turns_of(template: str, special: Mapping[str, str], added: str) -> Turns | None:
+    """Return a Jinja chat template as texts around messages; None where the two differ on a sample, or Go could not say it.
+
+    Args:
+        template: in Jinja, as transformers runs it.
+        special: texts of `bos_token` and `eos_token`.
+        added: what the runtime puts before every text itself, and a Go template must not put there again.
+    """
+    try:
+        render = _renderer(template, special, added)
+        found = _read(render)
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return None
+    if found is None or any("{{" in text or '"""' in text for text in _texts(found)):
+        return None
+    return found if _agrees(found, render) else None
+
+
+def _agrees(turns: Turns, render: Render) -> bool:
+    has_system = "system" in turns.around
+    for sample in SAMPLES:
+        if not has_system and sample[0]["role"] == "system":
+            continue
+        try:
+            if render(sample, True) != turns.render(sample):
+                return False
+        except TemplateError:
+            return False
+    return True
+
+
+def _texts(turns: Turns) -> list[str]:
+    return [turns.unasked, turns.answer, *(text for pair in turns.around.values() for text in pair)]
+
+
+Render = Callable[[Messages, bool], str]
+
+
+def _renderer(template: str, special: Mapping[str, str], added: str) -> Render:
+    """Return a function that renders messages as transformers does, without what is added; last, whether an answer is begun."""
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
+    environment.globals["raise_exception"] = refuse
+    made = environment.from_string(template)
+
+    def render(messages: Messages, begins: bool) -> str:
+        text = made.render(messages=messages, add_generation_prompt=begins, **special)
+        return text.removeprefix(added)
+
+    return render
+
+
+def _read(render: Render) -> Turns | None:
+    """Read the texts around messages off three conversations; nothing is proven yet."""
+    one, briefed, several = SAMPLES[:3]
+    alone = _cut(render(one, False), one)
+    asked = _cut(render(one, True), one)
+    parts = _cut(render(several, True), several)
+    if alone is None or asked is None or parts is None or not asked[1].startswith(alone[1]):
+        return None
+    start, after_user = alone
+    answer, between = asked[1].removeprefix(after_user), parts[2]
+    ended = _cut(render(several[:2], False), several[:2])
+    if ended is None or not between.startswith(ended[2]):
+        return None
+    before_user = between.removeprefix(ended[2])
+    if not start.endswith(before_user):
+        return None
+    around = {"user": (before_user, after_user), "assistant": (answer, ended[2])}
+    with suppress(TemplateError):  # which some raise for a system message
+        if (told := _cut(render(briefed, True), briefed)) is not None:
+            around["system"] = (told[0], told[1].removesuffix(before_user))
+    return Turns(around, answer, start.removesuffix(before_user))
+
+
+def _cut(text: str, messages: Messages) -> list[str] | None:
+    """Return the texts before, between and after messages; None where one of them is not there as it was said."""
+    found = []
+    for message in messages:
+        before, there, text = text.partition(message["content"])
+        if not there:
+            return None
+        found.append(before)
+    return [*found, text]
