@@ -49,6 +49,7 @@ def main() -> None:
             for which in ("first", "again") if command[1] == "prune" else ("first",):
                 for written in ("run", "model", "file.gguf"):
                     _remove(asked.folder / written)
+                    _remove(asked.folder / f".{written}.partial")  # of a benchmark that was stopped
                 times.setdefault(f"{name}, {which}", []).append(_timed(command, asked))
                 print(f"  {name}, {which}: {times[f'{name}, {which}'][-1].seconds:.1f} s", file=sys.stderr, flush=True)
     _print_table(times, floors, asked)
