@@ -44,7 +44,6 @@ def made_another_error(sent: signal.Signals) -> None:
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("swallow", [swallowed_by_a_finaliser, swallowed_by_a_library, made_another_error])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
     swallow: Callable[[signal.Signals], None],
     sent: signal.Signals,
@@ -58,6 +57,8 @@ def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
             time.sleep(0.01)
         return 0
 
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
     monkeypatch.setattr(app, "_AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(app, "app", work)
     before: object = signal.getsignal(sent)
@@ -66,6 +67,7 @@ def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
     assert ended.err.endswith("under its final name. To go on, type: coprune prune model\n")
     assert signal.getsignal(sent) is before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert printed == []
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -163,6 +163,7 @@ class Stop:
         self.number = number
         signal.signal(signal.SIGALRM, self._insist)
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS, _AGAIN_SECONDS)
+        sys.unraisablehook = _say_unless_stopped
         raise KeyboardInterrupt
 
     def _insist(self, number: int, frame: object) -> None:
@@ -173,6 +174,12 @@ class Stop:
                 return  # somebody is tidying up
             error = error.__context__
         raise KeyboardInterrupt
+
+
+def _say_unless_stopped(swallowed: sys.UnraisableHookArgs) -> None:
+    """Report what a callback or finaliser could not raise, but not the stop: it is raised again a second later."""
+    if not issubclass(swallowed.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(swallowed)
 
 
 @contextmanager
@@ -194,12 +201,14 @@ def stopped_alike(stop: Stop) -> Iterator[None]:
         signal.SIGTERM,
         *([signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []),
     ]
+    hook = sys.unraisablehook
     before = {number: signal.signal(number, stop.take) for number in taken}
     try:
         yield
     finally:
         if stop.number is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
