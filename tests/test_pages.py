@@ -31,6 +31,7 @@ EXCEPTIONS = {
     "from torch.sparse import": "needs one of NVIDIA's GPUs; pruning/test_two_of_four.py runs it up to there",
     "coprune fit smollm2-135m": "random models choose by chance, which is refused; fitting/test_fit.py fits other tasks",
     "found = coprune.fit": "the same",
+    "file      small/model": "what the fit before it printed",
     "coprune compare out/table": "where the file names save_model, which the page's does not",
     "lm_eval run": "another program's command, with the same tasks as the line before it",
 }

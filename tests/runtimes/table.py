@@ -85,11 +85,13 @@ def page(rows: Sequence[Row], size: str) -> str:
     lines, reasons = [_OPENING.format(size=size)], list[str]()
     for runtime in dict.fromkeys(row.runtime for row in sorted(rows, key=lambda row: list(NAMES).index(row.runtime))):
         version = max(row.version for row in rows if row.runtime == runtime)
-        lines.append(f"\n## {NAMES[runtime]} {version}\n\n| model | whole | {' | '.join(parts[1:])} |")
+        lines.append(f"\n## {NAMES[runtime]} {version}\n\n| models | whole | {' | '.join(parts[1:])} |")
         lines.append("| --- |" + " --- |" * len(parts))
+        alike: dict[str, list[str]] = {}
         for model in models:
             cells = [_cell(found.get((model, part, runtime)), reasons) for part in parts]
-            lines.append(f"| {model} | {' | '.join(cells)} |")
+            alike.setdefault(" | ".join(cells), []).append(model)
+        lines += [f"| {', '.join(names)} | {cells} |" for cells, names in alike.items()]
     lines.append("\n## What they say\n")
     lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join(lines) + "\n" + _CLOSING
