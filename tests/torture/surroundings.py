@@ -221,7 +221,7 @@ def killed_ray(place: Path) -> list[str]:
         below = _descendants(driver.pid)
         driver.kill()
         driver.wait()
-    _, alive = psutil.wait_procs(below, timeout=60)
+    _, alive = psutil.wait_procs(below, timeout=120)  # Ray's own agents notice after a minute, the workers at once
     for one in alive:
         one.kill()
     wrong += [f"{len(alive)} processes outlive their driver"] if alive else []
