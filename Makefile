@@ -5,6 +5,7 @@
 #   make lint, make types
 #   make coverage  make test with the lines and branches that it reaches, and the share that it must reach
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
+#   make release  build the files of a release twice, compare and check them, install them alone (gigabytes); publishes nothing
 #   make keywords  write the typed keyword arguments of Python's functions from the settings, after these changed
 #   make site   build the documentation as a site, in out/site (docs/CONTRIBUTING.md)
 #   make torture   fuzz models' files, kill and stop runs, fill disks
@@ -29,7 +30,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test coverage slow test-all wheel matrix keywords site families runtimes devices torture golden lint types clean
+.PHONY: demo test coverage slow test-all wheel release matrix keywords site families runtimes devices torture golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -46,6 +47,10 @@ slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile
 
 test-all: test slow
+
+# Publishes nothing; the files of a release are in out/release/dist afterwards.
+release: $(READY)
+	PYTHON_OF_RELEASE=$(BIN)/python .ci/release
 
 wheel: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py

@@ -98,6 +98,16 @@ def test_everything_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     assert {"coprune/py.typed", "coprune/base/native/portable.cpp", "coprune/report/assets/page.js"} <= found
 
 
+def test_two_builds_of_a_commit_are_equal(wheel: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "other"):
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / name), str(ROOT)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"})
+        found.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert found[0] == found[1]
+    assert wheel.name in found[0]
+
+
 def test_the_commands_answer(run: Callable[..., str], installed: Path) -> None:
     place = run("python", "-c", "import coprune; print(coprune.__file__)")
     assert Path(place.strip()).is_relative_to(installed.parent)
