@@ -13,7 +13,7 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.budget import Budget
-from coprune.fitting.calibration import own_count, read_passages, texts_in
+from coprune.fitting.calibration import all_windows, own_count, read_passages, texts_in
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
 from coprune.fitting.notes import Asked
 from coprune.fitting.reader import Reader
@@ -115,6 +115,14 @@ def test_the_model_writes_as_much_as_there_is_time_for_or_the_items_lack() -> No
     assert own_count(100_000, texts_in(1000)) == 3
     assert own_count(100_000, texts_in(10**9)) == 16
     assert own_count(0, texts_in(0)) == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 255, 256, 257, 479, 1024])
+def test_a_short_text_is_measured_on_all_of_it(tokens: int) -> None:
+    windows = all_windows(range(tokens), 256)
+    assert 1 <= windows.shape[1] <= 256
+    assert windows.flatten().tolist() == list(range(windows.numel()))
+    assert tokens - windows.numel() < len(windows)
 
 
 def test_text_of_its_own_is_drawn_by_the_seed(opened: Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,16 @@ def own_texts(reader: Reader, count: int, seed: int, reporter: Reporter) -> list
     return [text for text in found if text.strip()]
 
 
+def all_windows(ids: Sequence[int], longest: int) -> torch.Tensor:
+    """Split a text into as few windows of equal length as there have to be: windows × tokens int64, all but a remainder.
+
+    ids: one token at least. longest: tokens of a window at most.
+    """
+    count = -(-len(ids) // longest)
+    length = len(ids) // count
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
 def _seen(task: Task) -> Sequence[int]:
     return task.seen
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.files import whole_folder, write_durably
 from coprune.base.progress import Reporter
 from coprune.data.tokenizing import encode
-from coprune.fitting.calibration import read_passages, write_passages
+from coprune.fitting.calibration import all_windows, read_passages, write_passages
 from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, Candidate, Cut
 from coprune.fitting.clock import Clock, Mark
 from coprune.fitting.notes import Asked
@@ -36,6 +36,8 @@ from coprune.vocabulary.counts import sources_of
 SAMPLES, SEQLEN = 16, 256
 """Of what statistics are measured on."""
 _HEAD_TOKENS = 512
+_SHORT = 1024
+"""Tokens of a text whose importance is measured on all of it, not on samples."""
 """That the head's inputs are measured on."""
 _RUN, _MATRIX = ".run", ".imatrix.gguf"
 _AS_THEY_ARE = (EXACT, GIVEN, FOREIGN)
@@ -202,7 +204,9 @@ class Making:
         def make() -> None:
             tokenizer = self._vocabulary_of(seen)[0]
             ids = encode(tokenizer, "\n".join(self._texts()))["input_ids"]
-            found = importance_of(exact, str(self.text), self.reporter)
+            # Windows of a short text would be longer than it, or nearly all of it every time.
+            data = str(self.text) if len(ids) > _SHORT else all_windows(ids, SEQLEN)
+            found = importance_of(exact, data, self.reporter)
             write_importance(target, {**found, **importance_of_head(exact, ids[:_HEAD_TOKENS])})
 
         if not target.exists():
