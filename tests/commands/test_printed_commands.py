@@ -133,7 +133,8 @@ def typed(line: str) -> Recipe:
     name, command, *words = shlex.split(line)
     assert (name, command) == ("coprune", "prune")
     context = parser_of(command).make_context(command, words)
-    return recipe_asked(context, {k: v for k, v in context.params.items() if k != "quiet"}, Reporter(quiet=True))
+    settings = {name: value for name, value in context.params.items() if name not in ("quiet", "dry_run")}
+    return recipe_asked(context, settings, Reporter(quiet=True))
 
 
 def assert_made_again(recipe: Recipe) -> None:

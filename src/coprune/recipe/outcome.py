@@ -176,7 +176,6 @@ class OutputPart(Part):
     encoding: Annotated[
         Literal["source", "dense"],
         Decides.MEASUREMENT,
-        Shown.COMMON,
         Field(
             description="How the saved model's tensors are stored: as the source's are (FP8, MXFP4, INT4 …, else dense), "
             "or dense, as any tool reads them."
