@@ -90,7 +90,7 @@ def test_the_short_help_is_one_screen_of_what_fields_call_common(coprune: Callab
     assert {"--preset", "--pattern", "--save-model", "--help-all"} <= set(options)
     common = {name for name, field in FIELDS.items() if is_common(field)}
     shown = {flags_of(name)[0].partition("/")[0] for name in common}
-    assert set(options) - shown == {"--quiet", "--recipe", "--preset", "--help", "--help-all"}
+    assert set(options) - shown == {"--dry-run", "--quiet", "--recipe", "--preset", "--help", "--help-all"}
     assert len(short.splitlines()) <= 85  # at 80 columns
     assert "model <str>  Hub id, local folder, GGUF file, or smollm2-135m\n" in help_text
     assert "vocabulary=96k" in short
