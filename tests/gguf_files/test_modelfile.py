@@ -103,6 +103,10 @@ def test_a_template_that_is_not_texts_around_messages_is_not_written() -> None:
     assert turns_of(CHATML.replace("You help", "{{"), SPECIAL, "<s>") is None
 
 
+def test_a_template_that_takes_too_much_memory_is_not_written() -> None:
+    assert turns_of("{{ ('x' * 10**10) | length }}", SPECIAL, "<s>") is None
+
+
 def write(file: Path, template: str | None) -> Path:
     writer = GGUFWriter(file, "llama")
     writer.add_token_list(["<s>", "</s>", "<|eot|>", "a"])

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from coprune.base.files import write_text
+from coprune.base.limited import Child, render_limited
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 
 FILE = "Modelfile"
@@ -155,7 +155,7 @@ def turns_of(template: str, special: Mapping[str, str], added: str) -> Turns | N
     try:
         render = _renderer(template, special, added)
         found = _read(render)
-    except (TemplateError, TypeError, ValueError, KeyError):
+    except ValueError:
         return None
     if found is None or any("{{" in text or '"""' in text for text in _texts(found)):
         return None
@@ -170,7 +170,7 @@ def _agrees(turns: Turns, render: Render) -> bool:
         try:
             if render(sample, True) != turns.render(sample):
                 return False
-        except TemplateError:
+        except ValueError:
             return False
     return True
 
@@ -183,21 +183,28 @@ Render = Callable[[Messages, bool], str]
 
 
 def _renderer(template: str, special: Mapping[str, str], added: str) -> Render:
-    """Return a function that renders messages as transformers does, without what is added; last, whether an answer is begun."""
+    """Return a function that renders messages as transformers does, without what is added; last, whether an answer is begun.
 
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
-    environment.globals["raise_exception"] = refuse
-    made = environment.from_string(template)
+    It runs in a limited process, and raises ValueError for the template's error or one of the limits.
+    """
 
     def render(messages: Messages, begins: bool) -> str:
-        text = made.render(messages=messages, add_generation_prompt=begins, **special)
+        text = render_limited(_CHILDREN, "modelfile", _rendered, (template, messages, begins, dict(special)))
         return text.removeprefix(added)
 
     return render
+
+
+_CHILDREN: dict[str, Child] = {}
+
+
+def _rendered(template: str, messages: Messages, begins: bool, special: Mapping[str, str]) -> str:
+    conversations: list[Any] = [messages]
+    rendered: Any = render_jinja_template(
+        conversations, chat_template=template, add_generation_prompt=begins, **dict[str, Any](special)
+    )
+    (text,), _ = rendered
+    return str(text)
 
 
 def _read(render: Render) -> Turns | None:
@@ -217,7 +224,7 @@ def _read(render: Render) -> Turns | None:
     if not start.endswith(before_user):
         return None
     around = {"user": (before_user, after_user), "assistant": (answer, ended[2])}
-    with suppress(TemplateError):  # which some raise for a system message
+    with suppress(ValueError):  # which some raise for a system message
         if (told := _cut(render(briefed, True), briefed)) is not None:
             around["system"] = (told[0], told[1].removesuffix(before_user))
     return Turns(around, answer, start.removesuffix(before_user))
