@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,14 +105,8 @@ def _rate(device: torch.device) -> float:
     """Return the multiplications and additions of float32 that a device does in a second."""
     one = torch.ones(_SIZE, _SIZE, device=device)
     began, done = time.perf_counter(), 0
-    for _ in _until(began + _LEAST_SECONDS):
+    while not done or time.perf_counter() < began + _LEAST_SECONDS:
         one @ one
         synchronize(device)
         done += 1
     return done * 2 * _SIZE**3 / (time.perf_counter() - began)
-
-
-def _until(moment: float) -> Iterator[None]:
-    yield
-    while time.perf_counter() < moment:
-        yield
