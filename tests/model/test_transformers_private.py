@@ -20,6 +20,7 @@ from torch import nn
 
 import coprune
 from support.pico import pico_model
+from support.pico_folder import pico_tokenizer
 
 SOURCES = Path(coprune.__file__).parent
 HOME = "coprune/model/transformers_private.py"
@@ -225,6 +226,19 @@ def test_a_configuration_tells_what_it_builds() -> None:
     assert not builds(transformers.AutoModelForImageClassification, model.config)
     name_model(model, "somewhere")
     assert (model.name_or_path, model.config.name_or_path) == ("somewhere", "somewhere")
+
+
+def test_a_chat_template_is_rendered_as_the_tokenizer_renders_it() -> None:
+    from coprune.model.transformers_private import rendered_chat
+
+    tokenizer = pico_tokenizer()
+    turns = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"
+    template = "{{ bos_token }}" + turns + "{% if add_generation_prompt %}>{% endif %}"
+    messages = [{"role": "user", "content": "Hello"}]
+    rendered = rendered_chat(template, messages, tokenizer.special_tokens_map, True)
+    assert rendered == tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
 
 
 # Documented: the top of the package, its logging, and the strategies of a Trainer.

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from coprune.base.files import write_text
 from coprune.base.limited import Child, render_limited
 from coprune.model.checkpoint.gguf_reader import gguf_reader
+from coprune.model.transformers_private import rendered_chat
 
 FILE = "Modelfile"
 _STOPS = ("eos", "eot", "eom")
@@ -189,22 +188,13 @@ def _renderer(template: str, special: Mapping[str, str], added: str) -> Render:
     """
 
     def render(messages: Messages, begins: bool) -> str:
-        text = render_limited(_CHILDREN, "modelfile", _rendered, (template, messages, begins, dict(special)))
+        text = render_limited(_CHILDREN, "modelfile", rendered_chat, (template, messages, dict(special), begins))
         return text.removeprefix(added)
 
     return render
 
 
 _CHILDREN: dict[str, Child] = {}
-
-
-def _rendered(template: str, messages: Messages, begins: bool, special: Mapping[str, str]) -> str:
-    conversations: list[Any] = [messages]
-    rendered: Any = render_jinja_template(
-        conversations, chat_template=template, add_generation_prompt=begins, **dict[str, Any](special)
-    )
-    (text,), _ = rendered
-    return str(text)
 
 
 def _read(render: Render) -> Turns | None:

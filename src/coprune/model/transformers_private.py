@@ -40,6 +40,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.processing_utils import ProcessorMixin
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import quantization_config
+from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.loading_report import LoadStateDictInfo
 
 __all__ = ["Conv1D"]
@@ -65,6 +66,25 @@ def installed_trackers() -> list[str]:
     from transformers.integrations import integration_utils  # slow to import, and seldom needed
 
     return list(integration_utils.get_available_reporting_integrations())
+
+
+def rendered_chat(
+    template: str, messages: Iterable[Mapping[str, str]], special: Mapping[str, str], begins_answer: bool
+) -> str:
+    """Render a chat template as a tokenizer does, without a tokenizer.
+
+    Args:
+        template: in Jinja.
+        messages: the conversation, with `role` and `content`.
+        special: texts of special tokens by name, such as `bos_token`.
+        begins_answer: whether the text ends with what begins an answer.
+    """
+    conversations: list[Any] = [list(messages)]
+    rendered: Any = render_jinja_template(
+        conversations, chat_template=template, add_generation_prompt=begins_answer, **dict[str, Any](special)
+    )
+    (text,), _ = rendered
+    return str(text)
 
 
 class Renaming:
