@@ -20,7 +20,8 @@ from coprune.model.checkpoint.digest import model_digest
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.shards import INDEX_FILE
 from coprune.model.checkpoint.writer import CheckpointWriter
-from coprune.runner.runner import Left, Step, Taking, go
+from coprune.run.step import Left, Step, Taking
+from coprune.runner.runner import go
 from coprune.store.notes import read_note, write_note
 from support.killing import count_lines, killed_at
 from support.pico_folder import save_pico
@@ -38,7 +39,7 @@ class Merged(BaseModel):
 class Merge(Step):
     """The mean of two models of the same shapes."""
 
-    name: str = "merge"
+    name = "merge"
     models: tuple[Path, Path]
 
     def check(self) -> None:

@@ -24,8 +24,8 @@ def test_every_step_begins_with_what_the_one_before_leaves(tmp_path: Path) -> No
     asked = {"model": "m", "remove": "vocabulary=0.5,channels=0.5", "sparsity": 0.5, "finetune": "distill"}
     plan = plan_of(make_recipe({**asked, "save_model": tmp_path / "model", "push_to_hub": "me/m"}), tmp_path)
     trim, remove, prune, train = (step.recipe for step in plan)
-    assert [step.name for step in plan] == ["trim", "remove", "prune", "train"]
-    assert [step.folder for step in plan] == [tmp_path / step.name for step in plan]
+    assert [one.step.name for one in plan] == ["trim", "remove", "prune", "train"]
+    assert [step.folder for step in plan] == [tmp_path / one.step.name for one in plan]
     left = [str(tmp_path / name / "model") for name in ("trim", "remove", "prune")]
     assert [one.model.name for one in (trim, remove, prune, train)] == ["m", *left]
     assert [str(one.output.model) for one in (trim, remove, prune, train)] == [*left, str(tmp_path / "model")]
@@ -38,7 +38,7 @@ def test_every_step_begins_with_what_the_one_before_leaves(tmp_path: Path) -> No
 
 def test_one_step_is_the_recipe_itself() -> None:
     recipe = make_recipe({"model": "m", "sparsity": 0.5})
-    assert [(step.name, step.recipe, step.folder) for step in plan_of(recipe)] == [("prune", recipe, None)]
+    assert [(one.step.name, one.recipe, one.folder) for one in plan_of(recipe)] == [("prune", recipe, None)]
 
 
 @pytest.fixture

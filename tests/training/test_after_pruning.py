@@ -14,8 +14,9 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.runner.plan import plan_of, training_of
+from coprune.runner.plan import plan_of
 from coprune.runner.run_recipe import run_recipe
+from coprune.steps.train import training_of
 from coprune.training.masks import find_masks
 from coprune.training.report import FinetuneReport
 from support.pico import pico_model

@@ -14,7 +14,7 @@ from coprune.base.precision import SLOW_IN_BFLOAT16
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.runner.plan import training_of
+from coprune.steps.train import training_of
 from coprune.training.run import run_finetuning
 from coprune.training.trainer import arguments_on, training_device
 from support.pruned import pruned_model, save, settings_for, write_text

@@ -14,7 +14,7 @@ from coprune.base.progress import Reporter
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.runner.plan import training_of
+from coprune.steps.train import training_of
 from coprune.training.run import run_finetuning
 from support.pruned import pruned_model, save, settings_for, write_text
 

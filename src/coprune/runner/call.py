@@ -37,10 +37,10 @@ from coprune.run.memory_bound import TextSizes, bound_run
 from coprune.run.memory_estimate import Estimate
 from coprune.run.read_call import read_call
 from coprune.run.result import Result
-from coprune.runner.plan import after_trim
 from coprune.runner.run_recipe import run_recipe
 from coprune.stages.checks import check_widths, needs_inputs, prepare_solver
 from coprune.stages.opening import open_run
+from coprune.steps.trim import after_trim
 
 
 def prune(

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.base.words import Sheet, Shown, duration, per_cent
+from coprune.base.words import Sheet, Shown, duration
 from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.bare_configuration import Imagined
-from coprune.model.blocks import Block, find_blocks
+from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.loaded_model import Loaded, choose_device, streams
-from coprune.model.matrix_choice import Chosen, choose_matrices
+from coprune.model.matrix_choice import choose_matrices
 from coprune.recipe.command import command_of
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.run.memory_estimate import Estimate
 from coprune.runner.call import estimate_shapes
-from coprune.runner.plan import after_trim, plan_of
+from coprune.runner.plan import plan_of
 from coprune.runner.saved_size import SavedSize, saved_size
 from coprune.runner.time_estimate import Tokens, seconds_of
-from coprune.stages.checks import check_widths, prepare_folders, prepare_solver
+from coprune.stages.checks import prepare_folders, prepare_solver
+from coprune.steps.trim import after_trim
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,15 +91,15 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> DryRun:
         calibrated = recipe.calibrate.samples * seqlen
         tokens = Tokens(calibrated, recipe.evaluate.tokens or calibrated, seqlen)
         seconds = seconds_of(left, solver, tokens, loaded, chosen.blocks)
-    refused = None
+    plan, refused = plan_of(recipe, recipe.run_folder), None
     try:
-        prepare_folders(recipe, begun=plan_of(recipe, recipe.run_folder)[-1].folder is not None)
+        prepare_folders(recipe, begun=plan[-1].folder is not None)
     except BadInput as error:
         refused = str(error)
     return DryRun(
         recipe,
         _opened(recipe, location, loaded),
-        tuple(_steps(recipe, chosen, blocks)),
+        tuple(f"{one.step.name}: {one.step.told(one.recipe, chosen, blocks)}" for one in plan),
         memory,
         seconds,
         saved_size(recipe, location, loaded, blocks),
@@ -128,28 +128,6 @@ def _opened(recipe: Recipe, location: Location, loaded: Loaded) -> str:
     parameters = f"{loaded.model.num_parameters():,} parameters"
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return f"{location.name}, {parameters}; the {kind} is opened in {dtype} on {loaded.device}, {way}"
-
-
-def _steps(recipe: Recipe, chosen: Chosen, blocks: list[Block]) -> list[str]:
-    found = []
-    for planned in plan_of(recipe, recipe.run_folder):
-        own = planned.recipe
-        if planned.name == "trim":
-            found.append(f"trim: {', '.join(own.remove.parts)} of the tokens stay or go, with their rows")
-        elif planned.name == "remove":
-            found.append(f"remove: {', '.join(own.remove.parts)} of {len(blocks)} blocks, by {own.way}")
-        elif planned.name == "prune":
-            _, target = prepare_solver(own)
-            check_widths((m for m in chosen.all() if m.expert is None), target)
-            weights = sum(math.prod(matrix.shape) for matrix in chosen.all())
-            zeros = f"{per_cent(target.sparsity)} of {weights:,} weights in {len(list(chosen.all()))} matrices"
-            found.append(f"prune: {zeros} become zero ({own.prune.pattern}), by {own.prune.method.name}")
-        else:
-            train = own.train
-            limits = {"minutes": train.minutes, "tokens": train.tokens, "steps": train.max_steps}
-            far = next((f"{value:,} {unit}" for unit, value in limits.items() if value), f"{train.epochs:g} epochs")
-            found.append(f"train: {train.mode}, {far}")
-    return found
 
 
 def _there(recipe: Recipe) -> list[tuple[str, str]]:

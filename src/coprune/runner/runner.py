@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -17,54 +14,10 @@ from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting
-from coprune.run.result import Result
+from coprune.run.step import Left, Step, Taking
 from coprune.store.place import Identity, Place, said
 
 _SOURCES = "sources"
-Taking = Callable[[], AbstractContextManager[object]]
-"""Entered by a step when all its checks have passed, around its first write."""
-
-
-@dataclass(frozen=True)
-class Left:
-    """What a step leaves: a record, and a model in a folder or in memory."""
-
-    record: BaseModel
-    model: Path | None = None
-    held: Result | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step(ABC):
-    """Makes a model of another one, or of several."""
-
-    name: str
-    version: int = 1
-    """Raised when the step is done differently."""
-    folder: Path | None
-    """Where it works and leaves its record; None where nothing is found again."""
-    settings: Mapping[str, Any]
-    """Values that decide what it makes, without names of models."""
-    measured: Mapping[str, Any] = field(default_factory=dict)
-    """Values that decide what else is in its record: an unfinished step may go on with others."""
-
-    def check(self) -> None:  # noqa: B027
-        """Raise BadInput for what can be refused before anything is done."""
-
-    @abstractmethod
-    def sources(self, before: Left | None) -> Sequence[str]:
-        """Return digests of the models and texts that it reads."""
-
-    @abstractmethod
-    def finished(self, before: Left | None) -> Left | None:
-        """Return what lies whole in its folder, whoever made it."""
-
-    def clear(self) -> None:  # noqa: B027
-        """Remove what it has made outside its folder."""
-
-    @abstractmethod
-    def run(self, before: Left | None, taking: Taking) -> Left:
-        """Make it, going on from what an interrupted run left in the folder."""
 
 
 def go(

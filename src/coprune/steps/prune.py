@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -12,9 +13,11 @@ from coprune.base.devices import memory_within
 from coprune.base.memory import freed_memory_kept
 from coprune.base.progress import NO_BAR
 from coprune.base.words import per_cent
+from coprune.model.blocks import Block
 from coprune.model.checkpoint.formats import Rounding
 from coprune.model.edit import Edit, FillZeros
 from coprune.model.matrices import Matrix
+from coprune.model.matrix_choice import Chosen
 from coprune.model.walk.block_events import NO_PAST, BlockDone, Past
 from coprune.model.walk.recording import Dense, Recording
 from coprune.model.walk.statistics import Gram
@@ -26,6 +29,8 @@ from coprune.pruning.permutation import permute_model
 from coprune.pruning.pruner import MatrixResult, Solving, prune_walk
 from coprune.pruning.rotation import rotate_model
 from coprune.recipe.pattern import Grid, Target
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import RemovePart
 from coprune.report.run_events import AnyEvent, IdleTrainings
 from coprune.run.calibrating import (
     counted_batches,
@@ -40,10 +45,44 @@ from coprune.run.kept_statistics import kept_statistics
 from coprune.run.output import BlockOutcome
 from coprune.run.result import Result
 from coprune.run.shared_weights import DenseCopies, prune_shared
+from coprune.run.step import Left
+from coprune.stages.checks import check_widths, prepare_solver
 from coprune.stages.run_stages import run_stages
+from coprune.steps.recipe_step import UNIFORM, StepOfRecipe, allocates_units, without_training
 
 _FEW_TOKENS = 2048
 """Norms of inputs are looked at, and Gram matrices of single heads, which are narrow: so few tokens tell all of them."""
+
+
+class Prune(StepOfRecipe):
+    """Sets weights to zero."""
+
+    name = "prune"
+
+    @classmethod
+    def is_asked(cls, recipe: Recipe) -> bool:
+        return recipe.sets_zeros
+
+    @classmethod
+    def part_of(cls, recipe: Recipe) -> Recipe:
+        own = without_training(recipe).model_copy(update={"remove": RemovePart()})
+        if not recipe.remove.kinds:
+            return own
+        # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
+        require = "loops>=0" if own.evaluate.answers.conditions else None
+        allocation = UNIFORM if allocates_units(recipe) else recipe.prune.allocation
+        return own.replaced(allocation=allocation, evaluate_dense=False, prompt="", require=require)
+
+    @classmethod
+    def told(cls, recipe: Recipe, chosen: Chosen, blocks: Sequence[Block]) -> str:
+        _, target = prepare_solver(recipe)
+        check_widths((matrix for matrix in chosen.all() if matrix.expert is None), target)
+        weights = sum(math.prod(matrix.shape) for matrix in chosen.all())
+        zeros = f"{per_cent(target.sparsity)} of {weights:,} weights in {len(list(chosen.all()))} matrices"
+        return f"{zeros} become zero ({recipe.prune.pattern}), by {recipe.prune.method.name}"
+
+    def do(self, run: Run) -> Left:
+        return Left.of(prune(run))
 
 
 def prune(run: Run) -> Result:

@@ -15,6 +15,7 @@ from torch import Tensor
 from coprune.base.devices import memory_within
 from coprune.model.blocks import Block
 from coprune.model.edit import Configure
+from coprune.model.matrix_choice import Chosen
 from coprune.model.walk.block_events import BlockDone, Past
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Dense
@@ -23,6 +24,8 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation.allocation import Uniform
 from coprune.pruning.block_training import BlockTraining, reconstruct_cut
 from coprune.pruning.pruner import MatrixResult
+from coprune.recipe.choice import USUAL_METHOD
+from coprune.recipe.recipe import Recipe
 from coprune.removal.candidates import Candidates, Consumers, Levels, Steps
 from coprune.removal.channels_and_heads import Kind, Part, parameter_of, step_of
 from coprune.removal.cuts import Cut, Plan, edits_of_block
@@ -51,9 +54,38 @@ from coprune.run.calibrating import moves_of, record_calibration, record_to_prun
 from coprune.run.context import Outcome, Run
 from coprune.run.output import BlockOutcome
 from coprune.run.result import Result
+from coprune.run.step import Left
 from coprune.stages.run_stages import run_stages
 from coprune.stages.to_gguf import cut_of
+from coprune.steps.recipe_step import UNIFORM, UNTOLD, StepOfRecipe, allocates_units, without_training
 from coprune.steps.remove_by_bytes import cut_by_bytes, file_cut_by_bytes
+
+
+class Remove(StepOfRecipe):
+    """Removes parts of blocks, or whole ones."""
+
+    name = "remove"
+
+    @classmethod
+    def is_asked(cls, recipe: Recipe) -> bool:
+        return bool(recipe.remove.kinds)
+
+    @classmethod
+    def part_of(cls, recipe: Recipe) -> Recipe:
+        own = without_training(recipe).model_copy(update={"remove": recipe.remove.without_vocabulary()})
+        if not recipe.sets_zeros:
+            return own
+        zeros = {"pattern": "unstructured", "sparsity": None, "permute": False, "rotate": False, "refine": ()}
+        more = {"method": USUAL_METHOD, "propagation": "block", "encoding": "source", "prompt": ""}
+        allocation = recipe.prune.allocation if allocates_units(recipe) else UNIFORM
+        return own.replaced(**zeros, **more, **UNTOLD, allocation=allocation)
+
+    @classmethod
+    def told(cls, recipe: Recipe, chosen: Chosen, blocks: Sequence[Block]) -> str:
+        return f"{', '.join(recipe.remove.parts)} of {len(blocks)} blocks, by {recipe.way}"
+
+    def do(self, run: Run) -> Left:
+        return Left.of(remove(run))
 
 
 def remove(run: Run) -> Result:

@@ -2,17 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
 from coprune.base.errors import BadInput
 from coprune.base.validation import read_as
 from coprune.base.words import Set
+from coprune.data.mixture import reads_conversations
 from coprune.evaluation.answers.questions import plan_of, questions_for
+from coprune.model.blocks import Block
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.model.loaded_model import Loaded, open_model
-from coprune.recipe.recipe import Recipe
+from coprune.model.matrix_choice import Chosen
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.sources import split_sources
 from coprune.recipe.train import has_adapters, has_teacher
+from coprune.recipe.tree import LEAVES
+from coprune.report.schema import Report
 from coprune.run.context import Run
+from coprune.run.step import Left
+from coprune.steps.joined import report_with_training
+from coprune.steps.recipe_step import StepOfRecipe
 from coprune.training.footprint import require_room_to_train
 from coprune.training.report import REPORT_FILE, FinetuneReport
+
+
+class Train(StepOfRecipe):
+    """Fine-tunes what the step before left."""
+
+    name = "train"
+    always_saves = True
+
+    @classmethod
+    def is_asked(cls, recipe: Recipe) -> bool:
+        return recipe.train.mode is not None
+
+    @classmethod
+    def part_of(cls, recipe: Recipe) -> Recipe:
+        return training_of(recipe)
+
+    @classmethod
+    def told(cls, recipe: Recipe, chosen: Chosen, blocks: Sequence[Block]) -> str:
+        asked = recipe.train
+        limits = {"minutes": asked.minutes, "tokens": asked.tokens, "steps": asked.max_steps}
+        far = next((f"{value:,} {unit}" for unit, value in limits.items() if value), f"{asked.epochs:g} epochs")
+        return f"{asked.mode}, {far}"
+
+    def joined(self, recipe: Recipe, before: Report, own: BaseModel) -> Report:
+        assert isinstance(own, FinetuneReport)
+        return report_with_training(recipe, before, own)
+
+    def check(self) -> None:
+        check_training(self.whole.recipe, self.whole.given.loaded)
+
+    def finished(self, before: Left | None) -> Left | None:
+        trained = finished_training(self._as_run(before).recipe)
+        return None if trained is None else Left(trained, trained.saved_model)
+
+    def found_before(self, report: Report) -> dict[str, Any]:
+        found = super().found_before(report)
+        if report.perplexity and report.model.task in ("text", "masked"):
+            found["finetune_eval_seqlen"] = report.perplexity[0].seqlen
+        return found
+
+    def do(self, run: Run) -> Left:
+        trained = train(run)
+        return Left(trained, trained.saved_model)
+
+
+def training_of(recipe: Recipe) -> Recipe:
+    """Return the recipe of the training alone: the same data, seed, measurements and device."""
+    # A default dataset stays unset, since it depends on the model.
+    # Of several the largest that is text as it stands: a training reads one.
+    sources = split_sources(recipe.calibrate.data)
+    plain = [source for source in sources if source.is_text and not reads_conversations(source)]
+    named = "data" in recipe.calibrate.model_fields_set and plain
+    data = {"dataset": max(plain, key=lambda source: source.share).name} if named else {}
+    kept = ("model", "device", "cache_dir", "exclude", "seqlen", "seed", "bos", "report_to")
+    same = [word for word, leaf in LEAVES.items() if leaf.path[0] in ("train", "evaluate") or word in kept]
+    # Only for requested answers, since the dense model has to be loaded again.
+    answers = recipe.evaluate.answers
+    compares = answers.prompts is not None or any(condition.needs_dense for condition in answers.conditions)
+    teacher = (recipe.train.teacher or recipe.model.name) if compares or has_teacher(recipe.train.mode) else None
+    return make_recipe({word: recipe.setting(word) for word in same} | data | {"finetune_teacher": teacher})
 
 
 def train(run: Run) -> FinetuneReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,13 +13,17 @@ from coprune.base.errors import BadInput, about
 from coprune.base.files import require_usable
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.evaluation.asked_texts import text_fingerprint
+from coprune.model.blocks import Block
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.model.checkpoint.shards import read_json
 from coprune.model.loaded_model import choose_device
+from coprune.model.matrix_choice import Chosen
 from coprune.model.removed import Tokens
+from coprune.recipe.parts import PrunePart
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.train import TrainPart
 from coprune.recipe.vocabulary import shares_of
 from coprune.report.card import model_card
 from coprune.report.folder import announce
@@ -27,7 +31,9 @@ from coprune.report.schema import ModelFacts
 from coprune.run.context import Given, Run
 from coprune.run.facts import report_without_walk
 from coprune.run.result import Result
+from coprune.run.step import Left
 from coprune.stages.to_gguf import require_gguf_source
+from coprune.steps.recipe_step import UNASKED, UNTOLD, StepOfRecipe
 from coprune.store.notes import read_note, write_note
 from coprune.store.store import key_of
 from coprune.vocabulary.choose import Kept
@@ -56,6 +62,39 @@ class _Choice(BaseModel):
     def kept(self) -> Kept:
         """The tokens that stay."""
         return Kept(self.old)
+
+
+class Trim(StepOfRecipe):
+    """Cuts the vocabulary."""
+
+    name = "trim"
+    leaves_dense = True
+
+    @classmethod
+    def is_asked(cls, recipe: Recipe) -> bool:
+        return recipe.remove.vocabulary is not None
+
+    @classmethod
+    def part_of(cls, recipe: Recipe) -> Recipe:
+        alone = {"remove": recipe.remove.vocabulary_alone(), "prune": PrunePart(), "train": TrainPart()}
+        own = recipe.model_copy(update=alone)
+        return own.replaced(**UNASKED, **UNTOLD, tasks=None, eval_zero_shot=False)
+
+    @classmethod
+    def told(cls, recipe: Recipe, chosen: Chosen, blocks: Sequence[Block]) -> str:
+        return f"{', '.join(recipe.remove.parts)} of the tokens stay or go, with their rows"
+
+    def check(self) -> None:
+        check_trim(self.whole.recipe, self.whole.processes.size)
+
+    def do(self, run: Run) -> Left:
+        return Left.of(trim(run))
+
+
+def after_trim(recipe: Recipe) -> Recipe | None:
+    """Return what a run does once it has cut a vocabulary; None for nothing."""
+    left = recipe.model_copy(update={"remove": recipe.remove.without_vocabulary()})
+    return left if left.remove.parts or recipe.sets_zeros else None
 
 
 def trim(run: Run) -> Result:

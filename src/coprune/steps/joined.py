@@ -13,18 +13,14 @@ _OF_MODEL = ("blocks", "block_names", "device", "dtype", "loaded_by")
 _OF_IMAGES = ("dense_top1", "dense_top1_interval", "dense_top5")
 
 
-def joined(recipe: Recipe, before: Report, own: Report | FinetuneReport) -> Report:
-    """Return the report of the steps so far.
+def report_with_change(recipe: Recipe, before: Report, own: Report) -> Report:
+    """Return the report of all steps so far, of which the last changed the model.
 
     Args:
         recipe: of all steps.
         before: the report of those before the last.
         own: of the last.
     """
-    return _trained(recipe, before, own) if isinstance(own, FinetuneReport) else _changed(recipe, before, own)
-
-
-def _changed(recipe: Recipe, before: Report, own: Report) -> Report:
     texts = {text.data: text.dense for text in before.perplexity}
     images = {one.data: {name: getattr(one, name) for name in _OF_IMAGES} for one in before.accuracy}
     walked = before if before.model.block_names else own  # a vocabulary is cut without a walk
@@ -56,7 +52,8 @@ def _changed(recipe: Recipe, before: Report, own: Report) -> Report:
     return both.model_copy(update={"required": required})
 
 
-def _trained(recipe: Recipe, before: Report, own: FinetuneReport) -> Report:
+def report_with_training(recipe: Recipe, before: Report, own: FinetuneReport) -> Report:
+    """Return the report of all steps, of which the last is a training. Arguments as of `report_with_change`."""
     facts = FinetunedFacts(
         mode=str(own.settings.train.mode),
         steps=own.steps,
