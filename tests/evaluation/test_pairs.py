@@ -192,7 +192,7 @@ def test_heads_of_a_configuration_without_their_width_are_refused(place: Path) -
     if not (place / "Bart").exists():
         save_pair_model(place / "Bart", "Bart")
     with pytest.raises(
-        UnsupportedModel, match=r"BartForConditionalGeneration has no width of a head.*try to remove channels or blocks"
+        UnsupportedModel, match=r"BartForConditionalGeneration has no head width.*try to remove channels or blocks"
     ):
         coprune.prune(place / "Bart", remove="heads=0.5", dataset=place / "words.txt", **REMOVING)
 

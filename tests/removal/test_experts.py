@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         ("deepseek_v3", GROUPED, "experts=0.1", "0.1 of 8 experts in 2 groups is none"),
         ("deepseek_v3", GROUPED | {"num_experts_per_tok": 1}, "experts=0.75", "cannot be removed"),
         ("mixtral", {"score": "reap:seed=1"}, "experts=0.25", "score 'reap' has no options"),
-        ("llama4_text", {}, "experts=0.25", "is not told which experts a token goes to"),
+        ("llama4_text", {}, "experts=0.25", "is not given the experts of each token"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(

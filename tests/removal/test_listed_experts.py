@@ -63,7 +63,7 @@ def test_a_list_of_which_no_router_chooses_is_left_as_it_is(monkeypatch: pytest.
     monkeypatch.setattr(ListedMixture, "forward", all_of_them)
     model = listed_mixture()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UnsupportedModel, match="of which none could be proved to be a mixture"):
+    with pytest.raises(UnsupportedModel, match="but it could not be proved to be a mixture"):
         coprune.prune(model, remove="experts=0.25", **SETTINGS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -188,10 +188,10 @@ def test_a_family_without_a_place_for_a_map_loses_blocks_without_one_and_says_so
     settings = SETTINGS | {"quiet": False}
     result = coprune.prune(pico_model("gemma2"), remove="blocks=0.34", **settings)
     said = capsys.readouterr().err
-    assert "Blocks are left out without a map in their place: no 1 blocks could be replaced by a map" in said
-    assert "Blocks that go, by kl:" in said
+    assert "Blocks are removed without a map in their place: no map could replace 1 of the blocks" in said
+    assert "Blocks to remove, by kl:" in said
     assert not any(isinstance(one, MappedBlocks) for one in result.report.edits)
-    with pytest.raises(UnsupportedModel, match="has to have a matrix that only adds to its output"):
+    with pytest.raises(UnsupportedModel, match="needs a matrix whose result is only added to its output"):
         coprune.prune(pico_model("gemma2"), remove="blocks=0.34", score="map", **SETTINGS)
 
 

@@ -242,7 +242,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(done: int, tmp_path: Path) -> No
         (
             "gpt2",
             "heads=0.5",
-            "the configuration of GPT2LMHeadModel has no width of a head, .* try to remove channels or blocks",
+            "the configuration of GPT2LMHeadModel has no head width; .* try to remove channels or blocks",
         ),  # heads as wide together as the model
         ("mamba", "channels=0.4", "no channels .* remove blocks instead"),
         ("bloom", "channels=0.4", "no setting of the configuration of BloomForCausalLM"),  # always four times the width

@@ -1,4 +1,4 @@
-"""Scores of blocks: by how much a block changes its input, or by the model's output without it."""
+"""Scores of blocks: how much a block changes its input, or how far the model's output moves without it."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from coprune.removal.maps import Map, MapWalk, Span, Writers, best_sets, find_wr
 from coprune.run.calibrating import first_batches
 
 ROWS = 256
-"""Tokens whose distributions are compared at a time, each of which is as long as the vocabulary."""
+"""Tokens whose vocabulary-sized distributions are compared at a time."""
 _TRIED = 2048
-"""Minimum of tokens on which distributions are compared."""
+"""Minimum number of tokens on which distributions are compared."""
 
 
 @dataclass(frozen=True)
 class Going:
-    """Blocks that go."""
+    """Blocks to remove."""
 
     blocks: list[int]
-    """Their numbers, in the order in which they went; only of `may_go`."""
+    """Their numbers, in order of removal; only of `may_go`."""
     mapped: Sequence[int] = ()
-    """Numbers of the blocks into which a map of those right behind them is merged."""
+    """Numbers of the blocks that absorb the linear map of the blocks removed right after them."""
 
 
 class BlockScore(Protocol):
-    """Chooses the blocks that go."""
+    """A way of choosing the blocks to remove."""
 
     def choose(
         self,
@@ -53,23 +53,23 @@ class BlockScore(Protocol):
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> Going:
-        """Choose blocks.
+        """Choose the blocks to remove.
 
         Args:
-            model: dense, and so in the end.
-            batches: what it is run on, as in `record_batches`.
-            counts: how many blocks go of each list (of an encoder, of its decoder).
-            advance: called with the share of the work that was just done.
-            processes: those that choose together, each with the whole of the model and of the batches.
+            model: the dense model; restored at the end.
+            batches: calibration batches, as in `record_batches`.
+            counts: number of blocks to remove from each list (the encoder's, the decoder's).
+            advance: called with the share of the work just done.
+            processes: all that choose together, each with the whole model and all batches.
 
         Raises:
-            UnsupportedModel: the score is of something that the model does not have.
+            UnsupportedModel: the model lacks what the score needs.
         """
         ...
 
 
 def may_go(model: ProvenModel) -> list[list[int]]:
-    """Return the numbers of the blocks that may go, by list: a matrix of theirs is wanted, and no later one needs them."""
+    """Return the removable blocks of each list: those with a selected matrix and no later block that reads their results."""
     stay = model.chosen.untouched() | model.structure.producers
     return [[block.index for block in own if block.index not in stay] for own in by_list(model.blocks)]
 
@@ -93,15 +93,15 @@ class Influence:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Remove one block after another: the one without which the model's distributions stay closest to the dense model's.
+    """Remove blocks one by one, each time the one whose removal moves the model's distributions least from the dense model's.
 
-    After the first round only the best blocks of the last one are tried again.
+    After the first round only the best candidates of the previous round are tried again.
     """
 
     tokens: int = _TRIED
-    """Minimum of calibration tokens to use (of images: one batch)."""
+    """Minimum number of calibration tokens to use (for image models: one batch)."""
     candidates: int = 6
-    """Number of blocks tried again after one is removed; 0: all."""
+    """Number of blocks tried again after each removal; 0: all."""
 
     def __post_init__(self) -> None:
         require_positive(tokens=self.tokens)
@@ -136,15 +136,15 @@ class Divergence:
 class Mapped:
     """Replace blocks in a row by a linear map, merged into the block before them (ReplaceMe, arXiv 2505.02819).
 
-    Of the sets of spans whose maps have the least error, the one with which the distributions stay closest to the dense model's.
+    Among the sets of spans whose maps have the least error, the one that moves the distributions least is taken.
     """
 
     tokens: int = 16384
-    """Minimum of calibration tokens to solve the maps on (of images: one batch). A quarter of them ranks the spans."""
+    """Minimum number of calibration tokens for solving the maps (for image models: one batch); a quarter of them ranks spans."""
     spans: int = 3
-    """Most spans of blocks in a row."""
+    """Maximum number of spans."""
     candidates: int = 2
-    """Number of sets of as many spans that are tried, on 2,048 tokens."""
+    """Number of sets tried for each number of spans, on 2,048 tokens."""
 
     def __post_init__(self) -> None:
         require_positive(tokens=self.tokens, spans=self.spans, candidates=self.candidates)
@@ -173,8 +173,8 @@ class Mapped:
         for own, count in zip(sets, counts, strict=True):
             if count and not own:
                 raise UnsupportedModel(
-                    f"no {count} blocks could be replaced by a map: a block before them has to have a matrix that only adds to "
-                    "its output"
+                    f"no map could replace {count} of the blocks: the block before them needs a matrix whose result is only "
+                    "added to its output"
                 )
         tried = {one: {span: found[span] for span in one} for own in sets for one in own}
         costs = self._costs(model, batches, processes, tried, writers)
@@ -183,7 +183,7 @@ class Mapped:
         return Going([index for span in gone for index in span.gone], [span.before for span in gone])
 
     def _spans(self, model: ProvenModel, writers: Mapping[int, Writers], part: int, most: int) -> list[Span]:
-        """Return the spans of a list of blocks that may go."""
+        """Return the spans of one list whose blocks may all go."""
         free = {*may_go(model)[part]} if most else set[int]()
         befores = [block.index for block in model.blocks if block.part == part and block.index in writers]
         spans = (Span(before, count) for before in befores for count in range(1, most + 1))
@@ -207,7 +207,7 @@ BLOCK_SCORES: dict[str, BlockScore] = {"map": Mapped(), "kl": Divergence(), "inf
 
 
 def block_score_named(asked: Choice) -> BlockScore:
-    """Return a score with its options. Raises BadInput for an unknown name or option."""
+    """Return the named score with its options. Raises BadInput for an unknown name or option."""
     return one_of(BLOCK_SCORES, "score", asked.name, asked.options)
 
 
@@ -218,7 +218,7 @@ def influences(
     advance: Advance = lambda share: None,
     processes: Processes = ALONE,
 ) -> list[float]:
-    """Return one minus the mean cosine of every block's inputs and outputs over tokens; infinite where their shapes differ.
+    """Return, for each block, one minus the mean cosine of its input and output over tokens; infinite if their shapes differ.
 
     model, batches, advance, processes: as in `BlockScore.choose`; the batches are divided among processes.
     """
@@ -243,7 +243,7 @@ def influences(
 
 
 def _together(model: ProvenModel, batches: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
-    """Group batches that go through the blocks together: all for a streamed model, else one, to save memory."""
+    """Group the batches that pass through the blocks together: all for a streamed model, else one each, to save memory."""
     return [batches] if model.weights.streams and batches else [[batch] for batch in batches]
 
 
@@ -253,17 +253,17 @@ def divergences(
 ) -> dict[int, float]:
     """Return KL(dense ‖ without one more block), in nats per token (per image).
 
-    All variants go through the blocks together, so that each block is read once; the blocks before the removed one are
-    computed once for all.
+    All variants pass through the blocks together, so each block is loaded once; the blocks before the removed one run
+    once for all of them.
 
     Args:
         model: the dense model.
         batches: as in `record_batches`.
         tried: numbers of the blocks to remove one at a time.
-        gone: numbers of blocks that are removed in any case.
+        gone: numbers of blocks removed in every variant.
 
     Returns:
-        By the number of the block; infinite for one that changes the shape of its input.
+        The divergence by block number; infinite for a block that changes its input's shape.
     """
     total, count = dict.fromkeys(tried, 0.0), 0
     for some in _together(model, batches):
@@ -290,13 +290,13 @@ def divergences_mapped(
     tried: Mapping[tuple[Span, ...], Mapping[Span, Map]],
     writers: Mapping[int, Writers],
 ) -> dict[tuple[Span, ...], float]:
-    """Return KL(dense ‖ with a set of spans replaced by their maps) of every set, in nats per token (per image).
+    """Return KL(dense ‖ with the spans replaced by their maps) for each set of spans, in nats per token (per image).
 
     Args:
         model: the dense model.
         batches: as in `record_batches`.
         tried: the sets, with their maps.
-        writers: of the blocks before the spans.
+        writers: matrices of the blocks before the spans that receive the maps.
     """
     total, count = dict.fromkeys(tried, 0.0), 0
     gone = {one: {index for span in one for index in span.gone} for one in tried}
@@ -324,15 +324,15 @@ def divergences_mapped(
 
 @dataclass
 class _Ways:
-    """Batches on their way through the model without some blocks, and without one more of those that are tried."""
+    """The state of the batches without the removed blocks, and without one more candidate each."""
 
     model: ProvenModel
     tried: Collection[int]
     gone: Collection[int]
     base: Recording
-    """Without those that are gone."""
+    """State without the removed blocks."""
     without: dict[int, Recording] = field(default_factory=dict)
-    """By the number of the block that is also removed."""
+    """States by the number of the block left out in addition."""
 
     def move(self, block: Block) -> None:
         runs = block.index not in self.gone
@@ -347,12 +347,12 @@ class _Ways:
 
 
 def logits_of(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Return the logits that follow from the last block's output: N × V."""
+    """Return the logits computed from the last block's output: N × V."""
     return run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, hidden).flatten(0, -2)
 
 
 def kl_of_logits(dense: Tensor, other: Tensor) -> float:
-    """Sum over the rows of KL(dense ‖ other), in nats. dense, other: logits, N × V."""
+    """Return KL(dense ‖ other) summed over rows, in nats. dense, other: logits, N × V."""
     total = 0.0
     for p, q in zip(dense.split(ROWS), other.split(ROWS), strict=True):
         log_p, log_q = (one.to(torch.float32).log_softmax(dim=-1) for one in (p, q))

@@ -1,6 +1,6 @@
-"""The shares of channels, heads and blocks that bring a model to a size, by counting parameters alone.
+"""Shares of channels, heads and blocks that bring a model to a size, found by counting parameters.
 
-Channels go first, since they cost the least for their size; heads where channels alone do not suffice, then blocks.
+Channels go first, since they cost least for their size, then heads, then blocks.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from coprune.removal.block_scores import may_go
 from coprune.removal.channels_and_heads import Kind, Part, groups_of, kept_count, step_of
 
 _MOST: dict[Removable, float] = {"channels": 0.75, "heads": 0.5, "blocks": 0.5}
-"""Shares beyond which the next kind of parts goes, too."""
+"""Largest share of each kind; beyond it the next kind is removed, too."""
 _DIGITS = 8
 
 
 @dataclass(frozen=True)
 class Level:
-    """A share of one kind of parts, and what it leaves."""
+    """A share of one kind of parts and the number kept at it."""
 
     share: str = ""
-    """In the fewest digits; empty where nothing goes."""
+    """Written with the fewest digits; empty if nothing is removed."""
     keep: Mapping[int, int] = field(default_factory=dict)
-    """Number of kept units by the number present; of blocks, by list."""
+    """Number of kept units by original number; for blocks, by list."""
 
 
 Shares = dict[Removable, str]
@@ -36,20 +36,20 @@ Shares = dict[Removable, str]
 
 @dataclass(frozen=True)
 class Counted:
-    """A model as numbers of parameters."""
+    """Parameter counts of a model."""
 
     outside: int
     """Parameters outside the blocks."""
     blocks: Sequence[int]
     """Parameters of every block."""
     units: Sequence[Mapping[tuple[Kind, int], int]]
-    """Parameters of one unit of every block, over all its parts, by kind and number of units."""
+    """Parameters of one unit of each block, summed over its parts, by kind and number of units."""
     lists: Sequence[tuple[Sequence[int], Sequence[int]]]
-    """Numbers of the blocks of each list, and of those that may go."""
+    """Numbers of each list's blocks, and of those that may go."""
 
     @classmethod
     def of(cls, model: ProvenModel, parts: Mapping[str, Sequence[Part]]) -> Counted:
-        """Count a model. parts: what its blocks may lose, by block."""
+        """Count a model's parameters. parts: the removable parts by block."""
         blocks = [sum(one.numel() for one in block.module.parameters()) for block in model.blocks]
         units = []
         for block in model.blocks:
@@ -62,7 +62,7 @@ class Counted:
         return cls(outside, blocks, units, list(zip(lists, may_go(model), strict=True)))
 
     def left(self, levels: Mapping[Removable, Level]) -> int:
-        """Return how many parameters are left, at most: of the blocks, the smallest go."""
+        """Return an upper bound of the parameters left: the smallest blocks are assumed to go."""
         sizes = [
             whole - sum(size * (units - levels[kind].keep.get(units, units)) for (kind, units), size in own.items())
             for whole, own in zip(self.blocks, self.units, strict=True)
@@ -75,7 +75,7 @@ class Counted:
 
 
 def _of_unit(part: Part) -> int:
-    """Return the parameters that a part loses with one of its units."""
+    """Return the number of parameters that go with one unit of a part."""
     keep = torch.arange(part.count) >= part.group
     masks = part.masks([keep] * len(part.fold.consumers))
     return sum(int((~mask).sum()) for mask in masks.values()) // part.group
@@ -84,13 +84,13 @@ def _of_unit(part: Part) -> int:
 def shares_for(
     counted: Counted, parts: Mapping[str, Sequence[Part]], most: int, align: int
 ) -> Iterator[tuple[Shares, int]]:
-    """Yield shares with which at most so many parameters are left, and how many these are: each with more kinds of parts.
+    """Yield shares that leave at most `most` parameters, with the number left, using ever more kinds of parts.
 
     Args:
         counted: the model.
-        parts: what its blocks may lose, by block.
-        most: parameters that may be left.
-        align: multiples in which channels are kept.
+        parts: the removable parts by block.
+        most: maximum number of parameters left.
+        align: kept channels are a multiple of this.
     """
     every = _levels(counted, parts, align)
     nothing = Level()
@@ -103,7 +103,7 @@ def shares_for(
 
 
 def _least(counted: Counted, offered: Mapping[Removable, Sequence[Level]], most: int) -> dict[Removable, Level] | None:
-    """Return the lowest levels that suffice: of blocks and heads as little as channels allow; None where none do."""
+    """Return the lowest sufficient levels, with as few blocks and heads as channels allow; None if none suffice."""
     chosen = {kind: levels[-1] for kind, levels in offered.items()}
     if counted.left(chosen) > most:
         return None
@@ -115,7 +115,7 @@ def _least(counted: Counted, offered: Mapping[Removable, Sequence[Level]], most:
 
 
 def smallest(counted: Counted, parts: Mapping[str, Sequence[Part]], align: int) -> int:
-    """Return the fewest parameters that any of these shares leave."""
+    """Return the smallest parameter count that any of these shares reaches."""
     return counted.left({kind: levels[-1] for kind, levels in _levels(counted, parts, align).items()})
 
 
@@ -128,7 +128,7 @@ def _levels(counted: Counted, parts: Mapping[str, Sequence[Part]], align: int) -
 
 
 def _unit_levels(parts: Mapping[str, Sequence[Part]], kind: Kind, align: int) -> list[Level]:
-    """Return the shares of channels or heads that differ in what they leave, the smallest first, from nothing on."""
+    """Return the shares of channels or heads that differ in the number kept, ascending from none."""
     groups, found = groups_of((part for own in parts.values() for part in own), kind), [Level()]
     steps = {units: step_of(units, align, group) for units, group in groups.items()}
     for share in sorted({1 - kept / units for units, step in steps.items() for kept in range(step, units, step)}):
@@ -141,7 +141,7 @@ def _unit_levels(parts: Mapping[str, Sequence[Part]], kind: Kind, align: int) ->
 
 
 def _block_levels(lists: Sequence[tuple[int, int]]) -> list[Level]:
-    """Return the same of blocks. lists: of every list, how many blocks there are and how many may go."""
+    """Return the shares of blocks likewise. lists: for each list, the number of blocks and of removable ones."""
     found = [Level()]
     for share in sorted({gone / blocks for blocks, free in lists for gone in range(1, free + 1)}):
         counts = [round(share * blocks) if free else 0 for blocks, free in lists]
@@ -159,5 +159,5 @@ def _block_levels(lists: Sequence[tuple[int, int]]) -> list[Level]:
 
 
 def _written(share: float) -> Iterator[str]:
-    """Yield a share in ever more digits."""
+    """Yield a share with more and more digits."""
     yield from (f"{share:.{digits}f}" for digits in range(1, _DIGITS + 1))

@@ -22,21 +22,21 @@ from coprune.run.calibrating import first_batches
 from coprune.run.context import Run
 
 Steps = tuple[int, ...]
-"""Number of steps that every part loses."""
+"""Number of steps removed from each part."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """A part with what it keeps at every level, the whole part first."""
+    """A part and its kept units at every level, starting with the whole part."""
 
     block: Block
     part: Part
     counts: list[int]
-    """Units that are kept."""
+    """Number of kept units by level."""
     keeps: list[list[Tensor]]
     """Kept units by level: U bool for each consumer."""
     costs: list[float]
-    """Squared error of the consumers' outputs, relative to them."""
+    """Squared error of the consumers' outputs, relative to their norm."""
     moved: float
     """How much the block changes the dense model's hidden states."""
     inputs: Mapping[str, Inputs]
@@ -49,12 +49,12 @@ class Levels:
 
 @dataclass(frozen=True)
 class Consumers:
-    """The matrices whose columns fall silent, solved for anew from their Gram matrices."""
+    """The matrices whose columns are silenced, refitted from their Gram matrices."""
 
     levels: Sequence[Levels]
     refit: bool
     before: Mapping[str, Tensor]
-    """Dense weight of every consumer."""
+    """Dense weight of each consumer, by name."""
 
     @classmethod
     def of(cls, run: Run, levels: Sequence[Levels]) -> Self:
@@ -64,11 +64,11 @@ class Consumers:
 
     @property
     def places(self) -> list[int]:
-        """Number of the block that every part is in."""
+        """Block number of each part."""
         return [own.block.index for own in self.levels]
 
     def write(self, part: int, level: int) -> None:
-        """Silence the units that a part loses at a level."""
+        """Silence the units removed from a part at a level."""
         own = self.levels[part]
         for keep, consumer in zip(own.keeps[level], own.part.fold.consumers, strict=True):
             consumer.write(self._solved(own, consumer, keep))
@@ -86,25 +86,25 @@ class Consumers:
 
 @dataclass
 class Candidates:
-    """The model with one budget after another."""
+    """The model under successive budgets."""
 
     run: Run
     forms: Consumers
     dropped: Sequence[int]
-    """Numbers of blocks that go."""
+    """Numbers of the removed blocks."""
     dense: list[Tensor]
     """Logits of the dense model, by batch."""
     now: Steps
-    """The budget that the weights have."""
+    """The budget currently applied to the weights."""
     states: list[Recording]
-    """The batches before every block without a cut, and finally behind the last one."""
+    """The uncut state of the batches before each block, and after the last."""
     touched: set[int] = field(default_factory=set)
-    """Numbers of the parts that are not as they were, or may not be."""
+    """Numbers of the parts that may differ from the dense model."""
 
     @classmethod
     @contextmanager
     def of(cls, run: Run, forms: Consumers, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
-        """Yield candidates, and restore the dense model at the end. tokens: minimum of calibration tokens to use."""
+        """Yield candidates; restore the dense model afterwards. tokens: minimum number of calibration tokens."""
         found = cls._begun(run, forms, dropped, tokens)
         try:
             yield found
@@ -129,7 +129,7 @@ class Candidates:
 
     @torch.no_grad()
     def cost(self, steps: Steps) -> float:
-        """Return KL(dense ‖ with these steps), in nats per token."""
+        """Return KL(dense ‖ after removing these steps), in nats per token."""
         self._become(steps)
         blocks = self.run.model.blocks
         first = min((at for at, taken in zip(self.forms.places, steps, strict=True) if taken), default=len(blocks))
@@ -140,7 +140,7 @@ class Candidates:
         return sum(own) / sum(len(one) for one in self.dense)
 
     def _become(self, steps: Steps) -> None:
-        """Set the parts to the weights of a budget."""
+        """Apply a budget to the weights."""
         for part, (before, after) in enumerate(zip(self.now, steps, strict=True)):
             if before != after:
                 self.touched.add(part)
@@ -151,7 +151,7 @@ class Candidates:
         state.go_past(self.run.model, block, runs=block.index not in self.dropped)
 
     def _run_from(self, first: int) -> None:
-        """Run the blocks from one on, and note what each is given."""
+        """Run the blocks from `first` on and record the input of each."""
         self.states = self.states[: first + 1]
         for block in self.run.model.blocks[first:]:
             self.states.append(self.states[-1].apart())

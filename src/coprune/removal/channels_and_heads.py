@@ -29,7 +29,7 @@ Kind = Literal["channels", "heads"]
 
 @dataclass(frozen=True)
 class Part:
-    """Units of one kind that a block may lose: as many of every consumer (of every expert)."""
+    """Units of one kind that can be removed from a block, equally many from each consumer (each expert)."""
 
     block: str
     kind: Kind
@@ -37,15 +37,15 @@ class Part:
     beside: tuple[tuple[Matrix, int], ...] = ()
     """Other matrices that lose rows with a unit, with the number of rows per unit."""
     vectors: tuple[tuple[str, nn.Parameter], ...] = ()
-    """Parameters with one value per query head, and tables with one column."""
+    """Parameters with one value per query head, and tables with one column per query head."""
     group: int = 1
     """Number of units that are kept or removed together."""
     shared: str | None = None
-    """Name of what blocks hand on with a slice for each head (position biases): parts with the same keep the same heads."""
+    """Name of a value passed between blocks with a slice per head (position biases); parts that share it keep the same heads."""
 
     @property
     def name(self) -> str:
-        """The name of its first consumer, which no other part has."""
+        """The name of its first consumer, unique among parts."""
         return self.fold.consumers[0].name
 
     @property
@@ -68,12 +68,12 @@ class Part:
 
     @property
     def grouped(self) -> Tensor:
-        """The consumer's columns by what goes together: U // group × K · group int64. A rest goes before any group."""
+        """The consumer's columns by group: U // group × K · group int64. Ungrouped remaining units go first."""
         groups = self.count // self.group
         return self.units[: groups * self.group].reshape(groups, -1)
 
     def ungrouped(self, keep: Tensor) -> Tensor:
-        """Expand a mask of groups (U // group bool) to units (U bool), without the rest."""
+        """Expand a mask of groups (U // group bool) to units (U bool), dropping the ungrouped rest."""
         return nn.functional.pad(keep.repeat_interleave(self.group), (0, self.count % self.group))
 
     def columns(self, keep: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Part:
         return keep.repeat_interleave(self.units.shape[1])
 
     def masks(self, keeps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return masks of every parameter that loses something: bool, by its name. keeps: U bool for each consumer."""
+        """Return the mask of each affected parameter: bool, by name. keeps: U bool for each consumer."""
         found: dict[str, Tensor] = {}
         for consumer, producers, keep in zip(self.fold.consumers, self.fold.producers, keeps, strict=True):
             _mask(found, consumer, self.columns(keep), inputs=True)
@@ -95,11 +95,11 @@ class Part:
 
     @cached_property
     def parameters(self) -> frozenset[str]:
-        """Names of the parameters that lose something with a unit."""
+        """Names of the parameters affected by removing a unit."""
         return frozenset(self.masks([torch.ones(self.count, dtype=torch.bool)] * len(self.fold.consumers)))
 
     def silent(self) -> list[Tensor]:
-        """Return the units that are zero in every matrix and bias: U bool for each consumer. The block has to be in memory."""
+        """Return the units whose weights and biases are all zero: U bool for each consumer. The block must be in memory."""
         units = torch.arange(self.count)
         found = []
         for consumer, producers in zip(self.fold.consumers, self.fold.producers, strict=True):
@@ -141,7 +141,7 @@ def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) 
 
 
 def _place_of(parameter: Tensor) -> torch.device:
-    """Return the device of a parameter's mask, which exists also for one that is not in memory."""
+    """Return the device for a parameter's mask; CPU while the parameter is not in memory."""
     return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
@@ -159,12 +159,12 @@ def parts_of(
 
 
 def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]) -> Part:
-    """Return attention heads with their queries and keys."""
+    """Return the part made of attention heads with their queries and keys."""
     layout, value = fold.layout, fold.producers[0][0]
     part = Part(block.name, "heads", fold, vectors=tuple(_per_head(block, value, layout.segments * layout.repeats)))
     used = [matrix for group in groups for matrix in group]
     before = used[: [matrix.name for matrix in used].index(part.name)]
-    if layout.before:  # its matrix holds the keys, and may hold the queries; else these are made of something else
+    if layout.before:  # a fused matrix holds the keys and perhaps the queries; otherwise queries have their own input
         others = [m for m in before if m.expert is None and m.name != value.name]
         fitting = [(m, m.shape[0] // layout.segments) for m in others if m.shape[0] % layout.segments == 0]
         return replace(part, beside=tuple(one for one in fitting if _is_theirs(block.module, part, one, run)))
@@ -174,7 +174,7 @@ def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run:
     if fold.gate is not None:
         rows[fold.gate.shape[0]] = fold.gate.shape[0] // layout.segments
     beside = tuple((m, rows[m.shape[0]]) for m in group if m.name != value.name and m.shape[0] in rows)
-    if len(beside) < 2:  # queries of cross-attention are made of other states than keys and values
+    if len(beside) < 2:  # in cross-attention, queries and keys have different inputs
         named = {matrix.name for matrix in group}
         nearest = ((m, rows[m.shape[0]]) for m in reversed(before) if m.name not in named and m.shape[0] == queries)
         beside += (*islice((one for one in nearest if _is_theirs(block.module, part, one, run)), 1),)
@@ -182,7 +182,7 @@ def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run:
 
 
 def _is_theirs(module: nn.Module, part: Part, other: tuple[Matrix, int], run: Callable[[], Tensor]) -> bool:
-    """Return whether rows of a matrix belong to the heads: rows of silent heads affect no other head, and did have an effect."""
+    """Return whether a matrix's rows belong to the heads: silencing them affects these heads, and no others."""
     whole = replace(part, beside=(other,))
     if not is_apart(module, whole, run):
         return False
@@ -194,9 +194,9 @@ def _is_theirs(module: nn.Module, part: Part, other: tuple[Matrix, int], run: Ca
 
 
 def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield parameters with one value per query head (attention sinks) of the module with the value projection.
+    """Yield the parameters with one value per query head (attention sinks) in the value projection's module.
 
-    Also tables with one column for each (relative positions).
+    Tables with one column per query head (relative positions) are included.
     """
     path = value.name.rpartition(".")[0]
     holder = block.module.get_submodule(path.removeprefix(f"{block.name}").removeprefix("."))
@@ -210,7 +210,7 @@ def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn
 
 @torch.no_grad()
 def _shared(part: Part, block: Block, handed: Handed, run: OnSample) -> str | None:
-    """Return the name of what is handed on with a slice for each of a part's heads, to it or by it; None without."""
+    """Return the name of a value passed to or from the block with a slice per head of the part; None if there is none."""
     made = [place for _, place in handed.leaves if place not in handed.takes]
     ways = [*((place, _reads_by_head) for place in handed.takes), *((place, _makes_by_head) for place in made)]
     found = (f"{block.part}:{place}" for place, is_so in ways if is_so(part, block.module, place, run))
@@ -218,9 +218,9 @@ def _shared(part: Part, block: Block, handed: Handed, run: OnSample) -> str | No
 
 
 def _reads_by_head(part: Part, module: nn.Module, place: Place, run: OnSample) -> bool:
-    """Return whether each head reads its own slice of what is handed to the block.
+    """Return whether each head reads its own slice of a value passed to the block.
 
-    Other values make a difference, but not where heads read them of which nothing is heard.
+    Changing the value must matter, except in the slices of silent heads.
     """
     given: Any = run.streams()[-1].get(place)
     dense, gone = run(), ~_every_other(part).repeat_interleave(part.repeats)
@@ -240,7 +240,7 @@ def _reads_by_head(part: Part, module: nn.Module, place: Place, run: OnSample) -
 
 
 def _makes_by_head(part: Part, module: nn.Module, place: Place, run: OnSample) -> bool:
-    """Return whether silent heads change their own slices, and no others, of what the block leaves for later ones."""
+    """Return whether silencing heads changes exactly their own slices of a value the block passes on."""
 
     def left() -> Tensor:
         streams = run.streams()
@@ -266,7 +266,7 @@ def _axes_of_heads(value: Any, part: Part) -> list[int]:
 def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
     """Return whether silencing some units affects no other unit, as a norm over all of them would.
 
-    Units whose columns are silent in the consumers must make no difference when their rows are silent too.
+    Units silenced in the consumers' columns must make no difference when their rows are silenced, too.
 
     Args:
         module: the block; restored at the end.
@@ -287,12 +287,12 @@ def _every_other(part: Part) -> Tensor:
 
 
 def _masks_of_half(part: Part) -> dict[str, Tensor]:
-    """Return the masks of a part's parameters where every other unit is kept."""
+    """Return a part's masks with every other unit kept."""
     return part.masks([_every_other(part)] * len(part.fold.consumers))
 
 
 def step_of(units: int, align: int, group: int = 1) -> int:
-    """Return how many units are kept or removed together: `align`, or the largest power of two below it, that divides them.
+    """Return the step in which units are kept or removed: `align`, or the largest power of two below it that divides them.
 
     group: units that can only be removed together, whatever `align` is.
     """
@@ -302,9 +302,9 @@ def step_of(units: int, align: int, group: int = 1) -> int:
 
 
 def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
-    """Return the number of kept units: a multiple of `align`, or of the largest power of two below it that divides them.
+    """Return the number of kept units, a multiple of the step of `step_of`.
 
-    group: units that can only be removed together. Where it does not divide them, the rest goes first.
+    group: units that can only be removed together; a rest that it does not divide goes first.
     """
     step, wanted = step_of(units, align, group), units * (1 - share)
     kept = min(max(step, round(wanted / step) * step), units // group * group)
@@ -312,25 +312,25 @@ def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
 
 
 def share_of(units: int, kept: int) -> str:
-    """Return the share, with the fewest digits, by which so many of some units are kept."""
+    """Return the share, with the fewest digits, at which `kept` of `units` are kept."""
     shares = (f"{1 - kept / units:.{digits}f}" for digits in range(1, 9))
     return next(share for share in shares if kept_count(units, float(share), 1) == kept)
 
 
 def groups_of(parts: Iterable[Part], kind: Kind) -> dict[int, int]:
-    """Return the group size of units of a kind, by their number."""
+    """Return the group size of a kind's units, by number of units."""
     return {part.count: part.group for part in parts if part.kind == kind}
 
 
 def filled(keep: Tensor, count: int) -> Tensor:
-    """Extend kept units to `count` by the first of the others. keep: U bool."""
+    """Extend kept units to `count` with the first of the others. keep: U bool."""
     whole = keep.clone()
     whole[(~keep).nonzero().flatten()[: count - int(keep.sum())]] = True
     return whole
 
 
 def together(masks: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masks after two removals: every parameter keeps what both keep."""
+    """Combine the masks of two removals: a value stays only if both keep it."""
     return {**masks, **{name: mask & masks[name] if name in masks else mask for name, mask in more.items()}}
 
 
@@ -352,14 +352,14 @@ def put_back(module: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[N
 
 @torch.no_grad()
 def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None:
-    """Set what is not kept to zero, in place. prefix: the module's path, with which the masks' names begin."""
+    """Zero what is not kept, in place. prefix: the module's path, with which the masks' names begin."""
     for name, mask in masks.items():
         parameter = parameter_of(module, prefix, name)
         parameter.masked_fill_(~mask.to(parameter.device), 0.0)
 
 
 def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
-    """Find the parts that every block could lose, proven on one sample. dropped: numbers of blocks that go."""
+    """Yield each block's removable parts, proven on one sample. dropped: numbers of the removed blocks."""
     for block, folds, run in folds_of_blocks(model, dropped):
         groups, handed = model.structure.groups[block.index], model.structure.handed[block.index]
         yield block.name, [*parts_of(block, folds, groups, handed, run)]
@@ -367,9 +367,9 @@ def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str
 
 @torch.no_grad()
 def read_together(model: ProvenModel, kind: Kind) -> str | None:
-    """Return why units of the first block that has any cannot go: matrices whose outputs are read over all units together.
+    """Return why heads or channels cannot go, for the first block with a matrix whose outputs are read over all units together.
 
-    None where something else is the cause.
+    None if the cause is something else.
     """
     for block, folds, run in folds_of_blocks(model, ()):
         own = [fold for fold in folds if fold.layout.is_heads() == (kind == "heads")]
@@ -378,8 +378,8 @@ def read_together(model: ProvenModel, kind: Kind) -> str | None:
             for matrix, rows in part.beside:
                 if not is_apart(block.module, replace(part, beside=((matrix, rows),)), run):
                     return (
-                        f"the outputs of {matrix.name} are {_read_by(block, matrix)} over all heads together, so that a "
-                        "head which goes would change the others"
+                        f"the outputs of {matrix.name} are {_read_by(block, matrix)} over all heads together, so "
+                        "removing a head would change the others"
                     )
         if own:
             return None
@@ -387,7 +387,7 @@ def read_together(model: ProvenModel, kind: Kind) -> str | None:
 
 
 def _read_by(block: Block, matrix: Matrix) -> str:
-    """Return what reads all outputs of a matrix, by the vector with an entry for each beside it, such as a norm's weight."""
+    """Return how all outputs of a matrix are read together: by a vector beside it of the same length, such as a norm's weight."""
     path = matrix.name.rpartition(".")[0]
     holder = block.module.get_submodule(path.removeprefix(block.name).removeprefix("."))
     vectors = (

@@ -1,4 +1,4 @@
-"""The plan of a removal, and the cut of one block, as masks, as edits and as numbers."""
+"""The plan of a removal, and the cut of one block as masks, edits and counts."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from coprune.run.context import Run
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a removal, as far as it is known before the walk."""
+    """The part of a removal that is decided before the walk."""
 
     dropped: Sequence[int] = ()
-    """Numbers of the blocks that go."""
+    """Numbers of the removed blocks."""
     mapped: Sequence[int] = ()
-    """Numbers of the blocks into which a map of those right behind them is merged."""
+    """Numbers of the blocks that absorb the map of the blocks removed right after them."""
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    """Parts that may get smaller, by block."""
+    """Parts that shrink, by block."""
     keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
-    """Number of saved units of a part, by kind and by the number present."""
+    """Number of saved units of a part, by kind and original number."""
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
-    """Whose experts get fewer, by block."""
+    """Mixtures that lose experts, by block."""
     experts: Mapping[int, int] = field(default_factory=dict)
-    """Number of kept experts, by the number present."""
+    """Number of kept experts, by original number."""
     uneven: Mapping[str, int] = field(default_factory=dict)
-    """Number of kept units where blocks differ, by the part's name; the other saved units are zeros."""
+    """Number of kept units by part name where blocks differ; the other saved units are zeros."""
     chosen: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Numbers of the kept units, by the part's name, where several parts have to keep the same."""
+    """Numbers of the kept units, by part name, where several parts must keep the same."""
 
     def count(self, part: Part) -> int:
         """Return the number of kept units of a part."""
         return self.uneven.get(part.name, self.saved(part))
 
     def saved(self, part: Part) -> int:
-        """Return the number of a part's units in the saved model, which the configuration limits to one per kind."""
+        """Return the number of a part's units in the saved model, which the configuration fixes to one number per kind."""
         return self.keep[part.kind][part.count]
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Return old and new numbers for the configuration: units, query heads, experts."""
+        """Return the old and new numbers in the configuration: of units, query heads and experts."""
         units = [part for parts in self.parts.values() for part in parts]
         found = [(part.count * times, self.saved(part) * times) for part in units for times in (1, part.repeats)]
         return list(dict.fromkeys([*found, *self.experts.items()]))
@@ -61,16 +61,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cut:
-    """The units and experts of a block that are kept."""
+    """The kept units and experts of a block."""
 
     units: Sequence[tuple[Part, Sequence[Tensor]]] = ()
-    """Units of its parts, U bool for each consumer."""
+    """Kept units of its parts, U bool for each consumer."""
     experts: Tensor | None = None
-    """E bool, if any go."""
+    """Kept experts, E bool; None if all stay."""
 
     @cached_property
     def masks(self) -> dict[str, Tensor]:
-        """Masks of its parameters, bool, by name."""
+        """Masks of its parameters: bool, by name."""
         return _masks(self.units)
 
     def padded(self, plan: Plan) -> Cut:
@@ -91,7 +91,7 @@ def _masks(units: Sequence[tuple[Part, Sequence[Tensor]]]) -> dict[str, Tensor]:
 
 
 def edits_of_block(run: Run, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
-    """Return the edits of a block. layout: of the checkpoint, if that is not as transformers would save the model."""
+    """Return the edits of a block. layout: of the checkpoint, if transformers would save the model differently."""
     model = run.model
     if block.index in plan.dropped:
         return [dropped(run, block.index, layout)]
@@ -117,7 +117,7 @@ def _pads(plan: Plan, cut: Cut, saved: Cut) -> Iterator[PadUnits]:
 
 
 def dropped(run: Run, index: int, layout: Layout | None = None) -> DropBlock:
-    """Return the cut of a removed block. layout: as in `edits_of_block`."""
+    """Return the edit that drops a block. layout: as in `edits_of_block`."""
     model = run.model
     block = model.names[index]
     saved = saved_name(model.module, block, layout)
@@ -127,10 +127,10 @@ def dropped(run: Run, index: int, layout: Layout | None = None) -> DropBlock:
 
 
 def anywhere(plan: Plan, block: Block) -> Cut:
-    """Choose arbitrary units of a block to cut, for a rehearsal."""
+    """Cut arbitrary units of a block, for a rehearsal."""
     if block.index in plan.dropped:
         return Cut()
-    # Each expert keeps other units, so that a dependence on their positions would show.
+    # Each expert keeps different units, so that a dependence on their positions would show.
     units = [
         (part, [_spread(part.count, plan.count(part)).roll(i) for i in range(len(part.fold.consumers))])
         for part in plan.parts.get(block.name, ())
@@ -154,7 +154,7 @@ def _spread(units: int, count: int) -> Tensor:
 
 
 def fewer(plan: Plan, blocks: int, share: float | Left | None = None) -> Iterator[Fewer]:
-    """Yield what a plan keeps, by kind and size. blocks: how many there are; share: of experts, as it was asked for."""
+    """Yield what a plan keeps, by kind and size. blocks: number of blocks; share: requested share of experts."""
     for kind, keep in plan.keep.items():
         for old in sorted(keep):
             parts = [part for own in plan.parts.values() for part in own if (part.kind, part.count) == (kind, old)]
@@ -179,7 +179,7 @@ def keep_experts(
         layout: as in `slices_kept`.
 
     Raises:
-        UnsupportedModel: the rest of a tensor would not be whole slices of it.
+        UnsupportedModel: what is kept of a tensor is not whole slices.
     """
     masks = masks_as_saved(model, mixture.block, mixture.masks(block, keep), layout)
     gone = {number for number, kept in enumerate(keep.tolist()) if not kept}
@@ -195,7 +195,7 @@ def keep_experts(
 
 
 def _numbered(masks: Mapping[str, Tensor], gone: set[int], count: int) -> Iterator[str]:
-    """Yield prefixes of tensor names followed by an expert's number, if all numbers exist and exactly those gone are removed."""
+    """Yield tensor-name prefixes followed by an expert number, if every number exists and exactly `gone` are removed."""
     left_out = {name for name, mask in masks.items() if not bool(mask.any())}
     found = set()
     for name in left_out:

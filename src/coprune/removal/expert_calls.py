@@ -1,4 +1,4 @@
-"""Calls of a mixture's experts: which tokens go to which, with which gates, and what each expert answers."""
+"""Calls of a mixture's experts: each token's experts, gates and answers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Place = int | str
 
 @dataclass(frozen=True)
 class Routed:
-    """A call of a mixture's experts: T tokens, k of the experts for each."""
+    """A call of a mixture's experts: T tokens, each with k experts."""
 
     index: Tensor
-    """T × k int64: which experts a token goes to."""
+    """T × k int64: the experts of each token."""
     gates: Tensor
-    """T × k: by how much each answer is multiplied."""
+    """T × k: the factor of each answer."""
     answers: Tensor
-    """T × k × H: what each of the experts answers."""
+    """T × k × H: the answer of each expert."""
 
     @property
     def total(self) -> Tensor:
-        """T × H: the sum of the answers, times their gates."""
+        """The gated sum of the answers: T × H."""
         return (self.answers * self.gates[..., None]).sum(dim=1).to(self.answers.dtype)
 
 
@@ -48,7 +48,7 @@ class ExpertCall:
 
     @classmethod
     def seen(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExpertCall | None:
-        """Read it from one call; None if that does not say which token goes where."""
+        """Derive the signature from one call; None if the call does not show the routing."""
         places: dict[Place, Any] = _places(args, kwargs)
         given = {place: value for place, value in places.items() if isinstance(value, Tensor)}
         flat = {place: value for place, value in given.items() if value.ndim == 2}
@@ -61,7 +61,7 @@ class ExpertCall:
         return cls(floats[0], index[0], gates[0]) if len(gates) == 1 else None
 
     def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed:
-        """Run the experts so that every answer is seen by itself: each token once for each of its experts."""
+        """Run the experts and keep their answers apart, calling each token once per expert."""
         given: dict[Place, Any] = _places(args, kwargs)
         index, gates, hidden = given[self.index], given[self.gates], given[self.hidden]
         top = index.shape[1]
@@ -72,7 +72,7 @@ class ExpertCall:
         return Routed(index, gates, out.reshape(*index.shape, -1))
 
     def watch(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
-        """Run the experts; return the sum of their answers, and the answers."""
+        """Run the experts; return the gated sum of their answers, and the answers."""
         routed = self.run(own, args, kwargs)
         return routed.total, routed
 
@@ -96,16 +96,16 @@ def _places(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Place, Any]:
 
 @dataclass(frozen=True)
 class ListedCall:
-    """The calls of a list of experts: one after another, with the rows of their tokens."""
+    """The calls of a list of experts, one after another, each with its tokens' rows."""
 
     experts: nn.ModuleList
 
     def explains(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Return whether the experts' gated answers and the part without experts add up to the module's output."""
+        """Return whether the experts' gated answers plus the part without experts give the module's output."""
         try:
             out, routed = self.watch(own, args, kwargs)
             return close(routed.total + self._with(own, args, kwargs, _silence), _rows(out))
-        except Exception:  # whatever a model's code says to other answers, where the list holds no experts
+        except Exception:  # a model's code may raise anything if the list holds no experts
             return False
 
     def index_of(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -113,7 +113,7 @@ class ListedCall:
         return self._chosen(own, args, kwargs)[0]
 
     def watch(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
-        """Run the holder; return its output, and each answer in it. Raises UnsupportedModel where rows are no tokens."""
+        """Run the holder; return its output and each answer. Raises UnsupportedModel if rows are not tokens."""
         index, gates = self._chosen(own, args, kwargs)
         calls: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -138,7 +138,7 @@ class ListedCall:
         return out, Routed(index, gates, answers)
 
     def _chosen(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the experts of every token, T × k int64, and their gates."""
+        """Return each token's experts, T × k int64, and their gates."""
         base, told = (self._with(own, args, kwargs, answer) for answer in (_silence, _speak))
         gates = (told - base)[:, : len(self.experts)].float()
         rounding = _NOTHING if base.dtype.itemsize >= 4 else _NOTHING_OF_HALVES
@@ -152,7 +152,7 @@ class ListedCall:
 
     @contextmanager
     def _answering(self, answer: _Answer) -> Iterator[None]:
-        """Replace every expert's answer in the body."""
+        """Replace each expert's answer in the body."""
 
         def instead(number: int, forward: Forward) -> Forward:
             return lambda hidden, *args, **kwargs: answer(number, forward, hidden)
@@ -164,7 +164,7 @@ class ListedCall:
 
 
 _Answer = Callable[[int, Forward, Tensor], Tensor]
-"""The answer of an expert, from its number, its own forward, and its tokens."""
+"""The answer of an expert, given its number, its own forward and its tokens."""
 
 
 def _silence(number: int, forward: Forward, hidden: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _silence(number: int, forward: Forward, hidden: Tensor) -> Tensor:
 
 
 def _speak(number: int, forward: Forward, hidden: Tensor) -> Tensor:
-    """Return one, in a channel of the expert's own."""
+    """Return one in the channel with the expert's number."""
     out = torch.zeros_like(hidden)
     out[..., number] = 1
     return out

@@ -1,4 +1,4 @@
-"""Experts that a run removes: which mixtures there are, a pass that scores them, and the choice."""
+"""The experts that a run removes: finding mixtures, scoring experts in one pass, choosing among them."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ class HasExperts(Protocol):
 
     @property
     def count(self) -> int:
-        """How many experts it has."""
+        """Number of experts."""
         ...
 
     @property
     def top(self) -> int:
-        """How many a token goes to."""
+        """Number of experts per token."""
         ...
 
     @property
     def groups(self) -> int:
-        """How many equal runs they come in."""
+        """Number of equal groups."""
         ...
 
     @property
     def used(self) -> int:
-        """How many of these a token uses."""
+        """Number of groups that a token uses."""
         ...
 
 
 def find_experts(run: Run) -> dict[str, Mixture]:
-    """Return the mixtures of all blocks, proven on one sample. Raises UnsupportedModel if one cannot be made smaller."""
+    """Return the mixtures of all blocks, proven on one sample. Raises UnsupportedModel if one cannot lose experts."""
     model, found = run.model, dict[str, Mixture]()
     recording = record_batches(model, [model.structure.sample])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
@@ -88,12 +88,12 @@ def find_experts(run: Run) -> dict[str, Mixture]:
 
 def _no_mixture(run: Run) -> UnsupportedModel:
     listed = [path for block in run.model.blocks for path in lists_of(block)]
-    beside = f"; {listed[0]} is a list of modules, of which none could be proved to be a mixture" if listed else ""
+    beside = f"; {listed[0]} is a list of modules, but it could not be proved to be a mixture" if listed else ""
     return UnsupportedModel(f"the model has no mixture of experts that tokens are routed to{beside}")
 
 
 def experts_left(mixture: HasExperts, asked: RemovePart) -> int:
-    """Return how many experts are kept: as many of every group, and enough for a token. Raises BadInput where none goes."""
+    """Return the number of experts to keep: equal in all groups and enough for a token. Raises BadInput if none would go."""
     share = asked.shares["experts"]
     kept = share.count if isinstance(share, Left) else count_left(mixture.count, share, mixture.groups)
     of_groups = f" in {mixture.groups} groups" if mixture.groups > 1 else ""
@@ -118,10 +118,10 @@ def experts_left(mixture: HasExperts, asked: RemovePart) -> int:
 
 
 def expert_scores(run: Run, mixtures: Mapping[str, Mixture]) -> Scored:
-    """Return the sums of every expert, by domain: read from a file, or gathered in one pass of all domains over the dense model.
+    """Return each expert's sums by domain: read from a file, or gathered in one pass over the dense model.
 
     Raises:
-        BadInput: the scores that are named are of another model.
+        BadInput: the named scores belong to another model.
     """
     named: dict[str, Samples] = dict(run.domains)
     if not named and run.samples is not None:
@@ -139,7 +139,7 @@ def expert_scores(run: Run, mixtures: Mapping[str, Mixture]) -> Scored:
 
 
 def gather_scores(run: Run, mixtures: Mapping[str, Mixture], domains: Mapping[str, Samples]) -> Scored:
-    """Run every domain's samples through the dense model once, and sum up what comes to each expert.
+    """Run every domain's samples through the dense model once and sum each expert's activity.
 
     Args:
         run: the run.
@@ -166,7 +166,7 @@ def gather_scores(run: Run, mixtures: Mapping[str, Mixture], domains: Mapping[st
 
 
 def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Routed], None]:
-    """Return a function that adds up successive batches. places: the sums and counted tokens of each batch."""
+    """Return a function that adds successive batches to their sums. places: the sums and the counted tokens of each batch."""
     left = iter(places)
 
     def see(routed: Routed) -> None:
@@ -177,7 +177,7 @@ def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Ro
 
 
 def _of_all(run: Run, own: Scored) -> Scored:
-    """Add up the sums of all processes."""
+    """Merge the sums of all processes."""
     first, *others = run.processes.gather(own)
     for other in others:
         for name, blocks in other.items():
@@ -194,10 +194,10 @@ def choose_experts(
     Args:
         run: the run.
         mixtures: by block.
-        left: how many experts are kept, by how many there are.
+        left: number of kept experts by original number.
 
     Returns:
-        E bool by block, and the share of its score that every domain keeps, in the mean over the blocks.
+        E bool by block, and the share of its score that each domain keeps, averaged over blocks.
     """
     score = expert_score_named(run.recipe.remove.score_of("experts"))
     if isinstance(score, AIMER):
@@ -208,7 +208,7 @@ def choose_experts(
 
 
 def weigh_experts(run: Run, mixtures: Mapping[str, Mixture]) -> dict[str, WeightSums]:
-    """Sum up the weights of every expert, block by block. mixtures: by block."""
+    """Sum each expert's weights, block by block. mixtures: by block."""
     model, found = run.model, dict[str, WeightSums]()
     with run.reporter.bar("Weighing experts", len(mixtures)) as advance:
         for block in model.blocks:
@@ -224,11 +224,11 @@ def weigh_experts(run: Run, mixtures: Mapping[str, Mixture]) -> dict[str, Weight
 
 
 Scores = Mapping[str, Mapping[str, Tensor]]
-"""How much every expert matters, E float64, by block and domain; the domain is empty where no text was read."""
+"""Scores of experts, E float64, by block and domain; the domain is empty if no text was read."""
 
 
 def by_domain(score: ExpertScore, scored: Scored, numbers: Mapping[str, int]) -> Scores:
-    """Return the scores of experts by what came to them. numbers: of the blocks."""
+    """Return the scores computed from the experts' sums. numbers: of the blocks."""
     return {
         block: {name: score.score(sums[block], number) for name, sums in scored.items()}
         for block, number in numbers.items()
@@ -239,7 +239,7 @@ def by_domain(score: ExpertScore, scored: Scored, numbers: Mapping[str, int]) ->
 def choose(
     run: Run, mixtures: Mapping[str, HasExperts], scores: Scores, left: Mapping[int, int]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Choose the experts of every block by their scores, as `choose_experts`."""
+    """Choose the experts of every block by their scores; see `choose_experts`."""
     keeps, covered = dict[str, Tensor](), dict[str, float]()
     for block, mixture in mixtures.items():
         own = scores[block]
@@ -254,12 +254,12 @@ def choose(
 
 
 def cut_carried(run: Run, mixtures: Mapping[str, Mixture], edits: Edits) -> list[KeepCarried]:
-    """Choose the experts of mixtures that the model does not load, of which as many stay as of its blocks'.
+    """Choose experts for mixtures that the model does not load, as many as in its blocks.
 
     Args:
         run: the run.
         mixtures: by block.
-        edits: what was cut of the blocks.
+        edits: of the blocks.
     """
     entries, made = run.model.weights.carried_entries, list[KeepCarried]()
     cut = {name: edit for name, own in edits.by_block.items() for edit in own if isinstance(edit, KeepExperts)}
@@ -277,7 +277,7 @@ def cut_carried(run: Run, mixtures: Mapping[str, Mixture], edits: Edits) -> list
 EXPERTS_FILE = "experts.json"
 """File of expert scores in a run's folder."""
 Scored = dict[str, dict[str, ExpertSums]]
-"""Sums of every mixture's experts, by domain and block."""
+"""Sums of each mixture's experts, by domain and block."""
 
 
 class _Kept(BaseModel):
@@ -290,7 +290,7 @@ class _Kept(BaseModel):
 
 
 class ExpertScores(BaseModel):
-    """Sums of experts, with the model and samples that they are of."""
+    """Sums of experts, with fingerprints of their model and samples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -303,7 +303,7 @@ class ExpertScores(BaseModel):
 
     @classmethod
     def of(cls, model: str, data: dict[str, str], scored: Scored) -> Self:
-        """Wrap the sums of a pass."""
+        """Wrap the sums of one pass."""
         sums = {
             name: {block: _Kept(tokens=s.tokens.tolist(), weighted=s.weighted.tolist()) for block, s in blocks.items()}
             for name, blocks in scored.items()
@@ -311,7 +311,7 @@ class ExpertScores(BaseModel):
         return cls(model=model, data=data, sums=sums)
 
     def scored(self) -> Scored:
-        """Return the sums as a pass does."""
+        """Return the sums in the form of a pass."""
         return {
             name: {
                 block: ExpertSums(*(torch.tensor(values, dtype=torch.float64) for values in (s.tokens, s.weighted)))
@@ -321,7 +321,7 @@ class ExpertScores(BaseModel):
         }
 
     def tells_of(self, block: str, mixture: HasExperts) -> bool:
-        """Return whether every domain has scores of all experts of a mixture."""
+        """Return whether every domain has scores of all experts of the mixture."""
         found = [own.get(block) for own in self.sums.values()]
         return bool(found) and all(
             one is not None and len(one.tokens) == len(one.weighted) == mixture.count for one in found
@@ -345,7 +345,7 @@ def own_file(run: Run) -> Path:
 
 
 def known_scores(run: Run, model: str, data: dict[str, str], mixtures: Mapping[str, HasExperts]) -> Scored | None:
-    """Return scores that need no pass: those that the recipe names, or this run's from before it was killed.
+    """Return scores known without a pass: those named in the recipe, or those of this run before it was interrupted.
 
     Args:
         run: the run.
@@ -382,37 +382,37 @@ def known_scores(run: Run, model: str, data: dict[str, str], mixtures: Mapping[s
     try:
         kept = ExpertScores.read(path)
     except BadInput:
-        return None  # cut off when the run was killed, or something else's
+        return None  # truncated when the run was killed, or not ours
     return kept.scored() if (kept.model, kept.data) == (model, data) else None
 
 
 def keep_scores(run: Run, model: str, data: dict[str, str], scored: Scored) -> None:
-    """Keep a pass's sums beside the run, where it leaves anything."""
+    """Save a pass's sums in the run's folder, if the run writes."""
     if run.writes:
         write_text(own_file(run), ExpertScores.of(model, data, scored).model_dump_json() + "\n")
 
 
 SERVED = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
-"""Numbers of experts that vLLM's kernels are compiled for; others run slower, or not at all."""
+"""Numbers of experts that vLLM's kernels are compiled for; others are slower or unsupported."""
 _FEW = 16
-"""Mixtures of so many experts run on one device, and keep any number."""
+"""Mixtures of at most this many experts run on one device, so any number may be kept."""
 _NEAR = 0.1
-"""A served number is taken where it changes how many experts go by no more than this share of them."""
+"""A served number is taken if it changes the number of removed experts by at most this share."""
 
 
 def count_left(count: int, share: float, groups: int = 1) -> int:
-    """Return how many experts stay when about a share of them goes.
+    """Return how many experts to keep when about a share of them is removed.
 
-    It is a served number where one is near, else one that divides well among devices: a multiple of 8, or of less in mixtures of
-    fewer than 64.
+    A nearby served number is preferred, else one that divides well among devices: a multiple of 8, or of less for
+    fewer than 64 experts.
 
     Args:
-        count: how many there are.
-        share: of them that goes.
-        groups: of which as many have to stay.
+        count: number of experts.
+        share: to remove.
+        groups: which keep equally many.
 
     Returns:
-        The number, no less than one of every group; `count` if none would go.
+        At least one per group; `count` if none would go.
     """
     by_itself = count > _FEW
     fine = min(8, 1 << (count // 8).bit_length() - 1) if by_itself else 1

@@ -1,6 +1,6 @@
-"""Scores of single experts of a mixture, and the choice among them for one domain or several.
+"""Scores of a mixture's experts, and the choice among them for one domain or several.
 
-E experts. Scores add over tokens, so they are gathered once per domain of text, and can be blended repeatedly.
+E experts. Sums over tokens are gathered once per domain of text and can be blended again and again.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ _STARTS = 8
 
 @dataclass
 class ExpertSums:
-    """Sums over the tokens that came to each expert, in float64 on the CPU."""
+    """Sums over the tokens routed to each expert, in float64 on the CPU."""
 
     tokens: Tensor
-    """E: how many came to each."""
+    """E: number of tokens."""
     weighted: Tensor
-    """E: the sum of gate · ‖answer‖₂ over them."""
+    """E: sum of gate · ‖answer‖₂ over the tokens."""
 
     @classmethod
     def empty(cls, experts: int) -> ExpertSums:
-        """Return sums of no tokens."""
+        """Return sums over no tokens."""
         return cls(torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64))
 
     def update(self, routed: Routed, counted: Tensor | None = None) -> None:
-        """Add what one call of the experts showed.
+        """Add one call of the experts.
 
         Args:
             routed: the call, of all tokens of a batch.
-            counted: which of them count, B × S bool; None for all.
+            counted: tokens that count, B × S bool; None for all.
 
         Raises:
-            UnsupportedModel: nobody can tell which tokens were routed.
+            UnsupportedModel: the routed rows cannot be matched to tokens.
         """
         if counted is not None:
             if counted.numel() != len(routed.index):
                 raise UnsupportedModel(
-                    f"a mixture routes {len(routed.index)} rows of {counted.numel()} tokens, whose tokens are unknown",
+                    f"a mixture routes {len(routed.index)} rows of {counted.numel()} tokens, and which ones is unknown",
                     fix=("count all tokens with ", Set("calibrate_on", "all")),
                 )
             own = counted.flatten()
@@ -62,7 +62,7 @@ class ExpertSums:
         self.weighted.index_add_(0, index, weighted.flatten().cpu())
 
     def add(self, other: ExpertSums) -> None:
-        """Add what was seen of other tokens."""
+        """Add the sums over other tokens."""
         self.tokens += other.tokens
         self.weighted += other.weighted
 
@@ -72,15 +72,15 @@ class WeightSums:
     """Sums over the weights of each expert, in float64 on the CPU."""
 
     count: Tensor
-    """E: how many there are."""
+    """E: number of weights."""
     absolute: Tensor
-    """E: the sum of their magnitudes."""
+    """E: sum of their magnitudes."""
     squares: Tensor
-    """E: the sum of their squares."""
+    """E: sum of their squares."""
 
     @classmethod
     def empty(cls, experts: int) -> WeightSums:
-        """Return sums of no weights."""
+        """Return sums over no weights."""
         return cls(*(torch.zeros(experts, dtype=torch.float64) for _ in range(3)))
 
     def update(self, expert: int, weights: Tensor) -> None:
@@ -92,7 +92,7 @@ class WeightSums:
 
 
 class ExpertScore(Protocol):
-    """Says how much every expert matters by the tokens that come to it."""
+    """A score of each expert from the tokens routed to it."""
 
     def score(self, sums: ExpertSums, block: int) -> Tensor:
         """Return E float64; experts with larger values are kept first.
@@ -122,7 +122,7 @@ class Frequency:
 
 @dataclass(frozen=True)
 class RandomExperts:
-    """Any experts: what the others have to be better than."""
+    """Random experts, the baseline for every other score."""
 
     seed: int = 0
 
@@ -133,9 +133,9 @@ class RandomExperts:
 
 @dataclass(frozen=True)
 class AIMER:
-    """The root mean square of an expert's weights over the mean of their magnitudes (arXiv 2603.18492): no text is needed.
+    """The root mean square of an expert's weights over the mean of their magnitudes (arXiv 2603.18492); needs no text.
 
-    Experts with the same magnitude everywhere have the least to tell apart, and go first.
+    Experts whose weights all have the same magnitude are the least specialised, and go first.
     """
 
     def score_weights(self, sums: WeightSums) -> Tensor:
@@ -158,13 +158,13 @@ def expert_score_named(asked: Choice) -> ExpertScore | AIMER:
 
 
 def kept_experts(scores: Mapping[str, Tensor], count: int, groups: int, weights: Mapping[str, float] | None) -> Tensor:
-    """Choose the experts that are kept: as many of every group, and of equal ones the first.
+    """Choose the experts to keep: equally many per group; of equal scores, the first.
 
     Args:
         scores: E float64, at least zero, by domain.
         count: experts to keep, a multiple of `groups`.
-        groups: equal runs of experts of which as many have to be left.
-        weights: of the domains, for the largest weighted mean of what they keep; None for the best of the worst.
+        groups: number of equal groups, which keep equally many.
+        weights: of the domains, to maximise the weighted mean of the kept shares; None maximises the smallest share.
 
     Returns:
         E bool.
@@ -179,7 +179,7 @@ def kept_experts(scores: Mapping[str, Tensor], count: int, groups: int, weights:
 
 
 def coverage(scores: Mapping[str, Tensor], keep: Tensor) -> dict[str, float]:
-    """Return the share of its score that every domain keeps. scores: E by domain; keep: E bool."""
+    """Return the share of its score that each domain keeps. scores: E by domain; keep: E bool."""
     return {name: float(score[keep].sum() / score.sum().clamp_min(1e-300)) for name, score in scores.items()}
 
 
@@ -190,9 +190,9 @@ def _largest(score: Tensor, count: int, groups: int) -> Tensor:
 
 
 def _max_min(shares: Tensor, count: int, groups: int) -> Tensor:
-    """Return the choice whose worst domain keeps most: from the best weighted means, by exchanges while they help.
+    """Return the choice that maximises the smallest kept share, by exchanges from the best weighted means.
 
-    shares: D × E, every domain's adding up to one.
+    shares: D × E, each row sums to one.
     """
     weights, found = torch.full((len(shares),), 1 / len(shares), dtype=torch.float64), list[Tensor]()
     for _ in range(64):
@@ -200,7 +200,7 @@ def _max_min(shares: Tensor, count: int, groups: int) -> Tensor:
         kept = shares[:, keep].sum(dim=1)
         if not any(torch.equal(keep, other) for other in found):
             found.append(keep)
-        # Domains that keep less weigh more the next time.
+        # Domains that keep less get more weight in the next step.
         weights = torch.softmax(weights.log() - 4 * (kept - kept.mean()), dim=0)
 
     def worst(keep: Tensor) -> float:
@@ -211,7 +211,7 @@ def _max_min(shares: Tensor, count: int, groups: int) -> Tensor:
 
 
 def _exchanged(shares: Tensor, keep: Tensor, groups: int) -> Tensor:
-    """Exchange a kept expert for another one of its group while the worst domain keeps more by that."""
+    """Swap a kept expert for another of its group while that raises the smallest kept share."""
     group = torch.arange(len(keep)) // (len(keep) // groups)
     while True:
         inside, outside = keep.nonzero().flatten(), (~keep).nonzero().flatten()

@@ -1,7 +1,7 @@
-"""Blocks that go as one linear map (ReplaceMe, arXiv 2505.02819), merged into what the block before them adds to its input.
+"""Blocks replaced by one linear map (ReplaceMe, arXiv 2505.02819), merged into the output of the block before them.
 
-Of a span of blocks, the best linear map from what that block adds to what the span would have made of it is solved from sums
-over tokens. No names are used: which matrices of a block only add to its output is proven by changing them.
+For a span of blocks, the best linear map from what that block adds to what the span would have produced is solved from
+sums over tokens. No names are used: which matrices only add to a block's output is proven by changing them.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ from coprune.pruning.linear_algebra import damped_cholesky
 _LEAST_DAMPING = 0.01
 _TINY = 1e-12
 _MOST_ZEROS = 0.25
-"""Share of zeros from which on a matrix counts as pruned, which a map would fill. Rounding to four bits makes a tenth."""
+"""Share of zeros above which a matrix counts as pruned, since a map would fill them; rounding to four bits makes a tenth."""
 
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Consecutive blocks that go, and the block before them, which gets their map."""
+    """Consecutive blocks to remove, and the block before them, which absorbs their map."""
 
     before: int
     """Number of that block."""
     count: int
-    """Number of blocks that go."""
+    """Number of removed blocks."""
 
     @property
     def gone(self) -> range:
-        """Numbers of the blocks that go."""
+        """Numbers of the removed blocks."""
         return range(self.before + 1, self.last + 1)
 
     @property
     def last(self) -> int:
-        """Number of the last of them."""
+        """Number of the last removed block."""
         return self.before + self.count
 
 
 def spans_of(dropped: Collection[int], mapped: Collection[int]) -> list[Span]:
-    """Return the spans behind some blocks.
+    """Return the spans of a removal.
 
     Args:
-        dropped: numbers of all blocks that go.
-        mapped: numbers of the blocks that get a map.
+        dropped: numbers of all removed blocks.
+        mapped: numbers of the blocks that absorb a map.
     """
     spans = []
     for before in sorted(mapped):
@@ -74,24 +74,24 @@ def spans_of(dropped: Collection[int], mapped: Collection[int]) -> list[Span]:
 
 @dataclass(frozen=True)
 class Map:
-    """A map of a span."""
+    """The linear map of a span."""
 
     change: Tensor
-    """K × H float32: what is added to the block's output for what its matrices write (K = H), or for the only one's inputs."""
+    """K × H float32: the change of the output, from what the matrices write (K = H) or from the single matrix's inputs."""
     of_inputs: bool
     error: float
-    """Mean over tokens of the squared error behind the span relative to the hidden state before it."""
+    """Mean over tokens of the squared error after the span, relative to the hidden state before it."""
 
 
 @dataclass(frozen=True)
 class Writers:
-    """Matrices of a block whose outputs are only added to the block's own, in any number of steps."""
+    """Matrices of a block whose outputs are only added to the block's output, possibly in several steps."""
 
     matrices: tuple[Matrix, ...]
 
     @property
     def is_one(self) -> bool:
-        """Whether it is one matrix, which has inputs of every token."""
+        """Whether it is a single matrix that sees every token."""
         return len(self.matrices) == 1 and self.matrices[0].expert is None
 
     @contextmanager
@@ -106,7 +106,7 @@ class Writers:
                     tensor.copy_(values)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield views of the weights as they are stored, and of the biases."""
+        """Yield views of the stored weights and biases."""
         for matrix in self.matrices:
             yield matrix.stored()
             if (bias := bias_of(matrix)) is not None:
@@ -114,13 +114,13 @@ class Writers:
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Let them write nothing, in place."""
+        """Zero the matrices and their biases in place, so that they write nothing."""
         for tensor in self.tensors():
             tensor.zero_()
 
     @torch.no_grad()
     def rewrite(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the weights and biases in place. change: of O × N float32, whose rows are outputs."""
+        """Change the weights and biases in place. change: applied to O × N float32, whose rows are outputs."""
         with full_float32():
             for matrix in self.matrices:
                 matrix.write(change(matrix.read()))
@@ -139,7 +139,7 @@ class Writers:
 
     @contextmanager
     def merged(self, mapped: Map) -> Iterator[None]:
-        """Hold a map merged in the body."""
+        """Merge a map within the body."""
         with self.put_back():
             self.merge(mapped)
             yield
@@ -147,22 +147,22 @@ class Writers:
 
 @dataclass(frozen=True)
 class FoundMap:
-    """A map that waits until the block that gets it is loaded."""
+    """A map to merge as soon as its block is loaded."""
 
     writers: Writers
     map: Map
 
     def merge(self, processes: Processes) -> None:
-        """Merge the map into the block's weights, in place; those of the first process are those of all."""
+        """Merge the map into the block's weights, in place on the first process, and broadcast them."""
         self.writers.merge(self.map)
         processes.broadcast([(tensor, 0) for tensor in self.writers.tensors()])
 
 
 def find_writers(model: ProvenModel) -> dict[int, Writers]:
-    """Find the matrices of every block that only add to its output, proven on a short sample; by the block's number.
+    """Find, by block number, the matrices that only add to the block's output, proven on a short sample.
 
-    They are the down projections of most models, also of experts, and where attention and MLP read one input, both last
-    projections. A norm behind a matrix, or a scale that differs by channel, makes a block have none.
+    These are the down projections of most models, of experts too, and both last projections where attention and MLP read
+    the same input. A norm after the matrix, or a scale per channel, rules a block out.
     """
     recording, found = record_batches(model, [first_tokens(model.structure.sample)]), dict[int, Writers]()
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
@@ -175,7 +175,7 @@ def find_writers(model: ProvenModel) -> dict[int, Writers]:
 
 
 def _units(model: ProvenModel, block: Block) -> list[list[Matrix]]:
-    """Return a block's chosen matrices, with the experts of one parameter together."""
+    """Group a block's chosen matrices; experts in one parameter stay together."""
     units: dict[str, list[Matrix]] = {}
     for group in model.structure.groups[block.index]:
         for matrix in group:
@@ -190,12 +190,12 @@ def _is_pruned(matrix: Matrix) -> bool:
 
 @torch.no_grad()
 def _only_adds(writers: Writers, recording: Recording, done: BlockDone) -> bool:
-    """Return whether the block's output follows when the outputs of some matrices are exchanged and scaled."""
+    """Return whether permuting and scaling the matrices' outputs does the same to the block's output change."""
     before, width = done.before[0], done.after[0].shape[-1]
     if done.after[0].shape != before.shape or any(matrix.shape[0] != width for matrix in writers.matrices):
         return False
     generator = torch.Generator().manual_seed(0)
-    # Different powers of two, exact in every dtype: a norm behind the matrix, which permutations alone pass, changes with them.
+    # Distinct powers of two are exact in every dtype; a norm after the matrix, blind to permutations, changes with them.
     scales = (2.0 ** torch.randint(-1, 2, (width,), generator=generator)).to(before.device)
     order = torch.randperm(width, generator=generator).to(before.device)
 
@@ -216,34 +216,34 @@ def _only_adds(writers: Writers, recording: Recording, done: BlockDone) -> bool:
 
 @dataclass(frozen=True)
 class Features:
-    """What a block's matrices write, or the inputs of the only one, from which the maps of spans behind it are solved.
+    """Outputs of a block's matrices, or inputs of its single one, from which maps of the spans behind it are solved.
 
-    T tokens per batch, K features, H hidden values. Every token's weight is one over the squared size of its hidden state, by
-    which the next norm divides.
+    T tokens per batch, K features, H hidden values. Each token is weighted by one over the squared norm of its hidden
+    state, since the next norm divides by it.
     """
 
     rows: Sequence[Tensor]
     """T × K per batch, of any dtype."""
     start: Sequence[Tensor]
-    """T × H per batch: the block's output."""
+    """T × H per batch: the block's outputs."""
     gram: Tensor
     """K × K float32: weighted sum over the tokens of all processes."""
     lower: Tensor
-    """K × K float32: the damped Gram matrix's factor."""
+    """K × K float32: Cholesky factor of the damped Gram matrix."""
     count: int
-    """Tokens of all processes."""
+    """Number of tokens over all processes."""
 
     @classmethod
     def of(cls, rows: Sequence[Tensor], start: Sequence[Tensor], processes: Processes = ALONE) -> Features:
-        """Add the tokens up.
+        """Sum the features over tokens.
 
         Args:
-            rows: T × K per batch, of at least one (perhaps without tokens).
+            rows: T × K per batch, at least one batch, which may have no tokens.
             start: T × H per batch.
-            processes: those that have other batches of the same.
+            processes: all that hold batches of the same data.
 
         Raises:
-            NumericalError: they are not finite.
+            NumericalError: the values are not finite.
         """
         width = rows[0].shape[1]
         gram = torch.zeros(width, width, device=rows[0].device)
@@ -252,7 +252,7 @@ class Features:
                 weighted = own.to(torch.float32) * _weights(hidden)
                 gram += weighted.T @ weighted
             count = processes.add_up([gram], sum(map(len, start)))
-            # What few tokens say of many features is mostly noise. Damping draws the map toward none.
+            # Few tokens and many features give mostly noise; damping draws the map toward no change.
             lower, _ = damped_cholesky(gram, max(_LEAST_DAMPING, width / max(count, 1)))
         return cls(rows, start, gram, lower, count)
 
@@ -260,9 +260,9 @@ class Features:
         """Solve the map of a span.
 
         Args:
-            end: T × H per batch, the hidden states behind the span.
-            of_inputs: what the features are.
-            processes: as of `of`.
+            end: T × H per batch, the hidden states after the span.
+            of_inputs: whether the features are inputs of the single matrix.
+            processes: as in `of`.
         """
         cross, moved = self.gram.new_zeros(len(self.gram), end[0].shape[1]), self.gram.new_zeros(1)
         with full_float32():
@@ -284,20 +284,20 @@ def _weights(hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MapWalk:
-    """Walks of batches over the dense model that solve maps."""
+    """Runs of the dense model over batches, from which maps are solved."""
 
     model: ProvenModel
     writers: Mapping[int, Writers]
-    """Of the blocks that may get a map, by number."""
+    """Matrices of the blocks that may absorb a map, by block number."""
     batches: Sequence[Tensor]
-    """This process's, as in `record_batches`."""
+    """Batches of this process, as in `record_batches`."""
     processes: Processes = ALONE
 
     @torch.no_grad()
     def of_outputs(self, spans: Collection[Span], advance: Advance = lambda share: None) -> Iterator[tuple[Span, Map]]:
-        """Yield the maps of what blocks write, each as soon as the end of its span is reached, for many spans in one walk.
+        """Yield maps of block outputs for many spans in one walk, each as soon as the walk reaches the end of its span.
 
-        advance: called with the share of a block that was done.
+        advance: called with the share of a block just done.
         """
         open_ones = dict[int, Features]()
         recording, shown = record_batches(self.model, self.batches), self._up_to(max(span.last for span in spans))
@@ -316,10 +316,10 @@ class MapWalk:
 
     @torch.no_grad()
     def merged(self, spans: Sequence[Span], advance: Advance = lambda share: None) -> dict[int, FoundMap]:
-        """Return the maps of spans that all go, by the number of the block that gets one.
+        """Return the maps of spans that are all removed, by the number of the block that absorbs each.
 
-        The only matrix of a block that writes is fitted anew on its inputs, which is closer than a map of its outputs. Later
-        spans see what the earlier maps leave, and aim at the dense model. advance: as of `of_outputs`.
+        A block's single writing matrix is refitted on its inputs, which is more accurate than a map of its outputs. Later
+        spans see the effect of earlier maps and aim at the dense model. advance: as in `of_outputs`.
         """
         ends, found = dict[int, list[Tensor]](), dict[int, FoundMap]()
         recording = record_batches(self.model, self.batches)
@@ -357,7 +357,7 @@ class MapWalk:
         return self.model.idle().first_blocks(last + 1, outside=False)
 
     def _tokens(self, hidden: Iterable[Tensor]) -> list[Tensor]:
-        """Return hidden states token by token; an empty batch where this process has none."""
+        """Flatten hidden states to tokens; one empty batch if this process has none."""
         width = next(iter(self.writers.values())).matrices[0].shape[0]
         return [own.flatten(0, -2) for own in hidden] or [self._none(width)]
 
@@ -372,7 +372,7 @@ class MapWalk:
             raise error.within(block.name) from error
 
     def _written(self, recording: Recording, block: Block, batch: int, before: Tensor, after: Tensor) -> Tensor:
-        """Return what a block's matrices write for a batch: T × H."""
+        """Return the output of a block's matrices for a batch: T × H."""
         own = self.writers[block.index]
         with own.put_back():
             own.silence()
@@ -380,7 +380,7 @@ class MapWalk:
         return written.flatten(0, -2)
 
     def _inputs(self, recording: Recording, block: Block, batch: int, before: Tensor) -> Tensor:
-        """Return the inputs of the only matrix of a block that writes, for a batch: T × I."""
+        """Return the inputs of a block's single writing matrix for a batch: T × I."""
         seen: list[Tensor] = []
         with Observe(self.writers[block.index].matrices, lambda _, x: seen.append(x.flatten(0, -2).clone())):
             recording.run(block, batch, before)
@@ -388,16 +388,16 @@ class MapWalk:
 
 
 def best_sets(errors: Mapping[Span, float], count: int, spans: int, each: int) -> list[tuple[Span, ...]]:
-    """Return the sets of spans whose errors add up to the least.
+    """Return the sets of spans with the smallest total errors.
 
     Args:
-        errors: of the spans.
+        errors: error of each span.
         count: number of blocks that a set removes.
-        spans: most spans of a set.
-        each: number of sets of as many spans.
+        spans: maximum number of spans in a set.
+        each: number of sets for each number of spans.
 
     Returns:
-        Those of one span first. A block that gets a map stays.
+        Sets of one span first. A block that absorbs a map is never removed.
     """
     sets = {-1: {(0, 0): [(0.0, tuple[Span, ...]())]}}
     for last in range(1 + max((span.last for span in errors), default=-1)):

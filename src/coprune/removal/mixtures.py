@@ -1,7 +1,7 @@
-"""Mixtures of experts, found in a block by trying: who holds the experts, who decides which of them a token goes to.
+"""Mixtures of experts, found in a block by experiment: which module holds the experts and which one routes tokens.
 
-What is taken for a router has to decide: other logits in its place, and the experts that they name are the ones that
-tokens go to. In the same way shows whether experts are chosen within groups, how many of which may be used for a token.
+A module counts as a router only if replacing its logits sends tokens to the experts that the new logits name. The same
+experiment shows whether experts are chosen within groups, and how many groups a token may use.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from coprune.model.walk.model_structure import FoundModel
 from coprune.removal.expert_calls import ExpertCall, ListedCall, Routed
 
 Run = Callable[[], Tensor]
-"""Runs a block on a sample and returns its output."""
+"""Runs the block on a sample and returns its output."""
 _HIGH = 30.0
-"""A logit that no correction makes up for."""
+"""A logit too large for any correction to outweigh."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a block that tokens are routed to. Paths are relative to the block."""
+    """The routed experts of a block; paths are relative to the block."""
 
     block: str
     experts: str
-    """Path of the module that holds them."""
+    """Path of the module that holds the experts."""
     router: str
-    """Path of the module whose product gives their logits."""
+    """Path of the module whose product is the routing logits."""
     sliced: dict[str, int]
     """Tensors with one entry per expert: path, and the dimension of the experts."""
     added: tuple[str, ...]
-    """Tensors added to logits or scores, where minus infinity excludes an expert."""
+    """Tensors added to logits or scores; minus infinity in them excludes an expert."""
     count: int
     top: int
-    """Experts that a token goes to."""
+    """Number of experts per token."""
     groups: int
-    """Equal runs of experts, of which a token uses `used`; 1 where any experts may be chosen together."""
+    """Number of equal groups of experts, of which a token uses `used`; 1 if any experts may be combined."""
     used: int
     call: ExpertCall | ListedCall
     owner: str
-    """Path of the module that is called with the tokens: the experts', or the one that holds their list."""
+    """Path of the module called with the tokens: that of the experts, or the holder of their list."""
 
     def masks(self, module: nn.Module, keep: Tensor) -> dict[str, Tensor]:
-        """Return masks of every parameter and buffer, by its whole name. keep: E bool."""
+        """Return masks of every parameter and buffer, by full name. keep: E bool."""
         found = {}
         for path, dim in self.sliced.items():
             tensor = tensor_at(module, path)
@@ -68,7 +68,7 @@ class Mixture:
         return [tensor for tensor in own if tensor.ndim > 1]
 
     def matrices(self, module: nn.Module) -> Iterator[tuple[int, Tensor]]:
-        """Yield every matrix of the experts, with the expert's number."""
+        """Yield each matrix of the experts with the expert's number."""
         experts = module.get_submodule(self.experts)
         if isinstance(experts, nn.ModuleList):
             yield from ((n, p) for n, expert in enumerate(experts) for p in expert.parameters() if p.ndim > 1)
@@ -83,7 +83,7 @@ class Mixture:
 
     @contextmanager
     def silent(self, module: nn.Module, keep: Tensor) -> Iterator[None]:
-        """Exclude some experts of a block from routing in the body."""
+        """Exclude some experts of a block from routing within the body."""
         before = {path: tensor_at(module, path).detach().clone() for path in self.added}
         try:
             with forward_as(module.get_submodule(self.router), self._without(module, keep)):
@@ -98,7 +98,7 @@ class Mixture:
 
     @contextmanager
     def watched(self, module: nn.Module, see: Callable[[Routed], None]) -> Iterator[None]:
-        """Observe every call of the experts with each of their answers, in the body."""
+        """Observe every call of the experts and each answer within the body."""
         owner = module.get_submodule(self.owner)
         own = owner.forward
 
@@ -119,21 +119,21 @@ def tensor_at(module: nn.Module, path: str) -> Tensor:
 
 
 def may_have_experts(model: FoundModel) -> bool:
-    """Return whether anything in a model's blocks could be a mixture of experts, as far as shows without running it."""
+    """Return whether a model's blocks could contain a mixture of experts, judging without running it."""
     stacked = any(matrix.expert is not None for block in model.chosen.candidates for matrix in block)
     return stacked or any(lists_of(block) for block in model.blocks)
 
 
 def find_mixtures(block: Block, matrices: Sequence[Matrix], run: Run) -> Iterator[Mixture | str]:
-    """Find the mixtures of a block, and prove what is said of each.
+    """Find the mixtures of a block and prove their properties.
 
     Args:
-        block: the block, which is as before in the end.
+        block: the block; restored at the end.
         matrices: of the block; experts are slices of one parameter.
         run: runs it.
 
     Yields:
-        A mixture, or why the experts of one cannot be removed.
+        A mixture, or the reason why its experts cannot be removed.
     """
     owners = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.expert is not None}
     tables = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.experts is not None}
@@ -142,17 +142,17 @@ def find_mixtures(block: Block, matrices: Sequence[Matrix], run: Run) -> Iterato
             yield f"{owner} holds its experts as rows of one table"
             continue
         yield _Search(block, owner.removeprefix(block.name).removeprefix("."), run).found()
-    for path in lists_of(block):  # of modules of any kind; what is no mixture is not spoken of
+    for path in lists_of(block):  # any list of modules may match; those that are not mixtures are ignored
         found = _Search(block, path.removeprefix(f"{block.name}."), run).found()
         if isinstance(found, Mixture):
             yield found
 
 
 def _alone_and_in_pairs(tokens: int, shape: tuple[int, int], top: int) -> tuple[Tensor, Tensor]:
-    """Return logits T × E, the highest of which are alone in `top` groups and the next by twos in the others.
+    """Return logits T × E whose highest are alone in `top` groups, and whose next highest come in pairs in the other groups.
 
-    shape: groups × experts of each. Also returns which are alone, T × E bool. What a logit is worth may grow as fast as its
-    exponential: the highest are worth less than two of the next ones.
+    shape: groups × experts per group. Also returns which are alone, T × E bool. Scores may grow like the exponential of a
+    logit, so the highest are chosen to score less than two of the next.
     """
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(tokens, *shape, generator=generator)
@@ -166,7 +166,7 @@ def _alone_and_in_pairs(tokens: int, shape: tuple[int, int], top: int) -> tuple[
 
 
 class _Stop(Exception):
-    """Raised when the experts are called, if nothing else is wanted of a run."""
+    """Raised at the experts' call to end a run that only needs its arguments."""
 
 
 class _Search:
@@ -194,10 +194,10 @@ class _Search:
         if not any(self._candidates(count)):
             return f"nothing beside {name} has a table of {count} rows"
         if not self._told():
-            return f"{name} is not told which experts a token goes to"
+            return f"{name} is not given the experts of each token"
         router = next((path for path in self._candidates(count) if self._decides(path, count)), None)
         if router is None:
-            return f"nothing beside {name} decides by {count} values which experts a token goes to"
+            return f"no module beside {name} routes tokens by {count} logits"
         return self._described(router, count)
 
     def _told(self) -> bool:
@@ -215,7 +215,7 @@ class _Search:
         return seen == [True]
 
     def _candidates(self, count: int) -> Iterator[str]:
-        """Yield modules beside the experts with a table of one row or column per expert, by their paths in the block."""
+        """Yield paths of modules beside the experts that hold a table with one row or column per expert."""
         above = self._module.get_submodule(self._above)
         for path, module in above.named_modules():
             whole = ".".join(part for part in (self._above, path) if part)
@@ -233,13 +233,15 @@ class _Search:
             return torch.full_like(logits, -_HIGH).index_put((tokens, tokens % count), logits.new_tensor(_HIGH))
 
         index = self._chosen(router, count, turn)
-        if index is None or (self._list is not None and index.shape[1] == count):  # all of a list are no choice
+        if index is None or (
+            self._list is not None and index.shape[1] == count
+        ):  # calling every expert of a list is not routing
             return False
         wanted = torch.arange(len(index), device=index.device) % count
         return bool((index == wanted[:, None]).any(dim=1).all())
 
     def _chosen(self, router: str, count: int, logits: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Return the experts of tokens (T × k) for other logits of a router, with everything added to them zero."""
+        """Return the experts of tokens (T × k) under replaced logits of a router, with all added tensors zeroed."""
         added = {path: tensor_at(self._module, path) for path in self._vectors(router, count)}
         before = {path: tensor.detach().clone() for path, tensor in added.items()}
         module, seen = self._module.get_submodule(router), list[Tensor]()
@@ -267,7 +269,7 @@ class _Search:
         return seen[0] if seen else None
 
     def _vectors(self, router: str, count: int) -> list[str]:
-        """Return the vectors with one value per expert: in the router, and right beside the experts."""
+        """Return the vectors with one value per expert, in the router and directly beside the experts."""
         found = []
         for path, deep in dict.fromkeys([(router, True), (self._above, False)]):
             module = self._module.get_submodule(path)
@@ -280,14 +282,14 @@ class _Search:
         return list(dict.fromkeys(found))
 
     def _groups(self, router: str, count: int) -> tuple[int, int]:
-        """Return the number of expert groups, and of groups that a token's experts come from; (1, 1) for none."""
+        """Return the number of expert groups, and of groups used per token; (1, 1) if there are none."""
         found: list[tuple[int, int]] = []
         for groups in (number for number in range(2, count) if count % number == 0):
             size = count // groups
             generator = torch.Generator().manual_seed(0)
 
             def one_of_each(logits: Tensor, size: int = size, generator: torch.Generator = generator) -> Tensor:
-                """Draw every other token to one expert of each of the first groups, the others to any."""
+                """Send every other token to one expert of each of the first groups, the others anywhere."""
                 other = torch.randn(logits.shape, generator=generator)
                 places = torch.randint(size, (len(other), count // size), generator=generator)
                 drawn = places + torch.arange(count // size) * size
@@ -306,7 +308,7 @@ class _Search:
     def _groups_by_two(self, router: str, count: int, top: int) -> int:
         """Return the number of expert groups that are scored by their best two experts, or 1 if there are none.
 
-        The experts with the highest logits are then alone in their groups, and lose against two that share one.
+        The experts with the highest logits are then alone in their groups and lose to pairs in other groups.
         """
         found: list[tuple[int, int]] = []
         for groups in (number for number in range(top + 1, count // 2 + 1) if count % number == 0):
@@ -349,13 +351,13 @@ class _Search:
             )
             if self._avoids(mixture):
                 return mixture
-        return f"experts of {self._block.name}.{self._path} are chosen though their logits are minus infinity"
+        return f"experts of {self._block.name}.{self._path} are chosen even with logits of minus infinity"
 
     def _taken_by_choice(self, count: int, known: Collection[str]) -> Iterator[tuple[str, int]]:
-        """Yield tensors around the experts with one entry per expert that only the tokens of this expert see.
+        """Yield tensors around the experts with one entry per expert that reaches only this expert's tokens.
 
         Yields:
-            Path in the block, and the dimension of the experts.
+            The path in the block and the experts' dimension.
         """
         index: Tensor | None = None
         above = self._module.get_submodule(self._above)
@@ -370,7 +372,7 @@ class _Search:
                     break
 
     def _is_taken(self, entries: Tensor, index: Tensor, count: int) -> bool:
-        """Return whether a NaN in the entry of an expert (the first axis) reaches its tokens' outputs and no others."""
+        """Return whether a NaN in an expert's entry (first axis) reaches exactly the outputs of its tokens."""
         tokens = torch.stack([(index == expert).any(dim=1) for expert in range(count)])
         some = [expert for expert, own in enumerate(tokens) if 0 < int(own.sum()) < len(own)]
         for expert in some[:2]:
@@ -386,7 +388,7 @@ class _Search:
         return bool(some)
 
     def _routing(self) -> tuple[Tensor, Tensor]:
-        """Run the block; return the experts of every token, T × k, and the output."""
+        """Run the block; return each token's experts, T × k, and the output."""
         seen: list[Tensor] = []
         own, call = self._owner.forward, self._call
         assert call is not None
@@ -400,13 +402,13 @@ class _Search:
         return seen[-1], out
 
     def _avoids(self, mixture: Mixture) -> bool:
-        """Return whether excluded experts are never chosen; tried with the most chosen one of every group."""
+        """Return whether excluded experts are never chosen, tried with the most frequent one of each group."""
         chosen = torch.bincount(self._routing()[0].flatten().cpu(), minlength=mixture.count)
         worst = chosen.view(mixture.groups, -1).argmax(dim=1)
         keep = torch.ones(mixture.groups, mixture.count // mixture.groups, dtype=torch.bool)
         keep[torch.arange(mixture.groups), worst] = False
         if int(keep.sum()) < mixture.top:
-            return True  # nothing of it can be removed anyway
+            return True  # none of its experts can be removed anyway
         with mixture.silent(self._module, keep.flatten()):
             index, out = self._routing()
         return bool(keep.flatten()[index.cpu()].all()) and bool(torch.isfinite(out).all())

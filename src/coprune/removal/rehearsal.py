@@ -1,4 +1,4 @@
-"""A rehearsal of a removal: its configuration is found, and a removal that cannot work is refused before the run."""
+"""A rehearsal of a removal, which finds the new configuration and refuses a removal that cannot work before the run."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ from coprune.removal.smaller_model import (
 from coprune.run.context import Run
 
 _OF_A_HEAD = re.compile(r"head_dim|head_size|d_head|d_kv|kv_channels")
-"""Names of settings that say how wide a head is."""
+"""Names of settings for the width of a head."""
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
 
 
 def rehearse(run: Run, plan: Plan) -> Configure:
-    """Cut the model at arbitrary places, build what results, and compare the two; then everything is as it was.
+    """Cut the model at arbitrary places, build the smaller model, compare the two, and restore everything.
 
-    So the configuration is found, and everything that could not work is refused before anything slow. Raises UnsupportedModel.
+    This finds the configuration and refuses whatever cannot work before anything slow. Raises UnsupportedModel.
     """
     model, module = run.model, run.model.module
     cuts = {block.name: anywhere(plan, block) for block in model.blocks}
@@ -74,17 +74,17 @@ def rehearse(run: Run, plan: Plan) -> Configure:
 
 
 def _told(changes: Mapping[str, Any]) -> str:
-    """Return changes of a configuration in words."""
+    """Return configuration changes in words."""
     return ", ".join(f"{place} = {value}" for place, value in changes.items())
 
 
 Proof = Callable[[Mapping[str, Any]], int | None]
-"""Returns the parameter count of the model that a changed configuration makes, or None if it is not the wanted one."""
+"""Builds the model of a changed configuration and returns its parameter count, or None if it is not the wanted model."""
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A model that is cut at arbitrary places, and what it is compared with."""
+    """A model cut at arbitrary places, and the means to compare it with the silenced one."""
 
     run: Run
     plan: Plan
@@ -94,7 +94,7 @@ class Rehearsed:
 
     @contextmanager
     def _silent(self, block: Block) -> Iterator[None]:
-        """Silence the cut parts of a block in the body."""
+        """Silence the cut parts of a block within the body."""
         cut = self.cuts[block.name]
         with ExitStack() as ended:
             ended.enter_context(put_back(block.module, block.name, cut.masks))
@@ -104,7 +104,7 @@ class Rehearsed:
             yield
 
     def as_a_whole(self, changes: Mapping[str, Any]) -> int | None:
-        """Compare the logits of the silenced model and of the small one."""
+        """Compare the logits of the silenced and the small model."""
         model, module = self.run.model, self.run.model.module
         idle = [block for block in model.blocks if block.index in self.plan.dropped]
         with ExitStack() as ended:
@@ -113,7 +113,7 @@ class Rehearsed:
                 ended.enter_context(self._silent(block))
             small = build_smaller(module, smaller_tensors(module, self.edits), changes)
             ties, left = self._ties(), {block.name: self.edits.place(block.name) for block in model.blocks}
-            # While the parts are silent, since the small model shares all uncut tensors.
+            # The small model shares all uncut tensors, so it runs while the parts are silent.
             big = {block.name: block.module for block in model.blocks}
             own = {name: small.get_submodule(place) for name, place in left.items() if place is not None}
 
@@ -132,7 +132,7 @@ class Rehearsed:
         """Rehearse without the whole model in memory."""
         model, module = self.run.model, self.run.model.module
         small = prepare(smaller_skeleton(module, changes))
-        small.tie_weights()  # for the number of its parameters
+        small.tie_weights()  # so that its parameters are counted once
         sample = model.structure.sample
         same = same_block_by_block(model, small, self.edits, self._silent, self._ties(), sample)
         for _ in self._otherwise((small, module)) if same else ():
@@ -146,7 +146,7 @@ class Rehearsed:
         return Ties(kept, self.run.model.module.dtype)
 
     def _otherwise(self, both: Sequence[PreTrainedModel]) -> Iterator[None]:
-        """Yield once per other implementation of attention, since each reads other numbers of a configuration."""
+        """Yield once per other attention implementation, since each reads different numbers of the configuration."""
         ways = [*ATTENTION] if "heads" in self.plan.keep else []
         for way in ways:
             if way != both[0].config._attn_implementation and all(one._supports_sdpa or way == "eager" for one in both):
@@ -157,12 +157,12 @@ class Rehearsed:
 
 
 ATTENTION = ("eager", "sdpa")
-"""Ways of computing attention that transformers has without another package."""
+"""Attention implementations of transformers that need no other package."""
 
 
 @contextmanager
 def attending(model: PreTrainedModel, way: str) -> Iterator[None]:
-    """Compute attention with another of transformers' implementations in the body."""
+    """Use another of transformers' attention implementations within the body."""
     own = {key: getattr(model.config, key) for key in model.config.sub_configs}
     before = {key: one._attn_implementation for key, one in own.items() if one is not None}
     before[""] = model.config._attn_implementation
@@ -176,7 +176,7 @@ def attending(model: PreTrainedModel, way: str) -> Iterator[None]:
 def _proven_changes(
     run: Run, plan: Plan, shapes: Mapping[str, tuple[int, ...]], proof: Proof
 ) -> tuple[dict[str, Any], int]:
-    """Return the changes of configuration with which a model of these shapes computes as the silenced one; its size."""
+    """Return the configuration changes under which a model of these shapes matches the silenced one, and its size."""
     module, resized = run.model.module, resized_by(run, plan)
     fitting, said = 0, ""
     layout = usual_layout if run.model.weights.streams else None
@@ -186,7 +186,7 @@ def _proven_changes(
             after = proof(changes)
         except (CopruneError, MemoryError):
             raise
-        except Exception as error:  # whatever a model's code says to a configuration that fits its shapes alone
+        except Exception as error:  # a model's code may raise anything for a configuration that only fits its shapes
             said = f" (its code says: {str(error).partition(chr(10))[0]})"
             continue
         if after is not None:
@@ -196,12 +196,14 @@ def _proven_changes(
         raise UnsupportedModel(f"no configuration describes the smaller model: {refused.rstrip('.')}")
     if fitting:
         raise UnsupportedModel(
-            "a smaller model with the same weights gives other outputs than this model with the parts silenced, so they "
+            "a smaller model with the same weights computes other outputs than this model with the parts silenced, so they "
             f"cannot be removed{said}"
         )
     cause = f"no setting of the configuration of {type(module).__name__} gives the smaller shapes"
     if "heads" in plan.keep and not any(map(_OF_A_HEAD.search, module.config.get_text_config().to_dict())):
-        cause = f"the configuration of {type(module).__name__} has no width of a head, which follows from their number"
+        cause = (
+            f"the configuration of {type(module).__name__} has no head width; it is derived from the number of heads"
+        )
     asked = {*plan.keep, *(("blocks",) if plan.dropped else ())}
     others = [part for part in ("channels", "heads", "blocks") if part not in asked]
     fix = f"try to remove {' or '.join(others)}" if others else None
@@ -209,7 +211,7 @@ def _proven_changes(
 
 
 def resized_by(run: Run, plan: Plan) -> Resized:
-    """Return what the configuration has to tell of a plan."""
+    """Return the sizes that the configuration has to change for a plan."""
     head = head_size(run.model.module)
     unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
     lists = [own for own in _shortened(run.model.blocks, plan.dropped) if own.dropped]
@@ -217,14 +219,14 @@ def resized_by(run: Run, plan: Plan) -> Resized:
 
 
 def _shortened(blocks: Sequence[Block], dropped: Sequence[int]) -> Iterator[Shortened]:
-    """Yield the lists of blocks with those that go. dropped: numbers over all lists."""
+    """Yield the lists of blocks with their removed blocks. dropped: numbers over all lists."""
     for own in by_list(blocks):
         numbers = [block.index for block in own]
         yield Shortened(len(numbers), [at for at, number in enumerate(numbers) if number in dropped])
 
 
 def _arguments(plan: Plan, blocks: int) -> dict[str, float]:
-    """Return a plan as arguments of a library, as timm names them. blocks: how many there are."""
+    """Return a plan as a library's model arguments, as timm names them. blocks: number of blocks."""
     channels = [part for parts in plan.parts.values() for part in parts if part.kind == "channels"]
     ratios = {ratio_of(plan.saved(part), part.fold.consumers[0].shape[0]) for part in channels}
     found: dict[str, float] = {"mlp_ratio": ratios.pop()} if len(ratios) == 1 else {}
@@ -234,8 +236,8 @@ def _arguments(plan: Plan, blocks: int) -> dict[str, float]:
 def alike(found: Tensor, expected: Tensor) -> bool:
     """Return whether logits are equal up to rounding.
 
-    Many blocks without half of their parts round a hundred times as much as one block does; a configuration that only
-    fits the shapes is off by at least a hundredth.
+    Many half-removed blocks accumulate a hundred times the rounding of one; a configuration that only fits the shapes is
+    off by at least a hundredth.
     """
     rounding = _ROUNDING_OF_HALVES if expected.dtype.itemsize < 4 else _ROUNDING
     apart, norms = distances(found, expected)
@@ -250,23 +252,23 @@ def same_block_by_block(
     ties: Ties,
     sample: Tensor,
 ) -> bool:
-    """Compare what every silenced block gives and what its place in the small model does, both read for that alone.
+    """Compare every silenced block with its counterpart in the small model, loading both for that alone.
 
-    Each is called as its own model calls it; what lies outside the blocks is the same in both.
+    Each block is called as its own model calls it; everything outside the blocks is shared.
 
     Args:
         model: the big model.
-        small: a skeleton of the small one, which gets what lies outside the blocks and has nothing of its blocks in the end.
-        edits: what makes the small model of the big one.
-        silent: lets a block do without what is cut, for a while.
-        ties: lets the small model choose experts as the big one does, where its router does not decide.
-        sample: what they are compared on.
+        small: a skeleton of the small model; receives what is outside the blocks, and its blocks are empty again at the end.
+        edits: turn the big model into the small one.
+        silent: silences the cut parts of a block within its body.
+        ties: makes the small model choose the big one's experts where routing ties.
+        sample: compared on this.
     """
     module = model.module
     left = [block for block in model.blocks if edits.place(block.name) is not None]
     lend_outside(small, module, model.names)
     recording, called = record_batches(model, [sample]), _calls(model, small, edits, left, sample)
-    # What the small model's blocks leave for one another is as much smaller as they are.
+    # Values passed between the small model's blocks shrink with them.
     part, streams = model.blocks[0].part, recording.streams_of(0)
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if not isinstance(event, BlockDone):
@@ -291,7 +293,7 @@ def same_block_by_block(
 def _calls(
     model: ProvenModel, small: PreTrainedModel, edits: Edits, left: Sequence[Block], sample: Tensor
 ) -> Iterator[tuple[torch.nn.Module, BlockCall]]:
-    """Return the small model's blocks and calls on the sample."""
+    """Yield the small model's blocks with their calls on the sample."""
     names = [edits.place(block.name) or "" for block in left]
     blocks = [Block(index, name, small.get_submodule(name)) for index, name in enumerate(names)]
     answers = [model.structure.answers[block.index] for block in left]

@@ -1,4 +1,4 @@
-"""The plan of a removal from the recipe's shares: the parts, how many of each stay, which blocks go."""
+"""The plan of a removal: which parts, how many of each stay, and which blocks go, from the recipe's shares."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from coprune.run.calibrating import first_batches
 from coprune.run.context import Run
 
 _MOST_SHARES = 3
-"""Others that are rehearsed where the share of heads that was asked for is refused."""
+"""Number of alternative shares rehearsed when the requested share of heads is refused."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class Removable:
     """The parts that a run may remove, found and rehearsed before anything slow."""
 
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    """Parts of the requested kinds, by block; of all blocks."""
+    """Parts of the requested kinds, by block, over all blocks."""
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
     rehearsed: tuple[Plan, Configure] | None = None
-    """The plan and its change of the configuration, where no block has to be chosen first."""
+    """The plan and its configuration change, if no blocks have to be chosen first."""
 
     def without(self, gone: Collection[str]) -> Removable:
-        """Return the parts of the kept blocks. gone: names of the others."""
+        """Return the removable parts without those of some blocks. gone: their names."""
         parts = {name: own for name, own in self.parts.items() if name not in gone}
         return replace(self, parts=parts, mixtures={n: own for n, own in self.mixtures.items() if n not in gone})
 
     def routers(self, blocks: Sequence[Block]) -> dict[str, list[Tensor]]:
-        """Return the matrices that choose among the experts, by block."""
+        """Return the routers' matrices, by block."""
         return {
             block.name: self.mixtures[block.name].routing_matrices(block.module)
             for block in blocks
@@ -72,14 +72,14 @@ class Removable:
 
 
 def find_removable(run: Run) -> Removable:
-    """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
+    """Find the removable parts of a recipe's shares. Raises BadInput and UnsupportedModel for what cannot go."""
     asked, model = run.recipe.remove, run.model
     there = dict(find_parts(model, ()) if _kinds(asked.kinds) else ())
     return _find(run, there) if asked.size is None else _find_for_size(run, there, asked.size)
 
 
 def _find_for_size(run: Run, there: Mapping[str, Sequence[Part]], size: Size) -> Removable:
-    """Choose the shares that bring the model to a size, and find as with these. there: all parts, by block."""
+    """Choose the shares that bring the model to a size, and find their parts. there: all parts, by block."""
     asked, module = run.recipe.remove, run.model.module
     require_align(run, there)
     parts = _that_can_go(run, there)
@@ -112,18 +112,18 @@ def _find_for_size(run: Run, there: Mapping[str, Sequence[Part]], size: Size) ->
 
 
 def _require_countable(run: Run) -> None:
-    """Raise BadInput where the bytes of the saved model are not those of its parameters alone."""
+    """Raise BadInput if the saved model's bytes do not follow from its parameters alone."""
     wanted = ("give the share that goes, ", Set("remove", "size=0.25"), ", or ")
     if run.encoding.name == "source":
-        cause = "bytes are counted for a model that is saved dense"
+        cause = "a size in bytes can only be computed for a model saved dense"
         raise BadInput(cause, field="remove", fix=(*wanted, "save it dense: ", Set("encoding", "dense")))
     if run.recipe.prune.allocation.name != "uniform":
-        cause = "blocks of different widths are saved as wide as the widest, which is known only in the end"
+        cause = "blocks of different widths are saved as wide as the widest, which is not known in advance"
         raise BadInput(cause, field="remove", fix=(*wanted, "take ", Set("allocation", "uniform")))
 
 
 def _that_can_go(run: Run, there: Mapping[str, Sequence[Part]]) -> Mapping[str, Sequence[Part]]:
-    """Return the parts of those kinds whose units can go, in the groups that the source's encoding needs."""
+    """Return the parts whose kinds can go, in the group sizes that the source's encoding needs."""
     found: dict[str, list[Part]] = {name: [] for name in there}
     for kind in _kinds(run.recipe.remove.kinds):
         with suppress(UnsupportedModel):
@@ -135,13 +135,13 @@ def _that_can_go(run: Run, there: Mapping[str, Sequence[Part]]) -> Mapping[str, 
 
 
 def _told(parameters: int, module: PreTrainedModel) -> str:
-    """Return a number of parameters, and the bytes that they take."""
+    """Return a number of parameters with its size in bytes."""
     kind = str(module.dtype).removeprefix("torch.")
     return f"{parameters:,} parameters ({parameters * module.dtype.itemsize / 1e6:,.1f} MB in {kind})"
 
 
 def _find(run: Run, there: Mapping[str, Sequence[Part]]) -> Removable:
-    """Find what can go with the shares that are asked for. there: all parts, by block."""
+    """Find the parts to remove for the requested shares. there: all parts, by block."""
     asked, model = run.removal, run.model
     kinds = _kinds(asked.shares)
     parts: Mapping[str, Sequence[Part]] = {
@@ -170,7 +170,7 @@ def _find(run: Run, there: Mapping[str, Sequence[Part]]) -> Removable:
 
 
 def _with_a_share_that_works(run: Run, plan: Plan, error: UnsupportedModel) -> UnsupportedModel:
-    """Return the error of a plan, with the nearest possible share of heads, if there is one."""
+    """Return the error of a plan, suggesting the nearest share of heads that works, if any."""
     heads = plan.keep.get("heads", {})
     if len(heads) != 1:
         return error
@@ -190,7 +190,7 @@ def _with_a_share_that_works(run: Run, plan: Plan, error: UnsupportedModel) -> U
 
 
 def plan_removal(run: Run, found: Removable) -> Plan:
-    """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
+    """Choose the blocks to remove and count what stays of the others. Raises BadInput, UnsupportedModel."""
     asked = run.removal
     score, going = blocks_that_go(run, _counts_of_blocks(run, asked.share("blocks")))
     several = run.model.blocks[-1].part > 0
@@ -199,7 +199,7 @@ def plan_removal(run: Run, found: Removable) -> Plan:
         for numbers in (going.blocks, going.mapped)
     )
     merged = f"; their linear map goes into {mapped}" if mapped else ""
-    run.reporter.say(f"Blocks that go, by {score}: {told}{merged}.")
+    run.reporter.say(f"Blocks to remove, by {score}: {told}{merged}.")
     return replace(_plan_of(run, found, sorted(going.blocks)), mapped=going.mapped)
 
 
@@ -208,9 +208,9 @@ def _kinds(shares: Collection[str]) -> list[Kind]:
 
 
 def left_alone(run: Run, there: Mapping[str, Collection[str]]) -> BadInput | None:
-    """Return an error where include and exclude spare parts that every block would have to lose; None where they don't.
+    """Return an error if include and exclude spare parts that every block would have to lose, else None.
 
-    there: by what is removed, the names of the blocks in which some of it can go.
+    there: names of the blocks with removable parts, by kind.
     """
     model, selection = run.model, run.model.chosen.selection
     for kind, names in there.items():
@@ -228,7 +228,7 @@ def having(kind: Kind, parts: Mapping[str, Sequence[Part]]) -> set[str]:
 
 
 def require_align(run: Run, parts: Mapping[str, Sequence[Part]]) -> None:
-    """Raise BadInput where channels are to be kept in multiples of more than there are. The default gives way."""
+    """Raise BadInput if channels are to be kept in multiples larger than their number; the default never raises."""
     align = run.recipe.remove.align
     most = max((part.count for own in parts.values() for part in own if part.kind == "channels"), default=align)
     if align > most and align != RemovePart.model_fields["align"].default:
@@ -237,7 +237,7 @@ def require_align(run: Run, parts: Mapping[str, Sequence[Part]]) -> None:
 
 
 def _say_without(run: Run, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
-    """Report blocks without parts of a kind. Raises UnsupportedModel, naming the cause, if none has any."""
+    """Report the blocks without parts of a kind. Raises UnsupportedModel, naming the cause, if none has any."""
     there = having(kind, parts)
     without = [name for name in parts if name not in there]
     if len(without) == len(parts):
@@ -253,22 +253,22 @@ def _say_without(run: Run, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> N
 
 
 def _plan_of(run: Run, found: Removable, dropped: Sequence[int]) -> Plan:
-    """Return the plan in which some blocks go. Raises BadInput where nothing of what is asked for goes."""
+    """Return the plan with some blocks removed. Raises BadInput if none of the requested parts would go."""
     asked, keep = run.removal, dict[Kind, dict[int, int]]()
     rest = found.without({run.model.names[index] for index in dropped})
     for kind in _kinds(asked.shares):
         groups = groups_of((part for own in rest.parts.values() for part in own), kind)
         if not groups:
-            raise UnsupportedModel(f"none of the blocks that stay has {kind} that can be removed")
+            raise UnsupportedModel(f"none of the remaining blocks has removable {kind}")
         keep[kind] = _kept(kind, groups, asked.share(kind), asked.align)
     left = {mixture.count: experts_left(mixture, asked) for mixture in rest.mixtures.values()}
     return Plan(dropped, (), rest.parts, keep, rest.mixtures, left)
 
 
 def _counts_of_blocks(run: Run, share: float) -> list[int]:
-    """Return the number of blocks to remove of every list. A list of which no matrix is wanted stays as it is.
+    """Return the number of blocks to remove from each list; a list without selected matrices loses none.
 
-    Raises BadInput if they are zero, all of a list, or more than allowed.
+    Raises BadInput if that is none, a whole list, or more than may go.
     """
     model, untouched = run.model, run.model.chosen.untouched()
     lists = [[block.index for block in own] for own in by_list(model.blocks)]
@@ -293,7 +293,7 @@ def _and(numbers: Sequence[int]) -> str:
 
 
 def _require_blocks(run: Run, counts: Sequence[int]) -> None:
-    """Raise UnsupportedModel where no configuration tells of so many blocks less, wherever they are."""
+    """Raise UnsupportedModel if no configuration can express the smaller number of blocks, wherever they are removed."""
     refused = UnsupportedModel("no block can be removed")
     of_lists = map(_somewhere, may_go(run.model), counts)
     for some in zip(*of_lists, strict=True):
@@ -307,12 +307,12 @@ def _require_blocks(run: Run, counts: Sequence[int]) -> None:
 
 
 def _somewhere(blocks: Sequence[int], count: int) -> tuple[Sequence[int], ...]:
-    """Return so many blocks of a list at its end, at its beginning and all over it."""
+    """Return `count` blocks of a list: at its end, at its start, and spread evenly."""
     return (blocks[len(blocks) - count :], blocks[:count], blocks[:: -(-len(blocks) // count)]) if count else ((),) * 3
 
 
 def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> dict[int, int]:
-    """Return kept numbers of units by the present ones. Raises BadInput if none is removed."""
+    """Return the kept number of units by original number. Raises BadInput if none is removed."""
     kept = {old: kept_count(old, share, align if kind == "channels" else 1, group) for old, group in groups.items()}
     if all(new == old for old, new in kept.items()):
         of, fix = " and ".join(map(str, sorted(groups))), "give a larger share, or leave it out"
@@ -322,24 +322,24 @@ def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> di
 
 
 def blocks_that_go(run: Run, counts: Sequence[int]) -> tuple[Choice, Going]:
-    """Choose the least important blocks. Where none can be replaced by a map, and nobody asked for one, the next score chooses.
+    """Choose the least important blocks; if no map is possible and none was asked for, by the next score.
 
     Args:
-        run: what it is asked and has found.
-        counts: how many of each list.
+        run: the run.
+        counts: number of blocks to remove from each list.
 
     Returns:
-        The score, and what it chose.
+        The score used and its choice.
     """
     asked, scores = run.recipe.remove.score_of("blocks"), SCORES["blocks"]
     try:
         if run.recipe.output.as_gguf and asked.name == scores[0]:
-            raise UnsupportedModel("a map would change values of a GGUF file, whose bytes are copied")
+            raise UnsupportedModel("a map would change values, but a GGUF file's bytes are copied unchanged")
         return asked, _going(run, asked, counts)
     except UnsupportedModel as error:
         if asked.name != scores[0] or asked in run.recipe.remove.score:
             raise
-        run.reporter.say(f"Blocks are left out without a map in their place: {say(error.cause)}.")
+        run.reporter.say(f"Blocks are removed without a map in their place: {say(error.cause)}.")
         return (other := Choice(name=scores[1])), _going(run, other, counts)
 
 
@@ -351,12 +351,12 @@ def _going(run: Run, score: Choice, counts: Sequence[int]) -> Going:
 
 
 def find_maps(run: Run, plan: Plan, finished: Collection[str]) -> dict[int, FoundMap]:
-    """Solve the maps of a plan's blocks, by the number of the block that gets one; none where all such blocks are finished.
+    """Solve the plan's maps, by the number of the block that absorbs each; none if all such blocks are finished.
 
     Args:
-        run: what it is asked; its model is dense still.
-        plan: what goes.
-        finished: names of blocks that an earlier run finished.
+        run: the run; its model is still dense.
+        plan: the plan.
+        finished: names of blocks finished by an earlier run.
     """
     spans = spans_of(plan.dropped, plan.mapped)
     if all(run.model.names[span.before] in finished for span in spans):
@@ -371,7 +371,7 @@ def find_maps(run: Run, plan: Plan, finished: Collection[str]) -> dict[int, Foun
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
-    """Return the model with only those matrices whose inputs are needed."""
+    """Return the model with only the matrices whose inputs are needed."""
     wanted = {m.name for parts in plan.parts.values() for part in parts for m in part.fold.consumers}
     blocks = [[matrix for matrix in own if matrix.name in wanted] for own in model.chosen.blocks]
     groups = [[g for group in own if (g := [m for m in group if m.name in wanted])] for own in model.structure.groups]
@@ -383,10 +383,10 @@ _MOST = 512
 
 
 def in_steps(run: Run, parts: Mapping[str, Sequence[Part]]) -> dict[str, list[Part]]:
-    """Return the same parts, whose units go in groups as large as the source's encoding needs.
+    """Return the parts with units grouped as the source's encoding requires.
 
     Raises:
-        UnsupportedModel: its scales are for so much that no smaller group of units can go.
+        UnsupportedModel: its scales cover so many values that no group of units can be removed.
     """
     encoding = run.encoding
     if encoding.name != "source":
@@ -400,7 +400,7 @@ def in_steps(run: Run, parts: Mapping[str, Sequence[Part]]) -> dict[str, list[Pa
 
 
 def _group(run: Run, encoding: Encoding, part: Part, least: int) -> int:
-    """Return the smallest group of units that can be removed by itself. least: to start from."""
+    """Return the smallest group of units that can be removed together. least: where to start."""
     refused = UnsupportedModel(f"no {part.kind} of {part.block} can be removed")
     powers = (1 << power for power in range(_MOST.bit_length()))
     for group in powers:

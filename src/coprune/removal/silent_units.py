@@ -1,7 +1,7 @@
-"""Silent units of a model: channels and heads that are zero everywhere, which a GGUF file need not store.
+"""Silent units of a model: channels and heads of zeros, which a GGUF file need not store.
 
 A folder whose blocks differ in width stores all of them as wide as the widest, since its configuration has one number.
-Structure tells which rows and columns belong together, proven as `prune --remove` does it; values tell which are silent.
+Structure, proven as for `prune --remove`, tells which rows and columns belong together; values tell which are silent.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from coprune.removal.channels_and_heads import Kind, Part, filled, find_parts, s
 from coprune.removal.smaller_model import Resized, possible_changes
 
 _ALIGN = 64
-"""Channels are kept in multiples of this, as `--align` does it, for types with blocks of 32."""
+"""Channels are kept in multiples of this, as with `--align`, for types with blocks of 32."""
 Silence = Mapping[str, Sequence[tuple[Part, Sequence[Tensor]]]]
-"""Parts of each block, with the zero units of each consumer."""
+"""Parts of each block, with each consumer's silent units."""
 _Size = tuple[Kind, int]
-"""Parts that are alike: of one kind, with as many units."""
+"""A kind of parts with its number of units."""
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """A model without the units that are silent."""
+    """A model without its silent units."""
 
     alike: Exported
-    """The model at the smallest width that is the same for all blocks."""
+    """The model at the smallest width common to all blocks."""
     apart: Exported | None
-    """The model with every block at its own width; None if that is the same."""
+    """The model with each block at its own width; None if that is the same."""
 
 
 def narrowed(source: Exported) -> Narrow:
@@ -81,7 +81,7 @@ def _all_silent(silent: Sequence[Tensor]) -> bool:
 
 
 def _has_zeros(source: Exported, name: str) -> bool:
-    """Return whether a tensor has an all-zero row or column, without which no unit is silent."""
+    """Return whether a tensor has an all-zero row or column; without one no unit is silent."""
     if len(source.tensors[name].shape) < 2:
         return False
     zero = source.tensor(name) == 0
@@ -98,14 +98,14 @@ def _proven(folder: ModelFolder) -> ProvenModel:
 
 
 def _width(part: Part, silent: Sequence[Tensor]) -> int:
-    """Return the number of units that a part keeps: the most that any consumer uses, rounded up to whole steps."""
+    """Return the number of units that a part keeps: the most used by any consumer, rounded up to whole steps."""
     heard = max(int((~own).sum()) for own in silent)
     step = 1 if part.kind == "heads" else step_of(part.count, _ALIGN)
     return max(1, -(-heard // step)) * step
 
 
 def _edits(model: ProvenModel, silence: Silence, common: Mapping[_Size, int] | None) -> dict[str, list[Edit]]:
-    """Keep as many units of every block as all need, or as the block itself needs."""
+    """Return the edits that narrow each block to a common width, or to its own where `common` is None."""
     edits: dict[str, list[Edit]] = {}
     for block, found in silence.items():
         masks: dict[str, Tensor] = {}
@@ -120,14 +120,14 @@ def _edits(model: ProvenModel, silence: Silence, common: Mapping[_Size, int] | N
 
 
 def _configured(edits: dict[str, list[Edit]], told: Mapping[str, Any], widths: Mapping[_Size, Sequence[int]]) -> Edits:
-    """Add the changes of configuration and what goes to the edits."""
+    """Add the configuration changes and the record of removed units to the edits."""
     fewer = tuple(Fewer.of(kind, count, own) for (kind, count), own in widths.items() if min(own) < count)
     edits[[*edits][-1]].append(Configure(changes=dict(told), removed=SilentUnits(parts=fewer)))
     return Edits(edits)
 
 
 def _changes(source: Exported, model: ProvenModel, silence: Silence, common: Mapping[_Size, int]) -> dict[str, Any]:
-    """Return the changes of configuration for a model of these common widths; empty if no configuration expresses them."""
+    """Return the configuration changes for these common widths; empty if no configuration can express them."""
     cut = source.without(Edits(_edits(model, silence, common)))
     shapes = {name: cut.own_shape(name) for name in source.tensors}
     units = {(part.kind, part.count, part.repeats) for found in silence.values() for part, _ in found}

@@ -1,7 +1,7 @@
-"""The smaller model that edits make: its configuration, and the model itself.
+"""The smaller model that edits make, and its configuration.
 
-What becomes of the configuration is not known by name. Every number in it that is as large as what was cut is tried, and
-taken if the model that results has exactly the shapes that are needed.
+Configuration settings are not known by name: every number as large as something that was cut is a candidate, accepted
+if the resulting model has exactly the needed shapes.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from coprune.model.transformers_private import (
 from coprune.model.walk.block_calls import input_device
 
 Layout = Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Tensor]]
-"""Gives a model's tensors the names and shapes of a checkpoint."""
+"""Maps a model's tensors to the names and shapes of a checkpoint."""
 MOST_CANDIDATES = 500
-"""Configurations that are tried; each costs as long as it takes to make the modules."""
+"""Maximum number of configurations tried; each takes as long as making the modules."""
 
 
 def possible_changes(
     model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], resized: Resized, layout: Layout | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield changes of the configuration that give the model these shapes, the likeliest first.
+    """Yield configuration changes that give the model these shapes, the likeliest first.
 
     Args:
-        model: as it was.
+        model: the original model.
         shapes: of the smaller checkpoint's tensors.
-        resized: what to look for.
-        layout: gives a smaller model's tensors the names that `shapes` has; without it, as it would be saved.
+        resized: the sizes to change.
+        layout: maps a smaller model's tensors to the names in `shapes`; by default, those it would be saved with.
 
     Yields:
-        New values by their places, with dots between; only what differs.
+        New values by dotted path; only what differs.
     """
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
-    # Only one of tied weights is saved, but a model without weights shows both.
+    # Only one of tied weights is saved, but a model without weights lists both.
     unsaved = set(model.state_dict()) - set(saved_tensors(model))
     making = _Making(model, layout)
     before = making.before
@@ -67,16 +67,16 @@ def possible_changes(
 
 
 def refusal_of(model: PreTrainedModel, resized: Resized) -> str | None:
-    """Return what the configuration itself says against new sizes that are said in the likeliest way; None if nothing."""
+    """Return the configuration's own objection to the likeliest new sizes, or None."""
     config = model.config.to_dict()
     blocks, sizes, _ = choices_of(config, resized)
     told = [[one for one in options if one] for options in [*blocks, *sizes]]
-    # A head may be as wide as there are heads.
+    # A head's width may equal the number of heads.
     likeliest = [min(options, key=lambda one: not all(p.endswith("heads") for p in one)) for options in told if options]
     changes = {place: value for one in likeliest for place, value in one.items()}
     try:
         type(model.config).from_dict(_changed(config, changes))
-    except Exception as error:  # whatever its code says to numbers that do not go together
+    except Exception as error:  # its code may raise anything for inconsistent numbers
         said = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         numbers = ", ".join(f"{place}={value}" for place, value in changes.items())
         return f"{type(model.config).__name__} refuses {numbers}: {said}"
@@ -86,7 +86,7 @@ def refusal_of(model: PreTrainedModel, resized: Resized) -> str | None:
 def _candidates(
     making: _Making, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str], resized: Resized
 ) -> Iterator[dict[str, Any]]:
-    """Yield candidates: first changes for the blocks, with each of these changes for the sizes; then all together."""
+    """Yield candidates: for each change of the blocks, every change of the sizes; then all combined."""
     blocks, sizes, unsaid = choices_of(making.before, resized)
     tried: list[dict[str, Any]] = []
     whole = (
@@ -107,7 +107,7 @@ def _of_blocks(
     wanted: Mapping[str, tuple[int, ...]],
     unsaved: Container[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield changes that give the blocks left, by their tensors' names; last those that also change the blocks' kinds."""
+    """Yield changes that leave the remaining blocks, judged by tensor names; those that change block kinds come last."""
     outline = _outline(wanted)
     if not blocks:
         yield {}
@@ -131,12 +131,12 @@ def _of_blocks(
 
 
 def _blocks_named(names: Iterable[str]) -> set[str]:
-    """Return names up to their first number."""
+    """Return the names up to their first number."""
     return {found[0] for name in names if (found := re.match(r"(?:.*?\.)?\d+(?=\.)", name))}
 
 
 def _outline(names: Iterable[str]) -> set[str]:
-    """Return names up to their second number: the blocks' structure without single experts."""
+    """Return the names up to their second number: the structure of blocks without single experts."""
     return {re.sub(r"^((?:.*?\.)?\d+\..*?)\.\d+(\.|$).*", r"\1", name) for name in names}
 
 
@@ -146,9 +146,9 @@ def _of_sizes(
     choices: tuple[Choices, Choices],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield changes that give the sizes, and what has to be said besides.
+    """Yield changes that give the sizes, together with any extra settings.
 
-    Where there are many ways, first what by itself makes shapes that are wanted, then also what by itself makes no other ones.
+    Of many, first those that alone make a wanted shape, then those that alone make no unwanted one.
     """
     sizes, unsaid = choices
     every = [*sizes, *unsaid]
@@ -167,7 +167,7 @@ def _fitting(
     wanted: Mapping[str, tuple[int, ...]],
     is_needed: bool,
 ) -> Choices:
-    """Keep the changes that make no unwanted shape alone. is_needed: and make a wanted one, if they make any."""
+    """Keep the changes that alone make no unwanted shape. is_needed: and that alone change some shape."""
     config, silent = _changed(making.before, first), {p for p, value in places_in(making.before) if value is None}
     whole = making.shapes(config)
 
@@ -181,7 +181,7 @@ def _fitting(
 
 
 def _together(choices: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield combinations of one choice each, up to a limit."""
+    """Yield combinations of one choice each, up to `MOST_CANDIDATES`."""
     for chosen in islice(product(*choices), MOST_CANDIDATES):
         yield {place: value for part in chosen for place, value in part.items()}
 
@@ -189,9 +189,9 @@ def _together(choices: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[s
 def _may_fit(
     whole: Mapping[str, tuple[int, ...]], changed: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Return whether every changed dimension has its old or its wanted size, and no tensor is lost.
+    """Return whether every changed dimension has its old or its wanted size and no tensor disappears.
 
-    If `changed` is empty, no such model can be built alone, and the result is True.
+    An empty `changed` means that the change cannot be built alone; then the result is True.
     """
     if changed and not wanted.keys() <= changed.keys():
         return False
@@ -217,15 +217,15 @@ class _Making:
 
     @cached_property
     def before(self) -> dict[str, Any]:
-        """The configuration as it was."""
+        """The original configuration."""
         found: dict[str, Any] = self.model.config.to_dict()
         return found
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the checkpoint for another configuration; empty if it has no model."""
+        """Return the shapes of the checkpoint for another configuration; empty if no model can be built."""
         try:
             small = _skeleton(self.model, config)
-        except Exception:  # whatever a model's code says to numbers that do not go together
+        except Exception:  # a model's code may raise anything for inconsistent numbers
             return {}
         tensors = (self.layout or revert_conversion)(small, small.state_dict())
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -252,8 +252,8 @@ def fill(small: PreTrainedModel, below: nn.Module, tensors: Mapping[str, Tensor]
     Args:
         small: the skeleton.
         below: it, or one of its modules.
-        tensors: of its checkpoint.
-        like: the model whose dtype and device they get.
+        tensors: of the checkpoint.
+        like: the model that gives dtype and device.
     """
     device = input_device(like)
     for module in below.modules():
@@ -268,7 +268,7 @@ def fill(small: PreTrainedModel, below: nn.Module, tensors: Mapping[str, Tensor]
 
 
 def lend_outside(small: PreTrainedModel, model: PreTrainedModel, blocks: Sequence[str]) -> None:
-    """Share the parameters and buffers outside the blocks with a skeleton. blocks: of the model."""
+    """Share a model's parameters and buffers outside the blocks with a skeleton. blocks: names of the blocks."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if is_below_any(name, blocks):
             continue
@@ -287,9 +287,9 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
     """Build the smaller model in memory, ready to be run.
 
     Args:
-        model: as it was, which lends its settings for generation.
+        model: the original model, whose generation settings are taken over.
         tensors: of the smaller checkpoint.
-        changes: of the configuration, as `possible_changes` gives them.
+        changes: of the configuration, from `possible_changes`.
     """
     small = smaller_skeleton(model, changes)
     fill(small, small, tensors, model)
@@ -300,7 +300,7 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
             small.get_submodule(path).register_parameter(attribute, computed)
     with quiet_transformers():
         small.tie_weights()
-    if hasattr(model, "generation_config"):  # classifiers generate nothing
+    if hasattr(model, "generation_config"):  # classifiers do not generate
         small.generation_config = model.generation_config
     small.name_or_path = model.name_or_path
     prepared: PreTrainedModel = prepare(small)
@@ -309,54 +309,54 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
 
 @dataclass(frozen=True)
 class Shortened:
-    """A list of blocks that loses some."""
+    """A list of blocks of which some are removed."""
 
     blocks: int
-    """Original number."""
+    """Original number of blocks."""
     dropped: Sequence[int]
-    """Numbers within the list."""
+    """Numbers of the removed blocks within the list."""
 
     @property
     def kept(self) -> list[int]:
-        """Numbers of the others."""
+        """Numbers of the remaining blocks."""
         return [index for index in range(self.blocks) if index not in self.dropped]
 
 
 @dataclass
 class Resized:
-    """The sizes of a model that its configuration has to change."""
+    """The changes of size that a model's configuration has to express."""
 
     sizes: Sequence[tuple[int, int]] = ()
-    """Old numbers with the new ones; two things may have been as large as each other, and are not any more."""
+    """Pairs of old and new numbers; one old number may have several new ones."""
     lists: Sequence[Shortened] = ()
     extra: dict[str, int] = field(default_factory=dict)
-    """Values that may have to be written though they were not: the width of a head, which followed from their number."""
+    """Values that may now have to be written, such as a head's width, which was derived from the number of heads."""
     arguments: dict[str, float] = field(default_factory=dict)
-    """The same for a library that makes the model by the name of an architecture (timm), which stands for all numbers."""
+    """The same for a library that builds a model from its architecture's name (timm)."""
 
 
 _EXPERTS = re.compile(r"(?!.*shared)(?:\w+_)?n(?:um)?_(?:\w+_)?experts")
-"""Names under which programs look for the number of experts that tokens are routed to."""
+"""Names under which programs look for the number of routed experts."""
 _OF_TOKENS = ("token_id", "token_ids", "token_index", "tokens", "decoder_ids")
-"""Ends of names of tokens, which may be numbered as much, or be as many, by chance: no shape and no logit would tell."""
+"""Name endings of token settings, which may equal a size by chance without any shape or logit showing it."""
 Choices = list[list[dict[str, Any]]]
-"""Candidate changes of configuration for each changed number."""
+"""Candidate configuration changes for each changed number."""
 
 
 def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices, Choices]:
-    """Return the changes that may describe the removed blocks, those for all that is smaller, and those needed besides."""
+    """Return the changes that may describe the removed blocks, those for the new sizes, and the extra ones."""
     places = [(p, v) for p, v in places_in(config) if not p.endswith(_OF_TOKENS)]
     blocks = [options for own in resized.lists for options in _choices_of_blocks(places, own)]
     sizes, unsaid = Choices(), Choices()
     for old, new in resized.sizes:
         single = [p for p, v in places if type(v) is int and v == old]
         equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
-        # Finally no change, since some sizes follow from others or are not given.
+        # No change comes last: some sizes follow from others or are not given.
         silent: list[dict[str, Any]] = [{p: new} for p, v in places if v is None]
         ratios = [] if single else [*_ratios(places, old, new)]
         sizes += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), *ratios, {}, *silent], _some(equal)]
     for key, value in resized.extra.items():
-        # Values absent from a configuration are derived from others, which change now.
+        # Values absent from a configuration are derived from others that change now.
         beside = re.compile(r"(.*\.)?(num_attention_heads|hidden_size)")
         holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
         silent_places = [holder + key for holder in holders if dict(places).get(holder + key) is None]
@@ -369,9 +369,9 @@ def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Ch
 
 
 def with_all_counts(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes that also reach every other number of experts beside or above one that they change.
+    """Extend changes to every other number of experts beside or above a changed one.
 
-    Other programs read numbers that this model's code does not, and one configuration must not hold two counts.
+    Other programs read settings that this model's code does not, and a configuration must not contradict itself.
     """
     said, more = dict(places_in(config)), dict[str, Any]()
     for place, new in changes.items():
@@ -392,13 +392,13 @@ def _choices_of_blocks(places: Sequence[tuple[str, Any]], shortened: Shortened) 
     keep, before = shortened.kept, shortened.blocks
     lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == before}
     counts = [p for p, v in places if type(v) is int and v == before]
-    # Rarely needed, so the first option, without it, is tried with everything else.
+    # Rarely needed, so the option without it comes first.
     numbers = _some(_renumbered(places, before, len(keep)))[::-1]
     return [numbers, [dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
 
 
 def leading_of(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str, Any]]:
-    """Yield what may tell of blocks of a kind by their numbers: how many blocks lead (the dense ones of a mixture), or a list."""
+    """Yield changes of settings that give a kind of blocks by number: how many lead (a mixture's dense ones), or a list."""
     for own, (place, value) in product(resized.lists, places_in(config)):
         keep, new = own.kept, value
         if type(value) is int and 0 < value <= own.blocks:
@@ -410,7 +410,7 @@ def leading_of(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str
 
 
 def _renumbered(places: Sequence[tuple[str, Any]], blocks: int, left: int) -> dict[str, Any]:
-    """Return new values of lists that name the last block, counted from one, or have one entry more than blocks."""
+    """Return new values of lists that name the last block counted from one, or have one entry more than there are blocks."""
 
     def last(item: Any) -> Any:
         if isinstance(item, str) and item.endswith(str(blocks)):
@@ -422,7 +422,7 @@ def _renumbered(places: Sequence[tuple[str, Any]], blocks: int, left: int) -> di
 
 
 def _ratios(places: Sequence[tuple[str, Any]], old: int, new: int) -> Iterator[dict[str, Any]]:
-    """Yield numbers given as multiples of another one, as of channels by the model's width."""
+    """Yield settings that give a size as a multiple of another, such as channels of the model's width."""
     whole = {value for _, value in places if type(value) is int and value > 0}
     for place, value in places:
         if type(value) in (int, float) and value > 0 and old / value in whole:
@@ -431,7 +431,7 @@ def _ratios(places: Sequence[tuple[str, Any]], old: int, new: int) -> Iterator[d
 
 
 def ratio_of(new: int, width: float) -> float:
-    """Return the factor that turns a width into a number, when the product is rounded down or to the nearest."""
+    """Return the factor that turns a width into a number, whether the product is rounded down or to the nearest."""
     ratio = new / width
     return ratio if int(width * ratio) == new else (new + 0.25) / width
 
@@ -439,7 +439,7 @@ def ratio_of(new: int, width: float) -> float:
 def _subsets(places: Sequence[str]) -> list[list[str]]:
     """Return combinations of places: heads with the key-value heads beside them, one place, those of one name, all, all but one.
 
-    Where keys and values are made of compressed ones no shape shows their number, though eager attention uses it.
+    With compressed keys and values no shape shows the number of heads, though eager attention uses it.
     """
     key_values = {p.rpartition(".")[0]: p for p in places if p.endswith(("key_value_heads", "kv_heads"))}
     holders = [(p, key_values.get(p.rpartition(".")[0])) for p in places if "head" in p.rpartition(".")[2]]

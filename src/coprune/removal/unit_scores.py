@@ -1,4 +1,4 @@
-"""Scores of channels or heads of a block: the published ones, and the one that removes at the lowest cost.
+"""Scores of a block's channels or heads: the published ones, and one that removes at the lowest cost.
 
 Shapes: O × C is the consumer, the matrix whose inputs the channels are (a down projection, an output projection). A unit
 is removed as a whole: one channel, or the K channels of a key-value head with all its query heads. U units.
@@ -31,25 +31,25 @@ from coprune.recipe.choice import Choice
 from coprune.removal.channels_and_heads import Part, silence
 
 Curve = list[tuple[Tensor, float]]
-"""The units kept (U bool) at several counts, and the squared error of the consumer's outputs then, per token."""
+"""The kept units (U bool) at several counts, each with the squared error of the consumer's outputs per token."""
 
 
 class Score(Protocol):
-    """Chooses the units that are kept."""
+    """A way of choosing the units to keep."""
 
     @property
     def refit(self) -> bool:
-        """Whether the consumer's kept columns are solved for again."""
+        """Whether the consumer's kept columns are refitted."""
         ...
 
     def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
-        """Choose units.
+        """Choose the units to keep.
 
         Args:
             weight: the consumer, O × C float32.
             statistic: of its inputs.
-            units: the columns of every unit, U × K int64; columns of none go before any.
-            count: how many units to keep.
+            units: the columns of every unit, U × K int64; columns outside all units go first.
+            count: number of units to keep.
 
         Returns:
             U bool, True where kept.
@@ -80,10 +80,10 @@ class WandaSP:
 
 @dataclass(frozen=True)
 class FLAP:
-    """Keep the units with the largest Var(x_c) · ‖W_:c‖²: what hardly varies can go (arXiv 2312.11983).
+    """Keep the units with the largest Var(x_c) · ‖W_:c‖²: units that hardly vary can go (arXiv 2312.11983).
 
-    The authors put the mean of what is removed into the consumer's bias. Most language models have none, so here the
-    refit, if it is asked for, makes up for it.
+    The authors add the mean of the removed units to the consumer's bias. Most language models have no biases, so here
+    the refit, if requested, compensates.
     """
 
     refit: bool = False
@@ -95,9 +95,9 @@ class FLAP:
 
 @dataclass(frozen=True)
 class OBS:
-    """Remove, a few at a time, the units whose loss the others make up for best.
+    """Remove, a few at a time, the units for which the others compensate best.
 
-    The error of removing the columns R of W, when the others are free to change, is tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) with H the
+    The error of removing the columns R of W, with the others free to change, is tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) with H the
     damped Gram matrix (the optimal brain surgeon on columns, as in arXiv 2203.07259 for heads and channels).
     """
 
@@ -120,21 +120,21 @@ class OBS:
 
 @dataclass
 class Surgery:
-    """Units on their way out, a few at a time; what is left of the weight makes up for what went."""
+    """The state of removing units a few at a time, with the remaining weights compensating."""
 
     units: Tensor
     left: Tensor
     """U bool."""
     current: Tensor
-    """O × C: the weight, solved for anew."""
+    """O × C: the refitted weight."""
     inverse: Tensor
-    """C × C, of the damped Gram matrix of the columns that are left."""
+    """C × C: inverse of the remaining columns' damped Gram matrix."""
     lost: float = 0.0
-    """Squared error of the outputs so far, a token."""
+    """Squared error of the outputs so far, per token."""
 
     @classmethod
     def on(cls, weight: Tensor, statistic: Gram, units: Tensor, damping: float) -> Surgery:
-        """Start with all units, without columns that are of none. Arguments as of `Score.keep`; damping: as of `OBS`."""
+        """Start with all units and without the columns outside them. Arguments as in `Score.keep`; damping: as in `OBS`."""
         lower, _ = damped_cholesky(statistic.gram, damping)
         left = torch.ones(len(units), dtype=torch.bool, device=weight.device)
         surgery = cls(units, left, weight.clone(), inverse_of_factor(lower))
@@ -145,7 +145,7 @@ class Surgery:
         return surgery
 
     def remove(self, number: int) -> None:
-        """Remove so many of the units that cost least."""
+        """Remove the `number` units that cost least."""
         current, inverse = self.current, self.inverse
         cost = removal_cost(current, inverse, self.units).masked_fill(~self.left, torch.inf)
         chosen = cost.topk(number, largest=False).indices
@@ -153,7 +153,7 @@ class Surgery:
         self._take_out(self.units[chosen].flatten())
 
     def _take_out(self, columns: Tensor) -> None:
-        """Remove columns, for which the others make up."""
+        """Remove columns and compensate with the others."""
         current, inverse = self.current, self.inverse
         gone = current[:, columns]
         self.lost += float((gone * torch.linalg.solve(inverse[columns][:, columns], gone.T).T).sum())
@@ -167,11 +167,11 @@ class Surgery:
 
 
 def curve(score: Score, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
-    """Measure what keeping fewer and fewer units costs; those kept are among those kept before.
+    """Measure the cost of keeping fewer and fewer units, each choice a subset of the one before.
 
     Args:
-        score: chooses them, and says whether what is left is solved for anew.
-        weight, statistic, units: as of `Score.keep`.
+        score: chooses the units, and says whether the rest is refitted.
+        weight, statistic, units: as in `Score.keep`.
         counts: descending.
     """
     if isinstance(score, OBS):
@@ -193,7 +193,7 @@ def energy(weight: Tensor, statistic: Gram) -> float:
 
 
 def _in_one_go(score: OBS, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
-    """Return the whole curve from one removal down to the last count."""
+    """Return the whole curve from a single removal down to the last count."""
     found, most = Curve(), max(1, len(units) // (3 * score.steps))  # as fine as removing a third in all steps
     with full_float32():
         surgery = Surgery.on(weight, statistic, units, score.damping)
@@ -219,7 +219,7 @@ def by_norm(weight: Tensor, units: Tensor, count: int) -> Tensor:
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """Return the mask of the `count` largest entries; of equal ones, the first."""
+    """Return the mask of the `count` largest entries; of equal entries the first."""
     keep = torch.zeros(len(score), dtype=torch.bool, device=score.device)
     keep[score.argsort(descending=True, stable=True)[:count]] = True
     return keep
@@ -244,8 +244,8 @@ def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | Non
         weight: O × C float32.
         statistic: of its inputs.
         keep: C bool.
-        damping: added to the Gram matrix, as a fraction of its mean diagonal; by default C / T for T tokens, since what few
-            tokens say of many columns is mostly noise.
+        damping: added to the Gram matrix, as a fraction of its mean diagonal; by default C / T for T tokens, since few
+            tokens and many columns give mostly noise.
     """
     with full_float32():
         gram = statistic.gram
@@ -259,12 +259,12 @@ def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | Non
 
 
 def unit_costs(score: Score, consumer: Matrix, inputs: Inputs | None, units: Tensor) -> Tensor:
-    """Return the share of the consumer's outputs that is lost with each unit, where one goes after another: U float32.
+    """Return the share of the consumer's outputs lost with each unit as units go one by one: U float32.
 
     Args:
-        score: chooses which goes next, and says whether what is left is solved for anew.
+        score: chooses which unit goes next, and says whether the rest is refitted.
         consumer: the matrix.
-        inputs: of it; without tokens it is the share of the squared norm.
+        inputs: its inputs; without tokens, shares of the squared norm are returned.
         units: the columns of every unit, U × K int64.
     """
     weight, (known, _) = consumer.read(), _known(inputs)
@@ -287,18 +287,18 @@ def remove_units(
     count: int,
     chosen: Sequence[int] = (),
 ) -> tuple[list[Tensor], list[MatrixResult]]:
-    """Keep `count` units of a part, in place: the others are zeros afterwards.
+    """Keep `count` units of a part and zero the others, in place.
 
     Args:
         module: the block.
-        part: what may be removed of it.
-        inputs: Gram matrices of the consumers' inputs, by name; a consumer that is not named saw no token.
-        score: chooses, and says whether the consumer is solved for anew.
-        count: units to keep.
-        chosen: their numbers, if these are known.
+        part: the part of the block.
+        inputs: Gram matrices of the consumers' inputs, by name; a consumer without an entry saw no token.
+        score: chooses the units, and says whether the consumer is refitted.
+        count: number of units to keep.
+        chosen: their numbers, if already known.
 
     Returns:
-        Which units are kept (U bool for each consumer), and figures of the consumers.
+        The kept units (U bool for each consumer) and the consumers' results.
     """
     keeps, results = [], []
     for consumer in part.fold.consumers:
@@ -322,13 +322,11 @@ def remove_units(
 
 
 def _known(inputs: Inputs | None) -> tuple[Gram | None, tuple[Event, ...]]:
-    """Return the Gram matrix of a consumer's inputs if it saw any, and events."""
+    """Return the Gram matrix of a consumer's inputs, if it saw any, and the events to report."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or not isinstance(statistic, Gram) or not statistic.count:
         return None, (Event(kind="no tokens"),)
-    if not bool(
-        statistic.gram.diagonal().any()
-    ):  # as to an expert that sees all tokens, times zero where they are others'
+    if not bool(statistic.gram.diagonal().any()):  # such as an expert that multiplies other experts' tokens by zero
         return None, (Event(kind="only zeros"),)
     return statistic, ()
 
@@ -349,15 +347,15 @@ def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tenso
 
 @dataclass(frozen=True)
 class ByError:
-    """Remove what costs least: the relative errors of the consumers' outputs, as measured on the dense model.
+    """Allocate by cost: the relative errors of the consumers' outputs, measured on the dense model.
 
-    Errors of different blocks are made comparable by what the cut of each block alone does to the model's distributions.
+    Errors of different blocks are weighted by the effect of cutting each block alone on the model's distributions.
     """
 
     tokens: int = 1024
-    """Minimum of calibration tokens for the weights of errors (of images: one batch); 0: errors are weighted by `movement`."""
+    """Minimum number of calibration tokens for these weights (for image models: one batch); 0: weight by `movement`."""
     movement: float = 1.0
-    """With 0 tokens, exponent of a block's change of the hidden states, which weights its errors; 0: all blocks alike."""
+    """With 0 tokens, exponent of a block's change of the hidden states, used as its weight; 0: all blocks weigh the same."""
 
     def __post_init__(self) -> None:
         require_not_negative(tokens=self.tokens, movement=self.movement)
@@ -368,21 +366,21 @@ SPREADINGS: dict[str, Uniform | ByError] = {"uniform": Uniform(), "error": ByErr
 
 
 def spreading_named(asked: Choice) -> Uniform | ByError:
-    """Return an allocation of units; one that is for zeros alone counts as uniform. Raises BadInput for an unknown option."""
+    """Return an allocation of units; one that only applies to zeros counts as uniform. Raises BadInput for an unknown option."""
     if asked.name not in SPREADINGS:
         return SPREADINGS["uniform"]
     return with_options(SPREADINGS[asked.name], "allocation", asked.name, asked.options)
 
 
 def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
-    """Take steps where they cost least, along the convex curves below the measured ones.
+    """Take steps where they cost least, along the lower convex hulls of the measured costs.
 
     Args:
-        costs: of every part, what it costs to take 0, 1, 2 … steps.
-        steps: how many are taken altogether.
+        costs: for each part, the cost of taking 0, 1, 2 … steps.
+        steps: total number of steps to take.
 
     Returns:
-        How many steps are taken of every part.
+        Number of steps taken from each part.
     """
     slopes = [_slopes(own) for own in costs]
     taken = [0] * len(costs)
@@ -397,7 +395,7 @@ def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
 
 
 def _slopes(costs: Sequence[float]) -> list[float]:
-    """Return the cost of each step on the largest convex curve below the costs, ascending."""
+    """Return the cost of each step on the lower convex hull of the costs, ascending."""
     found: list[float] = []
     start = 0
     while start < len(costs) - 1:
@@ -408,13 +406,13 @@ def _slopes(costs: Sequence[float]) -> list[float]:
 
 
 MOVED_TOKENS = 1024
-"""Approximate number of hidden states used for a block's change."""
+"""Approximate number of hidden states used to measure a block's change."""
 
 
 def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:
     """Return some rows of one batch's hidden states (N × H float32), about a thousand over all batches and processes.
 
-    For models of images, rows are whole samples. total: rows of all batches, where these differ in size (`Recording.uneven`).
+    For image models, rows are samples. total: number of rows in all batches, if they differ in size (`Recording.uneven`).
     """
     rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
     per_batch = -(-MOVED_TOKENS // batches) if total is None else -(-MOVED_TOKENS * len(rows) // total)
@@ -423,22 +421,22 @@ def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tenso
 
 
 def joined(rows: Sequence[Tensor]) -> Tensor | None:
-    """Concatenate the rows; None without any."""
+    """Concatenate the rows; None if there are none."""
     return torch.cat(list(rows)) if len(rows) else None
 
 
 def movement(before: Tensor | None, after: Tensor | None, processes: Processes = ALONE) -> float:
     """Return how much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
 
-    By rows, because the first token of many models is a thousand times larger than the rest.
+    Averaged over rows because in many models the first token is a thousand times larger than the rest.
 
     Args:
         before: N × H.
         after: N × H.
-        processes: those that go through the block together, each with rows of its own.
+        processes: all that run the block together, each with its own rows.
 
     Returns:
-        1 without data, or for a block that changes the shape.
+        The change; 1 without data, or for a block that changes the shape.
     """
     found = processes.gather(_changes(before, after))
     rows = sum(number for _, number in found)
@@ -446,7 +444,7 @@ def movement(before: Tensor | None, after: Tensor | None, processes: Processes =
 
 
 def _changes(before: Tensor | None, after: Tensor | None) -> tuple[float, int]:
-    """Return the sum of the rows' `movement`, and the number of rows."""
+    """Return the sum of `movement` over rows, and the number of rows."""
     if before is None or after is None or before.shape != after.shape:
         return 0.0, 0
     size = after.square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""The calibration batches of a run's walk, and how they advance."""
+"""The calibration batches of a run's walk, and how they move from block to block."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from coprune.recipe.recipe import Recipe
 from coprune.run.context import Run
 
 _MOST_PASSES = 5
-"""Trainings on a sample beyond which more samples are advised: with 3 instead of 14, in as many steps, SmolLM2's KL to
-dense was 8 % less at 2:4 and 4 % at 60 % on text like that of the calibration; on other text 4 % less, and 2 % more (LOG.md)."""
+"""Passes over each sample in block training above which more samples are advised, since they generalise better."""
 
 
 def moves_of(run: Run) -> Moves:
-    """Return how the walk of a run moves its inputs on."""
+    """Return how a run's walk moves its inputs from block to block."""
     asked, keep = run.recipe.calibrate, run.reconstruction is not None
     if asked.propagation == "dense":
         return Dense()
@@ -34,7 +33,7 @@ def moves_of(run: Run) -> Moves:
 
 
 def record_to_prune(run: Run) -> Recording | None:
-    """Record the calibration batches, with what else is aimed at beside them; says so where they are few to train blocks on."""
+    """Record the calibration batches and any training targets; advise more samples if they are few for block training."""
     trained = run.reconstruction
     recording = record_calibration(run, dense=trained is not None)
     if trained is not None and recording is not None:
@@ -46,7 +45,7 @@ def record_to_prune(run: Run) -> Recording | None:
 
 
 def record_calibration(run: Run, dense: bool = False) -> Recording | None:
-    """Record the calibration batches. dense: with the dense model's hidden states beside them, to aim at."""
+    """Record the calibration batches. dense: also record the dense model's hidden states as targets."""
     if run.samples is None:
         return None
     batches = counted_batches(run.task, run.recipe, run.samples, run.processes)
@@ -59,15 +58,15 @@ def record_calibration(run: Run, dense: bool = False) -> Recording | None:
 
 
 class Counted(NamedTuple):
-    """A batch."""
+    """A batch and its counted tokens."""
 
     tokens: Tensor
     counted: Tensor | None
-    """Mask of its counted tokens, B × S bool; None for all."""
+    """Mask of the counted tokens, B × S bool; None for all."""
 
 
 def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Processes = ALONE) -> list[Counted]:
-    """Return this process's share of the samples, in batches."""
+    """Return this process's share of the samples, as batches."""
     own, marks = processes.share(samples.tokens), samples.generated if isinstance(samples, Windows) else None
     batches = task.batches(own)
     if recipe.calibrate.calibrate_on == "all" or marks is None:
@@ -76,7 +75,7 @@ def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Pro
 
 
 def first_batches(batches: Iterable[Tensor], tokens: int) -> list[Tensor]:
-    """Return the first batches that hold at least so many tokens; of images one."""
+    """Return the first batches that hold at least `tokens` tokens; for images, one batch."""
     some: list[Tensor] = []
     for batch in batches:
         some.append(batch)
@@ -86,12 +85,12 @@ def first_batches(batches: Iterable[Tensor], tokens: int) -> list[Tensor]:
 
 
 def first_counted(batches: Sequence[Counted], tokens: int) -> Sequence[Counted]:
-    """Return the first batches that hold at least so many tokens (of images one); all of them for 0."""
+    """Return the first batches that hold at least `tokens` tokens (for images, one batch); all for 0."""
     return batches[: len(first_batches((batch.tokens for batch in batches), tokens))] if tokens else batches
 
 
 def record_counted(model: ProvenModel, batches: Sequence[Counted], activations: Activations | None = None) -> Recording:
-    """Record batches as `record_batches` does, of which only some tokens count."""
+    """Record batches like `record_batches`, with masks of the counted tokens."""
     recording = record_batches(model, [batch.tokens for batch in batches], activations)
     recording.counted = [batch.counted for batch in batches if batch.counted is not None] or None
     return recording

@@ -1,7 +1,7 @@
-"""The dense model's figures, each measured, or found where it was measured on the same model before.
+"""The dense model's figures, measured now or taken from the store.
 
-Every text, the tasks and the continuation of the prompt have keys of their own, so that another text asks nothing else
-again. Answers to prompts are kept likewise, by `coprune.evaluation.answers`.
+Each text, the tasks and the continuation of the prompt have separate keys, so a new text repeats nothing else. Answers
+to prompts are stored likewise, by `coprune.evaluation.answers`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from coprune.run.context import Run
 from coprune.store.store import key_of
 
 _TASK_SETTINGS = ("tasks", "eval_zero_shot", "num_fewshot", "limit", "apply_chat_template", "gen_kwargs")
-"""Settings that decide what tasks measure, beside those that decide how it rounds."""
+"""Settings that decide what tasks measure, besides those that affect rounding."""
 _BEYOND = ("log_samples", "include_path")
-"""Settings with which a record does not tell it all: items are logged beside the run's, and definitions lie in a folder."""
+"""Settings whose results a record cannot hold: logged items, and task definitions in a folder."""
 
 Kept = TypeVar("Kept", bound=BaseModel)
 
@@ -40,11 +40,11 @@ class Continued(BaseModel):
 
 
 def dense_figures(run: Run, measure: Callable[[str], Measured]) -> dict[str, Measured]:
-    """Return the dense model's figures by the name of the data, and fill in the run's other measurements.
+    """Return the dense model's figures by name of the data, and set the run's other measurements.
 
     Args:
-        run: of which model, on what.
-        measure: measures it on the data of one name.
+        run: the run.
+        measure: measures the dense model on the data of one name.
     """
     if not run.recipe.evaluate.dense:
         return {}
@@ -60,14 +60,14 @@ def dense_figures(run: Run, measure: Callable[[str], Measured]) -> dict[str, Mea
 
 
 class _Dense:
-    """Measurements of a run's dense model, each of which looks for an earlier one first."""
+    """Measurements of a run's dense model, each taken from the store if present."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
 
     def on_data(self, name: str, measure: Callable[[str], Measured]) -> Measured:
         run, data, anew = self._run, self._run.data[name], list[Measured]()
-        # Vectors of embeddings are not kept, and several processes measure together.
+        # Vectors of embeddings are not stored, and several processes measure together.
         if not isinstance(data, EvaluationText) or run.processes.size > 1 or run.loaded.task == "embeddings":
             return measure(name)
 
@@ -101,12 +101,12 @@ class _Dense:
         return self._kept("prompt", Continued, measure, files=self._files(), prompt=run.recipe.evaluate.prompt)
 
     def _files(self) -> str:
-        """Name the model's files by their contents: the tokenizer, which the weights do not tell, is among them."""
+        """Return a digest of the model's files, which includes the tokenizer."""
         model = self._run.recipe.model
         return model_digest(locate(model.name, model.cache_dir).path)
 
     def _kept(self, what: str, kind: type[Kept], measure: Callable[[], Kept], **facts: Any) -> Kept:
-        """Return a measurement from the store, made now if it is not there. facts: what decides it, beside the weights."""
+        """Return a stored measurement, made now if missing. facts: what decides it besides the weights."""
         store = self._run.reuse.store
         if store.folder is None:
             return measure()
@@ -122,7 +122,7 @@ class _Dense:
 
 
 def computed(run: Run) -> dict[str, Any]:
-    """Return the weights of a run's dense model and the circumstances of their computation, for a key."""
+    """Return what decides a run's dense results, for a key: the weights and how they are computed with."""
     loaded = run.loaded
     return {
         "weights": loaded.fingerprint(run.model.every_block),

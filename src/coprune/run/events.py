@@ -1,4 +1,4 @@
-"""Events of a run for the listeners of its reporter: logs, trackers, a sweep."""
+"""Events of a run for its reporter's listeners: logs, trackers, sweeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coprune.report.schema import PhaseFacts
 
 
 class Phase(StrEnum):
-    """The phases of a run that are timed, in their order, as reports name them."""
+    """The timed phases of a run, in order, as named in reports."""
 
     PREPARE = "load and prepare"
     MEASURE_DENSE = "measure the dense model"
@@ -65,7 +65,7 @@ class BlockPruned(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """A run has its report."""
+    """A run finished with a report."""
 
     kind: ClassVar[str] = "finished"
     figures: dict[str, float]

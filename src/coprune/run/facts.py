@@ -1,4 +1,4 @@
-"""Gather a run's report from what the run knows."""
+"""The report of a run, built from what the run has found."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def build_report(run: Run) -> Report:
 
 
 def report_without_walk(run: Run, model: ModelFacts, **more: Any) -> Report:
-    """Return the report of a step that walks over no blocks, and measures none. more: what else it has found."""
+    """Return the report of a step without a walk over blocks. more: further fields."""
     seconds = time.perf_counter() - run.began
     found: dict[str, Any] = {
         "calibration": None,
@@ -191,9 +191,9 @@ def accuracy_facts(
     dense: Accuracy | None,
     pruned: Accuracy,
 ) -> AccuracyFacts:
-    """Compare both models' accuracies, with the images (or texts) whose predicted class changed.
+    """Compare both models' accuracies, and list the images (or texts) whose predicted class changed.
 
-    id2label: the model's names of its classes.
+    id2label: the model's class names.
     """
     changed = (
         []
@@ -222,7 +222,7 @@ def accuracy_facts(
 
 
 def class_name(number: int, images: LabelledImages | LabelledTexts, id2label: Mapping[Any, str] | None) -> str:
-    """Return a class's name in the model, or in the images if the model only has numbers."""
+    """Return a class's name in the model, or in the images if the model only numbers its classes."""
     written = (id2label or {}).get(number, "")
     if written and not written.startswith("LABEL_"):
         return written

@@ -1,4 +1,4 @@
-"""Statistics of the dense model that runs have in common, kept in the store's folder, a file for each block."""
+"""Statistics of the dense model that several runs share, stored as one file per block."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SPARE = 2
 
 
 def shared_places(run: Run, finished: Mapping[str, object]) -> list[str]:
-    """Return the places whose statistics are those of the dense model: names of blocks, or OUTSIDE.
+    """Return the places whose statistics come from the dense model: names of blocks, or OUTSIDE.
 
-    finished: blocks that an earlier run finished, which need no statistics.
+    finished: blocks finished by an earlier run, which need none.
     """
     model = run.model
     recipe, alone = run.recipe, run.processes.size == 1
@@ -52,11 +52,11 @@ def shared_places(run: Run, finished: Mapping[str, object]) -> list[str]:
 
 
 def kept_statistics(run: Run, finished: Mapping[str, object], record: Callable[[], Recording | None]) -> Known:
-    """Return what is known of the blocks' inputs before the run's own walk; in `dense` propagation of all blocks or none.
+    """Return the statistics known before the run's own walk; in `dense` propagation those of all blocks or none.
 
     Args:
-        run: whose statistics are looked up, and kept for others.
-        finished: blocks that an earlier run finished, of which nothing is known.
+        run: whose statistics are looked up and stored.
+        finished: blocks finished by an earlier run, for which none are returned.
         record: records the calibration batches.
     """
     reuse, folder = run.reuse, run.reuse.store.folder
@@ -76,25 +76,25 @@ def kept_statistics(run: Run, finished: Mapping[str, object], record: Callable[[
 
 
 class Kept(BaseModel):
-    """Statistics of a place, whose tensors are in a file."""
+    """Record of a place's statistics, whose tensors are in a file."""
 
     digest: str
-    """Of the file."""
+    """Digest of the file."""
     groups: dict[str, dict[str, int]]
-    """Width and counts by the name of a group's first matrix."""
+    """Width and counts of each group, by the name of its first matrix."""
 
 
 class KeptStatistics:
-    """The statistics that a run has in common with others, of each place a result in the store.
+    """The statistics that a run shares with others, one stored result per place.
 
-    folder: the store's; places: which of them the run needs.
+    folder: of the store; places: those that the run needs.
     """
 
     def __init__(self, run: Run, folder: Path, places: Sequence[str]) -> None:
         self._run, self._folder, self._places = run, folder, places
         statistic, samples = run.solver.statistic, run.samples
         assert samples is not None
-        # The dense model's weights, the samples, and which matrices share which statistic.
+        # The key holds the dense weights, the samples, and the matrices that share each statistic.
         self._facts = computed(run) | {
             "samples": samples.fingerprint,
             "calibrate_on": run.recipe.calibrate.calibrate_on,
@@ -111,7 +111,7 @@ class KeptStatistics:
         return key_of("statistics", 4, place=place, **self._facts)
 
     def find(self) -> dict[str, Note[Kept]]:
-        """Return the complete stored statistics, by place; a file is read once to see whether it is as it was written."""
+        """Return the stored statistics by place; each file is checked against its digest once."""
         found = {place: self._run.reuse.store.find(self.key(place), Kept) for place in self._places}
         return {place: note for place, note in found.items() if note is not None and self._is_whole(place, note.record)}
 
@@ -121,7 +121,7 @@ class KeptStatistics:
         return False
 
     def gather(self, present: Container[str], record: Callable[[], Recording | None]) -> None:
-        """Compute missing statistics of the dense model and store them, if the disk has room.
+        """Compute the missing statistics of the dense model and store them if the disk has room.
 
         present: places already stored; record: records the calibration batches. Raises NumericalError.
         """
@@ -133,7 +133,7 @@ class KeptStatistics:
         except (CopruneError, OSError) as error:
             if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError | SafetensorError):
                 raise
-            # If the disk is full, leave it to others; any other error will recur in the run.
+            # A full disk is left to others; any other error will recur in the run.
             for place in missing:
                 self._file(place).unlink(missing_ok=True)
 
@@ -160,9 +160,9 @@ class KeptStatistics:
         return self._folder / f"{self.key(place)}.safetensors"
 
     def _keep(self, place: str, gathered: Mapping[str, Inputs], seconds: float) -> None:
-        """Store what was gathered of a place in some seconds, whole or not at all. Raises CopruneError if the disk is full.
+        """Store a place's statistics, whole or not at all. Raises CopruneError if the disk is full.
 
-        gathered: by the name of each group's first matrix.
+        gathered: by the name of each group's first matrix; seconds: that it took.
         """
         tensors: dict[str, Tensor] = {}
         groups: dict[str, dict[str, int]] = {}
@@ -179,7 +179,7 @@ class KeptStatistics:
         self._run.reuse.store.complete(self.key(place), Kept(digest=digest_of_files([file]), groups=groups), seconds)
 
     def read(self, place: str, groups: Mapping[str, dict[str, int]]) -> dict[str, Inputs]:
-        """Read the inputs of every group of a place, by the name of its first matrix."""
+        """Read the inputs of each group of a place, by the name of its first matrix."""
         entries, device = read_entries(self._file(place)), self._run.loaded.device
 
         def read(name: str, width: int, seen: int, tokens: int) -> Inputs:
@@ -211,5 +211,5 @@ class KeptStatistics:
 
 
 def _needs_rows(statistic: Statistic | type[Statistic] | None) -> bool:
-    """Return whether layer errors need sampled inputs; some statistics give them without."""
+    """Return whether layer errors need sampled inputs; some statistics suffice without."""
     return statistic is None or not statistic.tells_errors

@@ -1,7 +1,7 @@
-"""A bound on the memory of a run before it starts, from the shapes of its model: no block is read or computed for it.
+"""An upper bound of a run's memory, computed before it starts from the model's shapes alone.
 
 Every phase holds the process as it is, the weights it needs and its tensors; the largest phase is the bound. The factors
-below were measured over models and methods, and tests hold them against tensors that really lived.
+were measured over models and methods, and tests compare them with live tensors.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from coprune.run.memory_estimate import DevicePeak, Estimate, Proposal
 from coprune.training.footprint import training_bytes
 
 SLACK = 1.1
-"""Beyond the tensors that are counted: what the allocator cannot give back at once."""
+"""Factor over the counted tensors for memory that the allocator does not return at once."""
 STEADY, STEADY_IN_HALF = 20 << 20, 90 << 20
 """Memory that any run adds: late imports, compiled kernels; more for products in half precision."""
 PROBED = 512
-"""Most tokens of the sample on which the walk is proved."""
+"""Maximum number of tokens in the sample on which the walk is proved."""
 SLICE_VALUES = 2**24
-"""Logits that become float32 at a time (see `evaluation.batches.slices`)."""
+"""Number of logits converted to float32 at a time (see `evaluation.batches.slices`)."""
 COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared between the saved model and the one in memory."""
 OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
-"""Solving a matrix takes at most so many float32 copies of it and of a Gram matrix, and the libraries' workspace."""
+"""Float32 copies of a matrix and of a Gram matrix that solving takes at most, and the libraries' workspace in bytes."""
 _TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")
 """Names in configurations for the number of experts per token."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes that decide the memory of a model, of its largest block where they are of one."""
+    """The sizes that decide a model's memory; sizes of a block are those of the largest."""
 
     total_bytes: int
     rest_bytes: int
@@ -63,36 +63,36 @@ class Shapes:
     block_bytes: int
     blocks: int
     itemsize: int
-    """Bytes of a value that is computed with."""
+    """Bytes of a value in computation."""
     hidden: int
     vocabulary: int
     live: int
-    """Values per token that live at once while a block runs, beside its input."""
+    """Values per token alive at once while a block runs, besides its input."""
     waiting: int
-    """Values per token that live while a matrix within a block waits to be pruned."""
+    """Values per token alive while a matrix within a block waits to be pruned."""
     kept: int
     """Values per token that a training keeps for the backward pass."""
     heads: int
-    """Whose scores, one value per token and position, are whole tensors; 0 where attention is fused."""
+    """Number of heads whose scores, one value per token and position, are whole tensors; 0 if attention is fused."""
     statistics: int
-    """Bytes of the sums of all matrices of a block, as if each had inputs of its own."""
+    """Bytes of the statistics of all matrices of a block, as if none shared inputs."""
     statistic: int
     """Bytes of the statistics gathered at once when matrices are pruned one after another."""
     shared: int
-    """Bytes of the sums of what blocks share: those of all blocks together, and a block's own beside them."""
+    """Bytes of the statistics of shared matrices: those of all blocks together, and one block's besides."""
     shared_weights: int
-    """Bytes of the matrices that blocks share, where they are pruned."""
+    """Bytes of the matrices that blocks share, if they are pruned."""
     solve: int
     """Bytes that solving the largest matrix takes."""
     experts: int
-    """Bytes of the experts of the largest block, and of what one of them is made of."""
+    """Bytes of the experts of the largest block; `expert` of the tensors that one of them is decoded from."""
     expert: int
     written: int
-    """Bytes of what is written of the largest block, in the form of its source."""
+    """Bytes written for the largest block, in the source's encoding."""
 
     @classmethod
     def of(cls, loaded: Loaded, found: FoundModel, solver: Solver, removes: bool) -> Shapes:
-        """Read a model's shapes. removes: whether parts go, for which only matrices that write hidden states are solved."""
+        """Read a model's shapes. removes: whether parts are removed; then only matrices that write hidden states are solved."""
         config = loaded.model.config.get_text_config()
         sizes = [sum(parameter.nbytes for parameter in block.module.parameters()) for block in found.blocks]
         largest = max(range(len(sizes)), key=sizes.__getitem__)
@@ -139,31 +139,31 @@ class Shapes:
 
 @dataclass(frozen=True)
 class _Stored:
-    """The matrices of one parameter: one, or as many as there are experts."""
+    """The matrices in one parameter: one, or one per expert."""
 
     outputs: int
     inputs: int
     count: int
     experts: int
-    """Number of experts that a token chooses among; 0 for a matrix that every token uses."""
+    """Number of experts to choose among; 0 for a matrix that every token uses."""
 
     def statistic_bytes(self, solver: Solver) -> int:
-        """Return the size of what is gathered of one of them."""
+        """Return the size of one matrix's statistics in bytes."""
         return 4 * (sum(map(math.prod, _sums(solver, self.inputs))) + InputSample.tokens * self.inputs)
 
     def solve_bytes(self, grams: bool) -> int:
-        """Return what solving one of them takes. grams: whether from a Gram matrix, of which there are factors."""
+        """Return the bytes that solving one matrix takes. grams: whether from a Gram matrix, which is factorised."""
         squares = OF_INPUTS * self.inputs**2 if grams else 0
         return 4 * (OF_WEIGHT * self.outputs * self.inputs + squares) + WORKSPACE
 
 
 def _sums(solver: Solver, inputs: int) -> list[tuple[int, ...]]:
-    """Return the shapes of what is summed up of a matrix."""
+    """Return the shapes of a matrix's sums."""
     return [] if solver.statistic is None else [*solver.statistic.shapes(inputs).values()]
 
 
 def _stored(block: Block, matrices: Sequence[Matrix]) -> list[_Stored]:
-    """Return some matrices of a block by their parameters."""
+    """Group a block's matrices by parameter."""
     counts, lists = Counter(matrix.parameter for matrix in matrices), lists_of(block)
     found = []
     for parameter, matrix in {matrix.parameter: matrix for matrix in matrices}.items():
@@ -174,15 +174,15 @@ def _stored(block: Block, matrices: Sequence[Matrix]) -> list[_Stored]:
 
 
 def _values_per_token(block: Block, stored: Sequence[_Stored], config: Any, hidden: int) -> tuple[int, int, int]:
-    """Return the values per token that live at once in a block, while a matrix waits, and for a backward pass."""
+    """Return the values per token alive in a block: at once, while a matrix waits, and for a backward pass."""
     said = ((name, value) for name, value in config.to_dict().items() if _TOP.match(name) and isinstance(value, int))
     top = max((value for _, value in said), default=None)
     used = [min(top or one.experts, one.experts) if one.experts else 1 for one in stored]  # of each, by one token
-    # Experts of a list have a parameter each, of which a token meets few.
+    # Listed experts have one parameter each, and a token uses only a few.
     shares = [own * one.count / one.experts if one.experts else 1.0 for own, one in zip(used, stored, strict=True)]
     widest = max((own * max(one.outputs, one.inputs) for own, one in zip(used, stored, strict=True)), default=0)
     kept = sum(share * (1.5 * one.outputs + one.inputs) for share, one in zip(shares, stored, strict=True))
-    # The tables of a recurrence (neither weights nor biases) have a value for each token and entry.
+    # A recurrence's tables (neither weights nor biases) give one value per token and entry.
     named = block.module.named_parameters()
     tables = (p.numel() for name, p in named if p.ndim == 2 and not name.endswith(("weight", "bias", "proj")))
     live = 3 * hidden + 4 * widest + 3 * max(tables, default=0)
@@ -191,7 +191,7 @@ def _values_per_token(block: Block, stored: Sequence[_Stored], config: Any, hidd
 
 @dataclass(frozen=True)
 class TextSizes:
-    """Amount of text that a run reads, as this process's share."""
+    """This process's share of the text that a run reads."""
 
     seqlen: int
     samples: int
@@ -200,11 +200,11 @@ class TextSizes:
     """Distinct lengths of the samples."""
     mean: float
     evaluated: tuple[int, ...]
-    """Windows of each text that perplexity is measured on."""
+    """Number of windows of each text for perplexity."""
 
     @classmethod
     def of(cls, seqlen: int, windows: Windows | None, texts: Sequence[EvaluationText], processes: int) -> TextSizes:
-        """Count the text of a run, of which each process has a share. windows: of calibration."""
+        """Count this process's share of a run's text. windows: of the calibration data."""
         lengths = [seqlen] if windows is None else lengths_of(windows.tokens).tolist()
         samples = 0 if windows is None else -(-len(windows.tokens) // processes)
         evaluated = tuple(-(-(len(text.tokens) // seqlen) // processes) for text in texts)
@@ -212,7 +212,7 @@ class TextSizes:
 
 
 class Bound:
-    """The memory of one recipe's run, phase by phase."""
+    """The memory bound of one recipe's run, phase by phase."""
 
     def __init__(self, recipe: Recipe, shapes: Shapes, text: TextSizes, loaded: Loaded, can_stream: bool) -> None:
         self._recipe, self._shapes = recipe, shapes
@@ -233,12 +233,12 @@ class Bound:
         self.weights = shapes.rest_bytes if self.streams else shapes.total_bytes
         self._block, self._written = shapes.block_bytes, 0
         if self.streams and keeps_experts(recipe) and in_host_memory(loaded.device):
-            # One is decoded at a time, to a new tensor while the one before is still there.
+            # Experts are decoded one at a time, while the previous one is still in memory.
             self._block += 2 * shapes.expert - shapes.experts
             self._written = 0 if recipe.output.as_gguf else shapes.written
 
     def tensors(self, on_device: bool) -> Iterator[tuple[str, float]]:
-        """Yield the bytes of each phase at its peak where it computes, beside the permanent weights."""
+        """Yield each phase's peak bytes where it computes, besides the permanent weights."""
         shapes, recipe = self._shapes, self._recipe
         limit = self._room.nbytes if on_device and self._room is not None else self._limit
         block = self._block + self._ahead if self.streams else 0
@@ -246,25 +246,23 @@ class Bound:
         for windows in self._text.evaluated:
             yield "perplexity", self._perplexity(windows, block, limit)
         yield "pruning", block + max(self._pruning(limit), self._written)
-        if (
-            recipe.remove.parts
-        ):  # tried block by block; beside a model in memory it is built, from tensors that were cut
+        if recipe.remove.parts:  # tried block by block if streamed; else built in memory from cut tensors
             yield "smaller model", shapes.rest_bytes + self._block if self.streams else 2 * shapes.total_bytes
         if recipe.output.model is not None:
             compared = 2 * COMPARED_TOKENS * shapes.vocabulary * 4
             yield "verification", shapes.rest_bytes + self._block + compared
-        if self._trains is not None:  # by then the pruned model is loaded anew
+        if self._trains is not None:  # the pruned model is reloaded by then
             yield "training", self._training() - self.weights
 
     def passing(self) -> Iterator[tuple[str, float]]:
-        """Yield the bytes in host memory of weights in transit, and of tensors that the device has no room for."""
+        """Yield the host bytes of weights in transit and of tensors that do not fit on the device."""
         shapes, text = self._shapes, self._text
-        read = shapes.block_bytes + 2 * self._ahead if self.streams else 0  # pinned, as activations are
+        read = shapes.block_bytes + 2 * self._ahead if self.streams else 0  # pinned, like activations
         yield "reading", read
         for windows in text.evaluated if self.streams else ():
             yield "perplexity", read + self._aside(windows * text.seqlen * self._hidden)
         saved = self._recipe.output.model is not None
-        # A finished block is written as tensors, which are pinned, and as the file's bytes, while the next one is read.
+        # A finished block exists as pinned tensors and as the file's bytes while the next one is read.
         written = 3 * shapes.block_bytes if saved or self.streams else 0
         yield "pruning", read + written + self._aside(self._all_hidden)
         if saved:
@@ -278,7 +276,7 @@ class Bound:
 
     @property
     def _all_hidden(self) -> float:
-        """Bytes of all calibration samples' hidden states, and the dense model's if blocks are trained toward it."""
+        """Bytes of all samples' hidden states, and of the dense model's if blocks are trained toward them."""
         return (1 + bool(self._recipe.prune.reconstruct.steps)) * self._text.samples * self._text.mean * self._hidden
 
     def _running(self, length: int) -> int:
@@ -286,19 +284,19 @@ class Bound:
         return (self._shapes.live + 3 * self._shapes.heads * length) * self._shapes.itemsize
 
     def _aside(self, size: float) -> float:
-        """Return the host memory of hidden states that a device cannot hold; pinned memory comes in powers of two."""
+        """Return the host memory of hidden states that do not fit on a device; pinned memory comes in powers of two."""
         over = 0.0 if self._room is None else max(0.0, size - self._room.nbytes)
         return _within(2 * over, self._limit)
 
     def _proof(self, block: int) -> float:
-        """Bound the proof: one sample, every block twice; then all its logits twice, and their difference in float32."""
+        """Bound the proof: one sample through every block twice, then its logits twice and their float32 difference."""
         tokens, shapes = min(PROBED, self._text.seqlen), self._shapes
         hidden = 4 * tokens * self._hidden
         logits = min(tokens, COMPARED_TOKENS) * shapes.vocabulary * (2 * shapes.itemsize + 12)
         return hidden + max(block + tokens * self._running(tokens), logits)
 
     def _perplexity(self, windows: int, block: int, limit: int | None) -> float:
-        """Bound perplexity: hidden states of one batch or all, and the larger of a block's memory and the logits."""
+        """Bound perplexity: hidden states of one batch or all, plus the larger of block memory and logits."""
         shapes, seqlen = self._shapes, self._text.seqlen
         batch = self._recipe.calibrate.batch_size or default_batch_size(seqlen, max(1, shapes.vocabulary))
         tokens = min(batch, windows) * seqlen
@@ -308,7 +306,7 @@ class Bound:
         return hidden + max(block + tokens * self._running(seqlen), logits)
 
     def _pruning(self, limit: int | None) -> float:
-        """Bound pruning: activations, statistics and one solve; or a training of the block; or an allocation's gradients."""
+        """Bound pruning: activations, statistics and one solve; or block training; or an allocation's gradients."""
         recipe, shapes, tokens = self._recipe, self._shapes, self._text.samples * self._text.mean
         hidden, statistics = _within(self._all_hidden, limit), shapes.statistics
         batch = self._batch * (self._running(self._longest) + self._hidden)
@@ -336,11 +334,11 @@ class Bound:
     def _training(self) -> float:
         """Bound training: weights, gradients, moments, the dense model, and one window's activations and logits."""
         asked, shapes, length = self._recipe.train, self._shapes, self._text.seqlen
-        # Adapters are small beside the weights, which are held as they are.
+        # Adapters are small compared with the weights, which are not copied.
         numbers = sum(size for _, size in self._sizes)
         own = 4 * numbers if has_adapters(asked.mode) else training_bytes(self._sizes, asked.scope)
         halves = asked.dtype == "bfloat16"
-        own += 2 * numbers if halves else 0  # the copies that are multiplied
+        own += 2 * numbers if halves else 0  # half-precision copies for the products
         beside = shapes.total_bytes if has_teacher(asked.mode) else 0
         activations = shapes.blocks * (self._trained(length) - shapes.live) + shapes.live + 4 * shapes.vocabulary
         return own + beside + (2 if halves else 4) * length * activations
@@ -353,24 +351,24 @@ def _within(size: float, limit: int | None) -> float:
 def bound_run(
     recipe: Recipe, solver: Solver, text: TextSizes, loaded: Loaded, found: FoundModel, processes: int
 ) -> Estimate:
-    """Bound the memory of a run that has read its data but no blocks; if it does not fit, propose settings that do."""
+    """Bound the memory of a run that has read its data but no blocks; if it does not fit, propose settings that fit."""
     shapes = Shapes.of(loaded, found, solver, bool(recipe.remove.parts))
     resident, available, device = resident_memory() or 0, available_bytes(), device_memory(loaded.device)
     unread, steady = unread_weights(), STEADY if shapes.itemsize == 4 else STEADY_IN_HALF
-    # Other file formats are in memory even if the recipe would stream.
+    # Other file formats cannot be streamed, whatever the recipe says.
     can_stream = loaded.weights.streams or not (streams(recipe) or loaded.quantised_source)
     held = sum(parameter.nbytes for parameter in loaded.model.parameters() if not parameter.is_meta)
 
     def bound(asked: Recipe) -> Estimate:
         one = Bound(asked, shapes, text, loaded, can_stream)
-        more = one.weights - held  # to come into memory, or to leave it
+        more = one.weights - held  # still to be loaded, or to be freed
         base = max(0, resident + unread + steady + (more if device is None else 0))
         phases = _largest((one.tensors(False) if device is None else one.passing()), base)
         there = None
         if device is not None:
             on_it = _largest(one.tensors(True), max(0, device.allocated + more))
             there = DevicePeak(device.name, max(on_it.values()), device.available, device.allocated, on_it)
-        # Memory that was freed earlier does not count.
+        # Peaks of finished phases do not count.
         return Estimate(max(phases.values()), available, resident, phases, processes, device=there)
 
     asked = bound(recipe)
@@ -380,32 +378,32 @@ def bound_run(
     less, halves = _less(recipe, device is not None, can_stream), shapes.itemsize == 4
     together = [dict(less[:count]) for count in range(2, len(less) + 1)]
     for settings in (*({name: value} for name, value in less), *together):
-        with suppress(BadInput):  # two that do not go together
+        with suppress(BadInput):  # settings that exclude each other
             if bound(recipe.replaced(**settings)).fits:
                 return replace(asked, proposal=Proposal(settings, True, halves))
     return replace(asked, proposal=Proposal(dict(less), False, halves))
 
 
 def _less(recipe: Recipe, has_device: bool, can_stream: bool) -> list[tuple[str, bool | int | str]]:
-    """Return settings with which a run takes less memory, those first that change no result."""
+    """Return settings that save memory, those that change no result first."""
     calibrate = recipe.calibrate
     less: list[tuple[str, bool | int | str]] = [("batch_size", 1), ("activation_memory", 0)]
     if has_device:
         less.insert(1, ("device_activation_memory", 0))
     if can_stream and not streams(recipe):
         less.insert(0, ("stream", True))
-    if calibrate.propagation == "sequential":  # `dense` holds as much at once as `block`
+    if calibrate.propagation == "sequential":  # `dense` needs as much memory as `block`
         less.append(("propagation", "block"))
     less.append(("nsamples", max(1, calibrate.samples // 4)))
     found = []
     for name, value in less:
-        with suppress(BadInput):  # what does not go with the rest of the recipe
+        with suppress(BadInput):  # conflicts with the rest of the recipe
             found += [(name, value)] if recipe.replaced(**{name: value}) != recipe else []
     return found
 
 
 def _largest(phases: Iterator[tuple[str, float]], base: int) -> dict[str, int]:
-    """Return the peak of every phase. base: bytes that all of them hold."""
+    """Return the peak of each phase. base: bytes that all of them hold."""
     found: dict[str, int] = {}
     for name, size in phases:
         found[name] = max(int(base + SLACK * size), found.get(name, 0))

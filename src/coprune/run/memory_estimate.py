@@ -1,4 +1,4 @@
-"""The estimate of a run's memory, as a record: what people read of it, and what would make the run fit."""
+"""The estimate of a run's memory: its summary, and settings that would make the run fit."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from coprune.base.words import Set, Sheet, Shown, Together, Words, parts_of, say
 from coprune.model.walk.activations import GIB
 
 ERROR = 0.15
-"""The bound may be too high by so much, so only a run that exceeds the free memory by more is refused."""
+"""Possible overestimate of the bound; a run is refused only if it exceeds the free memory by more."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings that make a run fit that does not."""
+    """Settings that reduce the memory of a run that does not fit."""
 
     settings: dict[str, bool | int | str]
     enough: bool
     """Whether the run would then fit."""
     halves: bool
-    """Whether a dtype of half the size is another way."""
+    """Whether a dtype of half the size would also help."""
 
     def words(self) -> Words:
-        """Return one sentence for people."""
+        """Return the proposal as a sentence."""
         together = Together(tuple(Set(name, value) for name, value in self.settings.items()))
         if self.enough:
             return ("It would with ", together)
@@ -34,7 +34,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """The most that a run's tensors take on its device."""
+    """The peak memory of a run's tensors on its device."""
 
     name: str
     peak_bytes: int
@@ -43,19 +43,19 @@ class DevicePeak:
     phases: dict[str, int] = field(default_factory=dict)
 
     def fits(self) -> bool:
-        """Return whether the run fits, as `Estimate.fits`; processes on one machine have a device each."""
+        """Return whether the run fits, as in `Estimate.fits`; each process on a machine has its own device."""
         more = self.peak_bytes - self.allocated_bytes
         return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
 
 
 @dataclass(frozen=True, repr=False)
 class Estimate(Shown):
-    """The most memory that a run takes: as a whole process, Python and its libraries included, and on its device."""
+    """The peak memory of a run: of the whole process, with Python and its libraries, and on the device."""
 
     peak_bytes: int
-    """Largest resident set of one process."""
+    """Peak resident set size of one process."""
     available_bytes: int | None
-    """Bytes that the process may still take; None if the system does not tell."""
+    """Bytes that the process may still take; None if unknown."""
     resident_bytes: int
     phases: dict[str, int] = field(default_factory=dict)
     processes: int = 1
@@ -63,7 +63,7 @@ class Estimate(Shown):
     """Settings with which the run would fit, if it would not."""
     device: DevicePeak | None = None
     presets: dict[str, Estimate] = field(default_factory=dict)
-    """The memory of the same run with each preset, if that was asked for."""
+    """The memory of the same run with each preset, if requested."""
 
     @property
     def fits(self) -> bool:
@@ -74,7 +74,7 @@ class Estimate(Shown):
         return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
 
     def line(self) -> str:
-        """Return one line for people."""
+        """Return the estimate as one line."""
         several = f" in each of {self.processes} processes" if self.processes > 1 else ""
         memory = f"{_of(self.peak_bytes, self.available_bytes, self.resident_bytes)} of memory"
         if (one := self.device) is not None:
@@ -82,12 +82,12 @@ class Estimate(Shown):
         return f"Estimate: at most {memory}{several}."
 
     def headline(self) -> str:
-        """Return the memory, and whether that fits."""
+        """Return the peak memory and whether it fits."""
         peak = None if self.device is None else self.device.peak_bytes
         return f"at most {self._both(self.peak_bytes, peak)}{'' if self.fits else ', which would not fit'}"
 
     def sheet(self) -> Sheet:
-        """Return the memory at most and in every phase, the host's beside the device's."""
+        """Return the peak memory, overall and by phase, on the host and on the device."""
         one = self.device
         free = None if self.available_bytes is None else self.available_bytes + self.resident_bytes
         there = None if one is None or one.available_bytes is None else one.available_bytes + one.allocated_bytes
@@ -100,7 +100,7 @@ class Estimate(Shown):
         return Sheet(f"a run: {self.headline()}", rows)
 
     def _both(self, host: int | None, there: int | None) -> str:
-        """Return a size in the host's memory, and beside it one on the device."""
+        """Return a size on the host, followed by one on the device."""
         columns = ((host, ""), (there, "" if self.device is None else f" on {self.device.name}"))
         return ", ".join(f"{size / GIB:.2f} GiB{where}" for size, where in columns if size is not None)
 
@@ -117,6 +117,6 @@ class Estimate(Shown):
 
 
 def _of(peak: int, available: int | None, held: int) -> str:
-    """Return a peak, and all the memory that there is for it."""
+    """Return a peak and the total memory available for it."""
     there = "" if available is None else f" of {(available + held) / GIB:.1f}"
     return f"{peak / GIB:.2f}{there} GiB"

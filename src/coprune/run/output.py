@@ -1,7 +1,7 @@
-"""The blocks that a run finishes: written by the first process, read by all, and taken over by a run that goes on.
+"""The finished blocks of a run: written by the first process, read by all, and reused by a resumed run.
 
-Every finished block is one file of the future checkpoint, with what was measured in it noted beside. A later run with
-the same recipe, model and data takes the good ones over and does the rest. Nothing has its final name before the end.
+Each finished block is one file of the future checkpoint, with a note of its figures. A later run with the same recipe,
+model and data reuses the intact ones and does the rest. Nothing gets its final name before the end.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _SETTLED = "settled.json"
 
 
 class _Settled(RootModel[dict[str, Any]]):
-    """What was settled before the first block."""
+    """Choices made before the first block."""
 
 
 @dataclass(frozen=True)
 class BlockOutcome:
-    """Result of one block: figures of its matrices, and the edits of the saved model."""
+    """Result of one block: figures of its matrices, and its edits."""
 
     results: list[MatrixResult]
     edits: list[Edit]
     training: BlockTraining | None = None
     """Training of the block, if it was trained."""
     rounded: Rounding = field(default_factory=Rounding)
-    """Rounding to the source's own grid while pruning; of an earlier run's, also for storage."""
+    """Rounding to the source's grid while pruning; for a block of an earlier run, also for storage."""
 
 
 _RESULTS = TypeAdapter(list[MatrixResult])
@@ -60,7 +60,7 @@ _TRAINING = TypeAdapter(BlockTraining | None)
 
 
 def _remembered(outcome: BlockOutcome, rounding: Rounding) -> dict[str, Any]:
-    """Return what a later run is to know of a block, as JSON. rounding: while pruning and for storage."""
+    """Return a block's note for a later run, as JSON. rounding: while pruning and for storage."""
     return {
         "results": _RESULTS.dump_python(outcome.results, mode="json"),
         "edits": dump_edits(outcome.edits),
@@ -71,35 +71,35 @@ def _remembered(outcome: BlockOutcome, rounding: Rounding) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Destination:
-    """Folder of the blocks, and the identity of their run."""
+    """Folder of the blocks, with the identity of their run."""
 
     folder: Path
     """Final folder of the checkpoint."""
     keep: bool
-    """Whether the checkpoint is kept, or only holds the blocks that a streamed run cannot hold in memory."""
+    """Whether the checkpoint is kept, or only holds blocks that a streamed run cannot keep in memory."""
     identity: Identity
     encoding: Encoding = DENSE
 
 
 class Output:
-    """Finished blocks of a run, and the checkpoint that they become.
+    """Finished blocks of a run and the checkpoint made of them.
 
     Args:
-        processes: of the run; all of them have an Output.
-        model: whose blocks are finished in order; first those that a forward passes by, as they are.
-        to: where they are written; None if nothing is written, and in every process but the first.
+        processes: of the run; each has an Output.
+        model: whose blocks are finished in order; blocks that a forward skips come first, unchanged.
+        to: where the blocks are written; None if nothing is written, and in every process but the first.
 
     Raises:
-        BadInput: the folder is in use, or has another run's journal.
+        BadInput: the folder is in use, or holds another run's blocks.
     """
 
     def __init__(self, processes: Processes, model: FoundModel, to: Destination | None) -> None:
         self.outcomes: dict[str, BlockOutcome] = {}
-        """Outcome of every finished block, of this run or an earlier one."""
+        """Outcome of every finished block, by this run or an earlier one."""
         self.rounding = Rounding()
         """Rounding for storage so far."""
         self.changes: list[AnyEvent] = []
-        """Differences of earlier runs whose blocks this one takes over."""
+        """Differences to the earlier runs whose blocks are reused."""
         self.keep = to is not None and to.keep
         self.encoding = DENSE if to is None else to.encoding
         self._processes, self._weights, self._passed = processes, model.weights, model.passed
@@ -115,7 +115,7 @@ class Output:
         found = writer()
         place = Place(found.partial, to.identity)
         if not place.takes_up(found.holds_work, "save_model", to.folder):
-            found.discard()  # without a readable note of whose they are, finished blocks cannot be trusted
+            found.discard()  # blocks without a readable note of their run cannot be trusted
             found = writer()
             place.begin()
         changes = place.identity.changes()
@@ -123,10 +123,10 @@ class Output:
         return found
 
     def finished(self) -> dict[str, BlockOutcome]:
-        """Return the blocks that an earlier run finished, with what was done in them; the first process's answer for all.
+        """Return the outcomes of blocks finished by an earlier run, as found by the first process.
 
-        Only the blocks before the first that is missing or damaged count, since later ones are done again anyway; and none
-        without what several of them share, which is pruned before them.
+        Only blocks before the first missing or damaged one count, since later ones are redone anyway; and none count without
+        the shared weights, which are pruned before them.
         """
         found = self._processes.from_first(lambda: dict(self._recalled()))
         self.outcomes |= found
@@ -152,7 +152,7 @@ class Output:
         return BlockOutcome(results, load_edits(remembered["edits"]), training, rounded)
 
     def shared_before(self) -> BlockOutcome | None:
-        """Restore what several blocks share as an earlier run pruned it; None if it did not come so far."""
+        """Restore shared weights pruned by an earlier run; None if it did not get that far."""
         outcome = self._processes.from_first(lambda: self._recall(SHARED))
         if outcome is not None:
             self.rounding += outcome.rounded
@@ -161,7 +161,7 @@ class Output:
         return outcome
 
     def write_shared(self, outcome: BlockOutcome) -> None:
-        """Keep what several blocks share, which is pruned, for a later run that goes on."""
+        """Save the pruned shared weights for a resumed run."""
         self.rounding += outcome.rounded
         if self._writer is not None:
             tensors = {name: self._weights.model.get_parameter(name) for name in self._shared}
@@ -173,11 +173,11 @@ class Output:
         return [outcome.training for outcome in self.outcomes.values() if outcome.training is not None]
 
     def edits(self, *rest: Edit) -> Edits:
-        """Return what was done to the whole model, when all its blocks are finished. rest: to what lies outside them."""
+        """Return the edits of the whole model once all blocks are finished. rest: edits outside the blocks."""
         return Edits({name: self.outcomes[name].edits for name in self._names} | {REST: [*rest]})
 
     def settled_before(self) -> dict[str, Any] | None:
-        """Return what an earlier run settled before its first block; None if it did not come so far."""
+        """Return the choices of an earlier run before its first block; None if it did not get that far."""
 
         def read() -> dict[str, Any] | None:
             note = None if self._writer is None else read_note(self._writer.partial / _SETTLED, _Settled)
@@ -186,7 +186,7 @@ class Output:
         return self._processes.from_first(read)
 
     def keep_settled(self, settled: Mapping[str, Any]) -> None:
-        """Keep what was settled, as JSON, for a later run that goes on."""
+        """Save choices, as JSON, for a resumed run."""
         if self._writer is not None:
             write_note(self._writer.partial / _SETTLED, _Settled(dict(settled)))
 
@@ -199,7 +199,7 @@ class Output:
             edit.apply(block.module)
 
     def write_block(self, block: Block, outcome: BlockOutcome) -> None:
-        """Write a finished block, which is read from its file from now on where blocks are not held."""
+        """Write a finished block; a streamed model reads it from its file from now on."""
         self.outcomes[block.name] = outcome
         if self._writer is not None:
             self._write(self._writer, block, outcome)
@@ -207,7 +207,7 @@ class Output:
         if self._processes.size > 1 and (self._weights.streams or coded):
             self._weights.read_from(self._file_of(block.name), uncut_by(outcome.edits))
             if coded:
-                self._weights.acquire(block.name)  # with what was rounded
+                self._weights.acquire(block.name)  # with the rounded values
 
     def _write(self, writer: CheckpointWriter, block: Block, outcome: BlockOutcome) -> None:
         writer.settle()
@@ -218,9 +218,9 @@ class Output:
             if self._weights.streams or rounding.values:
                 self._weights.read_from(writer.file(block.name), uncut_by(outcome.edits))
             if rounding.values:
-                self._weights.acquire(block.name)  # what follows computes with what was rounded
+                self._weights.acquire(block.name)  # later blocks need the rounded values
 
-        # Tensors on a device are copied anyway; in host memory this would hold one more block.
+        # Tensors on a device are copied anyway; in host memory this would keep one more block.
         there = all(not in_host_memory(tensor.device) for tensor in block.module.parameters())
         writer.write(
             block.name,
@@ -231,7 +231,7 @@ class Output:
         )
 
     def _stored(self, tensors: Mapping[str, Tensor], edits: Sequence[Edit]) -> tuple[dict[str, Tensor], Rounding]:
-        """Encode dense tensors of the source as they are written; return them with what was rounded for that."""
+        """Encode dense tensors for writing; return them with the rounding that took."""
         found, rounding = dict[str, Tensor](), Rounding()
         for name, tensor in tensors.items():
             if not any(edit.leaves_out(name) for edit in edits):
@@ -241,7 +241,7 @@ class Output:
         return found, rounding
 
     def write_passed(self) -> None:
-        """Write the blocks that a forward passes by, unless an earlier run did."""
+        """Write the blocks that a forward skips, unless an earlier run did."""
         for block in self._passed:
             if block.name not in self.outcomes:
                 self._weights.acquire(block.name)
@@ -258,24 +258,24 @@ class Output:
                 self._writer.settle()
 
     def _file_of(self, part: str) -> Path:
-        """Return where the first process wrote a block, which this one can see. part: its name, or `SHARED`."""
+        """Return the path of a block that the first process wrote. part: the block's name, or `SHARED`."""
         writer = self._writer
         file = self._processes.from_first(lambda: None if writer is None else writer.file(part).resolve())
         assert file is not None
         if not file.is_file():
             raise LostProcess(
-                f"process {self._processes.rank} cannot see {file}, which process 0 wrote: all processes need one file "
-                "system in common",
-                fix=("name folders there with ", Setting("save"), " and ", Setting("save_model")),
+                f"process {self._processes.rank} cannot see {file}, which process 0 wrote: all processes need a "
+                "shared file system",
+                fix=("name folders on one with ", Setting("save"), " and ", Setting("save_model")),
             )
         return file
 
     def finish(self, beside: Companions, edits: Edits, check: Callable[[Path], object]) -> None:
-        """Write what lies outside the blocks and beside the weights, and give the folder its final name.
+        """Write everything outside the blocks and beside the weights, and give the folder its final name.
 
         Args:
-            beside: what makes a folder of weights a model.
-            edits: what was done to the model.
+            beside: the files that make a folder of weights a model.
+            edits: the edits of the model.
             check: called with the whole checkpoint before it gets its name.
         """
         writer = self._writer
@@ -290,6 +290,6 @@ class Output:
         writer.finish([PLACE_FILE, _SETTLED], check, edits.place)
 
     def discard(self) -> None:
-        """Remove what was written, if anything was; the run is over and nobody asked for the model."""
+        """Delete what was written after a run whose model is not kept."""
         if self._writer is not None:
             self._writer.discard()

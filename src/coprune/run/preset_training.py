@@ -1,4 +1,4 @@
-"""The training of a preset: of the whole model if it fits the memory, else block by block."""
+"""The training of a preset: of the whole model if it fits in memory, else block by block."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from coprune.training.footprint import require_room_to_train
 
 
 def recipe_that_fits(settings: Mapping[str, Any], in_memory: bool = False) -> Recipe:
-    """Make a recipe whose preset, if it names one that trains and does not say where, trains where that fits.
+    """Make a recipe; a preset that trains trains the whole model if that fits, else block by block.
 
     Args:
-        settings: as `make_recipe` takes them.
-        in_memory: whether no files hold the dense model to train toward, or nothing is to be written.
+        settings: as in `make_recipe`.
+        in_memory: whether there are no files of the dense model to train toward, or nothing may be written.
 
     Returns:
-        The recipe. Raises BadInput as `make_recipe` does, and for a model that is not there.
+        The recipe. Raises BadInput as `make_recipe` does, and for a missing model.
     """
-    recipe = make_recipe(settings)  # what is wrong is told before a model is looked for
+    recipe = make_recipe(settings)  # bad settings are reported before the model is looked up
     said = flatten(settings)
     rules_out = said.get("stream") or said.get("encoding") not in (None, "dense") or TRAIN in said
     mended = any(word.startswith(MENDS) for word in said)
@@ -37,14 +37,14 @@ def recipe_that_fits(settings: Mapping[str, Any], in_memory: bool = False) -> Re
 
 
 def _fits(recipe: Recipe) -> bool:
-    """Return whether the whole model can be trained here beside the dense one, and be saved as the source is."""
+    """Return whether the whole model can be trained here beside the dense one and saved in the source's encoding."""
     if find_spec("peft") is None:
         return False
     location = locate(recipe.model.name, recipe.model.cache_dir, weights=False)
     if task_at(location) != "text":
-        return False  # how long a preset trains is said in tokens
+        return False  # a preset's training length is given in tokens
     if recipe.output.encoding != "dense" and location.path.is_dir() and is_quantised(location.path):
-        return False  # what is trained as a whole is saved dense
+        return False  # a model trained as a whole is saved dense
     try:
         require_room_to_train(location, "blocks", True, choose_device(recipe.model.device))
     except BadInput:

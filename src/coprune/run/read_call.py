@@ -1,4 +1,4 @@
-"""A call from Python as a recipe: a model by name or in memory, a method by name or as an object, settings by name."""
+"""A recipe from a Python call: the model by name or in memory, the method by name or as an object, settings by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_call(
 ) -> tuple[Recipe, Given]:
     """Turn a call's arguments into a recipe; explicit settings win over the preset.
 
-    prunes: whether a call without settings of pruning takes the default preset.
+    prunes: whether a call without pruning settings takes the default preset.
 
     Raises:
         BadInput: an argument is unknown, given twice, or of the wrong type.
@@ -60,7 +60,7 @@ def read_call(
     line = None
     if preset is None:
         asked, line = usual_preset({name: value for name, value in asked.items() if name != PRESET})
-    # Training the whole model writes folders, which a call without one does not want.
+    # Training the whole model writes folders, so it needs a call that names one.
     keeps = loaded is None and said.get("save") is not None
     return recipe_that_fits(asked, in_memory=not keeps), Given(loaded, given, None if line is None else say(line))
 
@@ -78,7 +78,7 @@ def sort_options(settings: Mapping[str, Any], own: set[str] | None) -> dict[str,
         own: the names of the method's options; None for a method passed as an object.
 
     Raises:
-        BadInput: a name is neither a setting's nor an option's; with the nearest match.
+        BadInput: a name is neither a setting nor an option; the message suggests the nearest.
     """
     for name in settings:
         if not is_setting(name) and (own is None or (name not in own and not is_option(name))):
@@ -106,7 +106,7 @@ def _in_memory(model: Any, processor: Any, settings: Mapping[str, Any]) -> Loade
 
 
 def _refuse_adapters(model: Any) -> None:
-    """Raise BadInput if there are adapters of PEFT on a model: their matrices would be pruned as if they were its own."""
+    """Raise BadInput if a model has PEFT adapters, whose matrices would be pruned as if they were its own."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     # PEFT's wrappers keep the original layer under this name.
     adapted = [name for name, module in modules if hasattr(module, "base_layer") and hasattr(module, "active_adapters")]
@@ -119,14 +119,14 @@ def _refuse_adapters(model: Any) -> None:
 
 
 def choice_of(method: Method | type[Method]) -> tuple[Choice, Method]:
-    """Return the choice that stands for a method object: its name where that is known, else its class.
+    """Return the choice that stands for a method object, and the object: a registered name if there is one, else the class.
 
     Args:
-        method: an instance, or its class, which is then created with its defaults.
+        method: an instance, or its class, which is instantiated with its defaults.
 
     Returns:
-        A registered name with the options that differ from its defaults, by which a run can be repeated; or the qualified name
-        of the class with its fields, marked as given. And the instance.
+        A registered name with the options that differ from its defaults, by which a run can be repeated; or the qualified
+        class name with its fields, marked as given. And the instance.
 
     Raises:
         BadInput: the object is not a method.
@@ -139,7 +139,7 @@ def choice_of(method: Method | type[Method]) -> tuple[Choice, Method]:
 
 
 def _as_named(method: Any, name: str, known: Any) -> Choice | None:
-    """Return the named choice that stands for a method, or None."""
+    """Return the choice by name for a method object, or None."""
     if type(method) is not type(known):
         return None
     differing = {field: value for field, value in _fields(method).items() if value != getattr(known, field)}

@@ -16,22 +16,22 @@ from coprune.report.schema import Report
 
 @dataclass(frozen=True, repr=False)
 class Result(Shown):
-    """A run's report, its model if that is in memory, and what the model reads with."""
+    """A run's report, its model if in memory, and the model's processor."""
 
     report: Report
     processor: Processor | None = None
-    """Tokenizer, image processor or both in one; None where no model was opened, or it has none."""
+    """Tokenizer, image processor or both in one; None if no model was opened or it has none."""
     made: Callable[[], PreTrainedModel | None] = lambda: None
-    """Gives the model; one that lost parts, was trained or streamed, is built or loaded when it is first asked for."""
+    """Returns the model; one that lost parts, was trained or streamed is built or loaded on first use."""
 
     @cached_property
     def held(self) -> PreTrainedModel | None:
-        """The model; None where it was streamed and not saved, or pruned by an earlier run."""
+        """The model; None if it was streamed and not saved, or pruned by an earlier run."""
         return self.made()
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model in memory. Raises BadInput where there is none."""
+        """The model in memory. Raises BadInput if there is none."""
         if self.held is None:
             saved = self.report.saved_model
             fix: Words = (
@@ -44,7 +44,7 @@ class Result(Shown):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The processor of a model of text. Raises BadInput where there is none."""
+        """The processor of a text model. Raises BadInput if there is none."""
         if not isinstance(self.processor, PreTrainedTokenizerBase):
             raise BadInput("the run left no tokenizer in memory", field="tokenizer")
         return self.processor

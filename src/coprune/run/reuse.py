@@ -1,6 +1,6 @@
-"""What a run takes over from others: only what is equal to the last bit, found in a store under keys of contents.
+"""Results that a run reuses from others: bit-identical ones only, stored under keys of their contents.
 
-Nothing that depends on how a model is pruned is taken over.
+Nothing that depends on how a model is pruned is reused.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from coprune.store.store import Key, Store, key_of
 
 Tokens = TypeVar("Tokens")
 Texts = dict[tuple[Hashable, ...], tuple[Any, float]]
-"""Texts that a process has tokenised, with the seconds that it took."""
+"""Texts that a process has tokenised, with the time taken in seconds."""
 _TEXTS_KEPT = 16
 
 
 @dataclass
 class Saved:
-    """Seconds of work that a run did not do again, by kind."""
+    """Seconds that a run saved by reuse, by kind of work."""
 
     dense: float = 0.0
     tokens: float = 0.0
@@ -34,27 +34,27 @@ class Saved:
 
 
 class KeptEstimate(BaseModel):
-    """A bound of the memory of runs that take as much as each other."""
+    """A memory bound shared by runs with the same needs."""
 
     model_config = ConfigDict(frozen=True)
 
     estimate: Estimate | None
-    """None for models of images."""
+    """None for image models."""
 
 
 @dataclass
 class Reuse:
-    """Where a run finds and leaves what others can use; by default everything is done anew."""
+    """Where a run finds and stores reusable results; by default nowhere."""
 
     store: Store = field(default_factory=lambda: Store(None))
     among_others: bool = False
-    """Whether runs on the same model follow, for which statistics and estimates are kept as well."""
+    """Whether more runs on the same model follow, so that statistics and estimates are stored as well."""
     texts: Texts | None = None
     """None to tokenise every text anew."""
     saved: Saved = field(default_factory=Saved)
 
     def tokens(self, model: str, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
-        """Return text as token ids. model: its name; key: what decides them besides; read: tokenises the text."""
+        """Return text as token ids. model: its name; key: what else decides them; read: tokenises the text."""
         if self.texts is None:
             return read()
         key = (model, *key)
@@ -71,7 +71,7 @@ class Reuse:
         return tokens
 
     def estimate(self, recipe: Recipe, estimate: Callable[[], Estimate | None]) -> Estimate | None:
-        """Return the memory that a run will take."""
+        """Return the memory estimate of a run."""
         if not self.among_others:
             return estimate()
         key = estimate_key(recipe)
@@ -90,5 +90,5 @@ def kept_estimate(recipe: Recipe, store: Store) -> KeptEstimate | None:
 
 
 def estimate_key(recipe: Recipe) -> Key:
-    """Return the key of runs that take as much memory as this one."""
+    """Return the key shared by runs with the same memory needs."""
     return key_of("estimate", 3, **recipe.deciding(Decides.COST))

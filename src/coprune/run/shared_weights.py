@@ -1,7 +1,7 @@
-"""The weights that several blocks share: pruned once, before the walk that prunes the blocks.
+"""Weights shared by several blocks, which are pruned once before the walk over the blocks.
 
-Their statistics are sums over all blocks that use them, of the dense model whatever the propagation is: a weight that an early
-block shares with a late one is pruned before anything that the late one will be given is known.
+Their statistics are sums over all blocks that use them, always of the dense model: a weight shared by an early and a
+late block is pruned before the late block's inputs in the pruned model are known.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from coprune.run.context import Run
 from coprune.run.output import BlockOutcome
 
 Together = tuple[str, ...]
-"""What matrices have in common that are fed by the same tensors in all blocks: the first matrix of each of those."""
+"""Key of matrices fed by the same tensors in all blocks: the first matrix fed by each of these tensors."""
 
 
 class DenseCopies:
-    """The dense values of what blocks share, made before that is pruned; all of them are held."""
+    """Copies of shared weights from before they are pruned; all of them are held."""
 
     def __init__(self, model: ProvenModel) -> None:
         self._blocks = model.structure.shared
@@ -45,7 +45,7 @@ class DenseCopies:
 
     @contextmanager
     def within(self, block: Block) -> Iterator[None]:
-        """Give a block its dense values while this is open."""
+        """Give a block its dense values within the body."""
         own = [
             (getattr(m.owner, m.attribute), self._dense[m.name]) for group in self._blocks[block.index] for m in group
         ]
@@ -60,9 +60,9 @@ class DenseCopies:
 
 
 def prune_shared(run: Run, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> list[MatrixResult]:
-    """Prune what several blocks share, or take it over from an earlier run.
+    """Prune the weights shared by several blocks, or restore them from an earlier run.
 
-    rounded: gets what is rounded meanwhile, and is emptied.
+    rounded: receives the rounding done meanwhile, and is emptied.
     """
     before = run.output.shared_before()
     if before is not None:
@@ -74,7 +74,7 @@ def prune_shared(run: Run, target_of: Callable[[Matrix], Target], rounded: list[
             shown = (MatricesReady([matrix], None) for matrices in groups.values() for matrix in matrices)
         else:
             blocks = len(run.model.shared_alone().blocks)
-            with run.reporter.bar("Looking at what blocks share", blocks) as advance:
+            with run.reporter.bar("Looking at weights that blocks share", blocks) as advance:
                 inputs = inputs_of_shared(run.model, recording, run.solver.statistic, run.processes, advance)
             shown = (MatricesReady(groups[key], inputs.pop(key)) for key in groups)
         solving = Solving(run.processes, [list(groups.values())], gram=run.solver.statistic is Gram)
@@ -92,7 +92,7 @@ def inputs_of_shared(
     processes: Processes,
     advance: Callable[[float], None] = lambda blocks: None,
 ) -> dict[Together, Inputs]:
-    """Walk over the dense model, and add up what it feeds to the weights that several blocks share.
+    """Walk over the dense model and sum the inputs of the weights that several blocks share.
 
     Args:
         model: the dense model.
@@ -117,14 +117,14 @@ def inputs_of_shared(
 
 
 def _keys(model: ProvenModel) -> dict[str, Together]:
-    """Return what a shared matrix has in common with others, by each of its names."""
+    """Return each shared matrix's key, by all of its names."""
     leaders = {m.name: group[0].name for groups in model.structure.shared for group in groups for m in group}
     several = model.chosen.several
     return {matrix.name: tuple(leaders[one.name] for one in uses) for uses in several for matrix in uses}
 
 
 def _groups(model: ProvenModel) -> dict[Together, list[Matrix]]:
-    """Return the shared matrices under their first names, grouped by what feeds them."""
+    """Return the shared matrices under their first names, grouped by key."""
     keys, groups = _keys(model), defaultdict[Together, list[Matrix]](list)
     for uses in model.chosen.several:
         groups[keys[uses[0].name]].append(uses[0])

@@ -1,4 +1,4 @@
-"""Others that hear what a run does: a file of JSON lines, and experiment trackers. All are off unless asked for."""
+"""Logs of a run's events: a file of JSON lines, and experiment trackers. All are off unless requested."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from coprune.run.events import BlockPruned, Failed, Finished, Started
 
 
 class Tracker:
-    """A run in an experiment tracker of accelerate, which begins with the first figures, so that a refused run leaves nothing."""
+    """A run in one of accelerate's experiment trackers; it starts with the first figures, so a refused run leaves nothing."""
 
     def __init__(self, name: str, recipe: Recipe) -> None:
-        """Take the tracker's name; where it writes is said by its own environment, or is the run folder."""
+        """Take the tracker's name; it writes where its own environment says, or to the run folder."""
         self._name, self._recipe = name, recipe
         self._begun: Any = None
 
@@ -42,7 +42,7 @@ class Tracker:
             self._begun.finish()
 
     def _begin(self) -> Any:
-        PartialState()  # which accelerate's own lines ask for
+        PartialState()  # required by accelerate's logging
         if self._name == "tensorboard":
             begun = TensorBoardTracker("tensorboard", self._recipe.run_folder)
             begun.start()
@@ -50,7 +50,7 @@ class Tracker:
             return begun
         begun = LOGGER_TYPE_TO_CLASS[self._name](wandb_project() if self._name == "wandb" else "coprune")
         begun.start()
-        # Plain values, which trackers can filter by.
+        # Trackers can only filter by plain values.
         begun.store_init_configuration(json.loads(json.dumps(self._recipe.flat(), default=str)))
         return begun
 
@@ -60,9 +60,9 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 @contextmanager
 def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
-    """Send the reporter's events to the recipe's log file and trackers in the body.
+    """Send the reporter's events to the recipe's log file and trackers within the body.
 
-    Raises BadInput for a tracker that is unknown or not installed, or a file that cannot be written.
+    Raises BadInput if a tracker is unknown or not installed, or the file cannot be written.
     """
     names = [name.strip() for name in (recipe.output.report_to or "").split(",") if name.strip()]
     for name in names:

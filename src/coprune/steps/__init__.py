@@ -1,1 +1,1 @@
-"""What coprune can do, a file for each step; a step goes from a model to a model or a record."""
+"""coprune's steps, one file each; a step turns a model into a model or a record."""

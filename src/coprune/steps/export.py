@@ -1,4 +1,4 @@
-"""Export a model as a GGUF file, after the example of another one that was made from the same source model."""
+"""Export of a model as a GGUF file, modelled on another GGUF file made from the same source."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ from coprune.steps.round_file import round_file
 
 @dataclass(frozen=True, repr=False)
 class Gguf(Shown):
-    """A GGUF file that was written."""
+    """A written GGUF file."""
 
     path: Path
     type: str
     bytes: int
     like: Path
-    """The file whose metadata and order it has, or the folder that llama.cpp's converter made one of."""
+    """The file that gave metadata and tensor order, or the folder from which llama.cpp's converter made one."""
     tensors: int
     removed: Sequence[Removal] = ()
     """Parts removed relative to the other file."""
     architecture: str = ""
-    """Name in llama.cpp: that file's, or `deci` where blocks differ in width."""
+    """Architecture name in llama.cpp: that of the other file, or `deci` if blocks differ in width."""
 
     modelfile: Written | None = None
-    """Ollama's Modelfile beside it, where one was asked for."""
+    """Ollama's Modelfile beside it, if requested."""
 
     def headline(self) -> str:
         """Return the path, type and size of the file."""
@@ -86,21 +86,21 @@ def export(
     quiet: bool = False,
     **how: Unpack[ExportArguments],
 ) -> Gguf:
-    """Write a model as a GGUF file, which llama.cpp and all that builds on it can run.
+    """Write a model as a GGUF file, for llama.cpp and everything built on it.
 
     Args:
-        model: a folder of a model (or of the run that saved it), or a GGUF file to be stored in another type.
+        model: a folder of a model (or of the run that saved it), or a GGUF file to convert to another type.
         output: the file to write.
         type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, iq3_xxs …
         quiet: no progress bars and lines.
-        how: how it is made; `coprune export --help` says what each setting does.
+        how: further settings; see `coprune export --help`.
 
     Returns:
-        What was written.
+        A summary of the written file.
 
     Raises:
-        BadInput: a file is missing or taken, the type is unknown or needs a package, or `like` is of another model.
-        UnsupportedModel: the file's tensors or numbers cannot be told apart, or transformers cannot read its architecture.
+        BadInput: a file is missing or already exists, the type is unknown or needs a package, or `like` belongs to another model.
+        UnsupportedModel: the file's tensors or numbers cannot be identified, or transformers cannot read its architecture.
     """
     target, reporter = expand_home(output), Reporter(quiet)
     require_type(type)
@@ -139,17 +139,17 @@ def export(
 def _template(
     file: GgufFile | None, location: Location, converter: Path | str | None, beside: Path, reporter: Reporter
 ) -> Iterator[tuple[GgufFile, Exported]]:
-    """Yield the GGUF file that serves as template, and the model as made from the same source.
+    """Yield the GGUF template and the model, both derived from the same source.
 
     Args:
-        file: the template; without one, the converter makes it of the source's folder, or of the model's own.
+        file: the template; if None, the converter makes one from the source's folder or the model's own.
         location: the model.
         converter: as in `find_converter`.
-        beside: folder for a file as large as the source.
-        reporter: says what is converted.
+        beside: a folder with room for a file as large as the source.
+        reporter: reports the conversion.
 
     Raises:
-        BadInput: there is neither, or the converter does not take the model.
+        BadInput: there is no template and no converter, or the converter refuses the model.
     """
     source = exported(location)
     if file is not None:
@@ -157,14 +157,14 @@ def _template(
         return
     assert isinstance(location, ModelFolder)
     whole = source.source or location
-    if whole.path == location.path:  # what it was cut from is not here, so it is the beginning itself
+    if whole.path == location.path:  # the model that it was cut from is missing, so this one is its own source
         source = replace(source, edits=[], source=location)
     with tempfile.TemporaryDirectory(prefix=".converted-", dir=beside) as folder:
         yield template_of(whole, Path(folder, "source.gguf"), converter, reporter), source
 
 
 def template_of(folder: ModelFolder, target: Path, converter: Path | str | None, reporter: Reporter) -> GgufFile:
-    """Convert a model's folder to a GGUF file that serves as template for all that is made of the model. Raises BadInput."""
+    """Convert a model's folder to a GGUF file that serves as the template for the model's exports. Raises BadInput."""
     script = find_converter(converter)
     if script is None:
         raise no_template(folder.path, folder.name)
@@ -182,10 +182,10 @@ def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
 
 
 def _weighing(kind: str, how: ExportSettings) -> Asked:
-    """Read which importance matrix is asked for. Raises BadInput for one that has no effect, and a type that lacks one."""
+    """Return the requested importance matrix. Raises BadInput if it has no effect, or if a type needs one and has none."""
     named, save = how.imatrix or NONE, how.save_imatrix
     if how.compensate and kind in PLAIN:
-        cause = f"nothing is rounded to the type {kind} that could be compensated"
+        cause = f"rounding to the type {kind} cannot be compensated"
         raise BadInput(cause, field="compensate", value=True, fix=LeaveOut("compensate"))
     if named != NONE and kind not in BY_LLAMA_CPP:
         cause = f"an importance matrix has no effect on the type {kind}"
@@ -205,7 +205,7 @@ def _weighing(kind: str, how: ExportSettings) -> Asked:
 
 
 def _write(making: Making, kind: str, final: Path, beside: Beside, weighing: Asked) -> Whole:
-    """Write a file of a type, by way of float16 where llama.cpp quantises it or has to show which of two files is right."""
+    """Write a file of a type; through float16 if llama.cpp quantises it or has to tell which of two layouts is right."""
     exact = kind if kind in PLAIN or (making.narrow.apart is None and kind not in BY_LLAMA_CPP) else "f16"
     whole = making.chosen(exact, beside)
     if kind not in BY_LLAMA_CPP:
@@ -228,7 +228,7 @@ def _write(making: Making, kind: str, final: Path, beside: Beside, weighing: Ask
 
 
 def _require_fitting(file: Path, plan: Plan) -> None:
-    """Raise BadInput where an importance matrix is of another model."""
+    """Raise BadInput if an importance matrix belongs to another model."""
     importance = read_importance(file)
     inputs = {name: plan.tensors[name].shape[-1] for name in importance.keys() & plan.tensors.keys()}
     if not inputs or any(importance[name].shape[-1] != count for name, count in inputs.items()):
@@ -257,9 +257,9 @@ def _require_free(target: Path) -> None:
 
 
 def _example(location: Location, like: Path | str | None, converter: Path | str | None) -> GgufFile | None:
-    """Return the GGUF file that serves as template: the named one, or the source of the model; None if one has to be made.
+    """Return the GGUF template: the named file or the model's source; None if one has to be made.
 
-    Raises BadInput where none can be made either.
+    Raises BadInput if none can be made.
     """
     if like is not None:
         if converter is not None:
@@ -280,7 +280,7 @@ def _example(location: Location, like: Path | str | None, converter: Path | str 
         try:
             found = locate(source)
         except BadInput:
-            found = location  # it has gone, or only the Hub has it
+            found = location  # deleted, or only on the Hub
         if isinstance(found, GgufFile):
             return found
     if find_converter(converter) is None:
@@ -289,7 +289,7 @@ def _example(location: Location, like: Path | str | None, converter: Path | str 
 
 
 Beside = Callable[[], AbstractContextManager[Path]]
-"""Gives the path of a file that is gone in the end."""
+"""Context manager that yields the path of a temporary file."""
 
 
 @dataclass(frozen=True)
@@ -300,23 +300,23 @@ class Whole:
     example: Example
     source: Exported
     number: int | None = None
-    """Index of the way to store every block's own width; None where all blocks are alike."""
+    """Index of the layout with a width per block; None if all blocks are alike."""
     arrange: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
-    """Brings a tensor, by its name in the example, into the order of the file's architecture."""
+    """Reorders a tensor, named as in the example, for the file's architecture."""
 
     def values(self, name: str) -> Tensor:
-        """Make a tensor, float32, by its name in the example."""
+        """Return a tensor as float32, by its name in the example."""
         return self.arrange(name, self.example.values(name, self.source))
 
     def matrices(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield what matrices would be if the model had these values, with their names in the file."""
+        """Yield the matrices, named as in the file, as they would be if the model had these values."""
         for name, tensor in self.plan.tensors.items():
             own = found_in(values, tensor.source, self.example, self.source)
             if own is not None:
                 yield name, self.arrange(tensor.source, own)
 
     def write(self, file: Path, reporter: Reporter) -> None:
-        """Write it, read it again, and compare. Raises VerificationError, UnsupportedModel where it is not the model."""
+        """Write the file, reload it and compare. Raises VerificationError or UnsupportedModel if it differs from the model."""
         with reporter.bar("Writing", self.plan.bytes) as advance:
             write_gguf(file, self.plan, self.values, advance)
         reporter.say("Reloading the file to compare it")
@@ -328,14 +328,14 @@ class Whole:
 
 @dataclass(frozen=True)
 class Making:
-    """A model that becomes a file."""
+    """A model being exported."""
 
     example: Example
     narrow: Narrow
     reporter: Reporter
 
     def alike(self, kind: str) -> Whole:
-        """Make a file of the template's architecture. kind: a type that the gguf package makes."""
+        """Return the file in the template's architecture. kind: a type supported by the gguf package."""
         source = self.narrow.alike
         return Whole(planned(self.example, source, kind), self.example, source)
 
@@ -346,7 +346,7 @@ class Making:
             yield Whole(found.plan, self.example, source, number, found.arrange)
 
     def again(self, whole: Whole, kind: str) -> Whole:
-        """Convert the file to another type."""
+        """Return the same file in another type."""
         if whole.number is None:
             return self.alike(kind)
         return next(other for other in self._apart(kind) if other.number == whole.number)
@@ -356,10 +356,10 @@ class Making:
         whole = self.alike(kind)
         if self.narrow.apart is None:
             return whole
-        why = "llama.cpp is not installed (coprune[gguf]), in which it would be tried"
+        why = "llama.cpp, which would have to confirm the narrow file, is not installed (coprune[gguf])"
         if has_llama_cpp():
             try:
-                found, why = self._tried(whole, beside), "llama.cpp computes something else then"
+                found, why = self._tried(whole, beside), "llama.cpp computes other outputs for the narrow file"
             except UnsupportedModel as error:
                 found, why = None, str(error)
             if found is not None:

@@ -1,4 +1,4 @@
-"""What `coprune generate` is asked for beside model, file and prompts, by the command and by Python alike."""
+"""Settings of `coprune generate` besides model, file and prompts, for the command and for Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coprune.recipe.parts import CacheFolder, Device, DtypeOfModel
 
 
 class GenerateSettings(BaseModel):
-    """How a model writes texts."""
+    """How a model generates texts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""Look at a model without changing anything: its blocks and matrices, what would be pruned, what is zero already."""
+"""Inspection of a model: its blocks and matrices, what would be pruned, and what is zero already."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def inspect(
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Inspection:
-    """List a model's blocks and matrices with their targets and present sparsity; nothing is changed.
+    """List a model's blocks and matrices with their targets and present sparsity, without changing the model.
 
     Args:
-        model: as in `coprune.prune`; the blocks of a folder stay on disk until they are read. A folder with only
-            config.json is enough, and of a Hub id no weights are fetched.
-        weights: read the weights, if they are local, to report their sparsity.
+        model: as in `coprune.prune`; a folder's blocks stay on disk until they are read. A folder with only config.json
+            is enough, and no weights are fetched for a Hub id.
+        weights: read local weights to report their sparsity.
         processor: the tokenizer or image processor of a model in memory, for an allocation that needs data.
         quiet: no progress bars and lines on standard error.
         settings: as in `coprune.prune`: the target (`pattern`, `sparsity`, `include`, `exclude`, `allocation`), and the data
@@ -72,7 +72,7 @@ def inspect(
 
 
 def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, given: Given = NOTHING) -> Inspection:
-    """List the matrices that a recipe would prune. Raises BadInput as a run with the recipe would."""
+    """List the matrices that a recipe would prune. Raises the BadInput that a run would raise."""
     if recipe.remove.parts:
         cause = "inspect shows where zeros would be, not which parts would be removed"
         raise BadInput(cause, field="remove", fix=LeaveOut("remove"))
@@ -109,7 +109,7 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
 
 
 def _open(recipe: Recipe, reporter: Reporter) -> Loaded:
-    """Open the model, by its configuration alone where its weights are not here and nothing needs them."""
+    """Open the model, from its configuration alone if the weights are not local and nothing needs them."""
     allocation = allocation_named(recipe.prune.allocation)
     if (loaded := open_without_weights(recipe.model)) is None:
         return open_model(recipe.model, stream=recipe.prune.allocation.name not in WHOLE_MODEL)
@@ -158,13 +158,13 @@ class InspectedMatrix:
 
     name: str
     block: str | None
-    """The block that it is in; None outside of them."""
+    """Name of its block; None outside the blocks."""
     shape: tuple[int, int]
     """(out, in)"""
     target: Target | None
-    """Target of the matrix; None if it would be left alone."""
+    """Target of the matrix; None if it would not be pruned."""
     zeros: int | None
-    """Weights that are zero already; None if they were not read."""
+    """Number of weights that are zero already; None if they were not read."""
 
     @property
     def size(self) -> int:
@@ -180,13 +180,13 @@ class InspectedMatrix:
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Shown):
-    """A model before it is pruned."""
+    """A model before pruning."""
 
     model: str
     model_type: str
     parameters: int
     blocks: tuple[str, ...]
-    """Names."""
+    """Names of the blocks."""
     matrices: tuple[InspectedMatrix, ...]
     """Matrices of all blocks in order, then those outside that would be pruned."""
     left_out: tuple[str, ...]
@@ -195,7 +195,7 @@ class Inspection(Shown):
     """Target of the whole model."""
     allocation: str
     stored: tuple[str, ...] = ()
-    """Formats of quantised weights, a line per kind."""
+    """Formats of quantised weights, one line per kind."""
 
     @property
     def chosen(self) -> list[InspectedMatrix]:
@@ -203,7 +203,7 @@ class Inspection(Shown):
         return [matrix for matrix in self.matrices if matrix.target is not None]
 
     def headline(self) -> str:
-        """Return size and number of blocks."""
+        """Return the size and the number of blocks."""
         return f"{self.model}: {self.model_type}, {self.parameters:,} parameters, {len(self.blocks)} blocks"
 
     def sheet(self) -> Sheet:
@@ -218,7 +218,7 @@ class Inspection(Shown):
         return "\n".join(self.lines())
 
     def lines(self, every_matrix: bool = False) -> list[str]:
-        """Return everything as lines. every_matrix: a line per matrix instead of one per kind."""
+        """Return everything as lines. every_matrix: one line per matrix instead of one per kind."""
         return [
             f"{self.headline()} ({self.blocks[0]} … {self.blocks[-1]})",
             *(self._matrix_lines() if every_matrix else self._kind_lines()),
@@ -255,7 +255,7 @@ class Inspection(Shown):
             yield f"  {what}  {matrix.name}  {_shape([matrix])}{aim}{_zero([matrix])}"
 
     def _allocation_lines(self) -> Iterator[str]:
-        """Yield every block's sparsity, and that of its least and most pruned matrix."""
+        """Yield each block's sparsity and that of its least and most pruned matrix."""
         least, mean, most = _spread(self.chosen)
         span = f"from {per_cent(least)} to {per_cent(most)} sparse, {per_cent(mean)} in all"
         yield f"allocation {self.allocation}: matrices {span}."

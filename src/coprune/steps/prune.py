@@ -1,4 +1,4 @@
-"""Prune: look at the dense model once, then prune block by block and write what is finished."""
+"""Pruning: measure the dense model once, then prune and write block by block."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from coprune.stages.run_stages import run_stages
 from coprune.steps.recipe_step import UNIFORM, StepOfRecipe, allocates_units, without_training
 
 _FEW_TOKENS = 2048
-"""Norms of inputs are looked at, and Gram matrices of single heads, which are narrow: so few tokens tell all of them."""
+"""Tokens for norms of inputs and Gram matrices of single heads, which are small enough for so few."""
 
 
 class Prune(StepOfRecipe):
@@ -150,9 +150,9 @@ def prune_blocks(run: Run) -> Outcome:
 
 
 def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> list[MatrixResult]:
-    """Prune what the walk shows; blocks are trained, if that is asked for, and written when they are finished.
+    """Prune the matrices of the walk; train each finished block if requested, and write it.
 
-    rounded: gets what is rounded meanwhile.
+    rounded: receives the rounding done meanwhile.
     """
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
@@ -169,7 +169,7 @@ def _prune(run: Run, walk: Walk, target_of: Callable[[Matrix], Target], rounded:
 
     sequential = run.recipe.calibrate.propagation == "sequential"
     stages = [*run.model.structure.groups, [[matrix] for matrix in run.model.chosen.outside]]
-    if sequential:  # the matrices of a group are all that can be pruned at the same time
+    if sequential:  # only matrices with the same input can be pruned at the same time
         stages = [[group] for groups in stages for group in groups]
     return prune_walk(
         walk,
@@ -191,12 +191,12 @@ def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:
 
 
 def _look_at_dense(run: Run) -> Callable[[Matrix], Target]:
-    """Permute channels, rotate values and allocate the sparsity, as the recipe says; return which target a matrix has.
+    """Permute channels, rotate values and allocate sparsity as the recipe says; return the target of each matrix.
 
     All processes of a run call this together. Raises BadInput, NumericalError.
     """
     model, recipe, reporter, processes = run.model, run.recipe, run.reporter, run.processes
-    # In this order, since values are rotated for the groups in which inputs stand.
+    # Permutation comes first, since values are rotated for the resulting groups of inputs.
     if recipe.prune.permute:
         recording, pattern = _record_few(run, _FEW_TOKENS), run.target.pattern
         with reporter.bar("Permuting channels", len(model.blocks)) as advance:
@@ -224,7 +224,7 @@ def _look_at_dense(run: Run) -> Callable[[Matrix], Target]:
 
 
 def _on_grids(run: Run, target_of: Callable[[Matrix], Target], rounded: list[Rounding]) -> Callable[[Matrix], Target]:
-    """Restrict targets to the values that the source's form can hold under its scales.
+    """Restrict targets to values that the source's encoding can represent under its scales.
 
     rounded: collects the rounding.
     """
@@ -249,7 +249,7 @@ def _on_grids(run: Run, target_of: Callable[[Matrix], Target], rounded: list[Rou
 
 
 def _record_few(run: Run, tokens: int) -> Recording:
-    """Record the first calibration batches that hold so many tokens."""
+    """Record the first calibration batches that hold at least `tokens` tokens."""
     assert run.samples is not None
     batches = counted_batches(run.task, run.recipe, run.samples, run.processes)
     return record_counted(run.model, first_counted(batches, tokens))

@@ -1,4 +1,4 @@
-"""A run that removes channels, heads or blocks: what there is, a rehearsal of the cut, and the walk that does it."""
+"""Removal of channels, heads, experts or blocks: finding parts, rehearsing the cut, and walking over the blocks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Remove(StepOfRecipe):
 
 
 def remove(run: Run) -> Result:
-    """Remove parts of a model's blocks; of a GGUF file's by its format alone, where that suffices.
+    """Remove parts of a model's blocks; for a GGUF file by its bytes alone if that suffices.
 
     Raises:
         BadInput, NumericalError, UnsupportedModel, VerificationError: as `coprune.prune`.
@@ -110,14 +110,14 @@ def _plan(run: Run) -> None:
 
 
 def remove_parts(run: Run, found: Removable) -> Outcome:
-    """Remove what the recipe says, going on where an earlier run stopped.
+    """Remove what the recipe says, resuming an earlier run.
 
     Args:
-        run: what it is asked and has found.
-        found: what may go.
+        run: the run.
+        found: the removable parts.
 
     Raises:
-        UnsupportedModel: no configuration tells of what would be left.
+        UnsupportedModel: no configuration can describe the smaller model.
     """
     model, output, started = run.model, run.output, time.perf_counter()
     finished = output.finished()
@@ -128,7 +128,7 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
     with run.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             only_consumers(model, plan),
-            # Inputs are needed to cut parts, or to train the blocks that stay; blocks to drop are chosen already.
+            # Inputs are needed to cut parts or train the remaining blocks; the blocks to drop are already chosen.
             record_to_prune(run) if plan.parts or run.reconstruction is not None else None,
             Gram,
             moves_of(run),
@@ -153,7 +153,7 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
 
 
 def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:
-    """Return the plan, as an earlier run settled it or as it is settled now, and its change of the configuration."""
+    """Return the plan, settled now or by an earlier run, and its configuration change."""
     settled = run.output.settled_before() or {}
     if (known := settled.get("plan")) is not None:
         plan = as_settled(run, found, known)
@@ -169,7 +169,7 @@ def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:
 
 
 def _even(run: Run, found: Removable, settled: dict[str, Any] | None) -> tuple[Plan, Configure]:
-    """Return the plan with as many units in every block. settled: by an earlier run, if it came so far."""
+    """Return the plan with equal numbers of units in all blocks. settled: by an earlier run, if it got that far."""
     if found.rehearsed is not None:
         return found.rehearsed
     even = plan_removal(run, found) if settled is None else as_settled(run, found, settled)
@@ -179,9 +179,9 @@ def _even(run: Run, found: Removable, settled: dict[str, Any] | None) -> tuple[P
 def _remove(
     run: Run, walk: Walk, plan: Plan, experts: Mapping[str, Tensor], maps: Mapping[int, FoundMap]
 ) -> list[MatrixResult]:
-    """Cut every block when the walk is through with it, and write it.
+    """Cut and write each block once the walk has passed it.
 
-    experts: which are kept, by block; maps: of blocks that go, by the number of the block before them.
+    experts: the kept ones, by block; maps: of removed blocks, by the number of the block before them.
     """
     inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
@@ -211,7 +211,7 @@ def _remove(
 def _cut_units(
     run: Run, plan: Plan, block: Block, inputs: Mapping[str, Inputs]
 ) -> tuple[list[tuple[Part, list[Tensor]]], list[MatrixResult]]:
-    """Cut a block's parts, in place. Each is cut by one process, which tells the others what is left of it."""
+    """Cut a block's parts in place, each by one process, which shares the result with the others."""
     score = score_named(run.recipe.remove.score_of("units"))
     parts, processes = plan.parts.get(block.name, ()), run.processes
     apart = sum(len(part.parameters) for part in parts) == len({name for part in parts for name in part.parameters})
@@ -236,7 +236,7 @@ def _cut_units(
 def _reconstruct(
     run: Run, walk: Walk, done: BlockDone, cut: tuple[Mapping[str, Tensor], list[MatrixResult]]
 ) -> tuple[list[MatrixResult], BlockTraining | None]:
-    """Train what is left of a block, if that is asked for."""
+    """Train the remaining block if requested."""
     if run.reconstruction is None or walk.recording is None:
         return cut[1], None
     chosen = run.model.chosen.blocks[done.block.index]
@@ -259,12 +259,12 @@ def settled_in(plan: Plan) -> dict[str, Any]:
 
 
 def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
-    """Return the plan of this choice.
+    """Return the plan from its saved choices.
 
     Args:
-        run: what it is asked and has found.
-        found: what may go of its model.
-        settled: as `settled_in` gave it.
+        run: the run.
+        found: the removable parts of its model.
+        settled: from `settled_in`.
     """
     keep: dict[Kind, dict[int, int]] = {kind: dict(sizes) for kind, sizes in settled["keep"].items()}
     rest = found.without({run.model.names[index] for index in settled["dropped"]})
@@ -276,7 +276,7 @@ def as_settled(run: Run, found: Removable, settled: dict[str, Any]) -> Plan:
 
 @torch.no_grad()
 def choose_shared(run: Run, plan: Plan) -> Plan:
-    """Choose the heads of parts that keep the same ones, by what they cost all of these parts in the dense model."""
+    """Choose the heads of parts that must keep the same ones, by their total cost to these parts in the dense model."""
     parts = {name: shared for name, own in plan.parts.items() if (shared := [part for part in own if part.shared])}
     if not parts:
         return plan
@@ -326,7 +326,7 @@ def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: 
     """Return the weights of the parts' errors."""
     if not asked.tokens or run.model.weights.streams:
         if asked.tokens:
-            run.reporter.say("The model is streamed, so blocks are weighted by their change of the hidden states.")
+            run.reporter.say("The model is streamed, so blocks are weighted by how much they change the hidden states.")
         return [own.moved**asked.movement for own in levels]
     found, none, processes = [], [0] * len(levels), run.processes
     jobs = processes.own(range(len(levels)))
@@ -344,7 +344,7 @@ def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: 
 
 
 def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
-    """Return the plan with steps per part, each saved as wide as the widest of its size."""
+    """Return the plan with steps per part; each part is saved as wide as the widest of its size."""
     counts = {own.part.name: own.counts[taken] for own, taken in zip(levels, steps, strict=True)}
     widest: dict[Kind, dict[int, int]] = {kind: dict(keep) for kind, keep in plan.keep.items()}
     for kind, keep in widest.items():
@@ -356,9 +356,9 @@ def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
 
 
 def alike_parts(levels: Sequence[Levels]) -> list[list[int]]:
-    """Return groups of parts among which steps can be exchanged: of one kind, with as many units of the same size.
+    """Return groups of parts that can exchange steps: of one kind, with the same number and size of units.
 
-    One that keeps the same units as others exchanges none.
+    A part that must keep the same units as others exchanges none.
     """
     found: dict[tuple[str, int, int, str], list[int]] = defaultdict(list)
     for at, own in enumerate(levels):
@@ -371,7 +371,7 @@ def alike_parts(levels: Sequence[Levels]) -> list[list[int]]:
 def least_error(
     levels: Sequence[Levels], alike: Sequence[Sequence[int]], even: Steps, scales: Sequence[float]
 ) -> Steps:
-    """Allocate steps at the lowest cost, as many as evenly. scales: weights of the parts' errors."""
+    """Allocate the even plan's total of steps at the lowest cost. scales: weights of the parts' errors."""
     steps = [0] * len(levels)
     for group in alike:
         costs = [[cost * scales[at] for cost in levels[at].costs] for at in group]
@@ -382,7 +382,7 @@ def least_error(
 
 @torch.no_grad()
 def _measured(run: Run, plan: Plan) -> list[Levels]:
-    """Measure what keeping fewer units costs every part, in one walk over the dense model."""
+    """Measure each part's cost of keeping fewer units, in one walk over the dense model."""
     model, align = run.model, run.recipe.remove.align
     score = score_named(run.recipe.remove.score_of("units"))
     recording = record_calibration(run)
@@ -412,7 +412,7 @@ def _measured(run: Run, plan: Plan) -> list[Levels]:
 def _levels(
     block: Block, part: Part, counts: list[int], inputs: Mapping[str, Inputs], how: tuple[Score, float]
 ) -> Levels:
-    """Choose the units of a part at every level, with the relative cost. how: the score, and how far its block moves."""
+    """Choose the units of a part at every level, with the relative cost. how: the score, and the block's movement."""
     keeps: list[list[Tensor]] = [[] for _ in counts]
     costs, total = [0.0] * len(counts), 0.0
     for consumer in part.fold.consumers:

@@ -1,6 +1,6 @@
-"""A run that cuts the experts of a GGUF file by the format alone: by their weights, or where transformers has no class to walk.
+"""Removal of a GGUF file's experts by its bytes alone: when scored by weights, or when transformers cannot read the file.
 
-There llama.cpp runs the text and shows what the experts answer; the cut is a slice of bytes, as everywhere.
+In the second case llama.cpp runs the text and shows the experts' answers. The cut is always a slice of bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from coprune.run.result import Result
 
 
 def file_cut_by_bytes(run: Run) -> GgufFile | None:
-    """Return the GGUF file of which only experts go, if no model in transformers is wanted for that, or there is none."""
+    """Return the GGUF file if only experts go and no transformers model is needed or available, else None."""
     recipe = run.recipe
     if not recipe.output.as_gguf or {*recipe.remove.kinds} != {"experts"}:
         return None
@@ -57,7 +57,7 @@ def file_cut_by_bytes(run: Run) -> GgufFile | None:
 
 
 def _measured(recipe: Recipe) -> list[str]:
-    """Return the settings that ask for something that only a model in transformers gives."""
+    """Return the given settings that need a model in transformers."""
     asked = recipe.evaluate
     given = {
         "eval_data": asked.data is not None,
@@ -69,16 +69,16 @@ def _measured(recipe: Recipe) -> list[str]:
 
 
 def cut_by_bytes(run: Run, location: GgufFile) -> Result:
-    """Score the experts of a file, and write it with those that stay.
+    """Score a file's experts and write the file with those kept.
 
     Args:
-        run: its settings, and who hears of it.
+        run: the run.
         location: the file.
 
     Raises:
-        BadInput: what is asked for needs a class of transformers, or llama.cpp, which is not installed.
-        UnsupportedModel: the format does not tell enough of the experts.
-        VerificationError: what was written is not what should be there.
+        BadInput: a setting needs a class of transformers, or llama.cpp is not installed.
+        UnsupportedModel: the format does not say enough about the experts.
+        VerificationError: the written file differs from the planned one.
     """
     recipe = run.recipe
     target = recipe.output.model
@@ -88,7 +88,7 @@ def cut_by_bytes(run: Run, location: GgufFile) -> Result:
     left = {mixture.count: experts_left(mixture, recipe.remove) for mixture in file.mixtures.values()}
     domains = _samples(recipe, file)
     with run.taking():
-        pass  # checked by now is all that can be
+        pass  # all checks have passed by now
     removed = tuple(fewer(Plan(experts=left), file.blocks, recipe.remove.shares["experts"]))
     run.reporter.say(f"Removing {', '.join(fewer_lines(removed))}.")
     began = time.perf_counter()
@@ -113,7 +113,7 @@ def cut_by_bytes(run: Run, location: GgufFile) -> Result:
 
 
 def _refuse(run: Run, file: ExpertFile) -> None:
-    """Raise BadInput for what such a run does not do."""
+    """Raise BadInput for settings that such a run does not support."""
     recipe, why = run.recipe, f"transformers does not read GGUF files of {file.arch}"
     if run.processes.size > 1:
         raise BadInput("a GGUF file is cut by one process", field="save_model", fix="run it without torchrun")
@@ -150,13 +150,13 @@ def _samples(recipe: Recipe, file: ExpertFile) -> dict[str, Windows]:
 
 
 def _scores(run: Run, file: ExpertFile, domains: dict[str, Windows]) -> Scores:
-    """Return how much every expert matters."""
+    """Return the experts' scores."""
     score = expert_score_named(run.recipe.remove.score_of("experts"))
     if isinstance(score, AIMER):
         return {block: {"": own} for block, own in _by_weights(run, file, [*file.mixtures]).items()}
     scored, numbers = _sums(run, file, domains), {block: number for number, block in enumerate(file.mixtures)}
     scores = dict(by_domain(score, scored, numbers))
-    # Layers for speculative decoding, which no text reaches.
+    # No text reaches layers for speculative decoding.
     silent = [block for block in numbers if not any(bool(sums[block].tokens.any()) for sums in scored.values())]
     for block, own in _by_weights(run, file, silent).items():
         scores[block] = dict.fromkeys(scored, own)
@@ -174,7 +174,7 @@ def _by_weights(run: Run, file: ExpertFile, blocks: Sequence[str]) -> dict[str, 
 
 
 def _sums(run: Run, file: ExpertFile, domains: dict[str, Windows]) -> Scored:
-    """Return the sums of every expert by domain, as an earlier run left them, or from one pass over all domains."""
+    """Return each expert's sums by domain, from an earlier run or from one pass over all domains."""
     digest = hashlib.sha256()
     for router in file.routers():
         digest.update(router)

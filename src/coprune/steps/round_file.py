@@ -1,4 +1,4 @@
-"""Round the matrices of a quantised GGUF file again, with compensation, in the types that they have there."""
+"""Rounding of a quantised GGUF file's matrices again, with compensation, in the file's types."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ _EXACT = ("F32", "F16", "BF16")
 _SHOWN = 3
 """Maximum number of names listed."""
 Arranged = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, Tensor]]]
-"""Yields the tensors of a file, by their names there, as values by the checkpoint's names make them."""
+"""Yields the tensors of a file, by their names in it, from values by the checkpoint's names."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rows of a tensor of a file, and the part of a matrix that they are."""
+    """Rows of a file's tensor, with the rows and columns of the matrix that they hold."""
 
     stored: Any
-    """The tensor, of a reader of the package gguf."""
+    """The tensor in gguf's reader."""
     places: Tensor
     """The rows of the tensor, int64."""
     rows: Tensor
-    """The matrix's row for each of them."""
+    """The matrix's row for each of these rows."""
     columns: Tensor
-    """The matrix's column for each of the tensor's."""
+    """The matrix's column for each of the tensor's columns."""
 
     def read(self) -> Tensor:
         """Return its values in the file, float32."""
@@ -64,7 +64,7 @@ class _Part:
         held.flush()
 
     def round(self, weight: Tensor, statistic: Statistic | None) -> Rounded | None:
-        """Round this part of a matrix; None where its type is left to the quantiser, or nothing is known of its inputs."""
+        """Round this part of a matrix; None if its type is left to the quantiser or its inputs are unknown."""
         kind = BLOCK_TYPES.get(self.stored.tensor_type.name.lower())
         if kind is None or not isinstance(statistic, Gram):
             return None
@@ -81,21 +81,21 @@ def _loss(gram: Tensor, columns: Tensor) -> Loss:
 
 @torch.no_grad()
 def round_file(file: Path, location: Location, data: str | Tensor, arranged: Arranged, reporter: Reporter) -> None:
-    """Round the matrices of a file's blocks again, in place: each on inputs that the matrices before it give, as rounded.
+    """Round the matrices of a file's blocks again in place, each on the inputs that the rounded ones before it produce.
 
-    What has a type that is not among `BLOCK_TYPES`, or is no matrix of a block, stays as it is.
+    Tensors of types outside `BLOCK_TYPES`, or outside the blocks' matrices, stay as they are.
 
     Args:
         file: a quantised file of the model.
         location: the model.
-        data: text to calibrate on, or samples of token ids (N × S).
-        arranged: makes the tensors of the file.
-        reporter: shows the bar, and says what stayed.
+        data: calibration text, or samples of token ids (N × S).
+        arranged: makes the file's tensors.
+        reporter: shows progress and reports what stayed.
 
     Raises:
         BadInput: the text cannot be read.
         UnsupportedModel: the model cannot be walked.
-        NumericalError: with the name of the matrix.
+        NumericalError: a matrix cannot be factorised; the message names it.
     """
     text = read_text(location, data, "float32")
     stored = {one.name: one for one in gguf_reader(file, field="output").tensors}
@@ -114,7 +114,7 @@ def round_file(file: Path, location: Location, data: str | Tensor, arranged: Arr
 
 
 def _round_matrix(file: Path, matrix: Matrix, inputs: Inputs | None, parts: Sequence[_Part]) -> set[str]:
-    """Round all parts of a matrix that a file has, and return the names of the tensors."""
+    """Round all parts of a matrix in a file; return the names of the tensors."""
     if not parts:
         return set()
     statistic, _ = usable_statistic(inputs)
@@ -138,7 +138,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _parts(text: TextWalk, stored: Mapping[str, Any], arranged: Arranged) -> dict[str, list[_Part]]:
-    """Find where a file has each matrix, by the matrix's name: by arranging numbers of matrices, rows and columns."""
+    """Locate each matrix in a file, by name, by arranging tensors of matrix, row and column numbers."""
     matrices = [*text.chosen.all()]
     numbers = {matrix.name: torch.tensor([[float(number)]]) for number, matrix in enumerate(matrices)}
     every = torch.arange(max((max(matrix.shape) for matrix in matrices), default=0), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Train: fine-tune what a step before left, so that its zeros stay."""
+"""Training: fine-tune the model of an earlier step while its zeros stay zero."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def training_of(recipe: Recipe) -> Recipe:
 
 def train(run: Run) -> FinetuneReport:
     """Fine-tune a model. Raises as `coprune.finetune`."""
-    from coprune.training.run import run_finetuning  # needs an extra, and takes seconds to import
+    from coprune.training.run import run_finetuning  # needs an extra and takes seconds to import
 
     if run.first:
         with run.taking():
-            pass  # all that can be was checked before the model was made
+            pass  # everything was checked before the model was made
     report = run_finetuning(run.recipe, run.reporter, after_pruning=True)
     for line in str(report).splitlines():
         run.reporter.say(line)
@@ -103,7 +103,7 @@ def train(run: Run) -> FinetuneReport:
 
 
 def finished_training(recipe: Recipe) -> FinetuneReport | None:
-    """Return the report of a finished training in a recipe's folder, if its model is there."""
+    """Return the report of a finished training in a recipe's folder, if the model is there."""
     try:
         report = read_as(FinetuneReport, recipe.training_folder / REPORT_FILE)
     except BadInput:
@@ -112,14 +112,14 @@ def finished_training(recipe: Recipe) -> FinetuneReport | None:
 
 
 def check_training(recipe: Recipe, loaded: Loaded | None) -> None:
-    """Check how a model is trained that is to be made before.
+    """Check the training of a model that is yet to be made.
 
     Args:
-        recipe: of all that is asked for.
-        loaded: the model where it was handed over, so that its name need not lead to files.
+        recipe: of the whole run.
+        loaded: the model if it was passed in memory, whose name may not lead to files.
 
     Raises:
-        BadInput: there is no teacher, the training could never fit, or the model cannot be asked: its chat template fails.
+        BadInput: there is no teacher, the training could never fit, or the chat template fails.
     """
     if loaded is None:
         _require_room(recipe)
@@ -133,7 +133,7 @@ def check_training(recipe: Recipe, loaded: Loaded | None) -> None:
 
 
 def _require_teacher(recipe: Recipe) -> None:
-    """Refuse a distillation from a model that is in memory alone, where pruning changes it."""
+    """Refuse to distil from a model that is only in memory, since pruning changes it."""
     try:
         locate(recipe.model.name, recipe.model.cache_dir)
     except BadInput:
@@ -146,7 +146,7 @@ def _require_teacher(recipe: Recipe) -> None:
 
 
 def _require_room(recipe: Recipe) -> None:
-    """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
+    """Refuse a training that could never fit, before anything is pruned; with parts removed, there is less to train."""
     from coprune.training.session import require_trainable
     from coprune.training.trainer import training_device
 

@@ -1,4 +1,4 @@
-"""Trim: fewer tokens in the vocabulary, and fewer rows in the matrices that belong to them."""
+"""Trimming: fewer tokens in the vocabulary, and fewer rows in the matrices that belong to them."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ from coprune.vocabulary.facts import VocabularyFacts
 from coprune.vocabulary.sources import Source, saved, source_of
 
 FOLDER = "vocabulary"
-"""Subfolder of a run folder for the cut's intermediate results."""
+"""Subfolder of a run folder for intermediate results."""
 _CHOICE, _TRIES = "choice.json", "tries.json"
 
 
 class _Choice(BaseModel):
-    """The chosen tokens, with their facts."""
+    """The chosen tokens and their figures."""
 
     model_config = ConfigDict(frozen=True)
 
     key: str
-    """Everything that decides them; empty where nothing is kept."""
+    """Key of everything that decides them; empty if nothing is stored."""
     old: tuple[int, ...]
-    """Ids of the tokens that stay, in the whole model."""
+    """Ids of the kept tokens in the whole model."""
     facts: VocabularyFacts
     model: ModelFacts
 
     @property
     def kept(self) -> Kept:
-        """The tokens that stay."""
+        """The kept tokens."""
         return Kept(self.old)
 
 
@@ -101,14 +101,14 @@ def trim(run: Run) -> Result:
     """Cut the vocabulary.
 
     Args:
-        run: what is asked for.
+        run: the run.
 
     Returns:
-        The report, and the smaller model.
+        The report and the smaller model.
 
     Raises:
-        BadInput, UnsupportedModel: what is asked for cannot be done.
-        VerificationError: what was written is not what should be there.
+        BadInput, UnsupportedModel: the request cannot be fulfilled.
+        VerificationError: the written model differs from the planned one.
     """
     recipe = run.recipe
     with ExitStack() as closing:
@@ -123,7 +123,7 @@ def trim(run: Run) -> Result:
             removed = Tokens(tokens=choice.facts.before, left=choice.facts.after)
             report = report_without_walk(run, choice.model, edits=[removed], vocabulary=choice.facts)
             if run.writes:
-                announce(recipe, report)  # a run that is killed once the model has its name has only this to finish
+                announce(recipe, report)  # so that a run killed after the model is named has nothing else to finish
             if target is not None:
                 source.cut(target, choice.kept, run.reporter, "" if to_gguf else model_card(report))
         report = run.finish(report)
@@ -133,19 +133,19 @@ def trim(run: Run) -> Result:
         processor = load_processor(where, "text")
         if recipe.output.model is not None:
             return Result(report, processor, lambda: load_model(where, processed=False)[0])
-        model = load_model(where, processed=False)[0]  # its folder goes now
+        model = load_model(where, processed=False)[0]  # its folder is deleted on return
         return Result(report, processor, lambda: model)
 
 
 def tokens_kept(run_folder: Path) -> list[int]:
-    """Return the ids, in the whole model, of the tokens that a run has kept."""
+    """Return the whole model's ids of the tokens that a run kept."""
     note = read_note(run_folder / FOLDER / _CHOICE, _Choice)
     assert note is not None
     return [*note.record.old]
 
 
 def check_trim(recipe: Recipe, processes: int) -> None:
-    """Raise BadInput for what a run that cuts a vocabulary does not do. recipe: of all that is asked for."""
+    """Raise BadInput for settings that trimming does not support. recipe: of the whole run."""
     if processes > 1:
         raise BadInput("a vocabulary is cut by one process", field="remove", fix="run it without torchrun")
     model = recipe.output.model
@@ -162,7 +162,7 @@ def check_trim(recipe: Recipe, processes: int) -> None:
 
 
 def _becomes_gguf(recipe: Recipe, given: Given, target: Path | None) -> bool:
-    """Return whether GGUF becomes GGUF. Raises BadInput if another format should become GGUF."""
+    """Return whether a GGUF file becomes a GGUF file. Raises BadInput if another format should become GGUF."""
     is_gguf = given.loaded is None and isinstance(locate(recipe.model.name, recipe.model.cache_dir), GgufFile)
     asked = target is not None and recipe.output.as_gguf
     if asked:
@@ -172,7 +172,7 @@ def _becomes_gguf(recipe: Recipe, given: Given, target: Path | None) -> bool:
 
 @contextmanager
 def _opened(recipe: Recipe, given: Given, to_gguf: bool) -> Iterator[Source]:
-    """Yield the source of the cut; a model in memory is saved for it."""
+    """Yield the source of the cut; a model in memory is saved first."""
     if given.loaded is None:
         with source_of(locate(recipe.model.name, recipe.model.cache_dir), recipe.model.name, to_gguf) as source:
             yield source
@@ -185,7 +185,7 @@ def _opened(recipe: Recipe, given: Given, to_gguf: bool) -> Iterator[Source]:
 
 
 def _key(run: Run) -> str:
-    """Return the key of a choice: the settings, and the contents of the model and of the texts that count."""
+    """Return the key of a choice: the settings, and the contents of the model and the counted texts."""
     recipe = run.recipe
     texts = shares_of(recipe.remove.vocabulary_text, "vocabulary_text")
     setting = "vocabulary_text" if texts else "dataset"
@@ -197,16 +197,16 @@ def _key(run: Run) -> str:
 
 
 def _chosen(run: Run, source: Source) -> _Choice:
-    """Choose the tokens that stay and measure what that costs, unless an interrupted run did.
+    """Choose the tokens to keep and measure the cost, unless an interrupted run did.
 
-    Nothing is written before the recipe is known to be possible; raises BadInput where it is not, or saves too little.
+    Nothing is written before the recipe is known to work. Raises BadInput if it cannot, or if it saves too little.
     """
     recipe, keep = run.recipe, run.recipe.run_folder / FOLDER if run.write else None
     key = "" if keep is None else _key(run)
     note = None if keep is None else read_note(keep / _CHOICE, _Choice)
     if keep is not None and note is not None and note.record.key == key:
         with run.taking():
-            write_note(keep / _CHOICE, note.record)  # also where what an earlier run left has gone now
+            write_note(keep / _CHOICE, note.record)  # even if an earlier run's folder was deleted since
         return note.record
     asked = Asked(
         structure=recipe.remove,
@@ -222,7 +222,7 @@ def _chosen(run: Run, source: Source) -> _Choice:
     cutting = Cutting(source, asked, run.reporter)
     cutting.require_possible()
     with run.taking():
-        pass  # checked by now is all that can be
+        pass  # all checks have passed by now
     kept, found = cutting.size()
     cutting.refuse_useless(kept)
     facts = cutting.facts(kept, found)

@@ -1,4 +1,4 @@
-"""A file of what a model writes, for `dataset=` of any run, also of models that are too large to write there."""
+"""Generation of a text file for any run's `dataset=`, even for models that are too large to generate during the run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def generate(
     quiet: bool = False,
     **settings: Unpack[GenerateArguments],
 ) -> Path:
-    """Generate texts, or answers to prompts, with a model into a file to calibrate on.
+    """Generate texts or answers to prompts with a model, as a file of calibration data.
 
     Args:
         model: a Hub id, a folder, a GGUF file, `smollm2-135m`, or a model in memory.
@@ -54,7 +54,7 @@ def generate(
             the BOS token.
         processor: the tokenizer of a model in memory.
         quiet: no progress bar on standard error.
-        settings: how it writes; `coprune generate --help` says what each setting does.
+        settings: how the model writes; see `coprune generate --help`.
 
     Returns:
         The file.
@@ -64,7 +64,7 @@ def generate(
     """
     asked, path = settings_of(GenerateSettings, settings), expand_home(target)
     _require_free(path)
-    with about("prompts", prompts):  # of which the model can make nothing: said before it is loaded
+    with about("prompts", prompts):  # bad prompts are reported before the model is loaded
         read = None if prompts is None else read_prompts(str(prompts), asked.column)
     how = asked.model_dump(include={"column", "template"}, exclude_none=True)
     source = Source(OWN if prompts is None else f"{OWN}:{prompts}", 1.0, how)
@@ -93,7 +93,7 @@ def generate(
 
 
 def _require_free(target: Path) -> None:
-    """Raise BadInput for a file that cannot be written, or that there is."""
+    """Raise BadInput if the file exists or has the wrong suffix."""
     if target.exists():
         raise BadInput(f"{target} already exists", field="target", value=target, fix="name another file")
     if target.suffix != ".jsonl":

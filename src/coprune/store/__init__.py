@@ -1,1 +1,1 @@
-"""Results that are found again: keys made of contents, claims on work, notes of what is finished."""
+"""Stored results: keys made of contents, claims on work, notes of finished work."""

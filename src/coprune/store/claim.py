@@ -1,4 +1,4 @@
-"""A claim: of all processes that want to do the same work, one does it; a killed one lets go."""
+"""Claims: of all processes that want the same work one does it, and a killed one releases its claim."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Taken(Exception):
 
 @contextmanager
 def claimed(file: Path) -> Iterator[None]:
-    """Hold a claim while the body runs, after waiting for whoever holds it.
+    """Wait for a claim and hold it within the body.
 
     The system releases it when the process ends, however that happens.
 
     Args:
-        file: a lock file, which is made with its folder and stays.
+        file: a lock file, created with its folder and left in place.
     """
     lock = _lock(file)
     try:
         lock.acquire()
-    except NotImplementedError:  # a file system that has no locks
+    except NotImplementedError:  # a file system without locks
         yield
         return
     try:
@@ -39,13 +39,13 @@ def claimed(file: Path) -> Iterator[None]:
 class Claim:
     """A claim of this process, held until it is closed, collected, or claimed again by the same process.
 
-    So what an interrupted call left claimed in a notebook is in nobody's way.
+    So an interrupted call in a notebook does not block the next one.
     """
 
     _held: dict[tuple[int, Path], FileLock] = {}  # noqa: RUF012
 
     def __init__(self, file: Path) -> None:
-        """Claim a lock file, which is made with its folder. Raises Taken if another process holds it."""
+        """Claim a lock file, created with its folder. Raises Taken if another process holds it."""
         place = os.getpid(), file.absolute()
         if (earlier := self._held.pop(place, None)) is not None:
             earlier.release()
@@ -55,7 +55,7 @@ class Claim:
             lock.acquire(timeout=0)
         except Timeout:
             raise Taken(f"another process holds {file}") from None
-        except NotImplementedError:  # a file system that has no locks
+        except NotImplementedError:  # a file system without locks
             return
         self._held[place] = lock
         self.close = weakref.finalize(self, _release, place, lock)
@@ -69,5 +69,5 @@ def _lock(file: Path) -> FileLock:
 def _release(place: tuple[int, Path], lock: FileLock) -> None:
     if Claim._held.get(place) is lock:
         del Claim._held[place]
-    if place[0] == os.getpid():  # a forked child shares it
+    if place[0] == os.getpid():  # a forked child shares the lock
         lock.release()

@@ -1,4 +1,4 @@
-"""Notes: small records with a checksum, written whole or not at all; a damaged one counts as none."""
+"""Notes: small records with a checksum, written whole or not at all; a damaged note counts as missing."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 class Note(BaseModel, Generic[Record]):
-    """What is noted, and the seconds of the work that it notes."""
+    """A record, and the seconds of the work behind it."""
 
     record: Record
     seconds: float = 0.0
 
 
 def write_note(file: Path, record: BaseModel, seconds: float = 0.0) -> None:
-    """Write a note durably. Raises as `base.files.write_text`."""
+    """Write a note durably. Raises like `base.files.write_text`."""
     content = json.dumps({"record": record.model_dump(mode="json"), "seconds": seconds}, allow_nan=True)
     write_text(file, f"{_checksum(content)}\n{content}\n")
 
 
 def read_note(file: Path, kind: type[Record]) -> Note[Record] | None:
-    """Return a note; None if there is none, if it is damaged, or if it is of another kind."""
+    """Return a note; None if it is missing, damaged or of another kind."""
     try:
         checksum, content = file.read_text(encoding="utf-8").split("\n", 1)
         content = content.removesuffix("\n")

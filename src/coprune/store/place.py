@@ -1,4 +1,4 @@
-"""A place: a folder that knows whose work lies in it, so that the same work is taken up and no other."""
+"""Places: folders that record whose work they hold, so that only the same work is resumed."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from coprune.store.store import Key, key_of
 
 FILE = "place.json"
 Differences = list[tuple[str, Any, Any]]
-"""Names, with the values before and now."""
+"""Names with their earlier and present values."""
 
 
 class Identity(BaseModel):
-    """What decides a result, by name: the contents of its key, kept so that differences can be told."""
+    """What decides a result: the contents of its key by name, kept to report differences."""
 
     model_config = ConfigDict(frozen=True)
 
     step: str
     version: int
     decides: dict[str, Any]
-    """Settings and digests that have to be equal."""
+    """Settings and digests that must be equal."""
     besides: dict[str, Any] = {}
-    """Settings that unfinished work may be taken up with others of: they change last bits, or what is measured."""
+    """Settings that may differ when work is resumed: they only change last bits or what is measured."""
     earlier: tuple[dict[str, Any], ...] = ()
-    """Their values in the runs before, of which this one takes over work."""
+    """Their values in the earlier runs whose work is resumed."""
 
     @classmethod
     def of(cls, step: str, version: int, decides: Mapping[str, Any], besides: Mapping[str, Any] | None = None) -> Self:
-        """Return the identity of a result whose contents are values that JSON can hold, or text stands for."""
+        """Return the identity of a result; values that JSON cannot hold are converted to text."""
         return cls(step=step, version=version, decides=_plain(decides), besides=_plain(besides or {}))
 
     @property
@@ -45,7 +45,7 @@ class Identity(BaseModel):
         return key_of(self.step, self.version, **self.decides)
 
     def changes(self) -> Differences:
-        """Return in what it differs besides from the runs before."""
+        """Return the differences in `besides` from run to run."""
         runs = [*self.earlier, self.besides]
         return [one for before, now in pairwise(runs) for one in _differing(before, now)]
 
@@ -57,7 +57,7 @@ class Place:
         self.folder, self.identity = folder, identity
 
     def differing(self, finished: bool = False) -> Differences | None:
-        """Return in what the work that lies here is another; None where none lies here. finished: whether all has to be equal."""
+        """Return the differences to the work in this folder; None if there is none. finished: whether `besides` counts."""
         there = self._there()
         if there is None:
             return None
@@ -65,7 +65,7 @@ class Place:
         return found + _differing(there.besides, self.identity.besides) if finished else found
 
     def begin(self) -> None:
-        """Note whose work lies here from now on. Raises as `base.files.write_text`."""
+        """Record whose work this folder holds from now on. Raises like `base.files.write_text`."""
         there = self._there()
         if there is not None and there.key == self.identity.key:
             before = (*there.earlier, there.besides) if there.besides != self.identity.besides else there.earlier
@@ -75,15 +75,15 @@ class Place:
         write_note(self.folder / FILE, self.identity)
 
     def takes_up(self, holds_work: bool, field: str, named: Path) -> bool:
-        """Return whether unfinished work of the same key lies here, which is then this one's.
+        """Return whether the folder holds unfinished work of the same key, to be resumed.
 
         Args:
-            holds_work: whether there is anything to go on from.
+            holds_work: whether there is anything to resume.
             field: the setting that names the folder.
             named: its value.
 
         Raises:
-            BadInput: it is another's.
+            BadInput: the work belongs to another run.
         """
         differing = self.differing()
         if differing is None or (differing and not holds_work):
@@ -116,7 +116,7 @@ def said(differing: Differences) -> str:
 
 
 def settings_in(folder: Path) -> dict[str, Any] | None:
-    """Return what decides the work that lies in a folder; None where none does."""
+    """Return what decides the work in a folder; None if there is none."""
     note = read_note(folder / FILE, Identity)
     return None if note is None else note.record.decides
 

@@ -1,8 +1,8 @@
-"""The store: a folder of results, each found by a key that is made of everything that decides it.
+"""The store: a folder of results, each under a key made of everything that decides it.
 
-A key holds contents (digests of files, values of settings), never names, so that nothing is found that has changed since.
-A result is complete when its record is there. Of several processes that want the same one does the work and the others
-wait; a killed one lets go, and what it left in the result's own folder is there for the next.
+A key holds contents (digests of files, values of settings) and no names, so an outdated result is never found. A result
+is complete when its record exists. Of several processes that want the same one, one does the work and the others wait;
+a killed one releases its claim and leaves its files in the result's folder for the next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coprune.store.notes import Note, Record, read_note, write_note
 
 @dataclass(frozen=True)
 class Key:
-    """Identifies a result by what was done and by everything that decides what came of it."""
+    """Identifier of a result: the step, and a digest of everything that decides it."""
 
     step: str
     digest: str
@@ -38,16 +38,16 @@ def key_of(step: str, version: int, /, **contents: Any) -> Key:
     """Return the key of a result.
 
     Args:
-        step: what is done, which begins the names of the result's files.
-        version: raised whenever the step is done differently, so that earlier results are not found any more.
-        contents: what decides the result: settings, and digests of models and texts; written as JSON.
+        step: the name of the work, with which the result's file names begin.
+        version: increased whenever the step changes, so that older results are no longer found.
+        contents: everything that decides the result: settings, and digests of models and texts; serialised as JSON.
     """
     said = json.dumps([step, version, contents], sort_keys=True, default=str)
     return Key(step, hashlib.sha256(said.encode()).hexdigest()[:32])
 
 
 class Store:
-    """A folder of results. None keeps nothing: everything is done anew."""
+    """A folder of results; with None nothing is kept and everything is recomputed."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -59,15 +59,15 @@ class Store:
 
     @property
     def folder(self) -> Path | None:
-        """Where results lie, and files that belong to them; None where nothing is kept."""
+        """Folder of the results and their files; None if nothing is kept."""
         return self._folder
 
     def find(self, key: Key, kind: type[Record]) -> Note[Record] | None:
-        """Return a complete result with the seconds that it took; None if there is none."""
+        """Return a complete result with the seconds it took, or None."""
         return None if self._folder is None else read_note(self._record(key), kind)
 
     def get(self, key: Key, kind: type[Record], make: Callable[[], Record]) -> Record:
-        """Return a complete result, made now if there is none; an error of `make` leaves nothing."""
+        """Return a complete result, made now if missing; an error in `make` leaves nothing."""
         if (found := self.find(key, kind)) is not None:
             return found.record
         with self.claim(key):
@@ -79,7 +79,7 @@ class Store:
             return record
 
     def seconds(self, step: str = "*") -> list[float]:
-        """Return the seconds of every complete result of a step, by default of all steps."""
+        """Return the seconds of each complete result of a step, by default of all steps."""
         found = (
             [] if self._folder is None else [read_note(file, BaseModel) for file in self._folder.glob(f"{step}-*.json")]
         )
@@ -87,7 +87,7 @@ class Store:
 
     @contextmanager
     def claim(self, key: Key) -> Iterator[None]:
-        """Hold the claim on a result, for one that is not made by one call; wait for whoever holds it."""
+        """Wait for the claim on a result and hold it within the body, for results made by several calls."""
         if self._folder is None:
             yield
             return
@@ -95,7 +95,7 @@ class Store:
             yield
 
     def complete(self, key: Key, record: BaseModel, seconds: float = 0.0) -> None:
-        """Keep a result. Files in its folder have to be on the disk by now."""
+        """Record a result as complete; its files must be on disk by now."""
         if self._folder is not None:
             write_note(self._record(key), record, seconds)
 
