@@ -111,7 +111,7 @@ def test_two_builds_of_a_commit_are_equal(wheel: Path, tmp_path: Path) -> None:
 def test_the_commands_answer(run: Callable[..., str], installed: Path) -> None:
     place = run("python", "-c", "import coprune; print(coprune.__file__)")
     assert Path(place.strip()).is_relative_to(installed.parent)
-    assert "Prune a model, measure what that did, and save it." in run("coprune", "--help")
+    assert "Prune a model, measure the effect, and save it." in run("coprune", "--help")
     assert run("coprune", "--version") == f"coprune {VERSION}\n"
     assert "sparsegpt" in run("coprune", "methods")
     loaded = "import sys, coprune; print([name for name in sys.argv[1:] if name in sys.modules])"

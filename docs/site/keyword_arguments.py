@@ -66,7 +66,7 @@ def written() -> str:
         plain[word] = (_joined([plain[word][0], *options[word][0]]), plain[word][1])
     plain |= {name: (plain[word][0], "") for name, word in ALIASES.items() if word in plain}
     plain["use_variant"] = ("bool", "")
-    plain["train"] = ('Literal["whole", "blocks"] | None', "Where a preset trains. [whole, if it fits the memory]")
+    plain["train"] = ('Literal["whole", "blocks"] | None', "What a preset trains. [whole, if it fits the memory]")
     own = {name: (_joined(kinds), " ".join(texts)) for name, (kinds, texts) in options.items() if name not in plain}
     shared = {name: key for name, key in plain.items() if measuring.get(name) == training.get(name) == key}
     kinds = [

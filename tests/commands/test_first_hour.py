@@ -104,7 +104,7 @@ def do_what_works(place: Path, typed: Type) -> None:
     assert "would prune 14 matrices" in works("coprune inspect model")
     said = works(f"coprune prune model {TEXT}")
     assert "out/model/0.5/wanda/report.json" in said
-    assert said.splitlines()[-1].startswith("next      to keep the model, type the same again with --save-model")
+    assert said.splitlines()[-1].startswith("next      to keep the model, run the same again with --save-model")
     seeded = typed(f"coprune prune model {TEXT} --seed 1")
     assert "holds a run that differs in seed; this one goes to out/model/0.5/wanda-seed-1." in seeded.err
     assert "out/pruned (reloaded" in works(f"coprune prune model {TEXT} -s 50% --save-model out/pruned --save out/run")

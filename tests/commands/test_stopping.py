@@ -64,7 +64,7 @@ def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
     before: object = signal.getsignal(sent)
     ended = run_command(["prune", "model"], monkeypatch, capsys)
     assert ended.code == code
-    assert ended.err.endswith("under its final name. To go on, type: coprune prune model\n")
+    assert ended.err.endswith("under its final name. To resume, type: coprune prune model\n")
     assert signal.getsignal(sent) is before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert printed == []
@@ -120,7 +120,7 @@ def test_one_of_several_processes_says_a_line_when_it_is_ended() -> None:
     _, err = running.communicate(timeout=20)
     assert running.returncode == 143
     assert err == (
-        "coprune: process 1 was told to stop, as all are when one of them ended. The same command goes on where it stopped.\n"
+        "coprune: process 1 was told to stop, as all are when one ends. Run the same command again to resume.\n"
     )
 
 

@@ -69,7 +69,7 @@ def test_the_last_lines_the_report_the_page_and_the_card_say_what_loops(prune: A
     assert last[2].startswith("required  tokens>1 holds (")
     assert last[-2] == f"verdict   it writes worse than the dense model does ({verdict})"
     assert last[-1].startswith(
-        "next      repair more while pruning with --preset balanced, or train the result: coprune "
+        "next      recover more while pruning with --preset balanced, or train the result: coprune "
     )
     assert ended.code == 3, ended.err
     # Everything is there nevertheless.

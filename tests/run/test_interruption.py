@@ -82,7 +82,7 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
     code, err = interrupt(place, sent)
     assert code == (-signal.SIGKILL if sent == signal.SIGKILL else 128 + sent)
     if sent != signal.SIGKILL:
-        said = "coprune: stopped; nothing half-written was left under its final name. To go on, type: coprune "
+        said = "coprune: stopped; nothing half-written was left under its final name. To resume, type: coprune "
         assert err.splitlines() == [said + shlex.join(command(*OPTIONS))]
     assert not (place / "pruned").exists()
     assert not (place / "run" / "report.json").exists()
@@ -130,7 +130,7 @@ def test_a_signal_before_the_walk_is_answered_and_leaves_no_model(
     monkeypatch.setattr("coprune.evaluation.tasks.text_task.draw_samples", stop)
     ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
     assert ended.code == 128 + sent
-    assert "stopped; nothing half-written was left under its final name. To go on, type: coprune prune" in ended.err
+    assert "stopped; nothing half-written was left under its final name. To resume, type: coprune prune" in ended.err
     assert sorted(path.name for path in place.iterdir()) == ["model", "test.txt", "words.txt"]
 
 

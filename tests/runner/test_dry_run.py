@@ -76,7 +76,7 @@ def test_it_writes_nothing_and_reads_no_weights(
     assert "memory    at most" in told
     assert "time      about" in told
     assert "model in  left: nothing there yet" in told
-    assert "next      do it: coprune prune whole " in told
+    assert "next      run it: coprune prune whole " in told
     assert "--dry-run" not in told
 
 

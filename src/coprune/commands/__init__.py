@@ -1,1 +1,1 @@
-"""The command line: one command per file and no logic; nothing heavy is imported before a command runs."""
+"""The command line: one command per file, no logic; nothing heavy is imported before a command runs."""

@@ -1,4 +1,4 @@
-"""The command `coprune`: what stands before a command, and errors as one message. No logic.
+"""The `coprune` command: options before a subcommand, and errors as one message. No logic.
 
 Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
@@ -29,8 +29,8 @@ from coprune.recipe.flags import CommandLine, with_dashes
 app = typer.Typer(
     name="coprune",
     cls=Commands,
-    help="Prune large language models after training, measure what it did, and save a checkpoint that others can load.",
-    epilog="Try: coprune demo. Every command explains itself with --help.",
+    help="Prune large language models after training, measure the effect, and save a checkpoint that others can load.",
+    epilog="Try: coprune demo. Every command has --help.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
@@ -65,9 +65,9 @@ def _options_of_coprune(
 
 
 def main() -> None:
-    """Run the command line; a known error is one message on standard error and exit code 2.
+    """Run the command line; report a known error as one message on standard error and exit with 2.
 
-    A command may exit with a code of its own, as for an unmet requirement.
+    A command may exit with its own code, for example when a requirement is not met.
     """
     # Libraries' warnings are for developers; coprune itself reports what matters to users.
     quieten_libraries()
@@ -79,7 +79,7 @@ def main() -> None:
         if stop.number is None:
             raise
         code = INTERRUPTED
-    if code == INTERRUPTED or stop.number is not None:  # whatever a library made of it
+    if code == INTERRUPTED or stop.number is not None:  # even if a library swallowed the interrupt
         tell(f"coprune: {how_to_go_on(sys.argv[1:])}")
         code = stop.code
     if code:
@@ -87,14 +87,14 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Run what was typed, and return its exit code."""
+    """Run the command line and return its exit code."""
     face = CommandLine(arguments[0])
     try:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
         with speaking(face):
             require_posix()
             code: int = app(arguments, standalone_mode=False, obj=time.monotonic()) or 0
-            if sys.stdout is not None:  # which it is where whoever started this closed it
+            if sys.stdout is not None:  # None if the parent process closed it
                 sys.stdout.flush()
             return code
     except CopruneError as error:
@@ -102,7 +102,7 @@ def _run(arguments: list[str]) -> int:
     except _UsageError as error:
         if (other := option_of_another(getattr(error, "option_name", ""), arguments[0])) is not None:
             _fail(other.text(face))
-        # Reported in the style of coprune's own errors.
+        # Match the style of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")
         # For a missing argument, also show the usage.
         usage = error.ctx.get_usage().removeprefix("Usage: ") if said.startswith("Missing argument") else ""
@@ -120,13 +120,13 @@ def _run(arguments: list[str]) -> int:
 
         if not is_out_of_memory(error):
             raise
-        _fail(f"{first_line_of(error)}. Half precision, or a smaller batch or sequence length, takes less.")
+        _fail(f"{first_line_of(error)}. Half precision, a smaller batch or a shorter sequence length needs less.")
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BaseException as error:
         if not is_panic(error):
             raise
-        _fail(f"a library failed over a file that it was given, such as the model's tokenizer.json: {error}.")
+        _fail(f"a library crashed on one of its input files, such as the model's tokenizer.json: {error}.")
 
 
 def _fail(message: str) -> NoReturn:
@@ -150,7 +150,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """None without one."""
+        """None until a signal arrives."""
 
     @property
     def code(self) -> int:
@@ -158,7 +158,7 @@ class Stop:
         return INTERRUPTED if self.number is None else 128 + self.number
 
     def take(self, number: int, frame: object) -> None:
-        """Stop the command as the handler of a signal."""
+        """Handle a signal by stopping the command."""
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         self.number = number
         signal.signal(signal.SIGALRM, self._insist)
@@ -167,27 +167,27 @@ class Stop:
         raise KeyboardInterrupt
 
     def _insist(self, number: int, frame: object) -> None:
-        """Raise once more where a library swallowed the first: a callback from C, a finaliser, an `except` for everything."""
+        """Raise again if a library swallowed the first one: in a C callback, a finaliser or a bare `except`."""
         error = sys.exc_info()[1]
         while error is not None:
             if isinstance(error, KeyboardInterrupt):
-                return  # somebody is tidying up
+                return  # clean-up is already under way
             error = error.__context__
         raise KeyboardInterrupt
 
 
 def _say_unless_stopped(swallowed: sys.UnraisableHookArgs) -> None:
-    """Report what a callback or finaliser could not raise, but not the stop: it is raised again a second later."""
+    """Report an exception swallowed by a callback or finaliser, except the stop, which is raised again a second later."""
     if not issubclass(swallowed.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(swallowed)
 
 
 @contextmanager
 def stopped_alike(stop: Stop) -> Iterator[None]:
-    """Make SIGTERM and Ctrl-C stop the body, also where a library swallows what they raise. stop: records the signal.
+    """Stop the body on SIGTERM and Ctrl-C, even if a library swallows the exception. stop: records the signal.
 
-    Among several processes it ends this one with a line: the launcher ends all when one is lost, and this one may be in a
-    call that no signal handler interrupts.
+    With several processes, end this one with a message instead: the launcher ends all of them when one is lost, and this one
+    may be in a call that no signal handler can interrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -196,7 +196,7 @@ def stopped_alike(stop: Stop) -> Iterator[None]:
         _end_when_told()
         yield
         return
-    # A shell starts background jobs with Ctrl-C ignored, which stays so.
+    # Shells start background jobs with Ctrl-C ignored; keep it that way.
     taken = [
         signal.SIGTERM,
         *([signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []),
@@ -218,14 +218,14 @@ def _end_when_told() -> None:
     hear, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # so that Python takes note of it
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # a handler is needed for the wakeup fd to be written
 
     def wait() -> None:
         while signal.SIGTERM not in os.read(hear, 1):
             pass
         tell(
-            f"coprune: process {rank()} was told to stop, as all are when one of them ended. "
-            "The same command goes on where it stopped."
+            f"coprune: process {rank()} was told to stop, as all are when one ends. "
+            "Run the same command again to resume."
         )
         os._exit(TERMINATED)
 
@@ -235,15 +235,15 @@ def _end_when_told() -> None:
 def _is_alone() -> bool:
     try:
         return world_size() == 1
-    except BadInput:  # which the command will say
+    except BadInput:  # reported by the command itself
         return True
 
 
 def how_to_go_on(arguments: Sequence[str]) -> str:
-    """Return the message for a stopped command. arguments: those typed after `coprune`."""
+    """Return the message for a stopped command. arguments: what was typed after `coprune`."""
     said = "stopped; nothing half-written was left under its final name."
     if not arguments or arguments[0] not in _GOES_ON:
         return said
     if not _is_alone():
-        return f"{said} The same command goes on where it stopped."
-    return f"{said} To go on, type: coprune {shlex.join(arguments)}"
+        return f"{said} Run the same command again to resume."
+    return f"{said} To resume, type: coprune {shlex.join(arguments)}"

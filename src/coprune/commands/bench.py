@@ -16,7 +16,7 @@ def bench(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Folders and names, which run in transformers, and GGUF files, which run in llama.cpp.",
+            help="Folders and names (run in transformers) and GGUF files (run in llama.cpp).",
             metavar="MODEL",
         ),
     ],
@@ -24,16 +24,16 @@ def bench(
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Tokens to decode after it.", min=1)] = 24,
     repeats: Annotated[int, typer.Option(help="Measurements of the prompt.", min=1)] = 5,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights in transformers: auto, float32, bfloat16 or float16.")
+        str, typer.Option(help="Type of the weights in transformers: auto, float32, bfloat16 or float16.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads. [torch's choice]", min=1)] = None,
     busy: Annotated[
         bool,
-        typer.Option("--busy", help="Count the processor time of one thread, on a machine with other work."),
+        typer.Option("--busy", help="Count the processor time of one thread; for a machine that is doing other work."),
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure how fast models read a prompt and write on this machine's CPU, in turns.
+    """Measure prompt and decoding speed of models on this machine's CPU, in turns.
 
     Example: coprune bench smollm2-135m out/smaller dense-q8_0.gguf smaller-q8_0.gguf --threads 2
     """
@@ -51,5 +51,8 @@ def bench(
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")
     show(str(found))
     show_next(
-        ("find a smaller one that does your task: ", Command("fit", models[0], Set("task", ...), Set("output", ...)))
+        (
+            "find a smaller one that still does your task: ",
+            Command("fit", models[0], Set("task", ...), Set("output", ...)),
+        )
     )

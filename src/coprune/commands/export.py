@@ -31,10 +31,10 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
-    """Write a model as a GGUF file for llama.cpp, Ollama and others: what was removed is gone there too.
+    """Write a model as a GGUF file for llama.cpp, Ollama and others; removed parts are missing there too.
 
-    A smaller model that came from a GGUF file needs nothing else: coprune export out/smaller smaller.gguf --type q8_0.
-    One that came from elsewhere needs a GGUF file of the same source model, of any type (--like source-q4_0.gguf), or
+    A smaller model made from a GGUF file needs nothing else: coprune export out/smaller smaller.gguf --type q8_0.
+    One made from another format needs a GGUF file of the same source model, of any type (--like source-q4_0.gguf), or
     llama.cpp's converter.
     """
     if not is_run(expand_home(model)):
@@ -44,4 +44,4 @@ def export(
 
     how: Any = {name: value for name, value in settings.items() if value is not None}
     show(str(export(model, output, type=kind, quiet=quiet, **how)))
-    show_next(("how fast it is here: ", Command("bench", output)))
+    show_next(("measure its speed here: ", Command("bench", output)))

@@ -29,15 +29,15 @@ def finetune(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
-    """Recover what pruning cost, with every zero kept: masked LoRA, masked dense training, or distillation.
+    """Recover accuracy lost to pruning, keeping every zero: masked LoRA, masked dense training, or distillation.
 
     Example: coprune finetune out/pruned --mode lora --dataset embedded --seqlen 512 --minutes 20
     """
-    began = time.monotonic()  # a limit of minutes counts from here
+    began = time.monotonic()  # a time limit counts from here
     times = Times(began)
     typed = {name: value for name, value in settings.items() if value is not None}
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
-    recipe = training_recipe({"model": named} | typed)  # what cannot be is told before torch is loaded
+    recipe = training_recipe({"model": named} | typed)  # errors are reported before torch is loaded
     with importing():
         from coprune.training.run import run_finetuning
 

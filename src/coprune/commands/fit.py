@@ -21,9 +21,7 @@ NOT_KEPT = 1
 
 @with_options(settings_options(FitSettings))
 def fit(
-    model: Annotated[
-        str, typer.Argument(help="A model to fit, or the recipe.yaml that an earlier fit left, which is made again.")
-    ],
+    model: Annotated[str, typer.Argument(help="A model to fit, or the recipe.yaml of an earlier fit to repeat.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model, its recipe, page and card.")],
     task: Annotated[
         list[str] | None,
@@ -38,7 +36,7 @@ def fit(
     require: Annotated[
         str | None,
         typer.Option(
-            help="What has to be kept, with commas between: accuracy>=dense-0.01, bits<=dense*1.02, acceptance>=0.9, kl<=0.1. "
+            help="What has to be kept, comma-separated: accuracy>=dense-0.01, bits<=dense*1.02, acceptance>=0.9, kl<=0.1. "
             "[by the kind of task: accuracy>=dense-0.02, bits<=dense*1.02, acceptance>=0.9]",
             show_default=False,
         ),
@@ -46,11 +44,11 @@ def fit(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
-    """Find the smallest file of a model that still does your tasks, and prove it on items that the search has not seen.
+    """Find the smallest file of a model that still does your tasks, and prove it on items that the search never saw.
 
-    Plain quants with an importance matrix, smaller embeddings, fewer tokens, channels, blocks or experts with a distillation.
+    Tries plain quants with an importance matrix, smaller embeddings, and fewer tokens, channels, blocks or experts with distillation.
 
-    Exit code 0: kept, proven on the unseen half; 1: not. The same command resumes.
+    Exit code 0: requirement met on the unseen half; 1: not met. Run the same command again to resume.
 
     Example: coprune fit smollm2-135m --task examples/fit/choice.jsonl --require 'accuracy>=dense-0.25' -o small
     """
@@ -72,7 +70,7 @@ def fit(
     from coprune.fitting.fit import fit, remake
 
     if is_recipe:
-        show(f"{remake(model, output, quiet, asked.converter)}: the same bytes as the recipe says")
+        show(f"{remake(model, output, quiet, asked.converter)}: byte for byte as the recipe says")
         return
     if not task:
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")

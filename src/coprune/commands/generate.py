@@ -22,12 +22,12 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and lines.")] = False,
     **settings: Any,
 ) -> None:
-    """Let a model write texts, or answers to prompts, into a file to be calibrated on (--dataset, --calibrate-on generated).
+    """Generate calibration text, or answers to prompts, with a model (for --dataset, --calibrate-on generated).
 
     Example: coprune generate smollm2-135m own.jsonl --samples 64 --seqlen 256
     """
     given: Any = {name: value for name, value in settings.items() if value is not None}
-    if prompts is None or prompts.is_file():  # else that is what is wrong
+    if prompts is None or prompts.is_file():  # if not, report that instead
         look(model, settings["cache_dir"])
     from coprune.steps.write_text import generate
 

@@ -1,4 +1,4 @@
-"""`--help` of a command: options in groups, as wide as the terminal, each by the names that are its own today."""
+"""`--help` of a command: options in groups, as wide as the terminal, each with its current names only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typer.core import TyperCommand
 from coprune.recipe.flags import ALIASES
 
 WIDEST = 160
-"""Columns; a wider terminal makes lines that are hard to read."""
+"""Columns; longer lines are hard to read."""
 _UNGROUPED = "Options"
 
 
 def with_value(arguments: Sequence[str], flag: str, value: str, is_value: Callable[[str], bool]) -> list[str]:
-    """Return arguments in which a flag without a value has a default one. is_value: whether the next word is its value."""
+    """Return the arguments with a default value added to a flag without one. is_value: whether a word is a value of the flag."""
     complete = list(arguments)
     for index, word in enumerate(arguments):
         following = arguments[index + 1 : index + 2]
@@ -26,7 +26,7 @@ def with_value(arguments: Sequence[str], flag: str, value: str, is_value: Callab
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose options are shown in the groups that they name."""
+    """A command that shows its options in groups."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments as typer does."""
@@ -34,7 +34,7 @@ class GroupedCommand(TyperCommand):
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, what is the command's own, and the groups."""
+        """Write arguments, the command's own options, and the groups."""
         for title, rows in self.groups(ctx).items():
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -59,7 +59,7 @@ class GroupedCommand(TyperCommand):
 
 @contextmanager
 def _by_todays_names(param: Any) -> Iterator[None]:
-    """Hide the aliases of an option in the body."""
+    """Hide an option's aliases within the body."""
     before = param.opts
     param.opts = [name for name in before if name.removeprefix("--").replace("-", "_") not in ALIASES]
     try:

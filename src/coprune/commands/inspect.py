@@ -21,16 +21,16 @@ def inspect(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     matrices: Annotated[bool, typer.Option("--matrices", help="One line per matrix instead of one per kind.")] = False,
-    weights: Annotated[bool, typer.Option(help="Read the weights, to tell how sparse they are already.")] = True,
+    weights: Annotated[bool, typer.Option(help="Read the weights, to report their sparsity.")] = True,
     plot: Annotated[
         str | None,
-        typer.Option(help="Draw this matrix: weight magnitudes, input norms, Wanda scores (a pass over data)."),
+        typer.Option(help="Plot this matrix: weight magnitudes, input norms, Wanda scores (takes a pass over data)."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The drawing, .png or .svg.")] = Path("matrix.svg"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plot, .png or .svg.")] = Path("matrix.svg"),
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
-    """Show a model's blocks and matrices, what would be pruned, and the present sparsity."""
+    """Show a model's blocks and matrices, what would be pruned, and the current sparsity."""
     typed = {name: value for name, value in settings.items() if value is not None}
     named = named_model(model, model_option, Command("inspect", "smollm2-135m", Set("pattern", "2:4")))
     recipe = make_recipe({"model": named, "nsamples": _FEW_SAMPLES} | typed)

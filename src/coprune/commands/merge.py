@@ -17,7 +17,7 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
-    """Merge a masked adapter into its pruned model; every zero stays one."""
+    """Merge a masked adapter into its pruned model; every zero stays zero."""
     from coprune.training.merge import merge
 
     show(str(merge(model, adapter, output, quiet=quiet)))

@@ -23,7 +23,7 @@ def methods(
     """List the pruning methods and their own options."""
 
     show("\n".join(describe_methods(name)))
-    show_next(("take one: ", Command("prune", "MODEL", Set("method", name or ...), Set("save_model", ...))))
+    show_next(("use one: ", Command("prune", "MODEL", Set("method", name or ...), Set("save_model", ...))))
 
 
 def describe_methods(name: str | None = None) -> list[str]:
@@ -48,7 +48,7 @@ def field_comments(cls: type[Method]) -> dict[str, str]:
     """Return the docstring of each field of a class on one line, from the source, since Python does not keep them."""
     try:
         source = inspect.getsource(cls)
-    except (OSError, TypeError):  # a class that was made in a shell
+    except (OSError, TypeError):  # a class defined in an interactive shell
         return {}
     body = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(body, ast.ClassDef)

@@ -1,6 +1,6 @@
 """Command-line options made from settings: one per field, named like it, with the field's description as help.
 
-Options that no command knows are the method's own, whose fields they are.
+Options that no command knows are fields of the method.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _METHODS = "coprune.pruning.methods"
 _HELP_ALL = "help_all"
 _FEW = 6
 _NAMED_TWICE = ("model_option", "use_variant")
-"""Options of other tools for what is called otherwise here."""
+"""Options that repeat another under a second name."""
 _COMMON_IN_TRAINING = ("finetune_tokens", "finetune_lr", "finetune_teacher", "finetune_only")
-"""Settings that most people need who train, beside those of a run that prunes."""
+"""Settings that the short help of a training shows in addition to those of a pruning run."""
 _TITLES_OF_TRAINING = {"Calibration": "The data", "What is pruned, and how": "Fine-tuning"}
 """Titles of option groups in commands that prune nothing."""
 
 
 class ShortCommand(GroupedCommand):
-    """A command whose `--help` is one screen, of what most people need; `--help-all` shows every option in full."""
+    """A command whose `--help` fits one screen; `--help-all` shows every option in full."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options that most people need, each in a few words, or all of them in full."""
+        """Write the common options in a few words each, or all of them in full."""
         if ctx.meta.get(_HELP_ALL):
             super().format_options(ctx, formatter)
             return
@@ -60,15 +60,15 @@ class ShortCommand(GroupedCommand):
                 formatter.write_dl([(names, _in_few_words(told)) for names, told in rows])
 
     def is_shown_short(self, name: str) -> bool:
-        """Return whether the short help shows an option, by its parameter's name; those outside a recipe are always shown."""
+        """Return whether the short help shows a parameter; those outside a recipe are always shown."""
         return name not in (*_NAMED_TWICE, TRAIN) and (name not in FIELDS or is_common(FIELDS[name]))
 
 
 class TrainingCommand(ShortCommand):
-    """The same of a command that trains and prunes nothing, whose settings have other names."""
+    """A `ShortCommand` that trains without pruning, where settings have other names."""
 
     def is_shown_short(self, name: str) -> bool:
-        """Return whether the short help shows an option, likewise."""
+        """Return whether the short help shows a parameter."""
         word = TRAINING[name].word if name in TRAINING else None
         common = word is None or word in _COMMON_IN_TRAINING or is_common(FIELDS[word])
         return name not in _NAMED_TWICE and common
@@ -81,7 +81,7 @@ def _apart(told: str) -> tuple[str, str | None]:
 
 
 def _in_few_words(told: str) -> str:
-    """Return the first statement of a help text, with the default from its end."""
+    """Return the first statement of a help text, with the default in brackets."""
     said, default = _apart(told)
     first = re.split(r"\. |; | \(", said, maxsplit=1)[0].removesuffix(".")
     return first if default is None else f"{first} [{default}]"
@@ -103,7 +103,7 @@ def help_all_option() -> inspect.Parameter:
 
 
 def recipe_options(preset: str | None = None) -> list[inspect.Parameter]:
-    """Return one command-line option per setting of a recipe. preset: what is taken where nothing says how to prune."""
+    """Return one command-line option per setting of a recipe. preset: the default when nothing says how to prune."""
     usual = {} if preset is None else {word: (preset, value) for word, value in preset_settings(preset).items()}
     return [_option(name, Setting(name), [], usual=usual.get(name)) for name in FIELDS if name not in _NOT_OPTIONS]
 
@@ -122,7 +122,7 @@ def inspecting_options() -> list[inspect.Parameter]:
 
 
 def measuring_options() -> list[inspect.Parameter]:
-    """Return one command-line option per setting of a measurement, which also has the recipe's flags."""
+    """Return one command-line option per setting of a measurement, with the recipe's flags as well."""
     return [
         _option(name, setting, list(dict.fromkeys([*flags_of(name), *flags_of(setting.word)])))
         for name, setting in MEASURING.items()
@@ -139,11 +139,11 @@ def _option(
     """Return the option of a setting.
 
     Args:
-        name: of the parameter, whose flags are taken where none are given.
-        setting: of a recipe.
+        name: of the parameter; its usual flags are used if `flags` is empty.
+        setting: the recipe's setting.
         flags: the option's own.
-        titles: other titles of groups, by those of parts.
-        usual: the preset that is taken where nothing is said, with its value of the setting.
+        titles: group titles that replace those of the parts.
+        usual: the default preset, with its value of the setting.
     """
     leaf, default = LEAVES[setting.word], DEFAULTS[setting.word]
     field, several = leaf.field, default == ()
@@ -182,7 +182,7 @@ def settings_options(settings: type[BaseModel]) -> list[inspect.Parameter]:
 
 
 def _with_default(told: str, default: Any, usual: tuple[str, Any] | None) -> str:
-    """Return a help text that ends with the default; of two, that of the preset comes first."""
+    """Return a help text that ends with the default; a preset's default comes first."""
     told, said = _apart(told)
     # 0 equals False, but is a default to show.
     if said is None and default is not None and default is not False and default != ():
@@ -202,13 +202,13 @@ def _shown(value: Any) -> str:
 
 
 def _is_read_otherwise(field: FieldInfo) -> bool:
-    """Return whether a number may also be written in another form, such as 50%, which the recipe parses."""
+    """Return whether the recipe also accepts another form of the number, such as 50%."""
     own = [note for note in field.metadata if isinstance(note, BeforeValidator)]
     return field.annotation in (float, float | None) and bool(own)
 
 
 def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Command]:
-    """Replace a command's `**settings` by options."""
+    """Replace a command's `**settings` with options."""
 
     def decorate(function: Command) -> Command:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -221,9 +221,9 @@ def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Comman
 
 
 def method_options(arguments: list[str], command: str) -> dict[str, Any]:
-    """Read `--block-size 64` or `--block-size=64` as an option of the method. command: whose arguments they are.
+    """Parse `--block-size 64` or `--block-size=64` as options of the method. command: the command that was typed.
 
-    Raises BadInput for an option that is no method's, with the nearest of all options.
+    Raises BadInput for an option that no method has, naming the closest option.
     """
     if not arguments:
         return {}
@@ -268,13 +268,13 @@ def _methods_options() -> set[str]:
 
 
 def _needs_methods() -> bool:
-    """Return whether listing options requires importing methods (and torch): where other packages register some."""
+    """Return whether listing options requires importing the methods (and torch): if other packages register some."""
     return _METHODS in sys.modules or bool(entry_points(group="coprune.methods"))
 
 
 @cache
 def options_in_source() -> set[str]:
-    """Return the names of the options of coprune's own methods, which are the fields of the classes in their files."""
+    """Return the option names of coprune's own methods: the fields of the classes in their source files."""
     spec = find_spec(_METHODS.rpartition(".")[0])
     folders = [Path(path) / "methods" for path in (spec.submodule_search_locations or [])] if spec else []
     parsed = [ast.parse(file.read_bytes()) for folder in folders for file in folder.glob("*.py")]
@@ -289,5 +289,5 @@ def options_in_source() -> set[str]:
 
 def _flags(parameter: inspect.Parameter) -> list[str]:
     option = parameter.annotation.__metadata__[0]
-    # Within Annotated, typer keeps the first name where a default would be.
+    # Within Annotated, typer stores the first name as the default.
     return [flag for name in (option.default, *option.param_decls) for flag in name.split("/") if flag.startswith("--")]

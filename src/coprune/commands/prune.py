@@ -1,4 +1,4 @@
-"""`coprune prune`: its options are the settings of a recipe, and the method's own."""
+"""`coprune prune`; its options are the settings of a recipe and of the method."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prune(
         bool,
         typer.Option(
             "--dry-run",
-            help="Only print the steps, and their memory, time and bytes; read no weights and write nothing.",
+            help="Only print the steps with their memory, time and bytes; read no weights and write nothing.",
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
@@ -40,7 +40,7 @@ def prune(
 
     Example: coprune prune smollm2-135m --dataset embedded -p 2:4 --seqlen 512 --nsamples 32 --save-model out/pruned
 
-    A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
+    Options of a method (listed by coprune methods) are given like any other: --method sparsegpt --block-size 64
     """
     times, reporter = Times(context.obj), Reporter(quiet or rank() != 0)
     recipe = recipe_asked(context, typed, reporter)
@@ -79,11 +79,11 @@ def _tell(recipe: Recipe, typed: Mapping[str, Any], reporter: Reporter) -> None:
     named = {name for name in ("save", "save_model") if typed[name] is not None}
     found = dry_run(where_to(recipe, typed["recipe"] is not None, named)[0], reporter)
     show(str(found))
-    show_next(("do it: ", found.command()))
+    show_next(("run it: ", found.command()))
 
 
 def closing(report: Report) -> list[tuple[str, str]]:
-    """Return the last lines of a run: a verdict on what the model writes, and what to type next."""
+    """Return the last lines of a run: a verdict on the model's text, and what to type next."""
     answers, lines = report.answers, []
     if answers is not None:
         lines.append(("verdict", verdict_on(answers)))
@@ -93,11 +93,11 @@ def closing(report: Report) -> list[tuple[str, str]]:
 def _next_step(report: Report) -> Words:
     recipe, saved = report.recipe, report.saved_model
     if saved is None:
-        return ("to keep the model, type the same again with ", Set("save_model", ...), " ", Set("overwrite", True))
+        return ("to keep the model, run the same again with ", Set("save_model", ...), " ", Set("overwrite", True))
     if report.answers is None or not report.answers.degenerates:
         if report.model.task == "text" and not recipe.output.as_gguf:
             return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))
-        return ("how fast it is here: ", Command("bench", saved))
+        return ("measure its speed here: ", Command("bench", saved))
     if recipe.train.mode is not None:
         return ("prune less, or train longer with ", Set("finetune_minutes", ...))
     dense = Set("teacher", recipe.model.name)
@@ -106,4 +106,4 @@ def _next_step(report: Report) -> Words:
     )
     if recipe.remove.parts or recipe.prune.reconstruct.steps:
         return ("train it toward the dense model: ", train)
-    return ("repair more while pruning with ", Set("preset", "balanced"), ", or train the result: ", train)
+    return ("recover more while pruning with ", Set("preset", "balanced"), ", or train the result: ", train)

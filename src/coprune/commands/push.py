@@ -16,10 +16,10 @@ def push(
         Path, typer.Argument(help="Folder of a saved model, of adapters, or of a run that saved its model.")
     ],
     repository: Annotated[str, typer.Argument(help="Its name on the Hub.", metavar="OWNER/NAME")],
-    private: Annotated[bool, typer.Option("--private", help="Let nobody else see the repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Upload a saved model with its card to the Hugging Face Hub; the repository is created if it does not exist.
+    """Upload a saved model with its card to the Hugging Face Hub; create the repository if it does not exist.
 
     Example: coprune push out/pruned me/SmolLM2-2-4 --private
     """
@@ -29,4 +29,4 @@ def push(
     with Reporter(quiet).libraries():
         address = push(folder, repository, private)
     show(f"pushed to {address}")
-    show_next(("look at it from another machine: ", Command("inspect", repository)))
+    show_next(("inspect it from another machine: ", Command("inspect", repository)))

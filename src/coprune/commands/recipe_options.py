@@ -1,4 +1,4 @@
-"""The options that `prune` and `estimate` share, and the recipe that they make."""
+"""The options shared by `prune` and `estimate`, and the recipe made from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 from coprune.recipe.sources import split_sources
 
 METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
-"""Typer's settings by which a method's own options are left to `recipe_asked`."""
+"""Typer settings that leave a method's own options to `recipe_asked`."""
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.", show_default=False)
@@ -39,7 +39,7 @@ _OWN: dict[str, Any] = {
         str | None,
         typer.Option(
             "--preset",
-            help=f"How long you are willing to wait: fast, balanced or best. [{BARE}, where nothing says how to prune]",
+            help=f"How long you are willing to wait: fast, balanced or best. [{BARE}, if nothing says how to prune]",
             rich_help_panel="What is pruned, and how",
         ),
     ],
@@ -47,7 +47,7 @@ _OWN: dict[str, Any] = {
         str | None,
         typer.Option(
             "--train",
-            help="Where a preset trains: whole (the model) or blocks. [whole, if it fits the memory]",
+            help="What a preset trains: whole (the model) or blocks. [whole, if it fits the memory]",
             rich_help_panel="What is pruned, and how",
         ),
     ],
@@ -65,15 +65,15 @@ def run_options() -> list[inspect.Parameter]:
 
 
 def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Reporter) -> Recipe:
-    """Return the recipe that a preset, a file and what was typed make together; what comes later wins.
+    """Return the recipe made from a preset, a file and the command line; later ones win.
 
     Args:
         context: of the command, which holds the method's own options.
-        typed: the values of `run_options`; None for what was not typed.
-        reporter: who hears of a preset that nobody named.
+        typed: the values of `run_options`; None if not typed.
+        reporter: told when a preset is used by default.
 
     Raises:
-        BadInput: there is no such preset, file, setting or option, or no model, or it makes no valid recipe.
+        BadInput: a preset, file, setting or option is unknown, no model is named, or the recipe is invalid.
     """
     settings = {name: value for name, value in typed.items() if value is not None and name not in _OWN}
     if model := one_model(typed["model"], typed["model_option"]):
@@ -95,13 +95,13 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
     look_at(recipe)
     if PRESET not in flatten(chosen):
         return recipe
-    from coprune.run.preset_training import recipe_that_fits  # which imports torch, after the first line
+    from coprune.run.preset_training import recipe_that_fits  # imports torch, so after the first line
 
     return recipe_that_fits(chosen)
 
 
 def look_at(recipe: Recipe) -> None:
-    """Raise BadInput for a model, a text or a method that is not there, before torch is imported, which takes seconds."""
+    """Raise BadInput for a missing model, text or method before the slow import of torch."""
     name = recipe.prune.method.name
     if "torch" not in sys.modules and name not in METHOD_NAMES and not entry_points(group=METHODS_OF_PACKAGES):
         raise unknown_name("method", name, METHOD_NAMES, field="method")
@@ -111,7 +111,7 @@ def look_at(recipe: Recipe) -> None:
 
 
 def look_at_texts(recipe: Recipe, calibrates: bool = True) -> None:
-    """Raise BadInput for a text of a recipe that is not there or out of reach. calibrates: whether one is calibrated on."""
+    """Raise BadInput for a text that is missing or cannot be downloaded. calibrates: whether to check the calibration text."""
     where, asked = recipe.model.cache_dir, recipe.evaluate
     for source in split_sources(recipe.calibrate.data) if calibrates and recipe.reads_calibration else ():
         if not source.is_own:
@@ -123,7 +123,7 @@ def look_at_texts(recipe: Recipe, calibrates: bool = True) -> None:
 
 
 def named_model(model: str | None, model_option: str | None, example: Command) -> str:
-    """Return the named model. Raises BadInput, with an example, without one, and as `one_model` and `look`."""
+    """Return the named model. Raises BadInput, with an example if none is named, and as `one_model` and `look`."""
     if found := one_model(model, model_option):
         look(found)
         return found
@@ -135,7 +135,7 @@ def _no_model(example: Command) -> BadInput:
 
 
 def one_model(model: str | None, model_option: str | None) -> str | None:
-    """Return the model given as argument or as option. Raises BadInput if both are."""
+    """Return the model given as argument or as option. Raises BadInput if the two differ."""
     if model and model_option and model != model_option:
         raise BadInput(f"two models are named: {model} and {model_option}", field="model", value=model)
     return model or model_option

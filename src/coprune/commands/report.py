@@ -18,10 +18,10 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The page. [report.html in the run's folder, or here for several]"),
+        typer.Option("--output", "-o", help="The page. [report.html in the run's folder; for several runs, here]"),
     ] = None,
 ) -> None:
-    """Make the page of a run, a fine-tuning or a sweep again, or one page that compares several runs."""
+    """Rebuild the page of a run, a fine-tuning or a sweep, or make one page that compares several runs."""
     for run in runs:
         if not run.exists():
             raise BadInput(f"there is no {run}", field="runs", value=run, fix="name the folder of a finished run")
@@ -41,4 +41,4 @@ def report(
         write_page(runs, path)
     show(f"page      {path}")
     compared: Words = ("compare the models: ", Command("compare", *runs))
-    show_next(("a page with others: ", Command("report", runs[0], "RUN")) if len(runs) == 1 else compared)
+    show_next(("a page with other runs: ", Command("report", runs[0], "RUN")) if len(runs) == 1 else compared)

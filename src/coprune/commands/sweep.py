@@ -20,10 +20,10 @@ _LOCAL = "local"
 
 
 class SweepCommand(ShortCommand):
-    """Lets `--ray` stand without a value, for a cluster of this machine alone."""
+    """A command whose `--ray` may come without an address, for a local cluster."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Complete a `--ray` without an address."""
+        """Add the default to a `--ray` without an address."""
         return super().parse_args(ctx, with_value(args, "--ray", _LOCAL, _is_address))
 
 
@@ -45,21 +45,22 @@ def sweep(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Use this model instead.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the commands that the runs stand for, and do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the commands of the runs.")] = False,
     ray: Annotated[
         str | None,
         typer.Option(
             "--ray",
             metavar="[ADDRESS]",
-            help="Run on the Ray cluster at ADDRESS (host:port, auto), or without one on a cluster of this machine.",
+            help="Run on the Ray cluster at ADDRESS (host:port, auto), or without one on a local cluster.",
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Runs at a time. [as many as cores and, by the estimates, memory allow]", min=1)
+        int | None,
+        typer.Option(help="Number of parallel runs. [as many as cores and, by the estimates, memory allow]", min=1),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Cores of a run. [all of them shared out]", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Cores per run. [all cores, divided among the runs]", min=1)
+    ] = None,
     retries: Annotated[int, typer.Option(help="Retries of a run that crashed or was killed.", min=0)] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and lines.")] = False,
     **settings: Any,
@@ -75,9 +76,9 @@ def sweep(
 
     Results: results.md, results.csv, results.parquet and report.html in the sweep's folder, beside one folder per run.
 
-    After Ctrl-C or a crash, the same command resumes: finished runs are not repeated.
+    After Ctrl-C or a crash, run the same command again to resume: finished runs are not repeated.
 
-    Options of prune that are given here override the file for all of its runs.
+    Options of prune given here override the file for all runs.
     """
     typed = {name: value for name, value in settings.items() if value is not None}
     typed |= ({"model": model} if model else {}) | {"retries": retries}
@@ -113,5 +114,5 @@ def _show(found: SweepResult) -> None:
     found.require_success()
     saved = any(report.saved_model is not None for report in found.reports.values())
     compared: Words = ("compare the models: ", Command("compare", found.sweep.folder))
-    show_next(compared if saved else ("keep the models, too: type the same with ", Set("save_model", ...)))
+    show_next(compared if saved else ("keep the models: run the same with ", Set("save_model", ...)))
     end_unless_held(one for _, one in required)

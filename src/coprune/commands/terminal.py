@@ -1,4 +1,4 @@
-"""Terminal helpers of the commands: tables, and the exit code of a model that misses a requirement."""
+"""Terminal helpers of the commands: tables, result lines, and the exit code for an unmet requirement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_EDGE = 10_000  # columns
 
 
 class Requirement(Protocol):
-    """Something that was required of a model."""
+    """A requirement on a model."""
 
     @property
     def holds(self) -> bool: ...
@@ -49,5 +49,5 @@ def show_next(words: Words) -> None:
 
 
 def tell(text: str) -> None:
-    """Print what is no result on standard error."""
+    """Print a message on standard error."""
     typer.echo(printable(text), err=True)

@@ -1,4 +1,4 @@
-"""Where the seconds of a command went: those of this process, which add up to all of them, and those of earlier ones apart."""
+"""Times of a command by part: those of this process, which add up to its total, and those of earlier ones apart."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _LEAST = 0.1
 
 
 class Times:
-    """Seconds of the parts of this process's work, as its events report them."""
+    """Seconds that this process spent on each part, as reported by events."""
 
     def __init__(self, began: float | None = None) -> None:
-        """Begin. began: when the process did, by `time.monotonic`; by default now."""
+        """Start counting. began: start of the process by `time.monotonic`; now by default."""
         self._began = time.monotonic() if began is None else began
         self._parts: dict[str, float] = {}
 
     def started(self) -> None:
-        """Take all that was up to now for the start."""
+        """Count all time so far as start-up."""
         self._add("start and import libraries", time.monotonic() - self._began)
 
     def hear(self, event: Event) -> None:
-        """Take the seconds in an event: a listener of a reporter."""
+        """Add the seconds in an event; a listener of a reporter."""
         from coprune.run.events import BlockPruned, Phase, PhaseDone
         from coprune.training.events import Trained
 
         if isinstance(event, BlockPruned):
             spent = sum(matrix.seconds for matrix in event.matrices)
-            self._add(_BLOCKS, -spent)  # it is a part of that phase
+            self._add(_BLOCKS, -spent)  # already counted in that phase
             self._add(CHOOSING, spent)
         elif isinstance(event, PhaseDone):
             name = _BLOCKS if event.phase == Phase.PRUNE else event.measured.name
@@ -47,7 +47,7 @@ class Times:
         return self._parts.get(part, 0.0)
 
     def line(self, earlier: dict[str, float]) -> str:
-        """Return all seconds by part. earlier: those of a part that belong to any process, so that others' are told apart."""
+        """Return all seconds by part as text. earlier: seconds by part of all processes, to show earlier ones' apart."""
         total = time.monotonic() - self._began
         shown = {what: round(seconds, 1) for what, seconds in self._parts.items() if seconds >= _LEAST}
         told = [f"{seconds:.1f} s to {what}" for what, seconds in shown.items()]
@@ -64,6 +64,6 @@ class Times:
 
 
 def of_any_process(report: Report) -> dict[str, float]:
-    """Return the seconds in a run's report that may be an earlier process's, by part."""
+    """Return the seconds in a run's report, some of which may be an earlier process's, by part."""
     found = {CHOOSING: sum(matrix.seconds for matrix in report.matrices)}
     return found if report.finetuned is None else found | {TRAINING: 60 * report.finetuned.minutes}

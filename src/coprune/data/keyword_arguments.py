@@ -237,7 +237,7 @@ class RecipeArguments(SharedArguments, total=False):
     sparsity_type: str
     use_variant: bool
     train: Literal["whole", "blocks"] | None
-    """Where a preset trains. [whole, if it fits the memory]"""
+    """What a preset trains. [whole, if it fits the memory]"""
 
 
 class PruneArguments(RecipeArguments, total=False):
