@@ -60,10 +60,10 @@ def test_the_page_of_recipes_has_every_setting() -> None:
     [
         (
             "prune",
-            "`-m, --method <str>`\n:   How weights are chosen and mended; see: coprune methods. "
+            "`-m, --method <str>`\n:   How weights are chosen and updated; see: coprune methods. "
             "Default: sparsegpt by preset balanced, else wanda.",
         ),
-        ("prune", "`--seed <int>`\n:   Seed of everything random. Default: 0."),
+        ("prune", "`--seed <int>`\n:   Random seed. Default: 0."),
         (
             "prune",
             "`-s, --sparsity <str>`\n:   Fraction of zeros, 0 ≤ s &lt; 1, or 50%; an N:M pattern sets it. Default: 0.5.",

@@ -50,7 +50,7 @@ def test_shares_may_be_per_cent() -> None:
         ("size=0", "is not a size of a model"),
         ("size=-3MB", "is not a size of a model"),
         ("size=0.2,channels=0.1", "a target size chooses the shares of channels, heads and blocks itself"),
-        ("size=0.2,vocabulary=96k", "say what is to be left: .*size=100MB"),
+        ("size=0.2,vocabulary=96k", "give the size to keep: .*size=100MB"),
     ],
 )
 def test_what_is_no_size_is_refused(remove: str, said: str) -> None:

@@ -121,7 +121,7 @@ def test_a_model_in_memory_needs_no_folder(tmp_path: Path) -> None:
 
 
 def test_tasks_are_for_the_model_that_was_saved(home: Path) -> None:
-    with pytest.raises(BadInput, match="zero-shot tasks are not run by a run that cuts and prunes"):
+    with pytest.raises(BadInput, match="a run that removes parts and prunes cannot run zero-shot tasks"):
         make_recipe(settings(home, **CUT, **ZEROS, tasks="boolq"))
 
 

@@ -145,9 +145,9 @@ def test_scores_that_lack_a_mixture_are_refused_before_the_dense_model_is_measur
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"domains": "code"}, "'code' has no domain's name"),
+        ({"domains": "code"}, "'code' lacks the name of a domain"),
         ({"domains": ["a=x", "a=y"]}, "the domain a is given twice"),
-        ({"domains": "a=x,b=y", "blend": "a=1"}, "blend has to give a weight for each domain"),
+        ({"domains": "a=x,b=y", "blend": "a=1"}, "blend must give a weight for each domain"),
         ({"domains": "a=x,b=y", "blend": "a=0,b=0"}, "all weights of the domains are zero"),
         ({"domains": "a=x", "blend": "mean"}, "'mean' is not a domain's weight"),
         ({"domains": "a=x", "remove": "heads=0.5"}, "domains are only for scoring experts"),

@@ -288,7 +288,7 @@ def test_a_refusal_comes_before_all_that_is_slow(
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
         ({"remove": "heads=0.5", "score": "obs:luck=3"}, "option of score 'obs': 'luck'"),
         ({"remove": "heads=0.5", "permute": True}, "permute reorders channels"),
-        ({"remove": "heads=0.5", "refine": "refit"}, "so refine=… means nothing"),
+        ({"remove": "heads=0.5", "refine": "refit"}, "so refine=… has no effect"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_a_model_that_was_handed_over_is_trained_block_by_block(model: Path) -> 
 
 
 def test_where_to_train_is_refused_without_a_preset(model: Path) -> None:
-    with pytest.raises(BadInput, match="no preset is named"):
+    with pytest.raises(BadInput, match="no preset is given"):
         make_recipe({"model": "m", "train": "whole", "method": "wanda"})
     with pytest.raises(BadInput, match="way to train"):
         make_recipe({"model": "m", "train": "half", "preset": "best"})

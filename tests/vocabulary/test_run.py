@@ -262,7 +262,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"remove": "vocabulary=640,vocabulary=0.5"}, "given twice"),
     "unknown language": ({"remove": "vocabulary=640", "vocabulary_text": "xx"}, "unknown language 'xx'"),
     "bad share": ({"remove": "vocabulary=640", "vocabulary_text": "en=0"}, "positive number"),
-    "no vocabulary": ({"sparsity": 0.5, "vocabulary_text": "en"}, "none is removed"),
+    "no vocabulary": ({"sparsity": 0.5, "vocabulary_text": "en"}, "none is requested"),
     "its score": ({"sparsity": 0.5, "remove": "channels=0.5", "score": "counts"}, "none are removed"),
     "no text": ({"remove": "vocabulary=640", "vocabulary_text": "missing.txt"}, "missing.txt"),
     "useless": ({"remove": "vocabulary=1000", "evaluate": False}, "save only"),

@@ -46,7 +46,8 @@ def fit(
 ) -> None:
     """Find the smallest file of a model that still does your tasks, and prove it on items that the search never saw.
 
-    Tries plain quants with an importance matrix, smaller embeddings, and fewer tokens, channels, blocks or experts with distillation.
+    Tries plain quants with an importance matrix, smaller embeddings, and fewer tokens, channels, blocks or experts with
+    distillation.
 
     Exit code 0: requirement met on the unseen half; 1: not met. Run the same command again to resume.
 

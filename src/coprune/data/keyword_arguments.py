@@ -23,29 +23,30 @@ class SharedArguments(TypedDict, total=False):
     device: str
     """auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     cache_dir: File | None
-    """Where downloads are kept. [the Hugging Face cache]"""
+    """Folder for downloads. [the Hugging Face cache]"""
     bos: Literal["auto", "first", "every", "never"]
-    """Where the token that begins a text (BOS) stands, in calibration and perplexity: at the start of the text, of
-    every window, or never; auto does as the tokenizer, unless it puts BOS and the dense model is clearly better (by
-    5 % in perplexity, on a few windows) where every window has it."""
+    """Where the BOS token stands, in calibration and perplexity: at the start of the text, of every window, or never;
+    auto follows the tokenizer, unless it adds BOS and the dense model is clearly better (by 5 % in perplexity, on a
+    few windows) with BOS in every window."""
     eval_images: int | None
-    """Use only so many images of each set, evenly spaced. [all]"""
+    """Maximum number of images per set, evenly spaced. [all]"""
     eval_tokens: int | None
-    """Use only so many tokens of each text. [all]"""
+    """Maximum number of tokens per text. [all]"""
     generate: File | None
-    """Let the models answer prompts, greedily and sampled, and measure loops, lengths and closeness to the dense
-    model: builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for
+    """Answer prompts with both models, greedily and sampled, and measure loops, lengths and closeness to the dense
+    model: builtin (several fields and languages), or a .jsonl file with the column prompt (file:column for
     another)."""
     generate_prompts: int | None
-    """Use only so many of the prompts. [all]"""
+    """Maximum number of prompts. [all]"""
     generate_tokens: int
-    """Most tokens of an answer."""
+    """Maximum tokens per answer."""
     generate_temperature: float
-    """Temperature of the sampled answers; 0 for greedy ones alone."""
+    """Temperature of the sampled answers; 0: only greedy ones."""
     require: str | None
-    """Exit with 3, once all is saved, unless the answers, or what is measured, are so: conditions with commas between,
-    such as 'loops<=dense+1,kl<0.5' or 'perplexity<=dense*1.05' (accuracy, word_error; cosine, overlap, alike with
-    the dense model); no more answers may be empty than the dense model's unless that is said: empty<=dense+1."""
+    """Exit with 3, after saving everything, unless these comma-separated conditions hold: answers such as
+    'loops<=dense+1,kl<0.5', or measurements such as 'perplexity<=dense*1.05' (accuracy, word_error; cosine,
+    overlap, alike with the dense model). Empty answers may be no more than the dense model's, unless stated:
+    empty<=dense+1."""
 
 
 class RecipeArguments(SharedArguments, total=False):
@@ -54,99 +55,101 @@ class RecipeArguments(SharedArguments, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     """Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."""
     stream: bool | None
-    """Read and write the model block by block, so that memory holds one block at a time. [yes for checkpoint folders;
-    a GGUF file is read whole]"""
+    """Read and write the model block by block, so that only one block is in memory at a time. [yes for checkpoint
+    folders; a GGUF file is read whole]"""
     check_memory: bool
-    """Refuse a run that would not fit the memory."""
+    """Refuse a run that would not fit in memory."""
     options: Mapping[str, bool | int | float | str | None]
-    """How weights are chosen and mended; see: coprune methods."""
+    """How weights are chosen and updated; see: coprune methods."""
     pattern: str
     """unstructured, or N:M = N kept of every M inputs (2:4, 4:8, 1:4 …)."""
     sparsity: float | str | None
     """Fraction of zeros, 0 ≤ s < 1, or 50%; an N:M pattern sets it. [0.5]"""
     permute: bool
-    """For N:M: reorder channels first so that less is pruned; the model's outputs stay. Loads the whole model into
-    memory."""
+    """For N:M: permute channels first so that pruning loses less; the model's outputs stay the same. Loads the whole
+    model into memory."""
     rotate: bool
-    """Rotate the values of attention heads first so that the pattern removes less; the model's outputs stay. Loads the
-    whole model into memory."""
+    """Rotate the values of attention heads first so that pruning loses less; the model's outputs stay the same. Loads
+    the whole model into memory."""
     include: str | Sequence[str]
     """Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable."""
     exclude: str | Sequence[str]
-    """Leave matrices that match this pattern alone; repeatable."""
+    """Do not prune matrices that match this pattern; repeatable."""
     allocation: Named
-    """How the sparsity is spread over the matrices: uniform, owl or fisher (options as in owl:spread=0.1), or a
-    FILE.yaml of patterns of names and sparsities; how channels and heads that are removed are spread over the
-    blocks: uniform or error."""
+    """How the sparsity is allocated to the matrices: uniform, owl or fisher (options as in owl:spread=0.1), or a
+    FILE.yaml of name patterns and sparsities; how removed channels and heads are allocated to the blocks: uniform
+    or error."""
     refine: Named | Sequence[Named]
-    """Improve every mask's weights: refit, swaps (which ends with a refit), options as in refit:rounds=10; repeatable."""
-    reconstruct: int | str
-    """Train every pruned block for so many steps toward the dense model's outputs."""
-    reconstruct_tokens: int
-    """With reconstruct: train every block on at least so many tokens, with more steps where samples are short, so that
-    half as long ones do not halve the training. [as many as the steps hold]"""
-    reconstruct_lr: float | None
-    """Learning rate of that, times the size (root mean square) of each matrix and vector, so that one serves models
-    with smaller or larger weights. [what lowers the held-out error of the first blocks most]"""
-    reconstruct_dtype: Literal["float32", "bfloat16"]
-    """What blocks compute in while they are trained."""
-    remove: str | Sequence[str]
-    """Remove parts of the model, so that it gets smaller: size=0.25, or a share of channels=0.33, heads=0.25,
-    blocks=0.2, experts=0.25, vocabulary=96k (tokens that stay); repeatable, or with commas between. size is the
-    share of the parameters that goes, or what is left: size=100MB, size=1.2B. Also experts=keep:96 (how many stay),
-    vocabulary=0.6 (a share to go) and vocabulary=loss:1% (as few as cost so many more bits per byte)."""
-    score: Literal["magnitude", "wanda"] | Named | Sequence[Named]
-    """Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or magnitude;
-    which blocks: map (those in a row that a linear map replaces best; the default), kl (what the model says without
-    it) or influence (what changes its inputs least); which experts: reap (gate times answer; the default),
-    frequency, random, or aimer (their weights alone, without a text); options as in wanda_sp:refit=true;
+    """Improve the weights left by each mask: refit, swaps (which ends with a refit), options as in refit:rounds=10;
     repeatable."""
+    reconstruct: int | str
+    """Number of steps to train each pruned block toward the dense model's outputs."""
+    reconstruct_tokens: int
+    """With reconstruct: minimum number of tokens to train each block on; short samples get more steps, so that halving
+    their length does not halve the training. [as many as the steps hold]"""
+    reconstruct_lr: float | None
+    """Learning rate of reconstruct, times the size (root mean square) of each matrix and vector, so that one rate
+    serves models with smaller or larger weights. [the best by held-out error of the first blocks]"""
+    reconstruct_dtype: Literal["float32", "bfloat16"]
+    """Compute type while blocks are trained."""
+    remove: str | Sequence[str]
+    """Remove parts to make the model smaller: size=0.25, or a share of channels=0.33, heads=0.25, blocks=0.2,
+    experts=0.25, vocabulary=96k (tokens to keep); repeatable or comma-separated. size is the share of the
+    parameters to remove, or the size to keep: size=100MB, size=1.2B. Also experts=keep:96 (experts to keep),
+    vocabulary=0.6 (a share to remove) and vocabulary=loss:1% (as few tokens as cost at most 1 % more bits per
+    byte)."""
+    score: Literal["magnitude", "wanda"] | Named | Sequence[Named]
+    """Score for channels and heads: obs (what the others cannot make up for; the default), wanda_sp, flap or
+    magnitude; for blocks: map (a run of blocks that a linear map replaces best; the default), kl (change of the
+    output without it) or influence (change of its inputs); for experts: reap (gate times output; the default),
+    frequency, random, or aimer (weights alone, without text); options as in wanda_sp:refit=true; repeatable."""
     domains: str | Sequence[str] | Mapping[str, File]
-    """Texts by domain, on whose samples (as many of each) the experts are scored instead of the calibration text's:
-    code=code.jsonl,chat=chat.jsonl; or the experts.json of an earlier run, whose scores are blended anew without a
-    pass; repeatable."""
+    """Texts by domain, for scoring experts on the same number of samples of each instead of on the calibration text:
+    code=code.jsonl,chat=chat.jsonl; or the experts.json of an earlier run, to blend its scores anew without a pass;
+    repeatable."""
     blend: str
-    """How domains are blended: max-min (the one that keeps the least of its score keeps as much as can be), or by
-    weights: code=2,chat=1."""
+    """How domains are blended: max-min (maximise the score kept by the domain that keeps the least), or by weights:
+    code=2,chat=1."""
     align: int
-    """Keep channels in multiples of this, where the model has them."""
+    """Keep channels in multiples of this, if the model has them."""
     vocabulary_text: str | Sequence[str] | Mapping[str, float]
-    """What the vocabulary keeps: tokens of files, folders or corpora, words of languages (needs coprune[languages]),
-    and code, each perhaps with a share: mine.jsonl=2,en,code=0.5; repeatable. [the calibration text, en and code]"""
+    """Texts that decide which tokens to keep: files, folders or corpora, word lists of languages (needs
+    coprune[languages]), and code, each with an optional share: mine.jsonl=2,en,code=0.5; repeatable. [the
+    calibration text, en and code]"""
     vocabulary_force: bool
-    """Cut a vocabulary even where that saves less than 5 per cent of the weights' bytes."""
+    """Cut the vocabulary even if that saves less than 5 % of the weights' bytes."""
     dataset: CalibrationData
     """Calibration text: wikitext2, c4, ptb, embedded, a datasets id, a local .txt, .jsonl or .parquet file or folder,
-    or self (what the dense model writes; self:prompts.jsonl, its answers); several with shares:
+    or self (generated by the dense model; self:prompts.jsonl: its answers); several with shares:
     self=0.5,wikitext2=0.5. Images: digits, a folder of classes, .parquet, or a datasets id."""
     nsamples: int
     """Number of calibration samples."""
     seqlen: int | None
     """Tokens per sample and per perplexity window. [min(2048, model's limit)]"""
     calibrate_on: Literal["all", "generated"]
-    """Which positions the statistics are of: all, or only those that a model wrote, the others being what it looks
-    back on. Text that says nothing of who wrote it counts whole."""
+    """Positions that count in the statistics: all, or only generated ones, with the rest as context. Text without
+    information on who wrote it counts whole."""
     seed: int
-    """Seed of everything random."""
+    """Random seed."""
     batch_size: int | None
     """Samples per forward pass. [about 512 tokens on a CPU, 4096 elsewhere]"""
     activation_memory: float | None
-    """GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes back batch by
+    """GiB of calibration activations to keep in memory; the rest goes to a temporary file and is read back batch by
     batch. [all in memory]"""
     device_activation_memory: float | None
-    """GiB of calibration activations to keep on a GPU; the rest goes to the host's memory, as far as activation_memory
-    lets it. [half of what is free there]"""
+    """GiB of calibration activations to keep on a GPU; the rest goes to host memory, within activation_memory. [half
+    of the free GPU memory]"""
     propagation: Literal["block", "sequential", "dense"]
     """block: statistics of a block from its dense weights, as in the papers; sequential: each matrix from the inputs
-    that its pruned predecessors give it, in one pass (faster); dense: each matrix from its inputs in the dense
-    model, in one pass, so that all methods and patterns have the same statistics."""
+    given by its pruned predecessors, in one pass (faster); dense: each matrix from its inputs in the dense model,
+    in one pass, so that all methods and patterns share the same statistics."""
     finetune: Literal["lora", "dense", "distill", "lora-distill"] | str | None
-    """Fine-tune the pruned model with its zeros kept."""
+    """Fine-tune the pruned model, keeping its zeros."""
     finetune_minutes: float | None
-    """Limit on the time of the fine-tuning, with loading, measuring and saving; the learning rate falls with it. [one
+    """Time limit of the fine-tuning, including loading, measuring and saving; the learning rate falls with it. [one
     pass over the text]"""
     finetune_tokens: int | None
-    """Fine-tune on so many tokens: as many steps as they fill. [one pass over the text]"""
+    """Number of tokens to fine-tune on, which sets the number of steps. [one pass over the text]"""
     finetune_epochs: float
     """Passes over the data, unless tokens, steps or minutes are given."""
     finetune_max_steps: int | None
@@ -154,85 +157,84 @@ class RecipeArguments(SharedArguments, total=False):
     finetune_batch_size: int | None
     """Windows or images per process and forward pass. [1 window, 32 images]"""
     finetune_accumulate: int | None
-    """Forward passes per step of the fine-tuning. [8 of text, 1 of images]"""
+    """Gradient accumulation: forward passes per step. [8 of text, 1 of images]"""
     finetune_lr: float | None
-    """Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]"""
+    """Peak learning rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]"""
     finetune_rates: Literal["absolute", "relative"]
-    """absolute: one learning rate for all that is trained; relative: times the size of each matrix and vector, so that
+    """absolute: one learning rate for all trained weights; relative: times the size of each matrix and vector, so that
     one rate serves models with smaller or larger weights."""
     finetune_only: str | Sequence[str]
-    """Train only what matches this pattern, such as '*.q_proj', or blocks or routers; repeatable. blocks: embeddings,
-    head and other matrices around the blocks stay as they are, unless they were pruned; routers: only what chooses
-    among experts, after some were removed. [lora: all pruned linear layers; else all weights]"""
+    """Train only weights that match this pattern, such as '*.q_proj', or blocks or routers; repeatable. blocks: freeze
+    embeddings, head and other matrices around the blocks, unless they were pruned; routers: only the routers, after
+    experts were removed. [lora: all pruned linear layers; else all weights]"""
     finetune_dtype: Literal["float32", "bfloat16"]
-    """What the fine-tuning computes in; trained weights are float32."""
+    """Compute type of the fine-tuning; trained weights are float32."""
     finetune_gradient_checkpointing: bool
     """Recompute activations to save memory."""
     finetune_held_out: float
-    """Share of the samples held out (at most 64 windows or 2,048 images); 0: nothing is watched."""
+    """Share of the samples held out (at most 64 windows or 2,048 images); 0: no held-out loss."""
     finetune_save_every: int
-    """Steps between the states from which a training resumes."""
+    """Steps between checkpoints from which training resumes."""
     finetune_eval_seqlen: int | None
     """Tokens per window of perplexity. [as in training]"""
     finetune_teacher: File | None
-    """The dense model: distill trains toward it, and answers that are asked for are compared with its. [in prune: the
-    model]"""
+    """The dense model: target of distill, and the reference for answers. [in prune: the model]"""
     finetune_rank: int
     """lora: rank of the adapters."""
     finetune_alpha: float
     """lora: the update is scaled by alpha / rank."""
     finetune_masked: bool
-    """lora: mask the update; without, adapters are plain PEFT's and stay unmerged."""
+    """lora: mask the update; otherwise adapters are plain PEFT ones and stay unmerged."""
     evaluate: bool
     """Measure perplexity or accuracy before and after."""
     evaluate_dense: bool
     """Measure the dense model's perplexity too."""
     eval_data: TextData | None
-    """Text for perplexity, comma-separated. [test split of the calibration corpus; of a text of your own the last
-    tenth, which is held out]"""
+    """Text for perplexity, comma-separated. [test split of the calibration corpus; for your own text its last tenth,
+    which is held out]"""
     eval_zero_shot: bool
     """Run the papers' seven zero-shot tasks (needs coprune[eval])."""
     tasks: Sequence[File] | File | None
     """Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot.
     [boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa]"""
     num_fewshot: int
-    """Solved examples before every question."""
+    """Number of solved examples before each question."""
     include_path: File | None
-    """Folder with task definitions of your own (YAML); those that run code (`!function`) need --trust-tasks."""
+    """Folder with your own task definitions (YAML); those that run code (`!function`) need --trust-tasks."""
     trust_tasks: bool
-    """Let task definitions run the code that they name; read it first."""
+    """Allow task definitions to run the code that they name; read it first."""
     limit: int | None
-    """Only the first so many items of each task. [all]"""
+    """Maximum number of items per task. [all]"""
     apply_chat_template: bool
-    """Put the tasks' prompts in the tokenizer's chat template."""
+    """Format the tasks' prompts with the tokenizer's chat template."""
     gen_kwargs: str | None
-    """How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."""
+    """Generation settings of the tasks, as in max_gen_toks=64,do_sample=true,temperature=0.7."""
     log_samples: File | None
-    """Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."""
+    """Folder for the tasks' items with the model's answers, one .jsonl file per model and task."""
     prompt: str
-    """Text that both models continue, for the report; empty for none, as for streamed models."""
+    """Text that both models continue, for the report; empty: none, as for streamed models."""
     layer_error: bool
     """Measure every matrix's relative layer error (costs little)."""
     gate: bool
-    """Let a model that is saved answer a few short prompts, and say whether the answers loop or are empty."""
+    """Check a saved model on a few short prompts, and report answers that loop or are empty."""
     save: File | None
     """Run folder for recipe, report and log. [out/MODEL/PATTERN/METHOD]"""
     save_model: File | None
-    """Folder for the pruned model and tokenizer; NAME.gguf where a GGUF file loses experts, blocks or tokens, for a
-    file in which all else has the source's bytes. [not saved]"""
+    """Folder for the pruned model and tokenizer; NAME.gguf if experts, blocks or tokens are removed from a GGUF file,
+    for a file in which the rest keeps the source's bytes. [not saved]"""
     encoding: Literal["source", "dense"]
-    """How the saved model's tensors are stored: as the source's are (FP8, MXFP4, INT4 …, else dense), or dense, as any
-    tool reads them."""
+    """How the saved model's tensors are stored: like the source's (FP8, MXFP4, INT4 …, else dense), or dense, which
+    any tool can read."""
     report_to: Sequence[File] | File | None
     """Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio."""
     push_to_hub: str | None
     """Upload the saved model with its card to this repository of the Hub."""
     private: bool | None
-    """Let nobody else see that repository, which is then a new one."""
+    """Make that repository, which must be new, private."""
     overwrite: bool | None
-    """Replace what an earlier run left in the folders of this one."""
+    """Overwrite an earlier run's files in this run's folders."""
     log_json: File | None
-    """Also write what happens to this file, one JSON object a line."""
+    """Also log events to this file, one JSON object per line."""
     sparsity_ratio: float | str | None
     sparsity_type: str
     use_variant: bool
@@ -284,19 +286,19 @@ class MeasureArguments(SharedArguments, total=False):
     eval_zero_shot: bool
     """Run the papers' seven zero-shot tasks (needs coprune[eval])."""
     num_fewshot: int
-    """Solved examples before every question."""
+    """Number of solved examples before each question."""
     include_path: File | None
-    """Folder with task definitions of your own (YAML); those that run code (`!function`) need --trust-tasks."""
+    """Folder with your own task definitions (YAML); those that run code (`!function`) need --trust-tasks."""
     trust_tasks: bool
-    """Let task definitions run the code that they name; read it first."""
+    """Allow task definitions to run the code that they name; read it first."""
     limit: int | None
-    """Only the first so many items of each task. [all]"""
+    """Maximum number of items per task. [all]"""
     apply_chat_template: bool
-    """Put the tasks' prompts in the tokenizer's chat template."""
+    """Format the tasks' prompts with the tokenizer's chat template."""
     gen_kwargs: str | None
-    """How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."""
+    """Generation settings of the tasks, as in max_gen_toks=64,do_sample=true,temperature=0.7."""
     log_samples: File | None
-    """Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."""
+    """Folder for the tasks' items with the model's answers, one .jsonl file per model and task."""
     seqlen: int | None
     """Tokens per sample and per perplexity window. [min(2048, model's limit)]"""
     batch_size: int | None
@@ -309,21 +311,21 @@ class FinetuneArguments(SharedArguments, total=False):
     """The settings of a training, but for model and mode."""
 
     dataset: CalibrationData
-    """Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings,
-    where the model reads these; or images: digits, a folder of classes, .parquet, or a datasets id. [embedded]"""
+    """Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings, if
+    the model reads these; or images: digits, a folder of classes, .parquet, or a datasets id. [embedded]"""
     seqlen: int | None
     """Tokens per training window. [min(1024, model's limit)]"""
     seed: int
-    """Seed of everything random."""
+    """Random seed."""
     train: str | Sequence[str]
-    """Train only what matches this pattern, such as '*.q_proj', or blocks or routers; repeatable. blocks: embeddings,
-    head and other matrices around the blocks stay as they are, unless they were pruned; routers: only what chooses
-    among experts, after some were removed. [lora: all pruned linear layers; else all weights]"""
+    """Train only weights that match this pattern, such as '*.q_proj', or blocks or routers; repeatable. blocks: freeze
+    embeddings, head and other matrices around the blocks, unless they were pruned; routers: only the routers, after
+    experts were removed. [lora: all pruned linear layers; else all weights]"""
     minutes: float | None
-    """Limit on the time of the fine-tuning, with loading, measuring and saving; the learning rate falls with it. [one
+    """Time limit of the fine-tuning, including loading, measuring and saving; the learning rate falls with it. [one
     pass over the text]"""
     tokens: int | None
-    """Fine-tune on so many tokens: as many steps as they fill. [one pass over the text]"""
+    """Number of tokens to fine-tune on, which sets the number of steps. [one pass over the text]"""
     epochs: float
     """Passes over the data, unless tokens, steps or minutes are given."""
     max_steps: int | None
@@ -331,40 +333,39 @@ class FinetuneArguments(SharedArguments, total=False):
     batch_size: int | None
     """Windows or images per process and forward pass. [1 window, 32 images]"""
     accumulate: int | None
-    """Forward passes per step of the fine-tuning. [8 of text, 1 of images]"""
+    """Gradient accumulation: forward passes per step. [8 of text, 1 of images]"""
     learning_rate: float | None
-    """Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]"""
+    """Peak learning rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]"""
     rates: Literal["absolute", "relative"]
-    """absolute: one learning rate for all that is trained; relative: times the size of each matrix and vector, so that
+    """absolute: one learning rate for all trained weights; relative: times the size of each matrix and vector, so that
     one rate serves models with smaller or larger weights."""
     dtype: Literal["float32", "bfloat16"]
-    """What the fine-tuning computes in; trained weights are float32."""
+    """Compute type of the fine-tuning; trained weights are float32."""
     gradient_checkpointing: bool
     """Recompute activations to save memory."""
     held_out: float
-    """Share of the samples held out (at most 64 windows or 2,048 images); 0: nothing is watched."""
+    """Share of the samples held out (at most 64 windows or 2,048 images); 0: no held-out loss."""
     save_every: int
-    """Steps between the states from which a training resumes."""
+    """Steps between checkpoints from which training resumes."""
     eval_seqlen: int | None
     """Tokens per window of perplexity. [as in training]"""
     teacher: File | None
-    """The dense model: distill trains toward it, and answers that are asked for are compared with its. [in prune: the
-    model]"""
+    """The dense model: target of distill, and the reference for answers. [in prune: the model]"""
     rank: int
     """lora: rank of the adapters."""
     alpha: float
     """lora: the update is scaled by alpha / rank."""
     masked: bool
-    """lora: mask the update; without, adapters are plain PEFT's and stay unmerged."""
+    """lora: mask the update; otherwise adapters are plain PEFT ones and stay unmerged."""
     exclude: str | Sequence[str]
-    """Leave what matches this pattern as it is, and blocks of which all does; repeatable."""
+    """Do not train what matches this pattern, nor blocks that match it entirely; repeatable."""
     evaluate: bool
     """Measure perplexity or accuracy before and after."""
     eval_data: TextData | None
-    """Text for perplexity, comma-separated. [test split of the calibration corpus; of a text of your own the last
-    tenth, which is held out]"""
+    """Text for perplexity, comma-separated. [test split of the calibration corpus; for your own text its last tenth,
+    which is held out]"""
     gate: bool
-    """Let a model that is saved answer a few short prompts, and say whether the answers loop or are empty."""
+    """Check a saved model on a few short prompts, and report answers that loop or are empty."""
     report_to: Sequence[File] | File | None
     """Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio."""
     save: File | None
@@ -372,7 +373,7 @@ class FinetuneArguments(SharedArguments, total=False):
     save_model: File | None
     """Folder for the model. [model/ in the run folder]"""
     overwrite: bool | None
-    """Replace what an earlier run left in the folders of this one."""
+    """Overwrite an earlier run's files in this run's folders."""
 
 
 class GenerateArguments(TypedDict, total=False):
@@ -397,7 +398,7 @@ class GenerateArguments(TypedDict, total=False):
     device: str
     """auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     cache_dir: File | None
-    """Where downloads are kept. [the Hugging Face cache]"""
+    """Folder for downloads. [the Hugging Face cache]"""
     compile: bool
     """Compile the step that makes a token: for long texts and many of them."""
 

@@ -1,4 +1,4 @@
-"""Something chosen by name, with options: a method, an allocation, a refinement."""
+"""A name with options: a method, an allocation, a refinement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORDS: dict[str, Scalar] = {
     "true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "~": None,
 }  # fmt: skip
 
-# What follows a comma, up to the next one that is not within the quotes of a value.
+# The text after a comma, up to the next comma outside quotes.
 _OPTION = re.compile(r""",((?:=\s*'[^']*'|=\s*"[^"]*"|[^,])*)""")
 
 
@@ -25,7 +25,7 @@ def read_named(text: str) -> tuple[str, dict[str, Scalar]]:
     """Split `name:key=value,…` into the name and its options.
 
     Raises:
-        BadInput: an option has no name, no value, or is given twice.
+        BadInput: an option has no name or no value, or is given twice.
     """
     name, colon, written = text.partition(":")
     options: dict[str, Scalar] = {}
@@ -45,12 +45,12 @@ def read_named(text: str) -> tuple[str, dict[str, Scalar]]:
 
 
 def read_pairs(asked: Iterable[str], what: str, field: str) -> dict[str, str]:
-    """Read `name=value` texts, each of one pair or several with commas between; of a name alone the value is empty.
+    """Parse texts of comma-separated `name=value` pairs; a name alone has an empty value.
 
     Args:
         asked: the texts.
-        what: what to call a name in messages, such as `the domain`.
-        field: the setting that they are of.
+        what: how messages call a name, such as `the domain`.
+        field: the setting that holds them.
 
     Raises:
         BadInput: a name is empty, or given twice.
@@ -67,7 +67,7 @@ def read_pairs(asked: Iterable[str], what: str, field: str) -> dict[str, str]:
 
 
 def read_scalar(text: str) -> Scalar:
-    """Read one value: a whole number, a number, true, false, null, or else the text itself."""
+    """Parse one value as an integer, a number, true, false or null, or return the text itself."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -79,26 +79,26 @@ def read_scalar(text: str) -> Scalar:
 
 
 def write_named(name: str, options: Mapping[str, Scalar]) -> str:
-    """Write the text that `read_named` reads."""
+    """Format a name with options as `read_named` parses it."""
     return f"{name}:{','.join(f'{key}={write_scalar(value)}' for key, value in options.items())}" if options else name
 
 
 def write_scalar(value: Scalar) -> str:
-    """Write a value as `read_scalar` reads it."""
+    """Format a value as `read_scalar` parses it."""
     if isinstance(value, str):
         plain = value and read_scalar(value) == value and not set(value) & set(",'\"") and value == value.strip()
         return value if plain else f'"{value}"' if "'" in value else f"'{value}'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# The option by which a recipe says that a choice was handed over by a call from Python, as an object.
+# The option that marks a choice passed as a Python object.
 _GIVEN = "given"
 
 
 class Choice(BaseModel):
-    """A name, and options of what it names.
+    """A name with options.
 
-    It is made from text (`refit:rounds=10`) as from a mapping (`{name: refit, rounds: 10}`), and written as the latter.
+    It is read from text (`refit:rounds=10`) or a mapping (`{name: refit, rounds: 10}`), and written as a mapping.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -108,7 +108,7 @@ class Choice(BaseModel):
 
     @classmethod
     def of(cls, asked: str | Mapping[str, Any] | Choice) -> Self:
-        """Make one from what was asked for. Raises BadInput for what is no name with options."""
+        """Make a choice from text, a mapping or another choice. Raises BadInput if it is invalid."""
         try:
             return cls.model_validate(asked)
         except ValidationError as error:
@@ -118,17 +118,17 @@ class Choice(BaseModel):
 
     @classmethod
     def given(cls, name: str, options: Mapping[str, Scalar]) -> Self:
-        """Make the choice that stands for a Python object without a registered name."""
+        """Make the choice for a Python object without a registered name."""
         return cls(name=name, options={_GIVEN: True, **options})
 
     @property
     def is_given(self) -> bool:
-        """Whether it stands for a Python object, without which the run cannot be repeated."""
+        """Whether it stands for a Python object, which is needed to repeat the run."""
         return self.options.get(_GIVEN) is True
 
     @property
     def is_file(self) -> bool:
-        """Whether it names a file that holds the rest."""
+        """Whether it names a file with the details."""
         return _is_file(self.name)
 
     @model_validator(mode="before")
@@ -166,7 +166,7 @@ def _is_file(text: str) -> bool:
 
 
 def split_choice(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort a mapping into name and options. Raises ValueError where these are no mapping, or one is given twice."""
+    """Split a mapping into name and options. Raises ValueError if the options are no mapping or one is given twice."""
     rest = {str(key).replace("-", "_"): value for key, value in asked.items() if key not in ("name", "options")}
     nested = asked.get("options") or {}
     if not isinstance(nested, Mapping):
@@ -178,11 +178,11 @@ def split_choice(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 USUAL_METHOD = Choice(name="wanda")
-"""The method where nobody names one."""
+"""The default method."""
 METHOD_NAMES = (
     *("magnitude", "wanda", "wanda_variant", "sparsegpt", "ria", "dsnot", "admm", "alps"),
     *("ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"),
 )
-"""Methods of coprune's own, known here before torch is imported."""
+"""coprune's own methods, listed here so that names are checked before torch is imported."""
 METHODS_OF_PACKAGES = "coprune.methods"
-"""The group of entry points under which installed packages name theirs."""
+"""The entry point group in which installed packages register methods."""

@@ -1,4 +1,4 @@
-"""The command that makes a recipe, for pages, tables and listings."""
+"""The command that makes a recipe, shown on pages, in tables and listings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _DATA = "dataset"
 
 
 def command_of(recipe: Recipe) -> str:
-    """Return `coprune prune …`, quoted for a shell, which makes the same recipe whatever the defaults of the command are.
+    """Return `coprune prune …`, quoted for a shell, that makes the same recipe whatever the defaults of the command.
 
-    The method is always named: without one, the command takes a preset.
+    The method is always named: without one, the command uses a preset.
     """
     said = recipe.flat()
     model, _ = said.pop("model"), said.pop("options")
     said["method"] = str(recipe.prune.method)
-    # What a model is calibrated on where nothing is said depends on what it reads.
+    # The default calibration data depends on the model's inputs.
     named = {"method", *([_DATA] if "data" in recipe.calibrate.model_fields_set else [])}
     parts: list[Set] = []
     for name, value in said.items():

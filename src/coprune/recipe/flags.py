@@ -1,4 +1,4 @@
-"""Settings and calls on the command line: flags and commands. Nothing heavy is imported here."""
+"""Flags and commands of the command line for settings and calls. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from coprune.base.words import Face, Set
 
 ALIASES = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}
-"""Settings by their names in the Wanda repository's main.py; its other flags are called as here, with underscores."""
+"""Names in the Wanda repository's main.py that differ from the settings' names here; the rest only have underscores."""
 _SHORT = {"method": "-m", "sparsity": "-s", "pattern": "-p"}
 _SWITCHES = {"evaluate": "eval", "evaluate_dense": "eval-dense"} | {
     name: name.replace("_", "-")
     for name in ("layer_error", "gate", "stream", "check_memory", "masked", "finetune_masked", "permute", "rotate")
 }
-"""Flags that have an opposite, without their dashes."""
+"""Flags with a `--no-` form, without their dashes."""
 
 
 def flags_of(setting: str, in_training: bool = False) -> list[str]:
-    """Return the flags of a setting's option, its own first. in_training: whether they are of `coprune finetune`."""
+    """Return the flags of a setting's option, its main flag first. in_training: whether the command is `coprune finetune`."""
     if setting in _SWITCHES:
         return [f"--{_SWITCHES[setting]}/--no-{_SWITCHES[setting]}"]
-    if in_training and setting == "train":  # which has another meaning in a run that prunes
+    if in_training and setting == "train":  # --train means something else in a pruning run
         return ["--train-only"]
     others = [name for name, means in ALIASES.items() if means == setting]
     return [f"--{name.replace('_', '-')}" for name in (setting, *others)] + (
@@ -32,7 +32,7 @@ def flags_of(setting: str, in_training: bool = False) -> list[str]:
 
 
 def with_dashes(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which a flag's underscores are dashes: `--save_model` as `--save-model`."""
+    """Return the arguments with dashes for underscores in flags: `--save_model` becomes `--save-model`."""
     found = []
     for word in arguments:
         flag, sign, value = word.partition("=")
@@ -41,16 +41,16 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 
 
 CALLED = {"evaluate": "eval"}
-"""Commands that are not called like their function in Python."""
+"""Commands whose name differs from their Python function."""
 
 
 class CommandLine(Face):
-    """Settings are flags, calls are commands."""
+    """The wording of messages on the command line: settings are flags, calls are commands."""
 
     between = " "
 
     def __init__(self, command: str = "prune") -> None:
-        """Speak to whoever typed a command, whose flags are named."""
+        """Use the flags of a command."""
         self._trains = command == "finetune"
 
     def name(self, setting: str) -> str:
@@ -65,7 +65,7 @@ class CommandLine(Face):
             return yes if value else no or f"no {yes}"
         if isinstance(value, list | tuple):
             return " ".join(self.set(name, one) for one in value)
-        # What begins with a dash would be taken for another flag.
+        # A value that begins with a dash would be parsed as a flag.
         return f"{yes}{'=' if str(value).startswith('-') else ' '}{_word(value)}"
 
     def command(self, name: str, parts: tuple[str | Path | Set, ...]) -> str:

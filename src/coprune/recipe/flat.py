@@ -1,4 +1,4 @@
-"""Settings as people say them: each by its own name, and none of them twice."""
+"""Settings as a flat mapping: each under its own name, and none given twice."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from coprune.recipe.flags import ALIASES
 from coprune.recipe.tree import HEADS, LEAVES
 
 _VARIANT = "use_variant"  # the Wanda repository's flag
-PRESET = "preset"  # stands for settings in what is said; no recipe keeps it
-TRAIN = "train"  # says which of a preset's settings; no recipe keeps it either
+PRESET = "preset"  # replaced by its settings; no recipe keeps it
+TRAIN = "train"  # selects among a preset's settings; no recipe keeps it either
 _METHOD, _OPTIONS = "method", "options"
 _TEXT_WITH_OPTIONS = re.compile(r"(?P<value>.+?):(?P<options>[\w-]+=.*)")
 _DEFAULT_METHOD = "wanda"
-_SCORE = "score"  # which some methods have as an option: it is theirs where nothing is removed
+_SCORE = "score"  # also an option of some methods, to which it belongs if nothing is removed
 
 
 def is_setting(name: str) -> bool:
-    """Return whether a name is that of a setting."""
+    """Return whether a name is a setting's."""
     return ALIASES.get(name, name) in {*LEAVES, _VARIANT, PRESET, TRAIN}
 
 
 def word_for(name: str) -> str:
-    """Return the name of a setting by any of its names. Raises BadInput for an unknown one."""
+    """Return a setting's own name for any of its names. Raises BadInput for an unknown one."""
     if is_setting(name):
         return ALIASES.get(name, name)
     raise unknown_name("recipe field", name, [*LEAVES, PRESET, TRAIN, *ALIASES], field=name)
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by their own names; options of a method, or behind a colon, are settings of their own.
+    """Return settings by their own names; a method's options and options after a colon become settings of their own.
 
     Raises:
         BadInput: a name is unknown, or a setting is given twice.
@@ -58,8 +58,8 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merge several mappings of settings, as `flatten` returns them; later ones win.
 
-    A method's options add up, unless a later layer names another method; steps of reconstruction replace an earlier layer's
-    tokens, and no steps replace all its settings. Raises BadInput as `flatten`.
+    A method's options are merged, unless a later layer names another method. Reconstruction steps replace an earlier layer's
+    tokens; zero steps replace all its reconstruction settings. Raises BadInput like `flatten`.
     """
     found: dict[str, Any] = {}
     for layer in layers:
@@ -77,7 +77,7 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings in the parts of a recipe that hold them. Raises BadInput as `flatten`."""
+    """Return settings nested in the parts of a recipe. Raises BadInput like `flatten`."""
     flat = flatten(settings)
     if flat.pop(_VARIANT, False):
         if flat.get(_METHOD, _DEFAULT_METHOD) != "wanda":
@@ -105,7 +105,7 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _within(word: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the settings in one: itself, and its options."""
+    """Yield a setting and the settings in its options."""
     if word == _METHOD and (isinstance(value, Mapping | Choice) or (isinstance(value, str) and ":" in value)):
         yield from _of_method(value)
     elif word in HEADS and isinstance(value, str) and (found := _TEXT_WITH_OPTIONS.fullmatch(value)) is not None:

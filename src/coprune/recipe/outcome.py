@@ -1,4 +1,4 @@
-"""The parts of a recipe that say what becomes of the pruned model: how it is measured and written."""
+"""The parts of a recipe about the result: how the pruned model is measured and where it is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
 
 def _or_none(value: Any) -> Any:
-    """Read `none`, transformers' name for no tracker, as None."""
+    """Parse `none`, transformers' name for no tracker, as None."""
     return None if value == "none" else value
 
 
@@ -34,7 +34,7 @@ CommaSeparated = Annotated[
 
 
 class TasksPart(Part):
-    """Tasks that both models do, by lm-eval."""
+    """Tasks of lm-eval, run on both models."""
 
     title = "Measuring"
     head = "names"
@@ -50,42 +50,43 @@ class TasksPart(Part):
         ),
     ] = None
     few_shot: Annotated[
-        int, Word("num_fewshot"), _MEASUREMENT, Field(description="Solved examples before every question.", ge=0)
+        int,
+        Word("num_fewshot"),
+        _MEASUREMENT,
+        Field(description="Number of solved examples before each question.", ge=0),
     ] = 0
     task_folder: Annotated[
         Path | None,
         Word("include_path"),
         Decides.MEASUREMENT,
         Field(
-            description="Folder with task definitions of your own (YAML); those that run code (`!function`) need --trust-tasks."
+            description="Folder with your own task definitions (YAML); those that run code (`!function`) need --trust-tasks."
         ),
     ] = None
     trusted: Annotated[
         bool,
         Word("trust_tasks"),
         Decides.WHERE,
-        Field(description="Let task definitions run the code that they name; read it first."),
+        Field(description="Allow task definitions to run the code that they name; read it first."),
     ] = False
-    limit: Annotated[
-        int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)
-    ] = None
+    limit: Annotated[int | None, _MEASUREMENT, Field(description="Maximum number of items per task. [all]", ge=1)] = (
+        None
+    )
     chat_template: Annotated[
         bool,
         Word("apply_chat_template"),
         Decides.MEASUREMENT,
-        Field(description="Put the tasks' prompts in the tokenizer's chat template."),
+        Field(description="Format the tasks' prompts with the tokenizer's chat template."),
     ] = False
     gen_kwargs: Annotated[
         str | None,
         _MEASUREMENT,
-        Field(description="How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."),
+        Field(description="Generation settings of the tasks, as in max_gen_toks=64,do_sample=true,temperature=0.7."),
     ] = None
     log_samples: Annotated[
         Path | None,
         Decides.WHERE,
-        Field(
-            description="Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."
-        ),
+        Field(description="Folder for the tasks' items with the model's answers, one .jsonl file per model and task."),
     ] = None
 
 
@@ -110,22 +111,22 @@ class EvaluatePart(Part):
         _MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="Text for perplexity, comma-separated. [test split of the calibration corpus; of a text of your own "
-            "the last tenth, which is held out]"
+            description="Text for perplexity, comma-separated. [test split of the calibration corpus; for your own text its "
+            "last tenth, which is held out]"
         ),
     ] = None
     images: Annotated[
         int | None,
         Word("eval_images"),
         _MEASUREMENT,
-        Field(description="Use only so many images of each set, evenly spaced. [all]", ge=1),
+        Field(description="Maximum number of images per set, evenly spaced. [all]", ge=1),
     ] = None
     tokens: Annotated[
         int | None,
         Word("eval_tokens"),
         _MEASUREMENT,
         Shown.COMMON,
-        Field(description="Use only so many tokens of each text. [all]", ge=2),
+        Field(description="Maximum number of tokens per text. [all]", ge=2),
     ] = None
     zero_shot: Annotated[
         bool,
@@ -137,9 +138,9 @@ class EvaluatePart(Part):
     prompt: Annotated[
         str,
         Decides.MEASUREMENT,
-        Field(description="Text that both models continue, for the report; empty for none, as for streamed models."),
+        Field(description="Text that both models continue, for the report; empty: none, as for streamed models."),
     ] = "The city of Paris is"
-    # Measured while a matrix is pruned, and noted with its block.
+    # Measured while a matrix is pruned, so a result, not a later measurement.
     layer_error: Annotated[
         bool, _RESULT, Field(description="Measure every matrix's relative layer error (costs little).")
     ] = True
@@ -169,16 +170,16 @@ class OutputPart(Part):
         _MEASUREMENT | Decides.WHETHER,
         Shown.COMMON,
         Field(
-            description="Folder for the pruned model and tokenizer; NAME.gguf where a GGUF file loses experts, blocks or tokens, "
-            "for a file in which all else has the source's bytes. [not saved]"
+            description="Folder for the pruned model and tokenizer; NAME.gguf if experts, blocks or tokens are removed from a "
+            "GGUF file, for a file in which the rest keeps the source's bytes. [not saved]"
         ),
     ] = None
     encoding: Annotated[
         Literal["source", "dense"],
         Decides.MEASUREMENT,
         Field(
-            description="How the saved model's tensors are stored: as the source's are (FP8, MXFP4, INT4 …, else dense), "
-            "or dense, as any tool reads them."
+            description="How the saved model's tensors are stored: like the source's (FP8, MXFP4, INT4 …, else dense), "
+            "or dense, which any tool can read."
         ),
     ] = "source"
     report_to: Annotated[
@@ -194,16 +195,16 @@ class OutputPart(Part):
         Field(description="Upload the saved model with its card to this repository of the Hub."),
     ] = None
     private: Annotated[
-        bool | None, Decides.WHERE, Field(description="Let nobody else see that repository, which is then a new one.")
+        bool | None, Decides.WHERE, Field(description="Make that repository, which must be new, private.")
     ] = None
     overwrite: Annotated[
         bool | None,
         Decides.WHERE,
         Shown.COMMON,
-        Field(description="Replace what an earlier run left in the folders of this one."),
+        Field(description="Overwrite an earlier run's files in this run's folders."),
     ] = None
     log_json: Annotated[
-        Path | None, Decides.WHERE, Field(description="Also write what happens to this file, one JSON object a line.")
+        Path | None, Decides.WHERE, Field(description="Also log events to this file, one JSON object per line.")
     ] = None
 
     @property

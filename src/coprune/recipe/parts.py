@@ -1,7 +1,7 @@
-"""The parts of a recipe that say which model is pruned, how, and what it sees meanwhile.
+"""The parts of a recipe about the input: which model is pruned, how, and on which calibration data.
 
-A field's description is the help text of the command's option, and every field says what it decides. People know a field by
-its own name behind the prefix of its part, unless it says another word. Nothing heavy is imported here.
+A field's description is the help text of its command-line option, and its annotation says what it decides. Users know a
+field by its name with the part's prefix, unless a `Word` says otherwise. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from coprune.recipe.sources import split_sources, text_of
 
 
 class Decides(Flag):
-    """The results that a setting influences; several are combined with `|`."""
+    """The results that a setting influences, combined with `|`."""
 
     WHERE = 0
     """Only sources, destinations and notifications."""
     RESULT = auto()
-    """The weights, and what is noted of them while they are pruned or trained."""
+    """The weights, and what is recorded while they are pruned or trained."""
     ROUNDING = auto()
-    """The last bits of the result: in which order sums are added up."""
+    """The last bits of the result, through the order of summation."""
     MEASUREMENT = auto()
     """The measurements of the result."""
     COST = auto()
     """Memory and time."""
     WHETHER = auto()
-    """Counts only by its presence, not by its value."""
+    """Only whether it is given counts, not its value."""
     WHOLE = RESULT | ROUNDING | MEASUREMENT
-    """The result to the last bit, and what is measured of it."""
+    """The result to the last bit, and its measurements."""
 
 
 class Shown(Enum):
@@ -54,18 +54,18 @@ class Shown(Enum):
 
 @dataclass(frozen=True)
 class Word:
-    """The name by which people know a field, where it is another."""
+    """The name by which users know a field, if it differs."""
 
     name: str
 
 
 def is_common(field: FieldInfo) -> bool:
-    """Return whether the field says that most people need it."""
+    """Return whether a field is marked as common."""
     return Shown.COMMON in field.metadata
 
 
 def decided_by(field: FieldInfo) -> Decides:
-    """Return the results that a field influences, from its annotation. Raises TypeError without one."""
+    """Return the results that a field influences, from its annotation. Raises TypeError if it has none."""
     for note in field.metadata:
         if isinstance(note, Decides):
             return note
@@ -78,7 +78,7 @@ def deciding(values: Mapping[str, Any], fields: Mapping[str, FieldInfo], what: D
     Args:
         values: settings by name.
         fields: their fields, under the same names.
-        what: the results, any of which they have to influence.
+        what: the results; influencing any of them is enough.
     """
     found = {}
     for name, field in fields.items():
@@ -104,7 +104,7 @@ class Part(BaseModel):
     prefix: ClassVar[str] = ""
     """Prefix of its fields' names."""
     head: ClassVar[str | None] = None
-    """The field that asks for what the others say how to do: its text may hold them too, as in `6:tokens=6144`."""
+    """The field that asks for the step that the others configure; its text may hold them too, as in `6:tokens=6144`."""
 
     @field_validator("*")
     @classmethod
@@ -112,7 +112,7 @@ class Part(BaseModel):
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str | Path) and not is_text(str(text)):
                 raise ValueError("it is not UTF-8, the encoding of recipes and reports")
-        # Files and Python do not pass a shell, which would expand it.
+        # Recipe files and Python calls bypass the shell that would expand `~`.
         return expand_home(value) if isinstance(value, Path) else value
 
     def first_said(self) -> tuple[str, ...] | None:
@@ -132,9 +132,7 @@ DtypeOfModel = Annotated[
 Device = Annotated[
     str, _RESULT, Shown.COMMON, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
 ]
-CacheFolder = Annotated[
-    Path | None, Decides.WHERE, Field(description="Where downloads are kept. [the Hugging Face cache]")
-]
+CacheFolder = Annotated[Path | None, Decides.WHERE, Field(description="Folder for downloads. [the Hugging Face cache]")]
 
 
 class ModelPart(Part):
@@ -152,23 +150,21 @@ class ModelPart(Part):
     dtype: DtypeOfModel = "auto"
     device: Device = "auto"
     cache_dir: CacheFolder = None
-    # Streaming limits what is measured; the weights are the same.
+    # Streaming limits what can be measured; the weights are the same.
     stream: Annotated[
         bool | None,
         Decides.MEASUREMENT | Decides.COST,
         Shown.COMMON,
         Field(
-            description="Read and write the model block by block, so that memory holds one block at a time. [yes for "
+            description="Read and write the model block by block, so that only one block is in memory at a time. [yes for "
             "checkpoint folders; a GGUF file is read whole]"
         ),
     ] = None
-    check_memory: Annotated[bool, Decides.WHERE, Field(description="Refuse a run that would not fit the memory.")] = (
-        True
-    )
+    check_memory: Annotated[bool, Decides.WHERE, Field(description="Refuse a run that would not fit in memory.")] = True
 
 
 def _per_cent(value: Any) -> Any:
-    """Read `50%` as 0.5, and leave all else to be read as a number."""
+    """Parse `50%` as 0.5 and return anything else unchanged."""
     said = value.strip() if isinstance(value, str) else ""
     try:
         return float(said.removesuffix("%")) / 100 if said.endswith("%") else value
@@ -177,7 +173,7 @@ def _per_cent(value: Any) -> Any:
 
 
 class ReconstructPart(Part):
-    """Training of every pruned block."""
+    """Settings of reconstruction: training each pruned block."""
 
     title = "What is pruned, and how"
     prefix = "reconstruct_"
@@ -187,14 +183,14 @@ class ReconstructPart(Part):
         int,
         Word("reconstruct"),
         _RESULT,
-        Field(description="Train every pruned block for so many steps toward the dense model's outputs.", ge=0),
+        Field(description="Number of steps to train each pruned block toward the dense model's outputs.", ge=0),
     ] = 0
     tokens: Annotated[
         int,
         _RESULT,
         Field(
-            description="With reconstruct: train every block on at least so many tokens, with more steps where samples are "
-            "short, so that half as long ones do not halve the training. [as many as the steps hold]",
+            description="With reconstruct: minimum number of tokens to train each block on; short samples get more steps, so "
+            "that halving their length does not halve the training. [as many as the steps hold]",
             ge=0,
         ),
     ] = 0
@@ -203,15 +199,15 @@ class ReconstructPart(Part):
         Word("reconstruct_lr"),
         _RESULT,
         Field(
-            description="Learning rate of that, times the size (root mean square) of each matrix and vector, so that one serves "
-            "models with smaller or larger weights. [what lowers the held-out error of the first blocks most]",
+            description="Learning rate of reconstruct, times the size (root mean square) of each matrix and vector, so that one "
+            "rate serves models with smaller or larger weights. [the best by held-out error of the first blocks]",
             gt=0,
         ),
     ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16"],
         _RESULT,
-        Field(description="What blocks compute in while they are trained."),
+        Field(description="Compute type while blocks are trained."),
     ] = "float32"
 
 
@@ -221,7 +217,7 @@ class PrunePart(Part):
     title = "What is pruned, and how"
 
     method: Annotated[
-        Choice, _RESULT, Shown.COMMON, Field(description="How weights are chosen and mended; see: coprune methods.")
+        Choice, _RESULT, Shown.COMMON, Field(description="How weights are chosen and updated; see: coprune methods.")
     ] = USUAL_METHOD
     pattern: Annotated[
         str,
@@ -243,16 +239,16 @@ class PrunePart(Part):
         bool,
         _RESULT,
         Field(
-            description="For N:M: reorder channels first so that less is pruned; the model's outputs stay. Loads the whole "
-            "model into memory."
+            description="For N:M: permute channels first so that pruning loses less; the model's outputs stay the same. Loads "
+            "the whole model into memory."
         ),
     ] = False
     rotate: Annotated[
         bool,
         _RESULT,
         Field(
-            description="Rotate the values of attention heads first so that the pattern removes less; the model's outputs "
-            "stay. Loads the whole model into memory."
+            description="Rotate the values of attention heads first so that pruning loses less; the model's outputs stay the "
+            "same. Loads the whole model into memory."
         ),
     ] = False
     include: Annotated[
@@ -261,17 +257,16 @@ class PrunePart(Part):
         Field(description="Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable."),
     ] = ()
     exclude: Annotated[
-        Globs, _RESULT, Shown.COMMON, Field(description="Leave matrices that match this pattern alone; repeatable.")
+        Globs, _RESULT, Shown.COMMON, Field(description="Do not prune matrices that match this pattern; repeatable.")
     ] = ()
     allocation: Annotated[
         Choice,
         _RESULT,
         Shown.COMMON,
         Field(
-            description="How the sparsity is spread over the matrices: uniform, owl or fisher (options as in "
-            "owl:spread=0.1), or a FILE.yaml of patterns of names and sparsities; how channels and heads that are "
-            "removed are spread over the blocks: uniform "
-            "or error."
+            description="How the sparsity is allocated to the matrices: uniform, owl or fisher (options as in "
+            "owl:spread=0.1), or a FILE.yaml of name patterns and sparsities; how removed channels and heads are "
+            "allocated to the blocks: uniform or error."
         ),
     ] = Choice(name="uniform")
     refine: Annotated[
@@ -279,7 +274,7 @@ class PrunePart(Part):
         BeforeValidator(one_is_enough),
         _RESULT,
         Field(
-            description="Improve every mask's weights: refit, swaps (which ends with a refit), options as in "
+            description="Improve the weights left by each mask: refit, swaps (which ends with a refit), options as in "
             "refit:rounds=10; repeatable."
         ),
     ] = ()
@@ -288,10 +283,10 @@ class PrunePart(Part):
     @field_validator("pattern", mode="before")
     @classmethod
     def _quoted(cls, value: Any) -> Any:
-        """Refuse an unquoted 2:4, which YAML reads as two minutes and four seconds."""
+        """Refuse an unquoted 2:4, which YAML parses as two minutes and four seconds."""
         if isinstance(value, int) and not isinstance(value, bool):
             minutes, seconds = divmod(value, 60)
-            raise ValueError(f'YAML takes N:M without quotes for a time; write pattern: "{minutes}:{seconds}"')
+            raise ValueError(f'YAML parses N:M without quotes as a time; write pattern: "{minutes}:{seconds}"')
         return value
 
     @property
@@ -301,12 +296,12 @@ class PrunePart(Part):
 
     @property
     def asks_for_zeros(self) -> bool:
-        """Whether the user asked for zeros, rather than got them by default."""
+        """Whether the user asked for zeros explicitly."""
         return self.sparsity is not None or self.pattern != "unstructured"
 
     @property
     def ratio(self) -> float:
-        """The fraction of zeros that is asked for."""
+        """The requested fraction of zeros."""
         return parse_pattern(self.pattern).ratio(self.sparsity)
 
 
@@ -323,7 +318,7 @@ class CalibratePart(Part):
         Shown.COMMON,
         Field(
             description="Calibration text: wikitext2, c4, ptb, embedded, a datasets id, a local .txt, .jsonl or "
-            ".parquet file or folder, or self (what the dense model writes; self:prompts.jsonl, its answers); several with "
+            ".parquet file or folder, or self (generated by the dense model; self:prompts.jsonl: its answers); several with "
             "shares: self=0.5,wikitext2=0.5. Images: digits, a folder of classes, .parquet, or a datasets id."
         ),
     ] = "wikitext2"
@@ -340,24 +335,24 @@ class CalibratePart(Part):
         Literal["all", "generated"],
         _RESULT,
         Field(
-            description="Which positions the statistics are of: all, or only those that a model wrote, the others being "
-            "what it looks back on. Text that says nothing of who wrote it counts whole."
+            description="Positions that count in the statistics: all, or only generated ones, with the rest as context. Text "
+            "without information on who wrote it counts whole."
         ),
     ] = "all"
     bos: Annotated[
         Literal["auto", "first", "every", "never"],
         Decides.RESULT | Decides.MEASUREMENT,
         Field(
-            description="Where the token that begins a text (BOS) stands, in calibration and perplexity: at the start of the "
-            "text, of every window, or never; auto does as the tokenizer, unless it puts BOS and the dense model is clearly "
-            "better (by 5 % in perplexity, on a few windows) where every window has it."
+            description="Where the BOS token stands, in calibration and perplexity: at the start of the "
+            "text, of every window, or never; auto follows the tokenizer, unless it adds BOS and the dense model is clearly "
+            "better (by 5 % in perplexity, on a few windows) with BOS in every window."
         ),
     ] = "auto"
     seed: Annotated[
         int,
         Decides.RESULT,
         Shown.COMMON,
-        Field(description="Seed of everything random.", ge=-(2**63), lt=2**63),
+        Field(description="Random seed.", ge=-(2**63), lt=2**63),
     ] = 0
     batch_size: Annotated[
         int | None,
@@ -368,7 +363,7 @@ class CalibratePart(Part):
         float | None,
         Decides.COST,
         Field(
-            description="GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes "
+            description="GiB of calibration activations to keep in memory; the rest goes to a temporary file and is read "
             "back batch by batch. [all in memory]",
             ge=0,
         ),
@@ -377,8 +372,8 @@ class CalibratePart(Part):
         float | None,
         Decides.COST,
         Field(
-            description="GiB of calibration activations to keep on a GPU; the rest goes to the host's memory, as far as "
-            "activation_memory lets it. [half of what is free there]",
+            description="GiB of calibration activations to keep on a GPU; the rest goes to host memory, within "
+            "activation_memory. [half of the free GPU memory]",
             ge=0,
         ),
     ] = None
@@ -387,24 +382,24 @@ class CalibratePart(Part):
         _RESULT,
         Field(
             description="block: statistics of a block from its dense weights, as in the papers; sequential: each matrix "
-            "from the inputs that its pruned predecessors give it, in one pass (faster); dense: each matrix from its inputs in "
-            "the dense model, in one pass, so that all methods and patterns have the same statistics."
+            "from the inputs given by its pruned predecessors, in one pass (faster); dense: each matrix from its inputs in "
+            "the dense model, in one pass, so that all methods and patterns share the same statistics."
         ),
     ] = "block"
 
     @property
     def is_own(self) -> bool:
-        """Whether the dense model generates some of it."""
+        """Whether the dense model generates part of it."""
         return any(source.is_own for source in split_sources(self.data))
 
 
-# Between dots or stars, since the 1 of `fc1` and the `?` of `?_proj` are of no number; never at the end of a name.
+# Between dots or stars, since the 1 of `fc1` and the `?` of `?_proj` are no block numbers; never at the end of a name.
 _WHOLE = re.compile(r"(?:^|(?<=[.*]))((?:\d|\?|\[!?[^]]+\])+)(?=[.*])")
 _ONE = re.compile(r"\d|\?|\[!?[^]]+\]")
 
 
 def tells_numbers_apart(glob: str) -> bool:
-    """Return whether a pattern can match one block and not another of its kind, as `model.layers.3.*` does."""
+    """Return whether a pattern can match one block but not another of its kind, like `model.layers.3.*`."""
     return any(all(map(_may_be_digit, _ONE.findall(found))) for found in _WHOLE.findall(glob))
 
 
@@ -413,24 +408,24 @@ def _may_be_digit(one: str) -> bool:
 
 
 def tells_experts_apart(glob: str) -> bool:
-    """Return whether a pattern can match one expert and not another: `*.experts.3.*`, `*.experts.down_proj[3]`."""
+    """Return whether a pattern can match one expert but not another: `*.experts.3.*`, `*.experts.down_proj[3]`."""
     _, named, behind = glob.rpartition("expert")
     return bool(re.search(r"\[\d+\]$", glob)) or bool(named and tells_numbers_apart(behind))
 
 
 def refuse_numbers(globs: Iterable[str], field: str, removed: Collection[str]) -> BadInput | None:
-    """Return the error in name patterns that go by number, in a run that first removes parts; None without one.
+    """Return the error in name patterns that depend on block or expert numbers in a run that removes some, or None.
 
     Args:
         globs: the patterns.
         field: the setting that holds them.
-        removed: kinds of removed parts.
+        removed: the kinds of removed parts.
     """
     blocks = "blocks" in removed
     experts = "experts" in removed
     for glob in globs:
         if (blocks and tells_numbers_apart(glob)) or (experts and tells_experts_apart(glob)):
-            cause = f"{glob!r} depends on numbers, and the removal renumbers what is left"
+            cause = f"{glob!r} depends on numbers, and removal renumbers the rest"
             fix: Words = (
                 "remove the parts in a separate run, and use the names that it shows: ",
                 Command("inspect", "FOLDER"),

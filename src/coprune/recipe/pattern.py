@@ -1,6 +1,6 @@
-"""Patterns of zeros, in one table, and the parser of their names.
+"""Sparsity patterns, in one table, and the parser of their names.
 
-Nothing heavy is imported before a mask is chosen.
+Nothing heavy is imported until a mask is chosen.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 
 Group = Literal["row", "matrix"]
-"""Weights that compete where the pattern leaves that open."""
+"""The weights that compete with each other if the pattern leaves that open."""
 
 DEFAULT_SPARSITY = 0.5
-"""Sparsity where neither a pattern nor a recipe gives one."""
+"""Default sparsity of patterns that leave it open."""
 
 
 class Pattern(ABC):
-    """A rule for where zeros may be in an O × I matrix. Subclasses are frozen dataclasses; `str` gives what `read` takes.
+    """A rule for where an O × I matrix may have zeros. Subclasses are frozen dataclasses; `str` is the inverse of `read`.
 
-    Scores are O × I float, the larger the more important; masks are O × I bool, True where a weight is kept.
+    Scores are O × I float, larger is more important; masks are O × I bool, True where a weight is kept.
     """
 
     usage: ClassVar[str]
-    """Syntax, for messages."""
+    """Syntax, shown in messages."""
     first_step: ClassVar[int] = 0
-    """The fewest of its `steps` of sparsity that it can be pruned by."""
+    """The smallest number of its `steps` of sparsity that it can prune."""
 
     @classmethod
     @abstractmethod
     def read(cls, text: str) -> Self | None:
-        """Read a pattern of this kind; None for a text of another kind. Raises BadInput for an impossible one."""
+        """Parse a pattern of this kind; return None for another kind. Raises BadInput for an impossible one."""
 
     @classmethod
     def found_in(cls, keep: Tensor) -> Self | None:
@@ -48,29 +48,29 @@ class Pattern(ABC):
 
     @property
     def sparsity(self) -> float | None:
-        """The fraction of zeros that the pattern fixes; None where it is free."""
+        """The fraction of zeros fixed by the pattern; None if it is free."""
         return None
 
     @property
     def group_size(self) -> int | None:
-        """Number of consecutive inputs of a row that form a group, a divisor of every width; None: no groups."""
+        """Number of consecutive inputs of a row in a group, a divisor of every width; None: no groups."""
         return None
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """N and M if all it asks is to keep N of every M consecutive inputs, which kernels and permutation can do."""
+        """N and M if the pattern only keeps N of every M consecutive inputs, as kernels and permutation support."""
         return None
 
     @abstractmethod
     def choose(self, score: Tensor, sparsity: float, group: Group) -> Tensor:
-        """Choose which weights to keep: those with the largest scores, as far as the pattern allows.
+        """Choose the weights to keep: those with the largest scores, as far as the pattern allows.
 
-        Of equal scores the one with the lower index is pruned first.
+        Of equal scores, the lower index is pruned first.
 
         Args:
-            score: O × I float without NaN, of a width that the pattern fits.
+            score: O × I float without NaN, whose width the pattern fits.
             sparsity: an allowed fraction of zeros.
-            group: which weights compete where the pattern leaves that open.
+            group: which weights compete if the pattern leaves that open.
 
         Returns:
             O × I bool.
@@ -81,10 +81,10 @@ class Pattern(ABC):
         """Return whether a mask follows the pattern; it may keep fewer weights than allowed."""
 
     def choose_early(self, score: Tensor, sparsity: float, reached: float, group: Group) -> Tensor:
-        """Choose a mask on the way to `sparsity` when only `reached` ≤ sparsity is to be pruned.
+        """Choose an intermediate mask on the way to `sparsity`, with only `reached` ≤ `sparsity` pruned.
 
-        What the pattern keeps in the end is kept, and of the others the smallest are pruned first. Raises
-        NumericalError if scores are NaN.
+        Weights kept in the final mask are kept; of the others the smallest are pruned first. Raises NumericalError if scores
+        are NaN.
         """
         from coprune.base.selection import keep_share, refuse_nan
 
@@ -93,17 +93,17 @@ class Pattern(ABC):
             return final
         others = score.masked_fill(final, float("inf"))
         refuse_nan(others)
-        # Where the pattern can prune less than was asked for, it may be less than `reached`, too.
+        # If the pattern prunes less than requested, that may be less than `reached`, too.
         return keep_share(others, reached, group == "row") | final
 
     def columns_together(self, size: int) -> int:
-        """Return how many of `size` columns, processed in order, have to be chosen at once."""
+        """Return how many of `size` columns, processed in order, must be chosen at once."""
         return size
 
     def exchange_within(self) -> int | None:
-        """Return the number of consecutive inputs within which a zero and a kept weight may be exchanged; None: the row.
+        """Return the number of consecutive inputs within which a zero and a kept weight may be swapped; None: the row.
 
-        Raises BadInput where that would break the pattern.
+        Raises BadInput if swaps would break the pattern.
         """
         raise BadInput(
             f"swaps and dsnot exchange single zeros, which the pattern {self} does not allow",
@@ -112,7 +112,7 @@ class Pattern(ABC):
         )
 
     def ratio(self, asked: float | None) -> float:
-        """Return the fraction of zeros meant by the requested sparsity, if any."""
+        """Return the fraction of zeros for a requested sparsity, if any."""
         if self.sparsity is not None:
             return self.sparsity
         return DEFAULT_SPARSITY if asked is None else asked
@@ -140,25 +140,25 @@ class Pattern(ABC):
         return width % (self.group_size or 1) == 0
 
     def check_width(self, width: int) -> None:
-        """Raise BadInput where the pattern does not fit so many inputs."""
+        """Raise BadInput if the pattern does not fit a matrix of this width."""
         if not self.fits(width):
             raise BadInput(
                 f"pattern {self} does not divide a width of {width} inputs", field="pattern", value=str(self)
             )
 
     def describe(self, sparsity: float) -> str:
-        """Return a sparsity and the pattern of its zeros as text."""
+        """Return a sparsity and the pattern as text."""
         return f"{per_cent(sparsity)} ({self})"
 
     def label(self, sparsity: str) -> str:
-        """Return a short name of the pattern with a sparsity, formatted by the caller where it is free."""
+        """Return a short name of the pattern, with the formatted sparsity if the pattern leaves it open."""
         return f"{self} {sparsity}" if self.sparsity is None else str(self)
 
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
-"""The M that are looked for in a pruned matrix."""
+"""The values of M to look for in a pruned matrix."""
 SLACK = 0.05
-"""Share of weights that may be missing from the groups of an N:M matrix before it counts as unstructured."""
+"""Share of weights that an N:M matrix may lack in its groups before it counts as unstructured."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class NM(Pattern):
 
 
 Grid: TypeAlias = "Callable[[Tensor, slice], Tensor]"
-"""Gives the nearest values that can be stored, zero for zero alone: (O × C float32, which columns these are) → O × C."""
+"""Rounds values to those that can be stored, only zero to zero: (O × C float32, slice of columns) → O × C."""
 
 
 @dataclass(frozen=True)
@@ -242,21 +242,21 @@ class Target:
     pattern: Pattern
     sparsity: float
     outputs: Tensor | None = field(default=None, compare=False, repr=False)
-    """Weight of an error in each output (O float32, positive); None: all alike. A method need not know: its rows are scaled."""
+    """Weight of an error in each output (O float32, positive); None: equal. Methods may ignore it: their rows are scaled."""
 
     grid: Grid | None = field(default=None, compare=False, repr=False)
-    """Gives the nearest values that can be stored, for some columns; None where any can. A method need not know it either."""
+    """Rounds some columns to values that can be stored; None if any can. Methods may ignore it, too."""
 
     def keep(self, score: Tensor, group: Group = "matrix") -> Tensor:
-        """Choose the weights to keep, those with the largest scores.
+        """Choose the weights to keep: those with the largest scores.
 
         Args:
-            score: O × I float, the larger the more important.
-            group: which weights compete where the pattern leaves that open.
+            score: O × I float, larger is more important.
+            group: which weights compete if the pattern leaves that open.
 
         Returns:
-            O × I bool: for unstructured with exactly floor(s·I) zeros per row (row) or floor(s·O·I) in all (matrix),
-            for N:M with N kept in every group of M.
+            O × I bool. Unstructured: exactly floor(s·I) zeros per row (row) or floor(s·O·I) in total (matrix); N:M: N kept in
+            every group of M.
 
         Raises:
             NumericalError: scores are NaN.
@@ -274,7 +274,7 @@ class Target:
         return self.pattern.group_size or 1
 
     def with_sparsity(self, sparsity: float) -> Target:
-        """Return the target with another sparsity, and the pattern that has it where the pattern fixes it."""
+        """Return the target with another sparsity, and a matching pattern if the pattern fixes the sparsity."""
         pattern = self.pattern.with_sparsity(sparsity)
         return replace(self, pattern=pattern, sparsity=sparsity if pattern.sparsity is None else pattern.sparsity)
 
@@ -310,7 +310,7 @@ class Unstructured(Pattern):
     def choose_early(self, score: Tensor, sparsity: float, reached: float, group: Group) -> Tensor:
         from coprune.base.selection import refuse_nan
 
-        # The smallest of all are the smallest of those that are pruned in the end.
+        # The smallest scores overall are also the smallest among the finally pruned.
         refuse_nan(score)
         return self.choose(score, reached, group)
 
@@ -334,7 +334,7 @@ PATTERNS: dict[str, type[Pattern]] = {
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern, such as `unstructured` or `2:4`. Raises BadInput on anything else."""
+    """Parse a pattern, such as `unstructured` or `2:4`. Raises BadInput on anything else."""
     for kind in PATTERNS.values():
         if (pattern := kind.read(text)) is not None:
             return pattern

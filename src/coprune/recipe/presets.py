@@ -1,4 +1,4 @@
-"""Presets: settings that belong together, for people who do not want to choose."""
+"""Presets: settings that belong together, for users who do not want to choose."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _REFIT: dict[str, Any] = {
     "propagation": "sequential",
     "refine": ("refit:products=bfloat16",),
 }
-# Which weights are small is changed first, in ways that leave what the model computes, and zeros go where they cost least:
-# each is taken where it can be.
+# First rotate and permute, which leaves the model's outputs as they are, and allocate zeros where they cost least; each
+# where it applies.
 _TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "fisher"}
 _BLOCK_BY_BLOCK: dict[str, Any] = {
     **_TURNED,
@@ -32,11 +32,11 @@ _TRAINED: dict[str, Any] = {
     "finetune": "distill",
     "finetune_accumulate": 1,
     "finetune_rates": "relative",
-    "finetune_only": "blocks",  # embeddings and head, which lost nothing, would learn noise
+    "finetune_only": "blocks",  # embeddings and head lost nothing and would learn noise
     "finetune_dtype": "bfloat16",
 }
 
-# What each of them measured, and what was tried instead, is in docs/presets.md and LOG.md.
+# For their measurements and alternatives, see docs/presets.md and LOG.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "propagation": "sequential"},
     "balanced": {**_REFIT, **_BLOCK_BY_BLOCK, "reconstruct": 6, "reconstruct_tokens": 6144},
@@ -48,16 +48,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct_tokens": 204_800,
     },
 }
-"""Settings of presets by name, the quickest first, where the whole model is not trained."""
-# Training the whole model toward the dense one reaches what no block alone can mend; reconstructing blocks before that gains
-# less than more of these steps in its time. The fewer steps there are, the longer they may be.
+"""Settings of the presets by name, fastest first, without training the whole model."""
+# Training the whole model toward the dense one recovers what block-wise training cannot; the time for a reconstruction before
+# it is better spent on more of these steps. Fewer steps allow a higher rate.
 WHOLE: dict[str, dict[str, Any]] = {
     "balanced": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 1.5e-3},
     "best": {**_TRAINED, "finetune_tokens": 122_880, "finetune_lr": 1.2e-3},
 }
-"""Settings of the training presets where the whole model is trained."""
+"""Settings of the training presets when the whole model is trained."""
 BARE = "balanced"
-"""Preset of a run without settings of pruning."""
+"""Default preset, for a run without pruning settings."""
 _WAYS = ("whole", "blocks")
 _HOW = {
     "method",
@@ -72,29 +72,29 @@ _HOW = {
     PRESET,
 }
 MENDS = ("reconstruct", "finetune")
-"""Beginnings of the words for what mends a model."""
+"""Prefixes of the settings that recover a model."""
 
 
 def usual_preset(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], Words | None]:
-    """Return settings that name a preset where they said nothing of how to prune, and what to tell people of that."""
+    """Return settings with the default preset if they do not say how to prune, and a message about it."""
     said = flatten(settings)
     if any(word in _HOW or word.startswith(MENDS) for word in said) or said.get("sparsity") == 0:
         return settings, None
     line: Words = (
-        f"No method is named: preset {BARE}, SparseGPT and a short training. Plain Wanda: ",
+        f"No method given; using preset {BARE}: SparseGPT and a short training. For plain Wanda: ",
         Set("method", "wanda"),
     )
     return layered(settings, {PRESET: BARE}), line
 
 
 def preset_settings(name: str, said: Mapping[str, Any] | None = None, train: str | None = None) -> dict[str, Any]:
-    """Return a fresh copy of a preset's settings, for what is said beside it.
+    """Return a copy of a preset's settings that fits the user's other settings.
 
     Args:
         name: of the preset.
-        said: settings that win over the preset's. What the preset does where it can is left out beside those that rule it out:
-            channels are permuted for N:M alone, zeros spread unevenly where a pattern leaves that open and no parts are removed,
-            none of these three in a model that is streamed, and adapters are trained at a rate of their own.
+        said: settings that win over the preset's. Optional steps of the preset are left out if these rule them out: channels
+        are permuted for N:M alone; the allocation is uneven only if the pattern allows it and no parts are removed; a streamed
+        model gets none of these, nor rotation; adapters are trained at their own rate.
 
         train: `whole` trains the whole model, `blocks` (the default) one block after another.
 
@@ -120,13 +120,13 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None, train: str
 
 
 def way_said(settings: Mapping[str, Any]) -> Any:
-    """Return where a preset is said to train; None where nothing says so, as where `train` holds a part of a recipe."""
+    """Return what a preset should train; None if not given, for example if `train` holds a part of a recipe."""
     way = settings.get(TRAIN)
     return None if isinstance(way, Mapping | BaseModel) else way
 
 
 def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace a preset in settings by its settings; explicit ones win.
+    """Replace a preset with its settings; explicit ones win.
 
     Raises:
         BadInput: there is no such preset, or a setting is unknown or given twice.
@@ -135,7 +135,7 @@ def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     own = (PRESET, *([] if isinstance(settings.get(TRAIN), Mapping | BaseModel) else [TRAIN]))
     said = {name: value for name, value in settings.items() if name not in own}
     if preset is None and train is not None:
-        alone = "train is an option of presets, and no preset is named"
+        alone = "train is an option of presets, and no preset is given"
         raise BadInput(alone, field=TRAIN, value=train, fix=("add ", Set(PRESET, BARE)))
     if preset is None:
         return said

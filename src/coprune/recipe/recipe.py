@@ -1,6 +1,6 @@
-"""The run as data: everything that decides a run's result, as one frozen and validated object.
+"""The run as data: all settings that decide its result, as one frozen and validated object.
 
-The command line makes one, the run folder keeps it as `recipe.yaml`, and a run can be repeated from that file alone.
+The command line makes it, the run folder keeps it as `recipe.yaml`, and that file alone is enough to repeat the run.
 Nothing heavy is imported here.
 """
 
@@ -33,7 +33,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def contradiction(recipe: Tree) -> BadInput | None:
-    """Return the error in a recipe's settings taken together, or None."""
+    """Return the error in a recipe's combined settings, or None."""
     return (
         _of_target(recipe.prune.pattern, recipe.prune.sparsity)
         or _of_reconstruction(recipe)
@@ -51,7 +51,7 @@ def contradiction(recipe: Tree) -> BadInput | None:
 
 
 def _unused(asked: Part, place: tuple[str, ...], wanted: Set, why: str) -> BadInput | None:
-    """Return the error in a part that configures a step nobody asked for. wanted: the setting that asks for it."""
+    """Return the error in a part that configures a step nobody asked for. wanted: the setting that asks for the step."""
     said = asked.first_said()
     if said is None:
         return None
@@ -64,24 +64,24 @@ def _of_reconstruction(recipe: Tree) -> BadInput | None:
     asked = recipe.prune.reconstruct
     if asked.steps and recipe.calibrate.propagation == "dense":
         return BadInput(
-            "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
+            "reconstruct trains a block on the outputs of the pruned blocks before it, which propagation dense never computes",
             field="reconstruct",
             value=asked.steps,
             fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
         )
-    why = " says how blocks are trained, and none is trained without "
+    why = " configures the training of blocks, which needs "
     return None if asked.steps else _unused(asked, ("prune", "reconstruct"), Set("reconstruct", 6), why)
 
 
 def _of_training(recipe: Tree) -> BadInput | None:
     if recipe.train.mode is None:
-        why = " says how the pruned model is trained, and nothing is trained without "
+        why = " configures the training of the pruned model, which needs "
         return _unused(recipe.train, ("train",), Set("finetune", "lora"), why)
     if (wrong := cannot_train(recipe.train)) is not None:
         return wrong
     if not 0 <= (seed := recipe.calibrate.seed) < 2**32:
-        return BadInput(f"seed cannot be {seed}: that of a training is 0 to {2**32 - 1}", field="seed", value=seed)
-    # A training keeps the zeros of the pruning.
+        return BadInput(f"seed cannot be {seed}: for training it must be 0 to {2**32 - 1}", field="seed", value=seed)
+    # Training keeps the pruned zeros, so names must match after removal.
     return refuse_numbers(recipe.prune.exclude, "exclude", recipe.remove.kinds)
 
 
@@ -102,10 +102,10 @@ def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
 
 def _of_reshaping(recipe: Tree) -> BadInput | None:
     if recipe.prune.permute and parse_pattern(recipe.prune.pattern).n_of_m is None:
-        fix: Words = ("give a pattern of them, such as ", Set("pattern", "2:4"))
+        fix: Words = ("give an N:M pattern, such as ", Set("pattern", "2:4"))
         return BadInput("permute reorders channels for groups of N:M", field="permute", value=True, fix=fix)
     if recipe.prune.rotate and recipe.prune.sparsity == 0:
-        nothing = "rotate makes smaller what the pattern takes, and sparsity 0 takes nothing"
+        nothing = "rotate reduces what pruning loses, and sparsity 0 prunes nothing"
         return BadInput(nothing, field="rotate", value=True, fix=LeaveOut("rotate"))
     asked = next((name for name in ("permute", "rotate") if getattr(recipe.prune, name)), None)
     if asked is not None and recipe.model.stream:
@@ -115,7 +115,7 @@ def _of_reshaping(recipe: Tree) -> BadInput | None:
 
 
 def _of_removal(recipe: Tree) -> BadInput | None:
-    """Check a removal: setting weights to zero as well needs a pattern or a sparsity."""
+    """Check a removal: setting zeros as well needs a pattern or a sparsity."""
     if not recipe.remove.parts:
         return None
     if recipe.prune.asks_for_zeros:
@@ -133,8 +133,8 @@ def _of_removal(recipe: Tree) -> BadInput | None:
     }
     for setting, given in said.items():
         if given:
-            cause = ("remove makes a smaller model and sets no zeros, so ", Setting(setting), " means nothing")
-            fix = ("leave it out, or add ", Set("sparsity", 0.5), " for zeros in what is left")
+            cause = ("remove makes a smaller model without zeros, so ", Setting(setting), " has no effect")
+            fix = ("leave it out, or add ", Set("sparsity", 0.5), " for zeros in the rest")
             return BadInput(cause, field=setting, fix=fix)
     return None
 
@@ -143,16 +143,16 @@ def _of_both(recipe: Tree) -> BadInput | None:
     """Check a run that removes parts and prunes the rest."""
     if recipe.evaluate.runs_tasks:
         fix: Words = ("save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...)))
-        return BadInput("zero-shot tasks are not run by a run that cuts and prunes", field="tasks", fix=fix)
+        return BadInput("a run that removes parts and prunes cannot run zero-shot tasks", field="tasks", fix=fix)
     asked, kinds = recipe.prune, recipe.remove.kinds
     return refuse_numbers(asked.include, "include", kinds) or refuse_numbers(asked.exclude, "exclude", kinds)
 
 
 def _of_allocation(recipe: Tree) -> BadInput | None:
-    """Check the allocation, which can be of zeros over matrices or of channels and heads over blocks."""
+    """Check the allocation: of zeros to matrices, or of channels and heads to blocks."""
     asked, kinds = recipe.prune.allocation.name, recipe.remove.kinds
     if asked in WHOLE_MODEL and recipe.model.stream:
-        wrong = f"{WHOLE_MODEL[asked]}, which has to be in memory"
+        wrong = f"{WHOLE_MODEL[asked]}, which must be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
     units, zeros = recipe.remove.spreads, not kinds or recipe.prune.asks_for_zeros
     if asked == "uniform" or (units and asked in SPREADING) or zeros:
@@ -166,7 +166,7 @@ def _of_allocation(recipe: Tree) -> BadInput | None:
 
 
 def _of_domains(asked: RemovePart) -> BadInput | None:
-    """Check domains and their weights, which are for experts."""
+    """Check domains and their weights, which only apply to experts."""
     weights = asked.weights
     if asked.domains and "experts" not in asked.shares:
         fix: Words = ("add ", Set("remove", "experts=0.25"), ", or leave it out")
@@ -181,7 +181,7 @@ def _of_domains(asked: RemovePart) -> BadInput | None:
         return BadInput(none, field="domains", value=asked.domains, fix="leave one out")
     if weights is not None and asked.kept_scores is None and weights.keys() != asked.texts.keys():
         named = ", ".join(asked.texts) or "none"
-        return BadInput(f"blend has to give a weight for each domain ({named})", field="blend", value=asked.blend)
+        return BadInput(f"blend must give a weight for each domain ({named})", field="blend", value=asked.blend)
     return None
 
 
@@ -211,7 +211,9 @@ def _of_answers(recipe: Tree) -> BadInput | None:
     if recipe.remove.kinds and recipe.prune.asks_for_zeros:
         for condition in asked.conditions:
             if condition.name in ALONG:
-                cause = f"{condition.text} needs the dense model, which a run that cuts and prunes does not keep"
+                cause = (
+                    f"{condition.text} needs the dense model, which a run that removes parts and prunes does not keep"
+                )
                 fix = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin")))
                 return BadInput(cause, field="require", fix=fix)
     return None
@@ -224,12 +226,12 @@ def _of_calibration(recipe: Tree) -> BadInput | None:
         return error
     if own and recipe.model.stream:
         return BadInput(
-            "the dense model has to be in memory to generate calibration text",
+            "the dense model must be in memory to generate calibration text",
             field="stream",
             value=True,
             fix=(
                 LeaveOut("stream"),
-                ", or calibrate on a file that was written: ",
+                ", or calibrate on a generated file: ",
                 Command("generate", "MODEL", "OUT.jsonl"),
             ),
         )
@@ -253,11 +255,11 @@ def _of_folders(output: OutputPart) -> BadInput | None:
     return None
 
 
-_NOT_HELD = "This file alone does not repeat the run: {what} was handed over in Python."
+_NOT_HELD = "This file alone does not repeat the run: {what} was passed in Python."
 
 
 class Recipe(Tree):
-    """The settings of a run, made from settings by name and written as such: `{"model": "smollm2-135m", "nsamples": 32}`."""
+    """The settings of a run, read from and written as a flat mapping: `{"model": "smollm2-135m", "nsamples": 32}`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -277,13 +279,13 @@ class Recipe(Tree):
 
     @property
     def reads_calibration(self) -> bool:
-        """Whether the calibration text is looked at: not where only experts go, scored on other texts or on none."""
+        """Whether the calibration text is read; not if only experts are removed, scored on other texts or none."""
         own = bool(self.remove.domains) or self.remove.weighs_experts
         return not (set(self.remove.shares) == {"experts"} and own) or self.prune.reconstruct.steps > 0
 
     @property
     def sets_zeros(self) -> bool:
-        """Whether weights are set to zero, beside those removed."""
+        """Whether weights are set to zero, in addition to any removal."""
         return not self.remove.parts or self.prune.asks_for_zeros
 
     @property
@@ -299,11 +301,11 @@ class Recipe(Tree):
 
     @property
     def run_folder(self) -> Path:
-        """Folder of the run's report; one that nobody named is not in the model's."""
+        """Folder of the run's report; the default is never inside the model's folder."""
         return self.output.run or self._outside(self._usual_folder)
 
     def _outside(self, folder: Path) -> Path:
-        """Return a folder, or one beside the model's where it would be in that."""
+        """Return the folder, moved beside the model's folder if it would be inside it."""
         model = self.output.model
         if model is None or not folder.absolute().is_relative_to(model.absolute()):
             return folder
@@ -335,11 +337,11 @@ class Recipe(Tree):
         return self.output.model or self.training_folder / "model"
 
     def flat(self) -> dict[str, Any]:
-        """Return every setting by its name; one with options is written as text, except the method's."""
+        """Return every setting by name; choices with options as text, except the method."""
         return {word: self.setting(word) for word in LEAVES}
 
     def setting(self, word: str) -> Any:
-        """Return the value of one setting, by its name."""
+        """Return the value of a setting by name."""
         return _as_text(attrgetter(".".join(LEAVES[word].path))(self))
 
     def replaced(self, **settings: Any) -> Recipe:
@@ -353,12 +355,12 @@ class Recipe(Tree):
         return changed
 
     def untold(self) -> Recipe:
-        """Return the recipe as a run stores it: repeated, it notifies nobody and overwrites nothing."""
+        """Return the recipe as a run stores it: without settings that notify others or overwrite files."""
         return self.replaced(report_to=None, push_to_hub=None, private=None, log_json=None, overwrite=None)
 
     @property
     def given(self) -> list[str]:
-        """Python objects of the call, without which the recipe cannot repeat the run."""
+        """Python objects passed to the call, which the recipe needs to repeat the run."""
         return [f"the method {self.prune.method.name}"] if self.prune.method.is_given else []
 
     def deciding(self, what: Decides) -> dict[str, Any]:
@@ -367,7 +369,7 @@ class Recipe(Tree):
 
     @property
     def whole(self) -> dict[str, Any]:
-        """The settings that decide weights and measurements, wherever they go and whoever is told."""
+        """The settings that decide weights and measurements, without destinations and notifications."""
         return self.deciding(Decides.WHOLE)
 
     def gives_as(self, other: Recipe) -> bool:
@@ -383,10 +385,10 @@ class Recipe(Tree):
     def to_yaml(self, usual: bool = True) -> str:
         """Return the recipe as YAML for `Recipe.from_yaml`, without unset values.
 
-        Where a call from Python handed something over that no file holds, a comment says so.
+        If the call passed Python objects that no file can hold, a comment says so.
 
         Args:
-            usual: whether settings are in it that are as they are where nothing is said.
+            usual: whether to include settings that have their default values.
         """
         said = {
             word: value
@@ -395,14 +397,14 @@ class Recipe(Tree):
         }
         if "data" not in self.calibrate.model_fields_set:
             said.pop("dataset", None)  # its default depends on what the model reads
-        if self.train.mode is None:  # nothing in its part says anything
+        if self.train.mode is None:  # its settings have no effect
             said = {word: value for word, value in said.items() if LEAVES[word].path[0] != "train"}
         note = f"# {_NOT_HELD.format(what=' and '.join(self.given))}\n" if self.given else ""
         return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
-        """Read a recipe file. Raises BadInput if it is missing, no YAML, or no valid recipe."""
+        """Read a recipe file. Raises BadInput if it is missing, not YAML, or not a valid recipe."""
         return make_recipe(read_settings(path))
 
 
@@ -414,7 +416,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _with(part: Kind, path: tuple[str, ...], value: Any) -> Kind:
-    """Return a part, or a recipe, with another value at a path."""
+    """Return a part or recipe with another value at a path."""
     first, *rest = path
     return part.model_copy(update={first: _with(getattr(part, first), tuple(rest), value) if rest else value})
 
@@ -424,24 +426,24 @@ DEFAULTS: dict[str, Any] = {**Recipe.model_validate({"model": "-"}).flat(), "mod
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the settings in a recipe file. Raises BadInput if it cannot be read as a mapping."""
+    """Read the settings in a recipe file. Raises BadInput if it is not a mapping."""
     data = read_yaml(path, "the recipe", "recipe")
     if not isinstance(data, dict):
         raise BadInput(
             f"the recipe {path} holds no settings",
             field="recipe",
             value=path,
-            fix="it should read like 'model: smollm2-135m'",
+            fix="write settings such as 'model: smollm2-135m'",
         )
     return data
 
 
 def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = None) -> Recipe:
-    """Build a recipe, turning what is wrong with it into one clear BadInput.
+    """Make a recipe from settings; report the first problem as a BadInput.
 
     Args:
-        settings: by name; a `preset` stands for its settings, and what is said beside it wins.
-        called: what errors call settings, by their names, where that is not as they were said.
+        settings: by name; a `preset` is replaced with its settings, and explicit ones win.
+        called: the caller's names of settings for error messages, if they differ.
 
     Raises:
         BadInput: a name is unknown or given twice, a value is of the wrong type, or settings contradict each other.
@@ -454,7 +456,7 @@ def make_recipe(settings: Mapping[str, Any], called: Mapping[str, str] | None = 
 
 
 def _named(place: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, str]:
-    """Return the name of the setting at a path, and how a message calls what is wrong there."""
+    """Return the name of the setting at a path, and how messages call it."""
     for word, leaf in LEAVES.items():
         # A method's name and options share one path.
         path = leaf.path[:-1] if leaf.field.annotation is Choice and leaf.path[-1] == "name" else leaf.path

@@ -1,4 +1,4 @@
-"""The size that a model is to have once parts of it are removed: a share to go, or what is left in bytes or parameters."""
+"""Target size of a model after removal: a share to remove, or the bytes or parameters to keep."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _PARAMETERS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 @dataclass(frozen=True)
 class Size:
-    """The largest size that is allowed; one of the three is given."""
+    """A maximum size; exactly one field is set."""
 
     gone: float | None = None
-    """Share of the parameters that goes."""
+    """Share of the parameters to remove."""
     nbytes: int | None = None
     """Bytes of the saved weights."""
     parameters: int | None = None
 
     def most(self, parameters: int, itemsize: int) -> int:
-        """Return how many parameters may be left.
+        """Return the maximum number of parameters.
 
         Args:
-            parameters: of the model before.
-            itemsize: bytes of a parameter where it is saved.
+            parameters: number before removal.
+            itemsize: bytes per saved parameter.
         """
         if self.gone is not None:
             return int(parameters * (1 - self.gone))
@@ -37,10 +37,10 @@ class Size:
 
 
 def size_of(text: str) -> Size:
-    """Read `0.25`, `25%`, `100MB` or `1.0B`.
+    """Parse `0.25`, `25%`, `100MB` or `1.0B`.
 
     Raises:
-        BadInput: it is none of these.
+        BadInput: the text is none of these.
     """
     if (found := _LEFT.fullmatch(text)) is not None:
         number, unit = float(found["number"]), found["unit"]
@@ -53,12 +53,12 @@ def size_of(text: str) -> Size:
         f"{text!r} is not a size of a model",
         field="remove",
         value=f"{PART}={text}",
-        fix="write the share to remove (0.25 or 25%), or what is to be left: bytes (100MB) or parameters (350M, 1.2B)",
+        fix="write the share to remove (0.25 or 25%), or the size to keep: bytes (100MB) or parameters (350M, 1.2B)",
     )
 
 
 def share_of(text: str) -> float | None:
-    """Read a number between 0 and 1, as `0.25` or `25%`; None for anything else."""
+    """Parse a number between 0 and 1, such as `0.25` or `25%`; return None for anything else."""
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

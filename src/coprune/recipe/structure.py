@@ -1,4 +1,4 @@
-"""The part of a recipe that says what is removed from a model as a whole."""
+"""The part of a recipe about structured removal."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from coprune.recipe.vocabulary import Target, shares_of, target_of
 
 Removable = Literal["channels", "heads", "blocks", "experts"]
 _FOR_SIZE: tuple[Removable, ...] = ("channels", "heads", "blocks")
-"""Kinds of parts that go for a target size, in this order."""
+"""Kinds of parts removed to reach a target size, in this order."""
 Scored = Literal["units", "blocks", "experts", "rows"]
-"""Units that a score ranks: `units` are channels and heads, `rows` tokens of a vocabulary."""
+"""What a score ranks: `units` are channels and heads, `rows` are tokens of the vocabulary."""
 SCORES: dict[Scored, tuple[str, ...]] = {
     "units": ("obs", "wanda_sp", "flap", "magnitude"),
     "blocks": ("map", "kl", "influence"),
     "experts": ("reap", "frequency", "random", "aimer"),
     "rows": ("counts",),
 }
-"""Names of the scores, by what they are of, the default first."""
+"""Names of the scores by what they rank, the default first."""
 
 WHOLE_MODEL = {"fisher": "gradients are of the whole model"}
-"""Names of the allocations that need the model in memory, and why."""
+"""Allocations that need the whole model in memory, and why."""
 SPREADING = ("uniform", "error")
-"""Names of the allocations that spread channels and heads over the blocks."""
+"""Allocations of removed channels and heads to the blocks."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """Number of experts to keep in every mixture."""
+    """A number of experts to keep in every mixture."""
 
     count: int
 
@@ -51,14 +51,14 @@ class Left:
 
 
 def _as_words(value: Any) -> Any:
-    """Accept a mapping of names and texts from Python as words."""
+    """Convert a mapping of names to texts, from Python, to `name=text` words."""
     return (
         tuple(f"{name}={text}" for name, text in value.items()) if isinstance(value, Mapping) else one_is_enough(value)
     )
 
 
 class RemovePart(Part):
-    """Settings of structured removal: channels of the MLPs, attention heads, whole blocks, experts."""
+    """Settings of structured removal: MLP channels, attention heads, whole blocks, experts, tokens."""
 
     title = "What is removed as a whole (--remove)"
 
@@ -69,10 +69,10 @@ class RemovePart(Part):
         Decides.RESULT | Decides.COST,
         Shown.COMMON,
         Field(
-            description="Remove parts of the model, so that it gets smaller: size=0.25, or a share of channels=0.33, heads=0.25, "
-            "blocks=0.2, experts=0.25, vocabulary=96k (tokens that stay); repeatable, or with commas between. size is the share "
-            "of the parameters that goes, or what is left: size=100MB, size=1.2B. Also experts=keep:96 (how many stay), "
-            "vocabulary=0.6 (a share to go) and vocabulary=loss:1% (as few as cost so many more bits per byte)."
+            description="Remove parts to make the model smaller: size=0.25, or a share of channels=0.33, heads=0.25, "
+            "blocks=0.2, experts=0.25, vocabulary=96k (tokens to keep); repeatable or comma-separated. size is the share "
+            "of the parameters to remove, or the size to keep: size=100MB, size=1.2B. Also experts=keep:96 (experts to keep), "
+            "vocabulary=0.6 (a share to remove) and vocabulary=loss:1% (as few tokens as cost at most 1 % more bits per byte)."
         ),
     ] = ()
     score: Annotated[
@@ -80,10 +80,10 @@ class RemovePart(Part):
         BeforeValidator(one_is_enough),
         Decides.RESULT,
         Field(
-            description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
-            "magnitude; which blocks: map (those in a row that a linear map replaces best; the default), kl (what the model "
-            "says without it) or influence (what changes its inputs least); which experts: reap (gate times answer; the "
-            "default), frequency, random, or aimer (their weights alone, without a text); options as in "
+            description="Score for channels and heads: obs (what the others cannot make up for; the default), wanda_sp, flap or "
+            "magnitude; for blocks: map (a run of blocks that a linear map replaces best; the default), kl (change of the "
+            "output without it) or influence (change of its inputs); for experts: reap (gate times output; the "
+            "default), frequency, random, or aimer (weights alone, without text); options as in "
             "wanda_sp:refit=true; repeatable."
         ),
     ] = ()
@@ -92,36 +92,36 @@ class RemovePart(Part):
         BeforeValidator(_as_words, json_schema_input_type=str | Sequence[str] | Mapping[str, str | Path]),
         Decides.RESULT | Decides.COST,
         Field(
-            description="Texts by domain, on whose samples (as many of each) the experts are scored instead of the "
-            "calibration text's: code=code.jsonl,chat=chat.jsonl; or the experts.json of an earlier run, whose scores are "
-            "blended anew without a pass; repeatable."
+            description="Texts by domain, for scoring experts on the same number of samples of each instead of on the "
+            "calibration text: code=code.jsonl,chat=chat.jsonl; or the experts.json of an earlier run, to blend its scores "
+            "anew without a pass; repeatable."
         ),
     ] = ()
     blend: Annotated[
         str,
         Decides.RESULT,
         Field(
-            description="How domains are blended: max-min (the one that keeps the least of its score keeps as much as can "
-            "be), or by weights: code=2,chat=1."
+            description="How domains are blended: max-min (maximise the score kept by the domain that keeps the least), "
+            "or by weights: code=2,chat=1."
         ),
     ] = "max-min"
     align: Annotated[
-        int, Decides.RESULT, Field(description="Keep channels in multiples of this, where the model has them.", ge=1)
+        int, Decides.RESULT, Field(description="Keep channels in multiples of this, if the model has them.", ge=1)
     ] = 64
     vocabulary_text: Annotated[
         tuple[str, ...],
         BeforeValidator(_as_words, json_schema_input_type=str | Sequence[str] | Mapping[str, float]),
         Decides.RESULT | Decides.COST,
         Field(
-            description="What the vocabulary keeps: tokens of files, folders or corpora, words of languages (needs "
-            "coprune[languages]), and code, each perhaps with a share: mine.jsonl=2,en,code=0.5; repeatable. [the calibration "
+            description="Texts that decide which tokens to keep: files, folders or corpora, word lists of languages (needs "
+            "coprune[languages]), and code, each with an optional share: mine.jsonl=2,en,code=0.5; repeatable. [the calibration "
             "text, en and code]"
         ),
     ] = ()
     vocabulary_force: Annotated[
         bool,
         Decides.RESULT,
-        Field(description="Cut a vocabulary even where that saves less than 5 per cent of the weights' bytes."),
+        Field(description="Cut the vocabulary even if that saves less than 5 % of the weights' bytes."),
     ] = False
 
     @field_validator("parts")
@@ -166,17 +166,17 @@ class RemovePart(Part):
 
     @property
     def texts(self) -> dict[str, str]:
-        """The texts of the domains, by name."""
+        """Texts of the domains by name."""
         return {} if self.kept_scores is not None else domains_in(self.domains)
 
     @property
     def kept_scores(self) -> Path | None:
-        """The file of an earlier run's scores, if that is what the domains are."""
+        """The file of an earlier run's scores, if the domains are given as one."""
         return expand_home(self.domains[0]) if _is_kept(self.domains) else None
 
     @property
     def weights(self) -> dict[str, float] | None:
-        """Weights of the domains; None where the worst of them counts."""
+        """Weights of the domains; None for max-min."""
         return weights_in(self.blend)
 
     @property
@@ -186,7 +186,7 @@ class RemovePart(Part):
 
     @property
     def scores(self) -> dict[Scored, Choice]:
-        """The scores that what is removed goes by."""
+        """The scores in use, by what they rank."""
         removed = self.kinds
         kinds: list[Scored] = ["units"] if self.spreads else []
         kinds += ["blocks"] if "blocks" in removed else []
@@ -196,17 +196,17 @@ class RemovePart(Part):
 
     @property
     def maps_blocks(self) -> bool:
-        """Whether a linear map replaces blocks, where the model has a place for one."""
+        """Whether a linear map replaces the blocks, if the model has a place for one."""
         return "blocks" in self.kinds and self.score_of("blocks").name == "map"
 
     @property
     def spreads(self) -> bool:
-        """Whether channels or heads are removed, whose number may differ by block."""
+        """Whether channels or heads are removed, whose number may differ between blocks."""
         return not {"channels", "heads"}.isdisjoint(self.kinds)
 
     @property
     def size(self) -> Size | None:
-        """Target size of the model; None where the shares of its parts are given."""
+        """Target size of the model; None if shares of its parts are given."""
         return None if (own := _pairs(self.parts).get(SIZE)) is None else size_of(own)
 
     @property
@@ -215,23 +215,23 @@ class RemovePart(Part):
         return _FOR_SIZE if self.size is not None else self.shares.keys()
 
     def with_shares(self, found: Mapping[Removable, str]) -> Self:
-        """Return the same with shares in the place of a target size."""
+        """Return a copy with shares instead of a target size."""
         return self.model_copy(update={"parts": tuple(f"{kind}={share}" for kind, share in found.items())})
 
     @property
     def shares(self) -> dict[Removable, float | Left]:
-        """The share of each that is removed of the blocks, or what is left of it; none yet for a target size."""
+        """The share of each kind to remove, or the number to keep; empty for a target size."""
         return shares(self.parts)
 
     def share(self, kind: Removable) -> float:
-        """Return the requested share of a kind of part."""
+        """Return the share of a kind to remove."""
         found = self.shares[kind]
         assert not isinstance(found, Left)
         return found
 
     @property
     def label(self) -> str:
-        """What is removed, as part of a folder's name."""
+        """The removed parts, as part of a folder's name."""
         shares = [f"{kind}-{share:g}" for kind, share in self.shares.items()]
         others = (f"{name}={value}" for name, value in _pairs(self.parts).items() if name in (SIZE, VOCABULARY))
         return "-".join([*shares, *(re.sub("[=: ]+", "-", one.removesuffix("%")) for one in others)])
@@ -242,14 +242,14 @@ class RemovePart(Part):
         return _vocabulary(self.parts)
 
     def without_vocabulary(self) -> Self:
-        """Return what is removed of the blocks alone."""
+        """Return a copy without the vocabulary cut."""
         left = tuple(f"{name}={value}" for name, value in _pairs(self.parts).items() if name != VOCABULARY)
         score = tuple(one for one in self.score if _scored(one.name) != "rows")
         gone = {"vocabulary_text": (), "vocabulary_force": False}
         return self.model_copy(update={"parts": left, "score": score, **gone})
 
     def vocabulary_alone(self) -> Self:
-        """Return what is removed of the vocabulary alone."""
+        """Return a copy with only the vocabulary cut."""
         own = tuple(f"{name}={value}" for name, value in _pairs(self.parts).items() if name == VOCABULARY)
         score = tuple(one for one in self.score if _scored(one.name) == "rows")
         return type(self)(
@@ -261,12 +261,14 @@ class RemovePart(Part):
 
 
 def cannot_score(asked: RemovePart) -> BadInput | None:
-    """Return the error in settings of parts that are not removed, or None."""
+    """Return the error in settings for parts that are not removed, or None."""
     if asked.vocabulary is None:
         for field in ("vocabulary_text", "vocabulary_force"):
             if getattr(asked, field):
                 fix: Words = ("add ", Set("remove", "vocabulary=96k"), ", or leave it out")
-                return BadInput((Setting(field), " is about a vocabulary, and none is removed"), field=field, fix=fix)
+                return BadInput(
+                    (Setting(field), " is about a vocabulary cut, and none is requested"), field=field, fix=fix
+                )
     for score in asked.score:
         if (kind := _scored(score.name)) not in asked.scores:
             parts = {"units": "channels and heads", "rows": "the vocabulary"}.get(kind, kind)
@@ -283,13 +285,13 @@ def _scored(name: str) -> Scored:
 
 
 def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
-    """Read what is to be removed.
+    """Parse the parts to remove.
 
     Args:
         asked: as in `("channels=0.33", "heads=0.25,blocks=0.2")`.
 
     Raises:
-        BadInput: something is no share, or given twice.
+        BadInput: a share is invalid, or a part is given twice.
     """
     found: dict[Removable, float | Left] = {}
     for name, value in _pairs(asked).items():
@@ -315,7 +317,7 @@ def _share_or_left(kind: Removable, value: str) -> float | Left:
 
 
 def _refuse_beside_size(asked: tuple[str, ...]) -> None:
-    """Raise BadInput where parts are named beside a target size, which chooses them, or that is none."""
+    """Raise BadInput for an invalid target size, or for parts named besides one, which chooses them itself."""
     said = _pairs(asked)
     if SIZE not in said:
         return
@@ -324,8 +326,8 @@ def _refuse_beside_size(asked: tuple[str, ...]) -> None:
         cause = f"a target size chooses the shares of {', '.join(_FOR_SIZE[:-1])} and {_FOR_SIZE[-1]} itself"
         raise BadInput(cause, field="remove", value=f"{others[0]}={said[others[0]]}", fix="leave one out")
     if size.gone is not None and VOCABULARY in said:
-        cause = "a share to remove is of one model, and a cut of the vocabulary makes another first"
-        fix = ("say what is to be left: ", Set("remove", f"{VOCABULARY}={said[VOCABULARY]},{SIZE}=100MB"))
+        cause = "a share of the model is ambiguous here, because the vocabulary is cut first"
+        fix = ("give the size to keep: ", Set("remove", f"{VOCABULARY}={said[VOCABULARY]},{SIZE}=100MB"))
         raise BadInput(cause, field="remove", value=f"{SIZE}={said[SIZE]}", fix=fix)
 
 
@@ -344,16 +346,16 @@ def _is_kept(asked: tuple[str, ...]) -> bool:
 
 
 def domains_in(asked: tuple[str, ...]) -> dict[str, str]:
-    """Read names and texts of domains. Raises BadInput where one has no name, or two have the same."""
+    """Parse the names and texts of domains. Raises BadInput if a name is missing or given twice."""
     found = {} if _is_kept(asked) else read_pairs(asked, "the domain", "domains")
     for name, place in found.items():
         if not place:
-            raise BadInput(f"{name!r} has no domain's name", field="domains", value=name, fix="write NAME=TEXT")
+            raise BadInput(f"{name!r} lacks the name of a domain", field="domains", value=name, fix="write NAME=TEXT")
     return found
 
 
 def weights_in(asked: str) -> dict[str, float] | None:
-    """Read weights of domains; None for max-min. Raises BadInput for what is neither."""
+    """Parse the weights of domains; return None for max-min. Raises BadInput for anything else."""
     if asked == "max-min":
         return None
     found: dict[str, float] = {}

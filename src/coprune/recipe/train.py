@@ -1,4 +1,4 @@
-"""The part of a recipe that says how a pruned model is trained: all of `coprune finetune`, and what prune trains with."""
+"""The part of a recipe about training a pruned model: all of `coprune finetune`, and the training in `coprune prune`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _RESULT = Decides.RESULT | Decides.COST
 _MEASURED = Decides.MEASUREMENT
 Scope = Literal["all", "blocks", "routers"]
 SCOPES: dict[str, Scope] = {"blocks": "blocks", "routers": "routers"}
-"""In the place of patterns: the blocks, and what was pruned around them; or only what chooses among experts."""
+"""Names usable instead of patterns: the blocks and what was pruned around them, or only the routers of experts."""
 Mode = Literal["lora", "dense", "distill", "lora-distill"]
 LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5, "lora-distill": 2e-3}
 
 
 def has_adapters(mode: str | None) -> bool:
-    """Return whether a mode trains adapters and leaves the weights alone."""
+    """Return whether a mode trains adapters and freezes the weights."""
     return mode in ("lora", "lora-distill")
 
 
@@ -32,7 +32,7 @@ def has_teacher(mode: str | None) -> bool:
 
 
 class AdapterPart(Part):
-    """Adapters that are trained in the weights' place."""
+    """Settings of adapters, trained instead of the weights."""
 
     title = "Adapters (--mode lora or lora-distill)"
     prefix = "finetune_"
@@ -42,12 +42,12 @@ class AdapterPart(Part):
     masked: Annotated[
         bool,
         _RESULT,
-        Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
+        Field(description="lora: mask the update; otherwise adapters are plain PEFT ones and stay unmerged."),
     ] = True
 
 
 class TrainPart(Part):
-    """Training of the pruned model."""
+    """Settings of training the pruned model."""
 
     title = "Fine-tuning"
     prefix = "finetune_"
@@ -58,14 +58,14 @@ class TrainPart(Part):
         Word("finetune"),
         _RESULT,
         Shown.COMMON,
-        Field(description="Fine-tune the pruned model with its zeros kept."),
+        Field(description="Fine-tune the pruned model, keeping its zeros."),
     ] = None
     minutes: Annotated[
         float | None,
         _RESULT,
         Shown.COMMON,
         Field(
-            description="Limit on the time of the fine-tuning, with loading, measuring and saving; the learning rate "
+            description="Time limit of the fine-tuning, including loading, measuring and saving; the learning rate "
             "falls with it. [one pass over the text]",
             gt=0,
         ),
@@ -73,7 +73,10 @@ class TrainPart(Part):
     tokens: Annotated[
         int | None,
         _RESULT,
-        Field(description="Fine-tune on so many tokens: as many steps as they fill. [one pass over the text]", ge=1),
+        Field(
+            description="Number of tokens to fine-tune on, which sets the number of steps. [one pass over the text]",
+            ge=1,
+        ),
     ] = None
     epochs: Annotated[
         float,
@@ -89,19 +92,21 @@ class TrainPart(Part):
     accumulate: Annotated[
         int | None,
         _RESULT,
-        Field(description="Forward passes per step of the fine-tuning. [8 of text, 1 of images]", ge=1),
+        Field(description="Gradient accumulation: forward passes per step. [8 of text, 1 of images]", ge=1),
     ] = None
     learning_rate: Annotated[
         float | None,
         Word("finetune_lr"),
         _RESULT,
-        Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
+        Field(
+            description="Peak learning rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0
+        ),
     ] = None
     rates: Annotated[
         Literal["absolute", "relative"],
         _RESULT,
         Field(
-            description="absolute: one learning rate for all that is trained; relative: times the size of each "
+            description="absolute: one learning rate for all trained weights; relative: times the size of each "
             "matrix and vector, so that one rate serves models with smaller or larger weights."
         ),
     ] = "absolute"
@@ -109,23 +114,22 @@ class TrainPart(Part):
         Globs,
         _RESULT,
         Field(
-            description="Train only what matches this pattern, such as '*.q_proj', or blocks or routers; repeatable. "
-            "blocks: embeddings, head and other "
-            "matrices around the blocks stay as they are, unless they were pruned; routers: only what chooses among experts, "
-            "after some were removed. [lora: all pruned linear layers; else all weights]"
+            description="Train only weights that match this pattern, such as '*.q_proj', or blocks or routers; repeatable. "
+            "blocks: freeze embeddings, head and other matrices around the blocks, unless they were pruned; routers: only the "
+            "routers, after experts were removed. [lora: all pruned linear layers; else all weights]"
         ),
     ] = ()
     dtype: Annotated[
         Literal["float32", "bfloat16"],
         _RESULT,
-        Field(description="What the fine-tuning computes in; trained weights are float32."),
+        Field(description="Compute type of the fine-tuning; trained weights are float32."),
     ] = "float32"
     gradient_checkpointing: Annotated[bool, _RESULT, Field(description="Recompute activations to save memory.")] = False
     held_out: Annotated[
         float,
         _RESULT,
         Field(
-            description="Share of the samples held out (at most 64 windows or 2,048 images); 0: nothing is watched.",
+            description="Share of the samples held out (at most 64 windows or 2,048 images); 0: no held-out loss.",
             ge=0,
             lt=1,
         ),
@@ -133,7 +137,7 @@ class TrainPart(Part):
     save_every: Annotated[
         int,
         Decides.WHERE,
-        Field(description="Steps between the states from which a training resumes.", ge=1),
+        Field(description="Steps between checkpoints from which training resumes.", ge=1),
     ] = 100
     eval_seqlen: Annotated[
         int | None,
@@ -144,16 +148,13 @@ class TrainPart(Part):
         str | None,
         BeforeValidator(path_as_text, json_schema_input_type=str | Path | None),
         _RESULT,
-        Field(
-            description="The dense model: distill trains toward it, and answers that are asked for are compared with its. [in "
-            "prune: the model]"
-        ),
+        Field(description="The dense model: target of distill, and the reference for answers. [in prune: the model]"),
     ] = None
     adapters: AdapterPart = AdapterPart()
 
     @property
     def scope(self) -> Scope:
-        """Which weights are trained: all, those of the blocks alone, or routers."""
+        """Which weights are trained: all, those of the blocks only, or routers."""
         return SCOPES.get(self.only[0], "all") if self.only else "all"
 
     @property
@@ -173,7 +174,7 @@ def _of_mode(asked: TrainPart) -> BadInput | None:
     """Return the error for a setting that this mode ignores."""
     if not has_adapters(asked.mode) and (said := asked.adapters.first_said()) is not None:
         word = f"{asked.adapters.prefix}{said[-1]}"
-        cause: Words = (Setting(word), " means nothing to ", Set("finetune", asked.mode))
+        cause: Words = (Setting(word), " has no effect with  ", Set("finetune", asked.mode))
         return BadInput(cause, field=word, value=getattr(asked.adapters, said[-1]), fix=LeaveOut(word))
     return None
 
@@ -181,11 +182,11 @@ def _of_mode(asked: TrainPart) -> BadInput | None:
 def _of_how(asked: TrainPart) -> BadInput | None:
     adapters = has_adapters(asked.mode)
     if adapters and asked.rates == "relative":
-        empty = "adapters begin at zero, which has no size that a rate could be relative to"
+        empty = "adapters begin at zero, so a rate cannot be relative to their size"
         return BadInput(empty, field="finetune_rates", value=asked.rates, fix=LeaveOut("finetune_rates"))
     named = [one for one in asked.only if one in SCOPES]
     if named and (adapters or len(asked.only) > 1):
-        own = "adapters are on matrices of their own" if adapters else f"{named[0]} already says what is trained"
+        own = "adapters choose their own matrices" if adapters else f"{named[0]} already says what to train"
         fix: Words = LeaveOut("finetune_only") if adapters else "leave out the others"
         return BadInput(own, field="finetune_only", value=asked.only, fix=fix)
     if asked.tokens is not None and asked.max_steps is not None:

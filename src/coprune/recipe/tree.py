@@ -1,7 +1,7 @@
-"""The tree of settings: the parts of a recipe, and the name of every setting in them.
+"""The tree of settings: the parts of a recipe and the names of their settings.
 
-People say `nsamples`, and the code reads `calibrate.samples`. Options of the command line, arguments in Python, files of recipes,
-columns of a sweep's table and messages about runs go by these names. Nothing heavy is imported here.
+Users say `nsamples`, the code reads `calibrate.samples`. Command-line options, Python arguments, recipe files, columns of a
+sweep's table and messages use the users' names. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Tree(BaseModel):
 
 
 class Leaf(NamedTuple):
-    """A setting."""
+    """A setting in the tree."""
 
     path: tuple[str, ...]
-    """Names of fields from the tree's root to it."""
+    """Field names from the root to the setting."""
     field: FieldInfo
     part: type[Part]
 
@@ -54,7 +54,7 @@ def _leaves(part: type[Part], path: tuple[str, ...]) -> Iterator[tuple[str, Leaf
             yield from _leaves(inner, place)
             continue
         word = next((note.name for note in field.metadata if isinstance(note, Word)), f"{part.prefix}{name}")
-        if field.annotation is Choice and name == OF_METHOD:  # whose options a command and a call take by themselves
+        if field.annotation is Choice and name == OF_METHOD:  # commands and calls take its options separately
             yield word, Leaf((*place, "name"), field, part)
             yield "options", Leaf((*place, "options"), field, part)
         else:
@@ -70,11 +70,11 @@ LEAVES: dict[str, Leaf] = {
 }
 """All settings by name."""
 FIELDS: dict[str, FieldInfo] = {word: leaf.field for word, leaf in LEAVES.items()}
-"""Fields by the settings' names; of a method's name and options, that of the method."""
+"""Fields by the settings' names; a method's name and options share the method's field."""
 
 
 def _details(head: Leaf) -> dict[str, str]:
-    """Return the settings of a part beside the one that asks for it: by their names in the part, with and without its prefix."""
+    """Return a part's settings other than its head, by their names with and without the part's prefix."""
     place, part = head.path[:-1], head.part
     return {
         name: word
@@ -87,5 +87,5 @@ def _details(head: Leaf) -> dict[str, str]:
 HEADS: dict[str, dict[str, str]] = {
     word: _details(leaf) for word, leaf in LEAVES.items() if leaf.path[-1] == leaf.part.head
 }
-"""Settings that ask for something, and for each those that say how: their names by those that they have behind its colon."""
+"""Settings that ask for a step, each with the settings that configure it, by their names after its colon."""
 DETAILS = {word for own in HEADS.values() for word in own.values()}

@@ -1,4 +1,4 @@
-"""The settings of measuring and training without pruning: a recipe's settings, under the names that fit there."""
+"""The settings of measuring and training without pruning: a recipe's settings, under names that fit there."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Setting(NamedTuple):
     """A setting of a recipe under another name."""
 
     word: str
-    """The recipe's word for it."""
+    """The recipe's name for it."""
     description: str | None = None
-    """Help text here; None for the recipe's."""
+    """Help text; None for the recipe's."""
 
 
 def _alike(*words: str) -> dict[str, Setting]:
@@ -44,22 +44,22 @@ MEASURING: dict[str, Setting] = {
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
     **_alike("eval_tokens", "eval_images", "dtype", "device", "cache_dir"),
 }
-"""Settings of a measurement by name; the names of a command's options are made from these."""
+"""Settings of a measurement by name, from which command-line options are made."""
 
 INSPECTING: dict[str, Setting] = {
     **_alike("sparsity", "pattern", "include", "exclude", "allocation", "dataset"),
     "nsamples": Setting(
-        "nsamples", "Calibration samples for a drawing, or for an allocation that takes a pass over data. [16]"
+        "nsamples", "Calibration samples for a plot, or for an allocation that needs a pass over data. [16]"
     ),
     **_alike("seqlen", "cache_dir"),
 }
-"""Settings that say what would be pruned, likewise."""
+"""Settings that determine what would be pruned, likewise."""
 
 TRAINING: dict[str, Setting] = {
     "model": Setting("model", "The pruned model: a local folder or Hub id."),
     "dataset": Setting(
         "dataset",
-        "Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings, where the "
+        "Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings, if the "
         "model reads these; or images: digits, a folder of classes, .parquet, or a datasets id. [embedded]",
     ),
     "seqlen": Setting("seqlen", "Tokens per training window. [min(1024, model's limit)]"),
@@ -68,7 +68,7 @@ TRAINING: dict[str, Setting] = {
         "finetune",
         "lora, dense, distill or lora-distill. "
         "lora: low-rank adapters, masked so that merging keeps every zero; dense: the weights themselves; distill: the weights, "
-        "toward the dense model (--teacher); lora-distill: adapters, toward it. [lora]",
+        "toward the dense model (--teacher); lora-distill: adapters, toward the dense model. [lora]",
     ),
     "train": Setting("finetune_only"),
     **{
@@ -77,7 +77,7 @@ TRAINING: dict[str, Setting] = {
         if leaf.path[0] == "train" and leaf.path[-1] not in ("mode", "only")
     },
     "exclude": Setting(
-        "exclude", "Leave what matches this pattern as it is, and blocks of which all does; repeatable."
+        "exclude", "Do not train what matches this pattern, nor blocks that match it entirely; repeatable."
     ),
     **_alike(
         "evaluate",
@@ -95,7 +95,7 @@ TRAINING: dict[str, Setting] = {
     "save_model": Setting("save_model", "Folder for the model. [model/ in the run folder]"),
     **_alike("overwrite"),
 }
-"""Settings of a training by name, likewise: those of its own part go without that part's prefix."""
+"""Settings of a training by name, likewise; those of the training part have no prefix."""
 _CALLED_IN_TRAINING = {setting.word: name for name, setting in TRAINING.items()}
 
 
@@ -105,7 +105,7 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
     settings: those of TRAINING.
 
     Raises:
-        BadInput: a setting is unknown, has a value that it cannot have, or contradicts another; or a package is missing.
+        BadInput: a setting is unknown, invalid or contradicts another, or a package is missing.
     """
     if find_spec("peft") is None:
         raise BadInput("fine-tuning needs peft", fix="pip install 'coprune[finetune]'")
@@ -124,13 +124,13 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
         raise wrong
     if (one := next((c for c in asked.measured if c.against_dense), None)) is not None:
         later = Command("evaluate", "FOLDER", Set("against", ...), Set("require", one.text))
-        cause = f"{one.text} is about the dense model's measurements, which a training does not make"
+        cause = f"{one.text} is about the dense model's measurements, which training does not make"
         raise BadInput(cause, field="require", value=one.text, fix=("save the model and run: ", later))
     return recipe
 
 
 def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a training under a recipe's names. Raises BadInput for an unknown one."""
+    """Translate settings of a training to a recipe's names. Raises BadInput for an unknown one."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in TRAINING:
@@ -140,14 +140,14 @@ def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
-    """Return the recipe that measures a model, on WikiText-2 unless a text, a task or prompts are named.
+    """Return the recipe that measures a model, on WikiText-2 unless texts, tasks or prompts are given.
 
     Args:
         model: as in a recipe.
-        settings: those of MEASURING, or others of a recipe.
+        settings: those of MEASURING, by name or by the recipe's name.
 
     Raises:
-        BadInput: a setting is unknown, has a value that it cannot have, or says how to prune.
+        BadInput: a setting is unknown, invalid, or about pruning.
     """
     named = {(MEASURING[name].word if name in MEASURING else name): value for name, value in settings.items()}
     known = {setting.word for setting in MEASURING.values()}

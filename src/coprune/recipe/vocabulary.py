@@ -16,29 +16,29 @@ _SIZE = re.compile(r"(?P<number>\d+)(?P<thousands>k?)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Rows:
-    """Keep a number of tokens."""
+    """A number of tokens to keep."""
 
     count: int
 
     def kept(self, tokens: int) -> int:
-        """Return how many of so many tokens stay."""
+        """Return how many tokens to keep."""
         return self.count
 
 
 @dataclass(frozen=True)
 class Share:
-    """Remove a share of the tokens."""
+    """A share of the tokens to remove."""
 
     gone: float
 
     def kept(self, tokens: int) -> int:
-        """Return how many of so many tokens stay."""
+        """Return how many of `tokens` to keep."""
         return round(tokens * (1 - self.gone))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Keep as few tokens as cost at most a share more bits per byte on held-out text."""
+    """The largest allowed rise in bits per byte on held-out text, as a share."""
 
     most: float
 
@@ -47,16 +47,16 @@ Target = Rows | Share | Loss
 
 
 def target_of(text: str) -> Target:
-    """Read `96k`, `98304`, `0.6` or `loss:1%`.
+    """Parse `96k`, `98304`, `0.6` or `loss:1%`.
 
     Raises:
-        BadInput: it is none of these.
+        BadInput: the text is none of these.
     """
     wrong = BadInput(
         f"{text!r} is not a size of a vocabulary",
         field="remove",
         value=f"{PART}={text}",
-        fix="write a number of tokens (96k), a share to remove (0.6), or the loss that is allowed (loss:1%)",
+        fix="write a number of tokens (96k), a share to remove (0.6), or the allowed loss (loss:1%)",
     )
     if text.startswith("loss:"):
         written = text.removeprefix("loss:")
@@ -83,17 +83,17 @@ def _number(text: str, wrong: BadInput) -> float:
 
 
 def shares_of(asked: Iterable[str], field: str) -> dict[str, float]:
-    """Read names with shares, each 1 unless said otherwise: `("en=2,de", "code")`.
+    """Parse names with shares, which default to 1: `("en=2,de", "code")`.
 
     Args:
         asked: texts of one or several names, with commas between.
-        field: the setting that they are of.
+        field: the setting that holds them.
 
     Returns:
-        Shares that add up to 1, by name; none where nothing is asked for.
+        Shares by name, which add up to 1; empty if nothing is given.
 
     Raises:
-        BadInput: a name is empty or given twice, or a share is no positive number.
+        BadInput: a name is empty or given twice, or a share is not a positive number.
     """
     found: dict[str, float] = {}
     for name, written in read_pairs(asked, "the text", field).items():
