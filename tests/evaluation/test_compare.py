@@ -202,7 +202,7 @@ def test_a_run_folder_stands_for_its_saved_model(
     again = compare_models([str(checkpoints[0]), str(model)], recipe(text), Reporter(quiet=True), cache, model_of)
     assert found.rows[1].evaluation == again.rows[1].evaluation
     model.rename(tmp_path / "elsewhere")
-    with pytest.raises(BadInput, match="any more"):
+    with pytest.raises(BadInput, match="no longer"):
         compare_models([str(checkpoints[0]), str(run)], recipe(text), Reporter(quiet=True), cache, model_of)
 
 

@@ -56,7 +56,7 @@ def test_a_mixture_is_written_once_and_told_of(place: Path, monkeypatch: pytest.
     # Of two texts from BOS all but that; of answers of 8 tokens to prompts of two, most; of words all.
     assert 2 * 23 + 2 * 24 + 2 * 16 <= counted.calibration.counted < 6 * 24 - 2
     assert {matrix.tokens for matrix in counted.matrices} == {counted.calibration.counted}
-    assert "Statistics are of" in counted.calibration.details()
+    assert "Statistics are over" in counted.calibration.details()
 
 
 def test_shares_are_given_from_python_as_a_mapping(place: Path) -> None:

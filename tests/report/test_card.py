@@ -73,7 +73,7 @@ def test_the_card_names_base_licence_bytes_and_where_it_loads(files: tuple[Path,
     }
     size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     assert f"The weights take {size:,} bytes. The model loads in transformers. " in card
-    assert "that were cut alike load in vLLM" in card
+    assert "with the same parts removed load in vLLM" in card
     assert "llama.cpp and Ollama take" in card
     (source / "README.md").write_text("---\n[: no YAML\n---\n")
     assert origin_of(str(source)) == Origin()
@@ -188,7 +188,7 @@ def test_a_folder_or_the_model_of_a_run_is_pushed(
     hub.private = True
     assert coprune.push(tmp_path / "model", "me/model", private=True) == "https://huggingface.co/me/model"
     ended = run_command(["push", str(tmp_path), "me/model"], monkeypatch, capsys)
-    assert f"{tmp_path} holds no model; name the folder of a saved one." in ended.err
+    assert f"{tmp_path} holds no model; name the folder of a saved model." in ended.err
 
 
 def test_cards_tell_no_places_of_this_machine(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub,
     assert "perplexity" in said[4]
     assert "there is no model owner/nothing on the Hub" in errors
     assert "dataset 'owner/no-text' is not on the Hub" in errors
-    assert "pushing to me/pico-logged-out needs a login; use `hf auth login`, or the environment variable" in errors
+    assert "pushing to me/pico-logged-out needs a login; run `hf auth login`, or set the environment variable" in errors
     assert not (tmp_path / "out/logged-out").exists()
     assert [said[number].splitlines()[-1] for number in (3, 5, 6, -1)] == ["ended with 2"] * 4
 

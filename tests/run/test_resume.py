@@ -283,7 +283,7 @@ def test_finished_blocks_are_not_done_again(
     assert f"{noted} of 3 blocks were finished" in capsys.readouterr().err
     found = [matrix.seconds for matrix in done.report.matrices if int(matrix.name.split(".")[2]) < noted]
     assert done.report.earlier_seconds == pytest.approx(sum(found))
-    assert f"after {sum(found):.1f} s of choosing weights in one that was stopped" in str(done.report)
+    assert f"after {sum(found):.1f} s of choosing weights in a stopped one" in str(done.report)
 
 
 DIFFERENT: dict[str, dict[str, Any]] = {

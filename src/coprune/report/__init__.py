@@ -1,1 +1,1 @@
-"""The report of a run: report.json, the page, the model card, the log line of the Wanda repository."""
+"""The report of a run: report.json, the page, the model card, and the Wanda repository's log line."""

@@ -1,4 +1,4 @@
-"""Answers on pages and model cards: figures beside the dense model's, and samples."""
+"""Answers on pages and model cards: figures next to the dense model's, and samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coprune.report.view import Folded, Kind, Paragraph, Part, Quote, Quotes, Se
 
 _SHOWN = 2
 _MOST_LETTERS = 600
-# What each figure is called, and how it is written.
+# Name and format of each figure.
 _FIGURES: dict[str, Callable[[Figures], str]] = {
     "answers that loop": lambda found: f"{found.loops} of {found.answers}",
     "answers that are empty": lambda found: f"{found.empty} of {found.answers}",
@@ -23,9 +23,9 @@ _FIGURES: dict[str, Callable[[Figures], str]] = {
 
 
 def answer_table(facts: AnswerFacts, who: str = "this model") -> Sheet:
-    """Return each figure of the dense model and of this one, for greedy and for sampled answers.
+    """Return the figures of the dense model and this one, for greedy and sampled answers.
 
-    who: the name of this one.
+    who: the name of this model.
     """
     ways = [("greedy", facts.greedy)]
     ways += [(f"sampled at {facts.temperature:g}", facts.sampled)] if facts.sampled is not None else []
@@ -44,8 +44,8 @@ def answer_table(facts: AnswerFacts, who: str = "this model") -> Sheet:
 
 
 def note(facts: AnswerFacts) -> str:
-    """Return a sentence on the prompts and the template."""
-    how = "in the tokenizer's chat template" if facts.chat else "continued as they stand"
+    """Return a sentence about the prompts and the template."""
+    how = "in the tokenizer's chat template" if facts.chat else "continued as plain text"
     return f"Prompts: {facts.prompts} ({len(facts.samples)}), {how}; at most {facts.new_tokens} tokens an answer."
 
 
@@ -60,14 +60,14 @@ def answers_markdown(facts: AnswerFacts, required: Sequence[Requirement]) -> str
 
 
 def shortened(answer: str) -> str:
-    """Return an answer, cut if very long; an empty one is named so."""
+    """Return an answer, cut if very long; mark an empty one."""
     if not answer.strip():
         return "(no text)"
     return answer if len(answer) <= _MOST_LETTERS else f"{answer[:_MOST_LETTERS]} …"
 
 
-_OPEN = 4  # answers to be seen at once
-# The model before a fine-tuning has the pruned one's colour.
+_OPEN = 4  # answers shown without unfolding
+# A model before fine-tuning has the pruned one's colour.
 _KINDS: dict[str, Kind] = {"dense": "dense", "before": "pruned", "pruned": "pruned", "fine-tuned": "tuned"}
 
 
@@ -93,7 +93,7 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: st
 
 
 def _ill(loops: bool, empty: bool) -> str:
-    """Return the faults of an answer, to follow its model's name."""
+    """Return the faults of an answer, appended to its model's name."""
     return ", loops" * loops + ", empty" * empty
 
 

@@ -25,7 +25,7 @@ from coprune.report.vocabulary_section import vocabulary_markdown
 from coprune.report.wording import base_of, name_of, versions_line
 
 _STORED = {
-    "source": "The weights are stored as the original's are, so any tool that loads the original loads this.",
+    "source": "The weights are stored like the original's, so any tool that loads the original loads this.",
     "dense": "The weights are stored dense, so any tool that loads the original loads this.",
 }
 _TOKENIZER = {"processor": "AutoTokenizer", "name": "tokenizer"}
@@ -61,9 +61,9 @@ def write_card(report: Report, folder: Path) -> None:
 
 
 def model_card(report: Report, size: int | None = None) -> str:
-    """Return Markdown with the Hub's metadata header: the model, the method, the measurements, how to load it.
+    """Return the card as Markdown with the Hub's metadata header.
 
-    size: bytes of the saved weights, where they are known by now.
+    size: bytes of the saved weights, if known.
     """
     base, origin = base_of(report.model.source), origin_of(report.recipe.model.name, report.recipe.model.cache_dir)
     known, recipe = base if hub_id(base) else origin.base_model, report.recipe.untold()
@@ -126,7 +126,7 @@ def _results(report: Report) -> tuple[str, Sheet]:
 
 
 def _stored(report: Report) -> str:
-    """Return how the weights are stored; a GGUF file's are decoded when it is read."""
+    """Return how the weights are stored; those of a GGUF file are dequantised on reading."""
     asked = report.recipe.output.encoding
     return "dense" if asked == "source" and report.model.quantised_source else asked
 
@@ -147,7 +147,7 @@ def _what_was_done(report: Report) -> str:
     said = []
     if report.recipe.remove.parts:
         kind = "an ordinary model, in part zeros" if report.padding else "an ordinary, smaller model"
-        said.append(f"Removed: {'; '.join(one.line() for one in report.edits)}. What is left is {kind}.")
+        said.append(f"Removed: {'; '.join(one.line() for one in report.edits)}. The result is {kind}.")
     if report.has_zeros:
         zeros = report.sparsity
         said.append(
@@ -199,7 +199,7 @@ def _model_index(report: Report) -> dict[str, Any]:
         EvalResult("image-classification", "images", name, "accuracy", round(value, 6), metric_name="accuracy")
         for name, value in images.items()
     ]
-    # Tasks were run on what fine-tuning started from.
+    # Tasks were run before fine-tuning.
     for task in () if report.zero_shot is None or tuned is not None else report.zero_shot.tasks:
         for metric, value in task.pruned.items():
             result = round(value.value, 6)

@@ -1,4 +1,4 @@
-"""The page of a comparison: what was measured of every model, charted and as one table."""
+"""The page of a comparison: all measurements of every model, as charts and one table."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from coprune.report.wording import number
 
 _SAMPLES = 12
 _MOST_LETTERS = 600
-_COLUMNS = 5  # models that a table has room for beside each other
+_COLUMNS = 5  # models that fit side by side in a table
 
 
 def comparison_page(found: Comparison, made: MadeFacts | None = None, beside: Path | None = None) -> str:
-    """Build the page. made: when, where and by what; beside: the folder that the page is for, from which links lead."""
+    """Build the page. made: how the comparison was made; beside: the page's folder, to which links are relative."""
     rows = found.rows
     first, *others = (row.name for row in rows)
-    lead = [Paragraph(f"The first model, {first}, is what the others are compared with.", "soft")]
+    lead = [Paragraph(f"All models are compared with the first, {first}.", "soft")]
     sections = [*_perplexity(rows), *_size(rows), *_accuracy(rows), *_tasks(rows), _table(found), *_answers(rows)]
     return Page(
         "Comparison",
@@ -39,7 +39,7 @@ def comparison_page(found: Comparison, made: MadeFacts | None = None, beside: Pa
 
 
 def _links(rows: Sequence[Row], beside: Path) -> list[Link]:
-    """Return links to the pages of the runs that made the models, by their numbers in the table."""
+    """Return links to the pages of the models' runs, by number in the table."""
     pages = [(place, row.name, target(expand_home(row.name) / PAGE_FILE, beside)) for place, row in enumerate(rows, 1)]
     return [Link(address, f"{place} {name}") for place, name, address in pages if address is not None]
 
@@ -50,7 +50,7 @@ def _kind(place: int) -> Kind:
 
 
 def _perplexity(rows: Sequence[Row]) -> list[Section]:
-    """Return bars for every text."""
+    """Return bars for each text."""
     groups = []
     for index, text_ in enumerate(rows[0].evaluation.perplexity):
         found = [row.evaluation.perplexity[index] for row in rows]
@@ -61,7 +61,7 @@ def _perplexity(rows: Sequence[Row]) -> list[Section]:
 
 
 def _bars(rows: Sequence[Row], figures: Sequence[tuple[float, str, tuple[float, float] | None]]) -> list[Bar]:
-    """Return a bar per model. figures: value, text, and interval, if there is one."""
+    """Return a bar per model. figures: value, text and optional interval of each."""
     return [Bar(row.name, _kind(place), *of) for place, (row, of) in enumerate(zip(rows, figures, strict=True))]
 
 
@@ -80,7 +80,7 @@ def _size(rows: Sequence[Row]) -> list[Section]:
             )
             for place, row in enumerate(rows)
         ]
-        parts += fronts(f"Perplexity on {text_.data}", "Numbers are those of the table's models.", reached)
+        parts += fronts(f"Perplexity on {text_.data}", "Numbers refer to the models in the table.", reached)
     return parts
 
 
@@ -108,7 +108,7 @@ def _tasks(rows: Sequence[Row]) -> list[Section]:
 
 
 def _table(found: Comparison) -> Section:
-    """Return the table, with models as columns, since there are more figures than models; many models are rows."""
+    """Return the table with models as columns, or as rows if there are many."""
     sheet = found.sheet()
     names = [f"{place} {row.name}" for place, row in enumerate(found.rows, 1)]
     if len(names) <= _COLUMNS:
@@ -134,4 +134,4 @@ def _answers(rows: Sequence[Row]) -> list[Section]:
             if index < len(samples)
         ]
         parts.append(Quotes(quotes, asked=sample.prompt))
-    return [Section("What they write", parts, "The likeliest answer of every model.")]
+    return [Section("What they write", parts, "The greedy answer of every model.")]

@@ -11,7 +11,7 @@ from coprune.evaluation.measurement import Perplexity
 class PerplexityFacts(BaseModel):
     """Perplexity of the dense and the pruned model on one text, with non-overlapping windows of seqlen tokens."""
 
-    # A model pruned to pieces has perplexity inf, and JSON's null could not be read back as a number.
+    # A broken model has perplexity inf, and JSON's null could not be read back as a number.
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     data: str
@@ -25,7 +25,7 @@ class PerplexityFacts(BaseModel):
     """95 % bootstrap interval over the windows."""
     pruned_bits_per_byte: float | None
     masked: bool = False
-    """Whether it is a pseudo-perplexity, of masked tokens."""
+    """Whether it is a pseudo-perplexity over masked tokens."""
 
     @property
     def title(self) -> str:
@@ -49,7 +49,7 @@ class PerplexityFacts(BaseModel):
         )
 
     def line(self, after: str = "") -> str:
-        """Return both figures as a line. after: text to follow them."""
+        """Return both figures as a line. after: text to append."""
         dense = "" if self.dense is None else f"dense {self.dense:.2f} → "
         return f"{dense}pruned {self.pruned:.2f}{after} on {self.data} (sequence length {self.seqlen})"
 
@@ -63,18 +63,18 @@ class FinetunedFacts(BaseModel):
     steps: int
     minutes: float
     perplexity: dict[str, float] = {}
-    """Perplexity by the name of the text."""
+    """Perplexity by text."""
     top1: dict[str, float] = {}
-    """Accuracy, by the name of the set of images."""
+    """Accuracy by image set."""
     near: dict[str, str] = {}
-    """Closeness of embeddings, or word error, by the name of the data."""
+    """Closeness of embeddings, or word error rate, by dataset."""
 
     def line(self) -> str:
         """Return a line on mode, steps and time."""
         return f"{self.mode}, {self.steps} steps in {self.minutes:.1f} minutes"
 
     def after(self, data: str) -> str:
-        """Return the fine-tuned model's figure on the same data, to follow the pruned model's; empty without one."""
+        """Return the fine-tuned model's figure on a dataset, to append to the pruned model's; empty if there is none."""
         if data in self.perplexity:
             return f" → fine-tuned {self.perplexity[data]:.2f}"
         if data in self.near:
@@ -83,7 +83,7 @@ class FinetunedFacts(BaseModel):
 
 
 class ChangedPrediction(BaseModel):
-    """An image on whose class the dense and the pruned model differ, by its position in the evaluation set."""
+    """An image, by position in the evaluation set, for which the dense and the pruned model predict different classes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -94,7 +94,7 @@ class ChangedPrediction(BaseModel):
     names: tuple[str, str, str] | None = None
     """Names of these three classes, in this order."""
     thumbnail: str | None = None
-    """A small copy as a data URI, of the first of them."""
+    """A small copy as a data URI, for the first examples."""
 
 
 class AccuracyFacts(BaseModel):
@@ -115,12 +115,12 @@ class AccuracyFacts(BaseModel):
     pruned_top5: float
     pruned_top5_interval: tuple[float, float]
     changed: int | None
-    """Images whose predicted class is another than the dense model's; None if that was not measured."""
+    """Number of predictions that differ from the dense model's; None if not measured."""
     examples: list[ChangedPrediction]
-    """The first of them."""
+    """The first changed predictions."""
 
     def line(self, after: str = "") -> str:
-        """Return both figures as a line. after: text to follow them."""
+        """Return both figures as a line. after: text to append."""
         before = "" if self.dense_top1 is None else f"dense {per_cent(self.dense_top1)} → "
         low, high = self.pruned_top1_interval
         top5 = f", {per_cent(self.pruned_top5)} top-5" if self.unit == "images" else ""

@@ -1,7 +1,7 @@
-"""The end of a run folder, in an order in which a kill at any moment loses nothing.
+"""The last steps of a run folder, ordered so that a kill at any moment loses nothing.
 
-A report marks a run as finished, so it gets its name last, after the model got its own. Between the two it lies there
-announced, and the same command finds it, knows that the model is whole, and gives it its name.
+A report marks a run as finished, so it is renamed last, after the model. In between it lies in the folder under a hidden
+name; if the run is killed there, the same command finds it, checks that the model is complete, and renames it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _ANNOUNCED = ".report.json"
 
 
 def announce(recipe: Recipe, report: Report) -> None:
-    """Keep a report for the case that the run is killed once its model is whole."""
+    """Save a report under its hidden name, in case the run is killed after its model is complete."""
     report.write(recipe.run_folder / _ANNOUNCED)
 
 
 def announced(recipe: Recipe) -> Report | None:
     """Return the report of a finished run of this recipe that was killed before its last rename, or None."""
-    blocks_left = any(recipe.run_folder.glob(".*.partial"))  # what a streamed run without a model to save needs
+    blocks_left = any(recipe.run_folder.glob(".*.partial"))  # still needed by a streamed run that saves no model
     if blocks_left or (recipe.output.model is not None and not holds_model(recipe.output.model)):
         return None
     try:
@@ -45,23 +45,23 @@ def announced(recipe: Recipe) -> Report | None:
 
 
 def is_of(report: Report, recipe: Recipe) -> bool:
-    """Return whether a report is of this recipe, on the model that its name leads to now."""
+    """Return whether a report is of this recipe and of the model that its name points to now."""
     return report.recipe.gives_as(recipe) and has_source(report, recipe)
 
 
 def has_source(report: Report, recipe: Recipe) -> bool:
-    """Return whether the model that a recipe names has the bytes that a report was made of, as far as both are there."""
+    """Return whether the recipe's model still has the bytes that the report was made from, as far as this can be checked."""
     if report.model.digest is None:
         return True
     try:
         location = locate(recipe.model.name, recipe.model.cache_dir)
     except BadInput:
-        return True  # gone or out of reach, so not replaced either
+        return True  # gone or unreachable, so not replaced either
     return source_digest(location) == report.model.digest
 
 
 def finish_run_folder(recipe: Recipe, report: Report) -> None:
-    """Write the log, make the page of the announced report, and give that its name: last, since it says that all is there."""
+    """Write the log and the page of the announced report, and rename the report last, since it marks the run as finished."""
     remove_unfinished(recipe.run_folder)
     first = report.perplexity[0].pruned if report.perplexity else None
     method = recipe.way
@@ -81,7 +81,7 @@ def write_page(runs: Sequence[Path], path: Path) -> None:
 
 
 def _require_report(run: Path) -> None:
-    """Raise BadInput for a folder without a report; where runs are below it, it names one."""
+    """Raise BadInput for a folder without a report, suggesting a run below it if there is one."""
     if not run.is_dir() or (run / REPORT_FILE).is_file():
         return
     below = (file.parent for depth in range(1, 4) for file in sorted(run.glob(f"{'*/' * depth}{REPORT_FILE}")))
@@ -91,7 +91,7 @@ def _require_report(run: Path) -> None:
 
 
 def model_of(name: str) -> str:
-    """Return the model behind a name: the one that a run or a training saved, or the name itself.
+    """Resolve a name to a model: the one saved by a run or a training, or the name itself.
 
     Raises BadInput for a run that saved no model, or whose model is gone.
     """
@@ -103,8 +103,9 @@ def model_of(name: str) -> str:
     saved = Report.read(folder / REPORT_FILE).saved_model
     if saved is None:
         raise BadInput(
-            f"the run {name} did not save its model", fix=("repeat it with ", Set("save_model", ...), " to compare it")
+            f"the run {name} did not save its model",
+            fix=("run it again with ", Set("save_model", ...), " to compare it"),
         )
     if not saved.exists():
-        raise BadInput(f"the model of the run {name} is not at {saved} any more", fix="name the folder where it is now")
+        raise BadInput(f"the model of the run {name} is no longer at {saved}", fix="name its new folder")
     return str(saved)

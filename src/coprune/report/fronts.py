@@ -1,4 +1,4 @@
-"""What models reached against what they cost, with the Pareto front."""
+"""Charts of quality against cost, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from coprune.base.words import per_cent
 from coprune.report.plot import Axis, Line, Plot, Point
 from coprune.report.view import Section
 
-_NAMED = 8  # more points than these bear their names only on the front
-_FIRST = ("dense", "baseline")  # what the others are held against
-_COLOURS = 6  # series of points that page.css tells apart
+_NAMED = 8  # with more points, only those on the front are named
+_FIRST = ("dense", "baseline")  # references, drawn in their own colour
+_COLOURS = 6  # series that page.css distinguishes
 
 
 @dataclass(frozen=True)
 class Reached:
-    """The result of one model. value: a perplexity or an accuracy; size: bytes on disk; mark: its number in the table."""
+    """The result of one model. value: perplexity or accuracy; size: bytes on disk; mark: number in the table."""
 
     name: str
     method: str
@@ -28,13 +28,13 @@ class Reached:
 
 
 def fronts(title: str, note: str, found: Sequence[Reached], less: bool = True) -> list[Section]:
-    """Return sections with a chart against sparsity, and one against size where sizes differ. less: whether less is better."""
+    """Return sections with a chart against sparsity, and one against size if sizes differ. less: whether lower is better."""
     drawn = [one for one in found if math.isfinite(one.value)]
-    note = note if len(drawn) == len(found) else f"{note} What is infinite is not drawn."
+    note = note if len(drawn) == len(found) else f"{note} Infinite values are not drawn."
     if not drawn:
         return []
     zeros = _plot(drawn, title, ("zeros among all parameters", lambda one: one.zeros, _percent), (less, False))
-    parts = [Section(f"{title} against sparsity", [zeros], f"{note} The line joins the front.")]
+    parts = [Section(f"{title} against sparsity", [zeros], f"{note} The line joins the Pareto front.")]
     sized = [one for one in drawn if one.size is not None]
     if len({one.size for one in sized}) > 1:
         by_size = _plot(sized, title, ("size on disk", lambda one: float(one.size or 0), _bytes), (less, True))
@@ -48,7 +48,7 @@ def _plot(
     across: tuple[str, Callable[[Reached], float], Callable[[float], str]],
     less: tuple[bool, bool],
 ) -> Plot:
-    """Return the chart. across: title, position and format of the x axis; less: whether less is better, of y and x."""
+    """Return the chart. across: title, position and format of the x axis; less: whether lower is better, for y and x."""
     name, place, show = across
     front = [one for one in found if not any(_beats(other, one, place, less) for other in found)]
     methods = list(dict.fromkeys(one.method for one in found if one.method not in _FIRST))

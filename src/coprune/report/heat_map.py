@@ -1,4 +1,4 @@
-"""The heat map of a run's page: every matrix by block and kind, in colours of its sparsity or its error."""
+"""The heat map of a run's page: every matrix by block and kind, coloured by sparsity or error."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from coprune.pruning.pruner import MatrixResult
 
 Row = dict[str, Any]
-# Viridis at eight even steps: readable without colours, and on both papers.
+# Viridis in eight even steps: readable in greyscale, and in light and dark mode.
 _SCALE = ("440154", "46327e", "365c8d", "277f8e", "1fa187", "4ac16d", "a0da39", "fde725")
-_LABELLED = 10  # blocks that bear their number
+_LABELLED = 10  # blocks labelled with their number
 
 
 def place_of(name: str, blocks: Sequence[str] = ()) -> tuple[str, str]:
-    """Split a matrix's name into its block's number ('–' outside of the blocks) and its kind, experts together.
+    """Split a matrix's name into its block's number ('–' outside the blocks) and its kind, with experts merged.
 
     `model.layers.3.self_attn.q_proj` → ('3', 'self_attn.q_proj'); `…mlp.experts.up_proj[2]` → '….up_proj[*]'; with the blocks'
-    names `stages.1.blocks.2.mlp.fc1` → ('1.2', 'mlp.fc1'). Without them a block's number is the first in the name.
+    names `stages.1.blocks.2.mlp.fc1` → ('1.2', 'mlp.fc1'). Without them the block's number is the first number in the name.
     """
     path, bracket, _ = name.partition("[")
     parts = path.split(".")
@@ -34,7 +34,7 @@ def place_of(name: str, blocks: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def matrix_rows(matrices: Sequence[MatrixResult], blocks: Sequence[str] = ()) -> list[Row]:
-    """Return one row per block and kind; experts of a layer are averaged by size. blocks: their names."""
+    """Return one row per block and kind; average a layer's experts by size. blocks: names of the blocks."""
     groups: dict[tuple[str, str], list[MatrixResult]] = {}
     for matrix in matrices:
         groups.setdefault(place_of(matrix.name, blocks), []).append(matrix)
@@ -57,7 +57,7 @@ def matrix_rows(matrices: Sequence[MatrixResult], blocks: Sequence[str] = ()) ->
 
 @dataclass(frozen=True)
 class HeatCell:
-    """A matrix, or a kind of one in a block. tip: what the pointer shows."""
+    """A matrix, or the matrices of one kind in a block. tip: the tooltip."""
 
     colour: str
     tip: str
@@ -65,7 +65,7 @@ class HeatCell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Cells by kind, one per block (None where a block has no such matrix); low and high: ends of the scale."""
+    """Cells by kind, one per block (None if a block has no such matrix); low and high: ends of the scale."""
 
     low: str
     high: str
@@ -88,7 +88,7 @@ class HeatMap:
         return cls(per_cent(low), per_cent(high), blocks, cells)
 
     def numbers(self) -> list[tuple[int, str]]:
-        """Return the blocks to be named, by their columns; of many blocks only some."""
+        """Return the blocks to label, by column; only some of many."""
         return list(enumerate(self.blocks, 1))[:: -(-len(self.blocks) // _LABELLED)]
 
 

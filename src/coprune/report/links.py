@@ -1,4 +1,4 @@
-"""Links between the pages that belong together: relative, and only to what is there."""
+"""Relative links between related pages, only to pages that exist."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def links_of_run(folder: Path, beside: Path) -> list[Link]:
 
 
 def links_of_finetuning(folder: Path, model: Path) -> list[Link]:
-    """Return a link from the page of a fine-tuning to the run that pruned its model, if that is found beside either."""
+    """Return a link from the page of a fine-tuning to the run that pruned its model, if its page is found next to either."""
     places = [folder.parent] if folder.name == FINETUNE_FOLDER else []
     for place in [*places, model, model.parent]:
         if (place / "report.json").is_file() and (one := _link(place / PAGE_FILE, folder, "The pruning")) is not None:
@@ -41,7 +41,7 @@ def links_of_finetuning(folder: Path, model: Path) -> list[Link]:
 
 
 def link_back(page: Path, to: Path, name: str) -> None:
-    """Add a link to a later page to an existing one that lacks it."""
+    """Add a link to a later page to an existing page that lacks it."""
     address = target(to, page.parent)
     if address is None or not page.is_file():
         return

@@ -1,4 +1,4 @@
-"""When, where and by what something was made."""
+"""When, where and with which version something was made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MadeFacts(BaseModel):
     command: str | None
     """Command line of the run; None for a call from Python."""
     version: str
-    """Version of coprune; empty where it is not installed."""
+    """Version of coprune; empty if it is not installed."""
     commit: str | None = None
     """Commit of coprune, if it runs from a git checkout; with `-dirty` if files differ from it."""
 
@@ -39,7 +39,7 @@ class MadeFacts(BaseModel):
             date=datetime.now(UTC).replace(microsecond=0),
             machine=machine,
             command=typed_command(),
-            version=installed_version("coprune") or "",  # none where it runs from its sources
+            version=installed_version("coprune") or "",  # None if it runs from its sources
             commit=commit_of(Path(__file__).parents[3]),
         )
 
@@ -62,10 +62,10 @@ def of_several(known: Sequence[MadeFacts]) -> str:
 
 @functools.cache
 def commit_of(checkout: Path) -> str | None:
-    """Return the checked-out commit of a folder, or None without a checkout or git."""
+    """Return the commit checked out in a folder, or None without a checkout or git."""
     if not (checkout / ".git").exists():
         return None
-    # Without locks, so as not to disturb other work in the checkout.
+    # Without locks, to not disturb other work in the checkout.
     describe = ["git", "--no-optional-locks", "-C", str(checkout), "describe"]
     describe += ["--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""A chart with two axes, as places in per cent of its width and height."""
+"""A chart with two axes; positions are in per cent of its width and height."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _TICKS = 5
-_CLOSE = 6.0  # per cent of the height that a name takes
-_LETTER = 0.8  # per cent of the width that one of its letters takes
+_CLOSE = 6.0  # height of a name, in per cent
+_LETTER = 0.8  # width of a letter, in per cent
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A point. name: what stands beside it, `mark` where there is no room for that; tip: what the pointer shows."""
+    """A point. name: its label; mark: the label if there is no room; tip: the tooltip."""
 
     x: float
     y: float
@@ -55,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point where it is drawn, in per cent. before: whether its name ends at it; named_at: the name's height."""
+    """A point at its drawn position, in per cent. before: whether the label is on its left; named_at: the label's height."""
 
     point: Point
     left: float
@@ -66,7 +66,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Line:
-    """A line through some places. kind: its class in page.css."""
+    """A line through points. kind: its class in page.css."""
 
     places: Sequence[tuple[float, float]]
     kind: str
@@ -74,17 +74,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """Points and lines between two axes. legend: what each series is called."""
+    """Points and lines between two axes."""
 
     x: Axis
     y: Axis
     points: Sequence[Point] = ()
     lines: Sequence[Line] = ()
     legend: Sequence[tuple[str, str]] = ()
-    """Class and name of each kind of point or line."""
+    """CSS class and name of each kind of point or line."""
 
     def margin(self) -> int:
-        """Return the room for the labels of the y axis, in letters."""
+        """Return the width of the y axis labels, in letters."""
         return 1 + max((len(shown) for _, shown in self.y.ticks), default=1)
 
     def grid(self) -> str:
@@ -97,13 +97,13 @@ class Plot:
         return "M" + "L".join(f"{self.x.at(x):.1f} {100 - self.y.at(y):.1f}" for x, y in line.places)
 
     def dots(self) -> list[Dot]:
-        """Return the points, each with its name where that covers no other's."""
+        """Return the points, each labelled if its name covers no other."""
         dots, taken = list[Dot](), [(self.x.at(p.x), self.x.at(p.x), 100 - self.y.at(p.y)) for p in self.points]
         for point in self.points:
             left, top = self.x.at(point.x), 100 - self.y.at(point.y)
             length, before = _LETTER * (len(point.name) + 3), left > 55
             ends = (left - length, left - 1) if before else (left + 1, left + length)
-            # Above its point first, where a line through the points does not cross it.
+            # Try above the point first, where a line through the points does not cross the name.
             places = (top + off * _CLOSE for off in (-0.8, 0.8, -1.8, 1.8) if point.name)
             free = (at for at in places if 0 <= at <= 100 and not any(_covers(ends, at, other) for other in taken))
             named_at = next(free, None)
@@ -117,7 +117,7 @@ def _covers(ends: tuple[float, float], top: float, other: tuple[float, float, fl
 
 
 def _even(low: float, high: float) -> list[float]:
-    """Return about five round figures between two others."""
+    """Return about five round numbers between two values."""
     rough = (high - low) / _TICKS
     size = 10.0 ** math.floor(math.log10(rough))
     step = min((m * size for m in (1.0, 2.0, 2.5, 5.0, 10.0)), key=lambda step: abs(step - rough))
@@ -125,7 +125,7 @@ def _even(low: float, high: float) -> list[float]:
 
 
 def _by_ratio(low: float, high: float) -> list[float]:
-    """Return a few round figures between two others, spaced by ratios."""
+    """Return a few round numbers between two values, spaced by ratio."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
         found = [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]

@@ -1,4 +1,4 @@
-"""What is to be known of a run beside its figures, as records, and the words for them."""
+"""Notable events of a run as records, with their texts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from coprune.pruning.block_training import BlockTraining
 from coprune.pruning.events import Event, Kind
 
 _WORDS: dict[Kind, str] = {
-    "no tokens": "no calibration token came to it, so it went by magnitude",
-    "only zeros": "nothing but zeros came to it, so it went by magnitude",
-    "few tokens": "only {tokens:g} tokens for {inputs:g} inputs; the layer's average made up for the rest",
+    "no tokens": "it received no calibration tokens, so it was pruned by magnitude",
+    "only zeros": "its inputs were all zero, so it was pruned by magnitude",
+    "few tokens": "only {tokens:g} tokens for {inputs:g} inputs; the statistics were completed with the layer's average",
     "damping raised": "the Cholesky factorisation failed; damping raised to {damping:g}",
     "eigenvalues clipped": "the Cholesky factorisation failed at every damping; eigenvalues clipped from below in float64",
-    "mask unsettled": "the mask still changed after {rounds:g} rounds",
-    "sparsity missed": "the sparsity is {reached:.4f} where {asked:.4f} was asked for",
+    "mask unsettled": "the mask was still changing after {rounds:g} rounds",
+    "sparsity missed": "the sparsity is {reached:.4f} instead of {asked:.4f}",
 }
 
 
 def event_line(event: Event) -> str:
-    """Return what happened to a matrix, for people."""
+    """Return an event of a matrix in words."""
     return event.note or _WORDS.get(event.kind, event.kind).format_map(event.figures)
 
 
@@ -37,11 +37,11 @@ class RunEvent(BaseModel):
 
     @abstractmethod
     def line(self) -> str:
-        """Return it in words."""
+        """Return the event in words."""
 
 
 class OfMatrix(RunEvent):
-    """What happened to one matrix."""
+    """An event of one matrix."""
 
     matrix: str
     event: Event
@@ -51,7 +51,7 @@ class OfMatrix(RunEvent):
 
 
 class ResumedOtherwise(RunEvent):
-    """A setting on which last bits hang, and that differs from the earlier run whose blocks this one took over."""
+    """A setting that affects the last bits and differs from the earlier run whose blocks this one reused."""
 
     setting: str
     before: Any
@@ -75,7 +75,7 @@ class Rounded(RunEvent):
 
     @classmethod
     def of(cls, rounding: Rounding) -> Rounded | None:
-        """Return what was rounded; None for nothing."""
+        """Return the event, or None if nothing was rounded."""
         relative = (rounding.error / rounding.energy) ** 0.5 if rounding.energy else 0.0
         return cls(weights=rounding.values, relative=relative) if rounding.values else None
 
@@ -85,14 +85,14 @@ class Rounded(RunEvent):
 
 
 class IdleTrainings(RunEvent):
-    """Trainings of blocks that gained nothing."""
+    """Block trainings that gained nothing."""
 
     idle: int
     blocks: int
 
     @classmethod
     def of(cls, trainings: Sequence[BlockTraining]) -> IdleTrainings | None:
-        """Return how many gained nothing; None for less than a third of them."""
+        """Return the event, or None if less than a third gained nothing."""
         idle = sum(training.is_idle for training in trainings)
         return cls(idle=idle, blocks=len(trainings)) if idle and 3 * idle >= len(trainings) else None
 
@@ -102,12 +102,12 @@ class IdleTrainings(RunEvent):
 
 
 LeftAlone = LeftOut | NotLoaded
-"""Layers and tensors that a run leaves alone."""
+"""Layers and tensors that a run does not change."""
 _MOST_NOT_LOADED = 30
 
 
 def left_lines(left: Sequence[LeftAlone]) -> list[str]:
-    """Return what is left alone in words, with only the most frequent tensors that are not loaded."""
+    """Describe what is left unchanged, listing only the most frequent tensors that are not loaded."""
     loaded = [str(one) for one in left if not isinstance(one, NotLoaded)]
     others = [str(one) for one in left if isinstance(one, NotLoaded)]
     more = len(others) - _MOST_NOT_LOADED

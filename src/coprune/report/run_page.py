@@ -1,4 +1,4 @@
-"""`report.html` of one run: what was pruned, what that did, and how to do it again."""
+"""`report.html` of one run: what was pruned, the effect, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from coprune.report.view import (
 from coprune.report.vocabulary_section import vocabulary_section
 from coprune.report.wording import name_of, number, seconds, short, versions_line
 
-_SAME = 0.001  # sparsities that differ by less are one figure
+_SAME = 0.001  # smaller differences in sparsity are shown as equal
 
 
 def run_page(report: Report, links: Sequence[Link] = ()) -> str:
-    """Build the page of one run. links: to pages that belong to it."""
+    """Build the page of one run. links: to related pages."""
     title = f"{name_of(report.model.source)}, pruned with {report.recipe.way}"
     kind = "Pruning" if report.finetuned is None else "Pruning and fine-tuning"
     return Page(kind, title, _lead(report), list(_sections(report)), list(_cards(report)), links).html()
@@ -71,7 +71,9 @@ def _sections(report: Report) -> Iterator[Section]:
     if report.events:
         yield from listed("Numerical events", [event.line() for event in report.events])
     else:
-        yield Section("Numerical events", note="None: no matrix needed more damping, a fallback or topping up.")
+        yield Section(
+            "Numerical events", note="None: no matrix needed more damping, a fallback or completed statistics."
+        )
     if report.phases:
         yield _phases(report)
     yield _recipe(report)
@@ -91,7 +93,7 @@ def _lead(report: Report) -> list[Part]:
     if report.finetuned is not None:
         found.append(Paragraph(f"Then fine-tuned: {report.finetuned.line()}.", "soft"))
     if model.quantised_source:
-        dequantised = "The weights were dequantised from a quantised file; all figures are of those."
+        dequantised = "The weights were dequantised from a quantised file; all figures are of the dequantised model."
         found.append(Paragraph(dequantised, "warn"))
     return [*found, *made_parts(report.made)]
 
@@ -117,7 +119,7 @@ def _cards(report: Report) -> Iterator[Card]:
 
 
 def _matrices(report: Report) -> Iterator[Section]:
-    """Yield sparsity, as a sentence where it is uniform, and layer error."""
+    """Yield sparsity, as a sentence if it is uniform, and layer error."""
     rows = matrix_rows(report.matrices, report.model.block_names)
     shares = [row["sparsity"] for row in rows]
     if shares and max(shares) - min(shares) < _SAME:
@@ -127,14 +129,14 @@ def _matrices(report: Report) -> Iterator[Section]:
     elif shares:
         yield Section("Sparsity per block and kind of matrix", [HeatMap.of(rows, "sparsity")])
     if any(row["error"] is not None for row in rows):
-        note = "‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs of each matrix: how much of its output was lost."
+        note = "‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs of each matrix: the share of its output that was lost."
         yield Section("Layer error", [HeatMap.of(rows, "error")], note)
 
 
 def _sample(sample: TextSample) -> Section:
     dense = [] if sample.dense is None else [Quote("dense", "dense", sample.dense, sample.prompt)]
     quotes = [*dense, Quote("pruned", "pruned", sample.pruned, sample.prompt)]
-    return Section("A sample of text", [Quotes(quotes)], "The likeliest continuation of one prompt.")
+    return Section("A sample of text", [Quotes(quotes)], "The greedy continuation of one prompt.")
 
 
 def _phases(report: Report) -> Section:
@@ -154,7 +156,7 @@ def _memory(used: int | None) -> str:
 
 def _recipe(report: Report) -> Section:
     note = (
-        "A part of it was handed over in Python, so it does not repeat the run by itself."
+        "A part of it was passed in Python, so it does not repeat the run by itself."
         if report.recipe.given
         else "Save it as recipe.yaml; coprune prune --recipe recipe.yaml repeats the run."
     )
@@ -162,7 +164,7 @@ def _recipe(report: Report) -> Section:
 
 
 def accuracy_card(found: AccuracyFacts) -> Card:
-    """Return the headline figure."""
+    """Return the headline accuracy."""
     before = [] if found.dense_top1 is None else [f"{100 * found.dense_top1:.2f}"]
     figures = [*before, per_cent(found.pruned_top1)]
     return Card(f"top-1 accuracy on {found.data}", figures, f"of {found.images:,} {found.unit}")
@@ -175,7 +177,7 @@ def embedding_card(found: EmbeddingChange) -> Card:
 
 
 def accuracy_sections(found: Sequence[AccuracyFacts]) -> Iterator[Section]:
-    """Yield bars and a table of all sets of images, and the images whose predicted class changed."""
+    """Yield bars and a table of all image sets, and images whose predicted class changed."""
     columns: dict[str, Callable[[AccuracyFacts], str]] = {
         found[0].unit: lambda entry: entry.data,
         "number": lambda entry: f"{entry.images:,}",
@@ -186,11 +188,11 @@ def accuracy_sections(found: Sequence[AccuracyFacts]) -> Iterator[Section]:
         "changed class": lambda entry: "–" if entry.changed is None else f"{entry.changed:,}",
     }
     charted = Bars([(f"{entry.data}, top-1", _bars(entry)) for entry in found], top=1.0)
-    yield Section("Accuracy", [charted, Sheet.of(found, columns)], "Intervals are Wilson's 95 %.")
+    yield Section("Accuracy", [charted, Sheet.of(found, columns)], "Intervals are 95 % Wilson intervals.")
     for entry in found:
         if images := [_image(one, one.thumbnail) for one in entry.examples if one.thumbnail is not None]:
             title = f"Images of {entry.data} whose predicted class changed"
-            note = f"The first of {entry.changed:,}, with the right class and what both models see."
+            note = f"The first of {entry.changed:,}, with the true class and both predictions."
             yield Section(title, [Images(images)], note)
 
 
@@ -217,30 +219,30 @@ _KINDS = {
     "norm": "log₁₀ input norm (RMS per channel)",
     "score": "log₁₀ |weight| · input norm",
 }
-_MOST = 600  # matrices whose histograms a page holds, at about 300 bytes each
-# A bin is one character: its height in steps of less than a pixel.
+_MOST = 600  # maximum number of matrices with histograms, at about 300 bytes each
+# Each bin is one character; its height is in steps of less than a pixel.
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+,-./:;=?@[]^_`{|}~"
 
 
 def picker(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> Section:
-    """Return the section with the list of matrices and its charts; without distributions only the figures."""
+    """Return the section with the list of matrices and their charts, or only figures without distributions."""
     note = "Before pruning, on a sample of its rows; input norms are over the calibration data."
     chosen = len(shown_matrices(matrices, blocks))
     if chosen < len(matrices):
         note += (
-            f" {chosen:,} of the {len(matrices):,} matrices are here, of a block's experts the one that lost most; "
-            "distributions.json holds all, and coprune inspect MODEL --plot NAME draws any."
+            f" {chosen:,} of the {len(matrices):,} matrices are shown, for experts the one with the largest error per block;  "
+            "distributions.json has all, and coprune inspect MODEL --plot NAME plots any."
         )
     return Section("One matrix", [Picker(_KINDS, picker_data(matrices, blocks))], note)
 
 
 def picker_data(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> dict[str, Any]:
-    """Return the data of the page's script: a short list per matrix, and the digits of its bins."""
+    """Return the data for the page's script: a short list per matrix, and the digits of the bins."""
     return {"digits": _DIGITS, "matrices": [_matrix(matrix) for matrix in shown_matrices(matrices, blocks)]}
 
 
 def shown_matrices(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> list[MatrixResult]:
-    """Return as many matrices as a page holds: all, or the worst expert per block, or those of some blocks."""
+    """Return the matrices to show: all, or the worst expert per block, or those of some blocks."""
     if len(matrices) <= _MOST:
         return list(matrices)
     worst: dict[tuple[str, str], MatrixResult] = {}
@@ -276,7 +278,7 @@ def _packed(histogram: Histogram) -> list[Any]:
 
 
 def perplexity_card(report: Report, entry: PerplexityFacts) -> Card:
-    """Return the figures of one text, the run's result last."""
+    """Return the perplexities of one text, the run's result last."""
     tuned = {} if report.finetuned is None else report.finetuned.perplexity
     figures = [*([] if entry.dense is None else [entry.dense]), entry.pruned]
     figures += [tuned[entry.data]] if entry.data in tuned else []
@@ -300,8 +302,8 @@ def perplexity_section(report: Report) -> Section:
         "windows": lambda entry: str(entry.windows),
     }
     begins = None if report.bos is None else report.bos.line()
-    said = "" if begins is None else f" The token that begins a text (BOS): {begins}."
-    of = "" if report.finetuned is None else "; it and the bits per byte are of the pruned model"
+    said = "" if begins is None else f" BOS token: {begins}."
+    of = "" if report.finetuned is None else "; it and the bits per byte are those of the pruned model"
     note = f"Lower is better. Non-overlapping windows; the interval is a bootstrap over them{of}.{said}"
     charted = Bars([(entry.data, _perplexity_bars(entry, tuned)) for entry in report.perplexity])
     return Section(report.perplexity[0].title.capitalize(), [charted, Sheet.of(report.perplexity, columns)], note)
@@ -322,7 +324,7 @@ _REACH = 1.96  # standard errors to either end of a 95 % interval
 
 
 def zero_shot_cards(facts: ZeroShotFacts | None) -> list[Card]:
-    """Return the headline figure, if there is a mean."""
+    """Return the headline mean accuracy, if any."""
     if facts is None or facts.mean_pruned is None:
         return []
     before = [] if facts.mean_dense is None else [f"{100 * facts.mean_dense.value:.2f}"]

@@ -28,7 +28,7 @@ _Images = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its name on the page, its report, and the size of its saved model if that is there."""
+    """A finished run: its name on the page, its report, and the size of its saved model if it exists."""
 
     name: str
     report: Report
@@ -37,7 +37,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> Run:
-        """Read a run folder or a report.json. name: by default the folder's. Raises BadInput if there is no report."""
+        """Read a run folder or a report.json. name: the folder's by default. Raises BadInput if there is no report."""
         file = path if path.is_file() else path / "report.json"
         report = Report.read(file)
         saved = report.saved_model
@@ -57,7 +57,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Top:
-    """The top of a page of several runs. command: that made them; tables: what is shown before the runs."""
+    """The top of a page of several runs. command: the command that made them; tables: sections before the runs."""
 
     kind: str
     title: str
@@ -68,10 +68,10 @@ class Top:
 def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
     """Return the page of one run, or of several. Raises BadInput if a report is missing or cannot be read.
 
-    beside: the folder that the page is for, from which links lead; by default that of a single run.
+    beside: the page's folder, to which links are relative; for a single run, its folder by default.
     """
     if not paths:
-        raise BadInput("no run is named", fix=("for example: ", Command("report", Path("out/MODEL/2-4/wanda"))))
+        raise BadInput("no run is given", fix=("for example: ", Command("report", Path("out/MODEL/2-4/wanda"))))
     runs = [Run.read(path, name) for path, name in zip(paths, names_apart(paths), strict=True)]
     if len(runs) > 1:
         return runs_page(runs, beside=beside)
@@ -80,7 +80,7 @@ def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
 
 
 def names_apart(paths: Sequence[Path]) -> list[str]:
-    """Return a unique name for every run: its folder's, with as many of the parents' as needed."""
+    """Return a unique name for every run: its folder's, prefixed with parents as needed."""
     folders = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
     for depth in range(1, max(map(len, folders))):
         names = ["/".join(parts[-depth:]) for parts in folders]
@@ -90,7 +90,7 @@ def names_apart(paths: Sequence[Path]) -> list[str]:
 
 
 def runs_page(runs: Sequence[Run], top: Top | None = None, beside: Path | None = None) -> str:
-    """Build the page for several runs. top: what is said first; beside: the folder that the page is for."""
+    """Build the page for several runs. top: the top of the page; beside: the page's folder."""
     top = top or Top("Several runs", f"{len(runs)} runs")
     texts = Counter(_text_of(facts) for run in runs for facts in run.report.perplexity)
     sets = Counter(_images_of(facts) for run in runs for facts in run.report.accuracy)
@@ -137,9 +137,9 @@ def _of_images(runs: Sequence[Run], on: _Images) -> list[Reached]:
 
 
 def _reached(run: Run, number_: int, value: float, dense: float | None) -> list[Reached]:
-    """Return a run's point and its dense model's; equal ones of several runs are merged."""
+    """Return a run's point and its dense model's."""
     before = [] if dense is None else [Reached(f"dense {name_of(run.report.model.source)}", "dense", dense, 0.0, None)]
-    # A few weights more or less, as rounding gives them, make no run better than another.
+    # Rounded, so that a few weights more or less make no run better than another.
     zeros = round(run.report.sparsity.model, 4)
     return [*before, Reached(run.name, run.report.recipe.way, value, zeros, run.size, str(number_))]
 
@@ -171,7 +171,7 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text], sets: Sequence[_Images],
         "size": lambda run: "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB",
     }
     told = {title: show for title, show in columns.items() if any(show(run) != "–" for run in runs)}
-    note = "Charts call the runs by these numbers where names have no room."
+    note = "Charts use these numbers where names do not fit."
     return Section("Runs", [Sheet.of(runs, told)], note)
 
 
@@ -199,6 +199,6 @@ def _top1(run: Run, on: _Images) -> str:
 
 
 def _commands(runs: Sequence[Run]) -> list[Section]:
-    """Return the command of every run but those that were handed Python objects."""
+    """Return the command of every run, except those that used Python objects."""
     lines = [f"# {run.name}\n{command_of(run.report.recipe)}" for run in runs if not run.report.recipe.given]
     return [Section("Commands", [Copyable("commands", "\n\n".join(lines))], "Each repeats one run.")] if lines else []

@@ -1,6 +1,6 @@
-"""Where a smaller model loads: what runtimes made of small models of its family with the same parts removed.
+"""Runtimes that load smaller models, tested on small models of the family with the same parts removed.
 
-`runtimes.csv` holds what was tried; `make runtimes` writes it.
+`runtimes.csv` has the results; `make runtimes` writes it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _WHOLE = "source"
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a runtime made of a family's models without some parts."""
+    """The result of a runtime on a family's models without some parts."""
 
     name: str
     version: str
     refused: str | None
-    """The first of the parts without which it does not read the family's models; None if it reads all."""
+    """The first removed part with which it fails to read the family's models; None if it reads all."""
 
     @property
     def called(self) -> str:
@@ -33,11 +33,11 @@ class Runtime:
 
 
 def runtimes_tried(model_type: str, parts: Collection[str]) -> list[Runtime]:
-    """Return the runtimes that a family was tried in, without those that do not read its whole models either.
+    """Return the runtimes that were tested on a family and read its unmodified models.
 
     Args:
-        model_type: the family, as `config.json` calls it.
-        parts: what is removed: channels, heads, blocks, experts.
+        model_type: the family, as in `config.json`.
+        parts: removed kinds of parts: channels, heads, blocks, experts.
     """
     found = []
     for runtime, name in NAMES.items():
@@ -50,19 +50,17 @@ def runtimes_tried(model_type: str, parts: Collection[str]) -> list[Runtime]:
 
 
 def refusals(model_type: str, parts: Collection[str]) -> str | None:
-    """Return a sentence about the runtimes that do not read a family's models without some parts; None if there are none."""
+    """Return a sentence about runtimes that cannot read a family's models without some parts, or None."""
     refused = {one.called: one.refused for one in runtimes_tried(model_type, parts) if one.refused is not None}
     if not refused:
         return None
     named, fewer = " and ".join(refused), " and ".join(dict.fromkeys(refused.values()))
     others = " or ".join(part for part in ("channels", "blocks") if part not in fewer)
-    return (
-        f"{named} did not read {model_type} with fewer {fewer} when this was tried; remove {others} to serve with it."
-    )
+    return f"{named} could not read {model_type} with fewer {fewer} when tested; to serve with it, remove {others} instead."
 
 
 def loads_in(model_type: str, removals: Sequence[AnyRemoval]) -> list[str]:
-    """Return the runtimes, beside transformers, that read models of the same family with the same parts removed."""
+    """Return the runtimes besides transformers that read models of the family with the same parts removed."""
     parts: set[str] = {part.kind for one in removals if isinstance(one, SmallerModel) for part in one.parts}
     return [one.called for one in runtimes_tried(model_type, sorted(parts)) if one.refused is None]
 

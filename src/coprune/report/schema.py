@@ -1,4 +1,4 @@
-"""`report.json`: everything that was measured in a run, and what is needed to believe it."""
+"""`report.json`: all measurements of a run, and what is needed to verify them."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class ModelFacts(BaseModel):
     blocks: int
     parameters: int
     quantised_source: bool
-    """True if the weights were dequantised from a quantised file, so that all figures are of those."""
+    """Whether the weights were dequantised from a quantised file; all figures are then of the dequantised model."""
     task: TaskName = "text"
     block_names: list[str] = []
     loaded_by: str = ""
-    """Class of transformers that loads it, if that is none of its Auto classes."""
+    """Class of transformers that loads it, if not one of its Auto classes."""
     digest: str | None = None
-    """Of the source's files, by which a changed one is noticed; None for a model in memory."""
+    """Digest of the source's files, to detect changes; None for a model in memory."""
 
 
 class CalibrationFacts(BaseModel):
@@ -68,30 +68,30 @@ class CalibrationFacts(BaseModel):
     source: str
     nsamples: int
     seqlen: int | None
-    """Tokens per sample, of the longest where sources have lengths of their own; None for images."""
+    """Tokens per sample, the maximum if sources differ; None for images."""
     seed: int
     fingerprint: str
     sources: list[SourcePart] = []
-    """Contribution of each source, for several sources or one with options."""
+    """Contribution of each source, if there are several or one with options."""
     counted: int | None = None
     """Number of tokens in the statistics, if not all."""
     image_size: tuple[int, int] | None = None
-    """(height, width) that the model's transforms gave; None for text."""
+    """(height, width) after the model's transforms; None for text."""
 
     @property
     def length(self) -> str:
-        """Tokens of a sample, for people."""
+        """Tokens of a sample, for display."""
         return f"{'up to ' if len({part.seqlen for part in self.sources}) > 1 else ''}{self.seqlen}"
 
     def details(self) -> str:
-        """Return sentences on the counted tokens and the sources, to follow another one; empty without either."""
-        said = "" if self.counted is None else f" Statistics are of {self.counted:,} tokens that a model wrote."
+        """Return sentences about the counted tokens and the sources, to append to another; empty without either."""
+        said = "" if self.counted is None else f" Statistics are over {self.counted:,} generated tokens."
         parts = "; ".join(part.line() for part in self.sources)
         return f"{said} Sources: {parts}." if parts else said
 
 
 class SparsityFacts(BaseModel):
-    """Fractions of zeros: asked for, in the pruned matrices, and in all parameters of the model."""
+    """Fractions of zeros: requested, in the pruned matrices, and in all parameters of the model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -108,9 +108,9 @@ class PhaseFacts(BaseModel):
     name: str
     seconds: float
     resident_bytes: int | None
-    """Resident set of the process; None where the system does not tell."""
+    """Resident set of the process; None if the system does not report it."""
     device_bytes: int | None
-    """Memory that tensors occupy on the GPU; None without one."""
+    """GPU memory used by tensors; None without a GPU."""
 
 
 class Report(Shown, BaseModel):
@@ -124,17 +124,17 @@ class Report(Shown, BaseModel):
     sparsity: SparsityFacts
     perplexity: list[PerplexityFacts]
     prune_seconds: float
-    """The walk alone, without loading, evaluating and saving, in the process that finished the run."""
+    """Time of pruning without loading, evaluating and saving, in the process that finished the run."""
     total_seconds: float
-    """Of the process that finished the run."""
+    """Total time of the process that finished the run."""
     earlier_seconds: float = 0.0
-    """Of an earlier process that was stopped, on the weights that it had chosen."""
+    """Time that an earlier, stopped process spent on choosing weights."""
     peak_memory_bytes: int
     """Largest resident set of the process."""
     peak_device_memory_bytes: int | None
     versions: dict[str, str]
     events: list[AnyEvent]
-    """Numerical events of matrices, and what else is to be known of the run."""
+    """Numerical events of matrices, and other notable events of the run."""
     matrices: list[MatrixResult]
     trainings: list[BlockTraining] = []
     """Block reconstruction, by block."""
@@ -142,28 +142,28 @@ class Report(Shown, BaseModel):
     zero_shot: ZeroShotFacts | None = None
     sample: TextSample | None = None
     answers: AnswerFacts | None = None
-    """Answers of the models, where they were checked."""
+    """Answers of the models, if they were checked."""
     no_answers: str | None = None
-    """Why it was not, where it would have been."""
+    """Why they were not checked, if they should have been."""
     required: tuple[Requirement, ...] = ()
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
     embeddings: list[EmbeddingChange] = []
     """Closeness of the pruned model's embeddings to the dense model's."""
     transcripts: list[TranscriptChange] = []
-    """Transcripts of the pruned model, beside the dense one's."""
+    """Transcripts of the pruned model, compared with the dense model's."""
     bos: BosChoice | None = None
-    """How windows of text begin; None without a text."""
+    """Position of the BOS token; None without text."""
     covered: dict[str, float] = {}
-    """Share of its experts' score that each domain keeps, where experts were removed."""
+    """Share of the experts' score that each domain keeps, if experts were removed."""
     finetuned: FinetunedFacts | None = None
-    """Results of fine-tuning after pruning, whose model is then `saved_model`."""
+    """Results of fine-tuning after pruning; `saved_model` is then the fine-tuned model."""
     vocabulary: VocabularyFacts | None = None
-    """Tokens removed first; perplexity on both sides is then of the cut model."""
+    """Tokens removed first; both perplexities are then of the model with fewer tokens."""
     left: int | None = None
-    """Parameters of what is left, where parts were removed."""
+    """Parameters left, if parts were removed."""
     padding: int = 0
-    """Zeros saved beside them, where blocks keep different numbers of channels or heads."""
+    """Zeros saved as padding, if blocks keep different numbers of channels or heads."""
     edits: list[AnyRemoval] = []
     """Parts of the model that were removed."""
     made: MadeFacts
@@ -172,17 +172,17 @@ class Report(Shown, BaseModel):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether weights were set to zero, beside those removed."""
+        """Whether weights were set to zero, in addition to any removal."""
         return self.recipe.sets_zeros
 
     def figures(self) -> list[Figure]:
-        """Return what was measured of the pruned model, beside the dense one, as conditions call it."""
+        """Return the measurements of the pruned and the dense model, by the names used in conditions."""
         found = [Figure("perplexity", one.data, one.pruned, one.dense) for one in self.perplexity]
         found += [Figure("accuracy", one.data, one.pruned_top1, one.dense_top1) for one in self.accuracy]
         return [*found, *figures_of_closeness([*self.embeddings, *self.transcripts])]
 
     def headline(self) -> str:
-        """Return model, method and pattern, and the effect on the first text."""
+        """Return model, method, pattern and the effect on the first text."""
         recipe, measured = self.recipe, ""
         for text in self.perplexity[:1]:
             dense = "" if text.dense is None else f"{text.dense:.2f} → "
@@ -233,17 +233,19 @@ class Report(Shown, BaseModel):
             how = "bytes compared with the source's" if recipe.output.as_gguf else "reloaded and compared"
             rows.append(("model in", f"{self.saved_model} ({how})"))
             if self.edits and not recipe.output.as_gguf and (tried := loads_in(model.model_type, self.edits)):
-                rows.append(("loads in", f"transformers; models of its family cut alike: {', '.join(tried)}"))
+                rows.append(
+                    ("loads in", f"transformers; models of its family with the same parts removed: {', '.join(tried)}")
+                )
         return Sheet(self.headline(), rows)
 
     def before(self) -> str:
-        """Return the time of an earlier, stopped process in words; nothing where one process did it all."""
+        """Return the time of an earlier, stopped process in words; empty if there was none."""
         if not self.earlier_seconds:
             return ""
-        return f" in this process, after {self.earlier_seconds:.1f} s of choosing weights in one that was stopped"
+        return f" in this process, after {self.earlier_seconds:.1f} s of choosing weights in a stopped one"
 
     def write(self, path: Path) -> None:
-        """Write the report whole or not at all, and the matrices' distributions to a file beside it."""
+        """Write the report atomically, and the matrices' distributions to a file next to it."""
         found = {matrix.name: matrix.distributions for matrix in self.matrices if matrix.distributions is not None}
         if found:
             write_text(path.with_name(DISTRIBUTIONS_FILE), _DISTRIBUTIONS.dump_json(found).decode() + "\n")
@@ -251,21 +253,21 @@ class Report(Shown, BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """Read a report, with the distributions if they are beside it. Raises BadInput if it is missing or no report."""
+        """Read a report, with the distributions if they are next to it. Raises BadInput if it is missing or not a report."""
         report = read_as(cls, path)
         try:
             found = _DISTRIBUTIONS.validate_json(path.with_name(DISTRIBUTIONS_FILE).read_bytes())
         except (OSError, ValueError):
-            return report  # copied alone
+            return report  # copied without them
         matrices = [matrix.model_copy(update={"distributions": found.get(matrix.name)}) for matrix in report.matrices]
         return report.model_copy(update={"matrices": matrices})
 
 
 def training_line(training: BlockTraining) -> str:
-    """Return what the training of a block did, for people."""
+    """Return the result of a block's training in words."""
     start = f"relative error {training.start:.5f}"
     gained = f"nothing gained, {start}" if training.is_idle else f"{start} → {training.end:.5f}"
-    return f"{gained} on the watched batches, rate {training.rate:g}; trained: {training.trained}"
+    return f"{gained} on the held-out batches, rate {training.rate:g}; trained: {training.trained}"
 
 
 def installed_versions() -> dict[str, str]:
@@ -275,6 +277,6 @@ def installed_versions() -> dict[str, str]:
 
 
 def reference_log(method: str, sparsity: float, perplexity: float | None) -> str:
-    """Return the Wanda repository's log: a tab-separated header and one line (an unmeasured perplexity is `nan`)."""
+    """Return the Wanda repository's log: a tab-separated header and one line (`nan` for an unmeasured perplexity)."""
     value = float("nan") if perplexity is None else perplexity
     return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{value:.4f}\n"

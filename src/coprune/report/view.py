@@ -1,4 +1,4 @@
-"""The parts of a page as values: what they show; how they look is in `templates/`."""
+"""The parts of a page as values; their look is in `templates/`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from coprune.report.made import MadeFacts
 from coprune.report.plot import Plot
 
 Kind = Literal["dense", "pruned", "tuned"]
-"""A model, by which what is shown of it is coloured."""
-_MOST_LINES = 200  # of a list
+"""A kind of model, which sets the colour."""
+_MOST_LINES = 200  # in a list
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph. look: `soft` for what matters less, `warn` for what matters more."""
+    """A paragraph. look: `soft` for minor text, `warn` for a warning."""
 
     text: str
     look: Literal["", "soft", "warn"] = ""
@@ -31,7 +31,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Link:
-    """A link to a page that belongs to this one. target: its address as seen from this one."""
+    """A link to a related page. target: its relative address."""
 
     target: str
     name: str
@@ -45,13 +45,13 @@ class Copyable:
     content: str
 
     def words(self) -> list[str]:
-        """Return words and the spaces between: lines break between words, not at hyphens."""
+        """Return words and the spaces between them, so that lines break between words, not at hyphens."""
         return [word for word in re.split(r"(\s+)", self.content) if word]
 
 
 @dataclass(frozen=True)
 class Card:
-    """A headline figure. figures: one, or successive ones of which the last is the result."""
+    """A headline figure. figures: one, or a sequence whose last is the result."""
 
     label: str
     figures: Sequence[str]
@@ -60,7 +60,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure as a bar. reach: an interval to draw over its end."""
+    """A figure as a bar. reach: an interval drawn over its end."""
 
     name: str
     kind: Kind
@@ -71,13 +71,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Groups of bars with titles. top: common maximum; by default each group ends at its largest figure."""
+    """Groups of bars with titles. top: common maximum; by default each group's largest figure."""
 
     groups: Sequence[tuple[str, Sequence[Bar]]]
     top: float | None = None
 
     def whole(self, group: Sequence[Bar]) -> float:
-        """Return the figure at which the bars of a group end."""
+        """Return the figure of a full-length bar in a group."""
         ends = [end for bar in group for end in (bar.value, *(bar.reach or ())) if math.isfinite(end)]
         return self.top or max(ends, default=1.0) or 1.0
 
@@ -96,7 +96,7 @@ class Quote:
     prompt: str = ""
 
     def said(self) -> str:
-        """Return the text with repeated lines counted, so that an endless answer stays short."""
+        """Return the text with repeated lines counted, so that a looping answer stays short."""
         lines = [line.rstrip() for line in self.content.splitlines() if line.strip()]
         groups = [(line, len(list(same))) for line, same in groupby(lines)]
         return "\n".join(line if count < 3 else f"{line}   [{count} times]" for line, count in groups)
@@ -112,7 +112,7 @@ class Quotes:
 
 @dataclass(frozen=True)
 class Folded:
-    """Quotes that are shown on demand."""
+    """Quotes shown on demand."""
 
     title: str
     parts: Sequence[Quotes]
@@ -125,13 +125,13 @@ class Lines:
     lines: Sequence[str]
 
     def shown(self) -> Sequence[str]:
-        """Return as many as a page holds."""
+        """Return the lines to show."""
         return self.lines[:_MOST_LINES]
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image with its right class and those that two models see. uri: of its data."""
+    """An image with its true class and two predictions. uri: its data URI."""
 
     uri: str
     number: int
@@ -142,21 +142,21 @@ class Image:
 
 @dataclass(frozen=True)
 class Images:
-    """Images beside each other."""
+    """Images side by side."""
 
     images: Sequence[Image]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Small plots beside each other."""
+    """Small plots side by side."""
 
     plots: Sequence[Plot]
 
 
 @dataclass(frozen=True)
 class Picker:
-    """One of many matrices with its histograms, drawn by the page's script. charts: titles by kind; data: for the script."""
+    """A list of matrices with histograms, drawn by the page's script. charts: titles by kind; data: for the script."""
 
     charts: dict[str, str]
     data: dict[str, Any]
@@ -175,7 +175,7 @@ class Section:
 
 
 def listed(title: str, lines: Sequence[str]) -> list[Section]:
-    """Return a section with a list, if there is anything in it."""
+    """Return a section with a list, if it is not empty."""
     return [Section(f"{title} ({len(lines):,})", [Lines(lines)])] if lines else []
 
 
@@ -187,7 +187,7 @@ def made_parts(made: MadeFacts) -> list[Part]:
 
 @dataclass(frozen=True)
 class Page:
-    """A page: one self-contained file. title: of the file; heading: by default the same; kind: what it is of."""
+    """A self-contained page. title: of the file; heading: the title by default; kind: what the page is about."""
 
     kind: str
     title: str
@@ -202,7 +202,7 @@ class Page:
         return next((part.data for one in self.sections for part in one.parts if isinstance(part, Picker)), {})
 
     def html(self) -> str:
-        """Return the page with its styles and its script in it, and a policy that forbids requests."""
+        """Return the page with inlined styles and script, and a policy that forbids requests."""
         assets = files("coprune.report") / "assets"
         style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
         return render("report/templates/page.html.j2", page=self, style=style, script=script)

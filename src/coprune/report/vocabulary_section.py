@@ -24,7 +24,7 @@ def vocabulary_markdown(facts: VocabularyFacts) -> str:
 
 
 def _others(facts: VocabularyFacts) -> list[str]:
-    """Return the facts that neither the table nor the warning holds."""
+    """Return the facts that are neither in the table nor in the warning."""
     told = {facts.loud(), *(one.line() for one in facts.texts)}
     return [line for line in facts.lines() if line not in told]
 

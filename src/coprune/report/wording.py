@@ -1,4 +1,4 @@
-"""Figures and names as pages and cards write them."""
+"""Formats of figures and names on pages and cards."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def short(count: int) -> str:
     return str(count)
 
 
-# The file that a package carries a model of the Hub in, as `locate` writes it; folders may hold spaces and parentheses.
+# The GGUF file of a package, as `locate` appends it to a source; folders may contain spaces and parentheses.
 _CARRIED = re.compile(r" \([^()/]+\.gguf\)$")
 
 
 def base_of(source: str) -> str:
-    """Return a source without the file in a package: a path, or a name on the Hub."""
+    """Return a source without the package's file: a path, or a name on the Hub."""
     return _CARRIED.sub("", source)
 
 
 def name_of(source: str) -> str:
-    """Return the last part of a source."""
+    """Return the last component of a source."""
     return base_of(source).rstrip("/").rpartition("/")[2]
 
 
