@@ -77,5 +77,5 @@ def test_samples_go_to_the_largest_remainders() -> None:
 def test_a_mapping_is_written_in_one_line() -> None:
     recipe = make_recipe({"model": "m", "dataset": {"self": 0.5, "embedded": 0.5}})
     assert recipe.calibrate.data == "self=0.5,embedded=0.5"
-    with pytest.raises(BadInput, match="has to be in memory"):
+    with pytest.raises(BadInput, match="must be in memory"):
         make_recipe({"model": "m", "dataset": "self,embedded", "stream": True})

@@ -74,7 +74,7 @@ def test_the_card_names_base_licence_bytes_and_where_it_loads(files: tuple[Path,
     size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     assert f"The weights take {size:,} bytes. The model loads in transformers. " in card
     assert "with the same parts removed load in vLLM" in card
-    assert "llama.cpp and Ollama take" in card
+    assert "For llama.cpp and Ollama" in card
     (source / "README.md").write_text("---\n[: no YAML\n---\n")
     assert origin_of(str(source)) == Origin()
     (source / "config.json").write_text(json.dumps({"_name_or_path": "someone/else"}))

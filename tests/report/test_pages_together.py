@@ -206,7 +206,7 @@ def test_pages_of_large_models_are_small_too(place: Path, blocks: int, experts: 
     chosen = shown_matrices(matrices, names)
     assert 200 < len(chosen) <= 600
     assert {place_of(matrix.name)[1] for matrix in chosen} == {place_of(matrix.name)[1] for matrix in matrices}
-    assert f"{len(chosen):,} of the {len(matrices):,} matrices are here" in page
+    assert f"{len(chosen):,} of the {len(matrices):,} matrices are shown" in page
     # Of a block's experts the one that lost most is shown.
     assert all(".7." in matrix.name for matrix in chosen if "experts" in matrix.name)
 

@@ -174,7 +174,7 @@ def _of_mode(asked: TrainPart) -> BadInput | None:
     """Return the error for a setting that this mode ignores."""
     if not has_adapters(asked.mode) and (said := asked.adapters.first_said()) is not None:
         word = f"{asked.adapters.prefix}{said[-1]}"
-        cause: Words = (Setting(word), " has no effect with  ", Set("finetune", asked.mode))
+        cause: Words = (Setting(word), " has no effect with ", Set("finetune", asked.mode))
         return BadInput(cause, field=word, value=getattr(asked.adapters, said[-1]), fix=LeaveOut(word))
     return None
 

@@ -230,7 +230,7 @@ def picker(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> Section:
     chosen = len(shown_matrices(matrices, blocks))
     if chosen < len(matrices):
         note += (
-            f" {chosen:,} of the {len(matrices):,} matrices are shown, for experts the one with the largest error per block;  "
+            f" {chosen:,} of the {len(matrices):,} matrices are shown, for experts the one with the largest error per block; "
             "distributions.json has all, and coprune inspect MODEL --plot NAME plots any."
         )
     return Section("One matrix", [Picker(_KINDS, picker_data(matrices, blocks))], note)
