@@ -80,7 +80,7 @@ def test_of_plain_text_spans_are_masked_hidden_or_left() -> None:
     bare = marking_tokenizer()
     bare.mask_token = None
     same = from_text(text_of(ids), bare, marks, START)
-    assert (same.tokens.source.tolist(), same.tokens.written.tolist()) == ([ids], [[START, *ids]])  # type: ignore[attr-defined]
+    assert (same.tokens.source.tolist(), same.tokens.written.tolist()) == ([ids], [[START, *ids]])
     assert same.source == "text (read and written as it is)"
     bare.add_tokens([f"<extra_id_{number}>" for number in range(2)])
     assert hidden_and_written(bare, ids, marks) == ids[1:-1]
@@ -104,6 +104,15 @@ def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
         coprune.prune(place / "T5", "wanda", dataset=file, **PRUNING)
     with pytest.raises(BadInput, match="has 27 pairs to calibrate on, fewer than 28"):
         coprune.prune(place / "T5", "wanda", dataset=place / "pairs.jsonl", **PRUNING | {"nsamples": 28})
+
+
+def test_own_pairs_are_read_as_they_are_however_windows_of_text_begin(place: Path, tmp_path: Path) -> None:
+    folder, tokenizer = save_pair_model(tmp_path / "T5", "T5"), marking_tokenizer()
+    tokenizer.bos_token = "<s>"
+    tokenizer.save_pretrained(folder)
+    settings = {"dataset": place / "pairs.jsonl", "evaluate": False, **PRUNING}
+    usual, begun = (coprune.prune(folder, "wanda", bos=bos, **settings).report for bos in ("auto", "every"))
+    assert usual.calibration.fingerprint == begun.calibration.fingerprint
 
 
 @pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))

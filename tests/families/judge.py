@@ -188,9 +188,9 @@ def _as_a_run(model: PreTrainedModel, settings: dict[str, Any]) -> Data:
     loaded = Loaded(InMemory(model), settings["processor"], "model", False)
     recipe = make_recipe({"model": "model", **{key: settings[key] for key in settings.keys() - {"processor"}}})
     task = task_for(recipe, loaded)
-    drawn = task.calibration(True, Reporter(quiet=True))
+    drawn = task.inputs.calibration(True, Reporter(quiet=True))
     assert drawn is not None
-    return Data(settings, list(task.batches(drawn.tokens)))
+    return Data(settings, list(task.inputs.batches(drawn.tokens)))
 
 
 def _images(model: PreTrainedModel, samples: int) -> Data:

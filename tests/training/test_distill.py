@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coprune.evaluation.tasks.whole_texts import Pooling
+from coprune.evaluation.tasks.embedding_task import Pooling
 from coprune.training.distill import Distillation, divergence, hidden_error
 from support.pico import pico_model, pico_tokens
 from support.pico_readers import pico_reader

@@ -20,6 +20,7 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.data.hub import load_dataset, require_dataset
 from coprune.data.local_text import looks_local
+from coprune.data.windows import Samples
 
 Part = Literal["calibration", "evaluation"]
 # The first of these that a dataset or folder has; a folder of classes without such parts serves for both.
@@ -55,15 +56,6 @@ class LabelledImages:
         return LabelledImages(lambda i: self.image(chosen[i]), self.labels[chosen], self.classes, self.source)
 
 
-@dataclass(frozen=True)
-class ImageSamples:
-    """Calibration images as the model takes them (N × C × H × W float32), their fingerprint, and their source."""
-
-    tokens: Tensor
-    fingerprint: str
-    source: str
-
-
 def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> LabelledImages:
     """Open a set of images.
 
@@ -83,7 +75,7 @@ def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> Lab
     return _from_folder(path, part)
 
 
-def draw_images(images: LabelledImages, transform: Transform, nsamples: int, seed: int) -> ImageSamples:
+def draw_images(images: LabelledImages, transform: Transform, nsamples: int, seed: int) -> Samples[Tensor]:
     """Draw calibration images without repetition and transform them. Raises BadInput if there are too few."""
     if nsamples > len(images):
         raise BadInput(
@@ -93,7 +85,7 @@ def draw_images(images: LabelledImages, transform: Transform, nsamples: int, see
         )
     chosen = random.Random(seed).sample(range(len(images)), nsamples)
     pixels = torch.cat([transform([images.image(i)]) for i in chosen])
-    return ImageSamples(pixels, fingerprint(pixels), images.source)
+    return Samples(pixels, fingerprint(pixels), images.source)
 
 
 def image_batches(

@@ -16,7 +16,7 @@ from coprune.data.local_text import files_of, first_row, rows_of, split_column
 from coprune.data.marks import Marks
 from coprune.data.text import NOTHING, lengths_of, padded
 from coprune.data.tokenizing import encode
-from coprune.data.windows import EvaluationText, Windows
+from coprune.data.windows import EvaluationText, Samples, Windows
 
 COLUMNS = (("source", "target"), ("input", "output"))
 HINT = 'a row is like {"source": "…", "target": "…"}, or has "input" and "output"'
@@ -72,12 +72,11 @@ class EvaluationPairs(EvaluationText):
     pairs: Pairs
 
     @classmethod
-    def of(cls, windows: Windows) -> EvaluationPairs:
+    def of(cls, samples: Samples[Pairs]) -> EvaluationPairs:
         """Return samples as evaluation data."""
-        assert isinstance(windows.tokens, Pairs)
-        written = windows.tokens.written[:, 1:]
+        written = samples.tokens.written[:, 1:]
         tokens = written[written != NOTHING]
-        return cls(tokens, torch.zeros_like(tokens), windows.fingerprint, windows.source, pairs=windows.tokens)
+        return cls(tokens, torch.zeros_like(tokens), samples.fingerprint, samples.source, pairs=samples.tokens)
 
 
 def alike(pairs: Pairs) -> Iterator[tuple[Tensor, Pairs]]:
@@ -145,7 +144,7 @@ def begun(targets: Tensor, start: int) -> Tensor:
     return torch.nn.functional.pad(targets, (1, 0), value=start)
 
 
-def from_text(windows: Windows, tokenizer: PreTrainedTokenizerBase | None, marks: Marks, start: int) -> Windows:
+def from_text(windows: Windows, tokenizer: PreTrainedTokenizerBase | None, marks: Marks, start: int) -> Samples[Pairs]:
     """Make pairs of plain text, as such models are trained on it.
 
     Args:
@@ -173,7 +172,7 @@ def from_text(windows: Windows, tokenizer: PreTrainedTokenizerBase | None, marks
         else:
             written, how = tokens, "spans masked and the whole written"
         pairs = Pairs.of(sources, begun(written, start))
-    return Windows(
+    return Samples(
         pairs, pair_fingerprint(pairs), f"{windows.source} ({how})", windows.given, text_tokens=windows.text_tokens
     )
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -59,14 +59,15 @@ class Sampling(NamedTuple):
     """Tokens of the windows of perplexity for which the last tenth of the user's own text is held out; None: it is not."""
 
 
+Batch = TypeVar("Batch", bound=Tensor, covariant=True)
+
+
 @dataclass(frozen=True)
-class Windows:
-    """Calibration samples: tokens (samples × seqlen, int64), their fingerprint, and where they come from.
+class Samples(Generic[Batch]):
+    """Calibration samples, their fingerprint, and where they come from."""
 
-    Samples of several lengths are as wide as the longest (`coprune.data.text`).
-    """
-
-    tokens: Tensor
+    tokens: Batch
+    """Windows of text (N × S int64), images (N × C × H × W float32), or `coprune.data.pairs.Pairs`."""
     fingerprint: str
     source: str
     given: bool = False
@@ -77,6 +78,10 @@ class Windows:
     """Contribution of each source, for several sources or one with options."""
     text_tokens: int | None = None
     """Tokens of the one text that they were drawn from; None of separate documents and of several sources."""
+
+
+Windows = Samples[Tensor]
+"""Samples of text: those of several lengths are as wide as the longest (`coprune.data.text`)."""
 
 
 @dataclass(frozen=True)

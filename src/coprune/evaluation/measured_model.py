@@ -9,7 +9,6 @@ from typing import Any
 
 from coprune.base.environment import installed_version
 from coprune.base.errors import BadInput, about
-from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
 from coprune.base.words import Command
 from coprune.evaluation.answers.answer_generation import answers_key, ask, divergence, rows_along
@@ -27,8 +26,8 @@ from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Measur
 from coprune.evaluation.model_source import Source, Stored
 from coprune.evaluation.perplexity import aggregate, perplexity
 from coprune.evaluation.required import judge_measured
-from coprune.evaluation.tasks import named, read_anew, task_for
-from coprune.evaluation.tasks.text_task import TextTask, choose_seqlen
+from coprune.evaluation.tasks import named, task_for
+from coprune.evaluation.tasks.text_task import TextInputs, TextPerplexity, choose_seqlen
 from coprune.evaluation.transcripts import TranscriptChange, transcript_change
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.checkpoint.load import WHAT
@@ -112,11 +111,12 @@ class Subject:
         return self._store.get(self._key("bos", asked=asked, **self._text_key(first)), BosChoice, self._choose_bos)
 
     def _choose_bos(self) -> BosChoice:
-        task = self._task(self._asked[0], self.recipe.calibrate.bos)
-        return task.choose_bos(score_in_memory(self.loaded.model), None, task.evaluation(self._reporter))
+        inputs = self._inputs(self._asked[0], self.recipe.calibrate.bos)
+        texts = TextPerplexity(inputs).evaluation(self._reporter)
+        return inputs.choose_bos(score_in_memory(self.loaded.model), None, texts)
 
-    def _task(self, asked: Text, bos: str) -> TextTask:
-        return TextTask(asked.recipe(self.recipe).replaced(bos=bos), self.loaded, ALONE, read_anew)
+    def _inputs(self, asked: Text, bos: str) -> TextInputs:
+        return TextInputs(asked.recipe(self.recipe).replaced(bos=bos), self.loaded)
 
     def measure(self) -> Evaluation:
         """Count weights, measure perplexity on every text, run the tasks if there are any, and judge the answers."""
@@ -148,11 +148,11 @@ class Subject:
 
     def _anew(self) -> list[Measured]:
         """Measure what is not stored, since reading a folder of images to name it takes as long as the measurement."""
-        task = task_for(self.recipe, self.loaded)
+        metric = task_for(self.recipe, self.loaded).metric
         found = []
-        for name, data in task.evaluation(self._reporter).items():
-            with self._reporter.bar(f"{task.measure_name} on {name}", 1) as advance:
-                found.append(named(task.measure_in_memory(data, advance), name, data))
+        for name, data in metric.evaluation(self._reporter).items():
+            with self._reporter.bar(f"{metric.name} on {name}", 1) as advance:
+                found.append(named(metric.measure(data, advance), name, data))
         return found
 
     def closeness_to(self, dense: Subject) -> tuple[Closeness, ...]:
@@ -192,7 +192,7 @@ class Subject:
         """Return an evaluation text in this model's tokens."""
         if asked.label not in self._texts:
             used = "auto" if self.bos is None or self.bos.used == "as given" else self.bos.used
-            self._texts[asked.label] = self._task(asked, used).evaluation(self._reporter)[asked.name]
+            self._texts[asked.label] = self._inputs(asked, used).opened(asked.name)
         return self._texts[asked.label]
 
     def _measure_text(self, asked: Text) -> Callable[[], Perplexity]:

@@ -16,8 +16,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, NumericalError
-from coprune.base.processes import Processes
-from coprune.data import EvaluationText
 from coprune.evaluation.batches import (
     batches,
     bootstrap_interval,
@@ -27,10 +25,6 @@ from coprune.evaluation.batches import (
     slices,
 )
 from coprune.evaluation.measurement import Perplexity
-from coprune.model.walk.activations import Activations
-from coprune.model.walk.block_calls import input_device
-from coprune.model.walk.model_structure import ProvenModel
-from coprune.model.walk.walk import streamed_logits
 
 
 def perplexity(
@@ -124,34 +118,3 @@ def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = 
 def _exp(value: float) -> float:
     # math.exp raises where the result is beyond a float; a model pruned to pieces has perplexity inf.
     return float(torch.tensor(value, dtype=torch.float64).exp())
-
-
-def shared_perplexity(
-    processes: Processes, text: EvaluationText, seqlen: int, measure: Callable[[EvaluationText], Perplexity]
-) -> Perplexity:
-    """Measure every window of a text in one of the processes. measure: perplexity on a text of whole windows."""
-    if processes.size == 1:
-        return measure(text)
-    windows, sizes = cut_windows(text.tokens, seqlen), cut_windows(text.token_bytes, seqlen)
-    own = EvaluationText(
-        processes.share(windows).reshape(-1), processes.share(sizes).reshape(-1), text.fingerprint, text.source
-    )
-    nll = measure(own).losses() if len(own.tokens) else torch.zeros(0, dtype=torch.float64)
-    return aggregate(torch.cat(processes.gather(nll)), seqlen, sizes)
-
-
-@torch.no_grad()
-def streamed_perplexity(
-    model: ProvenModel,
-    text: EvaluationText,
-    seqlen: int,
-    batch_size: int | None = None,
-    advance: Callable[[float], None] = lambda blocks: None,
-    activations: Activations | None = None,
-) -> Perplexity:
-    """Compute `perplexity` with weights that may be streamed; advance and activations as in `streamed_logits`."""
-    windows = cut_windows(text.tokens, seqlen).to(input_device(model.module))
-    size = batch_size or default_batch_size(seqlen, model.module.config.get_text_config().vocab_size)
-    parts = list(batches(windows, size))
-    nll = streamed_logits(model, parts, lambda logits, t: window_nll(logits, t).cpu(), advance, activations)
-    return aggregate(torch.cat(nll), seqlen, cut_windows(text.token_bytes, seqlen))

@@ -117,7 +117,7 @@ class Candidates:
     @torch.no_grad()
     def _begun(cls, run: Run, forms: Consumers, dropped: Sequence[int], tokens: int) -> Candidates:
         assert run.samples is not None
-        recording = record_batches(run.model, first_batches(run.task.batches(run.samples.tokens), tokens))
+        recording = record_batches(run.model, first_batches(run.task.inputs.batches(run.samples.tokens), tokens))
         none = (0,) * len(forms.places)
         found = cls(run, forms, (), [], none, [recording])
         found._run_from(0)

@@ -17,7 +17,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.files import read_given, write_text
 from coprune.base.validation import reason
 from coprune.base.words import per_cent
-from coprune.evaluation.tasks import Samples
+from coprune.data.windows import Windows
 from coprune.model.carried_tensors import find_carried
 from coprune.model.checkpoint.shards import read_tensor
 from coprune.model.edit import KeepCarried, KeepExperts
@@ -123,7 +123,7 @@ def expert_scores(run: Run, mixtures: Mapping[str, Mixture]) -> Scored:
     Raises:
         BadInput: the named scores belong to another model.
     """
-    named: dict[str, Samples] = dict(run.domains)
+    named: dict[str, Windows] = dict(run.domains)
     if not named and run.samples is not None:
         named["calibration"] = run.samples
     counts = "" if run.recipe.calibrate.calibrate_on == "all" else " generated"
@@ -138,7 +138,7 @@ def expert_scores(run: Run, mixtures: Mapping[str, Mixture]) -> Scored:
     return scored
 
 
-def gather_scores(run: Run, mixtures: Mapping[str, Mixture], domains: Mapping[str, Samples]) -> Scored:
+def gather_scores(run: Run, mixtures: Mapping[str, Mixture], domains: Mapping[str, Windows]) -> Scored:
     """Run every domain's samples through the dense model once and sum each expert's activity.
 
     Args:

@@ -346,7 +346,7 @@ def blocks_that_go(run: Run, counts: Sequence[int]) -> tuple[Choice, Going]:
 def _going(run: Run, score: Choice, counts: Sequence[int]) -> Going:
     assert run.samples is not None
     with run.reporter.bar("Choosing blocks", 1.0) as advance:
-        batches = run.task.batches(run.samples.tokens)
+        batches = run.task.inputs.batches(run.samples.tokens)
         return block_score_named(score).choose(run.model, batches, counts, advance, run.processes)
 
 
@@ -364,7 +364,7 @@ def find_maps(run: Run, plan: Plan, finished: Collection[str]) -> dict[int, Foun
     assert run.samples is not None
     score, processes = block_score_named(run.removal.score_of("blocks")), run.processes
     assert isinstance(score, Mapped)
-    batches = processes.own(first_batches(run.task.batches(run.samples.tokens), score.tokens))
+    batches = processes.own(first_batches(run.task.inputs.batches(run.samples.tokens), score.tokens))
     walk = MapWalk(run.model, find_writers(run.model), batches, processes)
     with run.reporter.bar("Solving the map", 1 + max(span.last for span in spans)) as advance:
         return walk.merged(spans, advance)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Setting, say
-from coprune.data import Windows
-from coprune.evaluation.tasks import Samples, Task
+from coprune.data.windows import Samples
+from coprune.evaluation.tasks import Task
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import ByBlock, Dense, Moves, Recording, Sequential, record_batches
@@ -65,13 +65,13 @@ class Counted(NamedTuple):
     """Mask of the counted tokens, B × S bool; None for all."""
 
 
-def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Processes = ALONE) -> list[Counted]:
+def counted_batches(task: Task, recipe: Recipe, samples: Samples[Any], processes: Processes = ALONE) -> list[Counted]:
     """Return this process's share of the samples, as batches."""
-    own, marks = processes.share(samples.tokens), samples.generated if isinstance(samples, Windows) else None
-    batches = task.batches(own)
+    own, marks = processes.share(samples.tokens), samples.generated
+    batches = task.inputs.batches(own)
     if recipe.calibrate.calibrate_on == "all" or marks is None:
         return [Counted(batch, None) for batch in batches]
-    return [Counted(*pair) for pair in zip(batches, task.batches(own, processes.share(marks)), strict=True)]
+    return [Counted(*pair) for pair in zip(batches, task.inputs.batches(own, processes.share(marks)), strict=True)]
 
 
 def first_batches(batches: Iterable[Tensor], tokens: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,11 +17,11 @@ from coprune.base.devices import device_memory, reset_peak
 from coprune.base.memory import resident_memory, return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
-from coprune.data import EvaluationText, Windows
+from coprune.data.windows import Samples, Windows
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.extra_measurements import Extras
 from coprune.evaluation.measurement import Measured
-from coprune.evaluation.tasks import Data, Samples, Task, TextTask
+from coprune.evaluation.tasks import Data, Task, texts_of
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Untouched
@@ -107,7 +108,7 @@ class Run:
     loaded: Loaded = field(init=False)
     found: FoundModel = field(init=False)
     task: Task = field(init=False)
-    samples: Samples | None = field(init=False)
+    samples: Samples[Any] | None = field(init=False)
     data: dict[str, Data] = field(init=False)
     domains: dict[str, Windows] = field(init=False)
     """Samples of every domain that experts are scored on."""
@@ -157,7 +158,7 @@ class Run:
         return DENSE if stored is None or asked == "dense" else stored
 
     @property
-    def looked_at(self) -> Samples | None:
+    def looked_at(self) -> Samples[Any] | None:
         """Samples to try things on: of the calibration text, or of the first domain."""
         return self.samples if self.samples is not None else next(iter(self.domains.values()), None)
 
@@ -179,11 +180,10 @@ class Run:
 
     def estimate(self) -> Estimate | None:
         """Bound the memory of the run, once its data are read; None for models of images."""
-        if not isinstance(self.task, TextTask):
+        if (inputs := self.task.inputs.text) is None:
             return None
-        texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
-        windows, processes = self.samples if isinstance(self.samples, Windows) else None, self.processes.size
-        text = TextSizes.of(self.task.seqlen, windows, texts, processes)
+        processes = self.processes.size
+        text = TextSizes.of(inputs.seqlen, self.samples, texts_of(self.data), processes)
         return bound_run(self.recipe, self.solver, text, self.loaded, self.found, processes)
 
     def activations(self, lists: int = 1) -> Activations:

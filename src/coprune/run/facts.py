@@ -10,7 +10,6 @@ from typing import Any
 
 from coprune.base.devices import device_memory
 from coprune.base.memory import peak_memory
-from coprune.data import Windows
 from coprune.data.images import LabelledImages
 from coprune.data.labelled_text import LabelledTexts
 from coprune.evaluation.answers.facts import judge
@@ -153,13 +152,13 @@ def _calibration(run: Run) -> CalibrationFacts | None:
         image_size=(shape[1], shape[2]) if len(shape) == 3 else None,
         seed=run.recipe.calibrate.seed,
         fingerprint=samples.fingerprint,
-        sources=list(samples.parts) if isinstance(samples, Windows) else [],
+        sources=list(samples.parts),
         counted=_counted(run),
     )
 
 
 def _counted(run: Run) -> int | None:
-    marks = run.samples.generated if isinstance(run.samples, Windows) else None
+    marks = None if run.samples is None else run.samples.generated
     return None if marks is None or run.recipe.calibrate.calibrate_on == "all" else int(marks.sum())
 
 

@@ -98,7 +98,7 @@ class KeptStatistics:
         self._facts = computed(run) | {
             "samples": samples.fingerprint,
             "calibrate_on": run.recipe.calibrate.calibrate_on,
-            "batches": [tuple(batch.shape) for batch in run.task.batches(samples.tokens)],
+            "batches": [tuple(batch.shape) for batch in run.task.inputs.batches(samples.tokens)],
             "statistic": None if statistic is None else statistic.__name__,
             "groups": [
                 [[matrix.name for matrix in group] for group in groups] for groups in run.model.structure.groups

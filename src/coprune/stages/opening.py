@@ -13,7 +13,7 @@ from coprune.data.corpora import EMBEDDED, HUB_CORPORA
 from coprune.data.hub import require_dataset
 from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.bos_choice import score_of
-from coprune.evaluation.tasks import Remember, TextTask, read_anew, task_for
+from coprune.evaluation.tasks import Remember, read_anew, task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.locate import locates_gguf
 from coprune.model.checkpoint.names import is_below
@@ -87,9 +87,10 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
     check_widths((matrix for matrix in run.found.chosen.all() if matrix.expert is None), run.target)
     check_allocation(recipe, run.found, run.target)
     run.loaded, run.task = loaded, task_for(recipe, loaded, run.processes, remember)
-    run.samples = run.task.calibration(needs_inputs(recipe, run.solver), reporter) if recipe.reads_calibration else None
+    needed, inputs = needs_inputs(recipe, run.solver), run.task.inputs
+    run.samples = inputs.calibration(needed, reporter) if recipe.reads_calibration else None
     run.domains = _domains(run, remember)
-    run.data = run.task.evaluation(reporter)
+    run.data = run.task.metric.evaluation(reporter)
     return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
     return run
 
@@ -116,8 +117,8 @@ def _domains(run: Run, remember: Remember) -> dict[str, Windows]:
     found = {}
     for name, text in run.recipe.remove.texts.items():
         task = task_for(run.recipe.replaced(dataset=text), run.loaded, run.processes, remember)
-        samples = task.calibration(True, run.reporter)
-        if not isinstance(samples, Windows):
+        samples = task.inputs.calibration(True, run.reporter)
+        if samples is None or task.inputs.text is None:
             raise BadInput("domains are for models that read text", field="domains", value=text)
         found[name] = samples
     return found
@@ -129,7 +130,7 @@ def prove_run(run: Run) -> None:
     Raises:
         UnsupportedModel, NumericalError, BadInput: as `prove_replay`; also if the pattern does not fit a matrix.
     """
-    run.model = prove_replay(run.found, run.task.probe(run.looked_at, run.data))
+    run.model = prove_replay(run.found, run.task.inputs.probe(run.looked_at, run.data))
     check_widths(run.model.chosen.all(), run.target)
     for line in left_lines([*run.model.chosen.left_out, *run.loaded.left_out]):
         run.reporter.say(f"Left alone: {line}.")
@@ -139,19 +140,19 @@ def prove_run(run: Run) -> None:
 
 def _settle_bos(run: Run) -> None:
     """Make windows of text begin as the recipe says, or as the dense model prefers."""
-    task = run.task
-    if not isinstance(task, TextTask) or not (run.looked_at or run.data):
+    inputs = run.task.inputs.text
+    if inputs is None or not (run.looked_at or run.data):
         return
-    choice = task.choose_bos(score_of(run.model, run.activations()), run.looked_at, run.data)
+    choice = inputs.choose_bos(score_of(run.model, run.activations()), run.looked_at, run.data)
     if (line := choice.line()) is not None:
         run.reporter.say(f"The token that begins a text: {line}.")
         if run.recipe.calibrate.bos == "auto" and choice.used == "every":
             usual = ("The papers' way, once at the start of the text, is ", Set("bos", "first"), ".")
             run.reporter.say(say(usual))
-    run.domains = {name: task.samples_begun(choice, one) for name, one in run.domains.items()}
-    if isinstance(run.samples, Windows):
-        run.samples = task.samples_begun(choice, run.samples)
-    run.data, run.bos = task.data_begun(choice, run.data), choice
+    run.domains = {name: inputs.samples_begun(choice, one) for name, one in run.domains.items()}
+    if run.samples is not None:
+        run.samples = inputs.samples_begun(choice, run.samples)
+    run.data, run.bos = inputs.data_begun(choice, run.data), choice
 
 
 def say_if_sparse(run: Run) -> None:

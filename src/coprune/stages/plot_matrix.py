@@ -69,9 +69,9 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
         )
     check_widths(chosen.all(), target)
     task = task_for(recipe, loaded)
-    samples = task.calibration(True, reporter)
+    samples = task.inputs.calibration(True, reporter)
     assert samples is not None  # Wanda needs data
-    model = prove_replay(FoundModel(loaded.weights, blocks, chosen), task.probe(samples, {}))
+    model = prove_replay(FoundModel(loaded.weights, blocks, chosen), task.inputs.probe(samples, {}))
     with reporter.bar(f"Walking to {name}", len(blocks)) as advance:
         recording = record_counted(model, counted_batches(task, recipe, samples))
         for event in Walk(model, recording, solver.statistic, Dense(), advance=advance):

@@ -16,7 +16,7 @@ from coprune.base.memory import return_free_memory
 from coprune.base.words import Set, Together, Words
 from coprune.evaluation.extra_measurements import Extras
 from coprune.evaluation.measurement import Measured
-from coprune.evaluation.tasks import named
+from coprune.evaluation.tasks import Walked, named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
@@ -189,9 +189,9 @@ def _save(run: Run, report: Report) -> None:
 
 def measure(run: Run, which: str, name: str) -> Measured:
     """Measure perplexity or accuracy on the evaluation data of a name."""
-    reporter, task, data = run.reporter, run.task, run.data[name]
-    with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
-        found = named(task.measure(run.model, data, run.activations(), advance), name, data)
+    reporter, metric, data = run.reporter, run.task.metric, run.data[name]
+    with reporter.bar(f"{metric.name}, {which} model", 1) as advance:
+        found = named(metric.measure(data, advance, Walked(run.model, run.activations())), name, data)
     reporter.say(found.of_model(which))
     return found
 

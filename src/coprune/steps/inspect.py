@@ -144,9 +144,9 @@ def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, rep
     recording, allocation = None, allocation_named(recipe.prune.allocation)
     if allocation.statistic is not None:
         task = task_for(recipe, loaded)
-        samples = task.calibration(True, reporter)
+        samples = task.inputs.calibration(True, reporter)
         assert samples is not None
-        model = proven = prove_replay(model, task.probe(samples, {}))
+        model = proven = prove_replay(model, task.inputs.probe(samples, {}))
         recording = record_counted(proven, first_counted(counted_batches(task, recipe, samples), allocation.first))
     with reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR as advance:
         return plan_targets(allocation, model, recording, target, advance=advance)

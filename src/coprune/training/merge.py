@@ -70,7 +70,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
         location = locate(name)
     pruned, processor = load_model(location, "auto")
     loaded = Loaded(in_memory(pruned, location), processor, name, False)
-    probe = task_for(make_recipe({"model": name, "seqlen": 8}), loaded).probe(None, {})
+    probe = task_for(make_recipe({"model": name, "seqlen": 8}), loaded).inputs.probe(None, {})
     masks = masks_of(pruned, location.path)
     reporter.say(f"Merging {adapter} into {name}")
     merged = merge_adapter(pruned, masks, adapter)

@@ -21,7 +21,8 @@ from coprune.base.progress import Reporter
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.measurement import Measured
-from coprune.evaluation.tasks import EmbeddingTask, LabelTask, named, task_for
+from coprune.evaluation.tasks import named, task_for
+from coprune.evaluation.tasks.embedding_task import PassageVectors
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.model.blocks import by_list, find_blocks
 from coprune.model.checkpoint.companions import Companions
@@ -161,10 +162,10 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     model: Any = session.model
     torch.nn.Module.to(model, training_device(session.settings.model.device))
-    task = session.task
+    metric = session.task.metric
     for name, data in session.evaluation.items():
-        with session.reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
-            measured = task.measure_in_memory(data, advance)
+        with session.reporter.bar(f"{metric.name}, {which} model", 1) as advance:
+            measured = metric.measure(data, advance)
         found[name] = named(measured, name, data)
         session.reporter.say(found[name].of_model(which))
     return found
@@ -172,11 +173,12 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
 
 def _measure_teacher(session: Session, objective: Distillation | None) -> dict[str, Measured]:
     """Embed with the dense model, which an embedding model is compared with; other models stand for themselves."""
-    if not isinstance(session.task, EmbeddingTask) or objective is None or not session.evaluation:
+    text = session.task.inputs.text
+    if session.loaded.task != "embeddings" or text is None or objective is None or not session.evaluation:
         return {}
     assert isinstance(objective.teacher, PreTrainedModel)
     dense = replace(session.loaded, weights=InMemory(objective.teacher))
-    length = session.settings.replaced(seqlen=session.task.seqlen)
+    length = session.settings.replaced(seqlen=text.seqlen)
     return _measure(replace(session, task=task_for(length, dense), model=objective.teacher), "dense")
 
 
@@ -208,7 +210,7 @@ def _finish(
     if folder is not None:
         announce(draft, settings.training_folder)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
-        probe = session.task.probe(None, session.evaluation)
+        probe = session.task.inputs.probe(None, session.evaluation)
         processor, dtype = session.loaded.processor, dtype_name(session.dtype)
         beside = Companions(processor, finetune_card(draft), dtype, settings.model.name, session.location)
         save_model(merged, session.masks, beside, folder, probe)
@@ -328,8 +330,9 @@ def distillation_of(session: Session, limit: TimeLimit) -> Distillation | None:
     if session.block_size is None:
         return Distillation(teacher, _OF_CLASSES, hidden=False)
     counterparts = _counterparts(session, teacher)
-    temperature = _OF_CLASSES if isinstance(session.task, LabelTask) else _OF_TOKENS
-    pooled = session.task.pooling.of_hidden if isinstance(session.task, EmbeddingTask) else None
+    metric = session.task.metric
+    temperature = _OF_CLASSES if session.loaded.task == "labels" else _OF_TOKENS
+    pooled = metric.pooling.of_hidden if isinstance(metric, PassageVectors) else None
     return Distillation(teacher, temperature, counterparts is not None, counterparts or [], pooled)
 
 

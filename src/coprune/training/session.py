@@ -16,10 +16,13 @@ from coprune.base.words import LeaveOut, Set, Setting, per_cent
 from coprune.data import Windows
 from coprune.data.bos import bos_of
 from coprune.evaluation.bos_choice import score_in_memory
-from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, WholeTextTask, task_for
+from coprune.evaluation.tasks import Data, Task, task_for
+from coprune.evaluation.tasks.image_task import ImageInputs
+from coprune.evaluation.tasks.pair_task import PairInputs
+from coprune.evaluation.tasks.speech_task import SpeechInputs
 from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import WHAT, load_model, task_at
+from coprune.model.checkpoint.load import PAIRED, WHAT, load_model, task_at
 from coprune.model.checkpoint.locate import Location, locate
 from coprune.model.loaded_model import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
@@ -39,6 +42,7 @@ from coprune.training.time_limit import TimeLimit
 from coprune.training.training_data import (
     TrainingData,
     begun,
+    read_pairs,
     read_training_images,
     read_training_text,
     read_whole_texts,
@@ -105,7 +109,7 @@ def prepare_session(
     dtype = model.dtype
     loaded = Loaded(in_memory(model, location), processor, location.name, False)
     task = _task(settings, loaded)
-    data = _training_data(settings, task, loaded, reporter)
+    data = _training_data(settings, loaded, reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
     limit.try_out(model, data, settings, device)
     task = _task(limit.bounded(settings, task, data, reporter), loaded)
@@ -138,19 +142,21 @@ def _window_length(settings: Recipe, loaded: Loaded) -> int:
     return settings.calibrate.seqlen or min(1024, limit)
 
 
-def _training_data(settings: Recipe, task: Task, loaded: Loaded, reporter: Reporter) -> TrainingData:
-    if isinstance(task, ImageTask):
+def _training_data(settings: Recipe, loaded: Loaded, reporter: Reporter) -> TrainingData:
+    task = task_for(settings, loaded)  # with the window length of training, which evaluation need not share
+    text = task.inputs.text
+    if text is None:
         _refuse_what_only_text_has(settings)
-        return read_training_images(settings, task)
-    assert isinstance(task, TextTask)
-    if isinstance(task, WholeTextTask):
-        own = task_for(settings, loaded)
-        assert isinstance(own, WholeTextTask)
-        return read_whole_texts(settings, own, loaded, reporter)
+        return read_training_images(settings, ImageInputs(settings, loaded))
+    if loaded.task in PAIRED:
+        pairs = SpeechInputs(settings, loaded) if loaded.task == "speech" else PairInputs(settings, loaded)
+        return read_pairs(settings, pairs, loaded, reporter)
+    if text.whole:
+        return read_whole_texts(settings, text, task.metric, loaded.processor)
     data = read_training_text(settings, loaded.processor, _window_length(settings, loaded))
     for windows in (data.train, data.held_out):
         if windows is not None:
-            task.check_ids(windows.tokens)
+            text.check_ids(windows.tokens)
     return data
 
 
@@ -158,16 +164,16 @@ def _begun_alike(
     data: TrainingData, task: Task, loaded: Loaded, reporter: Reporter
 ) -> tuple[TrainingData, dict[str, Data]]:
     """Return training and evaluation data whose windows begin with a BOS token where the model needs it."""
-    evaluation = task.evaluation(reporter)
-    if not isinstance(task, TextTask) or isinstance(task, WholeTextTask):
+    evaluation, text = task.metric.evaluation(reporter), task.inputs.text
+    if text is None or text.whole:
         return data, evaluation
     tried = Windows(data.train.tokens, data.fingerprint, data.source, data.given)
-    choice = task.choose_bos(score_in_memory(loaded.model), tried, evaluation)
+    choice = text.choose_bos(score_in_memory(loaded.model), tried, evaluation)
     if (line := choice.line()) is not None:
         reporter.say(f"The token that begins a text: {line}.")
     if choice.used == "every" and not data.given:
         data = begun(data, bos_of(loaded.processor, "every"))
-    return data, task.data_begun(choice, evaluation)
+    return data, text.data_begun(choice, evaluation)
 
 
 def _check_named(settings: Recipe) -> None:

@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Set, Setting, say
 from coprune.evaluation.asked_texts import plain_names
-from coprune.evaluation.tasks import ImageTask, PairTask, Task, TextTask
+from coprune.evaluation.tasks import Task
 from coprune.model.checkpoint.load import evaluating
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.recipe import Recipe
@@ -152,16 +152,16 @@ class TimeLimit:
 
     def bounded(self, settings: Recipe, task: Task, data: TrainingData, reporter: Reporter) -> Recipe:
         """Return settings that measure text or images for a share of the time, where nothing says on how much."""
-        asked = settings.evaluate
-        said = asked.images if isinstance(task, ImageTask) else asked.tokens
-        if self.seconds is None or self.after_pruning or said is not None or isinstance(task, PairTask):
+        asked, text = settings.evaluate, task.inputs.text
+        said = asked.images if text is None else asked.tokens
+        if self.seconds is None or self.after_pruning or said is not None or data.unit == "pairs":
             return settings
         names = plain_names(asked.data) if asked.data is not None else split_sources(settings.calibrate.data)
         batches = _MEASURING * self.seconds / self.measuring / max(1, len(names))
         samples = int(batches * (settings.train.batch_size or data.batch_size))
         word, most, unit = "eval_images", max(1, samples), "images"
-        if isinstance(task, TextTask):
-            word, most, unit = "eval_tokens", max(1, samples * data.tokens // task.seqlen) * task.seqlen, "tokens"
+        if text is not None:
+            word, most, unit = "eval_tokens", max(1, samples * data.tokens // text.seqlen) * text.seqlen, "tokens"
         if asked.perplexity:
             reporter.say(
                 say((f"At most {most:,} {unit} are measured in this time; ", Setting(word), " sets another number."))

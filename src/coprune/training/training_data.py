@@ -25,7 +25,12 @@ from coprune.data.pairs import Pairs, pair_fingerprint
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
 from coprune.data.windows import Windows, fingerprint, held_out_tokens, token_ids
 from coprune.evaluation.batches import cut_windows
-from coprune.evaluation.tasks import ImageTask, MaskedTask, PairTask, WholeTextTask
+from coprune.evaluation.tasks import Metric
+from coprune.evaluation.tasks.image_task import ImageInputs
+from coprune.evaluation.tasks.masked_task import PseudoPerplexity
+from coprune.evaluation.tasks.pair_task import PairInputs
+from coprune.evaluation.tasks.speech_task import SpeechInputs
+from coprune.evaluation.tasks.text_task import TextInputs
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 from coprune.training.distill import Objective, label_loss, target_loss
@@ -181,50 +186,66 @@ _TOKENS_AT_ONCE = 1024
 """Tokens per forward pass, unless the settings say so; of recordings one."""
 
 
-def read_whole_texts(settings: Recipe, task: WholeTextTask, loaded: Loaded, reporter: Reporter) -> TrainingData:
-    """Read pairs, recordings or text for a model that reads texts as a whole, as it is calibrated.
+def read_whole_texts(
+    settings: Recipe, text: TextInputs, metric: Metric[Any], tokenizer: PreTrainedTokenizerBase
+) -> TrainingData:
+    """Read text for a model that reads texts as a whole, as it is calibrated.
 
     Masked models get random masks. Vectors and labels of plain text are told by the dense model alone. Raises BadInput.
     """
-    pairs = task.own_pairs(reporter) if isinstance(task, PairTask) else None
-    if pairs is None:
-        read = read_training_text(settings, loaded.processor, task.seqlen)
-        parts = [Windows(part.tokens, "", read.source, read.given) for part in (read.train, read.held_out) if part]
-        source, given = read.source, read.given
-    else:
-        count = count_held_out(settings, len(pairs.tokens), MOST_HELD_OUT)
-        if len(pairs.tokens) < 2:
-            raise BadInput(f"{pairs.source} holds {len(pairs.tokens)} pair, and training needs two", field="dataset")
-        whole = len(pairs.tokens) - count
-        parts = [replace(pairs, tokens=part) for part in pairs.tokens.split([whole, count]) if len(part)]
-        source, given = pairs.source, False
-    windows = [task.as_read(part) for part in parts]
-    for tokens in (part.tokens for part in windows):
-        task.check_ids(tokens)
-    samples = [_samples_of(task, part.tokens, loaded.model.main_input_name) for part in windows]
-    told = isinstance(task, PairTask | MaskedTask)
-    first = windows[0].tokens
-    heard = isinstance(first, Pairs) and first.source.is_floating_point()
+    masked = metric if isinstance(metric, PseudoPerplexity) else None
+    windows, samples = _windows_of_text(settings, text, tokenizer), list[TextWindows]()
+    for part in windows:
+        text.check_ids(part.tokens)
+        hidden = None if masked is None else masked.masked_at_random(part.tokens)
+        samples.append(TextWindows(part.tokens) if hidden is None else MaskedWindows(*hidden))
     return TrainingData(
         samples[0],
         samples[1] if samples[1:] else None,
-        source,
-        pair_fingerprint(first) if isinstance(first, Pairs) else fingerprint(first),
-        tokens=first.shape[1],
-        batch_size=1 if heard else max(1, _TOKENS_AT_ONCE // max(first.shape[1], task.seqlen if pairs is None else 0)),
-        accumulate=4 if heard else 1,
-        given=given,
-        loss=target_loss if told else None,
-        has_targets=told,
-        unit="pairs" if isinstance(first, Pairs) else "windows",
+        windows[0].source,
+        fingerprint(windows[0].tokens),
+        tokens=text.seqlen,
+        batch_size=max(1, _TOKENS_AT_ONCE // text.seqlen),
+        accumulate=1,
+        given=windows[0].given,
+        loss=None if masked is None else target_loss,
+        has_targets=masked is not None,
     )
 
 
-def _samples_of(task: WholeTextTask, tokens: Tensor, name: str) -> Any:
-    """Return samples as a data set. name: of the model's main input."""
-    if isinstance(tokens, Pairs):
-        return PairSamples(tokens, name)
-    return MaskedWindows(*task.masked_at_random(tokens)) if isinstance(task, MaskedTask) else TextWindows(tokens)
+def _windows_of_text(settings: Recipe, text: TextInputs, tokenizer: PreTrainedTokenizerBase) -> list[Windows]:
+    """Return the windows to train on, and those held out if there are any, as the model reads them."""
+    read = read_training_text(settings, tokenizer, text.seqlen)
+    parts = [part.tokens for part in (read.train, read.held_out) if part]
+    return [text.as_read(Windows(tokens, "", read.source, read.given)) for tokens in parts]
+
+
+def read_pairs(settings: Recipe, inputs: PairInputs | SpeechInputs, loaded: Loaded, reporter: Reporter) -> TrainingData:
+    """Read pairs or recordings, or make pairs of text, as in calibration. Raises BadInput."""
+    own, text, name = inputs.own_pairs(reporter), inputs.text, loaded.model.main_input_name
+    if own is None:
+        windows = _windows_of_text(settings, text, loaded.processor)
+        parts, source, given = [inputs.made_of(part).tokens for part in windows], windows[0].source, windows[0].given
+    else:
+        count, source, given = count_held_out(settings, len(own.tokens), MOST_HELD_OUT), own.source, False
+        if len(own.tokens) < 2:
+            raise BadInput(f"{source} holds {len(own.tokens)} pair, and training needs two", field="dataset")
+        parts = [part for part in own.tokens.split([len(own.tokens) - count, count]) if len(part)]
+    for part in parts:
+        text.check_ids(part)
+    first, heard = parts[0], parts[0].source.is_floating_point()
+    return TrainingData(
+        PairSamples(first, name),
+        PairSamples(parts[1], name) if parts[1:] else None,
+        source,
+        pair_fingerprint(first),
+        tokens=first.shape[1],
+        batch_size=1 if heard else max(1, _TOKENS_AT_ONCE // max(first.shape[1], text.seqlen if own is None else 0)),
+        accumulate=4 if heard else 1,
+        given=given,
+        loss=target_loss,
+        unit="pairs",
+    )
 
 
 MOST_IMAGES_HELD_OUT = 2048
@@ -255,12 +276,12 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
         return f"{hashlib.sha256(labels).hexdigest()[:8]}-{fingerprint_of_images(pixels)}"
 
 
-def read_training_images(settings: Recipe, task: ImageTask) -> TrainingData:
+def read_training_images(settings: Recipe, inputs: ImageInputs) -> TrainingData:
     """Open the images to train on; random ones are held out.
 
     Raises BadInput if there are fewer than two, or labels that the model does not have.
     """
-    images, labels = task.training_images()
+    images, labels = inputs.training_images()
     if len(images) < 2:
         raise BadInput(f"{images.source} holds {len(images)} images, and training needs two or more", field="dataset")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.calibrate.seed))
@@ -268,7 +289,7 @@ def read_training_images(settings: Recipe, task: ImageTask) -> TrainingData:
     chosen = order[held_out:]
 
     def part(numbers: Tensor) -> TrainingImages:
-        return TrainingImages(images, labels, task.transform, numbers)
+        return TrainingImages(images, labels, inputs.transform, numbers)
 
     train, watched = part(chosen), part(order[:held_out]) if held_out else None
     return TrainingData(

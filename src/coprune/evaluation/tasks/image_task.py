@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError, about
-from coprune.base.processes import Processes
+from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import LeaveOut, Setting
 from coprune.data.images import (
-    ImageSamples,
     LabelledImages,
     Transform,
     draw_images,
@@ -24,28 +24,25 @@ from coprune.data.images import (
     random_image,
     transform_of,
 )
-from coprune.evaluation.batches import inference_logits
+from coprune.data.windows import Samples
 from coprune.evaluation.measurement import Accuracy
-from coprune.evaluation.tasks.task import Data, Remember, Samples
+from coprune.evaluation.tasks.task import Data, Remember, Walked, joined, read_anew, scored
 from coprune.model.loaded_model import Loaded
-from coprune.model.walk.activations import Activations
-from coprune.model.walk.block_calls import input_device
-from coprune.model.walk.model_structure import ProvenModel
-from coprune.model.walk.walk import streamed_logits
 from coprune.recipe.recipe import Recipe
 
 BATCH_VALUES = 2**22  # of pixels: 27 images of 224 × 224
-STREAMED_IMAGES = 2048  # whose hidden states are held at a time where the blocks are streamed
+STREAMED_IMAGES = 2048  # whose hidden states are in memory at once; every part reads all streamed blocks
 
 
-class ImageTask:
-    """A classifier: images, and top-1 and top-5 accuracy. Raises BadInput for what only text has."""
+class ImageInputs:
+    """Images, as a classifier's own transforms make them. Takes what `TextInputs` does; refuses what only text has."""
 
-    measure_name = "Accuracy"
-    figures: tuple[str, ...] = ("accuracy",)
+    text = None
 
-    def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
-        self._recipe, self._loaded, self._processes = recipe, loaded, processes  # images are not tokenised
+    def __init__(
+        self, recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew
+    ) -> None:
+        self.recipe, self.loaded, self.processes = recipe, loaded, processes  # images are not tokenised
         if recipe.evaluate.runs_tasks:
             cause = f"{loaded.source} classifies images, and zero-shot tasks are for language models"
             raise BadInput(cause, field="tasks", value=recipe.evaluate.tasks.names)
@@ -54,130 +51,99 @@ class ImageTask:
                 "no model wrote images", field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on")
             )
 
-    def _named(self, names: str | None) -> str:
+    def named(self, names: str | None) -> str:
         """Return the requested images: by these names, or the dataset, whose default is a text."""
-        if names is None and "data" not in self._recipe.calibrate.model_fields_set:
+        if names is None and "data" not in self.recipe.calibrate.model_fields_set:
             raise BadInput(
-                f"{self._loaded.source} classifies images, but no images are named",
+                f"{self.loaded.source} classifies images, but no images are named",
                 field="dataset",
                 fix=(
                     *("name some with ", Setting("dataset")),
                     ": digits, a folder of classes, a parquet file or a datasets id",
                 ),
             )
-        return names or self._recipe.calibrate.data
+        return names or self.recipe.calibrate.data
 
     @cached_property
     def transform(self) -> Transform:
         """The model's own transforms."""
-        if self._loaded.processor is None:
+        processor = self.loaded.processor
+        if processor is None:
             needs = "a classifier in memory needs its image processor"
             raise BadInput(needs, field="processor", fix=("give it with ", Setting("processor")))
-        return transform_of(self._loaded.processor, self._channels)
+        # timm's transforms know the number of channels; otherwise transformers' configuration does.
+        own = getattr(processor, "data_config", None)
+        channels = own["input_size"][0] if own else getattr(self.loaded.model.config, "num_channels", 3)
+        return transform_of(processor, int(channels))
 
-    @property
-    def _channels(self) -> int:
-        """Number of image channels, which timm's transforms or transformers' configuration know."""
-        own = getattr(self._loaded.processor, "data_config", None)
-        return int(own["input_size"][0] if own else getattr(self._loaded.model.config, "num_channels", 3))
-
-    def calibration(self, needed: bool, reporter: Reporter) -> ImageSamples | None:
-        recipe = self._recipe
+    def calibration(self, needed: bool, reporter: Reporter) -> Samples[Tensor] | None:
+        recipe = self.recipe
         if not needed and not recipe.evaluate.layer_error:
             return None
         # Layer errors need only about a thousand patches.
         nsamples = recipe.calibrate.samples if needed else min(recipe.calibrate.samples, 64)
         reporter.say(f"Calibration: {nsamples} images from {recipe.calibrate.data}.")
         with about("dataset", recipe.calibrate.data):
-            images = labelled_images(self._named(None), "calibration", recipe.model.cache_dir)
+            images = labelled_images(self.named(None), "calibration", recipe.model.cache_dir)
         return draw_images(images, self.transform, nsamples, recipe.calibrate.seed)
 
     def training_images(self) -> tuple[LabelledImages, Tensor]:
         """Return the images of the dataset, and their labels (N int64) in the model's numbering."""
-        images = labelled_images(self._named(None), "calibration", self._recipe.model.cache_dir)
-        return images, self._labels(images)
+        images = labelled_images(self.named(None), "calibration", self.recipe.model.cache_dir)
+        return images, self.labels(images)
 
-    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
-        recipe = self._recipe
+    def labels(self, images: LabelledImages) -> Tensor:
+        """Return the labels of images in the model's numbering: N int64. Raises BadInput for one that it does not have."""
+        classes = self.loaded.model.config.id2label
+        return labels_for(images, classes, len(classes or {}))
+
+    def probe(self, samples: Samples[Tensor] | None, data: Mapping[str, Data]) -> Tensor:
+        if samples is not None:
+            return samples.tokens[:1].to(self.loaded.device)
+        images = next(iter(data.values()), None)
+        image = images.image(0) if isinstance(images, LabelledImages) else random_image()
+        return self.transform([image]).to(self.loaded.device)
+
+    def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
+        return torch.split(samples.to(self.loaded.device), self.batch_size(samples))
+
+    def batch_size(self, pixels: Tensor) -> int:
+        """Return the number of images per batch. pixels: images."""
+        return self.recipe.calibrate.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
+
+
+class ImageAccuracy:
+    """Top-1 and top-5 accuracy."""
+
+    name = "Accuracy"
+    figures: tuple[str, ...] = ("accuracy",)
+
+    def __init__(self, inputs: ImageInputs) -> None:
+        self._inputs = inputs
+
+    def evaluation(self, reporter: Reporter) -> dict[str, LabelledImages]:
+        recipe, found = self._inputs.recipe, dict[str, LabelledImages]()
         if not recipe.evaluate.perplexity:
-            return {}
-        names = [name.strip() for name in self._named(recipe.evaluate.data).split(",") if name.strip()]
-        found: dict[str, Data] = {}
-        for name in names:
+            return found
+        for name in [name.strip() for name in self._inputs.named(recipe.evaluate.data).split(",") if name.strip()]:
             with about("eval_data", name):
                 images = labelled_images(name, "evaluation", recipe.model.cache_dir).first(recipe.evaluate.images)
                 if len(images) == 0:
                     raise BadInput(f"{name} holds no image")
-                self._labels(images)  # refuses labels that the model does not have
+                self._inputs.labels(images)  # refuses labels that the model does not have
             found[name] = images
         return found
 
-    @property
-    def _classes(self) -> int:
-        return len(self._loaded.model.config.id2label or {})
-
-    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        if samples is not None:
-            return samples.tokens[:1].to(self._loaded.device)
-        images = next(iter(data.values()), None)
-        image = images.image(0) if isinstance(images, LabelledImages) else random_image()
-        return self.transform([image]).to(self._loaded.device)
-
-    def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
-        return torch.split(samples.to(self._loaded.device), self._batch_size(samples))
-
-    def _batch_size(self, pixels: Tensor) -> int:
-        return self._recipe.calibrate.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
-
-    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Accuracy:
-        assert isinstance(data, LabelledImages)
-        own = self._processes.share(torch.arange(len(data))).tolist()
-        if model.weights.streams:
-            ranked = self._rank_streamed(model, data, own, activations, advance)
-        else:
-            ranked = self._rank_in_memory(data, own, advance)
-        own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, min(5, self._classes), dtype=torch.int64)
-        return aggregate_accuracy(torch.cat(self._processes.gather(own_ranked)), self._labels(data))
-
-    def measure_in_memory(self, data: Data, advance: Advance) -> Accuracy:
-        assert isinstance(data, LabelledImages)
-        return aggregate_accuracy(torch.cat(self._rank_in_memory(data, range(len(data)), advance)), self._labels(data))
-
-    def _labels(self, images: LabelledImages) -> Tensor:
-        return labels_for(images, self._loaded.model.config.id2label, self._classes)
-
-    def _rank_in_memory(self, images: LabelledImages, own: Sequence[int], advance: Advance) -> list[Tensor]:
-        ranked = []
-        size = self._batch_size(self.transform([images.image(0)]))
-        with inference_logits(self._loaded.model) as logits_of:
-            for pixels, _ in image_batches(images, self.transform, size, own):
-                ranked.append(rank_classes(logits_of(pixels)))
-                advance(len(pixels) / len(own))
-        return ranked
-
-    def _rank_streamed(
-        self,
-        model: ProvenModel,
-        data: LabelledImages,
-        own: Sequence[int],
-        activations: Activations,
-        advance: Advance,
-    ) -> list[Tensor]:
-        """Rank classes for as many images at a time as fit in memory, since every such part reads all blocks once."""
-        device = input_device(model.module)
-        size = self._batch_size(self.transform([data.image(0)]))
-        ranked = []
+    def measure(self, data: LabelledImages, advance: Advance, walked: Walked | None = None) -> Accuracy:
+        inputs, ranked = self._inputs, list[Tensor]()
+        own = inputs.processes.share(torch.arange(len(data))).tolist()
+        size = inputs.batch_size(inputs.transform([data.image(0)]))
+        if walked is not None and len(own) > STREAMED_IMAGES:
+            walked = replace(walked, activations=None)  # which are for one part
         for start in range(0, len(own), STREAMED_IMAGES):
-            part = own[start : start + STREAMED_IMAGES]
-            windows = [pixels.to(device) for pixels, _ in image_batches(data, self.transform, size, part)]
-            ranked += streamed_logits(
-                model,
-                windows,
-                lambda logits, _: rank_classes(logits),
-                activations=activations if len(own) <= STREAMED_IMAGES else None,
-            )
-            advance(len(part) / len(own))
-        return ranked
+            part = image_batches(data, inputs.transform, size, own[start : start + STREAMED_IMAGES])
+            ranked += scored(inputs.loaded, part, lambda logits, _: rank_classes(logits), (advance, len(own)), walked)
+        return aggregate_accuracy(joined(inputs.processes, ranked), inputs.labels(data))
 
 
 _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution

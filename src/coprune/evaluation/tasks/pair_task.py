@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, about
+from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, Reporter
-from coprune.data import EvaluationText, Windows
+from coprune.data import Windows
 from coprune.data.pairs import (
     EvaluationPairs,
     Pairs,
@@ -23,15 +24,14 @@ from coprune.data.pairs import (
     read_pairs,
     tokenised,
 )
-from coprune.evaluation.batches import default_batch_size, inference_logits
+from coprune.data.windows import Samples
+from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import aggregate, window_nll
-from coprune.evaluation.tasks.task import Data, Samples
-from coprune.evaluation.tasks.text_task import samples_per_batch
-from coprune.evaluation.tasks.whole_texts import WholeTextTask
-from coprune.model.walk.activations import Activations
-from coprune.model.walk.model_structure import ProvenModel
-from coprune.model.walk.walk import streamed_logits
+from coprune.evaluation.tasks.task import Data, Remember, Walked, joined, read_anew, scored
+from coprune.evaluation.tasks.text_task import TextInputs, samples_per_batch
+from coprune.model.loaded_model import Loaded
+from coprune.recipe.recipe import Recipe
 
 LENGTH = 512
 """Tokens of a source, or of a target, if nobody asks for another number: more than most pairs have."""
@@ -39,12 +39,14 @@ HELD_OUT = 10
 """Of so many pairs of the user's own one is measured on, where nothing else is named."""
 
 
-class PairTask(WholeTextTask):
-    """An encoder with a decoder."""
+class PairInputs:
+    """Pairs of a file, or made of plain text. Takes and raises what `TextInputs` does."""
 
-    measure_name = "Perplexity of targets"
-    _measured = "Perplexity of targets is"
-    _usual_length = LENGTH
+    def __init__(
+        self, recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew
+    ) -> None:
+        self.text = TextInputs(recipe, loaded, processes, remember, whole=True, usual=LENGTH)
+        self._recipe, self._loaded, self._named = recipe, loaded, recipe.calibrate.data
 
     @property
     def start(self) -> int:
@@ -58,141 +60,105 @@ class PairTask(WholeTextTask):
         said = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
         return next((int(one) for one in said if one is not None), 0)
 
-    def as_read(self, windows: Windows) -> Windows:
-        """Return windows of text as pairs, and pairs as they are."""
-        if isinstance(windows.tokens, Pairs):
-            return windows
-        return from_text(super().as_read(windows), self._loaded.tokenizer, self._marks, self.start)
+    def calibration(self, needed: bool, reporter: Reporter) -> Samples[Pairs] | None:
+        if holds_pairs(self._named):
+            return self.text.calibrated(needed, reporter, self._drawn)
+        windows = self.text.calibration(needed, reporter)
+        return None if windows is None else self.made_of(windows)
 
-    def own_pairs(self, reporter: Reporter) -> Windows | None:
+    def made_of(self, windows: Windows) -> Samples[Pairs]:
+        """Make pairs of windows of text that lie between the marks."""
+        return from_text(windows, self._loaded.tokenizer, self.text.marks, self.start)
+
+    def own_pairs(self, reporter: Reporter) -> Samples[Pairs] | None:
         """Return the pairs of the calibration data; None where it is plain text."""
-        if not holds_pairs(self._recipe.calibrate.data):
-            return None
-        return self._tokenised(self._rows(), self._recipe.calibrate.data)
+        return self._tokenised(self._rows(), self._named) if holds_pairs(self._named) else None
 
-    def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
-        name = self._recipe.calibrate.data
-        if not holds_pairs(name):
-            return super()._samples(nsamples, reporter)
+    def _drawn(self, nsamples: int, reporter: Reporter) -> Samples[Pairs]:
         rows = self._rows()
         if len(rows) < nsamples:
-            raise BadInput(f"{name} has {len(rows)} pairs to calibrate on, fewer than {nsamples}", field="nsamples")
-        return self._tokenised(rows[:nsamples], name)
+            cause = f"{self._named} has {len(rows)} pairs to calibrate on, fewer than {nsamples}"
+            raise BadInput(cause, field="nsamples")
+        return self._tokenised(rows[:nsamples], self._named)
 
     def _rows(self) -> list[tuple[str, str]]:
         """Return the pairs of the calibration data in a random order, without those that are measured on."""
-        rows = read_pairs(self._recipe.calibrate.data)
+        rows = read_pairs(self._named)
         if self._recipe.evaluate.perplexity and self._recipe.evaluate.data is None:
             rows = rows[: len(rows) - len(rows) // HELD_OUT]
         random.Random(self._recipe.calibrate.seed).shuffle(rows)
         return rows
 
-    def _tokenised(self, rows: Sequence[tuple[str, str]], name: str) -> Windows:
-        tokenizer = self._loaded.tokenizer
-        if tokenizer is None:
-            raise BadInput("a model in memory needs its tokenizer to read text", field="processor")
-        pairs = tokenised(rows, tokenizer, self.start, self.seqlen)
-        self.check_ids(pairs.source)
-        self.check_ids(pairs.written)
-        return Windows(pairs, pair_fingerprint(pairs), name)
+    def _tokenised(self, rows: Sequence[tuple[str, str]], name: str) -> Samples[Pairs]:
+        pairs = tokenised(rows, self.text.tokenizer, self.start, self.text.seqlen)
+        self.text.check_ids(pairs.source)
+        self.text.check_ids(pairs.written)
+        return Samples(pairs, pair_fingerprint(pairs), name)
 
-    def _read(self, name: str, held_out: bool = False) -> EvaluationText:
-        if holds_pairs(name):
-            with about("eval_data", name):
-                rows = read_pairs(name)
-                return EvaluationPairs.of(
-                    self._tokenised(rows[len(rows) - len(rows) // HELD_OUT :] if held_out else rows, name)
-                )
-        text = super()._read(name, held_out)
-        windows = text.tokens[: len(text.tokens) // self.seqlen * self.seqlen].view(-1, self.seqlen)
-        return EvaluationPairs.of(
-            from_text(Windows(windows, "", text.source, text.given), self._loaded.tokenizer, self._marks, self.start)
-        )
-
-    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        given = samples.tokens if isinstance(samples, Windows) else None
-        pairs = [given, *(one.pairs for one in data.values() if isinstance(one, EvaluationPairs))]
-        first = next((one for one in pairs if isinstance(one, Pairs)), None)
-        if first is None:
-            vocabulary = self._loaded.model.config.get_text_config().vocab_size
-            random_ids = torch.randint(
-                vocabulary, (1, min(self.seqlen, 64)), generator=torch.Generator().manual_seed(0)
+    def opened(self, name: str, held_out: bool = False) -> EvaluationPairs:
+        """Open pairs to measure on, or a text to make them of. held_out: the part that calibration leaves out."""
+        if not holds_pairs(name):
+            text = self.text.opened(name, held_out)
+            windows = cut_windows(text.tokens, self.text.seqlen)
+            return EvaluationPairs.of(self.made_of(Windows(windows, "", text.source, text.given)))
+        with about("eval_data", name):
+            rows = read_pairs(name)
+            return EvaluationPairs.of(
+                self._tokenised(rows[len(rows) - len(rows) // HELD_OUT :] if held_out else rows, name)
             )
-            first = Pairs.of(random_ids, random_ids)
-        longest = int((first.written >= 0).sum(dim=1).argmax())
-        _, one = next(alike(first[longest : longest + 1]))
-        return Pairs.of(one.source.to(self._loaded.device), one.written.to(self._loaded.device))
 
-    def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
-        assert isinstance(samples, Pairs)
-        assert marks is None
-        found = list[tuple[int, Tensor]]()
-        for rows, pairs in alike(samples):
-            size = samples_per_batch(self._recipe, max(pairs.shape[1], *pairs.source.shape[1:]), self._loaded.device)
-            parts = zip(rows.split(size), pairs.split(size), strict=True)
-            found += [(int(own[0]), part.to(self._loaded.device)) for own, part in parts]
-        return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
-
-    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Perplexity:
-        assert isinstance(data, EvaluationPairs)
-        own = self._processes.share(data.pairs)
-        assert isinstance(own, Pairs)
-        if model.weights.streams and len(own):
-            blocks, batches = len(model.blocks), self._evaluated(own)
-            scores = streamed_logits(
-                model,
-                [batch for _, batch in batches],
-                lambda logits, batch: _summed_nll(logits, batch),
-                lambda done: advance(done / blocks),
-                activations,
-            )
-            nll = _in_order([rows for rows, _ in batches], scores)
-        else:
-            nll = self._in_memory(own, advance)
-        return self._perplexity(torch.cat(self._processes.gather(nll)), data)
-
-    def measure_in_memory(self, data: Data, advance: Advance) -> Perplexity:
-        assert isinstance(data, EvaluationPairs)
-        return self._perplexity(self._in_memory(data.pairs, advance), data)
-
-    def _in_memory(self, pairs: Pairs, advance: Advance) -> Tensor:
-        rows, scores = list[Tensor](), list[Tensor]()
-        with inference_logits(self._loaded.model) as logits_of:
-            for own, batch in self._evaluated(pairs) if len(pairs) else ():
-                rows.append(own)
-                scores.append(_summed_nll(logits_of(batch), batch))
-                advance(len(own) / len(pairs))
-        return _in_order(rows, scores)
-
-    def _evaluated(self, pairs: Pairs) -> list[tuple[Tensor, Pairs]]:
-        """Return batches of pairs of equal lengths, with their numbers."""
-        size = self._recipe.calibrate.batch_size or default_batch_size(self.seqlen, self._vocabulary)
-        found = []
-        for rows, own in alike(pairs):
-            parts = zip(rows.split(size), own.split(size), strict=True)
-            found += [(numbers, part.to(self._loaded.device)) for numbers, part in parts]
+    def probe(self, samples: Samples[Pairs] | None, data: Mapping[str, Data]) -> Tensor:
+        given = [] if samples is None else [samples.tokens]
+        given += [one.pairs for one in data.values() if isinstance(one, EvaluationPairs)]
+        if not given:
+            shape, seeded = (1, min(self.text.seqlen, 64)), torch.Generator().manual_seed(0)
+            tokens = torch.randint(self.text.vocabulary, shape, generator=seeded)
+            given = [Pairs.of(tokens, tokens)]
+        longest = int((given[0].written >= 0).sum(dim=1).argmax())
+        _, one = next(alike(given[0][longest : longest + 1]))
+        found: Pairs = one.to(self._loaded.device)
         return found
 
-    @property
-    def _vocabulary(self) -> int:
-        return int(self._loaded.model.config.get_text_config().vocab_size)
+    def batches(self, samples: Pairs, marks: Tensor | None = None) -> Sequence[Tensor]:
+        found, device = list[tuple[int, Tensor]](), self._loaded.device
+        for rows, pairs in alike(samples):
+            size = samples_per_batch(self._recipe, max(pairs.shape[1], *pairs.source.shape[1:]), device)
+            found += [
+                (int(own[0]), part.to(device)) for own, part in zip(rows.split(size), pairs.split(size), strict=True)
+            ]
+        return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
 
-    def _perplexity(self, nll: Tensor, data: EvaluationPairs) -> Perplexity:
-        """Compute the perplexity. nll: of every pair, summed over the tokens of its target."""
-        count = len(data.tokens)
+
+class TargetPerplexity:
+    """Perplexity of the targets of pairs."""
+
+    name = "Perplexity of targets"
+    figures: tuple[str, ...] = ("perplexity",)
+
+    def __init__(self, inputs: PairInputs) -> None:
+        self._inputs = inputs
+
+    def evaluation(self, reporter: Reporter) -> dict[str, EvaluationPairs]:
+        return self._inputs.text.evaluation("Perplexity of targets is", reporter, self._inputs.opened)
+
+    def measure(self, data: EvaluationPairs, advance: Advance, walked: Walked | None = None) -> Perplexity:
+        text, parts = self._inputs.text, list[tuple[Pairs, tuple[Tensor, Tensor]]]()
+        own, size = text.processes.share(torch.arange(len(data.pairs))), text.measured_at_once(text.vocabulary)
+        for rows, pairs in alike(data.pairs[own]) if len(own) else ():
+            batches = zip(pairs.split(size), own[rows].split(size), strict=True)
+            parts += [(batch, (numbers, batch.written)) for batch, numbers in batches]
+        found = scored(text.loaded, parts, _numbered_nll, (advance, len(own)), walked)
+        numbered, count = joined(text.processes, found), len(data.tokens)
+        nll = numbered[numbered[:, 0].argsort(), 1]
         # Every token counts alike, so that the mean over pairs is the mean over tokens.
-        found = aggregate(nll * len(nll) / count, data.pairs.shape[1])
-        return found.model_copy(update={"targets": True, "tokens": count})
+        figure = aggregate(nll * len(nll) / count, data.pairs.shape[1])
+        return figure.model_copy(update={"targets": True, "tokens": count})
 
 
-def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:
-    """Return the negative log likelihood of every target's tokens in nats: B float64, on the CPU. As in `window_nll`."""
-    tokens = batch.written if isinstance(batch, Pairs) else batch
-    return (window_nll(logits, tokens) * (tokens.shape[1] - 1)).cpu()
+def _numbered_nll(logits: Tensor, beside: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the number of every pair and the summed negative log likelihood of its target in nats: B × 2 float64, on the CPU.
 
-
-def _in_order(rows: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
-    """Return the scores of all pairs in their order. rows: the numbers of the pairs of each batch."""
-    if not rows:
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.cat(list(scores))[torch.cat(list(rows)).argsort()]
+    beside: numbers (B int64), and what the decoder reads (B × T int64).
+    """
+    numbers, tokens = beside
+    return torch.stack([numbers.double(), (window_nll(logits, tokens) * (tokens.shape[1] - 1)).cpu()], dim=1)

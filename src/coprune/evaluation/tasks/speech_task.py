@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,29 +11,37 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, about
+from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Setting, say
-from coprune.data import Windows
 from coprune.data.pairs import Pairs, begun, pair_fingerprint
 from coprune.data.speech import HINT, Recording, Recordings, read_recordings, waveform, word_errors
 from coprune.data.text import NOTHING, padded
+from coprune.data.windows import Samples
 from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.measurement import Transcribed
-from coprune.evaluation.tasks.pair_task import PairTask
-from coprune.evaluation.tasks.task import Data, Samples
+from coprune.evaluation.tasks.pair_task import PairInputs
+from coprune.evaluation.tasks.task import Data, Remember, Walked, read_anew
 from coprune.model.checkpoint.load import evaluating, quiet_transformers
-from coprune.model.walk.activations import Activations
+from coprune.model.loaded_model import Loaded
 from coprune.model.walk.block_calls import input_device
-from coprune.model.walk.model_structure import ProvenModel
+from coprune.recipe.recipe import Recipe
 
 
-class SpeechTask(PairTask):
-    """An encoder of sound with a decoder of text."""
+class SpeechInputs:
+    """Pairs of the features of recordings and their words. Takes and raises what `TextInputs` does."""
 
-    measure_name = "Word error"
-    figures = ("word_error", "alike")
+    def __init__(
+        self, recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew
+    ) -> None:
+        self._pairs = PairInputs(recipe, loaded, processes, remember)
+        self.text, self.batches, self.made_of = self._pairs.text, self._pairs.batches, self._pairs.made_of
+        self._recipe, self._loaded = recipe, loaded
 
-    def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
+    def calibration(self, needed: bool, reporter: Reporter) -> Samples[Pairs] | None:
+        return self.text.calibrated(needed, reporter, self._drawn)
+
+    def _drawn(self, nsamples: int, reporter: Reporter) -> Samples[Pairs]:
         name = self._recipe.calibrate.data
         found = read_recordings(name)
         order = list(range(len(found)))
@@ -41,34 +49,40 @@ class SpeechTask(PairTask):
         rows = [found.rows[row] for row in order[:nsamples]]
         if len(rows) < nsamples:
             reporter.say(f"{name} has {len(rows)} recordings, so {len(rows)} samples are all that there are.")
-        features, said = self._features(rows), [row.said for row in rows]
+        features, said, how = self.features(rows), [row.said for row in rows], ""
         if None in said:
             with self._loaded.whole(Reporter(quiet=True)):
-                own = self._transcripts(features)
+                own = self.transcripts(features)
             said = [heard if words is None else words for words, heard in zip(said, own, strict=True)]
-        limits: dict[str, Any] = {"truncation": True, "max_length": self.seqlen}
-        tokens = [torch.tensor([self._words(text, **limits)]) for text in said]
-        pairs = Pairs.of(features, padded([begun(one, self.start) for one in tokens], NOTHING))
-        self.check_ids(pairs.written)
-        how = " (and what the dense model hears in them)" if any(row.said is None for row in rows) else ""
-        return Windows(pairs, pair_fingerprint(pairs), f"{found.source}{how}")
+            how = " (and what the dense model hears in them)"
+        limits: dict[str, Any] = {"truncation": True, "max_length": self.text.seqlen}
+        tokens = [begun(self._tokens(words, **limits), self._pairs.start) for words in said]
+        pairs = Pairs.of(features, padded(tokens, NOTHING))
+        self.text.check_ids(pairs.written)
+        return Samples(pairs, pair_fingerprint(pairs), f"{found.source}{how}")
 
-    def own_pairs(self, reporter: Reporter) -> Windows | None:
+    def own_pairs(self, reporter: Reporter) -> Samples[Pairs] | None:
         """Return the recordings of the calibration data with their words. Raises BadInput if words are missing."""
         rows = read_recordings(self._recipe.calibrate.data).rows
         if (silent := next((row for row in rows if row.said is None), None)) is not None:
             raise BadInput(f"nobody tells what is said in {silent.file}", field="dataset", fix=HINT)
-        return self._samples(len(rows), reporter)
+        return self._drawn(len(rows), reporter)
 
-    def _words(self, text: str | None, **options: Any) -> list[int]:
+    def probe(self, samples: Samples[Pairs] | None, data: Mapping[str, Data]) -> Tensor:
+        if samples is not None:
+            return self._pairs.probe(samples, data)
+        noise = np.random.default_rng(0).normal(size=self._extractor.sampling_rate).astype(np.float32)
+        tokens, there = begun(self._tokens("a b c"), self._pairs.start), self._loaded.device
+        return Pairs.of(self._heard([noise]).to(there), tokens.to(there))
+
+    def _tokens(self, text: str | None, **options: Any) -> Tensor:
+        """Return the tokens of a text: 1 × T int64."""
         tokenizer: Any = self._loaded.tokenizer
-        ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
-        return ids
+        return torch.tensor([tokenizer(text, verbose=False, **options)["input_ids"]])
 
-    def _features(self, rows: Sequence[Recording]) -> Tensor:
+    def features(self, rows: Sequence[Recording]) -> Tensor:
         """Return the features of recordings: N × features."""
-        extractor = self._extractor
-        return self._heard([waveform(row.file, extractor.sampling_rate) for row in rows])
+        return self._heard([waveform(row.file, self._extractor.sampling_rate) for row in rows])
 
     def _heard(self, waves: Sequence[Any]) -> Tensor:
         extractor, name = self._extractor, self._loaded.model.main_input_name
@@ -91,47 +105,9 @@ class SpeechTask(PairTask):
             )
         return extractor
 
-    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
-        asked = self._recipe.evaluate
-        if not asked.perplexity:
-            return {}
-        if asked.data is None:
-            reporter.say(say(("No word error: name recordings with ", Setting("eval_data"), f" ({HINT}).")))
-            return {}
-        found = dict[str, Data]()
-        for name in plain_names(asked.data):
-            with about("eval_data", name):
-                found[name] = read_recordings(name)
-        return found
-
-    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        if isinstance(samples, Windows):
-            return super().probe(samples, data)
-        noise = np.random.default_rng(0).normal(size=self._extractor.sampling_rate).astype(np.float32)
-        tokens = torch.tensor([self._words("a b c")])
-        there = self._loaded.device
-        return Pairs.of(self._heard([noise]).to(there), begun(tokens, self.start).to(there))
-
-    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Transcribed:  # type: ignore[override]
-        def measured() -> Transcribed:
-            with self._loaded.whole(Reporter(quiet=True)):
-                return self.measure_in_memory(data, advance)
-
-        return self._processes.from_first(measured)
-
-    def measure_in_memory(self, data: Data, advance: Advance) -> Transcribed:  # type: ignore[override]
-        assert isinstance(data, Recordings)
-        heard = []
-        for row in data.rows:
-            heard += self._transcripts(self._features([row]))
-            advance(1 / len(data))
-        said = [row.said for row in data.rows]
-        errors = [word_errors(one, other) for one, other in zip(said, heard, strict=True) if one is not None]
-        wrong, words = sum(error for error, _ in errors), sum(count for _, count in errors)
-        return Transcribed(heard=tuple(heard), word_error=wrong / words if words else None)
-
     @torch.inference_mode()
-    def _transcripts(self, features: Tensor) -> list[str]:
+    def transcripts(self, features: Tensor) -> list[str]:
+        """Return what the model hears. features: N × features."""
         model: Any = self._loaded.model
         tokenizer: Any = self._loaded.tokenizer
         found: list[str] = []
@@ -139,7 +115,43 @@ class SpeechTask(PairTask):
         with evaluating(model), quiet_transformers():
             for one in given.split(1):
                 ids = model.generate(
-                    **{model.main_input_name: one}, do_sample=False, num_beams=1, max_new_tokens=self.seqlen // 2
+                    **{model.main_input_name: one}, do_sample=False, num_beams=1, max_new_tokens=self.text.seqlen // 2
                 )
                 found += tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in found]
+
+
+class WordErrors:
+    """What the whole model hears in recordings, and its word errors where their words are known."""
+
+    name = "Word error"
+    figures: tuple[str, ...] = ("word_error", "alike")
+
+    def __init__(self, inputs: SpeechInputs) -> None:
+        self._inputs, self._text = inputs, inputs.text
+
+    def evaluation(self, reporter: Reporter) -> dict[str, Recordings]:
+        asked = self._text.recipe.evaluate
+        if not asked.perplexity:
+            return {}
+        if asked.data is None:
+            reporter.say(say(("No word error: name recordings with ", Setting("eval_data"), f" ({HINT}).")))
+            return {}
+        found = dict[str, Recordings]()
+        for name in plain_names(asked.data):
+            with about("eval_data", name):
+                found[name] = read_recordings(name)
+        return found
+
+    def measure(self, data: Recordings, advance: Advance, walked: Walked | None = None) -> Transcribed:
+        def measured() -> Transcribed:
+            heard, errors, words = list[str](), 0, 0
+            with self._text.loaded.whole(Reporter(quiet=True)):
+                for row in data.rows:
+                    heard += self._inputs.transcripts(self._inputs.features([row]))
+                    advance(1 / len(data))
+                    wrong, spoken = (0, 0) if row.said is None else word_errors(row.said, heard[-1])
+                    errors, words = errors + wrong, words + spoken
+            return Transcribed(heard=tuple(heard), word_error=errors / words if words else None)
+
+        return self._text.processes.from_first(measured)

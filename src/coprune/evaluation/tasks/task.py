@@ -1,24 +1,31 @@
-"""The contract of a run with its task."""
+"""What the tasks share: the kinds of data, and how a model's outputs are scored, whole in memory or block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from coprune.base.progress import Advance, Reporter
-from coprune.data import EvaluationText, Windows
-from coprune.data.images import ImageSamples, LabelledImages
+from coprune.base.processes import Processes
+from coprune.base.progress import Advance
+from coprune.data import EvaluationText
+from coprune.data.images import LabelledImages
 from coprune.data.labelled_text import LabelledTexts
 from coprune.data.speech import Recordings
+from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.measurement import Measured
+from coprune.model.loaded_model import Loaded
 from coprune.model.walk.activations import Activations
+from coprune.model.walk.block_calls import input_device
 from coprune.model.walk.model_structure import ProvenModel
+from coprune.model.walk.walk import streamed_logits
 
-Samples = Windows | ImageSamples
 Data = EvaluationText | LabelledImages | LabelledTexts | Recordings
 Tokens = TypeVar("Tokens")
+Beside = TypeVar("Beside")
 
 
 class Remember(Protocol):
@@ -32,47 +39,67 @@ def read_anew(key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
     return read()
 
 
+def texts_of(data: Mapping[str, Data]) -> list[EvaluationText]:
+    """Return the evaluation data that are streams of tokens."""
+    return [one for one in data.values() if isinstance(one, EvaluationText)]
+
+
 def named(found: Measured, name: str, data: Data) -> Measured:
     """Add the data to a measurement. name: as requested."""
     return found.on(name, data.source, data.fingerprint if isinstance(data, EvaluationText) else "")
 
 
-class Task(Protocol):
-    """The measurements and samples of a run; `samples.tokens` is a tensor whose first dimension counts the samples."""
+@dataclass(frozen=True)
+class Walked:
+    """The model of a run, whose blocks may be streamed, with an empty list for its hidden states."""
 
-    measure_name: str
-    figures: tuple[str, ...]
-    """What is measured, as requirements call it."""
+    model: ProvenModel
+    activations: Activations | None
 
-    def calibration(self, needed: bool, reporter: Reporter) -> Samples | None:
-        """Draw the calibration samples; None if nothing needs them.
 
-        needed: whether all of them are, or just a few to measure layer errors on.
-        """
-        ...
+def scored(
+    loaded: Loaded,
+    parts: Iterable[tuple[Tensor, Beside]],
+    score: Callable[[Tensor, Beside], Tensor],
+    progress: tuple[Advance, int],
+    walked: Walked | None,
+) -> list[Tensor]:
+    """Run batches through a model, in memory or block by block, and score its outputs.
 
-    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
-        """Open everything that is measured on, by name; empty if nothing is asked for or known."""
-        ...
+    Args:
+        loaded: the model.
+        parts: batches, each with what its score needs beside the outputs. A streamed model takes all of them at once.
+        score: (logits or hidden states, what stands beside the batch) → what is kept of the batch.
+        progress: receives the share that was done; the total number of inputs, which may be in several calls.
+        walked: the model of a run; None for one in memory.
 
-    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        """Return one sample for proving the replay."""
-        ...
+    Returns:
+        What was kept of every batch, in order.
+    """
+    advance, total = progress
+    if walked is not None and walked.model.weights.streams:
+        there, given, beside = input_device(walked.model.module), list[Tensor](), list[Beside]()
+        for batch, own in parts:
+            given.append(batch.to(there))
+            beside.append(own)
+        if not given:
+            return []  # there are fewer inputs than processes
+        rest, share = iter(beside), sum(map(len, given)) / total / len(walked.model.blocks)
+        return streamed_logits(
+            walked.model,
+            given,
+            lambda outputs, _: score(outputs, next(rest)),
+            lambda done: advance(done * share),
+            walked.activations,
+        )
+    found = list[Tensor]()
+    with inference_logits(loaded.model) as outputs_of:
+        for batch, own in parts:
+            found.append(score(outputs_of(batch), own))
+            advance(len(batch) / total)
+    return found
 
-    def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
-        """Cut calibration samples into batches of one length on the model's device.
 
-        marks: something of every token, samples × S, which is cut likewise and given instead.
-        """
-        ...
-
-    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Measured:
-        """Measure the model as it is now, together with the other processes of the run.
-
-        activations: an empty list, used where the blocks are streamed.
-        """
-        ...
-
-    def measure_in_memory(self, data: Data, advance: Advance) -> Measured:
-        """Measure the loaded model, which is in memory, as it is now and in this process alone."""
-        ...
+def joined(processes: Processes, scores: Sequence[Tensor]) -> Tensor:
+    """Join the scores of all processes, in the order of their shares."""
+    return torch.cat([one for own in processes.gather(list(scores)) for one in own])

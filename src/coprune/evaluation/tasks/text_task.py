@@ -2,66 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, about
-from coprune.base.processes import Processes
+from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Set, Setting, say
 from coprune.data import EvaluationText, Windows, evaluation_corpus_for, evaluation_tokens
 from coprune.data.bos import beginning, bos_of, text_at_bos, windows_at_bos
 from coprune.data.corpora import holds_out
-from coprune.data.mixture import length_of, marked, mixed, packed, reads_conversations, source_windows
+from coprune.data.marks import Marks
+from coprune.data.mixture import length_of, mixed, packed, reads_conversations, source_windows
 from coprune.data.text import a_longest, first_of_a_length, of_each_length
 from coprune.data.tokenizing import Tokenizes
-from coprune.data.windows import Sampling, TooShort, draw_samples
+from coprune.data.windows import Samples, Sampling, TooShort, draw_samples
 from coprune.evaluation.asked_texts import plain_names
-from coprune.evaluation.batches import cut_windows
+from coprune.evaluation.batches import batches, cut_windows, default_batch_size
 from coprune.evaluation.bos_choice import BosChoice, Score, choose_bos
-from coprune.evaluation.measurement import Measured, Perplexity
+from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.own_text import own_documents
-from coprune.evaluation.perplexity import perplexity, shared_perplexity, streamed_perplexity
-from coprune.evaluation.tasks.task import Data, Remember, Samples
+from coprune.evaluation.perplexity import aggregate, window_nll
+from coprune.evaluation.tasks.task import Data, Remember, Walked, joined, read_anew, scored, texts_of
+from coprune.model.checkpoint.load import WHAT
 from coprune.model.generation import positions_of
 from coprune.model.loaded_model import Loaded
-from coprune.model.walk.activations import Activations
 from coprune.model.walk.inputs import InputSample
-from coprune.model.walk.model_structure import ProvenModel
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import Source, counts_of, split_sources
 
+Batch = TypeVar("Batch", bound=Tensor)
+Text = TypeVar("Text", bound=EvaluationText)
 
-class TextTask:
-    """A language model: windows of text, and perplexity."""
 
-    measure_name = "Perplexity"
-    figures: tuple[str, ...] = ("perplexity",)
-    _measured = "Perplexity is"
+class TextInputs:
+    """Windows of text.
 
-    def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
-        self._recipe, self._loaded = recipe, loaded
-        self._processes, self._remember = processes, remember
+    Args:
+        recipe: what is asked for.
+        loaded: the model.
+        processes: those that read and measure together.
+        remember: where tokenised texts come from, if they were tokenised before.
+        whole: whether the model reads a text as a whole and writes none; its windows lie between the marks that its
+            tokenizer puts around a text.
+        usual: maximum length of a text if none is asked for; None for as many tokens as the model takes.
+
+    Raises:
+        BadInput: for settings that only models have that write text.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        loaded: Loaded,
+        processes: Processes = ALONE,
+        remember: Remember = read_anew,
+        whole: bool = False,
+        usual: int | None = None,
+    ) -> None:
+        self.recipe, self.loaded, self.processes, self._remember = recipe, loaded, processes, remember
         self.seqlen = choose_seqlen(loaded.model, recipe.calibrate.seqlen)
+        if usual is not None and recipe.calibrate.seqlen is None:
+            self.seqlen = min(usual, self.seqlen)
         self._tokenizer = beginning(loaded.tokenizer, recipe.calibrate.bos)
+        self.whole, self.marks = whole, Marks()
+        if whole:
+            what = f"{loaded.source} {WHAT[loaded.task]}"
+            if recipe.evaluate.runs_tasks:
+                raise BadInput(f"{what}, and zero-shot tasks are for models that write", field="tasks")
+            if any(source.is_own for source in split_sources(recipe.calibrate.data)):
+                raise BadInput(f"{what}, and writes none to calibrate on", field="dataset", value=recipe.calibrate.data)
+            self.marks = Marks.of(loaded.tokenizer) if recipe.calibrate.bos == "auto" else Marks()
+
+    @property
+    def text(self) -> TextInputs:
+        return self
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises BadInput for a model in memory without one."""
+        if self.loaded.tokenizer is None:
+            needs = "a model in memory needs its tokenizer to read text"
+            raise BadInput(needs, field="processor", fix=("give it with ", Setting("processor")))
+        return self.loaded.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(self.loaded.model.config.get_text_config().vocab_size)
 
     def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
-        recipe, nsamples = self._recipe, self._recipe.calibrate.samples
+        windows = self.calibrated(needed, reporter, self._drawn)
+        if windows is None:
+            return None
+        return self.as_read(windows_at_bos(windows, self._bos) if self.recipe.calibrate.bos == "every" else windows)
+
+    def calibrated(
+        self, needed: bool, reporter: Reporter, draw: Callable[[int, Reporter], Samples[Batch]]
+    ) -> Samples[Batch] | None:
+        """Draw calibration samples as in `calibration`. draw: draws so many, with the reporter for what takes long."""
+        recipe, nsamples = self.recipe, self.recipe.calibrate.samples
         if not needed:
             if not recipe.evaluate.layer_error:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
         with about("dataset", recipe.calibrate.data):
-            lengths = sorted({*sample_lengths(recipe.calibrate.data, self._loaded, self.seqlen)})
+            lengths = sorted({*sample_lengths(recipe.calibrate.data, self.loaded, self.seqlen)})
             said = " or ".join(map(str, lengths))
             reporter.say(f"Calibration: {nsamples} samples of {said} tokens from {recipe.calibrate.data}.")
             try:
-                windows = self._samples(nsamples, reporter)
+                samples = draw(nsamples, reporter)
             except BadInput as error:
                 if needed or "data" in recipe.calibrate.model_fields_set:
                     raise
@@ -69,51 +124,56 @@ class TextTask:
                 reporter.say(f"No layer errors, since there is no calibration data: {error}")
                 return None
             if recipe.calibrate.calibrate_on == "generated":
-                require_generated(windows)
-        if windows.text_tokens is not None and windows.tokens.numel() > windows.text_tokens:
-            drawn = f"{windows.tokens.numel():,} tokens are drawn from a text of {windows.text_tokens:,}"
+                require_generated(samples)
+        if samples.text_tokens is not None and samples.tokens.numel() > samples.text_tokens:
+            drawn = f"{samples.tokens.numel():,} tokens are drawn from a text of {samples.text_tokens:,}"
             reporter.say(f"Samples overlap, since {drawn}: fewer samples would do as well, more text would do better.")
-        return windows_at_bos(windows, self._bos) if recipe.calibrate.bos == "every" else windows
+        return samples
 
-    def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
-        recipe = self._recipe
+    def _drawn(self, nsamples: int, reporter: Reporter) -> Windows:
+        recipe = self.recipe
         asked = recipe.evaluate
         window = self.seqlen if asked.perplexity and asked.data is None else None
         sampling = Sampling(nsamples, self.seqlen, recipe.calibrate.seed, recipe.model.cache_dir, window)
-        named, loaded, processes = recipe.calibrate.data, self._loaded, self._processes
+        data, loaded, processes = recipe.calibrate.data, self.loaded, self.processes
         windows = self._remember(
-            ("calibration", *self._source, named, *sampling),
-            lambda: read_samples(named, loaded, self._tokenizer, sampling, processes, reporter),
+            ("calibration", *self._source, data, *sampling),
+            lambda: read_samples(data, loaded, self._tokenizer, sampling, processes, reporter),
         )
         self.check_ids(windows.tokens)
         return windows
 
+    def as_read(self, windows: Windows) -> Windows:
+        """Return windows of text as the model reads them: between the marks, if it reads a text as a whole."""
+        return self.marks.around_samples(windows) if self.whole else windows
+
     @property
     def _source(self) -> tuple[str, str]:
         """Return what decides the tokens of a text."""
-        return self._loaded.source, self._recipe.calibrate.bos
+        return self.loaded.source, self.recipe.calibrate.bos
 
     @property
     def _bos(self) -> int:
-        assert self._loaded.tokenizer is not None
-        return bos_of(self._loaded.tokenizer, "every")
+        return bos_of(self.tokenizer, "every")
 
-    def choose_bos(self, score: Score, samples: Samples | None, data: dict[str, Data]) -> BosChoice:
-        """Choose the beginning of windows: as asked, or by the dense model's loss.
+    def choose_bos(self, score: Score, samples: Windows | None, data: Mapping[str, Data]) -> BosChoice:
+        """Choose the beginning of windows: as asked, or by the dense model's loss; between marks there is no choice.
 
         Args:
             score: computes the dense model's loss.
             samples: from `calibration`.
-            data: from `evaluation`.
+            data: what is measured on.
         """
-        texts = [one for one in data.values() if isinstance(one, EvaluationText) and not one.given]
+        if self.whole:
+            return BosChoice()
+        texts = [text for text in texts_of(data) if not text.given]
         windows = None
-        if isinstance(samples, Windows) and not samples.given:
+        if samples is not None and not samples.given:
             windows = first_of_a_length(samples.tokens)
         elif texts:
             windows = cut_windows(texts[0].tokens, self.seqlen)
-        asked, tokenizer = self._recipe.calibrate.bos, self._loaded.tokenizer
-        return self._processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
+        asked, tokenizer = self.recipe.calibrate.bos, self.loaded.tokenizer
+        return self.processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
 
     def samples_begun(self, choice: BosChoice, samples: Windows) -> Windows:
         """Return the samples of `calibration` with the chosen beginning."""
@@ -123,97 +183,111 @@ class TextTask:
         """Make the windows of evaluation data begin as chosen."""
         if not self._shifts(choice):
             return data
-        return {
-            name: text_at_bos(one, self._bos, self.seqlen) if isinstance(one, EvaluationText) else one
-            for name, one in data.items()
-        }
+        begun = [text_at_bos(text, self._bos, self.seqlen) for text in texts_of(data)]
+        return dict(zip(data, begun, strict=True))
 
     def _shifts(self, choice: BosChoice) -> bool:
         """Return whether windows still need a BOS token, which only `bos="auto"` decides after reading."""
-        return self._recipe.calibrate.bos == "auto" and choice.used == "every"
+        return self.recipe.calibrate.bos == "auto" and choice.used == "every"
 
-    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
-        recipe = self._recipe
+    def evaluation(self, measured: str, reporter: Reporter, read: Callable[[str, bool], Text]) -> dict[str, Text]:
+        """Open everything that is measured on, by name.
+
+        Args:
+            measured: what is measured, as the subject of a sentence with its verb.
+            reporter: hears what is held out.
+            read: opens what has a name; True for the part that calibration leaves out.
+        """
+        recipe = self.recipe
         if not recipe.evaluate.perplexity:
             return {}
         if recipe.evaluate.data is not None:
-            return {name: self._read(name) for name in plain_names(recipe.evaluate.data)}
-        found, why = dict[str, Data](), f"{recipe.calibrate.data} has no test split"
+            return {name: read(name, False) for name in plain_names(recipe.evaluate.data)}
+        found, why = dict[str, Text](), f"{recipe.calibrate.data} has no test split"
         for source in split_sources(recipe.calibrate.data):
             if source.is_own or reads_conversations(source):
                 continue
             if not holds_out(source.name):
                 if (name := evaluation_corpus_for(source.name)) is not None:
-                    found[name] = self._read(name)
+                    found[name] = read(name, False)
                 continue
             column = source.options.get("column")
             try:
-                text = self._read(source.name if column is None else f"{source.name}:{column}", held_out=True)
+                text = read(source.name if column is None else f"{source.name}:{column}", True)
             except TooShort as error:
                 why = say(error.cause)
                 continue
-            reporter.say(
-                f"{self._measured} measured on {text.source}, {len(text.tokens):,} tokens that are held out for it."
-            )
+            reporter.say(f"{measured} measured on {text.source}, {len(text.tokens):,} tokens that are held out for it.")
             found[source.name] = text
         if not found:
             reporter.say(say((f"No perplexity: {why}. Name a text with ", Setting("eval_data"), ".")))
         return found
 
-    def _read(self, name: str, held_out: bool = False) -> EvaluationText:
-        tokenizer, folder, limit = self._tokenizer, self._recipe.model.cache_dir, self._recipe.evaluate.tokens
+    def opened(self, name: str, held_out: bool = False) -> EvaluationText:
+        """Open a text to measure on, as the model reads it. held_out: the part that calibration leaves out."""
+        tokenizer, folder, limit = self._tokenizer, self.recipe.model.cache_dir, self.recipe.evaluate.tokens
         with about("eval_data", name):
             text = self._remember(
                 ("evaluation", *self._source, name, self.seqlen, folder, limit, held_out),
                 lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit, held_out),
             )
             self.check_ids(text.tokens)
-        return text_at_bos(text, self._bos, self.seqlen) if self._recipe.calibrate.bos == "every" else text
+        if self.recipe.calibrate.bos == "every":
+            text = text_at_bos(text, self._bos, self.seqlen)
+        return self.marks.around_text(text, self.seqlen) if self.whole else text
 
     def check_ids(self, tokens: Tensor) -> None:
         """Refuse token ids that the model does not know: they may be handed over, or be of another's tokenizer."""
-        vocabulary, largest = (
-            getattr(self._loaded.model.config.get_text_config(), "vocab_size", None),
-            int(tokens.max()),
-        )
+        vocabulary = getattr(self.loaded.model.config.get_text_config(), "vocab_size", None)
+        largest = int(tokens.max())
         if vocabulary is not None and largest >= vocabulary:  # CANINE hashes characters, and knows all
             raise BadInput(
                 f"the token id {largest} is outside the model's vocabulary of {vocabulary}",
                 fix="use the model's tokenizer",
             )
 
-    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        texts = [text for text in data.values() if isinstance(text, EvaluationText)]
-        return probe_tokens(samples if isinstance(samples, Windows) else None, texts, self.seqlen, self._loaded)
+    def probe(self, samples: Windows | None, data: Mapping[str, Data]) -> Tensor:
+        length, texts = min(self.seqlen, 512), texts_of(data)
+        if samples is not None:
+            sample = a_longest(samples.tokens)[:, :512]
+        elif texts:
+            sample = texts[0].tokens[None, :length]
+        else:
+            sample = torch.randint(self.vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+        return sample.to(self.loaded.device)
 
     def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
-        return split_batches(samples, self._recipe, self._loaded.device, marks)
+        return split_batches(samples, self.recipe, self.loaded.device, marks)
 
-    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Measured:
-        assert isinstance(data, EvaluationText)
-        size, blocks = self._recipe.calibrate.batch_size, len(model.blocks)
+    def measured_at_once(self, values: int) -> int:
+        """Return how many windows are measured at once. values: outputs of the model per token."""
+        return self.recipe.calibrate.batch_size or default_batch_size(self.seqlen, values)
 
-        def measure(text: EvaluationText) -> Perplexity:
-            if not model.weights.streams:
-                return self._perplexity_in_memory(text, advance)
-            return streamed_perplexity(model, text, self.seqlen, size, lambda done: advance(done / blocks), activations)
+    def own_batches(self, tokens: Tensor, values: int) -> list[Tensor]:
+        """Return this process's windows of a text that is measured on, in batches. values: outputs of the model per token."""
+        own = self.processes.share(cut_windows(tokens, self.seqlen))
+        return list(batches(own, self.measured_at_once(values))) if len(own) else []
 
-        return shared_perplexity(self._processes, data, self.seqlen, measure)
 
-    def measure_in_memory(self, data: Data, advance: Advance) -> Measured:
-        assert isinstance(data, EvaluationText)
-        return self._perplexity_in_memory(data, advance)
+class TextPerplexity:
+    """Perplexity on windows of text."""
 
-    def _perplexity_in_memory(self, data: EvaluationText, advance: Advance) -> Perplexity:
-        windows = len(data.tokens) // self.seqlen
-        return perplexity(
-            self._loaded.model,
-            data.tokens,
-            self.seqlen,
-            self._recipe.calibrate.batch_size,
-            data.token_bytes,
-            advance=lambda done: advance(done / windows),
-        )
+    name = "Perplexity"
+    figures: tuple[str, ...] = ("perplexity",)
+
+    def __init__(self, inputs: TextInputs) -> None:
+        self._inputs = inputs
+
+    def evaluation(self, reporter: Reporter) -> dict[str, EvaluationText]:
+        return self._inputs.evaluation("Perplexity is", reporter, self._inputs.opened)
+
+    def measure(self, data: EvaluationText, advance: Advance, walked: Walked | None = None) -> Perplexity:
+        inputs = self._inputs
+        own = inputs.own_batches(data.tokens, inputs.vocabulary)
+        parts, progress = zip(own, own, strict=True), (advance, sum(map(len, own)))
+        nll = scored(inputs.loaded, parts, lambda logits, tokens: window_nll(logits, tokens).cpu(), progress, walked)
+        sizes = cut_windows(data.token_bytes, inputs.seqlen)
+        return aggregate(joined(inputs.processes, nll), inputs.seqlen, sizes)
 
 
 def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
@@ -236,19 +310,6 @@ def _unused_positions(model: PreTrainedModel, limit: int) -> int:
     tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
     own = next((m for m in tables if m.num_embeddings == limit and m.padding_idx is not None), None)
     return 0 if own is None or own.padding_idx is None else own.padding_idx + 1
-
-
-def probe_tokens(windows: Windows | None, texts: Sequence[EvaluationText], seqlen: int, loaded: Loaded) -> torch.Tensor:
-    """Return one sample (1 × S int64, at most 512 tokens) for proving the replay: of the data, or random without any."""
-    length = min(seqlen, 512)
-    if windows is not None:
-        sample = a_longest(windows.tokens)[:, :512]
-    elif texts:
-        sample = texts[0].tokens[None, :length]
-    else:
-        vocabulary = loaded.model.config.get_text_config().vocab_size
-        sample = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    return sample.to(loaded.device)
 
 
 def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
@@ -304,19 +365,17 @@ def read_samples(
     sources, nsamples = split_sources(data), sampling.nsamples
     if len(sources) == 1 and sources[0].is_plain and not reads_conversations(sources[0]):
         return draw_samples(sources[0].name, tokenizer, sampling)
-    counts, lengths = (
-        counts_of([source.share for source in sources], nsamples),
-        sample_lengths(data, loaded, sampling[1]),
-    )
+    counts = counts_of([source.share for source in sources], nsamples)
+    lengths = sample_lengths(data, loaded, sampling.seqlen)
     found: list[tuple[Source, Windows]] = []
     each = zip(sources, counts, lengths, strict=True)
     for source, count, length in sorted(each, key=lambda one: one[0].is_own):
         if count == 0:
             continue  # so small a share of so few samples is none
+        own = sampling._replace(nsamples=count, seqlen=length)
         if source.is_own:
-            windows = _own(source, loaded, sampling._replace(nsamples=count, seqlen=length), processes, reporter)
+            windows = _own(source, loaded, own, processes, reporter)
         else:
-            own = sampling._replace(nsamples=count, seqlen=length)
             windows = source_windows(source, (tokenizer, loaded.tokenizer), own)
         found.append((source, windows))
     order = {source.name: place for place, source in enumerate(sources)}
@@ -346,13 +405,12 @@ def _own(source: Source, loaded: Loaded, sampling: Sampling, processes: Processe
     return packed(documents, nsamples, seqlen, None, said)
 
 
-def require_generated(windows: Windows) -> Windows:
+def require_generated(samples: Samples[Any]) -> None:
     """Raise BadInput if nobody says which tokens a model wrote, or it wrote none of them."""
-    if windows.generated is None or not bool(windows.generated.any()):
+    if samples.generated is None or not bool(samples.generated.any()):
         raise BadInput(
             "no token of the calibration data is marked as generated",
             field="calibrate_on",
             value="generated",
             fix=("calibrate on what a model wrote, such as ", Set("dataset", "self"), ", or leave it out"),
         )
-    return marked(windows)
