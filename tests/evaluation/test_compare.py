@@ -232,7 +232,7 @@ def test_eval_measures_texts_and_closeness_and_writes_json(
     [
         (["compare", "{dense}"], "two models or more"),
         (["eval", "{dense}", "--data", ""], "there is nothing to measure"),
-        (["eval", "{dense}", "--tasks", "piqa", "--against", "{dense}"], "name a text with --data"),
+        (["eval", "{dense}", "--tasks", "piqa", "--against", "{dense}"], "give a text with --data"),
         (["compare", "{dense}", "no/such/model", "--data", "{text}"], "no model at no/such/model"),
     ],
 )

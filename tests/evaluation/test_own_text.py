@@ -76,7 +76,7 @@ def test_shares_are_given_from_python_as_a_mapping(place: Path) -> None:
         ("self:prompts.jsonl:column=question", "has no column 'question', only 'prompt'"),
         ("self:prompts.jsonl:template=chat", "the tokenizer has no chat template, which prompt 1 of"),
         ("self:long.jsonl", "prompt 1 of long.jsonl has 200 tokens, and the model 128 positions"),
-        ("self:temperature=0", "at temperature 0 all texts without a prompt are equal"),
+        ("self:temperature=0", "at temperature 0 all texts without a prompt are the same"),
         ("words.txt:template=chat", "has no rows"),
     ],
 )

@@ -204,18 +204,18 @@ def test_what_makes_no_sense_for_a_model_is_refused(place: Path) -> None:
     embedding = save_reader(place / "embedding", "BertModel")
     masked = save_reader(place / "masked-too", "BertForMaskedLM")
     text = place / "words.txt"
-    with pytest.raises(BadInput, match="embeds texts and predicts no tokens, so it has no perplexity"):
+    with pytest.raises(BadInput, match="embeds texts instead of predicting tokens, so it has no perplexity"):
         coprune.evaluate(embedding, text, **SETTINGS)
     with pytest.raises(BadInput, match="embeds texts, and perplexity is not measured of it; require cosine or overlap"):
         coprune.prune(embedding, "wanda", require="perplexity<30", dataset=text, **SETTINGS)
     classifier = save_reader(place / "without-labels", "BertForSequenceClassification")
-    with pytest.raises(BadInput, match="labels texts, and is measured on no plain text; name what"):
+    with pytest.raises(BadInput, match="labels texts, so it cannot be measured on plain text; name what"):
         coprune.evaluate(classifier, **SETTINGS)
     with pytest.raises(BadInput, match="fills in masked tokens, and generates no text"):
         coprune.evaluate(masked, text, generate="builtin", **SETTINGS)
     with pytest.raises(BadInput, match="closeness compares next-token distributions"):
         coprune.evaluate(masked, text, against=masked, **SETTINGS)
-    with pytest.raises(BadInput, match=r"fills in masked tokens and .* embeds texts, so they do not compare"):
+    with pytest.raises(BadInput, match=r"fills in masked tokens and .* embeds texts, so they cannot be compared"):
         coprune.compare([masked, embedding], text, fresh=True, **SETTINGS)
     with pytest.raises(BadInput, match="and writes none to calibrate on"):
         pruned(embedding, place, False, dataset="self")

@@ -103,7 +103,7 @@ def test_a_streamed_model_that_does_not_fit_is_not_asked_and_that_is_said(
     ended, report = prune()
     assert ended.code == 0, ended.err
     assert report.answers is None
-    assert "answers   not looked at: the whole model takes 0.0 GiB of memory, too much of the 0.0" in ended.out
+    assert "answers   not checked: the whole model takes 0.0 GiB of memory, too much of the 0.0" in ended.out
     assert "No answers are generated" in ended.err
 
 

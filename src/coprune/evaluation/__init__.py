@@ -1,1 +1,1 @@
-"""Figures of a model: perplexity, accuracy, zero-shot tasks, closeness to dense, comparison."""
+"""Measurements of a model: perplexity, accuracy, zero-shot tasks, closeness to the dense model, comparison."""

@@ -1,4 +1,4 @@
-"""The evaluation texts of a request: names with settings of their own, and what a local text holds."""
+"""The requested evaluation texts: names with their own settings, and fingerprints of local texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coprune.recipe.sources import exists
 
 
 def require_texts(texts: Iterable[Text]) -> None:
-    """Raise BadInput for a text that is a local file or folder and not there; of a corpus nothing is asked."""
+    """Raise BadInput for a missing local file or folder; corpora are not checked."""
     for text in texts:
         if looks_local(text.name):
             with about("eval_data", text.label):
@@ -23,14 +23,14 @@ def require_texts(texts: Iterable[Text]) -> None:
 
 
 def text_fingerprint(name: str) -> str:
-    """Identify an evaluation text: a local file or folder by its bytes, a corpus by its name."""
+    """Identify an evaluation text: a local file or folder by content, a corpus by name."""
     if not looks_local(name):
         return name
     path, column = split_column(name)
     return f"{digest_of_files(files_of(path), named=path.is_dir())} {column or ''}"
 
 
-# What a text may have of its own, and the setting of a recipe that it takes the place of.
+# Per-text settings, with the recipe's setting that each replaces and its minimum.
 _SETTINGS = {"seqlen": ("seqlen", 2), "tokens": ("eval_tokens", 2), "batch_size": ("batch_size", 1)}
 _TEXT = re.compile(r"(?P<name>[^,]*?)(?P<settings>(?:@\w+=[^@,]*)*)")
 
@@ -43,28 +43,26 @@ class Text:
     """Name as requested."""
     name: str
     settings: dict[str, int]
-    """Settings of a recipe, which count for this text alone."""
+    """Settings of the recipe for this text only."""
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """Return a recipe that measures on this text alone."""
+        """Return a recipe that measures on this text only."""
         return recipe.replaced(eval_data=self.name, **self.settings)
 
 
 def split_texts(eval_data: str | None) -> list[Text]:
-    """Read a list of texts. Raises BadInput for a setting that is unknown or no whole number, or a text asked for twice."""
+    """Parse a list of texts. Raises BadInput for an unknown or invalid setting, or a text given twice."""
     found: dict[str, Text] = {}
     asked = eval_data or ""
     for label in [asked] if exists(asked) else [part.strip() for part in asked.split(",")]:
         if label in found:
-            raise BadInput(
-                f"the text {label} is asked for twice", field="eval_data", value=eval_data, fix="leave one out"
-            )
+            raise BadInput(f"the text {label} is given twice", field="eval_data", value=eval_data, fix="leave one out")
         if label:
-            if exists(label):  # its name may hold an @
+            if exists(label):  # its name may contain an @
                 found[label] = Text(label, label, {})
                 continue
             matched = _TEXT.fullmatch(label)
-            assert matched is not None  # the name takes whatever is no setting
+            assert matched is not None  # the name matches anything that is not a setting
             found[label] = Text(label, matched["name"], _settings(label, matched["settings"]))
     return list(found.values())
 
@@ -85,7 +83,7 @@ def _settings(label: str, text: str) -> dict[str, int]:
 
 
 def plain_names(eval_data: str) -> list[str]:
-    """Return the names of texts that are all measured alike. Raises BadInput without any, or for one with own settings."""
+    """Return the names of texts that share all settings. Raises BadInput if there are none, or one has its own settings."""
     texts = split_texts(eval_data)
     if not texts:
         fix = ("name some, as in ", Set("eval_data", "embedded"), ", or leave it out")
@@ -94,9 +92,9 @@ def plain_names(eval_data: str) -> list[str]:
         if text.settings:
             raise BadInput(
                 (
-                    "settings of one text, as in ",
+                    "per-text settings, as in ",
                     text.label,
-                    ", are for ",
+                    ", only work with ",
                     Command("evaluate"),
                     " and ",
                     Command("compare"),
@@ -105,7 +103,7 @@ def plain_names(eval_data: str) -> list[str]:
                 value=eval_data,
                 fix=(
                     *("here ", Setting("seqlen"), ", ", Setting("eval_tokens"), " and ", Setting("batch_size")),
-                    " count for all texts",
+                    " apply to all texts",
                 ),
             )
     return [text.name for text in texts]

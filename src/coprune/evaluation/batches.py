@@ -1,4 +1,4 @@
-"""Common parts of every measurement on text: windows, batches of them, the models' logits, and a bootstrap interval."""
+"""Common parts of all measurements on text: windows, batches of them, the models' logits, and a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Logits = Callable[[Tensor], Tensor]
 """A batch as in `forward_logits` → its logits: windows × seqlen × vocabulary, or images × classes; any floating dtype."""
 
 BATCH_TOKENS = 4096
-# The logits of a batch are the largest tensor of an evaluation: at most so many values (1 GiB in float32).
+# The logits of a batch are the largest tensor of an evaluation, limited to this many values (1 GiB in float32).
 BATCH_LOGITS = 2**28
 
 
 def cut_windows(tokens: Tensor, seqlen: int) -> Tensor:
-    """Cut a stream of T tokens into windows that do not overlap (windows × seqlen); what is left over is dropped.
+    """Cut a stream of T tokens into non-overlapping windows (windows × seqlen), dropping the rest.
 
-    Raises BadInput if there is not one whole window, or seqlen leaves nothing to predict.
+    Raises BadInput if the text is shorter than one window, or seqlen leaves nothing to predict.
     """
     if seqlen < 2:
         raise BadInput(
-            f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict",
+            f"the sequence length must be at least 2, not {seqlen}: one token of context and one to predict",
             field="seqlen",
             value=seqlen,
         )
@@ -44,7 +44,7 @@ def cut_windows(tokens: Tensor, seqlen: int) -> Tensor:
 
 
 def default_batch_size(seqlen: int, vocabulary: int) -> int:
-    """Choose how many windows go through the model at once, from the memory that their logits need."""
+    """Return the number of windows per batch, from the memory of their logits."""
     return max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary) // seqlen)
 
 
@@ -57,7 +57,7 @@ def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 @contextmanager
 def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
-    """Yield a function that computes logits of a model in memory, without dropout or gradients; training modes are restored."""
+    """Yield a function that computes logits of a model in memory, without dropout or gradients, and restore training modes."""
     device = input_device(model)
 
     def logits_of(batch: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
 
 
 def slices(logits: Tensor, most_values: int = 2**24) -> Iterator[slice]:
-    """Cut the rows of logits (rows × vocabulary) into slices of at most 2²⁴ values, 64 MiB once they are float32."""
+    """Cut the rows of logits (rows × vocabulary) into slices of at most 2²⁴ values: 64 MiB in float32."""
     rows, vocabulary = logits.shape
     step = max(1, most_values // vocabulary)
     for start in range(0, rows, step):
@@ -78,7 +78,7 @@ def slices(logits: Tensor, most_values: int = 2**24) -> Iterator[slice]:
 def bootstrap_interval(per_window: Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
     """Estimate the 95 % interval of the mean over windows by the percentile bootstrap, seeded.
 
-    per_window: N floating. Returns None for fewer than two windows, which tell nothing about spread.
+    per_window: N floating. Returns None for fewer than two windows, which have no spread.
     """
     count = per_window.numel()
     if count < 2:

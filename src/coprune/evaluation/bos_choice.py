@@ -1,4 +1,4 @@
-"""The choice of windows that begin with BOS: as asked, or by the dense model's loss on a few windows."""
+"""The position of BOS in windows: as requested, or by the dense model's loss on a few windows."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.walk import streamed_logits
 
 CLEARLY_BETTER = 0.05
-"""Share by which perplexity has to fall for `auto` to override the tokenizer's default."""
+"""Relative fall in perplexity for which `auto` overrides the tokenizer's default."""
 TRIED_TOKENS = 2048
 FEWEST, MOST = 2, 8
-"""Windows to try, as many as hold so many tokens."""
+"""Bounds on the number of windows to try, which together have about `TRIED_TOKENS` tokens."""
 
 Score = Callable[[Sequence[Tensor]], list[Tensor]]
-"""Windows (1 × S int64 each) → the mean negative log likelihood of each one's tokens behind its first, and behind its BOS."""
+"""Windows (1 × S int64 each) → each one's mean negative log likelihood after its first text token."""
 
 
 class BosChoice(BaseModel):
-    """How windows begin, and why."""
+    """Where BOS stands in windows, and why."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     asked: AskedBos = "auto"
     used: Literal["first", "every", "never", "as given"] = "never"
-    """as given: token ids that were handed over."""
+    """as given: for token ids passed by the caller."""
     without: float | None = None
-    """Perplexity of a few windows of the dense model without BOS; None if that was not tried."""
+    """The dense model's perplexity on a few windows without BOS; None if not tried."""
     with_bos: float | None = None
-    """The same with BOS before each."""
+    """The same with BOS before each window."""
     windows: int = 0
     """Number of windows tried."""
 
     def line(self) -> str | None:
-        """Return a line on the choice; None without one."""
+        """Return a line on the choice, or None if there was none."""
         if self.used == "as given" or (self.asked == "auto" and self.used == "never"):
             return None
         said = {"first": "at the start of the text", "every": "at the start of every window", "never": "nowhere"}
@@ -56,17 +56,17 @@ class BosChoice(BaseModel):
 def choose_bos(
     asked: AskedBos, tokenizer: PreTrainedTokenizerBase | None, windows: Tensor | None, score: Score
 ) -> BosChoice:
-    """Choose how windows begin.
+    """Choose where BOS stands.
 
     Args:
-        asked: what the recipe says. `auto` keeps the tokenizer's habit, unless it puts BOS and the dense model is better by
-            5 % in perplexity where every window begins with it.
-        tokenizer: the model's; None if all there is are token ids.
-        windows: N × S int64, some windows of text in the tokenizer's own habit; None if there are none.
-        score: by which the dense model is tried.
+        asked: the recipe's setting. `auto` keeps the tokenizer's default, unless it adds BOS and the dense model is better by
+            5 % in perplexity with BOS in every window.
+        tokenizer: the model's; None if there are only token ids.
+        windows: N × S int64, windows of text with the tokenizer's default; None if there are none.
+        score: scores the dense model on windows.
 
     Raises:
-        BadInput: BOS is asked for, and the tokenizer has none.
+        BadInput: BOS is requested, but the tokenizer has none.
     """
     if tokenizer is None:
         return BosChoice(asked=asked, used="as given")
@@ -80,11 +80,11 @@ def choose_bos(
     if windows is None or windows.shape[1] < 3:
         return BosChoice(used="first")
     count = min(len(windows), max(FEWEST, min(MOST, TRIED_TOKENS // windows.shape[1])))
-    # Without the first token, which may be BOS itself.
+    # Drop the first token, which may be BOS itself.
     texts = windows[:count, 1:]
     marked = torch.cat([torch.full_like(texts[:, :1], bos), texts], dim=1)
     found = score([*texts.split(1), *marked.split(1)])
-    # torch rather than math.exp, which raises on overflow for a broken model.
+    # Not math.exp, which raises on overflow for a broken model.
     without, with_bos = (float(torch.cat(part).double().mean().exp()) for part in (found[:count], found[count:]))
     used: Literal["first", "every"] = "every" if with_bos < (1 - CLEARLY_BETTER) * without else "first"
     return BosChoice(used=used, without=without, with_bos=with_bos, windows=count)
@@ -102,7 +102,7 @@ def score_in_memory(model: PreTrainedModel) -> Score:
 
 
 def score_of(model: ProvenModel, activations: Activations) -> Score:
-    """Return the scoring function of a model whose blocks may be streamed, each read once."""
+    """Return the scoring function of a model whose blocks may be streamed, reading each once."""
     if not model.weights.streams:
         return score_in_memory(model.module)
 
@@ -115,10 +115,10 @@ def score_of(model: ProvenModel, activations: Activations) -> Score:
 
 
 def _text_in(windows: Sequence[Tensor]) -> int:
-    """Return the number of text tokens in each window, to some of which BOS was added."""
+    """Return the number of text tokens in each window, without any added BOS."""
     return min(window.shape[1] for window in windows)
 
 
 def _behind(logits: Tensor, window: Tensor, length: int) -> Tensor:
-    """Return the mean negative log likelihood of a window's last tokens without their first, on the CPU."""
+    """Return the mean negative log likelihood of a window's last `length` tokens except the first, on the CPU."""
     return window_nll(logits[:, -length:], window[:, -length:]).cpu()

@@ -1,6 +1,6 @@
-"""One-sided confidence bounds of what two models' figures of the same items say about all items like these.
+"""One-sided confidence bounds on a comparison of two models over all items like the measured ones.
 
-Every estimate assumes that items were drawn independently; near-doubles count as one item.
+Every estimate assumes independently drawn items; near-duplicates count as one item.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
-"""A bound is wrong in one of twenty repetitions at most."""
+"""A bound is wrong in at most one of twenty repetitions."""
 LEAST_ITEMS = 8
-"""Items below which a spread says nothing."""
+"""Minimum number of items for a meaningful spread."""
 _MOST_ITEMS = 1 << 24
 _PRECISION = 1e-9
 _CORRECTION = 0.5
@@ -27,7 +27,7 @@ _CORRECTION = 0.5
 
 @dataclass(frozen=True)
 class Bounds:
-    """An estimate, and what it is at least and at most, each at the one-sided level."""
+    """An estimate with its lower and upper bound, each at the one-sided level."""
 
     mean: float
     low: float
@@ -36,11 +36,11 @@ class Bounds:
 
 
 class Estimate(ABC):
-    """A quantity of all items, estimated from some."""
+    """A quantity over all items, estimated from a sample."""
 
     items: float
     span: tuple[float, float] = (-1.0, 1.0)
-    """Between which it lies."""
+    """The range of the quantity."""
 
     @property
     @abstractmethod
@@ -49,18 +49,18 @@ class Estimate(ABC):
 
     @abstractmethod
     def is_above(self, value: float, level: float = LEVEL) -> bool:
-        """Return whether it is proven to be at least a value: P(true if it is less) ≤ 1 − level."""
+        """Return whether the quantity is proven to be at least a value, with error probability at most 1 − level."""
 
     @abstractmethod
     def high(self, level: float = LEVEL) -> float:
-        """Return its upper bound."""
+        """Return the upper bound."""
 
     @abstractmethod
     def needed(self, value: float) -> int | None:
-        """Return how many items like these would prove that it is at least a value; None where none would."""
+        """Return how many items like these would prove at least a value; None if no number would."""
 
     def bounds(self, level: float = LEVEL) -> Bounds:
-        """Return the lower and the upper bound. level: one-sided, of either."""
+        """Return the lower and the upper bound. level: one-sided, of each."""
         if not self.items:
             return Bounds(math.nan, -math.inf, math.inf, 0)
         low = _last(lambda value: self.is_above(value, level), *self.span)
@@ -68,7 +68,7 @@ class Estimate(ABC):
 
 
 def _last(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the largest value for which something holds; the lowest if it holds for none."""
+    """Return the largest value for which a condition holds, or the lowest if it holds for none."""
     while high - low > _PRECISION:
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
@@ -77,17 +77,17 @@ def _last(holds: Callable[[float], bool], low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class _Counts(Estimate):
-    """Items by which of two models answers them rightly; numbers of an estimate need not be whole."""
+    """Counts of items by which of two models answers them correctly; they need not be whole numbers."""
 
     both: float
     gained: float
-    """Items that only the new model answers rightly."""
+    """Items that only the new model answers correctly."""
     lost: float
-    """Items that only the old one does."""
+    """Items that only the old model answers correctly."""
     items: float
 
     def needed(self, value: float) -> int | None:
-        """Return how many items of these proportions it takes."""
+        """Return the number of items needed at these proportions."""
         if not self.items or not self.mean > value:
             return None
 
@@ -108,30 +108,30 @@ class _Counts(Estimate):
         return high
 
     def is_above(self, value: float, level: float = LEVEL) -> bool:
-        """Compare the score with the normal distribution's quantile."""
+        """Compare the score with the normal quantile."""
         return self._score(value, -_CORRECTION) > NormalDist().inv_cdf(level)
 
     def is_below(self, value: float, level: float = LEVEL) -> bool:
-        """Return whether it is proven to be at most a value."""
+        """Return whether the quantity is proven to be at most a value."""
         return -self._score(value, _CORRECTION) > NormalDist().inv_cdf(level)
 
     def high(self, level: float = LEVEL) -> float:
-        """Return the least value that it is proven to be at most."""
+        """Return the smallest proven upper bound."""
         least, most = self.span
         return -_last(lambda value: self.is_below(-value, level), -most, -least)
 
     @abstractmethod
     def _score(self, value: float, correction: float) -> float:
-        """Return the distance from a value in standard errors that are estimated with this value as the truth."""
+        """Return the distance from a value, in standard errors estimated under that value."""
 
 
 class Difference(_Counts):
     """Accuracy of the new model minus the old one's: Tango's score interval for paired proportions.
 
-    With b items gained and c lost of n the score of a difference δ is (b − c − nδ ∓ ½) / √(n (2q + δ(1 − δ))). There q is the
-    maximum-likelihood share of lost items if the difference is δ: the positive root of
-    2n q² + (−b − c + (2n − b + c) δ) q − c δ (1 − δ). (Statistics in Medicine 17 (1998) 891–908; the continuity correction of
-    half an item is added here, and of one where every item differs.)
+    With b items gained and c lost of n, the score of a difference δ is (b − c − nδ ∓ ½) / √(n (2q + δ(1 − δ))). Here q is the
+    maximum-likelihood share of lost items given δ: the positive root of
+    2n q² + (−b − c + (2n − b + c) δ) q − c δ (1 − δ). (Statistics in Medicine 17 (1998) 891–908. The continuity correction is
+    added here: half an item, or one item if every item differs.)
     """
 
     @property
@@ -144,7 +144,7 @@ class Difference(_Counts):
         second = -gained - lost + (2 * items - gained + lost) * value
         third = -lost * value * (1 - value)
         loses = (math.sqrt(max(0.0, second**2 - 8 * items * third)) - second) / (4 * items) if items else 0.0
-        if gained + lost == items:  # then one answer more or less moves the difference by two items
+        if gained + lost == items:  # then changing one answer moves the difference by two items
             correction *= 2
         return _standardised(gained - lost - items * value + correction, items * (2 * loses + value * (1 - value)))
 
@@ -152,11 +152,11 @@ class Difference(_Counts):
 class Ratio(_Counts):
     """Accuracy of the new model over the old one's: Nam and Blackwelder's score interval for a ratio of paired proportions.
 
-    Items that both answer wrongly say nothing of the ratio. Of the N others a are answered rightly by both models, b by the new
-    one alone, c by the old one alone. The ratio is ρ where P(a) + P(b) = ρ (P(a) + P(c)); with q = P(b) then
+    Items that both answer incorrectly carry no information. Of the N others, a are answered correctly by both models, b only by
+    the new one, c only by the old one. The ratio ρ satisfies P(a) + P(b) = ρ (P(a) + P(c)); with q = P(b),
     P(a) = ρ − (1 + ρ) q and P(c) = 1 − ρ + ρ q. The likelihood a ln P(a) + b ln P(b) + c ln P(c) is largest at a root of a
     quadratic equation. With these shares the score is (a + b − ρ (a + c) ∓ ½) / √(N (P(a) (1 − ρ)² + P(b) + P(c) ρ²)).
-    (Statistics in Medicine 21 (2002) 689–699; the continuity correction of half an item is added here: with it the error,
+    (Statistics in Medicine 21 (2002) 689–699. The continuity correction of half an item is added here; with it the error,
     enumerated over all outcomes, stays below 5 %.)
     """
 
@@ -190,19 +190,19 @@ class Share(_Counts):
 
     @property
     def mean(self) -> float:
-        """Share of right answers."""
+        """Share of correct answers."""
         return (self.both + self.gained) / self.items if self.items else math.nan
 
     def is_above(self, value: float, level: float = LEVEL) -> bool:
-        """Return whether as many right answers are rare with a smaller share."""
-        from scipy.special import betainc  # takes longer to import than most need it
+        """Return whether this many correct answers would be rare at a smaller share."""
+        from scipy.special import betainc  # slow to import and rarely needed
 
         right = self.both + self.gained
         rare = 1.0 if right <= 0 else float(betainc(right, self.items - right + 1, value))
         return rare <= 1 - level
 
     def is_below(self, value: float, level: float = LEVEL) -> bool:
-        """Return whether as many wrong answers are rare with a larger share."""
+        """Return whether this many wrong answers would be rare at a larger share."""
         return replace(self, both=self.items - self.both - self.gained, gained=0.0).is_above(1 - value, level)
 
     def _score(self, value: float, correction: float) -> float:
@@ -215,33 +215,33 @@ def _standardised(above: float, variance: float) -> float:
 
 _BETS = np.linspace(0.01, 0.99, 99)
 _OPINION = np.log1p(0.1 * _BETS) + 0.01 * np.log1p(-_BETS)
-"""What bets begin with: as if one item had won a tenth of the range and a hundredth of an item all of it had been lost."""
+"""Prior of the bets: as if one item had won a tenth of the range and a hundredth of an item had lost all of it."""
 
 
 class Mean(Estimate):
-    """Mean of figures that are not below a floor: a bound by betting (Waudby-Smith and Ramdas, JRSS B 86 (2024) 1–27).
+    """Mean of figures with a floor: a bound by betting (Waudby-Smith and Ramdas, JRSS B 86 (2024) 1–27).
 
-    Against the claim that the mean is m or less a gambler bets, before each item, a share λ ∈ [0, 1) of the capital: with
-    y = (x − m) / (m − floor) ≥ −1 the capital is multiplied by 1 + λ y. If the claim is true it does not grow on average, so it
-    ever reaches 20 times its start with a probability of 1/20 at most (Ville), whatever the distribution above the floor. λ
-    is the share with which the capital would have grown most on the items before, so it depends on no later item. Figures
-    below the floor, and those that are no numbers, count as the floor: what is proven is a bound of the mean of max(x, floor).
-    Nothing is proven where the mean itself is lower.
+    Against the claim that the mean is at most m, a gambler bets a share λ ∈ [0, 1) of the capital before each item: with
+    y = (x − m) / (m − floor) ≥ −1 the capital is multiplied by 1 + λ y. If the claim is true, the capital does not grow on
+    average, so it reaches 20 times its start with probability at most 1/20 (Ville), whatever the distribution above the floor.
+    λ is the share that would have grown the capital most on the earlier items, so it depends on no later item. Figures below
+    the floor, and NaN, count as the floor: what is proven is a bound on the mean of max(x, floor). Nothing is proven if the
+    mean itself is lower.
     """
 
     def __init__(self, values: Sequence[float], floor: float) -> None:
-        """Estimate the mean of values, in an order that does not depend on them."""
+        """Estimate the mean of values, whose order must not depend on them."""
         self.values, self.floor, self.items = np.asarray(values, dtype=np.float64), floor, len(values)
         self.span = (floor + _PRECISION, max(self.mean, floor + 2 * _PRECISION))
 
     @property
     def mean(self) -> float:
-        """Their mean, without the floor."""
+        """The mean without the floor."""
         return math.fsum(self.values) / len(self.values) if len(self.values) else math.nan
 
     @property
     def beyond(self) -> int:
-        """Figures that count as the floor."""
+        """Number of figures that count as the floor."""
         return int((~(self.values >= self.floor)).sum())
 
     def is_above(self, value: float, level: float = LEVEL) -> bool:
@@ -249,8 +249,8 @@ class Mean(Estimate):
         return self._ruined(value, level) is not None
 
     def high(self, level: float = LEVEL) -> float:
-        """Return Student's upper bound, an approximation: it ends the search for a candidate early and proves nothing."""
-        from scipy.special import stdtrit  # takes longer to import than most need it
+        """Return Student's upper bound, an approximation that only serves to reject candidates early."""
+        from scipy.special import stdtrit  # slow to import and rarely needed
 
         count = len(self.values)
         if count < LEAST_ITEMS or not math.isfinite(self.mean):
@@ -259,7 +259,7 @@ class Mean(Estimate):
         return self.mean + reach
 
     def needed(self, value: float) -> int | None:
-        """Return how many such items it takes: if they are too few, as many more as the best bet needs on these."""
+        """Return the number of items needed; beyond the given ones, extrapolate the growth of the best bet."""
         if not self.mean > value or not value > self.floor:
             return None
         if (first := self._ruined(value, LEVEL)) is not None:
@@ -271,7 +271,7 @@ class Mean(Estimate):
         return None if more > _MOST_ITEMS else len(self.values) + max(1, math.ceil(more))
 
     def _ruined(self, value: float, level: float) -> int | None:
-        """Return after how many items the claim of a smaller mean was ruined; None if it was not."""
+        """Return the number of items after which a smaller mean was refuted, or None."""
         if not self.mean >= value or not value > self.floor:
             return None
         reached = np.flatnonzero(self._capital(value) >= math.log(1 / (1 - level)))
@@ -285,6 +285,6 @@ class Mean(Estimate):
         return bets.cumsum()
 
     def _won(self, value: float) -> Array:
-        """Return every item's figure above a value, in units of how far the floor is below it."""
+        """Return each figure's distance above a value, in units of the value's distance above the floor."""
         counted: Array = np.where(self.values >= self.floor, self.values, self.floor)
         return (counted - value) / (value - self.floor)

@@ -1,7 +1,7 @@
-"""The differences between two models that were measured alike.
+"""Differences between two models measured in the same way.
 
-Differences are formed by pairs where both models answered the same thing: the same items of a task, the same windows of
-a text, or the same images. Perplexities compare as ratios, whose logarithm is a mean of differences over windows.
+Differences are paired if both models answered the same items of a task, windows of a text, or images. Perplexities compare
+as ratios, whose logarithm is a mean of differences over windows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class PerplexityChange(BaseModel):
 
     data: str
     difference: float | None
-    """Difference from the baseline; None where their tokens differ."""
+    """Difference from the baseline; None if their tokens differ."""
     ratio: float | None
-    """Ratio to the baseline; None where their tokens differ."""
+    """Ratio to the baseline; None if their tokens differ."""
     ratio_interval: Interval | None
     """95 % bootstrap interval over pairs of windows."""
     bits_per_byte_difference: float | None
@@ -42,10 +42,10 @@ class AccuracyChange(BaseModel):
     top1_difference: float
     """Difference from the baseline."""
     top1_interval: Interval | None
-    """95 % bootstrap interval of that over the images."""
+    """95 % bootstrap interval of the difference over the images."""
     top5_difference: float
     agreement: float | None
-    """Share of images for which both find the same class likeliest; None where they number classes differently."""
+    """Share of images with the same predicted class; None if the models number classes differently."""
 
 
 class Row(BaseModel):
@@ -63,7 +63,7 @@ class Row(BaseModel):
 
 
 def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:
-    """Compare an evaluation with the baseline's. Raises BadInput if they are of different tasks or items."""
+    """Compare an evaluation with the baseline's. Raises BadInput if tasks or items differ."""
     if baseline is None:
         facts = None if evaluation.zero_shot is None else compare_zero_shot(None, evaluation.zero_shot)
         return Row(
@@ -87,7 +87,7 @@ def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:
 
 
 def perplexity_change(before: Perplexity, after: Perplexity) -> PerplexityChange:
-    """Compare two perplexities on one text: by windows if both models saw the same tokens, else only per byte."""
+    """Compare two perplexities on one text: by window if both models saw the same tokens, otherwise only per byte."""
     bits = None
     if before.bits_per_byte is not None and after.bits_per_byte is not None:
         bits = after.bits_per_byte - before.bits_per_byte
@@ -108,7 +108,7 @@ def perplexity_change(before: Perplexity, after: Perplexity) -> PerplexityChange
 
 
 def accuracy_change(before: Accuracy, after: Accuracy) -> AccuracyChange:
-    """Compare two accuracies image by image. Raises BadInput if they are not of the same number of images."""
+    """Compare two accuracies image by image. Raises BadInput if the numbers of images differ."""
     if before.images != after.images:
         raise BadInput(f"{after.data} had {before.images} images and then {after.images}", fix="measure both again")
     first, second = (torch.tensor([found.labels, found.predicted]) for found in (before, after))

@@ -1,7 +1,7 @@
 """Closeness of a pruned model to the dense one, without labels.
 
-Measured at every position from which perplexity predicts: the divergence of next-token distributions and the agreement of
-first choices.
+Measured at every position that perplexity predicts from: the divergence of next-token distributions and the agreement of
+their most likely tokens.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from coprune.evaluation.perplexity import window_nll
 
 
 class OtherTokens(BadInput):
-    """Two models whose distributions are of different tokens."""
+    """The error for two models whose distributions are over different tokens."""
 
 
 class LogitComparison(NamedTuple):
-    """Means over each window's positions but the last: KL(dense ‖ pruned) in nats and agreement, both B float64."""
+    """Means over each window's positions except the last: KL(dense ‖ pruned) in nats and agreement, both B float64."""
 
     kl: Tensor
     top1_agreement: Tensor
@@ -51,9 +51,9 @@ def closeness(
 
     tokens: T int64; batch_size: windows at once (default: about 2048 tokens, since two models' logits are held);
     advance: called with the number of windows just done.
-    Returns how close they are, and the pruned model's mean negative log likelihood of every window, as `window_nll`
-    gives it: its logits are there, and computing them again would be a third forward pass.
-    Raises BadInput if there is not one whole window or the vocabularies differ, NumericalError for NaN.
+    Returns the closeness, and the pruned model's mean negative log likelihood of every window as `window_nll` computes it, which
+    saves a third forward pass. Raises BadInput if the text is shorter than one window or the vocabularies differ, NumericalError
+    for NaN.
     """
     vocabulary = dense.config.get_text_config().vocab_size
     if pruned.config.get_text_config().vocab_size != vocabulary:
@@ -82,8 +82,8 @@ def closeness(
 def compare_logits(dense: Tensor, pruned: Tensor) -> LogitComparison:
     """Compare the next-token distributions of two models on the same windows.
 
-    dense, pruned: B × S × vocabulary, any floating dtype and device. Softmax in float32, slice by slice. A window's
-    last position is left out, as perplexity leaves it out.
+    dense, pruned: B × S × vocabulary, any floating dtype and device. Softmax is in float32, slice by slice. A window's last
+    position is left out, as in perplexity.
     """
     kl, agreement = [], []
     for dense_rows, pruned_rows in zip(dense[:, :-1], pruned[:, :-1], strict=True):
@@ -104,7 +104,7 @@ def log_probabilities(logits: Tensor, device: torch.device) -> Tensor:
 
 
 def summed_kl(expected: Tensor, found: Tensor) -> Tensor:
-    """Sum over the rows of KL(expected ‖ found) in nats, float64. Both as `log_probabilities` gives them."""
+    """Sum over the rows of KL(expected ‖ found) in nats, float64. Both are outputs of `log_probabilities`."""
     return total(functional.kl_div(found, expected, reduction="none", log_target=True))
 
 
@@ -115,7 +115,7 @@ def aggregate_closeness(compared: list[LogitComparison], seqlen: int) -> Closene
     if bool(kl.isnan().any()):
         raise NumericalError(f"the models' outputs are NaN in {int(kl.isnan().sum())} of {len(kl)} evaluation windows")
     return Closeness(
-        # Rounding can bring the divergence of equal distributions below its true minimum.
+        # Rounding can make the divergence of equal distributions negative.
         kl=max(0.0, float(kl.mean())),
         kl_interval=bootstrap_interval(kl),
         top1_agreement=float(agreement.mean()),

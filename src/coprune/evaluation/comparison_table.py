@@ -1,4 +1,4 @@
-"""The figures of compared models: which there are, as bare numbers and for people."""
+"""The figures of compared models, as numbers and as text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, shown
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns of compared models; the first of these is the baseline."""
+    """Return the columns of compared models; the first model is the baseline."""
     first = rows[0].evaluation
     columns = [
         plain("parameters", lambda row: row.evaluation.weights.parameters, "{:,}"),
@@ -182,7 +182,7 @@ class Column:
 
 
 def plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
-    """Make a column of numbers. form: as of `str.format`."""
+    """Make a column of numbers. form: a format for `str.format`."""
 
     def show(row: Row) -> str:
         number = value(row)
@@ -246,13 +246,13 @@ class Comparison(Shown, BaseModel):
     rows: tuple[Row, ...]
 
     def headline(self) -> str:
-        """Return which models were compared with which."""
+        """Return the names of the compared models."""
         first, *others = (row.name for row in self.rows)
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         return f"{', '.join(others[:3])}{more} with {first}"
 
     def sheet(self) -> Sheet:
-        """Return models as columns and figures as lines, since there are more figures than models."""
+        """Return models as columns and figures as rows, since there are more figures than models."""
         rows = [(column.title, *map(column.show, self.rows)) for column in columns_of(self.rows)]
         return Sheet(self.headline(), rows, ("", *(row.name for row in self.rows)))
 
@@ -261,7 +261,7 @@ class Comparison(Shown, BaseModel):
         return self.sheet().markdown() + "\n"
 
     def to_csv(self) -> str:
-        """Return one line per model, with bare numbers (fractions rather than per cent) and empty fields for missing ones."""
+        """Return one line per model, with plain numbers (fractions, not per cent) and empty fields for missing ones."""
         columns = columns_of(self.rows)
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")

@@ -11,7 +11,7 @@ from coprune.evaluation.batches import bootstrap_interval
 from coprune.evaluation.measurement import Embedded, Interval
 
 NEAREST = 10
-"""Passages that a search would return."""
+"""Number of passages that a search returns."""
 
 
 class EmbeddingChange(BaseModel):
@@ -22,12 +22,12 @@ class EmbeddingChange(BaseModel):
     data: str
     passages: int
     cosine: float
-    """Mean cosine of both models' vectors of a passage."""
+    """Mean cosine between both models' vectors of a passage."""
     cosine_interval: Interval | None
     nearest: int
-    """Number of nearest passages in the overlap."""
+    """Number of nearest passages that are compared."""
     overlap: float
-    """Mean share of a passage's nearest others that both models find."""
+    """Mean share of a passage's nearest neighbours that both models find."""
     overlap_interval: Interval | None
 
     def headline(self) -> str:
@@ -44,12 +44,12 @@ class EmbeddingChange(BaseModel):
 
 
 def embedding_change(before: Embedded, after: Embedded) -> EmbeddingChange:
-    """Compare two models' vectors passage by passage. Raises BadInput if they are of different passages."""
+    """Compare two models' vectors passage by passage. Raises BadInput if the passages differ."""
     if (before.fingerprint, before.seqlen, before.passages) != (after.fingerprint, after.seqlen, after.passages):
         raise BadInput(f"the models cut {after.data} into different passages, so their vectors do not compare")
     first, second = before.read(), after.read()
     count = min(NEAREST, len(first) - 1)
-    # Vectors of other widths have no cosine, but passages near each other.
+    # Vectors of different widths have no cosine, but their neighbours can be compared.
     cosine = (first * second).sum(dim=1) if before.width == after.width else torch.zeros(len(first))
     both = (_near(first, count) & _near(second, count)).sum(dim=1) / max(count, 1)
     return EmbeddingChange(
@@ -64,6 +64,6 @@ def embedding_change(before: Embedded, after: Embedded) -> EmbeddingChange:
 
 
 def _near(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """Return which others are among the nearest of each: N × N bool."""
+    """Return which others are among each one's nearest: N × N bool."""
     likeness = (vectors @ vectors.T).fill_diagonal_(-torch.inf)
     return torch.zeros_like(likeness, dtype=torch.bool).scatter_(1, likeness.topk(count, dim=1).indices, True)

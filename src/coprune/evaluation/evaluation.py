@@ -24,14 +24,14 @@ class _Facts(BaseModel):
 
 
 class WeightFacts(_Facts):
-    """Numbers of parameters and nonzeros, and bytes of the files."""
+    """Number of parameters and nonzeros, and file size."""
 
     parameters: int
     nonzeros: int
     matrix_sparsity: float
-    """Fraction of zeros in the weights of two or more dimensions, without the embeddings and the head."""
+    """Fraction of zeros in weights of two or more dimensions, except embeddings and head."""
     bytes_on_disk: int
-    """Bytes of the files with weights."""
+    """Bytes of the weight files."""
 
     @property
     def sparsity(self) -> float:
@@ -46,29 +46,29 @@ class Evaluation(Shown, _Facts):
     weights: WeightFacts
     perplexity: tuple[Perplexity, ...] = ()
     bos: BosChoice | None = None
-    """How windows of text begin; None without a text."""
+    """Where BOS stands in windows of text; None without text."""
     accuracy: tuple[Accuracy, ...] = ()
     """Accuracy of a classifier."""
     embeddings: tuple[Embedded, ...] = ()
     """Embeddings of an embedding model."""
     zero_shot: ZeroShot | None = None
     against: str | None = None
-    """The model that closeness was measured to."""
+    """The model that this one was compared with."""
     closeness: tuple[Closeness, ...] = ()
     transcripts: tuple[Transcribed, ...] = ()
     near: tuple[EmbeddingChange | TranscriptChange, ...] = ()
-    """Closeness of its embeddings or transcripts to the other model's."""
+    """Closeness of embeddings or transcripts to the other model's."""
     answers: AnswerFacts | None = None
-    """Answers, beside the other model's."""
+    """Answers, compared with the other model's."""
     required: tuple[Requirement, ...] = ()
-    """The requirements on them, and whether they hold."""
+    """The requirements, and whether they hold."""
 
     @field_serializer("embeddings")
     def _without_vectors(self, embeddings: tuple[Embedded, ...]) -> list[dict[str, Any]]:
         return [found.model_dump(mode="json", exclude={"vectors"}) for found in embeddings]
 
     def figures(self, dense: Evaluation | None = None) -> list[Figure]:
-        """Return what was measured, as conditions call it. dense: the same of the dense model."""
+        """Return the measurements by the names used in conditions. dense: the dense model's measurements."""
         perplexity = {} if dense is None else {one.data: one.value for one in dense.perplexity}
         accuracy = {} if dense is None else {one.data: one.top1 for one in dense.accuracy}
         found = [Figure("perplexity", one.data, one.value, perplexity.get(one.data)) for one in self.perplexity]
@@ -109,7 +109,7 @@ class Evaluation(Shown, _Facts):
 
 
 def weight_facts(model: PreTrainedModel, bytes_on_disk: int) -> WeightFacts:
-    """Count a model's parameters and zeros; weights that are shared count once."""
+    """Count a model's parameters and zeros; shared weights count once."""
     outside = {id(module.weight) for module in _embeddings(model)}
     parameters = nonzeros = size = kept = 0
     for parameter in model.parameters():

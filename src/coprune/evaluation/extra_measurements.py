@@ -1,4 +1,4 @@
-"""Measurements of a run beside perplexity: zero-shot tasks, answers to prompts, and a sample of text."""
+"""Measurements of a run besides perplexity: zero-shot tasks, answers to prompts, and a sample of text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Which = Literal["dense", "pruned"]
 
 
 class TextSample(BaseModel):
-    """A prompt with its likeliest continuation by both models (None where it was not asked for)."""
+    """A prompt with its greedy continuation by both models (None if not requested)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,7 +38,7 @@ class TextSample(BaseModel):
 
 @dataclass
 class Extras:
-    """The measurements of one run; `prepare` finds the tasks and their data before anything slow starts."""
+    """The measurements of one run; `prepare` finds tasks and their data before anything slow starts."""
 
     recipe: Recipe
     tasks: dict[str, Any] | None
@@ -49,15 +49,15 @@ class Extras:
 
     @classmethod
     def prepare(cls, recipe: Recipe, processes: int = 1, in_files: bool = False) -> Extras:
-        """Find what the recipe asks for.
+        """Find the tasks and prompts that the recipe asks for.
 
         Args:
-            recipe: of the run.
-            processes: how many do the run together.
-            in_files: whether the recipe names the model, and none was handed over.
+            recipe: the run's recipe.
+            processes: number of processes of the run.
+            in_files: whether the recipe names the model; otherwise it was passed in memory.
 
         Raises:
-            BadInput: as `harness_tasks.find_tasks` and `read_prompts`, or for tasks in several processes.
+            BadInput: like `harness_tasks.find_tasks` and `read_prompts`, or for tasks with several processes.
         """
         look = Look(
             plan_of(recipe.evaluate.answers, recipe.output.model is not None), recipe.model if in_files else None
@@ -66,7 +66,7 @@ class Extras:
             return cls(recipe, None, look)
         if processes > 1:
             raise BadInput(
-                "zero-shot tasks run in one process",
+                "zero-shot tasks only run in a single process",
                 field="tasks",
                 value=recipe.evaluate.tasks.names,
                 fix=("leave them out, save the model, and run: ", Command("evaluate", "FOLDER", Set("tasks", ...))),
@@ -80,11 +80,11 @@ class Extras:
         self.look.ask_dense(loaded, reporter, self.recipe.calibrate.batch_size)
 
     def runs_tasks_of(self, loaded: Loaded) -> bool:
-        """Return whether a model does the tasks: one in memory, with a tokenizer."""
+        """Return whether a model can run the tasks: in memory, with a tokenizer."""
         return self.tasks is not None and loaded.tokenizer is not None and not loaded.weights.streams
 
     def run_tasks(self, which: Which, loaded: Loaded, reporter: Reporter) -> ZeroShot:
-        """Run the tasks with a model that does them."""
+        """Run the tasks with a model that can."""
         from coprune.evaluation.harness import zero_shot
 
         assert self.tasks is not None
@@ -97,18 +97,18 @@ class Extras:
         return found
 
     def continues_prompt_of(self, loaded: Loaded) -> bool:
-        """Return whether a model continues the prompt: one of text in memory, with a tokenizer."""
+        """Return whether a model can continue the prompt: a text model in memory, with a tokenizer."""
         asked = self.recipe.evaluate
         able = loaded.task == "text" and loaded.tokenizer is not None and not loaded.weights.streams
         return able and bool(asked.perplexity and asked.prompt)
 
     def continue_prompt(self, loaded: Loaded) -> str:
-        """Return a model's likeliest continuation of the prompt."""
+        """Return a model's greedy continuation of the prompt."""
         assert loaded.tokenizer is not None
         return continue_text(loaded.weights.model, loaded.tokenizer, self.recipe.evaluate.prompt)
 
     def measure_pruned(self, loaded: Loaded, reporter: Reporter) -> None:
-        """Run the tasks with the pruned model and let it continue the prompt, where it can."""
+        """Run the tasks and continue the prompt with the pruned model, as far as it can."""
         if self.runs_tasks_of(loaded):
             self.zero_shot["pruned"] = self.run_tasks("pruned", loaded, reporter)
         if self.continues_prompt_of(loaded):
@@ -133,8 +133,8 @@ def measures_anything(recipe: Recipe) -> bool:
 
 
 def nothing_to_measure() -> BadInput:
-    """Return the error where neither texts nor tasks are named."""
-    fix = ("name texts, as in ", Set("data", "embedded"), ", or tasks, as in ", Set("tasks", "piqa"))
+    """Return the error for neither texts nor tasks."""
+    fix = ("give texts, as in ", Set("data", "embedded"), ", or tasks, as in ", Set("tasks", "piqa"))
     return BadInput("there is nothing to measure", field="data", fix=fix)
 
 
@@ -161,10 +161,10 @@ NEW_TOKENS = 32
 def continue_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = NEW_TOKENS
 ) -> str:
-    """Append the likeliest next tokens to a prompt, one by one; returns the continuation on one line.
+    """Continue a prompt greedily and return the continuation on one line.
 
-    It runs the whole text through the model for every token, which any model that can be measured can do, with or
-    without a cache of its own. It ends early at the tokenizer's end mark, and is empty for a prompt without tokens.
+    The whole text runs through the model for every token, which works for any model that can be measured, with or without a
+    cache. It stops early at the end token, and is empty for a prompt without tokens.
     """
     tokens = torch.tensor([encode(tokenizer, prompt)["input_ids"]], dtype=torch.int64)
     start = tokens.shape[1]

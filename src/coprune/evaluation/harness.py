@@ -1,7 +1,7 @@
-"""Zero-shot tasks through the EleutherAI harness, lm-eval: its tasks and metrics on a model that is in memory.
+"""Zero-shot tasks through the EleutherAI harness, lm-eval: its tasks and metrics on a model in memory.
 
-The harness is an extra (`coprune[eval]`), imported when it is used. Prompts, scoring and aggregation are upstream's,
-so the numbers are those of calling lm-eval directly.
+The harness is an extra (`coprune[eval]`), imported when used. Prompts, scoring and aggregation are upstream's, so the
+results equal those of lm-eval.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from coprune.evaluation.harness_tasks import SEED, find_tasks, foreign_in, gener
 from coprune.evaluation.zero_shot import Estimate, TaskScores, ZeroShot, ZeroShotSettings
 from coprune.model.checkpoint.load import evaluating
 
-# Enough for metrics without a closed form (F1, say), where upstream's 100,000 take minutes; acc does not use it.
+# Enough for metrics without a closed form (such as F1); upstream's 100,000 take minutes.
 _BOOTSTRAP_RESAMPLES = 1000
 
 
@@ -42,11 +42,11 @@ def zero_shot(
     reporter: Reporter | None = None,
     title: str = "Zero-shot tasks",
 ) -> ZeroShot:
-    """Run the tasks on a model in memory, which is not changed.
+    """Run the tasks on a model in memory without changing it.
 
-    tasks: what `find_tasks` found for these settings (default: found now); title: what the progress bar is called.
-    Without a batch size, a GPU gets lm-eval's automatic choice and a CPU one that keeps the logits small.
-    Raises BadInput as `find_tasks`, NumericalError if the model's output is NaN or a figure is beyond every number.
+    tasks: the result of `find_tasks` for these settings (found now by default); title: of the progress bar.
+    Without a batch size, a GPU uses lm-eval's automatic choice and a CPU one that keeps the logits small.
+    Raises BadInput like `find_tasks`, NumericalError if the model's output is NaN or a metric overflows.
     """
     tasks = find_tasks(settings) if tasks is None else tasks
     if settings.chat_template and not getattr(tokenizer, "chat_template", None):
@@ -81,10 +81,10 @@ def zero_shot(
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Convert the harness's errors into one line each."""
+    """Convert the harness's errors to one-line messages."""
     try:
         yield
-    except OverflowError as error:  # perplexities, which upstream forms by math.exp
+    except OverflowError as error:  # perplexities, computed upstream with math.exp
         broken = "a task's metric overflows, which happens when a model is broken"
         raise NumericalError(broken, field="tasks") from error
     except CopruneError:
@@ -94,8 +94,8 @@ def _explained() -> Iterator[None]:
 
 
 def _configure(task: Any, settings: ZeroShotSettings) -> None:
-    """Set what is asked for otherwise than the task's own definition says."""
-    # As upstream does: a task that says 0 itself means it.
+    """Override a task's definition with the user's settings."""
+    # Like upstream: a task's own 0 is not overridden.
     if task.get_config("num_fewshot") != 0 or settings.num_fewshot == 0:
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
     task.set_fewshot_seed(seed=SEED)
@@ -104,7 +104,7 @@ def _configure(task: Any, settings: ZeroShotSettings) -> None:
 
 
 def _write_samples(folder: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
-    """Write every item of every task with its prompt, the model's answer and its scores, one JSON object a line."""
+    """Write every item with its prompt, the model's answer and its scores, one JSON object per line."""
     for task, items in samples.items():
         lines = [json.dumps(item, ensure_ascii=False, default=str) for item in items]
         write_text(folder / f"{task}.jsonl", "\n".join(lines) + "\n")
@@ -128,13 +128,13 @@ def _scores(name: str, results: dict[str, Any]) -> TaskScores:
         items=len(samples) // max(1, len(filters)),
         fingerprint=digest.hexdigest()[:16],
         metrics=metrics,
-        # A metric over all items at once (F1, say) has item values that mean something else, of another length.
+        # A metric over all items at once (such as F1) has item values of another meaning and length.
         scores={metric: tuple(values) for metric, values in scores.items() if metric in metrics},
     )
 
 
 def _estimates(result: dict[str, Any]) -> dict[str, Estimate]:
-    """Return the numbers in `{"acc,none": 0.5, "acc_stderr,none": 0.1, …}` by metric."""
+    """Return the estimates in `{"acc,none": 0.5, "acc_stderr,none": 0.1, …}` by metric."""
     found = {}
     for key, value in result.items():
         metric, comma, name = key.partition(",")
@@ -159,26 +159,26 @@ def watched_model(
     title: str,
     terminal: Any,
 ) -> Any:
-    """Show a model to the harness.
+    """Wrap a model for the harness, with a progress bar and checks for NaN.
 
     Args:
         model: in memory.
         tokenizer: its tokenizer.
-        batch_size: items at a time; without it, a GPU gets the harness's automatic choice and a CPU one that keeps the logits
+        batch_size: items per batch; by default a GPU uses the harness's automatic choice and a CPU one that keeps the logits
             small.
-        reporter: whose bar goes on with every item.
-        title: what the bar is called.
-        terminal: where it is shown, while the harness is silenced.
+        reporter: its bar advances by item.
+        title: of the bar.
+        terminal: where the bar is shown while the harness is silenced.
     """
     if batch_size is None and in_host_memory(model.device):
-        # Automatic choice tries 64 sequences of full length first, which on a CPU takes minutes and much memory.
+        # The automatic choice tries 64 full-length sequences first, which takes minutes and much memory on a CPU.
         batch_size = max(1, min(16, BATCH_LOGITS // (512 * model.config.get_text_config().vocab_size)))
-    # The token before an empty context; without one in the tokenizer it comes from the model's configuration.
+    # The token before an empty context, from the tokenizer or else the model's configuration.
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id)
     mark = next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
     with _parted(model):
         found = _watched_class()(
-            # The harness adds a padding token to a tokenizer without one.
+            # A copy, since the harness adds a padding token to a tokenizer without one.
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size or "auto",
@@ -190,7 +190,7 @@ def watched_model(
 
 @contextmanager
 def _parted(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the harness from tying weights again that have been parted since the model was made."""
+    """Keep the harness from retying weights that have been untied since the model was made."""
     model.__dict__["tie_weights"] = lambda *_, **__: None
     try:
         yield
@@ -219,7 +219,7 @@ def _watched_class() -> Any:
                 try:
                     return render(self.tokenizer, history, add_generation_prompt, open_end=not add_generation_prompt)
                 except ValueError as error:
-                    reason = str(error)  # some templates know no system
+                    reason = str(error)  # some templates have no system role
             wrong = f"the tokenizer's chat template fails on an item: {reason}"
             raise BadInput(wrong, field="apply_chat_template", fix=LeaveOut("apply_chat_template"))
 
@@ -238,7 +238,7 @@ def _watched_class() -> Any:
 
         def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
             logits = super()._model_call(inps, *arguments, **options)
-            # Only of the first token, since NaN before the head affects all tokens.
+            # The first token is enough, since NaN before the head affects all tokens.
             if bool(logits[..., 0].isnan().any()):
                 raise NumericalError("the model's output is NaN for items of the tasks", field="tasks")
             self.advance(len(inps))

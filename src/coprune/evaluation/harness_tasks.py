@@ -1,4 +1,4 @@
-"""The tasks of the EleutherAI harness, lm-eval: finding them, with their data, before anything slow starts."""
+"""The tasks of the EleutherAI harness, lm-eval: find them and their data before anything slow starts."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from coprune.evaluation.zero_shot import ZeroShotSettings
 from coprune.recipe.choice import read_named
 
 LOCAL_TASKS_HINT: Words = (
-    "To use files on this machine, write a task definition that names them and give its folder with ",
+    "To use local files, write a task definition that names them and give its folder with ",
     Setting("include_path"),
-    *([] if DEFINITIONS is None else [f"; {DEFINITIONS} holds such definitions of the usual tasks"]),
+    *([] if DEFINITIONS is None else [f"; {DEFINITIONS} has such definitions of the common tasks"]),
 )
-# Dataset builders that read files, where the Hub has no say.
+# Dataset builders that read files and do not need the Hub.
 _FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
-# Upstream's seed, for few-shot examples and everything else.
+# Upstream's seed for few-shot examples and everything else.
 SEED = 1234
 
 
 def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
-    """Find the tasks and read their data, as the harness's `TaskManager.load` returns them.
+    """Load the tasks with their data, as returned by the harness's `TaskManager.load`.
 
-    Raises BadInput if lm-eval is missing, a name is unknown, a number makes no sense, data are out of reach, or a definition
-    runs code that nobody said to trust.
+    Raises BadInput if lm-eval is missing, a name is unknown, a number is invalid, data cannot be downloaded, or a definition
+    runs code that the user did not trust.
     """
     if settings.num_fewshot < 0 or (settings.limit is not None and settings.limit < 1):
         raise BadInput(
@@ -69,7 +69,7 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
             loaded: dict[str, Any] = manager.load(list(settings.tasks))
         except BadInput:
             raise
-        except (Exception, SystemExit) as error:  # a definition is code and data of its own: whatever it raises
+        except (Exception, SystemExit) as error:  # a definition may run any code, which may raise anything
             raise BadInput(
                 f"a task cannot be loaded: {one_line(error)}",
                 field="tasks",
@@ -80,12 +80,12 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
 
 
 def foreign_in(settings: ZeroShotSettings) -> Foreign:
-    """Return the definitions that must not run code: none where the user trusts them."""
+    """Return the definitions that must not run code; none if the user trusts them."""
     return Foreign() if settings.trusted else foreign_definitions(settings.include_path, settings.tasks)
 
 
 def _in_use(names: Sequence[str], manager: Any) -> set[Path] | None:
-    """Return the definitions of tasks; None, for all, where a name is of a group or tag, whose members may lie anywhere."""
+    """Return the definition files of tasks; None (all) if a name is a group or tag, whose members may be anywhere."""
     found = set[Path]()
     for name in names:
         entry = manager.task_index.get(name)
@@ -96,7 +96,7 @@ def _in_use(names: Sequence[str], manager: Any) -> set[Path] | None:
 
 
 def generation_settings(settings: ZeroShotSettings) -> dict[str, Any]:
-    """Parse the settings of tasks that generate. Raises BadInput if they are not a list of settings."""
+    """Parse the settings of generative tasks. Raises BadInput if they are invalid."""
     if settings.gen_kwargs is None:
         return {}
     with about("gen_kwargs", settings.gen_kwargs):
@@ -104,7 +104,7 @@ def generation_settings(settings: ZeroShotSettings) -> dict[str, Any]:
 
 
 def tasks_fingerprint(tasks: dict[str, Any], limit: int | None = None) -> str:
-    """Hash tasks by their items (the first `limit`), templates and metrics; 32 hex digits."""
+    """Hash tasks by their first `limit` items, templates and metrics: 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name, task in tasks["tasks"].items():
         settings = {key: value for key, value in task.dump_config().items() if key != "num_fewshot"}
@@ -130,7 +130,7 @@ def _manager(settings: ZeroShotSettings) -> Any:
 
 @cache
 def _upstream_tasks() -> Any:
-    """Return the harness's own thousands of definitions, which take seconds to read."""
+    """Return the harness's own definitions, thousands that take seconds to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -141,12 +141,12 @@ def _require_known(name: str, manager: Any) -> None:
         return
     near = difflib.get_close_matches(name, manager.all_tasks, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    fix = f"{hint}It lists its own with: lm-eval ls tasks"
+    fix = f"{hint}List its tasks with: lm-eval ls tasks"
     raise BadInput(f"lm-eval knows no task {name!r}", field="tasks", value=name, fix=fix)
 
 
 def _require_data(name: str, manager: Any) -> None:
-    """Check once that a task's dataset is on the Hub, for which the harness itself would retry for half a minute."""
+    """Check once that a task's dataset is on the Hub; the harness itself would retry for half a minute."""
     definition = getattr(manager.task_index.get(name), "cfg", None) or {}
     dataset = definition.get("dataset_path")
     local = definition.get("custom_dataset") is not None or dataset in _FILE_BUILDERS
@@ -161,13 +161,13 @@ def _require_data(name: str, manager: Any) -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Silence the harness and seed the global generators; the caller's states are restored."""
+    """Silence the harness and seed the global generators; restore the caller's states."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        # Its bars cannot be disabled, so standard error is discarded (coprune's bar bypasses that), and standard output as well.
+        # Its bars cannot be disabled, so discard standard error (coprune's bar bypasses that) and standard output.
         silent, nowhere = redirect_stderr(StringIO()), redirect_stdout(StringIO())
         with silent, nowhere, warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -182,7 +182,7 @@ def isolated() -> Iterator[None]:
 
 
 def _named(value: Any) -> str:
-    # A function's repr has its address, which differs between processes.
+    # A function's repr contains its address, which differs between processes.
     return getattr(value, "__qualname__", None) or str(value)
 
 

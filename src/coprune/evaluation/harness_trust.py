@@ -1,7 +1,7 @@
-"""Task definitions of others: which of them run code, and their templates in a sandbox.
+"""Foreign task definitions: which of them run code, and sandboxed rendering of their templates.
 
-lm-eval imports the Python that a definition names (`!function`), and renders templates with all of Python in reach. Its own
-definitions and coprune's are part of installed packages; all others need the user's word before any code of theirs runs.
+lm-eval imports Python that a definition names (`!function`) and renders templates without a sandbox. Definitions of lm-eval
+and coprune are part of installed packages; for all others the user must agree before any of their code runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PACKAGE = Path(__file__).parents[1]
 DEFINITIONS = next(
     (p for p in (_PACKAGE / "task_definitions", _PACKAGE.parents[1] / "docs" / "tasks") if p.is_dir()), None
 )
-"""Folder of coprune's own definitions of the usual tasks."""
+"""Folder of coprune's own definitions of common tasks."""
 _Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -38,14 +38,14 @@ class Definition:
 
     path: Path
     runs: str | None
-    """The code that it runs, as the end of a sentence; None if it runs none."""
+    """The code that it runs, to end a sentence; None if it runs none."""
     texts: frozenset[str] = frozenset()
-    """All text in it, among which are its templates."""
+    """All texts in it, including its templates."""
     includes: tuple[Path, ...] = ()
 
 
 class _Reader(_Loader):  # type: ignore[misc]
-    """Reads YAML as lm-eval does, and remembers tags other than YAML's own instead of resolving them."""
+    """A YAML reader like lm-eval's that records custom tags instead of resolving them."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -62,12 +62,12 @@ _Reader.add_multi_constructor("!", _Reader.remember)
 
 @dataclass(frozen=True)
 class Foreign:
-    """Definitions that are no part of an installed package."""
+    """Definitions that are not part of an installed package."""
 
     files: Mapping[Path, Definition] = field(default_factory=dict)
 
     def require_no_code(self, wanted: set[Path] | None) -> None:
-        """Raise BadInput if a definition runs code. wanted: the files in use with all that they include; None for all."""
+        """Raise BadInput if a definition runs code. wanted: the files in use, checked with their includes; None for all."""
         left, seen = sorted(self.files if wanted is None else wanted), set[Path]()
         while left:
             found = self.files.get(path := left.pop())
@@ -80,7 +80,7 @@ class Foreign:
 
     @contextmanager
     def sandboxed(self) -> Iterator[None]:
-        """Render lm-eval's templates in a sandbox and a limited process in the body, where there are such definitions."""
+        """Make lm-eval render templates in a sandbox and a limited process within the body, if there are such definitions."""
         from lm_eval import utils
 
         if not self.files:
@@ -112,7 +112,7 @@ def _untrusted(cause: str) -> BadInput:
 
 
 def _rendered(template: str, document: dict[str, Any]) -> str:
-    """Render as lm-eval does, but in a sandbox."""
+    """Render a template like lm-eval, but in a sandbox."""
     environment = ImmutableSandboxedEnvironment(
         loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -125,11 +125,11 @@ def _replaced(text: str, pattern: str, replacement: str, count: int = 0) -> str:
 
 
 def foreign_definitions(folder: Path | None, names: tuple[str, ...]) -> Foreign:
-    """Read the definitions that may be used and are no part of lm-eval or coprune, without running any code.
+    """Read all definitions in reach that are not part of lm-eval or coprune, without running any code.
 
     Args:
-        folder: with definitions, at any depth.
-        names: of tasks; a path is a definition.
+        folder: folder with definitions at any depth.
+        names: names of tasks, or paths of definitions.
     """
     left = [] if folder is None else [*folder.glob("**/*.yaml")]
     left += [path for name in names if (path := expand_home(name)).is_file()]
@@ -174,19 +174,19 @@ def _values(content: Any) -> Iterator[tuple[Any, Any]]:
         key, value = left.pop()
         yield key, value
         if isinstance(value, dict | list) and id(value) not in seen:
-            seen.add(id(value))  # an alias may stand in many places
+            seen.add(id(value))  # YAML aliases can repeat an object
             left += value.items() if isinstance(value, dict) else [(key, one) for one in value]
 
 
 def _code_named(key: Any, value: Any) -> str | None:
-    """Return the code that a setting makes lm-eval load, as the end of a sentence, or None."""
-    import lm_eval.api.metrics  # noqa: F401 - which fills the registry
+    """Return the code that a setting makes lm-eval load, to end a sentence, or None."""
+    import lm_eval.api.metrics  # noqa: F401 - fills the registry
     from lm_eval.api.registry import metric_registry
 
     if key == "metric" and not (isinstance(value, str) and value in metric_registry):
-        return f"runs code: the metric {value}, which lm-eval loads from the Hub or from a folder"
+        return f"runs code: the metric {value}, which lm-eval loads from the Hub or a folder"
     if key == "hf_evaluate" and value:
-        return "runs code: a metric that lm-eval loads from the Hub or from a folder"
+        return "runs code: a metric that lm-eval loads from the Hub or a folder"
     if key == "use_prompt" and value:
-        return f"runs code: the prompt {value}, whose template has no sandbox"
+        return f"runs code: the prompt {value}, whose template is not sandboxed"
     return None

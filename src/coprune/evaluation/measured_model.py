@@ -1,4 +1,4 @@
-"""Measure one model as asked, with nothing measured twice: every part is looked up in the store first."""
+"""Measurement of one model; every part is looked up in the store first."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from coprune.store.store import Key, Store, key_of
 
 _VERSIONS = ("torch", "transformers", "lm_eval")
 _VERSION = 3
-"""Of the measurements, raised whenever one is done differently."""
+"""Version of the measurements; raise it whenever one changes."""
 
 
 class Subject:
-    """One model to measure: located and identified at once, loaded when a measurement is not in the store.
+    """A model to measure: located and identified at once, loaded only for a measurement that is not in the store.
 
     Args:
-        recipe: its model, and the settings of all measurements.
+        recipe: the model and the settings of all measurements.
         store: holds earlier measurements.
         reporter: receives messages.
-        tasks: tasks for lm-eval, from `Extras`; None for none.
+        tasks: lm-eval tasks from `Extras`; None for none.
         source: the model, if the recipe does not name it.
 
     Raises:
-        BadInput: there is no such model.
+        BadInput: the model does not exist.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Subject:
         self._reporter = reporter
         self._loaded: Loaded | None = None
         self._texts: dict[str, Any] = {}
-        self._perplexities: dict[str, Perplexity] = {}  # what a comparison has found on its way
+        self._perplexities: dict[str, Perplexity] = {}  # by-products of a comparison
         self._leader: Subject | None = None
 
     @property
@@ -96,13 +96,13 @@ class Subject:
         self._texts = {}
 
     def begin_as(self, other: Subject | None) -> None:
-        """Measure as another model is: windows of text begin as its do, and answers stand beside its. None: by itself."""
+        """Measure like another model: with its BOS choice, and answers compared with its. None: independently."""
         self._leader, self._texts = other, {}
         self.__dict__.pop("bos", None)
 
     @cached_property
     def bos(self) -> BosChoice | None:
-        """How windows of text begin: as asked, or as the first text decides; None without a text."""
+        """The BOS choice: as requested, or decided on the first text; None without text."""
         if self._leader is not None:
             return self._leader.bos
         if self.task != "text" or not self._asked:
@@ -119,7 +119,7 @@ class Subject:
         return TextInputs(asked.recipe(self.recipe).replaced(bos=bos), self.loaded)
 
     def measure(self) -> Evaluation:
-        """Count weights, measure perplexity on every text, run the tasks if there are any, and judge the answers."""
+        """Count weights, measure perplexity on every text, run the tasks, if any, and judge the answers."""
         answers, asked = self.answers(self._leader), self.recipe.evaluate.answers
         anew = [] if self.task == "text" else self._anew()
         found = Evaluation(
@@ -141,13 +141,13 @@ class Subject:
             required=() if answers is None else judge(asked.conditions, answers),
         )
         if self._leader is not None:
-            return found  # until it is held against that one
+            return found  # judged in `held_against`
         return found.model_copy(
             update={"required": (*found.required, *judge_measured(asked.measured, found.figures()))}
         )
 
     def _anew(self) -> list[Measured]:
-        """Measure what is not stored, since reading a folder of images to name it takes as long as the measurement."""
+        """Measure without the store: reading an image folder to identify it takes as long as the measurement."""
         metric = task_for(self.recipe, self.loaded).metric
         found = []
         for name, data in metric.evaluation(self._reporter).items():
@@ -156,9 +156,9 @@ class Subject:
         return found
 
     def closeness_to(self, dense: Subject) -> tuple[Closeness, ...]:
-        """Compare the next-token distributions with another model's on every text; both are in memory for that.
+        """Compare next-token distributions with another model's on every text, with both in memory.
 
-        Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
+        Raises BadInput if their vocabularies differ, or their tokenizers tokenise the text differently.
         """
         require_one_task([dense, self])
         held = any(condition.against_dense for condition in self.recipe.evaluate.answers.measured)
@@ -168,7 +168,7 @@ class Subject:
             raise BadInput(
                 f"closeness compares next-token distributions, and {self.name} {WHAT[self.task]}",
                 field="against",
-                fix=("take ", Command("compare")),
+                fix=("use ", Command("compare")),
             )
         return tuple(
             self._store.get(
@@ -180,7 +180,7 @@ class Subject:
         )
 
     def answers(self, dense: Subject | None = None) -> AnswerFacts | None:
-        """Return the model's answers beside another one's, or None if there are no prompts."""
+        """Return the model's answers compared with another's, or None without prompts."""
         if self._answers is None:
             return None
         return self._answers.facts(None if dense is None else dense._answers)
@@ -213,7 +213,7 @@ class Subject:
             seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             if dense.text(asked).fingerprint != text.fingerprint:
                 raise OtherTokens(
-                    f"{self.name} and {dense.name} cut {asked.name} into different tokens, so their predictions cannot be "
+                    f"{self.name} and {dense.name} tokenise {asked.name} differently, so their predictions cannot be "
                     "compared"
                 )
             with self._reporter.bar(f"Closeness on {asked.label}", len(text.tokens) // seqlen) as advance:
@@ -237,7 +237,7 @@ class Subject:
                 raise BadInput(f"{self.name} has no tokenizer, which zero-shot tasks need", field="tasks")
             return zero_shot(loaded.model, loaded.tokenizer, settings, tasks, self._reporter)
 
-        # A batch size changes nothing but rounding.
+        # The batch size only affects rounding, so it is not part of the key.
         key = self._key(
             "zero-shot",
             shots=settings.num_fewshot,
@@ -245,11 +245,11 @@ class Subject:
             generation=(settings.chat_template, settings.gen_kwargs),
             tasks=tasks_fingerprint(tasks, settings.limit),
         )
-        # The store holds no items.
+        # The store holds no items to log.
         return run() if settings.log_samples else self._store.get(key, ZeroShot, run)
 
     def _begun_key(self, what: str, asked: Text, **settings: Any) -> Key:
-        """Return a key of a text's measurements, which includes how its windows begin."""
+        """Return the key of a text's measurements, including the BOS choice."""
         return self._key(what, bos=None if self.bos is None else self.bos.used, **settings, **self._text_key(asked))
 
     def _text_key(self, asked: Text) -> dict[str, Any]:
@@ -270,18 +270,18 @@ class Subject:
 
 
 def require_one_task(subjects: Sequence[Subject]) -> None:
-    """Raise BadInput if some of the models are for something else than the others."""
+    """Raise BadInput if the models have different tasks."""
     for subject in subjects[1:]:
         if subject.task != subjects[0].task:
             one, other = sorted((subjects[0], subject), key=lambda who: who.task == "text")
             raise BadInput(
-                f"{one.name} {WHAT[one.task]} and {other.name} {WHAT[other.task]}, so they do not compare",
+                f"{one.name} {WHAT[one.task]} and {other.name} {WHAT[other.task]}, so they cannot be compared",
                 field="models",
             )
 
 
 def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Evaluation | None = None) -> Evaluation:
-    """Compare a model's measurements with another one's of the same kind. other: that one's measurements, if there are any."""
+    """Compare a model's measurements with another's. other: the other's measurements, if any."""
     near: tuple[EmbeddingChange | TranscriptChange, ...] = ()
     conditions = subject.recipe.evaluate.answers.measured
     beside = subject.task in ("embeddings", "speech")
@@ -297,12 +297,12 @@ def held_against(found: Evaluation, subject: Subject, dense: Subject, other: Eva
 
 
 class MeasuredAnswers:
-    """One model's answers, generated if they are not in the store.
+    """One model's answers, generated unless they are in the store.
 
     Args:
-        recipe: its model, and how it is loaded.
+        recipe: the model and how to load it.
         plan: the prompts.
-        fingerprint: of its files.
+        fingerprint: of the model's files.
         loaded: returns the model.
         store: holds earlier measurements.
         reporter: receives messages.
@@ -329,7 +329,7 @@ class MeasuredAnswers:
 
     @cached_property
     def answers(self) -> Answers:
-        """The model's answers. Raises BadInput as `questions_for`."""
+        """The model's answers. Raises BadInput like `questions_for`."""
         key = answers_key(self.fingerprint, self._recipe.model, self._plan)
         return self._store.get(key, Answers, self._ask)
 
@@ -340,7 +340,7 @@ class MeasuredAnswers:
         return ask(loaded.model, loaded.tokenizer, questions, self._reporter, size)
 
     def facts(self, dense: MeasuredAnswers | None) -> AnswerFacts:
-        """Return the answers, beside another model's. Raises BadInput if the two have different tokens."""
+        """Return the answers, compared with another model's. Raises BadInput if their tokens differ."""
         asked = asked_of(self._plan, self.answers.chat, self._plan.new_tokens)
         if dense is None:
             return facts_of(asked, self._plan.prompts.texts, (None, self.answers))
@@ -355,7 +355,7 @@ class MeasuredAnswers:
         sizes = [model.config.get_text_config().vocab_size for model in models]
         if sizes[0] != sizes[1] or dense._questions.ids != self._questions.ids:
             raise BadInput(
-                "the models cut the prompts into different tokens, so their answers cannot be compared",
+                "the models tokenise the prompts differently, so their answers cannot be compared",
                 field="against",
                 fix="give a dense model of the same family",
             )

@@ -1,6 +1,6 @@
-"""Measurements of one model on one text or set of images, as data: the one form in which figures travel.
+"""Measurements of one model on one text or image set, as data.
 
-A run, a sweep's cache, `coprune eval` and fine-tuning all keep these; a report puts two of them side by side.
+Runs, sweep caches, `coprune eval` and fine-tuning all keep these; a report shows two of them side by side.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ Interval = tuple[float, float]
 
 
 class Measurement(BaseModel):
-    """Figures of one model on one text or set of images."""
+    """Figures of one model on one text or image set."""
 
-    # A model pruned to pieces has perplexity inf: JSON's null could not be read back as a number.
+    # A broken model has perplexity inf, and JSON's null could not be read back as a number.
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     data: str = ""
     """Name as requested."""
     source: str = ""
     fingerprint: str = ""
-    """Names a text's tokens: only on the same ones do figures per token compare. Empty for images."""
+    """Hash of a text's tokens, since figures per token only compare on the same ones; empty for images."""
 
     def on(self, name: str, source: str, fingerprint: str = "") -> Self:
-        """Return the figures with their data. name: as requested."""
+        """Return the figures labelled with their data. name: as requested."""
         return self.model_copy(update={"data": name, "source": source, "fingerprint": fingerprint})
 
 
 class Perplexity(Measurement):
-    """A perplexity with what it takes to read it, and 95 % bootstrap intervals over the windows."""
+    """A perplexity with its settings and 95 % bootstrap intervals over the windows."""
 
     seqlen: int
     windows: int
@@ -46,15 +46,15 @@ class Perplexity(Measurement):
     interval: Interval | None
     """None for a single window."""
     bits_per_byte: float | None
-    """Bits that the model needs for one byte of the text; None if the tokens' bytes were not told."""
+    """Bits needed per byte of text; None if the tokens' bytes are unknown."""
     per_byte: float | None
     """Perplexity per byte instead of per token: comparable between tokenizers."""
     masked: bool = False
     """Whether it is a pseudo-perplexity: each token was masked and predicted from both sides."""
     targets: bool = False
-    """Whether the tokens are those that a decoder writes for what its encoder reads, and the windows are pairs."""
+    """Whether the tokens are a decoder's targets given its encoder's inputs, and the windows are pairs."""
     window_nll: tuple[float, ...]
-    """Mean negative log likelihood of every window's predicted tokens in nats, from which models compare by pairs."""
+    """Mean negative log likelihood of every window's predicted tokens in nats, for paired comparisons."""
 
     def losses(self) -> Tensor:
         """Return `window_nll` as a tensor: N float64."""
@@ -73,16 +73,16 @@ class Perplexity(Measurement):
         return "pseudo-perplexity" if self.masked else "perplexity of targets" if self.targets else "perplexity"
 
     def of_model(self, which: str) -> str:
-        """Return a sentence. which: the model, as "dense"."""
+        """Return a sentence on the figure. which: the model, such as "dense"."""
         return f"{self.title.capitalize()} of the {which} model on {self.data} (sequence length {self.seqlen}): {self.value:.2f}"
 
 
 class Accuracy(Measurement):
-    """Shares of images (or texts) whose class was ranked first, and among the first five, with Wilson's 95 % intervals."""
+    """Top-1 and top-5 accuracy on images or texts, with 95 % Wilson intervals."""
 
     images: int
     unit: str = "images"
-    """The things that were counted."""
+    """Name of the counted items."""
     top1: float
     top1_interval: Interval
     top5: float
@@ -90,7 +90,7 @@ class Accuracy(Measurement):
     labels: tuple[int, ...]
     """Labels of all images, in the model's numbering."""
     predicted: tuple[int, ...]
-    """Likeliest class of every image, for paired comparisons."""
+    """Predicted class of every image, for paired comparisons."""
 
     def line(self) -> str:
         """Return a line on the figures."""
@@ -100,7 +100,7 @@ class Accuracy(Measurement):
         return f"{top1}{top5} on {self.data} ({self.images} {self.unit})"
 
     def of_model(self, which: str) -> str:
-        """Return a sentence. which: the model, as "dense"."""
+        """Return a sentence on the figures. which: the model, such as "dense"."""
         low, high = self.top1_interval
         top5 = f", top-5 {per_cent(self.top5)}" if self.unit == "images" else ""
         return (
@@ -110,7 +110,7 @@ class Accuracy(Measurement):
 
 
 class Embedded(Measurement):
-    """Vectors of passages, by which a model stands beside another one."""
+    """Embeddings of passages, to compare with another model's."""
 
     seqlen: int
     passages: int
@@ -130,11 +130,11 @@ class Embedded(Measurement):
         return torch.nn.functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=-1)
 
     def line(self) -> str:
-        """Describe the embedded texts for people."""
+        """Return a line on the embedded texts."""
         return f"{self.width} values of each of {self.passages} passages of {self.seqlen} tokens on {self.data}"
 
     def of_model(self, which: str) -> str:
-        """Return a sentence. which: the model, as "dense"."""
+        """Return a sentence on the embeddings. which: the model, such as "dense"."""
         return f"The {which} model embedded {self.passages} passages of {self.seqlen} tokens of {self.data}"
 
 
@@ -148,7 +148,7 @@ class Closeness(Measurement):
     """Mean KL(other ‖ this) of the next-token distributions, in nats."""
     kl_interval: Interval | None
     top1_agreement: float
-    """Share of positions at which both models find the same token most likely."""
+    """Share of positions with the same most likely token."""
     top1_interval: Interval | None
 
     def line(self, against: str | None) -> str:
@@ -162,9 +162,9 @@ class Transcribed(Measurement):
     """Transcripts of recordings by a model, and their word error."""
 
     heard: tuple[str, ...]
-    """The transcript of each."""
+    """The transcript of each recording."""
     word_error: float | None
-    """Wrong words over the words that are said, where somebody says what these are; None where nobody does."""
+    """Word error rate; None without reference transcripts."""
 
     def line(self) -> str:
         """Return a line on the figures."""
@@ -173,7 +173,7 @@ class Transcribed(Measurement):
         return f"{error}{len(self.heard)} transcripts on {self.data}{first}"
 
     def of_model(self, which: str) -> str:
-        """Return a sentence. which: the model, as "dense"."""
+        """Return a sentence on the transcripts. which: the model, such as "dense"."""
         return f"The {which} model hears: {self.line()}"
 
 

@@ -1,4 +1,4 @@
-"""The sources of a measured model: files, loaded when a measurement needs them, or memory."""
+"""Sources of a model to measure: files, loaded on demand, or memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coprune.model.loaded_model import Loaded, open_model, require_processor, sa
 from coprune.recipe.parts import ModelPart
 
 Model = str | Path | PreTrainedModel
-"""A model as a caller may name it or hand it over."""
+"""A model, by name or in memory."""
 
 
 class Source(Protocol):
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 class Stored:
-    """A model in files, which are found at once. Raises BadInput if there is none."""
+    """A model in files, located at once. Raises BadInput if it does not exist."""
 
     def __init__(self, asked: ModelPart) -> None:
         self._asked = asked
@@ -59,7 +59,7 @@ class Stored:
 
 
 class Held:
-    """A model in memory, of which no measurement is kept, since it may change."""
+    """A model in memory, whose measurements are not stored, since it may change."""
 
     fingerprint = "in memory"
 

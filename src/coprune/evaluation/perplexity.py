@@ -1,8 +1,8 @@
-"""Perplexity as the authors of SparseGPT and Wanda compute it, and the same per byte of text.
+"""Perplexity as computed by the authors of SparseGPT and Wanda, per token and per byte of text.
 
-The text is one stream of tokens, cut into windows of seqlen that do not overlap; the tail is dropped. Every window
-predicts its tokens but the first, and perplexity is exp of the mean negative log likelihood over all windows (all are
-of one length, so this is also the mean over predicted tokens). Per byte, models with different tokenizers compare.
+The text is one stream of tokens, cut into non-overlapping windows of seqlen; the tail is dropped. Every window predicts its
+tokens except the first, and perplexity is exp of the mean negative log likelihood over all windows (all have the same
+length, so this is also the mean over predicted tokens). Values per byte are comparable between tokenizers.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def perplexity(
     """Compute the perplexity of a model in memory on a stream of tokens.
 
     Args:
-        model: a language model, which is not changed.
-        tokens: T int64, on any device; rows of several are one stream.
+        model: a language model; not changed.
+        tokens: T int64, on any device; several rows are joined to one stream.
         seqlen: tokens per window.
-        batch_size: windows at once (default: about 4096 tokens), which does not change the result.
-        token_bytes: T, the bytes of text behind each token, for the values per byte.
+        batch_size: windows per batch (default: about 4096 tokens); does not change the result.
+        token_bytes: T, the bytes of text of each token, for values per byte.
         advance: called with the number of windows just done.
 
     Returns:
         The perplexity with its 95 % bootstrap interval over the windows.
 
     Raises:
-        BadInput: there is not one whole window, or a token that the model does not know.
+        BadInput: the text is shorter than one window, or a token is not in the vocabulary.
         NumericalError: the model's output is NaN.
     """
     windows = cut_windows(tokens.flatten(), seqlen)
@@ -71,10 +71,10 @@ def perplexity(
 
 
 def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return mean negative log likelihood of every window's tokens but its first, in nats: B float64.
+    """Return the mean negative log likelihood of every window's tokens except the first, in nats: B float64.
 
-    logits: B × S × vocabulary, any floating dtype, on any device; tokens: B × S int64, on any device. The softmax is
-    taken in float32, slice by slice, so that no second copy of all the logits is made.
+    logits: B × S × vocabulary, any floating dtype, on any device; tokens: B × S int64, on any device. Softmax is in float32,
+    slice by slice, to avoid a second copy of all logits.
     """
     predicted = []
     for window_logits, window in zip(logits, tokens.to(logits.device), strict=True):
@@ -90,7 +90,7 @@ def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
 def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = None) -> Perplexity:
     """Compute the perplexity from the windows' mean negative log likelihoods.
 
-    nll_per_window: N, nats; token_bytes: N × S, the bytes of text behind each token. Raises NumericalError for NaN.
+    nll_per_window: N, nats; token_bytes: N × S, the bytes of text of each token. Raises NumericalError for NaN.
     """
     nll = nll_per_window.to(device="cpu", dtype=torch.float64)
     broken = nll.isnan().nonzero().flatten()
@@ -100,7 +100,7 @@ def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = 
         )
     interval = bootstrap_interval(nll)
     value, tokens = float(nll.mean()), len(nll) * (seqlen - 1)
-    # The first token of a window is not predicted, so its bytes are not part of the text that is measured.
+    # The first token of a window is not predicted, so its bytes do not count.
     size = 0 if token_bytes is None else int(token_bytes[:, 1:].sum())
     per_byte = value * tokens / size if size else None
     return Perplexity(
@@ -116,5 +116,5 @@ def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = 
 
 
 def _exp(value: float) -> float:
-    # math.exp raises where the result is beyond a float; a model pruned to pieces has perplexity inf.
+    # math.exp raises on overflow, but a broken model has perplexity inf.
     return float(torch.tensor(value, dtype=torch.float64).exp())

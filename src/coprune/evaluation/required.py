@@ -1,4 +1,4 @@
-"""Conditions on what is measured of a model, such as `perplexity<=dense*1.05` and `overlap>=0.8`."""
+"""Conditions on a model's measurements, such as `perplexity<=dense*1.05` and `overlap>=0.8`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from coprune.recipe.answers import Condition
 
 
 class Figure(NamedTuple):
-    """A figure of a model on one text or set."""
+    """A figure of a model on one text or image set."""
 
     name: str
-    """As conditions call it."""
+    """Name used in conditions."""
     data: str
     value: float
     dense: float | None = None
-    """The dense model's, where it was measured."""
+    """The dense model's figure, if measured."""
 
 
 def figures_of_closeness(found: Iterable[EmbeddingChange | TranscriptChange]) -> Iterator[Figure]:
@@ -38,11 +38,11 @@ def judge_measured(conditions: Sequence[Condition], figures: Sequence[Figure]) -
     """Check measurements against conditions.
 
     Args:
-        conditions: the requirements, on what is measured.
-        figures: of all data.
+        conditions: the requirements.
+        figures: the figures on all data.
 
     Returns:
-        One requirement per condition and text or set that has its figure, or an unmet one where none has.
+        One requirement per condition and dataset with its figure, or an unmet one if there is none.
     """
     judged = []
     for condition in conditions:

@@ -1,4 +1,4 @@
-"""Word errors of models that write what they hear, and how far two of them write the same."""
+"""Word error rates of speech models, and the agreement of two models' transcripts."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from coprune.evaluation.measurement import Transcribed
 
 
 class TranscriptChange(BaseModel):
-    """Transcripts of the recordings of the baseline."""
+    """Transcripts compared with the baseline's."""
 
     model_config = ConfigDict(frozen=True)
 
     data: str
     recordings: int
     agreement: float
-    """1 less the word error of the model's transcripts against the baseline's; 0 at least."""
+    """1 − word error rate of the model's transcripts against the baseline's; at least 0."""
     same: float
-    """Share of the recordings of which both write the same words."""
+    """Share of recordings with the same words in both transcripts."""
     dense: float | None
-    """Word error of the baseline; None where nobody says what is said."""
+    """The baseline's word error rate; None without reference transcripts."""
     pruned: float | None
-    """Of the model."""
+    """The model's word error rate."""
 
     def headline(self) -> str:
-        """Return the first figure."""
+        """Return the main figure."""
         return f"{per_cent(self.agreement)} of the words alike"
 
     def error(self) -> str:
-        """Return the model's word error, or how far it agrees where nobody says what is said."""
+        """Return the model's word error rate, or its agreement without reference transcripts."""
         return self.headline() if self.pruned is None else f"word error {per_cent(self.pruned)}"
 
     def line(self, against: str | None) -> str:
@@ -45,7 +45,7 @@ class TranscriptChange(BaseModel):
 
 
 def transcript_change(before: Transcribed, after: Transcribed) -> TranscriptChange:
-    """Compare two models' transcripts. Raises BadInput if they are of different recordings."""
+    """Compare two models' transcripts. Raises BadInput if the recordings differ."""
     if len(before.heard) != len(after.heard):
         raise BadInput(f"{after.data} had {len(before.heard)} recordings and then {len(after.heard)}")
     errors = [word_errors(one, other) for one, other in zip(before.heard, after.heard, strict=True)]

@@ -1,7 +1,7 @@
-"""Results of zero-shot (or few-shot) tasks: per-task metrics, the papers' mean, and differences item by item.
+"""Results of zero-shot (or few-shot) tasks: metrics per task, the papers' mean, and paired differences.
 
-The items, prompts and metrics are those of the EleutherAI harness (see `harness`). Two models are compared by pairs of the same
-items, so that the standard error of a mean difference excludes the items' difficulty.
+Items, prompts and metrics are those of the EleutherAI harness (see `harness`). Two models are compared on the same items, so
+the standard error of a mean difference excludes the items' difficulty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.errors import BadInput
 
-# The seven tasks of the Wanda paper (arXiv 2306.11695), whose tables show `acc` of each, not `acc_norm`, and its mean.
+# The seven tasks of the Wanda paper (arXiv 2306.11695), whose tables show `acc`, not `acc_norm`, and its mean.
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 MAIN_METRIC = "acc"
 _NO_SHARES = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter"}
@@ -29,26 +29,26 @@ class ZeroShotSettings:
     """Names of tasks, tags or groups of the harness, or paths of task definitions."""
     num_fewshot: int = 0
     include_path: Path | None = None
-    """Folder with more task definitions, which win over the harness's own of the same name."""
+    """Folder with more task definitions, which override the harness's of the same name."""
     limit: int | None = None
     """Maximum number of items per task, the first ones."""
     batch_size: int | None = None
     chat_template: bool = False
-    """Whether prompts are put in the tokenizer's chat template."""
+    """Whether prompts use the tokenizer's chat template."""
     gen_kwargs: str | None = None
-    """Settings of tasks that generate, in place of their own: `max_gen_toks=64,temperature=0.7`."""
+    """Settings of generative tasks, overriding their own: `max_gen_toks=64,temperature=0.7`."""
     log_samples: Path | None = None
     """Folder for every item with the model's answer, a .jsonl file per task."""
     trusted: bool = False
-    """Whether definitions that are no part of lm-eval may run code."""
+    """Whether definitions that are not part of lm-eval may run code."""
 
     def logging_as(self, model: str) -> ZeroShotSettings:
-        """Return the settings for one model of several, whose items go to a folder of its own."""
+        """Return the settings for one of several models, whose items go to a separate folder."""
         return self if self.log_samples is None else replace(self, log_samples=self.log_samples / model)
 
 
 class Estimate(BaseModel):
-    """A mean with its standard error (None for a single item, or where the harness gives none)."""
+    """A mean with its standard error (None for a single item, or if the harness gives none)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,7 +64,7 @@ def is_share(metric: str) -> bool:
 def shown(metric: str, found: Estimate | None, sign: str = "") -> str:
     """Return an estimate with its standard error: shares in per cent, other metrics (perplexity, BLEU) as numbers.
 
-    found: a dash stands for None; sign: `+` for a difference.
+    found: None is shown as a dash; sign: `+` for a difference.
     """
     if found is None:
         return "–"
@@ -74,7 +74,7 @@ def shown(metric: str, found: Estimate | None, sign: str = "") -> str:
 
 
 def main_of(metrics: Mapping[str, Estimate]) -> str:
-    """Return the main metric of a task: `acc`, or else its first one."""
+    """Return the main metric of a task: `acc`, or else the first."""
     return MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
 
 
@@ -93,14 +93,14 @@ class TaskScores(BaseModel):
     num_fewshot: int
     items: int
     fingerprint: str
-    """Names the items with their prompts: only scores on the same items can be paired."""
+    """Hash of items and prompts: only scores on the same items can be paired."""
     metrics: dict[str, Estimate]
     scores: dict[str, tuple[float, ...]]
-    """Metric to the score of every item, in order."""
+    """Scores of all items in order, by metric."""
 
     @property
     def main_metric(self) -> str:
-        """The metric by which the task is judged."""
+        """The task's main metric."""
         return main_of(self.metrics)
 
 
@@ -111,7 +111,7 @@ class ZeroShot(BaseModel):
 
     tasks: tuple[TaskScores, ...]
     groups: dict[str, dict[str, Estimate]] = {}
-    """Scores that the harness itself forms over the tasks of a group."""
+    """The harness's own scores over the tasks of a group."""
     harness: str
     """The version of lm-eval."""
 
@@ -160,7 +160,7 @@ class ZeroShotFacts(BaseModel):
 
 
 def compare_zero_shot(dense: ZeroShot | None, pruned: ZeroShot) -> ZeroShotFacts:
-    """Compare two models' results. Raises BadInput if they are not of the same tasks and items."""
+    """Compare two models' results. Raises BadInput if tasks or items differ."""
     before = {} if dense is None else {scores.task: scores for scores in dense.tasks}
     if dense is not None and set(before) != {scores.task for scores in pruned.tasks}:
         raise BadInput("the two models were evaluated on different tasks, so their results cannot be compared")
@@ -189,10 +189,10 @@ def compare_zero_shot(dense: ZeroShot | None, pruned: ZeroShot) -> ZeroShotFacts
 def paired_difference(dense: TaskScores, pruned: TaskScores) -> dict[str, Estimate]:
     """Return mean and standard error of the items' differences, pruned minus dense, for metrics with item scores.
 
-    Raises BadInput if the two did not answer the same items with the same prompts.
+    Raises BadInput if items or prompts differ.
     """
     if dense.fingerprint != pruned.fingerprint:
-        raise BadInput(f"the two models answered different items of {pruned.task}, so they cannot be compared by pairs")
+        raise BadInput(f"the two models answered different items of {pruned.task}, so they cannot be paired")
     return {
         metric: mean_and_error([after - before for before, after in zip(dense.scores[metric], scores, strict=True)])
         for metric, scores in pruned.scores.items()
@@ -201,7 +201,7 @@ def paired_difference(dense: TaskScores, pruned: TaskScores) -> dict[str, Estima
 
 
 def mean_and_error(values: Sequence[float]) -> Estimate:
-    """Return the mean of N values and its standard error: their standard deviation (N − 1) over √N; None for one value."""
+    """Return the mean of N values and its standard error, s / √N with N − 1 degrees of freedom; None for one value."""
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:

@@ -77,5 +77,5 @@ def test_what_nobody_asked_for_makes_do_with_less_room(model: PreTrainedModel) -
     assert questions_for(few, tokenizer, small).new_tokens == 30
     asked = plan_of(AnswersPart(require="loops<3"), saves=False)
     assert asked is not None
-    with pytest.raises(BadInput, match=rf"longer than the model's limit of {longest + 30} positions"):
+    with pytest.raises(BadInput, match=rf"exceeds the model's limit of {longest + 30} positions"):
         questions_for(asked, tokenizer, small)

@@ -1,1 +1,1 @@
-"""A model's answers to prompts, and figures of those, by themselves and against the dense model's."""
+"""A model's answers to prompts and figures of them, alone and against the dense model's."""

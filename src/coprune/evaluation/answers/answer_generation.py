@@ -1,4 +1,4 @@
-"""Generated answers to prompts, and the divergence from the dense model along that one's answers."""
+"""Answer generation, and the divergence from the dense model along its answers."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def ask(
     reporter: Reporter,
     batch_size: int | None = None,
 ) -> Answers:
-    """Generate a model's answers, greedy and, if the plan says so, sampled.
+    """Generate a model's answers, greedy and, if planned, sampled.
 
     Args:
-        model: in memory; it is not changed.
+        model: in memory; not changed.
         tokenizer: its tokenizer.
         questions: the prompts, as token ids.
-        reporter: its bar advances with every token.
-        batch_size: prompts at a time (default: 16).
+        reporter: its bar advances by token.
+        batch_size: prompts per batch (default: 16).
 
     Returns:
-        One answer per prompt and way.
+        One answer per prompt, greedy and sampled.
 
     Raises:
         UnsupportedModel: transformers cannot generate text with the model.
@@ -78,13 +78,13 @@ def _ask(
     with reporter.bar(f"Answers, {way}", len(questions.ids) * questions.new_tokens) as advance:
         try:
             answers = generate(model, [list(ids) for ids in questions.ids], settings, advance)
-        except ValueError as error:  # as of hybrids that have lost the last of their attention
+        except ValueError as error:  # for example hybrids without any attention left
             if isinstance(error, CopruneError):
                 raise
             raise UnsupportedModel(f"transformers cannot generate text with {type(model).__name__}: {error}") from error
     return tuple(
         Answered(
-            # The end token is no text, and not every tokenizer marks it as special.
+            # Drop the end token, which not every tokenizer marks as special.
             text=str(tokenizer.decode(answer.tokens[: -1 if answer.ended else None], skip_special_tokens=True)),
             tokens=tuple(answer.tokens),
             ended=answer.ended,
@@ -94,22 +94,22 @@ def _ask(
 
 
 def rows_along(model: PreTrainedModel, questions: Questions, answers: Answers) -> Iterator[Tensor]:
-    """Yield a model's logits at every predicted token of the (dense model's) greedy answers.
+    """Yield a model's logits at every predicted token of the dense model's greedy answers.
 
     Args:
         model: in memory.
         questions: the prompts.
-        answers: to them.
+        answers: the dense model's answers to them.
 
     Yields:
-        Of every answer that has a token: tokens × vocabulary, in the model's dtype, on its device.
+        For every answer with tokens: tokens × vocabulary, in the model's dtype, on its device.
     """
     device = input_device(model)
     for prompt, answer in zip(questions.ids, answers.greedy, strict=True):
         if not answer.tokens:
             continue
         text = torch.tensor([[*prompt, *answer.tokens]], dtype=torch.int64, device=device)
-        # One by one, so that neither padding nor other answers influence it.
+        # One by one, so that neither padding nor other answers affect the logits.
         with inference_logits(model):
             logits = forward_logits(model, text, last=len(answer.tokens) + 1)
         yield logits[0, -len(answer.tokens) - 1 : -1]
@@ -119,17 +119,17 @@ def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along:
     """Return the mean KL(dense ‖ other) and Σ min(dense, other) of the next-token distributions along answers.
 
     Args:
-        dense: the dense model's logits, an answer each: tokens × vocabulary.
+        dense: the dense model's logits, per answer: tokens × vocabulary.
         rows: the other model's, likewise.
 
     Returns:
-        Means over answers with their interval; infinite where the other model's output is NaN.
+        Means over answers with intervals; infinite KL if the other model's output is NaN.
     """
     kl, accepted = torch.stack([_closeness(one, other) for one, other in zip(dense, rows, strict=True)]).unbind(1)
     if bool(kl.isnan().any()):
         return Along(kl=math.inf, interval=None, acceptance=0.0)
     return Along(
-        # Rounding can bring the divergence of equal distributions below its true minimum.
+        # Rounding can make the divergence of equal distributions negative.
         kl=max(0.0, float(kl.mean())),
         interval=bootstrap_interval(kl),
         acceptance=min(1.0, float(accepted.mean())),
@@ -138,7 +138,7 @@ def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along:
 
 
 def _closeness(dense: Tensor, rows: Tensor) -> Tensor:
-    """Return means over one answer's tokens, of KL and of what is accepted: 2 float64, on the CPU."""
+    """Return the means of KL and acceptance over one answer's tokens: 2 float64, on the CPU."""
     sums = torch.zeros(2, dtype=torch.float64)
     for part in slices(dense):
         expected, found = (log_probabilities(one[part], rows.device) for one in (dense, rows))
@@ -148,7 +148,7 @@ def _closeness(dense: Tensor, rows: Tensor) -> Tensor:
 
 
 class KeptRows:
-    """Logits of a model that is about to be changed, in a file without a name: they may be larger than the memory."""
+    """Logits of a model that is about to change, in an anonymous file, since they may not fit in memory."""
 
     def __init__(self, rows: Iterable[Tensor]) -> None:
         self._file = tempfile.TemporaryFile(prefix="coprune-logits-")  # noqa: SIM115
@@ -166,18 +166,18 @@ class KeptRows:
 
 
 def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> Key:
-    """Return the key of everything that determines answers, or measurements along them, except the batch size.
+    """Return the store key of answers, or of measurements along them: all that determines them except the batch size.
 
     Args:
-        fingerprint: of the model's files, the tokenizer's among them.
-        asked: how the model is held.
+        fingerprint: of the model's files, including the tokenizer's.
+        asked: settings of the model.
         plan: the prompts and settings.
-        more: what else decides what is kept.
+        more: anything else that determines the result.
     """
     facts = {
         "model": fingerprint,
         "dtype": asked.dtype,
-        "device": choose_device(asked.device).type,  # "auto" is one of them, by another name
+        "device": choose_device(asked.device).type,  # resolves "auto"
         "prompts": plan.prompts.fingerprint,
         "new_tokens": plan.new_tokens,
         "temperature": plan.temperature,
@@ -189,12 +189,12 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
 
 
 def kept_answers(model: ModelPart, plan: Plan, answer: Callable[[], Answers]) -> Answers:
-    """Return the answers of a model in files, from the user's store or generated now.
+    """Return the answers of a model in files, from the user's store or newly generated.
 
     Args:
         model: names the model.
-        plan: what it is asked.
-        answer: asks it.
+        plan: the prompts and settings.
+        answer: generates the answers.
     """
     digest = model_digest(locate(model.name, model.cache_dir).path)
     return Store.of_user().get(answers_key(digest, model, plan), Answers, answer)

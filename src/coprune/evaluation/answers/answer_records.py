@@ -13,12 +13,12 @@ from coprune.evaluation.measurement import Interval
 
 
 def is_empty(text: str) -> bool:
-    """Return whether a text has only white space and punctuation (including accents that stand alone)."""
+    """Return whether a text has only white space and punctuation (including standalone accents)."""
     return not any((kind := unicodedata.category(letter))[0] in "LNS" and kind != "Sk" for letter in text)
 
 
 class Facts(BaseModel):
-    """Something that was found of answers."""
+    """Base class of facts about answers."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -30,7 +30,7 @@ class Answered(Facts):
     tokens: tuple[int, ...]
     """Token ids, with the end token if the model ended the answer."""
     ended: bool
-    """Whether the model ended the answer; otherwise it reached the limit."""
+    """Whether the model ended the answer before the limit."""
 
     @property
     def loops(self) -> bool:
@@ -39,28 +39,28 @@ class Answered(Facts):
 
     @property
     def empty(self) -> bool:
-        """Whether it says nothing."""
+        """Whether it has no words."""
         return is_empty(self.text)
 
 
 class Answers(Facts):
-    """One model's greedy and sampled answers to the same prompts (none sampled: empty)."""
+    """One model's greedy and, optionally, sampled answers to the same prompts."""
 
     greedy: tuple[Answered, ...]
     sampled: tuple[Answered, ...] = ()
     chat: bool = False
-    """Whether the prompts were put in the tokenizer's chat template."""
+    """Whether the prompts used the tokenizer's chat template."""
 
 
 class Along(Facts):
-    """How close a model stays to the dense one along that one's answers: means over answers of means over their tokens."""
+    """Closeness to the dense model along its answers: means over answers of means over tokens."""
 
     kl: float
     """KL(dense ‖ this) in nats per token."""
     interval: Interval | None
     """95 % bootstrap interval over the answers."""
     acceptance: float
-    """Σ min(p, q), with which speculative decoding accepts a draft token (arXiv 2211.17192)."""
+    """Σ min(p, q), the acceptance rate of speculative decoding (arXiv 2211.17192)."""
     acceptance_interval: Interval | None = None
 
 
@@ -86,36 +86,35 @@ class Figures(Facts):
 
 
 class Way(Facts):
-    """Answers of one way of choosing tokens, of a model and of the one that it is compared with."""
+    """Figures of one way of choosing tokens, for a model and its reference."""
 
     figures: Figures
     dense: Figures | None = None
 
     @classmethod
     def of(cls, dense: Sequence[Answered], answers: Sequence[Answered]) -> Way | None:
-        """Summarise the answers of one way, or return None without any. dense: empty if there is no other model."""
+        """Summarise the answers of one way, or return None if there are none. dense: empty without a reference."""
         if not answers:
             return None
         return cls(figures=Figures.of(answers), dense=Figures.of(dense) if dense else None)
 
 
-# A loop is at least so many tokens long and says the same at least so often: "no, no, no" and the rule below the head of
-# a table are none.
+# A loop has at least this many tokens and repetitions, so that "no, no, no" and the rule below a table's head do not count.
 LEAST_TOKENS = 20
 LEAST_TIMES = 3
-# So many of a loop's tokens are those of one period before. Loops that count ("1. I like it. 2. I like it.") change a
-# token each time round; rows of a table or a list of names change more.
+# Share of a loop's tokens that equal those one period earlier. Loops that count ("1. I like it. 2. I like it.") change a
+# token per repetition; rows of a table or a list of names change more.
 SAME_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A text that ends by saying the same again and again."""
+    """A repetition at the end of a text."""
 
     period: int
-    """Tokens that one time round takes."""
+    """Tokens per repetition."""
     tokens: int
-    """Tokens at the end of the text that are in it."""
+    """Tokens of the loop, at the end of the text."""
 
     @property
     def times(self) -> float:
@@ -124,11 +123,11 @@ class Loop:
 
 
 def find_loop(tokens: Sequence[int], ended: bool = False) -> Loop | None:
-    """Find the loop that a text is stuck in: its tail repeats with some period, often enough and long enough.
+    """Find the loop that a text is stuck in: a tail that repeats often enough and is long enough.
 
     Args:
         tokens: the text's token ids.
-        ended: whether the text ended by itself. Then it is stuck in nothing.
+        ended: whether the text ended by itself; then it has no loop.
 
     Returns:
         The loop of the shortest period; None if there is none.
@@ -143,7 +142,7 @@ def find_loop(tokens: Sequence[int], ended: bool = False) -> Loop | None:
 
 
 def _repeating_tail(tokens: Sequence[int], period: int) -> int:
-    """Return the longest tail that repeats with some period in SAME_SHARE of its places, and that period."""
+    """Return the length of the longest tail that repeats with a period in at least SAME_SHARE of its positions."""
     same = longest = 0
     for count, place in enumerate(range(len(tokens) - 1, period - 1, -1), start=1):
         if tokens[place] == tokens[place - period]:

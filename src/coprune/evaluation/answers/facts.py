@@ -1,4 +1,4 @@
-"""Two models' answers side by side, as data: what runs, evaluations and comparisons keep and show."""
+"""Two models' answers side by side, as data kept and shown by runs, evaluations and comparisons."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from coprune.recipe.answers import ALONG, Condition, no_emptier
 
 Reference = Literal["dense", "before"]
 _SHOWN = 3
-# Answers whose mean length is less than this share of the dense model's stop too soon, though they may be no loops and
-# not empty.
+# Answers whose mean length is below this share of the dense model's stop too soon, though they neither loop nor are empty.
 _SHORT_SHARE = 1 / 3
 _MOST_LETTERS = 160
 _PAIRED = {"loops": ("loops", "dense_loops"), "empty": ("empty", "dense_empty")}
 _TWO_SIDED = 0.975
-"""Level of either side of a 95 % interval."""
+"""Level of each side of a 95 % interval."""
 
 
 class Sample(Facts):
@@ -46,30 +45,30 @@ class Sample(Facts):
 
 
 class Asked(Facts):
-    """The prompts that were asked, and how."""
+    """The prompts and the settings of the answers."""
 
     prompts: str
     """Source of the prompts."""
     fingerprint: str
     chat: bool
-    """Whether the prompts were put in the tokenizer's chat template."""
+    """Whether the prompts used the tokenizer's chat template."""
     new_tokens: int
     temperature: float
     """Temperature of the sampled answers."""
     seed: int
     short: bool = False
-    """Whether these are only the few short answers that are checked whenever a model is saved."""
+    """Whether these are only the few short answers checked whenever a model is saved."""
 
 
 class AnswerFacts(Asked):
-    """A model's answers, beside the dense model's."""
+    """A model's answers, compared with the dense model's."""
 
     greedy: Way
     sampled: Way | None
     along: Along | None
     samples: tuple[Sample, ...]
     reference: Reference = "dense"
-    """Model under `dense`: the dense one, or the one before a fine-tuning."""
+    """Which model `dense` is: the dense one, or the one before fine-tuning."""
 
     def verdict(self) -> str:
         """Return a sentence on degenerate answers: `3 of 16 answers loop; dense 0`, `2 of 16 answers are empty; dense 0`."""
@@ -82,7 +81,7 @@ class AnswerFacts(Asked):
         if told:
             said = [(f"{count or 'none'}", many if count > 1 else one) for one, many, count, _ in told]
             others = " and ".join(str(other) for *_, other in told)
-        else:  # what nobody suffers from is said in one go
+        else:  # no faults: one phrase for both
             said, others = [("none", " or ".join(one for one, *_ in ills))], "0"
         (first, verb), *more = said
         words = " and ".join([f"{first} of {found.answers} answers {verb}", *(" ".join(one) for one in more)])
@@ -107,7 +106,7 @@ class AnswerFacts(Asked):
         return found.loops > dense.loops or found.empty > dense.empty or self._stops_soon
 
     def beside(self, dense: AnswerFacts | None) -> AnswerFacts:
-        """Return the facts with the dense model's figures and answers of another run on the same prompts."""
+        """Return the facts with the dense model's figures and answers from another run on the same prompts."""
         if dense is None or (dense.fingerprint, dense.new_tokens) != (self.fingerprint, self.new_tokens):
             return self
         pairs = zip(self.samples, dense.samples, strict=True)
@@ -127,7 +126,7 @@ class AnswerFacts(Asked):
         )
 
     def lines(self) -> list[tuple[str, str]]:
-        """List the findings for people: names and values; of the short ones only the verdict."""
+        """List the findings as names and values; only the verdict for short answers."""
         rows = [("answers", f"{self.verdict()} (greedy, at most {self.new_tokens} tokens, prompts: {self._source})")]
         if self.short:
             return rows
@@ -150,7 +149,7 @@ class AnswerFacts(Asked):
         return f"{Path(self.prompts).name}{', in the chat template' if self.chat else ''}"
 
     def line(self, way: Way) -> str:
-        """Return the figures of one way, each followed by the other model's."""
+        """Return the figures of one way, each followed by the reference's."""
         parts = [
             self._pair(way, "loops", lambda found: f"{found.loops} of {found.answers}"),
             self._pair(way, "empty", lambda found: f"{found.empty} of {found.answers}"),
@@ -180,8 +179,8 @@ def facts_of(
     Args:
         asked: the prompts' settings.
         prompts: the prompts.
-        models: the answers of the dense model (None without one), and of the other.
-        along: the other's divergence along the dense model's answers.
+        models: the answers of the dense model (None if there is none) and of the other.
+        along: the other model's divergence along the dense model's answers.
     """
     dense, answers = models
     greedy = Way.of(() if dense is None else dense.greedy, answers.greedy)
@@ -201,18 +200,18 @@ def facts_of(
 
 
 class Requirement(BaseModel):
-    """One condition, and the figure found."""
+    """A condition and the measured figure."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     condition: str
     figure: float | None
-    """None where it could not be measured: then the condition does not hold."""
+    """None if it could not be measured; then the condition does not hold."""
     dense: float | None
-    """The dense model's, where it is compared with that."""
+    """The dense model's figure, if the condition is relative to it."""
     holds: bool
     interval: Interval | None = None
-    """95 % interval over the answers: of the figure, or of the paired difference to the dense model's. It decides nothing."""
+    """95 % interval over the answers, of the figure or its paired difference from the dense model's; for information only."""
 
     def line(self) -> str:
         """Return a line on the condition and its figures."""
@@ -227,9 +226,9 @@ class Requirement(BaseModel):
 def answer_rows(
     facts: AnswerFacts | None, left_out: str | None, required: Sequence[Requirement]
 ) -> list[tuple[str, str]]:
-    """List a report's last lines on answers: names and values. left_out: why there are none."""
+    """List a report's last lines on answers as names and values. left_out: why there are none."""
     rows = [] if facts is None else facts.lines()
-    rows += [] if left_out is None else [("answers", f"not looked at: {left_out}")]
+    rows += [] if left_out is None else [("answers", f"not checked: {left_out}")]
     return rows + [("required", one.line()) for one in required]
 
 
@@ -238,10 +237,10 @@ def judge(conditions: Sequence[Condition], facts: AnswerFacts | None) -> tuple[R
 
     Args:
         conditions: the requirements.
-        facts: the answers; None if there are none, so that no condition holds.
+        facts: the answers; without them no condition holds.
 
     Returns:
-        One requirement per condition, and the unmet ones of `no_emptier`.
+        One requirement per condition, and the unmet implicit ones of `no_emptier`.
     """
     found = [_judge(condition, facts) for condition in conditions]
     beside_dense = facts is not None and facts.greedy.dense is not None
@@ -263,7 +262,7 @@ def _judge(condition: Condition, facts: AnswerFacts | None) -> Requirement:
 
 
 def _interval(condition: Condition, facts: AnswerFacts) -> Interval | None:
-    """Bound a figure along answers, or by pairs of them how many more loop or are empty; None for all others."""
+    """Return the interval of a figure along answers, or of a paired difference in loops or empty answers, or None."""
     if condition.name in ALONG and facts.along is not None:
         return facts.along.interval if condition.name == "kl" else facts.along.acceptance_interval
     if condition.sampled or not condition.against_dense or condition.name not in ("loops", "empty"):

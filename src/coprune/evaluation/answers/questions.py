@@ -1,4 +1,4 @@
-"""Prompts as a model takes them: token ids, in the chat template of a tokenizer that has one."""
+"""Prompts as token ids, in the tokenizer's chat template if it has one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _OWN_FILE = "prompts.jsonl"
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts in order, and where they are from."""
+    """Prompts in order, with their source."""
 
     source: str
     texts: tuple[str, ...]
 
     @property
     def fingerprint(self) -> str:
-        """Names the prompts by what they say: 16 hex digits."""
+        """A hash of the prompts: 16 hex digits."""
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()[:16]
 
 
@@ -44,10 +44,10 @@ def read_prompts(asked: str, count: int | None = None) -> Prompts:
 
     Args:
         asked: `builtin`, or a file of them (`coprune.data.conversations.read_prompts`), each a single question.
-        count: use only so many, evenly spaced, so that every field and language stays in.
+        count: maximum number, evenly spaced, so that every field and language is included.
 
     Raises:
-        BadInput: there is no such file, it holds no prompt, or a row lacks the column or has no text there.
+        BadInput: the file is missing or has no prompts, or a row lacks the column or has no text in it.
     """
     if asked == BUILTIN:
         return Prompts(BUILTIN, _spaced([row["prompt"] for row in _own_rows()], count))
@@ -62,12 +62,12 @@ def _question(prompt: str | list[conversations.Message], number: int, asked: str
         return prompt
     if len(prompt) > 1:
         several = f"row {number} of {asked} is a conversation of several turns"
-        raise BadInput(several, fix="leave its last question alone")
+        raise BadInput(several, fix="keep only its last question")
     return prompt[0]["content"]
 
 
 def short_prompts() -> Prompts:
-    """Return coprune's few prompts that are checked whenever a model is saved."""
+    """Return the few built-in prompts checked whenever a model is saved."""
     return Prompts(BUILTIN, tuple(row["prompt"] for row in _own_rows() if row.get("gate")))
 
 
@@ -85,33 +85,33 @@ def _spaced(prompts: Sequence[str], count: int | None) -> tuple[str, ...]:
 SEED = 0
 """Seed of the sampled answers."""
 SHORT_ANSWER = 64
-"""Tokens of an answer where a run only looks whether the model it saves can still write."""
+"""Maximum tokens per answer when a run only checks that the saved model can still generate text."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Prompts, and how they are answered."""
+    """Prompts and generation settings."""
 
     prompts: Prompts
     new_tokens: int
     temperature: float
     """Temperature of sampled answers; 0 for greedy ones only."""
     is_asked: bool
-    """Whether the user asked for answers; otherwise they are skipped where they are not possible."""
+    """Whether the user asked for answers; otherwise they are skipped if impossible."""
     measures_kl: bool
     is_short: bool
-    """Whether these are only the few short answers that are checked whenever a model is saved."""
+    """Whether these are only the few short answers checked whenever a model is saved."""
 
 
 def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:
-    """Return the prompts to look at: those asked for, or a few short answers where a run saves a model, or none.
+    """Return the prompts to answer: those requested, or a few short ones if a run saves a model, or None.
 
     Args:
         asked: the settings.
         saves: whether the run saves a model.
 
     Raises:
-        BadInput: as `read_prompts`.
+        BadInput: like `read_prompts`.
     """
     kl = any(condition.name in ALONG for condition in asked.conditions)
     if asked.prompts is not None:
@@ -131,7 +131,7 @@ class Questions:
     plan: Plan
     ids: tuple[tuple[int, ...], ...]
     new_tokens: int
-    """Most tokens of an answer: the plan's, or as many as the model has room for."""
+    """Maximum tokens per answer: the plan's, or as many as fit the model."""
     chat: bool
     ends: tuple[int, ...]
     """Tokens that end an answer."""
@@ -139,12 +139,12 @@ class Questions:
 
     @property
     def asked(self) -> Asked:
-        """Return the facts about them."""
+        """The facts about the questions."""
         return asked_of(self.plan, self.chat, self.new_tokens)
 
 
 def asked_of(plan: Plan, chat: bool, new_tokens: int) -> Asked:
-    """Return the facts about a plan. chat: whether prompts were put in a chat template; new_tokens: most of an answer."""
+    """Return the facts about a plan. chat: whether prompts were put in a chat template; new_tokens: maximum per answer."""
     return Asked(
         prompts=plan.prompts.source,
         fingerprint=plan.prompts.fingerprint,
@@ -160,15 +160,15 @@ def questions_for(plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrai
     """Tokenise a plan's prompts.
 
     Args:
-        plan: the prompts, and how they are answered.
+        plan: the prompts and generation settings.
         tokenizer: the model's.
-        model: its configuration gives the maximum length and the end tokens.
+        model: the source of the maximum length and the end tokens.
 
     Returns:
         One sequence of token ids per prompt.
 
     Raises:
-        BadInput: the chat template fails, or a prompt is empty or too long for the model with its answer.
+        BadInput: the chat template fails, or a prompt is empty or, with its answer, too long for the model.
     """
     chat = bool(getattr(tokenizer, "chat_template", None))
     ids = tuple(
@@ -199,12 +199,12 @@ def _room(plan: Plan, lengths: list[int], limit: int | None) -> int:
     longest = max(lengths)
     if limit is None or longest + plan.new_tokens <= limit:
         return plan.new_tokens
-    # The automatic check may use shorter answers, as long as loops can be detected.
+    # The automatic check may shorten answers, as long as loops can be detected.
     if not plan.is_asked and limit - longest >= LEAST_TOKENS:
         return limit - longest
     place = lengths.index(longest) + 1
     raise BadInput(
-        f"prompt {place} has {longest} tokens, and with {plan.new_tokens} of an answer it is longer than the model's "
+        f"prompt {place} has {longest} tokens, which with an answer of {plan.new_tokens} exceeds the model's "
         f"limit of {limit} positions",
         field="generate",
         fix=("leave it out, or ask for shorter answers with ", Setting("generate_tokens")),

@@ -1,4 +1,4 @@
-"""Answers of a run's models: the dense one before, the result afterwards, side by side."""
+"""Answers of a run's models: the dense one's before the run, the result's after it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generat
 
 
 class Look:
-    """A look at a model's answers, and what was seen so far.
+    """The answers of a run's models.
 
-    plan: what the run looks at; None for nothing; dense: the dense model in files, whose answers are kept; reference: what
-    stands for it otherwise.
+    plan: the prompts; None for no answers; dense: the dense model in files, whose answers are stored; reference: the model that
+    they are compared with otherwise.
     """
 
     def __init__(self, plan: Plan | None, dense: ModelPart | None = None, reference: Reference = "dense") -> None:
@@ -38,7 +38,7 @@ class Look:
         self.dense: Answers | None = None
         self.answers: Answers | None = None
         self.left_out: str | None = None
-        """Why there are no answers, where some were to be looked at."""
+        """Why there are no answers, if some were planned."""
 
     @property
     def looks(self) -> bool:
@@ -46,10 +46,10 @@ class Look:
         return self._questions is not None
 
     def prepare(self, loaded: Loaded, reporter: Reporter) -> None:
-        """Tokenise the prompts, or skip them where the model cannot answer.
+        """Tokenise the prompts, or skip them if the model cannot answer.
 
         Raises:
-            BadInput: the model cannot give answers that the user asked for.
+            BadInput: the user asked for answers and the model cannot give any.
         """
         if self._plan is None:
             return
@@ -58,7 +58,7 @@ class Look:
         except BadInput as error:
             if self._plan.is_asked:
                 raise
-            # A classifier has no answers; no message is needed.
+            # A classifier never has answers, so no message is needed.
             if loaded.task == "text":
                 self._leave_out(error, reporter)
 
@@ -88,12 +88,12 @@ class Look:
             self._leave_out(error, reporter)
 
     def keep_rows(self, loaded: Loaded) -> None:
-        """Keep the dense model's logits along its answers, before the model is changed."""
+        """Store the dense model's logits along its answers before the model is changed."""
         if self._questions is not None and self.dense is not None and self._questions.plan.measures_kl:
             self._rows = KeptRows(rows_along(loaded.model, self._questions, self.dense))
 
     def ask(self, model: PreTrainedModel, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
-        """Generate the answers of the run's model. loaded: has the tokenizer.
+        """Generate the answers of the run's model. loaded: provides the tokenizer.
 
         Raises:
             UnsupportedModel: it cannot generate, and the user asked for its answers.
@@ -111,7 +111,7 @@ class Look:
             self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
 
     def facts(self) -> AnswerFacts | None:
-        """Return both models' answers side by side, or None before the second has answered."""
+        """Return both models' answers side by side, or None until the second has answered."""
         if self._questions is None or self.answers is None:
             return None
         prompts = self._questions.plan.prompts.texts
@@ -124,11 +124,11 @@ def _questions(plan: Plan, loaded: Loaded) -> Questions:
     if loaded.task != "text":
         from coprune.model.checkpoint.load import WHAT
 
-        cause = f"the model {WHAT[loaded.task]}, and generates no text"
+        cause = f"the model {WHAT[loaded.task]}, so it generates no text"
     elif (lacks := loaded.lacks_room()) is not None:
         cause, fix = lacks, _LATER
     elif loaded.tokenizer is None:
-        cause, fix = "the model has no tokenizer", "put the tokenizer's files beside the model"
+        cause, fix = "the model has no tokenizer", "put the tokenizer's files next to the model"
     elif not loaded.model.can_generate():
         cause = f"{type(loaded.model).__name__} does not generate text"
     else:
