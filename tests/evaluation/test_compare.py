@@ -72,7 +72,7 @@ def test_a_text_has_settings_of_its_own(
         ("embedded@length=9", "unknown setting of embedded: 'length'"),
         ("embedded@seqlen=1", "whole number of at least 2, not '1'"),
         ("embedded@seqlen=many", "whole number of at least 2, not 'many'"),
-        ("embedded,embedded", "asked for twice"),
+        ("embedded,embedded", "given twice"),
     ],
 )
 def test_a_setting_that_cannot_be(asked: str, message: str) -> None:
