@@ -1,4 +1,4 @@
-"""Text and images that a model is calibrated and measured on."""
+"""Calibration and evaluation data: text, images, speech and pairs."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,5 +24,5 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'coprune.data' has no attribute {name!r}")
-    # When it is asked for, since windows need torch, and text is looked at before that is imported.
+    # Imported lazily, since windows need torch, and texts are checked before the slow import of torch.
     return getattr(import_module(_HOME[name]), name)

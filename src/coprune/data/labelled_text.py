@@ -1,4 +1,4 @@
-"""Texts with labels, one JSON object a line: `text` (perhaps `text_pair`) and `label`, or `tokens` and `labels`."""
+"""Texts with labels, one JSON object per line: `text` (optionally `text_pair`) and `label`, or `tokens` and `labels`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """A file of texts with labels, as the model numbers them."""
+    """Texts of a file with labels in the model's numbering."""
 
     rows: Sequence[LabelledText]
     source: str
@@ -42,12 +42,12 @@ def labelled_texts(name: str, numbers: Mapping[str, int], classes: int, each_wor
 
     Args:
         name: its path.
-        numbers: the model's numbers of its labels.
-        classes: how many the model knows; one is a score, whose labels are 0 and 1.
+        numbers: the model's label numbers, by name.
+        classes: number of the model's classes; 1 is a score with labels 0 and 1.
         each_word: whether every word has a label.
 
     Raises:
-        BadInput: there is no such file, or a line of it lacks what is needed.
+        BadInput: the file does not exist, or a line is incomplete.
     """
     path = expand_home(name)
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""Text of the user's own: files of text by whatever name, rows in .json, .jsonl, .csv, .tsv and .parquet, or folders of them.
+"""The user's own text: text files of any name, rows in .json, .jsonl, .csv, .tsv and .parquet, or folders of them.
 
-What is valid UTF-8, also gzipped, is text, and one document; the other kinds hold one document a row. Everything is
+Valid UTF-8, also gzipped, is text and one document; the other formats have one document per row. All are
 joined with blank lines, in the order of the files' names.
 """
 
@@ -39,7 +39,7 @@ def local_text(name: str) -> JoinedText:
 
 
 def split_column(name: str) -> tuple[Path, str | None]:
-    """Split `path:column`; what exists as it stands has no column."""
+    """Split `path:column`; an existing path has no column."""
     path = expand_home(name)
     if not path.exists() and ":" in name:
         before, _, column = name.rpartition(":")
@@ -57,7 +57,7 @@ def looks_local(name: str) -> bool:
 
 
 def first_row(name: str) -> Any:
-    """Return the first row of a file or folder; None where there is none, no such file, or a column is named."""
+    """Return the first row of a file or folder; None if there is none, or a column is given."""
     path, column = split_column(name)
     if column is not None or not path.exists():
         return None
@@ -69,9 +69,9 @@ def first_row(name: str) -> Any:
 
 
 def files_of(path: Path) -> list[Path]:
-    """List the readable files of a folder (recursively, hidden ones left out), or the one file.
+    """List the readable files of a folder (recursively, without hidden ones), or the file itself.
 
-    Files of text by other names count in a folder where there are none by the usual ones: beside those they are notes.
+    Text files with other endings only count in a folder that has no file with a known one.
     """
     if not path.exists():
         near = like_named(path, least=0.7)
@@ -149,7 +149,7 @@ def rows_of(file: Path) -> list[Any]:
 
 
 def _most_bytes(file: Path) -> int:
-    """Return the maximum decompressed size, since a small file can expand to gigabytes."""
+    """Return the maximum decompressed size; a small file can expand to gigabytes."""
     return max(_ANY_SIZE, _MOST_TIMES * file.stat().st_size)
 
 
@@ -194,7 +194,7 @@ def _content(file: Path) -> str:
 def _rows_of_lines(content: str) -> list[Any]:
     """Parse every line that is not blank as JSON. Raises ValueError with the number of an invalid line."""
     rows = []
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters unescaped.
     for number, line in enumerate(content.split("\n"), start=1):
         try:
             rows += [_parsed(line)] if line.strip() else []
@@ -250,7 +250,7 @@ def _texts_of_rows(rows: Any, column: str | None, source: str) -> list[str]:
     if len(objects) < len(rows):
         raise BadInput(f"{source} mixes objects and strings, and its rows must be of one kind")
     names = dict.fromkeys(name for row in objects for name in row)
-    # A row may lack the text or hold null there; it then adds nothing.
+    # A row without text, or with null, adds nothing.
     columns = {name: all(isinstance(row.get(name) or "", str) for row in objects) for name in names}
     chosen = choose_text_column(columns, column, source)
     return [row[chosen] for row in objects if row.get(chosen)]

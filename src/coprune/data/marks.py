@@ -1,4 +1,4 @@
-"""The marks that a tokenizer puts around a text ([CLS] … [SEP]): models that read a text as a whole know no text without."""
+"""Special tokens around a text ([CLS] … [SEP]), which encoder models have always been trained with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coprune.data.windows import EvaluationText, Windows, fingerprint
 
 @dataclass(frozen=True)
 class Marks:
-    """Tokens before a text and behind it."""
+    """Special tokens before and after a text."""
 
     before: tuple[int, ...] = ()
     behind: tuple[int, ...] = ()
@@ -33,7 +33,7 @@ class Marks:
         return cls(tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(bare) :]))
 
     def inside(self, length: int) -> slice:
-        """Return the slice of the text in a window of `length` tokens; all of it where the marks leave no room."""
+        """Return the slice of the text in a window of `length` tokens; all of it if the marks leave no room."""
         count = len(self.before) + len(self.behind)
         return slice(len(self.before), length - len(self.behind)) if count < length else slice(0, length)
 

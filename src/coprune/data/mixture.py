@@ -1,4 +1,4 @@
-"""Calibration samples from several sources, each as many as its share says, in an order that mixes them."""
+"""Calibration samples from several sources by their shares, in mixed order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coprune.recipe.sources import Source
 
 
 def reads_conversations(source: Source) -> bool:
-    """Return whether a source is read as conversations: it asks for it, or is a file of them without another option."""
+    """Return whether a source is read as conversations: if requested, or if it is a file of them."""
     if source.is_own or source.options.get("template") == "none":
         return False
     return source.options.get("template") == "chat" or holds_conversations(source.name)
@@ -40,9 +40,9 @@ def source_windows(
     """Return samples of an existing source.
 
     Args:
-        source: any but what the model writes.
-        tokenizer: as it begins a text, and itself, which puts conversations into its template.
-        sampling: how many samples, and how.
+        source: any except generated text.
+        tokenizer: with the chosen BOS, and the original with its chat template.
+        sampling: number, length and seed.
 
     Raises:
         BadInput: as `calibration_windows` and `read_conversations`.
@@ -59,7 +59,7 @@ def source_windows(
 
 
 def packed(documents: Sequence[Document], nsamples: int, seqlen: int, seed: int | None, source: str) -> Windows:
-    """Return samples cut from concatenated documents in random order (without a seed in theirs).
+    """Return samples cut from documents concatenated in random order, or in the given one without a seed.
 
     Raises BadInput if there are not enough tokens.
     """
@@ -84,7 +84,7 @@ def packed(documents: Sequence[Document], nsamples: int, seqlen: int, seed: int 
 
 
 def marked(windows: Windows) -> Windows:
-    """Add the mask of tokens that a model wrote to the samples and their fingerprint."""
+    """Add the mask of generated tokens to the samples and their fingerprint."""
     name = fingerprint(windows.tokens)
     if windows.generated is not None:
         name = f"{name}-{fingerprint(windows.generated)[:8]}"

@@ -1,4 +1,4 @@
-"""Pairs of what an encoder reads and what a decoder writes, in step, as one tensor; where they come from."""
+"""Pairs of encoder inputs and decoder targets as one tensor, and their sources."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from coprune.data.windows import EvaluationText, Samples, Windows
 COLUMNS = (("source", "target"), ("input", "output"))
 HINT = 'a row is like {"source": "…", "target": "…"}, or has "input" and "output"'
 _SPAN, _HIDDEN = 3, 0.15
-"""Tokens of a span that is hidden from the encoder, and the share of all that are (arXiv 1910.10683)."""
+"""Tokens per hidden span, and the share of hidden tokens (arXiv 1910.10683)."""
 
 
 class Pairs(Tensor):
-    """Tokens that a decoder reads (N × T int64), with what its encoder reads for each: token ids or audio features.
+    """Decoder tokens (N × T int64), together with the encoder's input for each row: token ids or audio features.
 
-    Rows that are taken, split or moved take what the encoder reads with them; whatever else is computed is of the tokens alone.
+    Indexing, splitting and moving rows also applies to the encoder's input; other operations only see the tokens.
     """
 
     source: Tensor
@@ -80,7 +80,7 @@ class EvaluationPairs(EvaluationText):
 
 
 def alike(pairs: Pairs) -> Iterator[tuple[Tensor, Pairs]]:
-    """Yield the numbers of the pairs of the same two lengths (int64), and these pairs without padding."""
+    """Yield pairs of equal lengths: their indices (int64), and the pairs without padding."""
     heard = pairs.source.is_floating_point()
     sources = torch.full((len(pairs),), pairs.source.shape[1]) if heard else lengths_of(pairs.source)
     lengths = list(zip(sources.tolist(), lengths_of(pairs.written).tolist(), strict=True))
@@ -90,7 +90,7 @@ def alike(pairs: Pairs) -> Iterator[tuple[Tensor, Pairs]]:
 
 
 def pair_fingerprint(pairs: Pairs) -> str:
-    """Name pairs by their content: 16 hex digits of SHA-256, and the shape of what the decoder reads."""
+    """Hash the content of pairs: 16 hex digits of SHA-256, and the shape of the decoder tokens."""
     digest = hashlib.sha256()
     for part in (pairs.source, pairs.written):
         digest.update(part.contiguous().numpy().tobytes())
@@ -126,7 +126,7 @@ def tokenised(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBa
     Args:
         pairs: sources and targets.
         tokenizer: the model's.
-        start: the token that a decoder begins with.
+        start: the decoder's start token.
         length: maximum length of either.
     """
     limits: dict[str, Any] = {"truncation": True, "max_length": length}
@@ -138,21 +138,21 @@ def tokenised(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBa
 
 
 def begun(targets: Tensor, start: int) -> Tensor:
-    """Put the token that a decoder begins with before targets that lack it. targets: N × T int64."""
+    """Prepend the decoder's start token to targets that lack it. targets: N × T int64."""
     if targets.shape[1] and bool((targets[:, 0] == start).all()):
         return targets
     return torch.nn.functional.pad(targets, (1, 0), value=start)
 
 
 def from_text(windows: Windows, tokenizer: PreTrainedTokenizerBase | None, marks: Marks, start: int) -> Samples[Pairs]:
-    """Make pairs of plain text, as such models are trained on it.
+    """Make pairs from plain text, as in the pre-training of such models.
 
     Args:
         windows: of one length, between the marks.
-        tokenizer: whose sentinels take the place of hidden spans, which are the target (T5); or whose mask does, and the
-            target is the text (BART). With neither, or of token ids that were handed over, source and target are the same.
+        tokenizer: if it has sentinels, they replace hidden spans, which are the target (T5); if it has a mask, the
+            target is the whole text (BART). With neither, or for the caller's token ids, source and target are equal.
         marks: around a text.
-        start: the token that a decoder begins with.
+        start: the decoder's start token.
     """
     tokens, generator = windows.tokens, torch.Generator().manual_seed(0)
     inside = marks.inside(tokens.shape[1])

@@ -1,7 +1,7 @@
 """Chat templates, rendered with limits on memory and time.
 
-A template is a program that comes with a model. transformers runs it in jinja2's sandbox, which still allows loops in loops,
-`'x' * 10**10` and an indent of as many spaces. So it runs in a limited child process, which ends when it is idle.
+A template is a program that comes with a model. transformers renders it in jinja2's sandbox, which still allows nested loops,
+`'x' * 10**10` and huge indents. So it runs in a limited child process, which ends when idle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def render(
     Args:
         tokenizer: one with a chat template.
         messages: role and content of each.
-        answers: whether an answer of the assistant is to follow.
+        answers: whether an answer of the assistant will follow.
         open_end: whether the last message is left open, to be continued.
         template: the template [the tokenizer's own].
         tools: that the assistant may call, as JSON schemas [none].
@@ -40,7 +40,7 @@ def render(
         The text.
 
     Raises:
-        ValueError: the template's error, or that it exceeded the limits.
+        ValueError: the template fails or exceeds the limits.
     """
     options: dict[str, Any] = {"add_generation_prompt": answers, "continue_final_message": open_end}
     options |= {"chat_template": template, "tools": tools, "tokenize": False}

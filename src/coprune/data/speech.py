@@ -1,4 +1,4 @@
-"""Recordings that a model hears: WAV files of a folder, perhaps with what is said in them."""
+"""Recordings for speech models: WAV files of a folder, optionally with transcripts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Recording:
 
     file: Path
     said: str | None
-    """Its words, if somebody tells."""
+    """Its reference transcript, if any."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def holds_recordings(path: Path) -> bool:
 
 
 def read_recordings(name: str) -> Recordings:
-    """Find the recordings of a folder. Raises BadInput if there are none, or what is said in them cannot be read."""
+    """Find the recordings of a folder. Raises BadInput if there are none, or a transcript cannot be read."""
     path = expand_home(name)
     if not path.is_dir() or not holds_recordings(path):
         raise BadInput(f"{name} is no folder of recordings, and the model writes what it hears", fix=HINT)
@@ -112,11 +112,11 @@ class Sound(BaseModel):
 
     channels: Annotated[int, Field(ge=1, le=64)]
     rate: Annotated[int, Field(ge=1_000, le=768_000)]
-    """Samples a second."""
+    """Samples per second."""
     bits: Annotated[int, Field(ge=8, le=64, multiple_of=8)]
-    """Of one sample."""
+    """Size of a sample."""
     bytes: Annotated[int, Field(ge=0)]
-    """Of all samples."""
+    """Size of all samples."""
 
     @property
     def seconds(self) -> float:
@@ -125,7 +125,7 @@ class Sound(BaseModel):
 
 
 def look_at_sound(file: Path) -> Sound:
-    """Read the header of a WAV file. Raises BadInput if it is damaged, or the recording is too long to be held in memory."""
+    """Read the header of a WAV file. Raises BadInput if it is damaged, or the recording is too long to fit in memory."""
     try:
         with open_given(file) as stream:
             sound = Sound.model_validate(_header(stream))
@@ -164,7 +164,7 @@ def _header(stream: BinaryIO) -> dict[str, int]:
 
 
 def waveform(file: Path, rate: int) -> NDArray[np.float32]:
-    """Read a WAV file as one channel at a rate of samples a second. Raises BadInput if it is damaged."""
+    """Read a WAV file as one channel at a sampling rate. Raises BadInput if it is damaged."""
     import numpy as np  # what finds recordings runs before anything slow is imported
     from scipy.io import wavfile
     from scipy.signal import resample_poly

@@ -22,9 +22,9 @@ class JoinedText(NamedTuple):
 
     text: str
     source: str
-    """Origin of the text, in words for the report."""
+    """Origin of the text, for the report."""
     most_windows: int | None = None
-    """Evaluate at most so many windows (the published evaluation on C4 stops at 256)."""
+    """Maximum number of evaluation windows (256 in the published evaluation on C4)."""
 
 
 class Documents(NamedTuple):
@@ -37,7 +37,7 @@ class Documents(NamedTuple):
 def join(texts: list[str], separator: str, source: str, most_windows: int | None = None) -> JoinedText:
     """Join documents into one text.
 
-    Raises BadInput if there is nothing but white space in them.
+    Raises BadInput if they are only white space.
     """
     text = whole_characters(separator.join(texts))
     if not text or text.isspace():
@@ -46,12 +46,12 @@ def join(texts: list[str], separator: str, source: str, most_windows: int | None
 
 
 def whole_characters(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode, by the replacement character (U+FFFD)."""
+    """Replace lone surrogates, which UTF-8 cannot encode, with the replacement character (U+FFFD)."""
     return text if is_text(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str) -> str:
-    """Choose the column that holds the text: the wanted one, else a usual name, else the only one of strings.
+    """Choose the column that holds the text: the wanted one, else one with a common name, else the only string column.
 
     columns: name → whether it holds strings. Raises BadInput if there is no such column or no single candidate.
     """
@@ -73,9 +73,9 @@ def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str
 
 
 PREFIX = "given:"
-"""Begins the name of what a caller hands over from Python."""
+"""Prefix of the names of data passed from Python."""
 NOTHING = -1
-"""Stands behind the end of a sample; no token has this number."""
+"""Padding after the end of a sample; not a token id."""
 
 
 def padded(parts: Sequence[Tensor], nothing: int | bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokenizers as the programs of somebody else that they are: what they do to a text may fail, and may not grow without end."""
+"""Tokenisation with tokenizers that may fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from coprune.base.errors import BadInput, panics_caught
 
 
 class Tokenizes(Protocol):
-    """The part of a tokenizer's interface that is used here."""
+    """The part of a tokenizer's interface used here."""
 
     @property
     def is_fast(self) -> bool:
@@ -21,14 +21,14 @@ class Tokenizes(Protocol):
 
 
 def encode(tokenizer: Tokenizes, text: str, **options: Any) -> Any:
-    """Tokenise a text of any length. options: the tokenizer's own. Raises BadInput where the tokenizer fails."""
+    """Tokenise a text of any length. options: the tokenizer's own. Raises BadInput if the tokenizer fails."""
     try:
         with panics_caught():
-            # A corpus is longer than any model's limit, and is cut into windows afterwards.
+            # A corpus exceeds any model's limit, and is cut into windows later.
             return tokenizer(text, verbose=False, **options)
     except (BadInput, MemoryError):
         raise
-    except Exception as error:  # what a damaged tokenizer raises has no end
+    except Exception as error:  # a damaged tokenizer may raise anything
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(
             f"the tokenizer cannot encode {text[:40]!r}{'…' if len(text) > 40 else ''}: {said}",

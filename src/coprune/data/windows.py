@@ -1,6 +1,6 @@
-"""Tokens from text: calibration windows drawn as the authors draw them, and the token stream of an evaluation.
+"""Tokens from text: calibration windows drawn as in the papers, and the token stream of an evaluation.
 
-Everything is seeded by a generator of its own, which draws the numbers that `random.seed(seed)` would.
+Each draw has its own generator, with the same numbers as `random.seed(seed)`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SourcePart(BaseModel):
     nsamples: int
     fingerprint: str
     seqlen: int | None = None
-    """Tokens of each; None in reports that do not say."""
+    """Tokens per sample; None in older reports."""
 
     def line(self) -> str:
         """Return a line on name, size and fingerprint."""
@@ -45,7 +45,7 @@ class SourcePart(BaseModel):
 
 
 class TooShort(BadInput):
-    """A text of which nothing can be held out."""
+    """The error for a text too short to hold anything out."""
 
 
 class Sampling(NamedTuple):
@@ -56,7 +56,7 @@ class Sampling(NamedTuple):
     seed: int
     cache_dir: Path | None = None
     held_out_for: int | None = None
-    """Tokens of the windows of perplexity for which the last tenth of the user's own text is held out; None: it is not."""
+    """Window length of the held-out last tenth of the user's own text; None: nothing is held out."""
 
 
 Batch = TypeVar("Batch", bound=Tensor, covariant=True)
@@ -64,7 +64,7 @@ Batch = TypeVar("Batch", bound=Tensor, covariant=True)
 
 @dataclass(frozen=True)
 class Samples(Generic[Batch]):
-    """Calibration samples, their fingerprint, and where they come from."""
+    """Calibration samples with their fingerprint and source."""
 
     tokens: Batch
     """Windows of text (N × S int64), images (N × C × H × W float32), or `coprune.data.pairs.Pairs`."""
@@ -73,11 +73,11 @@ class Samples(Generic[Batch]):
     given: bool = False
     """Token ids that were handed over, which nothing is added to."""
     generated: Tensor | None = None
-    """Mask of tokens that a model generated, samples × seqlen bool; None if unknown."""
+    """Mask of generated tokens, samples × seqlen bool; None if unknown."""
     parts: tuple[SourcePart, ...] = ()
     """Contribution of each source, for several sources or one with options."""
     text_tokens: int | None = None
-    """Tokens of the one text that they were drawn from; None of separate documents and of several sources."""
+    """Number of tokens of the text they were drawn from; None for separate documents or several sources."""
 
 
 Windows = Samples[Tensor]
@@ -112,18 +112,18 @@ def calibration_windows(
     seed: int,
     cache_dir: Path | None = None,
 ) -> Windows:
-    """Draw calibration samples as the authors of Wanda do (arXiv 2306.11695): nsamples × seqlen tokens, int64.
+    """Draw calibration samples as in Wanda (arXiv 2306.11695): nsamples × seqlen tokens, int64.
 
     name: a corpus, a path, a Hub id, or of what was handed over (see `coprune.data.corpora.calibration_text`). Token
     ids that were handed over are the samples themselves. From a joined text windows start anywhere; from separate documents
     (c4) each window lies in a document of more than seqlen tokens.
-    Raises BadInput for sizes that make no sense, a corpus that cannot be read, or too little text for one sample.
+    Raises BadInput for invalid sizes, an unreadable corpus, or too little text for one sample.
     """
     return draw_samples(name, tokenizer, Sampling(nsamples, seqlen, seed, cache_dir))
 
 
 def draw_samples(name: str, tokenizer: Tokenizes | None, sampling: Sampling) -> Windows:
-    """Draw calibration samples as `calibration_windows`, of the user's own text without what is held out."""
+    """Draw calibration samples like `calibration_windows`, without the held-out part of the user's own text."""
     nsamples, seqlen, seed, cache_dir, window = sampling
     if nsamples < 1:
         raise BadInput(
@@ -150,7 +150,7 @@ def draw_samples(name: str, tokenizer: Tokenizes | None, sampling: Sampling) -> 
 
 
 def held_out_tokens(tokens: int, window: int) -> int:
-    """Return how many tokens at the end of a text are held out: a tenth, in whole windows of an evaluation."""
+    """Return the number of tokens held out at the end of a text: a tenth, rounded to whole evaluation windows."""
     return tokens // 10 // window * window
 
 
@@ -166,7 +166,7 @@ def evaluation_tokens(
 
     name: as for calibration (see `coprune.data.corpora.evaluation_text`); seqlen: the window length it will be cut
     to; limit_tokens: keep only the first so many tokens; held_out: of those that calibration leaves out.
-    Of c4 no more than 256 windows are kept, as the authors do.
+    For c4 at most 256 windows are kept, as in the papers.
     Raises BadInput if the corpus cannot be read or holds less than one window; TooShort if nothing is held out.
     """
     _require_seqlen(seqlen)
@@ -194,7 +194,7 @@ def evaluation_tokens(
 
 
 def token_ids(tokenizer: Tokenizes, text: str) -> list[int]:
-    """Tokenise with the tokenizer's own defaults (its beginning-of-text mark included), whatever the length."""
+    """Tokenise with the tokenizer's own defaults (including BOS), whatever the length."""
     found: list[int] = token_stream(tokenizer, text).tolist()
     return found
 
@@ -216,16 +216,16 @@ def tokens_and_bytes(tokenizer: Tokenizes, text: str) -> tuple[Tensor, Tensor]:
 
 
 def _marks(number: int) -> dict[str, bool]:
-    """Return the options of a piece: the marks of a text are put to its first piece alone."""
+    """Return the options of a piece: only the first gets special tokens."""
     return {"add_special_tokens": False} if number else {}
 
 
 WHOLE, PIECE = 16_000_000, 1_000_000
-"""Characters that are tokenised at once, and of the pieces of a longer text."""
+"""Maximum number of characters tokenised at once, and piece length of longer texts."""
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """Yield a text in pieces that begin with white space, where tokens begin as well; whole if it is not long."""
+    """Yield a text in pieces that begin with white space, where tokens begin too; short texts whole."""
     start = 0
     while len(text) - start > (WHOLE if start == 0 else PIECE):
         end = start + PIECE
@@ -265,7 +265,7 @@ def fingerprint(tokens: Tensor) -> str:
 
 
 def _require_room(nsamples: int, seqlen: int) -> None:
-    """Raise BadInput for more tokens than this process has memory for, before they are drawn one by one."""
+    """Raise BadInput before drawing more tokens than fit in memory."""
     available = available_bytes()
     if available is not None and 8 * nsamples * seqlen > available:
         raise BadInput(
@@ -309,7 +309,7 @@ def draw_windows(
 
     Raises BadInput if there are not more than seqlen tokens.
     """
-    # The published code never uses the last possible start, hence one token more than a window.
+    # The published code never uses the last possible start, so it needs one token more than a window.
     require_length(len(ids), seqlen + 1, source)
     generator = random.Random(seed)
     stream = torch.as_tensor(ids, dtype=torch.int64)
@@ -353,7 +353,7 @@ def draw_from_documents(
 
 
 def require_length(tokens: int, needed: int, source: str) -> None:
-    """Raise BadInput if a text has fewer tokens than are needed."""
+    """Raise BadInput if a text has fewer tokens than needed."""
     if tokens < needed:
         raise BadInput(
             f"{source} is too short: it has {tokens} tokens, and one sample needs {needed}",
