@@ -1,1 +1,1 @@
-"""Tokens of a model's vocabulary removed, with their rows of embedding and head: exact for all text that needs none of them."""
+"""Vocabulary trimming: remove tokens with their embedding and head rows, exact for all text without them."""

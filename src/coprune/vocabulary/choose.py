@@ -1,4 +1,4 @@
-"""Choose the tokens that stay: the weightiest, each with the tokens that it is made by."""
+"""Choice of the tokens to keep: those with the largest weights, each with the tokens it is merged from."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from coprune.base.errors import BadInput
 
 ALIGN = 64
-"""Products with a head of a multiple of so many rows are the fastest."""
+"""Matrix products are fastest with a multiple of this many rows."""
 Weights = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The tokens that stay, by their ids before, which is how many rows each table keeps."""
+    """The tokens to keep, by their old ids."""
 
     old: tuple[int, ...]
     """Old ids in ascending order; a token's new id is its index."""
@@ -30,11 +30,11 @@ class Kept:
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
-        """The same as an array."""
+        """The old ids as an array."""
         return np.asarray(self.old, dtype=np.int64)
 
     def below(self, size: int) -> int:
-        """Return how many stay of a table's first so many rows."""
+        """Return how many of a table's first `size` rows are kept."""
         return int(np.searchsorted(self.rows, size))
 
 
@@ -42,13 +42,13 @@ def choose(size: int, weights: Weights, essential: Iterable[int], parts: Callabl
     """Choose tokens until a size is full.
 
     Args:
-        size: how many stay; a multiple of 64 below it, if one is as large as what has to stay.
-        weights: of every token; what has none fills up by its id, since those of small ids are merged first.
-        essential: ids that stay in any case.
-        parts: what a token is made by; None for one that no text is cut into, which is left out.
+        size: number of tokens to keep, rounded down to a multiple of 64 if that holds the essential ones.
+        weights: of every token; those without fill up by id, since small ids are merged first.
+        essential: ids that are always kept.
+        parts: the tokens that one is merged from; None for one that no text produces, which is dropped.
 
     Raises:
-        BadInput: what has to stay is more than that, or there are no more tokens than that.
+        BadInput: the essential tokens do not fit, or the vocabulary is not larger than that.
     """
     kept = closure(essential, parts)
     size = possible(size, len(kept), len(weights))
@@ -68,15 +68,15 @@ def choose(size: int, weights: Weights, essential: Iterable[int], parts: Callabl
 
 
 def possible(size: int, least: int, tokens: int) -> int:
-    """Return how many tokens stay where a size is asked for: a multiple of 64, where that is enough.
+    """Return the number of tokens to keep for a requested size: rounded down to a multiple of 64 if that is enough.
 
     Args:
-        size: as asked for.
-        least: how many have to stay.
-        tokens: how many there are.
+        size: the requested size.
+        least: number of essential tokens.
+        tokens: size of the vocabulary.
 
     Raises:
-        BadInput: there are no more, or more have to stay.
+        BadInput: the vocabulary is not larger, or the essential tokens do not fit.
     """
     aligned = size // ALIGN * ALIGN
     size = aligned if aligned >= least else size
@@ -93,7 +93,7 @@ def possible(size: int, least: int, tokens: int) -> int:
 
 
 def closure(tokens: Iterable[int], parts: Callable[[int], Sequence[int] | None]) -> set[int]:
-    """Return tokens with all that they are made by."""
+    """Return tokens with all tokens they are merged from."""
     found = set(tokens)
     for token in list(found):
         found |= set(parts(token) or ())
@@ -103,6 +103,6 @@ def closure(tokens: Iterable[int], parts: Callable[[int], Sequence[int] | None])
 def _aligned(
     kept: set[int], weights: Weights, essential: set[int], parts: Callable[[int], Sequence[int] | None]
 ) -> set[int]:
-    """Return as many fewer as a multiple of 64 takes, where no more tokens can be reached; all if not even that is possible."""
+    """Return the tokens trimmed to a multiple of 64 if no more can be added; all of them if that is impossible."""
     size = len(kept) // ALIGN * ALIGN
     return set(choose(size, weights, essential, parts).old) if size >= len(essential) else kept

@@ -31,7 +31,7 @@ CODE = "code"
 PACKAGE = "wordfreq"
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
 _PASSAGE = 2_000
-"""Characters of a passage, which is measured as one text."""
+"""Characters of a passage, the unit of measurement."""
 _HELD_OUT = 8
 """One of this many passages of a text is held out."""
 _CODE = {
@@ -40,43 +40,43 @@ _CODE = {
     ("transformers", ".py"): 2_500_000,
     ("torch", ".h"): 800_000,
 }
-"""Characters of code in packages that are always there, by endings of files; of a file at most `_OF_A_FILE`."""
+"""Characters of code to read from packages that are always installed, by file ending; at most `_OF_A_FILE` per file."""
 _OF_A_FILE = 30_000
 _BATCH = 20_000
 _FILL = 1e-9
-"""Weight of what nobody asked for, which decides among tokens that no text has."""
+"""Weight of default sources, which decides among tokens that occur in no text."""
 _FILLING = {"en": 20_000, CODE: 200}
-"""Words and passages of code that decide where nothing else does."""
+"""Number of words and code passages for tie-breaking."""
 _USUAL = {"text": 0.3, "en": 0.5, CODE: 0.2}
-"""Shares where nothing is said: measured on Gemma-3-270M."""
+"""Default shares, measured on Gemma-3-270M."""
 _FORMS = (" {word}", 0.7), (" {Word}", 0.18), ("{Word}", 0.08), ("{word}", 0.04)
 """Forms of a word in texts, with their shares."""
 _COMMONEST, _LEAST_OF_COMMONEST = 200, 0.2
-"""Words that tell a language, and the share of a text that they are at least."""
+"""Number of common words that identify a language, and their minimum share of a text."""
 _SIGNS_OF_CODE, _LEAST_OF_CODE = frozenset("{}[]()=;_<>"), 0.04
-"""Signs that tell code (a tenth of this project's, a hundredth of prose), and the share of a text that they are at least."""
+"""Characters that identify code (a tenth of code, a hundredth of prose), and their minimum share of a text."""
 _SIGNS = 0.02
-"""Share of all counts for signs beside words."""
+"""Share of the counts for punctuation next to words."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something whose tokens count, with its share of all."""
+    """A source of token counts, with its share."""
 
     name: str
     share: float
     pieces: Sequence[str]
     weights: Sequence[float] | None = None
-    """Weights of the pieces; None for their counts."""
+    """Weights of the pieces; None to count them."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts to count tokens in, and text held out to measure on."""
+    """Texts to count tokens in, and held-out text to measure on."""
 
     sources: list[Source]
     held_out: list[str]
-    """Passages of the user's text, or of the calibration corpus' other part."""
+    """Held-out passages of the user's text, or of the evaluation part of the calibration corpus."""
     label: str
     """Name of the held-out text."""
     notes: list[str] = field(default_factory=list)
@@ -85,16 +85,16 @@ class Texts:
 
 
 def read_texts(asked: Sequence[str], usual: str, cache_dir: Path | None, reporter: Reporter) -> Texts:
-    """Read what decides which tokens stay.
+    """Read the sources that decide which tokens to keep.
 
     Args:
-        asked: files, folders and corpora, languages by their codes, and `code`, each perhaps with a share.
-        usual: the calibration text, which counts where nothing is named.
-        cache_dir: where corpora of the Hub are kept.
-        reporter: who is told of what could not be had.
+        asked: files, folders and corpora, languages by their codes, and `code`, each with an optional share.
+        usual: the calibration text, the default.
+        cache_dir: cache of Hub corpora.
+        reporter: told about unavailable sources.
 
     Returns:
-        Sources whose shares add up to 1, and passages that none of them has.
+        Sources whose shares add up to 1, and held-out passages.
 
     Raises:
         BadInput: a text is missing or empty, a language is unknown, or a package is missing.
@@ -131,7 +131,7 @@ def read_texts(asked: Sequence[str], usual: str, cache_dir: Path | None, reporte
 
 
 def _is_language(name: str) -> bool:
-    """Return whether a name is that of a language, or `code`, rather than of a text (write ./en for a folder)."""
+    """Return whether a name is a language or `code`, not a text (write ./en for a folder)."""
     if name == CODE or name in LANGUAGES:
         return True
     return _LANGUAGE.fullmatch(name) is not None and name not in CORPORA and not Path(name).exists()
@@ -153,13 +153,13 @@ def _split(name: str, cache_dir: Path | None, setting: str) -> tuple[list[str], 
     if not any(piece.strip() for piece in pieces):
         raise BadInput(f"{name} holds no text", field=setting, value=name, fix="name another file")
     other = evaluation_corpus_for(name)
-    if other is not None:  # a corpus whose other part is for measuring
+    if other is not None:  # a corpus with an evaluation part
         held = evaluation_text(other, cache_dir)
         if isinstance(held, JoinedText):
             return pieces, list(passages(held.text))
     held_out = [piece for piece in pieces if _digest(piece) % _HELD_OUT == 0]
     kept = [piece for piece in pieces if _digest(piece) % _HELD_OUT]
-    if not kept or not held_out:  # so short that it is measured on what it is counted on
+    if not kept or not held_out:  # too short to hold anything out
         return pieces, pieces
     return kept, held_out
 
@@ -169,7 +169,7 @@ def _digest(text: str) -> int:
 
 
 def passages(text: str, size: int = _PASSAGE) -> Iterator[str]:
-    """Cut a text into passages at the ends of lines, or at blanks where lines are long."""
+    """Cut a text into passages at line ends, or at spaces in long lines."""
     start = 0
     while start < len(text):
         end = min(start + size, len(text))
@@ -181,13 +181,13 @@ def passages(text: str, size: int = _PASSAGE) -> Iterator[str]:
 
 
 def has_words() -> bool:
-    """Return whether lists of word frequencies are installed."""
+    """Return whether word-frequency lists are installed."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 
 @cache
 def word_lists() -> Mapping[str, str]:
-    """Return the languages that there are lists of. Raises BadInput where the package is missing."""
+    """Return the languages with word-frequency lists. Raises BadInput if the package is missing."""
     if not has_words():
         missing = f"words of languages come from the package {PACKAGE}, which is not installed"
         raise BadInput(missing, field="vocabulary_text", fix="pip install 'coprune[languages]'")
@@ -198,13 +198,13 @@ def word_lists() -> Mapping[str, str]:
 
 
 def require_language(name: str) -> None:
-    """Raise BadInput for a language that nobody knows."""
+    """Raise BadInput for an unknown language."""
     if name != CODE and name not in word_lists():
         raise unknown_name("language", name, [*word_lists(), CODE], field="vocabulary_text")
 
 
 def sources_of(text: str) -> list[str]:
-    """Return what a text is made of, as names of sources: the language whose commonest words it has most, and `code`."""
+    """Detect the sources of a text by name: the language whose common words are most frequent, and `code`."""
     signs, found = sum(letter in _SIGNS_OF_CODE for letter in text), list[str]()
     if has_words() and (words := Counter(re.findall(r"\w+", text.lower()))):
         import wordfreq
@@ -218,9 +218,9 @@ def sources_of(text: str) -> list[str]:
 
 
 def language_source(name: str, share: float, most: int | None = None) -> Source:
-    """Return words of a language as they stand in texts, each as often as it is used; or code.
+    """Return the words of a language in their written forms, weighted by frequency; or code.
 
-    most: words, or passages of code, the most frequent or first; None for all.
+    most: maximum number of words or code passages; None for all.
     """
     if name == CODE:
         return Source(CODE, share, code_texts()[:most])
@@ -241,13 +241,13 @@ def language_source(name: str, share: float, most: int | None = None) -> Source:
 
 
 def code_texts() -> list[str]:
-    """Return code of Python's own library and of packages that are always there, and words of other languages."""
+    """Return code from Python's standard library and always installed packages, and keywords of other languages."""
     found = list(KEYWORDS.values())
     for (package, ending), most in _CODE.items():
         folder = Path(sysconfig.get_path("stdlib") if package == "stdlib" else _folder_of(package))
         files = [p for p in sorted(folder.rglob(f"*{ending}")) if "site-packages" not in p.relative_to(folder).parts]
         size = 0
-        for path in sorted(files, key=lambda path: _digest(path.name)):  # some of every part
+        for path in sorted(files, key=lambda path: _digest(path.name)):  # a mix of all parts
             if size > most:
                 break
             text = path.read_text(encoding="utf-8", errors="replace")[:_OF_A_FILE]
@@ -280,7 +280,7 @@ def count(tokenizer: Tokenizer, source: Source, rows: int, advance: Any = lambda
 def weigh(tokenizer: Tokenizer, texts: Texts, rows: int, tokens: Mapping[int, str], reporter: Reporter) -> Weights:
     """Return the weight of every token: its share in each source, by the source's share.
 
-    Tokens that no source has follow by how likely English and code have them, then by the scripts of what was asked for.
+    Tokens in no source are ranked by their frequency in English and code, then by the requested scripts.
     """
     total = sum(len(source.pieces) for source in texts.sources)
     weights = np.zeros(rows)

@@ -1,4 +1,4 @@
-"""Choose the tokens that stay, write the model with them, and tell what that costs."""
+"""The vocabulary cut: choose the tokens to keep, write the smaller model, report the cost."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from coprune.vocabulary.sources import Source, described
 from coprune.vocabulary.tokenizer_file import named_in
 
 LEAST_SAVED = 0.05
-"""A cut that saves less of the weights' bytes is refused unless it is forced."""
+"""Minimum share of the weights' bytes to save, unless forced."""
 MEASURED, SEARCHED = 4_096, 16_384
-"""Tokens of held-out text that are measured; that a size is searched and proven on, half of them each."""
+"""Number of held-out tokens for measuring; and for searching and proving a size, half each."""
 _FEWEST = 1_000
-"""Characters of each of these halves at least."""
+"""Minimum number of characters of each half."""
 _ALWAYS = ("en", "de", "fr", "es", "ru", "zh", "ar", "hi")
-"""Languages on which a model is run, whether they were asked for or not; all others of the samples are cut into tokens."""
+"""Languages that the model is always run on; the other samples are only tokenised."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class Asked:
     runs: bool = True
     """Whether a model may be run to measure."""
     tokens: int | None = None
-    """Held-out tokens; None for the default."""
+    """Number of held-out tokens; None for the default."""
     state: Path | None = None
-    """File of what was found out, with which an interrupted search resumes."""
+    """File with the state of a search, to resume it."""
     key: str = ""
-    """The contents of the model and of the texts, without which that file is of no use."""
+    """Fingerprint of model and texts, which must match that file."""
 
 
 @dataclass
 class Cutting:
-    """A vocabulary that is about to be cut."""
+    """The cut of a model's vocabulary."""
 
     source: Source
     asked: Asked
@@ -103,7 +103,7 @@ class Cutting:
 
     @cached_property
     def essential(self) -> set[int]:
-        """Ids that stay in any case, with all that they are made by."""
+        """Ids that are always kept, with all tokens they are merged from."""
         found = self.vocabulary.essential() | self.source.named | set(self.source.processor.all_special_ids)
         for text in prompts(self.source.processor):
             found |= set(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -115,12 +115,12 @@ class Cutting:
         return weigh(self.tokenizer, self.texts, self.source.rows, self.vocabulary.texts, self.reporter)
 
     def choose(self, size: int) -> Kept:
-        """Return the tokens that stay. Raises BadInput as `choose`."""
+        """Return the tokens to keep. Raises BadInput like `choose`."""
         return choose(size, self.weights, self.essential, self._parts)
 
     @cached_property
     def judge(self) -> Judge | str:
-        """The model that says how likely texts are; why it does not, otherwise."""
+        """The model that scores texts, or the reason why it cannot."""
         if not self.asked.runs:
             return "perplexity is not measured, or the model is streamed"
         if isinstance(self.vocabulary.kind, WordPiece):
@@ -145,17 +145,17 @@ class Cutting:
         return self.judge
 
     def require_possible(self) -> None:
-        """Raise BadInput, before anything is counted, for a number of tokens that cannot be, or a cut that saves too little."""
+        """Raise BadInput, before counting, for an impossible number of tokens or a cut that saves too little."""
         target = self.asked.structure.vocabulary
         if target is not None and not isinstance(target, Loss):
             size = possible(target.kept(self.source.rows), len(self.essential), self.source.rows)
             self.refuse_useless(Kept(tuple(range(size))))
 
     def size(self) -> tuple[Kept, dict[str, Any]]:
-        """Return the tokens that stay, and what a search for their number found.
+        """Return the tokens to keep, and the results of the search for their number.
 
         Raises:
-            BadInput: there are too few, too many, or no number that loses so little.
+            BadInput: the number is too small or too large, or none meets the allowed loss.
         """
         target = self.asked.structure.vocabulary
         assert target is not None
@@ -182,7 +182,7 @@ class Cutting:
         return self.choose(found.size), {"tries": dict(tries.known), "proven": found.proven}
 
     def halves(self) -> tuple[list[str], list[str]]:
-        """Return held-out passages to search on, and others to prove with. Raises BadInput if there are too few."""
+        """Return held-out passages for the search, and others for the proof. Raises BadInput if there are too few."""
         limit = self.asked.tokens or SEARCHED
         held = first_tokens(self.tokenizer, self.texts.held_out, limit, least=2)
         halves = held[::2], held[1::2]
@@ -199,7 +199,7 @@ class Cutting:
         return digest.hexdigest()[:16]
 
     def facts(self, kept: Kept, found: Mapping[str, Any]) -> VocabularyFacts:
-        """Measure what a choice costs. found: what a search found."""
+        """Measure the cost of a choice. found: results of the search."""
         before, after = self.source.bytes_of(kept)
         cuts = Cuts.of(self.tokenizer, self.content, kept)
         judge = self.judge
@@ -224,7 +224,7 @@ class Cutting:
         )
 
     def _weightiest(self, count: int) -> list[int]:
-        """Return the tokens that would be kept if none was needed by another."""
+        """Return the tokens with the largest weights, ignoring merges."""
         order = (-self.weights).argsort(kind="stable")
         return [int(number) for number in order if int(number) not in self.essential][: count - len(self.essential)]
 
@@ -249,7 +249,7 @@ class Cutting:
             ]
 
     def refuse_useless(self, kept: Kept) -> None:
-        """Raise BadInput for a cut that saves too little to be worth what it costs, unless it is forced."""
+        """Raise BadInput for a cut that saves too little, unless forced."""
         before, after = self.source.bytes_of(kept)
         saved = 1 - after / before
         if saved < LEAST_SAVED and not self.asked.structure.vocabulary_force:
@@ -269,7 +269,7 @@ class Tries:
     """Losses by vocabulary size, kept in a file so that a search can resume."""
 
     def __init__(self, file: Path | None, fingerprint: str) -> None:
-        """Read what was tried with the same fingerprint."""
+        """Read earlier tries with the same fingerprint."""
         self._file = file
         note = None if file is None else read_note(file, Tried)
         same = note is not None and note.record.fingerprint == fingerprint
@@ -277,10 +277,10 @@ class Tries:
 
     @property
     def known(self) -> dict[int, float]:
-        """What is known by now, which may be added to."""
+        """The losses found so far; may be added to."""
         return self._tried.tries
 
     def keep(self) -> None:
-        """Write what is known by now."""
+        """Write the losses found so far."""
         if self._file is not None:
             write_note(self._file, self._tried)

@@ -1,4 +1,4 @@
-"""The cut of a vocabulary and its cost, as data and in words."""
+"""Facts about a vocabulary cut and its cost."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict
 from coprune.base.words import per_cent
 
 _COVERED = 0.5
-"""Tokens per byte below which a text is more than bytes and letters to a tokenizer."""
+"""Tokens per byte below which a tokenizer has more than bytes and letters for a text."""
 _WORTH = 0.25
-"""Rise of bits for a share of the bytes that is worth it: a quant of 4 bits instead of 8 has less than half of that."""
+"""Acceptable rise in bits per share of bytes saved; going from 8 to 4 bits costs less than half of it."""
 LOUD = 0.10
-"""A language that loses more of its bits or tokens than that is named loudly."""
+"""Rise in bits or tokens above which a language gets a warning."""
 
 
 class TextCost(BaseModel):
@@ -24,11 +24,11 @@ class TextCost(BaseModel):
     tokens: tuple[int, int]
     """Number of tokens before and after."""
     bits: tuple[float, float] | None = None
-    """Bits per byte before and after; None where no model was run."""
+    """Bits per byte before and after; None if no model was run."""
     renormalised: float | None = None
-    """Bits per byte with the tokens as before, and the removed ones' probability given to those that stayed."""
+    """Bits per byte with the old tokens, after renormalising over the kept ones."""
     worst: str = ""
-    """The passage that loses most."""
+    """The passage with the largest rise."""
     worst_rise: float = 0.0
 
     @property
@@ -48,7 +48,7 @@ class TextCost(BaseModel):
 
     @property
     def rise(self) -> float:
-        """Rise of bits per byte, or of tokens where no model was run."""
+        """Rise of bits per byte, or of tokens if no model was run."""
         return self.more_tokens if self.more_bits is None else self.more_bits
 
     def line(self) -> str:
@@ -61,7 +61,7 @@ class TextCost(BaseModel):
 
 
 class VocabularyFacts(BaseModel):
-    """A vocabulary that was cut."""
+    """Facts about a vocabulary cut."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -80,11 +80,11 @@ class VocabularyFacts(BaseModel):
     bytes_after: int
     texts: list[TextCost]
     notes: list[str] = []
-    """What is to be known of the folder's other files, a line each."""
+    """Notes on the folder's other files, one per line."""
     tries: dict[int, float] = {}
-    """Rise of bits per byte on held-out text by the number of tokens, where a size was searched for."""
+    """Rise of bits per byte on held-out text by number of tokens, if a size was searched."""
     proven: float | None = None
-    """The same of the size that was found, on other held-out text."""
+    """Rise at the final size, on other held-out text."""
     not_run: str = ""
     """Why no model was run."""
 
@@ -95,12 +95,12 @@ class VocabularyFacts(BaseModel):
 
     @property
     def pays(self) -> bool:
-        """Whether the first text's bits rise by less than fewer bits per weight would cost for the same bytes."""
+        """Whether the rise on the first text is less than that of a quant with the same bytes."""
         return not self.texts or self.texts[0].rise <= _WORTH * self.saved
 
     @property
     def lost(self) -> list[TextCost]:
-        """Texts that lose more than a tenth, the most first, of those that the whole vocabulary had tokens for."""
+        """Texts that lose more than a tenth, largest first, among those that the full vocabulary covered."""
         return sorted((one for one in self.texts if one.covered and one.rise > LOUD), key=lambda one: -one.rise)
 
     def loud(self) -> str | None:
@@ -112,7 +112,7 @@ class VocabularyFacts(BaseModel):
         return f"LOST MORE THAN A TENTH ({what}): {named}"
 
     def lines(self) -> list[str]:
-        """Return everything, a line each."""
+        """Return all facts, one per line."""
         first = (
             f"{self.before:,} → {self.after:,} tokens ({self.kind}), {per_cent(self.saved)} of the weights' bytes saved"
         )

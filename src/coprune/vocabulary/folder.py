@@ -1,4 +1,4 @@
-"""A checkpoint folder with fewer tokens, made from another one shard by shard, whatever their size."""
+"""A checkpoint folder with fewer tokens, made from another one shard by shard, in bounded memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from coprune.vocabulary.tables import Table, find_tables
 
 
 def tokenizer_content(folder: ModelFolder) -> dict[str, Any]:
-    """Read the content of a folder's `tokenizer.json`. Raises UnsupportedModel where it has only files of other kinds."""
+    """Read the content of a folder's `tokenizer.json`. Raises UnsupportedModel if it only has other tokenizer files."""
     path = folder.path / TOKENIZER_FILE
     if path.is_file():
         return read_json(path)
@@ -66,7 +66,7 @@ def refuse_folder(folder: ModelFolder) -> None:
 
 
 def bytes_of(folder: ModelFolder, config: Mapping[str, Any], kept: Kept) -> tuple[int, int]:
-    """Return the bytes of all weights before and after a cut. Raises as `find_tables`."""
+    """Return the bytes of all weights before and after a cut. Raises like `find_tables`."""
     entries = stored_entries(folder.path)
     tables, _ = find_tables(folder, config, entries, kept)
     before = sum(entry.nbytes for entry in entries.values())
@@ -87,21 +87,21 @@ class Beside:
 
 
 def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter, beside: Beside = Beside()) -> Path:
-    """Write a folder's model with the tokens that stay.
+    """Write a folder's model with the kept tokens.
 
     Args:
         source: the model.
-        target: the folder to write, which appears when it is whole.
-        kept: the tokens that stay.
-        reporter: who shows how far it is.
-        beside: what else it says.
+        target: the folder to write, which only appears when complete.
+        kept: the tokens to keep.
+        reporter: shows progress.
+        beside: the history and card to write.
 
     Returns:
         The target.
 
     Raises:
-        BadInput, UnsupportedModel: the model cannot be cut, or the target is taken.
-        VerificationError: what was written is not what should be there.
+        BadInput, UnsupportedModel: the model cannot be cut, or the target exists.
+        VerificationError: the written model differs from the expected one.
     """
     refuse_folder(source)
     refuse_occupied(target)
@@ -132,7 +132,7 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
 
 
 def stale_files(source: ModelFolder) -> list[str]:
-    """Return the names of a folder's files that hold the vocabulary once more."""
+    """Return the names of a folder's files that duplicate the vocabulary."""
     return [path.name for path in own_files(source.path) if matches(path.name, STALE)]
 
 
@@ -142,7 +142,7 @@ def _write_map(out: Path, kept: Kept, tables: Mapping[str, Table]) -> None:
 
 
 def edit_of(kept: Kept, tables: Mapping[str, Table]) -> CutVocabulary:
-    """Return what was done as an edit. tables: by the names of the source's tensors."""
+    """Return the cut as an edit. tables: by the source's tensor names."""
     import torch
 
     size = max(table.size for table in tables.values())
@@ -217,7 +217,7 @@ def _write_shard(
 def _copy(
     entry: TensorEntry, target: IO[bytes], table: Table | None, kept: Kept, advance: Callable[[float], None]
 ) -> None:
-    """Copy a tensor piece by piece: all of it, or the slices of the tokens that stay."""
+    """Copy a tensor piece by piece: all of it, or the rows of the kept tokens."""
     with entry.file.open("rb") as source:
         source.seek(entry.start)
         if table is None:
@@ -239,7 +239,7 @@ def _copy(
 
 
 def _verify(source: ModelFolder, out: Path, tables: Mapping[str, Table], kept: Kept) -> None:
-    """Raise VerificationError where rows of what was written are not those that they should be."""
+    """Raise VerificationError if written rows differ from the source's."""
     before, after = stored_entries(source.path), stored_entries(out)
     if before.keys() != after.keys():
         raise VerificationError(f"{out} does not hold the tensors of {source.name}")
@@ -260,17 +260,17 @@ def _row(entry: TensorEntry, number: int) -> bytes:
 def require_same_tokens(
     whole: PreTrainedTokenizerBase, written: Location, kept: Kept, beyond: Collection[str] = ()
 ) -> None:
-    """Load a smaller tokenizer with transformers, and compare it with the whole one: its tokens, and texts.
+    """Load the smaller tokenizer with transformers, and compare its tokens and texts with the full one's.
 
     Args:
-        whole: as transformers loads it.
+        whole: the full tokenizer, as loaded by transformers.
         written: the smaller model.
-        kept: the tokens that stay.
-        beyond: tokens that it may have besides, without a row.
+        kept: the kept tokens.
+        beyond: extra tokens that it may have without a row.
 
     Raises:
-        VerificationError: its tokens are not those that stay under their new ids, so that one would have no row in the
-            embedding or another's; or it tokenises a text of kept tokens differently, or decodes a text differently.
+        VerificationError: its tokens are not the kept ones under their new ids, so one would have no embedding row or
+            another's; or it tokenises a text of kept tokens differently, or decodes a text differently.
     """
     loaded = load_tokenizer(written)
     expected = {(token, kept.new[number]) for token, number in whole.get_vocab().items() if number in kept.new}

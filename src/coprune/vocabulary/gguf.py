@@ -1,4 +1,4 @@
-"""A GGUF file with fewer tokens, made from another one: rows are copied as they are stored, whatever their type."""
+"""A GGUF file with fewer tokens, made from another one; rows are copied as stored, whatever their type."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TABLES = ("token_embd.weight", "output.weight", "output.bias", "per_layer_token
 
 
 class Gguf(Sliced):
-    """A file that is cut: its metadata, its tensors, and which of these have rows for tokens."""
+    """A GGUF file to cut: its metadata, its tensors, and those with a row per token."""
 
     def __init__(self, file: GgufFile) -> None:
-        """Read all but the tensors' values. Raises BadInput or UnsupportedModel where the file cannot be cut."""
+        """Read all but the tensors' values. Raises BadInput or UnsupportedModel if the file cannot be cut."""
         super().__init__(file)
         self.rows = len(tokens_in(self.fields))
         self.tables: dict[str, Table] = {}
@@ -41,7 +41,7 @@ class Gguf(Sliced):
 
     @property
     def named(self) -> set[int]:
-        """Ids that the metadata name."""
+        """Ids in the metadata."""
         return named_ids(self.fields)
 
     @cached_property
@@ -55,11 +55,11 @@ class Gguf(Sliced):
         return Vocabulary.of(json.loads(self.processor.backend_tokenizer.to_str()))
 
     def notes(self, kept: Kept) -> list[str]:
-        """Return nothing: a file's keys say what is an id."""
+        """Return no notes: a GGUF file's keys say what is an id."""
         return []
 
     def slices(self, kept: Kept) -> dict[str, Slice]:
-        """Return what stays of every tensor."""
+        """Return the slices to keep of every tensor."""
         rows = {name: kept.rows[: kept.below(table.size)] for name, table in self.tables.items()}
         return {stored.name: Slice(stored.name, rows.get(stored.name)) for stored in self.tensors}
 
@@ -71,12 +71,12 @@ class Gguf(Sliced):
         """Write the file with the tokens that stay; it has no place for a card.
 
         Raises:
-            BadInput: the target is taken.
-            VerificationError: the tokenizer that was written is not the one that should be there.
+            BadInput: the target exists.
+            VerificationError: the written tokenizer differs from the expected one.
         """
         slices = self.slices(kept)
         self.write(target, slices, without_tokens(self.fields, self.arch, kept.old), reporter)
-        # transformers adds tokens that its class has by default, and a GGUF file cannot say otherwise.
+        # transformers adds its class's default tokens, which a GGUF file cannot override.
         beyond = {token for token, number in self.processor.get_vocab().items() if number >= self.rows}
         require_same_tokens(self.processor, GgufFile(target, target.name), kept, beyond)
         return target

@@ -1,9 +1,9 @@
-"""Kinds of tokenizers whose vocabulary can be cut: which tokens have to stay, and the parts of a token.
+"""Kinds of tokenizers whose vocabulary can be cut: which tokens must be kept, and which a token is merged from.
 
-The smaller vocabulary must tokenise a text of kept tokens alike. For BPE that holds if every token keeps the intermediate
-tokens of its own merges: within its span the merges run as on the token alone, and a removed merge was in no derivation of
+The smaller vocabulary must tokenise text of kept tokens identically. For BPE this holds if every token keeps the intermediate
+tokens of its own merges: within its span the merges run as on the token alone, and no removed merge was in the derivation of
 a kept token. For Unigram the best path stays the best of fewer; for WordPiece the longest match stays the longest. Text with
-a removed token falls back to its characters or bytes, so these stay.
+a removed token falls back to its characters or bytes, so these are kept.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Kind(Protocol):
         ...
 
     def parts(self, token: str) -> tuple[int, ...] | None:
-        """Return the ids of all tokens that a token is made by, itself left out; None if the algorithm never makes it."""
+        """Return the ids of all tokens that a token is merged from; None if the algorithm never produces it."""
         ...
 
     def needed(self) -> Iterator[int]:
-        """Return the ids of tokens without which some text could not be written any more."""
+        """Return the ids of tokens that are needed to represent any text."""
         ...
 
 
 @dataclass(frozen=True)
 class Bpe:
-    """Byte-pair encoding: of bytes as letters, of characters with bytes to fall back to, or of characters alone."""
+    """Byte-pair encoding: byte-level, of characters with byte fallback, or of characters only."""
 
     ids: Mapping[str, int]
     merges: Mapping[tuple[str, str], int]
@@ -50,7 +50,7 @@ class Bpe:
     """Characters of the 256 bytes; empty without byte-level encoding."""
     byte_fallback: bool
     ignore_merges: bool
-    """Whether a piece of text that is a token is used whole."""
+    """Whether a piece of text that is a token is used as is (`ignore_merges`)."""
     unknown: str | None
 
     def parts(self, token: str) -> tuple[int, ...] | None:
@@ -72,7 +72,7 @@ class Bpe:
             seen.add(symbols[place])
         if symbols == [token]:
             return tuple(sorted(self.ids[one] for one in seen if one != token))
-        # Taken as a whole where it is all of a piece, and made by nothing.
+        # Used as is if it is a whole piece, so it needs no parts.
         return () if self.ignore_merges else None
 
     def needed(self) -> Iterator[int]:
@@ -88,7 +88,7 @@ class Bpe:
 
 @dataclass(frozen=True)
 class Unigram:
-    """The likeliest path through a text by the score of every token."""
+    """Unigram: the most likely path through a text by token scores."""
 
     ids: Mapping[str, int]
     scores: tuple[float, ...]
@@ -111,7 +111,7 @@ class Unigram:
 
 @dataclass(frozen=True)
 class WordPiece:
-    """The longest token that a word begins with, again and again."""
+    """WordPiece: repeatedly the longest matching token."""
 
     ids: Mapping[str, int]
     prefix: str
@@ -144,10 +144,10 @@ def _without_fallback(ids: Mapping[str, int], letters_of: Any) -> Iterator[int]:
 
 
 def kind_of(content: Mapping[str, Any]) -> Kind:
-    """Read the kind of a tokenizer out of the content of its `tokenizer.json`.
+    """Return the kind of a tokenizer from the content of its `tokenizer.json`.
 
     Raises:
-        BadInput, UnsupportedModel: as `check_content`, and for options of BPE whose cut is not known to be exact.
+        BadInput, UnsupportedModel: like `check_content`, and for BPE options whose cut is not known to be exact.
     """
     check_content(content)
     model = content["model"]
@@ -180,7 +180,7 @@ def _has(content: Mapping[str, Any], kind: str) -> bool:
 
 
 def _byte_letters() -> str:
-    """Return the letters by which GPT-2 and its kin write the 256 bytes."""
+    """Return the letters of GPT-2's byte-level encoding for the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
@@ -236,11 +236,11 @@ class Vocabulary:
         }
 
     def essential(self) -> set[int]:
-        """Return the ids that stay whatever is counted: bytes or characters, unknown, added tokens that are not reserved."""
+        """Return the ids that are always kept: bytes or characters, unknown, and added tokens that are not reserved."""
         return {*self.kind.needed()} | self.meaningful | named_in(self.content)
 
     def parts(self, number: int) -> tuple[int, ...] | None:
-        """Return the ids of the tokens that a token is made by; None if no text is ever cut into it."""
+        """Return the ids of the tokens that a token is merged from; None if no text ever produces it."""
         token = self.tokens.get(number)
         if token is None:
             return None

@@ -1,7 +1,7 @@
-"""The cost of a smaller vocabulary: tokens per byte by the tokenizers alone, bits per byte by the model.
+"""The cost of a smaller vocabulary: tokens per byte from the tokenizers, bits per byte from the model.
 
-The blocks are unchanged, so the dense model predicts as the smaller one would: it reads the smaller tokenizer's tokens
-under their old ids, and the softmax is taken over the kept tokens.
+The blocks are unchanged, so the dense model can stand in for the smaller one: it reads the smaller tokenizer's tokens
+under their old ids, and the softmax is over the kept tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Cuts:
 
     @classmethod
     def of(cls, dense: Tokenizer, content: Mapping[str, Any], kept: Kept) -> Cuts:
-        """Make the smaller one. content: of the other's `tokenizer.json`."""
+        """Make the smaller tokenizer. content: of the dense one's `tokenizer.json`."""
         return cls(dense, Tokenizer.from_str(json.dumps(cut_tokenizer(content, kept))), kept)
 
     def both(self, text: str) -> tuple[list[int], list[int]]:
@@ -47,25 +47,25 @@ class Cuts:
         return before, [self.kept.old[token] for token in after]
 
     def cost(self, label: str, texts: Sequence[str]) -> TextCost:
-        """Return how many tokens texts have before and after."""
+        """Return the cost of texts in tokens."""
         counts = np.array([[len(ids) for ids in self.both(text)] for text in texts]).sum(axis=0)
         return TextCost(text=label, bytes=_bytes(texts), tokens=(int(counts[0]), int(counts[1])))
 
 
 @dataclass
 class Judge:
-    """A model that says how likely texts are, with all tokens or with those that stay."""
+    """A model that scores texts, with all tokens or only the kept ones."""
 
     model: PreTrainedModel
     begin: int | None
-    """The token before every text; None for none, and then its first token is not counted."""
+    """The token before every text; without one, a text's first token is not counted."""
     _dense: dict[str, float] = field(default_factory=dict)
-    """Nats of texts that were asked for before, all tokens allowed."""
+    """Cached nats of texts with all tokens."""
 
     def nats(self, ids: Sequence[int], rows: Tensor | None) -> tuple[float, float]:
-        """Return minus the log likelihood of a text's tokens: among all, and among those that stay and the token itself.
+        """Return the negative log likelihood of a text's tokens: over all tokens, and over the kept ones plus the token itself.
 
-        rows: old ids that stay, int64; None for the first alone.
+        rows: kept old ids, int64; None for the first value only.
         """
         given = ([] if self.begin is None else [self.begin]) + list(ids)
         if len(given) < 2:
@@ -88,13 +88,13 @@ class Judge:
         return whole, among
 
     def dense(self, text: str, ids: Sequence[int]) -> float:
-        """Return the nats of a text as it was cut before, once for all sizes."""
+        """Return the nats of a text with the full vocabulary, computed once."""
         if text not in self._dense:
             self._dense[text] = self.nats(ids, None)[0]
         return self._dense[text]
 
     def rise(self, cuts: Cuts, texts: Sequence[str], advance: Callable[[float], None]) -> float:
-        """Return by which share the bits of texts rise."""
+        """Return the relative rise in bits."""
         rows, before, after = torch.from_numpy(cuts.kept.rows), 0.0, 0.0
         for text in texts:
             old, new = cuts.both(text)
@@ -104,7 +104,7 @@ class Judge:
         return after / max(before, 1e-12) - 1
 
     def cost(self, cuts: Cuts, label: str, texts: Sequence[str], advance: Callable[[float], None]) -> TextCost:
-        """Return what texts cost before and after, and which of them loses most."""
+        """Return the cost of texts before and after, and the worst of them."""
         rows, found = torch.from_numpy(cuts.kept.rows), []
         for text in texts:
             old, new = cuts.both(text)
@@ -128,7 +128,7 @@ def _bytes(texts: Sequence[str]) -> int:
 
 
 def first_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: int, least: int = 1) -> list[str]:
-    """Return the first of some texts, up to a number of tokens. least: as many are returned at least, if there are."""
+    """Return the first texts, up to a number of tokens. least: minimum number of texts to return."""
     found: list[str] = []
     total = 0
     for text in texts:

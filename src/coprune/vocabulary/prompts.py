@@ -1,4 +1,4 @@
-"""Texts that a model is always given: what its chat template writes around messages, its default system prompt, tools."""
+"""Texts that a model always sees: its chat template's text, default system prompt and tools."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _TOOLS: tuple[list[Any] | None, ...] = (None, [_TOOL])
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return what a tokenizer's chat templates write of a few conversations, and all text that stands in them.
+    """Return a few conversations rendered with a tokenizer's chat templates, and all text in the templates.
 
     Raises:
         BadInput: a template takes more time or memory than any real one.
@@ -69,7 +69,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, template: str) -> Iterator[str]
                     yield render(tokenizer, messages, begins, template=template, tools=tools)
                 except Exceeded as error:
                     raise BadInput(f"the tokenizer's chat template fails on a short conversation: {error}") from error
-                except ValueError:  # templates refuse conversations in ways of their own
+                except ValueError:  # some templates refuse some conversations
                     continue
 
 

@@ -11,7 +11,7 @@ from coprune.vocabulary.choose import Kept
 
 
 def cut_tokenizer(content: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Return the content of `tokenizer.json` with the tokens that stay, in their old order, under their new ids."""
+    """Return the content of `tokenizer.json` with the kept tokens, in their old order, under new ids."""
     found = {key: copy.deepcopy(value) for key, value in content.items() if key not in ("model", "added_tokens")}
     found["added_tokens"] = [
         {**one, "id": kept.new[one["id"]]} for one in content.get("added_tokens") or () if one["id"] in kept.new

@@ -1,4 +1,4 @@
-"""Short texts of our own: what a language or code costs after a cut is told on them, where nobody gives a text of it."""
+"""Short sample texts, to measure the cost of a cut for a language or code without a user's text."""
 
 LANGUAGES = {
     "en": (
@@ -161,7 +161,7 @@ KEYWORDS = {
         '"type": null}\n  ]\n}\n---\nkey: value\nlist:\n  - item\n'
     ),
 }
-"""Words of code by its language, which are counted; the samples below are not."""
+"""Keywords by programming language, which are counted; the samples below are not."""
 
 SOURCES = {
     "python": (
@@ -213,6 +213,6 @@ PUNCTUATION = (
     " “ ” ‘ ’ „ « » ‹ › – — … • · © ® ™ § ¶ † ° ± × ÷ ≤ ≥ ≠ ≈ → ← ↑ ↓ € £ ¥ ½ ¼ ² ³ µ é è ê á à â ä ã å ç "
     "í ï ñ ó ö ô ú ü ß ø æ œ"
 )
-"""Punctuation beside ASCII in texts of any Latin script."""
+"""Non-ASCII punctuation and letters in texts of Latin script."""
 ENDS, QUOTES = ". , ? ! … — ; : )", "” ’ » \" '"
-"""End of quoted speech with the sign after it: vocabularies have tokens of both together."""
+"""Ends of quoted speech and closing quotes: vocabularies have tokens of both together."""

@@ -1,4 +1,4 @@
-"""The smallest vocabulary that loses no more than is allowed, and its proof on other text."""
+"""Search for the smallest vocabulary within an allowed loss, and its proof on other text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from coprune.base.errors import BadInput
 from coprune.vocabulary.choose import ALIGN
 
 _STEPS = 256
-"""Sizes are told apart by one of so many parts of the vocabulary."""
+"""Resolution of the search, as a fraction of the vocabulary."""
 _WIDER = 1.08
 """Factor by which a size grows if other text does not prove it."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A size, and what it loses on the text that proves it."""
+    """A size with its loss on the proof text."""
 
     size: int
     proven: float
@@ -30,21 +30,21 @@ def search(
     tries: MutableMapping[int, float],
     tried: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Find the smallest size by halving what is between one that loses too much and one that does not.
+    """Find the smallest size by bisection between one that loses too much and one that does not.
 
     Args:
-        most: the rise of bits per byte that is allowed.
-        bounds: the smallest size that can be, and the whole vocabulary.
-        rise: what a size loses on the text that is searched on.
-        prove: what it loses on other text.
-        tries: what sizes lost, by size; those that are there are not tried again.
-        tried: is called when one was added.
+        most: the allowed rise of bits per byte.
+        bounds: the smallest possible size, and that of the full vocabulary.
+        rise: returns a size's loss on the search text.
+        prove: returns its loss on other text.
+        tries: known losses by size, which are not measured again.
+        tried: called after each new try.
 
     Returns:
-        The size; the next larger one where other text does not prove it.
+        The size, increased until the other text proves it.
 
     Raises:
-        BadInput: only the whole vocabulary loses so little.
+        BadInput: no smaller vocabulary meets the allowed loss.
     """
     step = max(ALIGN, bounds[1] // _STEPS // ALIGN * ALIGN)
     low, high = bounds[0] // step, -(-bounds[1] // step)

@@ -1,4 +1,4 @@
-"""Ids and names of tokens in the JSON files of a folder: configuration, generation settings, processors, tokenizer settings.
+"""Token ids and names in the JSON files of a folder: configuration, generation settings, processors, tokenizer settings.
 
 An integer is a token's id by its key (`eos_token_id`), by the token that its key names (`{"<|en|>": 50259}`), or because its key
 ends in `_id` and it is the id of an added token. Any other that happens to be such an id is reported, unless its key is that of
@@ -32,9 +32,9 @@ _IDS = re.compile(
 )
 """Keys whose values are ids of tokens."""
 _PAIRS = ("forced_decoder_ids",)
-"""Keys of lists of places and tokens, of which only the second are ids."""
+"""Keys of lists of (position, token) pairs, of which only the second are ids."""
 _BIASES = ("sequence_bias",)
-"""Keys of lists of sequences and numbers, of which only the sequences are ids."""
+"""Keys of lists of (sequence, number) pairs, of which only the sequences are ids."""
 _PERHAPS = re.compile(r".*_ids?")
 _OTHERWISE = re.compile(
     r"(num|n|max|min|mean|total|top|first|last)_.*"
@@ -54,16 +54,16 @@ _SIZE = re.compile(r".*vocab.*")
 _LISTED = 20
 """Maximum number of places named in a message."""
 MAP_FILE = "coprune_vocabulary.json"
-"""The ids before by the ids now, for what still goes by them: drafts, adapters, tokenised data."""
+"""File with the old ids by new id, for drafts, adapters and tokenised data that use old ids."""
 TOKENIZER_FILE = "tokenizer.json"
 STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.spm")
-"""Files that hold the vocabulary once more, as it was."""
+"""Files that duplicate the old vocabulary."""
 _NOT_SETTINGS = (TOKENIZER_FILE, EDITS_FILE, MAP_FILE, *NOTES, "*.index.json", *STALE)
-"""JSON files without ids of tokens, and those that are written anew."""
+"""JSON files without token ids, or that are rewritten anyway."""
 _DOUBTED = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
-"""Files that a model is loaded with, in which an integer that may be an id is reported."""
+"""Files used for loading a model, in which integers that may be ids are reported."""
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
-"""Files whose names of tokens add tokens to a tokenizer that lacks them."""
+"""Files whose token names are added to a tokenizer that lacks them."""
 
 
 class _Role(Enum):
@@ -79,7 +79,7 @@ _Visit = Callable[[str, int, _Role], int]
 
 @dataclass(frozen=True)
 class Naming:
-    """How the integers of a folder are told from each other: by the tokens and the sizes of the vocabulary."""
+    """The rules for recognising token ids among integers: by tokens and vocabulary sizes."""
 
     rows: int
     """Ids from here on have no row in the embedding."""
@@ -106,11 +106,11 @@ class Naming:
 
         Args:
             content: of the file.
-            kept: the tokens that stay.
-            instead: the id that takes the place of those that do not; None for an error.
+            kept: the kept tokens.
+            instead: the id that replaces removed ones; None for an error.
 
         Raises:
-            UnsupportedModel: it names a token that does not stay.
+            UnsupportedModel: it names a removed token.
         """
 
         def moved(place: str, number: int, role: _Role) -> int:
@@ -125,7 +125,7 @@ class Naming:
         return self._walk(content, moved)
 
     def doubtful(self, content: Mapping[str, Any], kept: Kept) -> list[str]:
-        """Return places of integers that may be ids of tokens, are not known to be, and would have to change."""
+        """Return the places of integers that might be token ids and would then have to change."""
         found: list[str] = []
 
         def note(place: str, number: int, role: _Role) -> int:
@@ -137,7 +137,7 @@ class Naming:
         return found
 
     def without_rows(self, content: Mapping[str, Any], kept: Kept) -> set[str]:
-        """Return the tokens that a tokenizer's settings name and the smaller model has no row for."""
+        """Return the tokens in a tokenizer's settings for which the smaller model has no row."""
         assert self.vocabulary is not None
         ids = self.vocabulary.by_token
         return {name for name in _names(content) if ids.get(name) not in kept.new}
@@ -145,7 +145,7 @@ class Naming:
     def _walk(self, content: Mapping[str, Any], visit: _Visit, above: str = "") -> dict[str, Any]:
         size = content.get("vocab_size")
         if above and type(size) is int and size != self.rows and size not in self.sizes:
-            return dict(content)  # a part of the model with a vocabulary of its own, as of sounds
+            return dict(content)  # a submodel with its own vocabulary, for example of audio
         return {key: self._value(content, key, value, visit, f"{above}{key}") for key, value in content.items()}
 
     def _value(self, beside: Mapping[str, Any], key: str, value: Any, visit: _Visit, place: str) -> Any:
@@ -163,7 +163,7 @@ class Naming:
         return visit(place, number, role) if 0 <= number < self.rows else number
 
     def _role(self, beside: Mapping[str, Any], key: str, number: int, place: str) -> _Role | None:
-        """Return the meaning of an integer by what stands beside it; None for one that is no id."""
+        """Return the role of an integer from its siblings; None if it is not an id."""
         if self.vocabulary is None or (token := self.vocabulary.tokens.get(number)) is None:
             return None
         if token == key or token.strip("<|>[]") == key or (key == "id" and token in beside.values()):
@@ -218,7 +218,7 @@ def _without(value: Any, gone: Collection[str]) -> Any:
 
 
 def resized(config: Mapping[str, Any], sizes: Mapping[int, int]) -> dict[str, Any]:
-    """Return a configuration with new sizes of its vocabularies, at every level. sizes: new ones by old ones."""
+    """Return a configuration with new sizes of its vocabularies, at every level. sizes: new sizes by old."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -230,7 +230,7 @@ def resized(config: Mapping[str, Any], sizes: Mapping[int, int]) -> dict[str, An
 
 
 def sizes_in(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Return every size of a vocabulary that a configuration says, by its key."""
+    """Yield every vocabulary size in a configuration, with its key."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from sizes_in(value)
@@ -239,7 +239,7 @@ def sizes_in(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def cut_added_tokens(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json` with its added tokens, which go by their ids, under the new ones."""
+    """Return the content of `tokenizer_config.json` with added tokens under their new ids."""
     found = dict(config)
     if isinstance(tokens := found.get("added_tokens_decoder"), Mapping):
         found["added_tokens_decoder"] = {
@@ -265,16 +265,16 @@ class Settings:
 
     @classmethod
     def of(cls, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, rows: int) -> Settings:
-        """Read them.
+        """Read the files.
 
         Args:
-            folder: of the model.
+            folder: the model's folder.
             tokenizer: as transformers loads it, with what its class adds.
             vocabulary: of its `tokenizer.json`.
             rows: of the embedding.
 
         Raises:
-            BadInput: one that the model is loaded with is malformed.
+            BadInput: a file used for loading the model is malformed.
         """
         files: dict[str, Mapping[str, Any]] = {}
         for path in own_files(folder.path):
@@ -287,11 +287,11 @@ class Settings:
 
     @property
     def named(self) -> set[int]:
-        """Ids of tokens that they name."""
+        """Ids of tokens in the files."""
         return set().union(*(self.naming.ids(content) for content in self.files.values()))
 
     def cut(self, kept: Kept) -> dict[str, dict[str, Any]]:
-        """Return what has to change, by name. Raises UnsupportedModel where one names a token that does not stay."""
+        """Return the changed files by name. Raises UnsupportedModel if one names a removed token."""
         found = {name: self.naming.cut(content, kept) for name, content in self.files.items()}
         gone = self._gone(kept)
         for name in _TOKENIZER:
@@ -302,7 +302,7 @@ class Settings:
         return {name: content for name, content in found.items() if content != self.files.get(name)}
 
     def notes(self, kept: Kept) -> list[str]:
-        """Return a line each about numbers that may be ids and stay as they are, and about names that are left out."""
+        """Return notes on numbers that may be ids but are left unchanged, and on removed names."""
         doubtful = [
             f"{name}: {place}"
             for name, content in self.files.items()

@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     def notes(self, kept: Kept) -> list[str]:
-        """Return what a cut cannot settle by itself, a line each."""
+        """Return notes on what a cut cannot decide, one per line."""
         ...
 
     @property
@@ -71,7 +71,7 @@ class Source(Protocol):
         ...
 
     def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
-        """Write the model with the tokens that stay; returns the target. card: its model card."""
+        """Write the model with the kept tokens and return the target. card: its model card."""
         ...
 
 
@@ -127,10 +127,10 @@ class FolderSource:
 
 
 class GgufSource(Gguf):
-    """A GGUF file that becomes another one."""
+    """A GGUF file to be cut into another one."""
 
     def __init__(self, file: GgufFile) -> None:
-        """Raises BadInput or UnsupportedModel where it cannot be cut."""
+        """Open a file. Raises BadInput or UnsupportedModel if it cannot be cut."""
         super().__init__(file)
         self.location: Location = file
 
@@ -151,7 +151,7 @@ def saved(model: PreTrainedModel, processor: Any) -> Iterator[Path]:
 
 
 def opened(location: Location, asked: str | None, to_gguf: bool) -> Iterator[Source]:
-    """Yield the source of a cut: a GGUF file itself if it becomes one, else its dequantised model. Raises as the sources."""
+    """Yield the source of a cut: a GGUF file itself if the target is one, else its dequantised model. Raises like the sources."""
     if isinstance(location, ModelFolder):
         yield FolderSource(location, asked)
     elif to_gguf:

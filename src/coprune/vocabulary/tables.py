@@ -29,7 +29,7 @@ class Table:
 
 
 def skeleton(folder: ModelFolder, config: Mapping[str, Any]) -> PreTrainedModel:
-    """Build the model of a folder without weights, from other content of its configuration. Raises BadInput if it cannot be."""
+    """Build the model of a folder without weights, from a changed configuration. Raises BadInput if that fails."""
     content = dict(config)
     with quiet_transformers(), explained(folder):
         made = AutoConfig.for_model(content.pop("model_type"), **content)
@@ -37,7 +37,7 @@ def skeleton(folder: ModelFolder, config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def rows_of(model: PreTrainedModel) -> int:
-    """Return how many rows the embedding of a model has."""
+    """Return the number of embedding rows of a model."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return int(weight.shape[0])
@@ -55,10 +55,10 @@ def find_tables(
         kept: the tokens that stay.
 
     Returns:
-        Tables by the names of tensors, and new sizes of the configuration's vocabularies by old ones.
+        Tables by tensor name, and the configuration's new vocabulary sizes by old.
 
     Raises:
-        UnsupportedModel: the configuration cannot say the smaller vocabulary, or a tensor as long as it is none of the tables.
+        UnsupportedModel: the configuration cannot express the smaller vocabulary, or a tensor of its length is not a table.
     """
     model = skeleton(folder, config)
     rows = rows_of(model)
@@ -85,7 +85,7 @@ def find_tables(
 def _stored(
     conversion: Conversion, tables: Mapping[str, Table], entries: Mapping[str, TensorEntry], rows: int
 ) -> dict[str, Table]:
-    """Return tables by their names in files. Raises UnsupportedModel for a tensor of the same length that is no table."""
+    """Return tables by their names in files. Raises UnsupportedModel for another tensor of the same length."""
     found: dict[str, Table] = {}
     for group in conversion.groups:
         if (table := tables.get(group.target)) is None:
@@ -102,7 +102,7 @@ def _stored(
 
 
 def _refuse_offsets(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModel where ids beyond the tokenizer's mean something, as of images in some models."""
+    """Raise UnsupportedModel if ids beyond the tokenizer's have a meaning, such as images in some models."""
     if any(key == "vocab_offset" for key, _ in sizes_in(config)):
         raise UnsupportedModel(
             "the model uses ids beyond the vocabulary for images or sounds, so its vocabulary cannot be cut"

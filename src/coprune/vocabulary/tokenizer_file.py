@@ -1,4 +1,4 @@
-"""The content of a `tokenizer.json`, as far as a cut has to understand it, validated before any work."""
+"""Validation of the parts of a `tokenizer.json` that a cut relies on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Named(BaseModel):
 
 
 class _Processor(BaseModel):
-    """What adds tokens to a text's own."""
+    """A post-processor, which adds tokens to a text."""
 
     special_tokens: dict[str, _Named] = {}
     sep: tuple[str, Id] | None = None
@@ -92,11 +92,11 @@ def named_in(content: Mapping[str, Any]) -> set[int]:
 
 
 def check_content(content: Mapping[str, Any]) -> None:
-    """Refuse the content of a `tokenizer.json` that cannot be understood, or that names tokens which it does not hold.
+    """Refuse a `tokenizer.json` that is malformed, or names tokens that it does not contain.
 
     Raises:
         BadInput: it is malformed.
-        UnsupportedModel: it is of another kind than those whose cut is known to be exact.
+        UnsupportedModel: a cut of its kind is not known to be exact.
     """
     try:
         file = _File.model_validate(content)
