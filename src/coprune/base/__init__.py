@@ -1,1 +1,1 @@
-"""The layer that knows nothing of models: errors, files, memory, processes, progress, devices and their kernels."""
+"""The bottom layer, independent of models: errors, files, memory, processes, progress, devices and their kernels."""

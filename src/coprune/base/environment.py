@@ -18,14 +18,14 @@ from coprune.base.errors import BadInput
 
 
 def require_posix() -> None:
-    """Raises BadInput on Windows, where files have none of the locks that keep a run's folders whole."""
+    """Raise BadInput on Windows, which lacks the file locks that protect a run's folders."""
     if sys.platform == "win32":
         raise BadInput("coprune runs on Linux and macOS", fix="on Windows, install it in WSL, the Linux of Windows")
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import libraries in the body without looking for garbage, of which there is none and which takes a quarter of the time."""
+    """Disable garbage collection while libraries are imported in the body, which saves a quarter of the time."""
     gc.disable()
     try:
         yield
@@ -60,7 +60,7 @@ def whole_environment() -> dict[str, str]:
 
 
 def user_cache() -> Path:
-    """Return the folder for reproducible files: `coprune` in XDG_CACHE_HOME or ~/.cache.
+    """Return the folder for cached files: `coprune` in XDG_CACHE_HOME or ~/.cache.
 
     Without a writable home, as in some containers, it is a temporary folder.
     """
@@ -151,7 +151,7 @@ def accelerate_told(device: str) -> Iterator[None]:
 
 
 def expand_home(name: str | Path) -> Path:
-    """Return a path with `~` expanded, or unchanged where there is no such home."""
+    """Return a path with `~` expanded, or unchanged if there is no such home."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -167,7 +167,7 @@ def usable_cores() -> int:
 
 def installed_version(package: str) -> str | None:
     """Return the version of an installed package, or None."""
-    import importlib.metadata  # which `import coprune` does without
+    import importlib.metadata  # slow, and not needed by `import coprune`
 
     try:
         return _version(package)
@@ -175,7 +175,7 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-@functools.cache  # of what is installed; what is not may be fetched yet
+@functools.cache  # only installed packages; others may still be fetched
 def _version(package: str) -> str:
     import importlib.metadata
 
@@ -199,7 +199,7 @@ def _number(name: str, default: int) -> int:
 
 @functools.cache
 def _temporary_cache() -> Path:
-    """Return a folder that only this user can have written to, since compiled code is loaded from it."""
+    """Return a folder that only this user can write to, since compiled code is loaded from it."""
     folder = Path(tempfile.gettempdir()) / f"coprune-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

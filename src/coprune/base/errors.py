@@ -24,23 +24,23 @@ from coprune.base.words import Face, Words, ended, parts_of, renamed, say
 _FEW = 30
 """Maximum number of names listed in a message."""
 _LONGEST = 1_000
-"""Characters of a cause or a fix, which may quote what somebody's file holds."""
+"""Maximum characters of a cause or a fix, which may quote a file's content."""
 
 
 class CopruneError(Exception):
-    """Anything that stops a run with a message instead of a traceback; the command exits with 2.
+    """Base class of errors that stop a run with a message instead of a traceback; the command exits with 2.
 
     Args:
         cause: what is wrong, as words without a final full stop.
-        field: the setting that it is about, by its name; None where it is about none, or several.
-        value: what that setting was; None where it was not given.
-        fix: what to do about it, likewise; where it begins with a capital letter, it is a sentence of its own.
+        field: the name of the setting at fault; None for none or several.
+        value: the setting's value; None if not given.
+        fix: what to do about it, as words; with a capital first letter, a separate sentence.
     """
 
     def __init__(
         self, cause: Words, *, field: str | None = None, value: object = None, fix: Words | None = None
     ) -> None:
-        # One positional argument, and the rest as attributes: so an error survives pickling as it is.
+        # One positional argument and the rest as attributes, so that the error survives pickling.
         super().__init__(cause)
         self.cause = cause
         self.field = field
@@ -92,15 +92,15 @@ class VerificationError(CopruneError):
 
 
 class BrokenMask(CopruneError):
-    """A weight that was pruned is not zero any more, or an N:M group has more than N others."""
+    """A pruned weight is no longer zero, or an N:M group has more than N nonzeros."""
 
 
 class OutOfMemory(CopruneError):
-    """A device, or the host, has no memory left for what a run came to."""
+    """A device or the host ran out of memory."""
 
 
 class LostProcess(CopruneError):
-    """Another process of the run ended or does not answer."""
+    """Another process of the run ended or does not respond."""
 
 
 def is_panic(error: BaseException) -> bool:
@@ -133,10 +133,10 @@ def about(field: str, value: object) -> Iterator[None]:
 def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None = None) -> BadInput:
     """Build the error for a name that is not in a table, with the nearest match if there is one.
 
-    A long table is only listed where nothing in it is near.
+    A long table is only listed if it has no near match.
 
     Args:
-        kind: what the name should be one of, for the message.
+        kind: what the name refers to, for the message.
         name: what was given.
         known: the names in the table.
         field: the setting that was given the name.
@@ -149,7 +149,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None =
 
 
 def _bounded(text: str) -> str:
-    """Cut the middle out of a very long text."""
+    """Shorten a very long text in the middle."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST - 200]} […] {text[-190:]}"

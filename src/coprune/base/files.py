@@ -1,4 +1,4 @@
-"""Small files that are written whole or not at all."""
+"""Atomic, durable writes of files and folders, and checks of paths."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from coprune.base.words import Setting
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all. Raises as `write_bytes`."""
+    """Write a UTF-8 text file atomically. Raises like `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it when it is on the disk; its folder is made if need be.
+    """Write a file under a temporary name and rename it once it is on disk; create its folder if needed.
 
     Raises CopruneError if the disk is full, BadInput if the folder cannot be written to; nothing is left behind then.
     """
@@ -41,9 +41,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def open_given(path: Path) -> BinaryIO:
-    """Open a file that somebody named, to read its bytes.
+    """Open a file given by the user for reading bytes.
 
-    Raises BadInput at once for a pipe or a device, which could be waited for without end; OSError as `open`.
+    Raises BadInput for a pipe or a device, which could block forever; OSError like `open`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     kind = os.fstat(descriptor).st_mode
@@ -56,13 +56,13 @@ def open_given(path: Path) -> BinaryIO:
 
 
 def read_given(path: Path) -> str:
-    """Read a UTF-8 file that somebody named. Raises as `open_given`, and UnicodeDecodeError."""
+    """Read a UTF-8 file given by the user. Raises like `open_given`, and UnicodeDecodeError."""
     with open_given(path) as stream:
         return stream.read().decode("utf-8")
 
 
 def require_regular(folder: Path) -> None:
-    """Raise BadInput where a folder holds pipes or devices, which a library that reads it could wait for."""
+    """Raise BadInput if a folder contains pipes or devices, which could block a library that reads it."""
     for entry in folder.iterdir():
         if entry.exists() and not entry.is_file() and not entry.is_dir():
             raise BadInput(f"{entry} is a pipe or a device", value=folder, fix="remove it")
@@ -90,9 +90,9 @@ _FULL = {
 
 
 def write_durably(file: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path, and rename what it wrote to `file` once it is on the disk.
+    """Call `write` with a temporary path, and rename the result to `file` once it is on disk.
 
-    The path is in a folder of its own beside `file`, so that temporary files of the library that writes lie there too.
+    The path is in a separate folder next to `file`, which also holds temporary files of the writing library.
     Raises CopruneError if the disk is full; nothing is left on any error.
     """
     _write(file, write, wait=True)
@@ -100,7 +100,7 @@ def write_durably(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Write as `write_durably` without waiting for the disk: a machine crash may leave a damaged file until `sync`."""
+    """Write like `write_durably` without waiting for the disk: a machine crash may leave a damaged file until `sync`."""
     _write(file, write, wait=False)
 
 
@@ -128,10 +128,10 @@ def _write(file: Path, write: Callable[[Path], object], wait: bool) -> None:
 
 @contextmanager
 def own_folder(target: Path) -> Iterator[Path]:
-    """Make a hidden folder beside a target for this process alone, and remove what is left of it in the end.
+    """Yield a hidden folder next to a target for this process only, and remove it at the end.
 
-    What killed processes left beside the same target is removed first; a lock, which ends with the process that holds it,
-    tells theirs from those of processes that are at work.
+    Leftovers of killed processes next to the same target are removed first; a lock, which ends with its process, distinguishes
+    them from folders in use.
     """
     remove_left_beside(target)
     folder, lock = _begin(target.with_name(_start_of_name(target)))
@@ -143,11 +143,11 @@ def own_folder(target: Path) -> Iterator[Path]:
 
 
 def _begin(start: Path) -> tuple[Path, int]:
-    """Make a folder whose name starts so, and lock it."""
+    """Make and lock a folder with this prefix."""
     while True:
         folder = start.with_name(f"{start.name}{secrets.token_hex(4)}")
         folder.mkdir()
-        with suppress(FileNotFoundError):  # somebody else took it for one that was left
+        with suppress(FileNotFoundError):  # another process took it for a leftover
             lock = os.open(folder, os.O_RDONLY)
             if _locks(lock) is not False and folder.is_dir():
                 return folder, lock
@@ -155,7 +155,7 @@ def _begin(start: Path) -> tuple[Path, int]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Return whether a path has the name of a temporary file, being written or left by a killed process."""
+    """Return whether a path has the name of a temporary file, in use or left by a killed process."""
     return _OWN.fullmatch(path.name) is not None
 
 
@@ -164,12 +164,12 @@ def _start_of_name(target: Path) -> str:
 
 
 def remove_left_beside(target: Path) -> None:
-    """Remove what processes left beside a target that were killed while they wrote it."""
+    """Remove the leftovers of killed processes next to a target."""
     _remove_left(target.parent, f"{glob.escape(_start_of_name(target))}*")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes left in a folder that were killed while they wrote into it."""
+    """Remove the leftovers of killed processes in a folder."""
     _remove_left(folder, f".*.{_MARK}-*")
 
 
@@ -185,7 +185,7 @@ def _remove_left(place: Path, pattern: str) -> None:
 
 
 def _locks(descriptor: int) -> bool | None:
-    """Take a lock; False if another holds it, None on a file system that has none."""
+    """Take a lock; return False if it is held, None on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -197,7 +197,7 @@ def _locks(descriptor: int) -> bool | None:
 
 @contextmanager
 def full_disk_explained(file: Path) -> Iterator[None]:
-    """Raise CopruneError where the disk is full, or a file is larger than it may be."""
+    """Raise CopruneError if the disk is full or a file exceeds a size limit."""
     try:
         yield
     except Exception as error:
@@ -213,7 +213,7 @@ def _why_not_written(error: Exception) -> str | None:
     """Return the disk problem behind a write error, or None if the cause is another."""
     number, said = getattr(error, "errno", None), str(error)
     for code, cause in _FULL.items():
-        if number == code or os.strerror(code) in said:  # safetensors has words of its own around the system's
+        if number == code or os.strerror(code) in said:  # safetensors wraps the system's message
             return cause
     # torch and numpy name neither the file nor the cause.
     silent = ("PytorchStreamWriter", "inline_container", " requested and ")
@@ -232,7 +232,7 @@ def name_durably(partial: Path, folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
+    """Wait until a file's content, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -244,14 +244,14 @@ def sync(path: Path) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder beside the target, renamed to it on success and removed otherwise.
 
-    Its content is on the disk before it gets its name. What killed processes left of the same target is removed first.
+    Its content is on disk before the rename. Leftovers of killed processes for the same target are removed first.
 
     Args:
         target: one that does not exist, or is empty.
 
     Raises:
         CopruneError: the disk is full.
-        OSError: something took the name meanwhile, or nothing can be written there.
+        OSError: the name was taken meanwhile, or the place is not writable.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with own_folder(target) as out, full_disk_explained(target):
@@ -270,28 +270,27 @@ def _as_readable(folder: Path) -> None:
 
 _MOST_LETTERS = 80
 _OF_A_VALUE = 30
-_BESIDES = ("given", "not given")  # of what only matters whether it is there
+_BESIDES = ("given", "not given")  # of settings whose presence alone matters
 
 
 def folder_apart(
     folder: Path, settings: Mapping[str, Any], settings_in: Callable[[Path], Mapping[str, Any] | None]
 ) -> tuple[Path, list[str]]:
-    """Return a folder for a run: the usual one, unless that holds a run with other settings.
+    """Return a folder for a run: the default, unless it holds a run with other settings.
 
     Args:
         folder: the usual one.
         settings: what decides the run.
         settings_in: the same of the run in a folder; None where there is none, and whatever differs where that is unknown.
 
-    Returns:
-        The folder, which may hold an earlier run of the same settings; and the names of the settings in which the run of
-        the usual folder differs.
+    The folder, which may hold an earlier run with the same settings; and the names of the settings in which the run of
+        the default folder differs.
     """
     there = settings_in(folder)
     differing = [] if there is None else _differing(settings, there)
     if not differing:
         return folder, []
-    # That something is wanted besides is in the name only if nothing else differs.
+    # Settings whose presence alone matters are only named if nothing else differs.
     telling = [name for name in differing if settings[name] not in _BESIDES] or differing
     stem = f"{folder.name}-{_short('-'.join(_word(name, settings[name]) for name in telling))}"
     for number in count(1):
@@ -325,11 +324,11 @@ def _short(words: str) -> str:
 
 
 _MOST_BYTES = 255  # of a name, on all usual file systems
-_LONGER = 20  # so much longer is the name that a folder has while it is written
+_LONGER = 20  # extra characters of a folder's temporary name
 
 
 def require_usable(path: Path, field: str | None = None) -> None:
-    """Raise BadInput where a folder cannot get this name: it is none, too long, in a file, or where nobody may write.
+    """Raise BadInput if a folder cannot have this name: invalid, too long, below a file, or not writable.
 
     Args:
         path: of a folder, which need not exist.
@@ -344,7 +343,7 @@ def require_file(path: Path | None, field: str | None = None) -> None:
     """Require that a file can be written at the end of a command; its folder is created if needed.
 
     Args:
-        path: of the file; None where none is asked for.
+        path: of the file; None if not requested.
         field: the setting that names it.
     """
     if path is None:
@@ -378,7 +377,7 @@ def _obstacle(path: Path) -> str | None:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Raise OSError where no file can be made in a folder, which permissions alone do not tell (of /proc, for instance)."""
+    """Raise OSError if no file can be created in a folder; permissions alone do not show that (in /proc, for instance)."""
     if not folder.is_dir():
         return
     with tempfile.TemporaryFile(dir=folder):
@@ -386,19 +385,19 @@ def _try_to_write(folder: Path) -> None:
 
 
 def require_own_name(path: Path, field: str | None = None) -> None:
-    """Require that a folder can be renamed into place at its end, which a link prevents."""
+    """Require that a finished folder can be renamed into place, which a link prevents."""
     require_usable(path, field)
     if path.is_symlink():
         raise BadInput(f"{path} is a link", field=field, value=path, fix="name the folder that it leads to")
 
 
 def require_apart(run: Path, model: Path, own: Iterable[str] = ()) -> None:
-    """Raise BadInput where the folder of a model would hold the run's, or be in what the run keeps for itself.
+    """Raise BadInput if the model's folder would contain the run's, or be in the run's internal folders.
 
     Args:
         run: folder of the run.
-        model: folder that the model gets once it is whole.
-        own: folders in the run's that no model may be in.
+        model: final folder of the model.
+        own: internal folders of the run that may not contain a model.
     """
     fix = ("name another folder with ", Setting("save_model"), ", or one for the run with ", Setting("save"))
     here, there = run.resolve(), model.resolve()  # by whatever way they are named

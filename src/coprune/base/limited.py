@@ -1,4 +1,4 @@
-"""A child process with limits on memory and time, in which templates of strangers are rendered."""
+"""A child process with limits on memory and time, in which foreign templates are rendered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Key = TypeVar("Key")
 
 
 class Exceeded(ValueError):
-    """A text that takes more time or memory than the limits, or gets longer."""
+    """The error for a text that exceeds the limits on time, memory or length."""
 
 
 class Child:
@@ -43,7 +43,7 @@ class Child:
         self._lock = threading.Lock()
         (asked, ask), (told, tell) = os.pipe(), os.pipe()
         with warnings.catch_warnings():
-            # Python warns of a fork beside threads; the child uses none of their locks.
+            # Python warns about forking with threads; the child uses none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process = os.fork()
         if self._process == 0:
@@ -104,7 +104,7 @@ def _end(process: int, *streams: BinaryIO) -> None:
 
 
 def _serve(render: Render, asked: int, tell: int) -> None:
-    """Render what is asked, one line each, until nobody asks any more; in a process of its own, which ends here."""
+    """Render requests, one line each, until the input ends; then end this process."""
     try:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):

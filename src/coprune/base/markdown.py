@@ -1,4 +1,4 @@
-"""Text that others wrote, put into Markdown so that it stays text."""
+"""Escaping of foreign text for Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory: what this process may still take, what it holds, and what it held at most."""
+"""Memory of this process: available, resident and peak."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def _left_in_group() -> int | None:
         folder = Path("/sys/fs/cgroup") / path.lstrip("/")
         most, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
         files = int(dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["file"])
-        # Cached files count as used and make way when memory is asked for.
+        # Cached files count as used but are freed on demand.
         return int(most) - int(used) + files
     except (OSError, ValueError, KeyError):
         return None
 
 
 def resident_peak() -> tuple[int, int]:
-    """Return this process's resident set now and at its peak, in bytes (zeros where /proc does not tell)."""
+    """Return this process's resident set now and at its peak, in bytes (zeros without /proc)."""
     status = _numbers(Path("/proc/self/status"))
     return status.get("VmRSS", 0), status.get("VmHWM", 0)
 
 
 def resident_memory() -> int | None:
-    """Return this process's resident set in bytes, or None where /proc does not tell."""
+    """Return this process's resident set in bytes, or None without /proc."""
     return resident_peak()[0] or None
 
 
@@ -55,7 +55,7 @@ _MAPPED_WEIGHTS = re.compile(rb"\.safetensors\nSize: +(\d+) kB\n(?:\w+: .*\n)*?R
 def unread_weights() -> int:
     """Return the bytes of mapped safetensors weights that have not been used yet (0 without /proc).
 
-    A model that was loaded so holds little before its first forward, and all of its weights after it.
+    A model loaded this way uses little memory before its first forward pass, and all of its weights after it.
     """
     try:
         # Of all mappings alone, the system is quick; of what is in memory of each, it is not.
@@ -86,7 +86,7 @@ def peak_memory() -> int:
 
 
 def return_free_memory() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
+    """Return freed memory to the system, if the C library supports it (glibc).
 
     Otherwise a quarter of one phase's activations would still be there, in fragments, at the peak of the next.
     """
@@ -95,7 +95,7 @@ def return_free_memory() -> None:
 
 
 def forget_peak() -> None:
-    """Start the peak of this process's memory anew, so that a report tells of its own run (Linux)."""
+    """Reset this process's peak memory, so that a report covers only its own run (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -114,7 +114,7 @@ _depth = 0
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep freed memory in the C library for reuse, where it can (glibc), and return it to the system at the end.
+    """Keep freed memory in the C library for reuse if supported (glibc), and return it to the system at the end.
 
     Training steps, blocks of one width and windows of logits free and allocate the same large tensors again and again;
     otherwise the system clears and maps their pages each time, which took an eighth to a fifth of the time on a CPU.

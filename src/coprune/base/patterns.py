@@ -1,4 +1,4 @@
-"""Regular expressions from other people's files: compiled and searched in a child process with limits on time and memory."""
+"""Regular expressions from foreign files: compiled and searched in a child process with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from coprune.base.limited import Child, Exceeded, render_limited
 
 _LONGEST = 2_000
-"""Characters of a pattern at most."""
+"""Maximum characters of a pattern."""
 _SECONDS = 0.5
-"""Of a search at most; an ordinary one takes microseconds."""
+"""Maximum seconds of a search; ordinary ones take microseconds."""
 _CHILDREN: dict[str, Child] = {}
 
 
 def require_pattern(pattern: object) -> None:
-    """Raise ValueError where a value is no regular expression, or one that takes too long to compile."""
+    """Raise ValueError if a value is not a regular expression, or takes too long to compile."""
     if not isinstance(pattern, str):
         raise ValueError("it is no text")
     if len(pattern) > _LONGEST:
@@ -24,9 +24,9 @@ def require_pattern(pattern: object) -> None:
 
 
 def is_found(pattern: str, text: str) -> bool:
-    """Return whether a pattern is found in a text; not where the search exceeds half a second or a gigabyte.
+    """Return whether a pattern is found in a text; False if the search exceeds half a second or a gigabyte.
 
-    Raises ValueError for what is no regular expression.
+    Raises ValueError for an invalid regular expression.
     """
     try:
         return _in_child(pattern, text) == "yes"

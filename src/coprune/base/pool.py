@@ -1,6 +1,6 @@
-"""Jobs several at a time: in processes of this machine, or as tasks of a Ray cluster; one that loses its process is retried.
+"""Parallel jobs, in processes of this machine or as tasks of a Ray cluster; retried if a process is lost.
 
-With Ray, the folders of the jobs, their models and their data have to be visible to all nodes, under the same paths.
+With Ray, the folders of the jobs, their models and their data must be visible to all nodes under the same paths.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Job(Protocol):
 
     @property
     def threads(self) -> int:
-        """Cores that it takes."""
+        """Number of cores needed."""
         ...
 
     @property
@@ -65,11 +65,11 @@ class Job(Protocol):
 
     @property
     def memory(self) -> int | None:
-        """Bytes that it will take, None if unknown: such a job runs alone."""
+        """Bytes needed; None if unknown, in which case the job runs alone."""
         ...
 
     def do(self) -> Any:
-        """Do it, and return what can be sent back."""
+        """Do the job and return a picklable result."""
         ...
 
 
@@ -77,7 +77,7 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 class Cause(StrEnum):
-    """Why a job was not done."""
+    """The reason why a job failed."""
 
     REFUSED = "refused"
     """It would fail again the same way."""
@@ -89,12 +89,12 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one try of a job."""
+    """The result of one try of a job."""
 
     value: Any = None
     seconds: float = 0.0
     cause: Cause | None = None
-    """None for a job that was done."""
+    """None for success."""
     reason: str | CopruneError = ""
     again: bool = False
     """Whether the job will be tried again."""
@@ -123,7 +123,7 @@ class Capacity:
 
 
 class Workers(Protocol):
-    """Where jobs are done."""
+    """The executor of jobs."""
 
     capacity: Capacity
     at_once: int
@@ -147,7 +147,7 @@ class Workers(Protocol):
 
 
 def workers_at(ray: str | None, log: Path) -> Workers:
-    """Return a Ray cluster, or processes of this machine. Raises BadInput where no cluster answers.
+    """Return a Ray cluster, or processes of this machine. Raises BadInput if no cluster answers.
 
     Args:
         ray: address as `ray.init` takes it, or `local` for a temporary cluster; None for processes.
@@ -159,7 +159,7 @@ def workers_at(ray: str | None, log: Path) -> Workers:
 def run_all(jobs: Sequence[AnyJob], workers: Workers, retries: int) -> Iterator[tuple[AnyJob, Outcome]]:
     """Run all jobs in order, and yield them as they end.
 
-    After an exception, also one of whoever iterates, running jobs are left to `workers.stop`.
+    After an exception, also in the consumer, running jobs are left to `workers.stop`.
 
     Args:
         jobs: with different names.
@@ -211,12 +211,12 @@ def do_job(job: Job) -> Outcome:
 
 @dataclass
 class _Slot:
-    """A process that does one job at a time: an executor of its own, so that its end takes no other job with it."""
+    """A process for one job at a time, with its own executor, so that losing it affects no other job."""
 
     executor: ProcessPoolExecutor
     stopping: Connection
     gpu: str | None
-    """The only one that it sees; None for all."""
+    """The only visible GPU; None for all."""
     future: Future[Outcome] | None = None
 
     @property

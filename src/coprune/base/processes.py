@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processes:
-    """One process among those of a run."""
+    """One of the processes of a run."""
 
     rank: int = 0
     size: int = 1
@@ -88,7 +88,7 @@ class Processes:
                 tensor.copy_(buffer)
 
     def add_up(self, totals: Iterable[Tensor], count: int) -> int:
-        """Add everybody's totals up, in place; returns the sum of everybody's counts."""
+        """Sum the totals of all processes in place, and return the sum of their counts."""
         if self.size == 1:
             return count
         # gloo first: it notices a lost process at once, sums on GPUs only after the timeout.
@@ -134,9 +134,9 @@ def started_processes() -> Processes:
 
 @contextmanager
 def joined_processes(train: bool = False) -> Iterator[Processes]:
-    """Join the processes that torchrun started beside this one; without torchrun, be the only one.
+    """Join the processes started by torchrun; without torchrun, this is the only one.
 
-    train: whether they are going to train a model together, for which they wait longer for each other.
+    train: whether they train a model together, which needs a longer timeout.
     """
     if environment.world_size() == 1:
         yield Processes()
@@ -187,7 +187,7 @@ def _heard() -> Iterator[None]:
 
 
 def _tell_of_waiting(over: threading.Event) -> None:
-    """Log again and again that this process waits: a process that was stopped (not ended) looks like a slow one."""
+    """Log repeatedly that this process is waiting; a stopped process looks like a slow one."""
     waited = 0.0
     while not over.wait(_TELL_AFTER_SECONDS):
         waited += _TELL_AFTER_SECONDS

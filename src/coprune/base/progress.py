@@ -29,7 +29,7 @@ def scaled(advance: Advance, by: float) -> Advance:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened, of which those who listen are told."""
+    """An event that listeners receive."""
 
     kind: ClassVar[str]
     """Name of the event in a log."""
@@ -51,14 +51,14 @@ Listener = Callable[[Event], None]
 
 
 class Reporter:
-    """Says what a run is doing: lines and bars for people, or nothing at all."""
+    """Progress of a run, as lines and bars, or silent."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._console = Console(stderr=True, quiet=quiet)
         self._once: set[str] = set()
         self.listeners: list[Listener] = []
-        """Are told of every event, whether people are shown anything or not."""
+        """Called with every event, even if quiet."""
 
     def tell(self, event: Event) -> None:
         """Send an event to the listeners."""
@@ -71,7 +71,7 @@ class Reporter:
         self.tell(Said(line))
 
     def say_once(self, line: str) -> None:
-        """Print a line that is true of several things, and tells nothing new the second time."""
+        """Print a line unless it was printed before."""
         if line not in self._once:
             self._once.add(line)
             self.say(line)
@@ -82,9 +82,9 @@ class Reporter:
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[Advance]:
-        """Show a bar while the body runs, or a line a minute where there is no terminal.
+        """Show a bar while the body runs, or a line per minute without a terminal.
 
-        The body calls what it is given with the amount done.
+        The body calls the yielded function with the amount done.
         """
         if not self._console.is_terminal:
             yield self._lines(description, total)
@@ -153,7 +153,7 @@ def bars_hidden(library: Any, wanted: bool) -> Iterator[None]:
 
 
 def shortened(text: str, width: int) -> str:
-    """Return a text, cut in the middle if too long, since the end of a path says most."""
+    """Return a text, cut in the middle if too long, since the end of a path is the most informative."""
     if len(text) <= width:
         return text
     end = (width - 1) * 2 // 3

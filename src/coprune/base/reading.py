@@ -28,13 +28,13 @@ class _Doubt(NamedTuple):
 
 
 class Reading:
-    """Doubts that wait for the next time that something is read anyway."""
+    """Deferred error checks, evaluated at the next read."""
 
     def __init__(self) -> None:
         self._doubts: list[_Doubt] = []
 
     def add(self, condition: Tensor, error: NumericalError) -> None:
-        """Raise the error when something is read next, if the condition holds."""
+        """Raise the error at the next read if the condition holds."""
         self._doubts.append(_Doubt(condition, error))
 
     def read(self, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -64,7 +64,7 @@ def reading_later() -> Iterator[Reading]:
 
 
 def refuse_if(condition: Tensor, error: NumericalError) -> None:
-    """Raise an error if a condition holds: now, or on a device as soon as something is read within `reading_later`.
+    """Raise an error if a condition holds: now, or for a device at the next read within `reading_later`.
 
     condition: bool without dimensions.
     """

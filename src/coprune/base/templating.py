@@ -34,5 +34,5 @@ def render(template: str, **facts: Any) -> str:
 
 
 def macro(template: str, name: str, *facts: Any) -> str:
-    """Return what a macro of a template makes of some facts."""
+    """Render a macro of a template."""
     return str(getattr(_environment().get_template(template).module, name)(*facts))

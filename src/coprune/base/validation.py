@@ -114,11 +114,11 @@ _MOST_LEVELS = 200
 
 
 def read_yaml(path: Path, what: str, field: str) -> Any:
-    """Return the content of a YAML file: plain values, lists and mappings, None of an empty file.
+    """Return the content of a YAML file: plain values, lists and mappings; None for an empty file.
 
     Args:
         path: the file.
-        what: what to call it in a message (`the recipe`).
+        what: its name in messages (`the recipe`).
         field: the setting that named it.
 
     Raises:

@@ -253,9 +253,9 @@ class Sheet(NamedTuple):
 
 
 class Shown(ABC):
-    """A result that shows itself: what derives from it says what there is to see.
+    """Base class of results that can display themselves.
 
-    `print` shows what the command prints.
+    `print` shows the output of the command.
     """
 
     @abstractmethod
@@ -277,7 +277,7 @@ class Shown(ABC):
 
 
 def duration(seconds: float) -> str:
-    """Return a time for people."""
+    """Format a time for display."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

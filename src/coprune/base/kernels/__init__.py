@@ -1,1 +1,1 @@
-"""Kernels: every operation that is done in different ways on different devices, in one table (`table`)."""
+"""Kernels: operations with device-specific implementations, in one table (`table`)."""

@@ -2,7 +2,7 @@
 
 `panel_size`: width → how many rows of the I × I sums form a panel. `add_to_gram`: (sums I × I float32, inputs T × I
 floating, size of a panel, a multiple of 64 or at least I) adds XᵀX in place: on every panel's part of the diagonal, and
-right of it. What lies left is left alone.
+right of it. Elements left of the panels are not changed.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch import Tensor
 from coprune.base.devices import PerMemory
 
 FEW_GROUPS = PerMemory(host=4096, gpu=65536)
-"""Up to so many groups of M, comparing their entries takes less time than telling the machine to; a GPU is to rank a group of
-each row of a wide matrix at once."""
+"""Up to this many groups of M, launching operations takes longer than comparing entries, as when a GPU ranks one group per
+row of a wide matrix."""
 LARGE_GROUP = 16
 """Groups of more entries are sorted."""
 

@@ -54,7 +54,7 @@ def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
     Args:
         gram: I × I float32, contiguous, on the CPU.
         x: T × I.
-        panel: of every so many rows what lies left of them is left alone.
+        panel: number of rows per panel; elements left of a panel are not changed.
 
     Returns:
         Whether there was a kernel to do it.
