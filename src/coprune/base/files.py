@@ -279,9 +279,9 @@ def folder_apart(
     """Return a folder for a run: the default, unless it holds a run with other settings.
 
     Args:
-        folder: the usual one.
-        settings: what decides the run.
-        settings_in: the same of the run in a folder; None where there is none, and whatever differs where that is unknown.
+        folder: the default folder.
+        settings: the settings that decide the run.
+        settings_in: returns those of the run in a folder; None if there is none, and different ones if unknown.
 
     The folder, which may hold an earlier run with the same settings; and the names of the settings in which the run of
         the default folder differs.
