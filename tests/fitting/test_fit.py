@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 import coprune
@@ -74,13 +75,33 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
 @pytest.mark.slow
 def test_a_cut_that_no_longer_writes_is_not_kept(place: Path, tmp_path: Path) -> None:
     """It reads the text as before, which has none of the tokens that the model itself writes: by the text alone it is kept."""
-    settings = how(place, without="experts,blocks,channels,embedding", types="q8_0", budget="24h")
+    settings = how(place, without="experts,blocks,channels,embedding,mixed", types="q8_0", budget="24h")
     found = coprune.fit(place / "model.gguf", place / "text.txt", "bits<=dense*1.6", output=tmp_path / "o", **settings)
     assert found.chosen == "q8_0"
     cuts = [row for row in found.rows if row.name.startswith("vocabulary=") and row.verdict]
     assert cuts
     assert all(row.verdict != "kept" for row in cuts)
     assert any((row.low or 0) > 0 for row in cuts)  # which is of the first condition, on the text
+
+
+def test_types_by_tensor_are_tried_and_made_again(place: Path, tmp_path: Path) -> None:
+    settings = how(place, without="vocabulary,experts,channels,blocks", budget="24h")
+    model, text = place / "model.gguf", place / "text.txt"
+    found = coprune.fit(model, text, "bits<=dense*1.1", output=tmp_path / "small", **settings)
+    assert found.kept
+    assert found.chosen.endswith(" bits by tensor")
+    assert found.plain is not None
+    assert found.bytes < min(row.bytes for row in found.rows if row.plain and row.bytes)
+    recipe = tmp_path / "small" / RECIPE_FILE
+    made = remake(recipe, tmp_path / "again", quiet=True)
+    assert made.read_bytes() == found.file.read_bytes()
+    # Its types are said in the recipe, whatever would be measured now.
+    said = recipe.read_text()
+    stored = {one.name: one.tensor_type.name.lower() for one in GGUFReader(made).tensors}
+    assert all(f"  {name}: {kind}" in said for name, kind in stored.items() if kind != "f32")
+    recipe.write_text(re.sub(r"(blk\.0\.attn_q\.weight): .*", r"\1: f64", said))
+    with pytest.raises(BadInput, match="they should be of q8_0"):
+        remake(recipe, tmp_path / "other", quiet=True)
 
 
 def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_page(place: Path, found: Any) -> None:
@@ -239,7 +260,7 @@ def test_what_is_left_to_try_ends_with_the_command_for_more_time(place: Path, tm
     items, text = place / "text.txt", str(place / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coprune.fitting.search.Search._has_time", lambda self, candidate: not self.tried)
-        settings = how(place, types="q8_0,q4_0", without="embedding", budget="20m")
+        settings = how(place, types="q8_0,q4_0", without="embedding,mixed", budget="20m")
         found = coprune.fit(place / "model.gguf", items, "bits<=dense*1.1", output=tmp_path / "out", **settings)
     assert found.next.startswith(f"coprune.fit({str(place / 'model.gguf')!r}, task={str(items)!r}")
     assert f"text={text!r}" in found.next
@@ -252,7 +273,7 @@ def test_a_distillation_without_time_is_named_and_done_with_more(
 ) -> None:
     def found(tokens: int) -> Any:
         monkeypatch.setattr("coprune.fitting.search._DISTILLED", (tokens, tokens))
-        settings = how(place, types="q8_0", without="vocabulary,blocks,embedding", budget="24h")
+        settings = how(place, types="q8_0", without="vocabulary,blocks,embedding,mixed", budget="24h")
         task, output = place / "text.txt", tmp_path / "out"
         return coprune.fit(place / "model.gguf", task, "bits<=dense*1.1", output=output, **settings)
 

@@ -9,7 +9,7 @@ from typing import Any
 from support.vocabularies import TEXTS, content_of
 
 WORDS = "\n".join(TEXTS).split()
-WITHOUT = "vocabulary,experts,channels,blocks"
+WITHOUT = "vocabulary,experts,channels,blocks,mixed"
 
 
 def tokens() -> int:

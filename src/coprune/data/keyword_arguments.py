@@ -377,7 +377,7 @@ class FinetuneArguments(SharedArguments, total=False):
 
 
 class GenerateArguments(TypedDict, total=False):
-    """How a model writes texts."""
+    """How a model generates texts."""
 
     samples: int | None
     """Texts. [one per prompt, or 16]"""
@@ -448,7 +448,7 @@ class FitArguments(TypedDict, total=False):
     """llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without like. [in $LLAMA_CPP, or on the
     PATH]"""
     without: str | Sequence[str]
-    """Do not try this: vocabulary, experts, blocks, channels, embedding; repeatable."""
+    """Do not try this: vocabulary, experts, blocks, channels, embedding, mixed (types by tensor)."""
     types: str | Sequence[str]
     """Types of llama.cpp to try, with commas between. [q8_0 to iq2_xs]"""
     candidate: File | Sequence[File]

@@ -14,6 +14,10 @@ GIVEN = "given"
 """The user's own file or folder, byte for byte."""
 FOREIGN: Final = "file"
 """A file from elsewhere, byte for byte."""
+MIXED: Final = "mixed"
+"""A type for each tensor."""
+BITS = tuple(quarters / 4 for quarters in range(32, 8, -1))
+"""Bits of a weight of mixtures that are tried, the largest first."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
 EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "iq4_nl")
@@ -89,6 +93,10 @@ class Candidate:
     cut: Cut
     type: str
     embedding: str | None = None
+    bits: float = 0.0
+    """Of a weight, where every tensor has its own type."""
+    types: tuple[tuple[str, str], ...] = ()
+    """Names of tensors, each with its type."""
     file: str = ""
     """Digest of a file from elsewhere."""
     title: str = field(default="", compare=False)
@@ -101,21 +109,24 @@ class Candidate:
             return "the model as it was given"
         if self.type == FOREIGN:
             return self.title
+        if self.type == MIXED:
+            return f"{self.cut.name} {f'{self.bits:g} bits' if self.bits else 'types'} by tensor".strip()
         bits = self.type if self.embedding is None else f"{self.type}, embeddings {self.embedding}"
         return f"{self.cut.name} {bits}".strip()
 
     @property
     def plain(self) -> bool:
         """Whether it is a quant of the dense model and nothing else."""
-        return self.cut == DENSE and self.embedding is None and self.type != FOREIGN
+        return self.cut == DENSE and self.embedding is None and self.type not in (FOREIGN, MIXED)
 
     @property
     def key(self) -> str:
         """Names it in a cache."""
         facts = asdict(self)
         del facts["title"]
-        if not self.file:
-            del facts["file"]
+        for name in ("file", "bits", "types"):
+            if not facts[name]:
+                del facts[name]
         return json.dumps(facts, sort_keys=True)
 
     def of(self, cut: Cut) -> Candidate:
@@ -124,6 +135,8 @@ class Candidate:
 
     def spares(self, other: Candidate, types: Sequence[str]) -> bool:
         """Return whether it is in no respect cut more than another candidate. types: the largest first."""
+        if MIXED in (self.type, other.type):
+            return self.type == other.type and self.bits >= other.bits and self.cut.spares(other.cut)
         (type, bits), (lower, fewer) = (
             (types.index(one.type), (None, *EMBEDDINGS).index(one.embedding)) for one in (self, other)
         )

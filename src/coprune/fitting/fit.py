@@ -20,6 +20,7 @@ from coprune.data.keyword_arguments import FitArguments
 from coprune.fitting.budget import EXACT_DENSE
 from coprune.fitting.candidates import AS_GIVEN, EXACT, FOREIGN, Candidate
 from coprune.fitting.elsewhere import look_at_candidates, require_same_model
+from coprune.fitting.finding import Finding, Wish
 from coprune.fitting.fit_page import fit_card, fit_page
 from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
@@ -29,7 +30,7 @@ from coprune.fitting.notes import Asked
 from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import Held, wanted
 from coprune.fitting.result import PAGE_FILE, Fitted, Row
-from coprune.fitting.search import Finding, Search, Wish, verdict_of
+from coprune.fitting.search import Search, verdict_of
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop

@@ -19,7 +19,7 @@ from coprune.gguf_files.export_settings import Converter, PathText
 
 Target = Literal["size", "speed", "memory"]
 Runtime = Literal["llama.cpp", "transformers"]
-Change = Literal["vocabulary", "experts", "blocks", "channels", "embedding"]
+Change = Literal["vocabulary", "experts", "blocks", "channels", "embedding", "mixed"]
 _BUDGET = re.compile(r"(\d+\.?\d*)\s*(h|m|s|)")
 _LONGEST = 366 * 86_400.0
 """Seconds of a search at most."""
@@ -83,7 +83,9 @@ class FitSettings(BaseModel):
     without: Annotated[
         tuple[Change, ...],
         BeforeValidator(_names, json_schema_input_type=str | Sequence[str]),
-        Field(description="Do not try this: vocabulary, experts, blocks, channels, embedding; repeatable."),
+        Field(
+            description="Do not try this: vocabulary, experts, blocks, channels, embedding, mixed (types by tensor)."
+        ),
     ] = ()
     types: Annotated[
         tuple[str, ...],

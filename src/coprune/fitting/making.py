@@ -15,15 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.files import whole_folder, write_durably
 from coprune.base.progress import Reporter
+from coprune.data import calibration_windows
+from coprune.data.bos import put_by, tokens_at_bos
 from coprune.data.tokenizing import encode
 from coprune.fitting.calibration import all_windows, read_passages, write_passages
-from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, Candidate, Cut
+from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate, Cut
 from coprune.fitting.clock import Clock, Mark
 from coprune.fitting.notes import Asked
 from coprune.fitting.reader import Reader
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation
 from coprune.gguf_files.reuse import Quant, quantize_beside
+from coprune.gguf_files.sensitivity import sensitivity_of
+from coprune.gguf_files.types_by_tensor import Losses, losses_of
 from coprune.model.checkpoint.gguf_header import read_gguf_headers
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
@@ -39,6 +43,10 @@ _HEAD_TOKENS = 512
 _SHORT = 1024
 """Tokens of a text whose importance is measured on all of it, not on samples."""
 """That the head's inputs are measured on."""
+MIXED_SAMPLES = 8
+"""Samples of `SEQLEN` tokens that sensitivities are measured on."""
+_SAID = (("q8_0", 7.5), ("q6_k", 6.0), ("q5_k_m", 5.0), ("q4_k_m", 4.0), ("q3_k_m", 3.0), ("q2_k", 0.0))
+"""Types that a mixture's file says it has, and that tensors get of which nothing is known, from these bits on."""
 _RUN, _MATRIX = ".run", ".imatrix.gguf"
 _AS_THEY_ARE = (EXACT, GIVEN, FOREIGN)
 """Types of the dense model's candidates that no text calibrates."""
@@ -140,7 +148,23 @@ class Making:
 
     def quantisation(self, candidate: Candidate) -> Quantisation:
         """Return how a candidate is quantised; its importance matrix is measured if need be."""
-        return Quantisation(candidate.type, read_importance(self._importance(candidate.cut)), candidate.embedding)
+        importance = read_importance(self._importance(candidate.cut))
+        if candidate.type != MIXED:
+            return Quantisation(candidate.type, importance, candidate.embedding)
+        said = next(kind for kind, least in _SAID if candidate.bits >= least)
+        return Quantisation(said, importance, types=dict(candidate.types))
+
+    def losses(self) -> Losses:
+        """Measure what each type of each of the dense model's tensors costs. Raises CopruneError where that cannot be."""
+        exact = self.exact(DENSE)
+        ids = encode(self.tokenizer, "\n".join(self._texts()))["input_ids"]
+        tokens = all_windows(ids, SEQLEN)
+        if len(ids) > _SHORT:
+            tokens = calibration_windows(str(self.text), self.tokenizer, MIXED_SAMPLES, SEQLEN, self.asked.seed).tokens
+        bos = put_by(self.tokenizer)
+        tokens = tokens if bos is None else tokens_at_bos(tokens, bos)
+        sensitivity = sensitivity_of(exact, tokens, self.reporter)
+        return losses_of(exact, read_importance(self._importance(DENSE)), sensitivity, self.reporter)
 
     def _quant(self, key: Key) -> Path:
         return self.folder / "files" / f"{key}.gguf"

@@ -11,16 +11,20 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.fitting.calibration import read_passages
-from coprune.fitting.candidates import EMBEDDINGS, FOREIGN, GIVEN, TYPES, Candidate, Cut
+from coprune.fitting.candidates import EMBEDDINGS, FOREIGN, GIVEN, MIXED, TYPES, Candidate, Cut
 from coprune.fitting.fit_settings import Runtime
 from coprune.fitting.notes import Asked
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
+from coprune.gguf_files.types_by_tensor import TENSOR_TYPES
 
 RECIPE_FILE, TEXT_FILE = "recipe.yaml", "text.jsonl"
 _MOST_TRAINED = 1 << 24
 """Tokens of a distillation at most; a search takes far fewer."""
 _Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Part = Annotated[str, StringConstraints(pattern=r"^(vocabulary=[1-9]\d{0,8}|(experts|channels|blocks)=0\.\d{1,6})$")]
+
+
+_Tensor = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]
 
 
 class _Checked(BaseModel):
@@ -48,6 +52,9 @@ class FitRecipe(_Checked):
     cut: RecipeCut
     type: str
     embedding: str | None = None
+    bits: Annotated[float, Field(ge=0, le=16)] = 0.0
+    types: Annotated[dict[_Tensor, str], Field(max_length=1 << 20)] = {}
+    """Types of tensors by name, where the type is mixed."""
     file: Annotated[str, Field(min_length=1)] | None = None
     """Where the type is a file from elsewhere: its path."""
     bytes: Annotated[int, Field(gt=0)]
@@ -56,7 +63,7 @@ class FitRecipe(_Checked):
     @field_validator("type")
     @classmethod
     def _known_type(cls, said: str) -> str:
-        if said not in (GIVEN, FOREIGN, *ALL_TYPES):
+        if said not in (GIVEN, FOREIGN, MIXED, *ALL_TYPES):
             raise ValueError(f"it should be one of {', '.join(TYPES)}")
         return said
 
@@ -67,10 +74,19 @@ class FitRecipe(_Checked):
             raise ValueError(f"it should be one of {', '.join(EMBEDDINGS)}")
         return said
 
+    @field_validator("types")
+    @classmethod
+    def _known_types(cls, said: dict[str, str]) -> dict[str, str]:
+        if not {*said.values()} <= {*TENSOR_TYPES}:
+            raise ValueError(f"they should be of {', '.join(TENSOR_TYPES)}")
+        return said
+
     @model_validator(mode="after")
     def _named_file(self) -> Self:
         if (self.type == FOREIGN) != (self.file is not None):
             raise ValueError(f"file goes with type {FOREIGN}")
+        if (self.type == MIXED) != bool(self.types):
+            raise ValueError(f"types go with type {MIXED}")
         return self
 
     @property
@@ -78,7 +94,8 @@ class FitRecipe(_Checked):
         """The candidate that it makes. Raises BadInput where it is a file that is not there."""
         if self.file is not None:
             return next(iter(self.asked.elsewhere))
-        return Candidate(Cut(tuple(self.cut.removed), self.cut.tokens), self.type, self.embedding)
+        cut = Cut(tuple(self.cut.removed), self.cut.tokens)
+        return Candidate(cut, self.type, self.embedding, self.bits, tuple(self.types.items()))
 
     @property
     def asked(self) -> Asked:
@@ -100,6 +117,8 @@ class FitRecipe(_Checked):
             cut=cut,
             type=chosen.type,
             embedding=chosen.embedding,
+            bits=chosen.bits,
+            types=dict(chosen.types),
             file=file,
             bytes=size,
             sha256=digest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Literal
@@ -17,14 +17,15 @@ from coprune.fitting.candidates import (
     DENSE,
     EMBEDDINGS,
     EXACT,
+    MIXED,
     STRUCTURES,
-    TYPES,
     VOCABULARIES,
     Candidate,
     Cut,
 )
-from coprune.fitting.fit_settings import Target
+from coprune.fitting.finding import Finding, Wish
 from coprune.fitting.made import is_file_of
+from coprune.fitting.mixtures import has_time, mixtures
 from coprune.fitting.notes import Looks, Measured, Sizes, noted
 from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
 from coprune.fitting.score import DENSE_SOUND, answer_text
@@ -45,37 +46,6 @@ _DISTILLED_SHARE = 0.3
 """Share of the remaining budget for one distillation."""
 _DISTILLED = (8_192, 262_144)
 """Tokens of a distillation at least and at most."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """The user's requirements, target and time budget."""
-
-    conditions: tuple[Condition, ...]
-    target: Target = "size"
-    budget: float = 3600.0
-    """Seconds."""
-    without: tuple[str, ...] = ()
-    """Kinds of changes that are left out."""
-    types: tuple[str, ...] = TYPES
-
-
-@dataclass
-class Finding:
-    """The result of a search."""
-
-    chosen: Candidate
-    held: list[Held]
-    """Conditions on the unseen half, of the best candidate."""
-    kept: bool
-    plain: Candidate | None
-    """The smallest plain quant that passed on both halves."""
-    tried: list[Candidate] = field(default_factory=list)
-    unseen: dict[Candidate, list[Held]] = field(default_factory=dict)
-    untried: list[Candidate] = field(default_factory=list)
-    """Candidates that more time would have tried; empty if the search finished."""
-    looks: int = 1
-    """Number of verdicts from these unseen items, one for each sequence of candidates: with a larger budget it is another."""
 
 
 class Search:
@@ -360,7 +330,7 @@ class Search:
         smaller = partial(self._smaller, last=(plain[-1] if large_tables else smallest).type)
         # A cut may save more bytes than smaller types do, for less: so from both ends.
         for base in dict.fromkeys((smallest, largest)):
-            for pool in (tokens, bits, smaller) if large_tables else (bits, tokens, smaller):
+            for pool in (tokens, self._fewer_bits, smaller) if large_tables else (self._fewer_bits, tokens, smaller):
                 before = self._kept[-1]
                 self._halve(pool(base))
                 base = base if self._kept[-1] == before else self._kept[-1]
@@ -375,11 +345,22 @@ class Search:
 
     def _embeddings(self, base: Candidate) -> list[Candidate]:
         """Return variants with smaller embeddings, which may not be smaller than the quantiser's own."""
-        if "embedding" in self.wish.without or base.type == EXACT:
+        if "embedding" in self.wish.without or base.type in (EXACT, MIXED):
             return []
         found = [replace(base, embedding=stored) for stored in EMBEDDINGS]
         sizes = {one: self.workshop.bytes_of(one) for one in (base, *found)}
         return sorted((one for one in found if sizes[one] < sizes[base]), key=sizes.__getitem__, reverse=True)
+
+    def _fewer_bits(self, base: Candidate) -> list[Candidate]:
+        """Return variants with a type for each tensor that are smaller than the best, or else with smaller embeddings."""
+        found = list[Candidate]()
+        if "mixed" not in self.wish.without and base.type != EXACT:
+            if has_time(self.workshop, self.budget, self._kept[0]):
+                found = mixtures(self.workshop, base.cut)
+            else:
+                self.untried.append(Candidate(DENSE, MIXED))
+        best = self.workshop.bytes_of(self._kept[-1])
+        return [one for one in found if self.workshop.bytes_of(one) < best] if found else self._embeddings(base)
 
     def _vocabularies(self, base: Candidate) -> list[Candidate]:
         if "vocabulary" in self.wish.without or not self._can_cut:
@@ -390,6 +371,8 @@ class Search:
     def _smaller(self, base: Candidate, last: str) -> list[Candidate]:
         """Return a cut in the types from the one below its own to the last, the smallest that keeps everything without it."""
         types = [one.type for one in self._plain()]
+        if base.type not in types:
+            return []
         return [replace(base, type=one) for one in types[types.index(base.type) + 1 : types.index(last) + 1]]
 
     def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:

@@ -26,7 +26,7 @@ from coprune.base.errors import (
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.fitting.calibration import Passage, calibration_of, own_count, own_texts, texts_in, write_passages
-from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, Candidate
+from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, MIXED, Candidate
 from coprune.fitting.clock import Mark
 from coprune.fitting.made import bytes_in
 from coprune.fitting.making import SAMPLES, SEQLEN, Making
@@ -36,6 +36,7 @@ from coprune.fitting.score import DenseAnswers, item_key, score_item
 from coprune.fitting.tasks import Task
 from coprune.gguf_files.llama_cpp import quantized_bytes
 from coprune.gguf_files.reuse import bytes_of_rows
+from coprune.gguf_files.types_by_tensor import Losses
 from coprune.store.store import Key, Store, key_of
 
 VERDICTS_FILE = "verdicts.json"
@@ -53,6 +54,10 @@ class Size(RootModel[int]):
 
 class Passages(RootModel[list[Passage]]):
     """Text to calibrate on."""
+
+
+class LossesNote(RootModel[dict[str, dict[str, tuple[int, float]]]]):
+    """What types of tensors cost."""
 
 
 class Workshop:
@@ -206,6 +211,22 @@ class Workshop:
             return bytes_in(self.making.file(candidate))
         key = self.making.key("fit-size", candidate)
         return self.store.get(key, Size, lambda: Size(self._planned_bytes(candidate))).root
+
+    def losses(self) -> Losses:
+        """Return what each type of each tensor costs, measured if need be. Raises CopruneError where that cannot be."""
+        mark = self.making.clock.mark()
+        found = self.store.get(self._losses, LossesNote, lambda: LossesNote.model_validate(self.making.losses()))
+        self.making.note(self._losses, mark)
+        return found.root
+
+    @property
+    def knows_losses(self) -> bool:
+        """Whether what types of tensors cost was measured before, by this fit or another one."""
+        return self.store.find(self._losses, LossesNote) is not None
+
+    @property
+    def _losses(self) -> Key:
+        return self.making.key("fit-losses", Candidate(DENSE, MIXED))
 
     def is_sized(self, candidate: Candidate) -> bool:
         """Return whether the bytes of a candidate were found before, by this fit or another one."""

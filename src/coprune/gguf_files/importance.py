@@ -43,7 +43,7 @@ Importance = Mapping[str, Tensor]
 """Mean squares of the inputs (experts × inputs, or 1 × inputs), float32, by the tensor's name in the file."""
 _SAMPLES, _SEQLEN = 16, 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_HEAD, _BEFORE_HEAD = "output.weight", "result_norm"
+HEAD, _BEFORE_HEAD = "output.weight", "result_norm"
 """Names in llama.cpp: of a tensor, and of the last hidden states as it computes them."""
 _LEAST = 1e-10
 """Replacement of zero, which would leave a weight to chance."""
@@ -85,12 +85,7 @@ class TextWalk:
 
         values: of a matrix, broadcast over its outputs × inputs, float32; they take no more memory here.
         """
-        if isinstance(self.location, GgufFile):  # its parameters were read under the model's own names
-            set_conversions_to_revert(self.model, None)
-        found, nan = _by_parameter(self.chosen, values), torch.tensor(torch.nan)
-        state = {name: self.model.get_parameter_or_buffer(name) for name in saved_tensors(self.model)}
-        own = {name: found.get(id(one), nan.expand(one.shape)) for name, one in state.items()}
-        return revert_conversion(self.model, own)
+        return by_name(self.location, self.model, self.chosen, values)
 
 
 def read_text(location: Location, data: str | Tensor, dtype: DtypeName) -> TextWalk:
@@ -144,6 +139,16 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
                 seen |= {name: statistic.mean_square for name, statistic in event.statistics().items()}
     # An expert without tokens has uniform importance.
     return text.by_name(lambda matrix: seen.get(matrix.name, torch.ones(matrix.shape[1])).clamp_min(_LEAST)[None])
+
+
+def by_name(location: Location, model: Any, chosen: Chosen, values: Callable[[Matrix], Tensor]) -> dict[str, Tensor]:
+    """Return a value of every weight of an opened model as `TextWalk.by_name` does."""
+    if isinstance(location, GgufFile):  # its parameters were read under the model's own names
+        set_conversions_to_revert(model, None)
+    found, nan = _by_parameter(chosen, values), torch.tensor(torch.nan)
+    state = {name: model.get_parameter_or_buffer(name) for name in saved_tensors(model)}
+    own = {name: found.get(id(one), nan.expand(one.shape)) for name, one in state.items()}
+    return revert_conversion(model, own)
 
 
 def _by_parameter(chosen: Chosen, values: Callable[[Matrix], Tensor]) -> dict[int, Tensor]:
@@ -212,7 +217,7 @@ def importance_of(file: Path, data: str | Tensor, reporter: Reporter) -> Importa
 def importance_of_head(file: Path, tokens: Sequence[int]) -> Importance:
     """Measure what a file's head, which may be the table of embeddings, is given along some tokens, in llama.cpp."""
     tensors = {one.name: int(one.shape[0]) for one in gguf_reader(file, field="model").tensors}
-    name = next(one for one in (_HEAD, TOKEN_EMBEDDINGS) if one in tensors)
+    name = next(one for one in (HEAD, TOKEN_EMBEDDINGS) if one in tensors)
     seen = list[Tensor]()
 
     def see(values: Any) -> None:

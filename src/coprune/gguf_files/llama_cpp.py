@@ -110,6 +110,8 @@ class Quantisation:
     """Mean squares of the inputs of the file's tensors, by name; some types take another mixture with one."""
     embedding: str | None = None
     """Another type for the embeddings and the head, such as q4_0."""
+    types: Mapping[str, str] | None = None
+    """Types of tensors by name, such as q4_0; the others get what the kind gives them."""
 
 
 def quantized_bytes(source: Path, asked: Quantisation) -> int:
@@ -126,8 +128,12 @@ def planned_types(source: Path, asked: Quantisation) -> dict[str, int]:
     Raises BadInput as it does.
     """
     said = _quantizing(source, source.with_suffix(".none"), asked, dry=True)
-    numbers = _library()[0].typeof("enum ggml_type").relements
-    return {name: numbers[f"GGML_TYPE_{type.upper()}"] for name, type in _TYPE.findall(said)}
+    return {name: type_number(type) for name, type in _TYPE.findall(said)}
+
+
+def type_number(name: str) -> int:
+    """Return a tensor's type, such as q4_0, as ggml numbers it."""
+    return int(_library()[0].typeof("enum ggml_type").relements[f"GGML_TYPE_{name.upper()}"])
 
 
 def quantize(source: Path, target: Path, asked: Quantisation) -> None:
@@ -151,9 +157,14 @@ def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> s
 
     options.nthread, options.dry_run = torch.get_num_threads(), dry
     if asked.embedding is not None:
-        stored = ffi.typeof("enum ggml_type").relements[f"GGML_TYPE_{asked.embedding.upper()}"]
-        options.token_embedding_type = options.output_tensor_type = stored
+        options.token_embedding_type = options.output_tensor_type = type_number(asked.embedding)
     held: list[Any] = []
+    if asked.types:
+        overrides = ffi.new("struct llama_model_tensor_override[]", len(asked.types) + 1)  # the last one ends it
+        for override, (name, stored) in zip(overrides, asked.types.items(), strict=False):
+            held.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
+            override.pattern, override.type = held[-1], type_number(stored)
+        options.tt_overrides = overrides
     if asked.importance:
         count = len(asked.importance) + 1  # the last one, empty, ends it
         entries = ffi.new("struct llama_model_imatrix_data[]", count)

@@ -1,0 +1,146 @@
+"""How much a model's answers depend on each weight of a GGUF file: the diagonal of the Fisher information, rows × columns.
+
+The mean squared gradient of the loss on tokens that the model draws itself is the curvature of its KL divergence. So half of it
+times the squared errors of the weights is the KL of a rounded model, summed over all tensors, as long as the errors are small.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coprune.base.errors import UnsupportedModel
+from coprune.base.precision import multiplies_bfloat16
+from coprune.base.progress import Reporter
+from coprune.gguf_files.importance import HEAD, by_name, found_in
+from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS
+from coprune.gguf_files.plan import read_example
+from coprune.gguf_files.smaller import exported
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.load import DtypeName, load_model
+from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.matrix_choice import choose_matrices
+
+_SEED = 0
+"""Of the tokens that the model draws."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Sensitivity of the model to a tensor."""
+
+    rows: Tensor
+    columns: Tensor
+    """Their outer product is the mean squared gradient of a token's loss by each weight."""
+
+
+class _Squares:
+    """Sums over tokens of squared gradients of one matrix, by its rows and by its columns."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | float = 0.0
+        self.columns: Tensor | float = 0.0
+        self.tokens = 0
+
+    def add(self, inputs: Tensor, slopes: Tensor) -> None:
+        """Add tokens: their inputs, and the gradients by their outputs."""
+        inputs = inputs.reshape(-1, inputs.shape[-1]).float().square()
+        slopes = slopes.reshape(-1, slopes.shape[-1]).float().square()
+        self.rows = self.rows + inputs.sum(1) @ slopes
+        self.columns = self.columns + slopes.sum(1) @ inputs
+        self.tokens += len(inputs)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of the mean over the tokens."""
+        assert isinstance(self.rows, Tensor)
+        assert isinstance(self.columns, Tensor)
+        return self.rows / self.tokens, self.columns / self.rows.sum().clamp_min(torch.finfo().tiny)
+
+
+def sensitivity_of(file: Path, tokens: Tensor, reporter: Reporter) -> Mapping[str, list[Sensitivity]]:
+    """Measure how sensitive a model is to each matrix of its file, by one pass forward and one backward.
+
+    Args:
+        file: in sixteen bits.
+        tokens: samples of token ids (N × S).
+        reporter: shows the bar.
+
+    Returns:
+        By the tensor's name in the file; what is used twice, as embeddings and as head, has two that add up.
+
+    Raises:
+        UnsupportedModel: its matrices are no plain linear layers, or cannot be found in the file.
+        BadInput: transformers cannot read it.
+    """
+    location = GgufFile(file, file.name)
+    dtype: DtypeName = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
+    model, _ = load_model(location, dtype, processed=False)
+    model.requires_grad_(False)
+    chosen = choose_matrices(model, find_blocks(model))
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for matrix in chosen.all():
+        if not isinstance(matrix.owner, nn.Linear):
+            raise UnsupportedModel(f"{matrix.name} is no linear layer, so types are not chosen by tensor")
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModel("the model has no head of its own, so types are not chosen by tensor")
+    squares, embedded = defaultdict[int, _Squares](_Squares), _Squares()
+    watched = {id(owner): owner for owner in (*(one.owner for one in chosen.all()), head)}
+    hooks = [owner.register_forward_hook(_watching(squares[number])) for number, owner in watched.items()]
+    hooks.append(table.register_forward_hook(_watching_table(embedded)))
+    generator = torch.Generator().manual_seed(_SEED)
+    with reporter.bar("Sensitivity of the weights", len(tokens)) as advance:
+        for sample in tokens:
+            logits = model(sample[None], use_cache=False).logits[0].float()
+            drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            advance(1)
+    for hook in hooks:
+        hook.remove()
+
+    source = exported(location)
+    example = read_example(location, source, reporter)
+    means = {number: one.means() for number, one in squares.items()}
+    rows = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][0][:, None])
+    columns = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][1][None])
+    found = defaultdict[str, list[Sensitivity]](list)
+    for name in example.pieces:
+        own = [found_in(values, name, example, source) for values in (rows, columns)]
+        if own[0] is not None and own[1] is not None and bool(own[0].isfinite().all()):
+            found[name].append(Sensitivity(own[0][:, 0].clone(), own[1][0].clone()))
+    in_blocks = [name for name, shape in example.shapes.items() if name.startswith("blk.") and len(shape) > 1]
+    if unknown := [name for name in in_blocks if name not in found]:
+        raise UnsupportedModel(f"it is not known how sensitive the model is to {unknown[0]}")
+    count = example.shapes[TOKEN_EMBEDDINGS][0]
+    found[HEAD if HEAD in example.shapes else TOKEN_EMBEDDINGS].append(Sensitivity(*means[id(head)]))
+    # A row is read as often as any other on average, since the rest is not known of those that were not read.
+    found[TOKEN_EMBEDDINGS].append(Sensitivity(torch.full((count,), 1 / count), embedded.means()[0]))
+    return found
+
+
+def _watching(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], None]:
+    def seen(module: nn.Module, given: Any, out: Tensor) -> None:
+        inputs = given[0].detach()
+        if out.requires_grad:
+            out.register_hook(lambda slopes: squares.add(inputs, slopes))
+
+    return seen
+
+
+def _watching_table(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """Watch the embeddings, from which gradients are computed."""
+
+    def seen(module: Any, given: Any, out: Tensor) -> Tensor:
+        # Some models multiply their embeddings.
+        scale = out.float().square().mean() / module.weight[given[0]].float().square().mean()
+        out = out.detach().requires_grad_(True)
+
+        out.register_hook(lambda slopes: squares.add(scale.sqrt().expand(slopes[..., :1].shape), slopes))
+        return out
+
+    return seen

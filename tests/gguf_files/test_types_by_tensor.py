@@ -1,0 +1,113 @@
+"""A type for each tensor: the choice for a number of bytes, and the losses that it is made by."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coprune.base.progress import Reporter
+from coprune.gguf_files.importance import importance_of, importance_of_head
+from coprune.gguf_files.llama_cpp import LlamaCpp, Quantisation, has_llama_cpp, planned_types, quantize, type_number
+from coprune.gguf_files.sensitivity import sensitivity_of
+from coprune.gguf_files.types_by_tensor import TENSOR_TYPES, choose, losses_of, rounded
+from coprune.model.checkpoint.mapped_gguf import decode
+from support.fits import tokens
+from support.pico import pico_model
+from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.vocabularies import content_of
+
+pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
+_BITS = {"a": 9, "b": 6, "c": 5, "d": 4, "e": 3}
+
+
+def drawn(seed: int, convex: bool) -> dict[str, dict[str, tuple[int, float]]]:
+    """Losses of tensors that differ in size and sensitivity; a quarter a bit where they are convex."""
+    generator = random.Random(seed)
+    found = {}
+    for number in range(40):
+        size, scale = generator.randint(1, 60), 10 ** generator.uniform(-3, 1)
+        loss = {kind: (size * bits, size * scale * 0.25**bits) for kind, bits in _BITS.items()}
+        if not convex:
+            loss = {kind: (bytes, one * generator.uniform(0.1, 10)) for kind, (bytes, one) in loss.items()}
+        found[f"blk.{number}"] = loss
+    return found
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_choice_keeps_its_bytes_and_more_of_them_cost_less(seed: int, convex: bool) -> None:
+    losses = drawn(seed, convex)
+
+    def total(chosen: dict[str, str], place: int) -> float:
+        return sum(losses[name][kind][place] for name, kind in chosen.items())
+
+    uniform = {kind: dict.fromkeys(losses, kind) for kind in _BITS}
+    least, most = total(uniform["e"], 0), total(uniform["a"], 0)
+    assert choose(losses, int(least) - 1) is None
+    before = None
+    for bytes in range(int(least), int(most) + 400, 400):
+        chosen = choose(losses, bytes)
+        assert chosen is not None
+        assert set(chosen) == set(losses)
+        assert total(chosen, 0) <= bytes
+        assert before is None or total(chosen, 1) <= before
+        before = total(chosen, 1)
+    for kind, own in uniform.items():
+        if convex and kind not in "ae":
+            found = choose(losses, int(total(own, 0)))
+            assert found is not None
+            assert total(found, 1) < 0.7 * total(own, 1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose down projections have rows of 256, and the others of 64."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = distinct_norms(pico_model("llama", vocab_size=tokens(), tie_word_embeddings=True, **sizes))
+    return write_pico_gguf(model, tmp_path_factory.mktemp("types") / "f16.gguf", "F16", tokenizer=content_of("bytes"))
+
+
+@pytest.mark.parametrize("kind", TENSOR_TYPES)
+def test_rows_are_rounded_as_the_quantiser_does(kind: str, source: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    name = "blk.0.ffn_down.weight"
+    exact = decode(next(one for one in GGUFReader(source).tensors if one.name == name))
+    means = {name: torch.rand(1, 256) + 0.1}
+    asked = Quantisation("q8_0", means, types={name: kind})
+    assert planned_types(source, asked)[name] == type_number(kind)
+    quantize(source, tmp_path / "made.gguf", asked)
+    stored = {one.name: one for one in GGUFReader(tmp_path / "made.gguf").tensors}
+    assert torch.equal(decode(stored[name]), rounded(exact, kind, means[name]))
+    assert {one.tensor_type.name for other, one in stored.items() if other != name} <= {"Q8_0", "F32"}
+
+
+def test_predicted_losses_are_the_divergence_of_the_rounded_model(source: Path, tmp_path: Path) -> None:
+    """Of every kind of tensor, whatever the order of its rows in the file."""
+    samples = torch.randint(8, 250, (24, 64), generator=torch.Generator().manual_seed(0))
+    importance = {
+        **importance_of(source, samples, Reporter(quiet=True)),
+        **importance_of_head(source, samples[:8].flatten().tolist()),
+    }
+    losses = losses_of(source, importance, sensitivity_of(source, samples, Reporter(quiet=True)), Reporter(quiet=True))
+    assert len(losses) == 15
+
+    def logits(file: Path) -> torch.Tensor:
+        engine = LlamaCpp(file, 64)
+        found = [engine.logits(one.tolist()).log_softmax(-1) for one in samples]
+        engine.close()
+        return torch.cat(found)
+
+    exact = logits(source)
+    for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd"):
+        lower = {name: "q3_k" if "ffn_down" in name else "q4_1" for name in losses if part in name}
+        types = dict.fromkeys(losses, "q8_0") | lower
+        quantize(source, tmp_path / "made.gguf", Quantisation("q8_0", importance, types=types))
+        divergence = float((exact.exp() * (exact - logits(tmp_path / "made.gguf"))).sum(1).mean())
+        expected = sum(losses[name][kind][1] for name, kind in types.items())
+        assert 0.7 < divergence / expected < 1.6, part
