@@ -111,6 +111,18 @@ def test_a_training_keeps_zeros_and_lowers_its_loss(kind: str, place: Path, tmp_
         assert (report.accuracy if kind in ("labels", "rerank") else report.perplexity)[0].line()
 
 
+@pytest.mark.parametrize("kind", ["masked", "embeddings"])
+def test_a_step_takes_one_batch_unless_the_settings_say_otherwise(kind: str, place: Path, tmp_path: Path) -> None:
+    dense, pruned = dense_model(place, kind), tmp_path / "pruned"
+    coprune.prune(dense, dataset=place / "words.txt", save_model=pruned, **PRUNING)
+    teacher = {"teacher": dense} if kind == "embeddings" else {}
+    length: dict[str, Any] = {"tokens": 3 * 4 * 16, "max_steps": None, "seqlen": 16, "held_out": 0, "evaluate": False}
+    settings = TRAINING | length | teacher | {"dataset": place / "words.txt"}
+    report = coprune.finetune(pruned, KINDS[kind][1], save=tmp_path / "run", **settings)  # type: ignore[arg-type]
+    assert isinstance(report, FinetuneReport)
+    assert report.curve[-1].step == 3
+
+
 def test_pruned_and_trained_in_one_run_toward_the_source(place: Path, tmp_path: Path) -> None:
     dense, text = dense_model(place, "embeddings"), place / "words.txt"
     training = {"finetune": "distill", "finetune_max_steps": 3, "finetune_lr": 3e-3, "finetune_batch_size": 4}
