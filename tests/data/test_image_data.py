@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.data.images import LabelledImages, draw_images, image_batches, labelled_images, labels_for
-from coprune.evaluation.tasks.image_task import aggregate_accuracy, rank_classes, wilson_interval
+from coprune.evaluation.accuracy import aggregate_accuracy, rank_classes, wilson_interval
 
 
 def grey(value: int) -> Pillow.Image:

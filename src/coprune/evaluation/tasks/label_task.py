@@ -13,9 +13,9 @@ from coprune.base.errors import NumericalError, about
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Setting, say
 from coprune.data.labelled_text import HINT, LabelledText, LabelledTexts, labelled_texts
+from coprune.evaluation.accuracy import aggregate_accuracy, rank_classes
 from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.measurement import Accuracy
-from coprune.evaluation.tasks.image_task import aggregate_accuracy, rank_classes
 from coprune.evaluation.tasks.task import Walked
 from coprune.evaluation.tasks.text_task import TextInputs
 from coprune.model.checkpoint.load import evaluating
