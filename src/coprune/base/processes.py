@@ -144,9 +144,7 @@ def joined_processes(train: bool = False) -> Iterator[Processes]:
     with _heard():
         dist.init_process_group(_backend(), timeout=_TIMEOUT_OF_TRAINING if train else TIMEOUT)
     yield Processes(dist.get_rank(), dist.get_world_size())
-    # Not after an error, when others may wait for something else, and not twice, since a fine-tuning ends them itself.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error, when others may wait for something else
 
 
 def _backend() -> str:

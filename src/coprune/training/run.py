@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -118,6 +119,7 @@ def in_precision_of_the_device(settings: Recipe) -> Recipe:
 
 
 def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) -> FinetuneReport:
+    joined = dist.is_initialized()  # the caller joined the processes, and goes on with them afterwards
     session = prepare_session(settings, reporter, limit, training_device(settings.model.device))
     if first and settings.output.overwrite:
         replace_earlier(settings)
@@ -146,7 +148,8 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
         report = _report(session, trainer, [], trained, None, None)
     accelerator: Any = trainer.accelerator
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if not joined:
+        accelerator.end_training()
     return report
 
 
