@@ -87,6 +87,12 @@ def tokens_at_bos(tokens: Tensor, bos: int) -> Tensor:
     return torch.where((tokens[:, :1] == bos) | (tokens == NOTHING), tokens, behind)
 
 
+def begun_by(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> Tensor:
+    """Return windows of tokens (N × S) that begin with the BOS that a tokenizer adds; unchanged if it adds none."""
+    bos = put_by(tokenizer)
+    return tokens if bos is None else tokens_at_bos(tokens, bos)
+
+
 def text_at_bos(text: EvaluationText, bos: int, seqlen: int) -> EvaluationText:
     """Return an evaluation text whose windows of seqlen tokens all begin with BOS; the caller's ids are unchanged.
 

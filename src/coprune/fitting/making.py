@@ -11,12 +11,13 @@ from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.files import whole_folder, write_durably
 from coprune.base.progress import Reporter
 from coprune.data import calibration_windows
-from coprune.data.bos import put_by, tokens_at_bos
+from coprune.data.bos import begun_by
 from coprune.data.tokenizing import encode
 from coprune.fitting.calibration import all_windows, read_passages, write_passages
 from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate, Cut
@@ -40,9 +41,9 @@ from coprune.vocabulary.counts import sources_of
 SAMPLES, SEQLEN = 16, 256
 """Of what statistics are measured on."""
 _HEAD_TOKENS = 512
+"""Tokens that the head's inputs are measured on."""
 _SHORT = 1024
 """Tokens of a text whose importance is measured on all of it, not on samples."""
-"""That the head's inputs are measured on."""
 MIXED_SAMPLES = 8
 """Samples of `SEQLEN` tokens that sensitivities are measured on."""
 _SAID = (("q8_0", 7.5), ("q6_k", 6.0), ("q5_k_m", 5.0), ("q4_k_m", 4.0), ("q3_k_m", 3.0), ("q2_k", 0.0))
@@ -157,13 +158,10 @@ class Making:
     def losses(self) -> Losses:
         """Measure what each type of each of the dense model's tensors costs. Raises CopruneError where that cannot be."""
         exact = self.exact(DENSE)
-        ids = encode(self.tokenizer, "\n".join(self._texts()))["input_ids"]
-        tokens = all_windows(ids, SEQLEN)
-        if len(ids) > _SHORT:
-            tokens = calibration_windows(str(self.text), self.tokenizer, MIXED_SAMPLES, SEQLEN, self.asked.seed).tokens
-        bos = put_by(self.tokenizer)
-        tokens = tokens if bos is None else tokens_at_bos(tokens, bos)
-        sensitivity = sensitivity_of(exact, tokens, self.reporter)
+        _, data = self._calibration_data(self.tokenizer)
+        if isinstance(data, str):
+            data = calibration_windows(data, self.tokenizer, MIXED_SAMPLES, SEQLEN, self.asked.seed).tokens
+        sensitivity = sensitivity_of(exact, begun_by(self.tokenizer, data), self.reporter)
         return losses_of(exact, read_importance(self._importance(DENSE)), sensitivity, self.reporter)
 
     def _quant(self, key: Key) -> Path:
@@ -226,10 +224,7 @@ class Making:
         target = self.folder / "files" / f"{key}{_MATRIX}"
 
         def make() -> None:
-            tokenizer = self._vocabulary_of(seen)[0]
-            ids = encode(tokenizer, "\n".join(self._texts()))["input_ids"]
-            # Windows of a short text would be longer than it, or nearly all of it every time.
-            data = str(self.text) if len(ids) > _SHORT else all_windows(ids, SEQLEN)
+            ids, data = self._calibration_data(self._vocabulary_of(seen)[0])
             found = importance_of(exact, data, self.reporter)
             write_importance(target, {**found, **importance_of_head(exact, ids[:_HEAD_TOKENS])})
 
@@ -295,6 +290,12 @@ class Making:
             make()
             if self.done.find(key, Done) is None:  # what is made again was counted before
                 self.note(key, mark, record)
+
+    def _calibration_data(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str | Tensor]:
+        """Return the calibration text as token ids, and the data to measure on: its file, or all windows of a short one."""
+        ids = encode(tokenizer, "\n".join(self._texts()))["input_ids"]
+        # Sampled windows of a short text would be longer than it, or nearly all of it every time.
+        return ids, str(self.text) if len(ids) > _SHORT else all_windows(ids, SEQLEN)
 
     def _texts(self) -> list[str]:
         return [passage.text for passage in read_passages(self.text)]

@@ -17,7 +17,7 @@ from coprune.base.files import write_durably
 from coprune.base.precision import multiplies_bfloat16
 from coprune.base.progress import Reporter
 from coprune.data import calibration_windows
-from coprune.data.bos import put_by, tokens_at_bos
+from coprune.data.bos import begun_by
 from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS, WATCHED, LlamaCpp
 from coprune.gguf_files.plan import Example, read_example
 from coprune.gguf_files.smaller import Exported, exported
@@ -105,9 +105,7 @@ def read_text(location: Location, data: str | Tensor, dtype: DtypeName) -> TextW
     model, tokenizer = loaded.model, loaded.processor
     if isinstance(data, str):
         seqlen = min(_SEQLEN, positions_of(model) or _SEQLEN)
-        windows = calibration_windows(data, tokenizer, _SAMPLES, seqlen, seed=0).tokens
-        bos = put_by(tokenizer)
-        data = windows if bos is None else tokens_at_bos(windows, bos)
+        data = begun_by(tokenizer, calibration_windows(data, tokenizer, _SAMPLES, seqlen, seed=0).tokens)
     blocks = find_blocks(model)
     chosen = choose_matrices(model, blocks)
     proven = prove_replay(FoundModel(loaded.weights, blocks, chosen), data[:1])
