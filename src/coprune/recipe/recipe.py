@@ -64,7 +64,7 @@ def _of_reconstruction(recipe: Tree) -> BadInput | None:
     asked = recipe.prune.reconstruct
     if asked.steps and recipe.calibrate.propagation == "dense":
         return BadInput(
-            "reconstruct trains a block on the outputs of the pruned blocks before it, which propagation dense never computes",
+            "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
             field="reconstruct",
             value=asked.steps,
             fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),

@@ -185,7 +185,7 @@ def _weighing(kind: str, how: ExportSettings) -> Asked:
     """Return the requested importance matrix. Raises BadInput if it has no effect, or if a type needs one and has none."""
     named, save = how.imatrix or NONE, how.save_imatrix
     if how.compensate and kind in PLAIN:
-        cause = f"rounding to the type {kind} cannot be compensated"
+        cause = f"nothing is rounded in the type {kind}, so compensate has no effect"
         raise BadInput(cause, field="compensate", value=True, fix=LeaveOut("compensate"))
     if named != NONE and kind not in BY_LLAMA_CPP:
         cause = f"an importance matrix has no effect on the type {kind}"
