@@ -3,82 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from pydantic import BaseModel
-from safetensors.torch import load_file
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.model.checkpoint.digest import model_digest
-from coprune.model.checkpoint.locate import holds_model
-from coprune.model.checkpoint.shards import INDEX_FILE
 from coprune.model.checkpoint.writer import CheckpointWriter
-from coprune.run.step import Left, Step, Taking
+from coprune.run.step import Left
 from coprune.runner.runner import go
-from coprune.store.notes import read_note, write_note
 from support.killing import count_lines, killed_at
+from support.merge_step import Merge, tensors_of
 from support.pico_folder import save_pico
 
 QUIET = Reporter(quiet=True)
-
-
-class Merged(BaseModel):
-    """What merging tells."""
-
-    tensors: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge(Step):
-    """The mean of two models of the same shapes."""
-
-    name = "merge"
-    models: tuple[Path, Path]
-
-    def check(self) -> None:
-        shapes = [
-            {name: one.shape for name, one in tensors_of(model).items()} for model in self.models if model.exists()
-        ]
-        if shapes and any(one != shapes[0] for one in shapes):
-            raise BadInput(f"{self.models[0]} and {self.models[1]} have other shapes", fix="merge models of one kind")
-
-    def sources(self, before: Left | None) -> Sequence[str]:
-        return [model_digest(model) for model in self.models]
-
-    def finished(self, before: Left | None) -> Left | None:
-        note = read_note(self._model.with_name("merged.json"), Merged)
-        return None if note is None or not holds_model(self._model) else Left(note.record, self._model)
-
-    def run(self, before: Left | None, taking: Taking) -> Left:
-        (first, second), share = map(tensors_of, self.models), self.settings["share"]
-        with taking():
-            self._model.parent.mkdir(parents=True, exist_ok=True)
-        if not holds_model(self._model):
-            writer = CheckpointWriter(self._model, [*first], sum(one.nbytes for one in first.values()))
-            for name in first:
-                if not writer.verify(name):
-                    writer.write(name, {name: share * first[name] + (1 - share) * second[name]})
-            for file in {*self.models[0].glob("*.json")} - {self.models[0] / INDEX_FILE}:
-                shutil.copyfile(file, writer.partial / file.name)
-            writer.finish()
-        write_note(self._model.with_name("merged.json"), merged := Merged(tensors=len(first)))
-        return Left(merged, self._model)
-
-    @property
-    def _model(self) -> Path:
-        assert self.folder is not None
-        return self.folder / "model"
-
-
-def tensors_of(model: Path) -> dict[str, torch.Tensor]:
-    return {name: one for file in sorted(model.glob("*.safetensors")) for name, one in load_file(file).items()}
 
 
 @pytest.fixture
@@ -138,7 +78,7 @@ def test_steps_follow_one_another(models: tuple[Path, Path], tmp_path: Path) -> 
     """The second reads what the first leaves, and both are done again when a source of the first is another."""
     how: dict[str, Any] = {"settings": {"share": 0.5}}
     first = Merge(models=models, folder=tmp_path / "first", **how)
-    second = Merge(models=(tmp_path / "first" / "model", models[1]), folder=tmp_path / "second", **how)
+    second = Merge(models=models[1:], folder=tmp_path / "second", **how)
     plan = [first, second]
     before = weights(go(plan, QUIET)[1])
     save_pico(models[0], seed=3, num_hidden_layers=1)

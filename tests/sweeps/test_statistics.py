@@ -18,8 +18,8 @@ from coprune.run import context, kept_statistics
 from coprune.steps import prune as steps_prune
 from coprune.sweeps import job
 from coprune.sweeps.expand import Run
-from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import SHARED_FOLDER, Ledger
+from coprune.sweeps.file import SHARED_FOLDER, Sweep
+from coprune.sweeps.finished import Ledger
 from coprune.sweeps.job import RunJob
 from support.pico_folder import save_pico
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep

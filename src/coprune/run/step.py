@@ -1,4 +1,8 @@
-"""A step: makes a model of another one, or of several, in a folder where it is found again."""
+"""A step: makes a model of another one, or of several, in a folder where it is found again.
+
+Sweeps and fits name steps by the table here, into which `register_step` puts them, or an installed package by the entry-point
+group `coprune.steps`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel
 
+from coprune.base.errors import unknown_name
+from coprune.base.validation import settings_of
+from coprune.model.checkpoint.locate import locate
 from coprune.run.result import Result
 
 Taking = Callable[[], AbstractContextManager[object]]
@@ -63,3 +71,56 @@ class Step(ABC):
     @abstractmethod
     def run(self, before: Left | None, taking: Taking) -> Left:
         """Make it, resuming from what an interrupted run left in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedStep(Step):
+    """A step that sweeps and fits can name: it makes a model of the one before it, with settings of its own."""
+
+    asked: ClassVar[type[BaseModel]]
+    """Its settings."""
+
+    folder: Path
+
+    @classmethod
+    @abstractmethod
+    def of(cls, asked: Any, folder: Path) -> Self:
+        """Return the step with some of its settings."""
+
+    @property
+    def model(self) -> Path:
+        """Where it leaves its model."""
+        return self.folder / "model"
+
+
+AnyStep = TypeVar("AnyStep", bound=type[NamedStep])
+_GROUP = "coprune.steps"
+_registered: dict[str, type[NamedStep]] = {}
+
+
+def register_step(step: AnyStep) -> AnyStep:
+    """Let sweeps and fits name a step in this process; a class decorator."""
+    _registered[step.name] = step
+    return step
+
+
+def step_named(name: str, asked: Mapping[str, Any], folder: Path) -> NamedStep:
+    """Return a step in a folder. Raises BadInput for an unknown name, or settings that are not its own."""
+    brought = {entry.name: entry for entry in entry_points(group=_GROUP)}
+    if name not in _registered and name in brought:
+        register_step(brought[name].load())
+    if name not in _registered:
+        raise unknown_name("step", name, {*_registered, *brought})
+    step = _registered[name]
+    return step.of(settings_of(step.asked, asked), folder)
+
+
+class Named(BaseModel):
+    """A model that no step made."""
+
+    name: str
+
+
+def source_named(name: str, cache_dir: Path | None = None) -> Left:
+    """Return a model as what a first step is made of. Raises BadInput where there is none."""
+    return Left(Named(name=name), locate(name, cache_dir).path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,8 @@ from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting
-from coprune.run.step import Left, Step, Taking
+from coprune.run.step import Left, NamedStep, Step, Taking
+from coprune.store.claim import claimed
 from coprune.store.place import Identity, Place, said
 
 _SOURCES = "sources"
@@ -59,6 +60,28 @@ def go(
         records.append(left.record)
     assert left is not None
     return records, left
+
+
+def make(steps: Iterable[NamedStep], source: Left, reporter: Reporter) -> Left:
+    """Make a model of a source by steps, each done by one process while others that want it wait. Raises as `go`."""
+    for step in steps:
+        step.check()
+        with claimed(step.folder.with_name(f"{step.folder.name}.lock")):
+            found = _finished(step, source, reporter, replaces=False)
+            source = found or step.run(source, partial(_takes, step, source, nullcontext))
+    return source
+
+
+def is_of_others(steps: Iterable[NamedStep], source: Left) -> bool:
+    """Return whether what these steps have made is of another source than there is now."""
+    for step in steps:
+        place = _place(step, source)
+        if place is None or (found := step.finished(source)) is None:
+            return False
+        if place.differing():
+            return True
+        source = found
+    return False
 
 
 def _place(step: Step, before: Left | None) -> Place | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from string import Formatter
@@ -16,7 +17,9 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.flags import ALIASES
 from coprune.recipe.flat import PRESET
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
-from coprune.sweeps.file import FOLDERS, Sweep, added_to, is_axis, require_few
+from coprune.run.step import NamedStep, step_named
+from coprune.store.store import key_of
+from coprune.sweeps.file import FOLDERS, SHARED_FOLDER, Sweep, added_to, is_axis, require_few
 
 Settings = dict[str, Any]
 
@@ -28,6 +31,21 @@ class Run:
     name: str
     recipe: Recipe
     preset: str | None = None
+    steps: tuple[NamedStep, ...] = ()
+    """Steps that first make its model, one after another."""
+    made_of: str = ""
+    """Model that the first of them begins with."""
+    of_steps: Mapping[str, Any] = field(default_factory=dict)
+    """Those of their settings in which runs may differ."""
+
+    @property
+    def model(self) -> str:
+        """Model that it begins with, before its steps."""
+        return self.made_of or self.recipe.model.name
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of its recipe, or of its steps."""
+        return self.of_steps[name] if name in self.of_steps else self.recipe.setting(name)
 
     @property
     def way(self) -> str:
@@ -55,9 +73,11 @@ def expand(sweep: Sweep) -> list[Run]:
         require_few([len(chosen)])
     if not chosen:
         raise BadInput("every run of the sweep is excluded", field="sweep.exclude")
+    chains = list(_chains(sweep.steps))
+    require_few([len(chosen), len(chains)])
     runs, models = dict[str, Run](), _model_parts(sweep)
-    for combination in chosen:
-        run = _run(sweep, combination, models)
+    for chain, combination in product(chains, chosen):
+        run = _run(sweep, combination, models, chain)
         if run.name in runs and runs[run.name].recipe != run.recipe:
             raise BadInput(
                 f"two different runs would go to {sweep.folder / run.name}",
@@ -71,9 +91,40 @@ def expand(sweep: Sweep) -> list[Run]:
 
 
 def varied(sweep: Sweep) -> list[str]:
-    """Return the fields in which a sweep's runs may differ, in the order of the file."""
+    """Return the fields in which a sweep's runs may differ: of its steps, then in the order of the file."""
+    return [*(name for name, values in _of_steps(sweep.steps).items() if len(values) > 1), *_varied(sweep)]
+
+
+def _varied(sweep: Sweep) -> list[str]:
     added = [name for entry in sweep.include for name in entry]
     return list(dict.fromkeys([*_axes(sweep.settings), *added]))
+
+
+def _of_steps(steps: Sequence[Mapping[str, Settings]]) -> dict[str, list[Any]]:
+    """Return the values of all settings of steps, by names such as `merge_share`, or `merge2_share` of a step's second turn."""
+    found, turns = dict[str, list[Any]](), Counter[str]()
+    for name, asked in ((name, asked) for step in steps for name, asked in step.items()):
+        turns[name] += 1
+        word = name if turns[name] == 1 else f"{name}{turns[name]}"
+        found |= {f"{word}_{one}": value if isinstance(value, list) else [value] for one, value in asked.items()}
+    return found
+
+
+def _chains(steps: Sequence[Mapping[str, Settings]]) -> Iterator[Settings]:
+    """Yield every combination of the settings of steps, by their names in a sweep."""
+    lists = _of_steps(steps)
+    require_few(map(len, lists.values()))
+    yield from (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
+
+
+def _made_by(sweep: Sweep, chain: Settings, model: str) -> tuple[NamedStep, ...]:
+    """Return the steps that make a run's model, in folders named by all that is said up to them: equal ones are done once."""
+    made, before, values = list[NamedStep](), model, iter(chain.values())
+    for name, asked in ((name, asked) for step in sweep.steps for name, asked in step.items()):
+        own = dict(zip(asked, values, strict=False))
+        before = str(key_of(name, 1, asked=own, before=before))
+        made.append(step_named(name, own, sweep.folder / SHARED_FOLDER / "steps" / before))
+    return tuple(made)
 
 
 def _axes(settings: Mapping[str, Any]) -> list[str]:
@@ -112,31 +163,39 @@ def _matches(combination: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     )
 
 
-def _run(sweep: Sweep, combination: Settings, models: Mapping[str, str]) -> Run:
+def _run(sweep: Sweep, combination: Settings, models: Mapping[str, str], chain: Settings) -> Run:
     elsewhere: Settings = dict.fromkeys(FOLDERS)
     try:
         plain = make_recipe({**combination, **elsewhere})
         model = models[plain.model.name]
         own, also = sweep.folders, {"model": model, PRESET: folder_part(PRESET, combination.get(PRESET), bare=True)}
-        name = _default_folder(sweep, combination, model) if own is None else _folder(own, plain, also)
+        also |= {field: _part_of_step(field, value, bare=True) for field, value in chain.items()}
+        name = _default_folder(sweep, combination, model, chain) if own is None else _folder(own, plain, also)
         places = {field: expand_home(combination[field]) / name for field in FOLDERS if combination.get(field)}
         places["save"] = sweep.folder / (name or plain.prune.method.name)
-        recipe = make_recipe({**combination, **elsewhere, **places})
-        return Run(name or plain.prune.method.name, recipe, combination.get(PRESET))
+        steps = _made_by(sweep, chain, plain.model.name)
+        made = {"model": str(steps[-1].model)} if steps else {}
+        recipe = make_recipe({**combination, **elsewhere, **places, **made})
+        return Run(name or plain.prune.method.name, recipe, combination.get(PRESET), steps, plain.model.name, chain)
     except BadInput as error:
-        told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
+        told = ", ".join(f"{field} {(combination | chain).get(field)}" for field in varied(sweep))
         raise (error.within(f"the run with {told}") if told else error) from None
 
 
-def _default_folder(sweep: Sweep, combination: Settings, model: str) -> str:
+def _part_of_step(field: str, value: Any, bare: bool = False) -> str:
+    return folder_part(field, Path(value).name if isinstance(value, str) else value, bare)
+
+
+def _default_folder(sweep: Sweep, combination: Settings, model: str, chain: Settings) -> str:
     """Return one path part per axis; other settings of an included run are appended, so that no other run is renamed."""
     axes = _axes(sweep.settings)
 
     def part(field: str) -> str:
         return model if field == "model" else folder_part(field, combination.get(field))
 
-    changed = [n for n in varied(sweep) if n not in axes and combination.get(n) != sweep.settings.get(n)]
-    return "_".join(["/".join(map(part, axes)), *map(part, changed)]).strip("_")
+    of_steps = [_part_of_step(name, chain[name]) for name in varied(sweep) if name in chain]
+    changed = [n for n in _varied(sweep) if n not in axes and combination.get(n) != sweep.settings.get(n)]
+    return "_".join(["/".join([*of_steps, *map(part, axes)]), *map(part, changed)]).strip("_")
 
 
 def _model_parts(sweep: Sweep) -> dict[str, str]:

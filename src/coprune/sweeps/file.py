@@ -27,6 +27,8 @@ from coprune.recipe.tree import LEAVES
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.
 _ONE_RUN_ONLY = ("log_json", "push_to_hub", "private", "overwrite")
+SHARED_FOLDER = ".shared"
+"""What the runs of a sweep share, in its folder."""
 FOLDERS = ("save", "save_model", "log_samples")
 """Folders of the whole sweep, in which every run gets one."""
 
@@ -53,6 +55,19 @@ class Sweep(BaseModel):
         str | None, Field(description="Where a run goes within the sweep's folder, such as '{pattern}/{method}'.")
     ] = None
 
+    steps: Annotated[
+        tuple[dict[str, dict[str, Any]], ...],
+        Field(description="Registered steps that first make each run's model, with their settings, lists and all."),
+    ] = ()
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _one_at_a_time(cls, value: Any) -> Any:
+        listed = [value] if isinstance(value, Mapping) else value
+        if not isinstance(listed, list | tuple) or not all(isinstance(one, Mapping) for one in listed):
+            return value
+        return tuple({name: asked or {}} for one in listed for name, asked in one.items())
+
     @field_validator("zip", mode="before")
     @classmethod
     def _one_group_is_enough(cls, value: Any) -> Any:
@@ -65,7 +80,7 @@ class Sweep(BaseModel):
         rules = _plain(data.get("sweep") or {})
         settings = _words({name: value for name, value in data.items() if name != "sweep"})
         if not isinstance(rules, dict):
-            raise BadInput("sweep must hold zip, include, exclude or folders", field="sweep", value=rules)
+            raise BadInput("sweep must hold zip, include, exclude, folders or steps", field="sweep", value=rules)
         for name in rules:
             if name not in cls.model_fields or name == "settings":
                 raise unknown_name("key of sweep", name, set(cls.model_fields) - {"settings"}, field=f"sweep.{name}")

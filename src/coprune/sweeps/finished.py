@@ -16,8 +16,10 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.folder import REPORT_FILE, has_source
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
+from coprune.run.step import Left, source_named
+from coprune.runner.runner import is_of_others
 from coprune.sweeps.expand import Run, expand
-from coprune.sweeps.file import Sweep
+from coprune.sweeps.file import SHARED_FOLDER, Sweep
 
 
 def finished_report(recipe: Recipe) -> Report | None:
@@ -43,19 +45,28 @@ def finished_report(recipe: Recipe) -> Report | None:
             fix=("Name another folder with ", Setting("save"), ", or remove it"),
         )
     if not has_source(report, recipe):
-        raise BadInput(
-            f"{folder} holds a report on other weights: {recipe.model.name} has changed since",
-            field="save",
-            value=folder,
-            fix=("Name another folder with ", Setting("save"), ", or remove it"),
-        )
+        raise _other_weights(folder, recipe.model.name)
     return report
+
+
+def _other_weights(folder: Path, model: str) -> BadInput:
+    cause = f"{folder} holds a report on other weights: {model} has changed since"
+    fix = ("Name another folder with ", Setting("save"), ", or remove it")
+    return BadInput(cause, field="save", value=folder, fix=fix)
 
 
 def finished_reports(runs: list[Run]) -> dict[str, Report]:
     """Return the reports of all finished runs by name, in the order of the runs."""
     found = {run.name: finished_report(run.recipe) for run in runs}
+    for run in runs:
+        if run.steps and found[run.name] is not None and is_of_others(run.steps, source_of(run)):
+            raise _other_weights(run.recipe.run_folder, run.model)
     return {name: report for name, report in found.items() if report is not None}
+
+
+def source_of(run: Run) -> Left:
+    """Return the model that a run's steps begin with. Raises BadInput where there is none."""
+    return source_named(run.model, run.recipe.model.cache_dir)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -101,8 +112,6 @@ def models_to_compare(name: str) -> list[str]:
     return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
 
 
-SHARED_FOLDER = ".shared"
-"""What the runs of a sweep share, in its folder."""
 _FILE = "ledger.json"
 _NAMES = {
     "dense": "measuring the dense model",

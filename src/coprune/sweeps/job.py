@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coprune.base.progress import Reporter
+from coprune.runner.runner import make
 from coprune.store.store import Store
 from coprune.sweeps.expand import Run
-from coprune.sweeps.finished import SHARED_FOLDER, finished_report
+from coprune.sweeps.file import SHARED_FOLDER
+from coprune.sweeps.finished import finished_report, source_of
 
 if TYPE_CHECKING:
     from coprune.run.reuse import Reuse
@@ -41,6 +43,8 @@ class RunJob:
 
     def do(self) -> Seconds:
         """Run or estimate it; the result is in the run's folder, or in the sweep's store."""
+        if self.run.steps:
+            make(self.run.steps, source_of(self.run), Reporter(quiet=True))
         return _ACTIONS[self.action](self)
 
 

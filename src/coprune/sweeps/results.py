@@ -74,10 +74,10 @@ def results_markdown(
 def _row(run: Run, report: Report | None, failure: str | None, fields: Sequence[str]) -> Row:
     recipe = run.recipe
     state = "done" if report is not None else "failed" if failure is not None else "not done"
-    row: Row = {"run": run.name, "state": state, "model": recipe.model.name, "method": recipe.prune.method.name}
+    row: Row = {"run": run.name, "state": state, "model": run.model, "method": recipe.prune.method.name}
     row |= {"pattern": recipe.prune.pattern, "ratio": recipe.prune.ratio, "seed": recipe.calibrate.seed}
     others = [name for name in ("dataset", "nsamples", "seqlen", *fields) if name != PRESET]
-    row |= ({PRESET: run.preset} if PRESET in fields else {}) | {name: _plain(recipe.setting(name)) for name in others}
+    row |= ({PRESET: run.preset} if PRESET in fields else {}) | {name: _plain(run.setting(name)) for name in others}
     if report is not None:
         row |= _measured(report)
     error = None if failure is None else failure.splitlines()[-1] if failure else ""

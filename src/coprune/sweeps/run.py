@@ -20,8 +20,8 @@ from coprune.stages.checks import prepare_solver
 from coprune.store.claim import Claim, Taken
 from coprune.store.store import Store
 from coprune.sweeps.expand import Run, expand
-from coprune.sweeps.file import Sweep
-from coprune.sweeps.finished import SHARED_FOLDER, Ledger, finished_reports
+from coprune.sweeps.file import SHARED_FOLDER, Sweep
+from coprune.sweeps.finished import Ledger, finished_reports
 from coprune.sweeps.job import RunJob
 from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import collect
@@ -60,6 +60,8 @@ def check_sweep(sweep: Sweep) -> list[Run]:
     for run in runs:
         try:
             prepare_solver(run.recipe)
+            for step in run.steps:
+                step.check()
         except CopruneError as error:
             raise error.within(f"the run {run.name}") from None
     return runs

@@ -83,8 +83,8 @@ def paper_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report
     """Make the tables of a sweep, of what is finished. A column per pattern (and ratio, if unstructured)."""
     beside = [name for name in varied(sweep) if name not in _PLACED]
     tables = []
-    for model in dict.fromkeys(run.recipe.model.name for run in runs):
-        own = [run for run in runs if run.recipe.model.name == model]
+    for model in dict.fromkeys(run.model for run in runs):
+        own = [run for run in runs if run.model == model]
         for measure in _measures(own, reports):
             tables.append(_table(model, own, measure, beside))
     return tables
@@ -114,7 +114,7 @@ def _column(run: Run) -> str:
 
 
 def _row(run: Run, beside: Sequence[str]) -> str:
-    others = [f"{name} {folder_part(name, run.recipe.setting(name), bare=True)}" for name in beside]
+    others = [f"{name} {folder_part(name, run.setting(name), bare=True)}" for name in beside]
     return ", ".join([run.way, *others])
 
 
