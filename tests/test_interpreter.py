@@ -48,7 +48,7 @@ def test_no_newer_python_is_locked_out() -> None:
     assert PROJECT["requires-python"] == f">={RUN[0]}"
 
 
-def test_what_the_matrix_runs_is_there() -> None:
+def test_tests_of_the_version_matrix_exist() -> None:
     assert [test for test in TESTS if not (ROOT / "tests" / test).exists()] == []
 
 

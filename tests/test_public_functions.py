@@ -130,7 +130,9 @@ def test_a_run_of_an_unknown_method_says_that_its_recipe_does_not_repeat_it(
     assert "Copied is a Python object, which a recipe cannot hold" in ended.err
 
 
-def test_a_preset_is_what_the_command_makes_of_it(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
+def test_a_preset_prunes_the_same_from_python_and_the_command_line(
+    inside: Path, tmp_path: Path, command: Callable[..., str]
+) -> None:
     command("prune", "model", "--preset", "balanced", "--train", "blocks", "--dataset", "words.txt",
             "--nsamples", 4, "--seqlen", 32, "--no-eval", "--no-stream", "--save", tmp_path / "run", "-q")  # fmt: skip
     report = coprune.prune("model", preset="balanced", dataset="words.txt", evaluate=False, **SMALL).report
@@ -368,7 +370,7 @@ def test_a_sweep_does_what_the_command_does(inside: Path, tmp_path: Path, comman
     assert all(command_line.endswith("# done") for command_line in coprune.sweep(lists, dry_run=True).commands)
 
 
-def test_a_sweep_is_named_once() -> None:
+def test_a_sweep_takes_either_a_file_or_a_script() -> None:
     with pytest.raises(coprune.BadInput, match="neither a file nor a script"):
         coprune.sweep()
     with pytest.raises(coprune.BadInput, match=r"a file \(lists\) and a script \(opt\) are named"):

@@ -25,7 +25,7 @@ TABLES = _script()
 
 
 @pytest.mark.parametrize("page", TABLES.pages(), ids=lambda page: page.name)
-def test_a_page_holds_what_its_figures_say(page: Path) -> None:
+def test_tables_in_pages_match_their_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text == TABLES.with_tables(text), "run python benchmarks/tables.py"
     assert text.count("<!-- table: ") == text.count("<!-- end -->")

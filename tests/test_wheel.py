@@ -108,7 +108,7 @@ def test_two_builds_of_a_commit_are_equal(wheel: Path, tmp_path: Path) -> None:
     assert wheel.name in found[0]
 
 
-def test_the_commands_answer(run: Callable[..., str], installed: Path) -> None:
+def test_the_installed_commands_run(run: Callable[..., str], installed: Path) -> None:
     place = run("python", "-c", "import coprune; print(coprune.__file__)")
     assert Path(place.strip()).is_relative_to(installed.parent)
     assert "Prune a model, measure the effect, and save it." in run("coprune", "--help")

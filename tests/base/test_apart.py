@@ -36,7 +36,7 @@ def test_a_run_with_other_settings_gets_a_name_that_says_which() -> None:
     assert folder_apart(USUAL, same | {"seed": 1}, lambda folder: there.get(folder.name))[1] == ["seed"]
 
 
-def test_it_goes_on_there_and_never_over_another() -> None:
+def test_an_unnamed_folder_is_reused_for_the_same_run_only() -> None:
     there = {"wanda": {"seed": 0}, "wanda-seed-1": {"seed": 1}, "wanda-seed-2": {"seed": 7}, "wanda-seed-2-2": {}}
     assert apart(there, seed=1) == "wanda-seed-1"
     assert apart(there, seed=2) == "wanda-seed-2-3"

@@ -101,7 +101,7 @@ def test_no_memory_left_is_one_message(error: Exception) -> None:
         assert "PYTORCH_CUDA_ALLOC_CONF" not in said
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_errors_other_than_out_of_memory_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes"), enough_memory("less"):
         raise RuntimeError("shapes do not match")
 

@@ -44,7 +44,7 @@ def test_no_other_module_looks_at_the_environment() -> None:
     assert found == {}, "ask coprune.base.environment instead"
 
 
-def test_a_process_knows_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert started_processes() == Processes(0, 1)
@@ -79,7 +79,7 @@ def test_without_a_home_caches_are_in_a_folder_of_the_users_own(no_home: Path) -
     assert environment.expand_home("~/model") == Path("~/model")
 
 
-def test_a_home_where_nobody_can_write_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_home_falls_back_to_a_temporary_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -90,7 +90,7 @@ def test_a_home_where_nobody_can_write_is_none(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("planted", ["writable", "link"])
-def test_a_folder_that_others_may_have_filled_is_not_used(planted: str, no_home: Path) -> None:
+def test_a_cache_that_others_can_write_is_not_used(planted: str, no_home: Path) -> None:
     folder = environment.user_cache()
     environment._temporary_cache.cache_clear()
     if planted == "writable":
@@ -112,7 +112,7 @@ def test_gpus_are_named_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.visible_gpus() == ["GPU-a", "1"]
 
 
-def test_what_the_user_sets_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_set_by_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     environment.quieten_libraries()
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"

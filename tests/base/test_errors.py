@@ -43,12 +43,14 @@ SAID = [
 
 
 @pytest.mark.parametrize(("words", "python", "command"), SAID)
-def test_words_are_said_as_the_face_says_them(words: Any, python: str, command: str | None) -> None:
+def test_messages_name_settings_as_python_or_the_command_line_does(
+    words: Any, python: str, command: str | None
+) -> None:
     assert say(words) == python
     assert command is None or say(words, CommandLine()) == command
 
 
-def test_the_face_that_speaks_is_the_default_and_only_while_it_does() -> None:
+def test_the_active_interface_words_errors_only_within_its_context() -> None:
     error = BadInput("two at once", fix=LeaveOut("stream"))
     with speaking(CommandLine()):
         assert str(error) == "two at once; leave out --stream."
@@ -69,7 +71,7 @@ def test_the_face_that_speaks_is_the_default_and_only_while_it_does() -> None:
         (BadInput((Set("top_k", 9), " is too many")), "top_k=9 is too many."),
     ],
 )
-def test_a_text_is_the_cause_and_the_fix_in_sentences(error: CopruneError, text: str) -> None:
+def test_an_error_prints_its_cause_and_fix_as_sentences(error: CopruneError, text: str) -> None:
     assert str(error) == text
 
 

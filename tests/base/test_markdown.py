@@ -35,7 +35,7 @@ def test_a_name_in_the_metadata_is_one_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["x: 1\n", "x: |\n  ```\n  # mine\n  ```\n", "`````\n", "````` `` ```"])
-def test_a_fence_is_not_closed_from_within(content: str) -> None:
+def test_fenced_content_cannot_close_its_fence(content: str) -> None:
     lines = fenced(content, "yaml").splitlines()
     fence = lines[0].removesuffix("yaml")
     assert set(fence) == {"`"}

@@ -46,7 +46,7 @@ print(usual, kept, again, left, take_and_free())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells the C library of Linux")
-def test_what_is_freed_is_taken_again_and_given_back_in_the_end() -> None:
+def test_freed_memory_is_reused_and_finally_returned() -> None:
     done = subprocess.run([sys.executable, "-c", _KEPT], capture_output=True, text=True, check=True)
     usual, kept, again, left, after = map(int, done.stdout.split())
     assert usual < 8

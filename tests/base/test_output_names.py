@@ -74,7 +74,7 @@ def test_more_blocks_than_files_may_be_open(tmp_path: Path) -> None:
     assert [float(tensor[0]) for _, tensor in sorted(load_file(tmp_path / "joined").items())] == list(range(300))
 
 
-def test_one_folder_by_two_ways_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_folder_under_two_paths_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     Path("link").symlink_to("out")

@@ -9,7 +9,7 @@ import pytest
 from coprune.base.patterns import is_found, require_pattern
 
 
-def test_ordinary_patterns() -> None:
+def test_ordinary_regular_expressions_match() -> None:
     require_pattern(r"\b4\b")
     assert is_found(r"\b4\b", "It is 4.")
     assert not is_found(r"\b4\b", "It is 44.")

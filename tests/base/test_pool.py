@@ -68,7 +68,7 @@ def test_a_worker_that_somebody_ends_is_not_the_end_of_all(workers: LocalWorkers
     assert sorted(ended) == [("works", None), ("writes", Cause.LOST)]
 
 
-def test_what_kills_its_process_every_time_is_reported_in_the_end(workers: LocalWorkers, tmp_path: Path) -> None:
+def test_a_job_that_kills_its_worker_twice_is_reported(workers: LocalWorkers, tmp_path: Path) -> None:
     ended = done(["dies"], workers, tmp_path)
     assert [(one.cause, one.again) for _, one in ended] == [(Cause.LOST, True), (Cause.LOST, False)]
     assert len(Doing("dies", tmp_path).tries()) == 2

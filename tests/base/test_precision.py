@@ -27,7 +27,7 @@ def test_precision_is_put_back() -> None:
 
 @given(rows=st.integers(0, 40), width=st.integers(0, 40_000), scale=st.floats(1e-3, 1e6), seed=st.integers(0, 99))
 @settings(max_examples=30)
-def test_a_total_is_that_of_float64(rows: int, width: int, scale: float, seed: int) -> None:
+def test_total_sums_in_float64(rows: int, width: int, scale: float, seed: int) -> None:
     drawn = torch.Generator().manual_seed(seed)
     values = scale * torch.randn(2 * rows, width, generator=drawn)[::2]  # rows that do not lie side by side
     exact, found = values.double(), total(values)

@@ -17,7 +17,7 @@ class Counted(Event):
     unit: str
 
 
-def test_listeners_hear_what_a_quiet_reporter_does_not_show(capsys: pytest.CaptureFixture[str]) -> None:
+def test_listeners_of_a_quiet_reporter_receive_every_event(capsys: pytest.CaptureFixture[str]) -> None:
     heard: list[Event] = []
     reporter = Reporter(quiet=True)
     reporter.listeners.append(heard.append)
@@ -31,7 +31,7 @@ def test_listeners_hear_what_a_quiet_reporter_does_not_show(capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
-def test_a_line_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reporter_prints_markup_literally(capsys: pytest.CaptureFixture[str]) -> None:
     Reporter().say("[bold] is no markup")
     assert capsys.readouterr().err == "[bold] is no markup\n"
 

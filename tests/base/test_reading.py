@@ -13,7 +13,7 @@ ERROR = NumericalError("too large")
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 
-def test_host_memory_is_looked_at_on_the_spot() -> None:
+def test_checks_in_host_memory_fail_immediately() -> None:
     refuse_if(FALSE, ERROR)
     with reading_later(), pytest.raises(NumericalError, match="too large"):
         refuse_if(TRUE, ERROR)
@@ -21,7 +21,7 @@ def test_host_memory_is_looked_at_on_the_spot() -> None:
     assert all(found is given for found, given in zip(to_host(*tensors), tensors, strict=True))
 
 
-def test_a_doubt_is_looked_at_with_the_next_reading() -> None:
+def test_a_deferred_check_is_evaluated_with_the_next_reading() -> None:
     reading = Reading()
     reading.add(FALSE, NumericalError("this holds not"))
     assert reading.read(TRUE) == [TRUE]
@@ -33,7 +33,7 @@ def test_a_doubt_is_looked_at_with_the_next_reading() -> None:
     assert reading.read(None) == [None], "each is looked at once"
 
 
-def test_on_a_device_doubts_wait_to_the_end_of_the_block_at_most() -> None:
+def test_on_a_device_checks_are_deferred_to_the_end_of_the_block_at_most() -> None:
     with OtherDevice():
         doubt = torch.tensor([1.0, torch.inf]).to(OTHER).isinf().any()
         with pytest.raises(NumericalError, match="too large"):
@@ -68,14 +68,14 @@ def test_tensors_of_all_kinds_come_by_one_copy() -> None:
             assert torch.equal(found, wanted)
 
 
-def test_in_host_memory_a_question_is_answered_on_the_spot() -> None:
+def test_in_host_memory_a_question_is_answered_immediately() -> None:
     questions: Questions[str] = Questions()
     assert questions.ask(FALSE, "first") is None
     assert questions.ask(TRUE, "second") == "second"
     assert questions.rest() is None
 
 
-def test_a_device_is_told_more_before_its_answer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_device_each_answer_is_read_after_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.base.reading.in_host_memory", lambda device: False)
     monkeypatch.setattr("coprune.base.reading.on_its_way", lambda tensor: lambda: tensor)
     questions: Questions[str] = Questions()

@@ -42,7 +42,7 @@ def test_rows_lose_what_a_stable_sort_puts_first(score: Tensor, sparsity: float)
 
 @settings(deadline=None, max_examples=30)
 @given(score=scores(), sparsity=st.floats(0, 0.99))
-def test_a_matrix_loses_its_share(score: Tensor, sparsity: float) -> None:
+def test_keep_share_drops_the_lowest_scores(score: Tensor, sparsity: float) -> None:
     keep = keep_share(score, sparsity, by_row=False)
     assert int((~keep).sum()) == count_pruned(score.numel(), sparsity)
     if not bool(keep.all()):

@@ -47,7 +47,7 @@ def test_columns_are_aligned() -> None:
     assert sheet.lines() == ["              a      b", "size          1  22222", "perplexity  333"]
 
 
-def test_what_is_best_stands_out_and_what_has_a_page_leads_there() -> None:
+def test_cells_can_be_bold_and_link_to_a_page() -> None:
     sheet = Sheet("", [(Cell("a|b", link="a.html"), Cell("<1>", strong=True))], ("run", "loss"))
     assert '<a href="a.html">a|b</a></td><td><b>&lt;1&gt;</b></td>' in sheet.html()
     assert sheet.markdown().splitlines() == ["| run | loss |", "| --- | ---: |", "| a\\|b | **\\<1\\>** |"]

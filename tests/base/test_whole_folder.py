@@ -50,7 +50,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"other", "target"}
 
 
-def test_what_others_are_at_or_made_is_left_alone(tmp_path: Path) -> None:
+def test_unfinished_folders_of_other_processes_are_left_alone(tmp_path: Path) -> None:
     foreign = tmp_path / ".target.deadbeef"
     foreign.mkdir()
     (foreign / "mine").write_text("")

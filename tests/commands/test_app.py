@@ -156,7 +156,7 @@ def test_methods_are_known_by_name_before_torch_is_imported() -> None:
     assert set(METHOD_NAMES) == set(METHODS)
 
 
-def test_the_version(coprune: Callable[..., str]) -> None:
+def test_version_option_prints_the_installed_version(coprune: Callable[..., str]) -> None:
     assert coprune("--version").split() == ["coprune", version("coprune")]
 
 
@@ -186,7 +186,7 @@ def test_settings_of_a_measurement_go_by_their_short_and_by_the_recipes_names(co
             assert {f"--{name.replace('_', '-')}", f"--{word.replace('_', '-')}"} <= options
 
 
-def test_a_command_written_for_the_seed(coprune: Callable[..., str], place: Path) -> None:
+def test_a_command_of_the_wanda_repository_still_runs(coprune: Callable[..., str], place: Path) -> None:
     coprune(
         *("prune", "--model", "model", "--prune_method", "wanda", "--sparsity_ratio", "0.5", "--sparsity_type", "2:4"),
         *("--dataset", "words.txt", "--nsamples", "4", "--seed", "0", "--cache_dir", "cache", "--save", "out"),

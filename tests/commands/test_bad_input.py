@@ -83,7 +83,7 @@ def test_python_raises_an_error_that_says_what_is_wrong_with_which_setting(
         assert says(error.text(face), case.on_command_line), error.text(face)
 
 
-def test_the_table_is_what_it_says() -> None:
+def test_the_table_of_bad_inputs_covers_both_interfaces() -> None:
     both = [case for case in CASES.values() if case.python is not None and case.command is not None]
     assert len(both) >= 60
     assert sum(case.flags is not None for case in both) >= 30

@@ -78,7 +78,9 @@ def test_a_command_that_ends_soon_after_a_swallowed_signal_was_stopped(
     assert run_command(["export", "model"], monkeypatch, capsys).code == code
 
 
-def test_tidying_up_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_does_not_interrupt_the_cleanup(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tidied = []
 
     def work(*_: object, **__: object) -> int:
@@ -124,7 +126,7 @@ def test_one_of_several_processes_says_a_line_when_it_is_ended() -> None:
     )
 
 
-def test_whoever_reads_may_stop_reading() -> None:
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "coprune", "--version"]
@@ -133,7 +135,7 @@ def test_whoever_reads_may_stop_reading() -> None:
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-def test_nobody_may_read_at_all() -> None:
+def test_a_command_works_with_stdout_closed() -> None:
     command = f"{sys.executable} -m coprune --version >&-"
     ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -90,7 +90,7 @@ def test_calibration_windows(habit: str, text_file: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["first", "every"])
-def test_a_tokenizer_without_one_cannot_put_it(asked: Any) -> None:
+def test_bos_needs_a_tokenizer_that_has_one(asked: Any) -> None:
     with pytest.raises(BadInput, match="no token that begins a text"):
         beginning(pico_tokenizer(), asked)
     tokenizer = pico_tokenizer()

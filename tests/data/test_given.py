@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pico(tmp_path_factory.mktemp("given") / "llama")
 
 
-def test_names_tell_contents_and_names_stay_as_they_are() -> None:
+def test_given_texts_are_named_by_content_and_names_are_kept() -> None:
     first, second, third = (named(value)["dataset"] for value in (TEXTS, list(TEXTS), TEXTS[1:]))
     assert first == second != third
     assert first.startswith("given:")
@@ -72,7 +72,7 @@ def test_token_ids_say_how_many_samples_there_are_unless_told() -> None:
         (datasets.Dataset.from_dict({"input_ids": [[1, 2], [1]]}), "have 2 lengths"),
     ],
 )
-def test_what_cannot_be_taken_is_refused(value: Any, message: str) -> None:
+def test_unusable_values_are_refused_as_data(value: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         named(value)
 
@@ -124,7 +124,7 @@ def test_text_handed_over_is_measured_as_the_same_text_of_a_file(folder: Path, t
     assert estimate.peak_bytes > 0
 
 
-def test_windows_and_a_stream_of_token_ids() -> None:
+def test_token_ids_serve_as_calibration_windows_and_evaluation_stream() -> None:
     ids = torch.arange(40).view(5, 8)
     with handed_over({"dataset": ids, "data": ids}, "dataset", "data") as found:
         assert calibration_windows(found["dataset"], None, 3, 8, 0).tokens.equal(ids[:3])

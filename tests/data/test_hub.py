@@ -255,6 +255,6 @@ def test_offline_mode_is_out_of_reach_too(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["wikitext", "imdb", "owner/name:a:b:c", ""])
-def test_a_name_that_is_nothing_lists_what_there_is(name: str) -> None:
+def test_an_unknown_corpus_lists_the_known_ones(name: str) -> None:
     with pytest.raises(BadInput, match=r"unknown corpus.*embedded.*owner/name\[:config\]\[:column\]"):
         calibration_text(name)

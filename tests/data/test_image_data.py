@@ -49,7 +49,7 @@ def test_a_folder_of_classes_with_parts(folder: Path) -> None:
     assert val.image(5).getpixel((0, 0)) == (112, 112, 112)
 
 
-def test_a_folder_without_parts_serves_for_both(folder: Path) -> None:
+def test_a_folder_without_splits_is_used_for_calibration_and_evaluation(folder: Path) -> None:
     found = [labelled_images(str(folder / "val"), part) for part in ("calibration", "evaluation")]
     assert found[0].labels.tolist() == found[1].labels.tolist()
 
@@ -98,7 +98,7 @@ def test_too_few_images_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["no/such/folder/at/all", "./nothing"])
-def test_what_is_not_there_is_refused(name: str) -> None:
+def test_missing_image_files_are_refused(name: str) -> None:
     with pytest.raises(BadInput, match="there is no file or folder"):
         labelled_images(name, "calibration")
 
@@ -123,7 +123,7 @@ def test_two_classes_of_one_name_are_told_apart_by_their_numbers() -> None:
     assert labels_for(images, {0: "crane", 1: "dog", 2: "cat", 3: "crane"}, 4).tolist() == [0, 1, 2]
 
 
-def test_evenly_spaced_images(folder: Path) -> None:
+def test_the_first_images_are_spread_over_the_folder(folder: Path) -> None:
     images = labelled_images(str(folder), "calibration").first(3)
     assert [images.image(i).getpixel((0, 0))[0] for i in range(3)] == [0, 2, 11]
     assert images.labels.tolist() == [0, 0, 1]

@@ -39,7 +39,7 @@ def two_lengths(short: int, long: int) -> tuple[Windows, list[Tensor]]:
     return mixed(found, 0), [*parts[0].split(1), *parts[1].split(1)]
 
 
-def test_a_mixture_has_nothing_behind_the_ends() -> None:
+def test_mixed_lengths_are_padded_and_padding_is_never_counted() -> None:
     windows, alone = two_lengths(5, 4)
     assert windows.tokens.shape == (9, 24)
     rows = [row[row != NOTHING].tolist() for row in windows.tokens]
@@ -86,7 +86,7 @@ def test_bos_takes_the_place_of_each_samples_own_last_token() -> None:
         assert not bool(marks[after == NOTHING].any())
 
 
-def test_what_is_kept_of_a_batch_is_its_share_of_the_tokens() -> None:
+def test_rows_kept_of_a_batch_follow_its_share_of_tokens() -> None:
     model = pico_model("llama")
     proven = prove(model, pico_tokens(1, 24))
     mixture = record_batches(proven, [pico_tokens(4, 100), pico_tokens(100, 19)])

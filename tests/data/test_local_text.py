@@ -54,7 +54,7 @@ def test_every_kind_of_file_gives_the_same_text(tmp_path: Path, file: str, kind:
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+def test_parquet_columns_are_read_by_name(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"id": [1, 2, 3], "text": pa.array(["one", None, "two"], kind), "more": ["x", "y", "z"]})
     pq.write_table(table, tmp_path / "a.parquet")
     assert local_text(str(tmp_path / "a.parquet")).text == "one\n\ntwo"
@@ -138,7 +138,7 @@ def test_half_a_character_that_json_may_hold_becomes_the_sign_for_none(tmp_path:
     assert join(["cut \ud83d"], "", "texts handed over").text == "cut \ufffd"
 
 
-def test_what_is_neither_file_nor_folder_is_local_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_links_and_pipes_are_not_taken_for_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("data/gone").symlink_to("nowhere")  # by its looks a dataset of the Hub, owner/name

@@ -129,7 +129,7 @@ def test_a_slow_tokenizer_marks_answers_only_where_pieces_are_the_whole(tmp_path
 
 
 @pytest.mark.parametrize("row", ROWS[:4], ids=[next(iter(row)) for row in ROWS[:4]])
-def test_a_system_column_is_said_first(row: dict[str, Any]) -> None:
+def test_a_system_column_becomes_the_first_message(row: dict[str, Any]) -> None:
     plain, said = messages_of(row), messages_of(row | {"system": "Be kind."})
     assert plain is not None
     assert said == [CHAT[0], *plain]
@@ -156,7 +156,7 @@ def test_what_a_template_cannot_do_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [5, "5", [5.0], [True], [-1], [10**30], None])
-def test_ids_that_are_none_are_named_with_their_row(ids: Any, tmp_path: Path) -> None:
+def test_invalid_token_ids_are_reported_with_their_row(ids: Any, tmp_path: Path) -> None:
     file = tmp_path / "ids.jsonl"
     write(file, ROWS[4])
     file.write_text(file.read_text() + json.dumps(ROWS[4] | {"answer_ids": ids}) + "\n")

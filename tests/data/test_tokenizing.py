@@ -98,7 +98,7 @@ def test_a_pattern_without_end_is_refused_within_seconds_and_little_memory(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 300_000  # kilobytes
 
 
-def test_usual_replacements_are_none_of_that(tmp_path: Path) -> None:
+def test_usual_normalizers_are_accepted(tmp_path: Path) -> None:
     usual = [
         replace({"String": " "}, "▁"),
         replace({"Regex": " {2,}"}, " "),

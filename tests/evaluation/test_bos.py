@@ -39,7 +39,7 @@ def scores(without: float, with_bos: float, seen: list[Tensor]) -> Any:
     ("without", "with_bos", "used"),
     [(60.0, 24.0, "every"), (10.0, 9.4, "every"), (10.0, 9.6, "first"), (9, 10, "first")],
 )
-def test_auto_leaves_the_tokenizers_habit_only_for_what_is_clearly_better(
+def test_auto_bos_keeps_the_tokenizers_default_unless_another_is_clearly_better(
     without: float, with_bos: float, used: str
 ) -> None:
     seen: list[Tensor] = []
@@ -54,7 +54,7 @@ def test_auto_leaves_the_tokenizers_habit_only_for_what_is_clearly_better(
 
 
 @pytest.mark.parametrize("nll", [1e4, float("nan")])
-def test_a_broken_model_speaks_for_nothing(nll: float) -> None:
+def test_auto_bos_keeps_the_tokenizers_default_for_a_model_without_finite_losses(nll: float) -> None:
     def score(windows: Sequence[Tensor]) -> list[Tensor]:
         return [torch.tensor([nll], dtype=torch.float64) for _ in windows]
 
@@ -118,7 +118,7 @@ def figures(result: coprune.Result) -> Any:
 
 
 @pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_run_with_the_choice_is_the_run_that_names_it(
+def test_auto_bos_gives_the_same_run_as_naming_its_choice(
     home: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: tuple[AskedBos, ...] = ("auto", "first", "every", "never")
@@ -156,7 +156,7 @@ def test_an_interrupted_run_goes_on_under_the_name_of_what_was_chosen(
     assert (tmp_path / "model" / "config.json").is_file()
 
 
-def test_evaluations_and_comparisons_begin_alike(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_and_compare_place_bos_alike(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, text = home / "dense", str(home / "test.txt")
     every = coprune.evaluate(dense, text, seqlen=24, bos="every", quiet=True)
     model = pico_model("llama", num_hidden_layers=2)

@@ -75,7 +75,7 @@ def test_a_text_has_settings_of_its_own(
         ("embedded,embedded", "given twice"),
     ],
 )
-def test_a_setting_that_cannot_be(asked: str, message: str) -> None:
+def test_invalid_evaluation_texts_are_refused(asked: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         split_texts(asked)
 
@@ -158,7 +158,7 @@ def recipe(text: Path, **changes: Any) -> Any:
     return make_recipe({"model": "any", "eval_data": str(text), "seqlen": SEQLEN, **changes})
 
 
-def test_what_is_known_is_not_measured_again_unless_something_changed(
+def test_evaluations_are_cached_until_something_changes(
     checkpoints: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [str(folder) for folder in checkpoints[:2]]
@@ -236,7 +236,7 @@ def test_eval_measures_texts_and_closeness_and_writes_json(
         (["compare", "{dense}", "no/such/model", "--data", "{text}"], "no model at no/such/model"),
     ],
 )
-def test_refusals(
+def test_eval_and_compare_refuse_bad_input(
     arguments: list[str],
     message: str,
     checkpoints: list[Path],

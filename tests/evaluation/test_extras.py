@@ -72,6 +72,6 @@ def test_the_papers_tasks_unless_others_are_named() -> None:
     assert zero_shot_settings(make_recipe({"model": "m", "tasks": "piqa, rte"})).tasks == ("piqa", "rte")
 
 
-def test_a_streamed_model_is_not_asked() -> None:
+def test_zero_shot_tasks_refuse_a_streamed_model() -> None:
     with pytest.raises(BadInput, match="need the whole model in memory"):
         make_recipe({"model": "m", "stream": True, "eval_zero_shot": True})

@@ -107,7 +107,7 @@ def test_the_command_takes_the_options_and_writes_the_items(
     assert "the tokenizer has no chat template; leave out --apply-chat-template" in ended.err
 
 
-def test_settings_that_are_none_are_refused(items: Path) -> None:
+def test_generation_options_without_a_value_are_refused(items: Path) -> None:
     with pytest.raises(BadInput, match="the option 'temperature' of gen_kwargs has no value") as caught:
         zero_shot(pico_model("llama"), pico_tokenizer(), asked(gen_kwargs="temperature"))
     assert caught.value.field in ("gen_kwargs", "temperature")

@@ -37,7 +37,7 @@ def prune(dataset: Any, **settings: Any) -> coprune.Result:
     )
 
 
-def test_a_mixture_is_written_once_and_told_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_text_in_a_mixture_is_generated_once_and_reported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = "self=0.34,self:prompts.jsonl:temperature=0.5,length=8=0.33,words.txt=0.33"
     report = prune(data).report
     assert report.calibration is not None
@@ -80,7 +80,7 @@ def test_shares_are_given_from_python_as_a_mapping(place: Path) -> None:
         ("words.txt:template=chat", "has no rows"),
     ],
 )
-def test_what_cannot_be_written_is_said(place: Path, dataset: str, message: str) -> None:
+def test_own_text_that_cannot_be_generated_is_refused(place: Path, dataset: str, message: str) -> None:
     Path("long.jsonl").write_text(json.dumps({"prompt": " ".join(["w5"] * 200)}))
     with pytest.raises(coprune.BadInput) as raised:
         prune(dataset)
@@ -90,7 +90,7 @@ def test_what_cannot_be_written_is_said(place: Path, dataset: str, message: str)
         prune("words.txt", calibrate_on="generated")
 
 
-def test_the_text_of_a_seed_is_the_same_whatever_was_written_before(place: Path) -> None:
+def test_own_text_depends_on_the_seed_alone(place: Path) -> None:
     one, other = prune("self", nsamples=2).report.calibration, prune("self", nsamples=2, seed=1).report.calibration
     assert one is not None
     assert other is not None

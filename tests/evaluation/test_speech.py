@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_is_heard_is_pruned_and_measured(place: Path, tmp_path: Path) -> None:
+def test_a_speech_model_is_calibrated_and_measured_on_recordings(place: Path, tmp_path: Path) -> None:
     heard: dict[str, Any] = {"dataset": place / "heard", "eval_data": place / "heard"}
     report = coprune.prune(
         place / "model", "wanda", save_model=tmp_path / "pruned", require="alike>=0,word_error<0", **heard, **PRUNING

@@ -97,9 +97,7 @@ def vectors(folder: Path, place: Path, pooling: str) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "stream"), [("BertModel", True), ("Qwen3Model", False)])
-def test_vectors_stand_beside_the_dense_model_s_and_the_folder_comes_out_whole(
-    name: str, stream: bool, place: Path
-) -> None:
+def test_embeddings_are_compared_with_the_dense_models_and_saved_complete(name: str, stream: bool, place: Path) -> None:
     model = save_reader(place / f"{name}-{stream}", name)
     pooling = {"pooling_mode_cls_token": True} if name == "BertModel" else {"pooling_mode": "mean"}
     add_sentence_modules(model, pooling)

@@ -30,7 +30,7 @@ ROUTERS = {
 
 
 @pytest.mark.parametrize("model_type", sampled(SAMPLE, quick=["jetmoe", "bart"]))
-def test_works(model_type: str, tmp_path: Path) -> None:
+def test_a_supported_family_is_pruned(model_type: str, tmp_path: Path) -> None:
     verdict = judge(model_type, all_types("text")[model_type], "text", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
     assert verdict.matrices
@@ -74,7 +74,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
+def test_an_unsupported_family_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
     verdict = judge(model_type, all_types("text")[model_type], "text", tmp_path)
     assert verdict.result == "refused"
     assert REFUSED[model_type] in verdict.reason

@@ -201,7 +201,7 @@ def test_a_verdict_says_how_many_answers_are_right_and_how_many_more_items_would
     assert worse.line().endswith("more such items would not prove it")
 
 
-def test_conditions() -> None:
+def test_conditions_are_judged_kept_lost_or_open() -> None:
     accuracy, bits = read_conditions("accuracy>=dense-0.05, bits<=dense*1.1")
     right, dense = [1.0] * 90 + [0.0] * 10, [1.0] * 95 + [0.0] * 5
     assert accuracy.judge(dense * 4, dense * 4).verdict is Verdict.KEPT
@@ -222,7 +222,7 @@ def test_conditions() -> None:
         ("", "not a condition"),
     ],
 )
-def test_conditions_that_say_nothing(text: str, said: str) -> None:
+def test_malformed_conditions_are_refused(text: str, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         read_conditions(text)
 

@@ -35,7 +35,7 @@ def test_texts_that_differ_by_a_space_case_or_word_have_one_number() -> None:
 
 
 @pytest.mark.parametrize("templates", [1, 3])
-def test_a_shared_instruction_makes_no_doubles(templates: int) -> None:
+def test_items_that_share_an_instruction_are_not_doubles(templates: int) -> None:
     texts = [f"Instruction {place % templates}: answer this. " * 20 + text for place, text in enumerate(sentences(60))]
     assert len(set(clusters_of(texts))) == 60
     assert len(set(clusters_of([f"What is {one} plus {one * 3 % 7}?" for one in range(100)]))) == 100
@@ -55,7 +55,7 @@ def prompts_of(task: Task, half: str) -> set[str]:
     return {task.items[place].asked for place in getattr(task, half)}
 
 
-def test_no_item_of_one_task_is_seen_where_another_task_hides_it(tmp_path: Path) -> None:
+def test_an_item_in_two_tasks_is_on_the_same_side_of_both_splits(tmp_path: Path) -> None:
     prompts = sentences(60)
     names = [items_file(tmp_path, "a.jsonl", prompts[:40]), items_file(tmp_path, "b.jsonl", prompts[20:])]
     one, other = read_tasks(names)

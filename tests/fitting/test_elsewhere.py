@@ -78,7 +78,7 @@ def test_a_larger_file_does_not_win_and_stands_beside_ours(place: Path, files: P
     assert found.plain == "q4_0"
 
 
-def test_it_wins_where_none_of_ours_keeps_what_is_required(
+def test_a_foreign_file_wins_if_only_it_keeps_the_conditions(
     place: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Search._verdict

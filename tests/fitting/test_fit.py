@@ -384,7 +384,9 @@ def choices(count: int, generator: random.Random) -> list[dict[str, Any]]:
         ("text", {"without": "layers"}, "without cannot be 'layers'"),
     ],
 )
-def test_bad_input(kind: str, more: dict[str, str], said: str, place: Path, tmp_path: Path, store: Path) -> None:
+def test_a_fit_refuses_bad_input(
+    kind: str, more: dict[str, str], said: str, place: Path, tmp_path: Path, store: Path
+) -> None:
     generator = random.Random(1)
     rows = (
         choices(40, generator)

@@ -59,7 +59,7 @@ def rows(*given: Any, times: int = 20) -> list[dict[str, Any]]:
         (["text"], "no object"),
     ],
 )
-def test_bad_items(given: list[Any], said: str, tmp_path: Path) -> None:
+def test_malformed_items_are_refused(given: list[Any], said: str, tmp_path: Path) -> None:
     file = tmp_path / "items.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in given))
     with pytest.raises(BadInput, match=said):
@@ -69,7 +69,7 @@ def test_bad_items(given: list[Any], said: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "right"), [("blue", "blue"), (1, "blue"), ("1", "blue"), ("B", "blue"), (" c ", "A"), ("A", "A")]
 )
-def test_an_answer_is_a_text_a_place_or_a_letter(answer: Any, right: str, tmp_path: Path) -> None:
+def test_an_answer_may_be_a_text_an_index_or_a_letter(answer: Any, right: str, tmp_path: Path) -> None:
     file = tmp_path / "items.jsonl"
     others = rows({"choices": ["red", "blue", "A"], "answer": "red"})
     said = [*others, {"prompt": "last", "choices": ["red", "blue", "A"], "answer": answer}]
@@ -106,7 +106,7 @@ def test_texts_are_shared_out_as_far_as_they_go() -> None:
     assert (found.count("a" * 10), found.count("b" * 10)) == (4, 10)
 
 
-def test_right_answers() -> None:
+def test_is_right_compares_normalised_answers() -> None:
     item = Item("The capital of Italy is", answer="Rome")
     assert is_right(item, "  rome.\nThe capital of Spain is Madrid")
     assert not is_right(item, "Rome, of course")

@@ -113,7 +113,7 @@ def test_weights_alone_choose_the_same_of_a_file_and_of_a_model(
         ({"seqlen": 4096, "dataset": "embedded"}, "above this model's limit of 128 positions"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(
+def test_impossible_cuts_are_refused_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -118,7 +118,7 @@ def test_an_example_in_another_type_will_do(place: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "most"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 5e-2), ("q5_0", 0.3), ("q4_0", 0.6), ("q4_k_m", 0.6)]
 )
-def test_types(kind: GgufType, most: float, place: Path, tmp_path: Path) -> None:
+def test_every_type_exports_within_its_error(kind: GgufType, most: float, place: Path, tmp_path: Path) -> None:
     if kind == "q4_k_m" and not has_llama_cpp():
         pytest.skip("llama-cpp-py-sync is not installed")
     made = coprune.export(place / "small", tmp_path / "out.gguf", like=place / "f32.gguf", type=kind, quiet=True)
@@ -154,7 +154,7 @@ def test_a_gguf_file_in_another_type(place: Path, tmp_path: Path) -> None:
     assert off(in_transformers(file), logits_of(place / "dense")) < 5e-2
 
 
-def test_an_output_that_is_the_embedding_once_more_is_none(tmp_path: Path) -> None:
+def test_a_tied_output_is_not_exported_again(tmp_path: Path) -> None:
     """A tied model has no output in the file; a folder may keep it all the same, but no other one."""
     model = distinct_norms(pico_model("llama", tie_word_embeddings=True))
     write_pico_gguf(model, tmp_path / "tied.gguf")

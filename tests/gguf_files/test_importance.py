@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_is_the_mean_square_of_what_a_matrix_is_given(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_is_the_mean_square_of_a_matrixs_inputs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.gguf_files.importance.multiplies_bfloat16", lambda device: False)
     model, tokens, given = load_clean(place / "dense"), pico_tokens(3, 16), list[torch.Tensor]()
     down = model.model.layers[0].mlp.down_proj
@@ -50,7 +50,7 @@ def test_it_is_the_mean_square_of_what_a_matrix_is_given(place: Path, monkeypatc
 
 
 @needs_llama_cpp
-def test_that_of_the_head_is_the_mean_square_of_the_last_hidden_states(place: Path) -> None:
+def test_importance_of_the_head_is_the_mean_square_of_the_last_hidden_states(place: Path) -> None:
     tokens = pico_tokens(1, WATCHED + 10)
     with torch.no_grad():
         given = load_clean(place / "dense").model(tokens).last_hidden_state
@@ -60,7 +60,7 @@ def test_that_of_the_head_is_the_mean_square_of_the_last_hidden_states(place: Pa
 
 
 @needs_llama_cpp
-def test_it_is_written_and_read_as_llama_cpp_has_it_and_lowers_the_weighted_error(place: Path, tmp_path: Path) -> None:
+def test_importance_files_round_trip_and_lower_the_weighted_error(place: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"like": place / "f32.gguf", "type": "iq2_xs", "quiet": True}
     text = str(place / "text.txt")
     one = coprune.export(
@@ -85,7 +85,7 @@ def test_it_is_written_and_read_as_llama_cpp_has_it_and_lowers_the_weighted_erro
 
 
 @needs_llama_cpp
-def test_that_of_another_model_is_refused(place: Path, tmp_path: Path) -> None:
+def test_importance_of_another_model_is_refused(place: Path, tmp_path: Path) -> None:
     for name, width in (("blk.0.ffn_down.weight", 768), ("blk.7.ffn_down.weight", 512)):
         write_importance(tmp_path / "other.gguf", {name: torch.ones(1, width)})
         with pytest.raises(BadInput, match="of another model"):
@@ -135,6 +135,6 @@ def test_memory_holds_a_part_of_the_model_at_a_time(place: Path, tmp_path: Path)
     ],
 )
 @needs_llama_cpp
-def test_bad_input(how: dict[str, str], said: str, place: Path, tmp_path: Path) -> None:
+def test_an_export_refuses_bad_importance_settings(how: dict[str, str], said: str, place: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=said):
         coprune.export(place / "dense", tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True, **how)  # type: ignore[arg-type]

@@ -112,7 +112,7 @@ def test_one_file_is_made_of_the_parts_with_the_bytes_that_one_of_the_whole_has(
     assert not [*small.parent.glob(".*.partial")]
 
 
-def test_a_missing_part_is_named_before_anything(parts: list[Path], tmp_path: Path) -> None:
+def test_a_missing_part_of_a_split_file_is_named(parts: list[Path], tmp_path: Path) -> None:
     alone = tmp_path / parts[0].name
     alone.write_bytes(parts[0].read_bytes())
     with pytest.raises(BadInput, match=r"split-00002-of-00003\.gguf is not beside it"):

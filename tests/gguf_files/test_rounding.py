@@ -64,7 +64,7 @@ def test_compensation_lowers_the_error_of_the_outputs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [name for name, kind in BLOCK_TYPES.items() if kind.zero])
-def test_zeros_stay_zeros(kind: str) -> None:
+def test_rounding_keeps_zeros(kind: str) -> None:
     weight = weights("usual") * (torch.rand(8, WIDTH, generator=torch.Generator().manual_seed(2)) < 0.5)
     assert bool((rounded(weight, gram(), kind).values[weight == 0] == 0).all())
 

@@ -29,7 +29,7 @@ def marked(row: Row) -> Any:
 
 
 @pytest.mark.parametrize("row", [marked(row) for row in ROWS.values()])
-def test_figures_are_what_they_were(row: Row, golden: Golden, bench: Workbench) -> None:
+def test_figures_match_the_golden_file(row: Row, golden: Golden, bench: Workbench) -> None:
     if needs_real_model(row) and not has_real_model():
         pytest.skip("the packages with the real model and text are not installed")
     different = golden.differences(row.name, bench.measure(row))
@@ -47,7 +47,7 @@ def test_a_folder_gives_the_same_streamed_and_loaded(family: str, golden: Golden
     assert (streamed["masks"], streamed["weights"]) == (loaded["masks"], loaded["weights"])
 
 
-def test_a_difference_in_the_last_bit_is_seen_where_every_bit_counts(golden: Golden) -> None:
+def test_golden_comparison_is_exact_where_arithmetic_is_the_same(golden: Golden) -> None:
     name = "llama wanda 50% block"
     changed = dict(golden.rows[name], perplexity=[math.nextafter(p, 0) for p in golden.rows[name]["perplexity"]])
     assert bool(golden.differences(name, changed)) == golden.exact(name)

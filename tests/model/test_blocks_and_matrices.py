@@ -32,7 +32,7 @@ def test_the_blocks_of_every_family(family: str) -> None:
     assert all(model.get_submodule(block.name) is block.module for block in blocks)
 
 
-def test_no_list_of_blocks() -> None:
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="no list of blocks"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
@@ -59,7 +59,7 @@ class Fused(nn.Module):
 
 @settings(deadline=None, max_examples=20)
 @given(kind=st.sampled_from(["linear", "conv1d", "fused", "transposed"]), seed=st.integers(0, 99), half=st.booleans())
-def test_what_is_written_is_read(kind: str, seed: int, half: bool) -> None:
+def test_values_written_to_a_matrix_are_read_back(kind: str, seed: int, half: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, nn.Module] = {"linear": nn.Linear(6, 4), "conv1d": Conv1D(4, 6)}
     module = made.get(kind) or Fused(kind == "transposed")
@@ -86,7 +86,7 @@ def names(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] 
     return [matrix.name for matrix in choose_matrices(model, find_blocks(model), include, exclude).all()]
 
 
-def test_patterns_choose() -> None:
+def test_patterns_select_matrices() -> None:
     model = pico_model("mixtral", num_hidden_layers=2)
     everything = names(model)
     assert len(everything) == 2 * (4 + 2 * 4)
@@ -129,7 +129,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_products_are_seen(product: str) -> None:
+def test_every_form_of_product_is_observed(product: str) -> None:
     module = nn.Linear(6, 4, bias=False)
     x, seen = torch.randn(5, 6), []
     with Observe(list(find_matrices(module, "it")), lambda matrix, inputs: seen.append((matrix.name, inputs))):
@@ -139,7 +139,7 @@ def test_products_are_seen(product: str) -> None:
     assert torch.allclose(out, x @ module.weight.T)
 
 
-def test_other_products_are_not_seen_and_a_wrong_direction_is_refused() -> None:
+def test_unrelated_products_are_ignored_and_a_wrong_direction_is_refused() -> None:
     module = nn.Linear(4, 4, bias=False)
     matrices, seen = list(find_matrices(module, "it")), []
     with Observe(matrices, lambda matrix, inputs: seen.append(matrix)):

@@ -219,7 +219,7 @@ class Left(Unused):
         return super().forward(hidden, scale) + (self.idle.weight @ hidden.mT).mT
 
 
-def test_a_weight_may_stand_on_the_left() -> None:
+def test_a_weight_may_be_the_left_factor_of_a_product() -> None:
     seen = mean_squares(toy(Left))
     assert torch.equal(seen["idle"], seen["first"])
 
@@ -316,7 +316,7 @@ def test_weights_that_two_blocks_have_are_chosen_once(by_object: bool) -> None:
     assert "first (weights that several blocks share; 1 layer)" in lines(chosen)
 
 
-def test_nothing_left_is_told_also_when_only_the_forward_shows_it() -> None:
+def test_no_matrix_left_is_an_error_even_if_only_the_forward_shows_it() -> None:
     with pytest.raises(BadInput, match="no matrix is left"):
         chosen_of(mixture_of(Elementwise), include=["*.tables"])
 

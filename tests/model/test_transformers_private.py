@@ -90,7 +90,7 @@ def look_up(place: str, needed_by: str) -> Any:
 
 
 @pytest.mark.parametrize(("place", "positional", "named", "needed_by"), CALLED, ids=[entry[0] for entry in CALLED])
-def test_what_is_called_is_there_and_takes_what_it_is_given(
+def test_private_functions_exist_and_accept_our_arguments(
     place: str, positional: int, named: set[str], needed_by: str
 ) -> None:
     called = inspect.signature(look_up(place, needed_by))
@@ -107,7 +107,7 @@ def test_what_is_called_is_there_and_takes_what_it_is_given(
         ("coprune.training.trainer:ZeroKeepingTrainer", "transformers:Trainer"),
     ],
 )
-def test_what_is_overridden_is_still_called_so(ours: str, theirs: str) -> None:
+def test_overridden_methods_still_exist(ours: str, theirs: str) -> None:
     base = look_up(theirs, ours)
     own = {
         name
@@ -137,7 +137,7 @@ def test_a_mixtures_tensors_are_renamed_and_fused() -> None:
     assert not any(map(splits, conversions))
 
 
-def test_conversions_lead_there_and_back() -> None:
+def test_weight_conversions_round_trip() -> None:
     from coprune.model import transformers_private as private
 
     model, copy = pico_model("mixtral"), pico_model("mixtral", seed=1)

@@ -14,7 +14,7 @@ from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
 
-def test_counts_are_numpys() -> None:
+def test_histogram_counts_match_numpy() -> None:
     values = torch.rand(50, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     keep = values > 0.3
     found = histogram(values, keep)
@@ -50,7 +50,7 @@ def test_large_matrices_are_sampled() -> None:
     assert found.score.high == pytest.approx(float(highest))
 
 
-def test_a_report_keeps_them_beside_it_and_is_read_without_them(
+def test_histograms_are_stored_beside_the_report_and_optional(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, run = str(write_words(tmp_path / "text.txt")), tmp_path / "run"

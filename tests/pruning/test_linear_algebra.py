@@ -42,7 +42,7 @@ def test_damping_escalates_and_says_so() -> None:
     torch.testing.assert_close(lower @ lower.T, damped)
 
 
-def test_then_the_spectrum_is_clipped() -> None:
+def test_eigenvalues_are_clipped_when_damping_is_not_enough() -> None:
     matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.9]))
     lower, events = damped_cholesky(matrix, 1e-4)
     assert len(events) == 4
@@ -53,7 +53,7 @@ def test_then_the_spectrum_is_clipped() -> None:
 
 
 @pytest.mark.parametrize("matrix", [-torch.eye(4), torch.full((4, 4), float("nan")), torch.full((4, 4), float("inf"))])
-def test_what_cannot_be_repaired_stops(matrix: Tensor) -> None:
+def test_an_irreparable_matrix_raises_a_numerical_error(matrix: Tensor) -> None:
     with pytest.raises(NumericalError):
         damped_cholesky(matrix, 0.01)
 

@@ -33,7 +33,7 @@ def test_conditions_are_read() -> None:
         ("perplexity <= dense * 1.05", 10.6, 10, False),
     ],
 )
-def test_a_figure_is_held_against_its_bound(text: str, figure: float, dense: float | None, holds: bool) -> None:
+def test_conditions_compare_a_figure_with_its_bound(text: str, figure: float, dense: float | None, holds: bool) -> None:
     (condition,) = read_conditions(text)
     assert condition.holds(figure, dense) == holds
 

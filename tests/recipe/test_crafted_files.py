@@ -57,13 +57,13 @@ def test_a_crafted_file_is_one_short_message(what: str, reader: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_none_is_one_message(tmp_path: Path) -> None:
+def test_an_unreadable_recipe_is_one_message(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(BadInput, match="cannot be read"):
             Recipe.from_yaml(path)
 
 
-def test_anchors_that_are_used_a_few_times_are_what_they_are_for(tmp_path: Path) -> None:
+def test_yaml_anchors_may_be_reused(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(
         "model: pico\nsparsity: &two [0.5, 0.6]\nseed: [0, 1]\nsweep: {exclude: [{sparsity: *two, seed: 1}]}\n"

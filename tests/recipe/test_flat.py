@@ -119,7 +119,7 @@ def test_an_error_says_its_setting_and_value() -> None:
     assert (caught.value.field, caught.value.value) == ("nsamples", "many")
 
 
-def test_all_that_is_wrong_is_told() -> None:
+def test_all_invalid_settings_are_reported_at_once() -> None:
     with pytest.raises(BadInput, match=r"^nsamples cannot be 0: .*1; seqlen cannot be 1: .* 2\.$"):
         make_recipe({"model": "m", "nsamples": 0, "seqlen": 1})
 
@@ -129,7 +129,7 @@ def test_a_model_has_to_be_named() -> None:
         make_recipe({"nsamples": 3})
 
 
-def test_what_comes_later_wins_and_options_add_up() -> None:
+def test_later_layers_override_settings_and_merge_options() -> None:
     first = {"method": {"name": "sparsegpt", "block_size": 64, "damping": 0.1}, "nsamples": 3}
     later = layered(first, {"options": {"damping": 0.2}, "nsamples": 4})
     assert later == {"method": "sparsegpt", "options": {"block_size": 64, "damping": 0.2}, "nsamples": 4}
@@ -138,7 +138,7 @@ def test_what_comes_later_wins_and_options_add_up() -> None:
     assert flatten(layered({"options": {"block_size": 64}}, {"method": "sparsegpt"}))["options"] == {"block_size": 64}
 
 
-def test_what_asks_for_something_may_say_how_behind_a_colon() -> None:
+def test_settings_take_suboptions_after_a_colon() -> None:
     short = {
         "model": "m",
         "reconstruct": "6:tokens=6144,lr=0.001",
@@ -172,7 +172,7 @@ def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_go_without_the_reconstruction_that_they_have(preset: str) -> None:
+def test_a_presets_reconstruction_can_be_switched_off(preset: str) -> None:
     recipe = make_recipe(layered({"model": "m"}, preset_settings(preset), {"reconstruct": 0}))
     assert recipe.prune.reconstruct == ReconstructPart()
 
@@ -182,11 +182,11 @@ def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:
     assert make_recipe({"model": "m", "use_variant": False}).prune.method.name == "wanda"
 
 
-def test_nothing_said_is_nothing_nested() -> None:
+def test_nesting_no_settings_gives_none() -> None:
     assert nest({}) == {}
 
 
-def test_the_name_of_a_score_says_what_it_is_of() -> None:
+def test_a_scores_name_decides_whether_it_ranks_units_or_blocks() -> None:
     both = make_recipe({"model": "m", "score": ["kl:tokens=9", "flap:refit=true"], "remove": "heads=0.5,blocks=0.5"})
     assert {kind: str(score) for kind, score in both.remove.scores.items()} == {
         "units": "flap:refit=true",

@@ -33,7 +33,7 @@ from coprune.recipe.choice import Choice, read_named, read_scalar, write_named
         ("&a", "&a"),
     ],
 )
-def test_a_value_is_one_scalar(text: str, value: bool | float | str | None) -> None:
+def test_values_are_parsed_as_typed_scalars(text: str, value: bool | float | str | None) -> None:
     assert read_scalar(text) == value
     assert type(read_scalar(text)) is type(value)
 
@@ -66,7 +66,7 @@ values = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.
 
 
 @given(names, st.dictionaries(names, values, max_size=3))
-def test_what_is_written_reads_the_same(name: str, options: dict[str, Any]) -> None:
+def test_names_with_options_round_trip(name: str, options: dict[str, Any]) -> None:
     found = read_named(write_named(name, options))
     assert found == (name, options)
     assert [type(value) for value in found[1].values()] == [type(value) for value in options.values()]

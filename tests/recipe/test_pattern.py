@@ -66,7 +66,7 @@ def test_a_mask_follows_its_pattern_and_has_its_sparsity(
 @pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 6), seed=st.integers(0, 999), share=st.floats(0, 1))
-def test_on_the_way_to_a_mask_nothing_is_pruned_that_it_keeps(
+def test_early_masks_only_prune_what_the_final_mask_prunes(
     pattern: Pattern, rows: int, groups: int, seed: int, share: float
 ) -> None:
     score = scores_for(pattern, rows, groups, seed)

@@ -81,7 +81,7 @@ def test_every_setting_says_what_it_decides() -> None:
         assert isinstance(decided_by(field), Decides)
 
 
-def test_a_field_that_does_not_say_is_refused() -> None:
+def test_a_field_must_declare_what_it_decides() -> None:
     class Silent(Part):
         more: int = 0
 
@@ -97,20 +97,20 @@ def test_a_field_that_does_not_say_is_refused() -> None:
         (Decides.COST, FREE_OF_COST),
     ],
 )
-def test_what_decides(what: Decides, free: set[str]) -> None:
+def test_only_free_settings_do_not_decide_the_result(what: Decides, free: set[str]) -> None:
     assert set(FIELDS) - set(make_recipe({"model": "m"}).deciding(what)) == free
 
 
-def test_an_empty_train_in_a_file_says_nothing() -> None:
+def test_an_empty_train_in_a_file_counts_as_unset() -> None:
     assert make_recipe({"model": "pico", "preset": "fast", "train": None}).train.mode is None
 
 
-def test_what_decides_a_training() -> None:
+def test_only_free_training_settings_may_change_on_resume() -> None:
     free = {name for name, (word, _) in TRAINING.items() if not decided_by(FIELDS[word]) & Decides.RESULT}
     assert free == FREE_TO_RESUME_TRAINING
 
 
-def test_only_whether_a_model_is_saved_counts() -> None:
+def test_cost_depends_on_whether_a_model_is_saved_and_not_on_where() -> None:
     told = [make_recipe({"model": "m", "save_model": where}).deciding(Decides.COST) for where in (None, "a", "b")]
     assert told[1] == told[2] != told[0]
 
@@ -137,7 +137,7 @@ def test_a_recipe_is_written_by_the_names_that_people_type_and_reads_the_same(tm
     assert yaml.safe_load(recipe.to_yaml(usual=False)) == said
 
 
-def test_what_decides_can_be_kept_as_json() -> None:
+def test_deciding_settings_survive_json() -> None:
     """A journal holds it, also where several things were chosen."""
     recipe = make_recipe(
         {"model": "x", "remove": "channels=0.3,blocks=0.1", "score": ["wanda_sp:refit=true", "influence"]}
@@ -147,13 +147,13 @@ def test_what_decides_can_be_kept_as_json() -> None:
     assert recipe.flat() == make_recipe(recipe.flat()).flat()
 
 
-def test_a_kept_recipe_tells_nobody() -> None:
+def test_an_archived_recipe_neither_pushes_nor_logs() -> None:
     kept = make_recipe({**RICH, "push_to_hub": "me/m", "save_model": "out/m", "log_json": "x.jsonl"}).untold()
     assert (kept.output.report_to, kept.output.push_to_hub, kept.output.log_json) == (None, None, None)
     assert kept.output.model is not None
 
 
-def test_data_that_nobody_named_stays_so(tmp_path: Path) -> None:
+def test_default_data_is_not_recorded_as_chosen(tmp_path: Path) -> None:
     for settings, named in (({"model": "m"}, False), ({"model": "m", "dataset": "wikitext2"}, True)):
         (tmp_path / "recipe.yaml").write_text(make_recipe(settings).to_yaml(), encoding="utf-8")
         read = Recipe.from_yaml(tmp_path / "recipe.yaml").calibrate
@@ -183,7 +183,7 @@ def test_presets_make_recipes(preset: str, said: dict[str, Any]) -> None:
         ({"pattern": "no pattern"}, {"rotate", "allocation"}),  # the recipe says what is wrong with it
     ],
 )
-def test_a_preset_takes_what_it_can(said: dict[str, Any], changed: set[str]) -> None:
+def test_a_preset_drops_settings_that_the_run_cannot_use(said: dict[str, Any], changed: set[str]) -> None:
     where_it_can = {"rotate", "permute", "allocation"}
     for preset in set(PRESETS) - {"fast"}:
         assert where_it_can & set(preset_settings(preset, said)) == changed

@@ -32,11 +32,11 @@ from coprune.recipe.sources import Source, counts_of, split_sources
         ),
     ],
 )
-def test_sources_are_read(data: str, expected: list[Source]) -> None:
+def test_calibration_sources_are_parsed(data: str, expected: list[Source]) -> None:
     assert split_sources(data) == expected
 
 
-def test_what_exists_is_a_name_whatever_is_in_it(tmp_path: Path) -> None:
+def test_an_existing_file_is_a_source_whatever_its_name(tmp_path: Path) -> None:
     file = tmp_path / "a=1,b=2.txt"
     file.write_text("words")
     assert split_sources(str(file)) == [Source(str(file), 1.0)]

@@ -56,7 +56,7 @@ def test_the_divergence_is_that_of_the_whole_model_without_the_block(family: str
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["T5", "Bart"])
-def test_a_decoder_hears_what_the_encoder_without_the_block_says(family: str) -> None:
+def test_scoring_an_encoder_block_includes_its_effect_on_the_decoder(family: str) -> None:
     module: Any = pico_pair_model(family)
     sides = (module.get_encoder(), module.get_decoder())
     lists = [getattr(side, "block", None) or side.layers for side in sides]

@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False}
         ("1.2B", Size(parameters=1_200_000_000)),
     ],
 )
-def test_a_size_is_a_share_that_goes_or_what_is_left(text: str, size: Size) -> None:
+def test_a_size_is_the_removed_share_or_the_target_size(text: str, size: Size) -> None:
     assert size_of(text) == size
     assert make_recipe({"model": "m", "remove": f"size={text}"}).remove.size == size
 

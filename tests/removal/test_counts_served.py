@@ -30,5 +30,5 @@ def test_a_share_leaves_a_number_that_is_near_and_is_served_or_divides_well(coun
         (8, 0.01, 1, 8),
     ],
 )
-def test_counts(count: int, share: float, groups: int, kept: int) -> None:
+def test_expert_counts_suit_servers_of_mixtures(count: int, share: float, groups: int, kept: int) -> None:
     assert count_left(count, share, groups) == kept

@@ -41,7 +41,7 @@ CUT: dict[str, Any] = {"remove": "channels=0.4,blocks=0.34", "align": 16}
 ZEROS: dict[str, Any] = {"pattern": "2:4", "method": "sparsegpt"}
 
 
-def test_both_halves_are_one_run(home: Path, tmp_path: Path) -> None:
+def test_removing_and_pruning_in_one_run_matches_two_runs(home: Path, tmp_path: Path) -> None:
     both = settings(home, **CUT, **ZEROS, save=tmp_path / "run", save_model=tmp_path / "model")
     found = run_recipe(make_recipe(both), reporter=QUIET).report
     cut = settings(home, **CUT, save=tmp_path / "cut", save_model=tmp_path / "small")
@@ -187,7 +187,7 @@ def test_an_unknown_option_is_refused(home: Path) -> None:
         ({"refine": "refits"}, "unknown refinement 'refits'"),
     ],
 )
-def test_what_the_zeros_cannot_be_is_refused_before_the_cut(
+def test_impossible_zeros_are_refused_before_parts_are_removed(
     more: dict[str, Any], named: str, home: Path, tmp_path: Path
 ) -> None:
     asked = make_recipe(settings(home, remove="channels=0.4", save=tmp_path / "run", **{"sparsity": 0.5, **more}))

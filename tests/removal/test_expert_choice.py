@@ -52,7 +52,7 @@ def test_scores_are_their_formulas() -> None:
     assert torch.equal(one, RandomExperts().score(sums(), 0))
 
 
-def test_names_and_options() -> None:
+def test_score_names_and_options_are_complete() -> None:
     named = {
         "units": set(UNITS),
         "blocks": set(BLOCK_SCORES),

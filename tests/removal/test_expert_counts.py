@@ -48,7 +48,7 @@ def test_no_two_counts_of_a_configuration_as_the_hub_has_it(stream: bool, tmp_pa
         assert found.keys() == {"num_experts", "n_routed_experts"}
 
 
-def test_a_count_inside_the_configuration_of_a_model_of_text_and_images(tmp_path: Path) -> None:
+def test_expert_counts_are_updated_in_a_nested_text_configuration(tmp_path: Path) -> None:
     text = HYBRIDS["qwen3_next"] | {"num_experts": 8, "num_experts_per_tok": 2}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
     tower = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}

@@ -51,7 +51,9 @@ def without_places(folder: Path) -> dict[str, bytes | None]:
         ),  # a buffer among what is cut
     ],
 )
-def test_streamed_is_as_in_memory(family: str, changes: dict[str, Any], remove: str, tmp_path: Path) -> None:
+def test_streamed_removal_gives_the_bytes_of_memory(
+    family: str, changes: dict[str, Any], remove: str, tmp_path: Path
+) -> None:
     save_pico(tmp_path / "model", family, num_hidden_layers=2, **changes)
     write_words(tmp_path / "words.txt")
     whole = run(tmp_path, "whole", remove=remove, stream=False)

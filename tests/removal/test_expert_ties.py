@@ -41,7 +41,7 @@ def test_a_tie_is_no_difference(stream: bool, undecided: dict[str, Any], tmp_pat
     assert {len(tensor) for name, tensor in tensors.items() if name.endswith("router.weight")} == {6}
 
 
-def test_a_wrong_weight_is_found_where_the_router_does_not_decide(
+def test_a_wrong_weight_is_found_despite_router_ties(
     undecided: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damage(folder: Path, *args: Any, **options: Any) -> None:

@@ -63,7 +63,7 @@ def proven(module: Any) -> ProvenModel:
         ("olmo2", []),
     ],
 )
-def test_matrices_that_only_add_to_the_output_are_found_by_what_they_do(family: str, expected: list[str]) -> None:
+def test_matrices_that_write_the_residual_stream_are_found(family: str, expected: list[str]) -> None:
     model = proven(pico_model(family))
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     found = find_writers(model)
@@ -76,7 +76,7 @@ def test_matrices_that_only_add_to_the_output_are_found_by_what_they_do(family: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
 
 
-def test_a_norm_behind_a_matrix_is_seen_whatever_its_gains() -> None:
+def test_a_norm_behind_a_matrix_is_detected_whatever_its_gains() -> None:
     """All ones, as in a model that nobody trained, they let every exchange of outputs pass."""
     model = pico_model("gemma2")
     for name, parameter in model.named_parameters():

@@ -26,7 +26,7 @@ MENDED: dict[str, Any] = {"reconstruct": 4}
         pytest.param("jamba", "channels=0.4", marks=pytest.mark.slow),  # blocks that lose nothing, behind some that do
     ],
 )
-def test_what_is_silent_stays_silent_while_the_rest_is_trained(family: str, remove: str, tmp_path: Path) -> None:
+def test_silenced_parts_stay_silent_during_training(family: str, remove: str, tmp_path: Path) -> None:
     model = pico_model(family)
     result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS, **MENDED)
     small = load_clean(tmp_path / "small")

@@ -83,7 +83,7 @@ def test_the_configuration_says_which_of_the_blocks_left_are_dense(
 
 
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_what_is_right_only_as_the_model_computes_its_attention_now_is_found_out(
+def test_a_configuration_right_for_one_attention_implementation_only_is_rejected(
     stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of compressed keys and values no shape tells how many heads they have, and sdpa does not ask either."""
@@ -128,7 +128,7 @@ def test_an_expert_to_which_nothing_but_zeros_come_loses_channels_by_their_norm(
     assert any(isinstance(one, OfMatrix) and one.event.kind == "only zeros" for one in result.report.events)
 
 
-def test_the_rest_is_untouched_where_nothing_is_solved_anew(tmp_path: Path) -> None:
+def test_removal_by_magnitude_leaves_other_tensors_unchanged(tmp_path: Path) -> None:
     model = pico_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     small = coprune.prune(model, remove="channels=0.4", score="magnitude", **SETTINGS).model
@@ -183,7 +183,7 @@ def test_blocks_of_least_influence_go() -> None:
         pytest.param("kl:tokens=64", "blocks=0.67", marks=pytest.mark.slow),
     ],
 )
-def test_a_block_of_which_nothing_is_wanted_stays(remove: str, score: str) -> None:
+def test_a_block_whose_matrices_are_excluded_is_not_removed(remove: str, score: str) -> None:
     """Whichever it is, since of any score one of the three would go first."""
     for stays in range(3):
         model = pico_model("llama")

@@ -43,7 +43,9 @@ def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
         ),
     ],
 )
-def test_streamed_is_as_in_memory(family: str, changes: dict[str, Any], asked: dict[str, Any], tmp_path: Path) -> None:
+def test_streamed_removal_gives_the_bytes_of_memory(
+    family: str, changes: dict[str, Any], asked: dict[str, Any], tmp_path: Path
+) -> None:
     save_pico(tmp_path / "model", family, **changes)
     write_words(tmp_path / "words.txt")
     whole = run(tmp_path, "whole", stream=False, **asked)
@@ -51,7 +53,7 @@ def test_streamed_is_as_in_memory(family: str, changes: dict[str, Any], asked: d
     load_clean(tmp_path / "streamed" / "small")
 
 
-def test_blocks_that_the_small_model_would_call_otherwise_are_found_out(
+def test_a_configuration_with_the_wrong_attention_types_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two kinds of attention, which look the same by their shapes."""

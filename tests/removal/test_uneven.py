@@ -153,7 +153,7 @@ def go_whole_and_stop(go: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_what_was_settled_is_not_chosen_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_removal_keeps_the_choices_already_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
 

@@ -78,7 +78,7 @@ def test_the_refit_is_least_squares_and_what_obs_keeps_is_better_after_it(seed: 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_few_tokens_make_up_for_less_than_they_seem_to(seed: int) -> None:
+def test_refitting_on_few_tokens_damps_enough_for_unseen_tokens(seed: int) -> None:
     """By half as many again as there are columns; what counts is the error on others."""
     generator = torch.Generator().manual_seed(seed)
     columns = 64

@@ -95,7 +95,7 @@ def test_a_report_without_thumbnails_or_dense_model_makes_a_page(run: Path) -> N
     assert f"{100 * found.pruned_top1:.2f} [" in page
 
 
-def test_what_else_tells_of_a_run_knows_its_accuracy(run: Path) -> None:
+def test_accuracy_is_shown_in_pages_tables_and_cards(run: Path) -> None:
     report = Report.read(run / "report.json")
     (found,) = report.accuracy
     page = runs_page([Run.read(run, "one"), Run("two", report.model_copy(update={"accuracy": []}), None)])

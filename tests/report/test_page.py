@@ -135,7 +135,7 @@ def test_a_page_says_when_where_and_by_what_command(
     assert commit_of(tmp_path) is None
 
 
-def test_one_sparsity_for_all_is_a_sentence(runs: list[Path]) -> None:
+def test_uniform_sparsity_is_one_sentence_on_the_page(runs: list[Path]) -> None:
     report = Report.read(runs[0] / "report.json")
     assert "Every pruned matrix is 50.00 % zeros." in run_page(report)
     first, *others = report.matrices
@@ -177,7 +177,7 @@ def test_every_run_leaves_its_page_and_report_makes_it_again(
     assert "holds no report.json; name the folder of a finished run" in ended.err
 
 
-def test_nothing_that_is_written_can_end_an_element(runs: list[Path]) -> None:
+def test_text_in_a_page_cannot_close_an_html_element(runs: list[Path]) -> None:
     page = run_page(with_tasks(Report.read(runs[0] / "report.json")))
     assert "</script><b>" not in page
     assert "<b>event</b>" not in page

@@ -240,7 +240,7 @@ def test_axes_fit_what_is_on_them() -> None:
 
 
 @pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
-def test_other_pages_in_a_browser(place: Path, tmp_path: Path) -> None:
+def test_fine_tuning_and_sweep_pages_fit_every_width(place: Path, tmp_path: Path) -> None:
     (tmp_path / "tuned.html").write_text(finetune_page(tuned(place / "wanda")), encoding="utf-8")
     cut = """[...document.querySelectorAll("main *")].map(one => [one, one.getBoundingClientRect()])
         .filter(([one, box]) => box.width > 0 && (box.right > innerWidth + 1 || box.left < -1)).map(([one]) => one.outerHTML)"""

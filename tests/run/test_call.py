@@ -56,13 +56,13 @@ def test_options_may_come_with_the_name_or_by_themselves(method: str, settings: 
         ({"method": "spargpt"}, "did you mean 'sparsegpt'"),
     ],
 )
-def test_what_is_neither_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_unknown_settings_options_and_names_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         recipe_of(**{"method": "sparsegpt", **settings})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_gives_what_is_not_said(preset: str) -> None:
+def test_a_preset_supplies_settings_that_are_not_given(preset: str) -> None:
     base = {"model": "model", "stream": False}
     assert recipe_of(preset=preset) == make_recipe(base | preset_settings(preset))
     assert recipe_of(preset=preset, seed=3) == make_recipe(base | preset_settings(preset) | {"seed": 3})

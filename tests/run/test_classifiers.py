@@ -55,7 +55,7 @@ def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation)
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items() if name not in pruned)
 
 
-def test_stages_are_taken_apart_in_the_order_in_which_they_run() -> None:
+def test_blocks_of_stages_are_listed_in_execution_order() -> None:
     blocks = [block.name for block in find_blocks(pico_classifier("convnext"))]
     assert blocks[:4] == [
         "timm_model.stages.0.blocks.0",
@@ -209,7 +209,7 @@ def test_the_layer_error_of_a_convolution_is_that_of_its_outputs() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_model_of_grey_images_sees_them_so(channels: int, tmp_path: Path) -> None:
+def test_images_are_greyscale_for_a_greyscale_model(channels: int, tmp_path: Path) -> None:
     shape: dict[str, Any] = dict(depth=2, img_size=SIZE, patch_size=8, embed_dim=32, num_heads=2, in_chans=channels)
     inner: Any = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **shape)
     own = {"input_size": [channels, SIZE, SIZE], "mean": [0.5] * channels, "std": [0.5] * channels, "crop_pct": 1.0}

@@ -96,7 +96,7 @@ def test_a_streamed_model_answers_as_one_in_memory(prune: Any, tmp_path: Path) -
     assert streamed.answers.samples == whole.answers.samples
 
 
-def test_a_streamed_model_that_does_not_fit_is_not_asked_and_that_is_said(
+def test_a_streamed_model_too_large_for_memory_skips_generation_and_says_so(
     prune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coprune.model.loaded_model.room_on", lambda device: (1 << 10, "of memory"))
@@ -134,7 +134,7 @@ def test_a_model_that_transformers_does_not_let_write_is_told_of(
             )
 
 
-def test_it_can_be_left_out(prune: Any) -> None:
+def test_no_gate_skips_the_answers(prune: Any) -> None:
     ended, report = prune("--no-stream", "--no-gate")
     assert report.answers is report.no_answers is None
     assert "answers" not in ended.out
@@ -190,7 +190,7 @@ def test_a_run_that_cuts_and_prunes_speaks_of_the_dense_model(inside: Path, tmp_
     assert [one.holds for one in report.required] == [True]
 
 
-def test_a_fine_tuning_looks_before_and_after(
+def test_fine_tuning_checks_answers_before_and_after(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("peft")
@@ -261,7 +261,7 @@ def test_a_run_that_fine_tunes_speaks_of_the_fine_tuned_model(tuned: Any, tmp_pa
     assert '<div class="tag tuned">fine-tuned' in page
 
 
-def test_its_gate_holds_it_against_the_dense_model(tuned: Any, tmp_path: Path) -> None:
+def test_the_gate_after_fine_tuning_compares_with_the_dense_model(tuned: Any, tmp_path: Path) -> None:
     ended, report = tuned("--no-stream")
     assert ended.code == 0, ended.err
     asked: dict[str, Any] = {"generate": "builtin", "generate_tokens": 64, "generate_temperature": 0, "quiet": True}
@@ -274,7 +274,7 @@ def test_its_gate_holds_it_against_the_dense_model(tuned: Any, tmp_path: Path) -
         assert (sample.answer, sample.dense) == (answers[sample.prompt], expected[sample.prompt])
 
 
-def test_another_text_asks_the_dense_model_nothing_again(
+def test_answers_of_the_dense_model_are_cached_across_texts(
     inside: Path, prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, measured, measure = list[Any](), list[tuple[str, str]](), run_stages.measure

@@ -25,7 +25,7 @@ def outcome(code: str, seconds: float = 20) -> gpu.Outcome:
     return gpu.outcome_of("cases", [sys.executable, "-c", code], ENVIRONMENT, seconds)
 
 
-def test_a_section_says_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_section_reports_its_outcome(capsys: pytest.CaptureFixture[str]) -> None:
     found = outcome(f"print('a table'); print({ENDING + json.dumps([True, 'all is well'])!r})")
     assert found[:3] == ("cases", True, "all is well")
     told = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_a_section_without_time_is_left_out(tmp_path: Path) -> None:
     assert found == ("cases", None, "no time", 0.0)
 
 
-def test_the_verdict_is_of_what_proves() -> None:
+def test_unmeasured_sections_do_not_count_in_the_verdict() -> None:
     assert [gpu.failed(one) for one in (PASSED, WRONG, UNMEASURED)] == [False, True, False]
     assert "right as on the CPU, by 1 section.**" in gpu.verdict([PASSED, UNMEASURED])
     assert gpu.verdict([PASSED, UNMEASURED]).endswith("Could not be measured: wide.")
@@ -92,7 +92,7 @@ def on_the_simulated_device(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_part_of_it_runs_on_the_simulated_device() -> None:
+def test_the_gpu_benchmark_runs_on_the_simulated_device() -> None:
     done = on_the_simulated_device("--sections", "kernels,cases,full", "--cases", "many rows,checksums")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# coprune on sim (simulated)" in done.stdout
@@ -102,9 +102,7 @@ def test_a_part_of_it_runs_on_the_simulated_device() -> None:
     assert "**Verdict: right as on the CPU, by 3 sections.**" in done.stdout
 
 
-def test_what_is_not_right_there_is_its_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_section_gives_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = f"print({ENDING + json.dumps([False, '1 of 2'])!r})"
     monkeypatch.setattr(gpu, "command_of", lambda name, asked: [sys.executable, "-c", wrong])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "sim", "--sections", "cases"])

@@ -25,7 +25,7 @@ STAGES = {
 }
 
 
-def test_a_block_is_what_its_shapes_say() -> None:
+def test_work_of_a_block_follows_from_its_shapes() -> None:
     # q and o 4 × 4, k and v 2 × 4, gate and up 8 × 4, down 4 × 8; 40 tokens.
     assert SHAPE.weights == 16 + 16 + 8 + 8 + 32 + 32 + 32
     assert products_of(SHAPE) == 40 * (2 * 144 + 2 * 10 * 4)
@@ -35,7 +35,7 @@ def test_a_block_is_what_its_shapes_say() -> None:
     assert gram_of(40, 10, 4) == 2 * 40 * (4 * 10 + 4 * 6 + 2 * 2)
 
 
-def test_counts_are_drawn_out() -> None:
+def test_launch_counts_are_extrapolated_to_other_shapes() -> None:
     # Wanda: 2 launches a batch, 10 a matrix, so 90 − 8 − 70 for the rest; 2 batches.
     asked = drawn_out(Way("", "wanda", STAGES), SHAPE)
     assert asked == (4, 12 + 70, 5, (9 + 16 - 7) / 9)
@@ -69,7 +69,7 @@ def test_seconds_are_those_of_one_block_on_paper() -> None:
     assert found["all"] == pytest.approx(29.44 + 444.8 + found["statistics"] + 198 + 14 + 57.6)
 
 
-def test_the_tables_that_it_reads_give_what_was_aimed_at() -> None:
+def test_estimated_times_meet_the_targets() -> None:
     """Under a minute for Wanda 2:4 and under two for SparseGPT 2:4, if a GPU does what is assumed."""
     before, now = gpu_estimate.stages_of(BEFORE), gpu_estimate.stages_of(COUNTS)
     assert before.keys() <= now.keys()

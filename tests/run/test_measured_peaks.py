@@ -84,14 +84,14 @@ def test_no_run_takes_more_than_its_bound(found: dict[str, Peak]) -> None:
 
 
 @pytest.mark.slow
-def test_all_ways_and_in_half_precision(tmp_path: Path) -> None:
+def test_measured_peaks_stay_within_the_bound(tmp_path: Path) -> None:
     sizes = sized(tmp_path, torch.float32) | sized(tmp_path, torch.bfloat16, page=True)
     check(measured_peaks(sizes | sizeless(tmp_path, page=True) | sizeless(tmp_path, page=False)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_smollm2(dtype: str, smollm2_folder: Path, tmp_path: Path) -> None:
+def test_measured_peaks_of_smollm2_stay_within_the_bound(dtype: str, smollm2_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(locate("smollm2-135m"), dtype)  # type: ignore[arg-type]
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

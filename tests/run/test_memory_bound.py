@@ -102,13 +102,13 @@ def test_more_work_takes_more(place: Path) -> None:
     assert "smaller model" in bound(place, nsamples=64, remove="channels=0.5").phases
 
 
-def test_what_was_given_back_counts_no_more(place: Path) -> None:
+def test_released_memory_does_not_count_in_the_bound(place: Path) -> None:
     before = bound(place).peak_bytes
     assert len(bytearray(2 * GIB)) == 2 * GIB  # held for a moment
     assert bound(place).peak_bytes < before + GIB
 
 
-def test_what_is_proposed_fits(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposed_settings_fit_in_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"nsamples": 512, "propagation": "sequential"}
     needed = bound(place, **settings)
     free = int((needed.peak_bytes - needed.resident_bytes) / 1.3)

@@ -77,7 +77,7 @@ def test_zeros_change_nothing_else(published: dict[str, Path], model_type: str, 
 
 
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_experts_go_and_what_sees_stays(published: dict[str, Path], stream: bool, tmp_path: Path) -> None:
+def test_removing_experts_keeps_the_vision_tower(published: dict[str, Path], stream: bool, tmp_path: Path) -> None:
     found = made(published["qwen3_5_moe"], tmp_path / "saved", stream, remove="experts=0.25")
     assert found.keys == {"text_config.num_experts": (4, 3)}
     assert {re.sub(r".*experts\.3\..*", "the last expert", name) for name in found.lost} == {"the last expert"}
@@ -105,7 +105,7 @@ def test_every_tensor_keeps_its_dtype(stream: bool, tmp_path: Path) -> None:
     assert stored_tensors(tmp_path / "saved")[router].dtype == "F32"
 
 
-def test_a_training_loses_nothing(published: dict[str, Path], tmp_path: Path) -> None:
+def test_fine_tuning_keeps_tensors_that_the_model_does_not_load(published: dict[str, Path], tmp_path: Path) -> None:
     source, words = tmp_path / "pruned", tmp_path / "words.txt"
     made(published["glm4_moe"], source, None, **ZEROS)
     words.write_text(" ".join(f"w{number % 1000}" for number in range(3000)), encoding="utf-8")
@@ -138,7 +138,9 @@ NOT_OPENED = {
 
 
 @pytest.mark.parametrize(("model_type", "name"), NOT_OPENED)
-def test_is_not_opened_as_something_else(model_type: str, name: str, tmp_path: Path) -> None:
+def test_a_model_is_refused_rather_than_loaded_as_another_architecture(
+    model_type: str, name: str, tmp_path: Path
+) -> None:
     layers = (
         {"encoder_layers": 1, "decoder_layers": 1, "d_model": 64, **HEADS} if model_type in ("bart", "whisper") else {}
     )

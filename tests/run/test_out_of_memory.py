@@ -159,7 +159,7 @@ def test_a_model_in_memory_has_nothing_to_go_on_from(monkeypatch: pytest.MonkeyP
         ({"stream": False, "permute": True, "pattern": "2:4"}, "it takes less with --activation-memory 0. Begun"),
     ],
 )
-def test_what_is_advised_is_of_use(settings: dict[str, Any], words: str) -> None:
+def test_advice_on_memory_suits_the_settings(settings: dict[str, Any], words: str) -> None:
     recipe = make_recipe({"model": "m", **settings})
     assert words in say(less_memory(recipe, torch.device("cpu")), CommandLine())
     there = say(less_memory(recipe, torch.device("cuda")), CommandLine())

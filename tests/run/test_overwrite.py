@@ -50,7 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return command
 
 
-def test_another_seed_goes_beside_and_the_same_command_is_told_what_to_do(
+def test_another_seed_gets_its_own_folder_and_a_repeat_is_refused(
     place: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
     assert run()[0] == 0

@@ -73,7 +73,7 @@ def test_a_run_in_the_default_folder_is_repeated_too(coprune: Callable[..., str]
     assert figures("out/model/2-4/wanda-2") == figures("out/model/2-4/wanda-3") == figures("out/model/2-4/wanda")
 
 
-def test_a_kept_recipe_tells_nobody(coprune: Callable[..., str], place: Path) -> None:
+def test_the_recipe_in_a_run_folder_does_not_log(coprune: Callable[..., str], place: Path) -> None:
     coprune(*MODEL, "--save", "a", "--log-json", "log.jsonl")
     kept = yaml.safe_load((place / "a" / "recipe.yaml").read_text())
     assert (kept["model"], kept["nsamples"], kept["save"]) == ("model", 4, "a")
@@ -89,7 +89,7 @@ def finish(folder: Path) -> None:
     (folder / "report.json").touch()
 
 
-def test_folders_that_are_free_stay(tmp_path: Path) -> None:
+def test_free_output_folders_are_kept(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     assert beside_finished(asked) == asked
 
@@ -115,7 +115,7 @@ def test_a_model_is_never_written_over(tmp_path: Path) -> None:
     assert (found.output.run, found.output.model) == (tmp_path / "run-3", tmp_path / "model-3")
 
 
-def test_folders_that_are_named_now_stay(tmp_path: Path) -> None:
+def test_explicitly_named_folders_are_kept(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     finish(tmp_path / "run")
     (tmp_path / "model").mkdir()
@@ -177,7 +177,7 @@ def test_recipes_that_say_the_same_have_one_identity() -> None:
     assert run_identity(flat.replaced(nsamples=5), "weights", "tokens") != identity
 
 
-def test_what_only_last_bits_hang_on_may_change() -> None:
+def test_settings_that_change_rounding_only_may_differ_on_resume() -> None:
     """But for runs in which one batch is one step, or what goes from one block has to fit what goes from the others."""
     smaller = make_recipe({"model": "m", "batch_size": 1})
     identity = run_identity(smaller, "weights", "tokens")
@@ -202,7 +202,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_default_folder_with_smaller_batch
     assert where_to(asked, False, ())[0].output.run == run.with_name(f"{run.name}-batch-size-1")
 
 
-def test_what_weighs_blocks_is_asked_of_cuts_alone() -> None:
+def test_streaming_is_part_of_the_identity_of_error_based_cuts_only() -> None:
     zeros = make_recipe({"model": "m", "allocation": "owl", "sparsity": 0.5})
     assert run_identity(zeros, "weights", "tokens") == run_identity(zeros, "weights", "tokens", streams=True)
     cut = make_recipe({"model": "m", "allocation": "error", "remove": "channels=0.3"})

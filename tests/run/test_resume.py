@@ -338,7 +338,7 @@ def test_a_single_changed_weight_between_kill_and_resume_is_noticed(
         (place / "own").rename(place / "llama")
 
 
-def test_what_is_measured_afterwards_may_differ(
+def test_evaluation_settings_may_differ_on_resume(
     place: Path, undisturbed: Undisturbed, half_done: Left, tmp_path: Path
 ) -> None:
     half_done("wanda")
@@ -363,7 +363,7 @@ def test_a_streamed_run_may_go_on_in_memory_and_the_other_way_round(
 
 
 @pytest.mark.parametrize(("name", "seed"), [("wanda", 0), ("mixture", 2)])
-def test_a_full_disk_costs_nothing(
+def test_a_run_resumes_after_a_full_disk(
     name: str,
     seed: int,
     place: Path,

@@ -99,7 +99,9 @@ def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
     ]
 
 
-def test_measuring_and_writing_say_so_too(said: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_and_generate_warn_about_slow_bfloat16(
+    said: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_pico(place / "whole", num_hidden_layers=1, dtype=torch.bfloat16)
     slow = f"{SLOW_IN_BFLOAT16} dtype='float32' computes several times as fast."
     monkeypatch.setattr("coprune.model.loaded_model.multiplies_bfloat16", lambda _: False)
@@ -120,7 +122,7 @@ def test_a_model_that_is_sparse_already_is_said_to_be(said: list[str], place: Pa
     assert f"{wanted}In the report, dense means the model as it was given." in said
 
 
-def test_what_reconstruction_did_is_no_numerical_event(said: list[str]) -> None:
+def test_reconstruction_is_not_listed_as_a_numerical_event(said: list[str]) -> None:
     report = coprune.prune("model", "magnitude", reconstruct=2, **SMALL).report
     assert len(report.trainings) == 2
     assert report.events == []

@@ -165,7 +165,7 @@ def masked(source: Any, folder: Path, saved: Path) -> Any:
 
 
 @pytest.mark.parametrize(("model_type", "what"), CASES)
-def test_it_answers_an_image_as_the_masked_source(
+def test_a_pruned_vision_language_model_answers_like_the_masked_source(
     model_type: str, what: str, published: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = published(model_type)

@@ -40,13 +40,13 @@ def outcomes(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_device_gives_what_the_cpu_gives(outcomes: list[Mapping[str, Any]], kind: str) -> None:
+def test_simulated_device_matches_the_cpu(outcomes: list[Mapping[str, Any]], kind: str) -> None:
     cases = [case for case in outcomes if case["kind"] == kind]
     assert cases
     assert [f"{case['name']}: {case['said']}" for case in cases if not case["passed"]] == []
 
 
-def test_no_kind_of_case_is_left_out(outcomes: list[Mapping[str, Any]]) -> None:
+def test_every_kind_of_case_runs_on_the_simulated_device(outcomes: list[Mapping[str, Any]]) -> None:
     assert {case["kind"] for case in outcomes} == set(KINDS)
 
 

@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_trained_block_by_block(model: Path, monkeypatch: p
     [{"method": "wanda"}, {"refine": "refit"}, {"remove": "channels=0.5"}, {"reconstruct": 2}, {"sparsity": 0}],
     ids=lambda said: next(iter(said)),
 )
-def test_whoever_says_how_to_prune_gets_just_that(model: Path, said: dict[str, object]) -> None:
+def test_explicit_pruning_settings_add_no_preset(model: Path, said: dict[str, object]) -> None:
     settings = {"model": str(model), **said}
     assert usual_preset(settings) == (settings, None)
     assert recipe_that_fits(settings) == make_recipe(settings)

@@ -56,7 +56,7 @@ def test_the_bytes_are_those_that_the_run_leaves(tmp_path: Path, family: str, mo
     assert not told.at_most
 
 
-def test_it_writes_nothing_and_reads_no_weights(
+def test_a_dry_run_writes_nothing_and_reads_no_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_pico(tmp_path / "whole")
@@ -106,7 +106,7 @@ def test_what_lies_at_the_target_is_told(
     assert "refused" not in run_command([*words, "--overwrite", "--dry-run"], monkeypatch, capsys).out
 
 
-def test_bounds_are_called_so(tmp_path: Path) -> None:
+def test_estimates_that_are_upper_bounds_are_marked(tmp_path: Path) -> None:
     save_pico(tmp_path / "whole")
     write_words(tmp_path / "words.txt")
     assert dry_run(asked(tmp_path, remove="vocabulary=loss:5%"), QUIET).size.at_most

@@ -38,7 +38,9 @@ def merge(models: tuple[Path, Path], folder: Path, share: float = 0.5, replaces:
     return left
 
 
-def test_it_is_done_once(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_custom_step_is_not_repeated(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = merge(models, tmp_path / "merged")
     one, other, mean = map(tensors_of, (*models, tmp_path / "merged" / "model"))
     assert mean.keys() == one.keys()
@@ -57,7 +59,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(models: tuple[Path, Pa
         assert weights(work()) == expected
 
 
-def test_it_is_made_again_when_a_sources_bytes_change(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_custom_step_runs_again_when_a_source_changes(models: tuple[Path, Path], tmp_path: Path) -> None:
     before = weights(merge(models, tmp_path / "merged"))
     save_pico(models[1], seed=2, num_hidden_layers=1)
     after = weights(merge(models, tmp_path / "merged"))
@@ -74,7 +76,7 @@ def test_another_share_is_another_result_and_replaces_nothing_unasked(
     assert weights(merge(models, tmp_path / "merged", share=0.25, replaces=True)) != before
 
 
-def test_steps_follow_one_another(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_custom_steps_chain_and_run_again_when_a_source_changes(models: tuple[Path, Path], tmp_path: Path) -> None:
     """The second reads what the first leaves, and both are done again when a source of the first is another."""
     how: dict[str, Any] = {"settings": {"share": 0.5}}
     first = Merge(models=models, folder=tmp_path / "first", **how)

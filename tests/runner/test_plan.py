@@ -20,7 +20,7 @@ QUIET = Reporter(quiet=True)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_every_step_begins_with_what_the_one_before_leaves(tmp_path: Path) -> None:
+def test_each_step_starts_from_the_previous_steps_model(tmp_path: Path) -> None:
     asked = {"model": "m", "remove": "vocabulary=0.5,channels=0.5", "sparsity": 0.5, "finetune": "distill"}
     plan = plan_of(make_recipe({**asked, "save_model": tmp_path / "model", "push_to_hub": "me/m"}), tmp_path)
     trim, remove, prune, train = (step.recipe for step in plan)

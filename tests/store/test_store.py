@@ -48,7 +48,7 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_the_second_waits_and_reads(tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_first_and_reads_its_result(tmp_path: Path) -> None:
     first = begin(tmp_path, "first", 0.3)
     wait_for(tmp_path / "first.begun")
     second = begin(tmp_path, "second", 0.0)
@@ -101,7 +101,7 @@ def test_a_damaged_record_is_made_again(tmp_path: Path, damage: Callable[[str], 
     assert store.get(KEY, Found, lambda: Found(by="again")).by == "again"
 
 
-def test_a_record_of_another_kind_is_none(tmp_path: Path) -> None:
+def test_a_record_of_another_type_is_not_found(tmp_path: Path) -> None:
     class Other(BaseModel):
         number: int
 

@@ -49,7 +49,7 @@ ablate_wanda_iter 2:4          out/llama_7b_ablation/2-4/ablate_wanda_iter
 
 
 @pytest.mark.parametrize(("script", "listed"), [("llama-7b", LLAMA_7B), ("ablate-weight-update", ABLATION)])
-def test_a_script_is_exactly_the_original_one(script: str, listed: str) -> None:
+def test_a_script_expands_to_the_original_runs(script: str, listed: str) -> None:
     expected = [
         make_recipe(
             {
@@ -271,7 +271,7 @@ def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
     assert names(**told) == names(**plain)
 
 
-def test_choices_are_taken() -> None:
+def test_choices_survive_expansion_and_yaml() -> None:
     told = {"allocation": [Choice.of("owl:spread=0.1"), Choice.of("uniform")]}
     plain = {"allocation": ["owl:spread=0.1", "uniform"]}
     sweep = Sweep.make({**told, "model": "pico", "save": Path("out/x")})
@@ -280,7 +280,7 @@ def test_choices_are_taken() -> None:
     assert expand(Sweep.make(yaml.safe_load(typed.to_yaml()))) == expand(typed)
 
 
-def test_a_sweep_is_what_its_file_says(tmp_path: Path) -> None:
+def test_a_sweep_round_trips_through_its_file(tmp_path: Path) -> None:
     sweep = Sweep.make(PLAIN | {"seed": [0, 1], "refine": ["refit"], "sweep": {"exclude": [{"seed": 1}]}})
     (tmp_path / "sweep.yaml").write_text(sweep.to_yaml(), encoding="utf-8")
     assert expand(Sweep.read(tmp_path / "sweep.yaml")) == expand(sweep)

@@ -158,7 +158,7 @@ def test_a_disk_without_room_keeps_nothing(
 
 
 @pytest.mark.slow
-def test_experts_and_the_head(place: Path, forwards: Counter[str]) -> None:
+def test_shared_statistics_cover_experts_with_few_tokens_and_the_head(place: Path, forwards: Counter[str]) -> None:
     """So few tokens that experts lean on their layer's average, which comes of all of them."""
     save_pico(place / "mixtral", "mixtral", tie_word_embeddings=False)
     settings = SETTINGS | {"nsamples": 2, "seqlen": 16, "batch_size": 1}

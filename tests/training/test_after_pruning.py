@@ -31,7 +31,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_pruning_hands_on_how_it_is_trained() -> None:
+def test_training_settings_reach_the_training_half() -> None:
     how: dict[str, Any] = {"finetune_tokens": 4096, "finetune_lr": 2e-4, "finetune_accumulate": 2}
     recipe = make_recipe({"model": "m", "finetune": "distill", "finetune_dtype": "bfloat16", **how})
     found = training_of(recipe)

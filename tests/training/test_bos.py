@@ -14,9 +14,7 @@ from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save, write_words
 
 
-def test_a_fine_tuning_takes_over_what_the_dense_model_spoke_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fine_tuning_keeps_the_bos_choice_of_the_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(pico_model("llama", num_hidden_layers=1), tmp_path / "dense")
     pico_tokenizer("put").save_pretrained(tmp_path / "dense")
     text = str(write_words(tmp_path / "text.txt", count=400))

@@ -18,7 +18,7 @@ def pair(seed: int = 0, vocabulary: int = 20) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_divergence_is_the_formula(temperature: float) -> None:
+def test_divergence_matches_its_formula(temperature: float) -> None:
     student, teacher = pair()
     p, q = (torch.softmax(logits.double() / temperature, dim=-1) for logits in (teacher, student))
     expected = temperature**2 * (p * (p / q).log()).sum(-1).mean()

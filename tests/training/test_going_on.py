@@ -68,7 +68,7 @@ def test_a_state_is_saved_in_time_where_steps_are_slow(
     assert states(tmp_path) == ["checkpoint-2"]
 
 
-def test_a_run_that_failed_before_its_first_state_stands_in_nobodys_way(home: Path, tmp_path: Path) -> None:
+def test_a_training_that_failed_before_its_first_state_is_replaced(home: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path, StoppedAt(0.3), max_steps=6)
     assert (tmp_path / "training" / "place.json").is_file()
@@ -106,7 +106,7 @@ def test_what_cannot_work_is_said_before_anything_is_measured(
     assert not run_folder.exists()
 
 
-def test_what_tensorboard_heard_is_there_when_the_states_are_gone(home: Path, tmp_path: Path) -> None:
+def test_tensorboard_logs_outlive_the_training_states(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -92,7 +92,7 @@ def test_state_stays_zero_where_parameters_were_swapped_and_lost_their_hooks() -
         assert not bool(optimizer.state[parameters[name]]["exp_avg"][pruned].any())
 
 
-def test_without_it_the_zeros_are_lost() -> None:
+def test_zeros_are_lost_without_holding_them() -> None:
     model = pruned_model().requires_grad_(True)
     masks = find_masks(model)
     optimizer = OPTIMIZERS["adamw"](model.parameters())

@@ -97,7 +97,7 @@ def test_what_is_frozen_at_first_is_kept_once_it_is_trained() -> None:
     require_kept(model, zeros, before)
 
 
-def test_neither_keeps_the_other_alive() -> None:
+def test_model_and_zero_keeper_can_be_garbage_collected() -> None:
     model, _, _ = pruned()
     keeper = coprune.keep_zeros(model, quiet=True)
     gone = weakref.ref(model.model.layers[0].mlp.up_proj), weakref.ref(keeper)
@@ -106,7 +106,7 @@ def test_neither_keeps_the_other_alive() -> None:
     assert [one() for one in gone] == [None, None]
 
 
-def test_of_two_keepers_the_second_goes_on() -> None:
+def test_releasing_one_of_two_keepers_leaves_the_other_active() -> None:
     model, zeros, _ = pruned()
     before = copies(model)
     first, _ = coprune.keep_zeros(model, quiet=True), coprune.keep_zeros(model, quiet=True)
@@ -115,7 +115,7 @@ def test_of_two_keepers_the_second_goes_on() -> None:
     require_kept(model, zeros, before)
 
 
-def test_what_is_broken_in_another_way_is_said() -> None:
+def test_weights_changed_outside_an_optimiser_are_reported() -> None:
     model, _, _ = pruned()
     with pytest.raises(coprune.BrokenMask) as caught, coprune.keep_zeros(model):
         model.model.layers[1].mlp.up_proj.weight.data.fill_(1)

@@ -50,7 +50,7 @@ def test_the_gpu_that_was_asked_for_is_taken_alone(two_gpus: list[torch.device],
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_device_must_exist_and_follows_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_device("auto") == torch.device("cpu")
     with pytest.raises(BadInput, match="cannot be used here"):
         training_device("cuda:1")
@@ -59,7 +59,7 @@ def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_device("auto") == torch.device("cuda", 1)
 
 
-def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
+def test_fine_tuning_uses_the_device_of_the_pruning(tmp_path: Path) -> None:
     recipe = make_recipe({"model": "m", "device": "cuda:1", "finetune": "lora", "save": str(tmp_path / "run")})
     assert training_of(recipe).model.device == "cuda:1"
     assert training_recipe(settings_for(tmp_path, tmp_path, tmp_path)).model.device == "cpu"

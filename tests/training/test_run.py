@@ -140,7 +140,7 @@ def test_plain_adapters_stay_unmerged(home: Path, tmp_path: Path) -> None:
         merge(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", quiet=True)
 
 
-def test_only_what_is_named_is_trained(home: Path, tmp_path: Path) -> None:
+def test_only_selected_matrices_are_trained(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "run", mode="dense", train=("*.v_proj",))
     before, after = weights_of(home / "llama"), weights_of(tmp_path / "run" / "model")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

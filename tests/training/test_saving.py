@@ -84,7 +84,7 @@ def test_adapters_that_are_not_finite_leave_nothing(home: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-def test_an_announced_run_whose_model_is_missing_goes_on(
+def test_an_announced_training_without_its_model_is_resumed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder for the model was there, empty, when the run was killed between announcing and renaming."""

@@ -65,7 +65,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     assert training_recipe({**good, "learning_rate": None}).train.rate == 1e-4
 
 
-def test_what_perplexity_is_of_is_not_trained_on(tmp_path: Path) -> None:
+def test_text_held_out_for_perplexity_is_not_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(words(0, 805))
     text = read(tmp_path, path, evaluate=True)

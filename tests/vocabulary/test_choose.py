@@ -12,7 +12,7 @@ from coprune.vocabulary.samples import LANGUAGES, SOURCES
 MADE_BY = {300: (200, 201), 450: (440,)}
 
 
-def test_what_has_to_stay_and_what_is_weighty_stay_with_what_they_are_made_by() -> None:
+def test_required_and_heavy_tokens_stay_with_their_merge_parts() -> None:
     weights = np.zeros(512)
     weights[[450, 499, 498]] = 3, 2, 1
     kept = choose(64, weights, [300], lambda token: None if token == 498 else MADE_BY.get(token, ()))
@@ -24,7 +24,7 @@ def test_what_has_to_stay_and_what_is_weighty_stay_with_what_they_are_made_by() 
 
 @pytest.mark.skipif(not has_words(), reason="wordfreq is not installed")
 @pytest.mark.parametrize("name", ["en", "de", "fr", "ru"])
-def test_a_text_counts_beside_words_of_its_language(name: str) -> None:
+def test_languages_and_code_are_detected(name: str) -> None:
     assert sources_of(LANGUAGES[name]) == [name]
     assert sources_of("") == []
     assert "code" in sources_of(SOURCES["javascript"])

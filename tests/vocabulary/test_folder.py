@@ -80,7 +80,7 @@ def test_tied_and_untied_heads_follow(changes: dict[str, Any], tmp_path: Path) -
         ("qwen3_next", {}),
     ],
 )
-def test_other_tables_follow(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_per_layer_embedding_tables_are_cut_too(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     made = pico_model(family, **GEMMA4, **changes) if changes else tiny_model(family, vocab_size=SIZE)
     made.save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.json").write_text(content_of("bytes"), encoding="utf-8")

@@ -53,7 +53,7 @@ def rows(folder: Path) -> int:
     return json.loads((folder / "config.json").read_text())["vocab_size"]
 
 
-def test_alone_it_leaves_a_model_a_report_and_a_page(dense: Path, words: Path, tmp_path: Path) -> None:
+def test_cutting_a_vocabulary_saves_a_model_a_report_and_a_page(dense: Path, words: Path, tmp_path: Path) -> None:
     save, model = tmp_path / "run", tmp_path / "small"
     result = coprune.prune(dense, remove="vocabulary=704", save=save, save_model=model, **settings(words))
     facts = result.report.vocabulary
@@ -107,7 +107,7 @@ def test_the_command_line_does_the_same(
         assert (tmp_path / "typed" / name).read_bytes() == (tmp_path / "called" / name).read_bytes()
 
 
-def test_channels_and_zeros_go_on_from_it(dense: Path, words: Path, tmp_path: Path) -> None:
+def test_channels_and_zeros_follow_a_vocabulary_cut(dense: Path, words: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {
         "remove": "vocabulary=704,channels=0.34",
         "align": 32,
@@ -243,7 +243,7 @@ def test_a_model_that_was_replaced_before_the_run_had_its_report_is_noticed(
         coprune.prune(source, remove="vocabulary=704", **asked)
 
 
-def test_a_cut_on_top_of_a_cut_knows_both(dense: Path, words: Path, tmp_path: Path) -> None:
+def test_a_second_cut_records_both_in_its_history(dense: Path, words: Path, tmp_path: Path) -> None:
     from coprune.model.edits import history_of
 
     asked = settings(words, evaluate=False, vocabulary_force=True)

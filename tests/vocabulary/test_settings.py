@@ -219,7 +219,7 @@ def test_a_number_that_may_be_an_id_is_reported_with_its_place() -> None:
     assert by.cut(content, kept) == content
 
 
-def test_a_bias_of_a_sequence_is_no_id() -> None:
+def test_a_sequence_bias_is_not_taken_for_a_token_id() -> None:
     by, kept = naming()
     assert by.cut({"sequence_bias": [[[1024, 3], 1030], [[4], -2.5]]}, kept)["sequence_bias"][0] == [[500, 3], 1030]
     assert by.cut({"bad_words_ids": [[1024], [3, 1025]]}, kept) == {"bad_words_ids": [[500], [3, 501]]}

@@ -70,7 +70,7 @@ def test_whole_tokenizers_are_accepted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["WordLevel", None])
-def test_other_kinds_are_refused_by_name(kind: str | None) -> None:
+def test_unsupported_tokenizer_models_are_refused_by_name(kind: str | None) -> None:
     with pytest.raises(UnsupportedModel, match=str(kind)):
         kind_of({"model": {"type": kind, "vocab": {"a": 0}}})
 

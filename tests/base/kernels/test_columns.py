@@ -19,7 +19,7 @@ NAMES = sorted(
 )
 
 
-def test_these_are_all_kernels() -> None:
+def test_the_list_of_kernels_is_complete() -> None:
     assert NAMES == ["native", "torch", "triton"]
 
 

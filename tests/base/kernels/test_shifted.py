@@ -29,7 +29,7 @@ def statistic(tokens: int, width: int = 96, spread: float = 30.0) -> Gram:
 
 
 @pytest.mark.parametrize("tokens", [20, 96, 2000])
-def test_both_invert(tokens: int) -> None:
+def test_both_kernels_compute_the_inverse(tokens: int) -> None:
     problem = prepare(statistic(tokens).gram, 0.01, SHIFTS[0]).problem
     for kernel in (by_eigenvalues, by_factors):
         inverse = kernel(problem.scaled, torch.zeros(()), SHIFTS[0])
@@ -48,7 +48,7 @@ def test_what_cannot_be_factored_is_decomposed() -> None:
             kernel(torch.full((4, 4), torch.nan), torch.zeros(()), 0.1)
 
 
-def test_a_factor_is_inverted() -> None:
+def test_inverse_of_factor_inverts_the_matrix_of_a_cholesky_factor() -> None:
     lower = torch.linalg.cholesky(prepare(statistic(500).gram, 0.01, 0.1).problem.scaled)
     torch.testing.assert_close(inverse_of_factor(lower) @ lower @ lower.T, torch.eye(96), atol=1e-3, rtol=0)
 

@@ -33,12 +33,12 @@ def test_every_operation_has_a_kernel_that_needs_nothing_on_every_kind_of_device
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu"), ("cuda:1", "cuda"), ("mps", "other"), ("meta", "other")])
-def test_devices_are_of_a_kind(device: str, kind: str) -> None:
+def test_kind_of_classifies_devices(device: str, kind: str) -> None:
     assert kind_of(torch.device(device)) == kind
     assert in_host_memory(torch.device(device)) == (kind == "cpu")
 
 
-def test_what_is_asked_about_a_cpu() -> None:
+def test_cpu_needs_no_synchronisation_and_has_no_capability() -> None:
     synchronize(CPU)
     assert capability(CPU) == (0, 0)
     assert describe(CPU) == "cpu"
@@ -53,7 +53,7 @@ def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_both_find_the_smallest(dtype: torch.dtype) -> None:
+def test_both_kernels_find_the_smallest_scores(dtype: torch.dtype) -> None:
     score = torch.randint(0, 20, (7, 30), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = score.sort(dim=1).values
     for position in (1, 15, 30):
@@ -79,7 +79,7 @@ def test_rows_are_shared_among_threads(rows: int, pieces: list[int], monkeypatch
 
 @pytest.mark.parametrize("size", [64, 128, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_add_to_the_same_half(size: int, dtype: torch.dtype) -> None:
+def test_native_and_torch_sums_fill_the_same_triangle(size: int, dtype: torch.dtype) -> None:
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = x.double().T @ x.double()
     assert [i for panel in panels(300, size) for i in range(300)[panel]] == list(range(300))

@@ -24,12 +24,12 @@ SPOKEN = "It is the capital of France and lies on the Seine ."
 
 
 @pytest.mark.parametrize("text", ["", " \n\t", "...", "“ ”", "```\n```", "\u200b", "。", "- \n-"])
-def test_white_space_and_punctuation_say_nothing(text: str) -> None:
+def test_white_space_and_punctuation_count_as_empty(text: str) -> None:
     assert is_empty(text)
 
 
 @pytest.mark.parametrize("text", ["I", " 4.", "√", "😀", "你", "$", "…no"])
-def test_a_letter_a_digit_or_a_sign_says_something(text: str) -> None:
+def test_an_answer_with_a_letter_digit_or_symbol_is_not_empty(text: str) -> None:
     assert not is_empty(text)
 
 
@@ -75,7 +75,7 @@ def facts(dense: tuple[str, ...] | None, *texts: str, sampled: tuple[str, ...] =
         ),
     ],
 )
-def test_the_verdict_says_how_many(
+def test_the_verdict_counts_empty_answers(
     dense: tuple[str, ...] | None, texts: tuple[str, ...], verdict: str, ill: bool
 ) -> None:
     found = facts(dense, *texts)
@@ -83,7 +83,7 @@ def test_the_verdict_says_how_many(
     assert found.degenerates == ill
 
 
-def test_a_condition_names_it_for_greedy_and_for_sampled_answers() -> None:
+def test_conditions_on_empty_answers_cover_greedy_and_sampled_ones() -> None:
     found = facts((SPOKEN, ""), "", ".", sampled=(SPOKEN, ""))
     conditions = read_conditions("empty<=dense+1,empty<=dense,sampled.empty<=dense,sampled.empty<2,loops<1")
     judged = judge(conditions, found)
@@ -102,7 +102,7 @@ def test_a_condition_names_it_for_greedy_and_for_sampled_answers() -> None:
         ((SPOKEN, SPOKEN), "sampled.loops<1,sampled.empty<=2", []),
     ],
 )
-def test_empty_answers_pass_no_gate_unless_it_lets_them(
+def test_empty_answers_fail_the_gate_unless_a_condition_allows_them(
     dense: tuple[str, ...] | None, text: str, failed: list[str]
 ) -> None:
     found = facts(dense, "", ".", sampled=("", SPOKEN))
@@ -110,7 +110,7 @@ def test_empty_answers_pass_no_gate_unless_it_lets_them(
     assert [one.condition for one in judged if not one.holds] == failed
 
 
-def test_the_lines_the_card_and_the_page_tell_it_for_both_ways() -> None:
+def test_lines_card_and_page_report_empty_greedy_and_sampled_answers() -> None:
     found = facts((SPOKEN,) * 13, *(SPOKEN,) * 2, *("",) * 11, sampled=(SPOKEN, *("",) * 12))
     lines = dict(found.lines())
     assert "empty 11 of 13 (dense 0 of 13)" in lines["greedy"]

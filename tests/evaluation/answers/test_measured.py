@@ -110,7 +110,7 @@ def test_figures_are_those_of_direct_computation(place: Path) -> None:
     assert low <= facts.along.acceptance <= high < 1
 
 
-def test_a_model_is_like_itself(place: Path) -> None:
+def test_a_model_compared_with_itself_shows_no_difference(place: Path) -> None:
     same = coprune.evaluate(place / "dense", against=place / "dense", **asked(place)).answers
     assert same.along.kl == pytest.approx(0, abs=1e-6)
     assert same.along.acceptance == pytest.approx(1)
@@ -118,7 +118,7 @@ def test_a_model_is_like_itself(place: Path) -> None:
     assert same.sampled.figures == same.sampled.dense
 
 
-def test_a_comparison_asks_nobody_twice(
+def test_a_comparison_generates_each_answer_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times: list[int] = []

@@ -23,7 +23,7 @@ def model() -> PreTrainedModel:
     return pico_model("llama", max_position_embeddings=128)
 
 
-def test_our_own_are_of_several_fields_and_languages() -> None:
+def test_builtin_prompts_cover_several_scripts() -> None:
     own = read_prompts(BUILTIN)
     assert len(own.texts) == len(set(own.texts)) >= 36
     written = {unicodedata.name(letter).split()[0] for letter in "".join(own.texts) if letter.isalpha()}
@@ -66,7 +66,7 @@ def test_prompts_go_into_the_chat_template_of_a_tokenizer_that_has_one(tmp_path:
     assert chat.ends == (2,)
 
 
-def test_what_nobody_asked_for_makes_do_with_less_room(model: PreTrainedModel) -> None:
+def test_default_generation_shortens_its_answers_to_the_context(model: PreTrainedModel) -> None:
     tokenizer = pico_tokenizer()
     few = plan_of(AnswersPart(), saves=True)
     assert few is not None

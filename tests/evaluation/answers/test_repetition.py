@@ -25,7 +25,7 @@ def noise(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("period", range(1, 43))
-def test_every_period_is_found_wherever_it_begins_and_stops(period: int) -> None:
+def test_a_loop_of_any_period_is_found_at_any_position(period: int) -> None:
     once = noise(period, seed=1)
     times = max(LEAST_TIMES, -(-LEAST_TOKENS // period))
     for begun in (0, 5):
@@ -43,12 +43,12 @@ def test_what_is_said_too_seldom_or_is_too_short_is_no_loop(period: int) -> None
     assert find_loop(noise(60) + (once * LEAST_TOKENS)[: LEAST_TOKENS - 1 if period < 7 else 2 * period]) is None
 
 
-def test_a_loop_that_was_left_is_none() -> None:
+def test_a_loop_that_ended_is_not_reported() -> None:
     assert find_loop(noise(6) * 10 + noise(40, seed=2)) is None
     assert find_loop(noise(6) * 10 + noise(1, seed=2)) is not None
 
 
-def test_a_loop_may_count() -> None:
+def test_a_loop_with_a_running_number_is_found() -> None:
     counting = "".join(f"{number}. The capital of France is Paris.\n" for number in range(1, 8))
     assert find_loop(words(counting)) is not None
     changing = noise(12) * 4
@@ -97,5 +97,5 @@ def test_a_loop_may_count() -> None:
         "w",
     ],
 )
-def test_lists_tables_and_short_answers_are_none(text: str) -> None:
+def test_lists_tables_and_short_answers_are_not_loops(text: str) -> None:
     assert find_loop(words(text)) is None

@@ -91,7 +91,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_a_block_is_fetched_beside_and_used_when_it_is_there(
+def test_an_expected_block_is_prefetched_and_used_once_complete(
     folder: Path, channel: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, (first, second, *_) = opened(folder)
@@ -131,7 +131,9 @@ def test_a_device_that_is_full_is_tried_once_more(folder: Path, channel: StandIn
     assert "arrived" not in channel.log
 
 
-def test_there_has_to_be_plenty_of_room(folder: Path, channel: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_prefetched_only_with_ample_device_memory(
+    folder: Path, channel: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights, (first, *_) = opened(folder)
     wanted = tensors(weights, first)
     size = sum(tensor.nbytes for tensor in wanted.values())
@@ -173,6 +175,6 @@ def test_a_run_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert channel.log.count("arrived") > 0
 
 
-def test_host_memory_has_no_way_beside() -> None:
+def test_nothing_is_prefetched_to_host_memory() -> None:
     assert channel_to(HERE) is None
     assert ahead_to(HERE) is None

@@ -80,7 +80,7 @@ def test_lists_in_lists_of_a_gguf_file_are_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["z-00001-of-00000.gguf", "z-00000-of-00001.gguf", "z-00003-of-00002.gguf"])
-def test_a_part_of_none_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_impossible_part_number_of_a_split_file_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"says that it is part \d of \d"):
         locate(gguf(tmp_path / name, 3))
 

@@ -34,7 +34,7 @@ def refuse_to_read(*_: Any) -> None:
         quick=[("mxfp4", "gpt_oss")],
     ),
 )
-def test_a_cut_reads_one_expert_at_a_time_and_makes_what_it_makes_in_memory(
+def test_a_streamed_cut_reads_one_expert_at_a_time_and_matches_memory(
     form: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many: dict[str, Any] = {"n_routed_experts": 8} if family == "deepseek_v3" else {}
@@ -100,7 +100,7 @@ def test_taking_apart_and_putting_together_reads_nothing(
     assert not untouched(moved["up"], entry)
 
 
-def test_nothing_is_written_into_what_lies_in_a_file(gates: tuple[list[Tensor], list[Tensor]]) -> None:
+def test_weights_in_a_file_cannot_be_changed_in_place(gates: tuple[list[Tensor], list[Tensor]]) -> None:
     for tensor in (gates[0][0], torch.stack(gates[0])[1]):
         with pytest.raises(TypeError, match="would change a matrix that lies in a file"):
             tensor.mul_(2)

@@ -26,7 +26,7 @@ def test_the_same_bytes_elsewhere_have_the_same_digest(tmp_path: Path) -> None:
     assert source_digest(GgufFile(tmp_path / "a.gguf", "a")) == source_digest(GgufFile(tmp_path / "b.gguf", "b"))
 
 
-def test_other_bytes_have_another_digest(tmp_path: Path) -> None:
+def test_the_digest_changes_with_any_byte_or_name(tmp_path: Path) -> None:
     one = folder_at(tmp_path / "one")
     found = {source_digest(one)}
     for name in ("model-2.safetensors", "config.json", "tokenizer.json"):

@@ -25,7 +25,7 @@ def test_shapes_and_buffers_are_those_of_a_model_with_weights(family: str) -> No
     assert all(torch.equal(there[name], buffer) for name, buffer in whole.named_buffers())
 
 
-def test_what_holds_values_is_drawn_as_ever() -> None:
+def test_initialisation_of_real_tensors_is_unchanged() -> None:
     torch.manual_seed(0)
     expected = torch.empty(4).normal_()
     torch.manual_seed(0)

@@ -122,7 +122,7 @@ def test_a_malformed_configuration(folder: Path) -> None:
         locate(folder)
 
 
-def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is an empty folder"):
         locate(tmp_path)
     (tmp_path / "something").touch()
@@ -150,7 +150,7 @@ def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
         locate(folder)
 
 
-def test_files(tmp_path: Path) -> None:
+def test_single_files_are_located_or_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     texts = [struct.pack("<Q", len(one)) + one for one in (b"general.architecture", b"llama")]
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + texts[0] + struct.pack("<I", 8) + texts[1] + b"and so on")

@@ -25,7 +25,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
     )
 
 
-def test_a_reader_says_what_that_of_the_package_says(file: GgufFile) -> None:
+def test_our_gguf_reader_agrees_with_the_package(file: GgufFile) -> None:
     ours, theirs = gguf_reader(file.path, field="model"), gguf.GGUFReader(file.path)
     assert type(ours.data) is np.ndarray  # not a memmap, each slice of which is one again
     assert list(ours.fields) == list(theirs.fields)

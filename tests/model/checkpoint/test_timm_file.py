@@ -65,7 +65,7 @@ def test_statistics_that_are_wider_than_the_weights_stay_so(tmp_path: Path) -> N
     assert all(torch.equal(found[name], tensor.to(found[name].dtype)) for name, tensor in tensors.items())
 
 
-def test_it_is_pruned_by_that_name(trained: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_a_timm_model_with_its_own_weights_is_pruned_by_name(trained: tuple[nn.Module, Path], tmp_path: Path) -> None:
     _, folder = trained
     images: dict[str, Any] = {"dataset": "digits", "nsamples": 4, "eval_images": 10, "eval_data": "digits"}
     with pytest.raises(BadInput, match="only 7 classes"):

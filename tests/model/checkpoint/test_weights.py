@@ -24,7 +24,7 @@ def both(folder: Path) -> dict[bool, Weights]:
     return {False: InMemory(model, Source(location, model)), True: LazyCheckpoint(location)}
 
 
-def test_they_say_whether_they_stream(tmp_path: Path) -> None:
+def test_weights_know_whether_they_stream(tmp_path: Path) -> None:
     save_model("llama", tmp_path / "model")
     for streams, weights in both(tmp_path / "model").items():
         assert weights.streams is streams
@@ -37,7 +37,7 @@ def test_they_say_whether_they_stream(tmp_path: Path) -> None:
         assert bool((next(block.parameters()) != 0).any()) is streams  # what was changed is lost
 
 
-def test_they_write_what_makes_their_weights_a_model(tmp_path: Path) -> None:
+def test_weights_are_saved_with_the_files_of_their_model(tmp_path: Path) -> None:
     save_model("llama", tmp_path / "model")
     (tmp_path / "model" / "LICENSE.md").write_text("Use it.")
     (tmp_path / "secret").write_text("Nobody's business.")
@@ -54,7 +54,7 @@ def test_they_write_what_makes_their_weights_a_model(tmp_path: Path) -> None:
         assert config.dtype == (torch.bfloat16 if streams else torch.float32)
 
 
-def test_they_name_tensors_that_the_model_does_not_load(tmp_path: Path) -> None:
+def test_tensors_that_the_model_does_not_load_are_carried(tmp_path: Path) -> None:
     save_model("llama", tmp_path / "model", shards="1GB")
     file = tmp_path / "model" / "model.safetensors"
     save_file({**load_file(file), "model.extra": torch.zeros(2)}, file, metadata={"format": "pt"})
@@ -63,7 +63,7 @@ def test_they_name_tensors_that_the_model_does_not_load(tmp_path: Path) -> None:
     assert [{*weights.carried_entries} for weights in both(tmp_path / "other").values()] == [set(), set()]
 
 
-def test_nobody_asks_which_of_them_one_is() -> None:
+def test_no_code_checks_whether_weights_are_in_memory_by_type() -> None:
     sources = Path(coprune.__file__).parent
     for file in sources.rglob("*.py"):
         asked = re.findall(r"isinstance\([^)]*\b(?:InMemory|LazyCheckpoint)\b", file.read_text(encoding="utf-8"))

@@ -388,7 +388,7 @@ def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
     assert "experts_implementation" not in (tmp_path / "config.json").read_text()
 
 
-def test_who_writes_beside_waits_for_what_a_device_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_writes_wait_for_copies_from_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caller, waited = threading.get_ident(), []
 
     def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
@@ -413,7 +413,7 @@ def test_who_writes_beside_waits_for_what_a_device_copies(tmp_path: Path, monkey
     writer.discard()
 
 
-def test_a_part_that_is_written_beside_is_there_when_it_is_settled(
+def test_a_shard_written_in_the_background_is_complete_after_settling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller goes on meanwhile; what goes wrong there is told before the next part."""

@@ -31,7 +31,7 @@ shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1
 
 @settings(deadline=None, max_examples=30)
 @given(shapes, st.integers(0, 20_000), st.sampled_from(DTYPES), st.data())
-def test_behaves_like_a_list(
+def test_activations_behave_like_a_list(
     sizes: list[tuple[int, int, int]], limit: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     plain = [torch.randn(size).to(dtype) for size in sizes]

@@ -123,7 +123,7 @@ def expert(number: int, width: int) -> Matrix:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_found_again_in_any_order(dtype: torch.dtype) -> None:
+def test_counted_rows_are_found_in_any_order(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 8, 6, generator=generator).to(dtype)
     hidden[1, 3], hidden[0, 2] = hidden[0, 5], hidden[0, 1]  # equal rows, of which one is counted

@@ -38,7 +38,7 @@ def test_blocks_are_the_encoders_and_then_the_decoders() -> None:
     ]
 
 
-def test_the_proof_finds_what_is_handed_on() -> None:
+def test_the_proof_finds_states_passed_between_blocks() -> None:
     model = pico_pair_model("T5")
     handed = prove(model, pico_pairs(model, 1)).structure.handed
     # Position biases from block to block, and the encoder's states to every block of the decoder.

@@ -97,7 +97,7 @@ def test_masks_are_those_of_full_forwards(family: str, target: str) -> None:
     "family",
     sampled([one for one in WITHOUT_EXPERTS if one not in ("mamba", "xlnet")], quick=["mamba2", "bamba", "rwkv"]),
 )
-def test_matrix_by_matrix_they_are_those_of_full_forwards_too(family: str) -> None:
+def test_wanda_masks_of_hybrids_match_full_forwards(family: str) -> None:
     model, oracle = pico_model(family), pico_model(family)
     prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TARGETS["2:4"], "sequential")
     prune_with_full_forwards(oracle, BATCHES, wanda_as_published(TARGETS["2:4"]), "sequential")

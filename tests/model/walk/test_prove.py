@@ -163,7 +163,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(kind: type[ToyModel]) -> None:
+def test_unsupported_structures_are_refused_unchanged(kind: type[ToyModel]) -> None:
     model = kind()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedModel, match=REFUSED[kind]):
@@ -205,7 +205,7 @@ def test_what_no_block_makes_use_of_may_depend_on_earlier_blocks() -> None:
     assert torch.equal(model.head(hidden), model(TOKENS).logits)
 
 
-def test_what_a_block_leaves_for_the_next_is_carried_to_it() -> None:
+def test_state_left_by_a_block_reaches_the_next() -> None:
     model = ReadsNotes()
     structure = prove(model)
     assert structure.streams == ("notes",)
@@ -216,7 +216,7 @@ def test_what_a_block_leaves_for_the_next_is_carried_to_it() -> None:
     assert torch.equal(model.head(hidden), model(TOKENS).logits)
 
 
-def test_groups_and_reuse() -> None:
+def test_proof_finds_groups_and_reused_matrices() -> None:
     model = ToyModel()
     structure = prove(model)
     assert [[m.name for m in group] for group in structure.groups[1]] == [["layers.1.first"], ["layers.1.second"]]

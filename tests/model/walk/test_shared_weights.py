@@ -82,7 +82,7 @@ def _by_whole_forwards(model: PreTrainedModel, solve: Solve, propagation: Propag
     ("method", "propagation"),
     [("wanda", "block"), ("wanda", "sequential"), ("wanda", "dense"), ("sparsegpt", "block")],
 )
-def test_they_are_pruned_on_what_all_blocks_give_them(method: str, propagation: Propagation) -> None:
+def test_shared_weights_are_pruned_on_the_inputs_of_all_blocks(method: str, propagation: Propagation) -> None:
     model, oracle = pico_model("zamba2"), pico_model("zamba2")
     settings: dict[str, Any] = {"batch_size": 4, "evaluate": False, "quiet": True, "propagation": propagation}
     report = coprune.prune(model, method, dataset=torch.cat(BATCHES), **settings).report
@@ -115,7 +115,7 @@ def test_blocks_are_trained_toward_the_dense_model(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "more", [{"reconstruct": 3}, pytest.param({"propagation": "dense", "allocation": "owl"}, marks=pytest.mark.slow)]
 )
-def test_a_folder_holds_them_once(more: dict[str, Any], tmp_path: Path) -> None:
+def test_shared_weights_are_saved_once(more: dict[str, Any], tmp_path: Path) -> None:
     save_pico(tmp_path / "source", "zamba2")
     for stream in (True, False):
         report = coprune.prune(
@@ -141,7 +141,7 @@ def test_a_folder_holds_them_once(more: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_run_that_goes_on_prunes_them_again_only_where_it_has_to(
+def test_a_resumed_run_prunes_shared_weights_again_only_if_damaged(
     damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, looks = save_pico(tmp_path / "source", "zamba2"), list[str]()
@@ -178,7 +178,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def test_a_block_that_is_read_back_gives_the_others_what_they_share(tmp_path: Path) -> None:
+def test_restoring_a_block_updates_shared_weights_in_others(tmp_path: Path) -> None:
     model = pico_model("zamba2")
     weights = InMemory(model)
     tensors = weights.original_tensors("model.layers.1")
@@ -189,7 +189,7 @@ def test_a_block_that_is_read_back_gives_the_others_what_they_share(tmp_path: Pa
     assert torch.equal(first, 2 * tensors[f"{SHARED}self_attn.q_proj.weight"])
 
 
-def test_a_configuration_alone_shows_them_and_the_memory_holds_them(tmp_path: Path) -> None:
+def test_shared_weights_are_counted_from_the_configuration_alone(tmp_path: Path) -> None:
     place = ModelFolder(save_pico(tmp_path / "source", "zamba2"), "source")
     lazy = LazyCheckpoint(place)
     lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
@@ -207,6 +207,6 @@ def _shapes(weights: Weights) -> Shapes:
 
 
 @pytest.mark.parametrize("parts", ["blocks=0.25", "channels=0.25"])
-def test_parts_of_them_are_not_removed(parts: str) -> None:
+def test_removing_parts_of_shared_weights_is_refused(parts: str) -> None:
     with pytest.raises(UnsupportedModel, match=r"shared_transformer\S+ is in several blocks"):
         coprune.prune(pico_model("zamba2"), dataset=torch.cat(BATCHES), remove=parts, evaluate=False, quiet=True)

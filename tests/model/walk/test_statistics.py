@@ -45,7 +45,7 @@ def test_norms_and_means(kind: type[Statistic]) -> None:
         torch.testing.assert_close(statistic.mean, x.float().mean(dim=0))
 
 
-def test_gram() -> None:
+def test_gram_of_batches_equals_gram_of_all_rows() -> None:
     x, gram = inputs(seed=2), Gram(6)
     for rows in (slice(0, 15), slice(15, 40)):
         gram.update(x[rows])
@@ -58,7 +58,7 @@ def test_no_tokens_give_zeros() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_bad_activations_stop(bad: float) -> None:
+def test_non_finite_activations_raise_a_numerical_error(bad: float) -> None:
     x = inputs()
     x[3, 2] = bad
     for kind in KINDS:
@@ -66,7 +66,7 @@ def test_bad_activations_stop(bad: float) -> None:
             kind(6).update(x)
 
 
-def test_what_is_derived_lives_until_more_is_seen() -> None:
+def test_derived_values_are_cached_until_the_next_update() -> None:
     statistic = Gram(6)
     statistic.update(inputs())
     assert statistic.remember("answer", lambda: 1) == statistic.remember("answer", lambda: 2) == 1

@@ -34,7 +34,7 @@ BATCHES = list(pico_tokens(6).split(2))
 
 
 @pytest.mark.parametrize("family", SHARING)
-def test_the_mapping_is_found_and_carried(family: str) -> None:
+def test_shared_keys_and_values_are_found_and_passed_on(family: str) -> None:
     structure = prove(pico_model(family), BATCHES[0][:1]).structure
     assert structure.streams == ("shared_kv_states",)
     assert prove(pico_model(family, num_kv_shared_layers=0), BATCHES[0][:1]).structure.streams == ()

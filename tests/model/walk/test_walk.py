@@ -110,7 +110,7 @@ def test_the_sliding_window_matters() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_looking_changes_nothing_and_sees_the_dense_model(family: str) -> None:
+def test_a_walk_that_only_observes_leaves_the_model_unchanged(family: str) -> None:
     model = pico_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     walk = make_walk(model, BATCHES, InputNorm, Dense())
@@ -165,7 +165,7 @@ def test_the_head_is_pruned_from_the_pruned_models_last_hidden_states() -> None:
     assert float(((model.lm_head.weight != 0) != (expected != 0)).float().mean()) < 1e-3
 
 
-def test_half_precision() -> None:
+def test_walking_in_bfloat16_gives_the_masks_of_full_forwards() -> None:
     model = pico_model("llama", dtype=torch.bfloat16)
     prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, "sequential")
     oracle = pico_model("llama", dtype=torch.bfloat16)

@@ -127,7 +127,7 @@ def only(model: ProvenModel, name: str) -> Chosen:
     return model.only([name]).chosen
 
 
-def test_a_part_of_the_rows_tells_about_as_much() -> None:
+def test_fisher_on_a_sample_of_rows_is_close_to_all_rows() -> None:
     model = pico_model("llama")
     proven = prove(model, SAMPLES[0][0])
     squares = squares_of(model, proven.chosen)
@@ -169,7 +169,7 @@ def test_experts_of_one_parameter_lose_together() -> None:
     assert len({*map(frozenset, found.values())}) > 2
 
 
-def test_what_the_model_hardly_hears_of_is_pruned_most() -> None:
+def test_fisher_prunes_the_least_influential_matrices_most() -> None:
     model = pico_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 0.01
@@ -212,7 +212,7 @@ def test_a_folder_is_loaded_whole(tmp_path: Any) -> None:
         coprune.prune(tmp_path / "model", allocation="fisher", stream=True, quiet=True, **said)
 
 
-def test_images_have_slopes_too() -> None:
+def test_fisher_allocates_for_image_classifiers() -> None:
     walk = make_walk(pico_classifier("vit"), [pico_pixels("vit")])
     targets = plan_targets(allocation_named("fisher"), walk.model, walk.recording, TARGET)
     assert len({target.sparsity for target in targets.values()}) > 2

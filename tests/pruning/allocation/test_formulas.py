@@ -78,7 +78,7 @@ def test_experts_of_one_parameter_are_one_unit() -> None:
     assert {unit_name(name) for name in experts.members} == {experts.name}
 
 
-def test_a_plan_looks_only() -> None:
+def test_planning_an_allocation_leaves_the_model_unchanged() -> None:
     model, dense = pico_model("llama"), pico_model("llama")
     for name in ("owl", "fisher"):
         plan(model, name, Target(Unstructured(), 0.5))

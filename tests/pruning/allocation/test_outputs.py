@@ -55,7 +55,7 @@ def test_outputs_count_by_their_squared_slopes(family: str, said: str, power: fl
     assert all(own.outputs is None for own in grouped.values())
 
 
-def test_shares_are_around_one_and_not_too_far_from_it() -> None:
+def test_shares_of_outputs_average_one_and_are_clipped() -> None:
     far = torch.tensor([1.0, 3.0, 0.0, 1e9], dtype=torch.float64)
     for power, most in ((1.0, 4 * 256), (0.5, 32)):
         shares = shares_of_outputs(far, power)
@@ -94,7 +94,7 @@ def test_methods_that_leave_weights_leave_them_to_the_last_bit(method: str) -> N
     assert torch.equal(found.keep, plain.keep) == (method == "wanda")
 
 
-def test_a_run_takes_it_for_what_is_chosen_across_outputs() -> None:
+def test_fisher_outputs_change_zeros_per_output_at_the_same_sparsity() -> None:
     said: dict[str, Any] = {"dataset": pico_tokens(8, 32), "sparsity": 0.6, "method": "sparsegpt", "refine": ("refit",)}
     models = [pico_model("llama") for _ in range(2)]
     for model, allocation in zip(models, ["fisher:outputs=0", "fisher"], strict=True):

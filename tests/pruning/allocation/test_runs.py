@@ -123,7 +123,7 @@ def test_n_of_any_m_is_chosen_per_matrix(tmp_path: Path) -> None:
     assert {m.sparsity for m in report.matrices} == {0.25, 0.5, 0.75}
 
 
-def test_a_file_is_followed_and_the_rest_share_what_is_left(tmp_path: Path) -> None:
+def test_sparsities_of_a_file_are_exact_and_the_rest_meets_the_target(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text('"*.0.*": 0.5\n"*.v_proj": 0.25\n"*.gate_proj": 0.75\n')
     report = run(tmp_path, str(file), sparsity=0.6)
@@ -159,7 +159,7 @@ def test_a_file_may_name_n_of_m(tmp_path: Path) -> None:
         (None, {}, "cannot be read"),
     ],
 )
-def test_files_that_cannot_be_followed(
+def test_invalid_allocation_files_are_refused(
     tmp_path: Path, text: str | None, settings: dict[str, Any], message: str
 ) -> None:
     file = tmp_path / "plan.yaml"
@@ -182,17 +182,17 @@ def test_files_that_cannot_be_followed(
         ("uniform:spread=0.1", "no options"),
     ],
 )
-def test_bad_names_and_options(text: str, message: str) -> None:
+def test_bad_allocations_are_refused(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         allocation_named(text)
 
 
-def test_options_are_taken() -> None:
+def test_allocation_options_are_parsed() -> None:
     assert allocation_named("owl:spread=0.1,threshold=7") == OWL(threshold=7, spread=0.1)
 
 
 @pytest.mark.parametrize("name", sampled(["owl", "fisher"], quick=["fisher"]))
-def test_the_first_tokens_are_those_of_so_many_samples(tmp_path: Path, name: str) -> None:
+def test_an_allocations_token_limit_is_met_by_whole_samples(tmp_path: Path, name: str) -> None:
     """The first 64 tokens are two samples of 32, in a run as where it is inspected."""
     save_pico(tmp_path / "model")
     data: dict[str, Any] = {"dataset": str(write_words(tmp_path / "words.txt")), "seqlen": 32, "batch_size": 1}
@@ -210,7 +210,7 @@ def test_the_first_tokens_are_those_of_so_many_samples(tmp_path: Path, name: str
     assert [matrix.sparsity for matrix in report.matrices] == pytest.approx(planned(64, 8), abs=1e-3)
 
 
-def test_permute_wants_groups_and_memory() -> None:
+def test_permute_requires_an_nm_pattern_and_memory() -> None:
     with pytest.raises(BadInput, match="2:4"):
         make_recipe({"model": "m", "permute": True})
     with pytest.raises(BadInput, match="memory"):

@@ -40,7 +40,7 @@ def dropped_by(name: str, problem: Problem) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda"])
-def test_by_score(name: str, problem: Problem) -> None:
+def test_methods_by_score_drop_the_lowest_of_each_group(name: str, problem: Problem) -> None:
     pattern, weight, statistic = problem
     pruned = METHODS[name].prune(weight, statistic, Target(pattern, pattern.sparsity))
     assert torch.equal(~pruned.keep, dropped_by(name, problem))
@@ -67,7 +67,7 @@ def test_sparsegpt(problem: Problem, block_size: int, inner_loop: str) -> None:
 
 @pytest.mark.parametrize("selection", ["seq", "iter"])
 @pytest.mark.parametrize("score", ["mag", "wanda"])
-def test_ablations(problem: Problem, score: str, selection: str) -> None:
+def test_ablations_match_the_published_column_update_in_any_group(problem: Problem, score: str, selection: str) -> None:
     pattern, weight, statistic = problem
     norm = statistic.mean_square.sqrt() if score == "wanda" else torch.ones(weight.shape[1])
     pruned = METHODS[f"ablate_{score}_{selection}"].prune(weight, statistic, Target(pattern, pattern.sparsity))
@@ -86,7 +86,7 @@ def test_ablations(problem: Problem, score: str, selection: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ria", "dsnot", "admm", "alps", "wanda_variant"])
-def test_the_others_keep_n_of_every_m(name: str, problem: Problem) -> None:
+def test_other_methods_keep_n_of_every_m(name: str, problem: Problem) -> None:
     pattern, weight, statistic = problem
     keep = METHODS[name].prune(weight, statistic, Target(pattern, pattern.sparsity)).keep
     assert bool((keep.unflatten(1, (-1, pattern.m)).sum(dim=2) == pattern.n).all())

@@ -78,7 +78,7 @@ def test_bad_names_and_options_are_refused(name: str, options: dict[str, Any], m
         method_named(name, options)
 
 
-def test_an_option_that_is_right_is_taken() -> None:
+def test_valid_method_options_are_accepted() -> None:
     assert method_named("sparsegpt", {"damping": 1, "block_size": 64}) == SparseGPT(block_size=64, damping=1)
 
 

@@ -64,7 +64,7 @@ def test_a_budget_is_spent_in_whole_blocks() -> None:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_a_run_with_it(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_prunes_by_a_new_pattern(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PATTERNS, "1xW", Blocks)  # the line in the table
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")

@@ -56,7 +56,7 @@ def test_sparsegpt(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("name", ["ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"])
-def test_ablations(layer: tuple[Tensor, Tensor, Gram], target: Target, name: str) -> None:
+def test_ablations_match_the_authors_procedures(layer: tuple[Tensor, Tensor, Gram], target: Target, name: str) -> None:
     weight, _, statistic = layer
     square = statistic.mean_square
     counts = pruned_of[str(target.pattern)]

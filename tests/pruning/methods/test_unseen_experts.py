@@ -28,7 +28,7 @@ def test_experts_that_see_every_token_times_zero_are_pruned_by_magnitude(method:
 
 
 @pytest.mark.parametrize("method", ["wanda", "ria", "dsnot", "sparsegpt", "admm", "alps"])
-def test_any_other_matrix_goes_by_its_weights(method: str) -> None:
+def test_a_matrix_without_inputs_is_pruned_by_magnitude(method: str) -> None:
     """None is wiped out, and the pattern is kept."""
     generator = torch.Generator().manual_seed(0)
     weight, target = torch.randn(8, 16, generator=generator), Target(NM(2, 4), 0.5)

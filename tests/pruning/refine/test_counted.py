@@ -75,7 +75,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count() -> None:
     assert not torch.equal(trained(Examples(inputs, targets, [1.0] * 4), 8)[0], weight)
 
 
-def test_a_step_goes_by_the_batchs_part_of_that_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_batches_add_up_to_the_mean_over_counted_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of an epoch's gradients together are that of the mean over the tokens that count, times the batches."""
     inputs, targets, counted = batches(0), batches(1), marks()
     found: list[Tensor] = []

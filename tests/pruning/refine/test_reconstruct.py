@@ -81,9 +81,7 @@ def distance(model: PreTrainedModel) -> float:
     ("propagation", "changes"),
     [pytest.param("sequential", {}, marks=pytest.mark.slow), ("block", {"dtype": "bfloat16"})],
 )
-def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
-    propagation: Propagation, changes: dict[str, Any]
-) -> None:
+def test_reconstruction_lowers_the_error_and_keeps_zeros(propagation: Propagation, changes: dict[str, Any]) -> None:
     plain, before = pruned(None, propagation)
     trained, after = pruned(Reconstruction(steps=40, **changes), propagation)
     assert distance(trained) < distance(plain)
@@ -106,7 +104,7 @@ def test_a_processor_without_products_of_bfloat16_trains_in_float32(monkeypatch:
 
 
 @pytest.mark.parametrize("steps", [1, 3, pytest.param(30, marks=pytest.mark.slow)])
-def test_dense_states_that_nobody_looks_at_make_no_difference(steps: int) -> None:
+def test_reconstruction_needs_dense_states_of_used_batches_only(steps: int) -> None:
     reconstruction = Reconstruction(steps=steps)
     used = reconstruction.batches_used([1.0] * len(BATCHES))
     assert len(used) == min(steps, len(BATCHES) - 1) + 1

@@ -64,7 +64,7 @@ def test_refit_is_least_squares_on_the_kept_inputs() -> None:
             torch.testing.assert_close(refined.weight[row, kept].double(), best, rtol=1e-3, atol=1e-3)
 
 
-def test_rounds_that_gain_little_are_left_out() -> None:
+def test_refit_stops_when_a_round_gains_little() -> None:
     weight, _, statistic = correlated_layer(12, 64, tokens=1024)
     pruned = METHODS["wanda"].prune(weight, statistic, TARGETS[0])
 

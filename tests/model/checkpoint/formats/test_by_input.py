@@ -23,7 +23,7 @@ from support.quantised import quantised_pico
 @pytest.mark.parametrize(
     ("form", "family"), [pytest.param("gptq", "llama", marks=pytest.mark.slow), ("awq", "qwen3_moe")]
 )
-def test_it_is_pruned_as_the_plain_weights_that_it_holds(form: str, family: str, tmp_path: Path) -> None:
+def test_gptq_and_awq_prune_like_their_dense_weights(form: str, family: str, tmp_path: Path) -> None:
     quantised, dense = quantised_pico(tmp_path, form, family)
     own, plain = (
         load_model(ModelFolder(folder, "pico"), processed=False)[0].state_dict() for folder in (quantised, dense)

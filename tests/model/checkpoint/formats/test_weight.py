@@ -43,7 +43,7 @@ def encoded(form: str) -> tuple[Weight, dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_weight_is_what_its_encoder_meant_and_keeps_every_code_that_is_not_set_to_zero(form: str) -> None:
+def test_decoding_and_encoding_again_keeps_values_and_codes(form: str) -> None:
     weight, stored, values = encoded(form)
     assert torch.equal(weight.decode(stored, torch.empty(weight.shape)), values)
     again, rounding = weight.encode(values, stored)
