@@ -256,20 +256,20 @@ class PruneArguments(RecipeArguments, total=False):
     """Added to the Hessian's diagonal, as a fraction of its mean. Added to the unit diagonal of the scaled Gram
     matrix. Added to the Gram matrix's diagonal before it is scaled, as a fraction of its mean."""
     inner_loop: Literal["auto", "torch", "triton"]
-    """The loop over the columns of a block: auto is a native kernel on CPUs where it compiles, one of Triton's on
-    NVIDIA's GPUs where it gives what torch gives, and torch elsewhere."""
+    """The loop over a block's columns: auto is a native kernel on CPUs where it compiles, a Triton kernel on NVIDIA
+    GPUs where it matches torch, and torch elsewhere."""
     selection: Literal["sequential", "iterative"]
     """Whether the mask is chosen before the update (`sequential`) or along with it (`iterative`)."""
     power: float
     """Exponent of the input norms: n^power."""
     start: Literal["magnitude", "wanda", "ria"]
-    """The method whose mask it begins from."""
+    """The method that gives the initial mask."""
     cycles: int
     """Maximum number of swaps per row."""
     rounds: int
-    """Rounds of the alternation. Rounds at most; it stops as soon as the mask stands still."""
+    """Number of alternations. Maximum number of rounds; stops as soon as the mask settles."""
     mask_rounds: int
-    """Number of first rounds in which the mask is chosen again, on a cubic schedule of sparsity."""
+    """Number of initial rounds that choose the mask anew, on a cubic sparsity schedule."""
     rho: float
     """Strength of the pull toward the sparse weights. The penalty at the start."""
     rounds_per_rho: int

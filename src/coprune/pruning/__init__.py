@@ -1,1 +1,1 @@
-"""Pruned weights from weights and statistics of their inputs."""
+"""Pruning of weights, given the weights and statistics of their inputs."""

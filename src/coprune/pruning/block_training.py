@@ -1,4 +1,4 @@
-"""Blocks trained toward the dense model's outputs when they are pruned, or when parts of them were removed."""
+"""Training of blocks toward the dense model's outputs after pruning or removing parts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class BlockTraining(BaseModel):
 
     block: str
     start: float
-    """Relative error before."""
+    """Relative error before training."""
     end: float
-    """Relative error of what was kept; that before where no step was better."""
+    """Relative error of the kept state; `start` if no step was better."""
     rate: float
-    """Learning rate of what was kept, relative as in `Reconstruction`; the lowest that was tried where nothing was."""
+    """Learning rate of the kept state, relative as in `Reconstruction`; the lowest tried if none helped."""
     trained: str
-    """Names of what was trained."""
+    """Names of the trained parameters."""
 
     @property
     def is_idle(self) -> bool:
@@ -46,21 +46,21 @@ def reconstruct_block(
     fixed: Container[str] = (),
     earlier: Sequence[BlockTraining] = (),
 ) -> tuple[list[MatrixResult], BlockTraining | None]:
-    """Train a block toward the dense model's outputs; one in which nothing was pruned is left alone.
+    """Train a block toward the dense model's outputs; leave it alone if nothing in it was pruned.
 
     Args:
-        reconstruction: how.
+        reconstruction: how to train.
         done: the pruned block.
-        recording: the batches that go through it.
-        results: what became of its matrices.
-        fixed: parameters of the model that are not trained, since other blocks have them too.
-        earlier: trainings of the blocks before, whose learning rate serves here too.
+        recording: the batches that run through it.
+        results: results of its matrices.
+        fixed: parameters that are not trained, since other blocks share them.
+        earlier: trainings of earlier blocks, from whose learning rate to start.
 
     Returns:
-        The results with their masks as they are now, and what the training did.
+        The results with updated masks, and the effect of the training.
 
     Raises:
-        NumericalError: with the block's name, if a weight that was zero is not zero any more, or nothing is finite.
+        NumericalError: a pruned weight changed or values are not finite; the message names the block.
     """
     if not results:
         return results, None
@@ -82,18 +82,18 @@ def reconstruct_cut(
     cut: tuple[Mapping[str, Tensor], list[MatrixResult]],
     earlier: Sequence[BlockTraining] = (),
 ) -> tuple[list[MatrixResult], BlockTraining]:
-    """Train what is left of a block, after parts of it were removed, toward the dense model's outputs.
+    """Train the rest of a block toward the dense model's outputs after parts of it were removed.
 
     Args:
-        reconstruction: how.
-        done: the block, in which what was removed is silent, and stays so. One that lost nothing may make up for others.
-        recording: the batches that go through it.
+        reconstruction: how to train.
+        done: the block, whose removed parts are silent and stay so; one that lost nothing may compensate for others.
+        recording: the batches that run through it.
         chosen: its matrices, all of which are trained.
-        cut: what is kept of its parameters (bool, by name), and what became of matrices.
-        earlier: as of `reconstruct_block`.
+        cut: masks of its kept parameters (bool, by name), and results of its matrices.
+        earlier: as in `reconstruct_block`.
 
     Returns:
-        As `reconstruct_block`. Raises NumericalError as that does.
+        As for `reconstruct_block`, and raises NumericalError likewise.
     """
     masks, results = cut
     kept = {name.removeprefix(f"{done.block.name}."): mask for name, mask in masks.items()}
@@ -108,7 +108,7 @@ def reconstruct_cut(
 
 
 def _only(trained: Trained, kept: Tensor | None) -> Trained:
-    """Restrict the training of a parameter to its kept entries; a vector's entries are all trained."""
+    """Restrict the training of a parameter to its kept entries; all entries of a vector are trained."""
     if kept is None:
         return trained
     return replace(trained, entries=kept if trained.entries is None else trained.entries & kept)
@@ -123,14 +123,14 @@ def _checksum_of_rest(matrix: Matrix, masks: Mapping[str, Tensor]) -> str:
 
 
 _SEARCHED = 3
-"""Blocks on which learning rates are tried; neighbouring blocks of a model have much the same."""
+"""Number of blocks on which learning rates are tried; neighbouring blocks need much the same."""
 
 
 def rates_to_try(asked: Reconstruction, earlier: Sequence[BlockTraining]) -> tuple[float, ...]:
-    """Return the learning rates to try on a block: the last block's, and its half and double while that is not settled.
+    """Return the learning rates to try on a block: the last block's, and half and double that until it is settled.
 
-    It is settled after a few blocks, and open again after a block that it gained nothing in. earlier: trainings of the blocks
-    before.
+    The rate settles after a few blocks and is reopened by a block that gained nothing. earlier: trainings of the earlier
+    blocks.
     """
     if asked.learning_rate is not None:
         return (asked.learning_rate,)

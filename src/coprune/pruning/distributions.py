@@ -1,7 +1,7 @@
-"""Histograms of one matrix when it was pruned: weight magnitudes, input norms, Wanda scores.
+"""Histograms of a matrix as it is pruned: weight magnitudes, input norms, Wanda scores.
 
-All are over the decimal logarithm, since all spread over orders of magnitude. Weights and scores are counted on a sample
-of rows, so that the cost does not depend on the matrix's size; input norms are all counted.
+All are over the decimal logarithm, since the values span orders of magnitude. Weights and scores are counted on a sample
+of rows, so the cost does not depend on the matrix's size; input norms are all counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SAMPLED_WEIGHTS = 2**16
 
 
 class Histogram(BaseModel):
-    """Counts in equal bins of log₁₀ between low and high; values of zero are not in them."""
+    """Counts in equal bins of log₁₀ between low and high; zeros are not counted."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,7 +25,7 @@ class Histogram(BaseModel):
     high: float
     kept: tuple[int, ...]
     pruned: tuple[int, ...]
-    """Empty where nothing is pruned, as among input norms."""
+    """Empty if nothing is pruned, as for input norms."""
 
 
 class Distributions(BaseModel):
@@ -47,7 +47,7 @@ def distributions_of(weight: Tensor, keep: Tensor, norm: Tensor | None) -> Distr
         norm: I, root mean square of every input channel, or None if no input was seen.
 
     Returns:
-        Histograms, None where there is nothing but zeros.
+        Histograms, None where all values are zero.
     """
     magnitude, kept = to_host(*sampled(weight, keep))
     assert magnitude is not None
@@ -56,7 +56,7 @@ def distributions_of(weight: Tensor, keep: Tensor, norm: Tensor | None) -> Distr
 
 
 def sampled(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the magnitudes of some of a matrix's rows, and which of those weights are kept."""
+    """Return the magnitudes of a sample of a matrix's rows, and their mask of kept weights."""
     step = max(1, -(-weight.numel() // SAMPLED_WEIGHTS))
     return weight[::step].abs(), keep[::step]
 
@@ -71,7 +71,7 @@ def distributions_in_host_memory(magnitude: Tensor, kept: Tensor, norm: Tensor |
 
 
 def histogram(values: Tensor, keep: Tensor | None) -> Histogram | None:
-    """Count values ≥ 0 by their decimal logarithm, and those that are not kept apart.
+    """Count values ≥ 0 by their decimal logarithm, kept and pruned ones separately.
 
     Args:
         values: any shape, floating.
@@ -81,7 +81,7 @@ def histogram(values: Tensor, keep: Tensor | None) -> Histogram | None:
         None if no value is above zero.
     """
     there = values > 0
-    if not bool(there.all()):  # seldom, and choosing them takes longer than counting
+    if not bool(there.all()):  # rare, and selecting takes longer than counting
         values, keep = values[there], None if keep is None else keep[there]
     if not values.numel():
         return None

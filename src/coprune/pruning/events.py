@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Kind = Literal[
-    "no tokens",  # came to the matrix, so it is pruned by magnitude, or its channels go by their norm
+    "no tokens",  # the matrix saw none, so weights are pruned by magnitude, or channels by norm
     "only zeros",  # likewise
-    "few tokens",  # figures: tokens, inputs; the layer's average made up for the rest
+    "few tokens",  # figures: tokens, inputs; topped up from the layer's average
     "damping raised",  # figures: damping
     "eigenvalues clipped",
     "mask unsettled",  # figures: rounds
@@ -26,4 +26,4 @@ class Event(BaseModel):
     kind: Kind
     figures: dict[str, float] = {}
     note: str = ""
-    """Text of a method from another package."""
+    """Text from a method of another package."""

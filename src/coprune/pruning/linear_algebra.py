@@ -1,4 +1,4 @@
-"""Damped, checked factorisations that the solvers share.
+"""Damped, checked factorisations shared by the solvers.
 
 float32 unless stated otherwise. A failed factorisation is never replaced by an identity matrix (which would be magnitude
 pruning under another name): the damping is raised, then the spectrum is clipped, both recorded as events; then
@@ -18,11 +18,11 @@ from coprune.pruning.events import Event
 ESCALATIONS = 3
 """Number of tenfold increases of the damping before the spectrum is clipped."""
 SMALLEST_HALF = 128
-"""Size from which on a triangular matrix is inverted at once."""
+"""Size up to which a triangular matrix is inverted directly."""
 
 
 def unless_all_zero(values: Tensor) -> Tensor:
-    """Return the values, or ones if all are zero, so that only the weights rank.
+    """Return the values, or ones if all are zero, so that ranking falls back to the weights.
 
     values: such as mean squares of inputs.
     """
@@ -60,7 +60,7 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[Event
 
 
 def _clipped_cholesky(matrix: Tensor, floor: float) -> Tensor:
-    """Return the lower factor of the matrix with eigenvalues clipped to at least `floor` (and 1e-6 of the largest)."""
+    """Return the lower factor of the matrix with eigenvalues clipped from below at `floor` (and 1e-6 of the largest)."""
     values, vectors = torch.linalg.eigh(matrix.double())
     clipped = values.clamp_min(max(floor, 1e-6 * float(values[-1])))
     repaired: Tensor = (vectors * clipped) @ vectors.T
@@ -74,8 +74,8 @@ def _clipped_cholesky(matrix: Tensor, floor: float) -> Tensor:
 class InverseFactor(NamedTuple):
     """The inverse of a damped Gram matrix as Uᵀ·U with U = diag(pivots) · unit.
 
-    unit: I × I float32, upper triangular with ones on its diagonal; pivots: I float32; dead: I bool, the inputs
-    that are zero in every token.
+    unit: I × I float32, upper triangular with ones on its diagonal; pivots: I float32; dead: I bool, the inputs that are
+    zero for every token.
     """
 
     unit: Tensor
@@ -89,8 +89,8 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
 
     The authors factor, invert and factor again. Here one factorisation from the last row to the first gives H = RRᵀ with R
     upper triangular, so U = R⁻¹: half the work, and one step that can fail instead of two. Dead inputs get the mean of the
-    live diagonal instead of the authors' 1, which depends on the scale of the activations and would change the damping. If
-    all inputs are dead, none is treated as dead, since only the weights can rank them.
+    live diagonal instead of the authors' 1, which depends on the activations' scale and would change the damping. If all
+    inputs are dead, none is treated as dead, since only the weights can rank them.
 
     Args:
         gram: I × I float32.
@@ -109,7 +109,7 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
     lower, events = damped_cholesky(reverse, damping)
     del reverse
     upper = lower.flip(0, 1)
-    del lower  # few matrices of this size at a time: that is what solving adds to the memory of a run
+    del lower  # matrices of this size dominate the memory of solving
     invert_upper(upper)
     pivots = upper.diagonal().clone()
     return InverseFactor(upper.div_(pivots[:, None]), pivots, dead, events)
@@ -118,8 +118,8 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
 def invert_upper(matrix: Tensor) -> None:
     """Invert an upper triangular matrix in place.
 
-    By halves: the inverse of [A B; 0 D] is [A⁻¹ −A⁻¹BD⁻¹; 0 D⁻¹], nearly all of it products. Solving for the columns of the
-    identity does not use that they are triangular too.
+    By halves: the inverse of [A B; 0 D] is [A⁻¹ −A⁻¹BD⁻¹; 0 D⁻¹], nearly all of it matrix products. Solving against the
+    identity would not exploit that its columns are triangular, too.
 
     Args:
         matrix: I × I, zero below its diagonal.
@@ -156,10 +156,10 @@ def scale_gram(gram: Tensor, damping: float) -> ScaledGram:
 
     Args:
         gram: I × I float32.
-        damping: what is added.
+        damping: added to the unit diagonal.
 
     Returns:
-        The matrix with a diagonal of 1 + damping, and of just damping for dead inputs, whose scale is zero unless all are dead.
+        The matrix with a diagonal of 1 + damping, or just the damping for dead inputs, whose scale is zero unless all are dead.
     """
     scale = unless_all_zero(gram.diagonal().clamp_min(0)).sqrt()
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))

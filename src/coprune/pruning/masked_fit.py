@@ -1,4 +1,4 @@
-"""Least squares over kept weights only: the refit that every mask may have, and what it must not make worse."""
+"""Least squares over kept weights only: a refit for any mask, and the check that it makes no row worse."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Rounds:
     """Limits of conjugate gradients."""
 
     most: int
-    """Rounds at most."""
+    """Maximum number of rounds."""
     tolerance: float = 0.0
-    """They end with the first that lowers the error of the whole matrix by less than this share of it; 0 makes all of them."""
+    """Stop after the first round that lowers the matrix's error by less than this share of it; 0 runs them all."""
     products: torch.dtype = torch.float32
-    """Precision of the products with the Gram matrix but the first. In bfloat16 a round's step is a little wrong, which the
-    next rounds make up for, so that ten rounds reach what ten exact ones do."""
+    """Precision of the products with the Gram matrix, except the first. In bfloat16 each step is slightly off, which later
+    rounds correct, so ten rounds reach what ten exact ones do."""
 
 
 def damp_diagonal(gram: Tensor, damping: float) -> Tensor:
-    """Return G + damping · diag(G), I × I: every input damped in proportion to itself, dead ones not at all."""
+    """Return G + damping · diag(G), I × I: which damps each input in proportion to itself and dead ones not at all."""
     return gram + torch.diag(damping * gram.diagonal())
 
 
@@ -39,7 +39,7 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
     all rows.
 
     Args:
-        weight: O × I float32, what is aimed at.
+        weight: O × I float32, the target.
         start: O × I float32, zero where keep is False.
         keep: O × I bool.
         gram: I × I float32, damped if it may be singular.
@@ -56,7 +56,7 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
     residual = delta @ gram
     if rounds.tolerance:
         error = total(delta * residual)
-    del delta  # one matrix of this size less in all rounds
+    del delta  # saves one matrix of this size in all rounds
     residual.mul_(kept)
     direction = residual * preconditioner
     strength = (residual * direction).sum(dim=1, keepdim=True)
@@ -83,7 +83,7 @@ def rows_improved(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -
     """Return the rows whose layer error is lower in `after` than in `before`.
 
     The difference of both errors ΔGΔᵀ is the change times G times the sum of both Δ: one product instead of two, and no
-    difference of large numbers. Differences within float32's rounding do not count.
+    difference of large numbers. Differences within float32 rounding do not count.
 
     Args:
         weight: O × I float32, the target.
@@ -103,5 +103,5 @@ def rows_improved(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return above / below, and zero where a row has converged and below is zero."""
+    """Return above / below, or zero where a row has converged and `below` is zero."""
     return torch.where(below > 0, above / below, torch.zeros_like(above))

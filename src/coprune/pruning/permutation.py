@@ -1,4 +1,4 @@
-"""Permute a model's channels for N:M before it is pruned: a consumer of the walk that leaves the function as it is."""
+"""Permutation of a model's channels for N:M before pruning, which leaves its function unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from coprune.recipe.pattern import Pattern
 
 @dataclass
 class Permuted:
-    """The outcome of a permutation: score retained in the permuted matrices before and after, and which matrices those are."""
+    """The result of a permutation: the permuted matrices, and the score they retain before and after."""
 
     before: float = 0.0
     after: float = 0.0
@@ -44,18 +44,18 @@ class Permuted:
     """Number of matrices to prune."""
 
     def describe(self) -> str:
-        """Return one line on the result."""
+        """Return the result as one line."""
         if not self.names:
-            return "No inputs could be permuted without changing the model; it is as it was."
+            return "No inputs could be permuted without changing the model, so it was left as it is."
         gained = self.after / self.before - 1 if self.before else 0.0  # all weights may be zero
         return (
-            f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' come from the residual stream "
-            f"or from what could not be proved): N:M retains {per_cent(gained)} more of their score."
+            f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' inputs come from the residual stream "
+            f"or could not be proved permutable): N:M retains {per_cent(gained)} more of their score."
         )
 
 
 def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
-    """Return the N and M to permute channels for. Raises BadInput if permuting makes no sense or is not possible."""
+    """Return the N and M to permute channels for. Raises BadInput if permuting is pointless or impossible."""
     if pattern.n_of_m is None:
         raise BadInput(
             "permute reorders channels for groups of N:M",
@@ -75,24 +75,24 @@ def permute_model(
     processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda blocks: None,
 ) -> Permuted:
-    """Permute input channels in place, so that N:M retains more of the score; the model computes what it did before.
+    """Permute input channels in place so that N:M retains more of the score, without changing the model's function.
 
-    If the logits of the sample that the model was proven on differ by more than rounding, everything is put back.
+    If the logits of the sample that proved the model differ by more than rounding, everything is restored.
 
     Args:
         model: a model in memory.
-        recording: calibration batches of its own, since it moves their hidden states on.
-        method: the score is RIA's own for RIA, Wanda's for every other.
+        recording: calibration batches used here only, since their hidden states advance.
+        method: the method to prune with; the score is RIA's for RIA, else Wanda's.
         pattern: N of every M inputs are kept.
-        processes: those that look at the model together.
-        advance: called with the share of a block that was done.
+        processes: all that measure the model together.
+        advance: called with the share of a block just done.
 
     Returns:
-        What was permuted, and what that retains.
+        The permuted matrices and the retained score.
 
     Raises:
-        BadInput: where permuting makes no sense.
-        NumericalError: where the activations are not finite.
+        BadInput: permuting is pointless.
+        NumericalError: the activations are not finite.
     """
     n_of_m = check_permutable(model.weights, pattern)
     probe = model.structure.sample
@@ -144,9 +144,9 @@ def _score(matrix: Matrix, statistics: Mapping[str, Statistic], method: Method) 
 
 
 _TILE = PerMemory(host=2**20, gpu=2**26)
-"""Numbers that are compared at a time."""
+"""Number of values compared at a time."""
 _GROUPS = 512
-"""Groups that exchange channels with each other: time grows with their square, with that of an assignment still faster."""
+"""Number of groups that exchange channels; time grows faster than their square because of the assignment."""
 
 
 def retained_score(score: Tensor, n: int, m: int) -> float:
@@ -157,16 +157,16 @@ def retained_score(score: Tensor, n: int, m: int) -> float:
 def permute_channels(score: Tensor, n: int, m: int) -> Tensor:
     """Find an order of the input channels in which N:M retains more of the score.
 
-    Every place of the groups is exchanged once. The paper goes on while it helps, in ten times the time, for a tenth of what
-    this gains; and it exchanges among all groups, however many there are (LOG.md).
+    Each place in the groups is exchanged once. The paper repeats this while it helps, for little more gain at ten times the
+    time, and exchanges among all groups, however many there are (LOG.md).
 
     Args:
         score: O × I float32, not negative.
-        n: how many of a group are kept.
+        n: number kept per group.
         m: size of a group.
 
     Returns:
-        I int64 on the CPU: which channel comes to each place, such that score[:, order] retains the most; the identity if
+        I int64 on the CPU: the channel for each place, so that score[:, order] retains more; the identity if
         nothing better is found.
 
     Raises:
@@ -182,16 +182,16 @@ def permute_channels(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def deal_serpentine(totals: Tensor, m: int) -> Tensor:
-    """Distribute channels, the greatest first, over groups of m: forwards, backwards, forwards … Returns I/m × m int64."""
+    """Deal channels, largest first, to groups of m: forwards, backwards, forwards … Returns I/m × m int64."""
     descending = totals.argsort(descending=True, stable=True).reshape(m, -1)
     hands = [hand.flip(0) if number % 2 else hand for number, hand in enumerate(descending)]
     return torch.stack(hands, dim=1)
 
 
 def _exchange(score: Tensor, groups: Tensor, n: int) -> Tensor:
-    """Take one channel out of every group and put them back in the best way, for each of the M places in turn.
+    """Take one channel out of each group and reassign them optimally, for each of the M places in turn.
 
-    Where there are many groups, each exchanges with every k-th one, so that strong and weak channels are among all of them.
+    Many groups are split into sets of every k-th one, so that each set has strong and weak channels.
     """
     parts = -(-len(groups) // _GROUPS)
     found = groups.clone()
@@ -201,7 +201,7 @@ def _exchange(score: Tensor, groups: Tensor, n: int) -> Tensor:
 
 
 def _exchange_among(score: Tensor, groups: Tensor, n: int) -> None:
-    """Exchange channels among all of these groups, in place."""
+    """Exchange channels among these groups, in place."""
     for place in range(groups.shape[1]):
         others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
         value = _values(score, groups[:, place].to(score.device), others.to(score.device), n)
@@ -210,11 +210,11 @@ def _exchange_among(score: Tensor, groups: Tensor, n: int) -> None:
 
 
 def _values(score: Tensor, channels: Tensor, others: Tensor, n: int) -> Tensor:
-    """Return the score that a group retains with a channel added, up to a constant of the group.
+    """Return the score that a group retains with a channel added, up to a constant per group.
 
-    channels: C; others: G × (M − 1), the channels that stay in each group. Returns C × G. Of a row, the group keeps its
-    n − 1 best others in any case, and then the better of the next one and the channel. The constant does not matter,
-    since every group gets one channel.
+    channels: C; others: G × (M − 1), the channels that stay in each group. Returns C × G. In each row the group keeps its
+    n − 1 best others in any case, then the better of the next one and the channel. The constant does not matter, since
+    every group gets one channel.
     """
     rows = score.shape[0]
     rest = score[:, others.reshape(-1)].reshape(rows, *others.shape)
@@ -226,7 +226,7 @@ def _values(score: Tensor, channels: Tensor, others: Tensor, n: int) -> Tensor:
 def summed_maxima(first: Tensor, second: Tensor) -> Tensor:
     """Return Σᵢ max(aᵢ, bᵢ) of every row a of one matrix and b of the other: A × n and B × n float, gives A × B.
 
-    In tiles that stay in the cache: torch.cdist, from whose L1 distances they follow, takes four times as long on a CPU.
+    Tiles stay in the cache; torch.cdist, whose L1 distances would do, takes four times as long on a CPU.
     """
     side = max(1, math.isqrt(_TILE.on(first.device) // first.shape[1]))
     sums = [

@@ -1,4 +1,4 @@
-"""Prune the matrices that a walk shows, one by one, and note what was done to each."""
+"""Pruning of the matrices that a walk yields, with a result for each."""
 
 from __future__ import annotations
 
@@ -39,21 +39,20 @@ class MatrixResult(BaseModel):
     sparsity: float
     """Fraction of zeros after pruning."""
     relative_layer_error: float | None
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block;
-    None if not measured."""
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block; None if not measured."""
     tokens: int | None
-    """Calibration tokens that it was multiplied with; for an expert, those routed to it."""
+    """Number of calibration tokens that it saw; for an expert, those routed to it."""
     mask_checksum: str
-    """CRC-32 of its zeros, by which a reloaded matrix is compared."""
+    """CRC-32 of its zeros, to compare a reloaded matrix by."""
     seconds: float
     events: tuple[Event, ...] = ()
     distributions: Distributions | None = None
-    """Distributions of weights, inputs and scores before pruning; in a file of their own beside the report."""
+    """Distributions of weights, inputs and scores before pruning; saved in a separate file beside the report."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A method, and refinements of its result."""
+    """A method and the refinements of its result."""
 
     method: Method
     refinements: tuple[Refinement, ...] = ()
@@ -70,7 +69,7 @@ class Solver:
             pruned = METHODS["magnitude"].prune(weight, None, target)
             return pruned._replace(events=(Event(kind="no tokens"),))
         if target.sparsity == 0:
-            # With no weight to prune, no method and no refinement may change one.
+            # If nothing is to be pruned, no method or refinement may change a weight.
             return Pruned(weight, weight != 0, events)
         pruned = prune_by_outputs(self.method, weight, statistic, target)
         for refinement in self.refinements:
@@ -80,12 +79,12 @@ class Solver:
 
 
 def usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Event, ...]]:
-    """Return the statistic to prune by; an expert's with too few tokens is topped up from its layer's."""
+    """Return the statistic to prune by, topped up from the layer's for an expert with too few tokens."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or statistic is None or statistic.count == 0:
         return None, ()
     if inputs.pool is not None and not bool(statistic.mean_square.any()):
-        return None, ()  # an expert that sees all tokens, times zero where they are others'
+        return None, ()  # an expert that multiplies other experts' tokens by zero
     if inputs.pool is None or statistic.count >= statistic.width:
         return statistic, ()
     event = Event(kind="few tokens", figures={"tokens": statistic.count, "inputs": statistic.width})
@@ -93,12 +92,12 @@ def usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[Eve
 
 
 class Solving:
-    """The distribution of matrices over processes: each is pruned by one, which sends its weights to the others.
+    """The distribution of matrices over processes: one process prunes each and sends its weights to the others.
 
     Args:
         processes: those of the run.
-        stages: groups that are known at the same time; their matrices are distributed together, costly ones first.
-        at_once: whether results are needed as soon as a group is pruned (`sequential`), or only at the block's end.
+        stages: groups whose statistics are known at the same time; their matrices are distributed together, costly ones first.
+        at_once: whether results are needed as soon as a group is pruned (`sequential`), or only at the end of the block.
         gram: whether solving a matrix costs more than in proportion to its size, as with a Gram matrix.
     """
 
@@ -121,7 +120,7 @@ class Solving:
         return self._owners[matrix.name] if self._processes.size > 1 else self._processes.rank
 
     def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
-        """Prune matrices that share their inputs, or leave them to others."""
+        """Prune this process's share of matrices with the same inputs."""
         for matrix in matrices:
             if self._owner(matrix) == self._processes.rank:
                 self._own[matrix.name] = prune_one(matrix)
@@ -130,7 +129,7 @@ class Solving:
             self._exchange()
 
     def collect(self) -> list[MatrixResult]:
-        """Finish pruning all matrices shown so far, and return the results since the last call."""
+        """Finish pruning all matrices so far; return the results since the last call."""
         self._exchange()
         results, self._results = self._results, []
         return results
@@ -145,10 +144,10 @@ class Solving:
 
 
 def share_out(groups: Sequence[Sequence[Matrix]], processes: int, gram: bool) -> dict[str, int]:
-    """Choose a process for every matrix, so that they end at about the same time: matrix name → rank.
+    """Assign each matrix to a process so that all end at about the same time: matrix name → rank.
 
     groups: of matrices fed by the same tensor, which share a statistic and what is derived from it.
-    gram: count O·I² for an O × I matrix, and I³ once for each group that a process has a part of; else O·I.
+    gram: count O·I² for an O × I matrix, plus I³ once for each group that a process has a part of; else O·I.
     """
     loads = [0] * processes
     factored: set[tuple[int, int]] = set()
@@ -177,21 +176,21 @@ def prune_walk(
     block_done: Callable[[BlockDone, list[MatrixResult]], list[MatrixResult]] = lambda done, results: results,
     solving: Solving | None = None,
 ) -> list[MatrixResult]:
-    """Prune every matrix that the walk shows, in place.
+    """Prune every matrix of the walk in place.
 
     Args:
-        walk: shows matrices with what is known of their inputs, and blocks that are done.
-        solver: how each is pruned.
+        walk: yields matrices with statistics of their inputs, and finished blocks.
+        solver: how to prune them.
         target_of: pattern and sparsity of each matrix.
-        layer_error: whether to measure it (on the Gram matrix if there is one, else on the sample of inputs).
-        block_done: called with every finished block and what was done in it, which it may amend.
-        solving: who prunes which matrix; by default this process all.
+        layer_error: whether to measure layer errors (on the Gram matrix if there is one, else on the sample of inputs).
+        block_done: called with each finished block and its results, which it may amend.
+        solving: which process prunes which matrix; by default this one prunes all.
 
     Returns:
-        The results of all blocks and of what was shown after them.
+        The results of all blocks and of the matrices after them.
 
     Raises:
-        NumericalError: with the name of the matrix.
+        NumericalError: solving failed; the message names the matrix.
     """
     solving = solving or Solving()
     results: list[MatrixResult] = []
@@ -210,11 +209,11 @@ def prune_walk(
 def prune_matrix(
     matrix: Matrix, inputs: Inputs | None, solver: Solver, target: Target, layer_error: bool
 ) -> MatrixResult:
-    """Prune one matrix in place, and measure what that did to its outputs."""
+    """Prune one matrix in place and measure the effect on its outputs."""
     started = time.perf_counter()
     weight = matrix.read()
     try:
-        # One read of the device for all results.
+        # All results are read from the device at once.
         with reading_later() as reading:
             pruned = solver.solve(weight, inputs, target)
             matrix.write(pruned.weight)
@@ -239,7 +238,7 @@ def prune_matrix(
 
 
 class Noted(NamedTuple):
-    """Zeros and their checksum, the error of the layer if it was measured, and how weights and inputs are spread."""
+    """Zeros with their checksum, the layer error if measured, and distributions of weights and inputs."""
 
     zeros: int
     checksum: str
@@ -250,10 +249,10 @@ class Noted(NamedTuple):
 def note(
     reading: Reading, matrix: Matrix, inputs: Inputs | None, weight: Tensor, after: Tensor, layer_error: bool
 ) -> Noted:
-    """Measure a pruned matrix, with one read of the device.
+    """Measure a pruned matrix with a single read from the device.
 
     Args:
-        reading: with the solver's own deferred checks.
+        reading: holds the solver's deferred checks.
         matrix: as the model now holds it.
         inputs: statistics of its inputs.
         weight: before pruning, O × I.
@@ -261,10 +260,10 @@ def note(
         layer_error: whether to measure it.
 
     Raises:
-        NumericalError: of the solver.
+        NumericalError: raised by the solver's deferred checks.
     """
     stored = matrix.stored()
-    # First, since it takes most memory: nothing else is held beside it.
+    # First, while nothing else is held, since it takes most memory.
     errors = _squared_errors(inputs, weight, after) if layer_error and inputs is not None else None
     magnitude, kept = sampled(weight, (stored if matrix.input_dim == 1 else stored.T) != 0)
     norm = None if inputs is None else _norm(inputs)
@@ -280,14 +279,14 @@ def note(
 
 
 def refuse_overflow(matrix: Matrix, weight: Tensor, after: Tensor) -> None:
-    """Raise NumericalError where weights that were finite are too large for the model's dtype.
+    """Raise NumericalError if finite weights became too large for the model's dtype.
 
     Args:
         matrix: as the model now holds it.
         weight: before pruning, O × I.
-        after: what it holds now, O × I.
+        after: the weight now, O × I.
     """
-    if matrix.stored().dtype == torch.float16:  # all others reach as far as float32, in which is solved
+    if matrix.stored().dtype == torch.float16:  # all other dtypes reach as far as float32, used for solving
         error = NumericalError("pruned weights are too large for float16", fix=("try ", Set("dtype", "bfloat16")))
         refuse_if(torch.isfinite(weight).all() & ~torch.isfinite(after).all(), error)
 

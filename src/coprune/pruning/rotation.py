@@ -1,4 +1,4 @@
-"""Rotate the values of attention heads before a model is pruned: a consumer of the walk that leaves the function as it is."""
+"""Rotation of attention heads' values before pruning, which leaves the model's function unchanged."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from coprune.recipe.pattern import Target
 
 @dataclass
 class Rotated:
-    """The outcome of a rotation: shares of the scores that the pattern takes before and after, and in which matrices."""
+    """The result of a rotation: the matrices involved, and the shares of score that the pattern removes before and after."""
 
     shares: list[Tensor] = field(default_factory=list)
-    """Lost shares before and after, for each rotated place."""
+    """Shares removed before and after, for each rotated fold."""
     names: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
-        """Return one line on the result."""
+        """Return the result as one line."""
         if not self.names:
-            return "No attention head's values could be rotated without changing the model; it is as it was."
+            return "No attention head's values could be rotated without changing the model, so it was left as it is."
         before, after = torch.stack(self.shares).sum(dim=0).tolist()
-        less = 1 - after / before if before else 0.0  # a pattern of few zeros may take nothing
+        less = 1 - after / before if before else 0.0  # a pattern with few zeros may remove nothing
         return (
-            f"Rotated the values of attention heads, which {len(self.names)} matrices make or read: the pattern takes "
+            f"Rotated the values of attention heads, written or read by {len(self.names)} matrices: the pattern removes "
             f"{per_cent(less)} less of their score."
         )
 
@@ -52,24 +52,24 @@ def rotate_model(
     processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda blocks: None,
 ) -> Rotated:
-    """Rotate the values of every attention head in place, so that the pattern takes less of the score.
+    """Rotate the values of every attention head in place, so that the pattern removes less of the score.
 
-    A block whose output on a calibration batch then differs by more than rounding is put back as it was: one with a norm that has
-    gains between values and what reads the answers, for instance.
+    A block whose output on a calibration batch then differs by more than rounding is restored, for instance one with a norm
+    with gains between the values and the matrix that reads the attention's output.
 
     Args:
         model: a model in memory.
-        recording: calibration batches of its own, since it moves their hidden states on.
-        target: what every matrix is to become.
-        processes: those that look at the model together.
-        advance: called with the share of a block that was done.
+        recording: calibration batches used here only, since their hidden states advance.
+        target: target of every matrix.
+        processes: all that measure the model together.
+        advance: called with the share of a block just done.
 
     Returns:
-        What was rotated, and what the pattern takes then.
+        The rotated matrices and the shares that the pattern removes.
 
     Raises:
-        BadInput: the model's blocks are on the disk.
-        NumericalError: where the activations are not finite.
+        BadInput: the model's blocks are on disk.
+        NumericalError: the activations are not finite.
     """
     require_in_memory(model.weights, "rotate")
     reused = model.structure.reused
@@ -97,10 +97,10 @@ def rotate_model(
 
 
 def _may_turn(fold: Fold, reused: Sequence[str], target: Target) -> bool:
-    """Return whether a fold is one of attention heads that may be rotated.
+    """Return whether a fold consists of attention heads that may be rotated.
 
-    A gate multiplies single channels, and rotation would fill zeros of an earlier pruning. The few zeros that come from
-    rounding to few bits, a tenth at four bits, do not count.
+    A gate multiplies single channels, and rotation would fill the zeros of an earlier pruning. The few zeros from rounding
+    to few bits, a tenth at four bits, do not count.
     """
     matrices = _matrices(fold)
     if not fold.layout.is_heads() or fold.gate is not None or len(matrices) != 2:
@@ -121,12 +121,12 @@ def _gives(recording: Recording, done: BlockDone) -> bool:
 def _rotate(
     fold: Fold, known: dict[str, Statistic], target: Target, holds: Callable[[], bool], processes: Processes
 ) -> Tensor | None:
-    """Learn a rotation for one fold, apply it, and take it back where the block's output changes.
+    """Learn a rotation for one fold and apply it; undo it if the block's output changes.
 
-    What the first process learns and finds is so for all of them. holds: whether the output is what it was.
+    All processes use the first one's results. holds: whether the output is unchanged.
 
     Returns:
-        The shares that the pattern takes before and after; None where it was taken back.
+        The shares that the pattern removes before and after; None if the rotation was undone.
     """
     consumer, producer = _matrices(fold)
     before, bias = [consumer.read(), producer.read()], bias_of(producer)
@@ -149,7 +149,7 @@ def _rotate(
 
 
 def _values_of(layout: Layout, weights: Sequence[Tensor], values: Statistic, answers: Statistic) -> HeadValues:
-    """Return weights and inputs by head. weights: of the consumer and of the producer of the values."""
+    """Return weights and inputs by head. weights: of the consumer and of the values' producer."""
     assert isinstance(values, Gram)
     assert isinstance(answers, Gram)
     segments, repeats, size = layout.segments, layout.repeats, layout.size
@@ -169,7 +169,7 @@ _STEPS, _RATE = 30, 0.03
 
 @dataclass(frozen=True)
 class HeadValues:
-    """The matrices that make the values of key-value heads, and those that read the answers of their query heads.
+    """The matrices that produce the values of key-value heads, and those that read the outputs of their query heads.
 
     S key-value heads of D channels each, for R query heads each; I inputs of the values, O outputs of the consumer.
     """
@@ -179,9 +179,9 @@ class HeadValues:
     input_squares: Tensor
     """I float32: mean square of every input of the values."""
     consumer: Tensor
-    """O × S × R × D float32: what is multiplied with the answers."""
+    """O × S × R × D float32: the weight applied to the heads' outputs."""
     gram: Tensor
-    """S × R × D × D float32: Gram matrix of every query head's answers."""
+    """S × R × D × D float32: Gram matrix of each query head's outputs."""
 
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two weights with every key-value head rotated. rotation: S × D × D."""
@@ -201,7 +201,7 @@ def lost_share(values: HeadValues, rotation: Tensor, keep: Callable[[Tensor], Te
     Args:
         values: of all heads.
         rotation: S × D × D float32, orthogonal.
-        keep: chooses what is kept by a matrix of scores, as a bool matrix.
+        keep: returns the mask of kept entries for a matrix of scores.
 
     Returns:
         A number between 0 and 2.
@@ -211,17 +211,17 @@ def lost_share(values: HeadValues, rotation: Tensor, keep: Callable[[Tensor], Te
 
 
 def learn_rotation(values: HeadValues, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Rotate the values of every key-value head so that a pattern removes less of the scores.
+    """Learn a rotation of each key-value head's values with which a pattern removes less of the scores.
 
-    Adam trains the Q of a QR decomposition for thirty steps (DenoiseRotator, arXiv 2505.23049). Other objectives and
-    matrices that are not orthogonal did no better (LOG.md).
+    Adam trains the Q of a QR decomposition for thirty steps (DenoiseRotator, arXiv 2505.23049). Other objectives, and
+    matrices that are not orthogonal, did no better (LOG.md).
 
     Args:
         values: of all heads.
         keep: returns the mask of kept entries for a matrix of scores.
 
     Returns:
-        S × D × D float32, orthogonal: the identity where nothing better was found. And the shares lost before and after,
+        S × D × D float32, orthogonal: the identity if nothing better was found. And the shares removed before and after,
         2 float32.
     """
     segments, size = values.weight.shape[:2]
@@ -233,7 +233,7 @@ def learn_rotation(values: HeadValues, keep: Callable[[Tensor], Tensor]) -> tupl
         for _ in range(_STEPS):
             loss = lost_share(values, torch.linalg.qr(free)[0], keep)
             optimizer.zero_grad()
-            # The shares are small numbers beside Adam's ε.
+            # The shares are small compared with Adam's ε.
             (100 * loss).backward()
             optimizer.step()
     found = torch.linalg.qr(free.detach())[0]

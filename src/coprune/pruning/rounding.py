@@ -1,7 +1,7 @@
-"""Rounding to a file's type, column by column, with each column's error compensated in the columns still to come.
+"""Rounding to a file's type, column by column, with each column's error compensated in later columns.
 
-GPTQ (arXiv 2210.17323), which is SparseGPT's update with a grid instead of a mask. The scales of a block are chosen when the walk
-reaches it, of weights that make up for all columns before.
+This is GPTQ (arXiv 2210.17323): SparseGPT's update with a grid instead of a mask. A block's scales are chosen when the walk
+reaches it, from weights that already compensate for all earlier columns.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from coprune.model.checkpoint.formats.block_types import BlockType, Scales
 from coprune.pruning.linear_algebra import InverseFactor
 
 _TOGETHER = 256
-"""Columns after which all later ones get their errors; every type's blocks fit in."""
+"""Number of columns after which later ones get their errors; a multiple of every type's block size."""
 
 
 _STRIP = 32
-"""Columns of a sweep that are brought up to date one by one; every type's blocks are whole strips."""
+"""Number of columns of a sweep updated one by one; every type's blocks are whole strips."""
 
 
 class Rounded(NamedTuple):
-    """A matrix as a type holds it."""
+    """A matrix as stored in a type."""
 
     values: Tensor
     """O × I float32."""
@@ -40,26 +40,26 @@ class Rounded(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """How much an error of a matrix counts, by its inputs."""
+    """The weight of errors in a matrix, derived from its inputs."""
 
     gram: Tensor
     """I × I float32, damped."""
     factor: InverseFactor
-    """Of its inverse."""
+    """Factor of its inverse."""
     weights: Tensor
-    """I float32, above 0: how much an error counts in the choice of scales."""
+    """I float32, above 0: weights of errors in the choice of scales."""
 
 
 def round_columns(weight: Tensor, loss: Loss, kind: BlockType, sweeps: int = 1) -> Rounded:
-    """Round a matrix.
+    """Round a matrix to a type.
 
-    Zeros stay zeros where the type always has one.
+    Zeros stay zeros if the type can always represent zero.
 
     Args:
         weight: O × I float32, not modified; blocks of the type divide I.
-        loss: of errors.
+        loss: the weight of errors.
         kind: the type.
-        sweeps: times that all values are then rounded again, each to what is best beside all others.
+        sweeps: number of times to round all values again, each to the best value given all others.
 
     Raises:
         NumericalError: the resulting weights are not finite.
@@ -75,7 +75,7 @@ def round_columns(weight: Tensor, loss: Loss, kind: BlockType, sweeps: int = 1) 
 
 
 def _walk(columns: Tensor, keep: Tensor, loss: Loss, kind: BlockType) -> list[_Put]:
-    """Round columns one after another in place, and return what rounded each block. columns, keep: I × O."""
+    """Round columns one after another in place, and return the rounding of each block. columns, keep: I × O."""
     width, rows = columns.shape
     factor, puts = loss.factor, list[_Put]()
     for block in panels(width, _TOGETHER):
@@ -92,14 +92,14 @@ def _walk(columns: Tensor, keep: Tensor, loss: Loss, kind: BlockType) -> list[_P
 
 
 def _sweep(columns: Tensor, target: Tensor, keep: Tensor, gram: Tensor, puts: Sequence[_Put]) -> None:
-    """Round every column again, in place, to what is best beside all others as they are (CDQuant, arXiv 2406.17542).
+    """Round every column again, in place, to its best values given all others (CDQuant, arXiv 2406.17542).
 
     Args:
-        columns: I × O float32, as rounded.
-        target: I × O, before.
+        columns: I × O float32, rounded.
+        target: I × O, the values before rounding.
         keep: I × O bool.
         gram: I × I.
-        puts: of the blocks.
+        puts: rounding of each block.
     """
     size = len(columns) // len(puts)
     slopes = gram @ (columns - target)
@@ -116,7 +116,7 @@ def _sweep(columns: Tensor, target: Tensor, keep: Tensor, gram: Tensor, puts: Se
 
 
 class _Put:
-    """Rounds columns of a block with scales that stand, and notes their codes."""
+    """The rounding of a block's columns with fixed scales, which records their codes."""
 
     def __init__(self, kind: BlockType, scales: Scales, rows: int) -> None:
         self._kind, self._scales = kind, scales
@@ -126,7 +126,7 @@ class _Put:
         self._added = None if scales.added is None else scales.added.T.contiguous()
 
     def __call__(self, column: Tensor, number: int) -> Tensor:
-        """Return the values nearest to a column's (O float32). number: of the column in its block."""
+        """Return the nearest representable values of a column (O float32). number: of the column in its block."""
         group = number // self._kind.group
         added = None if self._added is None else self._added[group]
         codes = self._kind.codes((column if added is None else column - added) * self._inverse[group])
@@ -135,5 +135,5 @@ class _Put:
         return values if added is None else values + added
 
     def pack(self) -> Tensor:
-        """Return the bytes of every row, O × bytes uint8."""
+        """Return the bytes of each row, O × bytes uint8."""
         return self._kind.pack(self._scales, self._codes.T.contiguous())

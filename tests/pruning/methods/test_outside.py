@@ -81,15 +81,15 @@ Shadowing = make_dataclass(
 @pytest.mark.parametrize(
     ("name", "method", "message"),
     [
-        ("wanda", Largest(), "there is a method 'wanda' already"),
-        ("", Largest(), "cannot be called ''"),
-        ("../x", Largest(), "cannot be called"),
-        (3, Largest(), "cannot be called 3"),
+        ("wanda", Largest(), "there already is a method 'wanda'"),
+        ("", Largest(), "'' is not a valid name"),
+        ("../x", Largest(), "is not a valid name"),
+        (3, Largest(), "3 is not a valid name"),
         ("largest", 3, "int is not a frozen dataclass"),
         ("largest", lambda weight: weight, "function is not a frozen dataclass"),
         ("largest", Thawed, "Thawed is not a frozen dataclass"),
         ("largest", NoPrune, "NoPrune has no function prune"),
-        ("largest", NoStatistic, "NoStatistic.statistic has to be"),
+        ("largest", NoStatistic, "NoStatistic.statistic must be"),
         ("largest", Shadowing, "option 'seed', which every recipe has"),
     ],
 )

@@ -160,7 +160,7 @@ def test_a_model_with_zeros_is_left_as_it_is() -> None:
             matrix.write(matrix.read().where(matrix.read() > 0, 0.0))
     rotated = rotate(model, TARGETS["2:4"])
     assert not rotated.names
-    assert "it is as it was" in rotated.describe()
+    assert "so it was left as it is" in rotated.describe()
 
 
 def test_the_zeros_that_four_bits_leave_do_not_keep_a_model_from_being_turned() -> None:
@@ -186,5 +186,5 @@ def test_a_pattern_that_took_nothing_is_told() -> None:
     told = Rotated(shares=[torch.zeros(2)], names=["o_proj", "v_proj"]).describe()
     assert (
         told
-        == "Rotated the values of attention heads, which 2 matrices make or read: the pattern takes 0.00 % less of their score."
+        == "Rotated the values of attention heads, written or read by 2 matrices: the pattern removes 0.00 % less of their score."
     )

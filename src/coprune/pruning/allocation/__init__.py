@@ -1,4 +1,4 @@
-"""The allocation of one sparsity over the matrices: one file per allocation, and a table of them."""
+"""Allocations of one sparsity over the matrices: one file each, and a table of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "owl": OWL(),
     "fisher": ByFisher(),
 }
-"""Every allocation by its name."""
+"""Every allocation by name."""
 
 
 def allocation_named(asked: Choice | str | Mapping[str, Any]) -> Allocation:

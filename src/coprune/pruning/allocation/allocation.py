@@ -1,4 +1,4 @@
-"""The contract of an allocation: it looks at every matrix once and allocates one budget of zeros among them."""
+"""The contract of an allocation: it measures every matrix once and divides one budget of zeros among them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from coprune.model.walk.statistics import Statistic
 from coprune.recipe.pattern import Target
 
 Shown = tuple[Matrix, Statistic | None]
-"""A matrix of a block with the statistic of its inputs (None if none is asked for, or no token came to it)."""
+"""A matrix of a block with the statistic of its inputs (None if none was requested or it saw no token)."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest thing with a sparsity of its own: a matrix, or all experts of one parameter."""
+    """The smallest unit with its own sparsity: a matrix, or all experts of one parameter."""
 
     name: str
     """Path of the parameter, without an expert's number."""
     place: str
     """Name of its block; its own name if it lies outside the blocks."""
     rows: int
-    """Outputs, of all its matrices together."""
+    """Number of outputs, over all its matrices."""
     width: int
     members: tuple[str, ...]
     """Names of its matrices."""
@@ -58,27 +58,27 @@ class Allocation(Protocol):
 
     @property
     def first(self) -> int:
-        """Number of calibration tokens to use, the first ones, in whole batches; 0: all."""
+        """Number of leading calibration tokens to use, in whole batches; 0: all."""
 
     def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
         """Measure the matrices of one block of the dense model.
 
         Args:
             shown: the block's matrices with the statistics of their inputs.
-            target: the overall one.
+            target: the overall target.
 
         Returns:
-            A vector of sums (float64) by name of matrix; sums of experts are added up. A matrix may be missing.
+            A vector of sums (float64) by name of matrix; experts are added up. A matrix may be missing.
         """
         ...
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
-        """Allocate a target to every unit, so that together they have the overall sparsity.
+        """Allocate a target to each unit so that together they have the overall sparsity.
 
         Args:
             units: all units to prune.
             sums: measurements by name of unit.
-            target: the overall one.
+            target: the overall target.
 
         Raises:
             BadInput: the overall sparsity cannot be reached.
@@ -89,7 +89,7 @@ class Allocation(Protocol):
 def units_of(chosen: Chosen, block_names: Sequence[str], shared: bool = True) -> list[Unit]:
     """Gather the chosen matrices into units, in the order of the model.
 
-    shared: whether those that several blocks share are among them; they are where no others are.
+    shared: whether to include matrices shared by several blocks; they are always included if there are no others.
     """
     members: dict[str, list[Matrix]] = {}
     places: dict[str, str] = {}
@@ -119,20 +119,20 @@ def targets_by_matrix(
     Args:
         units: all that are to be pruned.
         targets: a target for each.
-        outputs: by how much a matrix's outputs count, by its name; those of others all alike.
+        outputs: weights of a matrix's outputs, by name; outputs of other matrices weigh the same.
     """
     each = zip(units, targets, strict=True)
     return {name: replace(own, outputs=outputs.get(name)) for unit, own in each for name in unit.members}
 
 
 def unit_name(matrix_name: str) -> str:
-    """Return the unit that a matrix belongs to."""
+    """Return the name of a matrix's unit."""
     return matrix_name.partition("[")[0]
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Prune every matrix alike."""
+    """Give every matrix the same sparsity."""
 
     looks: ClassVar[bool] = False
     statistic: ClassVar[None] = None
@@ -150,7 +150,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """The cost of a unit's sparsity: a convex function, and the sparsities between which it may be chosen.
+    """A unit's cost as a convex function of its sparsity, and the range of sparsities to choose from.
 
     The limits are widened to whole steps.
     """
@@ -161,23 +161,23 @@ class Curve:
 
 
 def wish(sparsity: float, unit: Unit) -> Curve:
-    """Return the cost curve of a wanted sparsity: the squared distance from it, for every weight."""
+    """Return the cost curve of a wanted sparsity: the squared distance from it, times the number of weights."""
     return Curve(lambda s: unit.weights * (s - sparsity) ** 2)
 
 
 def within_budget(units: Sequence[Unit], curves: Sequence[Curve], target: Target) -> list[Target]:
-    """Choose every unit's target so that the summed cost is least and the overall sparsity is the asked one.
+    """Choose each unit's target so that the total cost is least and the overall sparsity is met.
 
-    The total is exact where exchanges of up to two steps lead there, as with the many matrices of a model; at worst, with
-    few matrices at their limits, it is off by a step of the largest (one input of each of its rows).
+    The total is exact if swaps of up to two steps can reach it, as with the many matrices of a model; at worst, with few
+    matrices at their limits, it is off by one step of the largest (one input of each of its rows).
 
     Args:
         units: all that are to be pruned.
         curves: what the sparsity of each costs.
-        target: the overall one.
+        target: the overall target.
 
     Raises:
-        BadInput: the curves' limits do not leave room for the budget.
+        BadInput: the curves' limits leave no room for the budget.
     """
     pattern = target.pattern
     periods = [pattern.steps(unit.width) for unit in units]
@@ -203,8 +203,8 @@ def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list
     """Take steps of least cost until the budget is spent.
 
     Args:
-        costs: for every unit the cost after 0, 1, 2 … steps, convex.
-        masses: what one step of a unit takes from the budget.
+        costs: for each unit, its convex cost after 0, 1, 2 … steps.
+        masses: what one step of each unit takes from the budget.
         budget: in the same unit.
 
     Returns:
@@ -217,7 +217,7 @@ def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list
     slack = min(masses) / 2 + 1e-6
     if not -slack <= budget <= room + slack:
         raise BadInput(
-            "the allocation's limits leave no room for the overall sparsity that is asked for",
+            "the allocation's limits leave no room for the requested overall sparsity",
             field="allocation",
             fix=("ask for another ", Setting("sparsity"), ", or take ", Set("allocation", "uniform")),
         )
@@ -229,7 +229,7 @@ def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list
     while queue:
         _, u = heapq.heappop(queue)
         if masses[u] > left + 1e-6:
-            continue  # nothing more of this unit fits; smaller steps of others may
+            continue  # no further step of this unit fits; smaller steps of others may
         left -= masses[u]
         taken[u] += 1
         if taken[u] < len(slopes[u]):
@@ -238,12 +238,12 @@ def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list
 
 
 def _exchange(costs: Sequence[Floats], masses: Sequence[int], taken: list[int], left: float) -> list[int]:
-    """Take or give back a step, or two at once, while that leaves less of the budget unspent or overspent."""
+    """Take or give back one or two steps at a time while that brings the total closer to the budget."""
     while abs(left) > 1e-6:
         moves = _moves(costs, masses, taken)
         mass = np.array([m for _, _, m, _ in moves])
         cost = np.array([c for _, _, _, c in moves])
-        # The last row and column mean no move, so that single moves are pairs too.
+        # The last row and column stand for no move, so single moves are pairs, too.
         total = np.abs(left - (mass[:, None] + mass[None, :]))
         own = np.array([u for u, _, _, _ in moves])
         total[own[:, None] == own[None, :]] = np.inf
@@ -260,7 +260,7 @@ def _exchange(costs: Sequence[Floats], masses: Sequence[int], taken: list[int], 
 
 
 def _moves(costs: Sequence[Floats], masses: Sequence[int], taken: Sequence[int]) -> list[tuple[int, int, float, float]]:
-    """Return every possible step up or down: unit, direction, mass, change of cost; and finally no step."""
+    """Return every possible step up or down as unit, direction, mass and change of cost; the last is no step."""
     moves: list[tuple[int, int, float, float]] = []
     for u, (cost, mass, now) in enumerate(zip(costs, masses, taken, strict=True)):
         for direction in (1, -1):

@@ -1,4 +1,4 @@
-"""Plan every matrix's target from one look at the dense model: a consumer of the walk that changes nothing."""
+"""Planning of every matrix's target from one pass over the dense model, which it does not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coprune.pruning.allocation.fisher import ByFisher, Sample, lost_by_slopes, 
 from coprune.recipe.pattern import Target
 
 _WALK = 0.3
-"""The share of the time that the walk takes, where forwards and backwards of the whole model come after it."""
+"""Share of the time taken by the walk if forward and backward passes of the whole model follow it."""
 
 
 def plan_targets(
@@ -31,15 +31,15 @@ def plan_targets(
     processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda blocks: None,
 ) -> dict[str, Target]:
-    """Allocate a target to every chosen matrix, so that together they have the overall sparsity.
+    """Allocate a target to each chosen matrix so that together they have the overall sparsity.
 
-    A rule that looks at blocks leaves the overall sparsity to what several blocks share.
+    With an allocation that measures blocks, matrices shared by several blocks get the overall sparsity.
 
     Args:
-        allocation: the rule.
-        model: the model; proven, if the allocation needs data.
+        allocation: the allocation.
+        model: the model; must be proven if the allocation needs data.
         recording: calibration batches of its own, whose hidden states it advances; None if it needs none.
-        target: of all matrices together.
+        target: the overall target.
         processes, advance: as in `Walk`.
 
     Returns:
@@ -73,10 +73,10 @@ def _by_slopes(
     processes: Processes,
     advance: Callable[[float], None],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Measure every unit's loss, from one look for the masks and then forwards and backwards of the whole model.
+    """Measure each unit's loss: one walk for the masks, then forward and backward passes of the whole model.
 
     Returns:
-        That, by name of unit; by how much each matrix's outputs count, by its name, if that is asked for.
+        The losses by name of unit; the weights of outputs by name of matrix, if requested.
     """
     require_in_memory(model.weights, "allocation")
     samples = _samples(recording)
@@ -94,13 +94,13 @@ def _by_looks(
     processes: Processes,
     advance: Callable[[float], None],
 ) -> dict[str, Tensor]:
-    """Measure every unit in one walk."""
+    """Measure each unit in one walk."""
     walk = Walk(model, recording, allocation.statistic, Dense(), processes=processes, advance=advance)
     return _measure(allocation, walk, target)
 
 
 def _samples(recording: Recording) -> list[Sample]:
-    """Return the recorded samples one by one, with the mask of counted tokens."""
+    """Return the recorded samples one by one, with the masks of counted tokens."""
     found: list[Sample] = []
     for batch, tokens in enumerate(recording.tokens):
         marks = [None] * len(tokens) if recording.counted is None else recording.counted[batch].split(1)
@@ -110,7 +110,7 @@ def _samples(recording: Recording) -> list[Sample]:
 
 @torch.no_grad()
 def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Tensor]:
-    """Measure every block and add up its experts, by name of unit."""
+    """Measure each block and add up experts, by name of unit."""
     sums: dict[str, Tensor] = {}
 
     def measure(shown: list[Shown]) -> None:

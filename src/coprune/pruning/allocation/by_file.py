@@ -1,7 +1,7 @@
-"""Allocation by a file: sparsities by globs of names, for those who know what they want.
+"""Allocation by a file that gives sparsities by globs of names.
 
-The file is a YAML mapping from shell-like globs to sparsities, or to N:M where the run's pattern is N:M; of several
-globs that match a matrix the first counts. Matrices that no glob matches share what is left of the budget.
+The file is a YAML mapping from shell-like globs to sparsities, or to N:M if the run's pattern is N:M; the first matching
+glob counts. Matrices without a matching glob share the rest of the budget.
 
     "*.v_proj": 0.4
     "model.layers.0.*": 0.55
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ByFile:
-    """Give the matrices the sparsities that a file names."""
+    """Give matrices the sparsities in a file."""
 
     entries: tuple[tuple[str, float | str], ...]
     """Globs and sparsities (or N:M), in the file's order."""
@@ -40,11 +40,11 @@ class ByFile:
 
     @classmethod
     def read(cls, path: Path) -> ByFile:
-        """Read a file. Raises BadInput if it is missing, no YAML, or holds something else than sparsities."""
+        """Read a file. Raises BadInput if it is missing, not YAML, or not a mapping to sparsities."""
         data = read_yaml(path, "the allocation", "allocation")
         if not isinstance(data, dict) or not data:
             raise BadInput(
-                f"the allocation {path} holds no mapping",
+                f"the allocation {path} is not a mapping",
                 field="allocation",
                 value=path,
                 fix="it should read like '\"*.v_proj\": 0.4'",
@@ -64,16 +64,16 @@ class ByFile:
         free = sum(u.weights for u, s in zip(units, wanted, strict=True) if s is None)
         if free == 0 and abs(named / total - target.sparsity) > TOLERANCE:
             raise BadInput(
-                f"the allocation's file gives a sparsity of {named / total:.5f} in all, and {target.sparsity:g} is asked "
-                "for",
+                f"the allocation's file gives a sparsity of {named / total:.5f} in all, but {target.sparsity:g} was "
+                "requested",
                 field="allocation",
                 fix=("ask for ", Set("sparsity", round(named / total, 5)), ", or leave some matrices out of the file"),
             )
         rest = (target.sparsity * total - named) / free if free else target.sparsity
         if not 0 <= rest < 1:
             raise BadInput(
-                f"the allocation's file leaves a sparsity of {rest:.3f} to the matrices that it does not name, if all "
-                f"are to have {target.sparsity:g}",
+                f"the allocation's file leaves a sparsity of {rest:.3f} to the matrices that it does not name, if the overall "
+                f"sparsity is to be {target.sparsity:g}",
                 field="allocation",
                 fix=("change the file or ", Setting("sparsity")),
             )
@@ -101,7 +101,7 @@ class ByFile:
 
 
 def _near(sparsity: float, unit: Unit, reach: float) -> Curve:
-    """Return the curve of a wanted sparsity that may be missed by at most `reach` (and whole steps)."""
+    """Return the curve of a wanted sparsity that may be missed by at most `reach`, rounded to whole steps."""
     return Curve(lambda s: unit.weights * (s - sparsity) ** 2, max(0.0, sparsity - reach), min(1.0, sparsity + reach))
 
 
@@ -114,8 +114,8 @@ def _sparsity_of(value: float | str, target: Target) -> float:
     if not isinstance(value, str):
         if pattern.n_of_m is not None and value < 0.5 / pattern.n_of_m[1]:
             raise BadInput(
-                f"the allocation's sparsity {value:g} leaves a matrix whole, and {pattern} takes one of every "
-                f"{pattern.n_of_m[1]} at least",
+                f"the allocation's sparsity {value:g} leaves a matrix whole, but {pattern} takes at least one of every "
+                f"{pattern.n_of_m[1]}",
                 field="allocation",
                 value=value,
                 fix=("leave such matrices out of the run with ", Setting("exclude")),
@@ -133,17 +133,17 @@ def _sparsity_of(value: float | str, target: Target) -> float:
 
 
 def _check(path: Path, glob: Any, value: Any) -> None:
-    """Raise BadInput unless this is a glob and a sparsity, or N:M."""
+    """Raise BadInput unless this is a glob with a sparsity or N:M."""
     if not isinstance(glob, str):
         raise BadInput(
             f"the allocation {path} names {glob!r}, which is not a pattern of names", field="allocation", value=path
         )
-    # YAML 1.1 reads an unquoted 3:8 as a number to the base 60; quoted it stays what it is.
+    # YAML 1.1 reads an unquoted 3:8 as a base-60 number; quoted it stays a string.
     if isinstance(value, str):
         parse_pattern(value)
     elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise BadInput(
-            f"the allocation {path} gives {glob!r} the sparsity {value!r}, which has to be 0 ≤ s < 1",
+            f"the allocation {path} gives {glob!r} the sparsity {value!r}, which must be 0 ≤ s < 1",
             field="allocation",
             value=path,
         )

@@ -1,8 +1,8 @@
-"""Allocation by the Fisher information: zeros where the model's own distributions lose least, to second order.
+"""Allocation by Fisher information: zeros where the model's distributions change least, to second order.
 
 With labels y drawn from the model's own distribution, half the mean of ⟨ΔW, ∇ log p(y)⟩² is, to second order, the divergence
-KL(before ‖ after) of a change ΔW of a matrix, here Wanda's mask. So the losses of all matrices have one unit, nats, and need no
-weight per block. Rows are treated as independent, and a matrix's loss is estimated on some of them.
+KL(before ‖ after) of a change ΔW of a matrix, here by Wanda's mask. So all matrices' losses are in nats and need no weight
+per block. Rows are treated as independent, and a matrix's loss is estimated on some of them.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from coprune.pruning.methods.wanda import score_by_norms
 from coprune.recipe.pattern import Target
 
 _MOST_APART = 256.0
-"""Maximum ratio to the mean: with few samples, some outputs see next to no gradient."""
+"""Maximum ratio to the mean: with few samples, some outputs get almost no gradient."""
 _ROWS_AT_A_TIME = 64
-"""Distributions that are drawn from at a time, each of which is as long as the vocabulary."""
+"""Number of vocabulary-sized distributions sampled at a time."""
 
 
 @dataclass(frozen=True)
 class ByFisher:
     """Minimise the divergence from the dense model's distributions, to second order, summed over the matrices.
 
-    Paper: Fisher pruning, arXiv 1801.05787, whose gradients these are; here they price sparsities instead of weights.
+    Paper: Fisher pruning, arXiv 1801.05787, with the same gradients, which here score sparsities instead of weights.
     """
 
     bound: float = 0.2
@@ -51,11 +51,11 @@ class ByFisher:
     points: int = 7
     """Number of sparsities at which losses are measured (N:M: every N within the bound)."""
     rows: int = 256
-    """Outputs of a matrix to measure on, evenly spaced: its loss is a sum over them."""
+    """Number of a matrix's outputs to measure on, evenly spaced."""
     first: int = 2048
-    """Number of calibration tokens to use, the first ones, in whole batches; 0: all."""
+    """Number of leading calibration tokens to use, in whole batches; 0: all."""
     outputs: float = 0.5
-    """Exponent of the errors' weights by output, where the number of zeros in a row is free; 0: outputs count alike."""
+    """Exponent of the error weights by output, where rows may differ in zeros; 0: all outputs weigh the same."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm
@@ -66,7 +66,7 @@ class ByFisher:
         require_points(self.points)
 
     def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
-        """Return sums of squares of every matrix's inputs, for masks; those of experts are added up."""
+        """Return sums of squares of each matrix's inputs, for masks; experts are added up."""
         return {
             matrix.name: statistic.count * statistic.root_mean_square.double().square()
             for matrix, statistic in shown
@@ -82,7 +82,7 @@ class ByFisher:
         return grid_around(target, self.bound, self.points)
 
     def tells_outputs(self, target: Target) -> bool:
-        """Return whether it weights the errors of a matrix's outputs."""
+        """Return whether errors are weighted by output."""
         return self.outputs > 0 and target.pattern.n_of_m is None
 
     def step(self, outputs: int, experts: int) -> int:
@@ -91,7 +91,7 @@ class ByFisher:
 
 
 def goes_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
-    """Return the first target of a grid at which Wanda's mask removes each weight.
+    """Return, for each weight, the first target of a grid at which Wanda's mask removes it.
 
     Args:
         rows: R × I float32, weights.
@@ -99,22 +99,22 @@ def goes_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
         grid: ascending, so that a removed weight stays removed.
 
     Returns:
-        R × I int64: an index of the grid; its length for weights that are never removed.
+        R × I int64: an index into the grid; its length for weights never removed.
     """
     score = score_by_norms(rows, squares.sqrt().to(rows))
     return torch.stack([target.keep(score, "row") for target in grid]).sum(dim=0)
 
 
 def shares_of_outputs(squares: Tensor, power: float) -> Tensor:
-    """Return the weight of an error in each output, with mean 1.
+    """Return the weight of errors in each output, with mean 1.
 
     Args:
-        squares: O float64, sums over a row's weights of squared gradients, which are the output's times the inputs.
-        power: exponent. Second order gives 1, but pruning is not a small change, and rows with the largest weights would then
+        squares: O float64, sum over each row's weights of squared gradients (the output's gradient times the inputs).
+        power: exponent. The second order gives 1, but pruning is not a small change, so rows with the largest weights would
             keep too much at the cost of others.
 
     Returns:
-        O float32, of squares clipped to within a factor of 256 of their mean; all 1 where there are no gradients.
+        O float32, from squares clipped to within a factor of 256 of their mean; all 1 if there are no gradients.
     """
     mean = squares.mean()
     shares = squares / mean if float(mean) > 0 else torch.ones_like(squares)
@@ -123,13 +123,13 @@ def shares_of_outputs(squares: Tensor, power: float) -> Tensor:
 
 
 def squared_changes(rows: Tensor, slopes: Tensor, goes: Tensor, points: int) -> Tensor:
-    """Return Σ over rows of ⟨ΔW, ∇⟩² at every target, where ΔW is the removed weights.
+    """Return Σ over rows of ⟨ΔW, ∇⟩² at each target, where ΔW is the removed weights.
 
     Args:
         rows: R × I float32, weights.
         slopes: R × I float32, the gradient of the log probability of the sampled tokens.
         goes: R × I int64, from `goes_at`.
-        points: targets of the grid.
+        points: number of targets in the grid.
 
     Returns:
         P float64.
@@ -144,7 +144,7 @@ def drawn_slopes(logits: Tensor, seed: int) -> Tensor:
 
     Args:
         logits: N × V.
-        seed: of what is drawn, the same on every device.
+        seed: seed of the draw, which is the same on every device.
 
     Returns:
         N × V, of the same dtype.
@@ -162,7 +162,7 @@ def drawn_slopes(logits: Tensor, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Watched:
-    """A matrix whose gradient is looked at as soon as it is there, and let go of."""
+    """A matrix whose gradient is processed and freed as soon as it is computed."""
 
     matrix: Matrix
     step: int
@@ -182,7 +182,7 @@ class Watched:
         return cls(matrix, step, goes, lost, lost.new_zeros(matrix.shape[0]) if outputs else None)
 
     def look(self) -> None:
-        """Add up what one sample's gradient says."""
+        """Add one sample's gradient to the sums."""
         everything = self.matrix.slopes()
         if self.by_row is not None:
             self.by_row.add_(everything.float().square().sum(dim=1))
@@ -192,17 +192,17 @@ class Watched:
 
 
 Sample = tuple[Tensor, Tensor | None]
-"""A batch of one, and which of its tokens count (1 × S bool; None for all)."""
+"""A batch of one sample, and the mask of its counted tokens (1 × S bool; None for all)."""
 
 
 def watch(allocation: ByFisher, chosen: Chosen, squares: Mapping[str, Tensor], target: Target) -> list[Watched]:
     """Choose the matrices and rows to watch.
 
     Args:
-        allocation: says at which targets, and on which rows.
+        allocation: decides the targets and rows.
         chosen: the matrices.
-        squares: sums of squares of the inputs, by name of unit; matrices without any are left out.
-        target: the overall one.
+        squares: sums of squares of the inputs, by name of unit; matrices without an entry are left out.
+        target: the overall target.
     """
     grid, outputs, matrices = allocation.grid(target), allocation.tells_outputs(target), list(chosen.all())
     units = [unit_name(matrix.name) for matrix in matrices]
@@ -221,16 +221,16 @@ def lost_by_slopes(
     processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Tensor]:
-    """Measure every unit's loss at the targets that it is watched at, in nats, over all samples together.
+    """Measure each unit's loss at its watched targets, in nats, over all samples.
 
-    The blocks are run again backwards, so that only one of them holds what its gradients take.
+    Blocks are recomputed in the backward pass, so only one at a time holds activations for gradients.
 
     Args:
-        model: dense, in memory.
-        watched: its matrices.
-        samples: this process's.
-        processes: those that look at the model together.
-        advance: called with the share of the work that was just done.
+        model: the dense model, in memory.
+        watched: the watched matrices.
+        samples: those of this process.
+        processes: all that measure the model together.
+        advance: called with the share of the work just done.
 
     Returns:
         Float64, by name of unit.
@@ -239,7 +239,7 @@ def lost_by_slopes(
         UnsupportedModel: the model has no gradients.
         NumericalError: they are not finite.
     """
-    # Seeded per sample, so that the draws do not depend on the process.
+    # Seeded per sample, so that draws do not depend on the process.
     before = sum(processes.gather(len(samples))[: processes.rank])
     with _looking(watched), replaced_forwards(model.blocks, _run_again):
         for seed, sample in enumerate(samples, before):
@@ -277,7 +277,7 @@ def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
 
 @contextmanager
 def _looking(watched: Sequence[Watched]) -> Iterator[None]:
-    """Process every gradient as soon as it is computed, in the body; none is kept."""
+    """Process and free each gradient as soon as it is computed, within the body."""
     parameters: dict[nn.Parameter, list[Watched]] = {}
     for one in watched:
         parameters.setdefault(getattr(one.matrix.owner, one.matrix.attribute), []).append(one)
@@ -297,7 +297,7 @@ def _looking(watched: Sequence[Watched]) -> Iterator[None]:
 
 
 def _run_again(block: Block) -> Callable[..., Any]:
-    """Return a block's forward that keeps only its inputs and is recomputed for its gradients."""
+    """Return a block's forward that keeps only its inputs and is recomputed for gradients."""
     return partial(checkpoint, block.module.forward, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -315,7 +315,7 @@ def _added_up(watched: Sequence[Watched], processes: Processes) -> dict[str, Ten
 
 
 def require_points(points: int) -> None:
-    """Raise BadInput unless a curve can be drawn through so many points."""
+    """Raise BadInput for fewer than two points."""
     if points < 2:
         raise BadInput(f"option 'points' must be at least 2, not {points!r}", field="points", value=points)
 
@@ -324,7 +324,7 @@ def grid_around(target: Target, bound: float, points: int) -> list[Target]:
     """Return targets around the overall one, ascending.
 
     Args:
-        target: the overall one.
+        target: the overall target.
         bound: maximum distance of a sparsity from it (N:M: at least one of M).
         points: number of targets (N:M: every N within the bound).
     """
@@ -335,13 +335,13 @@ def grid_around(target: Target, bound: float, points: int) -> list[Target]:
 def spend_where_least_is_lost(
     units: Sequence[Unit], lost: Mapping[str, Tensor], grid: Sequence[Target], target: Target
 ) -> list[Target]:
-    """Allocate a target to every unit, minimising the summed loss at the overall sparsity.
+    """Allocate a target to each unit, minimising the summed loss at the overall sparsity.
 
     Args:
         units: all units to prune.
-        lost: by name of unit, its loss at each target of the grid (float64, in host memory); a missing unit loses nothing.
+        lost: loss of each unit, by name, at each target of the grid (float64, in host memory); a missing unit loses nothing.
         grid: ascending.
-        target: the overall one.
+        target: the overall target.
 
     Raises:
         BadInput: the overall sparsity cannot be reached.
@@ -367,7 +367,7 @@ def convex_curve(sparsities: Floats, errors: Floats) -> Curve:
     x, y = sparsities[corners], errors[corners]
 
     def cost(s: Floats) -> Floats:
-        # Straight on beyond the ends, where whole steps may lead by less than one.
+        # Extrapolated linearly, since whole steps may overshoot the ends by less than one.
         inside = np.interp(s, x, y)
         if len(x) < 2:
             return inside

@@ -1,4 +1,4 @@
-"""OWL: blocks whose scores hold more outliers are pruned less (Outlier Weighed Layerwise sparsity, arXiv 2310.05175)."""
+"""OWL: blocks with more outliers in their scores are pruned less (Outlier Weighed Layerwise sparsity, arXiv 2310.05175)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from coprune.recipe.pattern import Target
 
 @dataclass(frozen=True)
 class OWL:
-    """Give every block a share of kept weights that grows with its share of outliers.
+    """Keep a share of each block's weights that grows with its share of outliers.
 
     Paper: Outlier Weighed Layerwise sparsity, arXiv 2310.05175.
     """
 
     threshold: float = 5.0
-    """An outlier is a score |W|·n above so many times the mean of its block."""
+    """An outlier is a score |W|·n above this multiple of its block's mean."""
     spread: float = 0.08
     """Half the distance between the largest and the smallest share of kept weights (the paper's λ)."""
     first: int = 0
-    """Number of calibration tokens to use, the first ones, in whole batches; 0: all."""
+    """Number of leading calibration tokens to use, in whole batches; 0: all."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm
@@ -38,7 +38,7 @@ class OWL:
         require_not_negative(spread=self.spread, first=self.first)
 
     def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
-        """Count outliers and entries of every matrix. Scores are computed twice rather than all kept."""
+        """Count each matrix's outliers and entries; scores are computed twice rather than kept."""
         known = [(matrix, statistic) for matrix, statistic in shown if statistic is not None]
         total, entries = 0.0, 0
         for matrix, statistic in known:
@@ -69,7 +69,7 @@ def _share(found: Tensor | None) -> float:
 
 
 def kept_by_outliers(shares: Tensor, counts: Tensor, kept: float, spread: float) -> Tensor:
-    """Map shares of outliers linearly to shares of kept weights, 2 · spread apart at most.
+    """Map shares of outliers linearly to shares of kept weights, at most 2 · spread apart.
 
     Args:
         shares: float64, one per unit.
@@ -78,7 +78,7 @@ def kept_by_outliers(shares: Tensor, counts: Tensor, kept: float, spread: float)
         spread: half the distance between the largest and the smallest share.
 
     Returns:
-        Shares of kept weights whose mean, weighted by counts, is `kept` (the authors weigh all blocks the same). They may
+        Shares of kept weights whose mean, weighted by counts, is `kept` (the authors weigh all blocks equally). They may
         lie outside [0, 1].
     """
     distance = shares.max() - shares.min()

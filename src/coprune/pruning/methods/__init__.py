@@ -1,4 +1,4 @@
-"""Pruning methods, one file each, in one table; and what the author of another one needs."""
+"""Pruning methods, one file each, in one table, and the registration of further ones."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ _registered: dict[str, Method] = {}
 
 
 def register_method(name: str, method: Method | type[Method]) -> None:
-    """Make a method of your own known in this process, so that runs can name it.
+    """Register your own method in this process, so that runs can name it.
 
-    A method that an installed package names under the entry-point group `coprune.methods` needs no call and is known in
+    A method that an installed package declares under the entry-point group `coprune.methods` needs no call and is known in
     every process.
 
     Args:
-        name: how it is to be called.
+        name: the name to register.
         method: a frozen dataclass with `statistic` and `prune`, see `Method`; an instance, or the class for its defaults.
 
     Raises:
-        BadInput: the name is taken or cannot be one, or it is no method.
+        BadInput: the name is taken or invalid, or the object is not a method.
     """
     _registered[name] = checked_method(name, method, {*METHODS, *_registered, *names_brought()})
 
@@ -90,7 +90,7 @@ def origin_of(name: str) -> str | None:
 
 def is_option(name: str) -> bool:
     """Return whether some method has an option of this name."""
-    # Other packages are only loaded for names that are not known without them.
+    # Other packages are loaded only for names unknown without them.
     return name in _options_of(METHODS | _registered) or name in option_names()
 
 
@@ -104,8 +104,8 @@ def _options_of(methods: Mapping[str, Method]) -> set[str]:
 
 
 def find_method(name: str) -> Method:
-    """Return a method by name. Raises BadInput for an unknown name, or one whose package does not work."""
-    # Other packages are only loaded for names that are not known without them.
+    """Return a method by name. Raises BadInput for an unknown name, or one whose package fails to load."""
+    # Other packages are loaded only for names unknown without them.
     known = METHODS | _registered
     if name in known:
         return known[name]
@@ -121,7 +121,7 @@ def method_named(name: str, options: Mapping[str, object] | None = None) -> Meth
     """Return a method by name with its options set.
 
     Args:
-        name: of one of `all_methods`.
+        name: a name in `all_methods`.
         options: fields of its dataclass.
 
     Raises:

@@ -1,7 +1,7 @@
 """Ablations of SparseGPT: its weight update with the masks of magnitude or Wanda (section 5 of arXiv 2306.11695).
 
-`sequential` fixes the mask of the whole matrix before the update; `iterative` chooses it block by block from
-weights that the update has already changed, as SparseGPT itself does.
+`sequential` fixes the mask of the whole matrix before the update; `iterative` chooses it block by block from weights
+that the update has already changed, as SparseGPT itself does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coprune.recipe.pattern import Target
 
 @dataclass(frozen=True)
 class Ablate:
-    """SparseGPT's update with another criterion for what falls.
+    """SparseGPT's update with another pruning criterion.
 
     Paper: section 5 of arXiv 2306.11695.
     """
@@ -47,8 +47,8 @@ class Ablate:
             dense_score = wanda_score(weight, statistic) if self.score == "wanda" else weight.abs()
             mask = target.keep(dense_score, "row" if self.score == "wanda" else "matrix")
             return update_columns(weight, factor, target, self.block_size, lambda _, columns: mask[:, columns])
-        # The authors divide these norms by the sample count a second time while they average, which gives early
-        # samples more weight; this is the plain mean over all tokens.
+        # The authors divide these norms by the sample count again while averaging, which weights early samples more;
+        # this is the plain mean over all tokens.
         norm = unless_all_zero(statistic.root_mean_square)
 
         def choose(current: Tensor, columns: slice) -> Tensor:

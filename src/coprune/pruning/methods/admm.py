@@ -3,8 +3,8 @@
 The weights are scaled by their input norms first, so that the nearest sparse matrix is Wanda's choice. The mask
 tightens gradually over the first rounds and is then fixed while the weights settle.
 
-Two departures from the authors' code, toward their paper: the gradual schedule holds for unstructured masks too, and
-4:8 keeps four of every eight (there it is done as 2:4).
+Two departures from the authors' code, toward their paper: the gradual schedule also applies to unstructured masks, and
+4:8 keeps four of every eight (their code prunes it as 2:4).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from coprune.recipe.pattern import Group, Target
 
 @dataclass(frozen=True)
 class ADMM:
-    """Prune gradually while the kept weights are solved for.
+    """Prune gradually while solving for the kept weights.
 
     Paper: arXiv 2401.02938.
     """
 
     rounds: int = 20
-    """Rounds of the alternation."""
+    """Number of alternations."""
     mask_rounds: int = 15
-    """Number of first rounds in which the mask is chosen again, on a cubic schedule of sparsity."""
+    """Number of initial rounds that choose the mask anew, on a cubic sparsity schedule."""
     damping: float = 0.1
     """Added to the unit diagonal of the scaled Gram matrix."""
     rho: float = 1.0
@@ -80,23 +80,23 @@ class ADMM:
     def _prepare(self, statistic: Gram) -> tuple[ScaledGram, Tensor, tuple[Event, ...]]:
         """Return the scaled problem and (Ĝ + ρI)⁻¹, shared by all matrices with the same statistic."""
         problem = scale_gram(statistic.gram, self.damping)
-        # Damping and ρ are absolute here, the diagonal being one; what damped_cholesky adds is far below both.
+        # Damping and ρ are absolute, since the diagonal is one; damped_cholesky adds far less than either.
         shifted = problem.scaled + self.rho * torch.eye(statistic.width, device=problem.scaled.device)
         lower, events = damped_cholesky(shifted, 1e-7)
         return problem, inverse_of_factor(lower), events
 
 
 def keep_on_schedule(score: Tensor, target: Target, progress: float, group: Group) -> Tensor:
-    """Choose the mask when a share `progress` of the mask rounds is over.
+    """Choose the mask after a share `progress` of the mask rounds.
 
     The sparsity is s · (1 − (1 − progress)³). For N:M the N largest of every group are always kept, and of the others the
-    smallest of the whole matrix (or row) are pruned first.
+    smallest of the whole matrix (or row) go first.
 
     Args:
         score: O × I float32.
-        target: pattern and sparsity in the end.
+        target: final pattern and sparsity.
         progress: 0 < progress ≤ 1.
-        group: which weights compete where the pattern leaves that open.
+        group: weights that compete where the pattern leaves that open.
 
     Returns:
         O × I bool; at progress 1 exactly the target's mask.

@@ -1,7 +1,7 @@
-"""ALPS: an alternation whose penalty grows until the mask stands still, then a solve on that mask (arXiv 2406.07831).
+"""ALPS: an alternation with a growing penalty until the mask settles, then a solve on that mask (arXiv 2406.07831).
 
 The same splitting as ADMM, but the mask is free in every round and ρ rises as fast as the mask settles. On a CPU one
-eigendecomposition of the Gram matrix makes (Ĝ + ρI)⁻¹ cheap for every ρ; on a device there is a factor for each
+eigendecomposition of the Gram matrix makes (Ĝ + ρI)⁻¹ cheap for every ρ; on other devices each ρ has its own factor
 (`base/kernels/shifted`).
 """
 
@@ -27,7 +27,7 @@ from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import Group, Target
 
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""Factors of ρ: (the least share of kept weights that has to have changed, the factor)."""
+"""Factors of ρ: (minimum changed share of the kept weights, factor)."""
 
 
 class Shared(NamedTuple):
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class ALPS:
-    """Prune by an alternation with rising penalty, and solve for the weights that are left.
+    """Prune by an alternation with rising penalty, then solve for the remaining weights.
 
     Paper: arXiv 2406.07831.
     """
@@ -54,7 +54,7 @@ class ALPS:
     rho: float = 0.1
     """The penalty at the start."""
     rounds: int = 300
-    """Rounds at most; it stops as soon as the mask stands still."""
+    """Maximum number of rounds; stops as soon as the mask settles."""
     rounds_per_rho: int = 3
     """Number of rounds after which the mask is checked and ρ raised."""
     damping: float = 0.01
@@ -89,7 +89,7 @@ class ALPS:
         return Pruned(result, keep, events)
 
     def _alternate(self, dense: Tensor, shared: Shared, target: Target) -> tuple[State, bool]:
-        """Run the alternation; return its state, and whether the mask stood still in the end."""
+        """Run the alternation; return its state, and whether the mask settled."""
         pull = dense @ shared.problem.scaled
         keep = target.keep(dense.abs(), self.group)
         sparse = dense.masked_fill(~keep, 0.0)
@@ -115,7 +115,7 @@ class ALPS:
 
 
 def growth(changed: Tensor, kept: Tensor) -> Tensor:
-    """Return the factor by which ρ grows. changed, kept: counts of weights, without dimensions. Returns float64 likewise."""
+    """Return the factor by which ρ grows, a float64 scalar. changed, kept: counts of weights, scalars."""
     share = changed.double() / kept.clamp_min(1)
     factor = torch.full_like(share, GROWTH[-1][1])
     for least, larger in reversed(GROWTH[:-1]):
@@ -126,8 +126,8 @@ def growth(changed: Tensor, kept: Tensor) -> Tensor:
 def prepare(gram: Tensor, damping: float, rho: float) -> Shared:
     """Damp a Gram matrix by a fraction of its mean diagonal, scale it, and prepare for every penalty.
 
-    As the authors do, the damping comes before the scaling: inputs that are small beside the others are hardly trusted,
-    and count for little. Dead inputs keep a scale of zero, so that what multiplies them falls first.
+    Like the authors, damp before scaling: inputs that are small compared with others are hardly trusted and count little.
+    Dead inputs keep a scale of zero, so their weights go first.
 
     Args:
         gram: I × I float32.

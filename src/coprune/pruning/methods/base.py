@@ -1,4 +1,4 @@
-"""The contract of a pruning method: hyperparameters, the statistic it asks for, and one pure function on tensors."""
+"""The contract of a pruning method: hyperparameters, the statistic it needs, and one pure function on tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Method(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    # A property only because a protocol's variables are invariant; a method writes `statistic: ClassVar[...] = ...`.
+    # A property because a protocol's variables are invariant; a method writes `statistic: ClassVar[...] = ...`.
     @property
     def statistic(self) -> type[Statistic] | None:
         """The statistic of the inputs that it needs; None for none."""
@@ -37,28 +37,28 @@ class Method(Protocol):
 
         Args:
             weight: O × I float32, not modified.
-            statistic: what is known of its inputs, of the type asked for or a richer one.
+            statistic: statistic of its inputs, of the requested type or a richer one.
             target: pattern and sparsity.
 
         Raises:
-            NumericalError: the numbers do not allow an honest result.
+            NumericalError: no valid result can be computed.
         """
         ...
 
 
 def apply_keep(weight: Tensor, keep: Tensor) -> Tensor:
-    """Return the weight with zeros where keep is False (also where the weight is inf or negative)."""
+    """Return the weight with zeros where keep is False (also where the weight is infinite or negative)."""
     return weight.masked_fill(~keep, 0.0)
 
 
 def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Target) -> Pruned:
-    """Prune a matrix some of whose outputs count more: the method is given larger rows for them.
+    """Prune a matrix with weighted outputs by scaling its rows for the method.
 
     Args:
-        method: any.
+        method: any method.
         weight: O × I float32, not modified.
-        statistic: of the inputs, as the method needs it.
-        target: says by how much outputs count, and where it does not, this is `method.prune`.
+        statistic: statistic of the inputs, as the method needs it.
+        target: gives the weights of outputs; without them, this is `method.prune`.
     """
     if target.outputs is None:
         return method.prune(weight, statistic, target)
@@ -67,5 +67,5 @@ def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Tar
     if (grid := target.grid) is not None:
         target = replace(target, grid=lambda values, columns: grid(values / scale, columns) * scale)
     pruned = method.prune(larger, statistic, target)
-    # Unpruned weights stay equal to the last bit.
+    # Weights that the method left unchanged stay bit-identical.
     return pruned._replace(weight=torch.where(pruned.weight == larger, weight, pruned.weight / scale))

@@ -1,8 +1,8 @@
-"""DSnoT: swap weights of a finished mask until the rows' mean outputs are right again (arXiv 2310.08915).
+"""DSnoT: swap weights of a finished mask to restore the rows' mean outputs (arXiv 2310.08915).
 
-Each row's expected error is Σ W_ij E[x_j] over its pruned weights. In every cycle a row takes back the pruned weight
-that lowers this error most for the variance of its input, and gives up the least important kept weight that pulls the
-same way. No weight is changed, and the number of zeros stays what it was (in each group, for N:M).
+Each row's expected error is Σ W_ij E[x_j] over its pruned weights. In each cycle a row restores the pruned weight that
+lowers this error most for the variance of its input, and drops the least important kept weight that pulls the same way.
+No weight changes value, and the number of zeros stays the same (in each group, for N:M).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from coprune.pruning.methods.wanda import Wanda, wanda_score
 from coprune.recipe.pattern import Target
 
 STARTS: dict[str, Method] = {"magnitude": Magnitude(), "wanda": Wanda(), "ria": RIA()}
-"""The methods whose masks DSnoT can begin from: those that need no more than it does itself."""
+"""Methods whose masks DSnoT can start from: those that need no richer statistic than its own."""
 
 
 @dataclass(frozen=True)
 class DSnoT:
-    """Begin with another method's mask and swap within each row.
+    """Start from another method's mask and swap within each row.
 
     Paper: arXiv 2310.08915.
     """
 
     start: Literal["magnitude", "wanda", "ria"] = "wanda"
-    """The method whose mask it begins from."""
+    """The method that gives the initial mask."""
     cycles: int = 50
     """Maximum number of swaps per row."""
 
@@ -56,18 +56,18 @@ class DSnoT:
 def swap_by_mean(
     keep: Tensor, contribution: Tensor, gain: Tensor, importance: Tensor, group: int, cycles: int
 ) -> Tensor:
-    """Swap one pruned for one kept weight per row and cycle, while that brings the row's mean error nearer to zero.
+    """Swap one pruned for one kept weight per row and cycle, while that brings the row's mean error closer to zero.
 
-    The authors stop at a fixed error of 0.1, which depends on the activations' scale; here a row stops when no swap that it
-    would choose lowers its error.
+    The authors stop at a fixed error of 0.1, which depends on the activations' scale; here a row stops when its next swap
+    would not lower its error.
 
     Args:
         keep: O × I bool, not modified.
         contribution: O × I float32, W·E[x].
         gain: O × I float32, contribution / variance.
         importance: O × I float32.
-        group: how many consecutive inputs a swap stays within.
-        cycles: swaps of a row at most.
+        group: number of consecutive inputs within which swaps stay.
+        cycles: maximum number of swaps per row.
 
     Returns:
         O × I bool.
@@ -85,7 +85,7 @@ def swap_by_mean(
         _, removed = importance.masked_fill(~(removable & same_group), torch.inf).min(dim=1)
         change = _take(contribution, removed) - _take(contribution, regrown)
         accepted = (best_gain > 0) & ((error + change).abs() < error.abs())
-        # On a device idle cycles are cheaper than a read that would tell the host to stop.
+        # On a device, idle cycles are cheaper than the read that would let the host stop.
         if in_host_memory(keep.device) and not bool(accepted.any()):
             break
         _put(keep, regrown, _take(keep, regrown) | accepted)
@@ -95,10 +95,10 @@ def swap_by_mean(
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Return values[row, index[row]] for every row."""
+    """Return values[row, index[row]] for each row."""
     return values.gather(1, index[:, None]).squeeze(1)
 
 
 def _put(values: Tensor, index: Tensor, value: Tensor) -> None:
-    """Set values[row, index[row]] to value[row] for every row."""
+    """Set values[row, index[row]] to value[row] for each row."""
     values.scatter_(1, index[:, None], value[:, None])

@@ -1,7 +1,7 @@
-"""Methods from outside the package: what they have to be, and those that installed packages bring.
+"""Methods from other packages: their requirements, and those that installed packages provide.
 
-A package names its methods under the entry-point group `coprune.methods`. They are loaded once, when somebody asks for
-more than coprune's own; one that cannot be loaded is told of and left out.
+A package names its methods under the entry-point group `coprune.methods`. They are loaded once, when more than coprune's
+own are needed; one that cannot be loaded is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class Brought(NamedTuple):
-    """The methods of installed packages, by their names."""
+    """Methods of installed packages, by name."""
 
     methods: dict[str, Method]
     packages: dict[str, str]
     problems: dict[str, str]
-    """Why a method cannot be used."""
+    """Reasons why methods cannot be used."""
 
 
 def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
@@ -37,7 +37,7 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
 
     Args:
         name: its name, also on the command line.
-        method: an instance, or its class, which is then created with its defaults.
+        method: an instance, or its class, which is instantiated with its defaults.
         taken: names of existing methods.
 
     Returns:
@@ -47,9 +47,9 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
         BadInput: the name is taken or not usable as a folder name, or the object is not a method.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise BadInput(f"a method cannot be called {name!r}", fix="use letters, digits, '_', '-' and '.'")
+        raise BadInput(f"{name!r} is not a valid name for a method", fix="use letters, digits, '_', '-' and '.'")
     if name in taken:
-        raise BadInput(f"there is a method {name!r} already", fix="choose another name")
+        raise BadInput(f"there already is a method {name!r}", fix="choose another name")
     made = method() if isinstance(method, type) else method
     if (missing := missing_in(made)) is not None:
         raise BadInput(f"{name!r} is not a method: {missing}")
@@ -68,7 +68,7 @@ def missing_in(method: Any) -> str | None:
         return f"{type(method).__name__} has no function prune(weight, statistic, target)"
     statistic = getattr(method, "statistic", "missing")
     if statistic is not None and not (isinstance(statistic, type) and issubclass(statistic, Statistic)):
-        return f"{type(method).__name__}.statistic has to be InputNorm, InputMoments, Gram or None, not {statistic!r}"
+        return f"{type(method).__name__}.statistic must be InputNorm, InputMoments, Gram or None, not {statistic!r}"
     return None
 
 
@@ -79,12 +79,12 @@ def names_brought() -> set[str]:
 
 @cache
 def brought_methods(own: frozenset[str]) -> Brought:
-    """Load the methods that installed packages bring, once.
+    """Load the methods of installed packages, once.
 
-    The first of two packages that bring methods of the same name has it.
+    If two packages provide the same name, the first one wins.
 
     Args:
-        own: names that are taken.
+        own: names already taken.
     """
     brought = Brought({}, {}, {})
     for entry in entry_points(group=METHODS_OF_PACKAGES):
@@ -94,7 +94,7 @@ def brought_methods(own: frozenset[str]) -> Brought:
             brought.packages[entry.name] = package
         except BadInput as error:
             brought.problems[entry.name] = f"the package {package} brings a method that is left out: {error}"
-        except Exception as error:  # whatever a strange module does must not stop every command
+        except Exception as error:  # a broken third-party module must not break every command
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             brought.problems[entry.name] = (
                 f"the package {package} brings a method {entry.name!r} that cannot be loaded: {reason}"
@@ -104,5 +104,5 @@ def brought_methods(own: frozenset[str]) -> Brought:
 
 @cache
 def tell(problem: str) -> None:
-    """Warn of a package that does not work, once."""
+    """Warn once about a package that does not work."""
     logger.warning(problem)

@@ -1,4 +1,4 @@
-"""Magnitude: the smallest weights go, whatever their inputs."""
+"""Magnitude: the smallest weights are pruned, whatever their inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coprune.recipe.pattern import Group, Target
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Prune the weights with the smallest |W|; no weight is changed and no input is looked at."""
+    """Prune the weights with the smallest |W|; no weight changes and no inputs are needed."""
 
     group: Group = "matrix"
     """Weights that compete: those of the whole matrix (the usual baseline) or of one output row."""

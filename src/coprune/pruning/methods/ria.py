@@ -1,7 +1,6 @@
-"""RIA: a weight counts by its share of its row and of its column (Plug-and-Play, ICLR 2024, OpenReview Tr0lPx9woF).
+"""RIA: weights are scored by their shares of their row and column (Plug-and-Play, ICLR 2024, OpenReview Tr0lPx9woF).
 
-Magnitude and Wanda can strip an input or an output almost bare; relative importance keeps the strongest weights of
-each.
+Magnitude and Wanda can strip an input or output almost bare; relative importance keeps the strongest weights of each.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def ria_score(weight: Tensor, statistic: Statistic, power: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RIA:
-    """Prune the weights of least relative importance; no weight is changed.
+    """Prune the weights of least relative importance; no weight changes.
 
     Paper: Plug-and-Play, ICLR 2024, OpenReview Tr0lPx9woF.
     """

@@ -1,8 +1,8 @@
-"""SparseGPT: prune column by column and let the columns still to come make up for it (arXiv 2301.00774).
+"""SparseGPT: prune column by column and compensate in the remaining columns (arXiv 2301.00774).
 
-Zeroing a weight leaves an error in its row's output; the best change of the later weights of the row is a multiple
-of one row of U, the upper Cholesky factor of the inverse Hessian. Columns are walked in blocks: inside a block errors
-are pushed at once, later blocks get a whole block's errors in one product.
+Zeroing a weight leaves an error in its row's output; the best change of the row's later weights is a multiple of one row
+of U, the upper Cholesky factor of the inverse Hessian. Columns are processed in blocks: within a block errors are passed
+on at once, later blocks get a whole block's errors in one product.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import Grid, Target
 
 Choose = Callable[[Tensor, slice], Tensor]
-"""Returns the mask of kept weights of some columns: (weights as updated so far, O × C; which columns) → O × C bool."""
+"""Mask of kept weights from (weights as updated so far, O × C; the columns' slice): O × C bool."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class SparseGPT:
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     inner_loop: Literal["auto", "torch", "triton"] = "auto"
-    """The loop over the columns of a block: auto is a native kernel on CPUs where it compiles, one of Triton's on NVIDIA's
-    GPUs where it gives what torch gives, and torch elsewhere."""
+    """The loop over a block's columns: auto is a native kernel on CPUs where it compiles, a Triton kernel on NVIDIA GPUs
+    where it matches torch, and torch elsewhere."""
 
     statistic: ClassVar[type[Gram]] = Gram
 
@@ -65,7 +65,7 @@ class SparseGPT:
 
 
 def _put(grid: Grid, first: int) -> Put:
-    """Return what puts a column of a block on a grid. first: the number of the block's first column."""
+    """Return a function that rounds a block's columns to a grid. first: the number of the block's first column."""
 
     def put(column: Tensor, number: int) -> Tensor:
         return grid(column[:, None], slice(first + number, first + number + 1))[:, 0]
@@ -74,7 +74,7 @@ def _put(grid: Grid, first: int) -> Put:
 
 
 def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
-    """Return the factor of a statistic's damped inverse, cached with the statistic."""
+    """Return the factor of the damped inverse Gram matrix, cached in the statistic."""
 
     def compute() -> InverseFactor:
         with full_float32():
@@ -86,16 +86,16 @@ def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
 def update_columns(
     weight: Tensor, factor: InverseFactor, target: Target, block_size: int, choose: Choose | None, walk: str = "torch"
 ) -> Pruned:
-    """Prune the columns one after another, with each pruned weight's error compensated in later columns.
+    """Prune column by column, compensating each pruned weight's error in later columns.
 
     Args:
         weight: O × I float, not modified.
-        factor: of the inverse of the inputs' damped Gram matrix.
-        target: pattern and sparsity, and the grid that what is kept is put on, if there is one: what that loses is
-            pushed into later columns with what is pruned.
-        block_size: columns processed before later ones get their errors; rounded up to whole groups.
-        choose: returns the mask of columns that have to be chosen together, in order, from weights that include every earlier
-            column's error; None to keep N of M by SparseGPT's own score, which the kernel computes.
+        factor: factor of the inverse of the inputs' damped Gram matrix.
+        target: pattern and sparsity, and the grid to which kept weights are rounded, if any; that error is also passed on to
+            later columns.
+        block_size: number of columns processed before later ones get their errors; rounded up to whole groups.
+        choose: returns the mask of columns that have to be chosen together, in order, from weights that include earlier columns'
+            errors; None to keep N of M by SparseGPT's own score, which the kernel computes.
         walk: name of the kernel for `walk_columns`, or auto.
 
     Raises:
@@ -106,7 +106,7 @@ def update_columns(
     pattern = target.pattern
     pattern.check_width(width)
     if target.sparsity == 0:
-        # With no weight to prune, existing zeros stay zeros.
+        # If nothing is to be pruned, existing zeros stay zeros.
         mask = weight != 0
         choose = lambda _, columns: mask[:, columns]  # noqa: E731
         factor = factor._replace(dead=torch.zeros_like(factor.dead))
@@ -114,7 +114,7 @@ def update_columns(
     together = block_size if choose is None else pattern.columns_together(block_size)
     walk_columns = kernel("walk_columns", weight.device, walk)
     with full_float32():
-        # Transposed, so that a column of the weight lies contiguous in memory.
+        # Transposed, so that a column of the weight is contiguous in memory.
         columns = weight.to(torch.float32).masked_fill(factor.dead, 0.0).T.contiguous()
         keep = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
         own = pattern.n_of_m if choose is None else None

@@ -14,7 +14,7 @@ from coprune.recipe.pattern import Group, Target
 
 
 def wanda_score(weight: Tensor, statistic: Statistic) -> Tensor:
-    """Return |W_ij| · n_j, where n_j is the root mean square of input channel j (|W_ij| where all inputs were zero).
+    """Return |W_ij| · n_j, where n_j is the root mean square of input channel j (|W_ij| if all inputs were zero).
 
     Args:
         weight: O × I float32.
@@ -33,7 +33,7 @@ def score_by_norms(weight: Tensor, norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Wanda:
-    """Prune the weights with the smallest |W| · n; no weight is changed.
+    """Prune the weights with the smallest |W| · n; no weight changes.
 
     Paper: arXiv 2306.11695.
     """

@@ -1,8 +1,7 @@
 """Wanda's variant: each row may lose the same share of its total score (appendix of arXiv 2306.11695).
 
-Rows whose score sits in few weights lose more of them. One share α serves the whole matrix and is found by bisection,
-so that the matrix (not each row) comes out at the sparsity asked for. For N:M this is plain Wanda, as in the
-authors' code.
+Rows whose score sits in few weights lose more of them. A single share α for the whole matrix is found by bisection, so
+that the matrix (not each row) reaches the requested sparsity. For N:M this is plain Wanda, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from coprune.recipe.pattern import Target
 TOLERANCE = 0.001
 """Tolerance of the sparsity, and shortest interval of α (the authors' values)."""
 HIGHEST = 0.8
-"""α is searched for between 0 and this."""
+"""Upper end of the search for α, which starts at 0."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class WandaVariant:
 
 
 def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> tuple[Tensor, float]:
-    """Find how many weights each row loses under the one share α that gives the sparsity.
+    """Find how many weights each row loses at the share α that gives the sparsity.
 
-    α is searched in [0, 0.8] from 0.4 on. A row in which nothing qualifies loses nothing (the published code prunes all of
-    it). A row whose scores are all zero, of which no share means anything, loses what the sparsity says of it. A device tells
-    of every α that the search may come to at once, since the host would wait for each.
+    α is searched in [0, 0.8], starting at 0.4. A row in which nothing qualifies loses nothing (the published code prunes all
+    of it). A row of zero scores, for which no share means anything, loses the matrix's sparsity. On a device all α that the
+    search may reach are evaluated at once, since the host would wait for each.
 
     Args:
         ascending: O × I, each row's scores sorted.
@@ -65,7 +64,7 @@ def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> tuple[Ten
         sparsity: of the matrix.
 
     Returns:
-        O × 1 int, and the sparsity that they come to.
+        O × 1 int, and the resulting sparsity.
     """
     cumulative = ascending.cumsum(dim=1)
     none, meant = total == 0, count_pruned(ascending.shape[1], sparsity)
@@ -89,7 +88,7 @@ def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> tuple[Ten
 
 
 def possible_shares() -> list[float]:
-    """Return every α that the bisection may reach, down to its shortest interval."""
+    """Return every α that the bisection may reach, down to the shortest interval."""
     found, intervals = [], [(0.0, HIGHEST)]
     while intervals:
         halves = [(low, (low + high) / 2, high) for low, high in intervals]

@@ -22,11 +22,11 @@ class Refinement(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def refine(self, weight: Tensor, pruned: Pruned, statistic: Gram, target: Target) -> Pruned:
-        """Improve one pruned matrix; no row's layer error grows and the pattern stays.
+        """Improve one pruned matrix without raising any row's layer error or leaving the pattern.
 
         Args:
-            weight: O × I float32, the dense weight that is aimed at; not modified.
-            pruned: as its method left it; not modified.
+            weight: O × I float32, the dense target weight; not modified.
+            pruned: the method's result; not modified.
             statistic: the Gram matrix of its inputs.
             target: pattern and sparsity.
         """
@@ -45,7 +45,7 @@ def refinement_named(asked: Choice | str | Mapping[str, Any]) -> Refinement:
     """Return a refinement by name with its options set.
 
     Args:
-        asked: a name, or a name with options (`refit:rounds=10`), the fields of its dataclass.
+        asked: a name, or a name with options (`refit:rounds=10`) for the fields of its dataclass.
 
     Raises:
         BadInput: an unknown name or option, or a value of the wrong type or out of range.

@@ -1,8 +1,8 @@
 """Block reconstruction: train the kept weights of a block toward the dense block's outputs.
 
-A few hundred steps of AdamW on one block's kept weights, norms and biases (see `trainable_parameters.py`), with calibration
-inputs from the pruned blocks before it, toward the dense model's hidden states (EBFT, arXiv 2402.12419; Wanda++, arXiv
-2503.04992). Memory is that of one block, which is trained in float32.
+A few hundred steps of AdamW on the block's kept weights, norms and biases (see `trainable_parameters.py`), with
+calibration inputs from the pruned blocks before it, toward the dense model's hidden states (EBFT, arXiv 2402.12419;
+Wanda++, arXiv 2503.04992). Memory is that of one block, trained in float32.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from coprune.base.precision import held_in_float32, precision_on
 from coprune.pruning.refine.trainable_parameters import Trained, sizes_of
 
 FIRST_RATE = 5e-3
-"""Learning rate that is tried first, over the root mean square of what changes."""
+"""First learning rate to try, relative to the root mean square of the trained entries."""
 
 
 class Improved(NamedTuple):
-    """What a training did: errors on the watched batches, as `Examples.error` has them."""
+    """The effect of a training: errors on the watched batches, as in `Examples.error`."""
 
     before: float
     after: float
-    """As before where no rate lowered it."""
+    """Same as `before` if no rate lowered it."""
     rate: float
-    """Learning rate of the state that stays; the lowest that was tried where none lowered the error."""
+    """Learning rate of the kept state; the lowest tried if none lowered the error."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class Reconstruction:
     steps: int = 100
     """Steps per block."""
     tokens: int = 0
-    """Minimum number of tokens; steps are added until they have as many. 0: as many as the steps have."""
+    """Minimum number of training tokens; steps are added to reach it. 0: no minimum."""
     learning_rate: float | None = None
-    """Peak learning rate, times the root mean square of each parameter's entries that may change; None: found by trials.
+    """Peak learning rate, times the root mean square of each parameter's trainable entries; None: found by trials.
 
-    It rises over the first tenth of the steps, of six and more over two, and falls along a cosine.
+    It rises over the first tenth of the steps (at least two of six or more) and falls along a cosine.
     """
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype in which the block computes; its weights are float32 while they are trained."""
+    """The dtype in which the block computes; the trained weights are float32."""
     held_out: float = 0.1
-    """Share of the calibration batches that only watch for overfitting; 0 turns early stopping off."""
+    """Share of calibration batches held out for early stopping; 0 turns it off."""
     seed: int = 0
-    """Order of the batches."""
+    """Seed of the order of batches."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -67,7 +67,7 @@ class Reconstruction:
         require_not_negative(held_out=self.held_out, tokens=self.tokens)
 
     def on(self, positions: Sequence[int]) -> Reconstruction:
-        """Return the settings with steps from tokens, for batches with these numbers of positions, one batch a step."""
+        """Return the settings with `tokens` converted to steps, for batches with these numbers of positions, one per step."""
         needed = -(-self.tokens * len(positions) // max(1, sum(positions)))
         return replace(self, steps=max(self.steps, needed), tokens=0)
 
@@ -79,17 +79,17 @@ class Reconstruction:
         examples: Examples,
         rates: Sequence[float] = (),
     ) -> Improved:
-        """Train a pruned block in place; zeros stay zeros, and the best state that was seen is the one that stays.
+        """Train a pruned block in place and keep the best state; zeros stay zeros.
 
         Args:
             module: the block.
-            trained: its parameters that may change.
+            trained: its trainable parameters.
             run: (batch, float32 hidden states) → the block's output, differentiable.
-            examples: what it is trained on.
-            rates: learning rates to try, each from the same start; without any, that of the settings.
+            examples: the training data.
+            rates: learning rates to try, each from the same start; by default that of the settings.
 
         Returns:
-            What the training did.
+            The effect of the training.
 
         Raises:
             NumericalError: the loss is not finite before the first step.
@@ -126,12 +126,12 @@ class Reconstruction:
         return Improved(before, best, best_rate)
 
     def batches_used(self, shares: Sequence[float]) -> set[int]:
-        """Return the numbers of the batches that are used, fewer in a short training. shares: as of `Examples`."""
+        """Return the numbers of the batches used, fewer in a short training. shares: as in `Examples`."""
         watched, trained = self._split(shares)
         return {*watched, *islice(endless(trained, self.seed), self.steps)}
 
     def passes(self, shares: Sequence[float]) -> float:
-        """Return the number of times each batch is trained on. shares: as of `Examples`."""
+        """Return the number of times each batch is trained on. shares: as in `Examples`."""
         return self.steps / max(1, len(self._split(shares)[1]))
 
     def _split(self, shares: Sequence[float]) -> tuple[list[int], list[int]]:
@@ -152,7 +152,7 @@ class Reconstruction:
         batches: Sequence[int],
         best: float,
     ) -> tuple[float, list[Tensor]]:
-        """Train at a rate; returns the least error on the watched batches, at the start `best`, and the state it came with."""
+        """Train at a rate; return the least error on the watched batches, initially `best`, and its state."""
         parameters = [one.parameter for one in trained]
         optimizer = _optimizer(trained, rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -169,7 +169,7 @@ class Reconstruction:
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
-                # A gradient of zero leaves Adam's moments and so the weight at zero: nothing to mask afterwards.
+                # Zero gradients keep Adam's moments and the weight at zero, so nothing has to be masked afterwards.
                 if step % every == 0 or step == self.steps:
                     error = watch()
                     if error < best:
@@ -180,11 +180,11 @@ class Reconstruction:
 
     @property
     def _watching(self) -> tuple[int, int]:
-        """Steps between checks of the held-out error, and the number of checks without improvement that end the training."""
-        # The check uses a tenth of the batches: after every few steps it would cost more than the training.
+        """Steps between checks of the held-out error, and the number of checks without improvement that end training."""
+        # A check runs a tenth of the batches; after every few steps it would cost more than the training.
         if self.steps >= 20:
             return max(10, self.steps // 10), 3
-        # Adam's first steps have full length whatever the gradient, so a check after two of them says nothing.
+        # Adam's first steps have full length whatever the gradient, so an early check says nothing.
         return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 2
 
     def _rate(self, step: int) -> float:
@@ -198,7 +198,7 @@ def _optimizer(trained: Sequence[Trained], rate: float) -> torch.optim.AdamW:
     parameters = [one.parameter for one in trained]
     sizes = sizes_of((one.parameter, one.entries) for one in trained)
     groups = [{"params": [one], "lr": rate * size} for one, size in zip(parameters, sizes, strict=True)]
-    # One pass over each parameter instead of a dozen; only devices that torch is built for have it.
+    # One pass over each parameter instead of a dozen; only devices built into torch support it.
     fused = kind_of(parameters[0].device) != "other"
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
@@ -230,7 +230,7 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 _TINY = 1e-12
 """Lower bound of divisors."""
 _SMALLEST_PART = 1e-4
-"""Lower bound of a feature's part relative to the mean, so that a nearly silent one does not dominate."""
+"""Lower bound of a feature's part relative to the mean, so that a nearly silent feature does not dominate."""
 
 
 @dataclass(frozen=True)
@@ -240,25 +240,25 @@ class Examples:
     inputs: Sequence[Tensor]
     """B × S × H per batch, in the model's dtype."""
     targets: Sequence[Tensor]
-    """The dense block's outputs, likewise."""
+    """The dense block's outputs, in the same shapes."""
     shares: Sequence[float]
-    """Weight of every batch; one with 0 is skipped."""
+    """Weight of each batch; batches with 0 are skipped."""
     counted: Sequence[Tensor] | None = None
     """Mask of counted tokens, B × S bool per batch; None for all."""
 
     @torch.no_grad()
     def weights(self, batches: Iterable[int]) -> Tensor:
-        """Return the weight of an error in each feature: one over its share of the dense hidden states.
+        """Return the weight of errors in each feature: one over its share of the dense hidden states.
 
-        Features differ by orders of magnitude, and what reads them scales large ones down, so errors in the largest would be
-        nearly all of the loss and hardly matter to the model. The ideal weight, the square of the loss's gradient by a feature
+        Features differ by orders of magnitude, and the layers that read them scale large ones down, so errors in the largest
+        would dominate the loss and hardly matter to the model. The ideal weight, the squared gradient of the loss by a feature
         (BRECQ, arXiv 2102.05426), is nearly proportional to this one, which needs no backward pass through the whole model.
 
         Args:
             batches: numbers of the batches to use.
 
         Returns:
-            H float32; all of them 1 where all features are of one size.
+            H float32; all 1 if all features have the same size.
         """
         numbers = [*batches]
         total = torch.zeros((), device=self.targets[numbers[0]].device)
@@ -271,7 +271,7 @@ class Examples:
         return 1 / (total * (len(total) / shares)).clamp_min(_SMALLEST_PART)
 
     def error(self, batch: int, output: Tensor, weights: Tensor) -> Tensor:
-        """Return the error of a block's output for a batch, mean over the counted tokens: e, or 1 + log e beyond 1.
+        """Return a block's output error for a batch, averaged over counted tokens: e, or 1 + log e above 1.
 
         e is the relative error of a token. A few tokens may become many times larger than in the dense model and would
         dominate the mean and its gradient, though the next norm limits their effect. weights: H float32, of the features.
@@ -282,7 +282,7 @@ class Examples:
 
 
 def endless(batches: Sequence[int], seed: int) -> Iterator[int]:
-    """Yield all batches in a random order, again and again."""
+    """Yield all batches in random order, endlessly."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for position in torch.randperm(len(batches), generator=generator).tolist():
@@ -292,8 +292,8 @@ def endless(batches: Sequence[int], seed: int) -> Iterator[int]:
 def _relative_errors(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted squared error of each token relative to its dense hidden state.
 
-    The next block normalises each token by its size; otherwise the first token of many models, a thousand times larger than
-    the others, would dominate.
+    The next block normalises each token by its size; without this, the first token of many models, a thousand times larger
+    than the others, would dominate.
     """
     dense = target.to(torch.float32)
     error = ((output.to(torch.float32) - dense).square() * weights).sum(dim=-1)

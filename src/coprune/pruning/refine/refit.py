@@ -1,8 +1,8 @@
-"""Masked refit: the best values for the kept weights of a mask, by conjugate gradients on all rows at once.
+"""Masked refit: the best values for a mask's kept weights, by conjugate gradients on all rows at once.
 
-Every row is a least-squares problem of its own, but all share one Gram matrix, so one product per round serves them all. This
-is the last step of ALPS (arXiv 2406.07831) for any mask. Damping pulls toward the dense weights; without it, a matrix with
-fewer tokens than inputs (an expert) would be fitted to their noise.
+Each row is a least-squares problem of its own, but all share one Gram matrix, so one product per round serves them all.
+This is the last step of ALPS (arXiv 2406.07831) for any mask. Damping pulls toward the dense weights; without it, a matrix
+with fewer tokens than inputs (an expert) would be fitted to their noise.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from coprune.recipe.pattern import Target
 
 @dataclass(frozen=True)
 class Refit:
-    """Solve for the kept weights; the mask stays.
+    """Solve for the kept weights of an unchanged mask.
 
     Paper: the last step of ALPS, arXiv 2406.07831.
     """
 
     rounds: int = 20
-    """Rounds of conjugate gradients at most."""
+    """Maximum number of conjugate-gradient rounds."""
     tolerance: float = 0.002
-    """They end with the first that lowers the error of the matrix by less than this share of it; 0 makes all of them."""
+    """Stop after the first round that lowers the matrix's error by less than this share of it; 0 runs them all."""
     products: Literal["float32", "bfloat16"] = "float32"
     """Precision of the products with the Gram matrix in a round; float32 where bfloat16 would be slower."""
     damping: float = 0.01

@@ -1,12 +1,12 @@
 """SparseSwaps: exchange a pruned for a kept weight of the same row while the layer error falls (arXiv 2512.10922).
 
-With Δ = W − Ŵ and r = ΔG, a row's error is ΔGΔᵀ. Taking pruned weight i back at its dense value removes Δ_i; letting
-kept weight j go adds Ŵ_j to Δ_j. The change of Δ is c = Ŵ_j e_j − Δ_i e_i, and that of the error 2c·r + cGcᵀ:
+With Δ = W − Ŵ and r = ΔG, a row's error is ΔGΔᵀ. Restoring the pruned weight i to its dense value removes Δ_i; dropping
+the kept weight j adds Ŵ_j to Δ_j. The change of Δ is c = Ŵ_j e_j − Δ_i e_i, and that of the error 2c·r + cGcᵀ:
 
     (Δ_i² G_ii − 2Δ_i r_i)  +  (Ŵ_j² G_jj + 2Ŵ_j r_j)  −  2 Δ_i Ŵ_j G_ij
      restoring i                dropping j                 their interaction
 
-(For a mask without weight update Δ_i is W_i and Ŵ_j is W_j, which is the paper's formula.)
+(Without a weight update Δ_i is W_i and Ŵ_j is W_j, which gives the paper's formula.)
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ BLOCK = 128
 """Columns whose residual is computed in one product (N:M)."""
 
 NOISE = 1e-5
-"""A swap has to lower the error by more than this share of the terms it is the sum of, or it may be rounding."""
+"""A swap must lower the error by more than this share of its terms; less may be rounding."""
 
 
 @dataclass(frozen=True)
 class Swaps:
-    """Swap within rows (for N:M within groups) until nothing is gained, then refit.
+    """Swap within rows (for N:M within groups) while that helps, then refit.
 
     Paper: SparseSwaps, arXiv 2512.10922.
     """
 
     steps: int = 100
-    """Most swaps a row makes (unstructured), or most sweeps over all groups (N:M)."""
+    """Maximum number of swaps per row (unstructured) or of sweeps over all groups (N:M)."""
     candidates: int = 16
-    """Unstructured: how many of the cheapest weights to restore and to drop are paired with each other."""
+    """Unstructured: number of the cheapest weights to restore and to drop that are paired."""
     refit_rounds: int = 20
-    """Rounds of conjugate gradients afterwards; 0 leaves the weights alone."""
+    """Conjugate-gradient rounds afterwards; 0 leaves the weights alone."""
     damping: float = 0.01
     """Added to each diagonal entry of the Gram matrix, as a fraction of it."""
 
@@ -82,17 +82,17 @@ def dropping_costs(current: Tensor, residual: Tensor, diagonal: Tensor) -> Tenso
 
 
 def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Make the best swap of every row, one after another; rows where nothing is gained drop out (on a device they stay).
+    """Make the best swap in each row repeatedly; rows without a gain drop out (on a device they stay).
 
-    The best pair is looked for among the `candidates` cheapest to restore and the `candidates` cheapest to drop (all of
-    them, if there are no more); a pair's interaction is exact.
+    The best pair is searched among the `candidates` cheapest to restore and the `candidates` cheapest to drop (or all, if
+    there are fewer); a pair's interaction is exact.
 
     Args:
         weight: O × I float32, dense.
-        pruned: the matrix as it is pruned.
+        pruned: the pruned matrix.
         gram: I × I float32.
-        candidates: how many of each kind are paired.
-        steps: swaps of a row at most.
+        candidates: number of each kind to pair.
+        steps: maximum number of swaps per row.
 
     Returns:
         The weight (O × I float32) and its mask.
@@ -130,7 +130,7 @@ def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, 
 
 
 class _Swap(NamedTuple):
-    """A swap of every one of R rows, each R × 1 (rows: R), and whether it is made."""
+    """One swap for each of R rows, each field R × 1 (rows: R), and whether it is made."""
 
     rows: Tensor
     i: Tensor
@@ -153,23 +153,23 @@ def _exchange(swap: _Swap, weight: Tensor, delta: Tensor, keep: Tensor, residual
 
 
 def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Sweep over groups of columns; each row makes the best swap in each group, while any row gains.
+    """Sweep over groups of columns; make each row's best swap in each group while any row gains.
 
-    Swaps of different groups change each other's costs, so the residual is kept up to date: within a block of columns at
-    once, between blocks by one product per block. It ends where the published order (the best group of a row first) ends:
-    where no group of any row has a swap that gains.
+    Swaps in different groups change each other's costs, so the residual is kept up to date: within a block of columns at
+    once, between blocks by one product per block. It ends where the published order (a row's best group first) ends: when no
+    group of any row has a swap that helps.
 
     Args:
         weight: O × I float32, dense.
-        pruned: the matrix as it is pruned.
+        pruned: the pruned matrix.
         gram: I × I float32.
-        group: columns of a group.
-        sweeps: over all groups at most.
+        group: number of columns per group.
+        sweeps: maximum number of sweeps over all groups.
 
     Returns:
         The weight (O × I float32) and its mask.
     """
-    # Transposed, so that a group of columns lies contiguous in memory.
+    # Transposed, so that a group of columns is contiguous in memory.
     dense = weight.T.contiguous()
     delta = dense - pruned.weight.T
     keep = pruned.keep.T.clone(memory_format=torch.contiguous_format)  # contiguous() would alias a single row
@@ -181,7 +181,7 @@ def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, swe
     for start in [*starts] * sweeps:
         block = range(start, min(start + block_size, width), group)
         changes.append(_swap_in_block(dense, delta, keep, gram, block))
-        # Nothing changed since the last time that this block was seen, so nothing ever will.
+        # Nothing has changed since this block was last visited, so nothing will.
         if len(changes) == len(starts) and over.ask(~torch.stack([*changes]).any(), True):
             break
     keep = keep.T.contiguous()
@@ -189,9 +189,9 @@ def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, swe
 
 
 def _swap_in_block(dense: Tensor, delta: Tensor, keep: Tensor, gram: Tensor, firsts: range) -> Tensor:
-    """Make every row's best swap in each group of a block, in place; all I × O, gram I × I, firsts: the groups' first columns.
+    """Make each row's best swap in each group of a block, in place; all I × O, gram I × I, firsts: the groups' first columns.
 
-    Returns whether there was one, a bool without dimensions.
+    Returns whether there was any, a scalar bool.
     """
     block = slice(firsts.start, firsts.stop)
     residual = gram[block] @ delta
@@ -207,9 +207,9 @@ def _swap_in_block(dense: Tensor, delta: Tensor, keep: Tensor, gram: Tensor, fir
 
 
 def _swap_one_group(dense: Tensor, delta: Tensor, keep: Tensor, residual: Tensor, gram: Tensor) -> Tensor | None:
-    """Make every row's best swap in one group, in place; all M × O, gram M × M.
+    """Make each row's best swap in one group, in place; all M × O, gram M × M.
 
-    Returns the change of Δ; None where host memory tells that there is none.
+    Returns the change of Δ; in host memory, None if there is none.
     """
     size, rows = delta.shape
     diagonal = gram.diagonal()[:, None]

@@ -1,8 +1,7 @@
 """The parameters of a block that reconstruction trains: the chosen matrices, norms and biases, and nothing else.
 
-A layer is trained whole or not at all: a bias beside a matrix that is not to be pruned (a router's, an excluded
-layer's, a depth-wise convolution's) is left alone with it. So are vectors that are no norm, such as the decay of a
-recurrence.
+A layer is trained whole or not at all: a bias beside a matrix that is not pruned (a router's, an excluded layer's, a
+depth-wise convolution's) is left alone with it. So are vectors that are not norms, such as a recurrence's decay.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from coprune.model.matrices import Matrix
 
 @dataclass(frozen=True)
 class Trained:
-    """A parameter of a block that is trained."""
+    """A trained parameter of a block."""
 
     name: str
     """Path within the block."""
@@ -31,7 +30,7 @@ class Trained:
 
 @torch.no_grad()
 def sizes_of(trained: Iterable[tuple[Tensor, Tensor | None]]) -> list[float]:
-    """Return root mean squares of parameters, to which learning rates are relative; 1 for parameters that are zero.
+    """Return root mean squares of parameters, to which learning rates are relative; 1 for all-zero parameters.
 
     trained: parameters, each with the mask of its trainable entries (bool, of its shape; None: all).
     """
@@ -44,15 +43,15 @@ def sizes_of(trained: Iterable[tuple[Tensor, Tensor | None]]) -> list[float]:
 
 
 def trained_in(block: Block, chosen: Sequence[Matrix], fixed: Container[str] = ()) -> list[Trained]:
-    """Return the parameters of a pruned block to train.
+    """Return the trainable parameters of a pruned block.
 
     Args:
-        block: the block; its parameters are real.
-        chosen: its matrices that were chosen; their weights that are not zero are trained.
+        block: the block; its parameters must be loaded.
+        chosen: its chosen matrices, of which nonzero weights are trained.
         fixed: parameters of the model that are not trained.
 
     Returns:
-        The parameters in the order of the block's modules; none where no matrix was chosen.
+        The parameters in the order of the block's modules; none if no matrix was chosen.
     """
     matrices: dict[str, list[Matrix]] = {}
     for matrix in chosen:
@@ -74,7 +73,7 @@ def trained_in(block: Block, chosen: Sequence[Matrix], fixed: Container[str] = (
 
 
 def names_of(trained: Sequence[Trained]) -> str:
-    """Return the names of trained parameters as text: without `.weight`, layers that differ only in a number once."""
+    """Return the names of trained parameters as text: without `.weight`, and once for layers that differ only in a number."""
     return ", ".join(dict.fromkeys(kind_of(one.name.removesuffix(".weight")) for one in trained))
 
 
@@ -90,7 +89,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _kept(parameter: nn.Parameter, matrices: Sequence[Matrix]) -> Tensor:
-    """Return where a parameter is not zero, in its chosen matrices."""
+    """Return the mask of a parameter's nonzero entries in its chosen matrices."""
     kept, not_zero = torch.zeros_like(parameter, dtype=torch.bool), parameter.detach() != 0
     for matrix in matrices:
         matrix.part_of(kept).copy_(matrix.part_of(not_zero))
