@@ -50,7 +50,7 @@ REFUSED = {
     "coprune fit model --method wanda -o out": "fit has no option --method; it belongs to coprune prune, estimate, sweep.",
     "coprune finetune model --patern 2:4": "No such option: --patern",
     "coprune quantize model": "type: coprune export MODEL OUT.gguf --type q4_k_m --imatrix auto",
-    "coprune prune mlx -m wanda": "mlx holds MLX weights, which no other library reads; take the original model",
+    "coprune prune mlx -m wanda": "mlx holds MLX weights, which only MLX can read; use the original model",
     "coprune prune pipeline -m wanda": "pipeline is a diffusion pipeline, which is not supported",
 }
 WITHOUT_GGUF = {

@@ -51,7 +51,7 @@ _REFUSED = {
     "checkpoints of it classify": "checkpoints of it classify images",
     "library but it was not found": "a library that it needs was not installed",
     "cannot be loaded by transformers": "transformers cannot load what is saved",
-    "is an encoder with a decoder, and writes no text": "an encoder with a decoder that writes no text",
+    "is an encoder-decoder model that does not generate text": "an encoder-decoder model that does not generate text",
     "is no module that a forward calls": "a block is no module that a forward calls",
 }
 """How the page says why a type is refused or not built, where a verdict holds a message with names."""

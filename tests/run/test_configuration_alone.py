@@ -84,5 +84,5 @@ def test_of_a_hub_id_the_configuration_alone_is_fetched(place: Path, monkeypatch
 def test_claims_of_a_configuration_alone_are_bounded(place: Path, tmp_path: Path) -> None:
     config = json.loads((place / "bare" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
-    with pytest.raises(BadInput, match="num_hidden_layers is 1,000,000,000, and without weights no more than 1,000"):
+    with pytest.raises(BadInput, match="num_hidden_layers is 1,000,000,000, but without weights at most 1,000"):
         coprune.inspect(tmp_path, quiet=True)

@@ -131,8 +131,8 @@ def test_a_call_streams_where_it_saves_and_gives_the_model_all_the_same(
 
 HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 NOT_OPENED = {
-    ("vit", "ViTModel"): "no classifier of images",
-    ("bart", "BartForSequenceClassification"): "an encoder with a decoder",
+    ("vit", "ViTModel"): "not an image classifier",
+    ("bart", "BartForSequenceClassification"): "an encoder-decoder model",
     ("whisper", "WhisperForAudioClassification"): "no head that predicts tokens",
 }
 

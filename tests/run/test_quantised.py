@@ -286,9 +286,9 @@ def _without_scales(tensors: dict[str, Tensor]) -> None:
     [
         (
             _scales_of((3, 3)),
-            r"up_proj\.weight_scale_inv has the shape \(3, 3\), which fits no scales of .*up_proj\.weight",
+            r"up_proj\.weight_scale_inv has the shape \(3, 3\), which does not fit .*up_proj\.weight",
         ),
-        (_not_a_number, r"layers\.0\.mlp\.up_proj\.weight_scale_inv holds scales that are no numbers"),
+        (_not_a_number, r"layers\.0\.mlp\.up_proj\.weight_scale_inv holds scales that are NaN or infinite"),
         (_without_scales, r"holds .*layers\.0\.mlp\.up_proj\.weight in F8_E4M3 and lacks .*, its scales"),
     ],
     ids=["shape", "nan", "missing"],

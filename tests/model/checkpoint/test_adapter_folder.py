@@ -103,7 +103,7 @@ def test_an_adapter_whose_base_is_not_here_says_of_what_it_is(base: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"peft_type": "PROMPT_TUNING"}, "of the kind PROMPT_TUNING, of which only LORA"),
+        ({"peft_type": "PROMPT_TUNING"}, "of type PROMPT_TUNING; only LORA"),
         ({"coprune_masks": "abc"}, r"merge it, which keeps every zero: coprune\.merge"),
         ({"r": 10**9}, "whose configuration does not fit its tensors"),
         ({"rank_pattern": {"((a+)+)+b": 2}}, "whose configuration does not fit its tensors"),
@@ -127,7 +127,7 @@ def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> N
     save_pico(tmp_path / "short", num_hidden_layers=1)
     change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "short"))
     with pytest.raises(
-        BadInput, match=r"is no adapter of .*short, which has no layer for base_model.model.model.layers.1"
+        BadInput, match=r"is not an adapter of .*short, which has no layer for base_model.model.model.layers.1"
     ):
         locate(tmp_path / "adapter")
 

@@ -90,7 +90,7 @@ def test_an_impossible_part_number_of_a_split_file_is_refused(name: str, tmp_pat
     [
         ({"first": text("general.name") + struct.pack("<I", 8) + text("a")}, r"has no general\.architecture"),
         ({"first": text("general.architecture") + struct.pack("<II", 4, 1)}, r"general\.architecture cannot be 1"),
-        ({"token": b"\xff\xfe"}, r"tokenizer\.ggml\.tokens of .* holds a text that is not UTF-8"),
+        ({"token": b"\xff\xfe"}, r"tokenizer\.ggml\.tokens of .* holds a string that is not UTF-8"),
         ({"first": text("split.no") + struct.pack("<I", 8) + text("a")}, r"has no general\.architecture"),
     ],
 )

@@ -102,5 +102,5 @@ def test_taking_apart_and_putting_together_reads_nothing(
 
 def test_weights_in_a_file_cannot_be_changed_in_place(gates: tuple[list[Tensor], list[Tensor]]) -> None:
     for tensor in (gates[0][0], torch.stack(gates[0])[1]):
-        with pytest.raises(TypeError, match="would change a matrix that lies in a file"):
+        with pytest.raises(TypeError, match="would change a matrix that stays in its file"):
             tensor.mul_(2)

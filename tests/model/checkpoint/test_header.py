@@ -97,7 +97,7 @@ def test_json_that_is_nested_deep_or_far_too_large_is_one_message(
     with pytest.raises(BadInput, match="nested too deep"):
         read_json(tmp_path / "config.json")
     monkeypatch.setattr("coprune.model.checkpoint.shards.MAX_JSON_BYTES", 1000)
-    with pytest.raises(BadInput, match="too many for a file"):
+    with pytest.raises(BadInput, match="too many for a settings file"):
         read_json(tmp_path / "config.json")
 
 

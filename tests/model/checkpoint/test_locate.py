@@ -53,7 +53,7 @@ def test_the_hub_out_of_reach(tmp_path: Path) -> None:
 def test_timm_s_own_names_need_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "timm" else find(name, *more))
-    with pytest.raises(BadInput, match=r"Hub is out of reach.* where it is: pip install 'coprune\[images\]'"):
+    with pytest.raises(BadInput, match=r"Hub is out of reach.* install timm: pip install 'coprune\[images\]'"):
         locate("timm/deit_tiny_patch16_224", cache_dir=tmp_path)
     with pytest.raises(BadInput) as caught:
         locate("timm/deit_tiny_patch16_224.fb_in1k", cache_dir=tmp_path)

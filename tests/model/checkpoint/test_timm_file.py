@@ -88,7 +88,7 @@ def test_a_timm_model_with_its_own_weights_is_pruned_by_name(trained: tuple[nn.M
     [
         ("timm/no_such_net@{folder}/w.safetensors", "timm has no model 'no_such_net'"),
         (f"timm/{NAME}@{{folder}}/other.safetensors", "there is no file"),
-        (f"timm/{NAME}@{{folder}}/notes.txt", "no file of weights"),
+        (f"timm/{NAME}@{{folder}}/notes.txt", "not a weight file"),
         (f"timm/{NAME}@{{folder}}/cut.safetensors", "does not hold the weights of timm's test_vit"),
         ("timm/test_vit2@{folder}/w.safetensors", "does not hold the weights of timm's test_vit2"),
         ("{folder}/w.safetensors", "timm/NAME@"),

@@ -228,7 +228,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path, one_thread: None)
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"takes 1,000,000,000,000,000,000 bytes and its disk has [\d,]+ free"):
+    with pytest.raises(BadInput, match=r"takes 1,000,000,000,000,000,000 bytes, but its disk has [\d,]+ free"):
         CheckpointWriter(tmp_path / "new" / "model", ["one"], 10**18)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""An adapter of PEFT as a model: merged into its base by PEFT itself, once, in a folder that everything else reads."""
+"""PEFT adapters as models: PEFT merges one into its base, once, in a cached folder that everything else reads."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from coprune.model.transformers_private import own_class
 logger = logging.getLogger(__name__)
 
 _BESIDE = ("*.json", "*.txt", "*.jinja", *VOCABULARIES, *LICENCES)
-"""Files of the base and of the adapter (its tokenizer) that the merged model gets; the adapter's win."""
+"""Files copied beside the merged weights, from the base and from the adapter (its tokenizer); the adapter's take precedence."""
 _NOT_BESIDE = ("config.json", "*.index.json", ADAPTER_CONFIG)
 _OF_LORA = re.compile(r"base_model\.model\.(.+)\.lora_[A-Za-z_]+(?:\.weight)?")
 _PLAIN = re.compile(r"[\w.]+")
 _PRUNED = 0.05
-"""Share of zeros in the adapted matrices from which a base counts as pruned."""
+"""Minimum share of zeros in the adapted matrices for a base to count as pruned."""
 
 
 class _Adapter(BaseModel):
-    """What adapter_config.json has to say, as far as it is looked at here."""
+    """The fields of adapter_config.json that are read here."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -65,7 +65,7 @@ class _Adapter(BaseModel):
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter of PEFT and no model."""
+    """Return whether a folder holds a PEFT adapter rather than a model."""
     others = (file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS)
     return (folder / ADAPTER_CONFIG).is_file() and not any(others)
 
@@ -78,21 +78,21 @@ def base_of(folder: Path, cache_dir: Path | None = None) -> Path:
         return path
     try:
         return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
-    except (OSError, ValueError) as error:  # of a name that the Hub cannot have, too
+    except (OSError, ValueError) as error:  # ValueError: not a valid Hub id
         fix = f"fetch that (hf download {name}), or write the path of its folder as base_model_name_or_path in {ADAPTER_CONFIG}"
         raise _wrong(folder, f"an adapter of {name}, which is not on this machine", fix) from error
 
 
 def merged_folder(folder: Path, base: Path, cache_dir: Path | None = None) -> Path:
-    """Return a folder with an adapter merged into its base, made on first use and kept in the cache.
+    """Merge an adapter into its base on first use, and return the cached folder.
 
     Args:
         folder: the adapter.
         base: its base model; `base_of` finds it.
-        cache_dir: of coprune [the user's].
+        cache_dir: coprune's cache [the user's].
 
     Raises:
-        BadInput: PEFT is missing, the adapter is of another kind than LoRA or does not fit the base, or the base is pruned.
+        BadInput: PEFT is missing, the adapter is not LoRA or does not fit the base, or the base is pruned.
     """
     _require_mergeable(folder, base)
     # Found by content: another adapter or base under the same name is another model.
@@ -116,9 +116,9 @@ def _digest(*files: tuple[Path, int, int]) -> str:
 
 @cache
 def _tell(folder: Path, base: Path, target: Path, known: bool) -> None:
-    """Say once what is read in an adapter's place."""
+    """Log once which merged model is used instead of the adapter."""
     if known:
-        logger.warning("%s is an adapter of %s; both merged lie in %s", folder, base, target)
+        logger.warning("%s is an adapter of %s; using the merged model in %s", folder, base, target)
     else:
         logger.warning("Merging the adapter %s into %s", folder, base)
 
@@ -135,15 +135,15 @@ def _wrong(folder: Path, what: str, fix: Words | None = None) -> BadInput:
 
 
 def _require_mergeable(folder: Path, base: Path) -> None:
-    """Raise BadInput for what can be seen to fail from the files alone."""
+    """Raise BadInput if the files alone show that the merge would fail."""
     config, of = _read(folder), f"an adapter of {base}"
     fix: Words
     if config.coprune_masks is not None:
         fix = ("merge it, which keeps every zero: ", Command("merge", base, folder, "OUT"))
         raise _wrong(folder, f"{of} that was trained with its masks", fix)
     if config.peft_type != "LORA":
-        fix = "merge it with PEFT's merge_and_unload(), and save that"
-        raise _wrong(folder, f"{of} of the kind {config.peft_type}, of which only LORA is merged here", fix)
+        fix = "merge it with PEFT's merge_and_unload() and save the result"
+        raise _wrong(folder, f"{of} of type {config.peft_type}; only LORA can be merged here", fix)
     if "quantization_config" in read_json(base / "config.json"):
         fix = "name the folder of the unquantised model as base_model_name_or_path"
         raise _wrong(folder, f"{of}, which is quantised", fix)
@@ -160,13 +160,13 @@ def _require_mergeable(folder: Path, base: Path) -> None:
 
 
 def _layers(entries: dict[str, TensorEntry]) -> list[str]:
-    """Return the layers that have factors, by their full names."""
+    """Return the full names of the layers that have LoRA factors."""
     found = (_OF_LORA.fullmatch(name) for name, entry in entries.items() if entry.dtype in DTYPES)
     return sorted({match[1] for match in found if match is not None})
 
 
 def _make(folder: Path, base: Path, target: Path) -> None:
-    """Merge, and save under a temporary name until it is whole."""
+    """Merge and save under a temporary name, renamed when complete."""
     merged = _merged(folder, base)
     try:
         with whole_folder(target) as out, _quietly():
@@ -174,7 +174,7 @@ def _make(folder: Path, base: Path, target: Path) -> None:
             for source in (base, folder):
                 _copy_beside(source, out)
     except OSError:
-        if not target.is_dir():  # another process can have been first
+        if not target.is_dir():  # another process may have been faster
             raise
 
 
@@ -199,7 +199,7 @@ def _merged(folder: Path, base: Path) -> PreTrainedModel:
             merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except (CopruneError, MemoryError):
         raise
-    except Exception as error:  # what damaged and foreign adapters raise has no end
+    except Exception as error:  # damaged adapters can raise almost anything
         reason = " ".join(str(error).split())[:300] or repr(error)
         raise _wrong(folder, f"an adapter that cannot be merged into {base}: {reason}") from error
     if any("missing adapter keys" in line for line in said):
@@ -213,12 +213,12 @@ def _require_fitting(folder: Path, base: Path, model: nn.Module) -> None:
     for name in read_entries(folder / ADAPTER_WEIGHTS):
         found = _OF_LORA.fullmatch(name)
         if name.removeprefix("base_model.model.") not in parameters if found is None else found[1] not in layers:
-            fix = "is its base another model, or another version?"
-            raise _wrong(folder, f"no adapter of {base}, which has no layer for {name}", fix)
+            fix = "was it trained on another model or version?"
+            raise _wrong(folder, f"not an adapter of {base}, which has no layer for {name}", fix)
 
 
 def _settings(folder: Path) -> Any:
-    """Return PEFT's configuration, with layers by their full names instead of patterns of strangers."""
+    """Return PEFT's configuration, with full layer names instead of its patterns, which are untrusted input."""
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -232,18 +232,18 @@ def _settings(folder: Path) -> Any:
 
 
 def _require_dense(folder: Path, base: Path, adapted: nn.Module) -> None:
-    """Raise BadInput for a base that is pruned, whose zeros a plain adapter would fill."""
+    """Raise BadInput for a pruned base, whose zeros a plain adapter would fill."""
     layers: Iterable[Any] = (getattr(part, "base_layer", None) for part in adapted.modules())
     matrices: list[Tensor] = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
     zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
     if zeros > _PRUNED * sum(matrix.numel() for matrix in matrices):
-        fix = "train a masked adapter (coprune finetune), or merge it with PEFT's merge_and_unload() all the same"
+        fix = "train a masked adapter (coprune finetune), or merge it anyway with PEFT's merge_and_unload()"
         raise _wrong(folder, f"a plain adapter of {base}, which is pruned: merging would fill {zeros:,} zeros", fix)
 
 
 @contextmanager
 def _quietly() -> Iterator[list[str]]:
-    """Silence transformers and PEFT, and yield a list that has their warnings in the end."""
+    """Silence transformers and PEFT, and yield a list that collects their warnings."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

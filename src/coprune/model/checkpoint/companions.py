@@ -40,19 +40,19 @@ class Companions:
     card: str
     dtype: DtypeName = "auto"
     source: str | None = None
-    """The source of the model, as it was asked for."""
+    """The model's source, as the user named it."""
     location: Location | None = None
-    """Origin of a model in memory, as long as it has the same shapes."""
+    """Origin of a model in memory, while its shapes are unchanged."""
 
 
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
-    """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
+    """Copy everything but weights from a checkpoint folder; in the configuration only the dtype changes.
 
-    Links that lead out of the folder are left out, and so are folders in it that hold weights (the same in other formats),
-    unless sentence-transformers runs them behind the model.
+    Links that lead out of the folder are skipped, and so are subfolders with weights (the same in other formats), unless
+    they are modules that sentence-transformers runs after the model.
 
-    dtype: what the weights are written in, "auto" for the source's own. Of timm's configuration, the number of classes
-    that it may hold twice is kept once, so that transformers loads the folder too.
+    dtype: of the written weights, "auto" for the source's own. timm's configuration may hold the number of classes twice;
+    it is kept once, so that transformers can load the folder too.
     """
     for path in _beside_weights(source.path):
         copied = folder / path.relative_to(source.path)
@@ -93,13 +93,13 @@ def modules_of(folder: Path | None) -> list[Path]:
     except (OSError, ValueError, RecursionError):
         return []
     paths = [entry.get("path") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    # Names from the file are not trusted to stay inside this folder.
+    # A name from the file may point outside this folder.
     inside = [folder / path for path in paths if isinstance(path, str) and Path(path).name == path != ".."]
     return [path for path in inside if path.is_dir() and not path.is_symlink()]
 
 
 def change_config(folder: Path, *changes: Callable[[dict[str, Any]], None]) -> None:
-    """Change a folder's configuration; the file is not rewritten if nothing differs."""
+    """Change a folder's configuration; leave the file alone if nothing differs."""
     path = folder / "config.json"
     before = read_json(path)
     after = copy.deepcopy(before)
@@ -131,9 +131,9 @@ def places_in(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
 
 
 def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """Save what save_pretrained would of a model in memory, besides its weights, and the licence of where it came from.
+    """Save what save_pretrained would save of a model in memory besides its weights, and the licence of its source.
 
-    processor: its tokenizer or image processor, None for none. timm's keep theirs in the configuration.
+    processor: its tokenizer or image processor, None for none. timm's models keep theirs in the configuration.
     """
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
@@ -157,9 +157,9 @@ logger = logging.getLogger(__name__)
 
 
 def own_files(folder: Path, below: bool = False) -> list[Path]:
-    """Return the regular files of a folder by name, without links that lead out of it, which are logged.
+    """Return the regular files of a folder by name, skipping links that lead out of it, with a log line.
 
-    below: those of its subfolders too; a link to a folder is never followed.
+    below: include subfolders; links to folders are never followed.
     """
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
@@ -170,12 +170,12 @@ def own_files(folder: Path, below: bool = False) -> list[Path]:
             if is_own(path, folder):
                 found += [path] if path.is_file() else []
             else:
-                logger.warning("%s is left out: it is a link to something outside of the model's folder", path)
+                logger.warning("%s is skipped: it is a link to something outside the model's folder", path)
     return sorted(found)
 
 
 def is_own(path: Path, folder: Path) -> bool:
-    """Return whether a path leads, through links or not, into a folder or the Hub's cache of it."""
+    """Return whether a path resolves to something in a folder or in the Hub's cache of it."""
     # Not Path.resolve, which raises on circular links.
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):

@@ -1,8 +1,7 @@
 """Partial conversion between a checkpoint's tensors and a model's parameters.
 
-transformers keeps the two apart: names change, and the experts of a layer become one tensor. Its own conversion does the
-work here, in both directions; this module only finds which tensors belong together, so that one block can be converted
-without the others.
+The two differ: names change, and the experts of a layer become one tensor. transformers' own code converts in both
+directions; this module only finds which tensors belong together, so that one block can be converted without the others.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from coprune.model.transformers_private import (
 class Renamed:
     """Tensors of the checkpoint that make up one parameter of the model (or several, named by the first).
 
-    converted: whether their layout changes; if not, there is one tensor, which only may have another name.
+    converted: whether their layout changes; if not, it is a single tensor, possibly renamed.
     """
 
     target: str
@@ -68,7 +67,7 @@ class Conversion:
             )
 
     def _group(self, names: Iterable[str]) -> tuple[list[Renamed], dict[str, str]]:
-        """Return the groups, and the tensors that the model has no place for with the names it would know them by."""
+        """Return the groups, and the tensors that the model lacks, with the names they would have in it."""
         known = self._model.state_dict()
         renaming = Renaming(self._model, self._mapping, known)
         originals: dict[str, list[str]] = {}
@@ -86,7 +85,7 @@ class Conversion:
         return [Renamed(key, tuple(group), converted[key]) for key, group in originals.items()], unknown
 
     def _missing(self, unknown: Mapping[str, str]) -> set[str]:
-        """Return the names that transformers would report as missing, after the exceptions that each model has."""
+        """Return the names that transformers would report as missing, without each model's exceptions."""
         covered = {group.target for group in self.groups}
         missing = self._model.state_dict().keys() - covered - tied_names(self._model)
         return without_known_exceptions(self._model, missing, unknown.values())[0]
@@ -97,14 +96,14 @@ class Conversion:
         Raises BadInput where a shape differs from the configuration's or a conversion fails.
         """
         _convert_into(self._model, tensors, dtype, device, self._mapping)
-        # Loading records only its own conversions for saving to revert; here that has to be all of them.
+        # Loading records only its own conversions for saving to revert, and here it loads part by part.
         set_conversions_to_revert(self._model, self._used)
 
     def revert(self, groups: Iterable[Renamed], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters under the checkpoint's names and in its layout.
 
-        state: the model's tensors that the groups cover, of tied ones perhaps one. Raises UnsupportedModel if
-        transformers' conversion does not lead back to the names that it came from.
+        state: the model's tensors that the groups cover; of tied ones, one suffices. Raises UnsupportedModel if
+        transformers' conversion does not restore the checkpoint's names.
         """
         plain = {group.target: group.originals[0] for group in groups if not group.converted}
         reverted = {original: state[key] for key, original in plain.items() if key in state}
@@ -124,7 +123,7 @@ class Conversion:
 
 
 def require_floats(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
-    """Raise BadInput where a checkpoint holds codes (whole numbers, or floats of 8 bits) for what is floating in the model."""
+    """Raise BadInput where a checkpoint holds codes (integers or 8-bit floats) for a floating-point parameter."""
     whole = [
         name
         for name, entry in entries.items()
@@ -138,13 +137,13 @@ def require_floats(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -
         wanted = known.get(renaming.of(name)[0], known.get(name))
         if wanted is not None and wanted.is_floating_point():
             raise BadInput(
-                f"{entries[name].file} holds {name} in {entries[name].dtype}, and a weight is no code",
+                f"{entries[name].file} holds {name} in {entries[name].dtype}, which is a code and not a weight",
                 fix="use a checkpoint of plain weights",
             )
 
 
 def _is_plain(dtype: torch.dtype) -> bool:
-    """Return whether weights can have a dtype on their own; 8-bit floats need scales."""
+    """Return whether a dtype can hold weights by itself; 8-bit floats need scales."""
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
@@ -159,9 +158,7 @@ def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> 
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> None:
-    """Convert some tensors of a checkpoint and load them into a model in memory; the others are unchanged.
-
-    What was tied to them is tied to what is loaded.
+    """Convert some tensors of a checkpoint and load them into a model in memory, keeping tied weights tied.
 
     device: of the tensors, if not the model's. Raises BadInput where a shape differs or a conversion fails.
     """

@@ -1,8 +1,8 @@
-"""Matrices of experts that stay in their files until they are multiplied, one at a time.
+"""Expert matrices that stay in their files until they are multiplied, one at a time.
 
-The parameter of a layer's experts is a tensor whose matrices are known by where they lie. What takes it apart or puts
-it together (transformers does both, between a checkpoint's layout and its own) moves these places alone; whatever computes
-with it reads, and decodes, what it computes with, for that moment. Nothing can be written into such a tensor.
+The parameter of a layer's experts is a lazy tensor that knows where its matrices lie. Splitting and joining it (transformers
+does both, between a checkpoint's layout and its own) only rearranges these locations; computing with it reads and decodes
+the matrices in use, and frees them afterwards. Such a tensor is read-only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ aten: Any = torch.ops.aten
 
 @dataclass(frozen=True, eq=False)
 class Lying:
-    """A matrix that lies in a file."""
+    """A matrix in a file."""
 
     entry: TensorEntry
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Lying:
         return self.entry.shape
 
     def cast(self, dtype: torch.dtype) -> Lying | None:
-        """Return it in another dtype; None where it would be rounded twice."""
+        """Return a copy with another dtype; None if that would round twice."""
         return replace(self, dtype=dtype) if self.dtype in (dtype, DTYPES[self.entry.dtype]) else None
 
     def read_into(self, out: Tensor) -> None:
@@ -52,7 +52,7 @@ class Lying:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some rows (0) or columns (1) of a matrix that is read whole for them."""
+    """A range of rows (0) or columns (1) of a matrix, which is read whole for it."""
 
     whole: Lying
     dim: int
@@ -69,7 +69,7 @@ class Part:
         return (self.end - self.start, columns) if self.dim == 0 else (rows, self.end - self.start)
 
     def cast(self, dtype: torch.dtype) -> Part | None:
-        """Return it in another dtype; None where it would be rounded twice."""
+        """Return a copy with another dtype; None if that would round twice."""
         cast = self.whole.cast(dtype)
         return None if cast is None else replace(self, whole=cast)
 
@@ -82,15 +82,15 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Filled:
-    """A matrix whose rows or columns are all alike, or all its entries, as those of masks of whole experts."""
+    """A matrix of identical rows, columns or entries, such as the mask of a whole expert."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     value: Tensor
-    """Of two dimensions, one entry long where it repeats."""
+    """Two-dimensional, with size 1 along axes that repeat."""
 
     def cast(self, dtype: torch.dtype) -> Filled:
-        """Return it in another dtype."""
+        """Return a copy with another dtype."""
         return replace(self, dtype=dtype)
 
     def read_into(self, out: Tensor) -> None:
@@ -100,7 +100,7 @@ class Filled:
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """Matrices below (0) or beside (1) one another, as one."""
+    """Matrices concatenated along rows (0) or columns (1)."""
 
     parts: tuple[Lying | Part | Filled, ...]
     dim: int
@@ -116,7 +116,7 @@ class Joined:
         return tuple(first)
 
     def cast(self, dtype: torch.dtype) -> Joined | None:
-        """Return them in another dtype; None where one would be rounded twice."""
+        """Return a copy with another dtype; None if that would round a matrix twice."""
         cast = [part.cast(dtype) for part in self.parts]
         return replace(self, parts=tuple(one for one in cast if one is not None)) if None not in cast else None
 
@@ -134,7 +134,7 @@ _Matrix: TypeAlias = _Piece | Joined
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Equal matrices as one tensor of three dimensions."""
+    """Matrices of one shape, stacked to a three-dimensional tensor."""
 
     parts: tuple[_Matrix, ...]
 
@@ -147,7 +147,7 @@ class Stack:
         return (len(self.parts), *self.parts[0].shape)
 
     def cast(self, dtype: torch.dtype) -> Stack | None:
-        """Return them in another dtype; None where one would be rounded twice."""
+        """Return a copy with another dtype; None if that would round a matrix twice."""
         cast = [part.cast(dtype) for part in self.parts]
         return Stack(tuple(one for one in cast if one is not None)) if None not in cast else None
 
@@ -161,7 +161,7 @@ _Place: TypeAlias = _Matrix | Stack
 
 
 class Deferred(Tensor):
-    """A tensor that is read when something is computed with it."""
+    """A tensor that is read when an operation needs its values."""
 
     place: _Place
 
@@ -189,16 +189,16 @@ class Deferred(Tensor):
             )
         for given, argument in zip(args, func._schema.arguments, strict=False):
             if isinstance(given, Deferred) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise TypeError(f"{func} would change a matrix that lies in a file")
+                raise TypeError(f"{func} would change a matrix that stays in its file")
         return func(*tree_map(held, args), **tree_map(held, kwargs))
 
 
 def deferred(entry: TensorEntry, finish: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
-    """Return what lies at a place without reading it: a matrix, or a stack of them; None where it is none of both.
+    """Return a deferred matrix or stack of matrices; None for a tensor of another shape.
 
     Args:
-        entry: where it lies.
-        finish: what is done to it after it was read.
+        entry: its location.
+        finish: applied after reading.
     """
     dtype = DTYPES[entry.dtype]
     if len(entry.shape) == 2:
@@ -207,7 +207,7 @@ def deferred(entry: TensorEntry, finish: Callable[[Tensor], Tensor] | None = Non
     parts = [Lying(one, dtype) for one in own if one is not None]
     if not parts or len(parts) < len(own):
         return None
-    if finish is not None:  # which of them are where, and zeros where none is
+    if finish is not None:  # it may reorder the matrices, and fill in zeros
         numbers = finish(torch.arange(1, len(parts) + 1).view(-1, 1, 1)).flatten().tolist()
         nothing = replace(parts[0], finish=torch.zeros_like)
         parts = [parts[number - 1] if number else nothing for number in numbers]
@@ -215,10 +215,10 @@ def deferred(entry: TensorEntry, finish: Callable[[Tensor], Tensor] | None = Non
 
 
 def filled(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a float32 matrix, or a stack of them, that takes no memory but that of values, which it repeats.
+    """Return a float32 matrix or stack that repeats values without taking memory for the copies.
 
     Args:
-        values: with as many dimensions, one entry long where it repeats.
+        values: with as many dimensions as the result, and size 1 along those that repeat.
         shape: of the result.
     """
     if len(shape) == 3:
@@ -227,7 +227,7 @@ def filled(values: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def values_of(tensor: Tensor) -> list[float] | None:
-    """Return the values that the matrices of a stack, or one matrix, hold everywhere; None where they hold others."""
+    """Return the constant value of each matrix of a stack, or of one matrix; None if one is not known to be constant."""
     place = tensor.place if isinstance(tensor, Deferred) else None
     parts = place.parts if isinstance(place, Stack) else [place]
     found = [part.value.item() for part in parts if isinstance(part, Filled) and part.value.numel() == 1]
@@ -235,7 +235,7 @@ def values_of(tensor: Tensor) -> list[float] | None:
 
 
 def untouched(tensor: Tensor, entry: TensorEntry) -> bool:
-    """Return whether a tensor was not read, and is what lies at a place."""
+    """Return whether a tensor is still the unread content of an entry."""
     place = tensor.place if isinstance(tensor, Deferred) else None
     if isinstance(place, Lying):
         return place.entry == entry
@@ -247,12 +247,12 @@ def untouched(tensor: Tensor, entry: TensorEntry) -> bool:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Return a number by which a tensor and a view of all of it are known, as long as they live."""
+    """Return a number that a tensor shares with full views of it, valid while they live."""
     return id(tensor.place) if isinstance(tensor, Deferred) else tensor.data_ptr()
 
 
 def held(value: Any) -> Any:
-    """Return a tensor that is in memory; anything else as it is."""
+    """Read a deferred tensor into memory; return anything else unchanged."""
     if not isinstance(value, Deferred):
         return value
     out = torch.empty(value.shape, dtype=value.dtype)
@@ -273,7 +273,7 @@ def _squeeze(tensor: Deferred, dim: int) -> _Place | None:
 
 
 def _narrow(place: _Place, dim: int, start: int, end: int) -> Any:
-    """Return a part of a tensor along a dimension; None where it is not made of whole matrices."""
+    """Return a slice along a dimension; None if it cuts through matrices."""
     dim %= len(place.shape)
     if (start, end) == (0, place.shape[dim]):
         return place
@@ -351,7 +351,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
 
 
 def _joined(pieces: tuple[_Piece, ...], dim: int) -> _Matrix:
-    """Join matrices to one: where they are all parts of another, that."""
+    """Join matrices; if they are all parts of one matrix, return that matrix."""
     parts = [piece for piece in pieces if isinstance(piece, Part) and piece.dim == dim]
     if len(parts) == len(pieces) and len({(part.whole.entry, part.dtype) for part in parts}) == 1:
         ends = [0, *(part.end for part in parts)]
@@ -380,6 +380,6 @@ _MOVES: dict[Any, Callable[..., Any]] = {
     aten.cat.default: _cat,
     aten._to_copy.default: _to_copy,
 }
-"""Functions that split or join tensors: they return places, or None if values have to be read."""
+"""Functions that split or join tensors: they return locations, or None if values have to be read."""
 _LIKE = (aten.empty_like.default, aten.new_empty.default, aten.new_zeros.default, aten.zeros_like.default)
 """Functions that read only the shape of a tensor."""

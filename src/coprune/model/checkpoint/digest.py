@@ -1,4 +1,4 @@
-"""Digests of a model's files: what it is, whatever it is called and wherever it lies."""
+"""Digests of a model's content, independent of its name and location."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from coprune.model.checkpoint.names import VOCABULARIES
 
 _WEIGHTS = ("*.safetensors", "*.gguf")
 _OTHERS = ("*.json", "*.txt", "*.jinja", *VOCABULARIES)
-"""What else decides a model's outputs: its configuration and how it cuts text into tokens."""
+"""Other files that affect a model's outputs: its configuration and its tokenizer."""
 NOTES = ("report.json", "finetune.json", "distributions.json")
-"""Reports beside a model, which decide nothing of it."""
+"""Reports beside a model, which do not affect its outputs."""
 
 
 def model_digest(path: Path) -> str:
-    """Return the digest of all that decides a model's outputs.
+    """Return the digest of everything that affects a model's outputs.
 
-    Every byte is read: about half a second for a gigabyte that the system holds in memory already.
+    Every byte is read, which takes about half a second per gigabyte from the system's cache.
 
     Args:
-        path: a GGUF file, of which all parts count and the name does not; or a folder with weights, configuration and tokenizer.
+        path: a GGUF file (all its parts count, its name does not), or a folder with weights, configuration and tokenizer.
 
     Returns:
         32 hexadecimal digits.
@@ -41,7 +41,7 @@ def source_digest(location: Location) -> str:
 
 
 _State = tuple[Path, int, int]
-"""A file, its size and the time of its last change."""
+"""A file, its size and its modification time."""
 
 
 def _states(files: Iterable[Path]) -> tuple[_State, ...]:
@@ -50,7 +50,7 @@ def _states(files: Iterable[Path]) -> tuple[_State, ...]:
 
 @lru_cache(maxsize=64)
 def _digest(files: tuple[_State, ...], named: bool) -> str:
-    # A process reads a large model once for all who ask; whatever writes to a file changes its time.
+    # Cached per process, since a large model takes long to read; a write changes the modification time.
     return digest_of_files((file for file, _, _ in files), named=named)
 
 

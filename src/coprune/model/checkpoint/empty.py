@@ -15,13 +15,13 @@ _DRAWN = {"normal_", "uniform_", "kaiming_uniform_"}
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Make the models that are built in the body without weights, in a third of the time that drawing them there takes."""
+    """Build models without weights in the body, without drawing random values first."""
     with init_empty_weights(include_buffers=False), _NothingDrawn():
         yield
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Leaves out random values for tensors that hold none; torch would derive the shape of the result, seldom at once."""
+    """Skips random initialisation of meta tensors, for which torch would still slowly derive shapes."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None

@@ -28,9 +28,9 @@ class Encoding:
     name = "dense"
 
     def store(self, name: str, tensor: Tensor, kept: Sequence[KeptSlices]) -> tuple[dict[str, Tensor], Rounding]:
-        """Return what a run's files hold of a dense tensor, by names, and what was rounded for that.
+        """Encode a dense tensor: return the stored tensors by name, and the rounding.
 
-        kept: slices that are left of it, one cut after the other. Raises UnsupportedModel where it cannot be cut so.
+        kept: the slices to keep, one cut after the other. Raises UnsupportedModel where it cannot be cut there.
         """
         for one in kept:
             tensor = one.cut(tensor)
@@ -45,7 +45,7 @@ class Encoding:
         return dense
 
     def complete(self, folder: Path, place: Place) -> None:
-        """Update files beside the weights that describe their storage; here those that are no longer true are removed."""
+        """Update the files that describe how weights are stored; for plain values, remove them."""
         (folder / MODELOPT_FILE).unlink(missing_ok=True)
 
     def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
@@ -57,7 +57,7 @@ class Encoding:
 
 
 class Untouched(Encoding):
-    """No storage: the result copies the source's bytes, and edits say which tensors."""
+    """An encoding that stores nothing: the result copies the source's bytes, and edits select the tensors."""
 
     name = "edits"
 

@@ -1,4 +1,4 @@
-"""A configuration as its file words it: under older names, or inside another one, than the model's own configuration."""
+"""Changes of a configuration in terms of its file, which may use older key names or another nesting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from coprune.model.checkpoint.companions import places_in, put_into
 
 Read = Callable[[dict[str, Any]], Mapping[str, Any]]
-"""Returns what the model's own configuration says when this is the content of its file."""
+"""Returns the model's configuration for the content of a file."""
 
 
 def changes_in_file(
@@ -24,7 +24,7 @@ def changes_in_file(
         read: reads a file's content as that of `config` was read.
 
     Returns:
-        New values by their places in the file; None if no place in it gives them.
+        New values by their places in the file; None if no key of it gives them.
     """
     before = dict(places_in(config.to_dict()))
     for holder in ("", *_holders(file)):
@@ -35,7 +35,7 @@ def changes_in_file(
         put_into(content, worded)
         try:
             found = dict(places_in(read(content)))
-        except Exception:  # whatever a configuration's code says to values in the wrong place
+        except Exception:  # a configuration's code can raise anything for a misplaced value
             continue
         if all(found.get(place) == new for place, new in changes.items()):
             return worded
@@ -60,7 +60,7 @@ def _names(config: Any, place: str) -> list[str]:
 
 
 def _places(file: Mapping[str, Any], holder: str, names: list[str], old: Any) -> list[str]:
-    """Return the keys of a holder that have the old value: all of its names present, else the first."""
+    """Return the keys of a holder that have the old value: all names that are present, else the first."""
     said = dict(places_in(file))
     there = [f"{holder}{name}" for name in names if f"{holder}{name}" in said]
     return [place for place in there if said[place] == old] or there or [f"{holder}{names[0]}"]

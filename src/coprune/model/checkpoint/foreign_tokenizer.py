@@ -1,6 +1,6 @@
-"""Limits on what a `tokenizer.json`, which comes with a model, can make the tokenizers library do.
+"""Checks of an untrusted `tokenizer.json`, which could make the tokenizers library run out of time or memory.
 
-Its regular expressions are tried by that library, and unusual ones in a process with limits on memory and time.
+Its regular expressions are tried with that library, unusual ones in a process with limited memory and time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from coprune.model.checkpoint import pattern_trial
 
 _MOST_GROWTH, _HUGE = 32, 10**9
 _SECONDS = 60
-"""Wall time of a trial, which is limited to a few seconds of CPU."""
+"""Wall-time limit of a trial, whose CPU limit is a few seconds."""
 _REPEATED = re.compile(r"[)*+?}][*+{]|\{\d{3,}|\{\d*,\d{3,}|\(\?[#x]|\\[gk1-9]")
-"""What can ask for very many steps in a few letters: repeated groups and repetitions, large counts, references."""
+"""Constructs that can take very many steps on a short text: repeated groups and repetitions, large counts, references."""
 
 
 def check_tokenizer(file: Path) -> None:
-    """Raise BadInput for a tokenizer that makes a text many times as long, or whose patterns exceed limits."""
+    """Raise BadInput for a tokenizer that can lengthen a text many times, or whose patterns exceed the limits."""
     try:
         content = json.loads(read_given(file))
         steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
@@ -34,7 +34,7 @@ def check_tokenizer(file: Path) -> None:
     except BadInput:
         raise
     except (OSError, ValueError, AttributeError, RecursionError):
-        return  # what is no tokenizer's file is left to who reads it
+        return  # not a tokenizer's file; the reader reports it
     empty = _tried(file, patterns)
     try:
         times = max(_growth(step, empty) for step in steps)
@@ -73,13 +73,13 @@ def _tried(file: Path, patterns: Sequence[str]) -> set[str]:
 
 
 def _tried_apart(patterns: Sequence[str]) -> list[bool]:
-    """Try patterns in another process. Raises ValueError or TimeoutExpired if it did not come to its end."""
+    """Try patterns in another process. Raises ValueError or TimeoutExpired if it did not finish."""
     if not patterns:
         return []
     command = [sys.executable, "-P", pattern_trial.__file__]
     asked = json.dumps(patterns).encode()
     ran = subprocess.run(command, input=asked, capture_output=True, timeout=_SECONDS, check=False)
-    return list(json.loads(ran.stdout))  # empty where the process was ended
+    return list(json.loads(ran.stdout))  # empty if the process was killed
 
 
 def _growth(step: Any, empty: set[str]) -> int:

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, checked without the package gguf and before any tensor is read."""
+"""The metadata of a GGUF file, checked before any tensor is read and without the package gguf."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class GgufHeader(BaseModel):
-    """What coprune relies on of a file's metadata."""
+    """The metadata of a file that coprune relies on."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -30,15 +30,15 @@ class GgufHeader(BaseModel):
     part: Count | None = Field(None, alias="split.no")
     parts: Count | None = Field(None, alias="split.count")
     whole: Count | None = Field(None, alias="split.tensors.count")
-    """Tensors of all parts."""
+    """Number of tensors in all parts."""
     tensors: Count = Field(0, alias="tensors")
-    """Tensors of this file."""
+    """Number of tensors in this file."""
 
 
 def gguf_parts(file: Path) -> list[Path]:
-    """Return the files that a GGUF file's tensors lie in: itself, or all parts where it is `NAME-00001-of-00003.gguf`.
+    """Return the files of a GGUF model: the file itself, or all parts of `NAME-00001-of-00003.gguf`.
 
-    Raises BadInput where one of them is missing, or the name says that it is none of them.
+    Raises BadInput if a part is missing, or the file's name gives an impossible number.
     """
     found = _PART.fullmatch(file.name)
     if found is None:
@@ -49,13 +49,13 @@ def gguf_parts(file: Path) -> list[Path]:
             f"{file.name} says that it is part {int(found['number'])} of {count}",
             field="model",
             value=str(file),
-            fix="give it the name that it was published with",
+            fix="restore the name that it was published under",
         )
     names = [f"{found['name']}-{number:05d}-of-{found['count']}.gguf" for number in range(1, count + 1)]
     missing = [name for name in names if not (file.parent / name).is_file()]
     if missing:
         raise BadInput(
-            f"{file.name} is one of {count} parts, of which {missing[0]} is not beside it",
+            f"{file.name} is one of {count} parts, but {missing[0]} is not beside it",
             field="model",
             value=str(file),
             fix="fetch it too",
@@ -66,25 +66,27 @@ def gguf_parts(file: Path) -> list[Path]:
 def read_gguf_headers(file: Path) -> list[tuple[GgufHeader, dict[str, int]]]:
     """Return the headers of a GGUF file's parts, each with its integers by key.
 
-    Raises BadInput for metadata that are cut off or of other kinds, for a file without an architecture, and for parts that
-    are not those of one file.
+    Raises BadInput for truncated or malformed metadata, for a file without an architecture, and for parts that do not belong
+    together.
     """
     files = gguf_parts(file)
     found = [_header(part) for part in files]
     headers = [header for header, _ in found]
     if headers[0].architecture is None:
-        raise BadInput(f"{files[0]} has no general.architecture, so its tensors have no meaning", fix="fetch it again")
+        raise BadInput(
+            f"{files[0]} has no general.architecture, so its tensors cannot be interpreted", fix="fetch it again"
+        )
     for number, (part, header) in enumerate(zip(files, headers, strict=True)):
         if len(files) > 1 and (header.part, header.parts) != (number, len(files)):
-            said = "no part of any" if header.part is None else f"part {header.part + 1} of {header.parts}"
+            said = "not one of several parts" if header.part is None else f"part {header.part + 1} of {header.parts}"
             raise BadInput(
-                f"{part.name} is {said} by its metadata, and part {number + 1} of {len(files)} by its name",
+                f"{part.name} is {said} by its metadata, but part {number + 1} of {len(files)} by its name",
                 fix="fetch it again",
             )
     tensors = sum(header.tensors for header in headers)
     if headers[0].whole not in (None, tensors):
         raise BadInput(
-            f"the parts of {file.name} hold {tensors} tensors, and the first says {headers[0].whole}",
+            f"the parts of {file.name} hold {tensors} tensors, but the first says {headers[0].whole}",
             fix="fetch them again",
         )
     return found
@@ -97,7 +99,9 @@ def _header(file: Path) -> tuple[GgufHeader, dict[str, int]]:
                 raise BadInput(f"{file} is cut off or not a GGUF file", fix="fetch it again")
             version, tensors, entries = struct.unpack("<IQQ", stream.read(20))
             if version not in (2, 3):
-                raise BadInput(f"{file} is GGUF of version {version}, and 2 and 3 are read", fix="convert it again")
+                raise BadInput(
+                    f"{file} is GGUF version {version}; versions 2 and 3 are supported", fix="convert it again"
+                )
             said = dict(_metadata(file, stream, entries))
         header = GgufHeader.model_validate({**said, "tensors": tensors})
     except ValidationError as error:
@@ -110,14 +114,14 @@ def _header(file: Path) -> tuple[GgufHeader, dict[str, int]]:
 
 
 def _metadata(file: Path, stream: BinaryIO, entries: int) -> Iterator[tuple[str, Any]]:
-    """Yield the keys with integers and texts; the values of others are None. Texts of a tokenizer have to be UTF-8."""
+    """Yield keys with integer and string values; other values are None. A tokenizer's strings have to be UTF-8."""
     for _ in range(entries):
         name = _text(stream).decode()
         (kind,) = struct.unpack("<I", stream.read(4))
         try:
             yield name, _value(stream, kind, name.startswith(("general.architecture", "tokenizer.")))
         except UnicodeDecodeError as error:
-            raise BadInput(f"{name} of {file} holds a text that is not UTF-8", fix="fetch it again") from error
+            raise BadInput(f"{name} of {file} holds a string that is not UTF-8", fix="fetch it again") from error
 
 
 def _value(stream: BinaryIO, kind: int, as_text: bool) -> Any:

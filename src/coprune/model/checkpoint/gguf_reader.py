@@ -1,4 +1,4 @@
-"""The package gguf's reader of a file, fast for large vocabularies, and one reading where transformers would take several."""
+"""The gguf package's reader, made faster for large vocabularies and cached where transformers would read a file repeatedly."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def reading_once(
 ) -> Callable[Concatenate[Location, _Rest], _Found]:
     """Wrap a loading function to parse a GGUF file only once; other locations are not affected.
 
-    transformers reads a file anew for configuration, tokenizer and weights, and makes the map of names for every module:
-    two thirds of the time that loading a small model took.
+    transformers parses the file for configuration, tokenizer and weights each, and builds the name map for every module,
+    which took two thirds of a small model's loading time.
     """
 
     @wraps(load)
@@ -45,7 +45,7 @@ def _made_once() -> Iterator[None]:
     """Cache the gguf package's readers and tensor names in the body, since loading asks for them repeatedly."""
     package: Any = importlib.import_module("gguf")
     own = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    if isinstance(package.GGUFReader, type):  # else one loading calls another, and the file has been read
+    if isinstance(package.GGUFReader, type):  # else an outer load has installed the cache already
         package.GGUFReader = cache(_plain_reader(package.GGUFReader))
         package.get_tensor_name_map = cache(package.get_tensor_name_map)
     try:
@@ -57,9 +57,9 @@ def _made_once() -> Iterator[None]:
 
 
 def gguf_reader(file: Path, field: str) -> Any:
-    """Return the package's reader of a file, whose tensors and metadata are mapped.
+    """Return the package's reader of a file, with memory-mapped tensors and metadata.
 
-    Raises BadInput, of the setting that named the file, where the package is missing or cannot read it.
+    field: the setting that named the file. Raises BadInput if the package is missing or cannot read the file.
     """
     try:
         from gguf.gguf_reader import GGUFReader
@@ -73,10 +73,10 @@ def gguf_reader(file: Path, field: str) -> Any:
 
 @cache
 def _plain_reader(reader: type[Any]) -> type[Any]:
-    """Return the reader class with the file mapped as a plain array, and with arrays of metadata read in one go.
+    """Return a faster reader class: the file mapped as a plain array, and metadata arrays read in one go.
 
-    A vocabulary is hundreds of thousands of slices, and a slice of numpy's memmap is a memmap again. The package calls five
-    functions for each of them, too: 262,144 tokens took 13 s of a core with memmaps, 4 s without, and take 0.4 s here.
+    A vocabulary is hundreds of thousands of slices. A slice of numpy's memmap is a slow memmap again, and the package calls
+    five functions for each.
     """
     from gguf import GGUFValueType
 
@@ -108,7 +108,7 @@ def _plain_reader(reader: type[Any]) -> type[Any]:
             return start + values.nbytes - offset, parts, [*range(2, count + 2)], types
 
         def _strings(self, start: int, count: int) -> tuple[int, list[Any]]:
-            """Return where strings end, and the length and the bytes of each."""
+            """Return the end of consecutive strings, and the length and the bytes of each."""
             data, number, parts = self._plain, np.dtype(np.uint64).newbyteorder(self.byte_order), list[Any]()
             for _ in range(count):
                 length = data[start : start + 8].view(number)

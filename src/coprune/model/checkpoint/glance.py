@@ -1,6 +1,6 @@
-"""A look at a named model before torch is imported, which takes seconds: is it there, and is it of a kind that can be read?
+"""Early checks of a named model, before torch is imported: does it exist, and can it be read?
 
-Nothing heavy is imported here.
+Importing torch takes seconds, so this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CONFIG, _PIPELINE, _ADAPTER = "config.json", "model_index.json", "adapter_confi
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model that an installed Python package carries as a GGUF file, and the Hub id to fall back on."""
+    """A model in a Python package, as a GGUF file, with the Hub id to fall back on."""
 
     package: str
     file: str
@@ -40,15 +40,15 @@ PACKAGED: dict[str, Packaged] = {
 
 
 def look(model: str, cache_dir: Path | None = None) -> None:
-    """Raise BadInput for a model that is not there, out of reach, or of a kind that is never read.
+    """Raise BadInput for a model that does not exist, cannot be fetched, or is of an unsupported kind.
 
-    model: as in `locate`, which looks closer. Of a Hub id that is not in the cache the configuration is fetched.
+    model: as in `locate`, which checks more. For a Hub id that is not cached, the configuration is fetched.
     """
     path, packaged = expand_home(model), PACKAGED.get(model)
     if path.is_file():
         look_at_file(path)
     elif path.is_dir():
-        if not (path / _ADAPTER).is_file():  # which is merged into its base when it is located
+        if not (path / _ADAPTER).is_file():  # an adapter is merged into its base by `locate`
             look_at_folder(path, model)
     elif packaged is not None:
         if carried_file(packaged.package, packaged.file) is None:
@@ -59,7 +59,7 @@ def look(model: str, cache_dir: Path | None = None) -> None:
 
 
 def writes_text(model: str, cache_dir: Path | None = None) -> bool:
-    """Return whether a model is known at a glance to be a language model, with weights: by a GGUF file, or its class's name."""
+    """Return whether a model is clearly a language model with weights, by being a GGUF file or by its class's name."""
     path = expand_home(model)
     if path.is_dir() and not any(file.suffix in WEIGHT_FILES for file in path.iterdir()):
         return False
@@ -74,13 +74,13 @@ def writes_text(model: str, cache_dir: Path | None = None) -> bool:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a folder is one of a run, in whose place the model that it saved is meant."""
+    """Return whether a folder is a run's folder rather than a model's."""
     reports = (path / "report.json", path / "finetune.json")
     return not (path / _CONFIG).is_file() and any(file.is_file() for file in reports)
 
 
 def look_at_file(path: Path) -> None:
-    """Raise BadInput for a file that is no GGUF file."""
+    """Raise BadInput for a file that is not a GGUF file."""
     if path.suffix.lower() != ".gguf":
         timm = f", or timm's architecture with it: timm/NAME@{path}" if path.suffix in WEIGHT_FILES else ""
         raise BadInput(
@@ -104,7 +104,7 @@ def no_gguf() -> BadInput:
 
 
 def look_at_folder(path: Path, name: str) -> None:
-    """Raise BadInput for a folder without a configuration, or with weights of a kind that is never read."""
+    """Raise BadInput for a folder without a configuration, or with weights in an unsupported format."""
     if not any(path.iterdir()):
         raise BadInput(f"{path} is an empty folder", field="model", value=name)
     require_regular(path)
@@ -124,18 +124,18 @@ def _foreign(path: Path, name: str) -> BadInput | None:
         scheme, other = config.get("quantization"), config.get("quantization_config") or {}
         is_mlx = isinstance(scheme, dict) and {"bits", "group_size"} <= scheme.keys() and "quant_method" not in other
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return None  # what is wrong with it says who reads it
-    fix = "take the original model, of which they were made"
-    mlx = f"{name} holds MLX weights, which no other library reads"
+        return None  # its reader reports what is wrong with it
+    fix = "use the original model that they were converted from"
+    mlx = f"{name} holds MLX weights, which only MLX can read"
     return BadInput(mlx, field="model", value=name, fix=fix) if is_mlx else None
 
 
 def _no_config(path: Path, name: str) -> BadInput:
-    """Return the error about a folder that holds no model: perhaps a run, or models are in it."""
+    """Return the error about a folder without a model; it may be a run's folder or contain model folders."""
     saved: Words = "is it the folder of a saved model?"
     if (path / "report.json").is_file():
         saved = (
-            "it is a run's; name the folder that its model was saved in, or repeat it with ",
+            "it is a run's folder; name the folder that its model was saved in, or repeat the run with ",
             Set("save_model", ...),
         )
     elif inside := sorted(path.glob("*/config.json")):
@@ -144,7 +144,7 @@ def _no_config(path: Path, name: str) -> BadInput:
 
 
 def refuse_missing(model: str) -> None:
-    """Raise BadInput for the name of a model that is no Hub id, and a path at which there is nothing."""
+    """Raise BadInput for a name that is neither a Hub id nor an existing path."""
     path = expand_home(model)
     # With `runs/` here, `runs/mdoel` is more likely a typo than a Hub id.
     if not path.exists() and (_looks_like_path(model) or ("/" in model and path.parent.is_dir())):
@@ -158,7 +158,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _nearest(path: Path) -> str | None:
     """Suggest a similar name in the same folder, or report that the folder is missing."""
-    from coprune.base.files import like_named  # which Windows has no modules for, where this one is imported first
+    from coprune.base.files import like_named  # imports modules that Windows lacks, where this one must still load
 
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
@@ -172,12 +172,12 @@ def _look_at_hub(name: str, cache_dir: Path | None) -> None:
 
 
 def _in_cache(name: str, cache_dir: Path | None) -> Path | None:
-    """Return the configuration of a Hub id that was fetched before, or None."""
+    """Return the cached configuration of a Hub id, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(name, _CONFIG, cache_dir)
-    except ValueError:  # of a name that no model can have
+    except ValueError:  # not a valid Hub id
         return None
     return Path(found) if isinstance(found, str) else None
 
@@ -189,7 +189,7 @@ def fetch(
     revision: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Path:
-    """Fetch files of a model from the Hub into the cache, and return their folder. Raises BadInput where it gives none.
+    """Fetch files of a model from the Hub into the cache, and return their folder. Raises BadInput if that fails.
 
     files, ignored: patterns of names.
     """
@@ -212,7 +212,7 @@ def fetch(
 
 
 def _not_fetched(name: str, error: Exception) -> BadInput:
-    """Return the error about a model that the Hub did not give."""
+    """Return the error about a failed download from the Hub."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -242,7 +242,7 @@ def _not_fetched(name: str, error: Exception) -> BadInput:
         cause = f"{name} could not be fetched from the Hub: {reason[0] if reason else repr(error)}"
     found = BadInput(cause, field="model", value=name, fix=fix)
     if name.startswith("timm/") and "." not in name and importlib.util.find_spec("timm") is None:
-        return found.advised("timm's own names of architectures are known where it is: pip install 'coprune[images]'")
+        return found.advised("if it is the name of a timm architecture, install timm: pip install 'coprune[images]'")
     return found
 
 

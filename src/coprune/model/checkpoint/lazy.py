@@ -1,6 +1,6 @@
-"""A checkpoint folder as a model whose blocks are read when they are needed and let go of afterwards.
+"""A checkpoint folder as a model whose blocks are read when they are needed and freed afterwards.
 
-The memory in use is what the acquired blocks need, whatever the size of the files.
+Memory use depends on the acquired blocks, not on the size of the files.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from coprune.model.transformers_private import (
 from coprune.recipe.pattern import Grid
 
 SHARE = 8
-"""A block is fetched beside another only if it takes no more than this part of what is free on the device."""
+"""A block is prefetched only if it takes at most this share of the device's free memory."""
 _AT_ONCE = 1 << 24
-"""Bytes of a file that are read at once to hash it."""
+"""Number of bytes hashed at a time."""
 
 
 def has_room(nbytes: int, device: torch.device) -> bool:
@@ -57,7 +57,7 @@ def fetches(nbytes: int, device: torch.device) -> bool:
 
 
 class Ahead:
-    """Fetches tensors of files that will be wanted soon."""
+    """Prefetches tensors from files."""
 
     def __init__(self, channel: Channel, device: torch.device) -> None:
         self._channel, self._device = channel, device
@@ -65,7 +65,7 @@ class Ahead:
         self._coming: dict[TensorEntry, Future[Coming]] = {}
 
     def begin(self, entries: Sequence[TensorEntry]) -> bool:
-        """Start fetching tensors and drop fetched ones that were not used; return whether there is room."""
+        """Start prefetching tensors, dropping unused earlier ones; return whether there is room."""
         for future in self._coming.values():
             future.cancel()
         self._coming = {}
@@ -83,7 +83,7 @@ class Ahead:
             return future.result().arrive()
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                return None  # there may be room now, since the block before this one is gone
+                return None  # retry by reading: the previous block is freed by now
             raise
 
     def _fetch(self, entry: TensorEntry) -> Coming:
@@ -130,7 +130,7 @@ class Sent:
 
 
 class SideStream:
-    """A queue of copies to a device beside the one that is computed in when this is made; implements `Channel`."""
+    """A copy stream beside the device's compute stream at creation; implements `Channel`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -157,16 +157,16 @@ def channel_to(device: torch.device) -> Channel | None:
 
 @dataclass(frozen=True)
 class Unread:
-    """A tensor in a file, which is read when transformers slices it."""
+    """A tensor in a file, read when transformers slices it."""
 
     entry: TensorEntry
     name: str = ""
     uncut: Uncut | None = None
-    """Restores the model's shape of a tensor that was made smaller."""
+    """Restores the model's shape if the stored tensor was cut."""
     ahead: Ahead | None = None
     """The prefetcher that may hold it already."""
     apart: bool = False
-    """Whether it stays there until it is multiplied, where that can be."""
+    """Whether to defer reading until multiplication, where possible."""
 
     def __getitem__(self, everything: object) -> Tensor:
         if self.apart and (there := deferred(self.entry, None if self.uncut is None else self._in_full)) is not None:
@@ -184,15 +184,14 @@ class Unread:
 class LazyCheckpoint:
     """The model of a folder, streamed; implements `weights.Weights`.
 
-    dtype: "auto" computes in the configuration's and writes every tensor in its own; another is both computed in and
-    written. experts_apart: whether experts stay in their files until they are
-    multiplied, one at a time, which are not changed then. Raises BadInput if the folder is damaged or lacks weights,
-    before any weight is read.
+    dtype: "auto" computes in the configuration's dtype and writes every tensor in its own; another is used for both.
+    experts_apart: keep experts in their files until they are multiplied, one at a time; they cannot be changed then. Raises
+    BadInput if the folder is damaged or lacks weights, before any weight is read.
     """
 
     streams = True
     _shared: frozenset[str] = frozenset()
-    """Names of tied parameters of which at least one is in a block, once the rest is read."""
+    """Names of parameters tied to one in a block, known after `acquire_rest`."""
 
     def __init__(
         self,
@@ -218,7 +217,7 @@ class LazyCheckpoint:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model; parameters that are not acquired are on the meta device."""
+        """The model; parameters of blocks that are not acquired are on the meta device."""
         return self._model
 
     @property
@@ -241,14 +240,14 @@ class LazyCheckpoint:
         return self.source.grid_of(parameter)
 
     def acquire(self, prefix: str) -> None:
-        """Read the parameters and buffers below a module's path. Raises BadInput if the files lack one."""
+        """Read the parameters and buffers below a module's path. Raises BadInput if one is missing."""
         self._load(self._own(prefix))
         self._require_real(self._model.get_submodule(prefix).named_parameters(prefix))
 
     def acquire_rest(self, block_prefixes: Sequence[str]) -> None:
         """Read everything outside the blocks (embeddings, norms, head) and tie what the configuration ties.
 
-        What a block shares with another part is read too, and stays.
+        Parameters that a block shares with another part are read too, and stay in memory.
         """
         self._shared = self._shared_by(block_prefixes)
 
@@ -262,19 +261,19 @@ class LazyCheckpoint:
             tie_read_weights(self._model, missing)
             self._compute(computed_parameters(self._model, missing))
         self._require_real((n, p) for n, p in self._named_parameters() if stays(n))
-        self._shared = self._shared_by(block_prefixes)  # without those whose values in the files differ
+        self._shared = self._shared_by(block_prefixes)  # tying excludes those whose stored values differ
 
     def _shared_by(self, block_prefixes: Sequence[str]) -> frozenset[str]:
-        """Return the names of tied parameters of which at least one is in a block."""
+        """Return the names of parameters that are tied to one in a block."""
         tied = (pair for pair in tied_pairs(self._model) if any(is_below_any(name, block_prefixes) for name in pair))
         return frozenset(name for pair in tied for name in pair)
 
     def _own(self, prefix: str) -> list[Renamed]:
-        """Return the tensors below a module's path that no other part of the model shares."""
+        """Return the tensors below a module's path that are not shared with other parts of the model."""
         return [group for group in self.source.below(prefix) if group.target not in self._shared]
 
     def _compute(self, names: Iterable[str]) -> None:
-        """Compute parameters that no checkpoint holds, as far as they are on the meta device."""
+        """Compute parameters that are never stored, if they are still on the meta device."""
         modules = []
         for path, _, own in (name.rpartition(".") for name in names):
             module = self._model.get_submodule(path)
@@ -286,7 +285,7 @@ class LazyCheckpoint:
             initialize_again(self._model, modules)
 
     def expect(self, prefix: str) -> None:
-        """Prefetch a block's tensors to the device, or into the system's cache."""
+        """Prefetch a block's tensors to the device, or into the system's page cache."""
         names = [name for group in self._own(prefix) for name in group.originals]
         whole = [self._entries[name] for name in names if self._uncut.get(name) is None]
         if self._ahead is None or not self._ahead.begin(whole):
@@ -297,7 +296,7 @@ class LazyCheckpoint:
         forget_parameters(self._model.get_submodule(prefix), {n.removeprefix(f"{prefix}.") for n in self._shared})
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Return an acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
+        """Return an acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the requested one)."""
         below = {name: tensor for name, tensor in self._model.state_dict().items() if is_below(name, prefix)}
         return self.source.as_written(self.source.below(prefix), below)
 
@@ -311,20 +310,20 @@ class LazyCheckpoint:
         return {name: _digest(self._entries[name]) for name in names}
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """Return the tensors outside the blocks, with those that the model does not load."""
+        """Return the tensors outside the blocks, including those that the model does not load."""
         state = {n: t for n, t in self._model.state_dict().items() if not is_below_any(n, block_prefixes)}
         return self.source.as_written(self.source.outside(block_prefixes), state) | self.source.carried()
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return changes of the model's configuration as changes of its file, which may use other names and places."""
+        """Translate changes of the model's configuration to its file, which may use other names and places."""
         return self.source.in_file(changes)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
-        """Copy what lies beside the weights, with another card; a processor is as it was read from there."""
+        """Copy the files beside the weights, with a new card; a processor is copied unchanged."""
         self.source.write_companions(folder, beside)
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
-        """Read the tensors of this file from it in future: a block that an earlier run finished."""
+        """Read the tensors in this file from it from now on: a block finished by an earlier run."""
         entries = read_entries(file)
         if self.stored_as is not None:
             entries = self.stored_as.decoded(entries)
@@ -332,7 +331,7 @@ class LazyCheckpoint:
         self._uncut |= dict.fromkeys(entries, uncut)
 
     def _load(self, groups: Sequence[Renamed]) -> None:
-        """Convert group by group, so that no more than one merged parameter exists twice at a time."""
+        """Convert group by group, so that at most one merged parameter exists twice at a time."""
         plain = [group.originals[0] for group in groups if not group.converted]
         apart = {name for group in groups if self._stays(group) for name in group.originals}
         with quiet_transformers():
@@ -343,7 +342,7 @@ class LazyCheckpoint:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
 
     def _stays(self, group: Renamed) -> bool:
-        """Return whether a group is the experts of a layer, which stay in their files."""
+        """Return whether a group is a layer's experts, which stay in their files."""
         return self._apart and self._model.get_parameter_or_buffer(group.target).ndim == 3
 
     def _unread(self, name: str, apart: bool = False) -> Unread:
@@ -368,7 +367,7 @@ def build_skeleton(
         config: its configuration.
         dtype: of the parameters.
         device: where the buffers go.
-        trust_remote_code: whether to run code that the folder brings.
+        trust_remote_code: whether to run code in the folder.
     """
 
     def built() -> PreTrainedModel:
@@ -392,7 +391,7 @@ def build_skeleton(
 
 
 def forget_parameters(root: nn.Module, kept: Collection[str] = ()) -> None:
-    """Move the parameters below a module to the meta device, but those with some names; shared ones stay shared."""
+    """Move the parameters below a module to the meta device, except the kept names; shared ones stay shared."""
     forgotten: dict[int, nn.Parameter] = {}
     for path, module in root.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -403,9 +402,9 @@ def forget_parameters(root: nn.Module, kept: Collection[str] = ()) -> None:
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Compute a new model's buffers again in float32, as from_pretrained does.
+    """Recompute a new model's buffers in float32, as from_pretrained does.
 
-    While a model is built, the default dtype is its own, and some families round their position tables to it.
+    A model is built with its own dtype as the default, to which some families would round their position tables.
     """
     initialize_again(model, [module for module in model.modules() if any(True for _ in module.buffers(recurse=False))])
 

@@ -1,7 +1,7 @@
-"""A model and its tokenizer, wholly in memory, as plain weights that can be saved.
+"""Load a model and its tokenizer into memory, as plain weights that can be saved.
 
-A GGUF file is dequantised by transformers, and every trace of the quantisation is removed. A mixture of experts runs them
-one after another ("eager"), so that the walk sees every expert's inputs; the default is one product over all of them.
+transformers dequantises a GGUF file, and all traces of the quantisation are removed. Experts run one after another
+("eager") instead of in one product, so that the walk sees each expert's inputs.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ from coprune.model.transformers_private import (
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "masked", "labels", "embeddings", "images", "pairs", "speech"]
-"""The task of a model: to continue a text, to fill in masked tokens, to label texts, to embed them, to label images, to
-write one text for another, to write what is heard."""
+"""The task of a model: to generate text, to fill in masked tokens, to classify texts, to embed them, to classify images,
+to map text to text, to transcribe speech."""
 
 HEADS: dict[TaskName, tuple[Any, ...]] = {
     "text": (AutoModelForCausalLM, AutoModelForImageTextToText),
@@ -75,10 +75,10 @@ HEADS: dict[TaskName, tuple[Any, ...]] = {
     "speech": (AutoModelForSpeechSeq2Seq,),
     "embeddings": (AutoModel,),
 }
-"""The classes that build a model for each task; the first that knows it counts. timm's models are classifiers under a wrapper."""
+"""Auto classes for each task; the first that knows the model is used. timm's models are wrapped image classifiers."""
 
 PAIRED: tuple[TaskName, ...] = ("pairs", "speech")
-"""Tasks of an encoder with a decoder."""
+"""Tasks of encoder-decoder models."""
 
 WHAT: dict[TaskName, str] = {
     "text": "writes text",
@@ -89,16 +89,16 @@ WHAT: dict[TaskName, str] = {
     "pairs": "writes one text for another",
     "speech": "writes what it hears",
 }
-"""The verb phrases for models of each task, in a sentence about one."""
+"""What a model of each task does, as a verb phrase for messages."""
 READ_TEXT: tuple[TaskName, ...] = ("text", "masked", "embeddings")
 """Tasks that are measured on plain text."""
 
 
 def task_of(config: Any, model_class: type[PreTrainedModel] | None = None) -> TaskName:
-    """Return the task of a model with this configuration: by its class, or the one that it names, else by what its type has."""
+    """Return the task of a configuration: by the model's class, the class that it names, or the heads of its type."""
     names = (getattr(config, "architectures", None) or ()) if model_class is None else (model_class.__name__,)
     both = getattr(config, "is_encoder_decoder", False)
-    # A decoder alone may be a model of text that also hears, and BART fills in masked tokens as well.
+    # A decoder-only model may also take speech, and BART may also fill in masked tokens.
     for task in (*PAIRED, *HEADS) if both else [one for one in HEADS if one not in PAIRED]:
         autos = HEADS[task]
         if any(choice is not None and choice.__name__ in names for choice in (auto_choice(a, config) for a in autos)):
@@ -110,29 +110,29 @@ def task_of(config: Any, model_class: type[PreTrainedModel] | None = None) -> Ta
 
 
 def class_for(config: Any) -> Any:
-    """Return what loads the model of a configuration: the class that it names itself, so that no part of it is left out.
+    """Return the class that loads a configuration's model: the one that it names, so that no part is left out.
 
-    An Auto class does where it comes to the same, or where the configuration names nothing that transformers has.
+    An Auto class is returned if it chooses the same class, or if transformers does not have the named one.
 
     Raises:
-        BadInput: that class is for something else than text or the classification of images.
+        BadInput: that class is neither for text nor for image classification.
     """
     task, named = task_of(config), own_class(config)
     if getattr(config, "is_encoder_decoder", False) and task not in ("text", *PAIRED):
-        raise _not_for(config, named, "is an encoder with a decoder, and writes no text")
+        raise _not_for(config, named, "is an encoder-decoder model that does not generate text")
     for auto in HEADS[task]:
         if _is_named(auto, config):
             if task == "embeddings" and class_built_by(auto, config).main_input_name != "input_ids":
-                raise _not_for(config, named, "is no classifier of images, and reads no text")
+                raise _not_for(config, named, "is not an image classifier and does not read text")
             return auto
     if named is None:
         return HEADS[task][0]
     if task == "images":
-        raise _not_for(config, named, "is no classifier of images")
+        raise _not_for(config, named, "is not an image classifier")
     with without_weights():
         head = build(named, config).get_output_embeddings()
     if head is None:
-        raise _not_for(config, named, "has no head that predicts tokens, so that nothing of it could be measured")
+        raise _not_for(config, named, "has no head that predicts tokens, so its quality could not be measured")
     return named
 
 
@@ -147,17 +147,17 @@ def _not_for(config: Any, named: type | None, why: str) -> BadInput:
     return BadInput(
         f"{name}, the model that config.json names, {why}",
         field="model",
-        fix="prune a model of text or a classifier of images",
+        fix="choose a text model or an image classifier",
     )
 
 
 def loaded_by_auto(model: PreTrainedModel) -> bool:
-    """Return whether the task's Auto class loads the configuration as the model's own class."""
+    """Return whether the task's Auto class would load this configuration as the model's class."""
     return auto_choice(HEADS[task_of(model.config, type(model))][0], model.config) is type(model)
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Read a folder's configuration; timm's is turned into one of transformers' wrapper."""
+    """Read a folder's configuration, converting timm's to transformers' wrapper."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _forget_codes(config)
     if getattr(config, "model_args", None):
@@ -166,7 +166,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _forget_codes(config: Any) -> None:
-    """Take the quantisation out of a configuration whose weights are decoded, not by transformers, when they are read."""
+    """Remove the quantisation from a configuration, since coprune, not transformers, decodes the weights."""
     for own in (one for one in (config, getattr(config, "text_config", None)) if one is not None):
         if isinstance(getattr(own, "quantization_config", None), dict):
             del own.quantization_config
@@ -175,7 +175,7 @@ def _forget_codes(config: Any) -> None:
 
 
 def task_at(location: Location) -> TaskName:
-    """Return the task of the model at a place, by its configuration. Raises BadInput if that cannot be read."""
+    """Return the task of a located model, by its configuration. Raises BadInput if that cannot be read."""
     if isinstance(location, GgufFile):
         return "text"
     with quiet_transformers(), explained(location):
@@ -185,7 +185,7 @@ def task_at(location: Location) -> TaskName:
 def undoubled(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return timm's model arguments without the number of classes.
 
-    timm writes it twice, and transformers' wrapper would pass both on.
+    timm writes it twice, and transformers' wrapper would pass on both.
     """
     return {key: value for key, value in arguments.items() if key != "num_classes"}
 
@@ -200,8 +200,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer or image processor: in evaluation mode, without gradients, on one device.
 
-    dtype: "auto" is the checkpoint's own (float32 for GGUF). processed: whether the second is wanted, None otherwise.
-    Raises BadInput if the files cannot be loaded, or do not hold every weight of the model.
+    dtype: "auto" is the checkpoint's own (float32 for GGUF). processed: whether to load the tokenizer or processor; else it
+    is None. Raises BadInput if the files cannot be loaded, or lack weights of the model.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     folder, file = _arguments(location)
@@ -216,7 +216,7 @@ def load_model(
             options["config"] = read_config(folder, trust_remote_code)
             task = task_of(options["config"])
             if not in_host_memory(torch.device(device)):
-                options["device_map"] = {"": device}  # tensor by tensor, so that host memory never holds all of them
+                options["device_map"] = {"": device}  # tensor by tensor, so that they never all occupy host memory
             source = source_encoding(folder, None if dtype == "auto" else getattr(torch, dtype))
             if source is not None:
                 options |= {"state_dict": _decoded(source), "dtype": source.dtype}
@@ -235,13 +235,13 @@ def load_model(
     else:
         require_floats(model, checkpoint_entries(location.path))
     name_model(model, location.name)
-    torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else
+    torch.nn.Module.to(model, device)  # transformers' own `to` has other types
     return prepare(model), load_processor(location, task, trust_remote_code) if processed else None
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A tensor that is read, and decoded, when transformers slices it."""
+    """A tensor that is read and decoded when transformers slices it."""
 
     entry: TensorEntry
 
@@ -250,12 +250,12 @@ class _Decoded:
 
 
 def _decoded(source: SourceEncoding) -> dict[str, Any]:
-    """Return the tensors of a quantised checkpoint as transformers takes a model's state."""
+    """Return the tensors of a quantised checkpoint as a state dict for transformers."""
     return {name: _Decoded(entry) for name, entry in source.entries.items()}
 
 
 def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:
-    """Load what turns text or images into a model's inputs. Raises BadInput if it is not there."""
+    """Load a model's tokenizer, image processor or speech processor. Raises BadInput if it is missing."""
     if task not in ("images", "speech"):
         return load_tokenizer(location, trust_remote_code)
     loader: Any = AutoImageProcessor if task == "images" else AutoProcessor
@@ -268,7 +268,7 @@ def load_processor(location: Location, task: TaskName, trust_remote_code: bool =
 
 @reading_once
 def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside the weights. Raises BadInput if there is none."""
+    """Load the tokenizer beside the weights. Raises BadInput if there is none."""
     folder, file = _arguments(location)
     if not file:
         check_tokenizer(folder / "tokenizer.json")
@@ -290,7 +290,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def prepared(model: PreTrainedModel | None) -> Iterator[None]:
-    """Prepare the caller's model in the body, and restore all but its weights."""
+    """Prepare the caller's model in the body; restore everything but its weights afterwards."""
     if model is None:
         yield
         return
@@ -308,18 +308,18 @@ def prepared(model: PreTrainedModel | None) -> Iterator[None]:
 
 
 def require_one_part(location: GgufFile) -> None:
-    """Raise BadInput for a file that is one of several parts."""
+    """Raise BadInput for a GGUF file that is split into parts."""
     if len(gguf_parts(location.path)) > 1:
         raise BadInput(
-            f"{location.name} is one of several parts, which can only be read to write another GGUF file",
+            f"{location.name} is one of several parts, which can only be converted to another GGUF file",
             field="model",
             value=location.name,
-            fix=("leave experts or blocks out with ", Set("save_model", "OUT.gguf"), ", or join them first"),
+            fix=("remove experts or blocks with ", Set("save_model", "OUT.gguf"), ", or join the parts first"),
         )
 
 
 def require_all_weights(name: str, missing: set[str]) -> None:
-    """Raise BadInput if the checkpoint lacks weights, which transformers would fill with random numbers."""
+    """Raise BadInput if the checkpoint lacks weights, which transformers would initialise randomly."""
     if missing:
         raise BadInput(
             f"the checkpoint of {name} lacks {len(missing)} weights of the model, first {min(missing)}",
@@ -331,10 +331,10 @@ def require_all_weights(name: str, missing: set[str]) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and notes while coprune reports itself."""
+    """Silence transformers' progress bars and log lines in the body."""
     root, bars = transformers_logging.get_logger("transformers"), transformers_logging.is_progress_bar_enabled()
     levels, propagates = [(handler, handler.level) for handler in root.handlers], root.propagate
-    # Not the logger's own level: every logger of the process would forget what it knows of levels, twice for every block.
+    # Changing a logger's level clears the level cache of every logger, twice per block; handlers have no such cache.
     for handler, level in levels:
         handler.setLevel(max(level, logging.ERROR))
     root.propagate = False
@@ -353,7 +353,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def explained(location: Location, fix: str | None = None) -> Iterator[None]:
-    """Convert transformers' errors on unusable files into a BadInput of one line. fix: a possible fix."""
+    """Convert transformers' errors about unusable files to a one-line BadInput. fix: a possible fix."""
     try:
         with panics_caught():
             yield
@@ -365,7 +365,7 @@ def explained(location: Location, fix: str | None = None) -> Iterator[None]:
         raise BadInput(missing, field="model", value=location.name, fix=install) from error
     except (CopruneError, MemoryError):
         raise
-    except Exception as error:  # what damaged files raise has no end: struct.error, IndexError, SafetensorError …
+    except Exception as error:  # damaged files can raise anything: struct.error, IndexError, SafetensorError …
         raise BadInput(
             f"{location.name} cannot be loaded by transformers: {_first_line(error)}",
             field="model",
@@ -375,13 +375,13 @@ def explained(location: Location, fix: str | None = None) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error that says something: one that only announces the others does not."""
+    """Return the first line of an error, or all lines if the first only introduces the rest."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return " ".join([first, *more]) if first.endswith(":") else first
 
 
 def _arguments(location: Location) -> tuple[Path, dict[str, str]]:
-    """Return transformers' arguments for the folder and the file in it."""
+    """Return transformers' arguments for a folder and a file in it."""
     if isinstance(location, GgufFile):
         return location.path.parent, {"gguf_file": gguf_parts(location.path)[0].name}
     return location.path, {}
@@ -399,7 +399,7 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode in the body, and restore each module's own mode."""
+    """Put a model in evaluation mode in the body; restore each module's mode afterwards."""
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:

@@ -34,7 +34,7 @@ from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.model.checkpoint.source_encoding import source_encoding
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES]
-# Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
+# Subfolders hold other formats of the same weights, and "consolidated" files a second copy.
 NOT_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors"]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
@@ -61,12 +61,12 @@ Location = ModelFolder | GgufFile
 def locate(
     model: str | Path, cache_dir: Path | None = None, revision: str | None = None, weights: bool = True
 ) -> Location:
-    """Find the model's files, fetching them from the Hub into `cache_dir` if they are not here.
+    """Find the model's files, fetching them from the Hub into `cache_dir` if they are not local.
 
-    model: a name in PACKAGED, a path to a GGUF file or to a folder (of an adapter, too, which is merged into its base),
-        timm/NAME@FILE, or a Hub id; a path that exists wins.
-    weights: whether a folder has to hold any, and whether those of a Hub id are fetched (see `holds_weights`).
-    Raises BadInput for anything that is not there, out of reach, incomplete or damaged; no weight is read.
+    model: a name in PACKAGED, a path to a GGUF file or a folder (an adapter is merged into its base), timm/NAME@FILE, or a
+        Hub id; an existing path takes precedence.
+    weights: whether a folder must hold weights, and whether those of a Hub id are fetched (see `holds_weights`).
+    Raises BadInput for anything that is missing, out of reach, incomplete or damaged; no weight is read.
     """
     path = expand_home(model)
     name = str(model)
@@ -86,7 +86,7 @@ def locate(
 
 
 def locates_gguf(model: str) -> bool:
-    """Return whether a name stands for a GGUF file that is here, which is always of a language model."""
+    """Return whether a name refers to a local GGUF file, which is always a language model."""
     packaged = PACKAGED.get(model)
     if packaged is not None and not expand_home(model).exists():
         return carried_file(packaged.package, packaged.file) is not None
@@ -94,7 +94,7 @@ def locates_gguf(model: str) -> bool:
 
 
 def _with_tag(name: str) -> str:
-    """Add the tag of its default weights to timm's name of an architecture (`timm/deit_base_patch16_224`), as on the Hub."""
+    """Add the tag of the default weights to a timm architecture (`timm/deit_base_patch16_224`), as on the Hub."""
     architecture = name.removeprefix("timm/")
     if architecture == name or "." in architecture or importlib.util.find_spec("timm") is None:
         return name
@@ -105,14 +105,14 @@ def _with_tag(name: str) -> str:
 
 
 def holds_weights(location: Location) -> bool:
-    """Return whether a located model has weight files in any format, not only a configuration."""
+    """Return whether a located model has weight files, in any format, and not only a configuration."""
     return isinstance(location, GgufFile) or any(file.suffix in _WEIGHTS for file in location.path.iterdir())
 
 
 def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
-    """Return the folder if it holds a whole checkpoint that can be read. Raises BadInput, naming the file, if not.
+    """Return the folder if it holds a complete, readable checkpoint. Raises BadInput, naming the file, if not.
 
-    weights: whether one without any file of weights is none.
+    weights: whether weight files are required.
     """
     look_at_folder(folder.path, folder.name)
     most = None
@@ -127,9 +127,9 @@ def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
 
 
 def holds_model(folder: Path) -> bool:
-    """Return whether a path is a whole model: a configuration with all weights that it names, or a GGUF file."""
+    """Return whether a path is a complete model: a configuration with all its weights, or a GGUF file."""
     if folder.suffix.lower() == ".gguf":
-        return folder.is_file()  # which gets its name when it is whole
+        return folder.is_file()  # a GGUF file is renamed only when complete
     try:
         check_folder(ModelFolder(folder, str(folder)))
     except (BadInput, OSError):
@@ -166,13 +166,13 @@ def _fetch(name: str, cache_dir: Path | None, revision: str | None, weights: boo
 
 
 def _merged(adapter: Path, name: str, cache_dir: Path | None, weights: bool) -> ModelFolder:
-    """Return an adapter with its base as one model; without weights the base, which is configured alike."""
+    """Return an adapter merged into its base; without weights the base alone, whose configuration is the same."""
     base = base_of(adapter, cache_dir)
     found = check_folder(ModelFolder(base, name), weights)
     return check_folder(ModelFolder(merged_folder(adapter, base, cache_dir), name)) if weights else found
 
 
-# A limit on what a configuration can make us build: a composite model without weights takes seconds up to this size.
+# Limits what an untrusted configuration can make us build; up to this size, a model without weights takes seconds.
 _HARMLESS = 1000
 _COUNTS = re.compile(
     r"(?:(?:n|num)_(?:\w+_)?|\w+\.)?(?:layers?|layer_count|block_count|experts?|expert_count|labels|classes)"
@@ -180,20 +180,19 @@ _COUNTS = re.compile(
 
 
 def check_claims(config: Mapping[str, Any], most: int | None, file: Path) -> None:
-    """Raise BadInput for a number of layers, experts or classes that no checkpoint of this size can have.
+    """Raise BadInput for more layers, experts or classes than a checkpoint of this size can have.
 
     Args:
-        config: a configuration, with others inside it or not.
-        most: how many the tensors can make up, each layer and expert having at least one (or one slice of one); None where
-            there are no tensors.
-        file: where it stands, for the message.
+        config: a configuration, possibly nested.
+        most: the maximum that the tensors allow, with one tensor or slice for each layer and expert; None without tensors.
+        file: the configuration's file, for the message.
     """
     for name, count in _counts(config):
         if count < 0 or count > max(most or 0, _HARMLESS):
-            unproven = f"without weights no more than {_HARMLESS:,} are believed"
-            there = unproven if most is None else f"there are weights for no more than {most:,}"
+            unproven = f"without weights at most {_HARMLESS:,} are accepted"
+            there = unproven if most is None else f"there are weights for at most {most:,}"
             raise BadInput(
-                f"{file} says that {name} is {count:,}, and {there}",
+                f"{file} says that {name} is {count:,}, but {there}",
                 fix="fetch or save the model again",
             )
 
@@ -216,8 +215,8 @@ def names_timm_file(name: str) -> bool:
 def folder_of_timm_file(name: str, cache_dir: Path | None = None) -> Path:
     """Return a folder with the architecture and the file's weights as timm saves it, created on first use.
 
-    The head gets as many classes as the file's. Pickled files are read as tensors alone, so that no code in them runs.
-    Raises BadInput for an architecture that timm does not know, or a file that is not there or does not fit it.
+    The head gets the file's number of classes. Pickled files are read in a mode that loads only tensors and runs no code.
+    Raises BadInput for an architecture that timm does not know, or a file that is missing or does not fit it.
     """
     architecture, _, written = name.removeprefix("timm/").partition("@")
     file = expand_home(written)
@@ -232,7 +231,7 @@ def folder_of_timm_file(name: str, cache_dir: Path | None = None) -> Path:
         raise BadInput(f"there is no file {file}", field="model", value=name)
     if file.suffix not in WEIGHT_FILES:
         ends = f"its name should end in {', '.join(WEIGHT_FILES)}"
-        raise BadInput(f"{file} is no file of weights", field="model", value=name, fix=ends)
+        raise BadInput(f"{file} is not a weight file", field="model", value=name, fix=ends)
     with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     folder = (cache_dir or user_cache()) / "timm-files" / f"{architecture}-{content}"
@@ -242,19 +241,19 @@ def folder_of_timm_file(name: str, cache_dir: Path | None = None) -> Path:
 
 
 def _save(architecture: str, file: Path, folder: Path) -> None:
-    """Build the model with timm and save it as timm does, under a temporary name until it is whole."""
+    """Build the model with timm and save it as timm does, under a temporary name until complete."""
     from timm.models import save_for_hf
 
     try:
         model = _build(architecture, file)
-    except Exception as error:  # what damaged and foreign files raise has no end
+    except Exception as error:  # damaged and foreign files can raise anything
         reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise BadInput(f"{file} does not hold the weights of timm's {architecture}: {reason[:300]}") from error
     try:
         with whole_folder(folder) as out:
             save_for_hf(model, str(out), safe_serialization=True)
     except OSError:
-        if not folder.is_dir():  # another process can have been first
+        if not folder.is_dir():  # another process may have been faster
             raise
 
 
@@ -272,6 +271,6 @@ def _build(architecture: str, file: Path) -> Any:
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return a dtype for all tensors: a model has one, and statistics of its norms may be wider than its weights."""
+    """Return one dtype for all tensors; a norm's statistics may be wider than the weights."""
     kinds = {tensor.dtype for tensor in tensors if torch.is_floating_point(tensor)} - {torch.float64}
     return reduce(torch.promote_types, kinds) if kinds else torch.float32

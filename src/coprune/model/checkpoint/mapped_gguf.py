@@ -1,7 +1,7 @@
-"""A GGUF file, or the parts of one, as a model whose blocks are decoded when they are needed.
+"""A GGUF file, possibly in parts, as a model whose blocks are decoded when they are needed.
 
-The file is mapped into memory and its pages are the system's, which takes them back when it wants. Which tensors make up a
-parameter, and what is done to them, transformers' own tables say.
+The file is memory-mapped, so the system can reclaim its pages. transformers' tables say which tensors make up a parameter and
+how they are transformed.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from coprune.model.transformers_private import GgufNames, gguf_names, revert_con
 
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 _STRETCH = 1 << 22
-"""Weights that are decoded at a time: what is made on the way stays small."""
+"""Number of weights decoded at a time, to keep temporary buffers small."""
 
 
 class MappedGguf:
-    """All tensors of a GGUF file, or of the parts of one, mapped and not yet read."""
+    """All tensors of a GGUF file, possibly in parts, mapped but not read."""
 
     def __init__(self, file: GgufFile, field: str = "model") -> None:
         """Map a file and its parts. field: the setting that named it. Raises BadInput if a part cannot be read."""
         self.parts = {part: gguf_reader(part, field) for part in gguf_parts(file.path)}
         self.first: Any = next(iter(self.parts.values()))
-        """The reader of the part that holds the metadata of all."""
+        """The reader of the part with the metadata."""
         self.tensors: list[Any] = [stored for reader in self.parts.values() for stored in reader.tensors]
         names = Counter(stored.name for stored in self.tensors)
         if twice := [name for name, count in names.items() if count > 1]:
@@ -63,13 +63,13 @@ class MappedGguf:
             )
 
     def let_go(self) -> None:
-        """Release the pages that were read, so that they no longer count as this process's memory."""
+        """Release the pages that were read, which would count as this process's memory."""
         for reader in self.parts.values():
             _let_go(reader.data)
 
 
 def _let_go(data: Any) -> None:
-    """Release what was read of the file that an array is a view of."""
+    """Release the pages read from the file behind an array."""
     while data is not None:
         mapped = getattr(data, "_mmap", None)
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -79,7 +79,7 @@ def _let_go(data: Any) -> None:
 
 @cache
 def ggml_library() -> ctypes.CDLL | None:
-    """Return llama.cpp's library of tensors if installed, which decodes some fifty times as fast as the package gguf."""
+    """Return llama.cpp's ggml library if installed, which decodes much faster than the gguf package."""
     found = importlib.util.find_spec(LLAMA_CPP)
     for place in () if found is None else found.submodule_search_locations or ():
         for file in sorted(Path(place).glob("*ggml-base*")):
@@ -104,12 +104,12 @@ def _native(kind: str) -> Callable[[int, int, int], None] | None:
 
 
 def decode_into(stored: Any, rows: Any, out: Tensor) -> None:
-    """Decode rows of a tensor of a GGUF file.
+    """Decode rows of a GGUF tensor.
 
     Args:
-        stored: the tensor, of a reader of the package gguf.
-        rows: some of its data: bytes, the outermost axis first.
-        out: of as many values, float32 and contiguous.
+        stored: the tensor, from the gguf package's reader.
+        rows: the bytes of some of its rows, outermost axis first.
+        out: contiguous float32 of the same number of values.
     """
     from gguf import quants
 
@@ -124,16 +124,16 @@ def decode_into(stored: Any, rows: Any, out: Tensor) -> None:
             native(some.ctypes.data, part.data_ptr(), part.numel())
         else:
             part.numpy()[:] = quants.dequantize(some, stored.tensor_type).reshape(-1)
-    _let_go(stored.data)  # its pages would count as this process's memory
+    _let_go(stored.data)  # else its pages count as this process's memory
 
 
 def shape_of(stored: Any) -> list[int]:
-    """Return the shape of a tensor of a reader of the package gguf, rows last."""
+    """Return the shape of a tensor from the gguf package's reader, row length last."""
     return [int(size) for size in reversed(stored.shape)]
 
 
 def decode(stored: Any) -> Tensor:
-    """Return a tensor of a reader of the package gguf, decoded to float32."""
+    """Decode a tensor from the gguf package's reader to float32."""
     out = torch.empty(shape_of(stored))
     decode_into(stored, stored.data, out)
     return out
@@ -141,15 +141,15 @@ def decode(stored: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class GgufEntry(TensorEntry):
-    """A parameter that is decoded from one or several tensors of a GGUF file when it is read."""
+    """A parameter, decoded from one or more GGUF tensors when it is read."""
 
     parts: tuple[TensorEntry, ...]
-    """Entries of these parts."""
+    """Locations of the tensors."""
     tensors: tuple[Any, ...] = field(compare=False, repr=False)
-    """They themselves, as the package gguf gives them."""
+    """The tensors, from the gguf package's reader."""
     names: GgufNames = field(compare=False, repr=False)
     row: int | None = None
-    """Which entry of their first axis is meant; None for all."""
+    """Index along their first axis; None for all."""
 
     def at(self, index: int) -> GgufEntry | None:
         if any(len(stored.data) != self.shape[0] for stored in self.tensors):
@@ -173,7 +173,7 @@ class GgufEntry(TensorEntry):
         return out
 
     def _read_into(self, out: Tensor, rows: slice) -> None:
-        """Decode some entries of the first axis. Raises BadInput where they have no room in `out`, or leave some."""
+        """Decode a range of the first axis. Raises BadInput if it does not exactly fill `out`."""
         found: Tensor | None = None
         parsed: dict[str, dict[str, Any]] = {"tensors": {}}
         for stored in self.tensors:
@@ -192,15 +192,15 @@ class GgufEntry(TensorEntry):
 
 def _misfit(stored: Any, shape: Sequence[int]) -> BadInput:
     return BadInput(
-        f"{stored.name} is {tuple(shape_of(stored))}, of which no {tuple(shape)} is made, as the configuration says",
+        f"{stored.name} has the shape {tuple(shape_of(stored))}, but the configuration calls for {tuple(shape)}",
         field="model",
     )
 
 
 class LazyGguf(LazyCheckpoint):
-    """The model of a GGUF file, streamed: float32 unless another dtype is asked for; implements `weights.Weights`.
+    """The model of a GGUF file, streamed, in float32 unless another dtype is requested; implements `weights.Weights`.
 
-    Raises BadInput where the file is damaged, or transformers does not say which of its tensors make up a parameter.
+    Raises BadInput if the file is damaged, or if transformers cannot map its tensors to parameters.
     """
 
     def __init__(
@@ -238,11 +238,11 @@ class LazyGguf(LazyCheckpoint):
                 yield parameter, GgufEntry(parts[0].file, _LETTERS[dtype], *whole, parts, tensors, names)
 
     def parameter(self, name: str) -> Tensor:
-        """Read one parameter by itself."""
+        """Read a single parameter."""
         return read_tensor(self._entries[name])
 
     def lying(self) -> dict[str, Tensor]:
-        """Return all tensors by the names that transformers would save them under; most are read when something is computed."""
+        """Return all tensors under the names that transformers would save them by; most are read lazily."""
         set_conversions_to_revert(self._model, None)
         state = {name: self._unread(name, apart=True)[...] for name in self._entries}
         return revert_conversion(self._model, state)
@@ -259,7 +259,7 @@ class LazyGguf(LazyCheckpoint):
 def _skeleton(
     location: Location, mapped: MappedGguf, dtype: torch.dtype, device: torch.device, /
 ) -> tuple[PreTrainedModel, GgufNames]:
-    """Return the model without weights, and which tensors its parameters are made of."""
+    """Return the model without weights, and the names of the tensors behind its parameters."""
     file = next(iter(mapped.parts))
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     # Transformers reads only the first part.

@@ -1,6 +1,6 @@
-"""Keys of `config.json` as they were called before transformers 5, beside the newer ones, for readers that know only those.
+"""Add the keys that `config.json` had before transformers 5, for readers that know only those.
 
-mlx-lm, for one, takes a default where `rope_theta` is missing, and says nothing.
+mlx-lm, for example, silently uses a default if `rope_theta` is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _WIDE, _NARROW = "full_attention", "sliding_attention"
 
 
 def add_older_keys(config: dict[str, Any]) -> None:
-    """Add the older name of what the content of `config.json` says, in place; a key that is there already stays."""
+    """Add older key names to the content of `config.json`, in place; existing keys stay."""
     for part in (config, *(value for key, value in config.items() if key.endswith("_config"))):
         if isinstance(part, dict):
             _add(part)

@@ -1,4 +1,4 @@
-"""What a model's own card, configuration or GGUF metadata say of where it comes from: its base and its licence."""
+"""A model's origin (base model and licence) according to its card, configuration or GGUF metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ADDRESS = "https://huggingface.co/"
 
 
 def _one(value: Any) -> Any:
-    """Return the first of several values: a card may name one base model or a list of them."""
+    """Return the first of several values: a card may name one base model or a list."""
     return value[0] if isinstance(value, list) and value else value
 
 
@@ -47,7 +47,7 @@ class Origin(BaseModel):
 
 
 def origin_of(model: str, cache_dir: Path | None = None) -> Origin:
-    """Return what the files of a model say of its origin; nothing where they are damaged or not on this machine.
+    """Read a model's origin from its files; empty if they are damaged or not on this machine.
 
     model, cache_dir: as in `locate`.
     """
@@ -82,13 +82,13 @@ def _front(card: Path | None) -> dict[str, Any]:
 
     try:
         found = metadata_load(card) if card is not None and card.is_file() else None
-    except Exception:  # whatever a foreign file makes of the YAML reader
+    except Exception:  # a foreign file can make the YAML reader raise anything
         return {}
     return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _name_in(config: Path | None) -> str | None:
-    """Return the Hub id in a configuration, where it is one."""
+    """Return the Hub id in a configuration, or None."""
     try:
         name = None if config is None else json.loads(config.read_bytes()).get(NAME_IN_CONFIG)
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -101,13 +101,13 @@ def _cached(name: str, file: str, cache_dir: Path | None) -> Path | None:
 
     try:
         found = try_to_load_from_cache(name, file, cache_dir)
-    except ValueError:  # of a name that no model can have
+    except ValueError:  # not a valid Hub id
         return None
     return Path(found) if isinstance(found, str) else None
 
 
 def _read(said: Mapping[str, Any]) -> Origin:
-    """Return what is valid of the fields; one that is not is left out."""
+    """Validate the fields, dropping invalid ones."""
     found: dict[str, Any] = {}
     for name in Origin.model_fields:
         try:

@@ -1,4 +1,4 @@
-"""A trial of regular expressions by the tokenizers library; run as a program, with limits on memory and time."""
+"""Try regular expressions with the tokenizers library; run as a program with limited memory and time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from tokenizers import Regex
 from tokenizers.normalizers import Replace
 
 SECONDS = 5
-"""Of CPU, for all patterns."""
+"""CPU limit for all patterns together."""
 _BYTES = 1 << 30
 _LENGTH = 64
 
 
 def matches_nothing(pattern: str) -> bool:
-    """Return whether a pattern can match the empty string. One that the library refuses, which its loader reports, cannot."""
+    """Return whether a pattern can match the empty string; False for an invalid one, which the loader reports."""
     try:
         replace = Replace(Regex(pattern), "x")
-    except Exception:  # the library's own, of no other type
+    except Exception:  # the library raises plain Exception
         return False
-    # A match that is not empty takes a character for the one that is put there.
+    # Replacing an empty match by one character lengthens the text; any other match does not.
     return any(len(replace.normalize_str(text)) > len(text) for text in _texts(pattern))
 
 
 def _texts(pattern: str) -> list[str]:
-    """Return texts that a pattern could get lost in: runs of its own letters and of usual ones that end otherwise."""
+    """Return texts that could make a pattern backtrack: runs of its own and common characters with a different end."""
     letters = dict.fromkeys([*"a0 \n", *pattern])
     return ["a b", *(letter * _LENGTH + "\0" for letter in list(letters)[:_LENGTH])]
 

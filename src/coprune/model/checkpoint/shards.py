@@ -1,8 +1,8 @@
 """The safetensors files of a checkpoint folder: their names, content and integrity.
 
-A safetensors file begins with the length of a JSON header with every tensor's dtype, shape and place, so a truncated or
-foreign file is recognised in microseconds. Tensors are read with plain reads, since the library maps the whole file into the
-address space, which a limit on the process may forbid.
+A safetensors file begins with the length of a JSON header of every tensor's dtype, shape and offset, so a truncated or foreign
+file is recognised in microseconds. Tensors are read with plain reads: the library maps the whole file, which an address space
+limit may forbid.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from coprune.base.errors import BadInput
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_JSON_BYTES = 200_000_000  # tokenizers have some tens of millions
+MAX_JSON_BYTES = 200_000_000  # tokenizers reach tens of millions
 
 
 Buffer = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Gives memory for a tensor of a shape and dtype."""
+"""Allocates a tensor of a shape and dtype."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Location of a tensor: file, dtype in the format's letters (F32, BF16 …), shape, first byte and size in bytes."""
+    """Location of a tensor: file, the format's dtype name (F32, BF16 …), shape, first byte and size in bytes."""
 
     file: Path
     dtype: str
@@ -45,16 +45,16 @@ class TensorEntry:
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
-        """The stored tensors of it: itself, unless it is decoded from several."""
+        """The stored tensors: the entry itself, unless it is decoded from several."""
         return (self,)
 
     def at(self, index: int) -> TensorEntry | None:
-        """Return where an entry of the first axis lies; None where it cannot be read by itself."""
+        """Return the location of one index of the first axis; None if it cannot be read separately."""
         nbytes = self.nbytes // self.shape[0]
         return TensorEntry(self.file, self.dtype, self.shape[1:], self.start + index * nbytes, nbytes)
 
     def read(self, buffer: Buffer) -> Tensor:
-        """Read the tensor into memory that `buffer` gives. Raises as `read_tensor`."""
+        """Read the tensor into memory from `buffer`. Raises as `read_tensor`."""
         return _read_stored(self, buffer)
 
 
@@ -73,7 +73,7 @@ def read_entries(file: Path) -> dict[str, TensorEntry]:
     size = file.stat().st_size
     if size != end:
         raise BadInput(
-            f"{file} has {size:,} bytes where its header promises {end:,}: it is cut off or damaged",
+            f"{file} has {size:,} bytes, but its header says {end:,}: it is cut off or damaged",
             fix="fetch or save it again",
         )
     return {
@@ -111,18 +111,18 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise BadInput(f"{index} has no weight_map", fix="fetch or save the checkpoint again")
     if other := [str(file) for file in weight_map.values() if not str(file).endswith(".safetensors")]:
         raise BadInput(
-            f"{index} names {min(other)}, which is no safetensors file", fix="fetch or save the checkpoint again"
+            f"{index} names {min(other)}, which is not a safetensors file", fix="fetch or save the checkpoint again"
         )
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises BadInput, naming the file, if it is missing, malformed or too large to be one."""
+    """Read a JSON object. Raises BadInput, naming the file, if it is missing, malformed or too large."""
     try:
         if file.exists() and not file.is_file():
             raise BadInput(f"{file} is not a file", fix="fetch or save the checkpoint again")
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise BadInput(f"{file} has {file.stat().st_size:,} bytes, too many for a file of settings")
+            raise BadInput(f"{file} has {file.stat().st_size:,} bytes, too many for a settings file")
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
@@ -138,9 +138,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def stored_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Return every tensor of a checkpoint's files, by name.
+    """Return every tensor in a checkpoint's files, by name.
 
-    Raises BadInput on a damaged shard, and where the index names a tensor that its file does not hold.
+    Raises BadInput for a damaged shard, or if the index names a tensor that its file lacks.
     """
     entries: dict[str, TensorEntry] = {}
     for file in shard_files(folder):
@@ -150,7 +150,7 @@ def stored_entries(folder: Path) -> dict[str, TensorEntry]:
         for name, place in weight_map.items():
             if name not in entries or entries[name].file.name != place:
                 raise BadInput(
-                    f"{folder / place} lacks {name}, which the index places there", fix="fetch or save it again"
+                    f"{folder / place} lacks {name}, which the index lists there", fix="fetch or save it again"
                 )
     if not entries:
         raise BadInput(f"{folder} holds no tensors", fix="fetch or save the checkpoint again")
@@ -162,9 +162,9 @@ def _plain_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def read_tensor(entry: TensorEntry, buffer: Buffer = _plain_memory) -> Tensor:
-    """Read one tensor into memory that `buffer` gives.
+    """Read one tensor into memory from `buffer`.
 
-    Raises BadInput if the file has shrunk meanwhile, or holds a dtype that torch has not.
+    Raises BadInput if the file has shrunk since, or if torch does not have the dtype.
     """
     return entry.read(buffer)
 
@@ -192,7 +192,7 @@ def _read_stored(entry: TensorEntry, buffer: Buffer) -> Tensor:
 
 
 def read_ahead(entries: Iterable[TensorEntry]) -> None:
-    """Ask the system to read tensors into its cache in the background, where it can (Linux)."""
+    """Ask the system to read tensors into its page cache in the background, where supported (Linux)."""
     if not hasattr(os, "posix_fadvise"):
         return
     stored = sorted((one for entry in entries for one in entry.stored), key=lambda e: (e.file, e.start))
@@ -204,12 +204,12 @@ def read_ahead(entries: Iterable[TensorEntry]) -> None:
 
 
 def _no_weights(folder: Path) -> BadInput:
-    """Return the error about a folder without safetensors, by what it holds instead."""
+    """Return the error about a folder without safetensors, depending on what it contains."""
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        cause = f"{folder} holds only pickled weights, which can run code when they are read"
+        cause = f"{folder} holds only pickled weights, which can run code when they are loaded"
         fix = (
-            "convert them where you trust them: load with transformers' from_pretrained and write with "
-            "save_pretrained, which makes safetensors"
+            "convert them if you trust them: load with transformers' from_pretrained and save with "
+            "save_pretrained, which writes safetensors"
         )
     elif any(folder.glob("*.gguf")):
         cause, fix = f"{folder} holds GGUF files", f"name the file itself, such as {min(folder.glob('*.gguf'))}"
@@ -238,7 +238,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A header's entry of one tensor: dtype in the format's letters, shape, and its bytes within the data."""
+    """A tensor's entry in a header: the format's dtype name, shape, and byte range in the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -249,7 +249,7 @@ class Stored:
 def read_header_bytes(file: Path) -> bytes:
     """Return the JSON header of a safetensors file. Raises BadInput if the file is too short for one."""
     try:
-        if not file.is_file():  # a pipe would be waited for without end
+        if not file.is_file():  # reading a pipe could block forever
             raise BadInput(f"{file} is not a file", fix="fetch or save it again")
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -263,20 +263,20 @@ def read_header_bytes(file: Path) -> bytes:
 def parse_header(text: bytes) -> dict[str, Stored]:
     """Return the tensors of a header in the order of their data.
 
-    Raises BadInput, which does not know the file, on anything that is no sound header.
+    Raises BadInput, without the file's name, for a malformed header.
     """
     try:
         content = json.loads(text, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
-        raise _malformed(f"no JSON, or one name twice: {str(error)[:100]}") from error
+        raise _malformed(f"not JSON, or a duplicate name: {str(error)[:100]}") from error
     if not isinstance(content, dict):
-        raise _malformed("no JSON object")
+        raise _malformed("not a JSON object")
     found = {name: _stored(name, entry) for name, entry in content.items() if name != "__metadata__"}
     ordered = sorted(found.items(), key=lambda item: (item[1].begin, item[1].end))
     end = 0
     for name, stored in ordered:
         if stored.begin != end:
-            raise _malformed(f"the data of {name!r} begin at {stored.begin:,} and not at {end:,}")
+            raise _malformed(f"the data of {name!r} begin at {stored.begin:,} instead of {end:,}")
         end = stored.end
     return dict(ordered)
 
@@ -285,14 +285,14 @@ def _stored(name: str, entry: Any) -> Stored:
     try:
         name.encode()
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:  # a name can be no text, with half of a surrogate pair in it
-        raise _malformed(f"what it says of {name!r}") from error
+    except (KeyError, TypeError, ValueError) as error:  # a name can hold a lone surrogate
+        raise _malformed(f"invalid entry for {name!r}") from error
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not isinstance(dtype, str) or not all(type(one) is int and one >= 0 for one in numbers) or end < begin:
-        raise _malformed(f"what it says of {name!r}")
+        raise _malformed(f"invalid entry for {name!r}")
     known = DTYPES.get(dtype)
     if known is not None and math.prod(shape) * known.itemsize != end - begin:
-        raise _malformed(f"{end - begin:,} bytes for {name!r}, of the shape {tuple(shape)}")
+        raise _malformed(f"{end - begin:,} bytes for {name!r} of shape {tuple(shape)}")
     return Stored(dtype, tuple(shape), begin, end)
 
 

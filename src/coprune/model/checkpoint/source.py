@@ -1,6 +1,6 @@
-"""The folder that a model was read from: what is saved of the model has its names, layout, dtypes and files.
+"""The folder that a model was read from: the saved model keeps its names, layout, dtypes and companion files.
 
-What the model's class does not load (layers for speculative decoding, somebody's own tensors) is carried along.
+Tensors that the model's class does not load (layers for speculative decoding, custom tensors) are copied.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Source:
-    """A folder and the model that was made of it.
+    """A folder with the model that was built from it.
 
-    Raises BadInput if the folder is damaged or lacks weights; none of them is read.
+    Raises BadInput if the folder is damaged or lacks weights; no weight is read.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class Source:
         dtype: DtypeName = "auto",
         entries: dict[str, TensorEntry] | None = None,
     ) -> None:
-        """Open a folder. dtype: of the output, "auto" for every tensor's own. entries: of the folder, if known."""
+        """Open a folder. dtype: of the output, "auto" for each tensor's own. entries: the folder's tensors, if known."""
         self.location = location
         self.stored_as: SourceEncoding | None = None
-        """How the folder stores quantised weights, where its entries are not given."""
+        """How the folder stores quantised weights; None if its entries were given."""
         if entries is None:
             self.stored_as = source_encoding(location.path, None if dtype == "auto" else getattr(torch, dtype))
             entries = stored_entries(location.path) if self.stored_as is None else dict(self.stored_as.entries)
         self.entries = entries
-        """Where every tensor lies, by its name in the files."""
+        """Location of every tensor, by its name in the files."""
         self._model = model
         self.conversion = Conversion(model, self.entries)
         self._dtype = None if dtype == "auto" else getattr(torch, dtype)
@@ -68,9 +68,9 @@ class Source:
         return math.prod(entry.shape) * int(self._dtype.itemsize)
 
     def grid_of(self, parameter: str) -> Grid | None:
-        """Return what gives the nearest values that a matrix can hold as it is stored.
+        """Return a function that rounds to the values representable in a matrix's stored format.
 
-        None where it can hold any, and where a parameter is made of several tensors.
+        None if it can represent any value, or if the parameter is made of several tensors.
         """
         found = (
             group.originals[0] for group in self.conversion.groups if group.target == parameter and not group.converted
@@ -81,7 +81,7 @@ class Source:
         return entry.weight.grid(entry.read_parts())
 
     def leads_back(self) -> bool:
-        """Return whether the whole model can be saved in the layout of its files."""
+        """Return whether the whole model can be saved in its files' layout."""
         without_values = {name: tensor.to("meta") for name, tensor in self._model.state_dict().items()}
         try:
             self.conversion.revert(self.conversion.groups, without_values)
@@ -114,7 +114,7 @@ class Source:
             return tensor
         if untouched(tensor, self.entries[name]):
             return deferred(self.entries[name]) or tensor
-        # Computing in a smaller dtype must not round unchanged tensors (a router's bias in float32).
+        # Computing in a narrower dtype must not round unchanged tensors (such as a router's float32 bias).
         source = read_tensor(self.entries[name])
         return source if torch.equal(source.to(tensor.dtype), tensor) else tensor.to(written)
 
@@ -128,7 +128,7 @@ class Source:
         return {name: read_tensor(entry) for name, entry in self.carried_entries.items()}
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return changes of the model's configuration as changes of its file, which may use other names and places."""
+        """Translate changes of the model's configuration to its file, which may use other names and places."""
         with quiet_transformers():
             kind, own = type(read_config(self.location.path)), type(self._model.config)
 
@@ -141,6 +141,6 @@ class Source:
         return changes_in_file(read_json(self.location.path / "config.json"), self._model.config, changes, read)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
-        """Copy what lies beside the weights, with another card; a processor is as it was read from there."""
+        """Copy the files beside the weights, with a new card; a processor is copied unchanged."""
         copy_companions(self.location, folder, beside.dtype)
         write_text(folder / CARD_FILE, beside.card)

@@ -1,7 +1,7 @@
-"""The encoding of a quantised checkpoint, kept through a run: read as dense weights, written back on its grid.
+"""The encoding of a quantised checkpoint, preserved by a run: read as dense weights, written back on its grid.
 
-Other modules see *decoded entries*: dense names and shapes, whose values are decoded when they are read. A run writes the
-source's codes wherever the values are unchanged, so that untouched bytes stay untouched.
+Other modules see *decoded entries*: dense names and shapes whose values are decoded when they are read. Where values are
+unchanged a run writes the source's codes, so that those bytes stay the same.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_js
 from coprune.model.kept_slices import KeptSlices
 
 READABLE = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
-"""Values of `quant_method` whose weights are read, and written in the form that they have."""
+"""Values of `quant_method` that are read, and written in the same format."""
 READ_ONLY = ("gptq", "awq")
-"""Formats that are read but not written."""
+"""Values of `quant_method` that are read but not written."""
 _WHY_NOT = {
-    "bitsandbytes": "its blocks of values run across rows, and its scales are quantised themselves",
-    "torchao": "its tensors are pieces of Python objects",
+    "bitsandbytes": "its blocks cross rows, and its scales are quantised too",
+    "torchao": "its tensors are parts of Python objects",
 }
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 _LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
-"""Keys of a configuration that list layers without quantisation."""
+"""Configuration keys that list unquantised layers."""
 
 
 @dataclass(frozen=True)
 class DecodedEntry(TensorEntry):
-    """A dense weight that is decoded from several stored tensors when it is read."""
+    """A dense weight, decoded from several stored tensors when it is read."""
 
     weight: Weight
     parts: tuple[tuple[str, TensorEntry], ...]
-    """The stored tensors of it, by their roles."""
+    """The stored tensors by role."""
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
@@ -71,7 +71,7 @@ class DecodedEntry(TensorEntry):
         return self.weight.decode(self.read_parts(), buffer(self.shape, DTYPES[self.dtype]))
 
     def read_parts(self) -> dict[str, Tensor]:
-        """Read what is stored of the weight. Raises BadInput as `read_tensor`."""
+        """Read the stored tensors. Raises BadInput as `read_tensor`."""
         return {role: read_tensor(entry) for role, entry in self.parts}
 
 
@@ -81,11 +81,11 @@ class SourceEncoding(Encoding):
     name = "source"
 
     def __init__(self, quantization: Mapping[str, Any], entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> None:
-        """Find the quantised weights. dtype: that they are decoded to. Raises BadInput for damaged parts of a weight."""
+        """Find the quantised weights. dtype: to decode to. Raises BadInput for damaged parts of a weight."""
         self._quantization = quantization
         self.dtype = dtype
         self.entries = self.decoded(entries)
-        """Every tensor as a dense checkpoint would have it."""
+        """Every tensor, as in a dense checkpoint."""
 
     @property
     def weights(self) -> dict[str, DecodedEntry]:
@@ -94,11 +94,11 @@ class SourceEncoding(Encoding):
 
     @property
     def method(self) -> str:
-        """The configuration's name of the method."""
+        """The method's name in the configuration."""
         return str(self._quantization.get("quant_method"))
 
     def decoded(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """Return entries with dense weights in place of what is stored of them. Raises BadInput for damaged ones."""
+        """Replace the stored tensors of quantised weights by dense entries. Raises BadInput for damaged ones."""
         weights = find_weights(self._quantization, entries)
         used = {part for weight in weights.values() for part in weight.parts.values()}
         dense = {name: entry for name, entry in entries.items() if name not in used}
@@ -148,7 +148,7 @@ class SourceEncoding(Encoding):
 
 @dataclass(frozen=True)
 class ByInputEntry(TensorEntry):
-    """A dense weight that is decoded from what GPTQ or AWQ store of it."""
+    """A dense weight, decoded from GPTQ's or AWQ's tensors when it is read."""
 
     form: ByInput
     base: str
@@ -196,14 +196,14 @@ class ReadOnly(SourceEncoding):
 
 
 def _place_layers(said: Any, place: Place) -> None:
-    """Rename lists of layers that are not quantised, in place."""
+    """Rename the layers in lists of unquantised layers, in place."""
     for key in _LISTS:
         if isinstance(said, dict) and isinstance(listed := said.get(key), list):
             said[key] = [left for name in listed if (left := place(str(name))) is not None]
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the content of `config.json` says of how weights are quantised; None if it says nothing."""
+    """Return the quantisation settings in the content of `config.json`; None if there are none."""
     for said in (config, config.get("text_config")):
         if isinstance(said, Mapping):
             found = said.get("quantization_config") or said.get("compression_config")
@@ -213,15 +213,15 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 _BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25, "nvfp4": 4.5}
-"""Of a value with its share of a scale, by method or algorithm."""
+"""Bits per value, including its share of a scale, by method or algorithm."""
 
 
 def stored_share(said: Mapping[str, Any] | None, itemsize: int) -> float:
-    """Return the size of quantised weights over that of their values, as a configuration says; 1 where it says nothing.
+    """Return the stored size of weights relative to their decoded size; 1 without quantisation.
 
     Args:
-        said: what it says of how weights are quantised.
-        itemsize: of their values.
+        said: the quantisation settings.
+        itemsize: bytes per decoded value.
     """
     found = Quantization.read(said or {})
     numbers = [weights.num_bits for weights in found.weights if weights.num_bits is not None]
@@ -235,12 +235,12 @@ def is_quantised(folder: Path) -> bool:
 
 
 def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEncoding | None:
-    """Return how a folder's checkpoint is quantised; None if its tensors are dense.
+    """Return the encoding of a folder's checkpoint; None if its tensors are dense.
 
-    dtype: that weights are decoded to; None for the configuration's own.
+    dtype: to decode weights to; None for the configuration's own.
 
     Raises:
-        BadInput: it is quantised in a way that is not read, or damaged.
+        BadInput: the quantisation is not supported, or the checkpoint is damaged.
     """
     config = read_json(folder / "config.json")
     found = quantization_of(config)
@@ -257,16 +257,13 @@ def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEnc
             f"{folder.name} is quantised ({method}), which is not supported: {why}",
             field="model",
             value=str(folder),
-            fix=(
-                "use the unquantised checkpoint, "
-                "or load it dequantised with transformers and write it with save_pretrained"
-            ),
+            fix=("use the unquantised checkpoint, or dequantise it with transformers and save it with save_pretrained"),
         )
     return SourceEncoding(found, stored_entries(folder), dtype or _own_dtype(config))
 
 
 def _own_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Return the compute dtype of a configuration; bfloat16 if it names none that weights can have."""
+    """Return the compute dtype of a configuration; bfloat16 if it names none or an unsuitable one."""
     said = [one.get(key) for one in (config, config.get("text_config")) if isinstance(one, Mapping) for key in _DTYPES]
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return next((known[str(name)] for name in said if str(name) in known), torch.bfloat16)
@@ -276,10 +273,9 @@ _DTYPES = ("dtype", "torch_dtype")
 
 
 def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Return every tensor of the checkpoint by name; quantised weights as dense ones.
+    """Return every tensor of the checkpoint by name, quantised weights as dense ones.
 
-    Raises BadInput on a damaged shard, where the index names a tensor that its file does not hold, and for unsupported
-    quantisation.
+    Raises BadInput for a damaged shard, a tensor that the index names but its file lacks, or unsupported quantisation.
     """
     source = source_encoding(folder) if (folder / "config.json").is_file() else None
     return stored_entries(folder) if source is None else source.entries

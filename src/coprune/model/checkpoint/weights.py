@@ -1,8 +1,8 @@
 """The source and destination of a block's weights during a walk.
 
-A model in memory holds them all the time; a streamed one (`lazy.LazyCheckpoint`) reads a block when it is acquired and
-frees it when it is released. Both return a block's tensors under the names and in the layout of a checkpoint, which for a
-mixture of experts differ from the model's own, where the experts of a layer are one tensor.
+A model in memory always holds them; a streamed one (`lazy.LazyCheckpoint`) reads a block when it is acquired and frees it when
+it is released. Both return a block's tensors under the names and in the layout of a checkpoint. These can differ from the
+model's: in a mixture of experts, the model holds a layer's experts in one tensor.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ Uncut = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 class Weights(Protocol):
-    """A model whose blocks are there when they are asked for. A prefix is a module's path: `model.layers.3`."""
+    """A model whose blocks can be loaded and freed. A prefix is a module's path, such as `model.layers.3`."""
 
     @property
     def model(self) -> PreTrainedModel: ...
 
     @property
     def streams(self) -> bool:
-        """Whether a block is in memory only between acquire and release, so that later changes are lost."""
+        """Whether a block is in memory only between acquire and release; changes that are not written are lost."""
         ...
 
     @property
     def stored_as(self) -> SourceEncoding | None:
-        """Encoding of quantised weights in its files; None for plain ones, or without files."""
+        """Encoding of the files' quantised weights; None for plain weights, or without files."""
         ...
 
     @property
     def total_bytes(self) -> int:
-        """Size of all tensors as they would be written."""
+        """Size in bytes of all tensors as they would be written."""
         ...
 
     @property
     def stored_share(self) -> float:
-        """Size of the tensors as their source stores them, over that of their values."""
+        """Size of the tensors in the source relative to their decoded size."""
         ...
 
     @property
@@ -65,11 +65,11 @@ class Weights(Protocol):
         ...
 
     def grid_of(self, parameter: str) -> Grid | None:
-        """Return what gives the nearest values that a matrix can hold as its source stores it; None where it can hold any."""
+        """Return a function that rounds to the values representable in a matrix's stored format; None if any value is."""
         ...
 
     def acquire(self, prefix: str) -> None:
-        """Make the block's parameters real."""
+        """Load the block's parameters."""
         ...
 
     def expect(self, prefix: str) -> None:
@@ -81,14 +81,14 @@ class Weights(Protocol):
         ...
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
-        """Read the tensors of this safetensors file from it in future: a finished block.
+        """Read the tensors in this safetensors file from it from now on: a finished block.
 
-        uncut: restores the model's shapes of tensors that were made smaller.
+        uncut: restores the model's shapes of cut tensors.
         """
         ...
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Return an acquired block's present tensors as a checkpoint stores them."""
+        """Return an acquired block's current tensors as a checkpoint stores them."""
         ...
 
     def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class Weights(Protocol):
         ...
 
     def digests(self, prefix: str) -> dict[str, bytes]:
-        """Return the SHA-256 of every tensor of an unchanged block as a checkpoint stores it, to identify the model."""
+        """Return the SHA-256 of every tensor of an unchanged block as stored, to identify the model."""
         ...
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
@@ -104,28 +104,28 @@ class Weights(Protocol):
         ...
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return changes of the model's configuration as changes of the `config.json` that is written beside it.
+        """Translate changes of the model's configuration to the `config.json` that is written with it.
 
-        Both are new values by their places, with dots between; None if that file cannot say them.
+        Both map dotted paths to new values; None if the file cannot express them.
         """
         ...
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
-        """Write what makes a folder of these weights a model: configuration, generation settings, tokenizer, card."""
+        """Write the files that complete a folder of these weights: configuration, generation settings, tokenizer, card."""
         ...
 
 
 class InMemory:
-    """A model that is wholly in memory."""
+    """A model that is completely in memory."""
 
     streams = False
 
     def __init__(self, model: PreTrainedModel, source: Source | None = None) -> None:
-        """Wrap a model in memory. source: the folder whose layout is saved; by default transformers'."""
+        """Wrap a model in memory. source: the folder whose layout to save in; by default transformers' layout."""
         self._model = model
         self._source = source
         self._names = source if source is not None and source.leads_back() else None
-        """The source, where transformers leads back to its names and dtypes."""
+        """The source, if transformers can restore its names and dtypes."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -210,18 +210,18 @@ class InMemory:
         return {name: tensor for name, tensor in self._model.state_dict().items() if wanted(name)}
 
     def _reverted(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Return the saved tensors with wanted names, in the checkpoint's layout."""
+        """Return the tensors with wanted names, in the checkpoint's layout."""
         state = {name: tensor for name, tensor in saved_tensors(self._model).items() if wanted(name)}
         return revert_conversion(self._model, state)
 
 
 def bytes_in(tensor: Tensor) -> memoryview:
-    """Return a tensor's values as bytes in host memory, without a copy where they lie there in order."""
+    """Return a tensor's bytes in host memory, without a copy if it is already contiguous there."""
     raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 
 
 def require_in_memory(weights: Weights, field: str) -> None:
-    """Raise BadInput where blocks are on the disk. field: the setting that changes weights before any is pruned."""
+    """Raise BadInput if the model is streamed. field: the setting that changes weights before pruning."""
     if weights.streams:
         raise BadInput(f"{field} needs the whole model in memory", field=field, fix=("add ", Set("stream", False)))

@@ -1,8 +1,8 @@
-"""A checkpoint folder written part by part, which gets its final name when it is complete.
+"""Write a checkpoint folder part by part and rename it when it is complete.
 
 Everything goes into a hidden folder beside the final one. Each part (a block, or the rest of the model) is a safetensors file
-and a note with its checksum and data of the caller, so that a killed run can tell which parts are complete. Disk writes and
-checksums run in the background. In the end the parts are the checkpoint's shards, or, if small, joined to one file.
+with a note of its checksum and the caller's data, so that a resumed run knows which parts are complete. Disk writes and
+checksums run in the background. In the end the parts become the checkpoint's shards or, if small, are joined to one file.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry
 from coprune.store.claim import Claim, Taken
 
 REST = "rest"
-"""Name of the part that holds what lies outside the blocks."""
+"""Name of the part with the tensors outside the blocks."""
 SHARED = "shared"
-"""Name of what is written as a part is, for a later run that goes on, and is none of the checkpoint's."""
+"""Name of an extra part that only a resumed run reads; it does not become part of the checkpoint."""
 _LOCK = "running.lock"
 _MANIFEST = "parts.json"
 _REFUSED = "refused"
-"""Tells that the whole checkpoint was read again and was not what the run had made."""
-SINGLE_FILE_BYTES = 5_000_000_000  # the customary size of a shard
+"""Marks a complete checkpoint that failed verification when it was reloaded."""
+SINGLE_FILE_BYTES = 5_000_000_000  # the usual size of a shard
 
 
 class CheckpointWriter:
     """Writes one checkpoint folder. `parts` are the names of the parts in the order of the shards."""
 
     def __init__(self, folder: Path, parts: Sequence[str], total_bytes: int) -> None:
-        """Open a checkpoint for writing, resuming an earlier writer's for the same folder.
+        """Open a checkpoint for writing, or resume an earlier one for the same folder.
 
-        total_bytes: size of all tensors, to check the free disk space. Raises BadInput if the folder already holds something,
-        if the unfinished one was made for other parts or is in use by another process, or if the disk is too full.
+        total_bytes: size of all tensors, to check the free disk space. Raises BadInput if the folder is not empty, if the
+        unfinished one was made for other parts or is in use by another process, or if the disk is too full.
         """
         self.folder = folder
         self.partial = folder.with_name(f".{folder.name}.partial")
@@ -71,7 +71,7 @@ class CheckpointWriter:
         self._claim()
 
     def _claim(self) -> None:
-        """Make the unfinished folder, or take over one that was made for the same parts."""
+        """Create the unfinished folder, or take over one with the same parts."""
         manifest = self.partial / _MANIFEST
         remove_left_beside(self.partial)
         if os.path.lexists(self.partial) and not _is_unfinished_checkpoint(self.partial):
@@ -97,16 +97,16 @@ class CheckpointWriter:
         remove_unfinished(self.partial)
 
     def _lock(self) -> None:
-        """Keep other processes out of the unfinished folder for as long as this one lives, however it ends."""
+        """Lock the unfinished folder until this process ends, however it ends."""
         try:
             self._claimed = Claim(self.partial / _LOCK)
         except Taken:
             raise BadInput(
-                f"another run is writing {self.folder}", fix="wait for its end, or choose another name"
+                f"another run is writing {self.folder}", fix="wait until it finishes, or choose another name"
             ) from None
 
     def _require_space(self, total_bytes: int) -> None:
-        # Joining needs the parts and the joined file at the same time.
+        # Joining needs space for the parts and the joined file at once.
         needed = total_bytes * (2 if self._joined else 1)
         if self.partial.is_dir():
             needed -= sum(self.file(part).stat().st_size for part in self._parts if self.file(part).is_file())
@@ -114,7 +114,7 @@ class CheckpointWriter:
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise BadInput(
-                f"writing {self.folder} takes {needed:,} bytes and its disk has {free:,} free",
+                f"writing {self.folder} takes {needed:,} bytes, but its disk has {free:,} free",
                 fix="free some space or choose another disk",
             )
 
@@ -135,14 +135,14 @@ class CheckpointWriter:
         beside: bool = False,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write a part, which is on the disk before the next one is written.
+        """Write a part; it is on disk before the next one is written.
 
         Args:
             part: its name.
-            tensors: what is in it.
-            remember: JSON values to be given back by `recall`.
-            beside: whether to write it beside what the caller does next.
-            ready: called once the part can be read from its file: at once, or if it is written beside, when that is settled.
+            tensors: its content.
+            remember: JSON values for `recall` to return.
+            beside: whether to write in the background.
+            ready: called once the part can be read from its file: before returning, or in the background when settled.
 
         Raises:
             CopruneError: the disk is full.
@@ -160,7 +160,7 @@ class CheckpointWriter:
             write_whole(self.file(part), lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
 
         def secure() -> None:
-            """Wait until the part is on the disk, and only then note that it is good."""
+            """Wait until the part is on disk, and only then record it as complete."""
             if beside:
                 store()
             file = self.file(part)
@@ -178,7 +178,7 @@ class CheckpointWriter:
             ready()
 
     def settle(self) -> None:
-        """Wait until the last part that was written is on the disk and can be read. Raises what went wrong meanwhile."""
+        """Wait until the last part is on disk and readable. Raises the background write's error."""
         unsettled, self._unsettled = self._unsettled, None
         if unsettled is not None:
             written, ready = unsettled
@@ -188,7 +188,7 @@ class CheckpointWriter:
 
     @property
     def holds_work(self) -> bool:
-        """Whether unfinished parts are left that another run may resume."""
+        """Whether there are parts that another run may resume from."""
         notes = self.partial.glob("model-*-of-*.json")
         return any(True for _ in notes) and not (self.partial / _REFUSED).is_file()
 
@@ -197,7 +197,7 @@ class CheckpointWriter:
         return self.recall(part) is not None
 
     def recall(self, part: str) -> dict[str, Any] | None:
-        """Return the notes of a part that is whole; None if it has to be written (again)."""
+        """Return the notes of a complete part; None if it has to be written."""
         self.settle()
         try:
             note = json.loads(self._note(part).read_text(encoding="utf-8"))
@@ -214,19 +214,19 @@ class CheckpointWriter:
         check: Callable[[Path], object] = lambda folder: None,
         place: Place = keep_place,
     ) -> Path:
-        """Make the folder a checkpoint and give it its final name; config and tokenizer must be in `partial` by then.
+        """Complete the checkpoint and give it its final name; config and tokenizer must already be in `partial`.
 
         Args:
-            scaffolding: names of the caller's own files in `partial` that are to go before that.
-            check: called with the whole checkpoint before it gets its name, which it does not get if that raises.
-            place: the name that every tensor gets, None for one that is left out.
+            scaffolding: names of the caller's own files in `partial`, which are removed.
+            check: called with the complete checkpoint before it is renamed; an exception prevents that.
+            place: the new name of every tensor, None to leave it out.
 
         Returns:
             The folder under its final name.
 
         Raises:
-            BadInput: if something took the final name meanwhile.
-            ValueError: if a part is missing.
+            BadInput: the final name was taken in the meantime.
+            ValueError: a part is missing.
         """
         self.settle()
         missing = [part for part in self._parts if not self._note(part).is_file()]
@@ -245,7 +245,7 @@ class CheckpointWriter:
         except VerificationError:
             write_text(self.partial / _REFUSED, "")
             raise
-        # From the last part to the first, so that a run killed here resumes after the remaining ones.
+        # From last to first, so that a run killed here can resume after the remaining parts.
         for part in reversed(self._parts):
             self._note(part).unlink()
             if self.file(part) not in files:
@@ -257,9 +257,9 @@ class CheckpointWriter:
         return self.folder
 
     def _final(self, part: Path, place: Place) -> Path | None:
-        """Return the shard that a part becomes: itself if unchanged, None if nothing is left of it.
+        """Return the shard of a part: the same file if unchanged, None if nothing is left of it.
 
-        A part that changes stays until the end, since a run that is killed meanwhile goes on from it.
+        A part that changes is kept until the end, since a run killed before then resumes from it.
         """
         placed = placed_entries([part], place)
         if not placed:
@@ -284,24 +284,24 @@ class CheckpointWriter:
         write_text(self.partial / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def discard(self) -> None:
-        """Remove everything that was written."""
+        """Remove everything that has been written."""
         if self._unsettled is not None:
-            self._unsettled[0].exception()  # what is removed need not have been written well
+            self._unsettled[0].exception()  # a failed write does not matter any more
             self._unsettled = None
         if self.partial.exists():
-            with own_folder(self.partial) as gone:  # all at once, so that a kill leaves no piece of it under its name
+            with own_folder(self.partial) as gone:  # at once, so that a kill leaves no partial folder under its name
                 self.partial.replace(gone / self.partial.name)
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Remove what a killed run has written of a checkpoint. folder: its final one."""
+    """Remove a killed run's unfinished checkpoint. folder: its final name."""
     partial = folder.with_name(f".{folder.name}.partial")
     if _is_unfinished_checkpoint(partial):
         shutil.rmtree(partial)
 
 
 def _is_unfinished_checkpoint(folder: Path) -> bool:
-    """Return whether a folder was left by an interrupted run, at any moment; at the last it is already a whole model."""
+    """Return whether a folder was left by an interrupted run, at any stage; at the last it is already a complete model."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     names = {path.name for path in folder.iterdir() if not is_unfinished(path)}
@@ -317,7 +317,7 @@ COPY_BYTES = 1 << 24
 
 
 def placed_entries(files: Sequence[Path], place: Callable[[str], str | None] = str) -> dict[str, TensorEntry]:
-    """Return the tensors of several safetensors files by their new names. place: None for those that are left out."""
+    """Return the tensors of several safetensors files by their new names. place: returns None to leave one out."""
     found: dict[str, TensorEntry] = {}
     for file in files:
         names = ((place(name), entry) for name, entry in read_entries(file).items())
@@ -326,9 +326,9 @@ def placed_entries(files: Sequence[Path], place: Callable[[str], str | None] = s
 
 
 def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str | None] = str) -> None:
-    """Write the tensors of several safetensors files into one, byte by byte, in little memory.
+    """Join safetensors files to one, copying bytes with little memory.
 
-    place: the name that a tensor gets, None if it is left out.
+    place: the new name of a tensor, None to leave it out.
     """
     entries = placed_entries(files, place)
     # The safetensors library's order: wide dtypes first, so that every tensor is aligned.
@@ -345,7 +345,7 @@ def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str |
     with joined.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            # Opened for every tensor, since there may be more blocks than a process may open files.
+            # Opened per tensor, since there may be more blocks than a process may have open files.
             with entries[name].file.open("rb") as source:
                 source.seek(entries[name].start)
                 for start in range(0, entries[name].nbytes, COPY_BYTES):
@@ -357,7 +357,7 @@ def _item_bytes(entry: TensorEntry) -> int:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory, as tied ones do: some checkpoints hold them under both names."""
+    """Copy tensors that share memory, such as tied ones, which some checkpoints hold under both names."""
     found: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():
@@ -367,7 +367,7 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Raise BadInput if a folder that is to be written already holds something, or cannot get its name."""
+    """Raise BadInput if an output folder is not empty or its name cannot be used."""
     require_own_name(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise BadInput(f"{folder} already exists", fix="remove it or choose another name. Nothing was overwritten")

@@ -1,7 +1,7 @@
 """Types of a GGUF file whose values are multiples of scales: their grids, the choice of scales, and their bytes.
 
-A row is cut into blocks with a number (float16) by which all is multiplied, some types' blocks into groups with a factor of a
-few bits. A value is
+A row consists of blocks, each with a float16 scale (`number`); in some types a block consists of groups, each with a factor of
+a few bits. A value is
 
     number · factor · point[code]  −  least · minimum
 
@@ -21,21 +21,21 @@ from torch import Tensor
 
 _LARGEST_HALF = 65504.0
 _SMALLEST = 1e-30
-"""What a divisor is at least."""
+"""Lower bound of divisors."""
 _STEPS = 12
-"""Scales that are tried of a group, of each sign."""
+"""Number of scales tried per group and sign."""
 _ROUNDS = 3
-"""Times that codes and scales are fitted to one another in turn."""
+"""Number of alternations between fitting codes and scales."""
 
 
 class Plane(NamedTuple):
-    """Some bits of every code, several codes a byte."""
+    """Some bits of every code, several codes per byte."""
 
     first: int
     """The lowest bit."""
     bits: int
     stretch: int
-    """Codes that lie between those that share a byte, which fill it from its lowest bits."""
+    """Distance between codes that share a byte, which is filled from its lowest bits."""
 
     def pack(self, codes: Tensor) -> Tensor:
         """Pack codes (N × C uint8) into N × C · bits / 8 bytes."""
@@ -46,46 +46,46 @@ class Plane(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Numbers of blocks by which codes become values; O rows of one block each, or of all blocks one after another."""
+    """The numbers that map codes to values, for O rows of one block each or for consecutive blocks."""
 
     number: Tensor
-    """O × 1 float32 with a value of float16."""
+    """O × 1 float32, representable in float16."""
     factors: Tensor | None
     """O × groups float32, whole."""
     least: Tensor | None
-    """O × 1 float32 with a value of float16; in types without minima, what is added."""
+    """O × 1 float32, representable in float16; in types without minima, the offset itself."""
     minima: Tensor | None
     """O × groups float32, whole."""
 
     @property
     def steps(self) -> Tensor:
-        """Return what points are multiplied with, O × groups float32."""
+        """Return the multipliers of points, O × groups float32."""
         return self.number if self.factors is None else self.number * self.factors
 
     @property
     def added(self) -> Tensor | None:
-        """Return what is added to the products, O × groups float32."""
+        """Return the offsets added to the products, O × groups float32."""
         if self.least is None or self.minima is None:
             return self.least
         return -(self.least * self.minima)
 
 
 Piece = Callable[[Scales, Tensor], Tensor]
-"""Makes some bytes of N blocks (N × bytes uint8) from their scales and codes (N × values uint8)."""
+"""Packs some bytes of N blocks (N × bytes uint8) from their scales and codes (N × values uint8)."""
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """A type of a GGUF file."""
+    """A GGUF quantisation type."""
 
     points: tuple[int, ...]
     """Values of the codes, ascending."""
     pieces: tuple[Piece, ...]
     """The parts of a block in the file."""
     size: int = 32
-    """Values of a block."""
+    """Number of values in a block."""
     group: int = 32
-    """Values with a factor of their own."""
+    """Number of values in a group, which has a factor of its own."""
     factors: tuple[int, int] | None = None
     """Least and greatest factor of a group; None where groups have none."""
     minima: int | None = None
@@ -93,7 +93,7 @@ class BlockType:
 
     @property
     def zero(self) -> bool:
-        """Whether zero is a value whatever the scales are."""
+        """Whether zero is representable under any scale."""
         return self.minima is None and 0 in self.points
 
     @property
@@ -123,7 +123,7 @@ class BlockType:
 
         Args:
             values: O × size float32.
-            weights: size float32, above 0: how much an error counts in each column.
+            weights: size float32, positive: the weight of each column's error.
         """
         grouped, weights = values.unflatten(1, (-1, self.group)), weights.reshape(-1, self.group)
         if self.minima is None:
@@ -135,7 +135,7 @@ class BlockType:
         return self._refined(grouped, weights, self._coarse(steps, added))
 
     def _steps(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Return the step of every group (O × groups float32) without anything added: with its largest value near an end."""
+        """Return the step of every group (O × groups float32) without an offset: its largest value lies near an end."""
         largest = values.gather(2, values.abs().argmax(dim=2, keepdim=True))
         weighted = values * weights
         best, steps = torch.full(values.shape[:2], -1.0), torch.zeros(values.shape[:2])
@@ -149,14 +149,14 @@ class BlockType:
         return steps
 
     def _beyond(self) -> list[float]:
-        """Return how many points beyond the last one (or before it, below 0) a group's largest value may lie."""
+        """Return the tried positions of a group's largest value, in points beyond the last one (negative: before it)."""
         top = max(-self.points[0], self.points[-1])
         points = (self.points[-1] - self.points[0]) / (len(self.points) - 1)
         found: list[float] = torch.linspace(-0.9, 1 + min(top / points / 4, 2), _STEPS).mul(points).tolist()
         return found if len(self.points) < _MANY else found[1::3]
 
     def _lines(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the step of every group and what is added, O × groups float32 each."""
+        """Return the step and the offset of every group, O × groups float32 each."""
         top, negative = self.points[-1], bool(self.minima)
         low, high = values.amin(dim=2, keepdim=True), values.amax(dim=2, keepdim=True)
         low = low.clamp_max(0) if negative else low
@@ -183,7 +183,7 @@ class BlockType:
         return Scales(number, factors, least, (-added / _divisor(least)).round().clamp(0, self.minima))
 
     def _refined(self, values: Tensor, weights: Tensor, scales: Scales) -> Scales:
-        """Take factors and minima next to these where the error, of values rounded with the stored scales, is smaller."""
+        """Try neighbouring factors and minima, keeping those that lower the error of values rounded with the stored scales."""
         assert self.factors is not None
         assert scales.factors is not None
         best, found = torch.full(values.shape[:2], torch.inf), scales
@@ -214,7 +214,7 @@ class BlockType:
 
 
 _MANY = 64
-"""Points from which on few scales are tried, of which each is good."""
+"""Number of points from which few scales are tried, since each is good."""
 
 
 def _half(values: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def _half(values: Tensor) -> Tensor:
 
 
 def _divisor(values: Tensor) -> Tensor:
-    """Return values, with infinity instead of zero: what is divided by them is then zero."""
+    """Return values with zeros replaced by infinity, so that dividing by them gives zero."""
     return torch.where(values == 0, torch.inf, values)
 
 
@@ -234,13 +234,13 @@ def _over(values: Tensor, weights: Tensor) -> Tensor:
 def _line(
     values: Tensor, weighted: Tensor, weights: Tensor, negative: bool, codes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit the line from codes to values: the error without what does not depend on it, step and what is added.
+    """Fit the line from codes to values; return its error up to a constant, its step and its offset.
 
     Args:
         values: O × groups × C float32.
         weighted: the same times their weights.
         weights: groups × C.
-        negative: whether nothing above zero may be added.
+        negative: whether the offset must not be positive.
         codes: O × groups × C float32.
     """
     every, ones = weights.sum(dim=1), weighted.sum(dim=2)
@@ -284,7 +284,7 @@ def _least(scales: Scales, codes: Tensor) -> Tensor:
 
 
 def _signed(scales: Scales, codes: Tensor) -> Tensor:
-    """Whole numbers of eight bits, of which the code 0 is −128."""
+    """Pack codes as signed 8-bit integers; the code 0 is −128."""
     return codes ^ 0x80
 
 
@@ -293,7 +293,7 @@ def _of_codes(*plane: int) -> Piece:
 
 
 def _of_factors(above: int, *planes: tuple[int, int, int]) -> Piece:
-    """Bits of the factors. above: by how much what is stored is above them."""
+    """Return the packing of the factors' bits. above: added to factors before they are stored."""
 
     def pack(scales: Scales, codes: Tensor) -> Tensor:
         assert scales.factors is not None
@@ -304,14 +304,14 @@ def _of_factors(above: int, *planes: tuple[int, int, int]) -> Piece:
 
 
 def _four_and_four(scales: Scales, codes: Tensor) -> Tensor:
-    """A factor and a minimum of four bits in every byte."""
+    """Pack a factor and a minimum of four bits into every byte."""
     assert scales.factors is not None
     assert scales.minima is not None
     return scales.factors.to(torch.uint8) | (scales.minima.to(torch.uint8) << 4)
 
 
 def _six_and_six(scales: Scales, codes: Tensor) -> Tensor:
-    """Eight factors and minima of six bits: four bytes with the first four each, whose upper bits the others share."""
+    """Pack eight factors and minima of six bits: the first four of each in four bytes, whose upper bits the others share."""
     assert scales.factors is not None
     assert scales.minima is not None
     (first, last), (low, other) = (whole.to(torch.uint8).split(4, dim=1) for whole in (scales.factors, scales.minima))

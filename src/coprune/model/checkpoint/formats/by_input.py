@@ -1,6 +1,6 @@
-"""GPTQ and AWQ, which pack a matrix of inputs × outputs: read, and not written.
+"""GPTQ and AWQ, which pack a matrix of inputs × outputs: read but not written.
 
-Their own libraries write them for kernels of their own: columns of GPTQ may be in any order, those of AWQ are interleaved.
+Their libraries write them for their own kernels: GPTQ's columns may be in any order, AWQ's are interleaved.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from coprune.model.checkpoint.formats.find import Entries
 
 _WORD = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Output in each four bits of a word."""
+"""The output that each four bits of a word belong to."""
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
 class ByInput:
-    """Storage of weights in such a checkpoint."""
+    """How a GPTQ or AWQ checkpoint stores its weights."""
 
     method: str
     bits: int
     added: int = 0
-    """To what is stored as the code of zero."""
+    """Added to a stored zero point to give the code of zero."""
 
     @property
     def label(self) -> str:
@@ -41,7 +41,7 @@ class ByInput:
         return _WORD // self.bits
 
     def shape(self, base: str, entries: Entries) -> tuple[int, int]:
-        """Return out × in of a weight. base: what its parts' names begin with. Raises BadInput where these do not fit."""
+        """Return out × in of a weight. base: prefix of its parts' names. Raises BadInput where these do not fit."""
         codes, scales, zeros = (self._part(entries, base, last) for last in ("qweight", "scales", "qzeros"))
         inputs, outputs = (
             (codes[0] * self._each, codes[1]) if self.method == "gptq" else (codes[0], codes[1] * self._each)
@@ -50,7 +50,7 @@ class ByInput:
         uneven = order is None and bool(scales[0]) and inputs % scales[0] != 0
         if not scales[0] or uneven or scales[1] != outputs or zeros != (scales[0], outputs // self._each):
             raise BadInput(
-                f"{base}.scales and qzeros have the shapes {scales} and {zeros}, not those of {inputs} × {outputs}",
+                f"{base}.scales and qzeros have the shapes {scales} and {zeros}, which do not fit {inputs} × {outputs}",
                 fix="fetch the checkpoint again",
             )
         if order is not None and (tuple(order.shape) not in ((inputs,), (0,)) or order.dtype not in ("I32", "I64")):
@@ -65,7 +65,7 @@ class ByInput:
         return tuple(found.shape)
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> Tensor:
-        """Fill an out × in tensor with a weight. Raises BadInput for groups that are not there, and for what is no number."""
+        """Fill an out × in tensor with a weight. Raises BadInput for missing groups and for NaN or infinite values."""
         scales, inputs = parts["scales"].float(), out.shape[1]
         codes = self._unpacked(parts["qweight"].T).T if self.method == "gptq" else self._unpacked(parts["qweight"])
         zeros = self._unpacked(parts["qzeros"]) + self.added
@@ -73,11 +73,11 @@ class ByInput:
         if groups is None or not len(groups):
             groups = torch.arange(inputs) // (inputs // len(scales))
         if int(groups.min()) < 0 or int(groups.max()) >= len(scales):
-            raise BadInput(f"g_idx names group {int(groups.max())}, and there are {len(scales)}")
+            raise BadInput(f"g_idx names group {int(groups.max())}, but there are {len(scales)}")
         groups = groups.long()
         values = (codes - zeros[groups]).float() * scales[groups]
         if not bool(torch.isfinite(values).all()):
-            raise BadInput("scales are no numbers (NaN or infinite)", fix="fetch the checkpoint again")
+            raise BadInput("scales are NaN or infinite", fix="fetch the checkpoint again")
         return out.copy_(values.T)
 
     def _unpacked(self, words: Tensor) -> Tensor:
@@ -90,16 +90,16 @@ class ByInput:
 
 
 def by_input(quantization: Mapping[str, Any]) -> ByInput:
-    """Return how a checkpoint of GPTQ or AWQ stores its weights. Raises BadInput for what is not read."""
+    """Return how a checkpoint of GPTQ or AWQ stores its weights. Raises BadInput if that is not supported."""
     said = Quantization.read(quantization)
     method, bits = str(said.quant_method), said.bits or said.w_bit or 4
     if bits not in ((4,) if method == "awq" else (2, 4, 8)):
         raise BadInput(f"the checkpoint is quantised by {method} in {bits} bits, which is not supported")
     if method == "awq" and (said.version or "gemm").lower() != "gemm":
-        raise BadInput(f"the checkpoint is quantised by awq for the kernel {said.version}, and gemm is read")
+        raise BadInput(f"the checkpoint is quantised by awq for the kernel {said.version}; only gemm is supported")
     return ByInput(method, bits, 1 if method == "gptq" and said.checkpoint_format != "gptq_v2" else 0)
 
 
 def bases_of(entries: Entries) -> list[str]:
-    """Return what the names of all weights' parts begin with."""
+    """Return the prefixes of the names of all weights' parts."""
     return [name.removesuffix(".qweight") for name in entries if name.endswith(".qweight")]

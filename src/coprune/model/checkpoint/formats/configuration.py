@@ -1,4 +1,4 @@
-"""`quantization_config` of a checkpoint, as far as decoding depends on it."""
+"""The fields of a checkpoint's `quantization_config` that decoding needs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Quantization(_Part):
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows × columns that share one scale, where the shape of the scales leaves a choice."""
+        """Rows × columns that share one scale, used where the shape of the scales is ambiguous."""
         if self.weight_block_size is not None:
             return self.weight_block_size
         for weights in self.weights:

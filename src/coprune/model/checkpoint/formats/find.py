@@ -1,4 +1,4 @@
-"""Find the quantised weights of a checkpoint by names, types and shapes of what is stored."""
+"""Find the quantised weights of a checkpoint by the names, dtypes and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ACTIVATIONS = (
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FLOATS8)
 _INTEGERS = ("I64", "I32")
 _OF_WEIGHTS = ("weight_", "pre_quant_scale")
-"""Beginnings of names that only quantised weights have beside them."""
+"""Prefixes of tensor names that occur only beside quantised weights."""
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 
 
@@ -46,8 +46,8 @@ def find_weights(quantization: Mapping[str, Any], entries: Entries) -> dict[str,
         entries: its tensors by name.
 
     Raises:
-        BadInput: codes have no scales, parts have a type or shape that does not fit, or something beside a weight is not
-            read.
+        BadInput: codes have no scales, parts have an unexpected dtype or shape, or a tensor beside a weight is not
+            supported.
     """
     said, found = Quantization.read(quantization), dict[str, Weight]()
     for name, entry in entries.items():
@@ -60,12 +60,12 @@ def find_weights(quantization: Mapping[str, Any], entries: Entries) -> dict[str,
 
 
 def refuse_unread(entries: Entries, used: Collection[str], beside: Iterable[str]) -> None:
-    """Raise BadInput for a stored tensor that changes the values of a weight, and that no decoder reads.
+    """Raise BadInput for a stored tensor that affects a weight's values but that no decoder reads.
 
     Args:
         entries: the tensors of a checkpoint by name.
         used: names of those that are read.
-        beside: beginning of the names of everything stored with a weight, for each decoded one.
+        beside: for each decoded weight, the prefix of the names of everything stored with it.
     """
     places = set(beside)
     for name, entry in entries.items():
@@ -76,7 +76,7 @@ def refuse_unread(entries: Entries, used: Collection[str], beside: Iterable[str]
         undecoded = entry.dtype in _FLOATS8
         if plain or undecoded or f"{place}." in places or any(f"{name[:at]}_" in places for at in _underscores(name)):
             raise BadInput(
-                f"{name} ({entry.dtype}) belongs to a quantised weight, and coprune does not know how to read it",
+                f"{name} ({entry.dtype}) belongs to a quantised weight, but coprune does not know how to read it",
                 fix="use the unquantised checkpoint",
             )
 
@@ -86,7 +86,7 @@ def _underscores(name: str) -> Iterator[int]:
 
 
 def _beside(weight: Weight) -> str:
-    """Return the beginning of the names of everything that is stored with a weight."""
+    """Return the prefix of the names of everything that is stored with a weight."""
     if weight.parts[CODES].endswith("_blocks"):
         return f"{weight.name}_"
     return weight.name.removesuffix("weight")
@@ -125,7 +125,7 @@ def _mxfp4_experts(entries: Entries, base: str) -> Weight:
     blocks = entries[parts[CODES]]
     if blocks.dtype != "U8" or len(blocks.shape) != 4 or blocks.shape[-1] * 2 != _MXFP4_GROUP:
         raise BadInput(
-            f"{parts[CODES]} has the shape {blocks.shape} of {blocks.dtype}, and MXFP4 is U8 in groups of 16 bytes"
+            f"{parts[CODES]} has the shape {blocks.shape} of {blocks.dtype}, but MXFP4 is U8 in groups of 16 bytes"
         )
     form = Form("MXFP4", Floats4(), Nibbles(_MXFP4_GROUP // 2), exponents=True, transposed=True)
     return _weight(entries, base, form, parts, (1, _MXFP4_GROUP))
@@ -142,10 +142,10 @@ def _packed(quantization: Quantization, entries: Entries, base: str, entry: Stor
             form, group = Form("MXFP4", Floats4(), Nibbles(), exponents=True), _MXFP4_GROUP
         return _weight(entries, f"{base}.weight", form, _parts(entries, base, roles), (1, group))
     if entry.dtype != "I32":
-        raise BadInput(f"{base}.weight_packed is {entry.dtype}, and packed weights are I32 or U8")
+        raise BadInput(f"{base}.weight_packed is {entry.dtype}, but packed weights are I32 or U8")
     if f"{base}.weight_g_idx" in entries:
         raise BadInput(
-            f"{base}.weight_g_idx sorts columns into groups by their order of activation, which coprune does not read",
+            f"{base}.weight_g_idx sorts columns into groups by activation order, which is not supported",
             fix="use the unquantised checkpoint",
         )
     bits = _bits_of(quantization, base)
@@ -179,13 +179,11 @@ def _weight(entries: Entries, name: str, form: Form, parts: dict[str, str], bloc
     grouped = isinstance(form.packing, Nibbles) and form.packing.groups is not None
     matrix = codes.shape[:-1] if grouped else codes.shape
     if len(matrix) not in (2, 3) or 0 in matrix:
-        raise BadInput(f"{parts[CODES]} has the shape {codes.shape}, and a weight is a matrix or a stack of them")
+        raise BadInput(f"{parts[CODES]} has the shape {codes.shape}, but a weight is a matrix or a stack of matrices")
     rows, columns, lead = matrix[-2], form.packing.columns(matrix[-1]), matrix[0] if len(matrix) == 3 else None
     _require_types(entries, form, parts)
     if FACTOR in parts and math.prod(entries[parts[FACTOR]].shape) != 1:
-        raise BadInput(
-            f"{parts[FACTOR]} has the shape {entries[parts[FACTOR]].shape}, and one factor is for all scales"
-        )
+        raise BadInput(f"{parts[FACTOR]} has the shape {entries[parts[FACTOR]].shape}, but all scales share one factor")
     if SHAPE in parts and entries[parts[SHAPE]].shape not in ((2,), (len(matrix),)):
         raise BadInput(f"{parts[SHAPE]} has {entries[parts[SHAPE]].shape} entries for the shape of a weight")
     weight = Weight(name, form, rows, columns, _size(entries, parts, (rows, columns, lead), block), lead, parts)
@@ -207,10 +205,11 @@ def _size(
         return rows, columns
     if own == (rows,):
         return 1, columns
-    if len(own) == 2 and 0 not in own and own[0] == rows and columns % own[1] == 0:  # groups no configuration names
+    # Groups that the configuration does not mention.
+    if len(own) == 2 and 0 not in own and own[0] == rows and columns % own[1] == 0:
         return 1, columns // own[1]
     raise BadInput(
-        f"{parts[SCALES]} has the shape {tuple(scales.shape)}, which fits no scales of {parts[CODES]} ({rows} × {columns})",
+        f"{parts[SCALES]} has the shape {tuple(scales.shape)}, which does not fit {parts[CODES]} ({rows} × {columns})",
         fix="fetch or save the checkpoint again",
     )
 
@@ -226,20 +225,20 @@ def _require_types(entries: Entries, form: Form, parts: Mapping[str, str]) -> No
     for role, letters in allowed.items():
         if role in parts and (dtype := entries[parts[role]].dtype) not in letters:
             raise BadInput(
-                f"{parts[role]} is {dtype}, and {role} of {form.label} are {' or '.join(letters)}",
+                f"{parts[role]} is {dtype}, but {role} of {form.label} are {' or '.join(letters)}",
                 fix="fetch or save the checkpoint again",
             )
 
 
 def _require_zero_points(weight: Weight, zeros: Stored, scales: tuple[int, ...]) -> None:
-    """Raise BadInput where zero points have another shape than one for each scale gives."""
+    """Raise BadInput unless there is one zero point per scale."""
     expected = scales
     if isinstance(weight.form.packing, Words) and zeros.dtype == "I32":
         rows = -(-weight.rows // weight.form.packing.each)
         expected = (*(() if weight.lead is None else (weight.lead,)), rows, -(-weight.columns // weight.block[1]))
     if zeros.shape != expected:
         raise BadInput(
-            f"{weight.parts[ZEROS]} has the shape {tuple(zeros.shape)}, and that of its scales calls for {expected}",
+            f"{weight.parts[ZEROS]} has the shape {tuple(zeros.shape)}, but its scales call for {expected}",
             fix="fetch or save the checkpoint again",
         )
 
@@ -247,6 +246,6 @@ def _require_zero_points(weight: Weight, zeros: Stored, scales: tuple[int, ...])
 def _bits_of(quantization: Quantization, base: str) -> int:
     found = {weights.num_bits for weights in quantization.weights if weights.num_bits is not None}
     if len(found) != 1 or not found <= {4, 8}:
-        known = "4 or 8 are known, the same for all"
+        known = "4 or 8 are supported, the same for all"
         raise BadInput(f"config.json does not say in how many bits {base}.weight_packed is stored ({known})")
     return found.pop()

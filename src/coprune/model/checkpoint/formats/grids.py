@@ -1,6 +1,6 @@
-"""Grids of values that codes of a few bits can name, and how codes are packed into bytes and words.
+"""Grids of values that codes of a few bits can represent, and how codes are packed into bytes and words.
 
-Codes are uint8 here, whatever they are in a file. What is not zero is never rounded to zero: a mask stays what it is.
+Codes are uint8 here, whatever they are in a file. Nonzero values are never rounded to zero, so that masks are preserved.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _WORD = 32
 
 
 class Grid(Protocol):
-    """The values of codes, before they are multiplied with scales."""
+    """The values of codes, before scaling."""
 
     def values(self, codes: Tensor, zeros: Tensor | None) -> Tensor:
-        """Return float32 values. zeros: the codes of zero, where a format keeps such (zero points)."""
+        """Return float32 values. zeros: the codes of zero, in formats that have zero points."""
         ...
 
     def nearest(self, values: Tensor, zeros: Tensor | None) -> Tensor:
-        """Return the codes of the values nearest to these, of which none is zero."""
+        """Return the codes of the nearest values, for nonzero input."""
         ...
 
     def zero(self, zeros: Tensor | None) -> Tensor:
@@ -32,13 +32,13 @@ class Grid(Protocol):
         ...
 
     def coded(self, points: Tensor) -> Tensor:
-        """Return the codes of zero for zero points that are stored one by one."""
+        """Return the codes of zero for unpacked zero points."""
         ...
 
 
 @dataclass(frozen=True)
 class Floats8:
-    """Floating numbers of 8 bits (E4M3 or E5M2)."""
+    """Floating-point numbers of 8 bits (E4M3 or E5M2)."""
 
     dtype: torch.dtype = torch.float8_e4m3fn
 
@@ -57,7 +57,7 @@ class Floats8:
         return within.to(self.dtype).view(torch.uint8)
 
     def _beside(self, zeros: Tensor, signs: Tensor) -> Tensor:
-        """Return the codes next to those of zero in the direction of some signs; back from the largest number."""
+        """Return the codes next to zero in the direction of the signs; at the largest number, step back."""
         most = int(torch.tensor(torch.finfo(self.dtype).max).to(self.dtype).view(torch.uint8))
         ranks = torch.where(zeros < 0x80, zeros.int(), 0x80 - zeros.int())
         beside = ranks + torch.sign(signs).int()
@@ -73,7 +73,7 @@ class Floats8:
 
 @dataclass(frozen=True)
 class Floats4:
-    """Floating numbers of 4 bits (E2M1), as in the OCP microscaling formats."""
+    """Floating-point numbers of 4 bits (E2M1), as in the OCP microscaling formats."""
 
     def values(self, codes: Tensor, zeros: Tensor | None) -> Tensor:
         table = torch.tensor([*_FP4, *(-value for value in _FP4)])
@@ -87,12 +87,12 @@ class Floats4:
         return torch.zeros((), dtype=torch.uint8)
 
     def coded(self, points: Tensor) -> Tensor:
-        raise NotImplementedError("no format of floating numbers of 4 bits has zero points")
+        raise NotImplementedError("4-bit floating-point formats have no zero points")
 
 
 @dataclass(frozen=True)
 class Integers:
-    """Whole numbers; without zero points, zero is the code in the middle."""
+    """Integers; without zero points, the middle code is zero."""
 
     bits: int
 
@@ -104,7 +104,7 @@ class Integers:
         rounded = values.round()
         rounded = torch.where(rounded == 0, torch.sign(values), rounded)
         codes = (rounded + zero).clamp(0, most)
-        # Below the smallest code, which may be zero itself.
+        # Where zero is the smallest or largest code, clamping may give it: take its neighbour.
         codes = torch.where(codes == zero, torch.where(zero < most, zero + 1, zero - 1), codes)
         return codes.to(torch.uint8)
 
@@ -127,13 +127,13 @@ class Packing(Protocol):
         ...
 
     def columns(self, stored: int) -> int:
-        """Return the number of columns of a row that has so many stored entries."""
+        """Return the number of columns for a row's number of stored entries."""
         ...
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """One code an entry. dtype: of the entries."""
+    """One code per entry. dtype: of the entries."""
 
     dtype: torch.dtype
 
@@ -150,7 +150,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Nibbles:
-    """Two codes a byte, the first in its low half. groups: bytes of a group, where groups are a dimension."""
+    """Two codes per byte, the first in its low half. groups: bytes of a group, where groups are a dimension."""
 
     groups: int | None = None
 
@@ -169,13 +169,13 @@ class Nibbles:
 
 @dataclass(frozen=True)
 class Words:
-    """Codes one after another in whole numbers of 32 bits, the first in the lowest bits."""
+    """Codes packed into 32-bit words, the first in the lowest bits."""
 
     bits: int
 
     @property
     def each(self) -> int:
-        """Codes in one word."""
+        """Number of codes in a word."""
         return _WORD // self.bits
 
     def unpack(self, stored: Tensor, columns: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""A weight of a quantised checkpoint: several stored tensors that form a matrix, or a stack of matrices.
+"""A weight of a quantised checkpoint: stored tensors (codes, scales …) that form a matrix or a stack of matrices.
 
-It is decoded, encoded on its own grid, and cut by its parts: codes, scales and so on.
+It can be decoded, encoded on its own grid, and cut without decoding.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from coprune.model.checkpoint.formats.grids import Grid, Packing, Words
 from coprune.model.kept_slices import KeptSlices
 
 _STRETCH = 1 << 22
-"""About as many values are decoded at a time."""
+"""Approximate number of values decoded at a time."""
 _LAST_BITS = 1e-6
-"""Relative rounding of float32, as where a value is divided by its scale and multiplied again."""
+"""Relative rounding error of float32 when a value is divided by its scale and multiplied again."""
 CODES, SCALES, FACTOR, ZEROS, SHAPE = "codes", "scales", "factor", "zero points", "shape"
 STACKED = (CODES, SCALES, ZEROS)
-"""Parts of which every matrix of a stack has its own."""
+"""Parts that each matrix of a stack has for itself."""
 Parts = Mapping[str, Tensor]
-"""Stored tensors by what they are of a weight; those that are only carried along, by their names."""
+"""Stored tensors of a weight by role; those that are only copied, by name."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Form:
     exponents: bool = False
     """Whether scales are stored as exponents of two in one byte, with 127 for 1 (E8M0)."""
     divided: bool = False
-    """Whether scales are divided, not multiplied, by their common factor."""
+    """Whether scales are divided by their common factor instead of multiplied."""
     transposed: bool = False
     """Whether the weight is stored transposed."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Number of nonzero values that were rounded to another code, and their error."""
+    """The number of nonzero values that were rounded, and their error."""
 
     values: int = 0
     error: float = 0.0
@@ -54,7 +54,7 @@ class Rounding:
 
     @classmethod
     def between(cls, exact: Tensor, put: Tensor) -> Rounding:
-        """Return what was rounded. exact: values before; put: after."""
+        """Return the rounding between two tensors. exact: values before; put: after."""
         moved = (put - exact).abs() > _LAST_BITS * exact.abs()
         error, energy = (put - exact)[moved].double(), exact[moved].double()
         return cls(int(moved.sum()), float(error.square().sum()), float(energy.square().sum()))
@@ -65,10 +65,10 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight by its name in a dense checkpoint, and the names of what is stored of it.
+    """A weight: its name in a dense checkpoint, and the names of its stored tensors.
 
-    lead: length of the stack, None for one matrix. rows, columns: of a matrix as it is stored. block: values that one scale
-    is for, rows × columns.
+    lead: length of the stack, None for one matrix. rows, columns: of a stored matrix. block: rows × columns that share one
+    scale.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Weight:
 
     @property
     def label(self) -> str:
-        """The format, what one scale is for, and in which steps rows and columns can go."""
+        """The format, what shares a scale, and in which steps rows and columns can be removed."""
         rows, columns = (min(self.block[0], self.rows), min(self.block[1], self.columns))
         whole = (rows == self.rows, columns == self.columns)
         of = {
@@ -102,12 +102,12 @@ class Weight:
         return f"{self.form.label}, a scale for {of}" + (f"; {' and '.join(steps)} can go" if steps else "")
 
     def decode(self, stored: Parts, out: Tensor) -> Tensor:
-        """Fill a tensor of the weight's shape with its values. Raises BadInput, naming a tensor, for what is no number."""
+        """Fill a tensor of the weight's shape with its values. Raises BadInput, naming a tensor, for NaN or infinite values."""
         self._require_sound(stored)
         for plane, target in zip(self._planes(stored), self._matrices(out), strict=True):
             for rows in self._stretches():
                 values = self._values(plane, rows, self._codes(plane, rows))
-                # The sum is NaN if a value is, and costs a tenth of checking each.
+                # The sum is NaN if a value is, and takes a tenth of the time of checking each.
                 if not (bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())):
                     raise self._no_number(stored)
                 target[rows] = values
@@ -116,15 +116,14 @@ class Weight:
     def encode(self, dense: Tensor, stored: Parts) -> tuple[dict[str, Tensor], Rounding]:
         """Round values to the weight's own grid.
 
-        A code is kept where the value equals its decoded one; zero gets the code of zero, other values the nearest code under
-        the existing scale.
+        Unchanged values keep their code, zero gets the code of zero, and others the nearest code under the existing scale.
 
         Args:
             dense: the values, in the shape of the weight.
             stored: the parts that it was decoded from.
 
         Returns:
-            The parts with new codes, and the rounding.
+            The parts, with new codes, and the rounding.
         """
         found, rounding = dict(stored), Rounding()
         codes = stored[CODES].clone()
@@ -145,15 +144,15 @@ class Weight:
                     zero = None if own is None else own[moved]
                     after[moved] = grid.nearest(exact / scales, zero)
                     put = grid.values(after[moved], zero) * scales
-                    # What lies on the grid already, but for the dtype that it is computed in, is not rounded.
+                    # A value that is on the grid up to the compute dtype's precision does not count as rounded.
                     rounding += Rounding.between(torch.where(put.to(dense.dtype) == wanted[moved], put, exact), put)
                 plane[CODES][rows] = self.form.packing.pack(after)
         return found | {CODES: codes}, rounding
 
     def grid(self, stored: Parts) -> Callable[[Tensor, slice], Tensor]:
-        """Return what gives the nearest values that a matrix can hold under its scales, for some of its columns.
+        """Return a function that rounds columns of a matrix to the values representable under its scales.
 
-        stored: what it is decoded from.
+        stored: the parts of the weight.
         """
         every = slice(0, self.rows)
         scales, zeros = self._scales(stored, every), self._zeros(stored)
@@ -168,14 +167,14 @@ class Weight:
         return nearest
 
     def cut(self, stored: Parts, kept: KeptSlices) -> dict[str, Tensor]:
-        """Keep slices of a weight: of its codes and of its scales.
+        """Cut a weight's codes and scales.
 
         Args:
             stored: its parts.
             kept: slices of the dense weight.
 
         Raises:
-            UnsupportedModel: what is kept is not what some scales are for.
+            UnsupportedModel: the cut runs through values that share a scale.
         """
         axis, indices = self._axis(kept), _indices(kept)
         if axis is None:
@@ -222,7 +221,7 @@ class Weight:
         return {role: tensor.contiguous() for role, tensor in found.items()}
 
     def _shaped(self, stored: Parts, axis: int, size: int) -> dict[str, Tensor]:
-        """Return the stored shape with another size; one without the stack's length does not change with that."""
+        """Return the stored shape after a cut; it does not change if it lacks the axis (the stack)."""
         if SHAPE not in stored:
             return {}
         shape = stored[SHAPE].clone()
@@ -232,7 +231,7 @@ class Weight:
         return {SHAPE: shape}
 
     def _blocks_left(self, axis: int, indices: Tensor) -> Tensor | None:
-        """Return the remaining scales along an axis; None where one covers it all."""
+        """Return the indices of the remaining scales along an axis; None if one scale spans it."""
         size, step = (self.rows, self.columns)[axis], self.block[axis]
         if step >= size:
             return None
@@ -277,11 +276,11 @@ class Weight:
         return values.view(len(values), -1, step).mul_(blocks).view(values.shape)
 
     def _scales(self, plane: Parts, rows: slice) -> Tensor:
-        """Return the scales of some rows in float32, broadcast."""
+        """Return the scales of some rows, expanded to float32 per value."""
         return self._expanded(self._factors(plane), rows)
 
     def _factors(self, plane: Parts) -> Tensor:
-        """Return the factors of every block's values, float32."""
+        """Return each block's scale in float32."""
         scales = self._as_matrix(plane[SCALES])
         if self.form.exponents:
             exponents = scales.view(torch.uint8).float()
@@ -297,24 +296,24 @@ class Weight:
         return scales.reshape(-(-self.rows // self.block[0]), -(-self.columns // self.block[1]))
 
     def _expanded(self, scales: Tensor, rows: slice) -> Tensor:
-        """Expand one value for each block to each value of some rows."""
+        """Expand values per block to values per entry of some rows."""
         own = self._of_rows(scales, rows)
         return own if own.shape[1] == 1 else own.repeat_interleave(self.block[1], dim=1)[:, : self.columns]
 
     def _of_rows(self, scales: Tensor, rows: slice) -> Tensor:
-        """Select the values of some rows, or the one that is for all."""
+        """Select the values of some rows, or the one that all rows share."""
         blocks = torch.arange(rows.start, rows.stop) // self.block[0]
         return scales if len(scales) == 1 else scales.index_select(0, blocks)
 
     def _zeros(self, plane: Parts) -> Tensor | None:
-        """Return the codes of zero, one per block; None where they do not differ."""
+        """Return the codes of zero, one per block; None if all are the same."""
         if ZEROS not in plane:
             return None
         packed = self._zeros_unpacked(plane[ZEROS])
         return self.form.grid.coded(self._as_matrix(plane[ZEROS])) if packed is None else packed
 
     def _zeros_unpacked(self, stored: Tensor) -> Tensor | None:
-        """Return zero points that are packed in words along the rows; None for those that are stored one by one."""
+        """Unpack zero points from words along the rows; None if they are not packed."""
         if not isinstance(self.form.packing, Words) or stored.dtype != torch.int32:
             return None
         return self.form.packing.unpack(stored.T.contiguous(), self.rows).T
@@ -327,20 +326,20 @@ class Weight:
         return self.form.packing.pack(packed.index_select(axis, blocks).T.contiguous()).T
 
     def _require_sound(self, stored: Parts) -> None:
-        """Raise BadInput for a stored shape or common factor that would decode to wrong values without a word."""
+        """Raise BadInput for a stored shape or common factor that would silently decode to wrong values."""
         if FACTOR in stored and not bool(torch.isfinite(stored[FACTOR].float()).all()):
-            raise self._damaged(FACTOR, "is no number (NaN or infinite)")
+            raise self._damaged(FACTOR, "is NaN or infinite")
         if SHAPE in stored and stored[SHAPE].tolist()[-2:] != [self.rows, self.columns]:
-            raise self._damaged(SHAPE, f"says {stored[SHAPE].tolist()}, and the codes are {self.rows} × {self.columns}")
+            raise self._damaged(SHAPE, f"says {stored[SHAPE].tolist()}, but the codes are {self.rows} × {self.columns}")
 
     def _damaged(self, role: str, how: str) -> BadInput:
         return BadInput(f"{self.parts.get(role, self.name)} {how}", fix="fetch or save the checkpoint again")
 
     def _no_number(self, stored: Parts) -> BadInput:
-        """Return the error about a decoded value that is no number: about the scales, if it is they."""
+        """Return the error about a NaN or infinite value, blaming the scales if they hold it."""
         scales = [self._scales(plane, slice(0, self.rows)) for plane in self._planes(stored)]
         role = CODES if all(bool(torch.isfinite(one).all()) for one in scales) else SCALES
-        return self._damaged(role, f"holds {role} that are no numbers (NaN or infinite)")
+        return self._damaged(role, f"holds {role} that are NaN or infinite")
 
 
 def _indices(kept: KeptSlices) -> list[Tensor]:
@@ -348,6 +347,6 @@ def _indices(kept: KeptSlices) -> list[Tensor]:
 
 
 def _index(like: Tensor, scales: Tensor, axis: int, blocks: Tensor) -> Tensor:
-    """Select the scales of some blocks, with the stored number of dimensions. like: the stored scales."""
+    """Select the scales of some blocks, keeping the number of dimensions. like: the stored scales."""
     left = scales.index_select(axis, blocks)
     return left if like.ndim == 2 else left.reshape(-1)
