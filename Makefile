@@ -64,22 +64,22 @@ site: $(READY)
 
 matrix: $(READY)
 	$(BIN)/python -m pip install --quiet uv
-	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix/run.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix/run_matrix.py
 
 families: $(READY)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/families/make.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/families/make_families.py
 
 runtimes: $(READY)
-	TOKENIZERS_PARALLELISM=false $(BIN)/python tests/runtimes/make.py
+	TOKENIZERS_PARALLELISM=false $(BIN)/python tests/runtimes/make_runtimes.py
 
 devices: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py --device sim --sections all
 
 golden: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make.py --check
+	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make_golden.py --check
 
 torture: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run_torture.py
 
 lint: $(READY)
 	$(BIN)/ruff check

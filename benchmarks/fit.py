@@ -24,12 +24,12 @@ from coprune.base.progress import Reporter
 from coprune.data.corpora import evaluation_text
 from coprune.data.text import JoinedText
 from coprune.fitting.candidates import DENSE, TYPES, Candidate
-from coprune.fitting.fit import FACTS_FILE, WORK_FOLDER
-from coprune.fitting.notes import Asked
+from coprune.fitting.fit_call import FACTS_FILE, WORK_FOLDER
+from coprune.fitting.fit_notes import Asked
 from coprune.fitting.tasks import read_task
 from coprune.fitting.workshop import Workshop
 from coprune.model.checkpoint.locate import locate
-from coprune.sweeps.bench import bench
+from coprune.sweeps.generation_speed import bench
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "fit.csv"

@@ -26,7 +26,7 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.images import labelled_images
 from coprune.recipe.views import training_recipe
-from coprune.training.run import run_finetuning
+from coprune.training.finetuning import run_finetuning
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 PATTERNS = ("unstructured", "4:8", "2:4")

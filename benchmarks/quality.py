@@ -288,7 +288,7 @@ def own_answers(settings: dict[str, Any], model: Any, processor: Any) -> float |
 
 def measured_here() -> str:
     """Date, commit and processor of what is measured now."""
-    from coprune.report.made import MadeFacts
+    from coprune.report.provenance import MadeFacts
 
     made = MadeFacts.here()
     return f"{made.date:%Y-%m-%d}, {made.commit}, {processor_name()}"

@@ -166,7 +166,7 @@ def prune(settings: dict[str, Any]) -> None:
 def finetune(settings: dict[str, Any]) -> None:
     """Fine-tune and measure; the result is the run's own report."""
     from coprune.recipe.views import training_recipe
-    from coprune.training.run import run_finetuning as run
+    from coprune.training.finetuning import run_finetuning as run
 
     run(training_recipe(settings))
 

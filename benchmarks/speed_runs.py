@@ -103,7 +103,7 @@ def product_rate(size: int = 1024) -> float:
 def coprune(settings: dict[str, Any]) -> dict[str, Any]:
     from coprune.base.progress import Event, Reporter
     from coprune.recipe.recipe import make_recipe
-    from coprune.run.events import Phase, PhaseDone
+    from coprune.run.phase_events import Phase, PhaseDone
     from coprune.runner.run_recipe import run_recipe
 
     limit = settings["run"].partition("--activation-memory ")[2]

@@ -32,7 +32,7 @@ from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.recipe.recipe import make_recipe
 from coprune.vocabulary.counts import passages
 from coprune.vocabulary.cut import Asked, Cutting
-from coprune.vocabulary.sources import GgufSource
+from coprune.vocabulary.cut_sources import GgufSource
 
 DENSE = ("q8_0", "q4_k_m", "q3_k_m", "iq3_xs", "q2_k")
 EMBEDDINGS = ("q5_0", "q4_0")

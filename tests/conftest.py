@@ -84,10 +84,24 @@ def whole_answers() -> Iterator[None]:
 
 # Files that take longest: begun last, one of two workers would wait for them.
 LONGEST = (
-    *("test_simulated_device.py", "test_pages.py", "test_resume.py", "test_run.py", "test_interrupted.py"),
+    *("test_simulated_device.py", "test_pages.py", "test_resume.py", "test_finetuning.py", "test_interrupted.py"),
     *("test_public_functions.py", "test_first_hour.py", "test_gate.py", "test_quantised.py", "test_fit.py"),
-    *("test_stored.py", "test_classifier_training.py", "test_golden.py", "test_plan.py", "test_processes.py"),
-    *("test_removed.py", "test_parts.py", "test_statistics.py", "test_pool.py"),
+    *(
+        "test_stored.py",
+        "test_classifier_training.py",
+        "test_golden.py",
+        "test_plan.py",
+        "test_processes.py",
+        "test_sweep_plan.py",
+    ),
+    *(
+        "test_removed.py",
+        "test_removed_parts.py",
+        "test_removal_parts.py",
+        "test_vocabulary_runs.py",
+        "test_statistics.py",
+        "test_pool.py",
+    ),
 )
 
 

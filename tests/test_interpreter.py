@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from matrix.run import PROJECT, RUN, TESTS
+from matrix.run_matrix import PROJECT, RUN, TESTS
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from keyword_arguments import FILE, written
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import coprune
-from coprune.commands.table import command_named
+from coprune.commands.command_table import command_named
 from coprune.data.keyword_arguments import PruneArguments
 from coprune.gguf_files.llama_cpp import GgufType
 from coprune.model.transformers_private import Processor

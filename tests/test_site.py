@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import coprune
-from coprune.commands.table import COMMANDS
+from coprune.commands.command_table import COMMANDS
 from coprune.recipe.tree import LEAVES
 
 ROOT = Path(__file__).parents[1]

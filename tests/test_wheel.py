@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from coprune.base.data_packages import CARRIERS as PACKAGES
-from coprune.base.native.build import load_kernels
+from coprune.base.native.compilation import load_kernels
 from support.pico_folder import save_pico, write_words
 
 ROOT = Path(__file__).parents[1]
@@ -145,7 +145,7 @@ def test_the_demo_starts(installed: Path, environment: dict[str, str], tmp_path:
 def test_a_kernel_is_compiled_and_a_model_pruned(run: Callable[..., str], tmp_path: Path) -> None:
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
-    ask = "from coprune.base.native.build import load_kernels; print(load_kernels() is not None)"
+    ask = "from coprune.base.native.compilation import load_kernels; print(load_kernels() is not None)"
     compiles = load_kernels() is not None
     assert run("python", "-c", ask).strip() == str(compiles)
     assert bool(list((tmp_path / "cache").rglob("kernels.so"))) == compiles

@@ -17,9 +17,9 @@ SHARE = 0.9
 
 def cases(asked: Asked) -> Result:
     """Run case after case while there is time, those of every run of the tests first; print what failed."""
-    from support.simdevice import run
+    from support.simdevice import run_cases
 
-    run.prepare()
+    run_cases.prepare()
     ends = time.monotonic() + SHARE * asked.seconds
     passed, tried, left, failures = Counter[str](), Counter[str](), 0, list[str]()
     for kind, name in in_order(asked.cases):
@@ -27,7 +27,7 @@ def cases(asked: Asked) -> Result:
             left += 1
             continue
         print(f"in the case {kind}: {name}", file=sys.stderr, flush=True)
-        outcome = run.tried(kind, name)
+        outcome = run_cases.tried(kind, name)
         tried[kind] += 1
         passed[kind] += outcome.passed
         if not outcome.passed:
@@ -42,7 +42,7 @@ def cases(asked: Asked) -> Result:
 
 def in_order(words: str) -> Iterator[tuple[str, str]]:
     """Kinds and names of cases, the tests' own first."""
-    from support.simdevice.run import chosen
+    from support.simdevice.run_cases import chosen
 
     wanted = [] if words in ("", "few") else words.split(",")
     first = list(chosen(wanted, everything=False))

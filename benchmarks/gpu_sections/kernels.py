@@ -11,7 +11,7 @@ from torch.sparse import to_sparse_semi_structured
 from coprune.base.devices import kind_of
 from coprune.base.kernels.columns import ColumnBlock
 from coprune.base.kernels.gram import panels
-from coprune.base.kernels.table import KERNELS, Operation, kernel
+from coprune.base.kernels.kernel_table import KERNELS, Operation, kernel
 from gpu_sections.machine import seconds_of
 from gpu_sections.section import Asked, Result, head, row
 

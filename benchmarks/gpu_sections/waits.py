@@ -11,11 +11,11 @@ LINES = 12
 
 def count(asked: Asked) -> Result:
     """Print the stages that wait most, and those that wait more than the table says."""
-    from support.simdevice import counting, run, stages
+    from support.simdevice import counting, run_cases, stages
 
     if asked.device != SIMULATED and torch.device(asked.device).type != "cuda":
         return None, "only CUDA tells when the host waits"
-    run.prepare()
+    run_cases.prepare()
     found, allowed = stages.count_all(), stages.allowed()
     more = {stage for stage, counts in found.items() if counts["sync"] > allowed[stage]["sync"]}
     shown = [stage for stage in found if stage in more or "a block" in stage or "report" in stage]

@@ -23,72 +23,72 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from coprune.evaluation.comparison_table import Comparison
-    from coprune.evaluation.evaluate import evaluate
+    from coprune.evaluation.evaluate_call import evaluate
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
-    from coprune.fitting.fit import fit
-    from coprune.fitting.result import Fitted
+    from coprune.fitting.fit_call import fit
+    from coprune.fitting.fit_result import Fitted
     from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
-    from coprune.report.hub import push
+    from coprune.report.hub_upload import push
     from coprune.report.schema import Report
     from coprune.run.memory_estimate import Estimate
     from coprune.run.result import Result
-    from coprune.runner.call import estimate, prune
+    from coprune.runner.prune_call import estimate, prune
     from coprune.runner.run_recipe import run_recipe
     from coprune.steps.export import Gguf, export
     from coprune.steps.inspect import Inspection, inspect
     from coprune.steps.write_text import generate
-    from coprune.sweeps.bench import Bench, bench
-    from coprune.sweeps.compare import compare
-    from coprune.sweeps.result import SweepResult
-    from coprune.sweeps.sweep import sweep
-    from coprune.training.finetune import finetune
+    from coprune.sweeps.generation_speed import Bench, bench
+    from coprune.sweeps.model_comparison import compare
+    from coprune.sweeps.sweep_call import sweep
+    from coprune.sweeps.sweep_result import SweepResult
+    from coprune.training.adapter_merge import Merged, merge
+    from coprune.training.finetune_call import finetune
+    from coprune.training.finetune_report import FinetuneReport
     from coprune.training.keep_zeros import keep_zeros
-    from coprune.training.merge import Merged, merge
-    from coprune.training.report import FinetuneReport
 
     __version__: str
 
 _HOME = {
     "BadInput": "coprune.base.errors",
-    "Bench": "coprune.sweeps.bench",
+    "Bench": "coprune.sweeps.generation_speed",
     "BrokenMask": "coprune.base.errors",
     "Comparison": "coprune.evaluation.comparison_table",
     "CopruneError": "coprune.base.errors",
     "Estimate": "coprune.run.memory_estimate",
     "Evaluation": "coprune.evaluation.evaluation",
-    "FinetuneReport": "coprune.training.report",
-    "Fitted": "coprune.fitting.result",
+    "FinetuneReport": "coprune.training.finetune_report",
+    "Fitted": "coprune.fitting.fit_result",
     "Gguf": "coprune.steps.export",
     "Inspection": "coprune.steps.inspect",
     "LostProcess": "coprune.base.errors",
     "OutOfMemory": "coprune.base.errors",
-    "Merged": "coprune.training.merge",
+    "Merged": "coprune.training.adapter_merge",
     "NumericalError": "coprune.base.errors",
     "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
     "Result": "coprune.run.result",
-    "SweepResult": "coprune.sweeps.result",
+    "SweepResult": "coprune.sweeps.sweep_result",
     "UnsupportedModel": "coprune.base.errors",
     "VerificationError": "coprune.base.errors",
-    "bench": "coprune.sweeps.bench",
-    "compare": "coprune.sweeps.compare",
-    "estimate": "coprune.runner.call",
-    "evaluate": "coprune.evaluation.evaluate",
+    "bench": "coprune.sweeps.generation_speed",
+    "compare": "coprune.sweeps.model_comparison",
+    "estimate": "coprune.runner.prune_call",
+    "evaluate": "coprune.evaluation.evaluate_call",
     "export": "coprune.steps.export",
-    "finetune": "coprune.training.finetune",
-    "fit": "coprune.fitting.fit",
+    "finetune": "coprune.training.finetune_call",
+    "fit": "coprune.fitting.fit_call",
     "generate": "coprune.steps.write_text",
     "inspect": "coprune.steps.inspect",
     "keep_zeros": "coprune.training.keep_zeros",
-    "merge": "coprune.training.merge",
+    "merge": "coprune.training.adapter_merge",
     "perplexity": "coprune.evaluation.perplexity",
-    "prune": "coprune.runner.call",
-    "push": "coprune.report.hub",
+    "prune": "coprune.runner.prune_call",
+    "push": "coprune.report.hub_upload",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.runner.run_recipe",
-    "sweep": "coprune.sweeps.sweep",
+    "sweep": "coprune.sweeps.sweep_call",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from coprune.base.native.build import LEVELS, load_kernels
+from coprune.base.native.compilation import LEVELS, load_kernels
 
 
 @pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)

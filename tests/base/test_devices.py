@@ -26,7 +26,7 @@ from coprune.base.words import Set
 from coprune.commands import app
 from coprune.recipe.recipe import make_recipe
 from coprune.run.context import NOTHING, Run
-from coprune.run.events import Phase
+from coprune.run.phase_events import Phase
 
 SECOND = torch.device("xpu", 1)
 

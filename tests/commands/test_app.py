@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from coprune.commands.table import COMMANDS, command_named
+from coprune.commands.command_table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
 from coprune.recipe.choice import METHOD_NAMES
 from coprune.recipe.flags import flags_of
@@ -284,7 +284,7 @@ import torch
 from torch import Tensor
 
 from coprune.pruning.methods.base import Pruned, apply_keep
-from coprune.base.options import require_not_negative
+from coprune.base.method_options import require_not_negative
 from coprune.recipe.pattern import Target
 from coprune.model.walk.statistics import Statistic
 

@@ -74,7 +74,7 @@ def place(tmp_path: Path) -> Path:
 def typed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Type:
     """Type a line in that folder, with nobody logged in and no Hub in reach."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("coprune.report.hub.get_token", lambda: None)
+    monkeypatch.setattr("coprune.report.hub_upload.get_token", lambda: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(line: str) -> Ended:

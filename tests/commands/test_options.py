@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from coprune.commands.table import COMMANDS, command_named
+from coprune.commands.command_table import COMMANDS, command_named
 from coprune.recipe.flags import with_dashes
 from coprune.recipe.views import MEASURING
 from support.pico_folder import save_pico, write_words
 
 # What the Python functions behind the commands take, so that nothing is computed.
-FUNCTIONS = {"bench": "coprune.sweeps.bench.bench", "sweep": "coprune.sweeps.sweep.sweep",
-             "compare": "coprune.sweeps.compare.compare"}  # fmt: skip
+FUNCTIONS = {"bench": "coprune.sweeps.generation_speed.bench", "sweep": "coprune.sweeps.sweep_call.sweep",
+             "compare": "coprune.sweeps.model_comparison.compare"}  # fmt: skip
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 

@@ -24,7 +24,7 @@ from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
 from coprune.recipe.structure import SCORES
 from coprune.recipe.tree import FIELDS
 from coprune.sweeps.expand import expand
-from coprune.sweeps.sweep import SWEEPS, sweep_of_script
+from coprune.sweeps.sweep_call import SWEEPS, sweep_of_script
 
 SOURCE = Path(coprune.__file__).parent
 TRAINS = {"finetune": "distill"}

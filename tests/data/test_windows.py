@@ -25,7 +25,7 @@ from coprune.data.windows import (
     token_ids,
     tokens_and_bytes,
 )
-from support.words import word_tokenizer, words
+from support.word_tokenizers import word_tokenizer, words
 
 
 @pytest.fixture

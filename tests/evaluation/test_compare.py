@@ -17,9 +17,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.evaluation.asked_texts import split_texts
 from coprune.recipe.recipe import make_recipe
-from coprune.report.folder import model_of
+from coprune.report.run_folder import model_of
 from coprune.store.store import Store
-from coprune.sweeps.compare import compare_models, labels_of
+from coprune.sweeps.model_comparison import compare_models, labels_of
 from support.commands import run_command
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save, save_pico, write_words

@@ -34,12 +34,12 @@ from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
 from coprune.report.run_events import left_lines
 from coprune.report.schema import Report
-from families.build import AUTO, Kind, image_size, published_model, tiny_model
+from families.build_models import AUTO, Kind, image_size, published_model, tiny_model
 from families.exceptions import UNBUILT
 from families.kept import lost_in_silence, save_published
 from support.walking import full_forward
 from support.whole_forwards import kind_of, prune_by_whole_forwards
-from support.words import word_tokenizer
+from support.word_tokenizers import word_tokenizer
 
 TARGETS = {"50%": Target(parse_pattern("unstructured"), 0.5), "2:4": Target(NM(2, 4), 0.5)}
 LENGTH = 32

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, ViTImageProcessor
 import coprune
 from coprune.base.errors import CopruneError
 from coprune.model.checkpoint.load import quiet_transformers
-from families.build import Kind, image_size
+from families.build_models import Kind, image_size
 from support.whole import Differences, differences
-from support.words import word_tokenizer
+from support.word_tokenizers import word_tokenizer
 
 STRANGE = {"mtp.layers.0.eh_proj.weight": torch.arange(12.0, dtype=torch.bfloat16).reshape(3, 4)}
 """A tensor that no class of transformers loads, as those of layers for speculative decoding."""

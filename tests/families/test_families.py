@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from families.build import Kind, all_types
+from families.build_models import Kind, all_types
+from families.family_table import PAGE, RESULTS, Results, page
 from families.judge import judge
-from families.table import PAGE, RESULTS, Results, page
 from support.sample import sampled
 
 SAMPLE = {

@@ -12,8 +12,8 @@ import torch
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.fitting.fit import FACTS_FILE, remake
-from coprune.fitting.recipe import RECIPE_FILE
+from coprune.fitting.fit_call import FACTS_FILE, remake
+from coprune.fitting.fit_recipe import RECIPE_FILE
 from coprune.fitting.require import Verdict
 from coprune.fitting.search import Search
 from coprune.gguf_files.llama_cpp import has_llama_cpp

@@ -20,12 +20,12 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.fit import WORK_FOLDER, remake
-from coprune.fitting.made import digest_of
+from coprune.fitting.fit_call import WORK_FOLDER, remake
+from coprune.fitting.fit_notes import Asked, Measured
+from coprune.fitting.fit_recipe import RECIPE_FILE
+from coprune.fitting.made_model import digest_of
 from coprune.fitting.making import Making
-from coprune.fitting.notes import Asked, Measured
 from coprune.fitting.reader import POSITIONS, Reader
-from coprune.fitting.recipe import RECIPE_FILE
 from coprune.fitting.score import bits_per_byte, score_item
 from coprune.fitting.tasks import Item, Task, read_task
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop

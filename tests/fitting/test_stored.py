@@ -17,11 +17,11 @@ from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.fitting.calibration import Passage, write_passages
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.fit import WORK_FOLDER, remake
-from coprune.fitting.made import digest_of
+from coprune.fitting.fit_call import WORK_FOLDER, remake
+from coprune.fitting.fit_notes import Asked, Measured
+from coprune.fitting.fit_recipe import RECIPE_FILE
+from coprune.fitting.made_model import digest_of
 from coprune.fitting.making import Making
-from coprune.fitting.notes import Asked, Measured
-from coprune.fitting.recipe import RECIPE_FILE
 from coprune.fitting.score import DenseAnswers
 from coprune.fitting.tasks import read_tasks
 from coprune.fitting.team import Team

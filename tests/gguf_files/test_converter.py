@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.fitting.fit import _with_template
-from coprune.fitting.notes import Asked
+from coprune.fitting.fit_call import _with_template
+from coprune.fitting.fit_notes import Asked
 from coprune.gguf_files.converter import SCRIPT, find_converter
 from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, locate
-from coprune.report.folder import model_of
+from coprune.report.run_folder import model_of
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save
 from support.pico_gguf import distinct_norms, write_pico_gguf

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from coprune.gguf_files.copied_tensors import Quant, bytes_of_rows, quantize_beside
 from coprune.gguf_files.llama_cpp import Quantisation, has_llama_cpp, quantize
-from coprune.gguf_files.reuse import Quant, bytes_of_rows, quantize_beside
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
 

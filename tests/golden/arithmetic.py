@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from coprune.base.native.build import instruction_set
+from coprune.base.native.compilation import instruction_set
 
 SIZES = (64, 160, 576)
 

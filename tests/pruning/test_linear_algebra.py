@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import damped_cholesky, factor_inverse, invert_upper
+from coprune.pruning.solver_events import Event
 from support.problems import correlated_layer
 
 

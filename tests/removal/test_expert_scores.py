@@ -19,7 +19,7 @@ from coprune.data.mixture import packed
 from coprune.recipe.recipe import make_recipe
 from coprune.removal.expert_calls import Routed
 from coprune.removal.expert_scores import ExpertSums
-from coprune.run.events import Phase
+from coprune.run.phase_events import Phase
 from coprune.stages import run_stages
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, write_words

@@ -19,7 +19,7 @@ from coprune.report.heat_map import matrix_rows
 from coprune.report.run_page import run_page
 from coprune.report.runs_page import Run, runs_page
 from coprune.report.schema import Report
-from coprune.run.facts import class_name, thumbnail
+from coprune.run.report_facts import class_name, thumbnail
 from coprune.run.trackers import final_figures
 from support.browser import find_browser, opened_page
 from support.pico_images import save_classifier

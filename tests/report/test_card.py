@@ -123,19 +123,19 @@ def test_pushing_needs_a_saved_model_and_a_login(
         make_recipe({"model": "m", "push_to_hub": "me/model"})
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("coprune.report.hub.get_token", lambda: None)
+    monkeypatch.setattr("coprune.report.hub_upload.get_token", lambda: None)
     with pytest.raises(BadInput, match="hf auth login"):
         coprune.prune(str(files[0]), save_model=tmp_path / "pruned", push_to_hub="me/model", quiet=True)
     assert not (tmp_path / "pruned").exists()
 
 
 def test_a_push_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coprune.report.hub import push
+    from coprune.report.hub_upload import push
 
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("coprune.report.hub.get_token", lambda: "token")
+    monkeypatch.setattr("coprune.report.hub_upload.get_token", lambda: "token")
     with pytest.raises(BadInput, match="hf upload me/model"):
         push(tmp_path, "me/model")
     assert (tmp_path / "model.safetensors").exists()
@@ -165,8 +165,8 @@ def test_a_folder_or_the_model_of_a_run_is_pushed(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr("coprune.report.hub.HfApi", lambda: hub)
-    monkeypatch.setattr("coprune.report.hub.get_token", lambda: "token")
+    monkeypatch.setattr("coprune.report.hub_upload.HfApi", lambda: hub)
+    monkeypatch.setattr("coprune.report.hub_upload.get_token", lambda: "token")
     settings: dict[str, Any] = dict(evaluate=False, dataset=str(files[1]), seqlen=32, nsamples=2, layer_error=False)
     coprune.prune(
         str(files[0]), "magnitude", **settings, quiet=True, save=tmp_path / "run", save_model=tmp_path / "model"
@@ -266,11 +266,11 @@ def test_a_run_killed_while_its_page_is_made_is_finished_with_it(
 
     settings: dict[str, Any] = {"evaluate": False, "quiet": True, "save": tmp_path / "run", "layer_error": False}
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.report.folder.write_page", killed)
+        patch.setattr("coprune.report.run_folder.write_page", killed)
         with pytest.raises(Killed):
             coprune.prune(str(files[0]), "magnitude", **settings)
     assert not (tmp_path / "run" / "report.json").exists()  # which would say that there is nothing left to do
-    monkeypatch.setattr("coprune.report.folder.write_page", page)
+    monkeypatch.setattr("coprune.report.run_folder.write_page", page)
     coprune.prune(str(files[0]), "magnitude", **settings)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"report.json", "report.html", "log_magnitude.txt"}
     assert not (tmp_path / "run" / ".report.json").exists()

@@ -13,7 +13,7 @@ import coprune
 from coprune.evaluation.zero_shot import Estimate
 from coprune.report.card import model_card
 from coprune.report.heat_map import matrix_rows, place_of
-from coprune.report.made import MadeFacts, commit_of
+from coprune.report.provenance import MadeFacts, commit_of
 from coprune.report.run_page import run_page
 from coprune.report.runs_page import Run, names_apart, runs_page
 from coprune.report.schema import Report

@@ -11,19 +11,19 @@ import pytest
 
 import coprune
 from coprune.evaluation.comparison_table import Comparison
-from coprune.pruning.events import Event
+from coprune.pruning.solver_events import Event
 from coprune.recipe.views import training_recipe
 from coprune.report.comparison_page import comparison_page
 from coprune.report.heat_map import place_of
 from coprune.report.links import link_back
-from coprune.report.made import MadeFacts
 from coprune.report.plot import Axis
+from coprune.report.provenance import MadeFacts
 from coprune.report.run_events import OfMatrix
 from coprune.report.run_page import picker_data, run_page, shown_matrices
 from coprune.report.schema import Report
 from coprune.sweeps.sweep_page import write_sweep_page
 from coprune.training.finetune_page import finetune_page, write_finetune_page
-from coprune.training.report import FinetuneReport, HeldOutPoint, LossPoint, PerplexityChange
+from coprune.training.finetune_report import FinetuneReport, HeldOutPoint, LossPoint, PerplexityChange
 from support.browser import find_browser, opened_page
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words
@@ -123,7 +123,7 @@ def test_links_lead_only_to_what_is_there(place: Path, tmp_path: Path) -> None:
 
 
 def coprune_report(run: Path, page: Path) -> str:
-    from coprune.report.folder import write_page
+    from coprune.report.run_folder import write_page
 
     write_page([run], page)
     return page.read_text()

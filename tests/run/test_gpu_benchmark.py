@@ -13,7 +13,7 @@ import pytest
 from gpu_sections.section import ENDING, Asked, Section
 from gpu_sections.sections import SECTIONS
 
-from support.simdevice.build import missing
+from support.simdevice.compile_device import missing
 from support.torchrun import ENVIRONMENT
 
 PASSED = gpu.Outcome("cases", True, "2 of 2", 3.0)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import coprune
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.load import quiet_transformers
-from families.build import Kind, published_model
+from families.build_models import Kind, published_model
 from families.kept import lost_in_silence, pruned, save_published
 from support.pico_hybrids import COMMON
 from support.sample import sampled

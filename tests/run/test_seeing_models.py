@@ -16,10 +16,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 import coprune
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.edits import Edits
-from families.build import published_model
+from families.build_models import published_model
 from families.kept import STRANGE
 from families.shrink import tiny_config
-from support.words import word_tokenizer
+from support.word_tokenizers import word_tokenizer
 
 AUTO: Any = transformers.models.auto
 TYPES = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "mistral3", "internvl", "smolvlm")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from support.simdevice.build import missing
+from support.simdevice.compile_device import missing
 from support.torchrun import ENVIRONMENT
 
 KINDS = ("methods", "walk", "removal", "fine-tuning", "evaluation", "images", "memory")
@@ -26,7 +26,7 @@ def told() -> list[dict[str, Any]]:
     """What the cases' process says: a line for each, and one of what stages ask for."""
     if reason := missing():
         pytest.skip(reason)
-    command = [sys.executable, "-m", "support.simdevice.run", "--json"]
+    command = [sys.executable, "-m", "support.simdevice.run_cases", "--json"]
     done = subprocess.run(command, cwd=TESTS, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     # A signal: the host read an address of the device.

@@ -59,7 +59,7 @@ def weights(place: Path, out: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((place / out / "model").glob("*.safetensors"))}
 
 
-WRITING = ("runner/", "store/", "run_stages", "run/output", "checkpoint/writer", "report/folder", "base/files")
+WRITING = ("runner/", "store/", "run_stages", "run/output", "checkpoint/writer", "report/run_folder", "base/files")
 
 
 @pytest.mark.parametrize("shares", [(0.55, 0.97), pytest.param((0.3, 0.8), marks=pytest.mark.slow)], ids=str)

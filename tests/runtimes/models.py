@@ -14,7 +14,7 @@ from coprune.base.errors import CopruneError
 from coprune.model.checkpoint.load import load_model, load_processor, quiet_transformers
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.older_keys import add_older_keys
-from runtimes.table import SOURCE, ZEROS
+from runtimes.runtime_table import SOURCE, ZEROS
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 

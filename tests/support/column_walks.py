@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.kernels.columns import ColumnBlock
-from coprune.base.kernels.table import kernel
+from coprune.base.kernels.kernel_table import kernel
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.sparsegpt import update_columns
 from coprune.recipe.pattern import NM, Target, Unstructured

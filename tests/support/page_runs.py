@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from coprune.commands.app import main
-from coprune.commands.table import COMMANDS, Commands
+from coprune.commands.command_table import COMMANDS, Commands
 from support.page_blocks import ROOT, Block, Line
 from support.page_world import World
 

@@ -26,7 +26,7 @@ from coprune.data.corpora import EMBEDDED, EMBEDDED_EVALUATION
 from coprune.data.text import JoinedText
 from coprune.model.checkpoint.glance import PACKAGED, Packaged
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.report import folder as run_folders
+from coprune.report import run_folder as run_folders
 from support.page_blocks import ROOT
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf

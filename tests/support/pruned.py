@@ -15,7 +15,7 @@ from coprune.model.blocks import find_blocks
 from coprune.model.matrix_choice import choose_matrices
 from coprune.recipe.pattern import Target, parse_pattern
 from support.pico import pico_model
-from support.words import word_tokenizer
+from support.word_tokenizers import word_tokenizer
 
 pytest.importorskip("peft")
 VOCABULARY = 1002

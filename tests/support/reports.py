@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts
-from coprune.pruning.events import Event
+from coprune.pruning.solver_events import Event
 from coprune.report.run_events import OfMatrix
 from coprune.report.schema import Report
 

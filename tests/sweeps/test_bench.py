@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coprune.base.errors import BadInput
-from coprune.sweeps.bench import bench
+from coprune.sweeps.generation_speed import bench
 from support.pico import pico_model
 from support.pico_folder import save_pico
 from support.pico_gguf import write_pico_gguf
@@ -43,7 +43,7 @@ def test_folders_and_gguf_files_are_measured_in_turns(tmp_path: Path) -> None:
 def test_tokens_per_second_are_those_of_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes a second by this clock: eight tokens of the prompt, then one token at a time."""
     ticks = iter(range(1000))
-    monkeypatch.setattr("coprune.sweeps.bench.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("coprune.sweeps.generation_speed.time.perf_counter", lambda: float(next(ticks)))
     (row,) = bench(save_pico(tmp_path / "model", num_hidden_layers=1), **SHORT).rows
     assert (row.prefill.median, row.decode.median) == (8.0, 1.0)
 
@@ -55,7 +55,7 @@ def test_a_busy_machine_is_measured_by_the_processors_time(tmp_path: Path, monke
         asked.append(own())
         return asked[-1]
 
-    monkeypatch.setattr("coprune.sweeps.bench.time.process_time", noted)
+    monkeypatch.setattr("coprune.sweeps.generation_speed.time.process_time", noted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     bench(model, **SHORT, busy=True)
     assert len(asked) == 2 * (2 + 3)

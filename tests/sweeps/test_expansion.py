@@ -16,7 +16,7 @@ from coprune.recipe.recipe import make_recipe
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import sweep_command
-from coprune.sweeps.sweep import SWEEPS, sweep_of_script
+from coprune.sweeps.sweep_call import SWEEPS, sweep_of_script
 from support.commands import run_command
 from support.expanded import PLAIN, names, runs_of
 

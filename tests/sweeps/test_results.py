@@ -18,7 +18,7 @@ from coprune.base.pool import do_job
 from coprune.base.progress import Reporter
 from coprune.commands.sweep import _show
 from coprune.commands.terminal import console
-from coprune.evaluation.answers.facts import Requirement
+from coprune.evaluation.answers.answer_facts import Requirement
 from coprune.report.schema import Report
 from coprune.runner.run_recipe import run_recipe
 from coprune.sweeps import job, results
@@ -26,9 +26,9 @@ from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, finished_report, read_finished
 from coprune.sweeps.job import RunJob
-from coprune.sweeps.result import SweepResult
+from coprune.sweeps.paper_tables import PaperTable, Result, paper_tables
 from coprune.sweeps.results import _measured, collect
-from coprune.sweeps.table import PaperTable, Result, paper_tables
+from coprune.sweeps.sweep_result import SweepResult
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
 from support.reports import with_tasks
@@ -175,7 +175,7 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     how = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
     sweep, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coprune.training.run.run_finetuning", killed)
+        patch.setattr("coprune.training.finetuning.run_finetuning", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_and_train(run)
     assert finished_report(run.recipe) is None

@@ -159,7 +159,7 @@ def test_a_training_has_the_memory_that_the_pruned_model_took(place: Path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("coprune.model.loaded_model.load_model", noted)
-    monkeypatch.setattr("coprune.training.run.run_finetuning", look)
+    monkeypatch.setattr("coprune.training.finetuning.run_finetuning", look)
     sweep, runs = pico_sweep(method=["wanda"], evaluate=False, stream=False, **TRAINED)
     with pytest.raises(KeyboardInterrupt):
         do_here(sweep, runs)

@@ -16,8 +16,8 @@ from coprune.run.step import source_named
 from coprune.runner.runner import make
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import SHARED_FOLDER, Sweep
-from coprune.sweeps.result import SweepResult
-from coprune.sweeps.sweep import sweep
+from coprune.sweeps.sweep_call import sweep
+from coprune.sweeps.sweep_result import SweepResult
 from support.merge_step import Merge, MergeSettings, tensors_of
 from support.pico_folder import save_pico
 from support.pico_sweep import alone, make_place, measured, sweep_data

@@ -16,14 +16,14 @@ from typing import Any
 import coprune
 from coprune.base.environment import kernel_cache
 from coprune.base.files import write_text as write_text_file
-from coprune.base.native.build import load_kernels
+from coprune.base.native.compilation import load_kernels
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.report.folder import REPORT_FILE as PRUNED
+from coprune.report.run_folder import REPORT_FILE as PRUNED
 from coprune.runner.run_recipe import run_recipe
-from coprune.training.report import REPORT_FILE as FINETUNED
-from coprune.training.run import run_finetuning
+from coprune.training.finetune_report import REPORT_FILE as FINETUNED
+from coprune.training.finetuning import run_finetuning
 from support.disturbing import Work, in_child, left_in
 from support.pico import pico_model
 from support.pico_folder import save_pico, write_words

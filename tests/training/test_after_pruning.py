@@ -17,11 +17,11 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.runner.plan import plan_of
 from coprune.runner.run_recipe import run_recipe
 from coprune.steps.train import training_of
+from coprune.training.finetune_report import FinetuneReport
 from coprune.training.masks import find_masks
-from coprune.training.report import FinetuneReport
 from support.pico import pico_model
 from support.pruned import save, write_text
-from support.words import word_tokenizer
+from support.word_tokenizers import word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
     where = {"save": tmp_path / "run", "save_model": tmp_path / "model"}
     asked: dict[str, Any] = {**SMALL, **where, "dataset": str(write_text(tmp_path / "text.txt", 700))}
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
-    for at in ("coprune.stages.run_stages._save", "coprune.training.run.run_finetuning"):
+    for at in ("coprune.stages.run_stages._save", "coprune.training.finetuning.run_finetuning"):
         with monkeypatch.context() as patch:
             patch.setattr(at, killed)
             with pytest.raises(KeyboardInterrupt):

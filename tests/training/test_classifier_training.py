@@ -16,9 +16,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import training_recipe
+from coprune.training.adapter_merge import merge
+from coprune.training.finetuning import run_finetuning
 from coprune.training.masks import find_masks
-from coprune.training.merge import merge
-from coprune.training.run import run_finetuning
 from support.commands import run_command
 from support.pico_images import pico_pixels, save_classifier
 from support.pruned import StoppedAt

@@ -15,8 +15,8 @@ from coprune.base.progress import Reporter
 from coprune.data import corpora
 from coprune.data.text import JoinedText
 from coprune.recipe.views import training_recipe
-from coprune.training.report import FinetuneReport
-from coprune.training.run import run_finetuning
+from coprune.training.finetune_report import FinetuneReport
+from coprune.training.finetuning import run_finetuning
 from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text
 
 QUIET = Reporter(quiet=True)
@@ -50,7 +50,7 @@ def test_a_training_that_was_killed_after_its_last_step_takes_none_more(
     how: dict[str, Any] = {"max_steps": 13, "held_out": 0.1}
     whole = run(home, tmp_path / "whole", **how)
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.training.run._finish", killed)
+        patch.setattr("coprune.training.finetuning._finish", killed)
         with pytest.raises(KeyboardInterrupt):
             run(home, tmp_path / "cut", **how)
     resumed = run(home, tmp_path / "cut", **how)

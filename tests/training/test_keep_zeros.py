@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor
 import coprune
 from support.pico import pico_model
 from support.pruned import Restless, pruned_model, zeros_of
-from support.words import word_tokenizer
+from support.word_tokenizers import word_tokenizer
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),

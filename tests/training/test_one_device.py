@@ -15,7 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.steps.train import training_of
-from coprune.training.run import run_finetuning
+from coprune.training.finetuning import run_finetuning
 from coprune.training.trainer import arguments_on, training_device
 from support.pruned import pruned_model, save, settings_for, write_text
 
@@ -81,7 +81,7 @@ def test_a_processor_without_products_of_bfloat16_trains_in_float32(
     write_text(tmp_path / "text.txt", 300)
     lines: list[str] = []
     monkeypatch.setattr("coprune.base.progress.Reporter.say", lambda self, line: lines.append(line))
-    monkeypatch.setattr("coprune.training.run.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("coprune.training.finetuning.multiplies_bfloat16", lambda _: False)
 
     def trained(name: str, half: bool) -> dict[str, Tensor]:
         how = settings_for(

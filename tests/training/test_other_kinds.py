@@ -20,7 +20,7 @@ from coprune.base.errors import BadInput
 from coprune.data.pairs import Pairs
 from coprune.data.text import NOTHING
 from coprune.training.distill import Batch, Distillation, divergence, target_loss
-from coprune.training.report import FinetuneReport
+from coprune.training.finetune_report import FinetuneReport
 from coprune.training.training_data import PairSamples
 from support.pico_folder import words_of, write_words
 from support.pico_pairs import pico_pair_model, save_pair_model

@@ -16,7 +16,7 @@ from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.steps.train import training_of
-from coprune.training.run import run_finetuning
+from coprune.training.finetuning import run_finetuning
 from coprune.training.trainer import rates_by_size
 from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text
 

@@ -18,8 +18,8 @@ from coprune.report.run_page import run_page
 from coprune.report.schema import Report
 from coprune.report.wording import number
 from coprune.runner.run_recipe import run_recipe
+from coprune.training.finetuning import run_finetuning
 from coprune.training.masks import History, find_masks
-from coprune.training.run import run_finetuning
 from support.pico import pico_model
 from support.pruned import save, settings_for, write_text
 from support.saved import load_clean

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from coprune.base.errors import CopruneError, NumericalError, VerificationError
 from coprune.base.progress import Reporter
 from coprune.recipe.views import training_recipe
-from coprune.training.merge import merge
-from coprune.training.run import run_finetuning
+from coprune.training.adapter_merge import merge
+from coprune.training.finetuning import run_finetuning
 from coprune.training.saving import bring_to
 from support.pruned import pruned_model, save, settings_for, write_text
 
@@ -94,7 +94,7 @@ def test_an_announced_training_without_its_model_is_resumed(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.training.run.save_model", killed)
+        patch.setattr("coprune.training.finetuning.save_model", killed)
         with pytest.raises(Killed):
             tune(home, tmp_path / "run", save_model=tmp_path / "model")
     assert (tmp_path / "run" / ".finetune.json").is_file()

@@ -15,7 +15,7 @@ from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.steps.train import training_of
-from coprune.training.run import run_finetuning
+from coprune.training.finetuning import run_finetuning
 from support.pruned import pruned_model, save, settings_for, write_text
 
 Tensors = dict[str, torch.Tensor]

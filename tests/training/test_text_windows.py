@@ -13,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.recipe.views import training_recipe
 from coprune.training.training_data import read_training_text
 from support.pruned import settings_for
-from support.words import word_tokenizer, words
+from support.word_tokenizers import word_tokenizer, words
 
 
 def read(tmp_path: Path, path: Path, **changes: Any) -> Any:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-import coprune.training.run
+import coprune.training.finetuning
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter, Said
 from coprune.recipe.views import training_recipe
-from coprune.training.run import run_finetuning
+from coprune.training.finetuning import run_finetuning
 from coprune.training.time_limit import ENOUGH_STEPS, TimeLimit
 from coprune.training.trainer import Pace
 from coprune.training.training_data import TrainingData
@@ -76,13 +76,13 @@ def test_what_is_done_before_and_after_the_training_is_taken_off_its_time(
 
 @pytest.mark.slow
 def test_a_run_ends_with_its_minutes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = coprune.training.run._measure
+    measure = coprune.training.finetuning._measure
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(3)
         return measure(*arguments)
 
-    monkeypatch.setattr(coprune.training.run, "_measure", slowly)
+    monkeypatch.setattr(coprune.training.finetuning, "_measure", slowly)
     started = time.monotonic()
     report = run_finetuning(asked(home, tmp_path / "run", minutes=0.4, gate=True), Reporter(quiet=True))
     assert report.steps >= ENOUGH_STEPS
@@ -108,7 +108,7 @@ def test_a_slow_measurement_is_refused_within_the_minutes(
     home: Path, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that is suddenly busy: the measurement takes far longer than the trial did show."""
-    measure, waited = coprune.training.run._measure, [0]
+    measure, waited = coprune.training.finetuning._measure, [0]
 
     def slowly(session: Any, which: str) -> Any:
         with session.reporter.bar("as slow as can be", 100) as advance:
@@ -118,7 +118,7 @@ def test_a_slow_measurement_is_refused_within_the_minutes(
                 advance(1)
         return measure(session, which)
 
-    monkeypatch.setattr(coprune.training.run, "_measure", slowly)
+    monkeypatch.setattr(coprune.training.finetuning, "_measure", slowly)
     began = time.monotonic() - 55
     with pytest.raises(BadInput, match="not one step fits"):
         run_finetuning(asked(home, tmp_path / "run", minutes=1), heard.reporter, began=began)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coprune.vocabulary.facts import TextCost, VocabularyFacts
+from coprune.vocabulary.cut_facts import TextCost, VocabularyFacts
 
 
 def cost(text: str, tokens: tuple[int, int], bits: tuple[float, float] | None = None) -> TextCost:

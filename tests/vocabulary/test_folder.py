@@ -18,7 +18,7 @@ from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.edits import Edits
 from coprune.model.removed import Tokens
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.folder import Beside, cut_folder
+from coprune.vocabulary.folder_cut import Beside, cut_folder
 from coprune.vocabulary.settings import MAP_FILE
 from support.pico import pico_model
 from support.pico_folder import listing

@@ -13,12 +13,12 @@ from gguf import GGUFReader, GGUFValueType
 from coprune.base.progress import Reporter
 from coprune.gguf_files.llama_cpp import LlamaCpp
 from coprune.gguf_files.metadata import Field
-from coprune.gguf_files.vocabulary import named_ids, without_tokens
+from coprune.gguf_files.vocabulary_metadata import named_ids, without_tokens
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
 from coprune.steps.export import export
 from coprune.vocabulary.choose import Kept, choose
-from coprune.vocabulary.folder import Beside, cut_folder
+from coprune.vocabulary.folder_cut import Beside, cut_folder
 from coprune.vocabulary.gguf import Gguf
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf

@@ -15,10 +15,10 @@ from coprune.base.errors import UnsupportedModel, VerificationError
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.vocabulary.choose import Kept, choose
-from coprune.vocabulary.folder import cut_folder
+from coprune.vocabulary.cut_sources import FolderSource
+from coprune.vocabulary.folder_cut import cut_folder
 from coprune.vocabulary.kinds import Vocabulary
 from coprune.vocabulary.settings import Naming
-from coprune.vocabulary.sources import FolderSource
 from support.pico_pairs import pico_pair_model
 from support.vocabularies import content_of, save_with_tokens
 

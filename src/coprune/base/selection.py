@@ -14,8 +14,8 @@ from torch import Tensor
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, NumericalError
+from coprune.base.kernels.kernel_table import kernel
 from coprune.base.kernels.ranks import rank_in_groups
-from coprune.base.kernels.table import kernel
 from coprune.base.reading import refuse_if
 
 

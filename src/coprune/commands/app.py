@@ -21,8 +21,8 @@ import typer
 from coprune.base.environment import quieten_libraries, rank, require_posix, world_size
 from coprune.base.errors import BadInput, CopruneError, is_panic
 from coprune.base.words import ended, speaking
+from coprune.commands.command_table import Commands, option_of_another
 from coprune.commands.grouped import WIDEST
-from coprune.commands.table import Commands, option_of_another
 from coprune.commands.terminal import tell
 from coprune.recipe.flags import CommandLine, with_dashes
 

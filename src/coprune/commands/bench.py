@@ -40,7 +40,7 @@ def bench(
     import torch
 
     from coprune.base.files import require_file, write_text
-    from coprune.sweeps.bench import bench
+    from coprune.sweeps.generation_speed import bench
 
     require_file(json_file, "json")
     if threads is not None or busy:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from coprune.base.words import Command, Set, Words, say
 
 if TYPE_CHECKING:
-    from coprune.evaluation.answers.facts import AnswerFacts
-    from coprune.training.report import FinetuneReport
+    from coprune.evaluation.answers.answer_facts import AnswerFacts
+    from coprune.training.finetune_report import FinetuneReport
 
 
 def verdict_on(answers: AnswerFacts) -> str:

@@ -42,7 +42,7 @@ def compare(
     with importing():
         from coprune.base.files import require_file, write_text
         from coprune.commands.terminal import end_unless_held, print_sheet
-        from coprune.sweeps.compare import compare
+        from coprune.sweeps.model_comparison import compare
 
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
         require_file(file, field)
@@ -55,7 +55,7 @@ def compare(
         write_text(markdown_file, found.to_markdown())
     if page_file is not None:
         from coprune.report.comparison_page import comparison_page
-        from coprune.report.made import MadeFacts
+        from coprune.report.provenance import MadeFacts
 
         write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
     print_sheet(found.sheet())  # after the files, since the reader of a pipe may be gone

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M to 50 % with Wanda, on bundled text, and show the effect."""
     _fetch_packages(quiet)
-    from coprune.runner.call import prune
+    from coprune.runner.prune_call import prune
 
     report = prune(
         "smollm2-135m",

@@ -60,7 +60,7 @@ def estimate(
         presets = all(typed[name] is None for name in ("preset", "method", "recipe"))
     others = {name: partial(recipe_asked, context, {**typed, "preset": name}, reporter) for name in PRESETS if presets}
     from coprune.base.files import write_text
-    from coprune.runner.call import estimate_recipe
+    from coprune.runner.prune_call import estimate_recipe
 
     found = estimate_recipe(recipe, reporter, presets=others)
     show(found.to_json() if json_file == PRINTED else str(found))

@@ -39,7 +39,7 @@ def evaluate(
     if writes_text(named, recipe.model.cache_dir):
         look_at_texts(recipe, calibrates=False)
     with importing():
-        from coprune.evaluation.evaluate import evaluate
+        from coprune.evaluation.evaluate_call import evaluate
 
     found = evaluate(named, against=against, quiet=quiet, **settings)
     if json_file is not None:

@@ -39,7 +39,7 @@ def finetune(
     named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
     recipe = training_recipe({"model": named} | typed)  # errors are reported before torch is loaded
     with importing():
-        from coprune.training.run import run_finetuning
+        from coprune.training.finetuning import run_finetuning
 
     times.started()
     reporter = Reporter(quiet)

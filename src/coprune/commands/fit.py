@@ -68,7 +68,7 @@ def fit(
             wanted(task, require, asked.seed, asked.items)
         if not is_run(expand_home(model)):
             look(model)
-    from coprune.fitting.fit import fit, remake
+    from coprune.fitting.fit_call import fit, remake
 
     if is_recipe:
         show(f"{remake(model, output, quiet, asked.converter)}: byte for byte as the recipe says")

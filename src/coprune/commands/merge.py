@@ -18,7 +18,7 @@ def merge(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Merge a masked adapter into its pruned model; every zero stays zero."""
-    from coprune.training.merge import merge
+    from coprune.training.adapter_merge import merge
 
     show(str(merge(model, adapter, output, quiet=quiet)))
     show_next(("measure it: ", Command("evaluate", output)))

@@ -23,8 +23,8 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.commands.command_table import option_of_another
 from coprune.commands.grouped import GroupedCommand
-from coprune.commands.table import option_of_another
 from coprune.recipe.choice import Choice, read_scalar
 from coprune.recipe.flags import flags_of
 from coprune.recipe.flat import TRAIN

@@ -24,7 +24,7 @@ def push(
     Example: coprune push out/pruned me/SmolLM2-2-4 --private
     """
     from coprune.base.progress import Reporter
-    from coprune.report.hub import push
+    from coprune.report.hub_upload import push
 
     with Reporter(quiet).libraries():
         address = push(folder, repository, private)

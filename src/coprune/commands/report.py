@@ -25,8 +25,8 @@ def report(
     for run in runs:
         if not run.exists():
             raise BadInput(f"there is no {run}", field="runs", value=run, fix="name the folder of a finished run")
-    from coprune.report.folder import REPORT_FILE, write_page
     from coprune.report.links import PAGE_FILE
+    from coprune.report.run_folder import REPORT_FILE, write_page
     from coprune.sweeps.finished import is_sweep
     from coprune.sweeps.sweep_page import write_sweep_page
     from coprune.training.finetune_page import is_finetuning, write_finetune_page

@@ -14,7 +14,7 @@ from coprune.commands.options import ShortCommand, help_all_option, recipe_optio
 from coprune.commands.terminal import show
 
 if TYPE_CHECKING:
-    from coprune.sweeps.result import SweepResult
+    from coprune.sweeps.sweep_result import SweepResult
 
 _LOCAL = "local"
 
@@ -84,7 +84,7 @@ def sweep(
     typed |= ({"model": model} if model else {}) | {"retries": retries}
     typed |= {"ray": ray, "workers": workers, "threads": threads}
     with importing():
-        from coprune.sweeps.sweep import sweep
+        from coprune.sweeps.sweep_call import sweep
 
     found = sweep(file, script=script, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:

@@ -29,8 +29,8 @@ class Times:
 
     def hear(self, event: Event) -> None:
         """Add the seconds in an event; a listener of a reporter."""
-        from coprune.run.events import BlockPruned, Phase, PhaseDone
-        from coprune.training.events import Trained
+        from coprune.run.phase_events import BlockPruned, Phase, PhaseDone
+        from coprune.training.training_events import Trained
 
         if isinstance(event, BlockPruned):
             spent = sum(matrix.seconds for matrix in event.matrices)

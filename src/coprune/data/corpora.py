@@ -18,7 +18,7 @@ from coprune.base.data_packages import carried_file
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.files import like_named
 from coprune.base.words import Set
-from coprune.data.hub import HubCorpus, Part, require_dataset
+from coprune.data.hub_datasets import HubCorpus, Part, require_dataset
 from coprune.data.local_text import files_of, local_text, looks_local, split_column
 from coprune.data.text import LOCAL_FILE_HINT, PREFIX, Documents, JoinedText, join
 

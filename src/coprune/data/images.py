@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.data.hub import load_dataset, require_dataset
+from coprune.data.hub_datasets import load_dataset, require_dataset
 from coprune.data.local_text import looks_local
 from coprune.data.windows import Samples
 

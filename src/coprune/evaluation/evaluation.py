@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.words import Sheet, Shown, per_cent
-from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
+from coprune.evaluation.answers.answer_facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Perplexity, Transcribed

@@ -22,7 +22,7 @@ import torch
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about
 from coprune.base.words import Set, Setting, Words, parts_of
-from coprune.data.hub import require_dataset
+from coprune.data.hub_datasets import require_dataset
 from coprune.evaluation.harness_trust import DEFINITIONS, Foreign, foreign_definitions
 from coprune.evaluation.zero_shot import ZeroShotSettings
 from coprune.recipe.choice import read_named

@@ -11,9 +11,9 @@ from coprune.base.environment import installed_version
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
 from coprune.base.words import Command
+from coprune.evaluation.answers.answer_facts import AnswerFacts, facts_of, judge
 from coprune.evaluation.answers.answer_generation import answers_key, ask, divergence, rows_along
 from coprune.evaluation.answers.answer_records import Along, Answers
-from coprune.evaluation.answers.facts import AnswerFacts, facts_of, judge
 from coprune.evaluation.answers.questions import Plan, Questions, asked_of, plan_of, questions_for
 from coprune.evaluation.asked_texts import Text, require_texts, split_texts, text_fingerprint
 from coprune.evaluation.batches import cut_windows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from coprune.evaluation.answers.facts import Requirement
+from coprune.evaluation.answers.answer_facts import Requirement
 from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.recipe.answers import Condition

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Setting
 from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, Candidate
-from coprune.fitting.notes import Sizes, noted
+from coprune.fitting.fit_notes import Sizes, noted
 from coprune.fitting.score import ANSWER_TOKENS
 from coprune.fitting.tasks import LEAST_HALF, Task
 from coprune.fitting.workshop import Workshop

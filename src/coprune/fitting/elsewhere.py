@@ -83,7 +83,7 @@ class _Identity:
 
     def __init__(self, path: Path) -> None:
         from coprune.gguf_files.metadata import architecture, read_fields
-        from coprune.gguf_files.vocabulary import tokens_in
+        from coprune.gguf_files.vocabulary_metadata import tokens_in
         from coprune.model.checkpoint.gguf_reader import gguf_reader
 
         reader = gguf_reader(path, field=_FIELD)

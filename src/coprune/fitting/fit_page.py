@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from coprune.base.templating import render
 from coprune.base.words import Sheet
-from coprune.fitting.result import Fitted, Row
-from coprune.report.made import MadeFacts
+from coprune.fitting.fit_result import Fitted, Row
 from coprune.report.plot import Axis, Line, Plot, Point
+from coprune.report.provenance import MadeFacts
 from coprune.report.view import Lines, Page, Paragraph, Section, listed, made_parts
 
 _NAMES = ("dense", "plain quants", "others", "chosen")

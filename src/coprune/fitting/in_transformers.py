@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.generation import ends_of
-from coprune.sweeps.bench import cache_argument, weight_bytes
+from coprune.sweeps.generation_speed import cache_argument, weight_bytes
 
 
 class InTransformers:

@@ -22,17 +22,17 @@ from coprune.data.tokenizing import encode
 from coprune.fitting.calibration import all_windows, read_passages, write_passages
 from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate, Cut
 from coprune.fitting.clock import Clock, Mark
-from coprune.fitting.notes import Asked
+from coprune.fitting.fit_notes import Asked
 from coprune.fitting.reader import Reader
+from coprune.gguf_files.copied_tensors import Quant, quantize_beside
 from coprune.gguf_files.importance import importance_of, importance_of_head, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import Quantisation
-from coprune.gguf_files.reuse import Quant, quantize_beside
 from coprune.gguf_files.sensitivity import sensitivity_of
 from coprune.gguf_files.types_by_tensor import Losses, losses_of
 from coprune.model.checkpoint.gguf_header import read_gguf_headers
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
-from coprune.runner.call import prune
+from coprune.runner.prune_call import prune
 from coprune.steps.export import export
 from coprune.steps.trim import tokens_kept
 from coprune.store.store import Key, Store, key_of

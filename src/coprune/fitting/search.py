@@ -24,13 +24,13 @@ from coprune.fitting.candidates import (
     Cut,
 )
 from coprune.fitting.finding import Finding, Wish
-from coprune.fitting.made import is_file_of
-from coprune.fitting.mixtures import has_time, mixtures
-from coprune.fitting.notes import Looks, Measured, Sizes, noted
+from coprune.fitting.fit_notes import Looks, Measured, Sizes, noted
+from coprune.fitting.made_model import is_file_of
 from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
 from coprune.fitting.score import DENSE_SOUND, answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team, places_ahead
+from coprune.fitting.type_mixtures import has_time, mixtures
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.fitting.writing import REQUIRED, provable
 from coprune.store.notes import write_note

@@ -10,7 +10,7 @@ from coprune.base.errors import CopruneError
 from coprune.base.pool import Workers, run_all, workers_at
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import Candidate
-from coprune.fitting.notes import Asked, Measured
+from coprune.fitting.fit_notes import Asked, Measured
 from coprune.fitting.workshop import Workshop
 
 _RETRIES = 1

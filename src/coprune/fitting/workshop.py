@@ -28,14 +28,14 @@ from coprune.base.progress import Reporter
 from coprune.fitting.calibration import Passage, calibration_of, own_count, own_texts, texts_in, write_passages
 from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, MIXED, Candidate
 from coprune.fitting.clock import Mark
-from coprune.fitting.made import bytes_in
+from coprune.fitting.fit_notes import Asked, Measured, differing
+from coprune.fitting.made_model import bytes_in
 from coprune.fitting.making import SAMPLES, SEQLEN, Making
-from coprune.fitting.notes import Asked, Measured, differing
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, item_key, score_item
 from coprune.fitting.tasks import Task
+from coprune.gguf_files.copied_tensors import bytes_of_rows
 from coprune.gguf_files.llama_cpp import quantized_bytes
-from coprune.gguf_files.reuse import bytes_of_rows
 from coprune.gguf_files.types_by_tensor import Losses
 from coprune.store.store import Key, Store, key_of
 

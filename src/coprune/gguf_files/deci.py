@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.gguf_files.file_plan import Example
 from coprune.gguf_files.llama_cpp import LlamaCpp, tensor_type
 from coprune.gguf_files.metadata import Field, Fields, Plan
-from coprune.gguf_files.plan import Example
 from coprune.gguf_files.smaller import Exported, planned_shape
 
 ARCHITECTURE = "deci"

@@ -21,7 +21,7 @@ from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.base.progress import Reporter
 from coprune.gguf_files.llama_cpp import WATCHED, LlamaCpp
 from coprune.gguf_files.metadata import architecture
-from coprune.gguf_files.parts import BLOCK, by_expert
+from coprune.gguf_files.removed_parts import BLOCK, by_expert
 from coprune.gguf_files.slices import Slice, Sliced
 from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.gguf_reader import gguf_reader

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from coprune.base.errors import UnsupportedModel
 from coprune.base.precision import multiplies_bfloat16
 from coprune.base.progress import Reporter
+from coprune.gguf_files.file_plan import read_example
 from coprune.gguf_files.importance import HEAD, by_name, found_in
 from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS
-from coprune.gguf_files.plan import read_example
 from coprune.gguf_files.smaller import exported
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import DtypeName, load_model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.pruning.events import Event
+from coprune.pruning.solver_events import Event
 
 ESCALATIONS = 3
 """Number of tenfold increases of the damping before the spectrum is clipped."""

@@ -21,10 +21,10 @@ from coprune.model.walk.block_events import BlockDone, MatricesReady
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram, Statistic, ratio_of
 from coprune.pruning.distributions import Distributions, distributions_in_host_memory, sampled
-from coprune.pruning.events import Event
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned, prune_by_outputs
 from coprune.pruning.refine import Refinement
+from coprune.pruning.solver_events import Event
 from coprune.recipe.pattern import Target
 
 

@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Set, Words
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.pattern import parse_pattern
-from coprune.recipe.train import has_adapters
+from coprune.recipe.train_part import has_adapters
 
 _REFIT: dict[str, Any] = {
     "method": "sparsegpt",

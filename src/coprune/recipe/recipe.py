@@ -26,7 +26,7 @@ from coprune.recipe.parts import Decides, Part, deciding, refuse_numbers
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.presets import with_preset
 from coprune.recipe.structure import SPREADING, WHOLE_MODEL, RemovePart, cannot_score
-from coprune.recipe.train import cannot_train
+from coprune.recipe.train_part import cannot_train
 from coprune.recipe.tree import FIELDS, LEAVES, Tree
 
 Kind = TypeVar("Kind", bound=BaseModel)

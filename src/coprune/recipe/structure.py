@@ -18,8 +18,8 @@ from coprune.recipe.choice import Choice, read_pairs
 from coprune.recipe.parts import Decides, Part, Shown, Word
 from coprune.recipe.size import PART as SIZE
 from coprune.recipe.size import Size, share_of, size_of
-from coprune.recipe.vocabulary import PART as VOCABULARY
-from coprune.recipe.vocabulary import Target, shares_of, target_of
+from coprune.recipe.vocabulary_cut import PART as VOCABULARY
+from coprune.recipe.vocabulary_cut import Target, shares_of, target_of
 
 Removable = Literal["channels", "heads", "blocks", "experts"]
 _FOR_SIZE: tuple[Removable, ...] = ("channels", "heads", "blocks")

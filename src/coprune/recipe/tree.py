@@ -16,7 +16,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluatePart, OutputPart
 from coprune.recipe.parts import CalibratePart, ModelPart, Part, PrunePart, Word
 from coprune.recipe.structure import RemovePart
-from coprune.recipe.train import TrainPart
+from coprune.recipe.train_part import TrainPart
 
 
 class Tree(BaseModel):

@@ -13,7 +13,7 @@ from coprune.base.words import Setting as Named
 from coprune.recipe.answers import cannot_require
 from coprune.recipe.flat import flatten
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.recipe.train import has_teacher
+from coprune.recipe.train_part import has_teacher
 from coprune.recipe.tree import LEAVES
 
 

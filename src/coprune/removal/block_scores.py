@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
-from coprune.base.options import one_of, require_not_negative, require_positive
+from coprune.base.method_options import one_of, require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, scaled
 from coprune.model.blocks import Block, by_list

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
-from coprune.base.options import one_of
+from coprune.base.method_options import one_of
 from coprune.base.words import Set
 from coprune.recipe.choice import Choice
 from coprune.removal.expert_calls import Routed

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from coprune.base.kernels.shifted import inverse_of_factor
-from coprune.base.options import one_of, require_not_negative, require_positive, with_options
+from coprune.base.method_options import one_of, require_not_negative, require_positive, with_options
 from coprune.base.precision import full_float32, total
 from coprune.base.processes import ALONE, Processes
 from coprune.model.matrices import Matrix, mask_checksum
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.allocation.allocation import Uniform
-from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import damped_cholesky
 from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.solver_events import Event
 from coprune.recipe.choice import Choice
 from coprune.removal.channels_and_heads import Part, silence
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from coprune.base.templating import render
 from coprune.base.words import Sheet
+from coprune.evaluation.answers.answer_facts import AnswerFacts, Requirement
 from coprune.evaluation.answers.answer_records import Figures
-from coprune.evaluation.answers.facts import AnswerFacts, Requirement
 from coprune.report.view import Folded, Kind, Paragraph, Part, Quote, Quotes, Section
 
 _SHOWN = 2

@@ -12,7 +12,7 @@ from coprune.evaluation.comparison_table import Comparison
 from coprune.evaluation.zero_shot import is_share, main_of
 from coprune.report.fronts import Reached, fronts
 from coprune.report.links import PAGE_FILE, target
-from coprune.report.made import MadeFacts
+from coprune.report.provenance import MadeFacts
 from coprune.report.run_page import task_bar
 from coprune.report.view import Bar, Bars, Kind, Link, Page, Paragraph, Quote, Quotes, Section, made_parts
 from coprune.report.wording import number

@@ -12,7 +12,7 @@ from coprune.base.words import Setting, say
 from coprune.model.checkpoint.formats import Rounding
 from coprune.model.leftovers import LeftOut, NotLoaded
 from coprune.pruning.block_training import BlockTraining
-from coprune.pruning.events import Event, Kind
+from coprune.pruning.solver_events import Event, Kind
 
 _WORDS: dict[Kind, str] = {
     "no tokens": "it received no calibration tokens, so it was pruned by magnitude",

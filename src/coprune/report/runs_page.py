@@ -16,7 +16,7 @@ from coprune.recipe.command import command_of
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.fronts import Reached, fronts
 from coprune.report.links import PAGE_FILE, links_of_run, target
-from coprune.report.made import of_several
+from coprune.report.provenance import of_several
 from coprune.report.run_page import run_page
 from coprune.report.schema import Report
 from coprune.report.view import Copyable, Page, Paragraph, Section

@@ -12,7 +12,7 @@ from coprune.base.files import write_text
 from coprune.base.validation import read_as
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.data.windows import SourcePart
-from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
+from coprune.evaluation.answers.answer_facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos_choice import BosChoice
 from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.extra_measurements import TextSample
@@ -26,10 +26,10 @@ from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, PerplexityFacts
-from coprune.report.made import MadeFacts
+from coprune.report.provenance import MadeFacts
 from coprune.report.run_events import AnyEvent, LeftAlone, left_lines
 from coprune.report.runtimes import loads_in
-from coprune.vocabulary.facts import VocabularyFacts
+from coprune.vocabulary.cut_facts import VocabularyFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")

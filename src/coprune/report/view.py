@@ -13,8 +13,8 @@ from typing import Any, Literal
 from coprune.base.templating import render
 from coprune.base.words import Sheet
 from coprune.report.heat_map import HeatMap
-from coprune.report.made import MadeFacts
 from coprune.report.plot import Plot
+from coprune.report.provenance import MadeFacts
 
 Kind = Literal["dense", "pruned", "tuned"]
 """A kind of model, which sets the colour."""

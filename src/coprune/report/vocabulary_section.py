@@ -5,7 +5,7 @@ from __future__ import annotations
 from coprune.base.templating import render
 from coprune.base.words import Sheet
 from coprune.report.view import Paragraph, Section
-from coprune.vocabulary.facts import TextCost, VocabularyFacts
+from coprune.vocabulary.cut_facts import TextCost, VocabularyFacts
 
 _HEAD = ("text", "bytes", "tokens per byte", "change", "bits per byte", "change")
 

@@ -38,13 +38,13 @@ from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import RemovePart
 from coprune.report.card import write_card
-from coprune.report.folder import announce, finish_run_folder
 from coprune.report.run_events import AnyEvent
+from coprune.report.run_folder import announce, finish_run_folder
 from coprune.report.schema import PhaseFacts, Report
-from coprune.run.events import BlockPruned, Phase, PhaseDone
 from coprune.run.memory_bound import TextSizes, bound_run
 from coprune.run.memory_estimate import Estimate
 from coprune.run.output import BlockOutcome, Output
+from coprune.run.phase_events import BlockPruned, Phase, PhaseDone
 from coprune.run.reuse import Reuse
 
 

@@ -33,7 +33,7 @@ from coprune.model.walk.inputs import InputSample
 from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.pruner import Solver
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.train import has_adapters, has_teacher
+from coprune.recipe.train_part import has_adapters, has_teacher
 from coprune.run.memory_estimate import DevicePeak, Estimate, Proposal
 from coprune.training.footprint import training_bytes
 

@@ -19,7 +19,7 @@ from coprune.base.progress import Event, Listener, Reporter
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
-from coprune.run.events import BlockPruned, Failed, Finished, Started
+from coprune.run.phase_events import BlockPruned, Failed, Finished, Started
 
 
 class Tracker:

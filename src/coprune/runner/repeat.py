@@ -12,7 +12,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import folder_apart
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import RECIPE_FILE, REPORT_FILE
+from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE
 
 
 def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Recipe, str | None]:

@@ -15,8 +15,8 @@ from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import write_card
-from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, announced, finish_run_folder
-from coprune.report.hub import push, require_login
+from coprune.report.hub_upload import push, require_login
+from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, announce, announced, finish_run_folder
 from coprune.report.schema import Report
 from coprune.run.context import NOTHING, Given, Run
 from coprune.run.result import Result

@@ -20,7 +20,7 @@ from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import Left, Removable
-from coprune.recipe.vocabulary import Loss, Target
+from coprune.recipe.vocabulary_cut import Loss, Target
 from coprune.removal.channels_and_heads import Kind, kept_count
 from coprune.removal.expert_choice import count_left
 

@@ -14,7 +14,7 @@ from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import Solver
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.train import has_teacher
+from coprune.recipe.train_part import has_teacher
 
 _SIZE, _LEAST_SECONDS = 768, 0.2
 _EFFICIENCY = 0.45

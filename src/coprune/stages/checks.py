@@ -30,8 +30,8 @@ from coprune.recipe.structure import RemovePart
 from coprune.removal.block_scores import block_score_named
 from coprune.removal.expert_scores import expert_score_named
 from coprune.removal.unit_scores import score_named, spreading_named
-from coprune.report.folder import RECIPE_FILE, REPORT_FILE, has_source
 from coprune.report.links import PAGE_FILE
+from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, has_source
 from coprune.report.schema import DISTRIBUTIONS_FILE, Report
 
 LARGE_GROUP = 64

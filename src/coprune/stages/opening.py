@@ -10,7 +10,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Set, per_cent, say
 from coprune.data import Windows
 from coprune.data.corpora import EMBEDDED, HUB_CORPORA
-from coprune.data.hub import require_dataset
+from coprune.data.hub_datasets import require_dataset
 from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.bos_choice import score_of
 from coprune.evaluation.tasks import Remember, read_anew, task_for

@@ -27,14 +27,14 @@ from coprune.model.verification import verify_saved
 from coprune.recipe.recipe import Recipe
 from coprune.removal.smaller_model import build_smaller
 from coprune.report.card import model_card
-from coprune.report.folder import announce
 from coprune.report.run_events import Rounded
+from coprune.report.run_folder import announce
 from coprune.report.schema import Report
 from coprune.run.context import Run
 from coprune.run.dense_figures import dense_figures
-from coprune.run.events import Finished, Phase
-from coprune.run.facts import build_report
 from coprune.run.output import Destination, Output
+from coprune.run.phase_events import Finished, Phase
+from coprune.run.report_facts import build_report
 from coprune.run.result import Result
 from coprune.run.trackers import final_figures, listening
 from coprune.stages.opening import open_run, prove_run, say_if_sparse

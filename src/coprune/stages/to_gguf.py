@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Words
-from coprune.gguf_files.parts import GgufParts
+from coprune.gguf_files.removed_parts import GgufParts
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.locate import GgufFile, locate, locates_gguf
 from coprune.model.checkpoint.mapped_gguf import LazyGguf

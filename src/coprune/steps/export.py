@@ -23,6 +23,7 @@ from coprune.data.keyword_arguments import ExportArguments
 from coprune.gguf_files.converter import convert, find_converter, no_template
 from coprune.gguf_files.deci import deci_plans, same_in_llama_cpp
 from coprune.gguf_files.export_settings import AUTO, NONE, ExportSettings
+from coprune.gguf_files.file_plan import Example, planned, read_example
 from coprune.gguf_files.importance import Asked, found_in, in_file, read_importance, write_importance
 from coprune.gguf_files.llama_cpp import (
     BY_LLAMA_CPP,
@@ -36,14 +37,13 @@ from coprune.gguf_files.llama_cpp import (
 )
 from coprune.gguf_files.metadata import Plan, write_gguf
 from coprune.gguf_files.modelfile import FILE, Written, write_modelfile
-from coprune.gguf_files.plan import Example, planned, read_example
 from coprune.gguf_files.smaller import Exported, exported
 from coprune.gguf_files.verify import require_same, require_written
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
 from coprune.model.edits import history_of
 from coprune.model.removed import Removal
 from coprune.removal.silent_units import Narrow, narrowed
-from coprune.report.folder import model_of
+from coprune.report.run_folder import model_of
 from coprune.steps.round_file import round_file
 
 

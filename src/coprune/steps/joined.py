@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from coprune.evaluation.answers.facts import judge
+from coprune.evaluation.answers.answer_facts import judge
 from coprune.evaluation.required import judge_measured
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import FinetunedFacts
 from coprune.report.schema import Report
-from coprune.training.report import FinetuneReport
+from coprune.training.finetune_report import FinetuneReport
 
 _OF_MODEL = ("blocks", "block_names", "device", "dtype", "loaded_by")
 _OF_IMAGES = ("dense_top1", "dense_top1_interval", "dense_top5")

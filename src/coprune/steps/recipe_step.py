@@ -28,10 +28,10 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
-from coprune.recipe.train import TrainPart
-from coprune.recipe.vocabulary import shares_of
+from coprune.recipe.train_part import TrainPart
+from coprune.recipe.vocabulary_cut import shares_of
 from coprune.removal.unit_scores import SPREADINGS
-from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announced, finish_run_folder
+from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, announced, finish_run_folder
 from coprune.report.schema import Report
 from coprune.run.context import Given, Run
 from coprune.run.step import Left, Step, Taking

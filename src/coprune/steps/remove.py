@@ -26,7 +26,7 @@ from coprune.pruning.block_training import BlockTraining, reconstruct_cut
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.choice import USUAL_METHOD
 from coprune.recipe.recipe import Recipe
-from coprune.removal.candidates import Candidates, Consumers, Levels, Steps
+from coprune.removal.budget_loss import Candidates, Consumers, Levels, Steps
 from coprune.removal.channels_and_heads import Kind, Part, parameter_of, step_of
 from coprune.removal.cuts import Cut, Plan, edits_of_block
 from coprune.removal.expert_choice import choose_experts, cut_carried

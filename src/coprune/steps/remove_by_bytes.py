@@ -35,10 +35,10 @@ from coprune.removal.expert_choice import (
     known_scores,
 )
 from coprune.removal.expert_scores import AIMER, ExpertSums, WeightSums, expert_score_named
-from coprune.report.folder import announce
+from coprune.report.run_folder import announce
 from coprune.report.schema import CalibrationFacts, ModelFacts
 from coprune.run.context import Run
-from coprune.run.facts import report_without_walk
+from coprune.run.report_facts import report_without_walk
 from coprune.run.result import Result
 
 

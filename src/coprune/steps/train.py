@@ -18,15 +18,15 @@ from coprune.model.loaded_model import Loaded, open_model
 from coprune.model.matrix_choice import Chosen
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.sources import split_sources
-from coprune.recipe.train import has_adapters, has_teacher
+from coprune.recipe.train_part import has_adapters, has_teacher
 from coprune.recipe.tree import LEAVES
 from coprune.report.schema import Report
 from coprune.run.context import Run
 from coprune.run.step import Left
 from coprune.steps.joined import report_with_training
 from coprune.steps.recipe_step import StepOfRecipe
+from coprune.training.finetune_report import REPORT_FILE, FinetuneReport
 from coprune.training.footprint import require_room_to_train
-from coprune.training.report import REPORT_FILE, FinetuneReport
 
 
 class Train(StepOfRecipe):
@@ -91,7 +91,7 @@ def training_of(recipe: Recipe) -> Recipe:
 
 def train(run: Run) -> FinetuneReport:
     """Fine-tune a model. Raises as `coprune.finetune`."""
-    from coprune.training.run import run_finetuning  # needs an extra and takes seconds to import
+    from coprune.training.finetuning import run_finetuning  # needs an extra and takes seconds to import
 
     if run.first:
         with run.taking():

@@ -23,13 +23,13 @@ from coprune.model.matrix_choice import Chosen
 from coprune.model.removed import Tokens
 from coprune.recipe.parts import PrunePart
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.train import TrainPart
-from coprune.recipe.vocabulary import shares_of
+from coprune.recipe.train_part import TrainPart
+from coprune.recipe.vocabulary_cut import shares_of
 from coprune.report.card import model_card
-from coprune.report.folder import announce
+from coprune.report.run_folder import announce
 from coprune.report.schema import ModelFacts
 from coprune.run.context import Given, Run
-from coprune.run.facts import report_without_walk
+from coprune.run.report_facts import report_without_walk
 from coprune.run.result import Result
 from coprune.run.step import Left
 from coprune.stages.to_gguf import require_gguf_source
@@ -38,8 +38,8 @@ from coprune.store.notes import read_note, write_note
 from coprune.store.store import key_of
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.cut import Asked, Cutting
-from coprune.vocabulary.facts import VocabularyFacts
-from coprune.vocabulary.sources import Source, saved, source_of
+from coprune.vocabulary.cut_facts import VocabularyFacts
+from coprune.vocabulary.cut_sources import Source, saved, source_of
 
 FOLDER = "vocabulary"
 """Subfolder of a run folder for intermediate results."""

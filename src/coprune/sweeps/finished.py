@@ -13,8 +13,8 @@ from coprune.base.files import write_text
 from coprune.base.words import Command, Setting, duration, say
 from coprune.recipe.flags import CommandLine
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import REPORT_FILE, has_source
 from coprune.report.links import SWEEP_FILE
+from coprune.report.run_folder import REPORT_FILE, has_source
 from coprune.report.schema import Report
 from coprune.run.step import Left, source_named
 from coprune.runner.runner import is_of_others

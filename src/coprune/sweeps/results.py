@@ -22,8 +22,8 @@ from coprune.report.schema import Report
 from coprune.sweeps.expand import Run, varied
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, sweep_command
+from coprune.sweeps.paper_tables import SPREAD, paper_tables, perplexity_of, tasks_of, top1_of
 from coprune.sweeps.sweep_page import write_sweep_page
-from coprune.sweeps.table import SPREAD, paper_tables, perplexity_of, tasks_of, top1_of
 
 PARQUET, CSV, MARKDOWN, FAILURES = "results.parquet", "results.csv", "results.md", "failures.txt"
 Row = dict[str, Any]

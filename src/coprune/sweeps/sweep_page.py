@@ -9,7 +9,7 @@ from coprune.report.links import PAGE_FILE, link_back
 from coprune.report.runs_page import Run, Top, runs_page
 from coprune.report.view import Copyable, Section
 from coprune.sweeps.finished import read_finished, sweep_command
-from coprune.sweeps.table import SPREAD, paper_tables
+from coprune.sweeps.paper_tables import SPREAD, paper_tables
 
 
 def write_sweep_page(folder: Path, path: Path | None = None) -> None:

@@ -15,7 +15,7 @@ from coprune.model.edits import source_of
 from coprune.report.answers_section import answers_markdown
 from coprune.report.card import versions_used
 from coprune.report.wording import versions_line
-from coprune.training.report import AccuracyChange, EmbeddingsChange, FinetuneReport, PerplexityChange
+from coprune.training.finetune_report import AccuracyChange, EmbeddingsChange, FinetuneReport, PerplexityChange
 
 
 def finetune_card(report: FinetuneReport) -> str:

@@ -10,13 +10,13 @@ from coprune.base.environment import expand_home
 from coprune.base.files import write_text
 from coprune.base.validation import read_as
 from coprune.base.words import Sheet, per_cent
-from coprune.recipe.train import has_teacher
+from coprune.recipe.train_part import has_teacher
 from coprune.report.answers_section import answers_section
 from coprune.report.links import PAGE_FILE, links_of_finetuning
 from coprune.report.plot import Axis, Line, Plot, Point
 from coprune.report.view import Bar, Bars, Card, Copyable, Curves, Link, Page, Paragraph, Section, made_parts
 from coprune.report.wording import number, seconds, short, versions_line
-from coprune.training.report import REPORT_FILE, AccuracyChange, FinetuneReport
+from coprune.training.finetune_report import REPORT_FILE, AccuracyChange, FinetuneReport
 
 _MOST_POINTS = 400  # of a curve; more are averaged, which no page could show apart
 

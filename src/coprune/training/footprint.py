@@ -16,7 +16,7 @@ from coprune.model.checkpoint.locate import GgufFile, Location, holds_weights
 from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
-from coprune.recipe.train import LEARNING_RATES
+from coprune.recipe.train_part import LEARNING_RATES
 
 # A weight and its gradient in float32, and the moments of the optimiser.
 TRAINED_BYTES = 16

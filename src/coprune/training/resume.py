@@ -31,8 +31,8 @@ from coprune.recipe.views import TRAINING
 from coprune.report.links import PAGE_FILE
 from coprune.store.place import Identity, Place, settings_in
 from coprune.training.finetune_page import write_page_of
+from coprune.training.finetune_report import REPORT_FILE, FinetuneReport
 from coprune.training.masks import masks_of, plain_parameters
-from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session
 
 _ANNOUNCED = f".{REPORT_FILE}"

@@ -27,7 +27,7 @@ from coprune.model.checkpoint.locate import Location, locate
 from coprune.model.loaded_model import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.train import has_adapters, has_teacher
+from coprune.recipe.train_part import has_adapters, has_teacher
 from coprune.training.adapters import add_adapter, choose_targets, plain_warning
 from coprune.training.masks import (
     History,

@@ -23,7 +23,7 @@ from coprune.model.checkpoint.load import evaluating
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
-from coprune.recipe.train import has_adapters, has_teacher
+from coprune.recipe.train_part import has_adapters, has_teacher
 from coprune.training.training_data import EVALUATIONS, TrainingData, stack
 
 ENOUGH_STEPS = 20

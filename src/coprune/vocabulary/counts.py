@@ -23,7 +23,7 @@ from coprune.base.progress import Reporter
 from coprune.data.corpora import CORPORA, calibration_text, evaluation_corpus_for, evaluation_text
 from coprune.data.in_memory import GivenTokens
 from coprune.data.text import JoinedText
-from coprune.recipe.vocabulary import shares_of
+from coprune.recipe.vocabulary_cut import shares_of
 from coprune.vocabulary.choose import Weights
 from coprune.vocabulary.samples import ENDS, KEYWORDS, LANGUAGES, PUNCTUATION, QUOTES, SOURCES
 

@@ -21,17 +21,17 @@ from coprune.base.words import Set, Setting, Words, say
 from coprune.model.checkpoint.load import DtypeName, load_model
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.recipe.structure import RemovePart
-from coprune.recipe.vocabulary import Loss
+from coprune.recipe.vocabulary_cut import Loss
 from coprune.store.notes import read_note, write_note
 from coprune.vocabulary.choose import Kept, Weights, choose, closure, possible
 from coprune.vocabulary.counts import CODE, Texts, read_texts, weigh
-from coprune.vocabulary.facts import TextCost, VocabularyFacts
+from coprune.vocabulary.cut_facts import TextCost, VocabularyFacts
+from coprune.vocabulary.cut_sources import Source, described
 from coprune.vocabulary.kinds import Vocabulary, WordPiece
 from coprune.vocabulary.measure import Cuts, Judge, first_tokens
 from coprune.vocabulary.prompts import prompts
 from coprune.vocabulary.samples import LANGUAGES, NAMES, SOURCES
-from coprune.vocabulary.search import search
-from coprune.vocabulary.sources import Source, described
+from coprune.vocabulary.smallest import search
 from coprune.vocabulary.tokenizer_file import named_in
 
 LEAST_SAVED = 0.05

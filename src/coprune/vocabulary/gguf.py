@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.gguf_files.slices import Slice, Sliced
-from coprune.gguf_files.vocabulary import named_ids, tokens_in, without_tokens
+from coprune.gguf_files.vocabulary_metadata import named_ids, tokens_in, without_tokens
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.folder import require_same_tokens
+from coprune.vocabulary.folder_cut import require_same_tokens
 from coprune.vocabulary.kinds import Vocabulary
 from coprune.vocabulary.tables import Table
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from coprune.evaluation.batches import inference_logits, slices
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.facts import TextCost
+from coprune.vocabulary.cut_facts import TextCost
 from coprune.vocabulary.rewrite import cut_tokenizer
 
 _EXCERPT = 160

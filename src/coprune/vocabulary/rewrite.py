@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from coprune.gguf_files.vocabulary import stays
+from coprune.gguf_files.vocabulary_metadata import stays
 from coprune.vocabulary.choose import Kept
 
 

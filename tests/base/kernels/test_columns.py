@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coprune.base.errors import BadInput
-from coprune.base.kernels.table import KERNELS, kernel
-from coprune.base.native.build import load_kernels
+from coprune.base.kernels.kernel_table import KERNELS, kernel
+from coprune.base.native.compilation import load_kernels
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from support.column_walks import check
 from support.triton_scripts import run_interpreted
@@ -41,7 +41,7 @@ NOT_SERVED = """
 import torch
 from coprune.base.kernels import columns_triton
 from coprune.base.kernels.columns import ColumnBlock, walk_with_torch
-from coprune.base.kernels.table import kernel
+from coprune.base.kernels.kernel_table import kernel
 from support.column_walks import check
 
 def block(size, n_of_m):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coprune.base.errors import NumericalError
+from coprune.base.kernels.kernel_table import KERNELS, Kernel
 from coprune.base.kernels.shifted import by_eigenvalues, by_factors, inverse_of_factor
-from coprune.base.kernels.table import KERNELS, Kernel
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods.alps import ALPS, prepare
 from coprune.recipe.pattern import Target, parse_pattern

@@ -10,7 +10,7 @@ import torch
 
 from coprune.base.devices import Kind, capability, describe, in_host_memory, kind_of, synchronize
 from coprune.base.errors import BadInput
-from coprune.base.kernels import table
+from coprune.base.kernels import kernel_table
 from coprune.base.kernels.gram import (
     WIDE_PANEL,
     add_natively,
@@ -19,8 +19,8 @@ from coprune.base.kernels.gram import (
     panel_for_devices,
     panels,
 )
+from coprune.base.kernels.kernel_table import KERNELS, Operation, kernel
 from coprune.base.kernels.ranks import by_kth_value, by_partition
-from coprune.base.kernels.table import KERNELS, Operation, kernel
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def test_every_operation_has_a_kernel_that_needs_nothing_on_every_kind_of_device() -> None:
     assert set(KERNELS) == {(operation, kind) for operation in get_args(Operation) for kind in get_args(Kind)}
     for found in KERNELS.values():
-        assert any(one.there is table.always for one in found)
+        assert any(one.there is kernel_table.always for one in found)
         assert len({one.name for one in found}) == len(found)
 
 
@@ -45,7 +45,7 @@ def test_cpu_needs_no_synchronisation_and_has_no_capability() -> None:
 
 
 def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coprune.base.native.build.load_kernels", lambda: None)
+    monkeypatch.setattr("coprune.base.native.compilation.load_kernels", lambda: None)
     for operation in ("walk_columns", "add_to_gram"):
         assert kernel(operation, CPU) is kernel(operation, CPU, "torch")
     with pytest.raises(BadInput, match="kernel 'native' does not support walk_columns"):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from coprune.base import environment
-from coprune.base.native import build
-from coprune.base.native.build import load_kernels
+from coprune.base.native import compilation
 from coprune.base.native.cache import LIBRARY, library_in, only_ours
+from coprune.base.native.compilation import load_kernels
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 
@@ -93,7 +93,7 @@ def test_kernels_are_loaded_in_spite_of_what_lies_there(
     if whole is None or not Path(whole._name).exists():
         pytest.skip("this user's cache keeps no kernels")
     copy: Callable[..., object] = lambda compiler, units, library: shutil.copyfile(whole._name, library)  # noqa: E731
-    monkeypatch.setattr(build, "_run_compiler", copy)
+    monkeypatch.setattr(compilation, "_run_compiler", copy)
     monkeypatch.setattr(environment, "kernel_cache", lambda: tmp_path)
     assert load_kernels.__wrapped__() is not None
     (library,) = tmp_path.rglob(LIBRARY)

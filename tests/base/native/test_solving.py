@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, inf
 
 from coprune.base.errors import NumericalError
-from coprune.base.native import build, solving
-from coprune.base.native.build import load_kernels
+from coprune.base.native import compilation, solving
+from coprune.base.native.compilation import load_kernels
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods.base import Pruned
 from coprune.pruning.methods.sparsegpt import SparseGPT, inverse_factor_of
@@ -132,7 +132,7 @@ def test_threads_change_nothing(threads: int) -> None:
 
 
 def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load_kernels", lambda: None)
+    monkeypatch.setattr(compilation, "load_kernels", lambda: None)
     x = torch.randn(64, 16).to(torch.bfloat16)
     statistic = Gram(16)
     statistic.update(x)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.model.walk.statistics import Gram, InputMoments
-from coprune.pruning.events import Event
 from coprune.pruning.methods import METHODS, method_named
 from coprune.pruning.methods.admm import keep_on_schedule
 from coprune.pruning.methods.dsnot import STARTS
+from coprune.pruning.solver_events import Event
 from coprune.recipe.pattern import NM, Target, Unstructured
 from support.problems import TARGETS, correlated_layer
 

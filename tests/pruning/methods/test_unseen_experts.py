@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coprune.model.walk.inputs import Inputs, InputSample
-from coprune.pruning.events import Event
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
+from coprune.pruning.solver_events import Event
 from coprune.recipe.pattern import NM, Target, parse_pattern
 
 

@@ -14,7 +14,7 @@ import torch  # before the library, which needs PyTorch's
 from torch.utils import backend_registration
 
 from support.simdevice import SIMULATED as NAME
-from support.simdevice.build import load_library
+from support.simdevice.compile_device import load_library
 
 library = load_library()
 

@@ -30,10 +30,10 @@ from coprune.pruning.refine import REFINEMENTS
 from coprune.recipe.pattern import Target, parse_pattern
 from support.pico_folder import save_pico
 from support.simdevice import NAME
-from support.simdevice.build import missing
 from support.simdevice.cases.case import SETTINGS
+from support.simdevice.compile_device import missing
 from support.simdevice.counting import KINDS, counted
-from support.simdevice.run import prepare
+from support.simdevice.run_cases import prepare
 
 TABLE = Path(__file__).with_name("counts.json")
 PATTERNS = ("unstructured", "2:4")

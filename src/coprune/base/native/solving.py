@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coprune.base.native.build import load_kernels
+from coprune.base.native.compilation import load_kernels
 
 TOKENS = 512
 """Inputs of a Gram matrix that are rearranged together, so that they stay in the second cache."""

@@ -17,8 +17,8 @@ from coprune.data import conversations
 from coprune.data.conversations import template_text
 from coprune.data.local_text import split_column
 from coprune.data.tokenizing import encode
+from coprune.evaluation.answers.answer_facts import Asked
 from coprune.evaluation.answers.answer_records import LEAST_TOKENS
-from coprune.evaluation.answers.facts import Asked
 from coprune.model.generation import ends_of, filling, positions_of
 from coprune.recipe.answers import ALONG, AnswersPart
 

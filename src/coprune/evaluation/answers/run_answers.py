@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
+from coprune.evaluation.answers.answer_facts import AnswerFacts, Reference, facts_of
 from coprune.evaluation.answers.answer_generation import KeptRows, ask, divergence, kept_answers, rows_along
 from coprune.evaluation.answers.answer_records import Along, Answers
-from coprune.evaluation.answers.facts import AnswerFacts, Reference, facts_of
 from coprune.evaluation.answers.questions import Plan, Questions, questions_for
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import NumericalError
 from coprune.base.kernels.gram import panels
-from coprune.base.kernels.table import kernel
+from coprune.base.kernels.kernel_table import kernel
 from coprune.base.precision import full_float32, total
 from coprune.base.processes import Processes
 from coprune.base.reading import refuse_if

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import unknown_name
-from coprune.base.options import with_options
+from coprune.base.method_options import with_options
 from coprune.pruning.allocation.allocation import Allocation, Uniform, Unit
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.allocation.fisher import ByFisher

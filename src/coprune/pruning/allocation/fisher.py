@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coprune.base.errors import BadInput, NumericalError, UnsupportedModel
-from coprune.base.options import require_not_negative, require_positive
+from coprune.base.method_options import require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.load import task_of

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coprune.base.options import require_not_negative, require_positive
+from coprune.base.method_options import require_not_negative, require_positive
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.allocation.allocation import Shown, Unit, wish, within_budget
 from coprune.pruning.methods.wanda import wanda_score

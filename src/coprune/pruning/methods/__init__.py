@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.base.options import with_options
+from coprune.base.method_options import with_options
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.pruning.methods.ablate import Ablate
 from coprune.pruning.methods.admm import ADMM

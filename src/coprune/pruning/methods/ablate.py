@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from coprune.base.options import require_positive
+from coprune.base.method_options import require_positive
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import unless_all_zero
 from coprune.pruning.methods.base import Pruned

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.kernels.shifted import inverse_of_factor
-from coprune.base.options import require_positive
+from coprune.base.method_options import require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import refuse_if
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import ScaledGram, damped_cholesky, scale_gram
 from coprune.pruning.methods.base import Pruned
+from coprune.pruning.solver_events import Event
 from coprune.recipe.pattern import Group, Target
 
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.base.kernels.kernel_table import kernel
 from coprune.base.kernels.shifted import Inverse
-from coprune.base.kernels.table import kernel
-from coprune.base.options import require_positive
+from coprune.base.method_options import require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import Questions, refuse_if
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.events import Event
 from coprune.pruning.linear_algebra import ScaledGram, scale_gram
 from coprune.pruning.masked_fit import Rounds, solve_masked
 from coprune.pruning.methods.base import Pruned
+from coprune.pruning.solver_events import Event
 from coprune.recipe.pattern import Group, Target
 
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))

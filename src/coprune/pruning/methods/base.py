@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coprune.model.walk.statistics import Statistic
-from coprune.pruning.events import Event
+from coprune.pruning.solver_events import Event
 from coprune.recipe.pattern import Target
 
 

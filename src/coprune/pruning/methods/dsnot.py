@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.devices import in_host_memory
-from coprune.base.options import require_positive
+from coprune.base.method_options import require_positive
 from coprune.model.walk.statistics import Gram, InputMoments
 from coprune.pruning.methods.base import Method, Pruned, apply_keep
 from coprune.pruning.methods.magnitude import Magnitude

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from coprune.base.options import require_not_negative
+from coprune.base.method_options import require_not_negative
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.linear_algebra import unless_all_zero
 from coprune.pruning.methods.base import Pruned, apply_keep

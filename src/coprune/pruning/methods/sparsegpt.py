@@ -18,8 +18,8 @@ from torch import Tensor
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.kernels.columns import ColumnBlock, Put, push_errors, walk_with_torch
 from coprune.base.kernels.gram import panels
-from coprune.base.kernels.table import kernel
-from coprune.base.options import require_positive
+from coprune.base.kernels.kernel_table import kernel
+from coprune.base.method_options import require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import refuse_if
 from coprune.model.walk.statistics import Gram

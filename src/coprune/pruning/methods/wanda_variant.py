@@ -15,9 +15,9 @@ from torch import Tensor
 from coprune.base.devices import in_host_memory
 from coprune.base.selection import count_pruned, refuse_nan
 from coprune.model.walk.statistics import InputNorm, Statistic
-from coprune.pruning.events import Event
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.pruning.methods.wanda import wanda_score
+from coprune.pruning.solver_events import Event
 from coprune.recipe.pattern import Target
 
 TOLERANCE = 0.001

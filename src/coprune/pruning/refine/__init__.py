@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from coprune.base.options import one_of
+from coprune.base.method_options import one_of
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods.base import Pruned
 from coprune.pruning.refine.refit import Refit

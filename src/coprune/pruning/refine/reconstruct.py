@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from coprune.base.devices import kind_of
 from coprune.base.errors import NumericalError
-from coprune.base.options import require_not_negative, require_positive
+from coprune.base.method_options import require_not_negative, require_positive
 from coprune.base.precision import held_in_float32, precision_on
 from coprune.pruning.refine.trainable_parameters import Trained, sizes_of
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from coprune.base.options import require_not_negative, require_positive
+from coprune.base.method_options import require_not_negative, require_positive
 from coprune.base.precision import full_float32, precision_on
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.masked_fit import Rounds, damp_diagonal, rows_improved, solve_masked

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.devices import in_host_memory
-from coprune.base.options import require_not_negative, require_positive
+from coprune.base.method_options import require_not_negative, require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import Questions
 from coprune.model.walk.statistics import Gram

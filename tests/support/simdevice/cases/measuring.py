@@ -14,7 +14,7 @@ import torch
 import coprune
 from coprune.base.progress import Reporter, Said
 from coprune.recipe.recipe import make_recipe
-from coprune.run.events import BlockPruned
+from coprune.run.phase_events import BlockPruned
 from coprune.runner.run_recipe import run_recipe
 from support.pico_folder import save_pico, write_words
 from support.saved import tensors_of

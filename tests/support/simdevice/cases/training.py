@@ -22,7 +22,7 @@ def trained(folder: Path, family: str, device: str, reporter: Reporter | None = 
     from transformers import training_args
 
     from coprune.recipe.views import training_recipe
-    from coprune.training.run import run_finetuning
+    from coprune.training.finetuning import run_finetuning
     from support.pruned import pruned_model, save, settings_for, write_text
 
     # Which kinds of GPU can compute in bfloat16 transformers keeps a list of.

@@ -11,7 +11,7 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut
 from coprune.model.checkpoint.companions import own_files
-from coprune.report.folder import model_of
+from coprune.report.run_folder import model_of
 
 
 def require_login(repository: str) -> None:

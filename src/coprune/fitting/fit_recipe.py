@@ -12,8 +12,8 @@ from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.fitting.calibration import read_passages
 from coprune.fitting.candidates import EMBEDDINGS, FOREIGN, GIVEN, MIXED, TYPES, Candidate, Cut
+from coprune.fitting.fit_notes import Asked
 from coprune.fitting.fit_settings import Runtime
-from coprune.fitting.notes import Asked
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
 from coprune.gguf_files.types_by_tensor import TENSOR_TYPES
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from families.build import AUTO, Kind, all_types
+from families.build_models import AUTO, Kind, all_types
 from families.judge import Verdict
 
 RESULTS = Path(__file__).with_name("results.jsonl")

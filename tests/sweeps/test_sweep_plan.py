@@ -13,9 +13,9 @@ from coprune.base.pool import Capacity, Cause
 from coprune.run.memory_estimate import DevicePeak, Estimate
 from coprune.run.reuse import KeptEstimate, estimate_key
 from coprune.store.store import Store
+from coprune.sweeps.execution import Execution, Plan
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import SHARED_FOLDER, Sweep
-from coprune.sweeps.run import Execution, Plan
 
 GB = 10**9
 

@@ -13,8 +13,8 @@ from coprune.base.files import write_text
 from coprune.base.pool import Cause, Outcome, Workers, run_all, workers_at
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting, duration
-from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
+from coprune.report.run_folder import REPORT_FILE
 from coprune.run.reuse import KeptEstimate, estimate_key, kept_estimate
 from coprune.stages.checks import prepare_solver
 from coprune.store.claim import Claim, Taken
@@ -23,8 +23,8 @@ from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import SHARED_FOLDER, Sweep
 from coprune.sweeps.finished import Ledger, finished_reports
 from coprune.sweeps.job import RunJob
-from coprune.sweeps.result import SweepResult
 from coprune.sweeps.results import collect
+from coprune.sweeps.sweep_result import SweepResult
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:

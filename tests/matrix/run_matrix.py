@@ -1,4 +1,4 @@
-"""Try coprune on every Python, with the oldest and the newest packages that it says it works with: python tests/matrix/run.py.
+"""Try coprune on every Python with the oldest and newest supported packages: python tests/matrix/run_matrix.py.
 
 Of every row the packages are resolved first, which needs no interpreter and tells of a Python to come whether all have
 wheels for it. Then, where its interpreter is found, a small part of the tests runs: recipes, commands, methods, and a

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import coprune
+from coprune.evaluation.answers.answer_facts import AnswerFacts, Asked, facts_of, judge
 from coprune.evaluation.answers.answer_records import Answered, Answers, is_empty
-from coprune.evaluation.answers.facts import AnswerFacts, Asked, facts_of, judge
 from coprune.recipe.answers import read_conditions
 from coprune.report.answers_section import answers_markdown, answers_section
 from coprune.report.view import Page

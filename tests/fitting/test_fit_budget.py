@@ -15,7 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.fitting.budget import Budget
 from coprune.fitting.calibration import all_windows, own_count, read_passages, texts_in
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.notes import Asked
+from coprune.fitting.fit_notes import Asked
 from coprune.fitting.reader import Reader
 from coprune.fitting.tasks import Task, read_tasks
 from coprune.fitting.workshop import Workshop

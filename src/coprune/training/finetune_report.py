@@ -8,14 +8,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import Sheet, Shown, per_cent
-from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows, judge
+from coprune.evaluation.answers.answer_facts import AnswerFacts, Requirement, answer_rows, judge
 from coprune.evaluation.embeddings import EmbeddingChange, embedding_change
 from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity, Transcribed
 from coprune.evaluation.required import Figure, figures_of_closeness, judge_measured
 from coprune.evaluation.transcripts import TranscriptChange, transcript_change
 from coprune.model.removed import AnyRemoval
 from coprune.recipe.recipe import Recipe
-from coprune.report.made import MadeFacts
+from coprune.report.provenance import MadeFacts
 
 REPORT_FILE = "finetune.json"
 

@@ -9,10 +9,10 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.in_memory import given_samples, handed_over
 from coprune.data.keyword_arguments import FinetuneArguments
-from coprune.recipe.train import Mode
+from coprune.recipe.train_part import Mode
 from coprune.recipe.views import training_recipe
-from coprune.training.report import FinetuneReport
-from coprune.training.run import run_finetuning
+from coprune.training.finetune_report import FinetuneReport
+from coprune.training.finetuning import run_finetuning
 
 
 def finetune(

@@ -18,7 +18,7 @@ from coprune.gguf_files.metadata import Counts, Plan, Planned, architecture, cor
 from coprune.gguf_files.smaller import Exported, exported, made, planned_shape, whole_tensors
 from coprune.gguf_files.tensor_matching import EXACT, Matcher, Piece
 from coprune.gguf_files.verify import STORED_ERROR, WORST_ERROR, require_same_source
-from coprune.gguf_files.vocabulary import without_tokens
+from coprune.gguf_files.vocabulary_metadata import without_tokens
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import decode

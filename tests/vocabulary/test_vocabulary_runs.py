@@ -20,9 +20,9 @@ from coprune.model.removed import Tokens
 from coprune.store.notes import read_note
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.cut import Tried
+from coprune.vocabulary.cut_sources import saved
 from coprune.vocabulary.measure import Judge
 from coprune.vocabulary.samples import LANGUAGES
-from coprune.vocabulary.sources import saved
 from support.commands import run_command
 from support.killing import killed_when
 from support.pico import pico_model
@@ -204,7 +204,7 @@ def test_a_text_that_changed_after_the_choice_is_noticed(
     text.write_bytes(words.read_bytes())
     asked = settings(text, evaluate=False, remove="vocabulary=704")
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.vocabulary.sources.cut_folder", stopped)
+        patch.setattr("coprune.vocabulary.cut_sources.cut_folder", stopped)
         with pytest.raises(KeyboardInterrupt):
             coprune.prune(dense, save=tmp_path / "run", save_model=tmp_path / "small", **asked)
     text.write_text(LANGUAGES["ru"] * 40, encoding="utf-8")
@@ -319,7 +319,7 @@ def test_a_run_that_was_killed_once_its_model_had_its_name_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.vocabulary.sources.cut_folder", stops)
+        patch.setattr("coprune.vocabulary.cut_sources.cut_folder", stops)
         with pytest.raises(KeyboardInterrupt):
             coprune.prune(dense, remove="vocabulary=704", **asked)
     with monkeypatch.context() as patch:

@@ -10,10 +10,10 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Command, Set
 from coprune.data.keyword_arguments import RecipeArguments
 from coprune.recipe.presets import PRESETS
+from coprune.sweeps.execution import Execution, check_sweep, run_sweep
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, finished_reports
-from coprune.sweeps.result import SweepResult
-from coprune.sweeps.run import Execution, check_sweep, run_sweep
+from coprune.sweeps.sweep_result import SweepResult
 
 Lists = str | Path | Mapping[str, Any]
 """A sweep's file, or what it would say."""

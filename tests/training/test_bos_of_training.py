@@ -8,7 +8,7 @@ import pytest
 
 import coprune
 from coprune.base.progress import Reporter
-from coprune.training.report import FinetuneReport
+from coprune.training.finetune_report import FinetuneReport
 from coprune.training.session import prepare_session
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save, write_words

@@ -18,7 +18,7 @@ from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_tran
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
 from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.folder import (
+from coprune.vocabulary.folder_cut import (
     Beside,
     bytes_of,
     cut_folder,

@@ -1,4 +1,4 @@
-"""Load what coprune cuts in the runtimes that serve models: python tests/runtimes/make.py [MODEL …].
+"""Load what coprune cuts in the runtimes that serve models: python tests/runtimes/make_runtimes.py [MODEL …].
 
 Makes an environment per runtime, since each pins its own torch and transformers, and folders of every model with every part
 removed. Each runtime reads each folder, and the uncut source, in a process of its own; the log-probabilities of the next token
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtimes.models import FAMILIES, Tried, real, small
-from runtimes.table import PAGE, ROWS, Row, page, read_rows, write_rows
+from runtimes.runtime_table import PAGE, ROWS, Row, page, read_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
 READERS = Path(__file__).with_name("readers")

@@ -17,7 +17,7 @@ from coprune.removal import rehearsal, removal_plan, smaller_model
 from coprune.removal.rehearsal import alike
 from coprune.removal.smaller_model import Resized, possible_changes
 from coprune.report.run_events import OfMatrix
-from coprune.run.events import Phase
+from coprune.run.phase_events import Phase
 from coprune.runner.run_recipe import run_recipe
 from coprune.stages import run_stages
 from support.killing import killed_when

@@ -16,7 +16,7 @@ import torch
 from coprune.base.devices import Kind, kind_of
 from coprune.base.errors import BadInput
 from coprune.base.kernels import columns, gram, ranks, shifted
-from coprune.base.native import build
+from coprune.base.native import compilation
 
 Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest", "shifted_inverses"]
 
@@ -26,7 +26,7 @@ def always() -> bool:
 
 
 def native_is_there() -> bool:
-    return build.load_kernels() is not None
+    return compilation.load_kernels() is not None
 
 
 @cache

@@ -33,14 +33,13 @@ from coprune.model.checkpoint.weights import InMemory
 from coprune.model.loaded_model import Loaded, open_model
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.train import has_adapters, has_teacher
-from coprune.report.made import MadeFacts
+from coprune.recipe.train_part import has_adapters, has_teacher
+from coprune.report.provenance import MadeFacts
 from coprune.report.schema import installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.distill import Distillation
-from coprune.training.events import Trained
 from coprune.training.finetune_card import adapter_card, finetune_card
-from coprune.training.report import (
+from coprune.training.finetune_report import (
     AccuracyChange,
     Change,
     EmbeddingsChange,
@@ -62,6 +61,7 @@ from coprune.training.saving import round_to, save_model
 from coprune.training.session import Session, prepare_session
 from coprune.training.time_limit import TimeLimit
 from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train, training_device
+from coprune.training.training_events import Trained
 
 
 def run_finetuning(

@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.gguf_files.llama_cpp import LlamaCpp, Quantisation, has_llama_cpp, quantize
 from coprune.gguf_files.metadata import Field, config_of
-from coprune.gguf_files.parts import GgufParts
+from coprune.gguf_files.removed_parts import GgufParts
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.edit import Edit

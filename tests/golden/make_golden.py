@@ -1,4 +1,4 @@
-"""Make the golden figures anew, or say what differs from them: python tests/golden/make.py [--check] [--only PREFIX]."""
+"""Make the golden figures anew, or say what differs from them: python tests/golden/make_golden.py [--check] [--only PREFIX]."""
 
 from __future__ import annotations
 

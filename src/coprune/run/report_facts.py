@@ -12,7 +12,7 @@ from coprune.base.devices import device_memory
 from coprune.base.memory import peak_memory
 from coprune.data.images import LabelledImages
 from coprune.data.labelled_text import LabelledTexts
-from coprune.evaluation.answers.facts import judge
+from coprune.evaluation.answers.answer_facts import judge
 from coprune.evaluation.embeddings import embedding_change
 from coprune.evaluation.measurement import Accuracy, Embedded, Measured, Perplexity, Transcribed
 from coprune.evaluation.required import judge_measured
@@ -23,7 +23,7 @@ from coprune.model.checkpoint.locate import locate
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
-from coprune.report.made import MadeFacts
+from coprune.report.provenance import MadeFacts
 from coprune.report.run_events import OfMatrix
 from coprune.report.schema import (
     CalibrationFacts,

@@ -1,4 +1,4 @@
-"""Try every model of text, images or speech that transformers has: python tests/families/make.py [TYPE …].
+"""Try every model of text, images or speech that transformers has: python tests/families/make_families.py [TYPE …].
 
 Without types: all of them, or all of some kinds, resumed where a run was stopped, and in the end the table in docs/models.md is
 written anew.
@@ -26,9 +26,9 @@ import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import coprune
-from families.build import AUTO, Kind, all_types
+from families.build_models import AUTO, Kind, all_types
+from families.family_table import PAGE, RESULTS, Results, page
 from families.judge import Verdict, judge
-from families.table import PAGE, RESULTS, Results, page
 
 RUNNING = RESULTS.with_suffix(".running.jsonl")
 """What was found so far; it becomes the results when nothing is missing."""

@@ -22,7 +22,7 @@ from coprune.data import calibration_windows, evaluation_tokens
 from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.text import Documents, JoinedText
 from coprune.data.windows import draw_from_documents
-from support.words import word_tokenizer, words
+from support.word_tokenizers import word_tokenizer, words
 
 
 class LocalHub:

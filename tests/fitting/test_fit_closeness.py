@@ -14,7 +14,7 @@ from torch import Tensor
 from coprune.base.progress import Reporter
 from coprune.fitting import score
 from coprune.fitting.candidates import DENSE, Candidate
-from coprune.fitting.notes import Asked
+from coprune.fitting.fit_notes import Asked
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, item_key, score_item
 from coprune.fitting.tasks import Item, Task

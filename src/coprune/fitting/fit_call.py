@@ -21,15 +21,15 @@ from coprune.fitting.budget import EXACT_DENSE
 from coprune.fitting.candidates import AS_GIVEN, EXACT, FOREIGN, Candidate
 from coprune.fitting.elsewhere import look_at_candidates, require_same_model
 from coprune.fitting.finding import Finding, Wish
+from coprune.fitting.fit_notes import Asked
 from coprune.fitting.fit_page import fit_card, fit_page
+from coprune.fitting.fit_recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
+from coprune.fitting.fit_result import PAGE_FILE, Fitted, Row
 from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
-from coprune.fitting.made import bytes_given, bytes_in, copy, digest_of
+from coprune.fitting.made_model import bytes_given, bytes_in, copy, digest_of
 from coprune.fitting.making import Making
-from coprune.fitting.notes import Asked
-from coprune.fitting.recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.require import Held, wanted
-from coprune.fitting.result import PAGE_FILE, Fitted, Row
 from coprune.fitting.search import Search, verdict_of
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
@@ -38,8 +38,8 @@ from coprune.gguf_files.converter import find_converter, no_template
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import ModelFolder, locate
-from coprune.report.folder import REPORT_FILE, model_of
-from coprune.report.made import MadeFacts
+from coprune.report.provenance import MadeFacts
+from coprune.report.run_folder import REPORT_FILE, model_of
 from coprune.report.schema import Report
 from coprune.steps.export import template_of
 

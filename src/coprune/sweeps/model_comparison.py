@@ -21,7 +21,7 @@ from coprune.evaluation.measured_model import Subject, held_against, require_one
 from coprune.evaluation.measurement import Closeness
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import measuring_recipe
-from coprune.report.folder import model_of
+from coprune.report.run_folder import model_of
 from coprune.store.store import Store
 from coprune.sweeps.finished import models_to_compare
 

@@ -1,4 +1,4 @@
-"""Run cases of coprune on the simulated device, each compared with the CPU: python -m support.simdevice.run [--all] [WORD …].
+"""Run cases on the simulated device and compare them with the CPU: python -m support.simdevice.run_cases [--all] [WORD …].
 
 The words name kinds or parts of a case's name. Ends with 1 if any failed.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.simdevice import NAME, SIMULATED
-from support.simdevice.build import missing
+from support.simdevice.compile_device import missing
 
 
 class Outcome(NamedTuple):

@@ -11,8 +11,8 @@ from coprune.report.schema import Report
 from coprune.sweeps.expand import Run
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger
+from coprune.sweeps.paper_tables import perplexity_of, top1_of
 from coprune.sweeps.results import FAILURES
-from coprune.sweeps.table import perplexity_of, top1_of
 
 
 @dataclass(repr=False)

@@ -1,4 +1,4 @@
-"""Hurt coprune on purpose and say what became of it: python tests/torture/run.py [--quick] [--only PART] [--seed N].
+"""Hurt coprune on purpose and say what became of it: python tests/torture/run_torture.py [--quick] [--only PART] [--seed N].
 
 100 tokenizers, chat templates and configurations each, pruned with; 160 runs killed once or twice, half at random
 moments and half at calls of the system, and 24 on a disk that is full at a random byte, each begun again and compared

@@ -20,11 +20,11 @@ from coprune.recipe.pattern import NM
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.runner.run_recipe import run_recipe
+from coprune.training.adapter_merge import merge
 from coprune.training.adapters import load_adapter
+from coprune.training.finetuning import run_finetuning
 from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import find_masks, plain_parameters
-from coprune.training.merge import merge
-from coprune.training.run import run_finetuning
 from coprune.training.saving import save_model
 from coprune.training.trainer import ZeroKeepingTrainer
 from support.pico import pico_model, pico_tokens
@@ -195,7 +195,7 @@ def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.training.run.finish_run_folder", killed)
+        patch.setattr("coprune.training.finetuning.finish_run_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             run(home, tmp_path / "run", mode=mode, max_steps=2)
     weights = weights_of(tmp_path / "run" / "model")
