@@ -81,7 +81,7 @@ def test_a_training_that_failed_before_its_first_state_is_replaced(home: Path, t
         ({"mode": "distill", "teacher": "nowhere/at-all"}, "nowhere/at-all"),
         (
             {"report_to": "tensorbord"},
-            "no tracker tensorbord is installed; pip install tensorbord, or take one that is there",
+            "the tracker tensorbord is not installed; pip install tensorbord",
         ),
         ({"save_model": "training/model"}, "would be in what the run keeps for itself"),
         ({"save_model": ".."}, "which becomes the model's"),

@@ -97,4 +97,4 @@ def test_a_processor_without_products_of_bfloat16_trains_in_float32(
 
     asked, exact = trained("asked", True), trained("exact", False)
     assert all(torch.equal(asked[name], exact[name]) for name in exact)
-    assert lines.count(f"{SLOW_IN_BFLOAT16} So this training computes in float32.") == 1
+    assert lines.count(f"{SLOW_IN_BFLOAT16} This training therefore computes in float32.") == 1

@@ -138,9 +138,7 @@ def test_pruned_and_trained_in_one_run_toward_the_source(place: Path, tmp_path: 
 @pytest.mark.parametrize("kind", ["embeddings", "labels"])
 def test_text_alone_says_nothing_of_vectors_and_labels(kind: str, place: Path, tmp_path: Path) -> None:
     model = dense_model(place, kind)
-    with pytest.raises(
-        BadInput, match="plain text does not say what it should answer; train it toward the dense model"
-    ):
+    with pytest.raises(BadInput, match="for which plain text has no targets; train it toward the dense model"):
         coprune.finetune(model, "dense", dataset=place / "words.txt", save=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
     with pytest.raises(BadInput, match="with finetune='distill'"):

@@ -38,7 +38,7 @@ def test_the_bound_is_weights_gradients_moments_and_the_teacher(dense: Path, dis
     where = ModelFolder(dense, "pico")
     require_room_to_train(where, "all", distills, GPU, lambda device: room_of(needed))
     with pytest.raises(
-        BadInput, match=r"training all weights of pico takes .* GiB on cuda:0 at least, and .* are there"
+        BadInput, match=r"training all weights of pico takes at least .* GiB on cuda:0, and .* are available"
     ):
         require_room_to_train(where, "all", distills, GPU, lambda device: room_of(needed - 1))
 

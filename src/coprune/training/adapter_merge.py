@@ -1,4 +1,4 @@
-"""Adapters merged into the model that they were trained on, from folder to folder."""
+"""Merge adapters into the model that they were trained on, from folder to folder."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ class Merged(Shown):
 
 
 def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: bool = False) -> Merged:
-    """Merge a masked adapter into its pruned model, save that, and see that every zero stayed one.
+    """Merge a masked adapter into its pruned model, save the result, and verify that every zero was kept.
 
     Args:
         model: the pruned model that the adapter was trained on.
         adapter: the adapter's folder.
         output: a folder that does not exist or is empty.
-        quiet: no lines on standard error.
+        quiet: print no messages on standard error.
 
     Returns:
-        Where the model is, and its zeros.
+        The folder of the model, and its zeros.
 
     Raises:
-        BadInput: the adapter is a plain one, or another model's, or the folder is taken.
-        BrokenMask: a weight that was pruned would not be zero any more.
-        VerificationError: what was saved is not what was computed.
+        BadInput: the adapter is a plain one or belongs to another model, or the output folder is not empty.
+        BrokenMask: a pruned weight would no longer be zero.
+        VerificationError: the saved model differs from the one in memory.
     """
     if not isinstance(model, str | Path):
-        held = f"adapters are merged from folder to folder, and a {type(model).__name__} is in memory"
-        raise BadInput(held, field="model", fix="save it and name the folder")
+        held = f"merging reads a model from its folder, and this is a {type(model).__name__} in memory"
+        raise BadInput(held, field="model", fix="save it and pass the folder")
     name, adapter, output = str(model), expand_home(adapter), expand_home(output)
     refuse_occupied(output)
-    read_adapter_config(adapter)  # which is not there, say: known before the model is loaded
+    read_adapter_config(adapter)  # fails before the model is loaded if there is no adapter
     reporter = Reporter(quiet)
     with reporter.libraries():
         location = locate(name)

@@ -1,4 +1,4 @@
-"""Adapters on a pruned model: put on, saved in PEFT's own format, loaded and merged."""
+"""Adapters for a pruned model: add them, save and load them in PEFT's format, merge them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,18 @@ from coprune.training.saving import require_finite
 
 
 def choose_targets(masks: Masks, patterns: Sequence[str], rank: int, alone: Container[int] = ()) -> list[str]:
-    """Return names of the pruned linear layers that get an adapter.
+    """Return the names of the pruned linear layers that get an adapter.
 
-    patterns: shell-like; without, all of them. alone: ids of parameters that get none. Experts that share one parameter,
-    convolutions and an output matrix that is the embedding, too, get none and stay as they are. Raises BadInput for a pattern
-    that matches none, or a rank above the width of a layer.
+    Fused experts, convolutions and output matrices tied to the embedding get none.
+
+    Args:
+        masks: of the model.
+        patterns: shell-like patterns of layer names; empty for all layers.
+        rank: of the adapters.
+        alone: ids of parameters that get no adapter.
+
+    Raises:
+        BadInput: a pattern matches no layer, or the rank exceeds the width of one.
     """
     every = [*(entry.matrix for entry in masks.matrices if not entry.tied), *masks.whole]
     matrices = [matrix for matrix in every if isinstance(matrix.owner, nn.Linear | Conv1D)]
@@ -58,7 +65,7 @@ def choose_targets(masks: Masks, patterns: Sequence[str], rank: int, alone: Cont
     chosen = [m for m in matrices if not patterns or any(fnmatchcase(m.name, p) for p in patterns)]
     if not chosen:
         raise BadInput(
-            "only fused experts or convolutions are pruned, which get no adapters",
+            "only fused experts or convolutions are pruned, and these cannot have adapters",
             field="mode",
             value="lora",
             fix=("use ", Set("mode", "dense")),
@@ -77,7 +84,7 @@ def choose_targets(masks: Masks, patterns: Sequence[str], rank: int, alone: Cont
 def add_adapter(
     model: PreTrainedModel, masks: Masks, targets: list[str], rank: int, alpha: float, masked: bool
 ) -> PeftModel:
-    """Add trainable adapters to some layers of a model; masked ones, or PEFT's plain ones. alpha: as in PEFT."""
+    """Add trainable adapters to the target layers of a model, masked ones or PEFT's plain ones. alpha: as in PEFT."""
     settings: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha,
@@ -93,9 +100,9 @@ def add_adapter(
 
 
 def save_adapter(adapted: PeftModel, folder: Path, card: str) -> None:
-    """Save adapters in PEFT's format (and a model card), whole or not at all.
+    """Save adapters in PEFT's format with a model card, atomically.
 
-    Raises BadInput if the folder is taken, NumericalError if an adapter is not finite, CopruneError on a full disk.
+    Raises BadInput if the folder is not empty, NumericalError if an adapter is not finite, CopruneError on a full disk.
     """
     refuse_occupied(folder)
     require_finite((name, tensor) for name, tensor in adapted.named_parameters() if ".lora_" in name)
@@ -107,7 +114,7 @@ def save_adapter(adapted: PeftModel, folder: Path, card: str) -> None:
 def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftModel:
     """Load adapters, masked or plain, onto the pruned model that they were trained on.
 
-    Raises BadInput for a folder without adapters, or adapters of another model or of other masks.
+    Raises BadInput if the folder has no adapters, or those of another model or with other masks.
     """
     config = read_adapter_config(folder)
     settings = adapter_settings(folder, config, model)
@@ -128,7 +135,7 @@ def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftMode
 def merge_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PreTrainedModel:
     """Merge saved masked adapters into the pruned model that they were trained on.
 
-    Raises BadInput for plain adapters, whose merging would fill the zeros, and as `load_adapter`; BrokenMask.
+    Raises BadInput for plain adapters, which would fill the zeros, and wherever `load_adapter` does; BrokenMask.
     """
     config = read_adapter_config(folder)
     if config.get("coprune_masks") is None:
@@ -139,7 +146,7 @@ def merge_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PreTrai
 
 
 def merge(adapted: PeftModel, masks: Masks) -> PreTrainedModel:
-    """Merge masked adapters that are on a model. Raises BrokenMask if that would not keep every zero."""
+    """Merge the masked adapters of a model into its weights. Raises BrokenMask if a zero is lost."""
     merged: PreTrainedModel = adapted.merge_and_unload()
     masks.verify(plain_parameters(merged))
     return merged
@@ -156,20 +163,20 @@ def plain_warning(masks: Masks) -> str:
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """Silence warnings about transformers' properties that PEFT uses by deprecated names."""
+    """Silence warnings about deprecated names of transformers that PEFT uses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
-_ROW_VALUES = 2**22  # of the dense gradient at a time: 16 MiB in float32
+_ROW_VALUES = 2**22  # values of the dense gradient computed at once: 16 MiB in float32
 
 
 @dataclass
 class MaskedLoraConfig(LoraConfig):
-    """PEFT's configuration of LoRA, with the masks that the update goes with.
+    """PEFT's LoRA configuration with the fingerprint of the masks that the update needs.
 
-    Saved in the same file; PEFT alone warns of the unknown field and would add the update without its mask.
+    It is saved in the same file. PEFT without coprune warns about the unknown field and would apply the update unmasked.
     """
 
     coprune_masks: str | None = field(default=None, metadata={"help": "Fingerprint of the masks of the base model."})
@@ -195,7 +202,7 @@ class MaskedLinear(LoraLinear):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         if len(active) > 1 or kwargs.get("adapter_names") is not None:
-            raise ValueError("masked adapters work one at a time; set_adapter one of them.")
+            raise ValueError("only one masked adapter can be active at a time; select it with set_adapter.")
         base: Any = self.get_base_layer()
         weight = base.weight.T if self.fan_in_fan_out else base.weight
         device = x.device.type
@@ -221,7 +228,7 @@ class MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
         x, weight, a, b = ctx.saved_tensors
         gradient = gradients[0]
-        # Recomputed rather than stored, which would take a second copy of the model.
+        # Recomputed, since storing it would take a second copy of the model.
         needed = ctx.needs_input_grad[0]
         x_gradient = gradient @ masked_weight(weight, a, b, ctx.scaling).to(x.dtype) if needed else None
         outputs, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -237,12 +244,12 @@ class MaskedProduct(torch.autograd.Function):
 
 def masked_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return W + s·(B A) ⊙ keep, out × in. weight: out × in; a: rank × in; b: out × rank."""
-    # Multiplying by the mask is vectorised, which filling by it is not: seven times as fast on a CPU.
+    # mul_ is vectorised and masked_fill_ is not: seven times as fast on a CPU.
     update = torch.mm(b, a).mul_(weight != 0)
     return torch.add(weight, update, alpha=scaling)
 
 
-# Settings that would change the base model, or patterns from an untrusted file.
+# Refused: they would change the base model, or are patterns from an untrusted file.
 _REFUSED = (
     *("layer_replication", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "target_parameters"),
     *("trainable_token_indices", "alora_invocation_tokens", "use_qalora", "lora_bias"),
@@ -251,7 +258,7 @@ _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises BadInput if it is missing or damaged, or not one of LoRA."""
+    """Read adapter_config.json. Raises BadInput if it is missing, damaged, or not LoRA's."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise BadInput(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     config = read_json(folder / ADAPTER_CONFIG)
@@ -265,11 +272,11 @@ def adapter_settings(folder: Path, config: dict[str, Any], model: nn.Module) -> 
 
     Args:
         folder: of the adapter.
-        config: what `read_adapter_config` read in it.
-        model: the one that it is to be put on.
+        config: the result of `read_adapter_config`.
+        model: the model to apply it to.
 
     Raises:
-        BadInput: configuration and tensors do not make one adapter of this model.
+        BadInput: the configuration and tensors are not an adapter of this model.
     """
     asked = [name for name in _REFUSED if config.get(name)]
     if asked or config.get("bias", "none") != "none":
@@ -299,7 +306,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _layers(folder: Path, rank: int, transposed: bool, model: nn.Module) -> list[str]:
-    """Compare every tensor of an adapter with the layer that it names; the names of the layers."""
+    """Check every tensor of an adapter against the layer that it names, and return the layers' names."""
     try:
         entries = read_entries(folder / ADAPTER_WEIGHTS)
     except BadInput as error:
@@ -322,7 +329,7 @@ def _layers(folder: Path, rank: int, transposed: bool, model: nn.Module) -> list
 def _check_factor(
     folder: Path, entry: TensorEntry, name: re.Match[str], rank: int, transposed: bool, modules: dict[str, nn.Module]
 ) -> None:
-    """Raise BadInput where a factor does not fit its layer: A is rank × inputs, B is outputs × rank."""
+    """Raise BadInput if a factor does not fit its layer: A is rank × inputs, B is outputs × rank."""
     layer, factor = name[1], name[2]
     module = modules.get(layer)
     if not isinstance(module, nn.Linear | Conv1D):
@@ -333,6 +340,6 @@ def _check_factor(
     wanted = (rank, inputs) if factor == "A" else (outputs, rank)
     if entry.shape != wanted:
         raise BadInput(
-            f"the adapter in {folder} is of another model: {layer} is {outputs} × {inputs} here, which its tensor of "
-            f"{' × '.join(map(str, entry.shape)) or 'one number'} does not fit"
+            f"the adapter in {folder} is of another model: its tensor of "
+            f"{' × '.join(map(str, entry.shape)) or 'one number'} does not fit {layer}, which is {outputs} × {inputs} here"
         )

@@ -46,9 +46,9 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence and its gradient of a few tokens at a time, whose logits then stay in the processor's cache.
+    """The divergence and its gradient, computed for a few tokens at a time so that their logits stay in the cache.
 
-    Logits are the largest tensors of a step: a pass of all over memory for every operation took an eighth of it.
+    Logits are the largest tensors of a step; one pass over all of them per operation took an eighth of its time.
     """
 
     @staticmethod
@@ -71,7 +71,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         """Return the gradient: the difference of the probabilities, over T."""
-        # In place, since allocating another tensor of this size costs four times as much as the product.
+        # In place: allocating another tensor of this size takes four times as long as the product.
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(gradients[0]), None, None
 
@@ -120,17 +120,17 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of samples as a model takes it; pairs are padded behind their ends."""
+    """A batch of samples as the model's arguments; pairs are padded at the end."""
 
     taken: dict[str, Any]
     labels: Tensor | None
-    """B × S int64: of each position of the logits, `NOTHING` where none counts; else the samples' own."""
+    """Label of each position of the logits, B × S int64, `NOTHING` where it does not count; without pairs, the samples' own."""
     read: Tensor | None = None
     """Positions of the encoder's text, B × S bool; None where all count."""
 
     @classmethod
     def of(cls, inputs: dict[str, Tensor]) -> Batch:
-        """Prepare samples. inputs: the model's, and `labels`; of pairs `written`, what the decoder reads and writes."""
+        """Prepare samples. inputs: the model's, and `labels`; for pairs also `written`, the decoder's tokens."""
         taken: dict[str, Any] = {name: value for name, value in inputs.items() if name not in ("labels", "written")}
         written = inputs.get("written")
         if written is None:
@@ -144,7 +144,7 @@ class Batch:
         return cls(taken, written[:, 1:], read)
 
     def states(self, answer: Any) -> Iterator[tuple[Sequence[Tensor], Tensor | None]]:
-        """Yield the hidden states of each list of blocks, the first of them its embeddings, with the positions that count."""
+        """Yield the hidden states of each list of blocks, starting with its embeddings, and the positions that count."""
         if "decoder_input_ids" not in self.taken:
             yield answer.hidden_states, None
         else:
@@ -154,7 +154,7 @@ class Batch:
 
 
 def target_loss(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the mean cross-entropy of the targets (masked tokens, what a decoder writes), an `Objective`."""
+    """Return the mean cross-entropy of the targets (masked tokens or a decoder's output), an `Objective`."""
     batch = Batch.of(inputs)
     assert batch.labels is not None
     logits = model(**batch.taken).logits
@@ -165,14 +165,14 @@ def target_loss(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Distillation:
-    """The loss of distillation from a teacher beside the student."""
+    """The distillation loss between a student and its teacher."""
 
     teacher: nn.Module
     temperature: float
     hidden: bool
-    """Whether hidden states are compared, too."""
+    """Whether hidden states are compared as well."""
     counterparts: Sequence[Sequence[int]] = ()
-    """Teacher's hidden state for each block, by list of blocks, if some are missing; else all in order."""
+    """Index of the teacher's hidden state for each block, per list of blocks; empty if no block was removed."""
     pooled: Callable[[Tensor], Tensor] | None = None
     """Makes unit vectors of the last hidden states of a model without logits."""
 
@@ -192,18 +192,18 @@ class Distillation:
         errors = []
         pairs = zip(batch.states(student), batch.states(dense), strict=True)
         for number, ((mine, counted), (theirs, _)) in enumerate(pairs):
-            # The first entry is the embeddings, which a mask does not touch.
+            # The first entry is the embeddings, which masks do not change.
             aims = [theirs[i] for i in self.counterparts[number]] if self.counterparts else theirs[1:]
             errors.append(hidden_error(mine[1:], aims, counted))
         return loss + torch.stack(errors).mean()
 
     def _settled(self, model: Any) -> AbstractContextManager[None]:
-        """Let a model answer without dropout, as the teacher does; recomputing activations belongs to training mode."""
+        """Switch dropout off, as in the teacher, unless activations are recomputed, which requires training mode."""
         recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
         return nullcontext() if recomputes else evaluating(model)
 
     def _difference(self, student: Any, teacher: Any, batch: Batch) -> Tensor:
-        """Return how far the answers are apart: of vectors 1 − cosine, of single scores the squared error."""
+        """Return the distance of the outputs: 1 − cosine of vectors, squared error of single scores, else the divergence."""
         if self.pooled is not None:
             mine, dense = (self.pooled(answer.last_hidden_state) for answer in (student, teacher))
             return 1 - (mine * dense).sum(dim=-1).mean()

@@ -1,4 +1,4 @@
-"""Fine-tuning that is called from Python: `coprune.finetune`."""
+"""Fine-tuning from Python: `coprune.finetune`."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from coprune.training.finetuning import run_finetuning
 def finetune(
     model: str | Path, mode: Mode = "lora", *, quiet: bool = False, **settings: Unpack[FinetuneArguments]
 ) -> FinetuneReport:
-    """Recover what pruning cost, with every zero kept, and save the model with its curves.
+    """Fine-tune a pruned model, keep every zero, and save the model with its training curves.
 
-    Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
+    Call it again with the same settings, model and data to resume an interrupted run. Under torchrun or accelerate every
     process calls this.
 
     Args:
         model: the pruned model: a folder or a Hub id.
-        mode: `lora` (low-rank adapters, masked so that merging keeps every zero), `dense` (the weights themselves) or
-            `distill` (the weights, toward the dense model, which `teacher` names), or `lora-distill` (adapters, toward it).
-        quiet: no progress bars and lines on standard error.
-        settings: as `coprune finetune --help` lists them: the data (`dataset`, `seqlen`), how long (`minutes`, `epochs`
-            or `max_steps`), and where the results go (`save`, `save_model`), among others. Data may be handed over, as in
+        mode: `lora` (low-rank adapters, masked so that merging keeps every zero), `dense` (the weights themselves),
+            `distill` (the weights, toward the dense model given by `teacher`) or `lora-distill` (adapters, toward it).
+        quiet: show no progress bars and messages on standard error.
+        settings: as listed by `coprune finetune --help`, such as the data (`dataset`, `seqlen`), the duration (`minutes`,
+            `epochs` or `max_steps`) and the output folders (`save`, `save_model`). Data may be passed in memory, as in
             `coprune.prune`.
 
     Returns:
-        Curves, figures before and after, and where the model is.
+        The curves, the measurements before and after, and the model's folder.
 
     Raises:
-        BadInput: for what cannot be done as asked.
-        BrokenMask: a weight that was pruned is not zero any more.
+        BadInput: the request cannot be fulfilled.
+        BrokenMask: a pruned weight is no longer zero.
         NumericalError: the loss is not finite.
-        VerificationError: what was saved is not what was computed.
+        VerificationError: the saved model differs from the one in memory.
     """
     if not isinstance(model, str | Path):
-        held = f"a model is fine-tuned from its files, and a {type(model).__name__} is in memory"
+        held = f"fine-tuning reads a model from its files, and this is a {type(model).__name__} in memory"
         raise BadInput(
-            held, field="model", fix="save it and name the folder, or train it with coprune.keep_zeros(model)"
+            held, field="model", fix="save it and pass the folder, or train it with coprune.keep_zeros(model)"
         )
     with handed_over(settings, "dataset", "eval_data") as named:
         if "seqlen" not in named and (own := given_samples(named.get("dataset"))):
-            named["seqlen"] = own["seqlen"]  # samples stay as they were cut
+            named["seqlen"] = own["seqlen"]  # the samples' own length
         return run_finetuning(training_recipe({"model": str(model), "mode": mode, **named}), Reporter(quiet))

@@ -24,7 +24,7 @@ def finetune_card(report: FinetuneReport) -> str:
 
 
 def adapter_card(report: FinetuneReport, warning: str) -> str:
-    """Return the card of adapters. warning: the effect of merging plain ones."""
+    """Return the card of adapters. warning: of the effect of merging plain ones."""
     return _card(report, "peft", warning)
 
 
@@ -51,7 +51,7 @@ def _card(report: FinetuneReport, library: str, warning: str = "") -> str:
 
 
 def _source(model: str) -> str:
-    """Return the source of the fine-tuned model, from its folder."""
+    """Return the source model recorded in the model's folder; empty if unknown."""
     try:
         return source_of(expand_home(model)) or ""
     except BadInput:

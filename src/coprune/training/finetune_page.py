@@ -1,4 +1,4 @@
-"""`report.html` of a fine-tuning: figures before and after, the curves, what the model writes, and the settings."""
+"""`report.html` of a fine-tuning: measurements before and after, training curves, generated answers, settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coprune.report.view import Bar, Bars, Card, Copyable, Curves, Link, Page, P
 from coprune.report.wording import number, seconds, short, versions_line
 from coprune.training.finetune_report import REPORT_FILE, AccuracyChange, FinetuneReport
 
-_MOST_POINTS = 400  # of a curve; more are averaged, which no page could show apart
+_MOST_POINTS = 400  # per curve; more are averaged, since a page could not show them apart
 
 
 def is_finetuning(folder: Path) -> bool:
@@ -27,17 +27,17 @@ def is_finetuning(folder: Path) -> bool:
 
 
 def write_finetune_page(folder: Path, path: Path | None = None) -> None:
-    """Write the page of a finished fine-tuning. path: by default in its folder. Raises BadInput for one that has not ended."""
+    """Write the page of a finished fine-tuning. path: by default in its folder. Raises BadInput if it is unfinished."""
     write_page_of(read_as(FinetuneReport, folder / REPORT_FILE), folder, path or folder / PAGE_FILE)
 
 
 def write_page_of(report: FinetuneReport, folder: Path, path: Path) -> None:
-    """Write the page of a report. folder: of the run; path: the page."""
+    """Write the page of a report. folder: of the run; path: of the page."""
     write_text(path, finetune_page(report, links_of_finetuning(folder, expand_home(report.settings.model.name))))
 
 
 def finetune_page(report: FinetuneReport, links: Sequence[Link] = ()) -> str:
-    """Build the page. links: to pages that belong to it."""
+    """Build the page. links: to related pages."""
     settings = report.settings
     name = Path(settings.model.name).name or settings.model.name
     lead = (
@@ -67,7 +67,7 @@ def _sections(report: FinetuneReport) -> Iterator[Section]:
     if said := _zeros(report):
         yield Section("Zeros", note=said)
     recipe = Copyable("settings", report.settings.to_yaml(usual=False))
-    yield Section("Settings", [recipe], "Those that are not at their defaults.")
+    yield Section("Settings", [recipe], "Those that differ from their defaults.")
     yield Section("Versions", note=versions_line(report.versions))
 
 
@@ -99,7 +99,7 @@ def _cards(report: FinetuneReport) -> Iterator[Card]:
 
 
 def _perplexity(report: FinetuneReport) -> Section:
-    """Return bars of perplexity before and after, on every text."""
+    """Return bars of the perplexity before and after, for every text."""
     groups = [
         (
             f"{found.data}, sequence length {found.seqlen}",
@@ -110,7 +110,7 @@ def _perplexity(report: FinetuneReport) -> Section:
         )
         for found in report.perplexity
     ]
-    return Section("Perplexity", [Bars(groups)], "Lower is better; on text that training never saw.")
+    return Section("Perplexity", [Bars(groups)], "On text not used for training; lower is better.")
 
 
 def _accuracy(report: FinetuneReport) -> Section:
@@ -138,7 +138,9 @@ def _curves(report: FinetuneReport) -> Section:
     """Return the training and held-out losses, and separately the learning rate and gradients."""
     training = [(float(one.step), one.loss) for one in report.curve]
     held_out = [(float(one.step), one.loss) for one in report.held_out]
-    apart = has_teacher(report.settings.train.mode)  # whose objective is another quantity than the data's loss
+    apart = has_teacher(
+        report.settings.train.mode
+    )  # the objective of distillation does not compare with the data's loss
     charts = [_curve("training loss" if not apart else "objective of the distillation", training, "training")]
     if held_out:
         charts.append(_curve("loss on held-out samples", held_out, "heldout"))
@@ -151,10 +153,10 @@ def _curves(report: FinetuneReport) -> Section:
 
 
 def _curve(title: str, places: Sequence[tuple[float, float]], kind: str) -> Plot:
-    """Return one curve with fitting axes; a few points are marked."""
+    """Return a curve with fitted axes; its points are marked if there are few."""
     drawn = _thinned(places)
     x = Axis.of("step", [at for at, _ in drawn], lambda value: f"{value:,.0f}")
-    x = replace(x, ticks=[tick for tick in x.ticks if tick[0] == round(tick[0])])  # there is no half step
+    x = replace(x, ticks=[tick for tick in x.ticks if tick[0] == round(tick[0])])  # steps are whole numbers
     y = Axis.of(title, [value for _, value in drawn], lambda value: f"{value:.4g}")
     series = 3 if kind == "heldout" else 1
     points = (
@@ -174,7 +176,7 @@ def _zeros(report: FinetuneReport) -> str:
     if report.pruned_matrices:
         patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
         said.append(
-            f"{per_cent(report.sparsity_before)} of {report.pruned_matrices:,} matrices ({patterns}) were zeros before, "
-            f"{per_cent(report.sparsity_after)} are after (every zero kept); the masks were verified at every save."
+            f"{per_cent(report.sparsity_before)} of {report.pruned_matrices:,} matrices ({patterns}) was zero before, "
+            f"{per_cent(report.sparsity_after)} is zero after (every zero kept); the masks were verified at every save."
         )
     return " ".join(said)

@@ -21,7 +21,7 @@ REPORT_FILE = "finetune.json"
 
 
 class LossPoint(BaseModel):
-    """The training loss at one optimiser step (of distillation: its objective), mean over the step's samples."""
+    """The training loss, or distillation objective, at one optimiser step: mean over the step's samples."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,7 +33,7 @@ class LossPoint(BaseModel):
 
 
 class HeldOutPoint(BaseModel):
-    """The data's own loss on the held-out samples, in nats per token or image."""
+    """The loss on the held-out samples, in nats per token or image."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,7 +43,7 @@ class HeldOutPoint(BaseModel):
 
 
 class PerplexityChange(BaseModel):
-    """Perplexity on one text that training never saw."""
+    """Perplexity on one text that was not used for training, before and after."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -59,7 +59,7 @@ class PerplexityChange(BaseModel):
 
 
 class AccuracyChange(BaseModel):
-    """Accuracy on one set of images that training never saw, with Wilson's 95 % intervals of top-1."""
+    """Accuracy on one set of images that were not used for training, with Wilson's 95 % intervals of top-1."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -81,7 +81,7 @@ class AccuracyChange(BaseModel):
 
 
 class EmbeddingsChange(BaseModel):
-    """Closeness to the dense model's embeddings of texts that training never saw."""
+    """Closeness to the dense model's embeddings of texts that were not used for training."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +98,7 @@ Change = PerplexityChange | AccuracyChange | EmbeddingsChange | TranscriptChange
 
 
 def change(before: Measured, after: Measured, dense: Measured | None = None) -> Change:
-    """Compare two measurements on the same data. dense: the dense model's, which embeddings are compared with."""
+    """Compare two measurements on the same data. dense: the dense model's, needed for embeddings."""
     if isinstance(before, Embedded) and isinstance(after, Embedded):
         assert isinstance(dense, Embedded)
         sides = embedding_change(dense, before), embedding_change(dense, after)
@@ -131,11 +131,11 @@ class FinetuneReport(Shown, BaseModel):
 
     settings: Recipe
     source: str
-    """The text or images."""
+    """Name of the text or images."""
     windows: int
     """Number of samples: windows of text, pairs, or images."""
     block_size: int | None
-    """Tokens per window, of a pair's target at most; None for images."""
+    """Tokens per window, or the maximum per target of a pair; None for images."""
     fingerprint: str
     """Fingerprint of the training data."""
     processes: int
@@ -145,9 +145,9 @@ class FinetuneReport(Shown, BaseModel):
     """Number of pruned matrices by pattern."""
     sparsity_before: float
     sparsity_after: float
-    """Sparsity of the pruned matrices; with unmerged adapters, of the weights beside them."""
+    """Sparsity of the pruned matrices; unmerged adapters are not counted."""
     masks: str
-    """Fingerprint of the masks, all of which were verified at every save."""
+    """Fingerprint of the masks, which were verified at every save."""
     steps: int
     seconds: float
     curve: list[LossPoint]
@@ -159,40 +159,40 @@ class FinetuneReport(Shown, BaseModel):
     accuracy: list[AccuracyChange] = []
     embeddings: list[EmbeddingsChange] = []
     transcripts: list[TranscriptChange] = []
-    """Transcripts beside those of the model before its training."""
+    """Transcripts compared with those of the model before its training."""
     unit: str = "windows"
     """Name of the samples."""
     removed: list[AnyRemoval] = []
     """Parts removed before the training."""
     answers: AnswerFacts | None = None
-    """Answers of the model, where they were checked."""
+    """Answers of the model, if they were checked."""
     no_answers: str | None = None
-    """Why it was not, where it would have been."""
+    """Why they were not checked, if they should have been."""
     required: tuple[Requirement, ...] = ()
     made: MadeFacts
 
     @property
     def samples(self) -> str:
-        """The samples in words, without their number."""
+        """Description of the samples, without their number."""
         if self.block_size is None:
             return "images"
         return f"{self.unit} of {'' if self.unit == 'windows' else 'at most '}{self.block_size} tokens"
 
     def answered(self, answers: AnswerFacts | None, left_out: str | None) -> FinetuneReport:
-        """Return the report with answers and all requirements. left_out: why there are no answers."""
+        """Return the report with answers and judged requirements. left_out: why there are no answers."""
         asked = self.settings.evaluate.answers
         required = judge(asked.conditions, answers) + judge_measured(asked.measured, self.figures())
         return self.model_copy(update={"answers": answers, "no_answers": left_out, "required": required})
 
     def figures(self) -> list[Figure]:
-        """Return what was measured after the training, as conditions call it."""
+        """Return the measurements after the training under the names that conditions use."""
         found = [Figure("perplexity", one.data, one.after) for one in self.perplexity]
         found += [Figure("accuracy", one.data, one.after_top1) for one in self.accuracy]
         found += [Figure("word_error", one.data, one.pruned) for one in self.transcripts if one.pruned is not None]
         return [*found, *figures_of_closeness(one.after for one in self.embeddings)]
 
     def headline(self) -> str:
-        """Return model and mode, and the effect on the first text."""
+        """Return a line with model, mode and the effect on the first text."""
         measured = f", perplexity {self.perplexity[0].line()}" if self.perplexity else ""
         measured += "".join(f", {found.line()}" for found in self.embeddings[:1])
         return f"{Path(self.settings.model.name).name}: {self.settings.train.mode}, {self.steps} steps{measured}"

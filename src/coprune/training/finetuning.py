@@ -1,4 +1,4 @@
-"""A fine-tuning run from settings to report: load, find the masks, measure, train, measure again, save."""
+"""Run a fine-tuning: load the model, find the masks, measure, train, measure again, save."""
 
 from __future__ import annotations
 
@@ -69,18 +69,20 @@ def run_finetuning(
 ) -> FinetuneReport:
     """Fine-tune a pruned model so that every zero stays zero, and save the result with its curves.
 
-    Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
-    process calls this.
+    Resumes an interrupted run with the same settings, model and data. Under torchrun or accelerate every process calls this.
 
     Args:
         settings: of the training.
-        reporter: hears of it; by default on standard error.
-        began: when a limit of minutes began, by `time.monotonic`; by default now.
-        after_pruning: whether the same run pruned the model before.
+        reporter: receives progress; by default it prints to standard error.
+        began: start of the time limit by `time.monotonic`; by default now.
+        after_pruning: whether the model was pruned in the same run.
+
+    Returns:
+        The report of the training.
 
     Raises:
-        BadInput: for what cannot be done as asked.
-        BrokenMask, NumericalError, VerificationError: as `coprune.finetune`.
+        BadInput: the request cannot be fulfilled.
+        BrokenMask, NumericalError, VerificationError: as in `coprune.finetune`.
     """
     minutes = settings.train.minutes
     limit = TimeLimit(None if minutes is None else 60 * minutes, began or time.monotonic(), after_pruning)
@@ -91,7 +93,7 @@ def run_finetuning(
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
     asked, settings = settings, in_precision_of_the_device(settings)
     if asked.train.dtype != settings.train.dtype:
-        reporter.say(f"{SLOW_IN_BFLOAT16} So this training computes in float32.")
+        reporter.say(f"{SLOW_IN_BFLOAT16} This training therefore computes in float32.")
     settings, said = beside_others(settings)
     if said is not None:
         reporter.say(said)
@@ -104,7 +106,7 @@ def run_finetuning(
 
 
 def with_a_text(settings: Recipe) -> Recipe:
-    """Return the settings with the text that needs no network, where none is named and the model reads text."""
+    """Return the settings with the embedded text, which needs no network, if the model reads text and none is named."""
     if "data" in settings.calibrate.model_fields_set:
         return settings
     reads_text = task_at(locate(settings.model.name, settings.model.cache_dir)) in (*READ_TEXT, "labels")
@@ -112,14 +114,14 @@ def with_a_text(settings: Recipe) -> Recipe:
 
 
 def in_precision_of_the_device(settings: Recipe) -> Recipe:
-    """Return the settings without bfloat16 where it is slow."""
+    """Return the settings with float32 if they ask for bfloat16 and it is slow on the device."""
     if settings.train.dtype != "bfloat16" or multiplies_bfloat16(training_device(settings.model.device)):
         return settings
     return settings.replaced(finetune_dtype="float32")
 
 
 def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) -> FinetuneReport:
-    joined = dist.is_initialized()  # the caller joined the processes, and goes on with them afterwards
+    joined = dist.is_initialized()  # then the caller goes on using the process group
     session = prepare_session(settings, reporter, limit, training_device(settings.model.device))
     if first and settings.output.overwrite:
         replace_earlier(settings)
@@ -154,14 +156,14 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
 
 
 def _release(model: PreTrainedModel | PeftModel, trainer: ZeroKeepingTrainer) -> None:
-    """Take off what training put around a model's forward, so that it computes as the saved model will."""
+    """Remove the training's wrappers of a model's forward, so that it computes like the saved model."""
     accelerator: Any = trainer.accelerator
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.__dict__.pop("forward", None)
 
 
 def _measure(session: Session, which: str) -> dict[str, Measured]:
-    """Measure perplexity or accuracy of the model as it is now, adapters included, on all evaluation data."""
+    """Measure the current model, adapters included, on all evaluation data."""
     found: dict[str, Measured] = {}
     model: Any = session.model
     torch.nn.Module.to(model, training_device(session.settings.model.device))
@@ -175,7 +177,7 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
 
 
 def _measure_teacher(session: Session, objective: Distillation | None) -> dict[str, Measured]:
-    """Embed with the dense model, which an embedding model is compared with; other models stand for themselves."""
+    """Embed the evaluation data with the dense model, for comparison; empty for models that do not embed."""
     text = session.task.inputs.text
     if session.loaded.task != "embeddings" or text is None or objective is None or not session.evaluation:
         return {}
@@ -192,9 +194,9 @@ def _finish(
     trained: int,
     limit: TimeLimit,
 ) -> FinetuneReport:
-    """Measure, merge, verify and save; what a run resumes from is removed last.
+    """Measure, merge, verify and save; the resumable states are removed last.
 
-    seen: what was measured before, of the model and of the dense one, and what it wrote.
+    seen: measurements of the model before training and of the dense one, and answers.
     """
     settings, (before, dense, look) = session.settings, seen
     adapts = has_adapters(settings.train.mode)
@@ -208,7 +210,7 @@ def _finish(
     draft = _report(session, trainer, changes, trained, adapter, folder).answered(look.facts(), look.left_out)
     model: Any = session.model
     if adapter is not None:
-        shutil.rmtree(adapter, ignore_errors=True)  # of an earlier try: the report was not written yet
+        shutil.rmtree(adapter, ignore_errors=True)  # left by an earlier attempt without a report
         save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
     if folder is not None:
         announce(draft, settings.training_folder)
@@ -267,15 +269,15 @@ def _sparsity_now(session: Session) -> float:
 
 
 def look_before(session: Session, limit: TimeLimit) -> Look:
-    """Generate answers with the model before its fine-tuning, or with the dense one instead.
+    """Generate reference answers, with the model before its fine-tuning or with the dense model.
 
     Raises:
-        BadInput: answers that the user asked for are not possible, or the dense model has other tokens.
+        BadInput: the requested answers are not possible, or the dense model has other tokens.
     """
     settings, reporter = session.settings, session.reporter
     plan = plan_of(settings.evaluate.answers, saves=True)
     device = training_device(settings.model.device)
-    # Only for requested answers where it teaches, since it has to be loaded again.
+    # In distillation only for requested answers, since the dense model has to be loaded again.
     asked = settings.evaluate.answers
     compares = asked.prompts is not None or any(condition.needs_dense for condition in asked.conditions)
     name = settings.train.teacher if compares or not has_teacher(settings.train.mode) else None
@@ -292,7 +294,7 @@ def look_before(session: Session, limit: TimeLimit) -> Look:
         reporter.say(f"Loading the dense model {name}")
         dense = open_model(part, stream=False)
         _require_same_tokens(session, dense)
-        # The prompts are tokens of the model's own tokenizer.
+        # The prompts were tokenised with the model's own tokenizer.
         dense = Loaded(InMemory(dense.model), session.loaded.processor, dense.source, dense.quantised_source)
         look.ask_dense(dense, reporter)
         look.keep_rows(dense)
@@ -311,18 +313,16 @@ def _require_same_tokens(session: Session, dense: Loaded) -> None:
 
 
 _OF_TOKENS, _OF_CLASSES = 1.0, 2.0
-"""Temperatures at which distributions over tokens, and over classes, are compared."""
+"""Temperatures for comparing distributions over tokens and over classes."""
 
 
 def distillation_of(session: Session, limit: TimeLimit) -> Distillation | None:
-    """Return the loss of distillation, with its teacher in memory; None for the data's own loss."""
+    """Return the distillation loss with its teacher in memory; None in modes without a teacher."""
     settings = session.settings
     if not has_teacher(settings.train.mode):
         return None
     assert settings.train.teacher is not None
-    session.reporter.say(
-        f"Loading the teacher {settings.train.teacher}: about {limit.loading:.0f} s, as the model took"
-    )
+    session.reporter.say(f"Loading the teacher {settings.train.teacher}: about {limit.loading:.0f} s, as for the model")
     with session.reporter.bar("Loading the teacher", 1.0):
         teacher, _ = load_model(locate(settings.train.teacher, settings.model.cache_dir), "auto")
     _require_same_outputs(session.loaded.model, teacher)
@@ -343,13 +343,13 @@ def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
     """Make a teacher compute in bfloat16 like the student, whatever dtype its weights have."""
     for module in teacher.modules():
         if isinstance(module, torch.nn.Linear):
-            # Autocast would convert the weight again for every batch; the embedding keeps a tied weight unconverted.
+            # Converted once, where autocast would do it for every batch; a tied embedding keeps the original weight.
             module.weight = torch.nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
     teacher.forward = torch.autocast(device.type, torch.bfloat16)(teacher.forward)
 
 
 def _counterparts(session: Session, teacher: PreTrainedModel) -> list[list[int]] | None:
-    """Return the teacher's hidden state for each block, by list; None, with a message, where they do not compare."""
+    """Return the index of the teacher's hidden state for each block, by list; None, with a message, if they do not match."""
     mine, found = session.loaded.model, list[list[int]]()
     lists = [by_list(find_blocks(model)) for model in (mine, teacher)]
     for own, theirs in zip(*lists, strict=False):
@@ -359,7 +359,7 @@ def _counterparts(session: Session, teacher: PreTrainedModel) -> list[list[int]]
     alike = mine.config.get_text_config().hidden_size == teacher.config.get_text_config().hidden_size
     if alike and len(found) == len(lists[0]) == len(lists[1]):
         return found
-    session.reporter.say("Hidden states are not compared, since they cannot be matched with the teacher's.")
+    session.reporter.say("Hidden states are not compared, since they do not match the teacher's.")
     return None
 
 

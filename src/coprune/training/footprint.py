@@ -1,4 +1,4 @@
-"""The memory of training the whole model, from the shapes of its weights, without importing anything of training."""
+"""Memory for training a whole model, from the shapes of its weights; imports no training code."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
 from coprune.recipe.train_part import LEARNING_RATES
 
-# A weight and its gradient in float32, and the moments of the optimiser.
+# A weight and its gradient in float32, and the two moments of the optimiser.
 TRAINED_BYTES = 16
 _HELD_BYTES = 4
-"""A weight that is not trained, in float32 beside those that are."""
+"""Bytes of a frozen weight, which is float32 like the trained ones."""
 
 
 def training_bytes(sizes: Iterable[tuple[str, int]], scope: str) -> int:
-    """Return what a model's weights take while they are trained, with gradients and moments.
+    """Return the bytes of a model's weights in training, with gradients and moments.
 
     Args:
-        sizes: names of its tensors, and how many weights each has.
-        scope: as the settings of a fine-tuning name it; what is in a block is told by numbers in names, and routers are
-            next to nothing.
+        sizes: names of its tensors and their numbers of weights.
+        scope: of the training, as in its settings. Tensors with a number in their name belong to a block; routers are
+            too small to count.
     """
     needed = 0
     for name, size in sizes:
@@ -46,16 +46,15 @@ def require_room_to_train(
     device: torch.device,
     memory: Callable[[torch.device], DeviceMemory | None] = device_memory,
 ) -> None:
-    """Raise BadInput if a model's weights could not all be trained in the memory of a device.
+    """Raise BadInput if a device has too little memory to train a model's weights.
 
-    Activations are not counted, so a training that passes may still not fit.
+    Activations are not counted, so a training that passes may still run out of memory.
 
     Args:
-        location: the model that is to be pruned and then trained, and the teacher of a distillation.
-        scope: what is trained, as the settings of a fine-tuning name it. No model is loaded yet: numbers in names tell what
-            is in a block.
-        distills: whether the dense model lies beside the trained one.
-        device: where both go.
+        location: the model to prune and train; in distillation also the teacher.
+        scope: of the training, as in its settings.
+        distills: whether the dense model is in memory as well.
+        device: of the training.
         memory: reads a device's memory.
     """
     sizes, stored = _sizes(location)
@@ -65,8 +64,8 @@ def require_room_to_train(
         return
     what = "all weights" if scope == "all" else f"the {scope}"
     raise BadInput(
-        f"training {what} of {location.name} takes {needed / GIB:.1f} GiB {where} at least, and "
-        f"{available / GIB:.1f} are there",
+        f"training {what} of {location.name} takes at least {needed / GIB:.1f} GiB {where}, and "
+        f"{available / GIB:.1f} are available",
         field="finetune",
         fix=(
             "use ",
@@ -88,7 +87,7 @@ def require_room_to_train(
 
 
 def _sizes(location: Location) -> tuple[list[tuple[str, int]], int]:
-    """Return the number of weights of each tensor of a model, and the bytes of all once loaded."""
+    """Return the number of weights of each tensor of a model, and the bytes of all tensors once loaded."""
     if isinstance(location, GgufFile):
         sizes = [(t.name, int(t.n_elements)) for t in gguf_reader(location.path, field="model").tensors]
         return sizes, 4 * sum(size for _, size in sizes)  # decoded to float32

@@ -1,7 +1,7 @@
 """Keep the zeros of a pruned model in any training: a plain loop, transformers' Trainer, TRL.
 
-As `hold_zeros` does for coprune's own optimiser, for any optimiser of torch, created at any time: gradients are masked as they
-are accumulated, and a pruned weight is set to zero again after every step.
+`keep_zeros` works with any torch optimiser, created at any time: it masks gradients as they are accumulated and sets pruned
+weights to zero again after every step. `hold_zeros` does so for coprune's own optimiser.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from coprune.training.masks import Masks, find_masks, plain_parameters
 
 
 def keep_zeros(model: nn.Module, *, quiet: bool = False) -> ZeroKeeper:
-    """Keep every zero of a pruned model, and its N:M, whatever optimiser of torch trains it.
+    """Keep every zero of a pruned model, and its N:M pattern, while any torch optimiser trains it.
 
-    It holds from this call on. What is returned is a context manager, at whose end the zeros are checked and let go, and
-    a callback for transformers' Trainer and what is built on it, which checks them at every save and at the end.
+    This takes effect immediately. The result is a context manager that verifies and releases the zeros at its end, and a
+    callback for transformers' Trainer and its subclasses that verifies them at every save and at the end of training.
 
     Args:
         model: the pruned model in memory; its zeros are the mask.
-        quiet: say nothing on standard error of what was kept.
+        quiet: print no messages on standard error.
 
     Returns:
-        What keeps the zeros, until its `release`.
+        The object that keeps the zeros until its `release`.
 
     Raises:
-        BadInput: the model is dense or not in memory, or FSDP would share its parameters out among processes.
+        BadInput: the model is dense or not in memory, or FSDP would shard its parameters.
     """
     if not isinstance(model, nn.Module):
-        named = f"zeros are kept of a model in memory, and {str(model)!r:.80} is a {type(model).__name__}"
+        named = f"keep_zeros takes a model in memory, and {str(model)!r:.80} is a {type(model).__name__}"
         raise BadInput(named, field="model", fix="load it first, as with AutoModelForCausalLM.from_pretrained")
     if asks_for_fsdp():
         fix = "use data parallel processes: torchrun, or accelerate without FSDP"
-        raise BadInput("zeros are not kept over FSDP", fix=fix)
+        raise BadInput("zeros cannot be kept with FSDP", fix=fix)
     return ZeroKeeper(model, find_masks(model, named=_pruned_before(model)), Reporter(quiet))
 
 
 class _Mask:
-    """Mask of a parameter's kept entries. It does not refer to the parameter, whose hook holds it, so both are freed together."""
+    """Mask of a parameter's kept entries. It has no reference to the parameter, whose hook holds it, to avoid a cycle."""
 
     def __init__(self, keep: Tensor) -> None:
         self._keep = keep
 
     @torch.no_grad()
     def hold(self, tensor: Tensor) -> None:
-        """Set what is pruned to zero, wherever the model is by now."""
+        """Set pruned entries to zero, on the tensor's device."""
         self._keep = self._keep.to(tensor.device)
         tensor.mul_(self._keep)
 
@@ -71,7 +71,7 @@ class _Mask:
             self.hold(parameter.grad)
 
 
-# The masks of every parameter that is kept, for as long as it lives.
+# The masks of each parameter, for the parameter's lifetime.
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -82,12 +82,12 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
                 mask.hold(parameter)
 
 
-# Applies to all optimisers, also those created later.
+# Applies to all optimisers, including those created later.
 register_optimizer_step_post_hook(_after_step)
 
 
 class ZeroKeeper(TrainerCallback):
-    """Callback that keeps a model's zeros, made by `coprune.keep_zeros`. It stays active even if nobody holds it."""
+    """Callback that keeps a model's zeros, created by `coprune.keep_zeros`. It stays active without references to it."""
 
     def __init__(self, model: nn.Module, masks: Masks, reporter: Reporter) -> None:
         self.masks = masks
@@ -101,12 +101,12 @@ class ZeroKeeper(TrainerCallback):
             self._held.append((parameter, mask, _hook(parameter, mask.hold_gradient)))
 
     def line(self) -> str:
-        """Return a line on the kept zeros."""
+        """Return a message about the kept zeros."""
         patterns = ", ".join(f"{count} × {name}" for name, count in self.masks.patterns.items())
         return f"Every zero kept: {per_cent(self.masks.sparsity)} of {len(self.masks.matrices)} matrices ({patterns})."
 
     def verify(self) -> None:
-        """Raise BrokenMask, naming the first matrix, if a pruned weight is not zero or an N:M is none any more."""
+        """Raise BrokenMask, naming the first matrix, if a pruned weight is not zero or an N:M pattern is violated."""
         try:
             self.masks.verify(self._parameters)
         except BrokenMask as error:
@@ -114,7 +114,7 @@ class ZeroKeeper(TrainerCallback):
             raise BrokenMask(error.cause, fix=cause) from None
 
     def release(self) -> None:
-        """Keep the zeros no longer."""
+        """Stop keeping the zeros."""
         for parameter, mask, hook in self._held:
             hook.remove()
             _kept[parameter].remove(mask)
@@ -129,19 +129,19 @@ class ZeroKeeper(TrainerCallback):
             self._tell()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse another model than the one whose zeros are kept."""
+        """Raise BadInput if the trainer's model is not the one whose zeros are kept."""
         trained = plain_parameters(kwargs["model"])
         if any(trained.get(name) is not self._parameters[name] for name in self.masks.pruned):
-            fix = "trainer.add_callback(coprune.keep_zeros(trainer.model)) keeps those of the trainer's own"
-            raise BadInput("the trainer trains another model than the one whose zeros are kept", fix=fix)
+            fix = "use trainer.add_callback(coprune.keep_zeros(trainer.model))"
+            raise BadInput("the trainer's model is not the one whose zeros are kept", fix=fix)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the zeros, and say what was kept."""
+        """Verify and report the zeros."""
         self._said = state.global_step
         self._tell()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the zeros at the end, unless they were just saved."""
+        """Verify the zeros at the end, unless they were just saved."""
         if self._said != state.global_step:
             self._tell()
 
@@ -152,7 +152,7 @@ class ZeroKeeper(TrainerCallback):
 
 
 def _hook(parameter: nn.Parameter, mask: Any) -> RemovableHandle:
-    """Mask a gradient when it is accumulated; for a frozen parameter, once it is trained after all."""
+    """Mask a gradient when it is accumulated; of a frozen parameter, once it is unfrozen."""
     trained = parameter.requires_grad
     handle: RemovableHandle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(mask)
     parameter.requires_grad_(trained)
@@ -166,13 +166,13 @@ def _pruned_before(model: nn.Module) -> set[str]:
 
 
 _WEIGHT_BY_WEIGHT = (Adam, AdamW, SGD)
-"""Optimisers whose update and decay are zero for a zero weight with zero gradients and moments."""
+"""Optimisers that leave a zero weight with zero gradients and moments at zero."""
 
 
 def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
-    """Make an optimiser leave every pruned weight of a model at zero, for as long as both live.
+    """Make an optimiser keep every pruned weight of a model at zero, for the lifetime of both.
 
-    model: has the optimiser's parameters, wrapped or sharded as they may be; masks: of the plain model.
+    model: holds the optimiser's parameters, possibly wrapped or sharded; masks: of the unwrapped model.
     """
     held: list[_Held] = []
     by_itself = type(optimizer) in _WEIGHT_BY_WEIGHT
@@ -204,11 +204,11 @@ class _Held:
     parameter: nn.Parameter
     keep: Tensor
     masked: bool = False
-    """Whether its gradient was masked since the last step. Hooks miss gradients that are not accumulated, and those of a
-    parameter that was swapped (`torch.__future__.set_swap_module_params_on_conversion`), as some devices do."""
+    """Whether the gradient was masked since the last step. Hooks miss gradients that are not accumulated, and those of a
+    parameter swapped by a device conversion (`torch.__future__.set_swap_module_params_on_conversion`)."""
     clean: bool | None = None
-    """Whether the optimiser keeps pruned weights zero by itself: its state is zero there, and stays so with masked gradients.
-    None: not checked yet, since a resumed training may bring a state with it."""
+    """Whether the optimiser keeps pruned weights zero by itself: its state there is zero and stays so with masked gradients.
+    None if not checked yet; a resumed training may restore a nonzero state."""
 
     def mask_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -216,14 +216,14 @@ class _Held:
             self.masked = True
 
     def after_step(self, state: Mapping[str, Any]) -> None:
-        """Restore zeros after a step. state: the optimiser's of the parameter."""
+        """Restore zeros after a step. state: of the optimiser, for this parameter."""
         if self.clean is None:
             moments = [one for one in state.values() if isinstance(one, Tensor) and one.shape == self.keep.shape]
             keep = _own(self.keep)
             self.clean = not any(bool(_own(one).masked_fill(keep, 0).any()) for one in moments)
         self.masked = False
         if not self.clean:
-            # Faster than masked_fill. A weight that is not finite stays so and fails the next save.
+            # Faster than masked_fill. Weights that are not finite stay so, and the next save fails.
             self.parameter.mul_(self.keep)
 
 
@@ -233,9 +233,9 @@ def _own(whole: Tensor) -> Tensor:
 
 
 def _like(keep: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Move a mask to its parameter's device, sharded alike."""
+    """Move a mask to its parameter's device, with the parameter's sharding."""
     if isinstance(parameter, DTensor):
-        # Every process has the whole mask, so it takes its shard without communication.
+        # Every process holds the whole mask, so no communication is needed.
         return distribute_tensor(
             keep.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )

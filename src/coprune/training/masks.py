@@ -1,7 +1,7 @@
-"""The zeros of a pruned model: where they are, which pattern they follow, and whether they are still there.
+"""The zeros of a pruned model: their positions, their patterns, and whether they are still zero.
 
-A checkpoint says nothing about how it was pruned, so its zeros are the mask. A matrix counts as pruned when more than
-a small share of it is zero, since trained weights hold a few zeros by chance.
+A checkpoint does not record how it was pruned, so its zeros are the mask. A matrix counts as pruned if more than a small
+share of it is zero, since trained weights contain a few zeros by chance.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PrunedMatrix:
 
     @property
     def tied(self) -> bool:
-        """Whether its parameter belongs to another module first, as an embedding shared with the output layer."""
+        """Whether another module owns its parameter, such as an embedding tied to the output layer."""
         return self.parameter != _plain_name(self.matrix.parameter)
 
     def rows_of(self, whole: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ class Masks:
 
     matrices: list[PrunedMatrix]
     pruned: dict[str, Tensor]
-    """Parameter name → bool in the stored layout, True where a weight is pruned and has to stay zero; also of what is no
-    matrix, as most routers."""
+    """Parameter name → bool in the stored layout, True where a weight is pruned and has to stay zero. Includes parameters
+    outside of `matrices`, such as most routers."""
     whole: list[Matrix] = field(default_factory=list)
-    """After removal: matrices of the blocks without zeros to keep, which are trained as well."""
+    """After a removal: matrices of the blocks without zeros, which are trained as well."""
 
     @property
     def sparsity(self) -> float:
@@ -83,9 +83,9 @@ class Masks:
         return digest.hexdigest()[:16]
 
     def verify(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise BrokenMask, naming the first matrix, where a pruned weight is not zero or a pattern does not hold.
+        """Raise BrokenMask, naming the first matrix, if a pruned weight is not zero or a pattern is violated.
 
-        parameters: by their names in the plain model (see `plain_parameters`).
+        parameters: by their names in the unwrapped model (see `plain_parameters`).
         """
         for name in self.pruned.keys() - {entry.parameter for entry in self.matrices}:
             lost = int((parameters[name].detach()[self.pruned[name].to(parameters[name].device)] != 0).sum())
@@ -113,13 +113,13 @@ def find_masks(
     """Derive the masks of a pruned model from its zeros.
 
     Args:
-        model: as it was pruned.
-        least: a matrix with a smaller fraction of zeros does not count as pruned, unless it is named as such.
-        named: what is.
-        smaller: names of its blocks, if parts of the model were removed, which it may be without any zeros then.
+        model: the pruned model.
+        least: minimum fraction of zeros of a pruned matrix that is not in `named`.
+        named: matrices known to be pruned.
+        smaller: names of the model's blocks, if parts of it were removed; it may then have no zeros.
 
     Raises:
-        BadInput: for a dense model, which has no mask to keep.
+        BadInput: the model is dense.
     """
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     matrices: list[PrunedMatrix] = []
@@ -156,7 +156,7 @@ def find_masks(
 
 
 def _no_matrices(known: Mapping[int, str], model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield parameters of two dimensions that no layer of torch's own holds, as most routers'. known: names by identity."""
+    """Yield 2-D parameters outside of torch's own layers, such as most routers. known: parameter names by id."""
     for module in model.modules():
         if not isinstance(module, nn.Linear | nn.Embedding):
             for parameter in module.parameters(recurse=False):
@@ -166,19 +166,19 @@ def _no_matrices(known: Mapping[int, str], model: nn.Module) -> Iterator[tuple[s
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a model's parameters by their names before adapters, data parallelism or compilation wrapped them."""
+    """Return a model's parameters by their names without the wrappers of adapters, data parallelism and compilation."""
     return {_plain_name(name): p for name, p in model.named_parameters() if not _is_adapter(name)}
 
 
 def parameters_within(model: nn.Module, blocks: Sequence[str], masks: Masks) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a model's blocks, given by name, and outside of them the pruned ones and vectors."""
+    """Yield the parameters of the named blocks, and outside of them the pruned parameters and vectors."""
     for name, parameter in model.named_parameters():
         if name in masks.pruned or parameter.ndim < 2 or is_below_any(name, blocks):
             yield parameter
 
 
 def routers_within(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Parameter]:
-    """Yield the parameters that choose among the experts of blocks. Raises BadInput where there are none."""
+    """Yield the parameters of the routers in blocks. Raises BadInput if there are none."""
     names = set[str]()
     for block in blocks:
         names |= routers_of(block, [*find_matrices(block.module, block.name)], large_parameters(block))
@@ -191,9 +191,9 @@ def routers_within(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Par
 
 
 def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.Parameter]:
-    """Yield parameters whose name, or whose module's name, matches a shell-like glob; all without globs.
+    """Yield parameters whose name or module matches a shell-like glob; all parameters if there are no globs.
 
-    Raises BadInput for a glob that matches nothing.
+    Raises BadInput if a glob matches nothing.
     """
     parameters = dict(model.named_parameters())
     for glob in globs:
@@ -210,18 +210,18 @@ def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.P
 
 
 def leave_alone(model: nn.Module, blocks: Sequence[Block], globs: tuple[str, ...]) -> set[int]:
-    """Find the parameters that patterns leave alone.
+    """Find the parameters that are excluded from training.
 
     Args:
-        model: the plain model.
-        blocks: its blocks; one of which all matrices are left alone stays as a whole, with its norms.
-        globs: as in pruning. Of experts in one parameter all stay if one is named.
+        model: the unwrapped model.
+        blocks: its blocks; if all matrices of a block are excluded, so is the rest of it, such as norms.
+        globs: patterns as in pruning. A pattern for one of several fused experts excludes all of them.
 
     Returns:
-        Their ids.
+        Ids of the parameters.
 
     Raises:
-        BadInput: for a pattern that matches nothing.
+        BadInput: a pattern matches nothing.
     """
     alone: set[int] = set()
     for glob in globs:
@@ -253,20 +253,20 @@ def _plain_name(name: str) -> str:
 
 
 def _rows(stored: Tensor, matrix: Matrix) -> Tensor:
-    """Return a stored weight as out × in; a convolution's is out × channels × height × width."""
+    """Return a stored weight as out × in; that of a convolution is stored as out × channels × height × width."""
     return stored.flatten(1) if matrix.input_dim == 1 else stored.T
 
 
 @dataclass(frozen=True)
 class History:
-    """Edits of a model recorded in its folder."""
+    """Edits of a model, as recorded in its folder."""
 
     steps: Sequence[Edits] = ()
     """Edits, oldest first."""
 
     @classmethod
     def read(cls, folder: Path) -> History:
-        """Read a folder's history; empty where there is none. Raises BadInput if it is damaged."""
+        """Read a folder's history, empty if it has none. Raises BadInput if it is damaged."""
         return cls(history_of(folder)[1])
 
     @property
@@ -275,17 +275,17 @@ class History:
         return [removal for edits in self.steps for removal in edits.removals()]
 
     def counterparts(self, blocks: int, teacher: int, path: str = "") -> list[int] | None:
-        """Return the dense model's hidden state (the first is the embeddings) for each block's output.
+        """Return the index of the dense model's hidden state to compare with each block's output; 0 is the embeddings.
 
-        A block before removed ones stands for the last of them.
+        The block before removed ones is compared with the output of the last of them.
 
         Args:
-            blocks: their number.
-            teacher: the dense model's number.
-            path: of their list, where a model has several.
+            blocks: number of blocks.
+            teacher: number of the dense model's blocks.
+            path: of their list, if the model has several.
 
         Returns:
-            None if unknown.
+            The indices, or None if unknown.
         """
         left = list(range(teacher))
         for edits in self.steps if teacher != blocks else ():
@@ -296,6 +296,6 @@ class History:
 
 
 def masks_of(model: nn.Module, folder: Path) -> Masks:
-    """Return the masks of a folder's model; after removal, also of its other matrices. Raises BadInput."""
+    """Return the masks of a folder's model; after a removal, with its unpruned matrices. Raises BadInput."""
     smaller = [block.name for block in find_blocks(model)] if History.read(folder).removed else []
     return find_masks(model, named=pruned_names(folder), smaller=smaller)

@@ -1,4 +1,4 @@
-"""The folder of a training, and the resumption of an interrupted one with the same settings, model and data."""
+"""The folder of a training, and how an interrupted training resumes with the same settings, model and data."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _ANNOUNCED = f".{REPORT_FILE}"
 
 
 def announce(report: FinetuneReport, run_folder: Path) -> None:
-    """Keep a report for the case that the run is killed once its model is whole."""
+    """Store a preliminary report, in case the run is killed after its model is complete."""
     write_text(run_folder / _ANNOUNCED, report.model_dump_json(indent=2) + "\n")
 
 
 def finish_run_folder(report: FinetuneReport) -> None:
-    """Write the page, remove what a run resumes from, and give the report its name: last, since it says that all is there."""
+    """Write the page, remove the resumable states, and finally name the report, which marks the run as finished."""
     run = report.settings.training_folder
     announce(report, run)
     write_page_of(report, run, run / PAGE_FILE)
@@ -54,16 +54,16 @@ def finish_run_folder(report: FinetuneReport) -> None:
 
 
 def gives_as(report: FinetuneReport, settings: Recipe) -> bool:
-    """Return whether a report is of the same training: equal results, measurements and folder."""
+    """Return whether a report is of the same training: equal settings for results and measurements, and equal folder."""
     what = Decides.RESULT | Decides.MEASUREMENT
     same = _deciding(report.settings, what) == _deciding(settings, what)
     return same and report.settings.trained_folder == settings.trained_folder
 
 
 def finish_announced(settings: Recipe) -> FinetuneReport | None:
-    """Finish a run of these settings that was killed when its model had its name and only the report was wanting.
+    """Finish a run with these settings that was killed after its model was complete and before its report was.
 
-    Returns its report, or None if there is no such run. Raises BrokenMask if a pruned weight in the model is not zero.
+    Returns the report, or None if there is no such run. Raises BrokenMask if a pruned weight of the model is not zero.
     """
     try:
         report = read_as(FinetuneReport, settings.training_folder / _ANNOUNCED)
@@ -80,7 +80,7 @@ def finish_announced(settings: Recipe) -> FinetuneReport | None:
 
 
 def prepare_folders(settings: Recipe) -> None:
-    """Refuse to write where something is already; a run folder without a report is an unfinished run's."""
+    """Raise BadInput if an output folder is occupied; a run folder without a report holds an unfinished run and is allowed."""
     folder = settings.training_folder
     require_usable(folder, "save")
     require_own_name(settings.trained_folder, "save_model")
@@ -103,9 +103,9 @@ def prepare_folders(settings: Recipe) -> None:
 
 
 def beside_others(settings: Recipe) -> tuple[Recipe, str | None]:
-    """Return the settings with another run folder, where the usual one holds another run and none was named.
+    """Choose another run folder if the default one holds another run and the user named none.
 
-    Returns the settings, and what to say of the folder if it is not the usual one.
+    Returns the settings, and a message if the folder is not the default one.
     """
     if settings.output.run is not None:
         return settings, None
@@ -118,7 +118,7 @@ def beside_others(settings: Recipe) -> tuple[Recipe, str | None]:
 
 
 def _settings_in(folder: Path) -> dict[str, Any] | None:
-    """Return the settings that determine the finished or unfinished run in a folder, or None."""
+    """Return the settings that determine the result of the run in a folder, finished or not; None without a run."""
     if not (folder / REPORT_FILE).is_file():
         return settings_in(folder / "training")
     try:
@@ -128,14 +128,14 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _deciding(settings: Recipe, what: Decides = Decides.RESULT) -> dict[str, Any]:
-    """Return the settings that determine a training, by name and as JSON stores them."""
+    """Return the settings that determine a training by name, in JSON types."""
     found = settings.deciding(what)
     decides = {name: found[setting.word] for name, setting in TRAINING.items() if setting.word in found}
     return dict(json.loads(json.dumps(decides, default=str)))
 
 
 def replace_earlier(settings: Recipe) -> None:
-    """Remove what a finished run left where this one writes."""
+    """Remove the output of an earlier finished run from the folders of this one."""
     run, model = settings.training_folder, settings.trained_folder
     finished = (run / REPORT_FILE).is_file()
     if finished:
@@ -143,13 +143,13 @@ def replace_earlier(settings: Recipe) -> None:
     if is_coprunes(model):
         shutil.rmtree(model)
     if finished:
-        (run / REPORT_FILE).unlink()  # last, since it says that the rest is of a finished run
+        (run / REPORT_FILE).unlink()  # last, since it marks the rest as a finished run's
 
 
 def resume_from(session: Session, first: bool) -> Path | None:
-    """Return the last complete state of an interrupted run with the same settings, model and data, if there is one.
+    """Return the last complete state of an interrupted run with the same settings, model and data, or None.
 
-    Raises BadInput if the folder holds an unfinished run of something else.
+    Raises BadInput if the folder holds an unfinished run with other settings, model or data.
     """
     folder = session.training_folder
     settings = session.settings
@@ -159,10 +159,10 @@ def resume_from(session: Session, first: bool) -> Path | None:
         "data": session.data.fingerprint,
     }
     place = Place(folder, Identity.of("training", 1, _deciding(settings) | found))
-    # The Trainer writes this file last, so a state that has it is whole.
+    # The Trainer writes this file last, so a state with it is complete.
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     if not place.takes_up(bool(whole), "save", settings.training_folder):
-        if first:  # also of a run that failed before it left anything to go on from
+        if first:  # also after a run that failed before it saved a state
             shutil.rmtree(folder, ignore_errors=True)
             place.begin()
         return None
@@ -173,7 +173,7 @@ def resume_from(session: Session, first: bool) -> Path | None:
 
 
 def _fingerprint(session: Session) -> str:
-    """Hash all weights that the training starts from, adapters aside: 16 hex digits."""
+    """Hash all initial weights except adapters: 16 hex digits."""
     digest = hashlib.sha256()
     for name, parameter in sorted(plain_parameters(session.model).items()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())

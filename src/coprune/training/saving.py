@@ -1,4 +1,4 @@
-"""Save a fine-tuned model as an ordinary checkpoint, unless a pruned weight in it is not zero."""
+"""Save a fine-tuned model as an ordinary checkpoint, after verifying that pruned weights are zero."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from coprune.training.masks import Masks, plain_parameters
 
 
 def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder: Path, probe: Tensor) -> None:
-    """Write a model in memory to a folder, which gets its name once it was reloaded and compared.
+    """Write a model in memory to a folder, which gets its final name after it was reloaded and compared.
 
     Args:
-        model: with its adapters merged, if it had any.
+        model: the model, with adapters merged.
         masks: of its zeros.
-        beside: what lies beside the weights, and their dtype.
-        folder: one that does not exist or is empty.
-        probe: one sample to compare the two models with.
+        beside: files to save with the weights, and the weights' dtype.
+        folder: a folder that does not exist or is empty.
+        probe: a sample on which the two models are compared.
 
     Raises:
         BrokenMask, NumericalError: before anything is written.
-        BadInput: the folder is taken or the disk is full.
-        VerificationError: what was written is not what was in memory; nothing is left of it.
+        BadInput: the folder is not empty, or the disk is full.
+        VerificationError: the written model differs from the one in memory, and was deleted.
     """
     bring_to(prepare(model), getattr(torch, beside.dtype))
     masks.verify(plain_parameters(model))
@@ -56,27 +56,27 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
         edits.write(writer.partial, beside.source)
         writer.finish(check=lambda partial: verify_saved(partial, proven, edits))
     except Exception:
-        writer.discard()  # all of it is still in memory, and in what the training keeps
+        writer.discard()  # the model is still in memory and in the training's states
         raise
 
 
 def bring_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Convert the saved tensors to a dtype, in place.
 
-    Buffers that are recomputed on loading keep theirs: rotary frequencies in half precision would shift every position.
+    Buffers that are recomputed on loading keep their dtype: rotary frequencies in half precision would shift every position.
     """
     for tensor in _floating(model):
         tensor.data = tensor.data.to(dtype)
 
 
 def round_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round what is saved to a dtype, in place and held as before: what is measured next is then what will be saved."""
+    """Round the saved tensors to a dtype but keep their own, so that the next measurement is of the model that is saved."""
     for tensor in _floating(model):
         tensor.data = tensor.data.to(dtype).to(tensor.dtype)
 
 
 def _floating(model: torch.nn.Module) -> Iterator[Tensor]:
-    """Return the saved floating-point tensors of a model, not copies."""
+    """Return the saved floating-point tensors of a model, without copying."""
     return (tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point())
 
 
@@ -88,7 +88,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def edits_of(masks: Masks, blocks: Sequence[str]) -> Edits:
-    """Return the masks as edits of the model's blocks; masks outside of them are listed under the last one."""
+    """Return the masks as edits of the model's blocks; masks outside of blocks are listed under the last one."""
     found: dict[str, dict[str, str]] = {block: {} for block in blocks}
     for entry in masks.matrices:
         own = next((block for block in blocks if is_below(entry.matrix.name, block)), blocks[-1])

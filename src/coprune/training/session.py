@@ -1,4 +1,4 @@
-"""The checks and inputs of a fine-tuning before it trains: model, masks, adapters, data."""
+"""Prepare a fine-tuning: check its settings, and load its model, masks, adapters and data."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ from coprune.training.training_data import (
 
 @dataclass
 class Session:
-    """Inputs of a training. `model` includes its adapters, if it gets any."""
+    """Inputs of a training. `model` includes the adapters, if there are any."""
 
     settings: Recipe
     model: PreTrainedModel | PeftModel
     loaded: Loaded
-    """The same model, without the wrapper around its adapters, and its tokenizer or image processor."""
+    """The same model without PEFT's wrapper, and its tokenizer or image processor."""
     task: Task
     dtype: torch.dtype
     """Dtype of the checkpoint, in which the result is saved."""
@@ -82,12 +82,12 @@ class Session:
 def prepare_session(
     settings: Recipe, reporter: Reporter, limit: TimeLimit | None = None, device: torch.device | None = None
 ) -> Session:
-    """Check all that can be checked, cheap things first.
+    """Load and check the inputs of a training, the cheapest checks first.
 
     Args:
         settings: of the training.
-        reporter: hears of it.
-        limit: of its time; learns how fast the model is.
+        reporter: receives progress.
+        limit: of the training's time; the model's speed is measured for it.
         device: of the training.
     """
     limit, device = limit or TimeLimit(None), device or torch.device("cpu")
@@ -118,10 +118,10 @@ def prepare_session(
 
 
 def require_trainable(location: Location, mode: str | None) -> None:
-    """Raise BadInput for a mode that trains on what plain text does not tell of a model's answers."""
+    """Raise BadInput for a mode that needs targets which plain text does not provide."""
     if (task := task_at(location)) in ("embeddings", "labels") and not has_teacher(mode):
         raise BadInput(
-            f"{location.name} {WHAT[task]}, and plain text does not say what it should answer",
+            f"{location.name} {WHAT[task]}, for which plain text has no targets",
             field="mode",
             value=mode,
             fix=("train it toward the dense model with ", Set("mode", "distill")),
@@ -163,7 +163,7 @@ def _training_data(settings: Recipe, loaded: Loaded, reporter: Reporter) -> Trai
 def _begun_alike(
     data: TrainingData, task: Task, loaded: Loaded, reporter: Reporter
 ) -> tuple[TrainingData, dict[str, Data]]:
-    """Return training and evaluation data whose windows begin with a BOS token where the model needs it."""
+    """Return training and evaluation data with a BOS token at the start of each window where the model needs it."""
     evaluation, text = task.metric.evaluation(reporter), task.inputs.text
     if text is None or text.whole:
         return data, evaluation
@@ -177,14 +177,14 @@ def _begun_alike(
 
 
 def _check_named(settings: Recipe) -> None:
-    """Refuse models and trackers that are not there, long before anything asks for them."""
+    """Raise BadInput early for a missing teacher or tracker."""
     if (name := settings.train.teacher) is not None:
         with about("teacher", name):
             locate(name, settings.model.cache_dir)
     for tracker in {name.strip() for name in (settings.output.report_to or "").split(",")} - {"", "all"}:
         if tracker not in (there := installed_trackers()):
-            fix = f"pip install {tracker}, or take one that is there" + (f": {', '.join(there)}" if there else "")
-            raise BadInput(f"no tracker {tracker} is installed", field="report_to", value=tracker, fix=fix)
+            fix = f"pip install {tracker}" + (f", or use an installed one: {', '.join(there)}" if there else "")
+            raise BadInput(f"the tracker {tracker} is not installed", field="report_to", value=tracker, fix=fix)
 
 
 def _refuse_what_only_text_has(settings: Recipe) -> None:
@@ -206,12 +206,12 @@ def _make_trainable(
         targets = choose_targets(masks, settings.train.only, settings.train.adapters.rank, alone)
         left = len(masks.matrices) + len(masks.whole) - len(targets)
         if left and not settings.train.only and not alone:
-            reporter.say(f"{left} matrices (fused experts, convolutions) get no adapter; they stay as they are.")
+            reporter.say(f"{left} matrices (fused experts, convolutions) get no adapter and are not trained.")
         if not settings.train.adapters.masked:
             reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
         asked = settings.train.adapters
         return add_adapter(model, masks, targets, asked.rank, asked.alpha, masked=asked.masked)
-    # Small updates would vanish in half precision, so what is trained is float32.
+    # In float32, since small updates would vanish in half precision.
     torch.nn.Module.to(model, dtype=torch.float32)
     if settings.train.scope == "blocks":
         trained = parameters_within(model, [block.name for block in blocks], masks)

@@ -1,4 +1,4 @@
-"""The time limit of a fine-tuning: loading, measuring, training, saving and the verdict all have to end within it."""
+"""The time limit of a fine-tuning, which includes loading, measuring, training, saving and verification."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from coprune.recipe.train_part import has_adapters, has_teacher
 from coprune.training.training_data import EVALUATIONS, TrainingData, stack
 
 ENOUGH_STEPS = 20
-"""Fewer steps change little."""
+"""Minimum number of steps with a worthwhile effect."""
 _MEASURING, _WATCHING, _ANSWERING = 0.1, 0.05, 0.1
-"""Shares of the limit: of one measurement of the model, of all measurements of what is held out, of one model's answers."""
+"""Shares of the limit: for one measurement of the model, all held-out measurements, and one model's answers."""
 _BACKWARD = 2.0
-"""Time of a backward pass over that of a forward pass."""
+"""Time of a backward pass relative to a forward pass."""
 _SPARE = 1.2
-"""What follows the training may take as many times as long as what it repeats did."""
+"""Factor for the measurements after the training, relative to the same ones before it."""
 _SAVING = 3.0, 5.0
-"""Time of saving a model, reloading and comparing it over that of loading it: with adapters, and of all weights."""
+"""Time of saving, reloading and comparing a model relative to loading it: with adapters, and with all weights."""
 
 
 class TooSlow(UnsupportedModel):
-    """A model's answers, which nobody asked for, take longer than their share of the time."""
+    """Answers that were not requested exceed their share of the time."""
 
 
 class _Watched(Reporter):
-    """Another reporter, whose bars check the time at every step."""
+    """A wrapper of a reporter whose progress bars check the time at every step."""
 
     def __init__(self, reporter: Reporter, check: Callable[[], None]) -> None:
         super().__init__(reporter.quiet)
@@ -65,17 +65,17 @@ class _Watched(Reporter):
 
 @dataclass
 class TimeLimit:
-    """A limit on the wall time of a whole fine-tuning, and what of it is spent."""
+    """A limit on the wall time of a whole fine-tuning, and the time spent so far."""
 
     seconds: float | None
     """None without a limit."""
     began: float = field(default_factory=time.monotonic)
     after_pruning: bool = False
-    """Whether a pruned model is trained in the same run. It is measured like the dense one, and trained at least one step."""
+    """Whether the model was pruned in the same run; it is then measured like the dense one and trained at least one step."""
     loading: float = 0.0
     """Seconds that loading the model took."""
     repeated: float = 0.0
-    """Seconds of what follows the training as well."""
+    """Seconds spent on work that is repeated after the training."""
     measuring: float = 0.0
     """Seconds of a forward pass of one batch without gradients, in the precision of measurements; 0 if unknown."""
     training: float = 0.0
@@ -88,13 +88,13 @@ class TimeLimit:
 
     @contextmanager
     def before_and_after(self) -> Iterator[None]:
-        """Time the body, which is done once more after the training."""
+        """Time work that is repeated after the training."""
         started = time.monotonic()
         yield
         self.repeated += time.monotonic() - started
 
     def of_answers(self, reporter: Reporter, asked: AnswersPart) -> Reporter:
-        """Return the reporter of a model's answers, which ends those that nobody asked for with their share of the time."""
+        """Return a reporter for a model's answers that raises TooSlow when answers not requested exceed their time."""
         if self.seconds is None or self.after_pruning or asked.is_asked:
             return reporter
         share = _ANSWERING * self.seconds
@@ -102,32 +102,32 @@ class TimeLimit:
 
         def check() -> None:
             if time.monotonic() > until:
-                raise TooSlow(f"they take longer than {share:.2g} s, a tenth of the time")
+                raise TooSlow(f"they take longer than {share:.2g} s, a tenth of the time limit")
 
         return _Watched(reporter, check)
 
     def before_training(self, reporter: Reporter, settings: Recipe) -> Reporter:
-        """Return the reporter of what precedes the training, whose bars raise BadInput once no step fits any more."""
+        """Return a reporter for the work before the training, whose bars raise BadInput once no step fits the limit."""
         if not self._needs_a_step(settings):
             return reporter
         step = self._step(settings)
         return _Watched(reporter, lambda: self._require(self.elapsed + self._after(settings), step))
 
     def loaded(self, seconds: float, settings: Recipe) -> None:
-        """Take note of how long loading the model took.
+        """Record how long loading the model took.
 
         Raises:
-            BadInput: loading a teacher and saving the result alone would exceed the limit.
+            BadInput: loading a teacher and saving the result would exceed the limit.
         """
         self.loading = seconds
         if self._needs_a_step(settings):
             self._require(self._others(settings))
 
     def try_out(self, model: torch.nn.Module, data: TrainingData, settings: Recipe, device: torch.device) -> None:
-        """Time forward passes of one batch, which determine how much is measured and how many steps fit.
+        """Time forward passes of one batch, to determine how much to measure and how many steps fit.
 
         Raises:
-            BadInput: not one step could fit, however little is measured.
+            BadInput: not even one step fits.
         """
         if self.seconds is None:
             return
@@ -151,7 +151,7 @@ class TimeLimit:
             self._require(self._others(settings) + measured, self._step(settings))
 
     def bounded(self, settings: Recipe, task: Task, data: TrainingData, reporter: Reporter) -> Recipe:
-        """Return settings that measure text or images for a share of the time, where nothing says on how much."""
+        """Return settings with a number of tokens or images to measure that fits the limit, unless one is set."""
         asked, text = settings.evaluate, task.inputs.text
         said = asked.images if text is None else asked.tokens
         if self.seconds is None or self.after_pruning or said is not None or data.unit == "pairs":
@@ -164,38 +164,38 @@ class TimeLimit:
             word, most, unit = "eval_tokens", max(1, samples * data.tokens // text.seqlen) * text.seqlen, "tokens"
         if asked.perplexity:
             reporter.say(
-                say((f"At most {most:,} {unit} are measured in this time; ", Setting(word), " sets another number."))
+                say((f"Measuring at most {most:,} {unit} to fit the time limit; set ", Setting(word), " to change it."))
             )
         return settings.replaced(**{word: most})
 
     def planned(
         self, data: TrainingData, settings: Recipe, resumes: bool, reporter: Reporter
     ) -> tuple[TrainingData, float | None]:
-        """Fit the training into the time that is left.
+        """Fit the training into the remaining time.
 
         Args:
-            data: of the training. A step takes fewer samples, and less of what is held out is watched, where the time is
-                short and the settings leave that open.
+            data: of the training. If time is short and the settings allow it, steps use fewer samples, and fewer held-out
+                samples are measured.
             settings: of the training.
-            resumes: whether the training goes on from a saved state.
-            reporter: hears how many steps fit.
+            resumes: whether the training resumes from a saved state.
+            reporter: receives a message with the number of steps that fit.
 
         Returns:
             The data, and the seconds of the training; None without a limit.
 
         Raises:
-            BadInput: not one step fits.
+            BadInput: not even one step fits.
         """
         if self.seconds is None:
             return data, None
         batch = self._batch(settings)
         after = self._after(settings)
         left = self.seconds - self.elapsed - after
-        if world_size() == 1:  # else all have to decide the same
+        if world_size() == 1:  # several processes could decide differently
             data = _watched_briefly(data, left, self.measuring, settings.train.batch_size or data.batch_size)
             fitting = int(left / (ENOUGH_STEPS * batch))
             data = replace(data, accumulate=max(1, min(data.accumulate, fitting)))
-        if data.held_out is not None:  # which is watched once more at the end
+        if data.held_out is not None:  # measured once more at the end
             watched = self.measuring * len(data.held_out) / (settings.train.batch_size or data.batch_size)
             after, left = after + watched, left - watched
         step = batch * (settings.train.accumulate or data.accumulate)
@@ -204,12 +204,12 @@ class TimeLimit:
         return data, max(left, 1e-3)
 
     def _needs_a_step(self, settings: Recipe) -> bool:
-        """Return whether a training in which not one step fits is refused; one that resumes is not."""
+        """Return whether at least one step has to fit; a training that resumes may have none left."""
         resumes = any((settings.training_folder / "training").glob("checkpoint-*"))
         return self.seconds is not None and not (self.after_pruning or resumes or _has_steps(settings))
 
     def _others(self, settings: Recipe) -> float:
-        """Return the least seconds of all but training and measuring: what is spent, a teacher, and what follows."""
+        """Return the minimum seconds without training and measuring: time spent, loading a teacher, and saving."""
         return self.elapsed + self.loading * has_teacher(settings.train.mode) + self._after(settings)
 
     def _step(self, settings: Recipe) -> float:
@@ -221,12 +221,12 @@ class TimeLimit:
         return self.training * (1 + _BACKWARD + has_teacher(settings.train.mode))
 
     def _after(self, settings: Recipe) -> float:
-        """Return the seconds that what follows the training will take: measuring, saving, reloading, comparing."""
+        """Return the estimated seconds after the training: measuring, saving, reloading, comparing."""
         saving = _SAVING[0] if has_adapters(settings.train.mode) else _SAVING[1]
         return _SPARE * self.repeated + saving * self.loading + 2 * self.measuring
 
     def _announce(self, step: float, after: float, left: float, reporter: Reporter) -> None:
-        """Say how many steps fit. Raises BadInput if it is not even one."""
+        """Report how many steps fit. Raises BadInput if not even one does."""
         assert self.seconds is not None
         steps, asked = max(0, int(left / step)), Set("minutes", round(self.seconds / 60, 3))
         if steps >= ENOUGH_STEPS:
@@ -254,12 +254,12 @@ class TimeLimit:
             self._require(self.elapsed + after, step)
 
     def _require(self, others: float, step: float = 0.0) -> None:
-        """Raise BadInput if a step does not fit beside all else. others, step: their seconds, 0 for a step of unknown length."""
+        """Raise BadInput if a step does not fit the limit. others, step: seconds of the rest and of a step, 0 if unknown."""
         assert self.seconds is not None
         if others + step <= self.seconds:
             return
         raise BadInput(
-            f"not one step fits: all else takes about {others:.0f} s here"
+            f"not one step fits: the rest takes about {others:.0f} s here"
             + (f", and a step {step:.2g} s" if step else ""),
             field="minutes",
             value=f"{self.seconds / 60:g}",
@@ -271,12 +271,12 @@ class TimeLimit:
 
 
 def _has_steps(settings: Recipe) -> bool:
-    """Return whether the length of the training is also said in steps."""
+    """Return whether the settings also limit the training in steps or tokens."""
     return settings.train.max_steps is not None or settings.train.tokens is not None
 
 
 def _watched_briefly(data: TrainingData, seconds: float, forward: float, batch_size: int) -> TrainingData:
-    """Return the data with as much held out as can be watched in a share of the time, perhaps nothing."""
+    """Return the data with as many held-out samples as can be measured in their share of the time, perhaps none."""
     if data.held_out is None:
         return data
     most = int(_WATCHING * max(0.0, seconds) / (EVALUATIONS * forward)) * batch_size
@@ -290,7 +290,7 @@ def _minutes(seconds: float) -> float:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of some work; of its second time where the first is short, since it warms up."""
+    """Return the seconds of some work; if it is short, of its second run, after a warm-up."""
     for _ in range(2):
         synchronize(device)
         started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""transformers' Trainer with what keeping zeros needs, and nothing else changed.
+"""transformers' Trainer, extended to keep zeros.
 
-Its optimiser leaves pruned weights alone, its learning rate can follow the clock, its loss can be one of distillation,
-and it saves nothing in which a pruned weight is not zero.
+Its optimiser leaves pruned weights at zero, its learning rate can follow the clock, its loss can be a distillation loss, and
+it saves no state in which a pruned weight is not zero.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from coprune.training.session import Session
 from coprune.training.training_data import EVALUATIONS, TrainingData, stack
 
 _WARMUP = 0.03
-"""Share of a training in which the rate rises."""
-_NEVER = 10**9  # steps: for what `Along` decides
+"""Share of a training in which the learning rate rises."""
+_NEVER = 10**9  # steps, where `Along` decides instead
 
 
 class ZeroKeepingTrainer(Trainer):
-    """A Trainer of a pruned model, with or without adapters on it."""
+    """A Trainer for a pruned model with or without adapters."""
 
     def __init__(
         self,
@@ -59,12 +59,12 @@ class ZeroKeepingTrainer(Trainer):
         own_loss: Objective | None = None,
         **kwargs: Any,
     ) -> None:
-        """Create a trainer. objective: replaces the data's own loss; own_loss: the data's, None for the model's."""
+        """Create a trainer. objective: replaces the data's loss; own_loss: the data's loss, None for the model's own."""
         super().__init__(*args, **kwargs)
         self._masks, self._settings, self._pace = masks, settings, pace
         self._objective, self._own_loss = objective or own_loss, own_loss
         if self._objective is not None:
-            # It returns a mean per batch, which the Trainer divides by the number of batches per step.
+            # The objective is a mean per batch, so the Trainer has to divide it by the number of batches per step.
             self.loss_is_scaled_for_ga = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -79,7 +79,7 @@ class ZeroKeepingTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create a schedule that follows the finished share of the training, in steps or in minutes."""
+        """Create a schedule that follows the completed share of the training, in steps or in minutes."""
         if self.lr_scheduler is None:
 
             def rate(_: int) -> float:
@@ -93,7 +93,7 @@ class ZeroKeepingTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the objective in training; the data's own loss without one, and when measuring, so that modes compare."""
+        """Compute the objective in training, and the data's own loss in evaluation, so that modes can be compared."""
         inputs = dict(inputs)
         objective = self._objective if model.training else self._own_loss
         if objective is None:
@@ -102,7 +102,7 @@ class ZeroKeepingTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the elapsed time, so that a resumed training has the remaining time."""
+        """Log with the elapsed time, from which a resumed training computes the remaining time."""
         super().log({**logs, "seconds": self._pace.seconds}, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -111,7 +111,7 @@ class ZeroKeepingTrainer(Trainer):
         self._masks.verify(plain_parameters(model))
         if not self.args.should_save:
             return
-        # In the model's own form, as the Trainer reads them back.
+        # In the model's own format, since the Trainer reads that back.
         layout = (
             {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {"save_original_format": False}
         )
@@ -121,7 +121,7 @@ class ZeroKeepingTrainer(Trainer):
 
 
 def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
-    """Train to the end. going_on: a state of an interrupted training."""
+    """Train to the end. going_on: the state to resume from, if any."""
     with suppress(AtItsEnd):  # its state is loaded by then
         trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
 
@@ -133,9 +133,9 @@ def build_trainer(
 
     Args:
         session: of the training.
-        objective: what is minimised; None for the data's own loss.
-        seconds: when the training ends, if not before; None for its steps alone.
-        advance: of its bar.
+        objective: the loss to minimise; None for the data's own.
+        seconds: time limit of the training; None if only steps limit it.
+        advance: of the progress bar.
     """
     settings, data = session.settings, session.data
     pace = Pace(seconds)
@@ -156,12 +156,14 @@ def build_trainer(
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)  # the bar is coprune's own
         elif type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
-            callback.logging_dir = str(settings.training_folder / "tensorboard")  # states are removed
+            callback.logging_dir = str(
+                settings.training_folder / "tensorboard"
+            )  # the default is removed with the states
     return trainer
 
 
 def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> TrainingArguments:
-    """Return the settings as transformers' arguments."""
+    """Convert the settings to transformers' arguments."""
     device = training_device(settings.model.device)
     steps = steps_asked(settings, data)
     until_time = settings.train.minutes is not None and steps is None
@@ -174,7 +176,7 @@ def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> Tr
         num_train_epochs=settings.train.epochs,
         max_steps=_NEVER if until_time else steps or -1,
         learning_rate=settings.train.rate,
-        # Fused: one pass over each weight instead of ten, a tenth of a small step on a CPU.
+        # Fused: one pass over each weight instead of ten, which saves a tenth of a small step on a CPU.
         optim="adamw_torch" if kind_of(device) == "other" else "adamw_torch_fused",
         bf16=settings.train.dtype == "bfloat16",
         seed=settings.calibrate.seed,
@@ -183,7 +185,7 @@ def training_arguments(settings: Recipe, data: TrainingData, folder: Path) -> Tr
         eval_strategy="no" if data.held_out is None else "steps",
         eval_steps=None if data.held_out is None else _NEVER,
         save_steps=settings.train.save_every,
-        ddp_find_unused_parameters=not data.has_targets,  # a model without a head may have a pooler that no loss reaches
+        ddp_find_unused_parameters=not data.has_targets,  # a model without a head may have a pooler without gradients
         **_ALWAYS,
         **_checkpointing(settings.train.gradient_checkpointing),
     )
@@ -197,7 +199,7 @@ def steps_asked(settings: Recipe, data: TrainingData) -> int | None:
     return math.ceil(settings.train.tokens / (windows * data.tokens * started_processes().size))
 
 
-# What does not depend on the settings: the bar and the log are coprune's own, and windows are whole batches.
+# Arguments that do not depend on the settings: coprune has its own progress bar and log.
 _ALWAYS: dict[str, Any] = {
     "logging_strategy": "steps",
     "logging_steps": 1,
@@ -222,14 +224,14 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-_SECONDS_BETWEEN_STATES = 600.0  # at most, on machines that take few steps in that time
+_SECONDS_BETWEEN_STATES = 600.0  # at most, for machines on which steps are slow
 
 
 class Pace:
-    """Seconds since the start of a training (those before an interruption included) and the share that is done."""
+    """Clock of a training: its seconds, including those before an interruption, and its completed share."""
 
     def __init__(self, limit: float | None) -> None:
-        """Create a pace. limit: seconds of the training."""
+        """Create a pace. limit: seconds of the training, None without a limit."""
         self.limit = limit
         self.done = 0.0
         self.agreed = 0.0
@@ -238,7 +240,7 @@ class Pace:
         self._started = time.perf_counter()
 
     def start(self, seconds_before: float = 0.0) -> None:
-        """Start the clock, for an interrupted training at what it had used."""
+        """Start the clock. seconds_before: used before an interruption."""
         self._before, self._started = seconds_before, time.perf_counter()
         self.agreed = seconds_before
         if self.limit is not None:
@@ -250,16 +252,16 @@ class Pace:
         return self._before + time.perf_counter() - self._started
 
     def update(self, step: int, max_steps: int) -> None:
-        """Find out how much is done, which is all where another step would not fit; all processes call it at the same step."""
+        """Update the completed share; it is 1 if another step would not fit. All processes call this at the same step."""
         self.done = min(1.0, step / max(1, max_steps))
         before, self.agreed = self.agreed, _agreed(self.seconds)
         if self.limit is not None:
-            fits = 2 * self.agreed - before <= self.limit  # one that takes as long as the last
+            fits = 2 * self.agreed - before <= self.limit  # if the next step takes as long as the last
             self.done = max(self.done, self.agreed / self.limit) if fits else 1.0
 
     @property
     def now(self) -> float:
-        """The share that is done in the middle of a step."""
+        """The completed share within a step."""
         return self.done if self.limit is None else min(1.0, max(self.done, self.seconds / self.limit))
 
 
@@ -272,7 +274,7 @@ def rate_at(done: float) -> float:
 
 
 class AtItsEnd(Exception):
-    """A training that is gone on from had taken its last step."""
+    """The resumed training had already finished."""
 
 
 class Along(TrainerCallback):
@@ -287,9 +289,9 @@ class Along(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the clock, the bar and the count of measurements where an earlier run left them.
+        """Restore the clock, the progress bar and the count of measurements of an earlier run.
 
-        Raises AtItsEnd if that was after the last step, since the Trainer would take one more.
+        Raises AtItsEnd if all steps were done, since the Trainer would take one more.
         """
         self._pace.start(max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0))
         self._pace.update(state.global_step, state.max_steps)
@@ -301,19 +303,19 @@ class Along(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move on; the learning rate of the next step is set right after this."""
+        """Update the completed share, from which the learning rate of the next step is set right after this."""
         self._pace.update(state.global_step + 1, state.max_steps)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show how far a long step is."""
+        """Show the progress within a long step."""
         self._show(self._pace.now)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save a state in time, measure at equal shares of the training, and stop when the time is up."""
+        """Save states regularly, measure at equal shares of the training, and stop when the time is up."""
         self._show(self._pace.done)
         if self._pace.agreed - self._saved >= _SECONDS_BETWEEN_STATES:
             control.should_save = True
@@ -334,7 +336,7 @@ class Along(TrainerCallback):
             raise NumericalError(
                 f"the loss at step {state.global_step} is not finite",
                 field="learning_rate",
-                fix=("lower ", Setting("learning_rate"), ", or take ", Set("dtype", "float32")),
+                fix=("lower ", Setting("learning_rate"), ", or use ", Set("dtype", "float32")),
             )
 
     def _due(self) -> int:
@@ -350,15 +352,15 @@ def _agreed(seconds: float) -> float:
     if not (dist.is_available() and dist.is_initialized()):
         return seconds
     first = [seconds]
-    dist.broadcast_object_list(first)  # on whatever device the processes talk through
+    dist.broadcast_object_list(first)  # on whatever device the backend uses
     return first[0]
 
 
 def rates_by_size(optimizer: torch.optim.Optimizer) -> None:
-    """Multiply the rate of every matrix with its root mean square, of every vector with its median size.
+    """Scale the learning rate of every matrix by its root mean square, and of every vector by its median magnitude.
 
-    Zeros are left out; where all of a parameter is zero, its rate stays. Every parameter becomes a group of its own. A training
-    that is resumed takes the rates from its state.
+    Zeros are ignored; a parameter of zeros keeps its rate. Every parameter becomes a group of its own. A resumed training
+    restores the rates from its state.
     """
     each = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     sizes = sizes_of((parameter, parameter != 0) for _, parameter in each)
@@ -369,7 +371,7 @@ def rates_by_size(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _median(parameter: torch.Tensor) -> float | None:
-    """Return the median magnitude of a vector's nonzero entries; None for a matrix, or without any."""
+    """Return the median magnitude of a vector's nonzero entries; None for a matrix or a vector of zeros."""
     if parameter.ndim > 1:
         return None
     there = parameter.detach()[parameter != 0].abs()
@@ -385,25 +387,25 @@ def training_device(name: str) -> torch.device:
 
 
 class OneDeviceArguments(TrainingArguments):
-    """transformers' settings of a training on one device."""
+    """transformers' training arguments for one device per process."""
 
     _taken: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        """The device that was taken; asked for first, transformers and accelerate set up what they need."""
+        """The chosen device. transformers' own property is read first, since it sets up transformers and accelerate."""
         chosen = super().device
         return self._taken or chosen
 
     @property
     def n_gpu(self) -> int:
-        """GPUs of this process, of which more than one would be used."""
+        """Number of GPUs of this process, at most 1, since the Trainer would use them all."""
         found: int = super().n_gpu
         return min(1, found)
 
 
 def arguments_on(device: torch.device, **settings: Any) -> OneDeviceArguments:
-    """Return the Trainer's arguments for a device. settings: of `TrainingArguments`, except the device."""
+    """Return the Trainer's arguments for a device. settings: of `TrainingArguments`, without a device."""
     settings |= {"use_cpu": in_host_memory(device), "dataloader_pin_memory": is_accelerator(device)}
     if world_size() > 1:
         return OneDeviceArguments(**settings)

@@ -1,4 +1,4 @@
-"""The data of a training for any task: samples to train on, held-out samples, and the loss."""
+"""The data of a training for any task: training samples, held-out samples, and the loss."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ from coprune.training.distill import Objective, label_loss, target_loss
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The samples to train on, those held out, and where they come from.
+    """Training and held-out samples, and their source.
 
-    A sample is a dictionary of tensors: what the model takes, and `labels`.
+    A sample is a dictionary of tensors: the model's inputs, and `labels`.
     """
 
     train: Any
-    """A data set with a length."""
+    """A dataset with a length."""
     held_out: Any | None
     source: str
     fingerprint: str
     tokens: int = 0
-    """Tokens of a sample; 0 of an image."""
+    """Tokens per sample; 0 for images."""
     batch_size: int = 1
-    """Samples per forward pass, unless the settings say so."""
+    """Samples per forward pass, unless the settings set them."""
     accumulate: int = 8
-    """Forward passes per optimiser step, unless the settings say so."""
+    """Forward passes per optimiser step, unless the settings set them."""
     given: bool = False
-    """Whether it is token ids from the caller, which are used unchanged."""
+    """Whether the samples are token ids passed by the caller, which are used unchanged."""
     loss: Objective | None = None
     """Loss of training and measurement; None for the model's own, or without targets."""
     has_targets: bool = True
-    """Whether it says what the model should answer; else only the dense model does."""
+    """Whether the samples have targets; without, only the dense model can teach."""
     unit: str = "windows"
     """Name of the samples."""
 
 
 def count_held_out(settings: Recipe, samples: int, most: int) -> int:
-    """Return the number of samples to hold out for measurements: zero without measurements, never all."""
+    """Return the number of samples to hold out for measurements: zero if none are wanted, never all."""
     if not settings.train.held_out:
         return 0
     return max(1, min(most, samples - 1, round(settings.train.held_out * samples)))
@@ -73,7 +73,7 @@ def count_held_out(settings: Recipe, samples: int, most: int) -> int:
 
 MOST_HELD_OUT = 64
 EVALUATIONS = 5
-"""How often what is held out is measured along a training."""
+"""Number of measurements on held-out samples in a training."""
 
 
 def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class TextWindows(Dataset[dict[str, Tensor]]):
-    """Windows of tokens (N × S int64) as a data set: every item predicts its own tokens."""
+    """Windows of tokens (N × S int64) as a dataset: the labels of a window are its tokens."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
@@ -96,10 +96,10 @@ class TextWindows(Dataset[dict[str, Tensor]]):
 
 
 def read_training_text(settings: Recipe, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
-    """Read a corpus and pack it; windows are held out from its end (of the user's own text, before what perplexity is of).
+    """Read a corpus and pack it into windows, the last of which are held out.
 
-    Documents are joined in a random order with the tokenizer's end mark between them. Raises BadInput if the text does not
-    fill two windows.
+    Documents are joined in a random order, separated by EOS. Text of the user's own that perplexity is measured on is left
+    out. Raises BadInput if the text does not fill two windows.
     """
     text = calibration_text(settings.calibrate.data, settings.model.cache_dir)
     ids = _stream(text, tokenizer, settings, block_size)
@@ -121,17 +121,17 @@ def read_training_text(settings: Recipe, tokenizer: PreTrainedTokenizerBase, blo
 
 
 def begun(data: TrainingData, bos: int) -> TrainingData:
-    """Return training data whose windows all begin with BOS, as calibration and evaluation do where this is better."""
+    """Return training data whose windows all begin with BOS, as in calibration and evaluation."""
     train = TextWindows(tokens_at_bos(data.train.tokens, bos))
     held_out = data.held_out and TextWindows(tokens_at_bos(data.held_out.tokens, bos))
     return replace(data, train=train, held_out=held_out, fingerprint=fingerprint(train.tokens))
 
 
 def _most_held_out(settings: Recipe, block_size: int) -> int:
-    """Return the maximum number of held-out windows, such that measuring takes a short training a twentieth of its time."""
+    """Return the maximum number of held-out windows; in a short training measuring them takes a twentieth of the time."""
     if settings.train.tokens is None:
         return MOST_HELD_OUT
-    # A window without gradients or a teacher takes about a quarter of the time that training on it takes.
+    # Measuring a window takes about a quarter as long as training on it.
     trained = settings.train.tokens / block_size
     return min(MOST_HELD_OUT, round(0.2 * trained / EVALUATIONS))
 
@@ -158,7 +158,7 @@ def _stream(
 
 
 class MaskedWindows(TextWindows):
-    """Windows in which tokens are masked. labels: these tokens, elsewhere `NOTHING` (N × S int64)."""
+    """Windows with masked tokens. labels: the original tokens, `NOTHING` where not masked (N × S int64)."""
 
     def __init__(self, tokens: Tensor, labels: Tensor) -> None:
         super().__init__(tokens)
@@ -169,7 +169,7 @@ class MaskedWindows(TextWindows):
 
 
 class PairSamples(Dataset[dict[str, Tensor]]):
-    """Pairs as a data set, padded with `NOTHING`. name: of what the encoder reads, as the model calls it."""
+    """Pairs as a dataset, padded with `NOTHING`. name: the model's name for the encoder's input."""
 
     def __init__(self, pairs: Pairs, name: str) -> None:
         self._read, self._written, self._name = pairs.source, pairs.written, name
@@ -183,15 +183,16 @@ class PairSamples(Dataset[dict[str, Tensor]]):
 
 
 _TOKENS_AT_ONCE = 1024
-"""Tokens per forward pass, unless the settings say so; of recordings one."""
+"""Tokens per forward pass, unless the settings set a batch size; recordings are passed one by one."""
 
 
 def read_whole_texts(
     settings: Recipe, text: TextInputs, metric: Metric[Any], tokenizer: PreTrainedTokenizerBase
 ) -> TrainingData:
-    """Read text for a model that reads texts as a whole, as it is calibrated.
+    """Read text for a model that reads texts as a whole, as in calibration.
 
-    Masked models get random masks. Vectors and labels of plain text are told by the dense model alone. Raises BadInput.
+    Masked models get random masks. Plain text has no targets for vectors and labels, so the dense model has to teach them.
+    Raises BadInput.
     """
     masked = metric if isinstance(metric, PseudoPerplexity) else None
     windows, samples = _windows_of_text(settings, text, tokenizer), list[TextWindows]()
@@ -214,14 +215,14 @@ def read_whole_texts(
 
 
 def _windows_of_text(settings: Recipe, text: TextInputs, tokenizer: PreTrainedTokenizerBase) -> list[Windows]:
-    """Return the windows to train on, and those held out if there are any, as the model reads them."""
+    """Return the training windows, and the held-out ones if there are any, as the model reads them."""
     read = read_training_text(settings, tokenizer, text.seqlen)
     parts = [part.tokens for part in (read.train, read.held_out) if part]
     return [text.as_read(Windows(tokens, "", read.source, read.given)) for tokens in parts]
 
 
 def read_pairs(settings: Recipe, inputs: PairInputs | SpeechInputs, loaded: Loaded, reporter: Reporter) -> TrainingData:
-    """Read pairs or recordings, or make pairs of text, as in calibration. Raises BadInput."""
+    """Read pairs or recordings, or make pairs from text, as in calibration. Raises BadInput."""
     own, text, name = inputs.own_pairs(reporter), inputs.text, loaded.model.main_input_name
     if own is None:
         windows = _windows_of_text(settings, text, loaded.processor)
@@ -229,7 +230,7 @@ def read_pairs(settings: Recipe, inputs: PairInputs | SpeechInputs, loaded: Load
     else:
         count, source, given = count_held_out(settings, len(own.tokens), MOST_HELD_OUT), own.source, False
         if len(own.tokens) < 2:
-            raise BadInput(f"{source} holds {len(own.tokens)} pair, and training needs two", field="dataset")
+            raise BadInput(f"{source} has {len(own.tokens)} pair, and training needs two", field="dataset")
         parts = [part for part in own.tokens.split([len(own.tokens) - count, count]) if len(part)]
     for part in parts:
         text.check_ids(part)
@@ -250,11 +251,11 @@ def read_pairs(settings: Recipe, inputs: PairInputs | SpeechInputs, loaded: Load
 
 MOST_IMAGES_HELD_OUT = 2048
 _BATCH_SIZE = 32
-_NAMING = 16  # images whose pixels name a training set, besides all labels
+_NAMING = 16  # number of images whose pixels are hashed, besides all labels
 
 
 class TrainingImages(Dataset[dict[str, Tensor]]):
-    """Images that are read and transformed when they are asked for. chosen: their numbers among all images."""
+    """Images that are read and transformed on access. chosen: their indices among all images."""
 
     def __init__(self, images: LabelledImages, labels: Tensor, transform: Transform, chosen: Tensor) -> None:
         self.chosen = chosen
@@ -277,13 +278,13 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
 
 
 def read_training_images(settings: Recipe, inputs: ImageInputs) -> TrainingData:
-    """Open the images to train on; random ones are held out.
+    """Open the training images and hold random ones out.
 
-    Raises BadInput if there are fewer than two, or labels that the model does not have.
+    Raises BadInput if there are fewer than two, or if the model does not have one of the labels.
     """
     images, labels = inputs.training_images()
     if len(images) < 2:
-        raise BadInput(f"{images.source} holds {len(images)} images, and training needs two or more", field="dataset")
+        raise BadInput(f"{images.source} has {len(images)} images, and training needs at least two", field="dataset")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.calibrate.seed))
     held_out = count_held_out(settings, len(images), MOST_IMAGES_HELD_OUT)
     chosen = order[held_out:]
@@ -300,6 +301,6 @@ def read_training_images(settings: Recipe, inputs: ImageInputs) -> TrainingData:
 def image_loss(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """Return the cross-entropy of a classifier with the labels, an `Objective`.
 
-    Computed here, since the models' own loss writes the problem type into their configuration.
+    Computed here, since the loss of the models writes the problem type into their configuration.
     """
     return label_loss(model(pixel_values=inputs["pixel_values"]).logits, inputs["labels"])

@@ -14,4 +14,4 @@ class Trained(Event):
 
     kind: ClassVar[str] = "trained"
     seconds: float
-    """Of this process; those before it was resumed are not among them."""
+    """Of this process, without those before a resume."""
