@@ -256,7 +256,10 @@ def test_what_needs_a_name_says_so_of_a_model_in_memory(inside: Path) -> None:
         coprune.compare(["model", model], "test.txt")
     with pytest.raises(coprune.BadInput, match=r"from its files, .* coprune\.keep_zeros\(model\)"):
         coprune.finetune(model, dataset="words.txt")
-    with pytest.raises(coprune.BadInput, match="from folder to folder, and a LlamaForCausalLM is in memory; save it"):
+    with pytest.raises(
+        coprune.BadInput,
+        match="merging reads a model from its folder, and this is a LlamaForCausalLM in memory; save it",
+    ):
         coprune.merge(model, "adapter", "merged")
     for call in (
         lambda: coprune.prune(model, processor=name, dataset="words.txt"),

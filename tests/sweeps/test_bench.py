@@ -70,7 +70,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         ({"tokens": 0}, "whole numbers of at least 1"),
         ({"prompt": 2.5}, "whole numbers of at least 1"),
         ({"dtype": "float17"}, "unknown dtype 'float17'; did you mean 'float16'"),
-        ({"prompt": 100_000}, "above the model's"),
+        ({"prompt": 100_000}, "and the model has"),
     ]
     for settings, message in wrong:
         with pytest.raises(BadInput, match=message):

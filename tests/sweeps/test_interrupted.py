@@ -115,7 +115,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     again = run_command(command, monkeypatch, capsys)
     assert again.code == 0
     assert not again.err
-    assert "in 2 sittings" in again.out
+    assert "in 2 sessions" in again.out
 
 
 def test_a_run_that_no_machine_has_the_memory_for_is_not_started(

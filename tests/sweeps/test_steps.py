@@ -75,7 +75,7 @@ def test_lists_of_its_settings_multiply_and_nothing_is_done_twice(place: Path) -
     assert len([name for name in after if name.endswith("merged.json")]) == 3
     # What was made of other bytes is not taken for this sweep's.
     save_pico(place / "other", seed=5)
-    with pytest.raises(BadInput, match="holds a report on other weights: model has changed since"):
+    with pytest.raises(BadInput, match="holds a report for other weights: model has changed since"):
         do()
 
 

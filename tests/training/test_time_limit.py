@@ -100,7 +100,7 @@ def test_minutes_in_which_no_step_fits_are_refused_with_the_least(home: Path, tm
 def test_a_model_that_loads_too_slowly_is_refused_as_soon_as_it_is_loaded(home: Path, tmp_path: Path) -> None:
     limit = TimeLimit(60, time.monotonic() - 20)
     limit.loaded(2, asked(home, tmp_path, minutes=1))
-    with pytest.raises(BadInput, match=r"all else takes about 80 s here; it takes at least"):
+    with pytest.raises(BadInput, match=r"the rest takes about 80 s here; it takes at least"):
         limit.loaded(20, asked(home, tmp_path, minutes=1))
 
 

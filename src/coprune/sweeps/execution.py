@@ -1,4 +1,4 @@
-"""A whole sweep: check it, estimate its runs, do those that are not done, and collect what all of them found."""
+"""Execute a sweep: check it, estimate its runs, run the unfinished ones, and collect all results."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from coprune.sweeps.sweep_result import SweepResult
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
-    """Run the unfinished runs of a sweep and write its tables.
+    """Execute the unfinished runs of a sweep and write its tables.
 
-    Raises BadInput before anything starts if a run is invalid, another process uses the sweep, or its folder belongs to
+    Raises BadInput before anything starts if a run is invalid, another process is running the sweep, or its folder holds
     something else.
     """
     runs = check_sweep(sweep)
@@ -48,7 +48,7 @@ def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
 
 
 def check_sweep(sweep: Sweep) -> list[Run]:
-    """List the runs of a sweep. Raises BadInput for one that cannot be, or a folder that is no sweep's."""
+    """List the runs of a sweep. Raises BadInput if one is invalid or the folder holds a single run."""
     if (sweep.folder / REPORT_FILE).exists():
         raise BadInput(
             f"{sweep.folder} holds a single run",
@@ -68,7 +68,7 @@ def check_sweep(sweep: Sweep) -> list[Run]:
 
 
 def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, quiet: bool) -> None:
-    """Run the unfinished runs."""
+    """Estimate and execute the unfinished runs."""
     started, reporter, ledger = time.perf_counter(), Reporter(quiet), outcome.ledger
     ledger.wall.append(0.0)
     workers = workers_at(how.ray, sweep.folder / SHARED_FOLDER / "workers.log")
@@ -109,11 +109,11 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of the folder. Raises BadInput if one is at it."""
+    """Lock the sweep's folder. Raises BadInput if another process holds the lock."""
     try:
         claim = Claim(folder / SHARED_FOLDER / "sweep.lock")
     except Taken:
-        raise BadInput(f"another process is running the sweep in {folder}", fix="wait for its end") from None
+        raise BadInput(f"another process is running the sweep in {folder}", fix="wait until it ends") from None
     try:
         yield
     finally:
@@ -122,10 +122,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Execution:
-    """Workers of a sweep.
+    """Where and how the runs of a sweep execute.
 
-    ray: None for local processes, an address or `local` for a cluster; workers: maximum of runs at a time; threads: cores of
-    a run; retries: of a run that was lost with its worker or met an unforeseen error.
+    ray: None for local processes, an address or `local` for a cluster; workers: maximum number of parallel runs; threads:
+    cores per run; retries: of a run whose worker was lost or that failed with an unexpected error.
     """
 
     ray: str | None = None
@@ -136,7 +136,7 @@ class Execution:
 
 @dataclass
 class Plan:
-    """The jobs of the runs that are not done yet. too_large: runs that no machine has the memory for."""
+    """The jobs of the unfinished runs. too_large: runs that need more memory than any machine has."""
 
     sweep: Sweep
     how: Execution
@@ -145,7 +145,7 @@ class Plan:
     too_large: dict[str, Outcome] = field(default_factory=dict)
 
     def to_estimate(self) -> list[RunJob]:
-        """Return one job per kind of run without an estimate; none if runs go one by one."""
+        """Return one job per kind of run without an estimate; none if runs execute one at a time."""
         if self._most() == 1:
             return []
         unknown = [run for run in self.waiting if run.recipe.model.check_memory and self._kept(run) is None]
@@ -156,7 +156,7 @@ class Plan:
         ]
 
     def to_run(self) -> list[RunJob]:
-        """Return the jobs of the runs that fit, with their shares of the cores; sets how many run at once."""
+        """Return the jobs of the runs that fit, with their number of threads, and set how many run in parallel."""
         fitting, memory = [], list[int]()
         for run in self.waiting:
             kept = self._kept(run)
@@ -183,13 +183,13 @@ class Plan:
         return self.workers.capacity.gpus > 0 and run.recipe.model.device in ("auto", "cuda")
 
     def _memory(self, run: Run, kept: KeptEstimate | None) -> int | None:
-        """Return the bytes to reserve; None if unknown, so that the run goes alone."""
+        """Return the bytes to reserve; None if unknown, so that the run executes alone."""
         if not run.recipe.model.check_memory:
             return 0
         if kept is None:
             return None
         needed, there = kept.estimate.peak_bytes if kept.estimate else 0, self.workers.capacity.memory_each
-        # An estimate slightly above the available memory may be wrong; the run gets a machine of its own.
+        # An estimate slightly above the available memory may be too high, so the run gets a whole machine.
         return needed if there is None else min(needed, there)
 
     def _too_large(self, run: Run, kept: KeptEstimate | None) -> str | None:
@@ -204,7 +204,7 @@ class Plan:
 
 
 def _how_many_fit(sizes: Sequence[int], memory: int | None) -> int:
-    """Return how many of the smallest fit together."""
+    """Return how many of the smallest sizes fit together."""
     if memory is None:
         return len(sizes)
     total, count = 0, 0

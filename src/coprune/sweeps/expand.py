@@ -1,4 +1,4 @@
-"""The runs of a sweep: every combination of its lists, each with a folder of its own."""
+"""Expand a sweep into its runs: every combination of its lists, each with its own folder."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a sweep. name: its folder within the sweep's; preset: source of its settings, if there is one."""
+    """A run of a sweep. name: its folder within the sweep's; preset: the preset of its settings, if any."""
 
     name: str
     recipe: Recipe
     preset: str | None = None
     steps: tuple[NamedStep, ...] = ()
-    """Steps that first make its model, one after another."""
+    """Steps that make its model, in order."""
     made_of: str = ""
-    """Model that the first of them begins with."""
+    """Model that the first step starts from."""
     of_steps: Mapping[str, Any] = field(default_factory=dict)
-    """Those of their settings in which runs may differ."""
+    """Settings of the steps, by their names in the sweep."""
 
     @property
     def model(self) -> str:
-        """Model that it begins with, before its steps."""
+        """Model that the run starts from, before its steps."""
         return self.made_of or self.recipe.model.name
 
     def setting(self, name: str) -> Any:
-        """Return a setting of its recipe, or of its steps."""
+        """Return a setting of the recipe or of a step."""
         return self.of_steps[name] if name in self.of_steps else self.recipe.setting(name)
 
     @property
@@ -55,9 +55,9 @@ class Run:
 
 
 def expand(sweep: Sweep) -> list[Run]:
-    """List a sweep's runs in the order of its file; the same run twice counts once.
+    """List a sweep's runs in the order of its file, without duplicates.
 
-    Raises BadInput for a run that cannot be, a folder for two different runs, or an exclusion that excludes nothing.
+    Raises BadInput if a run is invalid, two different runs share a folder, or an exclusion matches nothing.
     """
     combinations = list(_combinations(sweep.settings, sweep.zip))
     used = [any(_matches(combination, entry) for combination in combinations) for entry in sweep.exclude]
@@ -83,7 +83,7 @@ def expand(sweep: Sweep) -> list[Run]:
                 f"two different runs would go to {sweep.folder / run.name}",
                 field="sweep.folders",
                 value=sweep.folders,
-                fix="tell them apart in sweep.folders, for example "
+                fix="distinguish them in sweep.folders, for example "
                 f"{'/'.join('{' + name + '}' for name in varied(sweep))!r}",
             )
         runs[run.name] = run
@@ -91,7 +91,7 @@ def expand(sweep: Sweep) -> list[Run]:
 
 
 def varied(sweep: Sweep) -> list[str]:
-    """Return the fields in which a sweep's runs may differ: of its steps, then in the order of the file."""
+    """Return the fields in which a sweep's runs may differ: those of its steps, then the others in the order of the file."""
     return [*(name for name, values in _of_steps(sweep.steps).items() if len(values) > 1), *_varied(sweep)]
 
 
@@ -101,7 +101,7 @@ def _varied(sweep: Sweep) -> list[str]:
 
 
 def _of_steps(steps: Sequence[Mapping[str, Settings]]) -> dict[str, list[Any]]:
-    """Return the values of all settings of steps, by names such as `merge_share`, or `merge2_share` of a step's second turn."""
+    """Return the values of all settings of steps, by names such as `merge_share`; `merge2_share` if a step occurs twice."""
     found, turns = dict[str, list[Any]](), Counter[str]()
     for name, asked in ((name, asked) for step in steps for name, asked in step.items()):
         turns[name] += 1
@@ -118,7 +118,7 @@ def _chains(steps: Sequence[Mapping[str, Settings]]) -> Iterator[Settings]:
 
 
 def _made_by(sweep: Sweep, chain: Settings, model: str) -> tuple[NamedStep, ...]:
-    """Return the steps that make a run's model, in folders named by all that is said up to them: equal ones are done once."""
+    """Return the steps that make a run's model, in folders named by a hash of all settings so far, so that runs share them."""
     made, before, values = list[NamedStep](), model, iter(chain.values())
     for name, asked in ((name, asked) for step in sweep.steps for name, asked in step.items()):
         own = dict(zip(asked, values, strict=False))
@@ -134,7 +134,7 @@ def _axes(settings: Mapping[str, Any]) -> list[str]:
 def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterator[Settings]:
     axes = {name: settings[name] for name in _axes(settings)}
     together = {name: tuple(other for other in group if other in axes) for group in groups for name in group}
-    # Each factor is a list of settings; the first field of a group stands where the group multiplies.
+    # Each factor is a list of settings; the position of a group is that of its first field.
     factors: list[list[Settings]] = []
     for name in axes:
         members = together.get(name, (name,))
@@ -149,10 +149,10 @@ def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterat
 
 
 def _in_step(lists: Mapping[str, Sequence[Any]]) -> list[Settings]:
-    """Combine lists of one length into settings. Raises BadInput if an included run's lengths differ."""
+    """Combine lists of equal length element by element. Raises BadInput if the lengths differ."""
     if len({len(values) for values in lists.values()}) > 1:
         told = ", ".join(f"{name} has {len(values)}" for name, values in lists.items())
-        raise BadInput(f"zipped lists must be of one length: {told}", field="sweep.include")
+        raise BadInput(f"zipped lists must have the same length: {told}", field="sweep.include")
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
@@ -187,7 +187,7 @@ def _part_of_step(field: str, value: Any, bare: bool = False) -> str:
 
 
 def _default_folder(sweep: Sweep, combination: Settings, model: str, chain: Settings) -> str:
-    """Return one path part per axis; other settings of an included run are appended, so that no other run is renamed."""
+    """Return one path part per axis; other settings of included runs are appended, so that the other runs keep their names."""
     axes = _axes(sweep.settings)
 
     def part(field: str) -> str:
@@ -199,7 +199,7 @@ def _default_folder(sweep: Sweep, combination: Settings, model: str, chain: Sett
 
 
 def _model_parts(sweep: Sweep) -> dict[str, str]:
-    """Return a short, unique path part for each model: the end of its name, and as much before it as needed."""
+    """Return a short, unique path part for each model: as many last parts of its name as needed."""
     named = [values["model"] for values in (sweep.settings, *sweep.include) if "model" in values]
     found: dict[str, str] = {}
     for model in (str(one) for value in named for one in (value if isinstance(value, list) else [value])):
@@ -214,7 +214,7 @@ def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
     known = {name: folder_part(name, value, bare=True) for name, value in recipe.flat().items()}
     known |= {"sparsity": f"{recipe.prune.ratio:g}", **also}
     try:
-        # Fields alone: a width (`{method:>1000000000}`) or an attribute has no sense in a path.
+        # Plain fields only: widths (`{method:>1000000000}`) and attributes are refused.
         if any(spec or conversion for _, _, spec, conversion in Formatter().parse(template)):
             raise ValueError(template)
         name = template.format_map(known | {alias: known[word] for alias, word in ALIASES.items()})
@@ -226,7 +226,7 @@ def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
         ) from None
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise BadInput(
-            f"sweep.folders {template!r} gives {name!r}, which is no folder within the sweep's",
+            f"sweep.folders {template!r} gives {name!r}, which is not a folder within the sweep's",
             field="sweep.folders",
             value=template,
         )

@@ -1,7 +1,8 @@
-"""A sweep as data: a recipe in which a field may have a list of values, and how the lists combine.
+"""The file of a sweep: a recipe in which fields may have lists of values, and rules for combining the lists.
 
-A field with a list is an axis, and the axes multiply, the first of the file outermost. A field that is itself a list (include,
-exclude, refine) is an axis if one of its values is a list. `sweep.yaml` is a `recipe.yaml` with more fields under `sweep:`.
+A field with a list is an axis, and the axes multiply, the first in the file outermost. A field whose value is itself a list
+(include, exclude, refine) is an axis if one of its elements is a list. `sweep.yaml` is a `recipe.yaml` with more fields under
+`sweep:`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from coprune.recipe.recipe import DEFAULTS, read_settings
 from coprune.recipe.tree import LEAVES
 
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
-# Each run of a sweep would write to the same place.
+# Refused, since all runs of a sweep would write to the same place.
 _ONE_RUN_ONLY = ("log_json", "push_to_hub", "private", "overwrite")
 SHARED_FOLDER = ".shared"
-"""What the runs of a sweep share, in its folder."""
+"""Subfolder with the data that the runs of a sweep share."""
 FOLDERS = ("save", "save_model", "log_samples")
-"""Folders of the whole sweep, in which every run gets one."""
+"""Settings that name a folder of the whole sweep, with a subfolder for each run."""
 
 
 class Sweep(BaseModel):
-    """A recipe with lists."""
+    """A recipe whose fields may have lists of values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,11 +77,13 @@ class Sweep(BaseModel):
 
     @classmethod
     def make(cls, data: Mapping[str, Any]) -> Self:
-        """Build a sweep from what its file says. Raises BadInput for unknown fields or lists that make no sense."""
+        """Build a sweep from the content of its file. Raises BadInput for unknown fields or invalid lists."""
         rules = _plain(data.get("sweep") or {})
         settings = _words({name: value for name, value in data.items() if name != "sweep"})
         if not isinstance(rules, dict):
-            raise BadInput("sweep must hold zip, include, exclude, folders or steps", field="sweep", value=rules)
+            raise BadInput(
+                "sweep must be a mapping with zip, include, exclude, folders or steps", field="sweep", value=rules
+            )
         for name in rules:
             if name not in cls.model_fields or name == "settings":
                 raise unknown_name("key of sweep", name, set(cls.model_fields) - {"settings"}, field=f"sweep.{name}")
@@ -94,7 +97,7 @@ class Sweep(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a sweep's file; without a folder in it, results go to `out/` and the file's name. Raises BadInput."""
+        """Read a sweep's file; if it names no folder, results go to `out/` and the file's name. Raises BadInput."""
         data = read_settings(path)
         rules = {"sweep": data.pop("sweep")} if "sweep" in data else {}
         return cls.make(layered({"save": str(Path("out") / path.stem)}, data) | rules)
@@ -118,7 +121,7 @@ class Sweep(BaseModel):
                     raise BadInput(f"{name} is for one run", field=name, value=value, fix=in_sweep)
                 if is_axis(name, value) and not value:
                     raise BadInput(
-                        f"{name} has an empty list, which makes no run at all",
+                        f"{name} has an empty list, which gives no runs",
                         field=name,
                         value=value,
                         fix="leave it out",
@@ -129,7 +132,7 @@ class Sweep(BaseModel):
         for name in FOLDERS:
             if not isinstance(self.settings.get(name), str | Path | None) or any(name in one for one in self.include):
                 raise BadInput(
-                    f"{name} is the folder of the whole sweep, in which every run gets one",
+                    f"{name} is the folder of the whole sweep, in which every run gets a subfolder",
                     field=name,
                     value=self.settings.get(name),
                     fix="name one folder",
@@ -146,10 +149,10 @@ class Sweep(BaseModel):
             raise BadInput(wrong, field="sweep.zip", value=group)
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name} has {count}" for name, count in lengths.items())
-            raise BadInput(f"zipped lists must be of one length: {told}", field="sweep.zip", value=group)
+            raise BadInput(f"zipped lists must have the same length: {told}", field="sweep.zip", value=group)
 
     def with_settings(self, typed: Mapping[str, Any]) -> Sweep:
-        """Return the sweep with fields fixed, also in its included runs."""
+        """Return the sweep with some fields fixed, including in its included runs."""
         if not typed:
             return self
         typed, method = _words(typed), self.settings.get("method", "wanda")
@@ -176,19 +179,19 @@ class Sweep(BaseModel):
         return expand_home(self.settings["save"])
 
     def to_yaml(self) -> str:
-        """Return the sweep as the file that `read` reads."""
+        """Return the sweep as YAML that `read` accepts."""
         rules = self.model_dump(mode="json", exclude={"settings"}, exclude_defaults=True)
         data = self.settings | ({"sweep": rules} if rules else {})
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def _words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by their own names, as a file would hold them."""
+    """Return settings by their own names, with values as in a file."""
     return {name: _plain(value) for name, value in flatten(settings).items()}
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as YAML would hold it: paths and choices as text, all sequences (numpy's too) as lists."""
+    """Convert a value for YAML: paths and choices to text, all sequences (including numpy's) to lists."""
     if isinstance(value, Path | Choice):
         return str(value)
     if isinstance(value, Mapping):
@@ -213,9 +216,9 @@ _MOST_RUNS = 10_000
 
 
 def methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Take apart methods that are listed with their options, and list every combination of options that have lists.
+    """Split methods that are listed with options, and expand options that have lists into all combinations.
 
-    Returns the settings, in which `method` and `options` are then lists that go in step, and whether they are.
+    Returns the settings, and whether `method` and `options` are now lists to be zipped.
     """
     methods, options = settings.get("method"), settings.get("options")
     if not isinstance(methods, list):
@@ -227,13 +230,13 @@ def methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], bool
         raise BadInput("options are given twice, once with the methods", field="options", fix="leave one out")
     pairs = [(one["name"], own) for one in map(_split, methods) for own in _combined(one["options"])]
     taken = {"method": [name for name, _ in pairs], "options": [own for _, own in pairs]}
-    # In the place of the methods, so that the order of the lists stays.
+    # At the position of the methods, to keep the order of the lists.
     rest = [({name: value} if name != "method" else taken) for name, value in settings.items()]
     return {name: value for part in rest for name, value in part.items()}, True
 
 
 def included(entry: dict[str, Any], with_options: bool) -> dict[str, Any]:
-    """Return the settings of an included entry. with_options: whether methods are listed with options of their own."""
+    """Return the settings of an included entry. with_options: whether methods are listed with their own options."""
     own = {"options": {}, **entry} if with_options and "method" in entry else entry
     return own if isinstance(own.get("method"), list) else methods_with_options(own)[0]
 
@@ -245,7 +248,7 @@ def added_to(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
 
 
 def excluded(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split an exclusion whose methods are listed with options into one per method."""
+    """Split an exclusion whose methods are listed with options into one exclusion per method."""
     taken, paired = methods_with_options(entry)
     if not paired:
         return [taken]
@@ -271,11 +274,11 @@ def _combined(options: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def require_few(lengths: Iterable[int]) -> None:
-    """Raise BadInput where lists combine to more runs than anybody waits for; it is said before they are listed."""
+    """Raise BadInput if lists of these lengths combine to too many runs; called before the runs are listed."""
     runs = math.prod(lengths)
     if runs > _MOST_RUNS:
         raise BadInput(
-            f"the lists combine to {runs:,} runs, and a sweep has {_MOST_RUNS:,} at most",
+            f"the lists combine to {runs:,} runs, and a sweep has at most {_MOST_RUNS:,}",
             field="sweep",
-            fix="shorten them, or let some go in step with zip",
+            fix="shorten them, or combine some with zip",
         )

@@ -1,4 +1,4 @@
-"""The finished runs of a sweep: those whose folder has the report of the same recipe."""
+"""Find the finished runs of a sweep: those whose folder has a report of the same recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from coprune.sweeps.file import SHARED_FOLDER, Sweep
 def finished_report(recipe: Recipe) -> Report | None:
     """Return the report of a finished run, or None.
 
-    Raises BadInput if the folder holds the report of another run, or one that cannot be read.
+    Raises BadInput if the folder holds the report of another run, or an unreadable one.
     """
     folder = recipe.run_folder
     file = folder / REPORT_FILE
@@ -34,7 +34,7 @@ def finished_report(recipe: Recipe) -> Report | None:
     try:
         report = Report.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to do that run again") from None
+        raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to repeat that run") from None
     if not report.recipe.gives_as(recipe):
         before, now = report.recipe.whole, recipe.whole
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
@@ -50,7 +50,7 @@ def finished_report(recipe: Recipe) -> Report | None:
 
 
 def _other_weights(folder: Path, model: str) -> BadInput:
-    cause = f"{folder} holds a report on other weights: {model} has changed since"
+    cause = f"{folder} holds a report for other weights: {model} has changed since"
     fix = ("Name another folder with ", Setting("save"), ", or remove it")
     return BadInput(cause, field="save", value=folder, fix=fix)
 
@@ -65,7 +65,7 @@ def finished_reports(runs: list[Run]) -> dict[str, Report]:
 
 
 def source_of(run: Run) -> Left:
-    """Return the model that a run's steps begin with. Raises BadInput where there is none."""
+    """Return the model that a run's steps start from. Raises BadInput if it does not exist."""
     return source_named(run.model, run.recipe.model.cache_dir)
 
 
@@ -75,9 +75,9 @@ def is_sweep(folder: Path) -> bool:
 
 
 def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
-    """Read a sweep from its folder, also after a move: its runs and the reports of finished ones.
+    """Read a sweep from its folder, even if that was moved: the sweep, its runs, and the reports of finished ones.
 
-    Raises BadInput if none is.
+    Raises BadInput if no run is finished.
     """
     sweep = Sweep.read(folder / SWEEP_FILE).with_settings({"save": str(folder)})
     runs = expand(sweep)
@@ -85,15 +85,16 @@ def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
     reports = {run.name: Report.read(folder / run.name / REPORT_FILE) for run in there}
     if not reports:
         raise BadInput(
-            f"no run of the sweep in {folder} is finished", fix=(Command("sweep", folder / SWEEP_FILE), " goes on")
+            f"no run of the sweep in {folder} is finished",
+            fix=("resume it with ", Command("sweep", folder / SWEEP_FILE)),
         )
     return sweep, runs, reports
 
 
 def models_to_compare(name: str) -> list[str]:
-    """Return the models behind a name: a sweep's dense models and saved ones; else the name itself.
+    """Return the models that a name stands for: the dense and saved models of a sweep, otherwise the name itself.
 
-    Raises BadInput for a sweep whose runs saved no models.
+    Raises BadInput if the runs of a sweep saved no models.
     """
     folder = expand_home(name)
     if not is_sweep(folder):
@@ -106,7 +107,7 @@ def models_to_compare(name: str) -> list[str]:
             fix=(
                 f"its tables are in {folder / 'results.md'}, and a sweep with ",
                 Setting("save_model"),
-                " keeps the models",
+                " saves the models",
             ),
         )
     return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
@@ -122,14 +123,14 @@ _NAMES = {
 
 
 class Ledger(BaseModel):
-    """Seconds of a sweep."""
+    """Record of a sweep's time."""
 
     wall: list[float] = []
-    """Seconds of every sitting, from the first job to the last."""
+    """Wall-clock seconds of each session, from the first job to the last."""
     saved: dict[str, dict[str, float]] = {}
     """Seconds saved by sharing, by run and kind of work."""
     runs: dict[str, float] = {}
-    """Seconds of every run, loading included."""
+    """Seconds of each run, including loading."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -140,18 +141,18 @@ class Ledger(BaseModel):
             return cls()
 
     def write(self, folder: Path) -> None:
-        """Write it whole or not at all."""
+        """Write the ledger to a sweep's folder, atomically."""
         write_text(folder / SHARED_FOLDER / _FILE, self.model_dump_json(indent=2) + "\n")
 
     def line(self) -> str:
-        """Return a sentence or two on the time; empty before anything was done."""
+        """Return a sentence or two on the time; empty before the first session."""
         if not self.wall:
             return ""
-        sittings = "" if len(self.wall) == 1 else f" in {len(self.wall)} sittings"
+        sittings = "" if len(self.wall) == 1 else f" in {len(self.wall)} sessions"
         told = f"The sweep took {duration(sum(self.wall))}{sittings}; its runs together {duration(sum(self.runs.values()))}."
         kinds = {kind: sum(one.get(kind, 0.0) for one in self.saved.values()) for kind in _NAMES}
         parts = [f"{seconds:.0f} s of {_NAMES[kind]}" for kind, seconds in kinds.items() if seconds >= 0.5]
-        return f"{told} Taken over from other runs instead of done again: {', '.join(parts)}." if parts else told
+        return f"{told} Reused from other runs: {', '.join(parts)}." if parts else told
 
 
 def sweep_command(folder: Path) -> str:

@@ -1,6 +1,6 @@
-"""Tokens per second of models on this machine: folders in transformers, GGUF files in llama.cpp, in turns within one process.
+"""Measure tokens per second of models on this machine: folders in transformers, GGUF files in llama.cpp.
 
-Only ratios mean anything: what disturbs one model in its turn disturbs the others too.
+The models take turns in one process, so that other work on the machine affects all of them alike. Only ratios are meaningful.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Row:
     memory_bytes: int
     """Bytes of the weights in memory."""
     prefill: Speed
-    """Of a whole prompt at once."""
+    """Speed of reading a whole prompt at once."""
     decode: Speed
-    """Of one sequence, token by token."""
+    """Speed of generating one sequence, token by token."""
 
 
 @dataclass(repr=False)
@@ -73,7 +73,7 @@ class Bench(Shown):
     rows: list[Row]
 
     def headline(self) -> str:
-        """Return the models and how fast the first decodes."""
+        """Return the models and the decoding speed of the first."""
         names = ", ".join(Path(row.model).name for row in self.rows)
         return f"{names}: {self.rows[0].decode.median:.1f} tokens/s, {self.threads} threads, {self.device}"
 
@@ -114,7 +114,7 @@ class _Runner(Protocol):
     vocabulary: int
 
     def prefill(self, ids: Tensor) -> None:
-        """Read a prompt from its beginning: 1 × T int64."""
+        """Read a prompt with an empty cache: 1 × T int64."""
         ...
 
     def step(self, token: Tensor) -> None:
@@ -126,8 +126,8 @@ class _InTransformers:
     def __init__(self, model: Any, positions: int) -> None:
         limit = positions_of(model)
         if limit is not None and positions > limit:
-            cause = f"{positions} tokens of the prompt and after it are above the model's {limit} positions"
-            raise BadInput(cause, field="prompt", value=positions, fix="take fewer")
+            cause = f"prompt and generated tokens take {positions} positions, and the model has {limit}"
+            raise BadInput(cause, field="prompt", value=positions, fix="use fewer")
         self._model, self._argument = model, cache_argument(model)
         self._cache: Cache | None = None
         self.bytes = weight_bytes(model)
@@ -167,21 +167,21 @@ def bench(
     dtype: DtypeName = "auto",
     busy: bool = False,
 ) -> Bench:
-    """Measure prefill and decoding of one sequence on the CPU, with torch's number of threads.
+    """Measure prefill and decoding speed of one sequence on the CPU, with torch's number of threads.
 
     Args:
         models: Hub ids, folders and `smollm2-135m`, which run in transformers, and GGUF files, which run in llama.cpp.
-        prompt: tokens of the prompt, which decoding attends to.
-        tokens: decoding steps.
-        repeats: of the prefill.
+        prompt: number of tokens in the prompt, which decoding attends to.
+        tokens: number of decoding steps.
+        repeats: number of prefills.
         dtype: of the weights in transformers; by default the checkpoint's.
-        busy: count the processor time of one thread instead of the clock's, for a machine with other work.
+        busy: measure the processor time of one thread instead of wall time, for a machine with other work.
 
     Returns:
         Tokens per second and bytes of every model.
 
     Raises:
-        BadInput: a model is not there, llama.cpp is not installed, or a number is not positive.
+        BadInput: a model does not exist, llama.cpp is not installed, or a number is not positive.
     """
     if not all(isinstance(number, Integral) and number >= 1 for number in (prompt, tokens, repeats)):
         raise BadInput("prompt, tokens and repeats must be whole numbers of at least 1")
@@ -189,14 +189,14 @@ def bench(
         raise unknown_name("dtype", str(dtype), get_args(DtypeName), field="dtype")
     if busy and torch.get_num_threads() != 1:
         cause = "processor time is only meaningful with one thread"
-        raise BadInput(cause, field="busy", value=busy, fix="let torch have one: OMP_NUM_THREADS=1")
+        raise BadInput(cause, field="busy", value=busy, fix="set OMP_NUM_THREADS=1")
     listed = [models] if isinstance(models, str | Path) else [*models]
     if not listed:
         raise BadInput("no model is named", field="model")
     entered = [_enter(model, prompt + tokens, dtype) for model in listed]
     clock = time.process_time if busy else time.perf_counter
     vocabulary = min(runner.vocabulary for _, _, runner in entered)
-    # Which tokens they are does not affect the time.
+    # Random tokens: their values do not affect the time.
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     runners = [runner for _, _, runner in entered]
     for runner in runners:
@@ -211,7 +211,7 @@ def bench(
 
 
 def _enter(model: Path | str, positions: int, dtype: DtypeName) -> tuple[str, int, _Runner]:
-    """Return a model's name, the bytes of its files, and the model in its runtime."""
+    """Load a model in its runtime, and return its name, the bytes of its files, and the runner."""
     path = expand_home(model)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path.name, path.stat().st_size, _InLlamaCpp(path, positions)
@@ -223,7 +223,7 @@ def _enter(model: Path | str, positions: int, dtype: DtypeName) -> tuple[str, in
 
 
 def _in_turns(calls: Sequence[Callable[[], None]], repeats: int, clock: Clock) -> list[list[float]]:
-    """Return the seconds of each call, which are made one after another, `repeats` times."""
+    """Return the seconds of each call over `repeats` rounds in which the calls take turns."""
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, own in zip(calls, seconds, strict=True):
@@ -241,7 +241,7 @@ def _speed(seconds: Sequence[float], tokens: int) -> Speed:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers, shared ones once."""
+    """Return the bytes of the parameters and buffers, counting shared ones once."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
 

@@ -1,4 +1,4 @@
-"""A run of a sweep as a job of the pool: to estimate its memory, or to do it."""
+"""Run a sweep's runs, or estimate their memory, as jobs of the pool."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from coprune.run.reuse import Reuse
 
 Seconds = dict[str, float]
-"""Seconds of work that a run did not do again, by kind."""
-# Texts as tokens, which the later jobs of this process find again.
+"""Seconds of work that a run reused, by kind."""
+# Tokenised texts, reused by later jobs of this process.
 _texts: dict[tuple[Hashable, ...], tuple[Any, float]] = {}
 
 
 @dataclass(frozen=True)
 class RunJob:
-    """A run to do, or to estimate. gpu: whether it needs one; memory: bytes that it will take, None if unknown."""
+    """A run to execute or to estimate. gpu: whether it needs one; memory: bytes to reserve, None if unknown."""
 
     run: Run
     action: Literal["estimate", "run"]
@@ -38,18 +38,18 @@ class RunJob:
 
     @property
     def name(self) -> str:
-        """The run's."""
+        """Name of the run."""
         return self.run.name
 
     def do(self) -> Seconds:
-        """Run or estimate it; the result is in the run's folder, or in the sweep's store."""
+        """Execute or estimate the run; the result goes to its folder or to the sweep's store."""
         if self.run.steps:
             make(self.run.steps, source_of(self.run), Reporter(quiet=True))
         return _ACTIONS[self.action](self)
 
 
 def _reuse(sweep: Path) -> Reuse:
-    """Return what the runs of a sweep have in common: a store in its folder, and texts that this process has tokenised."""
+    """Return what the runs of a sweep share: a store in its folder, and the texts tokenised by this process."""
     from coprune.run.reuse import Reuse
 
     return Reuse(Store(sweep / SHARED_FOLDER), among_others=True, texts=_texts)
@@ -72,7 +72,7 @@ def _run(job: RunJob) -> Seconds:
     from coprune.runner.run_recipe import run_recipe
 
     recipe = job.run.recipe
-    if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could say so
+    if finished_report(recipe) is not None:  # the worker was lost after it finished the run
         return {}
     reuse = _reuse(job.sweep)
     run_recipe(recipe, reporter=Reporter(quiet=True), reuse=reuse)

@@ -1,4 +1,4 @@
-"""Models compared that may be named by the runs and sweeps that made them."""
+"""Compare models from Python: `coprune.compare`. Runs and sweeps stand for the models that they saved."""
 
 from __future__ import annotations
 
@@ -41,17 +41,16 @@ def compare(
         models: two or more Hub ids, folders, GGUF files, or folders of runs and sweeps that saved models;
             the first is the baseline.
         data: texts or images to measure on, as in `coprune.evaluate`.
-        evaluation_cache: the folder where evaluations are kept, so that nothing is measured twice; without it,
-            `~/.cache/coprune/store`.
-        fresh: measure everything again, and keep nothing.
-        quiet: no progress bars and lines on standard error.
+        evaluation_cache: folder in which evaluations are cached; by default `~/.cache/coprune/store`.
+        fresh: ignore the cache: measure everything again, and store nothing.
+        quiet: show no progress bars and messages on standard error.
         settings: as in `coprune.evaluate`.
 
     Returns:
-        A row per model, with what differs from the baseline; `to_csv` and `to_markdown` write it.
+        A row per model with its differences from the baseline; write it with `to_csv` or `to_markdown`.
 
     Raises:
-        BadInput: for what cannot be done as asked, or models that do not compare.
+        BadInput: the request cannot be fulfilled, or the models cannot be compared.
         NumericalError: a model's output is NaN.
     """
     named = [name for model in _names(models) for name in models_to_compare(model)]
@@ -75,7 +74,7 @@ def _store(evaluations: str | Path | None) -> Store:
 
 
 def _names(models: Sequence[str | Path]) -> list[str]:
-    """Return names of models. Raises BadInput for a single one, and for a model in memory, which cannot be cached."""
+    """Return names of models. Raises BadInput for a single name, and for a model in memory, which cannot be cached."""
     if isinstance(models, str | Path):
         raise BadInput(
             "models are compared with each other", field="models", value=models, fix="give a list of two or more"
@@ -96,10 +95,20 @@ def compare_models(
     store: Store,
     model_of: Callable[[str], str] = str,
 ) -> Comparison:
-    """Measure every model as the recipe says (its own model is not looked at) and compare each with the first.
+    """Measure every model and compare each with the first.
 
-    models: as they were asked for; model_of: the folder, GGUF file or Hub id that such a name stands for. What the store
-    holds is not measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
+    Args:
+        models: names of the models, as given by the user.
+        recipe: what to measure; its own model is ignored.
+        reporter: receives progress.
+        store: cache of measurements.
+        model_of: returns the folder, GGUF file or Hub id that a name stands for.
+
+    Returns:
+        A row per model.
+
+    Raises:
+        BadInput: there are fewer than two models, one cannot be found, or they cannot be compared.
     """
     if len(models) < 2:
         few = "a comparison needs two models or more, of which the first is the baseline"
@@ -127,7 +136,7 @@ def compare_models(
 
 
 def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple[Closeness, ...]:
-    """Measure the closeness of a model to the baseline, where both are text models with comparable tokens."""
+    """Measure the closeness of a model to the baseline if both are text models with the same tokens."""
     if subject.task != "text":
         return ()
     try:
@@ -142,7 +151,7 @@ def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple
 
 
 def labels_of(names: Sequence[str]) -> list[str]:
-    """Return names of folders for the models' items: the last parts of paths and Hub ids, or all where those are equal."""
+    """Return folder names for the models' items: the last part of each path or Hub id, or all parts if that is ambiguous."""
     last = [Path(name).name for name in names]
     return [
         short if last.count(short) == 1 else "__".join(part for part in Path(name).parts if part != "/")

@@ -1,4 +1,4 @@
-"""The papers' tables: methods down, patterns across, mean and spread over seeds; one table per model and measure."""
+"""The papers' tables, one per model and measure: methods as rows, patterns as columns, mean and deviation over seeds."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from coprune.report.schema import Report
 from coprune.sweeps.expand import Run, folder_part, varied
 from coprune.sweeps.file import Sweep
 
-# What the rows, the columns and the repetitions are; whatever else differs between runs stands beside the method.
+# Fields shown by rows, columns and repetitions; all others that differ between runs are added to the row's label.
 _PLACED = ("model", "method", PRESET, "pattern", "sparsity", "seed", "save", "save_model")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Something that runs are compared by. less: whether less is better."""
+    """A measure by which runs are compared. less: whether lower is better."""
 
     title: str
     values: dict[str, float]
@@ -37,7 +37,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Result:
-    """All seeds of one method with one pattern. mean: None if none is finished."""
+    """Result of one method with one pattern over all seeds. mean: None if no run is finished."""
 
     text: str
     mean: float | None
@@ -46,14 +46,14 @@ class Result:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """Rows are methods, with the dense model first; every row has a cell per column."""
+    """A table whose rows are methods, the dense model first, with one cell per column."""
 
     title: str
     columns: list[str]
     rows: dict[str, list[Result]]
 
     def sheet(self) -> Sheet:
-        """Return the table as it is shown, with the best of every column emphasised."""
+        """Return the table for display, with the best value of every column emphasised."""
         rows = [[Cell(name), *(Cell(one.text, strong=one.best) for one in found)] for name, found in self.rows.items()]
         return Sheet("", rows, ["method", *self.columns])
 
@@ -75,12 +75,12 @@ def top1_of(report: Report, facts: AccuracyFacts) -> float:
 
 
 def tasks_of(report: Report) -> ZeroShotFacts | None:
-    """Return the task scores of a run's final model; None where only the model before training was measured."""
+    """Return the task scores of a run's final model; None if only the model before training was measured."""
     return report.zero_shot if report.finetuned is None else None
 
 
 def paper_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report]) -> list[PaperTable]:
-    """Make the tables of a sweep, of what is finished. A column per pattern (and ratio, if unstructured)."""
+    """Build the tables of a sweep's finished runs, with a column per pattern (and ratio, if unstructured)."""
     beside = [name for name in varied(sweep) if name not in _PLACED]
     tables = []
     for model in dict.fromkeys(run.model for run in runs):
@@ -141,7 +141,7 @@ def _number(value: float, form: str) -> str:
 
 
 def _measures(runs: Sequence[Run], reports: Mapping[str, Report]) -> Iterator[Measure]:
-    """Yield perplexity on every text, accuracy on every set of images, every task and their mean, as far as measured."""
+    """Yield every measure with results: perplexity per text, accuracy per set of images, each task, and the tasks' mean."""
     found = {run.name: reports[run.name] for run in runs if run.name in reports}
     texts = {(facts.data, facts.seqlen): None for report in found.values() for facts in report.perplexity}
     for data, seqlen in texts:
@@ -181,5 +181,5 @@ def _estimated(title: str, found: Mapping[str, Estimate], dense: Estimate | None
     return Measure(title, values, before[0], less, form, errors, before[1])
 
 
-SPREAD = "± is the standard deviation over seeds; of a task with one seed the standard error over its items."
-"""What stands behind a sign in these tables."""
+SPREAD = "± is the standard deviation over seeds; for a task with one seed, the standard error over its items."
+"""Explanation of ± in these tables."""

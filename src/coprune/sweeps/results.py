@@ -1,4 +1,4 @@
-"""The results of a sweep: a row per run in `results.parquet` and `results.csv`, tables in `results.md`, and a page."""
+"""Write the results of a sweep: a row per run in `results.parquet` and `results.csv`, tables in `results.md`, and a page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 def collect(
     sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], failures: Mapping[str, str], ledger: Ledger
 ) -> None:
-    """Write everything that is known of a sweep's runs to its folder; earlier files make way."""
+    """Write all results of a sweep to its folder, replacing earlier files."""
     folder = sweep.folder
     rows = [_row(run, reports.get(run.name), failures.get(run.name), varied(sweep)) for run in runs]
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -49,16 +49,16 @@ def collect(
 
 
 def print_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], console: Console) -> None:
-    """Print the tables, with the best of every column in bold."""
+    """Print the tables with the best value of every column in bold."""
     for one in paper_tables(sweep, runs, reports):
-        console.print(Text(printable(one.title)), soft_wrap=True)  # not markup, and nothing that steers a terminal
+        console.print(Text(printable(one.title)), soft_wrap=True)  # no markup and no control characters
         console.print(one.sheet().terminal())
 
 
 def results_markdown(
     sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], failures: Mapping[str, str], ledger: Ledger
 ) -> str:
-    """Return the tables, the missing runs, and the cost of the sweep."""
+    """Return the tables, the failed runs, and the time of the sweep as Markdown."""
     parts = [table.markdown() for table in paper_tables(sweep, runs, reports)]
     seeds = {run.recipe.calibrate.seed for run in runs}
     if len(seeds) > 1:
@@ -67,7 +67,7 @@ def results_markdown(
         parts.append(f"{SPREAD}\n")
     parts.append(f"{len(reports)} of {len(runs)} runs are done. {ledger.line()}".rstrip() + "\n")
     parts += [f"- failed: {name}: {text.splitlines()[-1]}\n" for name, text in failures.items() if text]
-    parts.append(f"`{sweep_command(sweep.folder)}` does what is not done yet.\n")
+    parts.append(f"Resume with `{sweep_command(sweep.folder)}`.\n")
     return "\n".join(parts)
 
 
@@ -106,7 +106,7 @@ def _measured(report: Report) -> Row:
 
 
 def _columns(name: str, found: Estimate | None, dense: Estimate | None) -> Row:
-    """Return an estimate of the final and the dense model, each with its standard error."""
+    """Return columns with an estimate of the final and of the dense model, each with its standard error."""
     row: Row = {}
     for title, one in ((name, found), (f"dense {name}", dense)):
         row |= {title: None if one is None else one.value, f"{title} ±": None if one is None else one.stderr}
@@ -114,7 +114,7 @@ def _columns(name: str, found: Estimate | None, dense: Estimate | None) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as one field of a table."""
+    """Convert a setting to a single value for a table."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Sweeps that are called from Python: `coprune.sweep`."""
+"""Sweeps from Python: `coprune.sweep`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from coprune.sweeps.finished import Ledger, finished_reports
 from coprune.sweeps.sweep_result import SweepResult
 
 Lists = str | Path | Mapping[str, Any]
-"""A sweep's file, or what it would say."""
+"""A sweep's file, or its content."""
 _EXECUTION = ("ray", "workers", "threads", "retries")
 
 
 class SweepArguments(RecipeArguments, total=False):
-    """Settings of all runs, and where they are done."""
+    """Settings of all runs, and how they execute."""
 
     model: str
     method: str
@@ -40,25 +40,25 @@ def sweep(
     quiet: bool = False,
     **settings: Unpack[SweepArguments],
 ) -> SweepResult:
-    """Run every combination of some lists, several at a time, and collect the results.
+    """Run every combination of lists of settings, several in parallel, and collect the results.
 
-    Runs are processes of their own, so a script that calls this needs `if __name__ == "__main__":`. The same call resumes an
-    interrupted sweep.
+    Each run is a process of its own, so a script that calls this needs `if __name__ == "__main__":`. Call it again to resume
+    an interrupted sweep.
 
     Args:
         lists: a file, or a mapping of its content, in which any setting of `coprune.prune` may have a list, such as
             `{"model": "smollm2-135m", "method": ["wanda", "sparsegpt"], "seed": [0, 1], "save": "out/table"}`.
-        script: instead of that, a batch script of the Wanda repository (`llama-7b`, `opt` …).
+        script: name of a batch script of the Wanda repository (`llama-7b`, `opt` …), instead of `lists`.
         dry_run: only list the runs.
-        quiet: no progress bar and lines on standard error.
-        settings: settings that override the lists for all runs; `workers` (runs at a time), `threads` (cores of a run),
+        quiet: show no progress bar and messages on standard error.
+        settings: settings that override the lists in all runs; `workers` (parallel runs), `threads` (cores per run),
             `retries` (of a lost run) and `ray` (the address of a Ray cluster, or `local`).
 
     Returns:
-        The runs with their reports, the reasons of failed ones, and the cost; tables are in the sweep's folder.
+        The runs with their reports, the reasons of failed ones, and the time; tables are in the sweep's folder.
 
     Raises:
-        BadInput: one of the runs is invalid, or the folder belongs to something else.
+        BadInput: a run is invalid, or the folder holds something else.
     """
     how = Execution(**{name: value for name, value in settings.items() if name in _EXECUTION})  # type: ignore[arg-type]
     fixed = {name: value for name, value in settings.items() if name not in _EXECUTION}
@@ -72,7 +72,7 @@ def sweep(
 def _chosen(lists: Lists | None, script: str | None) -> Sweep:
     if lists is not None and script is not None:
         named = "lists" if isinstance(lists, Mapping) else lists
-        meant = f"for a preset of its runs, write 'preset: {script}' into it" if script in PRESETS else "leave one out"
+        meant = f"to set a preset for its runs, add 'preset: {script}' to it" if script in PRESETS else "leave one out"
         raise BadInput(f"a file ({named}) and a script ({script}) are named", field="script", value=script, fix=meant)
     if script is not None:
         return sweep_of_script(script)
@@ -86,7 +86,7 @@ _ALL_PATTERNS = ["unstructured", "2:4", "4:8"]
 
 
 def _paper_table(model: str | list[str], folder: str, folders: str = "{pattern}/{method}") -> dict[str, Any]:
-    """Return three methods × three patterns at 50 %, in the order of the scripts."""
+    """Return a sweep of three methods × three patterns at 50 %, in the order of the scripts."""
     return {
         "model": model,
         "method": ["wanda", "sparsegpt", "magnitude"],
@@ -124,7 +124,7 @@ SWEEPS: dict[str, dict[str, Any]] = {
 
 
 def sweep_of_script(name: str) -> Sweep:
-    """Return a shipped sweep. Raises BadInput for an unknown name."""
+    """Return a built-in sweep. Raises BadInput if the name is unknown."""
     if name not in SWEEPS:
         raise unknown_name("script", name, SWEEPS, field="script")
     return Sweep.make(SWEEPS[name])

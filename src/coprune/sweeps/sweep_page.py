@@ -1,4 +1,4 @@
-"""The page of a sweep: the papers' tables, what every run reached with the front, all runs and their commands."""
+"""The page of a sweep: the papers' tables, all runs with their Pareto front, and their commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coprune.sweeps.paper_tables import SPREAD, paper_tables
 
 
 def write_sweep_page(folder: Path, path: Path | None = None) -> None:
-    """Write the page of a sweep's finished runs, and put a link to it on theirs.
+    """Write the page of a sweep's finished runs, and link to it from their pages.
 
     path: by default `report.html` in the sweep's folder. Raises BadInput if no run is finished.
     """

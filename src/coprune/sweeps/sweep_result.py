@@ -17,24 +17,24 @@ from coprune.sweeps.results import FAILURES
 
 @dataclass(repr=False)
 class SweepResult(Shown):
-    """The runs of a sweep, and what they found."""
+    """The runs of a sweep and their reports."""
 
     sweep: Sweep
     runs: list[Run]
     reports: dict[str, Report]
     """Reports of the finished runs, by name."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Why others failed."""
+    """Reasons of failed runs, by name."""
     ledger: Ledger = field(default_factory=Ledger)
     """Cost of the sweep."""
 
     @property
     def commands(self) -> list[str]:
-        """The commands that the runs stand for; those of finished runs are marked."""
+        """The commands equivalent to the runs; those of finished runs are marked."""
         return [command_of(run.recipe) + ("  # done" if run.name in self.reports else "") for run in self.runs]
 
     def headline(self) -> str:
-        """Return its folder, and the number of finished runs."""
+        """Return the sweep's folder and the number of finished runs."""
         failed = f", {len(self.failures)} failed" if self.failures else ""
         return f"{self.sweep.folder}: {len(self.reports)} of {len(self.runs)} runs done{failed}"
 
@@ -54,11 +54,11 @@ class SweepResult(Shown):
         return (run.name, "done", zeros, ", ".join(measured), seconds)
 
     def require_success(self) -> None:
-        """Raise CopruneError if a run failed, with the first of the reasons."""
+        """Raise CopruneError, with the first reason, if a run failed."""
         if not self.failures:
             return
         name, text = next(iter(self.failures.items()))
         raise CopruneError(
-            f"{len(self.failures)} of {len(self.runs)} runs failed, the first, {name}, because: {text.splitlines()[-1]}",
+            f"{len(self.failures)} of {len(self.runs)} runs failed, first {name}: {text.splitlines()[-1]}",
             fix=f"All reasons are in {self.sweep.folder / FAILURES}",
         )
