@@ -28,6 +28,7 @@ from coprune.fitting.making import Making
 from coprune.fitting.reader import POSITIONS, Reader
 from coprune.fitting.score import bits_per_byte, score_item
 from coprune.fitting.tasks import Item, Task, read_task
+from coprune.fitting.type_mixtures import mixtures
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.store.notes import read_note, write_note
@@ -102,6 +103,20 @@ def test_types_by_tensor_are_tried_and_made_again(place: Path, tmp_path: Path) -
     recipe.write_text(re.sub(r"(blk\.0\.attn_q\.weight): .*", r"\1: f64", said))
     with pytest.raises(BadInput, match="they should be of q8_0"):
         remake(recipe, tmp_path / "other", quiet=True)
+
+
+def test_smaller_embeddings_of_plain_quants_are_tried_also_after_types_by_tensor(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest mixture stands for the smallest one that the seen items let pass."""
+    monkeypatch.setattr("coprune.fitting.search.mixtures", lambda workshop, cut: mixtures(workshop, cut)[:1])
+    settings = how(place, types="q8_0", without="vocabulary,experts,channels,blocks", budget="24h")
+    found = coprune.fit(place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "o", **settings)
+    (mixed,) = [row for row in found.rows if row.name.endswith(" bits by tensor")]
+    assert mixed.verdict == "kept"
+    assert found.kept
+    assert found.chosen.startswith("q8_0, embeddings ")
+    assert found.bytes < (mixed.bytes or 0)
 
 
 def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_page(place: Path, found: Any) -> None:

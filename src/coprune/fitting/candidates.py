@@ -16,8 +16,8 @@ FOREIGN: Final = "file"
 """A file from elsewhere, byte for byte."""
 MIXED: Final = "mixed"
 """A type for each tensor."""
-BITS = tuple(quarters / 4 for quarters in range(32, 8, -1))
-"""Bits of a weight of mixtures that are tried, the largest first."""
+BITS = tuple(eighths / 8 for eighths in (*range(64, 40, -2), *range(40, 16, -1)))
+"""Bits of a weight of mixtures that are tried, the largest first, as far as types are that small."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
 """Plain quants that are tried, the largest first."""
 EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "iq4_nl")

@@ -62,6 +62,7 @@ class Search:
         self._safety: dict[Candidate, float] = {}  # by the seen half
         self._kept: list[Candidate] = []  # what keeps everything on the seen half, the best last
         self._kept_elsewhere: list[Candidate] = []  # the same of files from elsewhere, which nothing is cut from
+        self._lost: list[Candidate] = []  # what does not, so that nothing is tried that is cut more
         self._vocabulary = len(workshop.making.tokenizer)
         self.budget = Budget(workshop, wish.budget, team.count)
         self._least = {task.key: 0 for task in self.tasks}  # items that prove something at all
@@ -249,12 +250,15 @@ class Search:
             plain: whether they are compared with the best plain quant.
         """
         low, high, left, lost = 0, len(pool), list(pool), list[Candidate]()
+        types = [one.type for one in self._plain()]
         place = (high - 1) // 2 if first is None else first
         while low < high and not (one and self._kept):
             candidate = left[place]
             best = _best_plain(self._kept) if plain else self._kept[-1] if self._kept else None
             if best is not None and self._is_larger(candidate, best):
                 said = "no cheaper"
+            elif any(other.spares(candidate, types) for other in self._lost):
+                said = "lost"
             elif self._has_time(candidate):
                 ahead = [left[next] for next in places_ahead(low, place, high, self._team.count)[1:]]
                 said = self._tried_on(candidate, best, ahead)
@@ -274,6 +278,7 @@ class Search:
                 del left[place]
                 high -= 1
             elif said == "lost":
+                self._lost.append(candidate)
                 high = place
             else:
                 low = place + 1
@@ -369,11 +374,18 @@ class Search:
         return [base.of(Cut((f"vocabulary={size}",))) for size in sizes if size]
 
     def _smaller(self, base: Candidate, last: str) -> list[Candidate]:
-        """Return a cut in the types from the one below its own to the last, the smallest that keeps everything without it."""
-        types = [one.type for one in self._plain()]
-        if base.type not in types:
+        """Return a cut in the types from the one below its own to the last, the smallest that keeps everything without it.
+
+        Beside types by tensor, which few items may judge otherwise than was predicted, the smallest plain quant's types and
+        embeddings are tried.
+        """
+        types, mixed = [one.type for one in self._plain()], base.type == MIXED
+        plain = _best_plain(self._kept) if mixed else base
+        if plain is None or plain.type not in types:
             return []
-        return [replace(base, type=one) for one in types[types.index(base.type) + 1 : types.index(last) + 1]]
+        plain = plain.of(base.cut)
+        lower = [replace(plain, type=one) for one in types[types.index(plain.type) + 1 : types.index(last) + 1]]
+        return sorted([*lower, *self._embeddings(plain)], key=self.workshop.bytes_of, reverse=True) if mixed else lower
 
     def _structures(self, base: Candidate, amounts: Sequence[str]) -> list[Candidate]:
         left_out = (*self.wish.without, *(() if self.workshop.making.may_have_experts else ("experts",)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.fitting.budget import Budget
 from coprune.fitting.candidates import BITS, MIXED, Candidate, Cut
@@ -28,8 +30,9 @@ def mixtures(workshop: Workshop, cut: Cut) -> list[Candidate]:
         workshop.reporter.say_once(f"Every tensor gets the type that llama.cpp gives it: {error}")
         return []
     weights = sum(own["q8_0"][0] for own in losses.values()) * 32 / 34
+    least = 8 * sum(min(own.values())[0] for own in losses.values()) / weights
     found = dict[tuple[tuple[str, str], ...], Candidate]()
-    for bits in BITS:
+    for bits in (*(bits for bits in BITS if bits > least), math.ceil(100 * least) / 100):
         if chosen := choose(losses, int(bits * weights / 8)):
             types = tuple(chosen.items())
             found.setdefault(types, Candidate(cut, MIXED, bits=bits, types=types))

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from coprune.base.progress import Reporter
 from coprune.gguf_files.importance import Importance
-from coprune.gguf_files.llama_cpp import encoded_bytes, type_number
+from coprune.gguf_files.llama_cpp import NEED_IMPORTANCE, encoded_bytes, type_number
 from coprune.gguf_files.sensitivity import Sensitivity
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.mapped_gguf import decode_into, ggml_library
 
-TENSOR_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "iq3_xxs", "q2_k", "q5_1", "q5_0", "q4_1", "iq4_nl")
-"""Types of single tensors."""
-_BY_256 = tuple(name for name in TENSOR_TYPES if name.endswith("k") or name.startswith("iq3") or name == "iq4_xs")
-_BY_32 = tuple(name for name in TENSOR_TYPES if name not in _BY_256)
-_PART, _LEAST = 16, 64
+_BY_32 = ("q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl")
+_BY_256 = ("q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "iq3_xxs", "q2_k", "iq2_xs")
+TENSOR_TYPES = (*_BY_32, *_BY_256)
+"""Types of single tensors: where rows are multiples of 32, and of 256."""
+_PART, _LEAST = 64, 64
 """Of the rows one in so many is rounded to measure the errors, and so many at least."""
 
 Losses = Mapping[str, Mapping[str, tuple[int, float]]]
@@ -52,13 +52,14 @@ def losses_of(
         for tensor in stored:
             width, rows = (int(size) for size in tensor.shape[:2])
             kinds = () if width % 32 else _BY_32 if width % 256 else ("q8_0", *_BY_256)
-            own = dict.fromkeys(kinds, 0.0)
+            means = importance.get(tensor.name)
+            own = {kind: 0.0 for kind in kinds if means is not None or kind not in NEED_IMPORTANCE}
             for one in sensitivity[tensor.name]:
                 places, weights = _sampled(one.rows, max(_LEAST, rows // _PART))
                 exact = torch.empty(len(places), width)
                 decode_into(tensor, tensor.data[places.numpy()], exact)
-                for kind in kinds:
-                    errors = (rounded(exact, kind, importance.get(tensor.name)) - exact).square() @ one.columns
+                for kind in own:
+                    errors = (rounded(exact, kind, means) - exact).square() @ one.columns
                     own[kind] += 0.5 * float(errors @ weights)
             if own:
                 found[tensor.name] = {kind: (encoded_bytes((rows, width), kind)[0], loss) for kind, loss in own.items()}
