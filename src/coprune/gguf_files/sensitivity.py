@@ -79,6 +79,38 @@ def sensitivity_of(file: Path, tokens: Tensor, reporter: Reporter) -> Mapping[st
         BadInput: transformers cannot read it.
     """
     location = GgufFile(file, file.name)
+    passed = _pass(location, tokens, reporter)
+    source = exported(location)
+    example = read_example(location, source, reporter)
+    found = defaultdict[str, list[Sensitivity]](list)
+    for name in example.pieces:
+        own = [found_in(values, name, example, source) for values in (passed.rows, passed.columns)]
+        if own[0] is not None and own[1] is not None and bool(own[0].isfinite().all()):
+            found[name].append(Sensitivity(own[0][:, 0].clone(), own[1][0].clone()))
+    in_blocks = [name for name, shape in example.shapes.items() if name.startswith("blk.") and len(shape) > 1]
+    if unknown := [name for name in in_blocks if name not in found]:
+        raise UnsupportedModel(f"it is not known how sensitive the model is to {unknown[0]}")
+    count = example.shapes[TOKEN_EMBEDDINGS][0]
+    found[HEAD if HEAD in example.shapes else TOKEN_EMBEDDINGS].append(passed.head)
+    # A row is read as often as any other on average, since the rest is not known of those that were not read.
+    found[TOKEN_EMBEDDINGS].append(Sensitivity(torch.full((count,), 1 / count), passed.embedded))
+    return found
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What a pass found; the model itself is let go of before its file is read again."""
+
+    rows: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor]
+    """Of the blocks' matrices by the checkpoint's names, in the shapes of the weights; NaN for others."""
+    head: Sensitivity
+    embedded: Tensor
+    """Of the table of embeddings by its columns."""
+
+
+def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
+    """Read tokens forward and backward. Raises as `sensitivity_of` does."""
     dtype: DtypeName = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
     model, _ = load_model(location, dtype, processed=False)
     model.requires_grad_(False)
@@ -102,25 +134,10 @@ def sensitivity_of(file: Path, tokens: Tensor, reporter: Reporter) -> Mapping[st
             advance(1)
     for hook in hooks:
         hook.remove()
-
-    source = exported(location)
-    example = read_example(location, source, reporter)
     means = {number: one.means() for number, one in squares.items()}
     rows = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][0][:, None])
     columns = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][1][None])
-    found = defaultdict[str, list[Sensitivity]](list)
-    for name in example.pieces:
-        own = [found_in(values, name, example, source) for values in (rows, columns)]
-        if own[0] is not None and own[1] is not None and bool(own[0].isfinite().all()):
-            found[name].append(Sensitivity(own[0][:, 0].clone(), own[1][0].clone()))
-    in_blocks = [name for name, shape in example.shapes.items() if name.startswith("blk.") and len(shape) > 1]
-    if unknown := [name for name in in_blocks if name not in found]:
-        raise UnsupportedModel(f"it is not known how sensitive the model is to {unknown[0]}")
-    count = example.shapes[TOKEN_EMBEDDINGS][0]
-    found[HEAD if HEAD in example.shapes else TOKEN_EMBEDDINGS].append(Sensitivity(*means[id(head)]))
-    # A row is read as often as any other on average, since the rest is not known of those that were not read.
-    found[TOKEN_EMBEDDINGS].append(Sensitivity(torch.full((count,), 1 / count), embedded.means()[0]))
-    return found
+    return _Passed(rows, columns, Sensitivity(*means[id(head)]), embedded.means()[0])
 
 
 def _watching(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], None]:
