@@ -1,11 +1,12 @@
 """A mixture of experts made out of a small dense model, and what removing its experts costs, by score and by domain.
 
-    python benchmarks/experts.py OUT [--model smollm2-135m] [--steps 32] [--tokens 4096] [--shares 0.25,0.5]
+    python benchmarks/experts.py OUT [--model smollm2-135m] [--steps 32] [--tokens 4096] [--shares 0.25,0.5] [--only channels]
 
 No trained mixture is at hand without a network, so one is made: the channels of every MLP are clustered into eight experts
 by when they are active, a router is fitted to the experts' contributions, and both are trained toward the dense MLP's
-answers, four experts a token. The domains are Wikipedia passages and Python code. The mixture stays in
-OUT/mixture, and is not made again where it is there. Prints a line as soon as it is measured.
+answers, four experts a token. The domains are Wikipedia passages and Python code. The same shares of every expert's
+channels are removed, too. The mixture stays in OUT/mixture, and is not made again where it is there. Prints a line as soon
+as it is measured.
 """
 
 from __future__ import annotations
@@ -172,45 +173,50 @@ def _trained(experts: torch.nn.Module, hidden: Tensor, wanted: Tensor, steps: in
 
 
 def measure(asked: argparse.Namespace, mixture: Path, texts: dict[str, Path]) -> None:
-    """Remove experts in every way, by the scores of one pass over both domains."""
+    """Remove experts in every way, by the scores of one pass over both domains, and channels of all experts."""
     measured = f"embedded,{texts['code.test']}"
     domains = {"wiki": texts["wiki"], "code": texts["code"]}
     print(f"{'way':40} {'parameters':>12} {'Wikipedia':>18} {'code':>18}   kept of wiki, code", flush=True)
     kept = asked.out / "scored" / "experts.json"
-    shares = [float(share) for share in asked.shares.split(",")]
+    text = {"domains": (), "dataset": ",".join(map(str, domains.values())), "nsamples": len(domains) * asked.samples}
     ways: dict[str, dict[str, Any]] = {
-        "reap, blended": {"score": "reap"},
-        "frequency, blended": {"score": "frequency"},
-        "random": {"score": "random"},
-        "aimer": {"score": "aimer", "domains": ()},
-        "reap, Wikipedia's alone": {"score": "reap", "blend": "wiki=1,code=0"},
-        "reap, code's alone": {"score": "reap", "blend": "wiki=0,code=1"},
+        "experts, reap, blended": {"score": "reap"},
+        "experts, frequency, blended": {"score": "frequency"},
+        "experts, random": {"score": "random"},
+        "experts, aimer": {"score": "aimer", "domains": ()},
+        "experts, reap, Wikipedia's alone": {"score": "reap", "blend": "wiki=1,code=0"},
+        "experts, reap, code's alone": {"score": "reap", "blend": "wiki=0,code=1"},
+        "channels, obs": {"score": "obs", "align": 16, **text},
+        "channels, wanda_sp": {"score": "wanda_sp", "align": 16, **text},
     }
-    for share in shares:
+    dense = False
+    for share in map(float, asked.shares.split(",")):
         for way, settings in ways.items():
-            first = not kept.is_file()
-            source = domains if first else str(kept)
+            if asked.only not in way:
+                continue
+            source = str(kept) if kept.is_file() else domains
+            given = {"nsamples": asked.samples, "domains": source, **settings}
             result = coprune.prune(
                 str(mixture),
-                remove=f"experts={share}",
-                nsamples=asked.samples,
+                remove=f"{way.split(',')[0]}={share}",
                 seqlen=SEQLEN,
                 bos="never",
                 eval_data=measured,
                 eval_tokens=asked.tokens,
-                evaluate_dense=first,
-                save=asked.out / "scored" if first else None,
+                evaluate_dense=not dense,
+                save=kept.parent if given["domains"] is domains else None,
                 quiet=True,
-                **{"domains": source, **settings},
+                **given,
             )
             report = result.report
-            if first:
+            if not dense:
                 whole = " ".join(f"{entry.dense or 0:18.2f}" for entry in report.perplexity)
                 print(f"{'all experts':40} {report.model.parameters:12,} {whole}", flush=True)
+                dense = True
             size = result.model.num_parameters() if result.model is not None else 0
             figures = " ".join(f"{entry.pruned:18.2f}" for entry in report.perplexity)
             covered = ", ".join(f"{part:.1%}" for part in report.covered.values())
-            print(f"{f'{share:g} removed, {way}':40} {size:12,} {figures}   {covered}", flush=True)
+            print(f"{f'{share:g} of {way}':40} {size:12,} {figures}   {covered}", flush=True)
 
 
 def _options() -> argparse.Namespace:
@@ -221,6 +227,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8, help="of each domain")
     parser.add_argument("--tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--shares", default="0.25,0.5")
+    parser.add_argument("--only", default="", help="ways whose names hold this, such as channels")
     return parser.parse_args()
 
 
