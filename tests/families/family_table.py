@@ -52,7 +52,7 @@ _REFUSED = {
     "library but it was not found": "a library that it needs was not installed",
     "cannot be loaded by transformers": "transformers cannot load what is saved",
     "is an encoder-decoder model that does not generate text": "an encoder-decoder model that does not generate text",
-    "is no module that a forward calls": "a block is no module that a forward calls",
+    "is not a module that a forward calls": "a block is not a module that a forward calls",
 }
 """How the page says why a type is refused or not built, where a verdict holds a message with names."""
 _TITLES: dict[Kind, str] = {

@@ -69,7 +69,7 @@ def test_layers_for_images_stay_as_they_are_where_text_passes_them_by(tmp_path: 
 
 REFUSED = {
     "dory": "model.layers.0 runs out of order or twice",
-    "reformer": "a block answers with ReformerOutput",
+    "reformer": "a block returns ReformerOutput",
 }
 
 

@@ -150,14 +150,14 @@ class AnswersByName(ToyModel):
 
 
 REFUSED = {
-    AnswersByName: "a block answers with Two instead of hidden states",
-    AnswersOtherwise: "answers without logits",
+    AnswersByName: "a block returns Two instead of hidden states",
+    AnswersOtherwise: "returns neither logits",
     ChangesBetween: "changes the hidden states between the blocks, before layers.2",
     RunsTwice: "layers.0 runs out of order or twice",
     Backwards: "layers.2 runs out of order",
     TurnsBack: "layers.2 runs out of order or twice",
-    DependsOnEarlierBlocks: "layers.1 is given something that depends on",
-    AsksWhetherThereIsAny: "layers.2 is given something that depends on",
+    DependsOnEarlierBlocks: "layers.1 gets an argument that depends on",
+    AsksWhetherThereIsAny: "layers.2 gets an argument that depends on",
     Random: "layers.1 replayed",
 }
 

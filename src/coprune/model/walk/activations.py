@@ -1,7 +1,7 @@
-"""Hidden states of all calibration batches on their way through the model: on their device, in host memory, on disk.
+"""Hidden states of all calibration batches between blocks: on the device, in host memory, or on disk.
 
-Each place has a limit, and takes what does not fit the one before. Those on disk are in one unnamed file; a batch is mapped
-while a block uses it, so that it costs the memory of one batch. The bytes, and so the results, are the same in all places.
+Each tier has a limit and spills to the next. The disk tier is one unnamed file, whose batches are mapped while a block uses
+them, so that it costs the memory of one batch. Results do not depend on the tier.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class DeviceRoom:
-    """The memory that hidden states may take of a device that has its own."""
+    """Limit on hidden states in a device's own memory."""
 
     nbytes: int
     asked: bool
-    """Whether the user set the limit, which then also covers batches that wait inside a block."""
+    """Whether the user set the limit; it then also covers batches that wait inside a block."""
 
 
 def device_room(device: torch.device, asked: float | None) -> DeviceRoom | None:
-    """Return the memory that hidden states may take of a device: half of the free memory by default (asked: GiB).
+    """Return the limit on hidden states in a device's memory: half of the free memory by default.
 
-    None for host memory, and where the device does not tell.
+    asked: the user's limit in GiB. Returns None for host memory, or if the free memory is unknown.
     """
     if in_host_memory(device):
         return None
@@ -54,7 +54,7 @@ def device_room(device: torch.device, asked: float | None) -> DeviceRoom | None:
 
 @dataclass(frozen=True)
 class _InHost:
-    """A copy in host memory of a tensor of another device."""
+    """A host copy of a device's tensor."""
 
     held: Tensor
     device: torch.device
@@ -79,11 +79,11 @@ class _OnDisk:
 
 
 class Activations(Sequence[Tensor]):
-    """A list of tensors of which no more than so many bytes are in memory.
+    """A list of tensors with a limit on memory; the rest is on disk.
 
-    limit: bytes of host memory, None for no limit; folder: where the file of the rest goes (default: the folder for
-    temporary files); room: for tensors of a device that has memory of its own, what they may take of that.
-    A tensor that was read is good until its place in the list is written again. Raises CopruneError if the disk is full.
+    limit: bytes of host memory, None for no limit; folder: of the file (default: the folder for temporary files); room:
+    limit for the tensors of a device with its own memory.
+    A tensor that was read is valid until its entry in the list is written again. Raises CopruneError if the disk is full.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Activations(Sequence[Tensor]):
         self._places: list[Tensor | _InHost | _OnDisk] = []
         self._in_memory = 0
         self._on_device = 0
-        self._elsewhere = False  # whether there are tensors of another device
+        self._elsewhere = False  # whether some tensors are on a device
         self._file = ScratchFile(folder)
         for tensor in tensors:
             self.append(tensor)
@@ -111,32 +111,32 @@ class Activations(Sequence[Tensor]):
 
     @property
     def spare(self) -> int | None:
-        """Bytes that the limits leave for what is computed; None for no limit."""
+        """Bytes within the limits that are still free for computing; None for no limit."""
         if self._elsewhere and self._room is not None:
             return max(0, self._room.nbytes - self._on_device) if self._room.asked else None
         return None if self._limit is None else max(0, self._limit - self._in_memory)
 
     def copy(self) -> Activations:
-        """Return the tensors in a new list with limits of the same size."""
+        """Copy the tensors to a new list with the same limits."""
         return Activations(self, self._limit, self._folder, self._room)
 
     @property
     def bytes_in_memory(self) -> int:
-        """Size of the tensors that are kept in host memory."""
+        """Bytes of tensors in host memory."""
         return self._in_memory
 
     @property
     def bytes_on_device(self) -> int:
-        """Size of the tensors that are kept on a device with memory of its own."""
+        """Bytes of tensors on a device with its own memory."""
         return self._on_device
 
     @property
     def bytes_on_disk(self) -> int:
-        """Size of the file that holds the rest."""
+        """Bytes of the file with the rest."""
         return self._file.size
 
     def append(self, tensor: Tensor) -> None:
-        """Add a tensor at the end."""
+        """Append a tensor."""
         self._places.append(self._put(tensor, None))
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class Activations(Sequence[Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self._places[index]
         if isinstance(place, _InHost):
-            # Later copies into this buffer wait for this one, since one device runs them in order.
+            # A later copy into this buffer waits for this one, since a device runs them in order.
             return place.held.to(place.device, non_blocking=True)
         return place if isinstance(place, Tensor) else self._map(place)
 
@@ -164,7 +164,7 @@ class Activations(Sequence[Tensor]):
         self._places[index] = self._put(tensor, self._places[index])
 
     def _put(self, tensor: Tensor, old: Tensor | _InHost | _OnDisk | None) -> Tensor | _InHost | _OnDisk:
-        """Store a tensor on its device, in host memory or in the file, whichever has room, but never back up."""
+        """Store a tensor in the first tier with room, but never in a higher one than before."""
         here = in_host_memory(tensor.device)
         self._elsewhere |= not here
         if isinstance(old, _InHost) and old.held.shape == tensor.shape and old.held.dtype == tensor.dtype:
@@ -205,15 +205,15 @@ class Activations(Sequence[Tensor]):
 
 
 def _into(place: _InHost, tensor: Tensor) -> _InHost:
-    """Copy a tensor of a device to host memory; nobody waits for it, since only the device reads it again."""
+    """Copy a device's tensor to host memory without waiting, since only the device reads it again."""
     place.held.copy_(tensor.detach(), non_blocking=place.held.is_pinned())
     return place
 
 
 class ScratchFile:
-    """Bytes in a file that is made when the first are written.
+    """Bytes in an unnamed file that is created on the first write.
 
-    folder: where (default: the folder for temporary files). Raises CopruneError if the disk is full.
+    folder: of the file (default: the folder for temporary files). Raises CopruneError if the disk is full.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -223,17 +223,17 @@ class ScratchFile:
 
     @property
     def size(self) -> int:
-        """Bytes that were handed out."""
+        """Reserved bytes."""
         return self._end
 
     def extend(self, nbytes: int) -> int:
-        """Reserve a piece of the file and return its start, aligned to pages for mapping."""
+        """Reserve a range of the file and return its start, aligned to pages for mapping."""
         start = self._end
         self._end += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return start
 
     def write(self, start: int, raw: Buffer) -> None:
-        """Write bytes there."""
+        """Write bytes at an offset."""
         rest = memoryview(raw)
         try:
             file = self._opened()
@@ -250,7 +250,7 @@ class ScratchFile:
             ) from error
 
     def read_into(self, start: int, raw: Buffer) -> None:
-        """Fill a buffer with what was written there."""
+        """Read into a buffer from an offset."""
         file: Any = self._opened()
         file.seek(start)
         rest = memoryview(raw)
@@ -258,7 +258,7 @@ class ScratchFile:
             rest = rest[file.readinto(rest) :]
 
     def map(self, start: int, nbytes: int) -> mmap.mmap:
-        """Map a piece of the file privately: in-place changes do not reach the file."""
+        """Map a range of the file privately: in-place changes do not reach the file."""
         return mmap.mmap(self._opened().fileno(), nbytes, access=mmap.ACCESS_COPY, offset=start)
 
     def _opened(self) -> IO[bytes]:

@@ -1,10 +1,10 @@
-"""Record every block's arguments in one cheap forward, so that it can be replayed alone.
+"""Record every block's arguments in one cheap forward, so that each block can be replayed alone.
 
-Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is
-kept. For recording, the blocks do nothing but pass their input on: what a model hands to its blocks besides the hidden
-states depends on shapes and positions only, or is a stream: what earlier blocks have put into a mapping for later ones
-(keys and values that layers share), what they answer beside the hidden states (position biases), or what an encoder's
-blocks have made of its input. That this holds is checked on one sample before anything is changed.
+Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is kept. While
+recording, blocks are idle: they pass on their input. This works because the arguments besides the hidden states depend only on
+shapes and positions, or are streams: values that earlier blocks put into a mapping for later ones (keys and values that
+layers share), that they return beside the hidden states (position biases), or that an encoder computed. One sample checks this
+before anything is changed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from coprune.data.pairs import Pairs
 from coprune.model.blocks import Block
 
 Place = int | str
-"""Place of a block's argument: its position after the hidden states, or its name."""
+"""Place of an argument of a block: its position after the hidden states, or its name."""
 Stream = MutableMapping[Any, Any]
-"""Values that blocks leave for later ones, as they are between two blocks."""
+"""Values that blocks leave for later ones, in their state between two blocks."""
 
 
 @dataclass(frozen=True)
 class FromStream:
-    """Stands in a recorded call where a stream, or what one holds under a key, is handed over."""
+    """Placeholder in a recorded call for a stream, or for its value under a key."""
 
     number: int
     key: Place | None = None
@@ -39,14 +39,14 @@ class FromStream:
 
 @dataclass(frozen=True)
 class Handed:
-    """Values of other blocks that a block takes as arguments, and those that it leaves for later ones.
+    """Values that a block takes from other blocks as arguments, and those that it returns for later ones.
 
-    Both lie in one stream, after those that are mappings of the model itself, under their places as arguments.
+    Both are kept in one stream, after the model's own mappings, under their places as arguments.
     """
 
     takes: tuple[Place, ...] = ()
     leaves: tuple[tuple[int, Place], ...] = ()
-    """Positions in the block's answer, with the places of what they are to later blocks."""
+    """Positions in the block's output, with the places where later blocks take them."""
 
 
 NOTHING_HANDED = Handed()
@@ -54,7 +54,7 @@ NOTHING_HANDED = Handed()
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of one block for one batch, without the hidden states, and the shape of its answer."""
+    """The arguments of one block for one batch, without the hidden states, and the shape of its output."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -64,9 +64,9 @@ class BlockCall:
     """As in `Handed`."""
 
     def run(self, block: Callable[..., Any], hidden: Tensor, streams: Sequence[Stream] = ()) -> Tensor:
-        """Run the block (its module or its forward) on these hidden states and return the new ones.
+        """Run the block (its module or its forward) on hidden states and return the new ones.
 
-        streams: what earlier blocks left, to which the block adds what it leaves.
+        streams: the values left by earlier blocks; the block adds its own.
         """
         output = self.answer(block, hidden, streams)
         for entry, place in self.leaves:
@@ -74,8 +74,8 @@ class BlockCall:
         return hidden_of(output)
 
     def answer(self, block: Callable[..., Any], hidden: Tensor, streams: Sequence[Stream] = ()) -> Any:
-        """Run as `run`, but return the whole output, and store nothing in the streams."""
-        # Some blocks leave things in a mapping that they are given, though nobody reads it.
+        """Run as `run`, but return the whole output and leave the streams unchanged."""
+        # Some blocks write to a mapping among their arguments, even if nobody reads it.
         args, kwargs = snapshot(self.args), snapshot(self.kwargs)
         if streams:
             args = tuple(_handed_over(value, streams) for value in args)
@@ -86,7 +86,7 @@ class BlockCall:
 
     @property
     def places(self) -> list[Place]:
-        """Where the call has arguments."""
+        """Places of the call's arguments."""
         return [*range(len(self.args)), *self.kwargs]
 
     def at(self, place: Place) -> Any:
@@ -96,9 +96,9 @@ class BlockCall:
         return self.args[place] if place < len(self.args) else None
 
     def with_streams(self, places: Sequence[Place], handed: Handed = NOTHING_HANDED) -> BlockCall:
-        """Return the call with the arguments at these places, and those handed to the block, left open.
+        """Replace the arguments at these places, and those handed to the block, by placeholders.
 
-        Numbers of streams are the indices of their places.
+        A stream's number is the index of its place.
         """
         numbers = {place: FromStream(number) for number, place in enumerate(places) if self.at(place) is not None}
         numbers |= {place: FromStream(len(places), place) for place in handed.takes}
@@ -121,15 +121,15 @@ def _handed_over(value: Any, streams: Sequence[Stream]) -> Any:
 def open_streams(
     calls: Sequence[BlockCall], places: Sequence[Place], handed: Sequence[Handed]
 ) -> tuple[list[BlockCall], list[Stream]]:
-    """Leave streams open in a model's calls, as they were recorded with idle blocks.
+    """Replace streams by placeholders in calls that were recorded with idle blocks.
 
     Args:
         calls: of all blocks.
-        places: where the streams are handed over that are mappings.
-        handed: of every block what it is handed beside them.
+        places: of the arguments that are mappings shared between blocks.
+        handed: for every block, the other values that it takes or leaves.
 
     Returns:
-        The calls, and every stream before the first block.
+        The calls, and the streams as they are before the first block.
     """
     first: list[Stream] = [next(v for call in calls if (v := call.at(place)) is not None) for place in places]
     beside: list[Stream] = [{}] if any(one.takes for one in handed) else []
@@ -137,11 +137,11 @@ def open_streams(
 
 
 def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> Tensor:
-    """Run a model on one batch of whatever it takes: token ids (B × S), images (B × C × H × W), or `Pairs`.
+    """Run a model on one batch: token ids (B × S), images (B × C × H × W), or `Pairs`.
 
-    Models of transformers say what their main input is called; images take on the model's dtype. last: of text, only the
-    logits of so many positions at the end, where the model's forward has such an option (all take memory: S × V).
-    Returns logits: B × S × V, B × classes or B × S × classes; of a model without a head its hidden states, B × S × H.
+    The model's `main_input_name` says where the batch goes; images are cast to the model's dtype. last: compute the logits
+    of only this many final positions, if the model's forward has such an option (logits of all take S × V memory).
+    Returns logits (B × S × V, B × classes or B × S × classes), or the hidden states (B × S × H) of a model without a head.
     """
     name: str = getattr(model, "main_input_name", "input_ids")
     given = batch.source if isinstance(batch, Pairs) else batch
@@ -151,14 +151,14 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
     if (name == "input_ids" or options) and takes(model, "use_cache"):
         options["use_cache"] = False
     if last is not None and chooses_positions(model):
-        # Positions rather than a number: with a slice of the hidden states torch would copy the head's whole weight.
+        # Positions instead of a number: with a slice of the hidden states torch would copy the head's whole weight.
         positions = batch.shape[-1]
         options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
     answer = model(**{name: given}, **options)
     for called in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(answer, called, None), Tensor):
             return found
-    raise UnsupportedModel("the model answers without logits or hidden states")
+    raise UnsupportedModel("the model returns neither logits nor hidden states")
 
 
 def chooses_positions(model: nn.Module) -> bool:
@@ -184,22 +184,22 @@ def input_device(model: nn.Module) -> torch.device:
 
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden states in a block's output: the output itself, or the first entry of a tuple."""
-    # A structure with named entries may hold several streams of hidden states (Reformer).
+    # A named tuple may hold several streams of hidden states (Reformer).
     if isinstance(output, tuple | list) and output and not hasattr(output, "_fields"):
         output = output[0]
     if not isinstance(output, Tensor):
-        raise UnsupportedModel(f"a block answers with {type(output).__name__} instead of hidden states")
+        raise UnsupportedModel(f"a block returns {type(output).__name__} instead of hidden states")
     return output
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The form of a block's output, so that an idle block can return one like it."""
+    """The form of a block's output, for idle blocks to imitate."""
 
     entries: int
-    """Length of the tuple that begins with the hidden states; 0 if they are the answer themselves."""
+    """Length of the output tuple, which begins with the hidden states; 0 if the output is not a tuple."""
     shape: tuple[int, ...] | None
-    """Shape of one sample's hidden states if the block changes it (down-sampling), else None."""
+    """Output shape of one sample's hidden states if the block changes it (down-sampling), else None."""
 
     @classmethod
     def of(cls, output: Any, hidden: Tensor) -> Answer:
@@ -275,18 +275,18 @@ def run_without_blocks(
 def enter_part(
     model: nn.Module, blocks: Sequence[Block], block: Block, batch: Tensor, answers: Sequence[Answer], hidden: Tensor
 ) -> tuple[Tensor, BlockCall]:
-    """Run the model up to the first block of another list than the first one: a decoder's, behind its encoder.
+    """Run the model up to the first block of a further list, such as a decoder's after its encoder.
 
     Args:
-        model: whose blocks before that one are idle.
-        blocks: the model's.
-        block: that block.
+        model: the model, whose earlier blocks are idle.
+        blocks: all its blocks.
+        block: the first one of the list.
         batch: as in `forward_logits`.
         answers: one for every block.
-        hidden: what the block before it answers.
+        hidden: the output of the block before it.
 
     Returns:
-        The hidden states that the block is given, and its call.
+        The block's input hidden states, and its call.
     """
     found: list[tuple[Tensor, BlockCall]] = []
 
@@ -316,7 +316,7 @@ def run_after_blocks(
 ) -> Tensor:
     """Run the model on the last block's output: final norm and head.
 
-    batch, last: as in `forward_logits`; hidden: of the same samples, as the last block answers. Returns logits.
+    batch, last: as in `forward_logits`; hidden: the last block's output for the same samples. Returns logits.
     """
 
     def pass_on(block: Block) -> Callable[..., Any]:
@@ -331,12 +331,12 @@ def run_after_blocks(
 
 
 def snapshot(value: Any) -> Any:
-    """Copy the containers of a value (not its tensors), so that what a model does to them later is not seen."""
+    """Copy the containers of a value (not its tensors), so that the model's later changes to them do not show."""
     if isinstance(value, dict):
         return {key: snapshot(item) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(snapshot(item) for item in value)
-    # Not only dict: transformers passes keys and values that layers share in a mapping of its own.
+    # Not only dict: transformers has its own mapping for keys and values that layers share.
     return _mapped(value, snapshot) if isinstance(value, MutableMapping) else value
 
 
@@ -361,7 +361,7 @@ def _mapped(value: MutableMapping[Any, Any], change: Callable[[Any], Any]) -> Mu
 
 
 def in_float32(value: Any) -> Any:
-    """Copy a value with its half-precision tensors in float32; containers of other kinds are copied as they are."""
+    """Copy a value, converting half-precision tensors to float32; containers of unknown kinds are shared."""
     if isinstance(value, Tensor):
         return value.to(torch.float32) if value.dtype in (torch.float16, torch.bfloat16) else value
     if type(value) in (tuple, list):
@@ -381,7 +381,7 @@ def cloned(value: Any) -> Any:
 def same_value(a: Any, b: Any, ignored: Container[int] = ()) -> bool:
     """Return whether two recorded arguments are equal: tensors, containers of tensors, or plain values.
 
-    Objects of other kinds (a configuration, a function) are equal if their types are.
+    Other objects (a configuration, a function) are equal if their types are.
 
     Args:
         a: one recorded argument.
@@ -406,21 +406,19 @@ def same_value(a: Any, b: Any, ignored: Container[int] = ()) -> bool:
 class TensorPool:
     """Keeps one copy of equal tensors, since most batches get the same masks and position tables.
 
-    Only tensors that were seen at the same place of an earlier call are compared, so this costs little.
+    Tensors are compared only with those at the same place of earlier calls, so this costs little.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._known: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by identity; holds the tensor, so that its id stays its own
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by id; holds the tensor, so that its id is not reused
 
     def forget_batch(self) -> None:
         """Forget the identities of one batch's tensors."""
         self._known.clear()
 
     def share(self, value: Any) -> Any:
-        """Return the value with every tensor replaced by the kept equal one."""
+        """Replace every tensor in a value by the kept equal one."""
         if isinstance(value, Tensor):
             return self._share_tensor(value)
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The events of a walk, and the results of earlier runs that it takes over."""
+"""The events of a walk, and the results of earlier runs that it reuses."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Known = Mapping[str, Callable[[], dict[str, Inputs]]]
 
 @dataclass(frozen=True)
 class MatricesReady:
-    """Matrices whose inputs are known, to be pruned (or looked at) now. Those of one event share their inputs."""
+    """Matrices whose inputs are complete, to prune (or inspect) now. Those of one event share their inputs."""
 
     matrices: list[Matrix]
     inputs: Inputs | None
-    """None where no calibration data runs through the model."""
+    """None without calibration data."""
 
     def known(self) -> dict[str, Inputs]:
         """Return the statistics of each matrix's inputs, by its name."""
@@ -38,29 +38,29 @@ class MatricesReady:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """The end of a block's matrices; the block is released when the walk continues."""
+    """All matrices of a block are done; it is released when the walk continues."""
 
     block: Block
     before: Sequence[Tensor] = ()
-    """Hidden states that it was given, one tensor per batch, as far as the walk was asked to keep them."""
+    """Its input hidden states, one tensor per batch, if the walk was asked to keep them."""
     after: Sequence[Tensor] = ()
-    """The dense block's outputs: in `Dense` moves of the same inputs, else of the dense model's, if those go
-    along (`Recording.dense`)."""
+    """The dense block's outputs: on the same inputs with `Dense` moves, else on the dense model's, if they are
+    tracked (`Recording.dense`)."""
 
 
 @dataclass(frozen=True)
 class Past:
-    """Blocks that earlier runs finished: none by default."""
+    """Results of earlier runs: none by default."""
 
     finished: Container[str] = ()
-    """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""
+    """Names of finished blocks: inputs advance through them, but they yield no events."""
     restore: Callable[[Block], None] = lambda block: None
-    """Gives a finished block its pruned weights."""
+    """Restores a finished block's pruned weights."""
     known: Known = field(default_factory=dict)
-    """Reads what was gathered before of a block, by its name: the inputs of every group, by the group's first matrix.
-    Such a block is not observed."""
+    """Reads a block's stored inputs by the block's name: one for each group, by the group's first matrix. Such a block
+    is not observed."""
     dense: Callable[[Block], AbstractContextManager[None]] = lambda block: nullcontext()
-    """While open, gives a block the dense model's values of what it shares with others and was pruned before."""
+    """While open, restores the dense values of a block's parameters that are shared and already pruned."""
 
 
 NO_PAST = Past()

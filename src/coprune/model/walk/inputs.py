@@ -1,6 +1,6 @@
 """The inputs of a block's matrices, gathered while its batches run.
 
-Matrices fed by the same tensor share one `Inputs`; the first of them to be used speaks for all.
+Matrices with the same input tensor share one `Inputs`, recorded at the first one's product.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from coprune.model.walk.statistics import Statistic
 
 
 class InputSample:
-    """A few of a matrix's input tokens, evenly spaced over every batch, to measure layer errors on.
+    """A sample of a matrix's input tokens, evenly spaced over every batch, to measure layer errors on.
 
-    A Gram matrix would give the error exactly but costs as much as the products themselves; for methods that do not
-    need one, the error on about a thousand tokens is within a few per cent of it at a fiftieth of the cost.
+    A Gram matrix would give the exact error but costs as much as the products themselves. For methods that do not need one,
+    about a thousand tokens give the error within a few per cent, far more cheaply.
     """
 
     tokens = 1024
@@ -37,10 +37,10 @@ class InputSample:
         self._device = device
         self._per_batch = max(1, -(-self.tokens // max(batches, 1)))
         self._rows: list[Tensor] = []
-        self.count = 0  # tokens seen, not kept
+        self.count = 0  # tokens seen, not sampled
 
     def update(self, x: Tensor, kept: int | None = None) -> None:
-        """Keep some rows of a batch of inputs (T × I, any leading dimensions). kept: how many at most; None for as many as of
+        """Sample rows of a batch of inputs (T × I, any leading dimensions). kept: maximum number; None for the same as for
         every other batch."""
         kept = self._per_batch if kept is None else kept
         x_TI = x.reshape(-1, self.width)
@@ -49,29 +49,29 @@ class InputSample:
         self._rows.append(x_TI[step // 2 :: step][:kept].to(torch.float32, copy=True))
 
     def reduce(self, processes: Processes, needed: bool) -> None:
-        """Combine the samples of all processes in place. needed: whether the rows are, or only the count."""
+        """Combine the samples of all processes in place. needed: whether the rows are needed, or only the count."""
         if needed:
             self.restore(*processes.gather_rows(self.inputs, self.count, self.tokens))
         else:
             self.count = sum(processes.gather(self.count))
 
     def restore(self, inputs: Tensor, count: int) -> None:
-        """Take over rows that were kept. inputs: N × I float32; count: tokens that they were chosen from."""
+        """Restore stored rows. inputs: N × I float32; count: number of tokens that they were sampled from."""
         self._rows = [inputs]
         self.count = count
 
     def merge(self, other: InputSample, every: int) -> None:
-        """Add a sample of the same width. every: of how many of its rows one is taken."""
+        """Add a sample of the same width. every: take one in this many of its rows."""
         self._rows.append(other.inputs[::every].clone())  # not a view of all rows
         self.count += other.count
 
     @property
     def inputs(self) -> Tensor:
-        """Kept inputs, N × I float32 (N = 0 if no token was seen)."""
+        """Sampled inputs, N × I float32 (N = 0 if no token was seen)."""
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self._device)
 
     def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
-        """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² on the kept tokens (2 float64). weight, pruned: O × I."""
+        """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² on the sampled tokens (2 float64). weight, pruned: O × I."""
         x = self.inputs
         return torch.stack([total((x @ rows.T).square()) for rows in (weight - pruned, weight)])
 
@@ -82,10 +82,10 @@ class _Routed:
 
     counted: Tensor
     twins: Tensor | None = None
-    """2 × P: numbers of rows that are equal, where only some of those are counted and nobody knows which."""
+    """2 × P: indices of equal rows of which some are counted and some are not, without knowing which."""
 
     def fits(self, rows: Tensor) -> bool:
-        """Return whether the rows of a later product can be of the same tokens: equal rows stay equal but for rounding."""
+        """Return whether the rows of a later product may belong to the same tokens: equal rows stay equal up to rounding."""
         if len(rows) != len(self.counted):
             return False
         if self.twins is None:
@@ -101,12 +101,12 @@ class CountedRows:
         """Select the tokens that count. counted: B × S bool."""
         self._shape, self._all = tuple(counted.shape), bool(counted.all())
         self._counted = counted.flatten()
-        self._known: list[Tensor] = []  # keys of the rows of what had a row for every token, the newest last
+        self._known: list[Tensor] = []  # row keys of operands with one row per token, newest last
         self._latest: weakref.ref[Tensor] | None = None
-        self._routed: dict[int | str, _Routed] = {}  # of every expert's last product
+        self._routed: dict[int | str, _Routed] = {}  # by expert, of its last product
 
     def hear(self, x: Tensor) -> None:
-        """Remember an operand of any product, in which routed tokens may be found again."""
+        """Remember the operand of any product, to recognise routed tokens later."""
         if self._all or not self._in_order(x) or (self._latest is not None and self._latest() is x):
             return
         self._latest = weakref.ref(x)
@@ -116,7 +116,7 @@ class CountedRows:
         """Return the counted rows of a matrix's input: N × I.
 
         Raises:
-            UnsupportedModel: nobody can tell which tokens the rows are of.
+            UnsupportedModel: it is unknown which tokens the rows belong to.
         """
         return x if self._all else x.reshape(-1, x.shape[-1])[self._rows(matrix, x)]
 
@@ -124,7 +124,7 @@ class CountedRows:
         if x.ndim > 2 and matrix.expert is None and tuple(x.shape[:2]) == self._shape:
             return self._counted.repeat_interleave(x.shape[2:-1].numel())
         rows = x.reshape(-1, x.shape[-1])
-        # An expert's number, since the two products of one may be in modules of their own.
+        # Keyed by the expert, since its products may be in different modules.
         expert = matrix.name.rpartition(".")[0] if matrix.expert is None else matrix.expert
         found = self._found_again(_keys(rows))
         if found is None and expert in self._routed and self._routed[expert].fits(rows):
@@ -140,9 +140,9 @@ class CountedRows:
         return found.counted
 
     def _found_again(self, keys: Tensor) -> _Routed | None:
-        """Return which rows are counted, if all of them are rows of a product that had all tokens."""
+        """Return which rows are counted, if all of them occur in an operand with one row per token."""
         keys, order = keys.sort(stable=True)
-        # Equal rows are matched in order: whichever is taken, the sums are the same.
+        # Equal rows are matched in order; the sums do not depend on the choice.
         number = torch.arange(len(keys), device=keys.device) - torch.searchsorted(keys, keys)
         for known in reversed(self._known):
             rows, places = known.sort(stable=True)
@@ -162,7 +162,7 @@ class CountedRows:
 
 
 def _keys(rows: Tensor) -> Tensor:
-    """Return a number per row that only equal rows share: T int64. rows: T × I, of any floating dtype."""
+    """Hash each row, so that equal rows share a key: T int64. rows: T × I, of any floating dtype."""
     width = rows.shape[1]
     # A hash of the bits, which widening the dtype preserves: a sum weighted with odd numbers, modulo 2⁶⁴.
     bits = rows.detach().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
@@ -178,7 +178,7 @@ class Inputs:
     statistic: Statistic | None
     sample: InputSample
     pool: Statistic | None = None
-    """For an expert: the statistic of all experts of its layer, as far as known."""
+    """For an expert: the merged statistic of its layer's experts, as far as known."""
 
     def update(self, x: Tensor, kept: int | None = None) -> None:
         """Add a batch's rows. kept: as in `InputSample.update`."""
@@ -189,13 +189,13 @@ class Inputs:
             self.statistic.update(x)
 
     def merge(self, other: Inputs, every: int) -> None:
-        """Add what another tensor was seen to hold. every: as in `InputSample.merge`."""
+        """Add another tensor's inputs. every: as in `InputSample.merge`."""
         self.sample.merge(other.sample, every)
         if self.statistic is not None and other.statistic is not None:
             self.statistic.merge(other.statistic)
 
     def refuse_infinite(self, place: str) -> None:
-        """Raise NumericalError if inputs on a device were NaN or infinite. place: what they are the inputs of."""
+        """Raise NumericalError if inputs on a device were NaN or infinite. place: names them in the message."""
         if self.statistic is not None and not in_host_memory(next(iter(self.statistic.sums.values())).device):
             self.statistic.refuse_infinite(place)
 
@@ -209,12 +209,12 @@ class Inputs:
 
 
 class BatchRows(NamedTuple):
-    """The rows that are taken of one batch."""
+    """The rows used from one batch."""
 
     counted: CountedRows | None = None
     """Counted rows; None for all."""
     kept: int | None = None
-    """Number of sampled rows; None for the same as of every other batch."""
+    """Number of sampled rows; None for the same as for every other batch."""
 
 
 class Gathered:
@@ -239,7 +239,7 @@ class Gathered:
         self._pools: dict[str, Statistic] = {}
 
     def see(self, batch: int, matrix: Matrix, x: Tensor) -> None:
-        """Record one product. The first matrix of a group represents all of them."""
+        """Record one product. The first matrix of a group stands for all of them."""
         leader = self._leader[matrix.name]
         if leader != matrix.name:
             return
@@ -251,7 +251,7 @@ class Gathered:
             raise error.within(f"{matrix.name}, calibration batch {batch}") from error
 
     def hear(self, batch: int) -> Callable[[Tensor], None] | None:
-        """Return the observer of every product's operand in a batch; None if nobody wants to know."""
+        """Return the listener to every product's operand in a batch; None if it is not needed."""
         counted = self._batches[batch].counted
         return None if counted is None else counted.hear
 
@@ -269,7 +269,7 @@ class Gathered:
 
     def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
         """Yield all remaining groups in order, and remove them."""
-        # All of them are complete before the first is shown, so that every expert knows its whole layer.
+        # Complete all of them first, so that every expert's pool covers its whole layer.
         with reading_later():
             for leader in self._groups:
                 self._finish(leader)
@@ -277,7 +277,7 @@ class Gathered:
             yield self.take(next(iter(self._groups.values()))[0])
 
     def _finish(self, leader: str) -> None:
-        """Complete the inputs of a group, which get no more data."""
+        """Complete the inputs of a group after its last data."""
         if leader in self._complete:
             return
         matrix = self._groups[leader][0]
@@ -291,8 +291,8 @@ class Gathered:
     def _pool_of(self, matrix: Matrix, statistic: Statistic) -> Statistic:
         """Return the merged statistic of the experts that share this one's parameter.
 
-        In `block` and `dense` propagation it holds all of them by the time that the first is shown. In `sequential`
-        those further on are not known yet: an expert's pool is then of itself and the experts before it.
+        In `block` and `dense` propagation it covers all of them when the first is yielded. In `sequential` it covers only the
+        expert itself and those before it.
         """
         layer = matrix.name.partition("[")[0]
         if layer not in self._pools:

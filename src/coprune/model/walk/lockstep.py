@@ -1,11 +1,11 @@
-"""Run one block on all calibration batches in step, so that a matrix can be pruned just before it is first used.
+"""Run one block on all calibration batches in lockstep, so that a matrix can be pruned just before it is first used.
 
-Each batch runs in a lane, a greenlet, which stops at a matrix that is not solved yet; when all lanes have stopped or ended,
-the walk solves that matrix and continues them. So the calibration set crosses the block once, and later matrices (o_proj) see
-the outputs of pruned ones (q, k, v).
+Each batch runs in a lane (a greenlet), which stops at a matrix that is not solved yet. When all lanes have stopped or ended,
+the walk solves that matrix and resumes them. So the calibration set passes the block once, and later matrices (o_proj) see the
+outputs of pruned ones (q, k, v).
 
-Greenlets rather than threads: all lanes share one pool of compute threads, and the order is the same in every run. A lane only
-stops inside `Observe`, where the function mode is off, so the lanes' modes do not get entangled.
+Greenlets instead of threads, so that all lanes share one pool of compute threads and run in a fixed order. A lane only stops
+inside `Observe`, where the function mode is off, so the lanes' modes do not interfere.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ class Lane:
             self._greenlet.switch()
 
     def stop_at(self, matrix: Matrix) -> None:
-        """Return control from the lane to the walk until the matrix is solved."""
+        """Suspend the lane until the matrix is solved."""
         self.waits_for = matrix
         assert self._walk is not None
         with _own_gradient_mode():
             self._walk.switch()
 
     def abandon(self) -> None:
-        """End a lane that is no longer needed, now rather than at garbage collection."""
+        """End a lane that is no longer needed, without waiting for garbage collection."""
         with _own_gradient_mode():
             self._greenlet.throw()
 
 
 @contextmanager
 def _own_gradient_mode() -> Iterator[None]:
-    """Restore the gradient mode, which belongs to the thread and so is shared by all lanes and the walk."""
+    """Restore the gradient mode, which is per thread and so shared by all lanes and the walk."""
     enabled = torch.is_grad_enabled()
     try:
         yield
@@ -76,15 +76,15 @@ def _own_gradient_mode() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Lanes:
-    """The work of a block's lanes."""
+    """The functions that a block's lanes run."""
 
     run: Callable[[int], Tensor]
     """Returns the block's output for a batch's number."""
     see: Callable[[int, Matrix, Tensor], None]
     """Called for every product with the batch's number, the matrix and its input."""
     finish: Callable[[int, Tensor], None] | None
-    """Called with a batch's number and the block's output. None: nobody wants that, so what comes after the block's last
-    matrix to solve is not computed."""
+    """Called with a batch's number and the block's output. None if outputs are not needed: everything after the block's
+    last matrix to solve is then skipped."""
     hear: Callable[[int], Callable[[Tensor], None] | None] = lambda batch: None
     """Returns, for a batch's number, the listener to every product's operand, if any."""
 
@@ -92,9 +92,8 @@ class Lanes:
 class Lockstep:
     """All lanes of one block.
 
-    batches: number of lanes; lanes: their functions; agree: turns the position of the matrix that this process would solve
-    next (None if its lanes have ended) into the positions of all processes that walk in step; paging: moves tensors of waiting
-    lanes out of memory.
+    batches: number of lanes; lanes: their functions; agree: exchanges the position of the matrix that this process would solve
+    next (None if its lanes have ended) for those of all processes; paging: moves tensors of waiting lanes out of memory.
     """
 
     def __init__(
@@ -162,14 +161,14 @@ class Lockstep:
                     lane.go_on()
         waiting = [lane.waits_for for lane in self._lanes if lane.waits_for is not None and not lane.ended]
         own = self._first(waiting)
-        # A process whose own lanes have no token for an expert still solves it together with the others.
+        # A process without tokens for an expert still solves it together with the others.
         return self._first([self._matrices[i] for i in self._agree(None if own is None else self._order[own.name])])
 
     def _first(self, waiting: Sequence[Matrix]) -> Matrix | None:
         if not waiting:
             return None
-        # Lanes part only inside a mixture, where one batch has no tokens for an expert. The expert that comes first is
-        # solved first: whoever waits further on cannot come back to it.
+        # Lanes diverge only inside a mixture, if a batch has no tokens for an expert. Solve the earliest expert first, since
+        # lanes cannot go back to it.
         experts = [matrix for matrix in waiting if matrix.expert is not None]
         return min(experts or waiting, key=lambda m: (m.expert if m.expert is not None else 0, self._order[m.name]))
 
@@ -178,19 +177,19 @@ class Lockstep:
         self._solved.update(matrix.name for matrix in matrices)
 
     def close(self) -> None:
-        """Abandon unfinished lanes: their output is not needed, or the walk ended early."""
+        """Abandon unfinished lanes, whose output is not needed or whose walk ended early."""
         for lane in self._lanes:
             if not lane.ended:
                 lane.abandon()
 
 
 SMALLEST = 1 << 16
-"""Bytes of a storage below which it is not worth a place in the file."""
+"""Size in bytes below which a storage is not worth paging out."""
 
 
 @dataclass
 class _Place:
-    """A storage's bytes, and where they lie in the file if it was emptied before."""
+    """A storage's bytes, and their offset in the file if it was paged out before."""
 
     storage: weakref.ref[torch.UntypedStorage]
     nbytes: int
@@ -200,10 +199,10 @@ class _Place:
 
 
 class Paging(TorchDispatchMode):
-    """Tracks, while active, new storages, and pages in those that an operation needs.
+    """While active, tracks new storages and pages in those that an operation needs.
 
-    limit: bytes of them that may stay in memory when a batch stops; folder: of the file (default: the folder for temporary
-    files). Only operations of torch's dispatcher are seen, as all of torch's own are. Raises CopruneError if the disk is full.
+    limit: bytes that may stay in memory while a batch waits; folder: of the file (default: the folder for temporary files).
+    Sees all operations that go through torch's dispatcher. Raises CopruneError if the disk is full.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
@@ -239,7 +238,7 @@ class Paging(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Suspend paging in the body, for tensors that others keep (statistics)."""
+        """Suspend paging in the body, for tensors that outlive the block (statistics)."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
@@ -263,12 +262,12 @@ class Paging(TorchDispatchMode):
         self._admit(storage._cdata, place)
 
     def release(self, tensor: Tensor) -> None:
-        """Load a tensor for good, since others keep it from now on."""
+        """Load a tensor and stop managing it."""
         self.bring(tensor)
         self._forget(tensor.untyped_storage()._cdata)
 
     def stop(self) -> None:
-        """Page out the excess while a batch waits: the newest first, since the oldest is needed first."""
+        """Page out the excess while a batch waits: newest first, since the oldest is needed first."""
         with self.paused():
             for key, place in reversed(list(self._resident.items())) if self._bytes > self._limit else ():
                 storage = place.storage()
@@ -286,7 +285,7 @@ class Paging(TorchDispatchMode):
         self._bytes += place.nbytes
 
     def _forget(self, key: int) -> None:
-        """Free the file piece of a storage that is gone or no longer managed."""
+        """Free the file range of a storage that is gone or no longer managed."""
         place = self._emptied.pop(key, None)
         if place is None:
             place = self._resident.pop(key, None)
@@ -308,7 +307,7 @@ class Paging(TorchDispatchMode):
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors among an operation's arguments or results, also those in lists."""
+    """Return the tensors among an operation's arguments or results, including those in lists."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
@@ -323,5 +322,5 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _memory_of(storage: torch.UntypedStorage) -> Buffer:
-    """Return the bytes of a CPU storage, in place. Not through NumPy, which would prevent resizing it."""
+    """Return a view of a CPU storage's bytes, without NumPy, which would prevent resizing it."""
     return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())

@@ -1,4 +1,4 @@
-"""A model that can be walked: where its weights are, its blocks, the matrices chosen in them, and what a proof showed."""
+"""A model that can be walked: its weights, its blocks, their chosen matrices, and the results of a proof."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from coprune.model.walk.block_calls import Answer, Handed, Place
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model whose blocks and matrices were found by structure, and nothing of it was run yet."""
+    """A model whose blocks and matrices were found by structure, before anything has run."""
 
     weights: Weights
     blocks: Sequence[Block]
     chosen: Chosen
-    """The matrices to look at or to prune."""
+    """The matrices to inspect or prune."""
     passed: Sequence[Block] = field(default=(), kw_only=True)
-    """Other blocks of the list, which a forward passes by (those for images, where it is given text); they stay as they are."""
+    """Other blocks of the list that a forward skips (such as those for images, given text); they stay unchanged."""
 
     @classmethod
     def without_matrices(cls, weights: Weights) -> FoundModel:
-        """Return the model without chosen matrices, to be run block by block unchanged."""
+        """Return the model without chosen matrices, to run block by block unchanged."""
         blocks = find_blocks(weights.model)
         return cls(weights, blocks, Chosen.nothing(len(blocks)))
 
@@ -40,7 +40,7 @@ class FoundModel:
 
     @property
     def every_block(self) -> list[Block]:
-        """Those that a forward passes by, and then the blocks."""
+        """The skipped blocks, and then the others."""
         return [*self.passed, *self.blocks]
 
     @property
@@ -51,22 +51,22 @@ class FoundModel:
 
 @dataclass
 class Structure:
-    """The structure of the blocks, as one real forward showed it."""
+    """The structure of the blocks, as observed in one real forward."""
 
     sample: Tensor
-    """The batch of one that was sent through."""
+    """The sample that was run, a batch of one."""
     answers: list[Answer] = field(default_factory=list)
     """Form of every block's output."""
     groups: list[list[list[Matrix]]] = field(default_factory=list)
     """Every block's matrices grouped by input tensor, in order of first use."""
     shared: list[list[list[Matrix]]] = field(default_factory=list)
-    """The same of every block's matrices that others share, which are pruned once."""
+    """The same for matrices that several blocks share, which are pruned once."""
     streams: tuple[Place, ...] = ()
-    """Where blocks are handed what earlier ones left for them in a mapping."""
+    """Places of the mappings in which earlier blocks leave values for later ones."""
     handed: list[Handed] = field(default_factory=list)
-    """For every block, what else it is handed of what others computed."""
+    """For every block, other values that it takes from or leaves for other blocks."""
     producers: frozenset[int] = frozenset()
-    """Numbers of the blocks that make something else than hidden states which a later one reads."""
+    """Numbers of the blocks that compute values other than hidden states that later blocks read."""
     reused: list[str] = field(default_factory=list)
     """Names of matrices that are multiplied more than once in a forward."""
     folds: Mapping[str, Sequence[Fold]] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class ProvenModel(FoundModel):
-    """A model whose blocks, replayed one by one, were seen to be the model."""
+    """A model whose blocks, replayed one by one, were shown to compute the same."""
 
     structure: Structure
 
@@ -85,14 +85,14 @@ class ProvenModel(FoundModel):
         return replace(self, blocks=self.blocks[:count], chosen=chosen)
 
     def only(self, names: Collection[str]) -> ProvenModel:
-        """Return the model with only some of the chosen matrices. names: theirs."""
+        """Restrict the chosen matrices to these names."""
         blocks = [[matrix for matrix in block if matrix.name in names] for block in self.chosen.blocks]
         groups = [[[m for m in group if m.name in names] for group in block] for block in self.structure.groups]
         structure = replace(self.structure, groups=[[group for group in block if group] for block in groups])
         return replace(self, chosen=replace(self.chosen, blocks=blocks, outside=[]), structure=structure)
 
     def shared_alone(self) -> ProvenModel:
-        """Return the model up to the last block with matrices that others share, as every block names them."""
+        """Return the model up to the last block with shared matrices, with those under every block's name."""
         shared = self.structure.shared
         chosen = replace(self.chosen, blocks=[[m for group in groups for m in group] for groups in shared], several=[])
         found = replace(self, chosen=chosen, structure=replace(self.structure, groups=shared, reused=[]))

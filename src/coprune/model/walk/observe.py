@@ -1,8 +1,8 @@
 """Observe products: the input of every tracked matrix, just before it is multiplied.
 
 A `TorchFunctionMode` sees each `linear`, `addmm`, `matmul` … of a running block. An argument at a tracked matrix's address is
-that matrix, and the other argument is its input. So no hook per class and no family code is needed, every expert is seen with
-its own tokens, and a matrix may be pruned just before its first use.
+that matrix, and the other argument is its input. This needs no hooks per class and no code per family, sees each expert with
+its own tokens, and lets a matrix be pruned just before its first use.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ OnProduct = Callable[[Matrix, Tensor], None]
 
 
 def refuse_backwards(matrix: Matrix) -> None:
-    """Raise UnsupportedModel: a matrix is used the other way round than it is stored."""
+    """Raise UnsupportedModel for a matrix that is used transposed."""
     raise UnsupportedModel(
         f"{matrix.name} is multiplied along its outputs", fix=("leave it out with ", Set("exclude", matrix.name))
     )
 
 
 class Observe(TorchFunctionMode):
-    """Calls, while active, `on_product(matrix, input)` just before a tracked matrix is multiplied.
+    """While active, calls `on_product(matrix, input)` just before a tracked matrix is multiplied.
 
     The experts of a mixture may be multiplied one by one, or all at once as a batch of matrices.
     """
@@ -123,7 +123,7 @@ class Observe(TorchFunctionMode):
                     self._see_matrix(matrix, x[matrix.expert], weight[matrix.expert], input_dim)
 
     def _see_sum(self, equation: Any, x: Any, weight: Any) -> None:
-        """Report a product that is written as `ibh,hnd->ibnd`, of a matrix inputs × heads × width."""
+        """Report an einsum product such as `ibh,hnd->ibnd`, with a matrix inputs × heads × width."""
         found = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation.replace(" ", "")) if isinstance(equation, str) else None
         if found is None or not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
             return
@@ -142,7 +142,7 @@ class Observe(TorchFunctionMode):
     def _see_matrix(self, matrix: Matrix, x: Tensor, weight: Tensor, input_dim: int) -> None:
         stored = matrix.stored()
         if weight.numel() != stored.numel():
-            return  # a part of the matrix; if the whole is never seen, the walk says so
+            return  # a part of the matrix; if the whole is never seen, the walk reports it
         as_stored = weight.shape == stored.shape and weight.stride() == stored.stride()
         if (input_dim if as_stored else 1 - input_dim) != matrix.input_dim:
             self._on_backwards(matrix)
@@ -151,7 +151,7 @@ class Observe(TorchFunctionMode):
 
 
 class Touches(TorchFunctionMode):
-    """Records, while active, the `names` of matrices that take part in any operation."""
+    """While active, records the `names` of matrices that take part in any operation."""
 
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Touches(TorchFunctionMode):
 
 
 class Reads(TorchFunctionMode):
-    """Records, while active, the `ids` of those of some tensors that take part in any operation."""
+    """While active, records the `ids` of given tensors that take part in any operation."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
@@ -184,12 +184,12 @@ class Reads(TorchFunctionMode):
 
 
 def _asks_only(func: Callable[..., Any]) -> bool:
-    """Return whether a function reads an attribute of a tensor (dtype, shape) and does not use its values."""
+    """Return whether a function only reads an attribute of a tensor (dtype, shape), not its values."""
     return getattr(func, "__name__", "") == "__get__"
 
 
 def _operands(args: tuple[Any, ...], kwargs: Any) -> list[Any]:
-    """Return all arguments of a function, also within lists."""
+    """Return all arguments of a function, including those in lists."""
     given = [*args, *(kwargs or {}).values()]
     return given + [part for value in given if isinstance(value, list | tuple) for part in value]
 
@@ -206,16 +206,16 @@ class Products:
     backwards: list[Matrix] = field(default_factory=list)
     """Multiplied along their outputs."""
     touched: set[str] = field(default_factory=set)
-    """Names of those (but experts) that took part in any operation."""
+    """Names of those (except experts) that took part in any operation."""
 
 
 def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> tuple[Result, Products]:
-    """Call `run`, which runs a block, and note which matrices share an input, are reused, or never appear.
+    """Call `run`, which runs a block, and record which matrices share an input, are reused, or never appear.
 
-    Nothing is refused: what cannot be pruned is noted.
+    Nothing is refused; matrices that cannot be pruned are only recorded.
     """
     products = Products()
-    inputs: list[Tensor] = []  # held until the block is done: the address of a freed tensor comes back as another's
+    inputs: list[Tensor] = []  # held until the block is done, since a freed tensor's address may be reused
     seen: set[str] = set()
 
     def on_product(matrix: Matrix, x: Tensor) -> None:
@@ -239,7 +239,7 @@ def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> t
 
 
 def patches(x: Tensor, convolution: nn.Module) -> Tensor:
-    """Return the patches that a convolution without overlaps multiplies its weight with, position by position.
+    """Return the patches that a convolution without overlaps multiplies with its weight, position by position.
 
     x: B × C × H × W (or without B). Returns … × positions × (C · kernel height · kernel width).
     """

@@ -1,7 +1,7 @@
-"""Prove on one sample that the blocks, replayed one by one, are the model; refuse the model if they are not.
+"""Prove on one sample that replaying the blocks one by one computes what the model does; refuse the model otherwise.
 
-In one forward, every block is also replayed from its recorded call on the output of the replayed block before it. This also
-shows the form of a block's output, the mixtures of experts, the matrices that share an input, and those used repeatedly.
+In one forward, every block is also replayed from its recorded call on the output of the previous replayed block. This also
+reveals the form of a block's output, the mixtures of experts, the matrices that share an input, and those used repeatedly.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from coprune.model.walk.model_structure import FoundModel, ProvenModel, Structur
 from coprune.model.walk.observe import Products, Reads, observe_products
 from coprune.model.walk.recording import begin_part
 
-# The replay repeats the very same operations; only devices that add in no fixed order differ, by rounding. A wrong mask
-# or position table changes some token's hidden states by far more. Compared token by token, since the first token of
-# many models is a thousand times larger than the rest and would hide them.
+# The replay repeats the same operations, so only devices without a fixed order of additions differ, by rounding. A wrong mask
+# or position table changes some token's hidden states by far more. Compared token by token, since in many models the first
+# token's are a thousand times larger and would hide the others.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _HALF_TOLERANCE = 2e-2
 
 COMPARED_LOGITS = 32
-"""Positions at the end whose logits are compared. Every position's hidden states are, up to the head, and with a large
-vocabulary the logits of all would take more memory than the rest of a run."""
+"""Number of final positions whose logits are compared. Hidden states are compared at all positions, but with a large
+vocabulary all logits would take more memory than the rest of a run."""
 
 
 @torch.no_grad()
@@ -66,10 +66,10 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         sample: a batch of one, as in `forward_logits`.
 
     Returns:
-        The same model with what the forward showed, and the matrices chosen by that.
+        The model with the observed structure, and the matrices chosen accordingly.
 
     Raises:
-        UnsupportedModel: names the block or matrix in which they part, or see `confirm`.
+        UnsupportedModel: names the block or matrix where they differ, or see `confirm`.
         BadInput: no matrix is left to prune.
         NumericalError: names a block whose activations are not finite.
     """
@@ -82,11 +82,11 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         try:
             logits = _watch(watched, found, sample)
         except _PassedBy:
-            raise UnsupportedModel("a forward calls now these blocks and now others") from None
+            raise UnsupportedModel("a forward does not always call the same blocks") from None
     model, blocks, structure, last = found.module, found.blocks, watched.structure, watched.replayed
     if last is None:
         raise UnsupportedModel(
-            f"{blocks[0].name} is no module that a forward calls, so it is no block that can be replayed"
+            f"{blocks[0].name} is not a module that a forward calls, so it cannot be replayed as a block"
         )
     structure.streams, structure.handed = watched.streams.read, watched.streams.handed
     structure.producers = watched.streams.producers
@@ -107,7 +107,7 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
 
 
 class _PassedBy(Exception):
-    """A forward passed by a block. answer: what one before it answers like."""
+    """A forward skipped a block. answer: the form of an earlier block's output."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)
@@ -133,7 +133,7 @@ def _watch(watched: _Watched, found: FoundModel, sample: Tensor) -> Tensor:
 
 
 def _without_passed(found: FoundModel, sample: Tensor, answer: Answer) -> FoundModel:
-    """Return the model without the blocks that a forward passes by. answer: what an idle block returns one like."""
+    """Return the model without the blocks that a forward skips. answer: form of an idle block's output."""
     called: list[int] = []
 
     def note(block: Block) -> Callable[..., Any]:
@@ -162,12 +162,12 @@ def _without_passed(found: FoundModel, sample: Tensor, answer: Answer) -> FoundM
 
 
 def _refuse_order(block: Block, *_: Any, **__: Any) -> Any:
-    raise UnsupportedModel(f"{block.name} runs out of order or twice, and coprune walks blocks once, in order")
+    raise UnsupportedModel(f"{block.name} runs out of order or twice, but coprune walks blocks once, in order")
 
 
 @contextmanager
 def _failures_named(model: nn.Module) -> Iterator[None]:
-    """Raise UnsupportedModel for what a model's own code raises on a text (or images) alone."""
+    """Convert exceptions of a model's own code, given text (or images) alone, to UnsupportedModel."""
     try:
         yield
     except (CopruneError, MemoryError, torch.OutOfMemoryError):
@@ -183,7 +183,7 @@ def _failures_named(model: nn.Module) -> Iterator[None]:
 
 
 class _Watched:
-    """The observations of one forward, block by block, while each is replayed on the output of the replay before it."""
+    """The observations of one forward, in which each block is replayed on the previous replay's output."""
 
     def __init__(self, found: FoundModel, structure: Structure) -> None:
         self.structure = structure
@@ -193,12 +193,12 @@ class _Watched:
         self.replayed: Tensor | None = None
         """The last replayed hidden states."""
         self.begun: list[tuple[Tensor, Tensor]] = []
-        """Of every further list of blocks: the replayed hidden states at the end of the one before it, and its own first."""
+        """For every further list of blocks: the replayed output of the previous list, and its own first input."""
         self.streams = _Streams()
         self._found = found
 
     def run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the block's own output. Raises UnsupportedModel, NumericalError if the replay gives another."""
+        """Return the block's own output. Raises UnsupportedModel or NumericalError if the replay differs."""
         if block.index > len(self.calls) > 0:
             raise _PassedBy(self.structure.answers[-1])
         if block.index != len(self.calls):
@@ -212,7 +212,7 @@ class _Watched:
         weights, candidates = self._found.weights, self._found.chosen.candidates[block.index]
         weights.acquire(block.name)
         given = list(tensors_in((call.args, call.kwargs)))
-        # Recorded before the block runs, so that a nested block is noticed as out of order.
+        # Recorded before the block runs, so that a nested block is detected as out of order.
         self.calls.append((call, set()))
         live = _live_mappings(args, kwargs, call)
         with Reads(given) as reads:
@@ -227,14 +227,14 @@ class _Watched:
         if not _close(hidden_of(output), again):
             raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward")
         if (place := self.streams.parted(live)) is not None:
-            raise UnsupportedModel(f"{block.name} replayed leaves something else for later blocks in {place!r}")
+            raise UnsupportedModel(f"{block.name} when replayed, leaves other values for later blocks in {place!r}")
         self.replayed = again
         self.structure.answers.append(Answer.of(output, hidden))
         return output
 
 
 def _live_mappings(args: tuple[Any, ...], kwargs: dict[str, Any], call: BlockCall) -> dict[Place, Stream]:
-    """Return the mutable mappings passed to a block, which it may write to, by their places in its call."""
+    """Return the mutable mappings among a block's arguments, which it may write to, by place."""
     skipped = len(args) - len(call.args)
     found: dict[Place, Any] = {position - skipped: value for position, value in enumerate(args) if position >= skipped}
     found |= {name: value for name, value in kwargs.items() if name in call.kwargs}
@@ -242,8 +242,8 @@ def _live_mappings(args: tuple[Any, ...], kwargs: dict[str, Any], call: BlockCal
 
 
 class _Streams:
-    """Values that blocks leave for later ones, in a shared mapping or in their answers: found, and replayed beside the
-    hidden states."""
+    """Finds the values that blocks leave for later ones, in shared mappings or in their outputs, and replays them beside
+    the hidden states."""
 
     def __init__(self) -> None:
         self._replayed: dict[Place, Stream] = {}
@@ -258,18 +258,18 @@ class _Streams:
 
     @property
     def producers(self) -> frozenset[int]:
-        """Numbers of the blocks that make what a later one reads, rather than pass it on."""
+        """Numbers of the blocks that compute values read by later ones, instead of passing them on."""
         made = (any(place not in own.takes for _, place in own.leaves) for own in self.handed)
         return frozenset(self._read_of | {number for number, makes in enumerate(made) if makes})
 
     @property
     def handed(self) -> list[Handed]:
-        """Values that every block takes from earlier ones and leaves for later ones."""
+        """For every block, the values that it takes from earlier ones and leaves for later ones."""
         return [Handed(takes, tuple(leaves.items())) for takes, leaves in zip(self._takes, self._leaves, strict=True)]
 
     @property
     def read(self) -> tuple[Place, ...]:
-        """The places of those that a block has left something in, and another one has read."""
+        """The places of mappings that one block wrote to and another one read."""
         return tuple(place for place in self._replayed if place in self._read)
 
     def replay(
@@ -280,20 +280,20 @@ class _Streams:
         block: Callable[..., Any],
         hidden: Tensor,
     ) -> Tensor:
-        """Run a block again, on what the replay has left so far.
+        """Replay a block with the values that the replay has left so far.
 
         Args:
-            call: as it was recorded before the block ran.
-            live: its mappings, now that it has run.
-            read: ids of the tensors in its call that the block has used.
-            block: what is run.
-            hidden: what it is run on.
+            call: as recorded before the block ran.
+            live: its mappings, after it has run.
+            read: ids of the tensors in its call that the block used.
+            block: the block or its forward.
+            hidden: its input.
         """
         for place, mapping in live.items():
             before = call.at(place)
             self._note_read(list(tensors_in(before)), mapping, read)
             if self._objects.setdefault(place, mapping) is not mapping:
-                continue  # of every block its own
+                continue  # not shared between blocks
             if place not in self._replayed and not _holds_same(before, mapping):
                 self._replayed[place] = snapshot(before)
             if place in self._replayed and any(id(tensor) in read for tensor in tensors_in(before)):
@@ -311,13 +311,13 @@ class _Streams:
         return hidden_of(again)
 
     def _note_read(self, before: Sequence[Tensor], after: Stream, read: Container[int]) -> None:
-        """Note which blocks wrote what the current one has read of a mapping, and what it writes there itself."""
+        """Record which blocks wrote what the current one read from a mapping, and what it writes there."""
         self._read_of |= {self._written[id(one)][0] for one in before if id(one) in read and id(one) in self._written}
         held = {id(one) for one in before}
         self._written |= {id(one): (len(self._leaves), one) for one in tensors_in(after) if id(one) not in held}
 
     def answered(self, output: Any) -> None:
-        """Note what a block has answered beside the hidden states: output, as it was, of that which was replayed last."""
+        """Record what the last replayed block returned beside the hidden states. output: its original output."""
         pairs = zip(output, self._again, strict=True) if self._again and len(output) == len(self._again) else ()
         for position, (own, replayed) in enumerate(pairs):
             if position and isinstance(own, Tensor) and isinstance(replayed, Tensor):
@@ -335,13 +335,13 @@ class _Streams:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One entry of a block's answer."""
+    """One entry of a block's output tuple."""
 
     block: int
     position: int
     replayed: Tensor
     own: Tensor
-    """As the model's forward gave it; held, so that its id stays its own."""
+    """The value in the model's forward; held, so that its id is not reused."""
 
 
 def _holds_same(before: Stream, after: Stream) -> bool:
@@ -351,7 +351,7 @@ def _holds_same(before: Stream, after: Stream) -> bool:
 
 
 def _not_finite(block: Block) -> NumericalError:
-    """Return the error of a block with a non-finite output, caused by it or by its input."""
+    """Return the error about a block with non-finite output, whether caused by its weights or its input."""
     wrong = [name for name, weight in block.module.named_parameters() if not bool(torch.isfinite(weight).all())]
     if wrong:
         return NumericalError(f"{block.name}.{wrong[0]} of the dense model holds NaN or infinite values")
@@ -359,14 +359,13 @@ def _not_finite(block: Block) -> NumericalError:
 
 
 def _require_same_calls(found: FoundModel, structure: Structure, watched: _Watched) -> None:
-    """Raise UnsupportedModel where a block is called otherwise when the blocks before it are idle.
+    """Raise UnsupportedModel if a block gets other arguments when the blocks before it are idle.
 
-    What it is given and makes no use of does not count, and then the blocks have to do the same without.
+    Unused arguments may differ, if the blocks then compute the same with the others.
 
     Args:
         found: the model.
-        structure: what was sent through, what the blocks' answers look like, and the streams; takes what a list of blocks
-            is given of the one before it.
+        structure: the sample, the outputs' forms and the streams; the inputs of further lists of blocks are added to it.
         watched: a real forward.
     """
     first, recorded = run_without_blocks(found.module, found.blocks, structure.sample, structure.answers)
@@ -399,16 +398,16 @@ def _require_same_calls(found: FoundModel, structure: Structure, watched: _Watch
 
 
 def _note_parts(found: FoundModel, structure: Structure, watched: _Watched, recorded: Sequence[BlockCall]) -> None:
-    """Note in the structure what the blocks of every further list are given of what the one before it gives.
+    """Record in the structure which arguments of a further list's blocks come from the list before it.
 
     Args:
         found: the model.
         structure: as in `_require_same_calls`.
         watched: a real forward.
-        recorded: every block's call with idle blocks, which is given something else there.
+        recorded: every block's call with idle blocks, where those arguments differ.
 
     Raises:
-        UnsupportedModel: the list begins otherwise behind idle blocks and the replay's last answer.
+        UnsupportedModel: with idle blocks and the replay's last output, the list begins differently.
     """
     firsts = [b for before, b in zip(found.blocks, found.blocks[1:], strict=False) if b.part != before.part]
     for block, (end, hidden) in zip(firsts, watched.begun, strict=True):
@@ -423,7 +422,7 @@ def _note_parts(found: FoundModel, structure: Structure, watched: _Watched, reco
             if not isinstance(own := entered.at(place), Tensor) or not _close(value, own):
                 raise _depends(block)
         if not _close(hidden, again):
-            raise UnsupportedModel(f"{block.name} is given something else behind the replayed blocks before it")
+            raise UnsupportedModel(f"{block.name} gets different arguments after the replayed blocks before it")
         for other in (one for one in found.blocks if one.part == block.part):
             call, own_handed = watched.calls[other.index][0], structure.handed[other.index]
             taken = tuple(place for place in given if call.at(place) is given[place])
@@ -432,7 +431,7 @@ def _note_parts(found: FoundModel, structure: Structure, watched: _Watched, reco
 
 def _depends(block: Block) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{block.name} is given something that depends on what earlier blocks computed (such as keys and values "
+        f"{block.name} gets an argument that depends on what earlier blocks computed (such as keys and values "
         "shared between layers), so coprune cannot prune this model block by block"
     )
 
@@ -445,7 +444,7 @@ def _evidence(seen: Products) -> Evidence:
 def _groups(seen: Products, chosen: Sequence[Matrix]) -> list[list[Matrix]]:
     """Return a block's chosen matrices grouped by their input tensor, in order of first use."""
     names = {matrix.name for matrix in chosen}
-    # What is used again may be so with another tensor than the others (a decoder's keys of both halves): it stands alone.
+    # A reused matrix may be multiplied with different tensors (a decoder's keys of both halves), so it is a group of its own.
     again = {matrix.name for matrix in seen.reused}
     apart = [
         [[m for m in group if m.name not in again], *([m] for m in group if m.name in again)] for group in seen.groups

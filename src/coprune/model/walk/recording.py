@@ -1,4 +1,4 @@
-"""The calibration batches on their way through the model: recorded once, then moved from block to block."""
+"""The calibration batches, recorded once and then moved from block to block."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from coprune.model.walk.model_structure import FoundModel, ProvenModel, Structur
 
 @dataclass
 class Recording:
-    """The calibration batches on their way: the inputs of the next block, and every block's calls.
+    """The calibration batches between blocks: the inputs of the next block, and every block's calls.
 
-    tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
-    the blocks of the dense model would be given, if somebody aims at those; aims: the batches for which that is so, None
-    for all; counted: which tokens the statistics are of, B × S bool per batch, None for all; positions: hidden states of each
-    batch before the first block, so of text its tokens; streams: per batch, what the blocks behind have left for later ones,
-    in memory; dense_streams: like it, of the dense model.
+    tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but the dense
+    model's, if its outputs are the target; aims: the batches with such a target, None for all; counted: the tokens that
+    statistics include, B × S bool per batch, None for all; positions: number of hidden states per batch before the first block
+    (for text, its tokens); streams: per batch, the values that earlier blocks left for later ones, in memory; dense_streams:
+    the same for the dense model.
     """
 
     tokens: list[Tensor]
@@ -48,7 +48,7 @@ class Recording:
 
     @property
     def uneven(self) -> int | None:
-        """Tokens of all batches, where the samples of one are longer than those of another; None where they are not."""
+        """Number of tokens in all batches if their samples differ in length; None if they do not."""
         alike = len({batch.shape[1:] for batch in self.tokens}) < 2
         return None if alike else sum(batch.numel() for batch in self.tokens)
 
@@ -64,7 +64,7 @@ class Recording:
         return [count * len(counts) / max(sum(counts), 1) for count in counts]
 
     def rows(self, kept: int) -> list[BatchRows]:
-        """Return the rows to take of every batch. kept: so many of all together for a sample of them, or a few more."""
+        """Return the rows to use from every batch. kept: minimum total number of sampled rows."""
         counted = [None] * len(self.tokens) if self.counted is None else [CountedRows(one) for one in self.counted]
         total = self.uneven
         shares = [None if total is None else -(-kept * batch.numel() // total) for batch in self.tokens]
@@ -72,9 +72,9 @@ class Recording:
 
     @torch.no_grad()
     def run(self, block: Block, batch: int, hidden: Tensor, streams: Sequence[Stream] | None = None) -> Tensor:
-        """Run a block on hidden states of a batch (B × S × H) with that batch's own arguments.
+        """Run a block on hidden states of a batch (B × S × H) with that batch's arguments.
 
-        streams: to which the block adds what it leaves; without them, a copy of the batch's own.
+        streams: updated with the values that the block leaves; by default a copy of the batch's.
         """
         own = self.streams_of(batch) if streams is None else streams
         return self.calls[batch][block.index].run(block.module, hidden, own)
@@ -84,19 +84,19 @@ class Recording:
         return [snapshot(stream) for stream in self.streams[batch]] if self.streams else []
 
     def run_in_float32(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
-        """Run a block whose parameters are float32, to train it; what it leaves for others is not kept."""
+        """Run a block with float32 parameters, to train it; values that it leaves for other blocks are dropped."""
         streams = [in_float32(stream) for stream in self.streams_of(batch)]
         return self.calls[batch][block.index].in_float32().run(block.module, hidden, streams)
 
     def move(self, block: Block, batch: int) -> None:
-        """Run a block as it is now on a batch; hidden states and streams are then what the next block gets."""
+        """Run a block with its current weights on a batch, and update hidden states and streams for the next block."""
         streams = self.streams_of(batch)
         self.hidden[batch] = self.run(block, batch, self.hidden[batch], streams)
         self.moved(batch, streams)
 
     @torch.no_grad()
     def enter(self, model: ProvenModel, block: Block, batch: int) -> None:
-        """Begin a further list of blocks, as the model itself does with what the list before it gives for a batch."""
+        """Compute a batch's input of a further list of blocks from the output of the list before it."""
         begin = partial(begin_part, model, model.structure, block, self.tokens[batch])
         self.hidden[batch], streams = begin(self.hidden[batch])
         self.moved(batch, streams)
@@ -108,11 +108,11 @@ class Recording:
                 self.dense_streams[batch] = streams
 
     def apart(self) -> Recording:
-        """Return the same batches, which go on through the blocks by themselves, without an aim."""
+        """Return an independent copy of the batches, without a target."""
         return replace(self, hidden=self.hidden.copy(), streams=[*self.streams], dense=None, dense_streams=None)
 
     def go_past(self, model: ProvenModel, block: Block, runs: bool = True) -> None:
-        """Bring all batches behind a block. runs: whether it runs, or is left out."""
+        """Move all batches past a block. runs: whether the block runs or is left out."""
         begins = block.index > 0 and model.blocks[block.index - 1].part != block.part
         for batch in range(len(self.hidden)):
             if begins:
@@ -121,7 +121,7 @@ class Recording:
                 self.move(block, batch)
 
     def moved(self, batch: int, streams: list[Stream]) -> None:
-        """Take over what a block left."""
+        """Store the streams after a block."""
         if self.streams:
             self.streams[batch] = streams
 
@@ -140,9 +140,9 @@ def begin_part(
     """Return the input of the first block of a further list, and the streams before it.
 
     Args:
-        model: the model; no block of it is needed.
+        model: the model; its blocks need not be loaded.
         structure: of its blocks.
-        block: that block.
+        block: the first block of the list.
         batch: as in `forward_logits`.
         hidden: output of the last block of the list before it.
     """
@@ -157,7 +157,7 @@ def record_batches(model: ProvenModel, batches: Sequence[Tensor], activations: A
     """Run every batch through the model with idle blocks.
 
     Args:
-        model: the model, whose blocks are not needed.
+        model: the model; its blocks need not be loaded.
         batches: B × S int64 each, or images.
         activations: an empty list for the hidden states; without it they are kept in memory.
 
@@ -181,15 +181,15 @@ def record_batches(model: ProvenModel, batches: Sequence[Tensor], activations: A
 
 @dataclass(frozen=True)
 class ByBlock:
-    """The papers' way: a block's statistics come from its dense weights, then it runs again with the pruned ones."""
+    """As in the papers: statistics come from a block's dense weights, then it runs again with the pruned ones."""
 
     keep_inputs: bool = False
-    """Whether a block's inputs are kept until it is done, for a caller that trains it."""
+    """Whether to keep a block's inputs until it is done, for a caller that trains it."""
 
 
 @dataclass(frozen=True)
 class Sequential:
-    """Yields every matrix just before its first use, so that it sees the outputs of pruned predecessors; one pass."""
+    """Yields every matrix just before its first use, so that it sees the outputs of pruned predecessors, in one pass."""
 
     keep_inputs: bool = False
     """As in `ByBlock`; the block then runs once more."""
@@ -202,7 +202,7 @@ class Dense:
     keep: Callable[[Tensor], Tensor] | None = None
     """Returns the part of a batch's inputs (B × S × H) to keep until their block is done; None keeps nothing."""
     batches: int | None = None
-    """Number of batches for which it is kept, the first ones; None for all."""
+    """Number of batches to keep it for, from the first; None for all."""
 
 
 Moves = ByBlock | Sequential | Dense

@@ -1,7 +1,7 @@
 """Statistics of a matrix's inputs: sums that are updated batch by batch and can be merged.
 
-Shapes: T tokens of one batch, I inputs of the matrix. Sums are float32 on the inputs' device, whatever the
-model's dtype, and matrices that are fed by the same tensor share one statistic.
+Shapes: T tokens of one batch, I inputs of the matrix. Sums are float32 on the inputs' device, regardless of the
+model's dtype, and matrices with the same input tensor share one statistic.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Derived = TypeVar("Derived")
 
 
 def ratio_of(errors: Tensor) -> float:
-    """Return the first of two numbers over the second; 0.0 where that is zero."""
+    """Return the ratio of two numbers; 0.0 if the second is zero."""
     error, total = errors.tolist()
     return error / total if total > 0 else 0.0
 
 
 class Sums(ABC):
-    """Named float32 sums over tokens, and what has been worked out from them."""
+    """Named float32 sums over tokens, and cached results derived from them."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.width = width
@@ -47,18 +47,18 @@ class Sums(ABC):
         """Return name and shape of every float32 sum, for estimates of memory."""
 
     def merge(self, other: Self) -> None:
-        """Add what another statistic of the same kind and width has seen."""
+        """Add another statistic of the same kind and width."""
         for name, added in other.sums.items():
             self.sums[name] += added
         self.count += other.count
         self._derived.clear()
 
     def reduce(self, processes: Processes) -> None:
-        """Add what the other processes of a run have seen of the same tensor, in place; all of them call this."""
+        """Add the other processes' sums for the same tensor, in place; all processes must call this."""
         self.count = processes.add_up(self.sums.values(), self.count)
 
     def restore(self, sums: Mapping[str, Tensor], count: int) -> None:
-        """Take over sums that were kept, and the number of tokens that they were summed over."""
+        """Restore stored sums and their number of tokens."""
         self.sums = {name: sums[name] for name in self.sums}
         self.count = count
         self._derived.clear()
@@ -66,21 +66,22 @@ class Sums(ABC):
     @property
     @abstractmethod
     def _look(self) -> Tensor:
-        """Numbers that are not finite if something that was added was not."""
+        """Values that are not finite if any added input was not."""
 
     def refuse_infinite(self, place: str | None = None) -> None:
-        """Raise NumericalError if what was added held NaN or infinite values, which stay in the sums.
+        """Raise NumericalError if added inputs held NaN or infinite values, which stay in the sums.
 
-        In host memory every update does; on a device the host would wait each time, so it is asked once. place: where.
+        In host memory every update checks this; on a device that would synchronise each time, so it is checked once, here.
+        place: names the inputs in the message.
         """
         error = NumericalError("the activations hold NaN or infinite values")
         refuse_if(~torch.isfinite(self._look).all(), error if place is None else error.within(place))
 
     def remember(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
-        """Return what `compute` gave under this key, computed once until the statistic sees more.
+        """Return the result of `compute`, cached under a key until the statistic is updated.
 
-        Matrices that share a statistic so share the factor of its Gram matrix; it is freed with the statistic.
-        Whoever changes `sums` from outside (an all-reduce) does so before anything is derived from them.
+        So matrices that share a statistic share the factor of its Gram matrix, which is freed with the statistic. Code that
+        changes `sums` directly (an all-reduce) must do so before anything is derived from them.
         """
         if key not in self._derived:
             self._derived[key] = compute()
@@ -89,10 +90,10 @@ class Sums(ABC):
 
 
 class Statistic(Sums):
-    """Sums over the inputs of a matrix, of which every kind tells each channel's mean square."""
+    """Sums over the inputs of a matrix, from which each channel's mean square can be computed."""
 
     per_channel: ClassVar[str]
-    """Name of a sum of shape I that everything seen goes into."""
+    """Name of a sum of shape I to which every input contributes."""
     tells_errors: ClassVar[bool] = False
     """Whether layer errors can be computed from it (`relative_error`); otherwise a sample of the inputs is needed."""
 
@@ -100,7 +101,7 @@ class Statistic(Sums):
         """Add a batch of inputs.
 
         x: T × I (any leading dimensions are flattened), any floating dtype.
-        Raises NumericalError if an input in host memory is NaN or infinite (`refuse_infinite` tells of others).
+        Raises NumericalError if an input in host memory is NaN or infinite (see `refuse_infinite` for other devices).
         """
         x_TI = x.reshape(-1, self.width)
         self._derived.clear()
@@ -112,7 +113,7 @@ class Statistic(Sums):
 
     @property
     def _look(self) -> Tensor:
-        # A NaN or inf in a channel shows in its sum, so the T × I values need not be checked.
+        # A NaN or infinity in a channel propagates to its sum, so the T × I values need not be checked.
         return self.sums[self.per_channel]
 
     @abstractmethod
@@ -134,9 +135,9 @@ class Statistic(Sums):
         return self.mean_square.sqrt()
 
     def topped_up(self, pool: Self) -> Self:
-        """Return a statistic with as many tokens as inputs, the missing ones from a pool's average.
+        """Return a statistic with at least as many tokens as inputs, taking the missing ones from a pool's average.
 
-        For an expert that saw few tokens, whose own Gram matrix would be singular: pool is its layer's statistic.
+        For an expert with few tokens, whose own Gram matrix would be singular. pool: its layer's statistic.
         """
         mixed = type(self)(self.width, self._sum_square().device)
         missing = max(0, self.width - self.count)
@@ -148,7 +149,7 @@ class Statistic(Sums):
 
     def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
         """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64), if `tells_errors`. weight, pruned: O × I."""
-        raise TypeError(f"{type(self).__name__} does not tell errors")
+        raise TypeError(f"{type(self).__name__} cannot compute errors")
 
     def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
         """Return ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of all tokens seen (0.0 where the dense output is zero), if `tells_errors`.
@@ -194,7 +195,7 @@ class InputMoments(InputNorm):
 class Gram(Statistic):
     """Gram matrix XᵀX / T of the inputs (the Hessian of SparseGPT up to a factor, arXiv 2301.00774)."""
 
-    per_channel: ClassVar[str] = "sum"  # not the diagonal, which lies far apart in memory
+    per_channel: ClassVar[str] = "sum"  # not the diagonal, whose entries lie far apart in memory
     tells_errors: ClassVar[bool] = True
 
     @classmethod
@@ -203,7 +204,7 @@ class Gram(Statistic):
 
     def _add(self, x_TI: Tensor) -> None:
         self.sums["sum"] += x_TI.sum(dim=0, dtype=torch.float32)
-        # Only the diagonal's panels and those right of them: little more than half of the products.
+        # Only panels on and right of the diagonal: little more than half of the products.
         kernel("add_to_gram", x_TI.device)(self.sums["gram"], x_TI, self._panel_size())
 
     def _panel_size(self) -> int:
@@ -223,7 +224,7 @@ class Gram(Statistic):
 
     @property
     def gram(self) -> Tensor:
-        """I × I float32, a fresh copy: XᵀX / T. Raises NumericalError where finite inputs were too large for it."""
+        """I × I float32, a fresh copy: XᵀX / T. Raises NumericalError if finite inputs were too large for it."""
         gram = self.sums["gram"] / max(self.count, 1)
         too_large = NumericalError("the activations are so large that their Gram matrix is not finite")
         refuse_if(~torch.isfinite(gram.diagonal()).all(), too_large)

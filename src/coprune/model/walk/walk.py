@@ -1,7 +1,7 @@
 """The walk: the only loop over blocks in the project.
 
-A generator that loads one block at a time, yields its matrices with their inputs, lets the caller change them, and advances
-the calibration data to the next block. Later blocks see the caller's changes; without any they see the dense model.
+It loads one block at a time, yields its matrices with their inputs for the caller to change, and advances the calibration data
+to the next block. Later blocks see the caller's changes; without any they see the dense model.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ AFTER = "after the blocks"
 class Walk:
     """A walk over the blocks; iterate over it once.
 
-    Raises ValueError where statistics are known already and the moves, or several processes, need others.
+    Raises ValueError if stored statistics do not fit the moves or the processes.
     """
 
     model: FoundModel
     """A ProvenModel, if data runs through it."""
     recording: Recording | None = None
-    """None: no data runs through the model; the blocks are shown one after another."""
+    """None to yield the blocks without running data through them."""
     statistic: type[Statistic] | None = None
     """Statistic to gather for every matrix; None for none (a sample of the inputs is always kept)."""
     moves: Moves = BY_BLOCK
-    """How inputs advance from block to block, and what is kept of them."""
+    """How inputs advance from block to block, and which of them are kept."""
     past: Past = NO_PAST
     processes: Processes = ALONE
     """Processes that walk together, each with its share of the samples."""
     advance: Callable[[float], None] = lambda blocks: None
-    """Called with the share of a block that was done, for a progress bar."""
+    """Called with the completed share of a block, for a progress bar."""
     at: str = field(default="before the blocks", init=False)
     """Position of the walk: the name of a block."""
 
@@ -89,18 +89,18 @@ class Walk:
         reused = self.model.structure.reused if isinstance(self.model, ProvenModel) else []
         if isinstance(self.moves, Sequential) and reused:
             raise UnsupportedModel(
-                f"{reused[0]} is used more than once in a forward, so there is no moment just before its use",
+                f"{reused[0]} is used more than once in a forward, so it cannot be pruned just before its first use",
                 fix=("take ", Set("propagation", "block")),
             )
 
     def _enter(self, block: Block) -> None:
-        """Begin a further list of blocks with what the one before it gives."""
+        """Enter a further list of blocks with the outputs of the one before it."""
         if self.recording is not None and isinstance(self.model, ProvenModel):
             for batch in range(len(self.recording.hidden)):
                 self.recording.enter(self.model, block, batch)
 
     def _pass(self, block: Block) -> None:
-        """Move the inputs on through a finished block."""
+        """Advance the inputs through a finished block."""
         self._run_dense(block)
         if isinstance(self.moves, Dense):
             self._run(block, share=1.0)
@@ -148,11 +148,11 @@ class Walk:
             yield from self._show_in_step(block, gathered)
         else:
             self._observe(block, gathered)
-        # In sequential order only experts without tokens are left; in the others, everything.
+        # Sequential moves leave only experts without tokens; the others leave everything.
         yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
 
     def _observe(self, block: Block, gathered: Gathered) -> None:
-        """Run a block with its dense weights on its inputs, and note what its matrices are multiplied with."""
+        """Run a block with its dense weights on its inputs, and gather its matrices' inputs."""
         assert self.recording is not None
         once = isinstance(self.moves, Dense)
         self._run_dense(block)
@@ -174,7 +174,7 @@ class Walk:
         left: dict[int, list[Stream]] = {}
 
         def run(batch: int) -> Tensor:
-            # With a limit, the lane's own copy, which can be taken out of memory while the lane waits.
+            # With a memory limit, a copy that can be paged out while the lane waits.
             own = hidden[batch] if paging is None else hidden[batch].clone()
             left[batch] = recording.streams_of(batch)
             if paging is not None:
@@ -198,13 +198,13 @@ class Walk:
         self.advance(0.5 if self.moves.keep_inputs else 0.0)
 
     def _gathered(self, place: str, groups: Sequence[list[Matrix]]) -> Gathered:
-        """Return the inputs of a place's groups: empty, unless known."""
+        """Return the inputs of a place's groups: the stored ones if known, else empty ones."""
         batches = [] if self.recording is None else self.recording.rows(InputSample.tokens)
         known = self.past.known[place]() if place in self.past.known else {}
         return Gathered(groups, self.statistic, batches, self.processes, known)
 
     def _run_dense(self, block: Block) -> None:
-        """Move the dense model's hidden states on through the block, which still has its dense weights."""
+        """Advance the dense model's hidden states through a block that still has its dense weights."""
         if self.recording is not None and self.recording.dense is not None:
             with self.past.dense(block):
                 for batch in range(len(self.recording.dense)):
@@ -212,11 +212,11 @@ class Walk:
                         self.recording.move_dense(block, batch)
 
     def _as_moved(self, block: Block) -> AbstractContextManager[None]:
-        """While open, give a block the weights with which the inputs move on."""
+        """While open, give a block the weights for advancing the inputs."""
         return self.past.dense(block) if isinstance(self.moves, Dense) else nullcontext()
 
     def _run(self, block: Block, share: float) -> None:
-        """Run a block as it is now on its inputs; its outputs become the next block's inputs."""
+        """Run a block with its current weights; its outputs become the next block's inputs."""
         if self.recording is None or self._is_last(block):
             self.advance(share)
             return
@@ -230,7 +230,7 @@ class Walk:
         return block is self.model.blocks[-1] and not self.model.chosen.outside
 
     def _visit_outside(self) -> Iterator[MatricesReady]:
-        """Show the matrices after the blocks, with what the last block's outputs make of their inputs."""
+        """Yield the matrices after the blocks, with their inputs computed from the last block's outputs."""
         model, known, outside = self.model, OUTSIDE in self.past.known, self.model.chosen.outside
         if not isinstance(model, ProvenModel) or (self.recording is None and not known):
             yield from (MatricesReady([matrix], None) for matrix in outside)
@@ -258,12 +258,12 @@ def streamed_logits(
     Args:
         model: the model; its chosen matrices do not matter.
         windows: B × S int64 each, or images.
-        score: (logits B × S × V, tokens B × S) → what is kept of a batch.
-        advance: called with the share of a block that was done.
+        score: (logits B × S × V, tokens B × S) → the result of a batch.
+        advance: called with the completed share of a block.
         activations: an empty list for the hidden states; without it they are kept in memory.
 
     Returns:
-        What was kept of every batch.
+        The result of every batch.
     """
     recording = record_batches(model, windows, activations)
     for _ in Walk(model.idle(), recording, moves=Dense(), advance=advance):
