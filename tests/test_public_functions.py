@@ -228,7 +228,7 @@ def test_evaluate_measures_a_model_in_memory_and_leaves_it_as_it_is(inside: Path
 
 def test_evaluate_says_what_a_model_in_memory_lacks(inside: Path, pruned: coprune.Result) -> None:
     with pytest.raises(
-        coprune.BadInput, match="dtype is about loading, and the model is already in memory; leave out dtype"
+        coprune.BadInput, match="dtype is about loading, but the model is already in memory; leave out dtype"
     ):
         coprune.evaluate(pruned.model, "test.txt", processor=pruned.processor, dtype="bfloat16")
     with pytest.raises(coprune.BadInput, match="tokenizer"):
@@ -267,7 +267,7 @@ def test_what_needs_a_name_says_so_of_a_model_in_memory(inside: Path) -> None:
         lambda: coprune.generate(model, "new.jsonl", processor=name),
     ):
         with pytest.raises(
-            coprune.BadInput, match="a processor is a tokenizer or an image processor, and 'model' is a name"
+            coprune.BadInput, match="a processor is a tokenizer or an image processor, but 'model' is a name"
         ):
             call()
 

@@ -93,7 +93,7 @@ def test_what_is_compiled_is_not_saved(model: PreTrainedModel, tmp_path: Path) -
 
 
 def test_what_writes_no_text_is_not_compiled() -> None:
-    with pytest.raises(BadInput, match="does not write text"):
+    with pytest.raises(BadInput, match="does not generate text"):
         compile_decoding(nn.Sequential(nn.Linear(8, 8)))
 
 

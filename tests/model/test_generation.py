@@ -118,7 +118,7 @@ def test_answers_end_where_the_model_has_no_positions_left() -> None:
     found = generate(model, PROMPTS, Generation(10, temperature=0, batch_size=4))
     assert [len(answer.tokens) for answer in found] == [10, 4, 10, 10, 10]
     assert found[1].tokens == by_transformers(model, PROMPTS[1], 4, [])
-    with pytest.raises(BadInput, match="prompt 2 has 24 tokens, and the model 24 positions"):
+    with pytest.raises(BadInput, match="prompt 2 has 24 tokens, but the model has only 24 positions"):
         generate(model, [[1], [1] * 24], Generation(10))
     with pytest.raises(BadInput, match="prompt 1 has no tokens"):
         generate(model, [[]], Generation(10))

@@ -1,4 +1,4 @@
-"""A model of which there is a configuration and no weight: to tell what it is made of, and what pruning it would take."""
+"""A model from a configuration without weights, to report its structure and estimate what pruning would take."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from coprune.model.checkpoint.weights import InMemory
 
 
 class Imagined(InMemory):
-    """The model of a configuration, all of it on the meta device. It is never run and never written.
+    """The model of a configuration, entirely on the meta device. It is never run or written.
 
     Args:
         location: the folder of the configuration.
-        dtype: as it would be loaded; "auto" is the configuration's own.
+        dtype: that it would be loaded in; "auto" is the configuration's own.
         device: where blocks would be computed.
 
     Raises:
@@ -37,12 +37,12 @@ class Imagined(InMemory):
             config = read_config(location.path)
             kind = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
             super().__init__(build_skeleton(location, config, kind, device, trust_remote_code=False))
-            self._model.tie_weights()  # each was moved to the meta device by itself
+            self._model.tie_weights()  # moving to the meta device untied them
         self.device, self._quantization = device, quantization_of(read_json(location.path / "config.json"))
 
     @classmethod
     def of(cls, model: PreTrainedModel, device: torch.device) -> Self:
-        """Wrap a model that is on the meta device already."""
+        """Wrap a model that is already on the meta device."""
         found = cls.__new__(cls)
         InMemory.__init__(found, model)
         found.device, found._quantization = device, None
@@ -50,10 +50,10 @@ class Imagined(InMemory):
 
     @property
     def stored_share(self) -> float:
-        """As the configuration says that weights are quantised: of the whole, of which they are nearly all."""
+        """From the configuration's quantisation, counting all tensors as quantised, as nearly all are."""
         return stored_share(self._quantization, self._model.dtype.itemsize)
 
-    # By parameter, shared by tied weights: storages on the meta device are indistinguishable.
+    # Counted by parameter, since storages on the meta device cannot be told apart; tied weights count once.
     @property
     def total_bytes(self) -> int:
         """Size of all parameters."""

@@ -1,7 +1,7 @@
-"""Mixtures of experts that the model's class does not load: layers for speculative decoding, which a checkpoint carries along.
+"""Mixtures of experts that the model's class does not load, such as layers for speculative decoding.
 
-A configuration has one number of experts, so they lose as many as the blocks do. They are found by what they have in
-common with a block's mixture: a router of the same name with as many rows, and beside it as many experts of the same names.
+A configuration has a single number of experts, so these lose as many as the blocks do. They are recognised by what they share
+with a block's mixture: a router of the same name with as many rows, beside as many experts with the same names.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class CarriedMixture:
-    """A mixture among the tensors that are carried along, by their names."""
+    """A mixture among the tensors that are not loaded, by their names."""
 
     path: str
-    """The common beginning of its names."""
+    """The common prefix of its names."""
     router: str
     sliced: Mapping[str, int]
-    """Tensors with one entry per expert, the router's among them: the dimension of the experts."""
+    """Tensors with one entry per expert, including the router's, with the dimension of the experts."""
     numbered: tuple[str, ...]
-    """Beginnings of names in which the number of an expert follows."""
+    """Prefixes of names that are followed by an expert's number."""
     count: int
 
     def matrices(self, names: Sequence[str], read: Read) -> Iterator[tuple[int, Tensor]]:
@@ -37,7 +37,7 @@ class CarriedMixture:
 
         Args:
             names: of all tensors.
-            read: reads one; no more than one is in memory.
+            read: reads one; at most one is in memory.
         """
         for name, dim in self.sliced.items():
             if name != self.router and (tensor := read(name)).ndim > 2:
@@ -48,7 +48,7 @@ class CarriedMixture:
                     yield found[0], tensor
 
     def edit(self, keep: Tensor) -> KeepCarried:
-        """Return what keeps some of the experts. keep: E bool."""
+        """Return the edit that keeps some of the experts. keep: E bool."""
         ranges = [runs_of(keep)]
         kept = {name: KeptSlices(dim=dim, size=self.count, ranges=ranges) for name, dim in self.sliced.items()}
         experts = keep.nonzero().flatten().tolist()
@@ -58,11 +58,11 @@ class CarriedMixture:
 
 
 def find_carried(shapes: Mapping[str, Sequence[int]], blocks: Mapping[str, KeepExperts]) -> dict[str, CarriedMixture]:
-    """Find the mixtures among tensors that are carried along.
+    """Find the mixtures among tensors that are not loaded.
 
     Args:
         shapes: of these tensors, by name.
-        blocks: what was cut of the model's blocks, by their names.
+        blocks: the cuts of the model's blocks, by the blocks' names.
 
     Returns:
         The mixtures by their paths.
@@ -81,7 +81,7 @@ class _Pattern:
     sliced: Mapping[str, int]
     """The dimension of the experts, by name."""
     experts: tuple[str, ...]
-    """The beginnings of the experts' tensors' names."""
+    """The prefixes of the experts' tensor names."""
     count: int
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Decoding with a compiled step: one graph for a token per sequence, on a cache whose size is fixed."""
+"""Decode with a compiled step: one graph that computes a token per sequence, with a cache of fixed size."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ logger = logging.getLogger(__name__)
 
 
 def compile_decoding(model: nn.Module) -> Callable[[], None]:
-    """Compile the step that makes one token per sequence; prompts are read as ever.
+    """Compile the step that decodes one token per sequence; prompts run as before.
 
-    The model's own `generate` uses it, since its cache is of fixed size from now on (transformers' StaticCache). The first
-    token waits for the compiler, once for each batch size and length of the cache, until torch compiles no more of them (eight);
-    steps of further ones are computed as ever.
+    The model's own `generate` uses it, since its cache then has a fixed size (transformers' StaticCache). The first token waits
+    for the compiler, once for each batch size and cache length, up to torch's limit (eight); steps for further combinations
+    are not compiled.
 
     Args:
-        model: a language model of transformers, for inference; changed in place. What is compiled is not saved with it.
+        model: a transformers language model, for inference; changed in place. The compiled code is not saved with it.
 
     Returns:
-        A function that undoes it.
+        A function that undoes the change.
 
     Raises:
-        BadInput: it is no model of transformers that writes text.
+        BadInput: it is not a transformers model that generates text.
     """
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise BadInput(f"{type(model).__name__} does not write text by transformers' generate")
+        raise BadInput(f"{type(model).__name__} does not generate text with transformers' generate")
     own, attention, settings = vars(model).copy(), model.config._attn_implementation, model.generation_config
     assert settings is not None
     before = settings.cache_implementation, settings.disable_compile
-    # On a GPU transformers would compile again around this.
+    # Else transformers would compile around this again on a GPU.
     settings.cache_implementation, settings.disable_compile = "static", True
     changed: dict[str, Callable[..., Any]] = {
         "forward": _stepping(model, attention),
@@ -53,13 +53,13 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
             if name in own:
                 vars(model)[name] = own[name]
             else:
-                del vars(model)[name]  # the class's own is behind it
+                del vars(model)[name]  # uncovers the class's own
 
     return undo
 
 
 def _saving(model: PreTrainedModel, settings: GenerationConfig, before: tuple[Any, Any]) -> Callable[..., Any]:
-    """Return the model's save_pretrained with the original settings, since nothing is compiled elsewhere."""
+    """Return a save_pretrained that saves the original settings, since the saved model is not compiled."""
     own = cast(Any, model.save_pretrained)
 
     @functools.wraps(own)
@@ -75,11 +75,11 @@ def _saving(model: PreTrainedModel, settings: GenerationConfig, before: tuple[An
 
 
 def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
-    """Return the model's forward, with a compiled one for steps. attention: the implementation for prompts."""
+    """Return the model's forward with compiled steps. attention: the implementation for prompts."""
     eager = cast(Any, model.forward)
     compiled = _while_torch_compiles(torch.compile(eager, fullgraph=True, dynamic=False))
-    # One query against a short cache: on a CPU the compiler's own sums take a third of what a call of torch's attention does.
-    # Prompts keep theirs, whose memory does not grow with the square of their length.
+    # For one query and a short cache on a CPU, compiled eager attention takes a third of the time of torch's attention. Prompts
+    # keep theirs, whose memory does not grow with the square of the length.
     of_the_step = "eager" if attention == "sdpa" and in_host_memory(model.device) else attention
 
     @functools.wraps(eager)
@@ -90,14 +90,14 @@ def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
         _attend(model, attention)
         found = eager(*args, **kwargs)
         if isinstance(_cache(kwargs), StaticCache):
-            _attend(model, of_the_step)  # generate makes the next step's mask before it calls, and masks differ
+            _attend(model, of_the_step)  # generate makes the next mask before calling, for this implementation
         return found
 
     return forward
 
 
 def _while_torch_compiles(compiled: Any) -> Callable[..., Any]:
-    """Wrap a compiled function so that it runs eagerly after torch's recompilation limit, at which torch would raise."""
+    """Wrap a compiled function to run eagerly beyond torch's recompilation limit, where torch would raise."""
     is_full = False
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ def _while_torch_compiles(compiled: Any) -> Callable[..., Any]:
             except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything was computed
                 is_full = True
                 logger.warning(
-                    "torch compiles a step for so many batch sizes and lengths of the cache, and not for more: others are slower"
+                    "torch compiles steps for a limited number of batch sizes and cache lengths; others are slower"
                 )
         with torch.compiler.set_stance("eager_on_recompile"):
             return compiled(*args, **kwargs)
@@ -126,11 +126,11 @@ def _cache(kwargs: dict[str, Any]) -> Any:
 
 
 def _is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call reads one token per sequence with a static cache and a mask for any attention."""
+    """Return whether a call computes one token per sequence, with a static cache and a mask that suits any attention."""
     ids = args[0] if args else kwargs.get("input_ids")
     mask = kwargs.get("attention_mask")
     masks = mask.values() if isinstance(mask, dict) else [mask]
-    # A 4-D bool mask is for torch's attention; others would add it to their scores.
+    # A 4-D bool mask only suits torch's attention; others would add it to the scores.
     if any(isinstance(one, Tensor) and one.ndim == 4 and one.dtype == torch.bool for one in masks):
         return False
     return isinstance(ids, Tensor) and ids.shape[-1] == 1 and isinstance(_cache(kwargs), StaticCache)

@@ -1,8 +1,8 @@
-"""Edits: the changes of a model by pruning, as values, one or more per block.
+"""Edits: the changes that pruning made to a model, as values, one or more per block.
 
-A run keeps them in its journal. They give the writer the place of every source tensor and the configuration, verification
-the masks, a resumed run the state of finished blocks, the report its words, and fine-tuning the zeros to keep. A new way to
-make a model smaller is a class here.
+A run keeps them in its journal. From them the writer gets the new name of every source tensor and the configuration,
+verification the masks, a resumed run the state of finished blocks, the report its text, and fine-tuning the zeros to keep. A
+new way to make a model smaller is a class here.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from coprune.model.routing import NeverChosen
 
 
 class Edit(BaseModel):
-    """A change of one block. This class changes nothing; a kind of edit overrides what it changes."""
+    """A change of one block. The base class changes nothing; subclasses override what they change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def apply(self, module: nn.Module) -> None:
-        """Make a block of the original model act as edited. Its tensors already hold their new values."""
+        """Make a block of the source model act as edited. Its tensors already hold their new values."""
 
     def place(self, name: str) -> str | None:
         """Return the name of a source tensor or module in the edited model, or None if it is removed.
 
-        Names are those of the source. Later blocks' edits are asked first, so that an edit which renames all later blocks need
-        not know of the others.
+        Names are the source's. Later blocks' edits are applied first, so that an edit that renames all later blocks need not
+        know the others.
         """
         return name
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the rest of a source tensor of the block, by its name in the source."""
+        """Cut a source tensor of the block. name: in the source."""
         kept = self.slices(name)
         return tensor if kept is None else kept.cut(tensor)
 
@@ -55,7 +55,7 @@ class Edit(BaseModel):
         return False
 
     def complete(self, tensors: dict[str, Tensor]) -> None:
-        """Add zeros for tensors that the journal left out, in place. tensors: of the block, uncut."""
+        """Add zeros for tensors that the journal left out, in place. tensors: the block's, uncut."""
 
     def configure(self, config: dict[str, Any]) -> None:
         """Change the content of `config.json`, in place."""
@@ -65,12 +65,12 @@ class Edit(BaseModel):
         return {}
 
     def removal(self) -> AnyRemoval | None:
-        """Return what it removed; None where the matrices' own figures suffice."""
+        """Return a record of what was removed; None if the matrices' figures suffice."""
         return None
 
 
 class FillZeros(Edit):
-    """Weights were set to zero; the tensors hold the zeros, and this their masks."""
+    """Weights set to zero; the tensors hold the zeros, the edit their masks."""
 
     masks: dict[str, str]
     """`Matrix.mask_checksum` by the name of the matrix."""
@@ -80,7 +80,7 @@ class FillZeros(Edit):
 
 
 class KeepSlices(Edit):
-    """Channels or heads of a block were removed: its tensors are smaller. In memory they are zeros until it is saved."""
+    """Removed channels or heads of a block. In memory they are zeros; the saved tensors are smaller."""
 
     kept: dict[str, KeptSlices]
     """Kept slices by the name of the source tensor."""
@@ -94,14 +94,14 @@ class KeepSlices(Edit):
 
 
 class KeepNumbered(KeepSlices):
-    """Experts were removed: tables and router rows are smaller, and those with tensors of their own have other numbers."""
+    """Removed experts: stacked tensors and router rows are cut, and experts with tensors of their own are renumbered."""
 
     count: int
     """Original number of experts."""
     experts: list[int]
     """Numbers of the kept experts."""
     numbered: list[str]
-    """Beginnings of names in which a number of an expert follows: `….experts.` of tensors, `….down_proj[` of matrices."""
+    """Prefixes of names that are followed by an expert's number: `….experts.` for tensors, `….down_proj[` for matrices."""
 
     def place(self, name: str) -> str | None:
         number, beginning, rest = self._number(name)
@@ -113,7 +113,7 @@ class KeepNumbered(KeepSlices):
         return self.place(name) is None
 
     def _number(self, name: str) -> tuple[int | None, str, str]:
-        """Return the number of an expert in a name, and the parts before and after it."""
+        """Return the expert's number in a name, and the parts before and after it."""
         for beginning in self.numbered:
             if name.startswith(beginning) and (digits := re.match(r"\d+", name[len(beginning) :])):
                 return int(digits[0]), beginning, name[len(beginning) + digits.end() :]
@@ -121,12 +121,12 @@ class KeepNumbered(KeepSlices):
 
 
 class KeepExperts(KeepNumbered):
-    """Experts of a block were removed. In memory they are never chosen until it is saved."""
+    """Removed experts of a block. In memory the router never chooses them; they are not saved."""
 
     router: str
     """Path of the router in the block."""
     added: list[str]
-    """Paths of what is added to logits or scores of the experts."""
+    """Paths of the tensors added to the experts' logits or scores."""
 
     def apply(self, module: nn.Module) -> None:
         keep = torch.zeros(self.count, dtype=torch.bool)
@@ -143,7 +143,7 @@ class KeepExperts(KeepNumbered):
 
 
 class KeepCarried(KeepNumbered):
-    """Experts were removed of a mixture that the model's class does not load, which is carried along."""
+    """Removed experts of a mixture that the model's class does not load."""
 
     mixture: str
     """Path of the mixture in the checkpoint."""
@@ -153,15 +153,15 @@ class KeepCarried(KeepNumbered):
 
 
 class CutVocabulary(Edit):
-    """Tokens were removed, with their rows of every table."""
+    """Removed tokens, with their rows in every table."""
 
     size: int
     """Original number of rows."""
     left: int
     ranges: list[tuple[int, int]]
-    """First and last + 1 of every run of ids that stayed."""
+    """First and last + 1 of every run of kept ids."""
     tables: dict[str, tuple[int, int]]
-    """The axis and the length before, by the name of the source tensor."""
+    """The axis and its original length, by the name of the source tensor."""
 
     def _kept(self, name: str) -> KeptSlices | None:
         if name not in self.tables:
@@ -172,7 +172,7 @@ class CutVocabulary(Edit):
 
     @property
     def old_ids(self) -> list[int]:
-        """Ids before, in the order of those now."""
+        """The original id of every new id, in order."""
         return [number for start, end in self.ranges for number in range(start, end)]
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
@@ -188,16 +188,16 @@ class CutVocabulary(Edit):
 
 
 class DropBlock(Edit):
-    """A block is left out, and the later ones move up."""
+    """A removed block; the later ones move up."""
 
     block: str
     """Name of the block: the path of the list and its number."""
     entries: int
-    """Length of the tuple that a block answers with; 0 if it answers with the hidden states themselves."""
+    """Length of the block's output tuple; 0 if it returns the hidden states themselves."""
     saved: str | None = None
-    """The checkpoint's name of it, where that differs."""
+    """Its name in the checkpoint, if that differs."""
     passes: dict[int, int | str] = {}
-    """Places of arguments that it passes on for later blocks (position biases), by the position in its answer."""
+    """Places of arguments that it passes on to later blocks (position biases), by the position in its output."""
 
     def apply(self, module: nn.Module) -> None:
         module.forward = self.idle
@@ -228,38 +228,38 @@ class DropBlock(Edit):
 
 
 class MergeMap(Edit):
-    """A linear map of the blocks behind this one, which go, was merged into its weights."""
+    """A linear map that replaces the following, removed blocks was merged into this block's weights."""
 
     blocks: list[str]
-    """Their names."""
+    """Names of the removed blocks."""
 
     def removal(self) -> AnyRemoval:
         return MappedBlocks(blocks=tuple(self.blocks))
 
 
 class PadUnits(Edit):
-    """Zero units of a block, saved because other blocks keep more and the configuration has one number."""
+    """Zero units saved in a block because other blocks keep more and the configuration has a single number."""
 
     part: str
-    """channels, or heads: key-value heads with their query heads."""
+    """channels, or heads (key-value heads with their query heads)."""
     units: int
     """Number of saved units."""
     real: list[list[tuple[int, int]]]
-    """First and last + 1 of every run of saved units that are no padding, by consumer (expert)."""
+    """First and last + 1 of every run of saved units that are not padding, by consumer (expert)."""
 
 
 class Configure(Edit):
-    """Changes of a smaller model's configuration, and what was removed."""
+    """Changes of a smaller model's configuration, and a record of what was removed."""
 
     changes: dict[str, Any]
-    """New values by their places in the model's configuration, with dots between."""
+    """New values by dotted path in the model's configuration."""
     written: dict[str, Any] | None = None
-    """The same as `config.json` words them, where that differs."""
+    """The same for `config.json`, if that differs."""
     removed: AnyRemoval
     parameters: int | None = None
-    """Number of parameters left in the whole model."""
+    """Number of remaining parameters in the whole model."""
     padding: int = 0
-    """Number of zeros saved beside them as padding."""
+    """Number of padding zeros saved in addition."""
 
     def configure(self, config: dict[str, Any]) -> None:
         put_into(config, self.changes if self.written is None else self.written)

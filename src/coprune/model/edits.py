@@ -42,7 +42,7 @@ EDITS: dict[str, type[Edit]] = {
     "pad_units": PadUnits,
     "configure": Configure,
 }
-"""Every kind of edit, by its name in journals and folders."""
+"""Every kind of edit, by its name in journals and saved folders."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Edits:
         return placed
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what is left of a source tensor that is not left out."""
+        """Cut a source tensor, which must not be one that is removed."""
         for edit in self.all():
             tensor = edit.cut(name, tensor)
         return tensor
@@ -88,18 +88,18 @@ class Edits:
         return {name: mask for name, mask in placed if name is not None}
 
     def removals(self) -> list[AnyRemoval]:
-        """Return what was removed, beside zeros."""
+        """Return records of what was removed besides zeros."""
         return [removal for edit in self.all() if (removal := edit.removal()) is not None]
 
     def write(self, folder: Path, source: str | None = None) -> None:
-        """Keep them beside a model's weights, with the names that matrices have there.
+        """Save the edits beside a model's weights, under the names that matrices have there.
 
-        source: what the model was made from, as somebody asked for it; None where nobody did. What was done to that before
-            stands in the new file too.
+        source: the model's source, as the user named it; None if there is none. The source's own edits are copied into the
+            new file.
         """
         before, source = _earlier(source)
         if source is not None and Path(source).is_absolute():
-            # A published folder must not contain local paths. Readers resolve links first.
+            # A published folder must not contain absolute local paths. Readers resolve links first.
             source = os.path.relpath(source, folder.resolve())
         edits = {block: dump_edits(own) for block, own in self.by_block.items()}
         content = {"source": source, "before": before, "masks": self.checksums(), "edits": edits}
@@ -107,17 +107,17 @@ class Edits:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read the last edits of a folder's model; none where no file tells. Raises BadInput if that is damaged."""
+        """Read the last edits of a folder's model; empty without a file of edits. Raises BadInput if that is damaged."""
         return cls(history_of(folder)[1][-1].by_block)
 
     @classmethod
     def of_results(cls, by_block: Mapping[str, Mapping[str, str]]) -> Self:
-        """Return edits that only fill in zeros. by_block: checksums by matrix, by block."""
+        """Return edits that only set zeros. by_block: checksums by matrix, by block."""
         return cls({block: [FillZeros(masks=dict(masks))] for block, masks in by_block.items()})
 
 
 def uncut_by(edits: Sequence[Edit]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None:
-    """Return the function that restores the source's shapes of a block's tensors; None where they have them."""
+    """Return the function that restores the source's shapes of a block's tensors; None if nothing was cut."""
     cutting = [edit for edit in edits if isinstance(edit, KeepSlices)]
     if not cutting:
         return None
@@ -139,7 +139,7 @@ def dump_edits(edits: Sequence[Edit]) -> list[dict[str, Any]]:
 
 
 def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
-    """Read what `dump_edits` wrote. Raises BadInput for what this version does not know."""
+    """Read what `dump_edits` wrote. Raises BadInput for kinds that this version does not know."""
     found = []
     for value in values:
         content = dict(value)
@@ -156,12 +156,12 @@ def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
 
 
 def is_coprunes(folder: Path) -> bool:
-    """Return whether a folder holds a model that coprune wrote."""
+    """Return whether coprune wrote the model in a folder."""
     return (folder / EDITS_FILE).is_file() and (folder / "config.json").is_file()
 
 
 def require_history(folder: Path) -> None:
-    """Raise BadInput if what tells of a folder's model is damaged, which will be copied into what is made of it."""
+    """Raise BadInput if a folder's file of edits is damaged, since models made from it will copy that."""
     _content(folder)
 
 
@@ -174,14 +174,14 @@ def pruned_names(folder: Path) -> set[str]:
 
 
 def source_of(folder: Path) -> str | None:
-    """Return the source of a folder's model, as it was asked for; None where no file tells. Raises BadInput if damaged."""
+    """Return the source of a folder's model, as the user named it; None if not recorded. Raises BadInput if damaged."""
     return history_of(folder)[0]
 
 
 def history_of(folder: Path) -> tuple[str | None, list[Edits]]:
-    """Return the source of a folder's model, as it was asked for, and all edits since, the earliest first.
+    """Return the source of a folder's model, as the user named it, and all edits since, earliest first.
 
-    Raises BadInput if what tells of it is damaged.
+    Raises BadInput if the file of edits is damaged.
     """
     content = _content(folder)
     source = content.get("source")
@@ -194,7 +194,7 @@ def history_of(folder: Path) -> tuple[str | None, list[Edits]]:
 
 
 def _earlier(source: str | None) -> tuple[list[Any], str | None]:
-    """Return the edits before those of a new model's source, and the first source: a whole path or a name."""
+    """Return the edits that led to a new model's source, and the original source: an absolute path or a name."""
     if source is None or not Path(source).exists():
         return [], source
     path = Path(source).resolve()
@@ -205,7 +205,7 @@ def _earlier(source: str | None) -> tuple[list[Any], str | None]:
 
 
 def _found_from(folder: Path, source: Any) -> str | None:
-    """Return a source named in a folder's file: a path relative to the folder, or a name."""
+    """Resolve a source named in a folder's file: a path relative to the folder, or a name."""
     if source is None or not str(source).startswith(".."):
         return None if source is None else str(source)
     return str((folder / str(source)).resolve())
@@ -230,5 +230,5 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path) -> BadInput:
-    fix = "remove it, and the zeros of the weights tell what was pruned"
+    fix = "remove it; coprune then sees what was pruned from the weights' zeros"
     return BadInput(f"{folder / EDITS_FILE} is damaged", fix=fix)

@@ -1,10 +1,10 @@
-"""Fold a permutation of a matrix's inputs into their producers, so that the model computes the same.
+"""Fold a permutation of a matrix's inputs into the matrices that produce them, without changing the model's output.
 
-The input channels of a down projection come from rows of the gate and up projections; those of an output projection from rows
-of the value projection, within each head, also where query and key share its matrix, or a gate multiplies the heads' outputs.
+The input channels of a down projection come from rows of the gate and up projections. Those of an output projection come from
+rows of the value projection, within each head, even if query and key share its matrix or a gate multiplies the heads' outputs.
 No names are used: every arrangement with fitting shapes is tried with a random permutation on a recorded call of the block,
-and accepted only if the block's output stays the same (and changes without the producers' part).
-Inputs from the residual stream through a norm (query, key, value, gate, up) are left alone.
+and accepted only if the block's output stays the same (and changes if only the consumers are permuted).
+Inputs from the residual stream through a norm (query, key, value, gate, up) cannot be permuted this way.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from coprune.model.matrices import Matrix
 
 @dataclass(frozen=True)
 class Layout:
-    """The mapping of a producer's rows to a consumer's inputs: channels that may be permuted.
+    """The mapping of a producer's rows to a consumer's inputs: the channels that can be permuted.
 
     segments: independent permutations (key-value heads), each of `size` channels; repeats: number of consecutive copies of
-    each segment in the consumer (query heads per key-value head); copies: rows of a producer for each channel (2 where gate and
-    up are one matrix), interleaved or stacked; before: rows of the producer that a segment has before its channels (queries
-    and keys, or keys alone); stacks: whether these are all queries, then all keys, then all channels.
+    each segment in the consumer (query heads per key-value head); copies: rows of a producer per channel (2 if gate and up are
+    one matrix), interleaved or stacked; before: rows of the producer before a segment's channels (queries and keys, or keys
+    alone); stacks: whether the rows are all queries, then all keys, then all channels.
     """
 
     segments: int
@@ -56,17 +56,17 @@ class Layout:
         return (channels + copy[:, None] * len(channels)).reshape(-1)
 
     def channels(self) -> Tensor:
-        """Return the producer's outputs that are a segment's channels: segments × size int64."""
+        """Return the producer's outputs that are channels: segments × size int64."""
         return self._values(torch.arange(self.segments * (self.before + self.size)))
 
     def _values(self, rows: Tensor) -> Tensor:
-        """Select the channels from a producer's outputs, without those before them: segments × size."""
+        """Select the channels from a producer's outputs, skipping the rows before them: segments × size."""
         if self.stacks:
             return rows[-self.segments * self.size :].view(self.segments, self.size).clone()
         return rows.view(self.segments, self.before + self.size)[:, -self.size :].clone()
 
     def rows_of(self, units: Tensor) -> Tensor:
-        """Repeat a value of every unit (segment, or channel where there is one) for every row of the producer."""
+        """Expand a value per unit (segment, or channel if there is one segment) to every row of the producer."""
         if self.stacks:
             return torch.cat([units.repeat_interleave(times * self.size) for times in (self.repeats, 1, 1)])
         if self.before:
@@ -80,18 +80,18 @@ class Layout:
         return parts.permute(1, 2, 0, 3).reshape(self.segments, -1, self.size)
 
     def is_heads(self) -> bool:
-        """Return whether the channels are those of attention heads."""
+        """Return whether the channels belong to attention heads."""
         return self.segments > 1 or self.repeats > 1 or self.before > 0
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads by the configuration, as far as it says so."""
+    """Attention heads, as far as the configuration describes them."""
 
     size: int | None
-    """Width of one."""
+    """Width of a head."""
     count: int | None
-    """Query heads."""
+    """Number of query heads."""
 
 
 def heads_of(model: Any) -> Heads:
@@ -109,7 +109,7 @@ def head_size(model: Any) -> int | None:
     return heads_of(model).size
 
 
-# A folded permutation only changes the order of additions; a wrong one changes everything.
+# A correct fold only changes the order of additions; a wrong one changes everything.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 3e-2
 _TOKENS = 64
@@ -124,7 +124,7 @@ class Fold:
     producers: tuple[tuple[Matrix, ...], ...]
     """Producers of each consumer's inputs."""
     gate: Matrix | None = None
-    """The matrix that gives a gate for every input of the only consumer, behind each head's queries or by itself."""
+    """The matrix that computes a gate for every input of the only consumer, after each head's queries or by itself."""
 
     def apply(self, orders: Sequence[Tensor]) -> None:
         """Permute in place. orders: for each consumer, segments × size int64."""
@@ -140,27 +140,27 @@ class Fold:
             _permute_outputs(self.gate, gates.rows(orders[0].repeat_interleave(layout.repeats, dim=0)))
 
     def permute_consumers(self, orders: Sequence[Tensor]) -> None:
-        """Permute the inputs of the consumers alone, in place, which changes what the model computes."""
+        """Permute only the consumers' inputs, in place, which changes the model's output."""
         for consumer, order in zip(self.consumers, orders, strict=True):
             consumer.write(consumer.read()[:, self.layout.columns(order).to(consumer.stored().device)])
 
     def undo(self, orders: Sequence[Tensor]) -> None:
-        """Take back `apply`."""
+        """Undo `apply`."""
         self.apply([order.argsort(dim=1) for order in orders])
 
 
 def find_folds(groups: Sequence[Sequence[Matrix]], heads: Heads, run: Callable[[], Tensor]) -> list[Fold]:
     """Find the matrices of a block whose inputs can be permuted, and prove each on the block's output.
 
-    groups: the block's matrices by the tensor that feeds them, in the order of use; heads: of its attention, as
-    far as they are known; run: runs the block on a sample and returns its output. The weights are as before in the end.
+    groups: the block's matrices by input tensor, in the order of use; heads: of its attention, as far as known; run: runs the
+    block on a sample and returns its output. The weights are restored.
     """
     dense = run()
     units = _by_parameter(groups)
     found = []
     for position, consumers in enumerate(units):
         if len(consumers) != 1:
-            continue  # the same inputs feed several matrices
+            continue  # several matrices share these inputs
         candidates = (
             fold for producers in reversed(units[:position]) for fold in _candidates(consumers[0], producers, heads)
         )
@@ -171,7 +171,7 @@ def find_folds(groups: Sequence[Sequence[Matrix]], heads: Heads, run: Callable[[
 
 
 def _by_parameter(groups: Sequence[Sequence[Matrix]]) -> list[list[list[Matrix]]]:
-    """Group matrices in the order of use, with the experts of one parameter as one entry."""
+    """Group matrices in the order of use, combining the experts of a parameter to one entry."""
     units: list[list[list[Matrix]]] = []
     experts: dict[str, list[Matrix]] = {}
     for group in groups:
@@ -223,7 +223,7 @@ def _candidates(consumer: list[Matrix], producers: list[list[Matrix]], heads: He
 
 
 def _of_heads(width: int, rows: int, size: int | None) -> Iterator[Layout]:
-    """Yield layouts of `rows` as the values of heads that make the consumer's `width` inputs."""
+    """Yield layouts of `rows` as the heads' values behind the consumer's `width` inputs."""
     if size and rows % size == 0 and width % rows == 0:
         yield Layout(rows // size, size, repeats=width // rows)
 
@@ -268,9 +268,9 @@ def _holds(fold: Fold, dense: Tensor, run: Callable[[], Tensor]) -> bool:
 
 
 def close(output: Tensor, dense: Tensor, blocks: int = 1) -> bool:
-    """Return whether two outputs (… × H, of one dtype) differ by rounding alone, token by token.
+    """Return whether two outputs (… × H, of one dtype) differ only by rounding, token by token.
 
-    blocks: how many blocks round one after another.
+    blocks: number of consecutive blocks that round.
     """
     tolerance = min(blocks * _TOLERANCE.get(dense.dtype, _HALF_TOLERANCE), _HALF_TOLERANCE)
     apart, norms = distances(output, dense)
@@ -278,9 +278,9 @@ def close(output: Tensor, dense: Tensor, blocks: int = 1) -> bool:
 
 
 def distances(output: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the norm of the difference of two outputs (… × H) and that of the second, both token by token in float32.
+    """Return the norms of two outputs' difference (… × H) and of the second output, per token in float32.
 
-    A few tokens at a time, since logits in float32 take more memory than many a model.
+    Computed a few tokens at a time, since logits in float32 can take more memory than the model.
     """
     width, apart, norms = dense.shape[-1], [], []
     for a, b in zip(output.reshape(-1, width).split(_TOKENS), dense.reshape(-1, width).split(_TOKENS), strict=True):
@@ -291,7 +291,7 @@ def distances(output: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _permute_outputs(matrix: Matrix, rows: Tensor) -> None:
-    """Permute a matrix's outputs, with their biases."""
+    """Permute a matrix's outputs with its bias."""
     order = rows.to(matrix.stored().device)
     matrix.write(matrix.read()[order])
     bias = bias_of(matrix)
@@ -301,7 +301,7 @@ def _permute_outputs(matrix: Matrix, rows: Tensor) -> None:
 
 
 def bias_of(matrix: Matrix) -> Tensor | None:
-    """Return a view of the bias beside a weight; for an expert its row of the parameter `…_bias`."""
+    """Return a view of a weight's bias; for an expert, its row of the parameter `…_bias`."""
     name = "bias" if matrix.expert is None else f"{matrix.attribute}_bias"
     bias = getattr(matrix.owner, name, None)
     if not isinstance(bias, nn.Parameter):

@@ -1,8 +1,8 @@
-"""Generation of answers to prompts of token ids, in batches, by transformers' own `generate` and its cache.
+"""Generate answers to prompts of token ids, in batches, with transformers' `generate` and its cache.
 
-Transformers draws one random number per row of a batch from the process's generator, so a sampled answer would depend on
-the answers beside it. Here every prompt has numbers of its own, drawn from the seed and the prompt's place, and a logits
-processor turns them into tokens.
+transformers draws random numbers for all rows of a batch from one generator, so a sampled answer would depend on the others in
+its batch. Here every prompt has its own random numbers, from the seed and the prompt's index, and a logits processor turns them
+into tokens.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class Generation:
     """Settings of generation."""
 
     max_new_tokens: int = 256
-    """An answer has at most so many tokens, or as many as the model's positions leave for it."""
+    """Maximum number of tokens in an answer, further limited by the model's positions."""
     temperature: float = 1.0
-    """Logits are divided by this before a token is drawn; 0 takes the likeliest token every time."""
+    """Logits are divided by this before sampling; 0 always takes the likeliest token."""
     top_p: float = 1.0
-    """Tokens are drawn from the likeliest ones whose probabilities together reach this."""
+    """Tokens are sampled from the likeliest ones whose probabilities sum up to this."""
     seed: int = 0
     batch_size: int = 16
-    """Prompts that are answered together."""
+    """Number of prompts in a batch."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end an answer."""
     pad_id: int = 0
-    """The token that fills shorter prompts of a batch, out of the model's sight."""
+    """The token that pads shorter prompts of a batch; masked."""
     fixed_cache: bool = False
-    """Keys and values are as long as they get from the start, as a compiled step asks."""
+    """Whether the cache has its final length from the start, as a compiled step requires."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Answer:
     """A model's answer to one prompt."""
 
     tokens: list[int]
-    """Without the prompt; where the answer ended by itself, the token that ended it is the last."""
+    """Token ids without the prompt, including the end token if the model ended the answer."""
     ended: bool
     """Whether the model ended the answer."""
 
@@ -70,8 +70,8 @@ def generate(
     """Generate answers to prompts, independent of the batch size up to rounding.
 
     Args:
-        module: a language model in memory, on any device. Its own generation settings are ignored. It is restored.
-        prompts: token ids, at least one each, fewer than the model has positions.
+        module: a language model in memory, on any device. Its own generation settings are ignored, and restored afterwards.
+        prompts: token ids, at least one each, fewer than the model's positions.
         settings: of the generation.
         advance: called with the number of new tokens.
 
@@ -94,7 +94,7 @@ def generate(
 
 
 def positions_of(module: PreTrainedModel) -> int | None:
-    """Return a model's number of positions for a prompt and its answer; None for no known limit."""
+    """Return a model's number of positions for prompt and answer; None without a known limit."""
     config: Any = module.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
     return int(limit) if int(limit) > 0 else None
@@ -107,7 +107,7 @@ def _room(module: PreTrainedModel, prompts: Sequence[list[int]]) -> int | None:
         if not prompt:
             raise BadInput(f"prompt {number} has no tokens")
         if limit is not None and len(prompt) >= limit:
-            longer = f"prompt {number} has {len(prompt)} tokens, and the model {limit} positions for it and its answer"
+            longer = f"prompt {number} has {len(prompt)} tokens, but the model has only {limit} positions for it and its answer"
             raise BadInput(longer, fix="shorten it")
     return limit
 
@@ -117,7 +117,8 @@ def _batches(
 ) -> Iterator[tuple[list[int], int]]:
     """Yield batches of prompts by index, with the maximum length of their answers; long prompts first.
 
-    Prompts without room for a full answer, and all of a model that takes no mask, go with others of their length.
+    Prompts without room for a full answer, and all prompts of a model without a mask, share batches only with others of their
+    length.
     """
     masked = _masks(module)
     groups: dict[tuple[int, int], list[int]] = {}
@@ -157,7 +158,7 @@ def _answer_batch(
             stopping_criteria=StoppingCriteriaList([] if advance is None else [_Heard(settings, longest, advance)]),
             **options,
         )
-    except (AttributeError, KeyError, TypeError) as error:  # of a class whose configuration lacks what it reads
+    except (AttributeError, KeyError, TypeError) as error:  # the class reads something that its configuration lacks
         raise UnsupportedModel(f"{type(module).__name__} cannot generate: {error!r}") from error
     return [_cut(row, settings.end_ids) for row in written[:, longest:].tolist()]
 
@@ -168,7 +169,7 @@ def _masks(module: PreTrainedModel) -> bool:
 
 
 def _cut(tokens: list[int], end_ids: Iterable[int]) -> Answer:
-    """Return a row of tokens without the padding after its end."""
+    """Cut a row of tokens after its end token."""
     ends = set(end_ids)
     for place, token in enumerate(tokens):
         if token in ends:
@@ -179,18 +180,18 @@ def _cut(tokens: list[int], end_ids: Iterable[int]) -> Answer:
 def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
     how: dict[str, Any] = dict(eos_token_id=list(settings.end_ids) or None, pad_token_id=settings.pad_id)
     how["cache_implementation"] = "static" if settings.fixed_cache else None
-    # A caller with such a cache has compiled the step; on GPUs transformers would compile it again.
+    # With such a cache the caller has compiled the step, which transformers would compile again on GPUs.
     how["disable_compile"] = settings.fixed_cache
     return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True, **how)
 
 
 @contextmanager
 def _plain(module: PreTrainedModel) -> Iterator[None]:
-    """Put a model in evaluation mode without generation settings (penalties, top-k …) in the body."""
+    """Put a model in evaluation mode and clear its generation settings (penalties, top-k …) in the body."""
     own = module.generation_config
     module.generation_config = GenerationConfig()
-    # The head gets the last positions of a batch, a view with gaps, for which torch may copy it once for every row (in
-    # bfloat16 on a CPU, where weights of a mapped file are not aligned): sixteen vocabularies for sixteen vectors.
+    # The head gets a batch's last positions, a strided view. For that torch may copy the head's weight once per row (in
+    # bfloat16 on a CPU, with unaligned weights of a mapped file).
     hook = (module.get_output_embeddings() or nn.Identity()).register_forward_pre_hook(_without_gaps)
     try:
         with evaluating(module), torch.no_grad():
@@ -205,17 +206,17 @@ def _without_gaps(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _numbers(seed: int, places: Sequence[int], new_tokens: int, device: torch.device) -> Tensor:
-    """Return uniform numbers in [0, 1) for sampling: prompts × new tokens float64, each by seed, prompt and place."""
+    """Return uniform numbers in [0, 1) for sampling: prompts × new tokens float64, determined by seed and prompt index."""
     rows = []
     for place in places:
-        # The generator's own scrambling keeps neighbouring seeds apart.
+        # The generator scrambles its seed, so that neighbouring ones are independent.
         generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
         rows.append(torch.rand(new_tokens, dtype=torch.float64, generator=generator))
     return torch.stack(rows).to(device)
 
 
 class _Draw(LogitsProcessor):
-    """Leaves only the token that is drawn, so that the likeliest is the one."""
+    """Samples a token and masks all others, so that greedy decoding takes it."""
 
     def __init__(self, settings: Generation, numbers: Tensor, start: int) -> None:
         self._settings, self._numbers, self._start = settings, numbers, start
@@ -224,7 +225,7 @@ class _Draw(LogitsProcessor):
         number = self._numbers[:, input_ids.shape[1] - self._start, None]
         probability = (scores.to(torch.float64) / self._settings.temperature).softmax(-1)
         tokens = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        if self._settings.top_p < 1:  # else any order does, and sorting takes longer than the whole head
+        if self._settings.top_p < 1:  # else the order does not matter, and sorting takes longer than the head
             probability, tokens = probability.sort(descending=True)
             probability = probability.where(probability.cumsum(-1) - probability < self._settings.top_p, 0)
         up_to = probability.cumsum(-1)
@@ -234,7 +235,7 @@ class _Draw(LogitsProcessor):
 
 
 class _Heard(StoppingCriteria):
-    """Stops nothing, and tells how many tokens were written."""
+    """Never stops; reports the number of generated tokens."""
 
     def __init__(self, settings: Generation, start: int, advance: Advance) -> None:
         self._ends = torch.tensor(settings.end_ids, dtype=torch.int64)
@@ -247,7 +248,7 @@ class _Heard(StoppingCriteria):
 
 
 def ends_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
-    """Return the tokens that end generated text: the tokenizer's, the generation settings', the configuration's."""
+    """Return the end tokens of the tokenizer, the generation settings and the configuration."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     # Some nested text configurations lack it.
     return ends_among(tokenizer.eos_token_id, own, getattr(model.config.get_text_config(), "eos_token_id", None))
@@ -260,5 +261,5 @@ def ends_among(*said: Any) -> tuple[int, ...]:
 
 
 def filling(pad: Any, ends: Sequence[int]) -> int:
-    """Choose the token that fills a batch: the tokenizer's own for that, else one that ends a text, else the first."""
+    """Choose the padding token: the tokenizer's, else an end token, else the first token."""
     return pad if isinstance(pad, int) else next(iter(ends), 0)

@@ -1,4 +1,4 @@
-"""The kept slices of a tensor as data: cut away, and restored as zeros."""
+"""The kept slices of a tensor as data, to cut it and to restore removed slices as zeros."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class KeptSlices(BaseModel):
     size: int
     """Size of the source tensor along that dimension."""
     ranges: list[list[tuple[int, int]]]
-    """First and last + 1 of every run of slices that are left: once, or for each entry of the first dimension (experts),
-    of which all keep as many."""
+    """First and last + 1 of every run of kept slices: one list, or one per entry of the first dimension (experts), all of
+    which keep the same number."""
 
     def _indices(self, tensor: Tensor) -> Tensor:
         rows = [torch.cat([torch.arange(start, end) for start, end in one]) for one in self.ranges]

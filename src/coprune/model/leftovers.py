@@ -1,4 +1,4 @@
-"""The tensors of a block besides the matrices to prune: convolutions, tables, routers. Each is named, with the reason."""
+"""The tensors of a block that are not pruned (convolutions, tables, routers), with the reasons."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LEAST_SHARE = 0.5
 
 @dataclass(frozen=True)
 class LargeParameter:
-    """A parameter of a block that is no vector."""
+    """A parameter of a block with more than one dimension."""
 
     path: str
     why: str
-    """Why it is no matrix, if it is none."""
+    """Why it is not a matrix, if it is not."""
     shape: tuple[int, ...]
 
     @property
@@ -43,7 +43,7 @@ class LargeParameter:
 
 
 def large_parameters(block: Block) -> list[LargeParameter]:
-    """Return all parameters of a block with two dimensions or more but biases, in module order."""
+    """Return all parameters of a block with two or more dimensions except biases, in module order."""
     found = []
     for path, module in block.module.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -66,13 +66,13 @@ def _why_no_matrix(module: nn.Module, parameter: nn.Parameter) -> str:
 def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[LargeParameter]) -> set[str]:
     """Return the names of a block's routers: modules with one output per expert, or per token, beside the experts.
 
-    A router is a layer beside the experts, or the last one of a module beside them; so neither attention nor a shared
-    expert is one, whatever its width.
+    A router is a layer beside the experts, or the last layer of a module beside them. So neither attention nor a shared
+    expert counts as one, whatever its width.
 
     Args:
         block: the block.
-        matrices: what is a matrix in it. Experts are slices of one parameter, or layers of the modules of a list.
-        parameters: all of its large parameters.
+        matrices: its matrices. Experts are slices of one parameter, or layers of the modules of a list.
+        parameters: all its large parameters.
     """
     outputs = {p.name: p.shape[0] for p in parameters if len(p.shape) == 2}
     outputs |= {matrix.name: matrix.shape[0] for matrix in matrices if matrix.expert is None}
@@ -90,7 +90,7 @@ def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[La
 def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
     """Return the modules that hold a mixture, by path, with the number of experts.
 
-    It may be two numbers: where some experts do nothing, not every parameter has a place for these.
+    There may be two numbers: if some experts do nothing, not every parameter has an entry for them.
     """
     found: dict[str, set[int]] = {}
     for matrix in matrices:
@@ -103,7 +103,7 @@ def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
 
 
 def _beside_experts(block: Block, matrix: Matrix) -> str:
-    """Return the path of the module that holds experts and more."""
+    """Return the path of the module that holds the experts and other modules."""
     place, own = matrix.parameter.rpartition(".")[0], matrix.owner
     experts = {id(parameter) for parameter in own.parameters()}
     while place != block.name and (own is matrix.owner or {id(p) for p in own.parameters()} == experts):
@@ -113,7 +113,7 @@ def _beside_experts(block: Block, matrix: Matrix) -> str:
 
 
 def lists_of(block: Block) -> dict[str, int]:
-    """Return the lengths of lists of modules of one class that all hold linear layers, by path."""
+    """Return the lengths of lists whose modules are of one class and all hold linear layers, by path."""
     return {
         f"{block.name}.{path}": len(module)
         for path, module in block.module.named_modules()
@@ -125,14 +125,14 @@ def lists_of(block: Block) -> dict[str, int]:
 
 
 def refuse_mostly_other(found: Sequence[tuple[Block, Collection[str], Collection[str]]]) -> None:
-    """Raise UnsupportedModel for a block of whose weights less than half are in matrices; biases and norms aside.
+    """Raise UnsupportedModel for a block with less than half of its weights in matrices, not counting biases and norms.
 
-    A block that holds no matrix at all (what lies between the stages of a model) is none to refuse by itself, but of the
-    weights of all blocks together half have to be in matrices too.
+    A block without any matrix (between the stages of a model) is accepted, but half of all blocks' weights together have to be
+    in matrices too.
 
     Args:
-        found: for every block, the paths of the parameters that are matrices or hold some, and the paths of those that a
-            forward does not use, which do not count.
+        found: for every block, the paths of the parameters that are or hold matrices, and the paths of those that a forward
+            does not use, which do not count.
     """
     everything, rest = list[LargeParameter](), list[LargeParameter]()
     for block, matrices, unused in found:
@@ -146,7 +146,7 @@ def refuse_mostly_other(found: Sequence[tuple[Block, Collection[str], Collection
 
 
 def _require_share(name: str, parameters: Sequence[LargeParameter], others: Sequence[LargeParameter]) -> None:
-    """Refuse a model of which too little can be pruned. others: parameters without prunable matrices."""
+    """Raise UnsupportedModel if too little can be pruned. others: parameters without prunable matrices."""
     size, rest = sum(p.size for p in parameters), sum(p.size for p in others)
     if size - rest >= LEAST_SHARE * size:
         return
@@ -161,7 +161,7 @@ def _require_share(name: str, parameters: Sequence[LargeParameter], others: Sequ
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Layers that are left alone for one reason, and differ in the numbers in their names only."""
+    """Layers that are left alone for the same reason and whose names differ only in numbers."""
 
     kind: str
     why: str
@@ -173,7 +173,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class NotLoaded:
-    """Tensors of a checkpoint that the model does not load, and that are saved as they are."""
+    """Tensors of a checkpoint that the model does not load and that are saved unchanged."""
 
     kind: str
     tensors: int
@@ -184,7 +184,7 @@ class NotLoaded:
 
 
 def left_out(alone: Sequence[tuple[str, str]]) -> list[LeftOut]:
-    """Group names with their reasons by kind, in the order of the first."""
+    """Group names with their reasons by kind, in order of first occurrence."""
     layers = dict.fromkeys((re.sub(r"\[\d+\]", "[*]", name), why) for name, why in alone)
     counts = Counter((kind_of(name), why) for name, why in layers)
     return [LeftOut(kind, why, count) for (kind, why), count in counts.items()]

@@ -1,4 +1,4 @@
-"""Open the model that a recipe names: whole in memory, or a folder whose blocks stay on the disk until they are needed."""
+"""Open the model of a recipe: in memory, or a folder whose blocks stay on disk until they are needed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import WHOLE_MODEL
 
 _SHARE_FOR_WEIGHTS = 0.75
-"""Share of free memory allowed for the weights of a model that is temporarily read whole."""
+"""Maximum share of free memory for a model's weights while it is temporarily read whole."""
 
 
 @dataclass
 class Loaded:
-    """A model that is ready to be walked, with its tokenizer or image processor and where it came from."""
+    """A model that is ready to be walked, with its tokenizer or image processor and its origin."""
 
     weights: Weights
     processor: Any
@@ -58,7 +58,7 @@ class Loaded:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of a model of text."""
+        """The tokenizer of a text model."""
         if self.task == "speech":
             return getattr(self.processor, "tokenizer", None)
         return self.processor if self.task != "images" else None
@@ -69,19 +69,19 @@ class Loaded:
         return self.weights.device if isinstance(self.weights, Imagined) else input_device(self.model)
 
     def lacks_room(self) -> str | None:
-        """Return why the whole model cannot be in memory for a while, or None if it can (or is there already)."""
+        """Return why the whole model cannot be read into memory temporarily; None if it can (or is there already)."""
         if not self.weights.streams:
             return None
         needed = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.is_meta)
         available, where = room_on(self.device)
-        # Computing with the model takes memory too, and other programs may meanwhile.
+        # Computing needs memory too, and so may other programs.
         if available is None or needed <= available * _SHARE_FOR_WEIGHTS:
             return None
-        return f"the whole model takes {needed / GIB:.1f} GiB {where}, too much of the {available / GIB:.1f} that are there"
+        return f"the whole model takes {needed / GIB:.1f} GiB {where}, too much of the {available / GIB:.1f} GiB that are free"
 
     @contextmanager
     def whole(self, reporter: Reporter) -> Iterator[PreTrainedModel]:
-        """Hold the whole model in memory in the body; a streamed model's blocks are read for it."""
+        """Hold the whole model in memory in the body, reading a streamed model's blocks."""
         if not self.weights.streams:
             yield self.model
             return
@@ -102,7 +102,7 @@ class Loaded:
         return [NotLoaded(kind, count) for kind, count in counted_kinds(self.weights.carried_entries)]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
-        """Hash all weights, each byte of them; 16 hex digits."""
+        """Hash every byte of the weights; 16 hex digits."""
         digest = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in self.model.named_parameters()]).encode())
         for name, tensor in sorted(self.weights.rest_tensors([block.name for block in blocks]).items()):
             digest.update(name.encode())
@@ -121,10 +121,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
         if device.type == "meta":
-            raise RuntimeError("tensors hold no values there")
+            raise RuntimeError("tensors have no values there")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        if reason.startswith("Expected one of"):  # torch then lists two dozen types of devices
+        if reason.startswith("Expected one of"):  # torch's message then lists two dozen device types
             reason = f"this machine has {default_device()}"
         fix = ("try ", Set("device", "auto"), " or ", Set("device", "cpu"))
         raise BadInput(
@@ -136,7 +136,7 @@ def choose_device(name: str) -> torch.device:
 def streams(recipe: Recipe) -> bool:
     """Return whether a model's blocks stay on disk until the walk reaches them.
 
-    Removal streams only if asked to. GGUF to GGUF always does: the new file copies the old one's bytes.
+    Removal streams only on request. GGUF to GGUF always streams, since the new file copies the old one's bytes.
     """
     if recipe.remove.parts and not recipe.output.as_gguf:
         return recipe.model.stream is True
@@ -146,7 +146,7 @@ def streams(recipe: Recipe) -> bool:
 
 
 def keeps_experts(recipe: Recipe) -> bool:
-    """Return whether a recipe changes no matrix of an expert, though it may remove experts and blocks."""
+    """Return whether a recipe leaves the experts' matrices unchanged, apart from removing experts and blocks."""
     changed = recipe.sets_zeros or recipe.train.mode is not None or recipe.prune.reconstruct.steps
     changed = changed or (recipe.remove.maps_blocks and not recipe.output.as_gguf)
     return bool(recipe.remove.parts) and {*recipe.remove.kinds} <= {"experts", "blocks"} and not changed
@@ -157,8 +157,8 @@ def open_model(asked: ModelPart, stream: bool, experts_apart: bool = False) -> L
 
     Args:
         asked: the model.
-        stream: whether the blocks of a folder stay on the disk for now.
-        experts_apart: whether experts then stay there until they are multiplied, one at a time.
+        stream: whether the blocks of a folder stay on disk until they are needed.
+        experts_apart: whether experts then stay on disk until they are multiplied, one at a time.
     """
     location = locate(asked.name, asked.cache_dir)
     device = choose_device(asked.device)
@@ -180,24 +180,24 @@ def open_model(asked: ModelPart, stream: bool, experts_apart: bool = False) -> L
 
 
 def in_memory(model: PreTrainedModel, location: Location, dtype: DtypeName = "auto") -> InMemory:
-    """Wrap a loaded model, to be saved in the layout of its source.
+    """Wrap a loaded model, to be saved in its source's layout.
 
-    dtype: that it was loaded in.
+    dtype: the dtype it was loaded in.
     """
     return InMemory(model) if isinstance(location, GgufFile) else InMemory(model, Source(location, model, dtype))
 
 
 def open_without_weights(asked: ModelPart) -> Loaded | None:
-    """Open a model of which there is a configuration alone, and its tokenizer if that lies beside it.
+    """Open a model that has only a configuration, with its tokenizer if there is one.
 
     Args:
-        asked: the model. Of a Hub id no weights are fetched.
+        asked: the model. For a Hub id, no weights are fetched.
 
     Returns:
-        The model without weights; None where its own are here.
+        The model without weights; None if its weights are on this machine.
 
     Raises:
-        BadInput: there is no such model, or transformers builds none from its configuration.
+        BadInput: there is no such model, or transformers cannot build it from its configuration.
     """
     location = locate(asked.name, asked.cache_dir, weights=False)
     if not isinstance(location, ModelFolder) or holds_weights(location):
@@ -210,12 +210,12 @@ def open_without_weights(asked: ModelPart) -> Loaded | None:
 
 
 def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, more: str = "") -> None:
-    """Report once that a processor computes slowly in bfloat16.
+    """Report once that a CPU is slow in bfloat16.
 
     Args:
         reporter: prints it.
         loaded: the model.
-        by_name: whether coprune loaded it, and so can load it in another precision.
+        by_name: whether coprune loaded it, so that it can load it in another precision.
         more: other effects of another precision, as the rest of the sentence.
     """
     if loaded.model.dtype == torch.bfloat16 and not multiplies_bfloat16(loaded.device):
@@ -224,19 +224,19 @@ def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, mo
 
 
 def require_processor(processor: Any) -> None:
-    """Raise BadInput for the name of a processor: a model in memory comes with the thing itself."""
+    """Raise BadInput for a processor's name: a model in memory needs the processor object."""
     if isinstance(processor, str | Path):
-        wrong = f"a processor is a tokenizer or an image processor, and {str(processor)!r} is a name"
+        wrong = f"a processor is a tokenizer or an image processor, but {str(processor)!r} is a name"
         fix = "load it first, as with AutoTokenizer.from_pretrained"
         raise BadInput(wrong, field="processor", value=processor, fix=fix)
 
 
 def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:
-    """Raise BadInput for settings that a model in memory has decided already."""
+    """Raise BadInput for settings that a model in memory has already fixed."""
     for name in ("dtype", "device", "cache_dir"):
         if settings.get(name) not in (None, "auto"):
             raise BadInput(
-                f"{name} is about loading, and the model is already in memory",
+                f"{name} is about loading, but the model is already in memory",
                 field=name,
                 value=settings[name],
                 fix=(LeaveOut(name), ", or convert the model itself"),

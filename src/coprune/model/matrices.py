@@ -1,9 +1,9 @@
-"""Views of prunable weights as out × in matrices: the one module that knows how layers store them.
+"""Views of prunable weights as out × in matrices; only this module knows how layers store them.
 
-`nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a mixture of
+`nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × kernel height × kernel width, and a mixture of
 experts a 3-D parameter with one matrix per expert, out × in or in × out, or a table of all experts' rows. Whether a 3-D
-parameter is a mixture shows when its products are observed (`coprune.model.matrix_choice`). A convolution is a matrix if its
-positions do not overlap: 1 × 1, or patches (the stride is the kernel). Its inputs are then a patch's values, channel by channel.
+parameter is a mixture is known when its products are observed (`coprune.model.matrix_choice`). A convolution is a matrix if its
+positions do not overlap: 1 × 1, or patches (stride equals kernel). Its inputs are then a patch's values, channel by channel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from coprune.base.devices import in_host_memory
 from coprune.model.transformers_private import Conv1D, experts_of, input_first
 
 LEAST_SPARSITY = 0.05
-"""Minimum share of zeros by which a matrix counts as pruned."""
+"""Minimum share of zeros for a matrix to count as pruned."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,30 @@ class Matrix:
     """Dimension of the stored 2-D weight that runs over the inputs: 1 for out × in, 0 for in × out."""
     expert: int | None = None
     experts: int | None = None
-    """Number of experts whose matrices are rows of one table; None where the parameter has a dimension for them."""
+    """Number of experts whose matrices are rows of one table; None if the parameter has a dimension for them."""
 
     def stored(self) -> Tensor:
         """Return the 2-D weight as stored, a view of the parameter."""
         return self.part_of(getattr(self.owner, self.attribute).detach())
 
     def part_of(self, whole: Tensor) -> Tensor:
-        """Return this matrix's part of a tensor that is shaped like its parameter: 2-D, a view."""
+        """Return this matrix's part of a tensor shaped like its parameter: 2-D, a view."""
         if self.expert is None:
             return whole.view(whole.shape[0], -1) if whole.ndim > 2 else whole
         return self.stack_of(whole)[self.expert]
 
     def stack_of(self, whole: Tensor) -> Tensor:
-        """Return a tensor that is shaped like the parameter of experts with a dimension for them, the first: a view."""
+        """View a tensor shaped like the experts' parameter with the experts as its first dimension."""
         return whole if self.experts is None else whole.unflatten(0, (self.experts, -1))
 
     @property
     def stacked(self) -> int:
-        """Number of experts in the parameter, of an expert."""
+        """For an expert, the number of experts in its parameter."""
         return len(self.stack_of(getattr(self.owner, self.attribute)))
 
     @property
     def parameter(self) -> str:
-        """Path of the parameter that holds it; for an expert, of all experts together."""
+        """Path of its parameter; for an expert, the parameter of all experts."""
         of_a_layer = self.expert is None and not self.is_of_heads
         return f"{self.name}.{self.attribute}" if of_a_layer else self.name.partition("[")[0]
 
@@ -113,7 +113,7 @@ def mask_checksum(stored: Tensor) -> str:
 
 
 def mask_bits(stored: Tensor) -> Tensor:
-    """Return a bit per entry, 1 where it is not zero, the first the highest of its byte (uint8, on the weight's device)."""
+    """Return one bit per entry, 1 if nonzero, highest bit first (uint8, on the weight's device)."""
     kept = stored != 0
     if in_host_memory(kept.device):
         return torch.from_numpy(np.packbits(kept.numpy()))
@@ -128,9 +128,9 @@ def checksum_of(bits: Tensor) -> str:
 
 
 def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:
-    """Yield every weight below `root` that can be seen as out × in matrices, in module order.
+    """Yield every weight below `root` that can be viewed as out × in matrices, in module order.
 
-    Slices of 3-D parameters are among them, whether or not they turn out to be experts.
+    This includes slices of 3-D parameters, whether or not they turn out to be experts.
     """
     for path, module in root.named_modules():
         name = ".".join(part for part in (prefix, path) if part)
@@ -146,7 +146,7 @@ def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:
 
 
 def why_no_matrix(convolution: _ConvNd) -> str | None:
-    """Return why a convolution is not one matrix, or None if it is."""
+    """Return why a convolution is not a matrix, or None if it is."""
     kernel, stride = tuple(convolution.kernel_size), tuple(convolution.stride)
     if convolution.groups > 1:
         return "depth-wise" if convolution.groups == convolution.in_channels else "a grouped convolution"
@@ -160,9 +160,9 @@ def why_no_matrix(convolution: _ConvNd) -> str | None:
 
 
 def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
-    """Yield the slices of a module's parameters of three dimensions, as long as they are more than vectors.
+    """Yield the slices of a module's 3-D parameters, if they are more than vectors.
 
-    One that maps the model's width to heads as wide together (XLNet's) is yielded as one matrix.
+    A parameter that maps the model's width to heads of the same total width (XLNet's) is yielded as one matrix.
     """
     stacks = {
         attribute: parameter
@@ -186,9 +186,9 @@ def _below(name: str, attribute: str) -> str:
 
 
 def _find_rows_of_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
-    """Yield the experts of tables that hold the rows of all: one for each intermediate channel, which the last table leads back.
+    """Yield the experts of tables with all experts' rows: one row per intermediate channel, which the last table maps back.
 
-    A wrong guess is noticed when the products are observed.
+    A wrong guess is detected when the products are observed.
     """
     experts = experts_of(module)
     tables = {attribute: table for attribute, table in module.named_parameters(recurse=False) if table.ndim == 2}
@@ -210,7 +210,7 @@ def _find_rows_of_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
 def _are_transposed(module: nn.Module, stacks: Sequence[Tensor]) -> bool:
     """Return whether a module's experts are stored in × out, which transformers declares for most mixtures.
 
-    Otherwise the first of two products (hidden to intermediate) must fit the second. A wrong guess is noticed when the
+    Otherwise the first of two products (hidden to intermediate) must fit the second. A wrong guess is detected when the
     products are observed.
     """
     said = input_first(module)

@@ -1,7 +1,7 @@
-"""Choose what to prune: the wanted matrices of the blocks, and the reasons for those left alone.
+"""Choose what to prune: the selected matrices of the blocks, and the reasons for those left alone.
 
-At first every 3-D parameter counts as a mixture of experts. A forward then shows the products (`Evidence`), and the choice is
-repeated: a parameter without a multiplied slice is no mixture, and only mixtures have routers.
+At first every 3-D parameter counts as a mixture of experts. Then a forward shows the products (`Evidence`), and the choice is
+repeated: a parameter without a multiplied slice is not a mixture, and only mixtures have routers.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ OF_ANOTHER_PART = "weights shared with another part of the model"
 
 @dataclass(frozen=True)
 class Evidence:
-    """The matrices of a block, by name, as one forward showed them."""
+    """What one forward showed about a block's matrices, by name."""
 
     multiplied: frozenset[str]
     backwards: frozenset[str] = frozenset()
     """Multiplied along their outputs."""
     touched: frozenset[str] = frozenset()
-    """Taking part in any operation at all."""
+    """Used in any operation at all."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Selection:
     exclude: tuple[str, ...] = ()
 
     def against(self, name: str) -> str | None:
-        """Return why a matrix is not selected, or None if it is."""
+        """Return why a matrix is not selected; None if it is."""
         if any(_matches(name, pattern) for pattern in self.exclude):
             return "excluded"
         return None if not self.include or self._hits(name) else "not included"
@@ -68,24 +68,24 @@ class Selection:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The matrices to prune: those of every block, and those outside the blocks (lm_head) that were named."""
+    """The matrices to prune: those of every block, and named ones outside the blocks (lm_head)."""
 
     blocks: list[list[Matrix]]
     outside: list[Matrix]
     left_out: list[LeftOut] = field(default_factory=list)
     """The other tensors of the blocks with more than one dimension, with the reasons."""
     candidates: list[list[Matrix]] = field(default_factory=list)
-    """All candidates of every block, also those not chosen."""
+    """All candidates of every block, chosen or not."""
     selection: Selection = Selection()
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Parameters of blocks that are in the model a second time, with the reason to leave them alone."""
+    """Parameters of blocks that are shared with other parts, with the reason to leave them alone."""
     several: list[list[Matrix]] = field(default_factory=list)
-    """Matrices that several blocks share and that are pruned once, not in a block: each under every block's name for it, the
-    first block's first."""
+    """Matrices that several blocks share, which are pruned once and not in a block: each under every block's name for it,
+    first block first."""
 
     @classmethod
     def nothing(cls, blocks: int) -> Chosen:
-        """Return a choice of no matrix in `blocks` blocks."""
+        """Return an empty choice for `blocks` blocks."""
         return cls([[] for _ in range(blocks)], [], candidates=[[] for _ in range(blocks)])
 
     def untouched(self) -> set[int]:
@@ -104,18 +104,18 @@ class Chosen:
 def choose_matrices(
     model: nn.Module, blocks: Sequence[Block], include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Chosen:
-    """Choose the matrices to prune, as far as that can be told before anything has run.
+    """Choose the matrices to prune, as far as possible before anything has run.
 
     Args:
         model: the whole model; its parameters may be on the meta device.
         blocks: its blocks.
-        include: patterns (see `Selection`) of what to prune; without them, everything in the blocks but routers. Routers
-            and what lies outside the blocks are pruned only if a pattern spells out the end of their name.
-        exclude: patterns of what to leave alone.
+        include: patterns (see `Selection`) of matrices to prune; by default everything in the blocks except routers. Routers
+            and matrices outside the blocks are pruned only if a pattern spells out the end of their name.
+        exclude: patterns of matrices to leave alone.
 
     Raises:
         BadInput: a pattern matches nothing, nothing is left, or a head is tied to the embeddings.
-        UnsupportedModel: a block is mostly made of what is no matrix.
+        UnsupportedModel: most of a block's weights are not in matrices.
     """
     candidates = [list(find_matrices(block.module, block.name)) for block in blocks]
     inside = {matrix.name for matrices in candidates for matrix in matrices}
@@ -132,12 +132,12 @@ def choose_matrices(
 
 
 def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence]) -> Chosen:
-    """Choose again, now that every block has run once.
+    """Choose again after every block has run once.
 
     Args:
-        chosen: what was chosen before.
+        chosen: the earlier choice.
         blocks: the model's.
-        evidence: for every block, what its run showed of all candidates.
+        evidence: for every block, what its run showed about all candidates.
 
     Raises:
         UnsupportedModel: a chosen matrix is used in a way that cannot be observed, or see `choose_matrices`.
@@ -155,7 +155,7 @@ def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence
 
 
 def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[str, str]]) -> Chosen:
-    """Choose among the candidates. dropped: for every block, which of them are no matrices, by name with the reason."""
+    """Choose among the candidates. dropped: for every block, those that are not matrices, by name with the reason."""
     selection, reasons, others = chosen.selection, dict[str, str](), list[list[tuple[str, str]]]()
     parts: list[tuple[Block, set[str], set[str]]] = []
     for block, candidates, no_matrices in zip(blocks, chosen.candidates, dropped, strict=True):
@@ -190,9 +190,9 @@ def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[s
 
 
 def _several(chosen: Chosen, reasons: Collection[str]) -> list[list[Matrix]]:
-    """Return the matrices that several blocks share, if none of them has a reason to leave it alone.
+    """Return the matrices that several blocks share, unless there is a reason to leave them alone.
 
-    reasons: names of matrices that are left alone whoever shares them.
+    reasons: names of matrices that are left alone in any case.
     """
     shared: dict[tuple[str, int], list[tuple[int, Matrix]]] = defaultdict(list)
     for block, candidates in enumerate(chosen.candidates):
@@ -212,7 +212,7 @@ def _no_matrices(candidates: Sequence[Matrix], seen: Evidence) -> dict[str, str]
     """Return the candidates of a block that cannot be pruned, by name with the reason."""
     multiplied = seen.multiplied | seen.backwards
     mixtures = {matrix.parameter for matrix in candidates if matrix.expert is not None and matrix.name in multiplied}
-    # Also layers whose siblings in a list ran, such as an expert module without tokens.
+    # Includes layers whose siblings in a list ran, such as an expert module without tokens.
     kinds = {kind_of(name) for name in multiplied}
     dropped = {}
     for matrix in candidates:
@@ -235,7 +235,7 @@ def _unobservable(matrix: Matrix, what: str) -> UnsupportedModel:
 
 
 def _check_patterns(field: str, patterns: Sequence[str], names: Sequence[str], others: Sequence[str]) -> None:
-    """Refuse patterns that match no name. others: names of modules that are no matrices and may be excluded too."""
+    """Raise BadInput for patterns that match no name. others: names of modules that are not matrices but may be excluded."""
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in [*names, *others]):
             raise BadInput(
@@ -264,7 +264,7 @@ def _refuse_tied_head(model: nn.Module, outside: Sequence[Matrix], selection: Se
 
 
 def _shared(model: nn.Module, blocks: Sequence[Block]) -> dict[str, str]:
-    """Return the parameters of blocks that another block, or another part of the model, has too, with the reason."""
+    """Return the parameters of blocks that another block or part of the model shares, with the reason."""
     places: dict[tuple[str, int], dict[str, nn.Module]] = defaultdict(dict)
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -273,7 +273,7 @@ def _shared(model: nn.Module, blocks: Sequence[Block]) -> dict[str, str]:
     found: dict[str, str] = {}
     for same in places.values():
         inside = {owners[path] for path in same if path in owners}
-        # A layer with two names in a block is one matrix.
+        # Two names for a layer within a block are one matrix.
         if len(inside | {owners.get(path) for path in same}) > 1 or len({id(module) for module in same.values()}) > 1:
             of_blocks = OF_BLOCKS if all(path in owners for path in same) else OF_BLOCKS_AND_MORE
             why = of_blocks if len(inside) > 1 else OF_ANOTHER_PART

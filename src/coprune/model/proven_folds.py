@@ -1,4 +1,4 @@
-"""The folds of a model's blocks, found on a short sample: permutation, rotation and removal share them."""
+"""The folds of a model's blocks, found on a short sample; permutation, rotation and removal share them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from coprune.model.walk.recording import Dense, Recording, record_batches
 from coprune.model.walk.walk import Walk
 
 _TOKENS = 64
-"""The effect of a fold shows in few tokens."""
+"""Few tokens suffice to see a fold's effect."""
 
 
 def first_tokens(sample: Tensor) -> Tensor:
-    """Return the start of a text; all of an image."""
+    """Return the first tokens of a text, or a whole image."""
     return sample if sample.is_floating_point() else sample[:, :_TOKENS]
 
 
 @dataclass(frozen=True)
 class OnSample:
-    """A block, to be run on what it is given for a short sample."""
+    """A block with its inputs for a short sample, to be run."""
 
     recording: Recording
     block: Block
@@ -34,11 +34,11 @@ class OnSample:
     """Hidden states."""
 
     def __call__(self, streams: Sequence[Stream] | None = None) -> Tensor:
-        """Run it. streams: as in `Recording.run`."""
+        """Run the block. streams: as in `Recording.run`."""
         return self.recording.run(self.block, 0, self.before, streams)
 
     def streams(self) -> list[Stream]:
-        """Copy what it is given of earlier blocks."""
+        """Copy the block's streams from earlier blocks."""
         return self.recording.streams_of(0)
 
 

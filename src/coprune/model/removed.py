@@ -1,4 +1,4 @@
-"""What edits removed of a model, as records that a report puts into words when it is shown."""
+"""Records of what edits removed from a model, which a report turns into text."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ class Removal(BaseModel):
 
     @abstractmethod
     def line(self) -> str:
-        """Return it in words."""
+        """Return the removal as a line of text."""
 
 
 class Fewer(BaseModel):
-    """Numbers of parts of one kind and size, before and after."""
+    """Number of parts of one kind and size, before and after."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     before: int
     least: int
-    """Kept by the block that keeps the fewest."""
+    """Number kept in the block that keeps the fewest."""
     most: int
     mean: float
     share: float | None = None
-    """Share of the experts that was to go, where that would leave another number."""
+    """Requested share of removed experts, if it would leave a different number."""
 
     @classmethod
     def of(cls, kind: Kind, before: int, kept: Sequence[int], share: float | None = None) -> Fewer:
-        """Return the numbers of one kind. kept: by all that have as many."""
+        """Return the numbers of one kind. kept: in each block that had `before`."""
         return cls(kind=kind, before=before, least=min(kept), most=max(kept), mean=sum(kept) / len(kept), share=share)
 
     def counts(self, mean: bool = True) -> str:
-        """Return both numbers in words. mean: whether the average is told where blocks differ."""
+        """Return both numbers as text. mean: whether to add the average if blocks differ."""
         if self.least == self.most:
             return f"{self.before} → {self.most}"
         average = f" ({self.mean:g} on average)" if mean else ""
@@ -52,7 +52,7 @@ class Fewer(BaseModel):
 
 
 def fewer_lines(parts: Iterable[Fewer]) -> Iterator[str]:
-    """Yield fewer parts in words, a line per kind."""
+    """Yield a line of text per kind."""
     for kind, alike in groupby(parts, lambda part: part.kind):
         for own in [[*alike]] if kind in ("channels", "heads") else [[part] for part in alike]:
             first, near = own[0], ""
@@ -65,14 +65,14 @@ def fewer_lines(parts: Iterable[Fewer]) -> Iterator[str]:
 
 
 class SmallerModel(Removal):
-    """Parts removed of the blocks, and what that leaves of the parameters."""
+    """Parts removed from the blocks, and the remaining parameters."""
 
     parts: tuple[Fewer, ...]
     before: int
-    """Parameters."""
+    """Number of parameters."""
     saved: int
     padding: int = 0
-    """Saved parameters that are only zeros."""
+    """Number of saved parameters that are padding zeros."""
 
     def line(self) -> str:
         left = self.saved - self.padding
@@ -97,7 +97,7 @@ class MappedBlocks(Removal):
 
 
 class SilentUnits(Removal):
-    """Channels and heads that were all zeros."""
+    """Removed channels and heads that were all zeros."""
 
     parts: tuple[Fewer, ...]
 
@@ -108,7 +108,7 @@ class SilentUnits(Removal):
 
 
 class CarriedExperts(Removal):
-    """Experts of a mixture that the model's class does not load."""
+    """Removed experts of a mixture that the model's class does not load."""
 
     mixture: str
     before: int
@@ -116,11 +116,11 @@ class CarriedExperts(Removal):
 
     def line(self) -> str:
         left = f"experts {self.before} → {self.after} of {self.mixture}, which the model does not load"
-        return f"{left}: chosen by their weights (aimer), since no text reaches them"
+        return f"{left}: chosen by their weights (aimer), since no text runs through them"
 
 
 class Tokens(Removal):
-    """Tokens of the vocabulary."""
+    """Removed tokens of the vocabulary."""
 
     tokens: int
     """Number before."""
@@ -131,7 +131,7 @@ class Tokens(Removal):
 
 
 class Told(Removal):
-    """A removal in words, of an edit without numbers."""
+    """A removal as text, for an edit without numbers."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""A check that a model's weights fit the memory, made before any is read."""
+"""Check that a model's weights fit in memory, before any is read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def require_room(
     device: torch.device,
     memory: Callable[[torch.device], DeviceMemory | None] = device_memory,
 ) -> None:
-    """Raise BadInput if a folder's weights alone would not fit the memory of the device.
+    """Raise BadInput if a folder's weights alone do not fit in the device's memory.
 
     Args:
         location: the folder.
-        parts: how many blocks a streamed model holds one at a time of; 1 for a model that is loaded.
-        device: where they go; host memory then holds one tensor of them at a time.
+        parts: number of blocks of a streamed model, which holds one at a time; 1 for a loaded model.
+        device: their target; host memory then holds one tensor at a time.
         memory: reads a device's memory.
     """
     needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts

@@ -1,8 +1,8 @@
-"""The routing of a mixture of experts: excluded experts, and choices that a smaller model repeats.
+"""Routing in a mixture of experts: exclude experts, and repeat choices in a smaller model.
 
-A removed expert is never chosen, and the gates of the others are as without it. So a mixture is made smaller in memory by its
-router's logits, minus infinity for removed experts. Where router values are equal up to rounding, `topk` of fewer values may
-choose others; a smaller model that is compared with the whole one follows it there, nowhere else.
+A removed expert is never chosen, and the gates of the others are as if it did not exist. In memory this is done by setting the
+router's logits of removed experts to minus infinity. Where router values are equal up to rounding, `topk` of fewer values may
+choose differently; a smaller model that is compared with the whole one follows its choice there, and only there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from coprune.model.walk.observe import PRODUCTS
 
 
 class OtherLogits(TorchFunctionMode):
-    """Changes, while active, the results of products that give one value per expert: a router's logits."""
+    """While active, changes the results of products with one value per expert: a router's logits."""
 
     def __init__(self, experts: int, change: Callable[[Tensor], Tensor]) -> None:
         """Wrap a router. change: replaces T × E logits."""
@@ -40,7 +40,7 @@ class NeverChosen:
     """A router's forward in which some experts cannot be chosen."""
 
     def __init__(self, router: nn.Module, keep: Tensor, vectors: Sequence[tuple[nn.Module, str]]) -> None:
-        """Exclude experts. keep: E bool; vectors: modules and names of the tensors they add to the experts' logits or scores."""
+        """Exclude experts. keep: E bool; vectors: modules and names of tensors added to the experts' logits or scores."""
         before = router.forward
         self._forward: Callable[..., Any] = before._forward if isinstance(before, NeverChosen) else before
         self._keep, self._vectors = keep, vectors
@@ -71,15 +71,15 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
 
 
 _ROUNDING, _ROUNDING_OF_HALVES = 3e-4, 2e-2
-"""Of the largest value of a token."""
+"""Tolerance relative to a token's largest value."""
 _Seen = Callable[[str, Tensor, Any], Any]
-"""Given the block, the values that are chosen from, and what `topk` returned, gives what it returns instead."""
+"""Takes the block, the values to choose from and the result of `topk`; returns the result to use instead."""
 
 
 class Ties:
     """The experts that the whole model chose, block by block, for the smaller one to follow.
 
-    kept: numbers of the experts that are left, by the block's name in the whole model; dtype: of both models.
+    kept: numbers of the kept experts, by the block's name in the whole model; dtype: of both models.
     """
 
     def __init__(self, kept: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
@@ -95,7 +95,7 @@ class Ties:
 
     @contextmanager
     def followed(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Make the smaller model's blocks choose alike where scores are tied, in the body. blocks: as in `noted`."""
+        """Make the smaller model's blocks repeat the choices where scores are tied, in the body. blocks: as in `noted`."""
         with _seeing({name: module for name, module in blocks.items() if name in self._kept}, self._follow):
             yield
 
@@ -123,7 +123,7 @@ class Ties:
 
 
 class _Choosing(TorchFunctionMode):
-    """Changes, while active, the largest values along the last dimension."""
+    """While active, changes the result of `topk` along the last dimension."""
 
     def __init__(self, change: Callable[[Tensor, Any], Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Translation of masks of a block's parameters to slices of its checkpoint's tensors: whole slices, or nothing at all."""
+"""Translate masks of a block's parameters to whole slices of its checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from coprune.model.transformers_private import (
 )
 
 Layout = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Gives a block's values the names and shapes that they have in a checkpoint."""
+"""Converts a block's values to the names and shapes of a checkpoint."""
 
 
 def slices_kept(
     model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor], layout: Layout | None = None
 ) -> dict[str, KeptSlices]:
-    """Translate masks of a block's parameters into slices of its checkpoint's tensors; whole tensors have none.
+    """Translate masks of a block's parameters into slices of its checkpoint's tensors, omitting uncut tensors.
 
     Args:
         model: the model, whose weights are not read.
         prefix: the block's path.
-        masks: bool, by parameter; others are kept.
+        masks: bool, by parameter; parameters without a mask are kept.
         layout: of the checkpoint; by default transformers'.
 
     Raises:
@@ -44,19 +44,19 @@ def slices_kept(
 def masks_as_saved(
     model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor], layout: Layout | None = None
 ) -> dict[str, Tensor]:
-    """Translate masks of a block's parameters into masks of its checkpoint's tensors, nonzero where something is kept.
+    """Translate masks of a block's parameters into masks of its checkpoint's tensors, nonzero where entries are kept.
 
-    They are converted as the parameters are on saving, so that no layout has to be known.
+    Masks are converted like the parameters on saving, so no layout has to be known.
     """
     below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
-    # An expanded tensor takes no memory along its equal dimensions.
+    # An expanded tensor takes no memory along its repeated dimensions.
     state = {name: _floats(masks.get(name, torch.ones(()).expand(t.shape))) for name, t in below.items()}
     found = revert_conversion(model, state) if layout is None else layout(state)
     return {name: _expanded(mask) for name, mask in found.items()}
 
 
 def saved_name(model: PreTrainedModel, block: str, layout: Layout | None = None) -> str:
-    """Return the checkpoint's name of a block: the path that all its tensors begin with there. layout: as in `slices_kept`."""
+    """Return a block's name in the checkpoint: the common prefix of its tensors. layout: as in `slices_kept`."""
     paths = [name.split(".") for name in masks_as_saved(model, block, {}, layout)]
     number = block.rpartition(".")[2]
     for length, part in enumerate(paths[0] if paths else (), start=1):
@@ -67,24 +67,24 @@ def saved_name(model: PreTrainedModel, block: str, layout: Layout | None = None)
 
 def _floats(mask: Tensor) -> Tensor:
     values = _once(mask).float().cpu()
-    if mask.ndim == 3 and values.numel() == len(values):  # which transformers would make whole tensors of
+    if mask.ndim == 3 and values.numel() == len(values):  # else transformers would expand it to a full tensor
         return filled(values.expand(len(mask), 1, 1), mask.shape)
     return values.expand(mask.shape)
 
 
 def _expanded(mask: Tensor) -> Tensor:
-    """Return a mask of one value for each matrix as a tensor in memory, where it takes no more than these."""
+    """Return a mask with one value per matrix as a tensor that takes only those values' memory."""
     values = values_of(mask)
     return mask if values is None else torch.tensor(values).view(-1, *[1] * (mask.ndim - 1)).expand(mask.shape)
 
 
 def _once(mask: Tensor) -> Tensor:
-    """Return a mask with one entry along dimensions in which it repeats itself."""
+    """Reduce a mask to size one along dimensions in which it repeats."""
     return mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
 
 
 def whole_slices(masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
-    """Return the slices of partly kept tensors. Raises UnsupportedModel as `slices_kept`."""
+    """Return the slices of partly kept tensors. Raises as `slices_kept`."""
     found = {}
     for name, mask in sorted(masks.items()):
         keep = _once(mask) != 0
@@ -105,7 +105,7 @@ def _as_slices(name: str, keep: Tensor) -> KeptSlices:
 
 
 def _along(keep: Tensor, dim: int) -> Tensor | None:
-    """Return the kept slices along a dimension, or None if the mask does not consist of whole ones."""
+    """Return the kept slices along a dimension; None if the mask does not consist of whole slices."""
     others = [other for other in range(keep.ndim) if other != dim]
     along = keep.any(dim=others) if others else keep
     shape = [-1 if d == dim else 1 for d in range(keep.ndim)]

@@ -1,6 +1,6 @@
 """Undocumented internals of transformers that coprune uses, which may change in any version.
 
-They are all wrapped here, and one test checks each of them; fine-tuning overrides a Trainer's saving, which it covers too.
+All are wrapped here, and one test checks each of them; it also covers the Trainer's saving, which fine-tuning overrides.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 __all__ = ["Conv1D"]
 
-# Older and newer versions of transformers differ in what they ask for here, where nothing is distributed.
+# Without tensor parallelism; versions of transformers differ in the arguments that they require.
 _TENSOR_PARALLEL: dict[str, Any] = (
     {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 )
@@ -54,16 +54,16 @@ _SKIPPED: dict[str, Any] = (
 )
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin
-"""What a model reads with: a tokenizer, an image processor, or a processor of speech and text."""
+"""A tokenizer, an image processor, or a processor of speech and text."""
 NAME_IN_CONFIG = "_name_or_path"
-"""Key under which a configuration names where its model came from."""
+"""Configuration key of the model's origin."""
 in_natural_order = dot_natural_key
-"""A key to sort tensors' names by, so that the tenth expert comes after the ninth."""
+"""A sort key for tensor names that puts the tenth expert after the ninth."""
 
 
 def installed_trackers() -> list[str]:
     """Return the names of installed experiment trackers, as the Trainer calls them."""
-    from transformers.integrations import integration_utils  # slow to import, and seldom needed
+    from transformers.integrations import integration_utils  # slow to import and rarely needed
 
     return list(integration_utils.get_available_reporting_integrations())
 
@@ -77,7 +77,7 @@ def rendered_chat(
         template: in Jinja.
         messages: the conversation, with `role` and `content`.
         special: texts of special tokens by name, such as `bos_token`.
-        begins_answer: whether the text ends with what begins an answer.
+        begins_answer: whether to append the beginning of an answer (`add_generation_prompt`).
     """
     conversations: list[Any] = [list(messages)]
     rendered: Any = render_jinja_template(
@@ -122,7 +122,7 @@ def splits(conversion: Any) -> bool:
 def convert_into(
     model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, device: Any, conversions: Iterable[Any]
 ) -> LoadStateDictInfo:
-    """Convert tensors of a checkpoint (or lazy slices of them) and put them into a model; returns what went wrong."""
+    """Convert tensors of a checkpoint (or lazy slices) and load them into a model; return transformers' report."""
     config = LoadStateDictConfig(
         device_map={"": device},
         dtype=dtype,
@@ -175,32 +175,32 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 
 def tied_pairs(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """Return the names of parameters that are tied, two and two."""
+    """Return the names of tied parameters, in pairs."""
     return list(model.all_tied_weights_keys.items())
 
 
 def tie_read_weights(model: PreTrainedModel, missing: set[str]) -> None:
-    """Tie missing parameters to those that they share."""
+    """Tie missing parameters to their counterparts."""
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def computed_parameters(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Return those of some parameters that a checkpoint may lack, since the model computes them (tables of positions)."""
+    """Return those of the names that a checkpoint may lack because the model computes them (position tables)."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def unsaved_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return the parameters that a model says not to save, since it computes or ties them, by name."""
+    """Return the parameters that a model excludes from saving, since it computes or ties them, by name."""
     names = set(model._keys_to_ignore_on_save or ())
     return {name: own for name, own in model.named_parameters(remove_duplicate=False) if name in names}
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors that save_pretrained would save: of tied weights one, and none that the model says not to save."""
+    """Return the tensors that save_pretrained would save: one of each tied group, without those that the model excludes."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    # Tensors of a class of their own are in no memory that others could share.
+    # Tensors of a subclass (deferred ones) do not share memory with others.
     lying = {name for name, tensor in state.items() if type(tensor) not in (Tensor, nn.Parameter)}
     held = {name: tensor for name, tensor in state.items() if name not in lying}
     kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(held, model)
@@ -208,20 +208,20 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def initialize_again(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
-    """Initialise some modules of a model anew, though that was done before."""
+    """Reinitialise some modules of a model."""
     for module in modules:
         module.__dict__["_is_hf_initialized"] = False
     model.initialize_weights()
 
 
 def input_first(module: nn.Module) -> bool | None:
-    """Return whether a fused mixture stores its experts as in × out; None if it does not declare it."""
+    """Return whether a fused mixture stores its experts as in × out; None if it is not declared."""
     said: bool | None = getattr(module, "is_transposed", None)
     return said
 
 
 def experts_of(module: nn.Module) -> int | None:
-    """Return how many experts' rows the tables of a module hold; None if it does not declare it."""
+    """Return the number of experts whose rows are in a module's tables; None if it is not declared."""
     said: int | None = getattr(module, "moe_num_experts", None)
     return said
 
@@ -232,14 +232,14 @@ def run_experts_as(model: PreTrainedModel, implementation: str) -> None:
 
 
 def run_experts_singly(model: PreTrainedModel) -> None:
-    """Run each expert as products of its own, where one product over all is the default."""
+    """Run each expert with its own products instead of one product over all."""
     # The implementation is a private field of the configuration that is never saved.
     if experts_run_as(model) not in (None, "eager"):
         model.set_experts_implementation("eager")
 
 
 def experts_run_as(model: PreTrainedModel) -> str | None:
-    """Return the implementation of a model's experts; None without any."""
+    """Return the implementation of a model's experts; None without experts."""
     implementation: str | None = getattr(model.config, "_experts_implementation", None)
     return implementation
 
@@ -255,12 +255,12 @@ def auto_choice(auto_class: Any, config: Any) -> type[PreTrainedModel] | None:
 
 
 def config_of(kind: type[PreTrainedConfig], content: dict[str, Any]) -> PreTrainedConfig:
-    """Return the configuration that the content of a `config.json` says, in which infinities are objects."""
+    """Build a configuration from the content of a `config.json`, in which infinities are encoded as objects."""
     return kind.from_dict(kind._decode_special_floats(content))
 
 
 def own_class(config: Any) -> type[PreTrainedModel] | None:
-    """Return the class that a configuration names itself, if transformers has it for such a configuration."""
+    """Return the class that a configuration names, if transformers has it for such configurations."""
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
         return named
@@ -292,7 +292,7 @@ def name_model(model: PreTrainedModel, name: str) -> None:
 
 
 def unpack_gguf() -> dict[str, Any]:
-    """Return the arguments with which from_pretrained makes a GGUF file's weights dense."""
+    """Return the arguments that make from_pretrained dequantise a GGUF file."""
     # Newer versions keep the weights packed by default.
     wanted = getattr(quantization_config, "GgufConfig", None)
     return {} if wanted is None else {"quantization_config": wanted(dequantize=True)}
@@ -308,7 +308,7 @@ _WIDTHS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-for _family in ("qwen2_moe", "qwen3_moe"):  # transformers takes the default's widths, so that no other files would load
+for _family in ("qwen2_moe", "qwen3_moe"):  # else transformers uses default widths, and only files with those load
     _read: Any = GGUF_CONFIG_MAPPING.get(_family, {})
     for _key, _place in _WIDTHS.items():
         _read.setdefault(_key, _place)
@@ -316,17 +316,17 @@ for _family in ("qwen2_moe", "qwen3_moe"):  # transformers takes the default's w
 
 @dataclass(frozen=True)
 class GgufNames:
-    """Parameters of the tensors of a GGUF file, and their conversion."""
+    """Mapping of a GGUF file's tensors to a model's parameters, with their conversion."""
 
     parameters: Mapping[str, str]
     processor: Any
 
     def parameter(self, tensor: str) -> str | None:
-        """Return the parameter that a tensor is, or is a part of; None for none."""
+        """Return the parameter that a tensor belongs to; None if there is none."""
         return self.parameters.get(tensor, self.parameters.get(tensor.removesuffix(".weight")))
 
     def arrange(self, tensor: str, values: Tensor, parsed: dict[str, dict[str, Any]]) -> Tensor:
-        """Return the parameter as far as it is known with this tensor. parsed: where its other parts are kept between calls."""
+        """Convert a tensor and return its parameter as assembled so far. parsed: keeps other parts between calls."""
         found = self.processor.process(
             weights=values.numpy(), name=tensor, tensor_key_mapping=self.parameters, parsed_parameters=parsed
         )
@@ -336,7 +336,7 @@ class GgufNames:
 
 
 def gguf_names(file: Path, model: PreTrainedModel) -> GgufNames:
-    """Return how a GGUF file's tensors become a model's parameters. file: the part that holds the metadata."""
+    """Return the mapping of a GGUF file's tensors to a model's parameters. file: the part with the metadata."""
     import gguf
 
     architecture = read_field(gguf.GGUFReader(file), "general.architecture")[0]
@@ -348,7 +348,7 @@ def gguf_names(file: Path, model: PreTrainedModel) -> GgufNames:
 
 @contextmanager
 def gguf_metadata_read_once() -> Iterator[None]:
-    """Keep what transformers reads of a GGUF file's metadata in the body, where it would read it for each part of a model."""
+    """Cache a GGUF file's metadata in the body, which transformers would read for each part of a model."""
     module: Any = modeling_gguf_pytorch_utils
     own, known = module.load_gguf_checkpoint, dict[str, Any]()
 
@@ -366,7 +366,7 @@ def gguf_metadata_read_once() -> Iterator[None]:
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
-    """Remove what would make transformers treat dequantised weights as quantised ones when it saves them."""
+    """Remove the marks that would make transformers save dequantised weights as quantised ones."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):

@@ -1,4 +1,4 @@
-"""Verification of a saved checkpoint: reload it from disk and compare its masks and logits with the run's."""
+"""Verify a saved checkpoint: reload it from disk and compare its masks and logits with the run's."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from coprune.model.walk.block_calls import input_device
 from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.walk import streamed_logits
 
-_TOKENS = 64  # of text, whose logits are compared
+_TOKENS = 64  # of text, to compare logits on
 
 
 def verify_saved(folder: Path, model: ProvenModel, edits: Edits) -> None:
     """Reload a saved folder, block by block, and compare every mask and the logits of one sample.
 
     Args:
-        folder: the whole checkpoint.
-        model: the pruned model that was saved, in which the edits are applied.
-        edits: what was done to it.
+        folder: the complete checkpoint.
+        model: the pruned model that was saved, with the edits applied.
+        edits: its edits.
 
     Raises:
-        VerificationError: names the first difference.
+        VerificationError: something differs; names the first difference.
     """
     location = check_folder(ModelFolder(folder, str(folder)))
     checksums, device = edits.checksums(), input_device(model.module)
@@ -45,11 +45,11 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits) -> None:
         # One copy from the device for all masks of a block.
         for matrix, bits in zip(matrices, to_host(*(mask_bits(m.stored()) for m in matrices)), strict=True):
             if bits is None or checksum_of(bits) != checksums[matrix.name]:
-                raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")
+                raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the run's")
         saved.release(block.name)
     if model.weights.streams and not edits.removals():
-        # The run's own last files became this folder, so there are no other weights to compute logits from. Where parts
-        # were removed, these files are read as the big model in which they are silent.
+        # The run's own last files became this folder, so there are no other weights to compute logits from. If parts were
+        # removed, these files are read as the large model with zeros.
         return
     kept = {name: e.experts for name, own in edits.by_block.items() for e in own if isinstance(e, KeepExperts)}
     ties, places = Ties(kept, model.module.dtype), {edits.place(block.name): block.name for block in model.blocks}
@@ -64,10 +64,9 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits) -> None:
             ProvenModel(saved, blocks, found.chosen, replace(structure, answers=answers, handed=handed))
         )
     worst, largest = float((before - after).abs().max()), float(before.abs().max())
-    # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ; more of them where
-    # silent channels are no longer summed up at all, through all blocks of a real model. In half precision single logits are
-    # then off by some per cent, so all are compared at once: on SmolLM2 rounding made 1.5 %, one block's channels in a wrong
-    # order 7 to 120 %.
+    # A tensor's alignment can change the order of additions, and so the last bits; leaving out zero channels changes more of
+    # them. In half precision single logits may be off by some per cent, so all are compared at once: on SmolLM2, rounding gave
+    # 1.5 %, one block's channels in a wrong order 7 to 120 %.
     cut, exact = any(isinstance(edit, Configure) for edit in edits.all()), model.module.dtype == torch.float32
     if cut and not exact:
         agrees = float((before - after).norm()) <= 4e-2 * float(before.norm())
