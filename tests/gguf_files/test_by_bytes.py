@@ -125,7 +125,7 @@ def test_impossible_cuts_are_refused_before_anything_is_written(
 def test_experts_that_a_tensor_not_known_here_tells_apart_are_refused(source: Path, tmp_path: Path) -> None:
     raw = source.read_bytes().replace(b"blk.1.ffn_norm.weight", b"blk.1.ffn_tid2eid.wei")
     (tmp_path / "odd.gguf").write_bytes(raw)
-    with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_tid2eid\.wei of odd\.gguf tells experts apart"):
+    with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_tid2eid\.wei of odd\.gguf distinguishes experts"):
         ExpertFile(GgufFile(tmp_path / "odd.gguf", "odd.gguf"))
 
 

@@ -131,7 +131,7 @@ def test_stop_tokens_and_template_come_from_the_file(tmp_path: Path) -> None:
     assert "<s>" not in told  # llama.cpp puts it there
     assert 'TEMPLATE "' not in modelfile_of(write(tmp_path / "odd.gguf", FOLDED)).text()
     bare = modelfile_of(write(tmp_path / "bare.gguf", None)).text()
-    assert bare.splitlines()[1] == "# No TEMPLATE: the file holds no chat template, so text is continued as it is."
+    assert bare.splitlines()[1] == "# No TEMPLATE: the file has no chat template, so Ollama continues plain text."
 
 
 def test_the_command_writes_it_beside_the_file(

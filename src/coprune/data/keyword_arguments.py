@@ -404,29 +404,29 @@ class GenerateArguments(TypedDict, total=False):
 
 
 class ExportArguments(TypedDict, total=False):
-    """How a model becomes a GGUF file."""
+    """Settings of an export to a GGUF file."""
 
     like: File | None
-    """GGUF file of the source model, in any type: its metadata, tokenizer and order are taken over. [the one that the
-    model was made from, or what the converter makes]"""
+    """GGUF file of the source model, in any type: its metadata, tokenizer and order are used. [the one that the model
+    was made from, or the converter's output]"""
     converter: File | None
     """llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without like. [in $LLAMA_CPP, or on the
     PATH]"""
     padded: bool
     """Keep channels and heads that are all zeros, which pad blocks to one width."""
     imatrix: File | None
-    """How much every input of a matrix matters, for types of llama.cpp's quantiser: auto (measured on the dataset), a
-    file of llama-imatrix, or none. Types below iq3_s need it."""
+    """How much each input of a matrix matters, for llama.cpp's quantised types: auto (measured on the dataset), a file
+    from llama-imatrix, or none. Types below iq3_s need it."""
     compensate: bool
-    """Round the matrices of the blocks one column after another, so that later columns make up for each one's error on
-    the dataset (GPTQ): same type and size, nearer to the model."""
+    """Round the blocks' matrices column by column, so that later columns compensate for each one's error on the
+    dataset (GPTQ): same type and size, closer to the model."""
     dataset: str
-    """Text that the importance of inputs and the compensation calibrate on."""
+    """Text to calibrate the importance of inputs and the compensation on."""
     save_imatrix: File | None
-    """Write that to this file too, in llama.cpp's format."""
+    """Also write the importance to this file, in llama.cpp's format."""
     modelfile: bool
-    """Write an Ollama Modelfile beside the file: its stop tokens, and the chat template where that is proven to be the
-    same in Ollama's language."""
+    """Write an Ollama Modelfile beside the file: its stop tokens, and the chat template if it is proven to be the same
+    in Ollama's template language."""
 
 
 class FitArguments(TypedDict, total=False):

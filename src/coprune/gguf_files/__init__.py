@@ -1,1 +1,1 @@
-"""A GGUF file made from another one of the same source model: tensors matched by value, what was removed left out."""
+"""Write GGUF files from another one of the same source model: tensors are matched by value, removed parts left out."""

@@ -1,7 +1,7 @@
-"""llama.cpp's own converter of model folders, where it is on this machine: it makes the template of an export.
+"""llama.cpp's converter of model folders, if it is on this machine: it creates the template of an export.
 
-It is a script of llama.cpp's repository and no part of the gguf package. It runs in a process of its own, without the network,
-and sees only the folder's data: none of the code that may lie beside them.
+It is a script in llama.cpp's repository, not part of the gguf package. It runs in a process of its own without network access,
+and sees only the folder's data, not any code in it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ SCRIPT = "convert_hf_to_gguf.py"
 _MODULE = "convert_hf_to_gguf"
 _PROGRAMS = ("llama-quantize", "llama-cli", "llama-server")
 _ABOVE = 4
-"""Folders above llama.cpp's programs in which its checkout may begin, as in llama.cpp/build/bin/Release."""
+"""How many folders above llama.cpp's programs its checkout may be, as in llama.cpp/build/bin/Release."""
 _LEFT_OUT = (".py", ".pyc", ".gguf", ".bin", ".pt", ".pth")
 _SECONDS, _BYTES_A_SECOND = 600, 10_000_000
 _SHOWN = 3000
-"""Characters of the converter's output that are shown where it fails."""
+"""Number of characters of the converter's output to show if it fails."""
 _MISSING = re.compile(r"No module named '([\w.]+)'")
 
 
 def find_converter(named: str | Path | None = None) -> Path | None:
-    """Find the script: the named one, that of `$LLAMA_CPP`, or one on the PATH, in a package, or above llama.cpp's programs.
+    """Find the script: as named, in `$LLAMA_CPP`, on the PATH, in a package, or above llama.cpp's programs.
 
     Args:
-        named: the script, or the folder that it lies in.
+        named: the script or its folder.
 
     Raises:
-        BadInput: it is not where it was said to be.
+        BadInput: it is not in the named place.
     """
     said = named or llama_cpp_place()
     if said:
@@ -65,7 +65,7 @@ def find_converter(named: str | Path | None = None) -> Path | None:
 
 
 def no_template(folder: Path, name: str) -> BadInput:
-    """Return the error about a model folder for which no GGUF file is named and no converter is found."""
+    """Return the error about a model folder without a named GGUF file or a converter."""
     base = _base_model(folder)
     of = f" of its base model: https://huggingface.co/models?other=base_model:quantized:{base}" if base else ""
     fix: Words = (
@@ -75,7 +75,7 @@ def no_template(folder: Path, name: str) -> BadInput:
         Setting("converter"),
         f" the path of llama.cpp's {SCRIPT}",
     )
-    cause = f"nothing says which GGUF file {name} was made from, and it needs one for its metadata and tokenizer"
+    cause = f"it is unknown which GGUF file {name} was made from, and one is needed for its metadata and tokenizer"
     return BadInput(cause, field="like", fix=fix)
 
 
@@ -83,23 +83,23 @@ def _base_model(folder: Path) -> str | None:
     """Return the model that a folder's card names as its base."""
     try:
         named: Any = (metadata_load(folder / "README.md") or {}).get("base_model")
-    except (OSError, ValueError, AttributeError):  # there is no card, or it is none
+    except (OSError, ValueError, AttributeError):  # no card, or not a valid one
         return None
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) and first.count("/") == 1 and not Path(first).exists() else None
 
 
 def convert(converter: Path, folder: ModelFolder, target: Path, reporter: Reporter) -> None:
-    """Convert a folder to a GGUF file in sixteen bits.
+    """Convert a folder to a 16-bit GGUF file.
 
     Args:
         converter: llama.cpp's script.
         folder: the model.
         target: the file to write.
-        reporter: shows the converter's output where it fails.
+        reporter: shows the converter's output if it fails.
 
     Raises:
-        BadInput: the converter does not take this model; its last line is in the message.
+        BadInput: the converter rejects this model; its last line is in the message.
     """
     size = bytes_of_weights(folder.path)
     with tempfile.TemporaryDirectory(prefix="coprune-convert-") as temporary:
@@ -133,13 +133,13 @@ def convert(converter: Path, folder: ModelFolder, target: Path, reporter: Report
 
 
 def _limit(nbytes: int) -> None:
-    """Limit the size of what the converter writes; runs in its process."""
+    """Limit the size of the converter's output; runs in its process."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _failed(converter: Path, folder: ModelFolder, why: str) -> BadInput:
-    cause = f"{converter} does not convert {folder.name}: {why}"
+    cause = f"{converter} cannot convert {folder.name}: {why}"
     missing = _MISSING.search(why)
     like: Words = ("name a GGUF file of the same source model with ", Setting("like"))
     fix = like if missing is None else f"pip install {missing[1]}"

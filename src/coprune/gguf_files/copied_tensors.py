@@ -1,8 +1,8 @@
-"""Quantisation that copies what earlier files hold already.
+"""Quantise a file, copying tensors that earlier quants already contain.
 
-Quants of a model share most tensors: with other embeddings or fewer tokens all blocks, and types fall back to the same one where
-rows are no multiple of 256. llama.cpp's quantiser copies a tensor that has the type already that it would give it. So it gets a
-source in which these tensors are as an earlier file holds them, and writes the bytes that it would have made.
+Quants of a model share most tensors: all blocks, if only embeddings or tokens differ, and those whose rows are not a multiple
+of 256, for which types fall back to the same one. llama.cpp's quantiser copies a tensor that already has its target type. So it
+gets a source with these tensors from an earlier file, and writes the same bytes as without.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from coprune.model.checkpoint.mapped_gguf import ggml_library
 
 @dataclass(frozen=True)
 class Quant:
-    """A quantised file, and the float16 file that it was made of."""
+    """A quantised file, and the float16 file that it was made from."""
 
     file: Path
     source: Path
 
 
 def quantize_beside(earlier: Sequence[Quant], source: Path, target: Path, asked: Quantisation) -> None:
-    """Quantise a float16 file to the bytes that `quantize` makes, and copy of them what earlier files hold.
+    """Quantise a float16 file to the same bytes as `quantize`, copying tensors from earlier quants.
 
     Args:
         earlier: quants with the same importance matrix.
-        source: as for `quantize`, like all below.
-        target: a temporary file is beside it meanwhile.
-        asked: in which types, and by what importance.
+        source: as for `quantize`.
+        target: as for `quantize`; a temporary file is created beside it.
+        asked: as for `quantize`.
 
     Raises:
         BadInput: llama.cpp reports an error, or a file cannot be read.
@@ -56,9 +56,9 @@ def quantize_beside(earlier: Sequence[Quant], source: Path, target: Path, asked:
 
 
 def bytes_of_rows(source: Path, asked: Quantisation, left: int) -> int:
-    """Return the bytes of a quant that would go with tokens: of the embeddings and the head, behind their first rows.
+    """Return the bytes of a quant that removing tokens would save: in embeddings and head, after their first `left` rows.
 
-    Raises BadInput as `quantize` does.
+    Raises as `quantize`.
     """
     from gguf import GGMLQuantizationType
 
@@ -76,19 +76,19 @@ class _Stored:
     """A tensor of a mapped file."""
 
     type: int
-    """As ggml numbers it."""
+    """ggml's number of it."""
     shape: tuple[int, ...]
-    """The length of a row, the number of rows, and more."""
+    """Length of a row, number of rows, and further dimensions."""
     bytes: Any
 
 
 def _known(
     source: Path, own: dict[str, _Stored], types: Mapping[str, int], earlier: Sequence[Quant]
 ) -> dict[str, _Stored]:
-    """Return the tensors that an earlier file made of the same values, in the types that are wanted."""
+    """Return the tensors of earlier files that were made from the same values in the wanted types."""
     sources, found = {source: own}, dict[str, _Stored]()
     for quant in earlier:
-        with suppress(FileNotFoundError):  # another worker has dropped it
+        with suppress(FileNotFoundError):  # another worker may have deleted it
             made = _tensors(quant.file)
             if quant.source not in sources:
                 sources[quant.source] = _tensors(quant.source)
@@ -102,9 +102,9 @@ def _known(
 
 @cache
 def _library() -> Any:
-    """Return llama.cpp's library of tensors with the types of its functions that read and write headers."""
+    """Return llama.cpp's ggml library, with types declared for the functions that read and write headers."""
     library = ggml_library()
-    assert library is not None  # whoever quantises has it
+    assert library is not None  # quantising requires it
     for name, result, arguments in (
         ("gguf_init_from_file", ctypes.c_void_p, [ctypes.c_char_p, _Opening]),
         ("gguf_free", None, [ctypes.c_void_p]),
@@ -132,7 +132,7 @@ class _Opening(ctypes.Structure):
 
 @contextmanager
 def _header(file: Path) -> Iterator[Any]:
-    """Read a file's metadata and its list of tensors in llama.cpp. Raises BadInput where that cannot."""
+    """Read a file's metadata and list of tensors with llama.cpp. Raises BadInput if that fails."""
     header = _library().gguf_init_from_file(str(file).encode(), _Opening(True, None))
     if not header:
         raise BadInput(f"llama.cpp cannot read {file}", field="model", value=str(file))
@@ -158,7 +158,7 @@ def _tensors(file: Path) -> dict[str, _Stored]:
 
 
 def _write(target: Path, source: Path, own: Mapping[str, _Stored], known: Mapping[str, _Stored]) -> None:
-    """Write a file with some of its own tensors as other files hold them. Raises BadInput where llama.cpp cannot."""
+    """Write a copy of a file with some tensors taken from other files. Raises BadInput if llama.cpp fails."""
     library = _library()
     with _header(source) as header:
         for name, stored in known.items():

@@ -1,4 +1,4 @@
-"""The architecture `deci`, in which every block has its own width; otherwise it computes what Llama does."""
+"""The architecture `deci`: Llama with a separate width for every block."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _READS = re.compile(
     r"(vocab_size|context_length|embedding_length|block_count|feed_forward_length|attention\.(head_count|head_count_kv|key_length|"
     r"value_length|layer_norm_rms_epsilon)|rope\.(dimension_count|freq_base|scale_linear|scaling\..*))"
 )
-"""Numbers of the configuration that this architecture reads; all others would be lost."""
+"""Metadata numbers that this architecture reads; others would be lost."""
 _ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
 _PROBE = 32
-"""Tokens that both files are given."""
+"""Number of tokens that both files are run on."""
 _ROUNDING = 1e-2
-"""Difference of logits over their norm, without their mean; in float16, which rounds what every matrix is multiplied with."""
+"""Maximum relative difference of centred logits; float16 rounds the input of every matrix."""
 
 
 @dataclass(frozen=True)
 class Deci:
-    """A plan of a file of this architecture, and how its values are made."""
+    """The plan of a file in this architecture, and how its values are computed."""
 
     plan: Plan
     head: int
     """Width of a head."""
     halves: bool
-    """Whether rotary embeddings pair the two halves of a head rather than neighbouring channels."""
+    """Whether rotary embeddings pair the halves of a head instead of neighbouring channels."""
 
     def arrange(self, name: str, tensor: Tensor) -> Tensor:
         """Reorder rows of queries and keys for this architecture. name: in the source file."""
@@ -48,12 +48,12 @@ class Deci:
 
 
 def deci_plans(padded: Plan, example: Example, source: Exported) -> Iterator[Deci]:
-    """Yield the plans of a file whose blocks have different widths, for either order of a head's rows.
+    """Yield plans of a file whose blocks have different widths, one for each order of a head's rows.
 
     Args:
-        padded: the plan in the source's own architecture, with all blocks of the same width.
-        example: the file that serves as template.
-        source: the model, every block at its own width.
+        padded: the plan in the source's architecture, with all blocks of the same width.
+        example: the template file.
+        source: the model, each block with its own width.
 
     Raises:
         UnsupportedModel: the metadata have a number that this architecture does not read.
@@ -97,7 +97,7 @@ def _fields(padded: Plan, shapes: Mapping[str, tuple[int, ...]], head: int) -> F
         names = [f"blk.{block}.{tensor}.weight" for block in blocks]
         missing = [name for name in names if name not in shapes]
         if missing:
-            raise UnsupportedModel(f"the architecture {ARCHITECTURE} needs {missing[0]}, which the file has not")
+            raise UnsupportedModel(f"the architecture {ARCHITECTURE} needs {missing[0]}, which the file lacks")
         found[f"{ARCHITECTURE}.{key}"] = Field([shapes[name][0] // size for name in names], _array(), number.type)
     widths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
     return {**{f"{ARCHITECTURE}.{key}": replace(number, value=head) for key in widths}, **found}

@@ -1,6 +1,7 @@
-"""The experts of a GGUF file, by the format alone: its names and metadata say which bytes an expert is, and who chooses.
+"""The experts of a GGUF file, found by the format alone: names and metadata identify their bytes and their routers.
 
-So they are scored and cut where transformers has no class for the model: by what they answer in llama.cpp, or by their weights.
+So they can be scored (by their outputs in llama.cpp or by their weights) and cut even if transformers has no class for the
+model.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import decode_into, shape_of
 
 _BESIDE = re.compile(r"exp|tid2eid")
-"""In names of tensors that belong to experts …"""
+"""Matches names of the experts' tensors …"""
 _SHARED = re.compile(r"shexp")
-"""… but to those that every token goes to."""
+"""… except shared experts, which process every token."""
 _STRETCH = 1 << 18
-"""Weights that are decoded at a time: few enough for the processor's cache, and for few calls."""
+"""Number of weights decoded at a time: fits the CPU cache without too many calls."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class FileMixture:
     block: str
     count: int
     top: int
-    """Experts that a token goes to."""
+    """Number of experts per token."""
     groups: int
-    """Equal runs of experts, of which a token uses `used`; 1 where any experts may be chosen together."""
+    """Number of equal groups of experts, of which a token uses `used`; 1 if any experts may be chosen together."""
     used: int
 
 
@@ -57,7 +58,7 @@ class ExpertFile(Sliced):
 
         Raises:
             BadInput: it cannot be read.
-            UnsupportedModel: it has no experts, or some that the format does not tell enough of.
+            UnsupportedModel: it has no experts, or the format does not describe them sufficiently.
         """
         super().__init__(file)
         self._by_block: dict[str, dict[str, Any]] = {}
@@ -78,39 +79,35 @@ class ExpertFile(Sliced):
             count = len(router.data)
             other = next((n for n in own if _BESIDE.search(n) and not _SHARED.search(n) and not by_expert(n)), None)
             if other is not None:
-                raise UnsupportedModel(
-                    f"{block}.{other} of {self.file.name} tells experts apart in a way not known here"
-                )
+                raise UnsupportedModel(f"{block}.{other} of {self.file.name} distinguishes experts in an unknown way")
             tables = [name for name in own if by_expert(name)]
             wrong = next((name for name in tables if len(own[name].data) != count), None)
             if wrong is not None or not any(name.partition(".")[0].endswith("_exps") for name in tables):
-                raise UnsupportedModel(
-                    f"{block} of {self.file.name} does not hold {count} experts as entries of its tensors"
-                )
+                raise UnsupportedModel(f"{block} of {self.file.name} does not have {count} experts in its tensors")
             if (said := self._number("expert_count", 0)) != count:
-                raise UnsupportedModel(f"{block} of {self.file.name} has {count} experts, and its metadata say {said}")
+                raise UnsupportedModel(f"{block} of {self.file.name} has {count} experts, but its metadata say {said}")
             groups = self._number("expert_group_count", 1)
             used = self._number("expert_group_used_count", 1)
             found[block] = FileMixture(block, count, self._number("expert_used_count", count), groups, used)
         return found
 
     def _number(self, key: str, usual: int) -> int:
-        """Return a number of the metadata, as it is for every block."""
+        """Return a metadata number that is the same for every block."""
         field = self.fields.get(f"{self.arch}.{key}")
         if field is None:
             return usual
         if type(field.value) is not int:
-            raise UnsupportedModel(f"{self.file.name} has another {key} in every block, which is not cut here")
+            raise UnsupportedModel(f"{self.file.name} has a different {key} in every block, which is not supported")
         return field.value or usual
 
     @staticmethod
     def architecture_of(file: GgufFile) -> str:
-        """Return the architecture that a file says. Raises BadInput where it cannot be read."""
+        """Return a file's architecture. Raises BadInput if the file cannot be read."""
         return architecture(gguf_reader(next(iter(gguf_parts(file.path))), "model"))
 
     @property
     def positions(self) -> int:
-        """Most tokens of a text."""
+        """Maximum number of tokens of a text."""
         return self._number("context_length", 2048)
 
     @property
@@ -119,7 +116,7 @@ class ExpertFile(Sliced):
         return sum(int(stored.n_elements) for stored in self.tensors)
 
     def parameters_of(self, kept: Mapping[str, Sequence[int]]) -> int:
-        """Return the number of weights that are left. kept: numbers of the experts that stay, by block."""
+        """Return the number of remaining weights. kept: numbers of the kept experts, by block."""
         gone = 0
         for block, own in kept.items():
             count = self.mixtures[block].count
@@ -133,7 +130,7 @@ class ExpertFile(Sliced):
             yield self._by_block[block]["ffn_gate_inp.weight"].data.tobytes()
 
     def experts_of(self, block: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of an expert with some of its weights, float32, stretch by stretch; none twice."""
+        """Yield every expert's weights in chunks of float32, each with the expert's number."""
         for name, stored in self._by_block[block].items():
             if not name.partition(".")[0].endswith("_exps") or not name.endswith(".weight"):
                 continue
@@ -155,12 +152,12 @@ class ExpertFile(Sliced):
 
         Args:
             target: the new file.
-            kept: numbers of the experts that stay, as many in every block.
-            reporter: who sees the bar.
+            kept: numbers of the kept experts, equally many in every block.
+            reporter: shows the progress.
 
         Raises:
-            BadInput: the target is taken.
-            VerificationError: the bytes that were written are not the source's.
+            BadInput: the target exists.
+            VerificationError: the written bytes differ from the source's.
         """
         slices = {}
         for stored in self.tensors:
@@ -174,21 +171,21 @@ class ExpertFile(Sliced):
 
 
 See = Callable[[str, Tensor, Tensor], None]
-"""Takes a block, the experts of each token (T × k int64), and what each adds to the hidden state with its gate (T × k × H)."""
+"""Takes a block, the experts of each token (T × k int64), and their gated outputs (T × k × H)."""
 
 
 def watch_experts(file: ExpertFile, texts: Sequence[Sequence[int]], see: See, reporter: Reporter) -> None:
-    """Run texts through llama.cpp, and show what every expert answers.
+    """Run texts through llama.cpp and observe the experts' outputs.
 
     Args:
         file: the file.
         texts: token ids, each from its beginning.
-        see: takes what is shown.
-        reporter: who sees the bar.
+        see: called with the outputs.
+        reporter: shows the progress.
 
     Raises:
         BadInput: llama.cpp cannot run the file.
-        UnsupportedModel: it shows no answers.
+        UnsupportedModel: it does not expose the outputs.
     """
     watched = _Watched({block: mixture.top for block, mixture in file.mixtures.items()}, see)
     first, longest = gguf_parts(file.file.path)[0], max(map(len, texts))
@@ -200,27 +197,27 @@ def watch_experts(file: ExpertFile, texts: Sequence[Sequence[int]], see: See, re
             model.forget()
             for start in range(0, len(text), WATCHED):
                 watched.tokens = len(text[start : start + WATCHED])
-                # All logits, or else the last block is computed for the last token only.
+                # Without all logits, the last block is computed for the last token only.
                 model.read(text[start : start + WATCHED], all_logits=True)
                 watched.pass_on()
                 advance(watched.tokens)
     if not watched.seen:
-        raise UnsupportedModel(f"llama.cpp does not show what the experts of {file.file.name} answer")
+        raise UnsupportedModel(f"llama.cpp does not expose the outputs of the experts of {file.file.name}")
 
 
 class _Watched:
-    """Takes tensors of one block's experts after another, and passes on what they say together."""
+    """Collects the tensors of a block's experts and passes them on together, block by block."""
 
     def __init__(self, tops: Mapping[str, int], see: See) -> None:
         self._tops, self._see = tops, see
         self._block = ""
         self._found: dict[str, Any] = {}
         self.tokens = 0
-        """Tokens that are read at the moment."""
+        """Number of tokens in the current call."""
         self.seen = False
 
     def takers(self) -> dict[str, Callable[[Any], None]]:
-        """Return what takes a tensor, by its name in llama.cpp."""
+        """Return the callbacks by the name of the tensor in llama.cpp."""
         kinds = {"topk": "chosen", "down": "answers", "weighted": "answers"}
         return {
             f"ffn_moe_{name}-{block[4:]}": partial(self._take, block, kind)
@@ -231,11 +228,11 @@ class _Watched:
     def _take(self, block: str, kind: str, values: Any) -> None:
         if block != self._block:
             self.pass_on()
-        # Of answers the last: where gates come before the experts, their product is none.
+        # The last output wins: if gates are applied before the experts, there is no product after them.
         self._block, self._found[kind] = block, values
 
     def pass_on(self) -> None:
-        """Show the block that was computed last."""
+        """Pass on the last computed block."""
         if self._found.keys() == {"chosen", "answers"}:
             index = _first_columns(self._found["chosen"].view(np.int32), self.tokens, self._tops[self._block])
             answers = torch.from_numpy(self._found["answers"].view(np.float32))
@@ -245,7 +242,7 @@ class _Watched:
 
 
 def _first_columns(values: Any, rows: int, columns: int) -> Tensor:
-    """Return the first columns of a matrix as int64. values: from its first value to the last one that is meant."""
+    """Return the first columns of a matrix as int64. values: from its first value to the last one needed."""
     width = columns if rows == 1 else (len(values) - columns) // (rows - 1)
     whole = np.zeros(rows * width, dtype=np.int64)
     whole[: len(values)] = values
@@ -253,7 +250,7 @@ def _first_columns(values: Any, rows: int, columns: int) -> Tensor:
 
 
 class FileTokenizer:
-    """A file's own tokenizer in llama.cpp."""
+    """A file's tokenizer in llama.cpp."""
 
     is_fast = False
 
@@ -273,11 +270,11 @@ def tokenizer_of(file: ExpertFile) -> Iterator[FileTokenizer]:
 
 
 def require_runs(file: GgufFile) -> None:
-    """Raise VerificationError where llama.cpp cannot compute with a file."""
+    """Raise VerificationError if llama.cpp cannot run a file."""
     try:
         with closing(LlamaCpp(file.path, context=8, see={})) as model:
             finite = bool(torch.isfinite(model.logits([0, 1])).all())
     except BadInput as error:
-        raise VerificationError(f"llama.cpp cannot run what was written: {error}") from error
+        raise VerificationError(f"llama.cpp cannot run the written file: {error}") from error
     if not finite:
-        raise VerificationError(f"{file.name} gives no finite logits in llama.cpp")
+        raise VerificationError(f"{file.name} does not give finite logits in llama.cpp")

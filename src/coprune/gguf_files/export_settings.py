@@ -1,4 +1,4 @@
-"""What `coprune export` is asked for beside the files and the type, by the command and by Python alike."""
+"""Settings of `coprune export` besides the files and the type, for the command and for Python."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Converter = Annotated[
     ),
 ]
 NONE, AUTO = "none", "auto"
-"""Importance matrices: without, and measured."""
+"""Importance matrices: none, or measured."""
 
 
 class ExportSettings(BaseModel):
-    """How a model becomes a GGUF file."""
+    """Settings of an export to a GGUF file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     like: Annotated[
         PathText,
         Field(
-            description="GGUF file of the source model, in any type: its metadata, tokenizer and order are taken over. [the one "
-            "that the model was made from, or what the converter makes]"
+            description="GGUF file of the source model, in any type: its metadata, tokenizer and order are used. [the one "
+            "that the model was made from, or the converter's output]"
         ),
     ] = None
     converter: Converter = None
@@ -40,27 +40,27 @@ class ExportSettings(BaseModel):
     imatrix: Annotated[
         PathText,
         Field(
-            description="How much every input of a matrix matters, for types of llama.cpp's quantiser: auto (measured on the "
-            "dataset), a file of llama-imatrix, or none. Types below iq3_s need it."
+            description="How much each input of a matrix matters, for llama.cpp's quantised types: auto (measured on the "
+            "dataset), a file from llama-imatrix, or none. Types below iq3_s need it."
         ),
     ] = NONE
     compensate: Annotated[
         bool,
         Field(
-            description="Round the matrices of the blocks one column after another, so that later columns make up for each one's "
-            "error on the dataset (GPTQ): same type and size, nearer to the model."
+            description="Round the blocks' matrices column by column, so that later columns compensate for each one's "
+            "error on the dataset (GPTQ): same type and size, closer to the model."
         ),
     ] = False
     dataset: Annotated[
-        str, Field(description="Text that the importance of inputs and the compensation calibrate on.")
+        str, Field(description="Text to calibrate the importance of inputs and the compensation on.")
     ] = "embedded"
-    save_imatrix: Annotated[Path | None, Field(description="Write that to this file too, in llama.cpp's format.")] = (
-        None
-    )
+    save_imatrix: Annotated[
+        Path | None, Field(description="Also write the importance to this file, in llama.cpp's format.")
+    ] = None
     modelfile: Annotated[
         bool,
         Field(
-            description="Write an Ollama Modelfile beside the file: its stop tokens, and the chat template where that is proven "
-            "to be the same in Ollama's language."
+            description="Write an Ollama Modelfile beside the file: its stop tokens, and the chat template if it is proven "
+            "to be the same in Ollama's template language."
         ),
     ] = False

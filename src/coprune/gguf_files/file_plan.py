@@ -1,4 +1,4 @@
-"""The plan of a new GGUF file: all but its values, derived and checked before anything is written."""
+"""The plan of a new GGUF file: everything except its values, derived and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Example:
-    """A GGUF file that a new one is made like, and what its tensors were made of."""
+    """A template GGUF file, with the sources of its tensors."""
 
     path: Path
     reader: Any
     """Reader of the gguf package."""
     pieces: Mapping[str, Sequence[Piece]]
-    """Sources of the tensors by name; empty for those without any in the checkpoint."""
+    """Sources of the tensors by name; empty for those that the checkpoint lacks."""
 
     def values(self, name: str, source: Exported) -> Tensor:
         """Return a tensor's values for the new file, float32."""
@@ -63,13 +63,13 @@ class Example:
 
 
 def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Example:
-    """Find what the tensors of a GGUF file were made of. source: the model that is to be stored like it.
+    """Match the tensors of a GGUF file to a model's. source: the model to store like it.
 
     Raises:
-        BadInput: the file cannot be read, or is of another model.
-        UnsupportedModel: its tensors cannot be told apart.
+        BadInput: the file cannot be read, or belongs to another model.
+        UnsupportedModel: its tensors cannot be distinguished.
     """
-    reporter.say("Finding which weights of the model the tensors of its GGUF file hold")
+    reporter.say("Matching the tensors of the GGUF file to the model's weights")
     reader = gguf_reader(file.path, field="like")
     _require_embeddings(file, source, reader)
     reference, tolerance = _reference(file, source, reader, reporter)
@@ -83,10 +83,10 @@ def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Exampl
 def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter) -> tuple[Mapping[str, Tensor], float]:
     """Return the tensors to match the file's with, and the relative difference allowed.
 
-    transformers reads the exact values of the file; for an architecture that it does not read, the source folder has them
+    transformers reads the file's exact values; for an architecture that it cannot read, use the source folder's values from
     before quantisation.
     """
-    if source.location == file:  # a GGUF file that is stored in another type is its own example
+    if source.location == file:  # a GGUF file exported to another type is its own template
         return source.lying(), EXACT
     try:
         return whole_tensors(file), EXACT
@@ -95,16 +95,16 @@ def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter
         if folder is None:
             raise
         reporter.say(
-            f"transformers does not read this architecture's GGUF files, so they are looked for in {folder.name}"
+            f"transformers cannot read this architecture's GGUF files, so its weights are matched with those of {folder.name}"
         )
         used = {stored.tensor_type.name.lower() for stored in reader.tensors}
         return exported(folder).lying(), max(STORED_ERROR.get(kind, WORST_ERROR) for kind in used)
 
 
 def _require_embeddings(file: GgufFile, source: Exported, reader: Any) -> None:
-    """Raise BadInput where the file's token embeddings have a shape that none of the model's tensors has.
+    """Raise BadInput if no tensor of the model has the shape of the file's token embeddings.
 
-    Nothing but tokens that are removed changes it, so it tells another model from the headers alone.
+    Only removing tokens changes it, so this detects another model from the headers alone.
     """
     table = next((stored for stored in reader.tensors if stored.name == TOKEN_EMBEDDINGS), None)
     if table is None:
@@ -115,7 +115,7 @@ def _require_embeddings(file: GgufFile, source: Exported, reader: Any) -> None:
     before = cuts[0].size if cuts else shape[0]
     if shape[0] != before or all(tuple(tensor.shape) != (rows, *shape[1:]) for tensor in source.tensors.values()):
         raise BadInput(
-            f"{file.name} is of another model: its token embeddings are {shape[0]:,} × {shape[1]:,}, and "
+            f"{file.name} is of another model: its token embeddings are {shape[0]:,} × {shape[1]:,}, but "
             f"{source.location.name} has no tensor of that shape",
             field="like",
             value=str(file.path),
@@ -153,7 +153,7 @@ def planned(example: Example, source: Exported, kind: str) -> Plan:
     told = {size for edit in vocabularies for _, size in edit.tables.values()}
     sizes = {old: left for old, left in _sizes(shapes, new).items() if old not in told}
     fields = corrected(read_fields(example.reader), arch, Counts(changes, sizes, kept, len(blocks), config))
-    for edit in vocabularies:  # the earliest first
+    for edit in vocabularies:  # earliest first
         fields = without_tokens(fields, arch, edit.old_ids)
     return Plan(arch, fields, kind, tensors)
 
@@ -165,7 +165,7 @@ def _moved(name: str, left: Sequence[int]) -> str:
 
 
 def _sizes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int] | None]) -> dict[int, int]:
-    """Return new dimensions by those that no tensor has any more. Raises UnsupportedModel if the blocks differ."""
+    """Return new sizes by old ones that no tensor has any more. Raises UnsupportedModel if the blocks differ."""
     kinds: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
     for name, shape in after.items():
         if shape is not None:
@@ -190,7 +190,7 @@ def _sizes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int
 def _require_all(
     pieces: Mapping[str, Sequence[Piece]], reference: Mapping[str, Tensor], source: Exported, file: GgufFile
 ) -> None:
-    """Raise where a tensor has no match on one side."""
+    """Raise UnsupportedModel or BadInput if a tensor has no match on one side."""
     alone = [name for name, own in pieces.items() if not own and name.startswith("blk.")]
     if alone:
         raise UnsupportedModel(f"{alone[0]} of {file.name} matches none of the tensors that transformers loads from it")
@@ -205,7 +205,7 @@ def _require_all(
     for name, own in pieces.items():
         left = any(source.name(one) is not None for piece in own for one in piece.names)
         if left and any(len(piece.names) > 1 for piece in own):
-            made(name, own, source)  # raises if it matters which of equal tensors it is
+            made(name, own, source)  # raises if tensors were equal before and differ now
 
 
 def _is_double(name: str, others: Collection[str], source: Exported) -> bool:

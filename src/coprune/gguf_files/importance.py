@@ -1,4 +1,4 @@
-"""The importance of each input of a matrix for llama.cpp's quantiser: mean squares from a walk (its imatrix)."""
+"""The importance of each input of a matrix for llama.cpp's quantiser (its imatrix): mean squares from a walk."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ Importance = Mapping[str, Tensor]
 _SAMPLES, _SEQLEN = 16, 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 HEAD, _BEFORE_HEAD = "output.weight", "result_norm"
-"""Names in llama.cpp: of a tensor, and of the last hidden states as it computes them."""
+"""Names in llama.cpp of a tensor and of the final hidden states."""
 _LEAST = 1e-10
-"""Replacement of zero, which would leave a weight to chance."""
+"""Replacement for zero, which would leave a weight's rounding arbitrary."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """An importance matrix for the quantiser: a file, or text to measure one on, and where it is saved."""
+    """An importance matrix for the quantiser: a file or text to measure it on, and where to save it."""
 
     file: Path | None = None
     data: str | None = None
     save: Path | None = None
 
     def find(self, location: Location, reporter: Reporter) -> Importance | Mapping[str, Tensor] | None:
-        """Return the importance that is in the file, or what was measured by the checkpoint's names; None for neither."""
+        """Return the file's importance, or measure it by the checkpoint's names; None if neither was asked for."""
         if self.file is not None:
             return read_importance(self.file)
         return None if self.data is None else measured(location, self.data, reporter)
@@ -66,12 +66,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class TextWalk:
-    """A model and calibration text that runs through it, block by block."""
+    """A model with calibration text to run through it, block by block."""
 
     location: Location
     model: Any
     chosen: Chosen
-    """Every matrix of the blocks, before a forward showed which parameters are mixtures."""
+    """All matrices of the blocks, chosen before a forward has shown which parameters are mixtures."""
     proven: ProvenModel
     tokens: Tensor
 
@@ -81,15 +81,15 @@ class TextWalk:
         return Walk(self.proven, recording, statistic, moves, advance=advance)
 
     def by_name(self, values: Callable[[Matrix], Tensor]) -> dict[str, Tensor]:
-        """Return a value of every weight by the names of the checkpoint, in its shapes; NaN for what is no such matrix.
+        """Return a value per weight under the checkpoint's names and shapes; NaN outside these matrices.
 
-        values: of a matrix, broadcast over its outputs × inputs, float32; they take no more memory here.
+        values: of a matrix, broadcastable to outputs × inputs, float32; they are not expanded in memory.
         """
         return by_name(self.location, self.model, self.chosen, values)
 
 
 def read_text(location: Location, data: str | Tensor, dtype: DtypeName) -> TextWalk:
-    """Open a model, and prepare a walk of text through it.
+    """Open a model and prepare to walk text through it.
 
     Args:
         location: the model.
@@ -128,7 +128,7 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
     Raises:
         BadInput, UnsupportedModel: as `read_text`.
     """
-    # In bfloat16 the mean squares differ by up to 1.8 %, which is less than between samples of text.
+    # bfloat16 changes the mean squares by less than another sample of text would.
     text = read_text(location, data, "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32")
     with reporter.bar("Importance of the weights", len(text.proven.blocks)) as advance:
         seen: dict[str, Tensor] = {}
@@ -140,8 +140,8 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
 
 
 def by_name(location: Location, model: Any, chosen: Chosen, values: Callable[[Matrix], Tensor]) -> dict[str, Tensor]:
-    """Return a value of every weight of an opened model as `TextWalk.by_name` does."""
-    if isinstance(location, GgufFile):  # its parameters were read under the model's own names
+    """Return a value per weight of an open model, as `TextWalk.by_name`."""
+    if isinstance(location, GgufFile):  # its parameters have the model's own names
         set_conversions_to_revert(model, None)
     found, nan = _by_parameter(chosen, values), torch.tensor(torch.nan)
     state = {name: model.get_parameter_or_buffer(name) for name in saved_tensors(model)}
@@ -150,7 +150,7 @@ def by_name(location: Location, model: Any, chosen: Chosen, values: Callable[[Ma
 
 
 def _by_parameter(chosen: Chosen, values: Callable[[Matrix], Tensor]) -> dict[int, Tensor]:
-    """Return values of matrices in the shapes of the parameters, by their identities."""
+    """Return values of matrices in their parameters' shapes, by the parameters' ids."""
     parts: dict[int, list[tuple[Matrix, Tensor]]] = {}
     for matrix in chosen.all():
         own = values(matrix)
@@ -168,13 +168,13 @@ def _by_parameter(chosen: Chosen, values: Callable[[Matrix], Tensor]) -> dict[in
 
 
 def in_file(means: Mapping[str, Tensor], names: Mapping[str, str], example: Example, source: Exported) -> Importance:
-    """Return what was measured as a file's tensors need it.
+    """Convert measured values to the tensors of a file.
 
     Args:
-        means: as `measured` gives them.
-        names: of the file's tensors, each with the name that the example has for it.
-        example: the file that it is made like.
-        source: the model that is written.
+        means: from `measured`.
+        names: of the file's tensors, each with its name in the example.
+        example: the template file.
+        source: the model to write.
     """
     found = dict[str, Tensor]()
     for name, own in names.items():
@@ -183,29 +183,29 @@ def in_file(means: Mapping[str, Tensor], names: Mapping[str, str], example: Exam
             continue
         rows = values[:, 0] if values.ndim > 2 else values[:1]
         if bool(rows.isfinite().all()):
-            found[name] = rows.clone()  # not a view, which would keep all of them
+            found[name] = rows.clone()  # a view would keep all of them alive
     return found
 
 
 def found_in(values: Mapping[str, Tensor], name: str, example: Example, source: Exported) -> Tensor | None:
-    """Return values of weights in the shape and the order of a tensor of a file; None where it is no matrix.
+    """Arrange values of weights like a tensor of a file; None if it is not a matrix.
 
     Args:
-        values: by the checkpoint's names and in its shapes, as `TextWalk.by_name` gives them.
+        values: by the checkpoint's names and in its shapes, from `TextWalk.by_name`.
         name: of the tensor in the example.
-        example: the file that it is made like.
-        source: the model that is written.
+        example: the template file.
+        source: the model to write.
     """
     if not example.pieces[name] or len(example.shapes[name]) < 2:
         return None
     try:
         return example.values(name, replace(source, tensors=values))
-    except UnsupportedModel:  # of several equal tensors, which is no matrix of a block
+    except UnsupportedModel:  # one of several equal tensors, so not a block's matrix
         return None
 
 
 def importance_of(file: Path, data: str | Tensor, reporter: Reporter) -> Importance:
-    """Measure the inputs of a file's own tensors. data: as for `measured`. Raises as `measured` and `read_example`."""
+    """Measure the importance for a file's own tensors. data: as for `measured`. Raises as `measured` and `read_example`."""
     location = GgufFile(file, file.name)
     source = exported(location)
     example = read_example(location, source, reporter)
@@ -213,7 +213,7 @@ def importance_of(file: Path, data: str | Tensor, reporter: Reporter) -> Importa
 
 
 def importance_of_head(file: Path, tokens: Sequence[int]) -> Importance:
-    """Measure what a file's head, which may be the table of embeddings, is given along some tokens, in llama.cpp."""
+    """Measure the inputs of a file's head (which may be its embedding table) on some tokens in llama.cpp."""
     tensors = {one.name: int(one.shape[0]) for one in gguf_reader(file, field="model").tensors}
     name = next(one for one in (HEAD, TOKEN_EMBEDDINGS) if one in tensors)
     seen = list[Tensor]()
@@ -233,7 +233,7 @@ def write_importance(file: Path, importance: Importance) -> None:
 
     def write(path: Path) -> None:
         with closing(GGUFWriter(path, "")) as writer:
-            # The package writes an architecture in every file; llama.cpp recognises this type.
+            # llama.cpp recognises the file by this type; the package also writes an architecture.
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", ["coprune"])
             writer.add_uint32("imatrix.chunk_count", 1)
@@ -250,10 +250,10 @@ def write_importance(file: Path, importance: Importance) -> None:
 
 
 def read_importance(file: Path) -> Importance:
-    """Read an importance matrix in llama.cpp's GGUF format. Raises BadInput if it is none."""
+    """Read an importance matrix in llama.cpp's GGUF format. Raises BadInput if it is not one."""
     with_field = {"field": "imatrix", "value": str(file)}
     if not file.is_file():
-        raise BadInput(f"{file} is not a file", **with_field, fix="write auto, none, or a file of llama-imatrix")
+        raise BadInput(f"{file} is not a file", **with_field, fix="name a file from llama-imatrix, or use auto or none")
     stored = {one.name: torch.from_numpy(np.array(one.data)) for one in gguf_reader(file, field="imatrix").tensors}
     found = {}
     for name, sums in stored.items():
@@ -265,6 +265,8 @@ def read_importance(file: Path) -> Importance:
         found[name.removesuffix(_SUMS)] = torch.where(seen > 0, rows / seen.clamp_min(1), 1.0).clamp_min(_LEAST)
     if not found:
         raise BadInput(
-            f"{file} holds no importance matrix", **with_field, fix="write one with llama-imatrix, or take auto"
+            f"{file} does not contain an importance matrix",
+            **with_field,
+            fix="create one with llama-imatrix, or use auto",
         )
     return found

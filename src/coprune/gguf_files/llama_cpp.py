@@ -1,4 +1,4 @@
-"""llama.cpp, where its library is installed: the quantiser, and models that are run in it."""
+"""llama.cpp's library, if it is installed: its quantiser, and running models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coprune.base.errors import BadInput, CopruneError, unknown_name
 from coprune.base.words import Set
 from coprune.model.checkpoint.names import LLAMA_CPP
 
-if TYPE_CHECKING:  # whether it is there is asked before torch is imported, which takes seconds
+if TYPE_CHECKING:  # this module is used before torch is imported, which takes seconds
     from torch import Tensor
 
 TOKEN_EMBEDDINGS = "token_embd.weight"
@@ -34,17 +34,17 @@ def has_llama_cpp() -> bool:
 
 
 def require_llama_cpp(why: str, field: str, value: object) -> None:
-    """Raise BadInput where llama.cpp is not installed. why: what it is needed for."""
+    """Raise BadInput if llama.cpp is not installed. why: what needs it."""
     if not has_llama_cpp():
-        raise BadInput(f"{why}, and llama.cpp is not installed", field=field, value=value, fix=how_to_install())
+        raise BadInput(f"{why}, but llama.cpp is not installed", field=field, value=value, fix=how_to_install())
 
 
 def how_to_install() -> str:
-    """Return what to type where llama.cpp is not installed."""
+    """Return the command that installs llama.cpp, or why there is none."""
     here = (sys.platform, platform.machine())
     if here == ("linux", "x86_64"):
         return "pip install 'coprune[gguf]'"
-    return f"coprune[gguf] brings it on Linux on x86-64, and this is {here[0]} on {here[1]}"
+    return f"coprune[gguf] includes it on Linux on x86-64, but this is {here[0]} on {here[1]}"
 
 
 @cache
@@ -69,7 +69,7 @@ def _keep(kind: object, error: BaseException, traceback: object) -> None:
 
 
 class _Calls:
-    """llama.cpp's functions; each raises at its end what a callback raised in it, such as Ctrl-C, which cannot pass through C."""
+    """llama.cpp's functions; each re-raises on return what a callback raised (such as Ctrl-C), which cannot pass through C."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
@@ -85,37 +85,37 @@ class _Calls:
                 raise error
             return result
 
-        self.__dict__[name] = call  # found at once the next time
+        self.__dict__[name] = call  # cached for the next call
         return call
 
 
 _RAISED: list[BaseException] = []
-"""What callbacks raised in the call that is under way."""
+"""Exceptions raised by callbacks in the current call."""
 _KEPT: list[Any] = []
-"""Callbacks, which have to live as long as the library."""
+"""Callbacks, kept alive as long as the library."""
 _HEARD: list[str] | None = None
-"""Lines of its log, while somebody listens."""
+"""Lines of its log, while being recorded."""
 _SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
 _TYPE = re.compile(r"^\[.*?\] +(\S+) .*-> .*\((\w+)\)$", re.MULTILINE)
-"""Of a tensor that gets another type."""
+"""A log line about a tensor that gets another type."""
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What llama.cpp's quantiser is asked for."""
+    """Settings for llama.cpp's quantiser."""
 
     kind: str
     """A type such as q4_k_m."""
     importance: Mapping[str, Tensor] | None = None
-    """Mean squares of the inputs of the file's tensors, by name; some types take another mixture with one."""
+    """Mean squares of the inputs of the file's tensors, by name; some types mix differently with one."""
     embedding: str | None = None
     """Another type for the embeddings and the head, such as q4_0."""
     types: Mapping[str, str] | None = None
-    """Types of tensors by name, such as q4_0; the others get what the kind gives them."""
+    """Types of tensors by name, such as q4_0; by default the kind decides."""
 
 
 def quantized_bytes(source: Path, asked: Quantisation) -> int:
-    """Return how many bytes of weights `quantize` would write, by shapes and types alone. Raises BadInput as it does."""
+    """Return the bytes of weights that `quantize` would write, from shapes and types alone. Raises as `quantize`."""
     said = _SIZE.search(_quantizing(source, source.with_suffix(".none"), asked, dry=True))
     if said is None:
         raise BadInput(f"llama.cpp does not say how large the type {asked.kind} is", field="type", value=asked.kind)
@@ -123,32 +123,29 @@ def quantized_bytes(source: Path, asked: Quantisation) -> int:
 
 
 def planned_types(source: Path, asked: Quantisation) -> dict[str, int]:
-    """Return the types that `quantize` would give to tensors, by the tensor's name, as ggml numbers them.
-
-    Raises BadInput as it does.
-    """
+    """Return ggml's type number for each tensor that `quantize` would write, by name. Raises as `quantize`."""
     said = _quantizing(source, source.with_suffix(".none"), asked, dry=True)
     return {name: type_number(type) for name, type in _TYPE.findall(said)}
 
 
 def type_number(name: str) -> int:
-    """Return a tensor's type, such as q4_0, as ggml numbers it."""
+    """Return ggml's number of a tensor type such as q4_0."""
     return int(_library()[0].typeof("enum ggml_type").relements[f"GGML_TYPE_{name.upper()}"])
 
 
 def quantize(source: Path, target: Path, asked: Quantisation) -> None:
-    """Quantise a float16 file with llama.cpp. Raises BadInput where that reports an error.
+    """Quantise a float16 file with llama.cpp. Raises BadInput if llama.cpp reports an error.
 
     Args:
         source: the file.
         target: the new file.
-        asked: in which types, and by what importance.
+        asked: types and importance.
     """
     _quantizing(source, target, asked, dry=False)
 
 
 def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> str:
-    """Quantise, or say what would be done where it is dry; return llama.cpp's log. Raises BadInput where it refuses."""
+    """Quantise, or only plan it if `dry`; return llama.cpp's log. Raises BadInput if it refuses."""
     global _HEARD
     ffi, library = _library()
     options = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
@@ -160,13 +157,13 @@ def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> s
         options.token_embedding_type = options.output_tensor_type = type_number(asked.embedding)
     held: list[Any] = []
     if asked.types:
-        overrides = ffi.new("struct llama_model_tensor_override[]", len(asked.types) + 1)  # the last one ends it
+        overrides = ffi.new("struct llama_model_tensor_override[]", len(asked.types) + 1)  # an empty one ends the list
         for override, (name, stored) in zip(overrides, asked.types.items(), strict=False):
             held.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
             override.pattern, override.type = held[-1], type_number(stored)
         options.tt_overrides = overrides
     if asked.importance:
-        count = len(asked.importance) + 1  # the last one, empty, ends it
+        count = len(asked.importance) + 1  # an empty one ends the list
         entries = ffi.new("struct llama_model_imatrix_data[]", count)
         for entry, (name, means) in zip(entries, asked.importance.items(), strict=False):
             values = np.ascontiguousarray(means.numpy(), dtype=np.float32)
@@ -181,23 +178,23 @@ def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> s
     said = "".join(heard)
     if failed:
         *_, last = ["it does not say why", *filter(None, map(str.strip, said.splitlines()))]
-        if "iostream error" in last:  # all that C++ says where a write fails
+        if "iostream error" in last:  # C++'s only message about a failed write
             cause = f"the disk is full or cannot be written: {target} could not be written"
             raise CopruneError(cause, fix="free some space and repeat the command")
         raise BadInput(
-            f"llama.cpp could not make the type {asked.kind} of this model: {last}", field="type", value=asked.kind
+            f"llama.cpp could not quantise this model to {asked.kind}: {last}", field="type", value=asked.kind
         )
     return said
 
 
 WATCHED = 256
-"""Most tokens that a watched model reads at a time: their logits over a large vocabulary take most of its memory."""
+"""Maximum number of tokens per call of a watched model, since logits over a large vocabulary take most of its memory."""
 See = Callable[[Any], None]
-"""Takes the bytes of a computed tensor, as a numpy array."""
+"""Called with the bytes of a computed tensor, as a numpy array."""
 
 
 def _watching(ffi: Any, see: Mapping[str, See]) -> Any:
-    """Return llama.cpp's callback that shows computed tensors by name."""
+    """Return an evaluation callback for llama.cpp that passes computed tensors to `see` by name."""
     from coprune.model.checkpoint.mapped_gguf import ggml_library
 
     ggml = ggml_library()
@@ -220,7 +217,7 @@ def _watching(ffi: Any, see: Mapping[str, See]) -> Any:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, which is given tokens and answers with logits."""
+    """A GGUF file loaded in llama.cpp, which computes logits of tokens."""
 
     def __init__(
         self,
@@ -235,10 +232,10 @@ class LlamaCpp:
         Args:
             file: its first part.
             context: maximum number of tokens.
-            threads: by default torch's.
-            see: what is called with a tensor of the computation, by that one's name, whenever it was computed. The weights
-                stay in the mapped file then, where otherwise those of some types are copied in another order.
-            branches: continuations of a text that can be read at a time, where the architecture has no state.
+            threads: number of threads, by default torch's.
+            see: callbacks by tensor name, called whenever that tensor was computed. Weights then stay in the mapped file;
+                otherwise those of some types are copied in another order.
+            branches: number of continuations of a text to read at a time, if the architecture has no recurrent state.
         """
         self._ffi, self._library = _library()
         ffi, library = self._ffi, self._library
@@ -258,7 +255,7 @@ class LlamaCpp:
 
         asked.n_threads = asked.n_threads_batch = threads or torch.get_num_threads()
         if see is not None:
-            asked.cb_eval = self._callback = _watching(ffi, see)  # kept, since it has to live as long
+            asked.cb_eval = self._callback = _watching(ffi, see)  # must live as long as the context
         self._context = library.llama_init_from_model(self._model, asked)
         if self._context == ffi.NULL:
             raise BadInput(f"llama.cpp cannot run {file}", field="model", value=str(file))
@@ -272,7 +269,7 @@ class LlamaCpp:
     @property
     def type(self) -> str:
         """Type of most of its tensors, such as q4_k_m."""
-        guessed = 1024  # is added where the file does not say it itself
+        guessed = 1024  # llama.cpp adds it if the file does not name its type
         number = int(self._library.llama_model_ftype(self._model)) & ~guessed
         name: str = self._ffi.typeof("enum llama_ftype").elements[number]
         return name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower()
@@ -282,13 +279,13 @@ class LlamaCpp:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
     def read(self, tokens: Sequence[int], all_logits: bool = False) -> None:
-        """Compute a piece of text that goes on where the last ended; by default with the logits of its last token only."""
+        """Append tokens to the text and compute them; by default only the last one's logits."""
         begin = self._library.llama_memory_seq_pos_max(self._library.llama_get_memory(self._context), 0) + 1
         last = len(tokens) - 1
         self._compute([(one, begin + at, (0,), all_logits or at == last) for at, one in enumerate(tokens)])
 
     def _compute(self, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
-        """Compute tokens, each with its position, the branches that it is part of, and whether its logits are kept."""
+        """Compute tokens, each with its position, its branches, and whether to keep its logits."""
         batch = self._library.llama_batch_init(len(tokens), 0, self._branches)
         try:
             batch.n_tokens = len(tokens)
@@ -304,14 +301,14 @@ class LlamaCpp:
         self._library.llama_synchronize(self._context)
 
     def branched(self, before: Sequence[int], afters: Sequence[Sequence[int]]) -> list[Tensor] | None:
-        """Return the logits wherever a token of a continuation is predicted, all read at a time: tokens × vocabulary, float32.
+        """Return the logits that predict each continuation's tokens, computed together: tokens × vocabulary, float32.
 
         Args:
-            before: at least one token; the text begins with it.
-            afters: continuations, each by itself.
+            before: the common beginning, at least one token.
+            afters: independent continuations.
 
         Returns:
-            One tensor of each; None where there are too many or the architecture cannot.
+            One tensor per continuation; None if there are too many or the architecture does not allow it.
         """
         length, everywhere = len(before), tuple(range(len(afters)))
         tokens = [(token, place, everywhere, place == length - 1) for place, token in enumerate(before)]
@@ -335,14 +332,14 @@ class LlamaCpp:
         return self.last_logits(len(tokens))
 
     def last_logits(self, count: int) -> Tensor:
-        """Return the logits of the last `count` tokens, which were read with all logits: tokens × vocabulary, float32."""
+        """Return the logits of the last `count` tokens, read with `all_logits`: tokens × vocabulary, float32."""
         raw = self._ffi.buffer(self._library.llama_get_logits(self._context), count * self.vocabulary * 4)
         import torch
 
         return torch.from_numpy(np.frombuffer(raw, dtype=np.float32).reshape(count, -1).copy())
 
     def cut_back(self, length: int) -> bool:
-        """Truncate the text to `length` tokens; return whether the architecture can."""
+        """Truncate the text to `length` tokens; return whether the architecture allows it."""
         memory = self._library.llama_get_memory(self._context)
         return bool(self._library.llama_memory_seq_rm(memory, 0, length, -1))
 
@@ -351,7 +348,7 @@ class LlamaCpp:
         return bool(self._library.llama_vocab_is_eog(self._library.llama_model_get_vocab(self._model), token))
 
     def tokenize(self, text: str) -> list[int]:
-        """Cut a text into tokens by the file's own tokenizer, with what that puts before it."""
+        """Tokenize a text with the file's tokenizer, including what that adds in front."""
         raw = text.encode()
         found = self._ffi.new("llama_token[]", len(raw) + 8)
         vocabulary = self._library.llama_model_get_vocab(self._model)
@@ -373,7 +370,7 @@ class LlamaCpp:
             self._model = self._ffi.NULL
 
     def __del__(self) -> None:
-        with suppress(AttributeError, TypeError):  # an interpreter that ends has let go of its modules
+        with suppress(AttributeError, TypeError):  # at exit the interpreter may have cleared its modules
             self.close()
 
 
@@ -383,25 +380,25 @@ GgufType = Literal[
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m",
     "iq3_s", "q2_k", "iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
-"""Types of a file, by the bits of a weight within their kind: plain, of the gguf package, of llama.cpp's quantiser."""
+"""Types of a file: plain, the gguf package's and llama.cpp's, each ordered by bits per weight."""
 TYPES: tuple[str, ...] = get_args(GgufType)
 PLAIN = ("f32", "f16", "bf16")
 QUANTISED = {"q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
-"""Types of blocks of 32 that the gguf package makes, with their bits."""
+"""Types with blocks of 32 that the gguf package can write, with their bits."""
 BY_LLAMA_CPP = tuple(name for name in TYPES if name not in (*PLAIN, *QUANTISED))
-"""Types that llama.cpp's quantiser makes."""
+"""Types that only llama.cpp's quantiser writes."""
 NEED_IMPORTANCE = ("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
-"""Those that it makes with an importance matrix alone."""
+"""Those that require an importance matrix."""
 _BLOCK = 32
 _LARGEST_HALF = 65504.0
 
 
 def require_type(name: str) -> GgufType:
-    """Return a type by its name. Raises BadInput for one that there is not, or whose package is not installed."""
+    """Return a type by its name. Raises BadInput for an unknown type, or one whose package is not installed."""
     if name not in TYPES:
         raise unknown_name("type", name, TYPES, "type")
     if name in BY_LLAMA_CPP:
-        require_llama_cpp(f"the type {name} is made by llama.cpp's own quantiser", "type", name)
+        require_llama_cpp(f"the type {name} needs llama.cpp's quantiser", "type", name)
     return cast(GgufType, name)
 
 
@@ -416,12 +413,12 @@ def tensor_type(name: str, shape: Sequence[int], asked: str, source_type: str, m
     """Return the storage type of a tensor.
 
     Vectors stay float32, as do the source file's float32 tensors if it also has other types. Tensors outside the blocks,
-    above all embeddings, get eight bits where others get fewer; rows that are not multiples of 32 get sixteen.
+    above all embeddings, get at least eight bits; rows whose length is not a multiple of 32 get sixteen.
 
     Args:
         name: of the tensor in the file.
         shape: of the tensor, rows last.
-        asked: the requested type, one that the gguf package can make.
+        asked: the requested type, one that the gguf package can write.
         source_type: its type in the source file.
         mixed: whether the source file has matrices in other types than float32.
     """
@@ -454,7 +451,7 @@ def encode(tensor: Tensor, kind: str) -> Any:
 
 
 def encoded_bytes(shape: Sequence[int], kind: str) -> tuple[int, tuple[int, ...]]:
-    """Return the bytes of a tensor in a type, and the shape of the array that holds them."""
+    """Return the size of an encoded tensor in bytes, and the shape of its byte array."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file, and what they have to say of a smaller model.
+"""The metadata of a GGUF file, and their changes for a smaller model.
 
-Which numbers tell what was changed is found as in `coprune.removal.smaller_model`: those that are as large as what was cut are
-tried, until transformers reads the configuration out of them that the smaller model has.
+The numbers to change are found as in `coprune.removal.smaller_model`: numbers equal to a cut size are tried, until transformers
+reads the smaller model's configuration from them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _OWN = (
     "general.size_label",
     "split.",
 )
-"""Keys that the writer sets itself, or that tell of the file that was."""
+"""Keys that the writer sets itself, or that describe the old file."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A value of the metadata, with its type and that of a list's entries as the format numbers them."""
+    """A metadata value, with the format's numbers for its type and for a list's entry type."""
 
     value: Any
     type: int
@@ -74,17 +74,17 @@ def write_fields(writer: Any, fields: Fields) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """Changed sizes that metadata may have to reflect."""
+    """Changed sizes that the metadata may have to reflect."""
 
     changes: Mapping[str, Any]
     """New values of the configuration by dotted path."""
     sizes: Mapping[int, int]
-    """New dimensions by old ones that no tensor has any more."""
+    """New sizes by old ones that no tensor has any more."""
     kept_blocks: Sequence[int]
     blocks: int
     """Original number of blocks."""
     config: Mapping[str, Any]
-    """The source's configuration, where that is here."""
+    """The source's configuration, if available."""
 
 
 def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
@@ -93,7 +93,7 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
         return dict(fields)
     try:
         before = config_of(fields, arch)
-    except Exception:  # transformers does not read this architecture, which it says in many ways
+    except Exception:  # transformers cannot read this architecture, and raises various errors
         return _by_value(fields, arch, counts)
     wanted = {place: new for place, new in counts.changes.items() if _is_number(new) and _is_number(_at(before, place))}
     kept = {
@@ -133,7 +133,7 @@ def _is_read(place: str, new: int, fields: Fields, read: tuple[str, Mapping[str,
     }
     try:
         return bool(told) and _at(config_of({**fields, **told}, arch), place) != old
-    except Exception:  # numbers that do not go together, so they are read
+    except Exception:  # inconsistent numbers raise, so they are read
         return True
 
 
@@ -142,10 +142,10 @@ def _instead(value: Any, new: int) -> Any:
 
 
 def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
-    """Correct by value, where transformers cannot read the configuration: every number equal to a cut size.
+    """Correct every number equal to a cut size, if transformers cannot read the configuration.
 
-    Widths of the model are never cut, and the number of blocks has a name of its own. Raises UnsupportedModel if one number
-    became two.
+    The model's width is never cut, and the number of blocks has its own key. Raises UnsupportedModel if one size became two
+    different ones.
     """
     mixed = [place for place, new in counts.changes.items() if isinstance(new, list) and len({*map(str, new)}) > 1]
     if mixed:
@@ -204,7 +204,7 @@ def _without_blocks(field: Field, counts: Counts) -> Field:
 
 
 def _head_width(before: Fields, after: Fields, arch: str) -> dict[str, Field]:
-    """Return the width of a head, which the format derives from the embedding and the number of heads if absent."""
+    """Return the width of a head, which the format would otherwise derive from the embedding and the number of heads."""
     heads, width = f"{arch}.attention.head_count", before.get(f"{arch}.embedding_length")
     said = f"{arch}.attention.key_length"
     if heads not in before or width is None or said in before or after[heads].value == before[heads].value:
@@ -216,7 +216,7 @@ def _head_width(before: Fields, after: Fields, arch: str) -> dict[str, Field]:
 
 
 def _short(value: Any) -> str:
-    """Return a value in words; a list of one value per block with one letter each."""
+    """Return a value as text; a list with one value per block is shown with one letter each."""
     return "".join(str(one)[:1] for one in value) if isinstance(value, list) else str(value)
 
 
@@ -253,7 +253,7 @@ def _at(config: Mapping[str, Any], place: str) -> Any:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor of the new file: its shape, its type, and the name that it had in the source file."""
+    """A tensor of the new file: its shape, its type, and its name in the source file."""
 
     source: str
     shape: tuple[int, ...]
@@ -262,7 +262,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A new file without its values."""
+    """A new file, without its values."""
 
     arch: str
     fields: Fields
@@ -277,13 +277,13 @@ class Plan:
 
 
 def write_gguf(file: Path, plan: Plan, values: Callable[[str], Tensor], advance: Callable[[float], None]) -> None:
-    """Write a whole file.
+    """Write a complete file.
 
     Args:
-        file: its name, under which nothing is yet.
-        plan: what it holds.
-        values: makes a tensor, float32, by its name in the source file.
-        advance: is called with the bytes that were written.
+        file: its path, which must not exist.
+        plan: its content.
+        values: returns a tensor in float32 by its name in the source file.
+        advance: called with the number of written bytes.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -292,7 +292,7 @@ def write_gguf(file: Path, plan: Plan, values: Callable[[str], Tensor], advance:
             writer.data_alignment = plan.fields["general.alignment"].value
         write_fields(writer, plan.fields)
         writer.add_file_type(file_type(plan.kind))
-        writer.add_quantization_version(2)  # of the blocks' layout, which has been the same since 2023
+        writer.add_quantization_version(2)  # version of the blocks' layout, unchanged since 2023
         for name, tensor in plan.tensors.items():
             size, stored = encoded_bytes(tensor.shape, tensor.kind)
             plain: Any = {"f32": np.float32, "f16": np.float16}.get(tensor.kind, np.uint8)

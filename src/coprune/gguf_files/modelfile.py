@@ -1,7 +1,7 @@
-"""Ollama's `Modelfile` of a GGUF file: its stop tokens, and its chat template where that can be said in Go and is proven.
+"""Ollama's `Modelfile` for a GGUF file: its stop tokens, and its chat template if a Go version of it is proven equal.
 
-Ollama does not run the Jinja template in a GGUF file. It compares it with the templates that it knows, and hands a user's text
-on as it is where none is like it; a TEMPLATE in the Modelfile comes before that.
+Ollama does not run the Jinja template in a GGUF file. It looks for a similar one among the templates that it knows, and passes
+the user's text on unchanged if there is none; a TEMPLATE in the Modelfile takes precedence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from coprune.model.transformers_private import rendered_chat
 
 FILE = "Modelfile"
 _STOPS = ("eos", "eot", "eom")
-"""Kinds of tokens that end an answer, as the metadata calls them."""
+"""Metadata names of tokens that end an answer."""
 _ROLES = ("system", "user", "assistant")
 _ONE, _OTHER, _LAST = "Hello there", "What is 2+2?", "And 3+3?"
 Messages = Sequence[Mapping[str, str]]
@@ -43,12 +43,12 @@ SAMPLES: tuple[Messages, ...] = (
         ("user", _LAST),
     ),
 )
-"""Conversations on which the two templates are compared."""
+"""Conversations to compare the two templates on."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template as texts around each message."""
+    """A chat template, as texts around each message."""
 
     around: Mapping[str, tuple[str, str]]
     """Texts before and after a message, by its role."""
@@ -58,13 +58,13 @@ class Turns:
     """Text at the beginning where there is no system message."""
 
     def render(self, messages: Messages) -> str:
-        """Return a conversation as the model reads it, up to its answer."""
+        """Render a conversation as the model reads it, up to its answer."""
         first = "" if messages[0]["role"] == "system" else self.unasked
         said = (self.around[one["role"]] for one in messages)
         return first + "".join(f"{a}{m['content']}{b}" for (a, b), m in zip(said, messages, strict=True)) + self.answer
 
     def in_go(self) -> str:
-        """Return the same in the language of Ollama's templates."""
+        """Return the template in Ollama's template language."""
         whole = f"{{{{ if not .System }}}}{self.unasked}{{{{ end }}}}" if self.unasked else ""
         whole += "{{ range .Messages }}"
         for number, role in enumerate(role for role in _ROLES if role in self.around):
@@ -75,13 +75,13 @@ class Turns:
 
 @dataclass(frozen=True)
 class Modelfile:
-    """What Ollama is told of a GGUF file."""
+    """The content of a Modelfile."""
 
     file: str
     stops: Sequence[str]
     turns: Turns | None
     why: str = field(default="")
-    """Why there is no template."""
+    """Why there is no template, if so."""
 
     def text(self) -> str:
         """Return the file's content."""
@@ -96,7 +96,7 @@ class Modelfile:
         )
 
     def line(self) -> str:
-        """Return what it holds, for people."""
+        """Describe the content in a line."""
         told = ", ".join(self.stops) or "none"
         template = (
             f"no template ({self.why})" if self.turns is None else f"template proven on {len(SAMPLES)} conversations"
@@ -106,7 +106,7 @@ class Modelfile:
 
 @dataclass(frozen=True)
 class Written:
-    """A Modelfile that was written."""
+    """A written Modelfile."""
 
     path: Path
     content: Modelfile
@@ -133,23 +133,21 @@ def modelfile_of(gguf: Path) -> Modelfile:
     stops = list(dict.fromkeys(found for kind in _STOPS if (found := token(kind))))
     template = value("tokenizer.chat_template")
     if not template:
-        return Modelfile(gguf.name, stops, None, "the file holds no chat template, so text is continued as it is")
+        return Modelfile(gguf.name, stops, None, "the file has no chat template, so Ollama continues plain text")
     special = {"bos_token": token("bos") or "", "eos_token": token("eos") or ""}
     added = special["bos_token"] if value("tokenizer.ggml.add_bos_token") else ""
     turns = turns_of(str(template), special, added)
-    why = (
-        "the chat template cannot be said as texts around each message; Ollama takes its own where it knows a like one"
-    )
+    why = "the chat template is not just text around each message; Ollama uses its own if it knows a similar one"
     return Modelfile(gguf.name, stops, turns, "" if turns else why)
 
 
 def turns_of(template: str, special: Mapping[str, str], added: str) -> Turns | None:
-    """Return a Jinja chat template as texts around messages; None where the two differ on a sample, or Go could not say it.
+    """Convert a Jinja chat template to texts around messages; None if they differ on a sample or cannot be written in Go.
 
     Args:
         template: in Jinja, as transformers runs it.
         special: texts of `bos_token` and `eos_token`.
-        added: what the runtime puts before every text itself, and a Go template must not put there again.
+        added: text that the runtime itself puts before every text, and that a Go template must not repeat.
     """
     try:
         render = _renderer(template, special, added)
@@ -182,9 +180,9 @@ Render = Callable[[Messages, bool], str]
 
 
 def _renderer(template: str, special: Mapping[str, str], added: str) -> Render:
-    """Return a function that renders messages as transformers does, without what is added; last, whether an answer is begun.
+    """Return a function that renders messages as transformers does, without `added`; its last argument: begin an answer.
 
-    It runs in a limited process, and raises ValueError for the template's error or one of the limits.
+    It runs in a limited process, and raises ValueError if the template fails or exceeds a limit.
     """
 
     def render(messages: Messages, begins: bool) -> str:
@@ -198,7 +196,7 @@ _CHILDREN: dict[str, Child] = {}
 
 
 def _read(render: Render) -> Turns | None:
-    """Read the texts around messages off three conversations; nothing is proven yet."""
+    """Derive the texts around messages from three conversations, without proof."""
     one, briefed, several = SAMPLES[:3]
     alone = _cut(render(one, False), one)
     asked = _cut(render(one, True), one)
@@ -214,14 +212,14 @@ def _read(render: Render) -> Turns | None:
     if not start.endswith(before_user):
         return None
     around = {"user": (before_user, after_user), "assistant": (answer, ended[2])}
-    with suppress(ValueError):  # which some raise for a system message
+    with suppress(ValueError):  # some templates reject system messages
         if (told := _cut(render(briefed, True), briefed)) is not None:
             around["system"] = (told[0], told[1].removesuffix(before_user))
     return Turns(around, answer, start.removesuffix(before_user))
 
 
 def _cut(text: str, messages: Messages) -> list[str] | None:
-    """Return the texts before, between and after messages; None where one of them is not there as it was said."""
+    """Return the texts before, between and after messages; None if a message does not occur verbatim."""
     found = []
     for message in messages:
         before, there, text = text.partition(message["content"])

@@ -1,4 +1,4 @@
-"""A GGUF file without some experts or blocks, whose other tensors keep the source's bytes in whatever type they are."""
+"""Write a GGUF file without some experts or blocks; the other tensors keep the source's bytes, whatever their type."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from coprune.model.edit import Configure, DropBlock, KeepExperts
 from coprune.model.edits import Edits
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-"""Names of tensors of blocks: the number, and the rest."""
+"""Names of blocks' tensors: the block's number, and the rest."""
 
 
 def by_expert(name: str) -> bool:
-    """Return whether a tensor of a block has one entry per expert. name: without the block's."""
+    """Return whether a block's tensor has one entry per expert. name: without the block's prefix."""
     return name.partition(".")[0] in _by_expert()
 
 
@@ -40,7 +40,7 @@ def _by_expert() -> frozenset[str]:
 
 
 class GgufParts(Sliced):
-    """A GGUF file, and which of its blocks are those of the model that transformers makes of it."""
+    """A GGUF file, with its blocks matched to those of the model that transformers builds from it."""
 
     def __init__(self, file: GgufFile, blocks: Sequence[str]) -> None:
         """Open a file for blocks with these names, in order. Raises BadInput, UnsupportedModel if the file has others."""
@@ -53,32 +53,32 @@ class GgufParts(Sliced):
             )
 
     def require_router(self, block: str, router: Tensor) -> None:
-        """Raise UnsupportedModel where a block of the file has not this router: one row per expert, in the file's order."""
+        """Raise UnsupportedModel unless a block of the file has this router: one row per expert, in the file's order."""
         name = f"blk.{self.blocks.index(block)}.ffn_gate_inp.weight"
         stored = next((stored for stored in self.tensors if stored.name == name), None)
         if stored is None or not torch.equal(decode(stored).to(router.dtype), router.detach().cpu()):
             raise UnsupportedModel(
-                f"{name} of {self.file.name} is not the router that transformers makes of {block}, so it cannot be told "
-                "which experts are which; name a folder to save in"
+                f"{name} of {self.file.name} differs from the router that transformers reads for {block}, so the experts "
+                "cannot be matched; save to a folder instead"
             )
 
     def cut(self, target: Path, edits: Edits, reporter: Reporter) -> None:
-        """Write the file without the experts and blocks that went.
+        """Write the file without the removed experts and blocks.
 
         Args:
             target: the new file.
-            edits: what was done to the model.
-            reporter: who sees the bar.
+            edits: the model's edits.
+            reporter: shows the progress.
 
         Raises:
-            BadInput: the target is taken.
-            UnsupportedModel: something else was done to the model, or the metadata cannot tell of it.
-            VerificationError: the bytes that were written are not the source's.
+            BadInput: the target exists.
+            UnsupportedModel: the model was edited in other ways, or the metadata cannot express the edits.
+            VerificationError: the written bytes differ from the source's.
         """
         other = next((one for one in edits.all() if not isinstance(one, KeepExperts | DropBlock | Configure)), None)
         if other is not None:
             raise UnsupportedModel(
-                f"{type(other).__name__} changes values, which the bytes of {self.file.name} are not"
+                f"{type(other).__name__} changes values, but the bytes of {self.file.name} are copied unchanged"
             )
         left = [index for index, name in enumerate(self.blocks) if edits.place(name) is not None]
         experts = {
@@ -109,18 +109,18 @@ class GgufParts(Sliced):
             yield stored.name, Slice(f"blk.{places[number]}.{rest}", kept)
         if whole := experts.keys() - cut:
             raise UnsupportedModel(
-                f"the experts of blk.{min(whole)} are no entries of one tensor in {self.file.name}; name a folder to save in"
+                f"the experts of blk.{min(whole)} are not entries of one tensor in {self.file.name}; save to a folder instead"
             )
 
     def _fields(self, edits: Edits, left: Sequence[int], experts: Mapping[int, KeepExperts]) -> dict[str, Field]:
         changes = {
             place: value for edit in edits.all() if isinstance(edit, Configure) for place, value in edit.changes.items()
         }
-        # Nothing but these two numbers is of experts and blocks, so no other of the same size is touched.
+        # Only these two numbers describe experts and blocks, so others of the same size stay.
         fields = corrected(self.fields, self.arch, Counts(changes, {}, left, len(self.blocks), {}))
         wanted = [("block_count", len(left)), *(("expert_count", len(edit.experts)) for edit in experts.values())]
         for key, number in wanted:
             said = fields.get(f"{self.arch}.{key}")
             if said is None or said.value != number:
-                raise UnsupportedModel(f"no change of {self.file.name}'s metadata says {key} {number}")
+                raise UnsupportedModel(f"{self.file.name}'s metadata cannot be changed to say {key} {number}")
         return fields

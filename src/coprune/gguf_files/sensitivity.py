@@ -1,7 +1,7 @@
-"""How much a model's answers depend on each weight of a GGUF file: the diagonal of the Fisher information, rows × columns.
+"""Sensitivity of a model to each weight of a GGUF file: the diagonal of the Fisher information, as rows × columns.
 
-The mean squared gradient of the loss on tokens that the model draws itself is the curvature of its KL divergence. So half of it
-times the squared errors of the weights is the KL of a rounded model, summed over all tensors, as long as the errors are small.
+The mean squared gradient of the loss on tokens sampled from the model is the curvature of its KL divergence. So for small
+errors, half of it times the squared errors of the weights, summed over all tensors, is the KL of the rounded model.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.matrix_choice import choose_matrices
 
 _SEED = 0
-"""Of the tokens that the model draws."""
+"""Seed for sampling tokens from the model."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Sensitivity of the model to a tensor."""
+    """Sensitivity of the model to a tensor, as an outer product."""
 
     rows: Tensor
     columns: Tensor
-    """Their outer product is the mean squared gradient of a token's loss by each weight."""
+    """The outer product is the mean squared gradient of a token's loss for each weight."""
 
 
 class _Squares:
-    """Sums over tokens of squared gradients of one matrix, by its rows and by its columns."""
+    """Sums over tokens of a matrix's squared gradients, by row and by column."""
 
     def __init__(self) -> None:
         self.rows: Tensor | float = 0.0
@@ -49,7 +49,7 @@ class _Squares:
         self.tokens = 0
 
     def add(self, inputs: Tensor, slopes: Tensor) -> None:
-        """Add tokens: their inputs, and the gradients by their outputs."""
+        """Add tokens: their inputs, and the gradients of their outputs."""
         inputs = inputs.reshape(-1, inputs.shape[-1]).float().square()
         slopes = slopes.reshape(-1, slopes.shape[-1]).float().square()
         self.rows = self.rows + inputs.sum(1) @ slopes
@@ -57,25 +57,26 @@ class _Squares:
         self.tokens += len(inputs)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Return the factors of the mean over the tokens."""
+        """Return the outer product's factors, averaged over the tokens."""
         assert isinstance(self.rows, Tensor)
         assert isinstance(self.columns, Tensor)
         return self.rows / self.tokens, self.columns / self.rows.sum().clamp_min(torch.finfo().tiny)
 
 
 def sensitivity_of(file: Path, tokens: Tensor, reporter: Reporter) -> Mapping[str, list[Sensitivity]]:
-    """Measure how sensitive a model is to each matrix of its file, by one pass forward and one backward.
+    """Measure a model's sensitivity to each matrix of its file, with one forward and one backward pass.
 
     Args:
-        file: in sixteen bits.
+        file: a 16-bit file.
         tokens: samples of token ids (N × S).
-        reporter: shows the bar.
+        reporter: shows the progress.
 
     Returns:
-        By the tensor's name in the file; what is used twice, as embeddings and as head, has two that add up.
+        The sensitivities by the tensor's name in the file. A tensor that is used twice (as embeddings and as head) has two,
+        which add up.
 
     Raises:
-        UnsupportedModel: its matrices are no plain linear layers, or cannot be found in the file.
+        UnsupportedModel: its matrices are not plain linear layers, or cannot be found in the file.
         BadInput: transformers cannot read it.
     """
     location = GgufFile(file, file.name)
@@ -89,10 +90,10 @@ def sensitivity_of(file: Path, tokens: Tensor, reporter: Reporter) -> Mapping[st
             found[name].append(Sensitivity(own[0][:, 0].clone(), own[1][0].clone()))
     in_blocks = [name for name, shape in example.shapes.items() if name.startswith("blk.") and len(shape) > 1]
     if unknown := [name for name in in_blocks if name not in found]:
-        raise UnsupportedModel(f"it is not known how sensitive the model is to {unknown[0]}")
+        raise UnsupportedModel(f"the model's sensitivity to {unknown[0]} is unknown")
     count = example.shapes[TOKEN_EMBEDDINGS][0]
     found[HEAD if HEAD in example.shapes else TOKEN_EMBEDDINGS].append(passed.head)
-    # A row is read as often as any other on average, since the rest is not known of those that were not read.
+    # Assume that all rows are read equally often, since nothing is known about those that the sample did not read.
     found[TOKEN_EMBEDDINGS].append(Sensitivity(torch.full((count,), 1 / count), passed.embedded))
     return found
 
@@ -118,9 +119,9 @@ def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     for matrix in chosen.all():
         if not isinstance(matrix.owner, nn.Linear):
-            raise UnsupportedModel(f"{matrix.name} is no linear layer, so types are not chosen by tensor")
+            raise UnsupportedModel(f"{matrix.name} is not a linear layer, so types cannot be chosen by tensor")
     if not isinstance(head, nn.Linear):
-        raise UnsupportedModel("the model has no head of its own, so types are not chosen by tensor")
+        raise UnsupportedModel("the model has no separate head, so types cannot be chosen by tensor")
     squares, embedded = defaultdict[int, _Squares](_Squares), _Squares()
     watched = {id(owner): owner for owner in (*(one.owner for one in chosen.all()), head)}
     hooks = [owner.register_forward_hook(_watching(squares[number])) for number, owner in watched.items()]
@@ -150,10 +151,10 @@ def _watching(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], None]:
 
 
 def _watching_table(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """Watch the embeddings, from which gradients are computed."""
+    """Return a hook that records the embeddings and starts their gradients."""
 
     def seen(module: Any, given: Any, out: Tensor) -> Tensor:
-        # Some models multiply their embeddings.
+        # Some models scale their embeddings.
         scale = out.float().square().mean() / module.weight[given[0]].float().square().mean()
         out = out.detach().requires_grad_(True)
 

@@ -1,6 +1,6 @@
-"""A GGUF file made of parts of another one: every tensor whole, or some entries of its first axis, as they are stored.
+"""Write a GGUF file from parts of another one: each tensor whole, or some entries of its first axis, as stored.
 
-Rows, experts and tokens are entries of the outermost axis of what holds them, so their bytes lie together in every type.
+Rows, experts and tokens are entries of a tensor's outermost axis, so their bytes are contiguous in every type.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Slice:
     name: str
     """Name in the new file."""
     kept: NDArray[np.int64] | None = None
-    """Entries of its first axis; None for all."""
+    """Indices of its first axis; None for all."""
 
     def pieces(self, stored: Any) -> Iterator[Any]:
-        """Yield what is left of a tensor of a reader, as it is stored: views of some MiB, so that nothing is copied."""
+        """Yield the stored bytes of a tensor's remaining entries, as views of a few MiB, without copying."""
         entries = len(stored.data)
         kept = np.arange(entries) if self.kept is None else self.kept
         most = max(1, _PIECE * entries // max(1, int(stored.n_bytes)))
@@ -44,7 +44,7 @@ class Slice:
                 yield stored.data[first : first + len(run[start : start + most])]
 
     def bytes_of(self, stored: Any) -> int:
-        """Return how many bytes of a tensor are left."""
+        """Return the number of remaining bytes of a tensor."""
         whole = int(stored.n_bytes)
         return whole if self.kept is None else whole // len(stored.data) * len(self.kept)
 
@@ -54,14 +54,14 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class _Left:
-    """The remaining part of a tensor, with the interface that the gguf package writes."""
+    """The remaining part of a tensor, with the interface that the gguf package's writer needs."""
 
     nbytes: int
     pieces: Iterator[Any]
     advance: Callable[[float], None]
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write it piece by piece."""
+        """Write the part piece by piece."""
         for piece in self.pieces:
             piece.tofile(file)
             self.advance(piece.nbytes)
@@ -72,10 +72,10 @@ Slices = Mapping[str, Slice]
 
 
 class Sliced:
-    """A GGUF file that others are made of."""
+    """A GGUF file to cut others from."""
 
     def __init__(self, file: GgufFile) -> None:
-        """Read all but the tensors' values. Raises BadInput where the file, or a part of it, cannot be read."""
+        """Read everything except the tensors' values. Raises BadInput if the file or a part of it cannot be read."""
         self.file = file
         self._mapped = MappedGguf(file)
         self.tensors = self._mapped.tensors
@@ -83,7 +83,7 @@ class Sliced:
 
     @property
     def arch(self) -> str:
-        """The name in front of what describes the model."""
+        """Prefix of the keys that describe the model."""
         return architecture(self._mapped.first)
 
     def sizes(self, slices: Slices) -> tuple[int, int]:
@@ -92,17 +92,17 @@ class Sliced:
         return sum(int(stored.n_bytes) for stored in self.tensors), left
 
     def write(self, target: Path, slices: Slices, fields: Fields, reporter: Reporter) -> None:
-        """Write a file with what is left, whole or not at all.
+        """Write a file with the slices, completely or not at all.
 
         Args:
-            target: its name.
-            slices: what is left of which tensors.
+            target: its path.
+            slices: the parts of the tensors to keep.
             fields: its metadata.
-            reporter: who sees the bar.
+            reporter: shows the progress.
 
         Raises:
-            BadInput: the target is taken.
-            VerificationError: the bytes that were written are not the source's.
+            BadInput: the target exists.
+            VerificationError: the written bytes differ from the source's.
         """
         if target.exists():
             raise BadInput(f"{target} already exists", field="save_model", value=target, fix="choose another name")

@@ -1,4 +1,4 @@
-"""The model that is exported: its tensors, read one at a time, and what was cut away of the source's."""
+"""The model to export: its tensors, read one at a time, and what was cut from the source's."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from coprune.model.transformers_private import revert_conversion, saved_tensors
 
 @dataclass
 class Exported:
-    """Tensors of a checkpoint by name, and the edits by which they came from the source's, in a folder or file."""
+    """Tensors of a checkpoint by name, and the edits that made them from the source's, in a folder or file."""
 
     tensors: Mapping[str, Tensor | TensorEntry]
     edits: Sequence[Edits]
-    """The earliest first."""
+    """Earliest first."""
     location: Location
     source: ModelFolder | None = None
-    """The folder that the edits began from, where it is here; else the model's own if nothing was cut."""
+    """The folder that the edits started from, if available; else the model's own if nothing was cut."""
     narrow: Edits = field(default_factory=Edits)
-    """Removal of units that are zero; applied after all other edits."""
+    """Removal of units that are all zeros; applied after all other edits."""
 
     def name(self, source: str) -> str | None:
         """Return a source tensor's name in the model, or None if it was removed. Raises BadInput if it is missing."""
@@ -50,10 +50,10 @@ class Exported:
     def _spelled(self, name: str) -> str:
         if name in self.tensors:
             return name
-        # Some checkpoints leave the base model's name out.
+        # Some checkpoints omit the base model's prefix.
         near = [other for other in self.tensors if other.endswith(f".{name}") or name.endswith(f".{other}")]
         if len(near) != 1:
-            raise BadInput(f"the model has no tensor {name}, which the GGUF file has", field="like")
+            raise BadInput(f"the GGUF file has the tensor {name}, which the model lacks", field="like")
         return near[0]
 
     def tensor(self, name: str) -> Tensor:
@@ -62,7 +62,7 @@ class Exported:
         return self.narrow.cut(own, held(_lying(self.tensors[own])))
 
     def lying(self) -> dict[str, Tensor]:
-        """Return the model's own tensors, float32, most of which are read when something is computed with them."""
+        """Return the model's own tensors in float32; most are read lazily."""
         return {name: self.narrow.cut(name, _lying(stored)) for name, stored in self.tensors.items()}
 
     def shape(self, source: str) -> tuple[int, ...] | None:
@@ -75,13 +75,13 @@ class Exported:
         return tuple(self.narrow.cut(name, torch.empty(tuple(self.tensors[name].shape), device="meta")).shape)
 
     def without(self, edits: Edits) -> Exported:
-        """Return the model with more units removed, all of them zeros."""
+        """Return the model with further, all-zero units removed."""
         return replace(self, edits=[*self.edits, edits], narrow=edits)
 
     def read(self, source: str) -> tuple[Tensor, Tensor | None] | None:
         """Return a source tensor without its removed entries (float32, in the source's shape) and the mask of kept ones.
 
-        The mask is None where nothing was removed; the result is None where the whole tensor was.
+        The mask is None if nothing was removed; the result is None if the whole tensor was.
         """
         name = self.name(source)
         if name is None:
@@ -122,9 +122,9 @@ def _folder_named(name: str | None) -> ModelFolder | None:
 
 
 def whole_tensors(location: Location) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint as transformers loads it, under the names by which it would save them.
+    """Return the tensors of a checkpoint as transformers loads it, under the names that it would save them by.
 
-    Those of a GGUF file are read when something is computed with them.
+    Those of a GGUF file are read lazily.
     """
     if isinstance(location, GgufFile):
         require_one_part(location)
@@ -136,7 +136,7 @@ def whole_tensors(location: Location) -> dict[str, Tensor]:
 def planned_shape(pieces: Sequence[Piece], shape: Sequence[int], model: Exported) -> tuple[int, ...] | None:
     """Return a tensor's shape in the new GGUF file, or None if nothing is left of it.
 
-    shape: what it has in the GGUF file that the pieces were found in.
+    shape: its shape in the GGUF file that the pieces were found in.
     """
     shapes = [left for piece in pieces if (left := model.shape(piece.names[0])) is not None]
     if not shapes:
@@ -150,7 +150,7 @@ def planned_shape(pieces: Sequence[Piece], shape: Sequence[int], model: Exported
 
 
 def _spread(sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Insert the ones of a shape into sizes, where it has as many others."""
+    """Insert a shape's dimensions of size one into sizes."""
     if len([size for size in shape if size > 1]) != len(sizes):
         return tuple(sizes) if len(sizes) == len(shape) else (*[1] * (len(shape) - len(sizes)), *sizes)
     left = iter(sizes)
@@ -158,7 +158,7 @@ def _spread(sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def made(name: str, pieces: Sequence[Piece], model: Exported) -> Tensor:
-    """Make a tensor of the new GGUF file, float32. Raises UnsupportedModel if its source is unknown."""
+    """Compute a tensor of the new GGUF file in float32. Raises UnsupportedModel if its source is ambiguous."""
     parts = [part for piece in pieces if (part := _made(name, piece, model)) is not None]
     return parts[0] if len(pieces) == 1 else torch.stack(parts)
 
@@ -170,8 +170,8 @@ def _made(name: str, piece: Piece, model: Exported) -> Tensor | None:
         same = (other is None) == (first is None) and (first is None or other is None or torch.equal(first, other))
         if not same:
             raise UnsupportedModel(
-                f"{name} has the values of {' and '.join(piece.names[:3])} alike in the GGUF file, and in the model they differ, "
-                "so it cannot be told which of them it is"
+                f"{name} could be any of {' and '.join(piece.names[:3])}, which are equal in the GGUF file but differ in the "
+                "model"
             )
     return first
 
@@ -184,7 +184,7 @@ def _arranged(piece: Piece, source: str, model: Exported) -> Tensor | None:
     if piece.order is not None and len(squeezed(tensor if piece.expert is None else tensor[piece.expert])) != len(
         piece.order
     ):
-        raise BadInput(f"{source} has another shape than in the GGUF file", field="like")
+        raise BadInput(f"{source} has a different shape in the GGUF file", field="like")
     whole = piece.arrange(tensor) + piece.added
     if mask is None:
         return whole

@@ -1,8 +1,8 @@
-"""The source of every tensor of a GGUF file in a checkpoint, found by values alone.
+"""Find the source of every tensor of a GGUF file in a checkpoint, by values alone.
 
-A converter renames, transposes, stacks experts, reorders the rows of attention, and adds one to some norms. No model name
-is used for that: transformers loads the file, and its result shows where each tensor went. For an architecture unknown to
-transformers, the source's own checkpoint serves, as far as the file's types are exact.
+A converter renames, transposes, stacks experts, reorders the rows of attention, and adds one to some norms. Nothing here
+depends on a model's name: transformers loads the file, and its result shows where each tensor went. For an architecture that
+transformers does not know, the source's checkpoint is used, as far as the file's types are exact.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from coprune.base.errors import UnsupportedModel
 from coprune.model.checkpoint.deferred import held
 
 EXACT = 1e-5
-"""Error over the norm: transformers subtracts the one that a converter added to a norm, which rounds."""
+"""Maximum relative error: transformers subtracts the 1 that a converter added to a norm, which rounds."""
 
 
 _VECTORS = 1e-2
-"""The same for vectors, which no file quantises: what sixteen bits explain."""
+"""The same for vectors, which are never quantised below sixteen bits."""
 
 
 _STRETCH = 1 << 22
@@ -33,44 +33,44 @@ _STRETCH = 1 << 22
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a GGUF file, or one expert's part of it, as it is made of a tensor of the checkpoint."""
+    """How a tensor of a GGUF file, or one expert's part of it, is made from a tensor of the checkpoint."""
 
     names: tuple[str, ...]
-    """Tensors of the checkpoint that have these values; more than one where they hold the same."""
+    """Tensors of the checkpoint with these values; several if they are equal."""
     expert: int | None = None
     """Index in the tensor's first dimension; None for all of it."""
     transposed: bool = False
     order: Tensor | None = None
-    """The checkpoint's row for every row, int64; None if they are in the same order."""
+    """The checkpoint's row for every row, int64; None for the same order."""
     added: float = 0.0
 
     def arrange(self, tensor: Tensor) -> Tensor:
-        """Bring the checkpoint's tensor, or a mask of it, into the shape and order of the GGUF file."""
+        """Arrange the checkpoint's tensor, or a mask of it, as in the GGUF file."""
         part = squeezed(tensor if self.expert is None else tensor[self.expert])
         part = part.T if self.transposed else part
         return part if self.order is None else part[self.order]
 
 
 _Compare = Callable[[Piece, Tensor, Tensor], Piece | None]
-"""Of a tensor of the checkpoint with one of the file: how the second is made of the first, or None if it is not."""
+"""Compares a tensor of the checkpoint with one of the file; returns how the second is made from the first, or None."""
 
 
 @dataclass
 class Matcher:
-    """Finds what the tensors of a GGUF file were made of."""
+    """Finds the sources of a GGUF file's tensors."""
 
     tensors: Mapping[str, Tensor]
-    """Tensors of the checkpoint, float32; those that are read when something is computed with them are read singly."""
+    """Tensors of the checkpoint, float32; lazy ones are read one at a time."""
     tolerance: float = EXACT
-    """Error of a tensor over its norm, by which the file's may differ from them."""
+    """Maximum relative error between the file's tensors and these."""
     _norms: dict[tuple[str, int | None], float] = field(default_factory=dict)
     _orders: list[Tensor] = field(default_factory=list)
-    """Row orders that were found, each of which other blocks will have too."""
+    """Row orders found so far, which other blocks are likely to share."""
 
     def find(self, wanted: Iterable[tuple[str, Tensor]]) -> dict[str, list[Piece]]:
         """Return the pieces of every tensor of a GGUF file; none for one without a source in the checkpoint.
 
-        wanted: the file's tensors by name, dequantised. Raises UnsupportedModel if the order of equal rows cannot be told.
+        wanted: the file's tensors by name, dequantised. Raises UnsupportedModel if the order of equal rows is ambiguous.
         """
         found: dict[str, list[Piece]] = {}
         undecided: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ class Matcher:
         own, others = list[tuple[Piece, Tensor]](), list[tuple[Piece, Tensor]]()
         for one in self._candidates(wanted, expert):
             (own if _block_number(one[0].names[0]) == block else others).append(one)
-        # Where every comparison is costly, and values say less, those of the same block have to do.
+        # With a tolerance comparisons are costly and less reliable, so only tensors of the same block are tried.
         groups = (own or others,) if self.tolerance > EXACT else (own, others)
         found_order = self._in_found_order if self.tolerance <= EXACT else self._in_nearest_order
         as_it_is = (self._same, self._with_one_added) if wanted.ndim == 1 else (self._same,)
@@ -107,7 +107,7 @@ class Matcher:
         return None
 
     def _candidates(self, wanted: Tensor, expert: int | None) -> Iterator[tuple[Piece, Tensor]]:
-        """Yield tensors with as many values and the same norm, which neither order nor transposition changes."""
+        """Yield tensors with the same number of values and the same norm, which reordering and transposing preserve."""
         norm = float(wanted.norm())
         for name, tensor in self.tensors.items():
             part = expert if expert is not None and tensor.ndim == 3 and expert < len(tensor) else None
@@ -117,7 +117,7 @@ class Matcher:
             key = (name, part)
             if key not in self._norms:
                 self._norms[key] = float(own.norm())
-            # Added constants change a vector's norm.
+            # A converter may add one to a vector, which changes its norm.
             if wanted.ndim < 2 or abs(self._norms[key] - norm) <= max(1e-3, self.tolerance) * norm:
                 yield Piece((name,), part), own
 
@@ -143,7 +143,7 @@ class Matcher:
         if not self._close(tensor[order], wanted):
             return None
         if bool((sorted_mine.diff() == 0).any()):
-            raise UnsupportedModel(f"{piece.names[0]} has equal rows, whose order in the GGUF file cannot be told")
+            raise UnsupportedModel(f"{piece.names[0]} has equal rows, whose order in the GGUF file is ambiguous")
         self._orders.append(order)
         return replace(piece, order=order)
 
@@ -156,7 +156,9 @@ class Matcher:
         if not self._close(tensor[order], wanted):
             return None
         if len(order.unique()) < len(order):
-            raise UnsupportedModel(f"{piece.names[0]} has rows that are too alike to tell their order in the GGUF file")
+            raise UnsupportedModel(
+                f"{piece.names[0]} has rows that are too similar to determine their order in the GGUF file"
+            )
         self._orders.append(order)
         return replace(piece, order=order)
 

@@ -1,4 +1,4 @@
-"""A type for each tensor of a GGUF file: the least loss for a number of bytes, by errors of rounding and sensitivities."""
+"""Choose a type for each tensor of a GGUF file: least loss for a number of bytes, from rounding errors and sensitivities."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from coprune.model.checkpoint.mapped_gguf import decode_into, ggml_library
 _BY_32 = ("q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl")
 _BY_256 = ("q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "iq3_xxs", "q2_k", "iq2_xs")
 TENSOR_TYPES = (*_BY_32, *_BY_256)
-"""Types of single tensors: where rows are multiples of 32, and of 256."""
+"""Types to choose from, for rows that are multiples of 32, and of 256."""
 _PART, _LEAST = 64, 64
-"""Of the rows one in so many is rounded to measure the errors, and so many at least."""
+"""Share of rows (one in this many) rounded to measure errors, and their minimum number."""
 
 Losses = Mapping[str, Mapping[str, tuple[int, float]]]
-"""By the tensor's name and the type: its bytes, and what it adds to the loss."""
+"""By the tensor's name and the type: its bytes and its contribution to the loss."""
 
 
 def losses_of(
     file: Path, importance: Importance, sensitivity: Mapping[str, Sequence[Sensitivity]], reporter: Reporter
 ) -> Losses:
-    """Measure what every type of every tensor would cost, on some of its rows.
+    """Measure the loss of every type for every tensor, on some of its rows.
 
     Args:
-        file: in sixteen bits.
-        importance: by which it is quantised.
-        sensitivity: of its tensors; others are left out.
-        reporter: shows the bar.
+        file: a 16-bit file.
+        importance: used for quantising.
+        sensitivity: by tensor; tensors without it are skipped.
+        reporter: shows the progress.
 
     Returns:
-        Losses are nats of KL a token.
+        The losses, in nats of KL per token.
     """
     stored = [one for one in gguf_reader(file, field="model").tensors if one.name in sensitivity]
     found = dict[str, dict[str, tuple[int, float]]]()
@@ -68,7 +68,7 @@ def losses_of(
 
 
 def _sampled(sensitivity: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Choose rows: the most sensitive ones, and some of the others, which weigh more by as many as they stand for."""
+    """Sample rows: the most sensitive ones, and some of the others, weighted by the number that they represent."""
     if count >= len(sensitivity):
         return torch.arange(len(sensitivity)), sensitivity
     order = sensitivity.argsort(descending=True, stable=True)
@@ -97,7 +97,7 @@ def rounded(values: Tensor, kind: str, importance: Tensor | None = None) -> Tens
 @cache
 def _quantiser() -> Any:
     library = ggml_library()
-    assert library is not None  # whoever quantises has it
+    assert library is not None  # quantising requires it
     function = library.ggml_quantize_chunk
     addresses, sizes = [ctypes.c_void_p] * 2, [ctypes.c_int64] * 3
     function.argtypes, function.restype = [ctypes.c_int, *addresses, *sizes, ctypes.c_void_p], ctypes.c_size_t
@@ -105,17 +105,17 @@ def _quantiser() -> Any:
 
 
 def choose(losses: Losses, most: int) -> dict[str, str] | None:
-    """Choose a type for each tensor, such that the sum of their losses is about the least for these bytes.
+    """Choose a type for each tensor so that the total loss is nearly minimal for a number of bytes.
 
-    From the smallest types on, the step with the most loss for its bytes is taken first. Only steps on the convex hull of a
-    tensor's losses are, so that any beginning of their order is the best choice of its bytes.
+    Starting from the smallest types, take the step that reduces the loss most per byte first. Steps follow the convex hull of
+    each tensor's losses, so that stopping after any of them is the best choice for its bytes.
 
     Args:
         losses: of every tensor in each type.
-        most: bytes of all of them together.
+        most: maximum bytes of all tensors together.
 
     Returns:
-        Types by the tensor's name; None where the smallest ones take more.
+        Types by the tensor's name; None if even the smallest types take more.
     """
     hulls = {name: _hull(own) for name, own in losses.items()}
     left = most - sum(hull[0][0] for hull in hulls.values())
@@ -125,7 +125,7 @@ def choose(losses: Losses, most: int) -> dict[str, str] | None:
     heapq.heapify(steps)
     while steps:
         _, name, more = heapq.heappop(steps)
-        if more > left:  # others may still fit
+        if more > left:  # smaller steps may still fit
             continue
         left -= more
         at[name] += 1

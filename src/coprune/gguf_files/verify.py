@@ -1,4 +1,4 @@
-"""Checks that a GGUF file is of the same source model, and that the written file equals its plan."""
+"""Check that a GGUF file belongs to the same source model, and that the written file equals its plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import decode
 
 _SAME_SOURCE = 0.9
-"""Cosine that one matrix at least has with the same one of the source, whatever was pruned and trained since."""
+"""Minimum cosine between a matrix and the source's, which at least one matrix reaches even after pruning and training."""
 STORED_ERROR = {
     "f32": 1e-2,
     "f16": 1e-2,
@@ -33,15 +33,15 @@ STORED_ERROR = {
     "q4_0": 0.2,
     "q4_k": 0.2,
 }
-"""Error of a tensor over its norm that a type may cause, where the source may have had sixteen bits."""
+"""Maximum relative error of a tensor by type, for a source that may have had sixteen bits."""
 WORST_ERROR = 0.5
-_TOLERANCE = STORED_ERROR | {"f32": 1e-5, "f16": 1e-3}  # of which one is added and subtracted again in some norms
+_TOLERANCE = STORED_ERROR | {"f32": 1e-5, "f16": 1e-3}  # some norms add and subtract 1, which rounds
 
 
 def require_same_source(
     pieces: Mapping[str, Sequence[Piece]], reference: Mapping[str, Tensor], source: Exported, example: GgufFile
 ) -> None:
-    """Raise BadInput where no matrix of the model is like the one of the GGUF file that it is to replace."""
+    """Raise BadInput if no matrix of the model resembles the one in the GGUF file that it is to replace."""
     if source.location == example:
         return
     best, names = 0.0, {piece.names[0] for own in pieces.values() for piece in own}
@@ -52,7 +52,7 @@ def require_same_source(
         if tensor.shape != reference[name].shape:
             raise BadInput(
                 f"{name} is {'×'.join(map(str, tensor.shape))} in the model and {'×'.join(map(str, reference[name].shape))} in "
-                f"{example.name}, and nothing says what was removed",
+                f"{example.name}, and there is no record of what was removed",
                 field="like",
                 fix="name a GGUF file of the same shapes, or export the folder that coprune wrote",
             )
@@ -60,13 +60,13 @@ def require_same_source(
         best = max(best, float(torch.cosine_similarity(tensor.flatten(), before.flatten(), dim=0)))
     if best < _SAME_SOURCE:
         raise BadInput(
-            f"{example.name} is of another model: no matrix is nearer to its own there than a cosine of {best:.2f}",
+            f"{example.name} is of another model: no matrix has a cosine above {best:.2f} with the same one there",
             field="like",
         )
 
 
 def require_same(file: Path, source: Exported, kind: str) -> str | None:
-    """Load the written file with transformers, and compare it with the model.
+    """Load the written file with transformers and compare it with the model.
 
     Args:
         file: the written file.
@@ -74,11 +74,11 @@ def require_same(file: Path, source: Exported, kind: str) -> str | None:
         kind: its storage type.
 
     Returns:
-        A remark if only llama.cpp can read it back: for some architectures transformers derives the width of a head from the
+        A remark if only llama.cpp can read it back: for some architectures, transformers derives the width of a head from the
         number of heads.
 
     Raises:
-        UnsupportedModel: nothing installed can read it.
+        UnsupportedModel: no installed runtime can read it.
         VerificationError: its content differs.
     """
     try:
@@ -86,32 +86,32 @@ def require_same(file: Path, source: Exported, kind: str) -> str | None:
     except BadInput as error:
         if not has_llama_cpp():
             raise UnsupportedModel(
-                "transformers cannot read the file back, and llama.cpp is not here to try it",
+                "transformers cannot read the file back, and llama.cpp is not installed to try it",
                 fix=how_to_install(),
             ) from error
         if not _loads(file):
             raise UnsupportedModel(
-                "no runtime that is installed can load the file: in this architecture, what was removed cannot be said in one"
+                "no installed runtime can load the file: a GGUF file of this architecture cannot express what was removed"
             ) from error
-        return f"llama.cpp can load it, which was not compared further, since {error.cause}"
+        return f"llama.cpp can load it, but its values were not compared, since {error.cause}"
     for name, found in written.items():
         expected = source.tensor(name)
         if expected.shape != found.shape:
-            raise VerificationError(f"{file} does not hold {name} as the model does")
+            raise VerificationError(f"{name} in {file} differs from the model's")
         _require_close(file, name, (held(found), expected), kind)
     return None
 
 
 def require_written(file: Path, plan: Plan, values: Callable[[str], Tensor]) -> None:
-    """Compare a file with what was to be written, tensor by tensor.
+    """Compare a written file with its plan, tensor by tensor.
 
     Args:
-        file: that was written.
-        plan: what it holds.
-        values: makes a tensor, float32, by its name in the source file.
+        file: the file.
+        plan: its planned content.
+        values: returns a tensor in float32 by its name in the source file.
 
     Raises:
-        VerificationError: it holds something else.
+        VerificationError: it differs.
     """
     stored = {one.name: one for one in gguf_reader(file, field="output").tensors}
     for name, planned in plan.tensors.items():
@@ -119,13 +119,13 @@ def require_written(file: Path, plan: Plan, values: Callable[[str], Tensor]) -> 
 
 
 def _require_close(file: Path, name: str, pair: tuple[Tensor, Tensor], kind: str) -> None:
-    """Raise VerificationError where what was written is another than was to be. pair: the two."""
+    """Raise VerificationError if a written tensor differs too much from the planned one. pair: the two."""
     found, expected = pair
     if expected.numel() != found.numel():
-        raise VerificationError(f"{file} does not hold {name} as the model does")
+        raise VerificationError(f"{name} in {file} differs from the model's")
     off = float((found.reshape(expected.shape) - expected).norm() / expected.norm().clamp_min(1e-30))
     if not off <= _TOLERANCE[kind]:
-        raise VerificationError(f"{name} is off by {off:.2g} of its norm in {file}, more than {kind} explains")
+        raise VerificationError(f"{name} has a relative error of {off:.2g} in {file}, more than {kind} explains")
 
 
 def _loads(file: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file with fewer tokens: every list as long as its vocabulary, its merges, and the ids that it names."""
+"""Metadata of a GGUF file with fewer tokens: lists as long as the vocabulary, merges, and token ids."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _IDS = re.compile(r".*(_token_ids?|suppress_tokens)")
 
 
 def tokens_in(fields: Fields) -> list[str]:
-    """Return the tokens of a file. Raises UnsupportedModel where it has none."""
+    """Return the tokens of a file. Raises UnsupportedModel if it has none."""
     if TOKENS not in fields:
-        raise UnsupportedModel("the GGUF file holds no tokens")
+        raise UnsupportedModel("the GGUF file has no tokens")
     found: list[str] = fields[TOKENS].value
     return found
 
 
 def named_ids(fields: Fields) -> set[int]:
-    """Return the ids that metadata name."""
+    """Return the token ids in the metadata."""
     found: set[int] = set()
     for key, field in fields.items():
         if _IDS.fullmatch(key):
@@ -32,12 +32,12 @@ def named_ids(fields: Fields) -> set[int]:
 
 
 def without_tokens(fields: Fields, arch: str, old_ids: Sequence[int]) -> dict[str, Field]:
-    """Return the metadata of the same model with some of its tokens.
+    """Return the metadata for the same model with only some of its tokens.
 
     Args:
         fields: of the whole model.
-        arch: name in front of what describes the model.
-        old_ids: those that stay, in rising order.
+        arch: prefix of the keys that describe the model.
+        old_ids: the kept ids, ascending.
     """
     tokens = tokens_in(fields)
     kept = {tokens[number] for number in old_ids}
@@ -50,7 +50,10 @@ def without_tokens(fields: Fields, arch: str, old_ids: Sequence[int]) -> dict[st
 
 
 def stays(merge: str | Sequence[str], tokens: Container[str]) -> bool:
-    """Return whether a merge, a pair or its parts with a blank between, is kept: both of its parts are, and their result."""
+    """Return whether a merge is kept: its two parts and their result are all tokens.
+
+    merge: a pair, or its parts separated by a space.
+    """
     first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
     return first in tokens and second in tokens and first + second in tokens
 
