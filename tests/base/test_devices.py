@@ -155,7 +155,7 @@ def test_processes_take_a_gpu_each_and_add_up_there(
     assert gpus.told == ([] if kind == "mps" else [("take", 1)])
     monkeypatch.setenv("LOCAL_RANK", "2")
     if kind != "mps":
-        with pytest.raises(BadInput, match="no GPU of its own: there are 2"):
+        with pytest.raises(BadInput, match="no GPU of its own: there are only 2"):
             processes._backend()
 
 

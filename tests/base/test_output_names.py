@@ -51,7 +51,7 @@ def test_a_link_to_a_folder_cannot_become_a_model(place: Path) -> None:
 
 def test_where_nobody_may_write_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(BadInput, match="may not write"):
+    with pytest.raises(BadInput, match="not writable"):
         prepare_folders(make_recipe({"model": "pico", "save": "run"}))
 
 
@@ -79,6 +79,6 @@ def test_the_same_folder_under_two_paths_is_refused(tmp_path: Path, monkeypatch:
     Path("out").mkdir()
     Path("link").symlink_to("out")
     for model in ("out/run", "out/../out/run", "link/run", "out/../out"):
-        with pytest.raises(BadInput, match="which becomes the model's"):
+        with pytest.raises(BadInput, match="which will be the model's"):
             require_apart(Path("out/run"), Path(model))
     require_apart(Path("out/run"), Path("link/model"))

@@ -177,7 +177,7 @@ def test_documents_are_cut_into_full_samples(tmp_path: Path) -> None:
     assert windows.tokens.tolist() == torch.tensor(IDS * 3)[:20].view(4, 5).tolist()
     assert windows.generated is not None
     assert windows.generated.tolist() == torch.tensor(GENERATED * 3)[:20].view(4, 5).tolist()
-    with pytest.raises(BadInput, match="them has 21 tokens, and 5 samples of 5 need 25"):
+    with pytest.raises(BadInput, match="them has 21 tokens, but 5 samples of 5 need 25"):
         packed(documents, 5, 5, 0, "them")
 
 

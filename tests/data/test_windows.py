@@ -134,10 +134,10 @@ def test_sizes_that_make_no_sense_are_named_before_the_corpus_is_read(nsamples: 
 def test_a_text_shorter_than_one_sample_is_named(text_file: Path) -> None:
     tokenizer = word_tokenizer()
     assert calibration_windows(str(text_file), tokenizer, 2, 899, 0).tokens.shape == (2, 899)
-    with pytest.raises(BadInput, match=r"text\.txt is too short: it has 900 tokens, and one sample needs 901"):
+    with pytest.raises(BadInput, match=r"text\.txt is too short: it has 900 tokens, but one sample needs 901"):
         calibration_windows(str(text_file), tokenizer, 2, 900, 0)
     assert evaluation_tokens(str(text_file), tokenizer, 900).tokens.shape == (900,)
-    with pytest.raises(BadInput, match="900 tokens, and one sample needs 901"):
+    with pytest.raises(BadInput, match="900 tokens, but one sample needs 901"):
         evaluation_tokens(str(text_file), tokenizer, 901)
 
 

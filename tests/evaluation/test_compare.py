@@ -257,7 +257,7 @@ def test_evaluations_are_kept_in_the_home_and_not_in_a_file(
     models = checkpoints[:2]
     coprune.compare(models, str(text), seqlen=SEQLEN, evaluation_cache="~/kept", quiet=True)
     assert any((tmp_path / "kept").glob("*.json"))
-    for wrong, message in ((text, "is a file; name a folder"), (text / "kept", "which is no folder")):
+    for wrong, message in ((text, "is a file; name a folder"), (text / "kept", "which is not a folder")):
         with pytest.raises(BadInput, match=message):
             coprune.compare(models, str(text), seqlen=SEQLEN, evaluation_cache=wrong, quiet=True)
 
@@ -303,7 +303,7 @@ def test_what_cannot_be_written_or_read_is_said_before_a_model_is_loaded(
         patch.setattr("coprune.evaluation.model_source.open_model", loaded)
         ended = run_command(["eval", str(checkpoints[0]), "--data", str(tmp_path / "nowhere.txt")], monkeypatch, capsys)
         assert (ended.code, "nowhere.txt" in ended.err) == (2, True)
-        for name, message in (("file/found.json", "which is no folder"), ("", "is a folder")):
+        for name, message in (("file/found.json", "which is not a folder"), ("", "is a folder")):
             asked = ["eval", str(checkpoints[0]), "--data", str(text), "--seqlen", "32", "--json", str(tmp_path / name)]
             ended = run_command(asked, monkeypatch, capsys)
             assert (ended.code, message in ended.err) == (2, True), ended.err

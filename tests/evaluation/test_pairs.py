@@ -100,7 +100,7 @@ def hidden_and_written(tokenizer: PreTrainedTokenizerFast, ids: list[int], marks
 def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"source": "w5", "target": "w6"}\n{"source": "w5"}')
-    with pytest.raises(BadInput, match=r"row 2 of .* is no pair of texts"):
+    with pytest.raises(BadInput, match=r"row 2 of .* is not a pair of texts"):
         coprune.prune(place / "T5", "wanda", dataset=file, **PRUNING)
     with pytest.raises(BadInput, match="has 27 pairs to calibrate on, fewer than 28"):
         coprune.prune(place / "T5", "wanda", dataset=place / "pairs.jsonl", **PRUNING | {"nsamples": 28})

@@ -48,12 +48,12 @@ def test_a_speech_model_is_calibrated_and_measured_on_recordings(place: Path, tm
 
 
 def test_other_input_is_refused_in_one_line(place: Path) -> None:
-    with pytest.raises(BadInput, match=r"words\.txt is no folder of recordings, and the model writes what it hears"):
+    with pytest.raises(BadInput, match=r"words\.txt is not a folder of recordings, but the model transcribes speech"):
         coprune.prune(place / "model", "wanda", dataset=place / "words.txt", **PRUNING)
     text = save_pico(place / "llama")
-    with pytest.raises(BadInput, match="heard holds recordings, where text is expected"):
+    with pytest.raises(BadInput, match="heard holds recordings, but text is expected"):
         coprune.prune(text, "wanda", dataset=place / "heard", seqlen=8, **PRUNING)
-    with pytest.raises(BadInput, match=r"0\.wav is a recording, where text is expected"):
+    with pytest.raises(BadInput, match=r"0\.wav is a recording, but text is expected"):
         coprune.evaluate(text, place / "heard" / "0.wav", quiet=True)
 
 
@@ -99,7 +99,7 @@ def crafted_wav(file: Path, channels: int = 1, rate: int = 8000, bits: int = 16,
         ({"rate": 4_000_000_000, "seconds": 1e-6}, "rate cannot be 4000000000"),
         ({"bits": 0}, "bits cannot be 0"),
         ({"bits": 13}, "bits cannot be 13"),
-        ({"rate": 1000, "bits": 8, "seconds": 4000}, "holds 4,000 seconds of sound, and 3,600 are read"),
+        ({"rate": 1000, "bits": 8, "seconds": 4000}, "holds 4,000 seconds of sound, more than the limit of 3,600"),
     ],
 )
 def test_headers_without_a_meaning_are_refused_before_any_work(

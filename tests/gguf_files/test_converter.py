@@ -109,9 +109,7 @@ def test_what_the_converter_does_not_take_is_its_last_line(
 ) -> None:
     own = tmp_path / SCRIPT
     own.write_text("import sys\nprint('first words')\nsys.exit(f'unknown tokenizer in {sys.argv[1]}')\n")
-    with pytest.raises(
-        BadInput, match=rf"cannot convert .*: unknown tokenizer in {place / 'dense'}; name a GGUF file"
-    ):
+    with pytest.raises(BadInput, match=rf"cannot convert .*: unknown tokenizer in {place / 'dense'}; name a GGUF file"):
         coprune.export(place / "dense", tmp_path / "made.gguf", converter=own)
     assert "first words" in capsys.readouterr().err
     own.write_text("import no_such_package\n")

@@ -247,7 +247,7 @@ def test_a_process_that_is_stopped_is_told_of_by_those_that_wait(
     monkeypatch.setattr("coprune.base.processes._TELL_AFTER_SECONDS", 0.02)
     with processes_module._heard():
         time.sleep(0.09)
-    assert "has waited 0 seconds for another one, which may be slow, or stopped" in caplog.text
+    assert "has waited 0 seconds for another one, which may be slow or stopped" in caplog.text
     assert len(caplog.records) >= 2
     caplog.clear()
     with processes_module._heard():

@@ -178,8 +178,8 @@ def test_an_earlier_run_is_replaced_once_the_new_one_is_known_to_work(dense: Pat
     ("where", "message"),
     [
         ({"save_model": "taken"}, "already exists and is not empty"),
-        ({"save_model": "run/prune"}, "would be in what the run keeps for itself"),
-        ({"save": "taken/run", "save_model": "taken"}, "which becomes the model's"),
+        ({"save_model": "run/prune"}, "would be inside the run's internal folders"),
+        ({"save": "taken/run", "save_model": "taken"}, "which will be the model's"),
     ],
 )
 def test_a_folder_that_cannot_be_the_models_is_refused_before_pruning(

@@ -83,8 +83,8 @@ def test_a_training_that_failed_before_its_first_state_is_replaced(home: Path, t
             {"report_to": "tensorbord"},
             "the tracker tensorbord is not installed; pip install tensorbord",
         ),
-        ({"save_model": "training/model"}, "would be in what the run keeps for itself"),
-        ({"save_model": ".."}, "which becomes the model's"),
+        ({"save_model": "training/model"}, "would be inside the run's internal folders"),
+        ({"save_model": ".."}, "which will be the model's"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_measured(

@@ -52,7 +52,7 @@ def open_given(path: Path) -> BinaryIO:
     os.close(descriptor)
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise BadInput(f"{path} is a pipe or a device", value=path, fix="save what it gives to a file, and name that")
+    raise BadInput(f"{path} is a pipe or a device", value=path, fix="save its output to a file and name that file")
 
 
 def read_given(path: Path) -> str:
@@ -84,8 +84,8 @@ _MARK = "coprune"
 _OWN = re.compile(rf"\..+\.{_MARK}-[0-9a-f]{{8}}")
 _FULL = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the share of the disk is used up",
-    errno.EFBIG: "files may not be as large here",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is exceeded",
 }
 
 
@@ -357,19 +357,19 @@ def _obstacle(path: Path) -> str | None:
     try:
         parts = [len(os.fsencode(part)) for part in path.parts]
     except UnicodeEncodeError:
-        return "holds what is no text"
+        return "is not valid text"
     if "\0" in str(path):
-        return "holds a zero byte"
+        return "contains a null byte"
     if not path.name or max(parts) > _MOST_BYTES or parts[-1] > _MOST_BYTES - _LONGER:
-        return "is too long for a name" if path.name else "is no name of a folder"
+        return "is too long for a name" if path.name else "is not a folder name"
     try:
         if path.is_symlink() and not path.exists():
-            return "is a link that leads nowhere"
+            return "is a broken link"
         above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if not above.is_dir():
-            return f"is below {above}, which is no folder"
+            return f"is below {above}, which is not a folder"
         if not os.access(above, os.W_OK | os.X_OK):
-            return f"is in {above}, where this user may not write"
+            return f"is in {above}, which is not writable"
         _try_to_write(path if path.is_dir() else above)
     except OSError as error:
         return f"cannot be a folder: {error.strerror}"
@@ -400,12 +400,12 @@ def require_apart(run: Path, model: Path, own: Iterable[str] = ()) -> None:
         own: internal folders of the run that may not contain a model.
     """
     fix = ("name another folder with ", Setting("save_model"), ", or one for the run with ", Setting("save"))
-    here, there = run.resolve(), model.resolve()  # by whatever way they are named
+    here, there = run.resolve(), model.resolve()  # resolved, since the same folder has many names
     if here.is_relative_to(there):
-        inside = f"the run folder {run} would be in {model}, which becomes the model's"
+        inside = f"the run folder {run} would be inside {model}, which will be the model's"
         raise BadInput(inside, field="save_model", value=model, fix=fix)
     if any(there.is_relative_to(here / name) for name in own):
-        inside = f"{model} would be in what the run keeps for itself"
+        inside = f"{model} would be inside the run's internal folders"
         raise BadInput(inside, field="save_model", value=model, fix=fix)
 
 

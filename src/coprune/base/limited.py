@@ -143,5 +143,5 @@ def _rendered(render: Render, question: bytes) -> tuple[str | None, str | None, 
     except Exception as error:  # a template is a program of somebody else's: whatever it raises
         return None, " ".join(str(error).split())[:200] or type(error).__name__, None
     if len(text) > _LONGEST + _TIMES * len(question):
-        return None, None, f"it makes {len(text):,} characters of a few words"
+        return None, None, f"it turns a few words into {len(text):,} characters"
     return text, None, None

@@ -59,4 +59,4 @@ def require_not_negative(**values: float) -> None:
     """Raise BadInput unless every value is zero or a positive, finite number."""
     for name, value in values.items():
         if not 0 <= value < float("inf"):
-            raise BadInput(f"option {name!r} must not be negative, and is {value!r}", field=name, value=value)
+            raise BadInput(f"option {name!r} must not be negative, but is {value!r}", field=name, value=value)

@@ -17,7 +17,7 @@ _CHILDREN: dict[str, Child] = {}
 def require_pattern(pattern: object) -> None:
     """Raise ValueError if a value is not a regular expression, or takes too long to compile."""
     if not isinstance(pattern, str):
-        raise ValueError("it is no text")
+        raise ValueError("it is not text")
     if len(pattern) > _LONGEST:
         raise ValueError(f"it has {len(pattern):,} characters, more than {_LONGEST:,}")
     _in_child(pattern, "")

@@ -272,8 +272,8 @@ class LocalWorkers:
             return Outcome(cause=Cause.BROKEN, reason=f"{type(error).__name__}: {error}")
         for slot in [one for one in self._slots if one.future is future]:
             self._end(slot)  # once its process has ended, the locks on its files are free for the next
-        hint = "by a signal, which the system sends when memory runs out"
-        return Outcome(cause=Cause.LOST, reason=f"the process that did it was ended from outside ({hint})")
+        hint = "by a signal, as the system does when memory runs out"
+        return Outcome(cause=Cause.LOST, reason=f"its process was killed ({hint})")
 
     def stop(self) -> None:
         slots, self._slots = self._slots, []
@@ -409,5 +409,5 @@ def _connect(ray: Any, address: str) -> None:
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
             field="ray",
             value=address,
-            fix="leave the address out for one of this machine alone",
+            fix="leave out the address to use this machine alone",
         ) from None

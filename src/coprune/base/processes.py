@@ -157,7 +157,7 @@ def _backend() -> str:
         return "gloo"
     if own >= accelerators():
         raise BadInput(
-            f"process {own} of this machine has no GPU of its own: there are {accelerators()}",
+            f"process {own} on this machine has no GPU of its own: there are only {accelerators()}",
             fix="start torchrun with one process for each GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=)",
         )
     torch.accelerator.set_device_index(own)
@@ -177,7 +177,7 @@ def _heard() -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LostProcess(
             f"another process of this run ended or did not answer ({reason[:200]})",
-            fix="Its own message says why; the same command goes on after the last finished block",
+            fix="Its own message says why. Run the same command again to resume after the last finished block",
         ) from error
     finally:
         over.set()
@@ -190,7 +190,7 @@ def _tell_of_waiting(over: threading.Event) -> None:
     while not over.wait(_TELL_AFTER_SECONDS):
         waited += _TELL_AFTER_SECONDS
         logger.warning(
-            "process %d has waited %.0f seconds for another one, which may be slow, or stopped; the run ends after %.0f minutes",
+            "process %d has waited %.0f seconds for another one, which may be slow or stopped; the run aborts after %.0f minutes",
             environment.rank(),
             waited,
             TIMEOUT.total_seconds() / 60,

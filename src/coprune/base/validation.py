@@ -135,7 +135,7 @@ def read_yaml(path: Path, what: str, field: str) -> Any:
     except UnicodeDecodeError:
         raise _refused(path, what, field, "is not UTF-8") from None
     except RecursionError:
-        raise _refused(path, what, field, "is nested too deep, or holds itself") from None
+        raise _refused(path, what, field, "is nested too deeply or contains itself") from None
     except BadInput:
         raise
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter of dates and numbers that are none
@@ -156,7 +156,7 @@ def _loaded(text: str) -> Any:
         return None
     _refuse_doubles(root)
     if _size(root, {}) > _MOST_NODES:
-        raise yaml.YAMLError(f"its aliases stand for more than {_MOST_NODES:,} values")
+        raise yaml.YAMLError(f"its aliases expand to more than {_MOST_NODES:,} values")
     return yaml.safe_load(text)
 
 

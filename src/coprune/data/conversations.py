@@ -65,7 +65,9 @@ def read_conversations(name: str, tokenizer: PreTrainedTokenizerBase, column: st
             continue
         messages = messages_of(row, column) if isinstance(row, Mapping) else None
         if messages is None:
-            found = f"its columns are {', '.join(map(repr, row))}" if isinstance(row, Mapping) else "it is no object"
+            found = (
+                f"its columns are {', '.join(map(repr, row))}" if isinstance(row, Mapping) else "it is not an object"
+            )
             wanted = _FORMATS if column is None else f"a list of messages in {column!r}"
             raise BadInput(f"{place} is not a conversation: {found}", fix=f"it should have {wanted}")
         documents.append(document_of(messages, tokenizer, place))
@@ -148,7 +150,7 @@ def _encoded(
         raise BadInput(
             f"cannot find the assistant's tokens in {place}: {type(tokenizer).__name__} gives no offsets, and "
             "tokenizes the answers differently on their own",
-            fix="take a model with a fast tokenizer (tokenizer.json)",
+            fix="use a model with a fast tokenizer (tokenizer.json)",
         )
     return ids, [span for found, span in pieces for _ in found]
 
@@ -160,7 +162,7 @@ def template_text(
     if not tokenizer.chat_template:
         raise BadInput(
             f"the tokenizer has no chat template, which {place} needs",
-            fix="take a model that was tuned for conversations, or text as it stands",
+            fix="use a model that was tuned for conversations, or plain text",
         )
     try:
         return render(tokenizer, messages, answers)

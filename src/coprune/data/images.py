@@ -131,7 +131,7 @@ def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, class
     if unknown := int((images.labels < 0).sum()):
         raise BadInput(
             f"{unknown:,} of the {len(images):,} images of {images.source} have no label",
-            fix="take images with labels, such as those of another split",
+            fix="use images with labels, such as those of another split",
         )
     own = {int(number): str(name) for number, name in (id2label or {}).items()}
     names = {name: number for number, name in own.items()}
@@ -228,7 +228,7 @@ def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
         (c for c, kind in rows.features.items() if isinstance(kind, ClassLabel)), None
     )
     if column is None or label is None:
-        raise BadInput(f"{name} needs a column of images and one of labels, and has {', '.join(rows.features)}")
+        raise BadInput(f"{name} needs a column of images and one of labels, but has {', '.join(rows.features)}")
     kind = rows.features[label]
     rows = rows.cast_column(column, Image())
     labels, classes = read_labels(rows[label][:], tuple(kind.names) if isinstance(kind, ClassLabel) else (), name)

@@ -147,7 +147,7 @@ def _is_names(value: Any) -> bool:
 def _named(value: Any, label: str | None, field: str) -> tuple[str, GivenData]:
     """Return a name for an object, and the object as data. label: the caller's name for it, if any."""
     if label is not None and not _LABEL.fullmatch(str(label)):
-        raise BadInput(f"the label {label!r} has other characters than letters, digits, '_' and '-'", field=field)
+        raise BadInput(f"the label {label!r} may only contain letters, digits, '_' and '-'", field=field)
     data = _read(value, field)
     content = data.text.encode() if isinstance(data, JoinedText) else data.tokens.numpy().astype("<i8").tobytes()
     shape = "" if isinstance(data, JoinedText) else str(tuple(data.tokens.shape))
@@ -158,7 +158,7 @@ def _named(value: Any, label: str | None, field: str) -> tuple[str, GivenData]:
 def _read(value: Any, field: str) -> GivenData:
     if isinstance(value, Tensor):
         return _tokens(value, field)
-    datasets: Any = sys.modules.get("datasets")  # a data set can only be handed over by who imported it
+    datasets: Any = sys.modules.get("datasets")  # a caller that passes a data set has imported the library
     if datasets is not None and isinstance(value, datasets.Dataset):
         return _of_dataset(value, field)
     if not _is_names(value) or any(isinstance(one, Path) for one in value):

@@ -12,9 +12,7 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import read_given
 
-HINT = (
-    'every line is like {"text": "…", "label": "positive"}, or {"tokens": ["…"], "labels": ["…"]} for a label per token'
-)
+HINT = 'lines should look like {"text": "…", "label": "positive"}, or {"tokens": ["…"], "labels": ["…"]} for a label per token'
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,11 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file() and not holds_recordings(path):
         return [path]
     if path.is_file():
-        raise BadInput(f"{path} is a recording, where text is expected", fix=LOCAL_FILE_HINT)
+        raise BadInput(f"{path} is a recording, but text is expected", fix=LOCAL_FILE_HINT)
     if not path.is_dir():
         raise BadInput(f"{path} is neither a file nor a folder", fix=LOCAL_FILE_HINT)
     if holds_recordings(path):
-        raise BadInput(f"{path} holds recordings, where text is expected", fix=LOCAL_FILE_HINT)
+        raise BadInput(f"{path} holds recordings, but text is expected", fix=LOCAL_FILE_HINT)
     seen = sorted(
         file
         for file in path.rglob("*")
@@ -155,7 +155,7 @@ def _most_bytes(file: Path) -> int:
 
 def _too_much(file: Path) -> BadInput:
     return BadInput(
-        f"{file} decompresses to more than {_most_bytes(file):,} bytes, {_MOST_TIMES} times its size, so it is hardly text",
+        f"{file} decompresses to more than {_most_bytes(file):,} bytes, {_MOST_TIMES} times its size, so it is probably not text",
         fix="decompress it and name the part that you need",
     )
 
@@ -248,7 +248,7 @@ def _texts_of_rows(rows: Any, column: str | None, source: str) -> list[str]:
     if not objects:
         return rows
     if len(objects) < len(rows):
-        raise BadInput(f"{source} mixes objects and strings, and its rows must be of one kind")
+        raise BadInput(f"{source} mixes objects and strings, but its rows must be of one kind")
     names = dict.fromkeys(name for row in objects for name in row)
     # A row without text, or with null, adds nothing.
     columns = {name: all(isinstance(row.get(name) or "", str) for row in objects) for name in names}

@@ -69,9 +69,9 @@ def packed(documents: Sequence[Document], nsamples: int, seqlen: int, seed: int 
     needed, total = nsamples * seqlen, sum(len(document.ids) for document in documents)
     if total < needed:
         raise BadInput(
-            f"{source} has {total} tokens, and {nsamples} samples of {seqlen} need {needed}",
+            f"{source} has {total} tokens, but {nsamples} samples of {seqlen} need {needed}",
             fix=(
-                "take more of it, or fewer samples with ",
+                "use more of it, or fewer samples with ",
                 Setting("nsamples"),
                 " or shorter ones with ",
                 Setting("seqlen"),

@@ -19,7 +19,7 @@ from coprune.data.tokenizing import encode
 from coprune.data.windows import EvaluationText, Samples, Windows
 
 COLUMNS = (("source", "target"), ("input", "output"))
-HINT = 'a row is like {"source": "…", "target": "…"}, or has "input" and "output"'
+HINT = 'a row should look like {"source": "…", "target": "…"}, or have "input" and "output"'
 _SPAN, _HIDDEN = 3, 0.15
 """Tokens per hidden span, and the share of hidden tokens (arXiv 1910.10683)."""
 
@@ -103,12 +103,12 @@ def holds_pairs(name: str) -> bool:
 
 
 def read_pairs(name: str) -> list[tuple[str, str]]:
-    """Read every row of a file or folder. Raises BadInput for a row that is no pair of texts."""
+    """Read every row of a file or folder. Raises BadInput for a row that is not a pair of texts."""
     found = []
     for file in files_of(split_column(name)[0]):
         for number, row in enumerate(rows_of(file), start=1):
             if (pair := _pair(row)) is None:
-                raise BadInput(f"row {number} of {file} is no pair of texts", fix=HINT)
+                raise BadInput(f"row {number} of {file} is not a pair of texts", fix=HINT)
             found.append(pair)
     return found
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".wav",)
 HINT = (
-    "name a folder of .wav files, each perhaps with its words in a .txt file of the same name, or in rows of metadata.jsonl "
+    "name a folder of .wav files, optionally with their words in .txt files of the same names, or in rows of metadata.jsonl "
     'like {"file_name": "one.wav", "text": "…"}'
 )
 _MOST_SECONDS = 3_600
@@ -62,7 +62,7 @@ def read_recordings(name: str) -> Recordings:
     """Find the recordings of a folder. Raises BadInput if there are none, or a transcript cannot be read."""
     path = expand_home(name)
     if not path.is_dir() or not holds_recordings(path):
-        raise BadInput(f"{name} is no folder of recordings, and the model writes what it hears", fix=HINT)
+        raise BadInput(f"{name} is not a folder of recordings, but the model transcribes speech", fix=HINT)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
     for file in files:
         look_at_sound(file)
@@ -93,7 +93,7 @@ def _metadata(file: Path) -> dict[str, str]:
         except ValueError:
             row = None
         if not isinstance(row, Mapping):
-            raise BadInput(f"line {number} of {file} is no JSON object", fix=HINT)
+            raise BadInput(f"line {number} of {file} is not a JSON object", fix=HINT)
         said = next((row[key] for key in _TEXTS if isinstance(row.get(key), str)), None)
         if said is not None:
             found[str(row.get("file_name"))] = said
@@ -134,10 +134,10 @@ def look_at_sound(file: Path) -> Sound:
     except (OSError, ValueError, struct.error) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"{file} cannot be read as sound ({error})", fix="mend or remove it") from error
+        raise BadInput(f"{file} cannot be read as sound ({error})", fix="repair or remove it") from error
     if sound.seconds > _MOST_SECONDS:
         raise BadInput(
-            f"{file} holds {sound.seconds:,.0f} seconds of sound, and {_MOST_SECONDS:,} are read",
+            f"{file} holds {sound.seconds:,.0f} seconds of sound, more than the limit of {_MOST_SECONDS:,}",
             fix="cut it into pieces",
         )
     return sound
@@ -173,7 +173,7 @@ def waveform(file: Path, rate: int) -> NDArray[np.float32]:
     try:
         own, samples = wavfile.read(file)
     except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{file} cannot be read as sound ({error})", fix="mend or remove it") from error
+        raise BadInput(f"{file} cannot be read as sound ({error})", fix="repair or remove it") from error
     whole = np.issubdtype(samples.dtype, np.integer)
     limits: Any = np.iinfo(samples.dtype) if whole else None
     middle = (limits.max + limits.min + 1) / 2 if whole else 0.0  # of one byte a sample, which has no sign
@@ -181,7 +181,7 @@ def waveform(file: Path, rate: int) -> NDArray[np.float32]:
     if values.ndim == 2:
         values = values.mean(axis=1)
     if not values.size:
-        raise BadInput(f"{file} holds no sound", fix="mend or remove it")
+        raise BadInput(f"{file} holds no sound", fix="repair or remove it")
     return np.asarray(values if own == rate else resample_poly(values, rate, own), dtype=np.float32)
 
 

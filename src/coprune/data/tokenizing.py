@@ -32,5 +32,5 @@ def encode(tokenizer: Tokenizes, text: str, **options: Any) -> Any:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(
             f"the tokenizer cannot encode {text[:40]!r}{'…' if len(text) > 40 else ''}: {said}",
-            fix="is its tokenizer.json whole, and the model's own?",
+            fix="is its tokenizer.json complete, and the model's own?",
         ) from error

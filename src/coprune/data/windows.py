@@ -269,7 +269,7 @@ def _require_room(nsamples: int, seqlen: int) -> None:
     available = available_bytes()
     if available is not None and 8 * nsamples * seqlen > available:
         raise BadInput(
-            f"{nsamples:,} samples of {seqlen:,} tokens take {8 * nsamples * seqlen:,} bytes, and {available:,} are free",
+            f"{nsamples:,} samples of {seqlen:,} tokens take {8 * nsamples * seqlen:,} bytes, but {available:,} are free",
             field="nsamples",
             value=nsamples,
             fix=("ask for fewer samples with ", Setting("nsamples")),
@@ -356,6 +356,6 @@ def require_length(tokens: int, needed: int, source: str) -> None:
     """Raise BadInput if a text has fewer tokens than needed."""
     if tokens < needed:
         raise BadInput(
-            f"{source} is too short: it has {tokens} tokens, and one sample needs {needed}",
-            fix=("take more text, or shorter samples with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
+            f"{source} is too short: it has {tokens} tokens, but one sample needs {needed}",
+            fix=("use more text, or shorter samples with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
         )

@@ -111,7 +111,7 @@ def read_texts(asked: Sequence[str], usual: str, cache_dir: Path | None, reporte
         if not has_words():
             del of_languages["en"]
             notes.append(
-                "English words count by the calibration text alone: pip install 'coprune[languages]' adds lists"
+                "English words are counted in the calibration text only; pip install 'coprune[languages]' adds lists"
             )
     found, held = [], list[str]()
     for name, share in of_texts.items():

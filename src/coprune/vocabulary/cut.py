@@ -81,7 +81,7 @@ class Cutting:
         if beyond := [number for number in named_in(self.content) if number >= self.source.rows]:
             token = self.vocabulary.tokens[min(beyond)]
             cause = (
-                f"the tokenizer adds {token!r} to texts, and the model has no row for it (only {self.source.rows:,})"
+                f"the tokenizer adds {token!r} to texts, but the model has no row for it (only {self.source.rows:,})"
             )
             raise BadInput(cause, field="model", value=self.source.location.name)
         self._parts: Callable[[int], tuple[int, ...] | None] = cache(self.vocabulary.parts)
@@ -124,10 +124,10 @@ class Cutting:
         if not self.asked.runs:
             return "perplexity is not measured, or the model is streamed"
         if isinstance(self.vocabulary.kind, WordPiece):
-            return "it does not go on with texts"
+            return "it does not generate text"
         room, needed = available_bytes(), self.source.parameters * (4 if self._is_gguf else 2)
         if room is not None and needed > room:
-            return f"it takes {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} are there"
+            return f"it takes {needed / 2**30:.1f} GiB, but only {room / 2**30:.1f} are free"
         try:
             model, _ = load_model(self.source.location, self.asked.dtype, self.asked.device, processed=False)
         except CopruneError as error:

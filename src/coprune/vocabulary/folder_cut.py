@@ -47,8 +47,8 @@ def tokenizer_content(folder: ModelFolder) -> dict[str, Any]:
     others = sorted(one.name for pattern in STALE for one in folder.path.glob(pattern))
     has = f"only {', '.join(others)}" if others else "no tokenizer"
     raise UnsupportedModel(
-        f"{folder.name} has {has}, and a vocabulary is cut in a {TOKENIZER_FILE}",
-        fix="make one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)" if others else None,
+        f"{folder.name} has {has}, but vocabularies can only be cut in a {TOKENIZER_FILE}",
+        fix="create one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)" if others else None,
     )
 
 
@@ -58,7 +58,7 @@ def refuse_folder(folder: ModelFolder) -> None:
     rows = [name for name in (coded.weights if coded is not None else {}) if "embed" in name or "lm_head" in name]
     if rows:
         raise BadInput(
-            f"{folder.name} holds rows of the vocabulary in codes ({rows[0]})",
+            f"{folder.name} stores rows of the vocabulary quantised ({rows[0]})",
             field="model",
             value=folder.name,
             fix="use a checkpoint whose embedding is not quantised",

@@ -68,8 +68,8 @@ def search(
             return Found(size, proven)
         size = -(-int(size * _WIDER) // step) * step
     raise BadInput(
-        f"no smaller vocabulary loses at most {most:.2%} on text that was held out",
+        f"no smaller vocabulary loses at most {most:.2%} on held-out text",
         field="remove",
         value=f"vocabulary=loss:{most:g}",
-        fix="allow more, or name a text with vocabulary_text that is more like what the model will read",
+        fix="allow more, or name a text with vocabulary_text that is closer to what the model will read",
     )

@@ -70,7 +70,7 @@ def find_tables(
     for name, shape in before.items():
         new = after.get(name)
         if new is None or len(new) != len(shape):
-            raise UnsupportedModel(f"{name} is not there in a model of this configuration with a smaller vocabulary")
+            raise UnsupportedModel(f"{name} is missing in a model of this configuration with a smaller vocabulary")
         axes = [axis for axis, (old, left) in enumerate(zip(shape, new, strict=True)) if old != left]
         if not axes:
             continue
@@ -78,7 +78,7 @@ def find_tables(
             raise UnsupportedModel(f"{name} does not follow the size of the vocabulary row by row")
         found[name] = Table(axes[0], shape[axes[0]])
     if not any(table.size == rows for table in found.values()):
-        raise UnsupportedModel("no number of the configuration says how large the vocabulary is")
+        raise UnsupportedModel("the configuration does not say how large the vocabulary is")
     return _stored(Conversion(model, entries), found, entries, rows), sizes
 
 

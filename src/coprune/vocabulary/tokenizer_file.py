@@ -122,5 +122,5 @@ def _damaged(why: str) -> BadInput:
 
 def unsupported(kind: str) -> UnsupportedModel:
     """Return the error for a kind of tokenizer."""
-    known = "BPE, Unigram and WordPiece are known to be cut exactly"
-    return UnsupportedModel(f"the tokenizer is of the kind {kind}, whose vocabulary cannot be cut ({known})")
+    known = "only BPE, Unigram and WordPiece can be cut exactly"
+    return UnsupportedModel(f"the tokenizer is of type {kind}, whose vocabulary cannot be cut ({known})")

@@ -55,7 +55,7 @@ def load_kernels() -> ctypes.CDLL | None:
         with library_in(folder, functools.partial(_run_compiler, compiler, units)) as path:
             return _declared(ctypes.CDLL(str(path)))
     except (CompilationFailed, OSError, AttributeError) as error:
-        logger.warning("native kernels are not used, which is slower: %s", error)
+        logger.warning("native kernels are not available, so this will be slower: %s", error)
         return None
 
 

@@ -45,7 +45,7 @@ def update_columns(tensors: Sequence[Tensor], group: tuple[int, int]) -> None:
     columns, unit = tensors[0], tensors[3]
     block = _ColumnBlock(*pointers, *columns.shape, *unit.stride(), *group)
     if library.coprune_update_columns(ctypes.byref(block), torch.get_num_threads()):
-        raise MemoryError("there is no memory for a block of columns")
+        raise MemoryError("not enough memory for a block of columns")
 
 
 def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
