@@ -207,7 +207,7 @@ def test_what_makes_no_sense_for_a_model_is_refused(place: Path) -> None:
     with pytest.raises(BadInput, match="embeds texts, and perplexity is not measured of it; require cosine or overlap"):
         coprune.prune(embedding, "wanda", require="perplexity<30", dataset=text, **SETTINGS)
     classifier = save_reader(place / "without-labels", "BertForSequenceClassification")
-    with pytest.raises(BadInput, match="labels texts, so it cannot be measured on plain text; give data"):
+    with pytest.raises(BadInput, match="classifies texts, so it cannot be measured on plain text; give data"):
         coprune.evaluate(classifier, **SETTINGS)
     with pytest.raises(BadInput, match="fills in masked tokens, and generates no text"):
         coprune.evaluate(masked, text, generate="builtin", **SETTINGS)

@@ -119,11 +119,11 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
     Args:
         location: the model.
         data: as in `read_text`.
-        reporter: shows the bar.
+        reporter: shows the progress.
 
     Returns:
-        Tensors by the names of the checkpoint, in the shapes of the weights: every row holds the mean squares of its inputs,
-        and NaN stands for what is no such matrix. They take the memory of a row.
+        Tensors by the checkpoint's names, in the weights' shapes: every row holds the mean squares of its inputs, or NaN
+        outside these matrices. They take the memory of one row.
 
     Raises:
         BadInput, UnsupportedModel: as `read_text`.

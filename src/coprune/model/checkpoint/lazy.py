@@ -105,7 +105,7 @@ class Coming(Protocol):
 
 
 class Channel(Protocol):
-    """A way to a device, for a thread that reads beside the one that computes."""
+    """A copy channel to a device, for a thread that reads while another computes."""
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Allocate host memory that can be sent."""

@@ -83,11 +83,11 @@ PAIRED: tuple[TaskName, ...] = ("pairs", "speech")
 WHAT: dict[TaskName, str] = {
     "text": "writes text",
     "masked": "fills in masked tokens",
-    "labels": "labels texts",
+    "labels": "classifies texts",
     "embeddings": "embeds texts",
     "images": "classifies images",
-    "pairs": "writes one text for another",
-    "speech": "writes what it hears",
+    "pairs": "maps text to text",
+    "speech": "transcribes speech",
 }
 """What a model of each task does, as a verb phrase for messages."""
 READ_TEXT: tuple[TaskName, ...] = ("text", "masked", "embeddings")

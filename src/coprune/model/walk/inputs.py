@@ -82,7 +82,7 @@ class _Routed:
 
     counted: Tensor
     twins: Tensor | None = None
-    """2 × P: indices of equal rows of which some are counted and some are not, without knowing which."""
+    """2 × P: pairs of equal rows that cannot be told apart although only some of them are counted."""
 
     def fits(self, rows: Tensor) -> bool:
         """Return whether the rows of a later product may belong to the same tokens: equal rows stay equal up to rounding."""

@@ -123,7 +123,7 @@ class Packing(Protocol):
         ...
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Return what is stored of R × C codes."""
+        """Pack R × C codes into R stored rows."""
         ...
 
     def columns(self, stored: int) -> int:
