@@ -101,7 +101,7 @@ def test_the_task_as_calibration_text_gives_no_unseen_item_away(tmp_path: Path) 
     assert not [prompt for prompt in prompts_of(tasks[0], "unseen") if prompt in whole]
     assert all(prompt in whole for prompt in prompts_of(tasks[0], "seen"))
     assert "A text of its own." in whole
-    assert line.endswith("hold text of unseen items and are left out")
+    assert line.endswith("calibration passages that contain text of unseen items")
 
 
 def test_pieces_of_an_unseen_item_are_found_in_a_text() -> None:

@@ -83,8 +83,8 @@ def test_a_text_takes_as_many_items_as_the_budget_carries(opened: Opening, tmp_p
     assert time.perf_counter() - started < 30
     assert 8 <= len(few.unseen) < len(tasks[0].unseen)
     assert few.unseen == tasks[0].unseen[: len(few.unseen)]
-    (line,) = [line for line in workshop.reporter.lines if "are taken" in line]  # type: ignore[attr-defined]
-    assert line.startswith("Of 2,000 items of ")
+    (line,) = [line for line in workshop.reporter.lines if "to fit the budget" in line]  # type: ignore[attr-defined]
+    assert line.startswith(f"Using {len(few.seen) + len(few.unseen):,} of 2,000 items of ")
     (more,) = Budget(workshop, 60.0, 1).carried({tasks[0].key: 8})
     assert len(more.unseen) == pytest.approx(2 * len(few.unseen), rel=0.05)
     (same,) = Budget(workshop, 30.0, 1).carried({tasks[0].key: 8})
@@ -93,7 +93,7 @@ def test_a_text_takes_as_many_items_as_the_budget_carries(opened: Opening, tmp_p
 
 def test_a_budget_that_carries_no_proof_is_refused_before_the_search(opened: Opening, tmp_path: Path) -> None:
     tasks = text_task(tmp_path, 2000)
-    with pytest.raises(BadInput, match=r"too short for one candidate; the least is about \d"):
+    with pytest.raises(BadInput, match=r"too short for one candidate; the minimum is about \d"):
         Budget(opened(tasks), 0.5, 1).carried({tasks[0].key: 1000})
 
 

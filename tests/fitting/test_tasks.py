@@ -45,8 +45,8 @@ def rows(*given: Any, times: int = 20) -> list[dict[str, Any]]:
         ([], "no items"),
         (rows({"choices": ["yes", "no"], "answer": "yes"}, {"choices": ["no", "yes"], "answer": "yes"}), "one right"),
         (rows({"answer": "yes"}), "one right answer"),
-        (rows({"choices": ["yes", "no"], "answer": "maybe"}), "none of its choices"),
-        (rows({"choices": ["yes"], "answer": 0}), "two texts or more"),
+        (rows({"choices": ["yes", "no"], "answer": "maybe"}), "not among its choices"),
+        (rows({"choices": ["yes"], "answer": 0}), "at least two texts"),
         (rows({"regex": "("}), "regular expression"),
         (rows({"answer": ""}), "empty answer"),
         (rows({"answer": "a"}, {}), "several kinds"),
@@ -92,9 +92,9 @@ def test_a_task_of_lm_eval_and_its_share(tmp_path: Path) -> None:
     task = read_task(f"{tmp_path}/own.yaml:0.25")
     assert (task.kind, task.share, len(task.items)) == ("choice", 0.25, 20)
     assert Item("Q: what is 3?\nA:", ("a", "b"), "b") in task.items
-    with pytest.raises(BadInput, match="one prompt and several choices"):
+    with pytest.raises(BadInput, match="not a multiple-choice task of lm-eval with one prompt"):
         read_task(str(tmp_path / "writes.yaml"))
-    with pytest.raises(BadInput, match="share of nothing"):
+    with pytest.raises(BadInput, match="share of 0"):
         read_task("own.jsonl:0")
 
 

@@ -1,4 +1,4 @@
-"""The time of a fit: what was spent, what a step will take, and how many items the budget carries."""
+"""The time budget of a fit: time spent, expected time of steps, and the number of items it allows."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ from coprune.store.notes import write_note
 
 EXACT_DENSE = Candidate(DENSE, EXACT)
 _TRAINING_COST = 4.0
-"""Time of a token in training over one in reading: two models forward, one backward, in float32."""
+"""Time per token of training relative to reading: two models forward, one backward, in float32."""
 _READING, _OWN = 0.1, 0.05
-"""Shares of the budget for reading all items in the dense model, and for text of its own."""
+"""Shares of the budget for reading all items with the dense model, and for generating its own text."""
 _PROBED = 4
-"""Items of a task that are timed before it is decided how many are taken."""
+"""Items of a task that are timed before the number of items is chosen."""
 _SLOW = 8.0
-"""Time of making an i-quant over that of others, as long as none was made."""
+"""Time of making an i-quant relative to other types, until one was made."""
 
 
 class Paces(BaseModel):
-    """Seconds of the dense model: of opening it, and of an item by the task's key."""
+    """Seconds of the dense model: to load it, and per item by the task's key."""
 
     opened: float
     items: dict[str, float]
 
 
 class Budget:
-    """The time of a fit, which is the same after a kill as far as it led to something."""
+    """The time budget of a fit. Time spent before a kill counts if its results were stored."""
 
     def __init__(self, workshop: Workshop, seconds: float, workers: int) -> None:
-        """Count what was spent in a workshop. seconds: of the whole fit. workers: candidates at a time."""
+        """Create a budget. workshop: records the time spent. seconds: of the whole fit. workers: parallel candidates."""
         self._workshop, self.seconds, self._workers = workshop, seconds, workers
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds spent so far."""
         return self._workshop.spent / self._workers
 
     @property
     def left(self) -> float:
-        """Seconds until the end."""
+        """Seconds left."""
         return self.seconds - self.elapsed
 
     @property
     def own(self) -> float:
-        """Seconds for text of the model's own."""
+        """Seconds for generating the model's own text."""
         return _OWN * self.seconds
 
     def until(self, proof: float) -> float:
-        """Return the moment of `time.perf_counter()` that leaves so many seconds for the proof."""
+        """Return the deadline, in `time.perf_counter()`, that leaves `proof` seconds for the final test."""
         return time.perf_counter() + self.left - proof
 
     @property
     def reads(self) -> float:
-        """Tokens of training a second."""
+        """Training speed in tokens per second."""
         return self._workshop.known(EXACT_DENSE).speed / _TRAINING_COST
 
     @property
@@ -73,11 +73,11 @@ class Budget:
         return self._workshop.known(EXACT_DENSE).seconds / 2
 
     def proof(self, candidates: int) -> float:
-        """Return an upper bound of the seconds of the final test: the dense model's time on that half, and writing."""
+        """Return an upper bound on the seconds of the final test: the dense model's time on that half, plus writing."""
         return candidates * self._half + self._workshop.making.took_to_make(EXACT_DENSE)
 
     def expected(self, candidate: Candidate, tried: Sequence[Candidate]) -> float:
-        """Return the seconds of making and measuring a candidate: as others took, or half of the items in the dense model."""
+        """Return the expected seconds of making and measuring a candidate, from candidates tried or from the dense model."""
         workshop = self._workshop
         own = [one for one in tried if one.type != FOREIGN]
         slow = [one for one in own if _is_slow(one) == _is_slow(candidate)]
@@ -94,28 +94,28 @@ class Budget:
         return made + read + cut + tokens / workshop.known(EXACT_DENSE).speed
 
     def refuse(self, seconds: float) -> None:
-        """Raise BadInput where the budget is too short for what has to come next. seconds: of that."""
+        """Raise BadInput if the budget is too short for the next required work. seconds: of that work."""
         needed = self.elapsed + seconds
         if needed > self.seconds:
             cause = f"the budget of {self.seconds / 60:.3g} minutes is too short for one candidate"
             fix = (
-                f"the least is about {needed / 60:.1f} minutes, and a search takes several times as much: allow ",
+                f"the minimum is about {needed / 60:.1f} minutes, and a search takes several times as long: use ",
                 Set("budget", f"{math.ceil(3 * needed / 60)}m"),
-                ", or take fewer items with ",
+                ", or fewer items with ",
                 Setting("items"),
             )
             raise BadInput(cause, field="budget", value=self.seconds / 60, fix=fix)
 
     def carried(self, least: Mapping[str, int]) -> tuple[Task, ...]:
-        """Return the tasks with as many of their items as the budget carries: the first ones, of an order by the seed.
+        """Return the tasks with as many items as the budget allows, the first in their seeded order.
 
-        What an earlier call took stays. A few items are timed in the dense model for it.
+        Items used by an earlier call are kept. A few items are timed with the dense model.
 
         Args:
-            least: items of the unseen half by the task's key, with which nothing is proven if there are fewer.
+            least: minimum number of unseen items for a proof, by the task's key.
 
         Raises:
-            BadInput: the budget is too short for one candidate on these.
+            BadInput: the budget is too short for one candidate on these items.
         """
         workshop, tasks = self._workshop, self._workshop.asked.tasks
         file = workshop.folder / "text" / "items.json"
@@ -124,7 +124,7 @@ class Budget:
             return tasks
         wanted, left = dict[str, int](), _READING * self.seconds
         by_time = sorted(tasks, key=lambda task: paces.items[task.key] * len(task.unseen))
-        for number, task in enumerate(by_time):  # what a short task leaves of its share is the longer ones'
+        for number, task in enumerate(by_time):  # longer tasks get what shorter ones leave of their share
             share = int(left / (len(tasks) - number) / (2 * paces.items[task.key]))
             whole = max(len(task.seen), len(task.unseen))
             wanted[task.key] = min(whole, max(share, least[task.key], LEAST_HALF, before.get(task.key, 0)))
@@ -140,13 +140,13 @@ class Budget:
         for task, all_items in zip(found, tasks, strict=True):
             there, all_of = len(places[task.name]), len(all_items.seen) + len(all_items.unseen)
             if there < all_of:
-                what = f"Of {all_of:,} items of {task.name} {there:,} are taken, drawn by the seed: as many as"
-                workshop.reporter.say(f"{what} {self.seconds / 60:.3g} minutes carry")
+                what = f"Using {there:,} of {all_of:,} items of {task.name}, chosen by the seed, to fit the budget of"
+                workshop.reporter.say(f"{what} {self.seconds / 60:.3g} minutes")
         write_note(file, Sizes(wanted))
         return found
 
     def _paces(self) -> Paces | None:
-        """Time a few items of each task in the dense model, once; None where that cannot be opened."""
+        """Time a few items of each task with the dense model, once; None if it cannot be loaded."""
         workshop, key = self._workshop, self._workshop.key("fit-paces")
         if (note := workshop.store.find(key, Paces)) is not None:
             return note.record
@@ -157,7 +157,7 @@ class Budget:
         workshop.paces.clear()
         places = {task.name: task.seen[:_PROBED] for task in workshop.asked.tasks}
         workshop.measure(EXACT_DENSE, places)
-        # Of items that were measured before a kill nothing is known but their sum.
+        # Only the total time is known for items that were measured before a kill.
         usual = workshop.known(EXACT_DENSE).seconds / sum(map(len, places.values()))
         items = {task.key: max(1e-6, workshop.paces.get(task.key, usual)) for task in workshop.asked.tasks}
         found = Paces(opened=opened.seconds, items=items)
@@ -166,7 +166,7 @@ class Budget:
 
 
 def _first(task: Task, count: int) -> Task:
-    """Return a task with the first items of each half that are so many different ones."""
+    """Return a task with the first items of each half, up to a number of different ones."""
 
     def of(places: Sequence[int]) -> tuple[int, ...]:
         apart = task.apart(places)

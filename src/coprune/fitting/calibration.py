@@ -1,4 +1,4 @@
-"""The text that a fit calibrates and trains on: of the seen half and more, and nothing of the unseen half."""
+"""The text that a fit calibrates and trains on: the seen half and other text, without anything from the unseen half."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from coprune.fitting.reader import Reader
 from coprune.fitting.tasks import Task, joined, shared_out
 
 _CHARACTERS = 1200
-"""Of a document that short texts are joined to."""
+"""Length of the documents that short texts are joined into."""
 
 
 _OWN_TEXTS, _OWN_TOKENS = 16, 256
-"""Texts of the model's own at most, and tokens of one."""
+"""Maximum number of texts that the model writes, and tokens of each."""
 _LEAST_TOKENS, _CHARACTERS_OF_TOKEN = 320, 5
-"""Of the seen items that calibrate at least, and what a token is taken for before it is counted."""
+"""Minimum number of calibration tokens, and estimated characters per token."""
 _TIMES = 4
-"""Texts that are drawn at most for each wanted one, since some end at once."""
+"""Maximum number of texts generated per wanted one, since some end immediately."""
 
 
 class Passage(BaseModel):
@@ -34,27 +34,27 @@ class Passage(BaseModel):
 
     text: str
     judging: bool
-    """Whether it holds an item that tells first what a candidate keeps."""
+    """Whether it contains one of the items that candidates are judged on first."""
 
 
 def calibration_of(
     tasks: Sequence[Task], text_of: Callable[[Task, int], str], more: Sequence[str]
 ) -> tuple[list[Passage], str]:
-    """Join the seen items' text and more, without what gives an unseen item away.
+    """Join the text of the seen items and other text, without passages that contain an unseen item.
 
     Args:
         tasks: items in two halves.
         text_of: returns an item with its answer.
-        more: text that belongs to no task.
+        more: other text.
 
     Returns:
-        The passages, and a line on what was left out; an empty one if nothing was.
+        The passages, and a message about omitted ones, empty if there are none.
 
     Raises:
-        BadInput: nothing is left.
+        BadInput: no passage is left.
     """
     own = [[text_of(task, place) for place in reversed(task.seen)] for task in tasks]
-    # The first seen items judge first. They come last here, so that a share of a task is of the others.
+    # Candidates are judged on the first seen items first. These come last here, so that a task's share uses the others.
     judging = {text for some in own for text in some[len(some) - len(some) // 2 :]}
     every = [*more, *(text for some in own for text in some)]
     seen, unseen = ([task.items[place].asked for task in tasks for place in half(task)] for half in (_seen, _unseen))
@@ -65,29 +65,29 @@ def calibration_of(
     found = [Passage(text="\n".join(one), judging=not judging.isdisjoint(one)) for one in documents]
     found += [Passage(text=text, judging=False) for text in more if text not in left_out]
     if not found:
-        cause = "the text to calibrate on holds nothing but text of the unseen items"
-        raise BadInput(cause, field="text", fix="name other text")
+        cause = "the calibration text contains nothing but text of the unseen items"
+        raise BadInput(cause, field="text", fix="use other text")
     count, of = sum(text in left_out for text in every), len(every)
-    line = f"{count} of {of} passages to calibrate on hold text of unseen items and are left out"
+    line = f"Left out {count} of {of} calibration passages that contain text of unseen items"
     return found, line if count else ""
 
 
 def texts_in(tokens: int) -> int:
-    """Return how many texts of its own the dense model has time for. tokens: that it writes in this time."""
+    """Return how many texts the dense model has time to write. tokens: that it can write in that time."""
     return min(_OWN_TEXTS, tokens // _OWN_TOKENS)
 
 
 def own_count(characters: int, texts: int) -> int:
-    """Return how many texts of its own the dense model writes: as many as there is time for, or as the items lack.
+    """Return how many texts the dense model writes: as many as there is time for, or as the items are short of.
 
-    characters: of the seen items that calibrate. texts: that there is time for.
+    characters: of the seen items used for calibration. texts: that there is time for.
     """
     lacking = _LEAST_TOKENS - characters // _CHARACTERS_OF_TOKEN
     return max(0, texts, -(-lacking // _OWN_TOKENS))
 
 
 def own_texts(reader: Reader, count: int, seed: int, reporter: Reporter) -> list[str]:
-    """Draw texts from a model, until they have the tokens of a number of whole ones."""
+    """Sample texts from a model until they have as many tokens as `count` full-length texts."""
     generator, found, left = torch.Generator().manual_seed(seed), list[str](), count * _OWN_TOKENS
     with reporter.bar("Texts", left) as advance:
         for _ in range(_TIMES * count):
@@ -101,9 +101,9 @@ def own_texts(reader: Reader, count: int, seed: int, reporter: Reporter) -> list
 
 
 def all_windows(ids: Sequence[int], longest: int) -> torch.Tensor:
-    """Split a text into as few windows of equal length as there have to be: windows × tokens int64, all but a remainder.
+    """Split a text into the fewest windows of equal length, dropping a remainder: windows × tokens int64.
 
-    ids: one token at least. longest: tokens of a window at most.
+    ids: at least one token. longest: maximum tokens per window.
     """
     count = -(-len(ids) // longest)
     length = len(ids) // count
@@ -119,11 +119,11 @@ def _unseen(task: Task) -> Sequence[int]:
 
 
 def read_passages(file: Path) -> list[Passage]:
-    """Read calibration text. Raises ValueError for another file."""
-    lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
+    """Read calibration text. Raises ValueError if the file is not one."""
+    lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may contain other line ends
     return [Passage.model_validate_json(line) for line in lines if line]
 
 
 def write_passages(file: Path, passages: Sequence[Passage]) -> None:
-    """Write calibration text, a document a row."""
+    """Write calibration text, one document per row."""
     write_text(file, "".join(f"{passage.model_dump_json()}\n" for passage in passages))

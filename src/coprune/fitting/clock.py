@@ -1,4 +1,4 @@
-"""The time of a process, each second of which is noted once."""
+"""The time of a process, in which every second is recorded once."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment, and what was noted until then."""
+    """A moment, and the seconds recorded until then."""
 
     moment: float
     noted: float
 
 
 class Clock:
-    """Tells how long things take without what was noted by itself on the way."""
+    """A clock for nested work: time that inner work has recorded does not count again for outer work."""
 
     def __init__(self) -> None:
         self._noted, self.opened = 0.0, Mark(time.perf_counter(), 0.0)
 
     def mark(self) -> Mark:
-        """Return this moment."""
+        """Return a mark of the current moment."""
         return Mark(time.perf_counter(), self._noted)
 
     def passed(self, mark: Mark) -> float:
-        """Return the seconds since a moment that nothing else has noted."""
+        """Return the seconds since a mark that were not recorded otherwise."""
         return time.perf_counter() - mark.moment - (self._noted - mark.noted)
 
     def since(self, mark: Mark) -> float:
-        """Return the same; they count as noted now."""
+        """Return the seconds since a mark that were not recorded otherwise, and record them."""
         took = self.passed(mark)
         self._noted += took
         return took

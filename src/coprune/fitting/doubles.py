@@ -1,4 +1,4 @@
-"""Texts that say the same: near-doubles among items, and passages that hold text of items nobody may see."""
+"""Find near-duplicates among items, and calibration passages that contain text of unseen items."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from scipy.sparse.csgraph import connected_components
 
 _Hashes = npt.NDArray[np.uint64]
 _SHINGLE = 5
-"""Characters of the pieces by which two texts are compared."""
+"""Length of the shingles by which two texts are compared, in characters."""
 _COMPARED, _FEWER, _MANY = 400, 120, 20_000
-"""Last characters of a text that are compared, and fewer where there are many texts."""
+"""Number of last characters that are compared, the smaller number for more than `_MANY` texts."""
 _ALIKE, _WITHIN = 0.6, 0.75
-"""Weight of shared pieces over that of all, or over that of the smaller text, from which two texts are near-doubles."""
+"""Thresholds for near-duplicates: weight of shared shingles relative to that of all, or to that of the smaller text."""
 _COPIED, _LEAST = 32, 12
-"""Characters in a row, without spaces, that give a text away; shorter texts are looked for whole, from `_LEAST` on."""
+"""Length of a copied run of characters, without spaces, that reveals a text; texts from `_LEAST` on are matched whole."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def normalized(text: str) -> str:
-    """Return a text without differences of case, width and spaces."""
+    """Normalise case, width and spaces of a text."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def clusters_of(texts: Sequence[str]) -> list[int]:
-    """Number texts such that near-doubles have the same number.
+    """Number texts so that near-duplicates have the same number.
 
-    Pieces of five characters are compared by the weighted Jaccard index; a piece counts less the more texts hold it, and one
-    that all hold, as an instruction before every question, not at all.
+    Shingles of five characters are compared by the weighted Jaccard index. The more texts contain a shingle, the less it
+    counts; one in all texts, such as a shared instruction, does not count at all.
 
     Args:
-        texts: what to compare.
+        texts: the texts to compare.
 
     Returns:
-        A number of every text.
+        The cluster number of every text.
     """
     names = [normalized(text) for text in texts]
     distinct = {name: place for place, name in enumerate(dict.fromkeys(names))}
@@ -53,7 +53,7 @@ def _alike(names: Sequence[str]) -> list[int]:
     own = np.split(columns, ends[:-1])
     weights = np.log(count / held_by)
     totals = np.array([weights[one].sum() for one in own])
-    # Near-doubles are neighbours in the columns that they alone share.
+    # Sorted by shingle, texts that share one are neighbours; near-duplicates share rare ones.
     order = np.argsort(columns, kind="stable")
     holders = np.repeat(np.arange(count), [len(one) for one in pieces])[order]
     same = columns[order][1:] == columns[order][:-1]
@@ -76,7 +76,7 @@ def _are_alike(shared: float, one: float, other: float) -> bool:
 
 
 def _hashes(text: str, width: int) -> _Hashes:
-    """Return hashes of all pieces of a text, each once; of the whole of a shorter one."""
+    """Return the distinct hashes of all shingles of a text; of the whole text if it is shorter."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     if len(codes) < width:
         codes = np.pad(codes, (0, width - len(codes)))
@@ -85,12 +85,12 @@ def _hashes(text: str, width: int) -> _Hashes:
 
 
 def holding(passages: Sequence[str], unseen: Sequence[str], seen: Sequence[str]) -> set[int]:
-    """Return the places of passages that hold a part of an unseen text: 32 characters in a row, or a shorter text whole.
+    """Return the indices of passages that contain 32 consecutive characters of an unseen text, or a shorter one whole.
 
     Args:
-        passages: text to calibrate on.
-        unseen: what must not be in it.
-        seen: texts of the same kind that may; what two of them share, as an instruction, gives nothing away.
+        passages: calibration text.
+        unseen: texts that must not be in it.
+        seen: similar texts that may be; parts that two of them share, such as an instruction, are allowed.
     """
     shown = [_squeezed(text) for text in seen]
     pieces = [_hashes(text, _COPIED) for text in shown if len(text) >= _COPIED]

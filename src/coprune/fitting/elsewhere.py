@@ -1,6 +1,6 @@
-"""GGUF files of the same model from elsewhere, which a fit measures beside its own quants.
+"""Foreign GGUF files of the same model, which a fit measures in addition to its own quants.
 
-Torch is imported only where files are compared.
+Torch is imported only when files are compared.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from coprune.model.checkpoint.glance import look_at_file
 _FIELD = "candidate"
 _MODEL, _SPLIT, _MERGES, _KINDS = (f"tokenizer.ggml.{name}" for name in ("model", "pre", "merges", "token_type"))
 _UNUSED = 5
-"""Kind of a token that fills the table up; files name it as they like."""
+"""Kind of a padding token, whose name differs between files."""
 
 
 def look_at_candidates(names: Iterable[str]) -> None:
-    """Raise BadInput for a file that is not there, is not GGUF, or is one of several parts."""
+    """Raise BadInput for a file that does not exist, is not GGUF, or is one of several parts."""
     for name in names:
         path = expand_home(name)
         with _naming(name):
@@ -41,7 +41,7 @@ def look_at_candidates(names: Iterable[str]) -> None:
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Raise what is wrong with a file as an error of the setting that names it."""
+    """Report an error about a file as one of the setting that names it."""
     try:
         yield
     except BadInput as error:
@@ -49,7 +49,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 
 def candidates_in(names: Sequence[str]) -> dict[Candidate, Path]:
-    """Return the candidates that files are, by their contents, each with its path. Raises BadInput for damaged ones."""
+    """Return files as candidates, identified by their contents, with their paths. Raises BadInput for damaged files."""
     from coprune.model.checkpoint.digest import source_digest
     from coprune.model.checkpoint.locate import locate
 
@@ -65,12 +65,12 @@ def candidates_in(names: Sequence[str]) -> dict[Candidate, Path]:
 
 
 def require_same_model(paths: Iterable[Path], model: Path, texts: Sequence[str]) -> None:
-    """Require that files have the architecture and the tokenizer of a model. Raises BadInput.
+    """Raise BadInput if a file has another architecture or tokenizer than the model.
 
     Args:
         paths: the files.
         model: a GGUF file of the model.
-        texts: what the tokenizers are compared on.
+        texts: texts on which the tokenizers are compared.
     """
     own = _Identity(model)
     for path in paths:
@@ -79,7 +79,7 @@ def require_same_model(paths: Iterable[Path], model: Path, texts: Sequence[str])
 
 
 class _Identity:
-    """What makes two files those of one model."""
+    """Architecture and tokenizer of a file, by which files of one model are recognised."""
 
     def __init__(self, path: Path) -> None:
         from coprune.gguf_files.metadata import architecture, read_fields
@@ -96,7 +96,7 @@ class _Identity:
         self.tokens = [None if number in unused else token for number, token in enumerate(tokens)]
 
     def require_same(self, other: _Identity, texts: Sequence[str]) -> None:
-        """Raise BadInput where another file is not of this model."""
+        """Raise BadInput if another file is not of this model."""
         fix = "name a file that was made from the same model"
         if other.architecture != self.architecture:
             cause = f"{other.path} is a {other.architecture}, and the model a {self.architecture}"
@@ -116,7 +116,7 @@ class _Identity:
             raise BadInput(f"{other.path} splits text into other tokens than the model ({_SPLIT}: {ways})", fix=fix)
 
     def tokenized(self, texts: Sequence[str]) -> list[list[int]]:
-        """Split texts by the file's own tokenizer. Raises BadInput if llama.cpp cannot load the file."""
+        """Tokenise texts with the file's own tokenizer. Raises BadInput if llama.cpp cannot load the file."""
         from coprune.gguf_files.llama_cpp import LlamaCpp
 
         with closing(LlamaCpp(self.path)) as engine:

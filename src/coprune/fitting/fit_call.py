@@ -1,4 +1,4 @@
-"""`coprune.fit`: the cheapest file that still does a task, with the proof."""
+"""`coprune.fit`: find the cheapest file that still does a task, and prove it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _UNITS = {
 _TEXTS = 50
 """Items on which tokenizers are compared."""
 _TIMES = 3
-"""The budget that is advised where there is more to try, over the one that was not enough."""
+"""Factor by which the suggested budget exceeds one that was too short."""
 
 
 def fit(
@@ -68,25 +68,25 @@ def fit(
     quiet: bool = False,
     **how: Unpack[FitArguments],
 ) -> Fitted:
-    """Find the smallest (fastest) file of a model that still does your tasks, and prove it on items that the search never saw.
+    """Find the smallest (or fastest) file of a model that still does your tasks, and prove it on items unseen by the search.
 
-    The same call again goes on where a killed one stopped.
+    Call it again to resume an interrupted search.
 
     Args:
         model: a folder, a Hub id, a GGUF file or `smollm2-135m`.
-        task: files of items (.jsonl of choices, answers or prompts, or text), or tasks of lm-eval; `file:0.7` gives its share of
-            the text to calibrate on.
-        require: conditions with commas between: `accuracy>=dense-0.01`, `bits<=dense*1.02`, `acceptance>=0.9`, `kl<=0.1`.
-        output: the folder for the model, its recipe, page and card.
-        quiet: no progress bars and lines.
-        how: how the file is searched for; `coprune fit --help` says what each setting does.
+        task: files of items (.jsonl of choices, answers or prompts, or text), or tasks of lm-eval; `file:0.7` sets a task's
+            share of the calibration text.
+        require: conditions separated by commas: `accuracy>=dense-0.01`, `bits<=dense*1.02`, `acceptance>=0.9`, `kl<=0.1`.
+        output: folder for the model, its recipe, page and card.
+        quiet: show no progress bars and messages.
+        how: settings of the search, as listed by `coprune fit --help`.
 
     Returns:
         The file, the verdict on the unseen half, and all candidates.
 
     Raises:
-        BadInput: for what cannot be done as asked, too few items, a dense model that does no better than chance, or a budget that
-            is too short.
+        BadInput: the request cannot be fulfilled, there are too few items, the dense model is no better than chance, or the
+            budget is too short.
     """
     target, reporter, settings = expand_home(output), Reporter(quiet), settings_of(FitSettings, how)
     asked, wish = _read(model, task, require, settings)
@@ -113,25 +113,25 @@ def fit(
 
 
 def _minutes(seconds: float) -> str:
-    """Return a time as `budget` takes it."""
+    """Format a time as a value of `budget`."""
     return f"{seconds / 60:{'.3g' if seconds < 6000 else '.0f'}}m"
 
 
 def remake(recipe: str | Path, output: str | Path, quiet: bool = False, converter: str | Path | None = None) -> Path:
-    """Make the model of a recipe that `fit` left again, without a search.
+    """Rebuild the model of a recipe written by `fit`, without a search.
 
     Args:
-        recipe: the file; the text beside it is needed too.
-        output: a folder for the model.
-        quiet: no progress bars and lines.
-        converter: as in `fit`, where that used one.
+        recipe: the recipe file; it needs the calibration text in the same folder.
+        output: folder for the model.
+        quiet: show no progress bars and messages.
+        converter: as in `fit`, if that used one.
 
     Returns:
         The file.
 
     Raises:
         BadInput: the recipe cannot be read, or a file is missing.
-        VerificationError: what was made has other bytes.
+        VerificationError: the rebuilt file has other bytes.
     """
     source, target, reporter = expand_home(recipe), expand_home(output), Reporter(quiet)
     said = FitRecipe.read(source)
@@ -139,24 +139,24 @@ def remake(recipe: str | Path, output: str | Path, quiet: bool = False, converte
     file = target / _name(asked, chosen)
     require_usable(file, "output")
     if file.exists():
-        raise BadInput(f"{file} is there already", field="output", value=str(target), fix="name another folder")
+        raise BadInput(f"{file} already exists", field="output", value=str(target), fix="name another folder")
     if asked.digests["model"] != said.source:
         cause = f"{said.model} is another model than the one that {source} was made from: its files hold other bytes"
-        raise BadInput(cause, field="model", value=str(recipe), fix="put the files of that one there")
+        raise BadInput(cause, field="model", value=str(recipe), fix="restore the original files")
     _require_template(asked, converter)
     work = target / WORK_FOLDER
     making = Making(work, _with_template(asked, work, converter, reporter), reporter)
     if chosen.type == FOREIGN and digest_of(making.file(chosen)) != said.sha256:
         cause = f"{said.file} holds other bytes than the file that the fit chose"
-        raise BadInput(cause, field="model", value=str(recipe), fix="put that one there")
+        raise BadInput(cause, field="model", value=str(recipe), fix="restore the original file")
     making.text.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source.with_name(said.text), making.text)
     made = making.file(chosen)
-    if digest_of(made) != said.sha256:  # before it gets the name of what is finished
+    if digest_of(made) != said.sha256:  # checked before it gets its final name
         shutil.rmtree(work)
         raise VerificationError(
-            f"the bytes of {file.name}, made as {source} says, differ from those of the fit, so it was not kept: another "
-            "version or processor, or coprune[languages] is installed in one place alone"
+            f"the bytes of {file.name}, rebuilt from {source}, differ from those of the fit, so it was not kept: the version or "
+            "processor differs, or coprune[languages] is installed in only one of the two environments"
         )
     copy(made, file)
     shutil.rmtree(work)
@@ -185,7 +185,7 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -
 
 
 def _require_same_model(asked: Asked) -> None:
-    """Raise BadInput for a file from elsewhere that is of another model, or the model itself."""
+    """Raise BadInput for a candidate file that is of another model, or is the model itself."""
     if not asked.elsewhere:
         return
     model = locate(asked.like or asked.model).path
@@ -197,16 +197,16 @@ def _require_same_model(asked: Asked) -> None:
 
 
 def _require_apart(target: Path, asked: Asked) -> None:
-    """Raise BadInput for a model or candidate in the output folder, where an earlier result is replaced."""
+    """Raise BadInput for a model or candidate in the output folder, where it could be overwritten."""
     for name in (asked.model, *asked.files):
         path = expand_home(name)
         if path.is_file() and path.resolve().parent == target.resolve():
-            cause = f"{name} lies in {target}, where the result goes"
+            cause = f"{name} is in {target}, where the result goes"
             raise BadInput(cause, field="output", value=str(target), fix="name another folder")
 
 
 def _untemplated(asked: Asked) -> ModelFolder | None:
-    """Return the model's folder if llama.cpp's converter has to make the GGUF file that all others are made like."""
+    """Return the model's folder if llama.cpp's converter has to make a template GGUF file from it."""
     if asked.runtime != "llama.cpp" or asked.like is not None:
         return None
     location = locate(asked.model)
@@ -214,18 +214,18 @@ def _untemplated(asked: Asked) -> ModelFolder | None:
 
 
 def _require_template(asked: Asked, converter: str | Path | None) -> None:
-    """Raise BadInput where a template has to be made and there is no converter."""
+    """Raise BadInput if a template is needed and there is no converter."""
     if (folder := _untemplated(asked)) is not None and find_converter(converter) is None:
         raise no_template(folder.path, folder.name)
 
 
 def _with_template(asked: Asked, folder: Path, converter: str | Path | None, reporter: Reporter) -> Asked:
-    """Return what is asked with a template for the model's folder, made once in the fit's folder. Raises BadInput."""
+    """Return the inputs with a template GGUF file, which is made once in the fit's folder. Raises BadInput."""
     if (location := _untemplated(asked)) is None:
         return asked
     file = folder / TEMPLATE_FOLDER / f"{source_digest(location)[:16]}.gguf"
     if not file.is_file():
-        for name in (WORK_FOLDER, TEMPLATE_FOLDER):  # the first tells that the folder is a fit's
+        for name in (WORK_FOLDER, TEMPLATE_FOLDER):  # the first marks the folder as a fit's
             (folder / name).mkdir(parents=True, exist_ok=True)
         write_durably(file, lambda final: template_of(location, final, converter, reporter))
     return replace(asked, like=str(file))
@@ -239,7 +239,7 @@ def _paths(task: Any) -> list[str]:
 
 
 def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
-    """Write the model and what is to be known of it, and remove the rest."""
+    """Write the model, its recipe, page, card and facts, and remove the other files."""
     workshop, chosen = search.workshop, finding.chosen
     file = target / _name(workshop.asked, chosen)
     source = file if _is_there(target, chosen, file) else workshop.making.file(chosen)
@@ -252,7 +252,7 @@ def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
     write_text(target / TEXT_FILE, workshop.making.text.read_text(encoding="utf-8"))
     size, digest = bytes_in(file), digest_of(file)
     own_template = Path(workshop.asked.like or "").parent == target / TEMPLATE_FOLDER
-    asked = replace(workshop.asked, like=None) if own_template else workshop.asked  # it is made again like the model
+    asked = replace(workshop.asked, like=None) if own_template else workshop.asked  # the template can be made again
     write_text(target / RECIPE_FILE, FitRecipe.of(asked, chosen, size, digest).written())
     rows = _rows(search, finding)
     better = chosen != AS_GIVEN
@@ -281,7 +281,7 @@ def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
 
 
 def _facts(search: Search, finding: Finding, found: Fitted, digest: str) -> dict[str, Any]:
-    """Return the result for programs, with everything that names what was measured."""
+    """Return the result for programs, with everything that identifies what was measured."""
     asked, made = search.workshop.asked, MadeFacts.here()
     return {
         "model": _named(asked.model),
@@ -309,7 +309,7 @@ def _facts(search: Search, finding: Finding, found: Fitted, digest: str) -> dict
 
 
 def _counts(search: Search, task: Task, chosen: Candidate) -> dict[str, Any]:
-    """Count the unseen items of a task; where answers are right or wrong, those of both models."""
+    """Count the unseen items of a task, and for accuracy, which of the two models answered them right."""
     facts = {"name": task.name, "kind": task.kind, "seen items": len(task.seen), "unseen items": len(task.unseen)}
     if "accuracy" not in METRICS_OF[task.kind]:
         return facts
@@ -325,7 +325,7 @@ def _counts(search: Search, task: Task, chosen: Candidate) -> dict[str, Any]:
 
 
 def _named(model: str) -> str:
-    """Return a model's name without where it lies on this machine."""
+    """Return a model's name without its path on this machine."""
     place = Path(model)
     return place.name if place.exists() else model
 
@@ -352,7 +352,7 @@ def _notes(search: Search, finding: Finding) -> list[str]:
             f"{sizes[0] / sizes[1]:.2f} of the bytes of the best plain quant that passes, {finding.plain.name}"
         )
     if finding.chosen == AS_GIVEN:
-        found.append("nothing better than what was given is proven: this is your own model, byte for byte")
+        found.append("nothing better than the given model is proven: this is your own model, byte for byte")
     elif finding.chosen.type == FOREIGN:
         found.append(f"this is {finding.chosen.title}, which was given as a candidate, byte for byte")
     elif finding.chosen.plain and not finding.untried:
@@ -365,8 +365,8 @@ def _notes(search: Search, finding: Finding) -> list[str]:
         found += [f"fewer tokens: {lost}"] if facts is not None and (lost := facts.loud()) else []
     if finding.looks > 1:
         found.append(
-            f"these unseen items have now given {finding.looks} verdicts, with other budgets or conditions: the 95 % hold for "
-            "the first one, so take items that are new for a proof"
+            f"these unseen items have now given {finding.looks} verdicts, with other budgets or conditions: the 95 % confidence "
+            "holds for the first only, so use new items for a proof"
         )
     if not finding.kept and finding.held:
         needed = [one.needed for one in finding.held if one.needed is not None]
@@ -377,7 +377,7 @@ def _notes(search: Search, finding: Finding) -> list[str]:
 
 
 def _beside(search: Search, finding: Finding) -> list[str]:
-    """Compare the files from elsewhere that were measured with the result."""
+    """Compare the given candidate files with the result."""
     found, size = [], search.workshop.known(finding.chosen).bytes
     for one in search.workshop.asked.elsewhere:
         known, (part, held) = search.workshop.known(one), _judged(search, finding, one)
@@ -390,15 +390,15 @@ def _beside(search: Search, finding: Finding) -> list[str]:
 
 
 def _judged(search: Search, finding: Finding, candidate: Candidate) -> tuple[str, Sequence[Held]]:
-    """Return the half of the items that a candidate was judged on last, and what it held there."""
+    """Return the half of the items that a candidate was last judged on, and the verdicts there."""
     held = finding.unseen.get(candidate)
     return ("seen", search.judged_so_far(candidate)) if held is None else ("unseen", held)
 
 
 def _tokenised_alike(search: Search, chosen: Candidate, file: Path) -> list[str]:
-    """Compare the file's own tokenizer with the one that items were measured with. Raises VerificationError for another."""
+    """Compare the file's own tokenizer with the one used to measure. Raises VerificationError if no text agrees."""
     reader = search.workshop.making.reader(file, chosen.cut)
-    if isinstance(reader.engine, InTransformers):  # has the very tokenizer
+    if isinstance(reader.engine, InTransformers):  # uses the same tokenizer
         return ["transformers loads the folder; what was measured was measured there"]
     texts = [task.items[place].asked for task in search.tasks for place in task.unseen][:_TEXTS]
     differing = [text for text in texts if reader.engine.tokenize(text) != reader.all_ids(text)]

@@ -1,4 +1,4 @@
-"""What a fit is asked for, and its notes: what was measured, and the text that calibrates."""
+"""The inputs of a fit, and its stored notes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Sizes(RootModel[dict[str, int]]):
 
 
 class Looks(RootModel[list[tuple[list[str], list[str]]]]):
-    """Conditions, with the candidates that were judged by them in this order."""
+    """Conditions with the candidates judged by them, in order."""
 
 
 def noted(file: Path, kind: type[RootModel[Value]], otherwise: Value) -> Value:
-    """Return the value of a note, or another where there is none or it is damaged."""
+    """Return the value of a note, or `otherwise` if it is missing or damaged."""
     found = read_note(file, kind)
     return otherwise if found is None else found.record.root
 
@@ -51,31 +51,31 @@ class Asked:
     tasks: tuple[Task, ...]
     seed: int = 0
     text: str | None = None
-    """More text to calibrate and distill on; None for what the model writes itself."""
+    """Additional text to calibrate and distill on; None to let the model write it."""
     like: str | None = None
     """A GGUF file of the source model."""
     runtime: Runtime = "llama.cpp"
     files: tuple[str, ...] = ()
-    """GGUF files from elsewhere; no other candidate depends on them."""
+    """Candidate GGUF files given by the user; no other candidate depends on them."""
 
     @cached_property
     def elsewhere(self) -> dict[Candidate, Path]:
-        """Candidates that are files from elsewhere, with their paths. Raises BadInput for damaged ones."""
+        """The given files as candidates, with their paths. Raises BadInput for damaged files."""
         return candidates_in(self.files)
 
     @cached_property
     def writing(self) -> tuple[Task, ...]:
-        """What shows whether a model still writes; only cuts are measured on it."""
+        """Tasks that test whether a model still writes; only cuts are measured on them."""
         return writing_of(self.tasks)
 
     @property
     def every_task(self) -> tuple[Task, ...]:
-        """The tasks, and what shows whether a model still writes."""
+        """The tasks, including those that test whether a model still writes."""
         return (*self.tasks, *self.writing)
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Digests of what the model, `like` and `text` hold, read once; they travel to workers with the rest."""
+        """Digests of the contents of the model, `like` and `text`, computed once and passed on to workers."""
 
         def of_model(name: str) -> str:
             return source_digest(locate(name))
@@ -89,13 +89,13 @@ class Asked:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Return the inputs as JSON: files by what they hold, wherever they lie."""
+        """Return the inputs as JSON, with files identified by their contents and not their paths."""
         tasks = [task.fingerprint for task in self.tasks]
         return {"tasks": tasks, "seed": self.seed, "runtime": self.runtime} | self.digests
 
     @cached_property
     def contents(self) -> dict[str, Any]:
-        """What decides a candidate and its figures beside the tasks and the text that calibrates: for keys."""
+        """For keys: what determines a candidate and its measurements besides the tasks and the calibration text."""
         packages = {name: installed_version(name) for name in ("llama-cpp-py-sync", "gguf")}
         made = {"digests": self.digests, "seed": self.seed, "runtime": self.runtime}
         return made | {"versions": installed_versions() | packages, "processor": describe(torch.device("cpu"))}
@@ -106,29 +106,29 @@ class Measured(BaseModel):
 
     bytes: int = 0
     memory: int = 0
-    """Bytes of the weights and of a text of 2,048 tokens."""
+    """Bytes of the weights and of the cache for 2,048 tokens."""
     speed: float = 0.0
-    """Tokens a second, one after another, of a machine that does nothing else: by the processor's time for the fastest."""
+    """Tokens per second of decoding on an idle machine, from the processor time of the fastest token."""
     seconds: float = 0.0
     refused: str = ""
-    """Why it cannot be made."""
+    """Why it cannot be made; empty if it can."""
     scores: dict[str, dict[str, dict[int, float]]] = {}
-    """Figures of items by the task's key, metric and the item's index."""
+    """Scores of items by the task's key, metric and the item's index."""
 
     def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
-        """Return the figures of some items."""
+        """Return the scores of some items."""
         found = self.scores[task.key][metric]
         return [found[place] for place in places]
 
     def missing(self, task: Task, places: Sequence[int]) -> list[int]:
-        """Return the places of the items of which a figure is missing."""
+        """Return the indices of items without a score."""
         own = self.scores.get(task.key, {})
         there = set.intersection(*(set(one) for one in own.values())) if own else set()
         return [place for place in places if place not in there]
 
 
 def differing(facts: Mapping[str, Any], note: Path) -> list[str]:
-    """Name the inputs in which a note differs from these."""
+    """Describe the inputs in which a note differs from `facts`."""
     try:
         said = json.loads(note.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

@@ -13,7 +13,7 @@ from coprune.report.provenance import MadeFacts
 from coprune.report.view import Lines, Page, Paragraph, Section, listed, made_parts
 
 _NAMES = ("dense", "plain quants", "others", "chosen")
-_COSTS = {"size": ("megabytes", 1e6), "memory": ("megabytes in memory", 1e6), "speed": ("tokens a second", 1.0)}
+_COSTS = {"size": ("megabytes", 1e6), "memory": ("megabytes in memory", 1e6), "speed": ("tokens per second", 1.0)}
 
 
 def fit_page(found: Fitted, model: str, target: str) -> str:
@@ -21,12 +21,12 @@ def fit_page(found: Fitted, model: str, target: str) -> str:
     verdict = "kept" if found.kept else "NOT kept"
     said = f"what is required is {verdict} on the unseen half" if found.better else found.verdict
     lead = Paragraph(f"{found.chosen}: {said}.", "" if found.kept else "warn")
-    sections = [Section("The last word", [Lines([*found.lines, *found.notes])])]
+    sections = [Section("Verdict", [Lines([*found.lines, *found.notes])])]
     if (drawn := _picture(found, target)) is not None:
         note = (
-            "The margin is by how much the first condition is more than kept, with one-sided 95 % bounds: on the unseen half for "
-            "those that were proven, else on the items that the search looked at. Kept is what lies above the dashed line with "
-            "its whole bar."
+            "The margin is the distance to the limit of the first condition, with one-sided 95 % confidence bounds: on the "
+            "unseen half for candidates that were tested there, otherwise on the seen items. A candidate keeps the condition if "
+            "its whole bar lies above the dashed line."
         )
         sections.append(Section("What was tried", [drawn], note))
     rows = sorted((row for row in found.rows if not row.refused), key=lambda row: row.bytes)
@@ -46,17 +46,17 @@ def fit_page(found: Fitted, model: str, target: str) -> str:
 
 
 def _picture(found: Fitted, target: str) -> Plot | None:
-    """Plot the cost against the difference to the dense model, with bounds."""
+    """Plot the margin of the candidates over their cost, with bounds."""
     shown = [row for row in found.rows if all(math.isfinite(value) for value in row.bounds)]
     shown = [row for row in shown if row.bounds]
     if len(shown) < 2:
         return None
     name, unit = _COSTS[target]
     points, lines = list[Point](), list[Line]()
-    # With few items the bounds are so wide that they would flatten everything else.
+    # Clipped, since bounds from few items would flatten everything else.
     floor = min(0.0, 3 * min(row.bounds[1] for row in shown)) - 0.05
     ceiling = max(0.0, 3 * max(row.bounds[1] for row in shown)) + 0.05
-    for row in sorted(shown, key=lambda row: not row.chosen):  # it is named and seen first
+    for row in sorted(shown, key=lambda row: not row.chosen):  # the chosen one is drawn and labelled first
         low, mean, high = row.bounds
         at = row.cost / unit
         tip = f"{row.name}: {mean:+.4f} ({low:+.4f} to {high:+.4f}) at {at:.1f} {name}"
@@ -72,5 +72,5 @@ def _picture(found: Fitted, target: str) -> Plot | None:
 
 
 def fit_card(found: Fitted, model: str) -> str:
-    """Return the model card, in Markdown."""
+    """Return the model card in Markdown."""
     return render("fitting/templates/fit_card.md.j2", found=found, model=model, folder=found.file.is_dir())

@@ -1,4 +1,4 @@
-"""The recipe that a fit leaves, from which the same bytes are made without a search."""
+"""The recipe written by a fit, from which the same bytes can be rebuilt without a search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coprune.gguf_files.types_by_tensor import TENSOR_TYPES
 
 RECIPE_FILE, TEXT_FILE = "recipe.yaml", "text.jsonl"
 _MOST_TRAINED = 1 << 24
-"""Tokens of a distillation at most; a search takes far fewer."""
+"""Maximum tokens of a distillation; a search uses far fewer."""
 _Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Part = Annotated[str, StringConstraints(pattern=r"^(vocabulary=[1-9]\d{0,8}|(experts|channels|blocks)=0\.\d{1,6})$")]
 
@@ -32,31 +32,31 @@ class _Checked(BaseModel):
 
 
 class RecipeCut(_Checked):
-    """What is removed before the model is quantised."""
+    """Parts removed before the model is quantised."""
 
     removed: Annotated[list[_Part], Field(max_length=16)] = []
     tokens: Annotated[int, Field(ge=0, le=_MOST_TRAINED)] = 0
 
 
 class FitRecipe(_Checked):
-    """A candidate with everything that it was made of."""
+    """A candidate and everything needed to rebuild it."""
 
     model: Annotated[str, Field(min_length=1)]
     source: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-    """Of the model's files."""
+    """Digest of the model's files."""
     like: str | None = None
     runtime: Runtime
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
     text: Literal["text.jsonl"] = "text.jsonl"
-    """File of calibration text beside the recipe."""
+    """File of calibration text in the recipe's folder."""
     cut: RecipeCut
     type: str
     embedding: str | None = None
     bits: Annotated[float, Field(ge=0, le=16)] = 0.0
     types: Annotated[dict[_Tensor, str], Field(max_length=1 << 20)] = {}
-    """Types of tensors by name, where the type is mixed."""
+    """Types of tensors by name, if `type` is mixed."""
     file: Annotated[str, Field(min_length=1)] | None = None
-    """Where the type is a file from elsewhere: its path."""
+    """Path of the candidate, if it is a given file."""
     bytes: Annotated[int, Field(gt=0)]
     sha256: _Digest
 
@@ -91,7 +91,7 @@ class FitRecipe(_Checked):
 
     @property
     def candidate(self) -> Candidate:
-        """The candidate that it makes. Raises BadInput where it is a file that is not there."""
+        """The candidate that it describes. Raises BadInput if that is a missing file."""
         if self.file is not None:
             return next(iter(self.asked.elsewhere))
         cut = Cut(tuple(self.cut.removed), self.cut.tokens)
@@ -99,13 +99,13 @@ class FitRecipe(_Checked):
 
     @property
     def asked(self) -> Asked:
-        """The inputs of a fit that makes it."""
+        """The inputs of a fit that makes this candidate."""
         files = () if self.file is None else (self.file,)
         return Asked(self.model, (), self.seed, None, self.like, self.runtime, files)
 
     @classmethod
     def of(cls, asked: Asked, chosen: Candidate, size: int, digest: str) -> Self:
-        """Describe a candidate. size, digest: of the file that was made."""
+        """Describe a candidate. size, digest: of its file."""
         cut = RecipeCut(removed=[*chosen.cut.removed], tokens=chosen.cut.tokens)
         file = str(asked.elsewhere[chosen]) if chosen.type == FOREIGN else None
         return cls(
@@ -127,11 +127,11 @@ class FitRecipe(_Checked):
     def written(self) -> str:
         """Return the recipe as YAML."""
         said = yaml.safe_dump(self.model_dump(), sort_keys=False)
-        return f"# Makes the model again: coprune fit {RECIPE_FILE} -o OUT\n{said}"
+        return f"# Rebuild the model: coprune fit {RECIPE_FILE} -o OUT\n{said}"
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """Read a recipe and check the text beside it. Raises BadInput where either is damaged or missing."""
+        """Read a recipe and check its calibration text. Raises BadInput if either is damaged or missing."""
         said = read_yaml(file, "the recipe of a fit", "model")
         try:
             found = cls.model_validate(said)
@@ -143,7 +143,7 @@ class FitRecipe(_Checked):
         try:
             passages = read_passages(text)
         except FileNotFoundError:
-            raise BadInput(f"{text} is missing, which the recipe needs", field="model", value=str(file)) from None
+            raise BadInput(f"the recipe needs {text}, which is missing", field="model", value=str(file)) from None
         except (OSError, ValueError) as error:
             why = f"it is not the text that a fit leaves ({next(iter(str(error).splitlines()), repr(error))})"
             raise BadInput(f"{text} cannot be used: {why}", field="model", value=str(file)) from None

@@ -9,34 +9,34 @@ from coprune.base.words import Sheet, Shown
 
 PAGE_FILE = "report.html"
 DENSE, PLAIN, OURS, CHOSEN = range(4)
-"""How candidates are drawn."""
+"""Series of the plot."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate, as it is shown."""
+    """A candidate in tables and the plot."""
 
     name: str
     plain: bool
     chosen: bool
     cost: float
-    """Bytes, or tokens a second."""
+    """Bytes, or tokens per second."""
     bytes: int
     speed: float
     refused: str
     part: str
-    """Half of the items that the figures are of."""
+    """Half of the items that it was last judged on."""
     verdict: str
     mean: float | None = None
-    """Margin of the first condition, with its bounds."""
+    """Margin of the first condition; `low` and `high` are its bounds."""
     low: float | None = None
     high: float | None = None
     elsewhere: bool = False
-    """Whether it is a file that was given, not made."""
+    """Whether it is a given file."""
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """The least, the mean and the most; none where nothing was measured."""
+        """Lower bound, mean and upper bound of the margin; empty if it was not measured."""
         return () if self.mean is None or self.low is None or self.high is None else (self.low, self.mean, self.high)
 
     @property
@@ -63,12 +63,12 @@ class Fitted(Shown):
     """The best plain quant that passed."""
     notes: tuple[str, ...] = ()
     given_bytes: int = 0
-    """Bytes of what was given."""
+    """Bytes of the given model."""
     better: bool = True
-    """Whether the file is another one than what was given, which is kept where nothing better is proven."""
+    """Whether the file is better than the given model, which is returned if nothing better is proven."""
 
     next: str = ""
-    """The command that searches on with more time, if there is more to try."""
+    """The command that continues with more time, if there is more to try."""
 
     @property
     def verdict(self) -> str:

@@ -1,4 +1,4 @@
-"""A folder in transformers, which is given tokens and answers with logits, as a GGUF file in llama.cpp is."""
+"""Run a model folder in transformers, with the interface of a GGUF file in llama.cpp: tokens in, logits out."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from coprune.sweeps.generation_speed import cache_argument, weight_bytes
 
 
 class InTransformers:
-    """A model folder in transformers, loaded as anybody loads it, with the functions of `LlamaCpp`."""
+    """A model folder in transformers, with the interface of `LlamaCpp`."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load a model's folder. Raises BadInput if it cannot be loaded."""
+        """Load a model folder. Raises BadInput if it cannot be loaded."""
         self._model: PreTrainedModel | None = load_model(locate(str(folder)), processed=False)[0]
         self._ends, self._argument = ends_of(tokenizer, self._whole), cache_argument(self._whole)
         self._cache: Any = None
@@ -33,7 +33,7 @@ class InTransformers:
 
     @property
     def bytes(self) -> int:
-        """Of all weights in memory."""
+        """Bytes of all weights in memory."""
         return weight_bytes(self._whole)
 
     def forget(self) -> None:
@@ -42,18 +42,18 @@ class InTransformers:
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], all_logits: bool = False) -> None:
-        """Compute a piece of text that goes on where the last ended; by default the logits of its last token only are kept."""
+        """Continue the text with more tokens; by default only the logits of the last one are kept."""
         ids = torch.tensor([[*tokens]], dtype=torch.int64)
         out = self._whole(input_ids=ids, use_cache=True, **{self._argument: self._cache})
         self._cache = out[self._argument]
         self._logits = out.logits[0] if all_logits else out.logits[0, -1:]
 
     def last_logits(self, count: int) -> Tensor:
-        """Return the logits of the last `count` tokens, which were read with all logits: tokens × vocabulary, float32."""
+        """Return the logits of the last `count` tokens, read with `all_logits`: tokens × vocabulary, float32."""
         return self._logits[-count:].float()
 
     def cut_back(self, length: int) -> bool:
-        """Forget all but the first so many tokens of the text; not in every architecture, where nothing is forgotten."""
+        """Truncate the text to its first `length` tokens. Returns False, without truncating, if the cache cannot do that."""
         layers = getattr(self._cache, "layers", ())
         if not layers or any(
             type(layer).__name__ != "DynamicLayer" for layer in layers
@@ -69,10 +69,10 @@ class InTransformers:
 
     @property
     def context_bytes(self) -> int:
-        """Of what is kept of the text that was read."""
+        """Bytes of the cache."""
         found = [one for layer in getattr(self._cache, "layers", ()) for one in vars(layer).values()]
         return sum(one.numel() * one.element_size() for one in found if isinstance(one, Tensor))
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._model = self._cache = None

@@ -1,4 +1,4 @@
-"""The file or folder of a model that was made: its bytes, its digest, and a copy."""
+"""Size, digest and copies of a model's file or folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coprune.model.checkpoint.locate import GgufFile, Location
 
 
 def files_in(made: Path) -> list[Path]:
-    """List a file, or the weights of a folder."""
+    """Return a file itself, or the weight files of a folder."""
     return sorted(made.glob("*.safetensors")) if made.is_dir() else [made]
 
 
@@ -28,7 +28,7 @@ def bytes_given(source: Location) -> int:
 
 
 def is_file_of(source: Location, runtime: str) -> bool:
-    """Return whether a model's own file or folder is one for a runtime, as it is."""
+    """Return whether a runtime can load a model's own file or folder unchanged."""
     if isinstance(source, GgufFile):
         return runtime == "llama.cpp" and len(gguf_parts(source.path)) == 1
     return runtime == "transformers"
@@ -45,7 +45,7 @@ def digest_of(made: Path) -> str:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file or folder, whole or not at all; over an earlier one."""
+    """Copy a file or folder atomically, replacing an earlier one."""
     if not source.is_dir():
         write_durably(target, lambda path: shutil.copyfile(source, path))
         return

@@ -1,4 +1,4 @@
-"""The files of candidates: each made once, under a key of everything that decides its bytes, so that a killed fit resumes."""
+"""Make the files of candidates, each once under a key of everything that determines its bytes, so that a fit can resume."""
 
 from __future__ import annotations
 
@@ -39,49 +39,49 @@ from coprune.store.store import Key, Store, key_of
 from coprune.vocabulary.counts import sources_of
 
 SAMPLES, SEQLEN = 16, 256
-"""Of what statistics are measured on."""
+"""Size of the data on which statistics are measured."""
 _HEAD_TOKENS = 512
-"""Tokens that the head's inputs are measured on."""
+"""Tokens on which the head's inputs are measured."""
 _SHORT = 1024
-"""Tokens of a text whose importance is measured on all of it, not on samples."""
+"""Maximum tokens of a text that is used whole instead of sampled."""
 MIXED_SAMPLES = 8
 """Samples of `SEQLEN` tokens that sensitivities are measured on."""
 _SAID = (("q8_0", 7.5), ("q6_k", 6.0), ("q5_k_m", 5.0), ("q4_k_m", 4.0), ("q3_k_m", 3.0), ("q2_k", 0.0))
-"""Types that a mixture's file says it has, and that tensors get of which nothing is known, from these bits on."""
+"""File type of a mixture, also used for tensors without a chosen type, by its minimum bits per weight."""
 _RUN, _MATRIX = ".run", ".imatrix.gguf"
 _AS_THEY_ARE = (EXACT, GIVEN, FOREIGN)
-"""Types of the dense model's candidates that no text calibrates."""
+"""Types of the dense model's candidates that need no calibration."""
 
 
 class Done(BaseModel):
-    """Something that this fit did, with the seconds of its note."""
+    """Record of finished work; its note has the seconds."""
 
     sources: tuple[str, str] = ("", "")
-    """Of a quant: the names of the files that it was made of, in sixteen bits, and its importance matrix."""
+    """For a quant: the names of its 16-bit source file and of its importance matrix."""
 
 
 class Making:
-    """Makes candidates in a fit's folder."""
+    """Maker of candidates in a fit's folder."""
 
     def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
-        """Begin in a folder. Nothing is made before it is asked for."""
+        """Create a maker for a folder. Files are made when they are first needed."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
         self.clock, self.done = Clock(), Store(folder / "done")
         self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The dense model's."""
+        """Tokenizer of the dense model."""
         return load_tokenizer(self.source)
 
     @cached_property
     def source(self) -> Location:
         """The model's files."""
-        return locate(self.asked.model)  # which reads a GGUF file's vocabulary
+        return locate(self.asked.model)  # cached, since it reads a GGUF file's vocabulary
 
     @cached_property
     def may_have_experts(self) -> bool:
-        """Whether no GGUF file of the model says that it has none."""
+        """Whether the model may have experts: False only if its GGUF file records none."""
         file = locate(self.asked.like) if self.asked.like is not None else self.source
         if not isinstance(file, GgufFile):
             return True
@@ -90,23 +90,23 @@ class Making:
 
     @property
     def text(self) -> Path:
-        """The seen half's text and more, a document a row."""
+        """File of calibration text, one document per row."""
         return self.folder / "text" / "text.jsonl"
 
     def key(self, step: str, candidate: Candidate, **more: Any) -> Key:
-        """Return the key of a candidate's file, or of what is measured of it."""
+        """Return the key of a candidate's file or of its measurements."""
         calibrated = candidate.cut != DENSE or candidate.type not in _AS_THEY_ARE
         text = hashlib.sha256(self.text.read_bytes()).hexdigest() if calibrated and self.text.exists() else None
         return key_of(step, 1, candidate=candidate.key, text=text, **self.asked.contents, **more)
 
     def note(self, key: Key, mark: Mark, record: Done | None = None) -> None:
-        """Note that something was done, with the seconds since a mark; they are added to those of earlier parts."""
+        """Record finished work with the seconds since a mark, added to those recorded before."""
         known = self.done.find(key, Done)
         before = 0.0 if known is None else known.seconds
         self.done.complete(key, record or Done(), before + self.clock.since(mark))
 
     def took(self, key: Key) -> float:
-        """Return the seconds of something that this fit did; 0 where it did not."""
+        """Return the seconds of finished work; 0 if it was not done."""
         found = self.done.find(key, Done)
         return 0.0 if found is None else found.seconds
 
@@ -115,18 +115,18 @@ class Making:
         return self.took(self._written(candidate.cut)[0] if candidate.type == EXACT else self.key("quant", candidate))
 
     def is_made(self, cut: Cut) -> bool:
-        """Return whether a cut was made, now or before a kill."""
+        """Return whether a cut was made, in this process or an earlier one."""
         return bool(self.took_to_make(Candidate(cut, EXACT)))
 
     def expected_to_cut(self, cut: Cut) -> float:
-        """Return the seconds that making a cut and writing it may take: as those before it, or as times of the dense model's."""
+        """Return the expected seconds of making and writing a cut, from earlier cuts or from writing the dense model."""
         written = self.took_to_make(Candidate(DENSE, EXACT))
-        # Otherwise it is opened twice and written, then exported.
+        # Other cuts are loaded twice, written, and then exported.
         first, after = (written, 0.0) if self._is_in_file(cut) else (3 * written, written)
         return fmean(self.done.seconds("cut") or [first]) + after
 
     def file(self, candidate: Candidate) -> Path:
-        """Return a candidate's file, made if need be. Raises CopruneError where it cannot be."""
+        """Return a candidate's file, making it if needed. Raises CopruneError if that fails."""
         if candidate == AS_GIVEN:
             return self.source.path
         if candidate.type == FOREIGN:
@@ -148,7 +148,7 @@ class Making:
         return target
 
     def quantisation(self, candidate: Candidate) -> Quantisation:
-        """Return how a candidate is quantised; its importance matrix is measured if need be."""
+        """Return the quantisation of a candidate, measuring its importance matrix if needed."""
         importance = read_importance(self._importance(candidate.cut))
         if candidate.type != MIXED:
             return Quantisation(candidate.type, importance, candidate.embedding)
@@ -156,7 +156,7 @@ class Making:
         return Quantisation(said, importance, types=dict(candidate.types))
 
     def losses(self) -> Losses:
-        """Measure what each type of each of the dense model's tensors costs. Raises CopruneError where that cannot be."""
+        """Measure the loss of each type for each tensor of the dense model. Raises CopruneError if that fails."""
         exact = self.exact(DENSE)
         _, data = self._calibration_data(self.tokenizer)
         if isinstance(data, str):
@@ -168,19 +168,19 @@ class Making:
         return self.folder / "files" / f"{key}.gguf"
 
     def _quants(self, matrix: Path) -> list[Quant]:
-        """List the quants that are here with an importance matrix."""
+        """List the existing quants made with an importance matrix."""
         files = sorted((self.folder / "files").glob("quant-*.gguf"))
         made = [(file, self.done.find(Key(*file.stem.split("-")), Done)) for file in files]
         said = [(file, *note.record.sources) for file, note in made if note is not None]
         return [Quant(file, file.with_name(exact)) for file, exact, own in said if own == matrix.name]
 
     def drop(self, candidate: Candidate) -> None:
-        """Remove a candidate's file, which is not needed any more."""
+        """Remove a candidate's file."""
         if candidate.type not in _AS_THEY_ARE:
             self._quant(self.key("quant", candidate)).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all files and folders of models, and keep what is known of them."""
+        """Remove all files and folders of models, but keep their records."""
         for made in (*self.folder.glob("files/*"), *self.folder.glob("cuts/*")):
             if made.is_dir() and made.suffix != _RUN:
                 shutil.rmtree(made)
@@ -188,14 +188,14 @@ class Making:
                 made.unlink()
 
     def _written(self, cut: Cut) -> tuple[Key, Path]:
-        """Return the key and the place of a cut in sixteen bits: a file for llama.cpp, a folder for transformers."""
+        """Return the key and path of a cut in 16 bits: a file for llama.cpp, a folder for transformers."""
         in_folder = self.asked.runtime == "transformers"
         own = cut != DENSE and (in_folder or self._is_in_file(cut))
         key = self.key("cut" if own else "exact", Candidate(cut, EXACT))
         return key, self.folder / "cuts" / str(key) if in_folder else self.folder / "files" / f"{key}.gguf"
 
     def exact(self, cut: Cut) -> Path:
-        """Return a cut in sixteen bits, made if need be. Raises CopruneError where it cannot be."""
+        """Return a cut in 16 bits, making it if needed. Raises CopruneError if that fails."""
         key, target = self._written(cut)
         if key.step == "cut":
             return self._cut(cut)
@@ -218,7 +218,7 @@ class Making:
         return target
 
     def _importance(self, cut: Cut) -> Path:
-        """Return an importance matrix; fewer tokens leave an existing one unchanged."""
+        """Return the importance matrix of a cut, measuring it if needed; a smaller vocabulary does not need its own."""
         seen = cut if cut.others or cut.tokens else DENSE
         key = self.key("importance", Candidate(seen, "importance"))
         target = self.folder / "files" / f"{key}{_MATRIX}"
@@ -234,7 +234,7 @@ class Making:
         return target
 
     def _is_in_file(self, cut: Cut) -> bool:
-        """Return whether a cut takes nothing but rows of tokens from a GGUF file, where they can be copied."""
+        """Return whether a cut only removes vocabulary rows of a GGUF file, so that the others can be copied."""
         tokens_only = bool(cut.removed) and not cut.others and self.asked.runtime == "llama.cpp"
         return tokens_only and isinstance(self.source, GgufFile)
 
@@ -243,7 +243,7 @@ class Making:
         return self.folder / "cuts" / f"{self.key('cut', Candidate(cut, EXACT))}{_RUN}"
 
     def _cut(self, cut: Cut) -> Path:
-        """Return a cut as a folder, or as the exact file that it has been made in."""
+        """Return a cut as a folder, or as a 16-bit file if it was made in the file."""
         key, in_file, before = self.key("cut", Candidate(cut, EXACT)), self._is_in_file(cut), cut.before
         target = self._written(cut)[1] if in_file else self.folder / "cuts" / str(key)
         kind, more = cut.removed[-1].partition("=")[0], dict[str, Any](remove=cut.removed[-1])
@@ -281,37 +281,37 @@ class Making:
         return target
 
     def _once(self, key: Key, target: Path, make: Callable[[], None], record: Done | None = None) -> None:
-        """Make a file or folder, if it is not there, and note how long that took without what it was made of."""
+        """Make a file or folder unless it exists, and record the time, without that of its sources."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self.done.claim(key):
             if target.exists():  # another worker has made it meanwhile
                 return
             mark = self.clock.mark()
             make()
-            if self.done.find(key, Done) is None:  # what is made again was counted before
+            if self.done.find(key, Done) is None:  # otherwise its time was recorded before
                 self.note(key, mark, record)
 
     def _calibration_data(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str | Tensor]:
-        """Return the calibration text as token ids, and the data to measure on: its file, or all windows of a short one."""
+        """Return the calibration text as token ids, and the data to measure on: its file, or all windows of a short text."""
         ids = encode(tokenizer, "\n".join(self._texts()))["input_ids"]
-        # Sampled windows of a short text would be longer than it, or nearly all of it every time.
+        # Sampled windows would be longer than a short text, or nearly identical.
         return ids, str(self.text) if len(ids) > _SHORT else all_windows(ids, SEQLEN)
 
     def _texts(self) -> list[str]:
         return [passage.text for passage in read_passages(self.text)]
 
     def _text_of_cuts(self) -> Path:
-        """Return the text that cuts are made and trained with: not that of the items that judge first."""
+        """Return the text for making and training cuts, without the items that candidates are judged on first."""
         file = self.text.with_name("cuts.jsonl")
         write_passages(file, [passage for passage in read_passages(self.text) if not passage.judging])
         return file
 
     def reader(self, file: Path, cut: Cut) -> Reader:
-        """Open a file of a cut."""
+        """Open a cut's file with its tokenizer."""
         return Reader.open(file, *self._vocabulary_of(cut))
 
     def _vocabulary_of(self, cut: Cut) -> tuple[PreTrainedTokenizerBase, list[int] | None]:
-        """Return a cut's tokenizer, and the dense model's ids of its tokens where they are others."""
+        """Return a cut's tokenizer, and the dense model's ids of its tokens if the vocabulary is smaller."""
         if cut.fewer is None:
             return self.tokenizer, None
         place = self._cut(cut.fewer)

@@ -1,4 +1,4 @@
-"""A file or folder that answers: how likely it finds continuations, and what it writes."""
+"""Read items with a model's file or folder: log probabilities of continuations, and generated text."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from coprune.fitting.tasks import Prompt
 from coprune.gguf_files.llama_cpp import LlamaCpp
 
 POSITIONS = 1024
-"""Tokens of an item with its answer at most."""
+"""Maximum tokens of an item with its answer."""
 READ = POSITIONS - 64
-"""Tokens at the end of a prompt that are read."""
+"""Maximum tokens of a prompt; longer ones are cut at the beginning."""
 _CHOICES = 8
-"""Of an item that are read at a time."""
+"""Choices of an item that are read in parallel."""
 
 
 class Written(NamedTuple):
-    """What a model wrote."""
+    """Text written by a model."""
 
     ids: list[int]
     end: int | None
-    """The token that ended it; None where it was stopped."""
+    """The token that ended it; None if it was cut off."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Reader:
     engine: LlamaCpp | InTransformers
     tokenizer: PreTrainedTokenizerBase
     old_ids: Tensor | None = None
-    """The dense model's id of every token, where some were removed; int64."""
+    """The dense model's id of every token, if some were removed; int64."""
 
     @classmethod
     def open(cls, file: Path, tokenizer: PreTrainedTokenizerBase, old_ids: Sequence[int] | None = None) -> Reader:
@@ -50,11 +50,11 @@ class Reader:
         return cls(engine, tokenizer, known)
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """Tokenise a prompt, of which the end is read."""
+        """Tokenise a prompt and keep its end."""
         return self.all_ids(prompt)[-READ:]
 
     def all_ids(self, prompt: Prompt, more: str = "") -> list[int]:
-        """Tokenise a prompt, with more text behind it; a conversation in the tokenizer's template."""
+        """Tokenise a prompt followed by more text; a conversation is rendered by the tokenizer's template."""
         if isinstance(prompt, str):
             return list(encode(self.tokenizer, prompt + more)["input_ids"])
         messages = [{"role": role, "content": content} for role, content in prompt]
@@ -63,18 +63,18 @@ class Reader:
 
     @property
     def begin(self) -> list[int]:
-        """Tokens before a text whose every token is predicted."""
+        """Tokens to put before a text so that each of its tokens is predicted."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if isinstance(token, int):
                 return [token]
         return []
 
     def along(self, before: Sequence[int], afters: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return log probabilities (tokens × vocabulary) wherever a token of a continuation is predicted.
+        """Return the log probabilities (tokens × vocabulary) at every token of each continuation.
 
         Args:
-            before: at least one token.
-            afters: continuations, each by itself.
+            before: the context, at least one token.
+            afters: continuations of it, independent of each other.
         """
         if isinstance(self.engine, LlamaCpp) and (rows := self.engine.branched(before, afters)) is not None:
             return [one.log_softmax(dim=-1) for one in rows]
@@ -93,7 +93,7 @@ class Reader:
         return found
 
     def log_likelihood(self, before: Sequence[int], afters: Sequence[Sequence[int]]) -> list[float]:
-        """Sum the log probabilities of every continuation's tokens."""
+        """Return the log likelihood of every continuation."""
         rows = self.along(before, afters)
         return [
             float(one[torch.arange(len(after)), torch.tensor(after)].double().sum())
@@ -101,7 +101,7 @@ class Reader:
         ]
 
     def write(self, before: Sequence[int], most: int, enough: Callable[[str], bool] = lambda text: False) -> Written:
-        """Continue a prompt greedily. enough: returns whether the text may end."""
+        """Continue a prompt greedily, up to `most` tokens. enough: returns whether the text may end."""
         self.engine.forget()
         self.engine.read(before)
         found: list[int] = []
@@ -115,7 +115,7 @@ class Reader:
             self.engine.read([token])
 
     def invent(self, length: int, generator: torch.Generator) -> list[int]:
-        """Draw a text from the model's own distribution, from its beginning until it ends."""
+        """Sample a text without a prompt, up to `length` tokens."""
         self.engine.forget()
         self.engine.read(self.begin or [0])
         found: list[int] = []

@@ -20,11 +20,11 @@ METRICS: dict[str, str] = {
     "acceptance": "mean of Σ min(p, q) along the dense model's answers (prompts)",
     "kl": "KL(dense ‖ this) along the dense model's answers, nats per token (prompts)",
 }
-"""Metric of an item, and the kinds of tasks that have it."""
+"""Metrics of items, with the kinds of tasks that have them."""
 _COUNTED = {"accuracy": "right", "sound": "sound"}
-"""Metrics of answers that count or do not, in words."""
+"""Metrics with a value of 0 or 1 per item, and the word for a 1."""
 _AGAINST = ("acceptance", "kl")
-"""Metrics that compare with the dense model already."""
+"""Metrics that are comparisons with the dense model."""
 USUAL: dict[Kind, str] = {
     "choice": "accuracy>=dense-0.02",
     "answer": "accuracy>=dense-0.02",
@@ -34,9 +34,9 @@ USUAL: dict[Kind, str] = {
 }
 """Default requirement by kind of task."""
 WORST, WORST_BITS = 8, 2
-"""An item counts as at most so many times what is allowed: of kl or an increase in bits, and of bits."""
+"""Items are clipped at this multiple of the limit: for kl or an increase in bits, and for bits."""
 _LEAST_ALLOWED = 0.01
-"""Increase in bits that is taken for what is allowed where less is."""
+"""Minimum increase in bits for this clipping, if the limit is lower."""
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _CONDITION = re.compile(
     rf"(?P<name>\w+)\s*(?P<sign><=|>=)\s*(?:dense\s*(?:(?P<by>[*+-])\s*(?P<offset>{_NUMBER}))?|(?P<number>{_NUMBER}))"
@@ -53,17 +53,17 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Held:
-    """A condition on items: the estimate that decides, and the verdict."""
+    """The result of testing a condition on items: its estimate and verdict."""
 
     condition: str
     bounds: Bounds
     least: float
-    """Minimum of the estimate; signs are such that more is better."""
+    """Limit of the estimate, with the sign chosen so that higher is better."""
     verdict: Verdict
     needed: int | None
-    """Items that would prove it if all went on like this; None where none would."""
+    """Number of similar items that would prove the condition; None if no number would."""
     said: str
-    """The figures in words."""
+    """The measurements in words."""
 
     def line(self) -> str:
         """Return the finding in one line."""
@@ -76,17 +76,17 @@ class Held:
 
     @property
     def more(self) -> int | None:
-        """Return how many items more would prove it, of which half are unseen; None where none would."""
+        """Return how many more items, half of them unseen, would prove the condition; None if no number would."""
         return None if self.needed is None else 2 * max(1, self.needed - self.bounds.items)
 
     @property
     def margin(self) -> tuple[float, float]:
-        """By how much the condition is more than kept: the mean and its lower bound."""
+        """Distance to the limit, positive if the condition is kept: of the mean, and of its lower confidence bound."""
         return self.bounds.mean - self.least, self.bounds.low - self.least
 
     @property
     def safety(self) -> float:
-        """The lower bound in the items' standard deviations, which compares conditions and numbers of items."""
+        """Lower bound of the margin in standard deviations of the items, to compare conditions and numbers of items."""
         mean, low = self.margin
         spread = (mean - low) * math.sqrt(self.bounds.items)
         return low / spread if 0 < spread < math.inf else math.copysign(math.inf, low)
@@ -99,13 +99,13 @@ class Condition:
     text: str
     metric: str
     up: bool
-    """Whether more is better."""
+    """Whether higher is better."""
     factor: float
-    """Factor of the dense model's figure; 0 for an absolute condition."""
+    """Factor of the dense model's value; 0 for an absolute condition."""
     number: float
 
     def judge(self, found: Sequence[float], dense: Sequence[float]) -> Held:
-        """Test the condition on items. found, dense: both models' figures of the same items, no two of them near-doubles."""
+        """Test the condition. found, dense: scores of both models on the same items, without near-duplicates."""
         estimate, least = self._estimate(found, dense)
         bounds = estimate.bounds()
         kept = estimate.is_above(least)
@@ -118,7 +118,7 @@ class Condition:
         return estimate.is_above(least)
 
     def _estimate(self, found: Sequence[float], dense: Sequence[float]) -> tuple[Estimate, float]:
-        """Return what is estimated, more being better, and its minimum."""
+        """Return the estimate, with the sign chosen so that higher is better, and its limit."""
         if self.metric in _COUNTED:
             new, old = ([value > 0.5 for value in one] for one in (found, dense))
             if self.factor == 0.0:
@@ -151,9 +151,9 @@ class Condition:
         return f"{means} on {len(found)} items{beyond}"
 
     def least_items(self, dense: Sequence[float] | None = None) -> int | None:
-        """Return how many items it takes at the least: of a model that answers as the dense one does.
+        """Return the minimum number of items for a proof, for a model that answers like the dense one.
 
-        dense: its figures; None before it was measured: then the best there may be. Returns None if more never will.
+        dense: its scores; None if not measured yet, for the best possible ones. Returns None if no number is enough.
         """
         best = {"accuracy": 1.0, "sound": 1.0, "acceptance": 1.0, "kl": 0.0, "bits": 1.0 if self.factor else 0.0}[
             self.metric
@@ -162,11 +162,11 @@ class Condition:
         return self.judge(figures, figures).needed
 
     def strictest(self, items: int, dense: Sequence[float] | None = None) -> Condition | None:
-        """Return the strictest condition of this form that a number of items can prove, in hundredths; None without any.
+        """Return the strictest condition of this form that a number of items can prove, in hundredths; None if none.
 
         dense: as in `least_items`.
         """
-        if self.metric in ("bits", "kl"):  # the items depend on the share of what is allowed that is used up
+        if self.metric in ("bits", "kl"):  # their number of items depends on how close a model is to the limit
             return None
         for hundredths in range(1, 100):
             by = hundredths / 100
@@ -185,17 +185,17 @@ class Condition:
 def wanted(
     names: Sequence[str], require: str | None, seed: int = 0, items: int | None = None, trusted: bool = False
 ) -> tuple[tuple[Task, ...], tuple[Condition, ...]]:
-    """Read tasks and conditions, and check that these many items can prove them: without a model, and without torch.
+    """Read tasks and conditions, and check that there are enough items to prove them, without a model and without torch.
 
     Args:
-        names: of tasks, as `read_tasks` takes them.
-        require: conditions; None for the usual ones of the tasks' kinds.
+        names: tasks, as in `read_tasks`.
+        require: conditions; None for the defaults of the tasks' kinds.
         seed: of the halves.
-        items: of each task at most.
+        items: maximum number per task.
         trusted: whether definitions of lm-eval may run code.
 
     Raises:
-        BadInput: something cannot be read, or cannot be proven.
+        BadInput: a task or condition cannot be read, or cannot be proven.
     """
     tasks = read_tasks(names, seed, items, trusted)
     conditions = read_conditions(require or ",".join(dict.fromkeys(USUAL[one.kind] for one in tasks)))
@@ -204,14 +204,14 @@ def wanted(
 
 
 def pairs(conditions: Sequence[Condition], tasks: Sequence[Task]) -> Iterator[tuple[Condition, Task]]:
-    """List conditions with the tasks that they apply to."""
+    """Yield each condition with each task that it applies to."""
     return ((one, task) for one in conditions for task in tasks if one.metric in METRICS_OF[task.kind])
 
 
 def require_provable(conditions: Sequence[Condition], tasks: Sequence[Task]) -> None:
-    """Raise BadInput where a condition applies to no task, none to a task, or a task's items can never prove it.
+    """Raise BadInput if a condition applies to no task, a task has no condition, or a task has too few items for a proof.
 
-    Of the items only their number is looked at, so that it needs no model.
+    Only the number of items is checked, which needs no model.
     """
     for condition in conditions:
         if not any(condition.metric in METRICS_OF[task.kind] for task in tasks):
@@ -227,7 +227,7 @@ def require_provable(conditions: Sequence[Condition], tasks: Sequence[Task]) -> 
 
 
 def refuse_few(condition: Condition, task: Task, dense: Sequence[float] | None = None) -> None:
-    """Raise BadInput where even the dense model would not be proven to keep a condition. dense: its unseen figures, if known."""
+    """Raise BadInput if not even the dense model could be proven to keep a condition. dense: its unseen scores, if known."""
     least, unseen = condition.least_items(dense), len(task.apart(task.unseen))
     there = len(task.apart(task.seen)) + unseen
     if least is None:
@@ -246,10 +246,10 @@ def refuse_few(condition: Condition, task: Task, dense: Sequence[float] | None =
 
 
 def read_conditions(text: str) -> tuple[Condition, ...]:
-    """Read conditions with commas between.
+    """Parse conditions separated by commas.
 
     Raises:
-        BadInput: one names no metric, or is not written as a condition.
+        BadInput: a condition is malformed or names an unknown metric.
     """
     return tuple(_read(part.strip()) for part in text.split(",") if part.strip()) or (_read(text),)
 

@@ -1,4 +1,4 @@
-"""Figures of a model's answers to items, one of every metric an item."""
+"""Score a model on items: one value per item and metric."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from coprune.fitting.writing import is_sound
 Scores = dict[str, float]
 ANSWER_TOKENS = 32
 _LIKELIEST, _DRAWN = 1024, 64
-"""Tokens of a distribution that are kept, and those drawn from the rest by their probability, which stand for it."""
+"""Number of likeliest tokens kept of a distribution, and number sampled from the rest to represent it."""
 _LEAST = 1e-9
 DENSE_SOUND = "dense sound"
-"""Figure of the dense model that is kept beside the other's."""
+"""Score of the dense model, stored with that of the candidate."""
 
 
 @dataclass
@@ -32,9 +32,9 @@ class DenseAnswers:
 
     ids: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
-    """The token that ended an answer, where one did."""
+    """The token that ended an answer, if one did."""
     tokens: dict[str, Tensor] = field(default_factory=dict)
-    """Positions × tokens: ids, int32; of each position the likeliest, then the drawn ones."""
+    """Token ids, positions × tokens int32: for each position the likeliest, then the sampled ones."""
     shares: dict[str, Tensor] = field(default_factory=dict)
     """Probabilities of these tokens, float32."""
 
@@ -54,11 +54,11 @@ class DenseAnswers:
         self.tokens[key], self.shares[key] = likeliest.int(), shares.gather(1, likeliest)
 
     def positions(self, key: str) -> list[int]:
-        """Return the tokens that are predicted along an answer, with the one that ends it."""
+        """Return the tokens of an answer, including the one that ends it."""
         return [*self.ids[key], *([self.ends[key]] if key in self.ends else [])]
 
     def save(self, file: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the answers to a file, atomically."""
         tensors = {f"{key} ids": torch.tensor(ids, dtype=torch.int32) for key, ids in self.ids.items()}
         tensors |= {f"{key} end": torch.tensor([end], dtype=torch.int32) for key, end in self.ends.items()}
         tensors |= {f"{key} tokens": one.contiguous() for key, one in self.tokens.items()}
@@ -67,7 +67,7 @@ class DenseAnswers:
 
     @classmethod
     def load(cls, file: Path) -> DenseAnswers:
-        """Read it again."""
+        """Read answers from a file."""
         found = cls()
         for name, tensor in load_file(file).items():
             key, _, part = name.partition(" ")
@@ -81,16 +81,16 @@ class DenseAnswers:
 
 
 def score_item(reader: Reader, task: Task, place: int, dense: DenseAnswers | None) -> Scores:
-    """Measure a model on one item.
+    """Score a model on one item.
 
     Args:
         reader: the model.
         task: the items.
-        place: which of them.
-        dense: what the dense model answers.
+        place: index of the item.
+        dense: the dense model's answers; needed for prompts.
 
     Returns:
-        A figure of every metric of the task's kind.
+        A score for every metric of the task's kind.
     """
     item = task.items[place]
     if task.kind == "choice":
@@ -105,7 +105,7 @@ def score_item(reader: Reader, task: Task, place: int, dense: DenseAnswers | Non
 
 
 def item_key(task: Task, place: int) -> str:
-    """Name an item among those of several tasks."""
+    """Return a name of an item that is unique across tasks."""
     return f"{task.key}/{place}"
 
 
@@ -114,7 +114,7 @@ def _before(reader: Reader, item: Item) -> list[int]:
 
 
 def _soundness(reader: Reader, item: Item, key: str, dense: DenseAnswers) -> Scores:
-    """Say whether what a model writes by itself is sound, and whether what the dense one wrote is."""
+    """Score whether the text that a model writes is sound, and whether the dense model's is."""
     ids, end = reader.write(_before(reader, item), ANSWER_TOKENS)
     dense_ended = key in dense.ends
     sound = is_sound(ids, end is not None, dense_ended)
@@ -129,7 +129,7 @@ def _chosen(reader: Reader, item: Item) -> str:
     shared = min(_common(before, whole) for whole in wholes)
     if shared == 0:
         wholes, shared = [[*reader.begin, *whole] for whole in wholes], len(reader.begin)
-    # The same for all, or they could not be compared.
+    # The same start for all choices, so that they can be compared.
     start = min(shared - 1, max(0, max(map(len, wholes)) - POSITIONS))
     found = reader.log_likelihood(wholes[0][start:shared], [whole[shared : start + POSITIONS] for whole in wholes])
     scores = [one / len(choice.encode()) for one, choice in zip(found, item.choices, strict=True)]
@@ -137,7 +137,7 @@ def _chosen(reader: Reader, item: Item) -> str:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common prefix of two lists, the other's last token left out."""
+    """Return the length of the common prefix of two lists, without the last token of the second."""
     most = min(len(one), len(other) - 1)
     return next((place for place in range(most) if one[place] != other[place]), most)
 
@@ -149,7 +149,7 @@ def answer_text(reader: Reader, item: Item) -> str:
 
 
 def is_right(item: Item, text: str) -> bool:
-    """Return whether an answer matches: the pattern is found in it within limits, or its first line is the expected one.
+    """Return whether an answer is right: it matches the item's pattern, or its first line is the expected answer.
 
     Case, surrounding spaces and a final full stop are ignored.
     """
@@ -160,7 +160,7 @@ def is_right(item: Item, text: str) -> bool:
 
 
 def bits_per_byte(reader: Reader, text: str) -> float:
-    """Return the bits per byte of a text under a model, which reads a long one in pieces."""
+    """Return the bits per byte of a text; a long one is read in pieces."""
     ids = reader.all_ids(text)
     before, after = (reader.begin, ids) if reader.begin and ids[:1] != reader.begin else (ids[:1], ids[1:])
     pieces = [after[start : start + READ] for start in range(0, len(after), READ)]
@@ -169,7 +169,7 @@ def bits_per_byte(reader: Reader, text: str) -> float:
 
 
 def _closeness(reader: Reader, item: Item, key: str, dense: DenseAnswers) -> Scores:
-    """Compare the distributions of the next token along the dense model's answer, also where that ends."""
+    """Compare the distributions of the next token along the dense model's answer, including its end."""
     ids = dense.positions(key)
     before, after = _before(reader, item), _own_ids(reader, ids)
     accepted = kl = 0.0
@@ -180,7 +180,7 @@ def _closeness(reader: Reader, item: Item, key: str, dense: DenseAnswers) -> Sco
         found = _of_old(rows.exp(), reader.old_ids, int(tokens.max())).gather(1, tokens).double()
         weights = torch.ones_like(expected)
         if tokens.shape[1] > _LIKELIEST:
-            # Of a token that was drawn, the mean of x / p is the sum of x over the rest, without a bias.
+            # For sampled tokens the mean of x / p is an unbiased estimate of the sum of x over the rest.
             rest = (1 - expected[:, :_LIKELIEST].sum(1, keepdim=True)).clamp_min(0)
             weights[:, _LIKELIEST:] = rest / _DRAWN / expected[:, _LIKELIEST:].clamp_min(1e-30)
         accepted = float((weights * torch.minimum(expected, found)).sum())
@@ -194,7 +194,7 @@ def _closeness(reader: Reader, item: Item, key: str, dense: DenseAnswers) -> Sco
 
 
 def _own_ids(reader: Reader, ids: Sequence[int]) -> list[int]:
-    """Return the dense model's tokens in this one's numbering, up to the first that it lacks."""
+    """Convert the dense model's token ids to this model's, up to the first token that it lacks."""
     if reader.old_ids is None:
         return [*ids]
     new = {int(old): place for place, old in enumerate(reader.old_ids)}
@@ -207,7 +207,7 @@ def _own_ids(reader: Reader, ids: Sequence[int]) -> list[int]:
 
 
 def _of_old(shares: Tensor, old_ids: Tensor | None, largest: int) -> Tensor:
-    """Return probabilities by the dense model's ids; 0 for removed ones."""
+    """Return probabilities indexed by the dense model's ids; 0 for removed tokens."""
     if old_ids is None:
         return shares
     whole = torch.zeros(len(shares), max(largest, int(old_ids.max())) + 1)

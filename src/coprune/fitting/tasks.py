@@ -1,4 +1,4 @@
-"""The tasks of a model as items (choices, answers, text or prompts), in two halves of which the search sees one."""
+"""Tasks as items (choices, answers, text or prompts), split into a half that the search sees and an unseen one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from coprune.data.local_text import local_text, looks_local, rows_of
 from coprune.fitting.doubles import clusters_of
 
 Kind = Literal["choice", "answer", "text", "prompts", "writing"]
-"""Kinds of tasks; `writing` is none of a user's (`coprune.fitting.writing`)."""
+"""Kinds of tasks; `writing` is internal (`coprune.fitting.writing`)."""
 Prompt = str | tuple[tuple[str, str], ...]
-"""Text, or the messages of a conversation: roles with what they say."""
+"""Text, or the messages of a conversation: pairs of role and content."""
 METRICS_OF: dict[Kind, tuple[str, ...]] = {
     "choice": ("accuracy",),
     "answer": ("accuracy",),
@@ -30,15 +30,15 @@ METRICS_OF: dict[Kind, tuple[str, ...]] = {
     "writing": ("acceptance", "sound"),
 }
 LEAST_HALF = 8
-"""Items of a half at least."""
+"""Minimum number of items in a half."""
 _DEFINITIONS = (".yaml", ".yml")
-"""Of tasks of lm-eval's."""
+"""Suffixes of lm-eval's task definitions."""
 _SHARED = re.compile(r"(.+):(\d*\.?\d+)")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LONGEST = 500_000
-"""Characters of an item at most, more than models read: tokenising one row of ten million takes gigabytes."""
+"""Maximum characters of an item, more than models read; tokenising a row of ten million takes gigabytes."""
 _PASSAGE = 300
-"""Characters of an item of plain text, or a little more: whole lines."""
+"""Approximate characters of an item of plain text, which consists of whole lines."""
 _EXAMPLES = (
     '{"prompt": …, "choices": […], "answer": …}, {"prompt": …, "answer": …} or {"prompt": …, "regex": …}, {"prompt": …}, '
     '{"messages": […]}, {"text": …}'
@@ -47,12 +47,12 @@ _EXAMPLES = (
 
 @dataclass(frozen=True)
 class Item:
-    """Something that a model is asked; `text` alone is read, a prompt alone is gone on from."""
+    """An item of a task. An item with only `text` is read; one with only a prompt is continued."""
 
     prompt: Prompt = ""
     choices: tuple[str, ...] = ()
     answer: str = ""
-    """The right one of the choices, or what the first line of the answer has to be."""
+    """The right choice, or the expected first line of the answer."""
     regex: str = ""
     """Pattern to find in the answer."""
     text: str = ""
@@ -68,7 +68,7 @@ class Item:
 
     @property
     def asked(self) -> str:
-        """The text that a model reads, without what is right."""
+        """The text that a model reads, without the right answer."""
         said = self.prompt if isinstance(self.prompt, str) else "\n".join(content for _, content in self.prompt)
         return self.text or said
 
@@ -81,22 +81,22 @@ class Task:
     kind: Kind
     items: tuple[Item, ...]
     seen: tuple[int, ...]
-    """Places of those that the search may look at."""
+    """Indices of the items that the search sees."""
     unseen: tuple[int, ...]
     share: float = 1.0
-    """Of the text to calibrate and distill on, beside the other tasks' shares."""
+    """Share of the calibration text, relative to other tasks."""
     clusters: tuple[int, ...] = ()
-    """A number of every item, the same for near-doubles; empty where all are apart."""
+    """Cluster number of every item, equal for near-duplicates; empty if there are none."""
 
     def apart(self, places: Sequence[int]) -> list[int]:
-        """Return the first place of each cluster: near-doubles count as one item in a proof."""
+        """Return the first index of each cluster, since near-duplicates count as one item in a proof."""
         if not self.clusters:
             return [*places]
         return [*{self.clusters[place]: place for place in reversed(places)}.values()][::-1]
 
     @cached_property
     def key(self) -> str:
-        """Digest of the items, under which their figures are kept."""
+        """Digest of the items, which identifies their scores."""
         return _digest([self.kind, repr(self.items)])
 
     @cached_property
@@ -106,7 +106,7 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing: where all items have the same choices, of always giving the most frequent answer."""
+        """Accuracy of guessing, or of the most frequent answer if all items have the same choices."""
         if self.kind != "choice":
             return 0.0
         if _same_choices(self.items):
@@ -124,20 +124,21 @@ def read_task(name: str, seed: int = 0, most: int | None = None, trusted: bool =
 
 
 def read_tasks(names: Sequence[str], seed: int = 0, most: int | None = None, trusted: bool = False) -> tuple[Task, ...]:
-    """Read items, and split those of all tasks such that near-doubles lie in the same half.
+    """Read the items of tasks and split them so that near-duplicates are in the same half, across all tasks.
 
     Args:
-        names: .jsonl files, plain text, tasks of choices of lm-eval's, or definitions of them (.yaml);
-            with a share behind a colon (`mine.jsonl:0.7`) where there are several.
+        names: .jsonl files, plain text, multiple-choice tasks of lm-eval, or definitions of such tasks (.yaml); optionally
+            with a share after a colon (`mine.jsonl:0.7`).
         seed: of the halves.
-        most: items of each at most, drawn by the seed.
+        most: maximum number of items per task, sampled by the seed.
         trusted: whether a definition may run code.
 
     Returns:
-        The items without doubles, in two halves.
+        The tasks, without duplicates, in two halves.
 
     Raises:
-        BadInput: a file cannot be read, holds no kind or several, has too few items, or one choice is always right.
+        BadInput: a file cannot be read, its items are of no kind or of several, there are too few, or one choice is always
+            right.
     """
     found = [(*_share(name),) for name in names]
     if len({name for name, _ in found}) < len(found):
@@ -160,7 +161,7 @@ def read_tasks(names: Sequence[str], seed: int = 0, most: int | None = None, tru
         if min(len({cluster[place] for place in one}) for one in (seen, unseen)) < LEAST_HALF:
             what = f"has {len(different)} different items"
             if len(different) >= 2 * LEAST_HALF:
-                what += ", too many of which are near-doubles of another task's in the same half"
+                what += ", but too many are near-duplicates of another task's items in one half"
             raise _wrong(name, what, f"give it at least {2 * LEAST_HALF}")
         clusters = tuple(cluster.get(place, -1) for place in range(len(items)))
         alone = len(different) == len(order)
@@ -169,7 +170,7 @@ def read_tasks(names: Sequence[str], seed: int = 0, most: int | None = None, tru
 
 
 def _different(name: str, trusted: bool) -> tuple[Item, ...]:
-    """Read the items of a task, each once. Raises BadInput where they are not of one kind."""
+    """Read the distinct items of a task. Raises BadInput if they are of several kinds."""
     path = expand_home(name)
     if not is_file(name):
         found = _of_harness(name, trusted)
@@ -182,20 +183,20 @@ def _different(name: str, trusted: bool) -> tuple[Item, ...]:
     if not items:
         raise _wrong(name, "has no items", f"write rows like {_EXAMPLES}")
     if len(kinds) > 1:
-        raise _wrong(name, f"has items of several kinds ({', '.join(kinds)})", "give each kind a file of its own")
+        raise _wrong(name, f"has items of several kinds ({', '.join(kinds)})", "put each kind in its own file")
     _refuse_one_class(name, items)
     return items
 
 
 def _drawn(count: int, seed: int, most: int | None) -> list[int]:
-    """Return places of items in a seeded order."""
+    """Return item indices in a seeded random order."""
     order = list(range(count))
     random.Random(f"{seed} {count}").shuffle(order)
     return order[:most]
 
 
 def _split(different: Iterable[int], half: dict[int, bool]) -> None:
-    """Decide the half of every cluster of a task: the earlier tasks' decisions count, and both halves get as many."""
+    """Assign clusters of a task to halves of equal size, keeping the assignments of earlier tasks."""
     there = [*different]
     wanted = len(there) // 2 - sum(half[one] for one in there if one in half)
     for one in there:
@@ -205,7 +206,7 @@ def _split(different: Iterable[int], half: dict[int, bool]) -> None:
 
 
 def is_file(name: str) -> bool:
-    """Return whether a task is a file of items or text, and not one of lm-eval's."""
+    """Return whether a task is a file of items or text, not a task of lm-eval."""
     name = _share(name)[0]
     return expand_home(name).suffix not in _DEFINITIONS and looks_local(name)
 
@@ -215,12 +216,12 @@ def _share(name: str) -> tuple[str, float]:
     if found is None:
         return name, 1.0
     if not float(found[2]) > 0:
-        raise _wrong(name, "has a share of nothing", "give a number above 0, or leave the task out")
+        raise _wrong(name, "has a share of 0", "use a number above 0, or leave the task out")
     return found[1], float(found[2])
 
 
 def _of_harness(name: str, trusted: bool) -> list[Item]:
-    """Read the items of a task of lm-eval's, by name or definition. Raises BadInput."""
+    """Read the items of an lm-eval task, by name or definition. Raises BadInput."""
     from coprune.evaluation.harness_tasks import find_tasks, foreign_in, isolated
     from coprune.evaluation.zero_shot import ZeroShotSettings
 
@@ -241,14 +242,14 @@ def _of_document(task: Any, document: Any, name: str) -> Item:
     prompt = None if choices is None else task.doc_to_text(document)
     if not isinstance(prompt, str) or not isinstance(choices, list):
         fix = "write its items as {prompt, regex} or {prompt, choices, answer}"
-        raise _wrong(name, "is no task of lm-eval with one prompt and several choices", fix)
+        raise _wrong(name, "is not a multiple-choice task of lm-eval with one prompt", fix)
     right = task.doc_to_target(document)
     place = choices.index(right) if right in choices else int(right)
     return Item(prompt, tuple(choices), choices[place])
 
 
 def _refuse_one_class(name: str, items: Sequence[Item]) -> None:
-    right = {item.answer or None for item in items}  # with a pattern, it has none
+    right = {item.answer or None for item in items}  # items with a pattern have no answer
     if len(right) == 1 and right != {None} and _same_choices(items):
         raise _wrong(name, f"has one right answer, {right.pop()!r}, to every item", "add items with other answers")
 
@@ -283,7 +284,7 @@ def _items(rows: Any, name: str) -> list[Item]:
 def _item(row: Mapping[str, Any], place: str) -> list[Item]:
     length = sum(len(one) for one in _texts_in(row))
     if length > _LONGEST:
-        raise _wrong(place, f"has {length:,} characters, and an item has {_LONGEST:,} at most", "cut it into several")
+        raise _wrong(place, f"has {length:,} characters, and an item has at most {_LONGEST:,}", "split it into several")
     if isinstance(row.get("text"), str):
         text = row["text"].strip()
         return [Item(text=text)] if text else []
@@ -295,17 +296,17 @@ def _item(row: Mapping[str, Any], place: str) -> list[Item]:
             or len(choices) < 2
             or not all(isinstance(one, str) and one for one in choices)
         ):
-            raise _wrong(place, "has choices that are no list of two texts or more", f"write rows like {_EXAMPLES}")
+            raise _wrong(place, "has choices that are not a list of at least two texts", f"write rows like {_EXAMPLES}")
         return [Item(prompt, tuple(choices), _right(answer, choices, place))]
     if regex is not None:
         try:
             require_pattern(regex)
         except ValueError as error:
-            raise _wrong(place, f"has no regular expression that can be used ({error})", "mend it") from None
+            raise _wrong(place, f"has an unusable regular expression ({error})", "correct it") from None
         return [Item(prompt, regex=regex)]
     if answer is not None:
         if not isinstance(answer, str | int | float) or not str(answer).strip():
-            raise _wrong(place, "has an empty answer", "write what the model should answer")
+            raise _wrong(place, "has an empty answer", "add the answer expected from the model")
         return [Item(prompt, answer=str(answer).strip())]
     return [Item(prompt)]
 
@@ -322,15 +323,15 @@ def _texts_in(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _right(answer: Any, choices: Sequence[str], place: str) -> str:
-    """Return the right choice. answer: its text, its place from 0, or its letter."""
+    """Return the right choice. answer: its text, its index from 0, or its letter."""
     if answer in choices:
         return str(answer)
     said = str(answer).strip()
     number = int(said) if said.isdecimal() else _LETTERS.find(said.upper()) if len(said) == 1 else -1
     if 0 <= number < len(choices):
         return choices[number]
-    fix = "name one, its place from 0, or its letter"
-    raise _wrong(place, f"has the answer {answer!r}, which is none of its choices", fix)
+    fix = "use one of them, its index from 0, or its letter"
+    raise _wrong(place, f"has the answer {answer!r}, which is not among its choices", fix)
 
 
 def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
@@ -349,7 +350,7 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
 
 
 def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[str]:
-    """Return texts of every task in proportion to the shares, all of one task; with equal shares all texts."""
+    """Select texts of tasks in proportion to their shares, as many as possible; with equal shares all texts."""
     if len(set(shares)) < 2:
         return [text for own in texts for text in own]
     unit = min(sum(map(len, own)) / share for own, share in zip(texts, shares, strict=True))
@@ -365,7 +366,7 @@ def shared_out(texts: Sequence[Sequence[str]], shares: Sequence[float]) -> list[
 
 
 def joined(texts: Sequence[str], characters: int) -> list[list[str]]:
-    """Join short texts into documents of more than so many characters."""
+    """Group short texts into documents of at least `characters` characters."""
     found, length = list[list[str]](), 0
     for text in texts:
         if not found or length > characters:

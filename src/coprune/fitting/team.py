@@ -1,4 +1,4 @@
-"""Parallel measurement of candidates by the workers of sweeps: local processes, or a Ray cluster."""
+"""Measure candidates in parallel with the workers of sweeps: local processes, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from coprune.fitting.fit_notes import Asked, Measured
 from coprune.fitting.workshop import Workshop
 
 _RETRIES = 1
-"""Of a candidate that lost its process: one that ends two of them is reported."""
+"""Retries of a candidate whose process was lost; one that loses two processes is reported."""
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """A candidate to make and measure, as a job of a worker."""
+    """A worker's job: make and measure a candidate."""
 
     folder: Path
     asked: Asked
     candidate: Candidate
     wanted: tuple[tuple[str, tuple[int, ...]], ...]
-    """Places of items by task."""
+    """Indices of items by task."""
     threads: int
     gpu: bool = False
     memory: int | None = 0
-    """Not reserved: the user sets the number of candidates at a time."""
+    """No memory is reserved, since the user sets the number of parallel candidates."""
 
     @property
     def name(self) -> str:
-        """The candidate's."""
+        """Name of the candidate."""
         return self.candidate.name
 
     def do(self) -> Measured:
-        """Measure it."""
+        """Make and measure the candidate."""
         wanted = {name: [*places] for name, places in self.wanted}
         return Workshop(self.folder, self.asked, Reporter(quiet=True)).measure(self.candidate, wanted)
 
 
 class Team:
-    """Workers that share a fit's folder; processes of this machine are started when they are first needed."""
+    """Workers that share a fit's folder; local processes start when they are first needed."""
 
     def __init__(self, count: int, log: Path, ray: str | None = None) -> None:
-        """Create a team. Raises BadInput if Ray is asked for and cannot be used.
+        """Create a team. Raises BadInput if Ray is requested and cannot be used.
 
-        count: candidates at a time. log: for what libraries print. ray: address of a cluster, or `local`; None for processes
-        of this machine.
+        count: number of parallel candidates. log: file for the output of libraries. ray: address of a cluster, or `local`;
+        None for local processes.
         """
         self.count = count
         self._workers: Workers | None = None if count == 1 and ray is None else workers_at(ray, log)
@@ -60,7 +60,7 @@ class Team:
         return self._workers is None
 
     def measure(self, workshop: Workshop, pool: Sequence[Candidate], wanted: Mapping[str, Sequence[int]]) -> None:
-        """Measure candidates. Raises CopruneError for one that failed, or was lost with its process again and again."""
+        """Measure candidates. Raises CopruneError if one failed or repeatedly lost its process."""
         assert self._workers is not None
         self._workers.at_once = self.count
         cores = self._workers.capacity
@@ -84,7 +84,7 @@ class Team:
 
 
 def places_ahead(low: int, place: int, high: int, count: int) -> list[int]:
-    """List the places that halving a range asks for: a place, then those that may come after it, up to a count."""
+    """List the next `count` positions of a binary search: the first, then those that may follow it."""
     found, ranges = list[int](), [(low, place, high)]
     while ranges and len(found) < count:
         (low, place, high), *ranges = ranges

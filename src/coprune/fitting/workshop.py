@@ -1,4 +1,4 @@
-"""What is measured of candidates: each item once, under a key of contents in the user's store, where other fits find it too."""
+"""Measure candidates: each item once, under a content-based key in the user's store, which other fits share."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from coprune.gguf_files.types_by_tensor import Losses
 from coprune.store.store import Key, Store, key_of
 
 VERDICTS_FILE = "verdicts.json"
-"""What the unseen half has judged."""
+"""File with the verdicts on the unseen half."""
 _CHARACTERS = 1200
-"""Of the text that memory and speed are measured with."""
+"""Length of the text used to measure memory and speed."""
 _MEMORY_TOKENS, _CONTEXT, _SPEED_TOKENS = 128, 2048, 24
 _VERDICTS = (BadInput, UnsupportedModel, NumericalError, VerificationError, BrokenMask)
 """Errors that are properties of a candidate and are stored; a full disk or a lost process is not."""
@@ -53,22 +53,22 @@ class Size(RootModel[int]):
 
 
 class Passages(RootModel[list[Passage]]):
-    """Text to calibrate on."""
+    """Calibration text."""
 
 
 class LossesNote(RootModel[dict[str, dict[str, tuple[int, float]]]]):
-    """What types of tensors cost."""
+    """Bytes and loss of each type for each tensor."""
 
 
 class Workshop:
-    """Measures candidates, which are made in a fit's folder."""
+    """Makes and measures candidates in a fit's folder."""
 
     def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
         """Open a fit's folder. Raises BadInput if it belongs to another fit."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
         self.store, self.making = Store.of_user(), Making(folder, asked, reporter)
         self.paces: dict[str, float] = {}
-        """Seconds of an item by the task's key, as measured by this process, in the dense model at first."""
+        """Seconds per item by the task's key, as measured in this process; the budget reads those of the dense model."""
         self._passing: dict[Candidate, Measured] = {}
         note, facts = folder / "asked.json", asked.facts()
         if note.exists() and (others := differing(facts, note)):
@@ -87,7 +87,7 @@ class Workshop:
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Note an error without any verdict, after which a fit of other tasks, mended ones, may begin in the same folder."""
+        """Record an error that occurs before any verdict, so that a fit with corrected tasks may reuse the folder."""
         try:
             yield
         except BadInput as error:
@@ -97,18 +97,18 @@ class Workshop:
 
     @property
     def spent(self) -> float:
-        """Seconds of all that this fit made and measured, also before a kill."""
+        """Seconds of all recorded work of this fit, including that before a kill."""
         return sum(self.making.done.seconds())
 
     def note_rest(self, counts: bool = True) -> None:
-        """Note the time of this process that nothing else has noted; or leave it out, where workers noted it."""
+        """Record the unrecorded time of this process, or discard it if workers have recorded it."""
         if counts:
             self.making.note(key_of("rest", 1), self.making.clock.opened)
         else:
             self.making.clock.since(self.making.clock.opened)
 
     def key(self, step: str, **more: Any) -> Key:
-        """Return the key of something that is found for all tasks together."""
+        """Return the key of a result that depends on all tasks."""
         return key_of(step, 1, tasks=self._task_keys, **self.asked.contents, **more)
 
     def _results(self, candidate: Candidate) -> Key:
@@ -119,24 +119,24 @@ class Workshop:
         return [task.key for task in self.asked.every_task]
 
     def known(self, candidate: Candidate) -> Measured:
-        """Return the stored measurements of a candidate, or why it cannot be made now."""
+        """Return the known measurements of a candidate, or why it cannot be made now."""
         if candidate in self._passing:
             return self._passing[candidate]
         found = self.store.find(self._results(candidate), Measured)  # a damaged one is measured again
         return Measured() if found is None else found.record
 
     def learn(self, candidate: Candidate, found: Measured) -> None:
-        """Take what a worker measured, which may have a store of its own."""
+        """Store the measurements of a worker, which may have a store of its own."""
         if found != self.known(candidate):
-            if found.refused:  # which it did not store: no memory, of its machine
+            if found.refused:  # not stored by the worker: its machine lacked memory
                 self._passing[candidate] = found
             else:
                 self.store.complete(self._results(candidate), found)
 
     def measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], until: float = math.inf) -> Measured:
-        """Make a candidate, if it is not there, and measure what is missing of it. Raises CopruneError where that fails now.
+        """Make a candidate if needed, and measure its missing items. Raises CopruneError on a temporary failure.
 
-        wanted: places of items by task. until: the moment of `time.perf_counter()` from which no other item is begun.
+        wanted: indices of items by task. until: deadline in `time.perf_counter()`, after which no item is started.
         """
         if not self._missing(candidate, wanted)[1]:
             return self.known(candidate)
@@ -147,7 +147,7 @@ class Workshop:
         return self.known(candidate)
 
     def _missing(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> tuple[dict[str, list[int]], bool]:
-        """Return the places of items that are missing, and whether anything is."""
+        """Return the indices of missing items, and whether anything is missing."""
         found = self.known(candidate)
         missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in self.asked.every_task}
         return missing, not found.refused and (not found.bytes or any(missing.values()))
@@ -158,7 +158,7 @@ class Workshop:
             file = self.making.file(candidate)
         except CopruneError as error:
             refused = found.model_copy(update={"refused": str(error)})
-            if _lacks_memory(error):  # of this machine now, where the search ends without it
+            if _lacks_memory(error):  # not a property of the candidate: the search continues without it
                 self._passing[candidate] = refused
             elif isinstance(error, _VERDICTS) and not _of_the_system(error):
                 self._keep(candidate, refused, mark)
@@ -184,7 +184,7 @@ class Workshop:
         self._keep(candidate, found.model_copy(update={"scores": scores}), mark)
 
     def _keep(self, candidate: Candidate, found: Measured, mark: Mark) -> None:
-        """Write what was measured. mark: when it began; what was made on the way counts by itself."""
+        """Store measurements. mark: their start; files made in between are recorded separately."""
         key, seconds = self._results(candidate), found.seconds + self.making.clock.passed(mark)
         self.store.complete(key, found.model_copy(update={"seconds": seconds}))
         self.making.note(key, mark)
@@ -197,14 +197,14 @@ class Workshop:
         memory = reader.engine.bytes + reader.engine.context_bytes * _CONTEXT // _MEMORY_TOKENS
         seconds = []
         for token in ids[:_SPEED_TOKENS]:
-            started = time.process_time()  # others of this machine take no part in it, but slow it down
+            started = time.process_time()  # excludes other processes, although they slow it down
             reader.engine.read([token])
             seconds.append(time.process_time() - started)
         speed = torch.get_num_threads() / min(seconds)
         return {"bytes": bytes_in(file), "memory": memory, "speed": speed}
 
     def bytes_of(self, candidate: Candidate) -> int:
-        """Return the bytes of a candidate's weights from their shapes; what it is sized by is made. Raises CopruneError."""
+        """Return the bytes of a candidate's weights from shapes, making the files this needs. Raises CopruneError."""
         if candidate.type == EXACT:
             return bytes_in(self.making.exact(candidate.cut))
         if candidate.type == FOREIGN:
@@ -213,7 +213,7 @@ class Workshop:
         return self.store.get(key, Size, lambda: Size(self._planned_bytes(candidate))).root
 
     def losses(self) -> Losses:
-        """Return what each type of each tensor costs, measured if need be. Raises CopruneError where that cannot be."""
+        """Return the loss of each type for each tensor, measuring it if needed. Raises CopruneError if that fails."""
         mark = self.making.clock.mark()
         found = self.store.get(self._losses, LossesNote, lambda: LossesNote.model_validate(self.making.losses()))
         self.making.note(self._losses, mark)
@@ -221,7 +221,7 @@ class Workshop:
 
     @property
     def knows_losses(self) -> bool:
-        """Whether what types of tensors cost was measured before, by this fit or another one."""
+        """Whether the losses of types were measured before, by this fit or another one."""
         return self.store.find(self._losses, LossesNote) is not None
 
     @property
@@ -229,7 +229,7 @@ class Workshop:
         return self.making.key("fit-losses", Candidate(DENSE, MIXED))
 
     def is_sized(self, candidate: Candidate) -> bool:
-        """Return whether the bytes of a candidate were found before, by this fit or another one."""
+        """Return whether the bytes of a candidate are known, from this fit or another one."""
         return self.store.find(self.making.key("fit-size", candidate), Size) is not None
 
     def _planned_bytes(self, candidate: Candidate) -> int:
@@ -247,7 +247,7 @@ class Workshop:
         return DenseAnswers.load(file) if file.exists() else DenseAnswers()
 
     def answer(self, wanted: Mapping[str, Sequence[int]]) -> None:
-        """Generate the dense model's answers to prompts that have none yet. wanted: places of items by task."""
+        """Generate the dense model's missing answers to prompts. wanted: indices of items by task."""
         for task in self.asked.every_task:
             key, places = key_of("answers", 1, task=task.key), wanted.get(task.name, ())
             if task.kind not in ("prompts", "writing") or not places:
@@ -270,16 +270,16 @@ class Workshop:
 
     @contextmanager
     def _pace(self, task: Task, places: Sequence[int]) -> Iterator[None]:
-        """Keep the seconds of an item of a task, without opening the model."""
+        """Record the seconds per item of a task, without loading the model."""
         started = time.perf_counter()
         yield
         if places:
             self.paces[task.key] = self.paces.get(task.key, 0.0) + (time.perf_counter() - started) / len(places)
 
     def collect(self, tasks: Sequence[Task], seconds: float) -> None:
-        """Collect the text of the seen half, and more. Raises CopruneError.
+        """Write the calibration text: the seen half and other text. Raises CopruneError.
 
-        tasks: with the items that are used. seconds: for the text of the model's own.
+        tasks: with the items to use. seconds: for text written by the model.
         """
         if self.making.text.exists():
             return
@@ -307,7 +307,7 @@ class Workshop:
         return passages
 
     def _more_text(self, characters: int, texts: int) -> list[str]:
-        """Return the user's text, or the model's own. characters: that there are already. texts: that there is time for."""
+        """Return the user's text or text written by the model. characters: of the seen items; texts: that time allows."""
         if self.asked.text is not None:
             from coprune.data import calibration_windows
 
@@ -316,9 +316,9 @@ class Workshop:
             return [str(tokenizer.decode(one, skip_special_tokens=True)) for one in windows.tokens]
         count = own_count(characters, texts)
         if not count:
-            self.reporter.say("The items of the seen half calibrate alone: the budget leaves no time for other text")
+            self.reporter.say("Calibrating on the seen items only: the budget leaves no time to generate text")
             return []
-        self.reporter.say(f"The dense model writes {count} texts of its own, to be calibrated on")
+        self.reporter.say(f"The dense model writes {count} texts for calibration")
         reader = self.making.reader(self.making.file(Candidate(DENSE, EXACT)), DENSE)
         found = own_texts(reader, count, self.asked.seed, self.reporter)
         reader.engine.close()
@@ -330,7 +330,7 @@ def _lacks_memory(error: CopruneError) -> bool:
 
 
 def _of_the_system(error: BaseException | None) -> bool:
-    """Return whether the system is behind an error: a full disk, a file that cannot be read."""
+    """Return whether an error was caused by the system, such as a full disk or an unreadable file."""
     while error is not None:
         if isinstance(error, OSError):
             return True

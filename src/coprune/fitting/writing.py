@@ -1,7 +1,7 @@
-"""Whether a model without some of its parts or tokens still writes, where the tasks alone would not tell.
+"""Test whether a model without some of its parts or tokens still writes, which other tasks may not show.
 
-Items that are answered by the likelihood of choices, by a word or by reading are passed by models that loop, never stop or write
-of something else (arXiv 2606.17609).
+Models that loop, never stop or drift off topic can still pass items that are scored by the likelihood of choices, by one
+word or by reading (arXiv 2606.17609).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from coprune.fitting.require import Condition
 from coprune.fitting.tasks import Item, Task
 
 _ITEMS = 32
-"""Items of each half, or fewer, whose prompts are continued."""
+"""Maximum number of items of each half whose prompts are continued."""
 REQUIRED = (
     Condition("still writes: acceptance>=0.5", "acceptance", True, 0.0, 0.5),
     Condition("still writes: sound>=dense-0.25", "sound", True, 1.0, -0.25),
 )
-"""What a cut has to keep on such a task, in either half."""
+"""Conditions on a cut for such a task, in both halves."""
 
 
 def writing_of(tasks: Sequence[Task]) -> tuple[Task, ...]:
-    """Return, for every task without answers of some length, one of its first items' prompts to be continued."""
+    """Return a task of prompts to continue for every task without longer answers."""
     return tuple(
         Task(
             f"{task.name}, continued",
@@ -38,13 +38,13 @@ def writing_of(tasks: Sequence[Task]) -> tuple[Task, ...]:
 
 
 def provable(task: Task) -> bool:
-    """Return whether a task that is continued has enough items in both halves."""
+    """Return whether both halves of such a task have enough items."""
     least = max(condition.least_items() or 0 for condition in REQUIRED)
     return min(len(task.seen), len(task.unseen)) >= least
 
 
 def _prompt(item: Item) -> Item:
-    """Return what is continued: a prompt, or the first half of a text, up to a word's end."""
+    """Return an item to continue: a prompt, or the first half of a text, up to the end of a word."""
     if not item.text:
         return replace(item, choices=(), answer="", regex="")
     start = item.text[: max(1, len(item.text) // 2)]
@@ -52,11 +52,11 @@ def _prompt(item: Item) -> Item:
 
 
 def is_sound(ids: Sequence[int], ended: bool, other_ended: bool) -> bool:
-    """Return whether an answer neither loops nor goes on where the dense model's ended.
+    """Return whether an answer does not loop and, if the dense model's answer ended, ends as well.
 
     Args:
-        ids: the answer's tokens, without the end.
+        ids: the answer's tokens, without the end token.
         ended: whether it ended.
-        other_ended: whether the dense model's did, within as many tokens as it may take.
+        other_ended: whether the dense model's answer ended within the maximum number of tokens.
     """
     return find_loop(ids, ended) is None and (ended or not other_ended)
