@@ -154,7 +154,7 @@ def test_a_model_in_memory_is_pruned_and_otherwise_left_as_it_is(inside: Path) -
     assert model.config._experts_implementation == "grouped_mm"
 
 
-def test_what_is_no_model_is_refused() -> None:
+def test_values_that_are_not_models_are_refused() -> None:
     with pytest.raises(coprune.BadInput, match="a Linear is not a transformers model"):
         coprune.prune(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(coprune.BadInput, match="the model is already in memory"):

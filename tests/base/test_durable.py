@@ -32,7 +32,7 @@ def test_two_processes_may_write_one_file_at_a_time(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["entry.json"]
 
 
-def test_what_a_killed_process_left_is_removed_when_nobody_is_at_it(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed_unless_in_use(tmp_path: Path) -> None:
     file = tmp_path / "entry.json"
     for name in (".entry.json.coprune-01234567", ".other.json.coprune-01234567"):
         (tmp_path / name).mkdir()
@@ -59,7 +59,7 @@ def test_a_kill_while_safetensors_writes_leaves_nothing_under_a_name_of_its_own(
 
 
 @pytest.mark.parametrize("error", [OSError("4096 requested and 0 written"), OSError(errno.EFBIG, "too large")])
-def test_a_full_disk_is_one_message_whoever_says_it(error: OSError, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_message_whatever_raises_it(error: OSError, tmp_path: Path) -> None:
     def fail(temporary: Path) -> None:
         raise error
 

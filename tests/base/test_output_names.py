@@ -49,7 +49,7 @@ def test_a_link_to_a_folder_cannot_become_a_model(place: Path) -> None:
     prepare_folders(make_recipe({"model": "pico", "save": place / "linked"}))  # a run's folder may be one
 
 
-def test_where_nobody_may_write_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(BadInput, match="not writable"):
         prepare_folders(make_recipe({"model": "pico", "save": "run"}))

@@ -33,7 +33,7 @@ def test_a_search_without_end_finds_nothing_within_a_second() -> None:
         (5, "no text"),
     ],
 )
-def test_what_is_no_pattern(pattern: object, said: str) -> None:
+def test_invalid_patterns_are_refused(pattern: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         require_pattern(pattern)
 

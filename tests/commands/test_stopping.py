@@ -44,7 +44,7 @@ def made_another_error(sent: signal.Signals) -> None:
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("swallow", [swallowed_by_a_finaliser, swallowed_by_a_library, made_another_error])
-def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
+def test_a_signal_swallowed_by_a_library_still_stops_the_command(
     swallow: Callable[[signal.Signals], None],
     sent: signal.Signals,
     code: int,

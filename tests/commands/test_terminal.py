@@ -26,7 +26,7 @@ def test_a_name_that_looks_like_markup_is_a_name(capsys: pytest.CaptureFixture[s
     assert "[red]size" in shown
 
 
-def test_what_others_wrote_steers_no_terminal(
+def test_foreign_text_cannot_control_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

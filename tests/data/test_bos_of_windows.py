@@ -54,7 +54,7 @@ def test_what_a_tokenizer_does_by_itself_is_seen_and_changed(habit: str, fast: b
 
 @pytest.mark.parametrize("habit", HABITS)
 @pytest.mark.parametrize("seqlen", [2, 7, 16, 200])
-def test_every_evaluation_window_begins_with_it_and_the_text_goes_on_behind(
+def test_every_evaluation_window_begins_with_bos_and_continues_the_text(
     habit: str, seqlen: int, text_file: Path
 ) -> None:
     tokenizer, ids = tokenizer_with(HABITS[habit]), ids_of(text_file)

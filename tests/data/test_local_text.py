@@ -124,7 +124,7 @@ def test_a_column_is_found_by_name_or_by_being_the_only_one_of_strings(tmp_path:
         ("a.jsonl", b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "cannot be read"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_the_file(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+def test_unreadable_content_is_reported_with_its_file(tmp_path: Path, file: str, content: bytes, message: str) -> None:
     (tmp_path / file).write_bytes(content)
     with pytest.raises(BadInput, match=message) as error:
         local_text(str(tmp_path / file))

@@ -139,7 +139,7 @@ def test_auto_bos_gives_the_same_run_as_naming_its_choice(
     )
 
 
-def test_an_interrupted_run_goes_on_under_the_name_of_what_was_chosen(
+def test_an_interrupted_run_resumes_with_the_chosen_bos(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> None:

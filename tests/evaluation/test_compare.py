@@ -288,7 +288,7 @@ def test_items_of_models_with_one_name_go_to_folders_of_their_own() -> None:
     assert labels_of(["/data/x/foo", "org/foo"]) == ["data__x__foo", "org__foo"]
 
 
-def test_what_cannot_be_written_or_read_is_said_before_a_model_is_loaded(
+def test_unusable_files_are_refused_before_a_model_is_loaded(
     checkpoints: list[Path],
     text: Path,
     tmp_path: Path,

@@ -97,7 +97,7 @@ def hidden_and_written(tokenizer: PreTrainedTokenizerFast, ids: list[int], marks
     return [*source[1:at], *target[2:-2], *source[at + 1 : -1]]
 
 
-def test_what_is_no_pair_is_refused(place: Path, tmp_path: Path) -> None:
+def test_malformed_pairs_are_refused(place: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"source": "w5", "target": "w6"}\n{"source": "w5"}')
     with pytest.raises(BadInput, match=r"row 2 of .* is not a pair of texts"):

@@ -113,7 +113,7 @@ def test_headers_without_a_meaning_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"RIFF\0\0\0\0WAVEfmt ", b"RIFF\0\0\0\0WAVE", b"noise" * 20])
-def test_what_is_no_wav_file_is_one_message(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_wav_is_one_message(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(BadInput, match=r"a\.wav"):
         read_recordings(str(tmp_path))

@@ -198,7 +198,7 @@ def test_texts_without_proper_labels_are_refused(line: str, place: Path) -> None
         pruned(model, place, False, file)
 
 
-def test_what_makes_no_sense_for_a_model_is_refused(place: Path) -> None:
+def test_measures_that_do_not_suit_a_model_are_refused(place: Path) -> None:
     embedding = save_reader(place / "embedding", "BertModel")
     masked = save_reader(place / "masked-too", "BertForMaskedLM")
     text = place / "words.txt"

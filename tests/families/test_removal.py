@@ -25,11 +25,11 @@ def test_the_page_speaks_of_every_family_and_is_written_as_it_is_read() -> None:
         pytest.param("jamba", "blocks=0.34", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_bytes(family: str, remove: str, tmp_path: Path) -> None:
+def test_a_killed_removal_resumes_to_the_same_bytes(family: str, remove: str, tmp_path: Path) -> None:
     kill_and_resume(family, remove, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", read_page(), ids=lambda row: row.family)
-def test_what_is_removed_of_a_family(row: Row, tmp_path: Path) -> None:
+def test_removal_from_a_family_matches_its_page(row: Row, tmp_path: Path) -> None:
     assert tried(row.family, tmp_path) == row

@@ -17,7 +17,7 @@ from support.pico import pico_model, pico_tokens
 from support.pico_gguf import write_pico_gguf
 
 
-def test_llama_cpp_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_llama_cpp_reads_a_text_step_by_step_like_the_whole(tmp_path: Path) -> None:
     """Steps after a prompt give what the whole text gives."""
     pytest.importorskip("llama_cpp_py_sync")
     model, tokens = pico_model("llama"), pico_tokens(1, 12)[0].tolist()

@@ -132,7 +132,7 @@ def test_parts_are_not_read_whole(parts: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_file(mixture: Path, small: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_file(mixture: Path, small: Path) -> None:
     _, lines = count_lines(lambda: cut(mixture, "counted"), ("run/output",))
     assert killed_at(lambda: cut(mixture, "killed"), lines * 8 // 10, ("run/output",))
     journal = [*mixture.with_name(".killed.gguf.partial").glob("model-*.safetensors")]

@@ -56,7 +56,7 @@ def test_conditions_compare_a_figure_with_its_bound(text: str, figure: float, de
         "beam.loops<3",
     ],
 )
-def test_what_is_no_condition_is_refused_before_anything_runs(text: str) -> None:
+def test_invalid_conditions_are_refused_before_anything_runs(text: str) -> None:
     with pytest.raises(BadInput) as caught:
         make_recipe({"model": "m", "require": text})
     assert caught.value.field == "require"

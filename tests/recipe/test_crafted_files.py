@@ -83,7 +83,7 @@ def test_folders_of_a_sweep_are_made_of_fields_alone(folders: str) -> None:
         expand(Sweep.make(PLAIN | {"seed": [0, 1], "sweep": {"folders": folders}}))
 
 
-def test_a_sweep_of_more_runs_than_anybody_waits_for_is_refused() -> None:
+def test_a_sweep_with_too_many_runs_is_refused() -> None:
     many = list(range(60))
     axes = dict.fromkeys(("seed", "nsamples", "seqlen", "batch_size", "eval_tokens"), many)
     tracemalloc.start()

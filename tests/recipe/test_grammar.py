@@ -55,7 +55,7 @@ def test_a_name_has_options_after_a_colon() -> None:
         ("refit:max-rounds=1,max_rounds=2", "the option 'max_rounds' of refit is given twice"),
     ],
 )
-def test_what_is_no_option_is_refused(text: str, message: str) -> None:
+def test_malformed_options_are_refused(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         read_named(text)
 
@@ -83,7 +83,7 @@ def test_names_with_options_round_trip(name: str, options: dict[str, Any]) -> No
         (3, "names nothing"),
     ],
 )
-def test_what_is_no_choice_is_refused(asked: dict[str, Any] | int | str, message: str) -> None:
+def test_invalid_choices_are_refused(asked: dict[str, Any] | int | str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         Choice.of(asked)  # type: ignore[arg-type]
 

@@ -58,7 +58,7 @@ def test_an_existing_file_is_a_source_whatever_its_name(tmp_path: Path) -> None:
         ("a.jsonl:template=talk", "template of a.jsonl is chat or none, not 'talk'"),
     ],
 )
-def test_what_makes_no_sense_is_said_before_anything_is_loaded(data: str, message: str) -> None:
+def test_invalid_sources_are_refused_before_anything_is_loaded(data: str, message: str) -> None:
     with pytest.raises(BadInput) as raised:
         make_recipe({"model": "nowhere", "dataset": data})
     assert message in str(raised.value)

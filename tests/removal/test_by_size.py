@@ -53,7 +53,7 @@ def test_shares_may_be_per_cent() -> None:
         ("size=0.2,vocabulary=96k", "give the size to keep: .*size=100MB"),
     ],
 )
-def test_what_is_no_size_is_refused(remove: str, said: str) -> None:
+def test_invalid_sizes_are_refused(remove: str, said: str) -> None:
     with pytest.raises((BadInput, ValidationError), match=said):
         make_recipe({"model": "m", "remove": remove})
 

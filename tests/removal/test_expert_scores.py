@@ -153,6 +153,6 @@ def test_scores_that_lack_a_mixture_are_refused_before_the_dense_model_is_measur
         ({"domains": "a=x", "remove": "heads=0.5"}, "domains are only for scoring experts"),
     ],
 )
-def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+def test_invalid_expert_settings_are_refused_before_anything_starts(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         make_recipe({"model": "x", "remove": "experts=0.25"} | settings)

@@ -98,7 +98,7 @@ def test_a_refused_folder_does_not_stand_in_the_way_of_another_run(
 
 
 @pytest.mark.slow
-def test_a_killed_streamed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_streamed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     save_pico(tmp_path / "model", "mixtral")
     write_words(tmp_path / "words.txt")
     asked: dict[str, Any] = {"remove": "experts=0.25,channels=0.4", "stream": True}

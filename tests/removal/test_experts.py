@@ -76,7 +76,7 @@ def _with_corrections(model: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     save_pico(tmp_path / "mixtral", "mixtral", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
 
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         ("llama4_text", {}, "experts=0.25", "is not given the experts of each token"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(
+def test_impossible_cuts_are_refused_and_leave_the_model_unchanged(
     family: str, changes: dict[str, Any], remove: str, message: str
 ) -> None:
     changes = dict(changes)

@@ -51,7 +51,7 @@ def test_gates_and_answers_are_those_of_the_formula() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_killed_run_goes_on_to_the_same_bytes(stream: bool, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(stream: bool, tmp_path: Path) -> None:
     kill_and_resume_model(listed_mixture(), "experts=0.25", tmp_path, stream=stream)
 
 

@@ -203,7 +203,7 @@ def test_tokens_that_end_a_text_are_no_list_of_blocks() -> None:
 
 
 @pytest.mark.parametrize("done", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_to_the_same_bytes(done: int, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(done: int, tmp_path: Path) -> None:
     save_pico(tmp_path / "llama", num_hidden_layers=4)
     write_words(tmp_path / "words.txt")
 
@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(done: int, tmp_path: Path) -> No
         ("bloom", "channels=0.4", "no setting of the configuration of BloomForCausalLM"),  # always four times the width
     ],
 )
-def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, remove: str, message: str) -> None:
+def test_impossible_cuts_are_refused_and_leave_the_model_unchanged(family: str, remove: str, message: str) -> None:
     model = pico_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedModel, match=message):
@@ -291,7 +291,7 @@ def test_a_refusal_comes_before_all_that_is_slow(
         ({"remove": "heads=0.5", "refine": "refit"}, "so refine=… has no effect"),
     ],
 )
-def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+def test_invalid_removals_are_refused_before_anything_starts(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         coprune.prune(pico_model("llama"), **SETTINGS | settings)
 

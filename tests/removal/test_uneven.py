@@ -209,7 +209,7 @@ def test_heads_that_blocks_share_are_as_many_and_the_same_ones_and_not_chosen_an
 
 
 @pytest.mark.slow
-def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_scored_in_memory_does_not_resume_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
     asked = training_of(tmp_path, "stopped") | {"allocation": "error", "remove": "channels=0.33"}
@@ -233,6 +233,6 @@ def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monk
         ({"remove": "channels=0.3", "allocation": "luck"}, "not by luck"),
     ],
 )
-def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+def test_invalid_uneven_budgets_are_refused_before_anything_starts(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         coprune.prune(pico_model("llama"), **SETTINGS, **settings)

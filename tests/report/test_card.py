@@ -237,7 +237,7 @@ def test_cards_and_pages_call_a_model_by_its_whole_name(
     assert one.name == f"dense {name}"
 
 
-def test_what_others_named_stays_text_in_the_card(files: tuple[Path, Path]) -> None:
+def test_foreign_names_stay_plain_text_in_the_card(files: tuple[Path, Path]) -> None:
     model, text = files
     settings: dict[str, Any] = {"evaluate": False, "dataset": str(text), "seqlen": 32, "nsamples": 2, "quiet": True}
     report: Report = coprune.prune(str(model), "magnitude", **settings).report

@@ -129,6 +129,6 @@ def test_options_of_an_unknown_method_are_its_own_business() -> None:
 
 
 @pytest.mark.parametrize("method", [object(), 3, dataclasses.make_dataclass("Thing", [])])
-def test_what_is_no_method_is_refused(method: Any) -> None:
+def test_invalid_methods_are_refused(method: Any) -> None:
     with pytest.raises(BadInput, match="is not a method"):
         choice_of(method)

@@ -11,7 +11,7 @@ from coprune.stages.checks import prepare_folders
 
 
 @pytest.mark.parametrize("saved", ["out/foo", "out"])
-def test_a_run_folder_that_nobody_named_is_beside_the_model(
+def test_the_default_run_folder_is_next_to_the_model(
     saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

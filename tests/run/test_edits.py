@@ -108,7 +108,7 @@ def test_the_small_model_is_the_big_one_with_the_blocks_idle(place: Path, tmp_pa
 
 
 @pytest.mark.parametrize("stream", sampled([True, False], quick=[True]), ids=["streamed", "in memory"])
-def test_a_killed_run_goes_on_with_the_edits_of_its_journal(place: Path, tmp_path: Path, stream: bool) -> None:
+def test_a_killed_run_resumes_with_the_edits_of_its_journal(place: Path, tmp_path: Path, stream: bool) -> None:
     _, lines = count_lines(lambda: run(place, tmp_path / "whole", stream), ("run/output",))
     assert killed_at(lambda: run(place, tmp_path / "killed", stream), lines * 9 // 10, ("run/output",))
     assert not (tmp_path / "killed" / "pruned").exists()

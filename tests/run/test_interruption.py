@@ -76,7 +76,7 @@ def interrupt(place: Path, sent: signal.Signals) -> tuple[int, str]:
         pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
+def test_an_interrupted_command_leaves_nothing_half_written_and_resumes(
     sent: signal.Signals, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, err = interrupt(place, sent)
@@ -185,7 +185,7 @@ def test_an_announced_run_whose_model_is_missing_is_not_finished(
     assert (place / "pruned" / "model.safetensors").is_file()
 
 
-def test_a_run_that_lacks_only_its_name_is_finished_and_pushed_whoever_hears_of_it(
+def test_a_complete_run_without_its_name_is_finished_and_pushed(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Killed(BaseException):

@@ -116,7 +116,7 @@ def test_fine_tuning_keeps_tensors_that_the_model_does_not_load(published: dict[
     assert not any(".layers.2." in name or name.startswith("mtp") for name in found.changed)
 
 
-def test_a_call_streams_where_it_saves_and_gives_the_model_all_the_same(
+def test_a_call_that_saves_streams_and_still_returns_the_model(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = {"dataset": TOKENS, "evaluate": False, "quiet": True, "device": "cpu", **ZEROS}

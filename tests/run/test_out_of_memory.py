@@ -78,9 +78,7 @@ def full_where(monkeypatch: pytest.MonkeyPatch, too_much: Callable[[Recording, T
     monkeypatch.setattr(Recording, "run", run_block)
 
 
-def test_a_run_goes_on_with_what_is_kept_on_the_disk(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_with_hidden_states_on_disk(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the same bytes, since they do not depend on where hidden states lie, and at once, however slow the disk is."""
     run(recipe_of(place, tmp_path / "undisturbed"))
 
@@ -102,7 +100,9 @@ def test_a_run_goes_on_with_what_is_kept_on_the_disk(
     )
 
 
-def test_a_run_goes_on_with_smaller_batches(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_out_of_memory_resumes_with_smaller_batches(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Finished blocks stay to the last bit; the others come out as from smaller batches, but for rounding."""
     for size in (3, 1):
         run(recipe_of(place, tmp_path / str(size), batch_size=size))
@@ -137,7 +137,7 @@ def test_where_a_matrix_is_pruned_counts_too(place: Path, tmp_path: Path, monkey
     assert said_by(recipe_of(place, tmp_path)).startswith(f"prune: {BLOCK}: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def test_a_model_in_memory_has_nothing_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_memory_cannot_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*arguments: Any) -> None:
         raise torch.OutOfMemoryError(FULL)
 

@@ -177,7 +177,7 @@ def compare_reports(one: Path, other: Path, exact: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparsegpt", "halves"])
-def test_a_killed_process_ends_the_run_which_then_goes_on(name: str, models: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_run_which_then_resumes(name: str, models: Path, tmp_path: Path) -> None:
     if name == "halves":
         save_pair_model(tmp_path / "deep", "T5", num_layers=8, num_decoder_layers=16)
     else:
@@ -241,7 +241,7 @@ def test_matrices_are_shared_out_evenly(processes: int, gram: bool) -> None:
     assert max(loads) <= 4 / 3 * max(sum(sizes.values()) / processes, *sizes.values()) + extra
 
 
-def test_a_process_that_is_stopped_is_told_of_by_those_that_wait(
+def test_waiting_processes_report_a_stopped_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("coprune.base.processes._TELL_AFTER_SECONDS", 0.02)

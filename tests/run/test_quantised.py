@@ -222,7 +222,7 @@ class Stopping(Reporter):
         return bar()
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     source, _ = quantised_pico(tmp_path, "int4", "llama")
     settings: dict[str, Any] = {
         "model": str(source),

@@ -94,7 +94,7 @@ def test_free_output_folders_are_kept(tmp_path: Path) -> None:
     assert beside_finished(asked) == asked
 
 
-def test_an_interrupted_run_goes_on_in_its_folder(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_in_its_folder(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "model").mkdir()
@@ -127,7 +127,7 @@ def test_explicitly_named_folders_are_kept(tmp_path: Path) -> None:
     assert beside_finished(asked, {"save_model"}).output.run == tmp_path / "run-2"
 
 
-def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path: Path) -> None:
+def test_a_run_stopped_before_fine_tuning_resumes(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path, finetune="lora")
     (tmp_path / "run" / "prune").mkdir(parents=True)
     finish(tmp_path / "run" / "prune")
@@ -136,9 +136,7 @@ def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path: Path) -> None
     assert beside_finished(asked).output.run == tmp_path / "run-2"
 
 
-def test_a_default_folder_whose_pruning_was_interrupted_before_the_fine_tuning_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_default_folder_stopped_before_fine_tuning_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     asked = make_recipe({"model": "m", "finetune": "lora", "seed": 1})
@@ -189,7 +187,7 @@ def test_settings_that_change_rounding_only_may_differ_on_resume() -> None:
         assert identity.decides["batch_size"] == 1
 
 
-def test_a_run_that_was_stopped_goes_on_in_the_default_folder_with_smaller_batches(
+def test_a_stopped_run_resumes_in_the_default_folder_with_smaller_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

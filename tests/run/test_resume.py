@@ -348,7 +348,7 @@ def test_evaluation_settings_may_differ_on_resume(
 
 
 @pytest.mark.parametrize("streamed_first", [True, False])
-def test_a_streamed_run_may_go_on_in_memory_and_the_other_way_round(
+def test_a_streamed_run_may_resume_in_memory_and_vice_versa(
     streamed_first: bool,
     place: Path,
     undisturbed: Undisturbed,

@@ -64,9 +64,7 @@ def test_a_list_of_texts_that_names_none_is_refused_before_the_model_is_opened(n
         coprune.prune("no/such/model", dataset="embedded", eval_data=named, quiet=True)
 
 
-def test_a_text_that_nobody_named_and_nothing_depends_on_may_be_missing(
-    said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_default_text_that_is_not_needed_may_be_missing(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise BadInput("no network here")
 

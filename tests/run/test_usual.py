@@ -31,7 +31,9 @@ def test_a_bare_run_trains_the_whole_model_where_it_fits_and_says_so(model: Path
     assert "preset balanced" in say(line)
 
 
-def test_what_does_not_fit_is_trained_block_by_block(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_to_train_whole_is_trained_block_by_block(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise BadInput("too large")
 

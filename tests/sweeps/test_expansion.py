@@ -260,7 +260,7 @@ def test_folders_are_named_by_settings_under_any_name() -> None:
         ({"preset": []}, "empty list"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
+def test_invalid_sweeps_are_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         runs_of(**data)
 

@@ -62,7 +62,7 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place: Path) -> No
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(alone(run, place / "separate"))
 
 
-def test_a_sweep_goes_on_past_failures_and_reports_them(
+def test_a_sweep_continues_past_failures_and_reports_them(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = sweep_data(model=["missing", "model"], method="magnitude", seed=[0, 1])
@@ -82,7 +82,7 @@ def test_a_sweep_goes_on_past_failures_and_reports_them(
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on_where_it_stopped(
+def test_an_interrupted_sweep_resumes(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = sweep_data(method=["magnitude", "sparsegpt"], seed=[0, 1], nsamples=64)

@@ -213,7 +213,7 @@ def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Pat
         coprune.finetune(tmp_path / "pruned", "dense", dataset=tokens + 5000, save=tmp_path / "two", **how)
 
 
-def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
+def test_a_run_killed_in_either_half_resumes_from_its_own_recipe(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any, **__: Any) -> None:

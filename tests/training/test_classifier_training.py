@@ -105,7 +105,7 @@ def test_a_classifier_learns_the_digits(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_goes_on_to_the_same_weights(home: Path, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumes_to_the_same_weights(home: Path, tmp_path: Path) -> None:
     run_finetuning(settings(home, tmp_path / "whole", save_every=2), QUIET)
     with pytest.raises(KeyboardInterrupt):
         run_finetuning(settings(home, tmp_path / "cut", save_every=2), StoppedAt(0.6))

@@ -172,7 +172,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
-def test_an_interrupted_run_does_not_go_on_from_other_weights(home: Path, tmp_path: Path, name: str) -> None:
+def test_an_interrupted_run_does_not_resume_from_other_weights(home: Path, tmp_path: Path, name: str) -> None:
     """One weight more or less is enough: the last kept one of a matrix, or one of a norm, which is not pruned."""
     model = AutoModelForCausalLM.from_pretrained(home / "llama")
     save(model, tmp_path / "mine")

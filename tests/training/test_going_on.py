@@ -87,7 +87,7 @@ def test_a_training_that_failed_before_its_first_state_is_replaced(home: Path, t
         ({"save_model": ".."}, "which will be the model's"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_measured(
+def test_impossible_trainings_are_refused_before_anything_is_measured(
     home: Path, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     run_folder = tmp_path / "runs" / "one"

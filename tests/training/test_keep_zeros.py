@@ -85,7 +85,7 @@ def test_a_plain_loop_keeps_every_zero_under(name: str, capsys: pytest.CaptureFi
                            zeros["model.layers.0.self_attn.q_proj.weight"])  # fmt: skip
 
 
-def test_what_is_frozen_at_first_is_kept_once_it_is_trained() -> None:
+def test_zeros_of_frozen_parameters_are_kept_once_unfrozen() -> None:
     model, zeros, _ = pruned()
     before = copies(model)
     model.requires_grad_(False)

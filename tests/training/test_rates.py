@@ -37,7 +37,7 @@ def test_every_parameter_has_its_size_times_the_rate() -> None:
     assert [decay for _, _, decay in found] == [0.5, 0.5, 0.0, 0.0]
 
 
-def test_scaled_weights_take_scaled_steps_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_scaled_weights_take_scaled_steps_and_resume_to_the_same_bits(tmp_path: Path) -> None:
     save(pruned_model(num_hidden_layers=1), tmp_path / "model")
     text = write_text(tmp_path / "text.txt", 700)
 

@@ -32,7 +32,7 @@ def trained(folder: Path, model: Path, **changes: Any) -> tuple[Tensors, Tensors
 
 @pytest.mark.parametrize("scope", ["all", "blocks"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_trained(tmp_path: Path, scope: str, tied: bool) -> None:
+def test_only_weights_in_the_scope_are_trained(tmp_path: Path, scope: str, tied: bool) -> None:
     save(pruned_model(num_hidden_layers=2, tie_word_embeddings=tied), tmp_path / "model")
     before, after = trained(tmp_path / "run", tmp_path / "model", train=[] if scope == "all" else scope)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
@@ -55,7 +55,7 @@ def test_routers_alone_are_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["dense", "lora"])
-def test_what_is_excluded_stays_as_it_is(tmp_path: Path, mode: str) -> None:
+def test_excluded_weights_stay_unchanged(tmp_path: Path, mode: str) -> None:
     save(pruned_model(num_hidden_layers=3), tmp_path / "model")
     exclude = ["*.q_proj", "model.layers.1.self_attn.*", "model.layers.1.mlp.*"]
     before, after = trained(tmp_path / "run", tmp_path / "model", mode=mode, exclude=exclude, learning_rate=0.01)

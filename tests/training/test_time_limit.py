@@ -200,7 +200,7 @@ def test_the_last_lines_are_a_verdict_and_what_to_type_next(
     assert "coprune " in following or "--minutes" in following
 
 
-def test_answers_that_nobody_asked_for_end_with_their_share_of_the_time(
+def test_answers_not_requested_stop_at_their_share_of_the_time(
     home: Path, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coprune.training.time_limit._ANSWERING", 1e-6)

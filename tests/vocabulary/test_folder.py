@@ -93,7 +93,7 @@ def test_per_layer_embedding_tables_are_cut_too(family: str, changes: dict[str, 
     assert torch.equal(logits(small, new), logits(tmp_path / "dense", rows[new])[..., rows])
 
 
-def test_what_names_tokens_follows_and_what_holds_the_old_ones_is_left_out(tmp_path: Path) -> None:
+def test_token_settings_are_updated_and_old_tokenizer_files_left_out(tmp_path: Path) -> None:
     source = save_with_tokens(tmp_path / "dense")
     (source / "tokenizer.model").write_bytes(b"old")
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 6], "suppress_tokens": [3]}))

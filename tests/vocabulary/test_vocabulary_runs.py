@@ -151,7 +151,7 @@ def tries_in(run: Path) -> dict[int, float]:
     return note.record.tries
 
 
-def test_a_killed_search_goes_on(dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_search_resumes(dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = settings(words, eval_tokens=2048, save=tmp_path / "run", save_model=tmp_path / "small")
     count, rise = [0], Judge.rise
 

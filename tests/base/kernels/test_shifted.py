@@ -39,7 +39,7 @@ def test_both_kernels_compute_the_inverse(tokens: int) -> None:
             assert float((found - exact).norm() / exact.norm()) < 1e-4, (kernel.__name__, shift)
 
 
-def test_what_cannot_be_factored_is_decomposed() -> None:
+def test_an_indefinite_matrix_falls_back_to_eigenvalues_and_nan_is_refused() -> None:
     indefinite = torch.eye(4).index_put((torch.tensor(2), torch.tensor(2)), torch.tensor(-0.5))
     found = by_factors(indefinite, torch.tensor(0.25), 0.1)(torch.tensor(0.1, dtype=torch.float64))
     torch.testing.assert_close(found.diagonal(), 1 / torch.tensor([1.1, 1.1, 0.35, 1.1]))

@@ -47,7 +47,7 @@ def test_a_library_is_made_once_and_again_if_it_was_cut_off(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("which", [".", "kernels", "kernels/it", f"kernels/it/{LIBRARY}"])
-def test_what_others_can_write_is_not_loaded(which: str, tmp_path: Path) -> None:
+def test_a_library_that_others_can_write_is_not_loaded(which: str, tmp_path: Path) -> None:
     make, folder = Maker(), tmp_path / "cache" / "kernels" / "it"
     path_in(folder, make)
     place = tmp_path / "cache" / which

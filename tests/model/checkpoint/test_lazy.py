@@ -141,7 +141,7 @@ def test_asking_for_a_dtype_computes_and_writes_in_it(tmp_path: Path) -> None:
     assert lazy.total_bytes == 2 * sum(tensor.nbytes for tensor in original.values())
 
 
-def test_what_nobody_changed_is_not_rounded_to_the_dtype_of_the_computation(tmp_path: Path) -> None:
+def test_unchanged_weights_are_not_rounded_to_the_dtype_of_the_computation(tmp_path: Path) -> None:
     """Files may keep single tensors in float32 where the configuration says bfloat16."""
     save_model("llama", tmp_path, torch.bfloat16, shards="1GB")
     file = tmp_path / "model.safetensors"

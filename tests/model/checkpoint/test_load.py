@@ -39,7 +39,7 @@ def test_a_folder_is_loaded_ready_to_be_walked(tmp_path: Path) -> None:
     assert load_model(locate(tmp_path), "float32")[0].dtype == torch.float32
 
 
-def test_experts_run_one_by_one_and_nobody_sees_it_in_the_saved_configuration(tmp_path: Path) -> None:
+def test_running_experts_one_by_one_does_not_change_the_saved_configuration(tmp_path: Path) -> None:
     model = save_model("mixtral", tmp_path)
     save_tokenizer(tmp_path)
     assert model.config._experts_implementation != "eager"

@@ -74,7 +74,7 @@ def test_the_package_is_left_as_it_was_after_an_error(file: GgufFile) -> None:
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
 
 
-def test_what_is_no_gguf_file_is_loaded_without_the_package(file: GgufFile, tmp_path: Path) -> None:
+def test_other_files_are_loaded_without_the_gguf_package(file: GgufFile, tmp_path: Path) -> None:
     @reading_once
     def look(location: Location) -> bool:
         return isinstance(gguf.GGUFReader, type)

@@ -94,7 +94,7 @@ def test_a_timm_model_with_its_own_weights_is_pruned_by_name(trained: tuple[nn.M
         ("{folder}/w.safetensors", "timm/NAME@"),
     ],
 )
-def test_what_is_no_such_file_is_refused_and_leaves_nothing(
+def test_invalid_timm_weights_are_refused_and_leave_nothing(
     trained: tuple[nn.Module, Path], tmp_path: Path, name: str, message: str
 ) -> None:
     _, folder = trained

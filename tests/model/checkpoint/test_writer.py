@@ -116,7 +116,7 @@ def part_writer(tmp_path: Path, parts: Sequence[str] = ("one", "two")) -> Checkp
     return CheckpointWriter(tmp_path / "model", parts, 1000)
 
 
-def test_a_later_writer_goes_on_with_the_parts_that_are_whole(tmp_path: Path) -> None:
+def test_a_later_writer_reuses_complete_parts(tmp_path: Path) -> None:
     writer = part_writer(tmp_path)
     writer.write("one", {"a": torch.ones(3)}, {"error": 0.1 + 0.2})
     writer.settle()
@@ -234,7 +234,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_others_have_under_the_unfinished_name_is_left_alone(kind: str, tmp_path: Path) -> None:
+def test_foreign_content_under_the_unfinished_name_is_left_alone(kind: str, tmp_path: Path) -> None:
     there = tmp_path / ".model.partial"
     mine = there if kind == "folder" else tmp_path / "mine"
     if kind == "file":

@@ -89,7 +89,7 @@ def test_experts_of_every_layout(family: str) -> None:
     compare(family, Gram, Sequential())
 
 
-def test_tokens_that_nobody_can_tell_apart_are_refused() -> None:
+def test_indistinguishable_tokens_are_refused() -> None:
     # Before attention equal tokens are equal rows; behind it, in the second of jetmoe's products, they are none any more.
     with pytest.raises(UnsupportedModel, match=r"output_linear.weight\[\d\] is .* whose tokens are unknown"):
         compare("jetmoe", Gram, Dense())

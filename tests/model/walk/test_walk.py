@@ -174,7 +174,7 @@ def test_walking_in_bfloat16_gives_the_masks_of_full_forwards() -> None:
 
 
 @pytest.mark.parametrize("keep_inputs", [False, True])
-def test_nothing_is_computed_whose_output_nobody_wants(keep_inputs: bool) -> None:
+def test_nothing_is_computed_whose_output_is_unused(keep_inputs: bool) -> None:
     """A block that runs once more is left where its last matrix is solved; what it gives then is what it gave."""
     model, plain = pico_model("llama"), pico_model("llama")
     computed = 0

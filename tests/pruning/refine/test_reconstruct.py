@@ -186,7 +186,7 @@ def test_other_dtypes_train_the_same(family: str, dtype: torch.dtype) -> None:
     assert trained_by(family, dtype)[:2] == trained_by(family, torch.bfloat16)[:2]
 
 
-def test_what_is_excluded_is_not_trained() -> None:
+def test_excluded_matrices_are_not_trained() -> None:
     model = pico_model("opt")
     dense = copy.deepcopy(model.state_dict())
     trainings: list[BlockTraining] = []
