@@ -77,22 +77,15 @@ def test_two_classifiers_side_by_side(
     assert "top-5 digits" in ended.out
 
 
+@pytest.mark.parametrize("family", ["vit", "transformers vit"])
 def test_eval_of_a_classifier(
-    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [
-        "eval",
-        str(models[0]),
-        "--data",
-        "digits",
-        "--eval-images",
-        str(LIMIT),
-        "--json",
-        str(tmp_path / "e.json"),
-    ]
+    model = save_classifier(family, tmp_path / "model")
+    command = ["eval", str(model), "--data", "digits", "--eval-images", str(LIMIT), "--json", str(tmp_path / "e.json")]
     ended = run_command(command, monkeypatch, capsys)
     assert ended.code == 0, ended.err
-    ranked, labels = predictions(models[0])
+    ranked, labels = predictions(model)
     (found,) = json.loads((tmp_path / "e.json").read_text())["accuracy"]
     assert found["predicted"] == ranked[:, 0].tolist()
     assert found["labels"] == labels.tolist()

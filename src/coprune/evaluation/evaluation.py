@@ -110,7 +110,7 @@ class Evaluation(Shown, _Facts):
 
 def weight_facts(model: PreTrainedModel, bytes_on_disk: int) -> WeightFacts:
     """Count a model's parameters and zeros; shared weights count once."""
-    outside = {id(module.weight) for module in _embeddings(model)}
+    outside = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
     parameters = nonzeros = size = kept = 0
     for parameter in model.parameters():
         count, there = parameter.numel(), int(parameter.count_nonzero())
