@@ -10,7 +10,7 @@
 #   make site   build the documentation as a site, in out/site (docs/CONTRIBUTING.md)
 #   make torture   fuzz models' files, kill and stop runs, fill disks
 #               (an hour; docs/reliability.md)
-#   make runtimes  load cut models in vLLM, MLX and OpenVINO, and write docs/runtimes.md (half an hour, gigabytes)
+#   make runtimes  load and serve cut models in other runtimes, and write docs/runtimes.md (half an hour, gigabytes)
 #   make matrix try every Python, with the oldest and newest packages that are allowed (gigabytes; uv is fetched for it)
 #   make families  try every type of model that transformers has, and write docs/models.md (hours, resumed)
 #   make devices  run all cases of the simulated GPU, of which make test runs a few, and try benchmarks/gpu.py (a quarter of an hour,
@@ -71,6 +71,7 @@ families: $(READY)
 
 runtimes: $(READY)
 	TOKENIZERS_PARALLELISM=false $(BIN)/python tests/runtimes/make_runtimes.py
+	TOKENIZERS_PARALLELISM=false $(BIN)/python tests/runtimes/serve_models.py
 
 devices: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py --device sim --sections all

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtimes.models import FAMILIES, Tried, real, small
-from runtimes.runtime_table import PAGE, ROWS, Row, page, read_rows, write_rows
+from runtimes.runtime_table import ROWS, Row, read_rows, write_page, write_rows
 
 ROOT = Path(__file__).parents[2]
 READERS = Path(__file__).with_name("readers")
@@ -53,7 +53,7 @@ def main() -> int:
     """Returns 1 if transformers itself could not read what was written."""
     options = _options()
     environments = {
-        one.name: _environment(one, options.environments) for one in RUNTIMES if one.name in options.runtimes
+        one.name: environment(one, options.environments) for one in RUNTIMES if one.name in options.runtimes
     }
     tried = [one for name in options.models for one in _tried(name, options)]
     own = _read("transformers", Path(sys.executable), tried, options.folders)
@@ -64,8 +64,7 @@ def main() -> int:
     ]
     kept = [row for row in read_rows() if not any(row.key == new.key for new in rows)]
     write_rows([*kept, *rows])
-    size = sum(file.lstat().st_size for file in options.environments.rglob("*") if file.is_file()) / 1e9
-    PAGE.write_text(page(read_rows(), f"{size:.1f} GB, and half an hour of two cores"), encoding="utf-8")
+    write_page(options.environments)
     print(f"{sum(row.same for row in rows)} of {len(rows)} as in transformers; written to {ROWS.relative_to(ROOT)}")
     wrong = [one for one in tried if "error" in own[one.folder]]
     for one in wrong:
@@ -90,7 +89,7 @@ def _tried(name: str, options: argparse.Namespace) -> Iterator[Tried]:
     return real(name, (REAL | others)[name], options.folders)
 
 
-def _environment(runtime: Runtime, into: Path) -> Path:
+def environment(runtime: Runtime, into: Path) -> Path:
     """Return the Python of a runtime's environment, which is made if it is not there."""
     home = into / runtime.name
     python, ready = home / "bin" / "python", home / ".ready"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from coprune.report.runtimes import NAMES
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "src" / "coprune" / "report" / "runtimes.csv"
+SERVED = Path(__file__).with_name("served.csv")
 PAGE = ROOT / "docs" / "runtimes.md"
-SOURCE, ZEROS = "source", "2:4"
+SOURCE, ZEROS, REAL = "source", "2:4", "smollm2-135m"
 _OPENING = """# Runtimes
 
 This page shows where a smaller model loads: small models with random weights and SmolLM2-135M, whole and with a part removed, in
@@ -22,6 +23,18 @@ that coprune removes no such part of this model. Where the whole model has a num
 
 `make runtimes` makes an environment for each of them, since each pins its own torch, and writes this page ({size}).
 `coprune prune` says before it removes a part which of these runtimes refused it in the same family.
+"""
+_SERVED_OPENING = """
+## Served
+
+```bash
+python tests/runtimes/serve_models.py
+```
+
+starts the server of each runtime on the whole and on the smaller model and asks both over HTTP, as OpenAI's client does. ✓ means
+that sixteen greedy tokens give the text that transformers writes, to a chat's question where the model has a chat template.
+Other work ran on the machine, so tokens are counted for each second of the processor that the server and its processes took: a
+prompt of about 140 tokens, 32 written, the median of five answers in turns ({where}).
 """
 _CLOSING = """
 ## Not tried
@@ -55,6 +68,27 @@ class Row:
         return not self.reason
 
 
+@dataclass(frozen=True)
+class Served:
+    """What a server of models answered."""
+
+    runtime: str
+    version: str
+    model: str
+    part: str
+    type: str
+    """Type of the weights."""
+    megabytes: float
+    reading: float | None
+    """Tokens of a prompt for each second of the processor; None if it was not timed."""
+    writing: float | None
+    """Tokens of an answer for each second of the processor."""
+    same: bool
+    """Whether its greedy text is that of transformers."""
+    processor: str
+    date: str
+
+
 def read_rows() -> list[Row]:
     """Return what was found before."""
     if not ROWS.exists():
@@ -77,6 +111,39 @@ def write_rows(rows: Sequence[Row]) -> None:
             writer.writerow(asdict(row) | {"difference": shown})
 
 
+def read_served() -> list[Served]:
+    """Return what servers answered before."""
+    if not SERVED.exists():
+        return []
+    with SERVED.open(encoding="utf-8", newline="") as file:
+        return [_served(row) for row in csv.DictReader(file)]
+
+
+def _served(row: dict[str, str]) -> Served:
+    reading, writing = (float(row[name]) if row[name] else None for name in ("reading", "writing"))
+    text = {name: row[name] for name in ("runtime", "version", "model", "part", "type", "processor", "date")}
+    size, same = float(row["megabytes"]), row["same"] == "True"
+    return Served(**text, reading=reading, writing=writing, megabytes=size, same=same)
+
+
+def write_served(rows: Sequence[Served]) -> None:
+    """Write what all servers answered, by runtime and model, the whole one first."""
+    with SERVED.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Served)], lineterminator="\n")
+        writer.writeheader()
+        ordered = sorted(rows, key=lambda row: (row.model != REAL, row.runtime, row.model, row.part != SOURCE))
+        for row in ordered:
+            shown = {name: f"{value:.1f}" for name, value in asdict(row).items() if isinstance(value, float)}
+            writer.writerow(asdict(row) | shown)
+
+
+def write_page(environments: Path) -> None:
+    """Write the documentation's page. environments: the folder of the runtimes' environments, whose size it tells."""
+    made = (home for home in environments.iterdir() if (home / ".ready").exists())
+    size = sum(file.lstat().st_size for home in made for file in home.rglob("*") if file.is_file()) / 1e9
+    PAGE.write_text(page(read_rows(), f"{size:.1f} GB, and half an hour of two cores"), encoding="utf-8")
+
+
 def page(rows: Sequence[Row], size: str) -> str:
     """Return the documentation's page. size: what the environments take."""
     found = {row.key: row for row in rows}
@@ -94,7 +161,22 @@ def page(rows: Sequence[Row], size: str) -> str:
         lines += [f"| {', '.join(names)} | {cells} |" for cells, names in alike.items()]
     lines.append("\n## What they say\n")
     lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    return "\n".join(lines) + "\n" + _CLOSING
+    return "\n".join([*lines, *_answers(read_served())]) + "\n" + _CLOSING
+
+
+def _answers(rows: Sequence[Served]) -> Iterator[str]:
+    """Yield the lines about served models."""
+    if not rows:
+        return
+    told = sorted({(row.processor, row.date) for row in rows})
+    yield _SERVED_OPENING.format(where="; ".join(f"{processor}, {date}" for processor, date in told))
+    yield "| server | model | removed | weights, MB | prompt, tokens per CPU second | answer, tokens per CPU second | same text |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | --- |"
+    for row in rows:
+        name = f"{NAMES.get(row.runtime, 'llama.cpp (xllamacpp)')} {row.version}, {row.type}"
+        speeds = " | ".join("–" if speed is None else f"{speed:.1f}" for speed in (row.reading, row.writing))
+        removed, same = "–" if row.part == SOURCE else row.part, "✓" if row.same else "no"
+        yield f"| {name} | {row.model} | {removed} | {row.megabytes:.1f} | {speeds} | {same} |"
 
 
 def _cell(row: Row | None, reasons: list[str]) -> str:
