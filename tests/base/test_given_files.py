@@ -73,5 +73,5 @@ def test_a_row_of_megabytes_is_refused_before_it_is_tokenised(tmp_path: Path) ->
     rows: list[Any] = [{"prompt": f"a{number}", "answer": "b"} for number in range(20)]
     rows.append({"messages": [{"role": "user", "content": "a " * 10**6}]})
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(BadInput, match=r"row 21, has 2,000,004 characters, and an item has 500,000 at most"):
+    with pytest.raises(BadInput, match=r"row 21, has 2,000,004 characters, and an item has at most 500,000"):
         read_task(str(tmp_path / "items.jsonl"))

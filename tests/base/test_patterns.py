@@ -30,7 +30,7 @@ def test_a_search_without_end_finds_nothing_within_a_second() -> None:
         ("(", "missing"),
         ("(" * 50_000 + ")" * 50_000, "100,000 characters"),
         ("(" * 990 + ")" * 990, "nested too deep"),
-        (5, "no text"),
+        (5, "not text"),
     ],
 )
 def test_invalid_patterns_are_refused(pattern: object, said: str) -> None:

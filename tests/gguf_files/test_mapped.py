@@ -122,7 +122,7 @@ def test_a_missing_part_of_a_split_file_is_named(parts: list[Path], tmp_path: Pa
 def test_a_part_that_is_there_twice_is_named_before_anything(parts: list[Path], tmp_path: Path) -> None:
     for part in parts:
         (tmp_path / part.name).write_bytes(parts[0].read_bytes())
-    with pytest.raises(BadInput, match=r"split-00002-of-00003\.gguf is part 1 of 3 by its metadata, and part 2 of 3"):
+    with pytest.raises(BadInput, match=r"split-00002-of-00003\.gguf is part 1 of 3 by its metadata, but part 2 of 3"):
         locate(tmp_path / parts[0].name)
 
 
