@@ -13,8 +13,8 @@ from coprune.base.files import require_apart
 from coprune.model.checkpoint.writer import join_files, refuse_occupied
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
-from coprune.stages.checks import prepare_folders
-from coprune.training.resume import prepare_folders as prepare_training
+from coprune.report.run_folder import prepare_folders
+from coprune.training.resume import output_of
 
 NAMES = ["n" * 250, "x/" + "m" * 300, "a\0b", "\ud800", "file/below", "link", "x" * 5000]
 
@@ -35,7 +35,7 @@ def test_an_impossible_name_is_refused_before_anything_is_done(name: str, place:
             prepare_folders(make_recipe({"model": "pico", **places}))
         assert caught.value.field == field
         with pytest.raises(BadInput):
-            prepare_training(training_recipe({"model": "pico", **places}))
+            output_of(training_recipe({"model": "pico", **places})).prepare()
     with pytest.raises(BadInput):
         refuse_occupied(Path(name))
     assert sorted(path.name for path in place.iterdir()) == ["file", "link"]

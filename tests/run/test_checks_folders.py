@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coprune.recipe.recipe import make_recipe
-from coprune.stages.checks import prepare_folders
+from coprune.report.run_folder import prepare_folders
 
 
 @pytest.mark.parametrize("saved", ["out/foo", "out"])

@@ -134,7 +134,7 @@ def test_a_model_that_transformers_does_not_let_write_is_told_of(
             )
 
 
-def test_no_gate_skips_the_answers(prune: Any) -> None:
+def test_without_the_gate_the_model_is_not_asked(prune: Any) -> None:
     ended, report = prune("--no-stream", "--no-gate")
     assert report.answers is report.no_answers is None
     assert "answers" not in ended.out

@@ -11,7 +11,7 @@ import pytest
 
 import coprune as package
 from coprune.recipe.recipe import make_recipe
-from coprune.stages.checks import prepare_folders
+from coprune.report.run_folder import prepare_folders
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from coprune.store.claim import Claim, Taken
 from coprune.store.store import Store, key_of
-from support.forking import forked
+from support.forking import ended, forked, wait_for
 
 KEY = key_of("measure", 1, model="digest of a model")
 
@@ -35,17 +35,6 @@ def begin(folder: Path, name: str, seconds: float) -> int:
         (folder / f"{name}.got").write_text(found.by)
 
     return forked(ask)
-
-
-def wait_for(path: Path) -> None:
-    until = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < until, f"{path.name} never came"
-        time.sleep(0.005)
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_second_process_waits_for_the_first_and_reads_its_result(tmp_path: Path) -> None:

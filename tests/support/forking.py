@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -31,3 +33,16 @@ def forked(work: Callable[[], object]) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def wait_for(path: Path) -> None:
+    """Wait for a file that another process writes."""
+    until = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} never came"
+        time.sleep(0.005)
+
+
+def ended(child: int) -> int:
+    """Wait for a forked process, and return how it ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

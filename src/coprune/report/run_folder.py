@@ -1,8 +1,4 @@
-"""The last steps of a run folder, ordered so that a kill at any moment loses nothing.
-
-A report marks a run as finished, so it is renamed last, after the model. In between it lies in the folder under a hidden
-name; if the run is killed there, the same command finds it, checks that the model is complete, and renames it.
-"""
+"""The folder of a run, and the model behind its name."""
 
 from __future__ import annotations
 
@@ -11,24 +7,56 @@ from pathlib import Path
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.files import remove_unfinished, write_text
+from coprune.base.files import write_text
 from coprune.base.words import Command, Set, Words
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.glance import is_run
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.recipe import Recipe
 from coprune.report.links import PAGE_FILE
-from coprune.report.schema import Report, reference_log
+from coprune.report.output_folder import OutputFolder
+from coprune.report.schema import DISTRIBUTIONS_FILE, Report, reference_log
 
 # Files of a run folder; a folder that holds one belongs to a run.
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
-_ANNOUNCED = ".report.json"
+OWN_FOLDERS = ("trim", "remove", "prune", "train", "vocabulary")
+"""What a run keeps in its folder: the steps of a run of several, and the trials of a cut vocabulary."""
+
+
+def output_of(recipe: Recipe) -> OutputFolder:
+    """Return where a recipe's run writes."""
+    return OutputFolder(
+        run=recipe.run_folder,
+        model=recipe.output.model,
+        source=recipe.model.name,
+        report_file=REPORT_FILE,
+        own=OWN_FOLDERS,
+        files=(DISTRIBUTIONS_FILE, "log_*.txt"),
+        mark=RECIPE_FILE,
+        logs=(recipe.run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])),
+        overwrite=bool(recipe.output.overwrite),
+    )
+
+
+def prepare_folders(recipe: Recipe, begun: bool = False) -> None:
+    """Refuse to write where something is already. Arguments and errors as of `OutputFolder.prepare`."""
+    output_of(recipe).prepare(begun, lambda: _which(recipe))
+
+
+def _which(recipe: Recipe) -> str:
+    """Return what a run folder with a report holds, for people."""
+    try:
+        report = Report.read(recipe.run_folder / REPORT_FILE)
+    except BadInput:
+        return "a finished run"
+    run = "a finished run" if report.recipe.gives_as(recipe) else "another run"
+    return run if has_source(report, recipe) else f"{run} on other weights"
 
 
 def announce(recipe: Recipe, report: Report) -> None:
     """Save a report under its hidden name, in case the run is killed after its model is complete."""
-    report.write(recipe.run_folder / _ANNOUNCED)
+    output_of(recipe).announce(report)
 
 
 def announced(recipe: Recipe) -> Report | None:
@@ -37,7 +65,7 @@ def announced(recipe: Recipe) -> Report | None:
     if blocks_left or (recipe.output.model is not None and not holds_model(recipe.output.model)):
         return None
     try:
-        report = Report.read(recipe.run_folder / _ANNOUNCED)
+        report = Report.read(output_of(recipe).announced)
     except BadInput:
         return None
     same = is_of(report, recipe) and report.saved_model == recipe.output.model
@@ -62,13 +90,14 @@ def has_source(report: Report, recipe: Recipe) -> bool:
 
 def finish_run_folder(recipe: Recipe, report: Report) -> None:
     """Write the log and the page of the announced report, and rename the report last, since it marks the run as finished."""
-    remove_unfinished(recipe.run_folder)
-    first = report.perplexity[0].pruned if report.perplexity else None
-    method = recipe.way
-    write_text(recipe.run_folder / f"log_{method}.txt", reference_log(method, report.sparsity.matrices, first))
-    announced = recipe.run_folder / _ANNOUNCED
-    write_page([announced], recipe.run_folder / PAGE_FILE)
-    announced.replace(recipe.run_folder / REPORT_FILE)
+
+    def write_beside(announced: Path) -> None:
+        first = report.perplexity[0].pruned if report.perplexity else None
+        log = reference_log(recipe.way, report.sparsity.matrices, first)
+        write_text(recipe.run_folder / f"log_{recipe.way}.txt", log)
+        write_page([announced], recipe.run_folder / PAGE_FILE)
+
+    output_of(recipe).finish(write_beside)
 
 
 def write_page(runs: Sequence[Path], path: Path) -> None:

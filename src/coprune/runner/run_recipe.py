@@ -16,14 +16,21 @@ from coprune.model.checkpoint.locate import locate
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import write_card
 from coprune.report.hub_upload import push, require_login
-from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, announce, announced, finish_run_folder
+from coprune.report.run_folder import (
+    RECIPE_FILE,
+    REPORT_FILE,
+    announce,
+    announced,
+    finish_run_folder,
+    output_of,
+    prepare_folders,
+)
 from coprune.report.schema import Report
 from coprune.run.context import NOTHING, Given, Run
 from coprune.run.result import Result
 from coprune.run.reuse import Reuse
 from coprune.runner.plan import Planned, plan_of, steps_of
 from coprune.runner.runner import go
-from coprune.stages.checks import prepare_folders, replace_earlier
 from coprune.store.store import Store
 
 
@@ -60,7 +67,7 @@ def run_recipe(
     else:
         with ExitStack() as closing:
             plan = plan_of(recipe, _between(run, closing))
-            result = _run(run, plan)
+            result = _run(run, plan, closing)
             if not run.write and plan[0].folder is not None and result.report.saved_model is None:
                 _ = result.held  # while the folder that it may be read from is there
     _push(run, result.report)
@@ -83,13 +90,15 @@ def _between(run: Run, closing: ExitStack) -> Path | None:
     return Path(closing.enter_context(TemporaryDirectory(prefix=".coprune-", dir=beside)))
 
 
-def _run(run: Run, plan: Sequence[Planned]) -> Result:
+def _run(run: Run, plan: Sequence[Planned], closing: ExitStack) -> Result:
     recipe, several = run.recipe, len(plan) > 1
     if run.first and recipe.output.push_to_hub is not None:
         require_login(recipe.output.push_to_hub)
     folder = plan[-1].folder
     if run.first and (run.write or recipe.output.model):
         prepare_folders(recipe, begun=folder is not None and folder.exists())
+    if run.first and run.write:
+        closing.enter_context(output_of(recipe).claimed())
     replaces = bool(recipe.output.overwrite)
     anew = replaces and run.processes.from_first((recipe.run_folder / REPORT_FILE).is_file)
     steps = [planned.step.of(planned.recipe, planned.folder, run, several) for planned in plan]
@@ -120,7 +129,7 @@ def _taking(run: Run) -> Iterator[None]:
     """Take a run's folders: what an earlier run left goes where that is asked for, and the recipe is kept."""
     recipe = run.recipe
     if recipe.output.overwrite:
-        replace_earlier(recipe)
+        output_of(recipe).replace_earlier()
     yield
     if run.write:
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterable
 
 import torch
 
-from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.files import is_unfinished, require_apart, require_own_name, require_usable
-from coprune.base.words import LeaveOut, Set, Setting
-from coprune.model.edits import is_coprunes
+from coprune.base.words import LeaveOut, Set
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.model_structure import FoundModel
@@ -30,9 +26,6 @@ from coprune.recipe.structure import RemovePart
 from coprune.removal.block_scores import block_score_named
 from coprune.removal.expert_scores import expert_score_named
 from coprune.removal.unit_scores import score_named, spreading_named
-from coprune.report.links import PAGE_FILE
-from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, has_source
-from coprune.report.schema import DISTRIBUTIONS_FILE, Report
 
 LARGE_GROUP = 64
 """Group size above which a method is tried on one group."""
@@ -144,51 +137,6 @@ def check_processes(recipe: Recipe, size: int) -> None:
         )
 
 
-def prepare_folders(recipe: Recipe, begun: bool = False) -> None:
-    """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused.
-
-    begun: whether the folder for the model may have the run's own already.
-    """
-    run_folder = recipe.run_folder
-    require_usable(run_folder, "save")
-    another = ("name another run folder with ", Setting("save"))
-    if run_folder.exists() and not run_folder.is_dir():
-        raise BadInput(f"{run_folder} is a file", field="save", value=run_folder, fix=another)
-    if recipe.output.overwrite:
-        _refuse_own_source(recipe)
-    elif (run_folder / REPORT_FILE).exists():
-        fix = (*another, ", or replace it with ", Set("overwrite", True))
-        raise BadInput(f"{run_folder} already holds {_which(recipe)}", field="save", value=run_folder, fix=fix)
-    # A run that was refused or failed early left no more than its logs.
-    logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
-    holds = {path for path in run_folder.glob("*") if not is_unfinished(path)} - logs
-    if holds and not (run_folder / RECIPE_FILE).exists():
-        raise BadInput(
-            f"{run_folder} already holds something other than a run", field="save", value=run_folder, fix=another
-        )
-    target = recipe.output.model
-    if target is None or begun:
-        return
-    require_own_name(target, "save_model")
-    require_apart(run_folder, target, OWN_FOLDERS)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        mine = is_coprunes(target)
-        if not (mine and recipe.output.overwrite):
-            replace = (", or replace that model with ", Set("overwrite", True)) if mine else ()
-            fix = ("name another folder with ", Setting("save_model"), *replace)
-            raise BadInput(f"{target} already exists and is not empty", field="save_model", value=target, fix=fix)
-
-
-def _which(recipe: Recipe) -> str:
-    """Return what a run folder with a report holds, for people."""
-    try:
-        report = Report.read(recipe.run_folder / REPORT_FILE)
-    except BadInput:
-        return "a finished run"
-    run = "a finished run" if report.recipe.gives_as(recipe) else "another run"
-    return run if has_source(report, recipe) else f"{run} on other weights"
-
-
 def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
     """Raise BadInput where the pattern does not divide the inputs of a matrix."""
     for matrix in matrices:
@@ -216,36 +164,3 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     if solver.statistic is not None or recipe.prune.reconstruct.steps > 0 or recipe.prune.reshapes:
         return True
     return allocation_named(recipe.prune.allocation).statistic is not None
-
-
-_FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "log_*.txt")
-OWN_FOLDERS = ("trim", "remove", "prune", "train", "vocabulary")
-"""What a run keeps in its folder: the steps of a run of several, and the trials of a cut vocabulary."""
-
-
-def _refuse_own_source(recipe: Recipe) -> None:
-    """Raise BadInput where a run would remove the model that it reads."""
-    source = expand_home(recipe.model.name)
-    if not source.exists():
-        return
-    gone = [recipe.run_folder / name for name in OWN_FOLDERS]
-    gone += [recipe.output.model] if recipe.output.model is not None else []
-    if any(source.resolve().is_relative_to(folder.resolve()) for folder in gone):
-        fix = ("name other folders with ", Setting("save"), " and ", Setting("save_model"))
-        raise BadInput(f"the run would replace {source}, which it reads", field="overwrite", value=True, fix=fix)
-
-
-def replace_earlier(recipe: Recipe) -> None:
-    """Remove what an earlier run left where this one writes. What an unfinished run left stays, to go on from."""
-    run, model = recipe.run_folder, recipe.output.model
-    finished = (run / REPORT_FILE).is_file()
-    if finished:
-        for pattern in _FILES:
-            for file in run.glob(pattern):
-                file.unlink()
-        for name in OWN_FOLDERS:
-            shutil.rmtree(run / name, ignore_errors=True)
-    if model is not None and is_coprunes(model):
-        shutil.rmtree(model)
-    if finished:
-        (run / REPORT_FILE).unlink()  # last, since it says that the rest is of a finished run

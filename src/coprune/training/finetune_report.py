@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from coprune.base.files import write_text
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.answers.answer_facts import AnswerFacts, Requirement, answer_rows, judge
 from coprune.evaluation.embeddings import EmbeddingChange, embedding_change
@@ -190,6 +191,10 @@ class FinetuneReport(Shown, BaseModel):
         found += [Figure("accuracy", one.data, one.after_top1) for one in self.accuracy]
         found += [Figure("word_error", one.data, one.pruned) for one in self.transcripts if one.pruned is not None]
         return [*found, *figures_of_closeness(one.after for one in self.embeddings)]
+
+    def write(self, path: Path) -> None:
+        """Write the report whole or not at all."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
 
     def headline(self) -> str:
         """Return a line with model, mode and the effect on the first text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,10 @@ from coprune.training.finetune_report import (
     curves,
 )
 from coprune.training.resume import (
-    announce,
     beside_others,
     finish_announced,
     finish_run_folder,
-    prepare_folders,
-    replace_earlier,
+    output_of,
     resume_from,
 )
 from coprune.training.saving import round_to, save_model
@@ -97,11 +96,12 @@ def run_finetuning(
     settings, said = beside_others(settings)
     if said is not None:
         reporter.say(said)
+    output = output_of(settings)
     if processes.size == 1 and (report := finish_announced(settings)) is not None:
         return report
     if first:
-        prepare_folders(settings)
-    with reporter.libraries():
+        output.prepare()
+    with output.claimed() if first else nullcontext(), reporter.libraries():
         return _run(settings, reporter, first, limit)
 
 
@@ -124,7 +124,7 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
     joined = dist.is_initialized()  # then the caller goes on using the process group
     session = prepare_session(settings, reporter, limit, training_device(settings.model.device))
     if first and settings.output.overwrite:
-        replace_earlier(settings)
+        output_of(settings).replace_earlier()
     resume = resume_from(session, first)
     early = replace(session, reporter=limit.before_training(reporter, settings))
     with limit.before_and_after():
@@ -213,7 +213,7 @@ def _finish(
         shutil.rmtree(adapter, ignore_errors=True)  # left by an earlier attempt without a report
         save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
     if folder is not None:
-        announce(draft, settings.training_folder)
+        output_of(settings).announce(draft)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.inputs.probe(None, session.evaluation)
         processor, dtype = session.loaded.processor, dtype_name(session.dtype)

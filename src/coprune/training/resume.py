@@ -10,47 +10,47 @@ from typing import Any
 
 import torch
 
-from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import (
     folder_apart,
-    remove_unfinished,
-    require_apart,
-    require_own_name,
-    require_usable,
-    write_text,
 )
 from coprune.base.validation import read_as
-from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
-from coprune.model.edits import is_coprunes
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.views import TRAINING
 from coprune.report.links import PAGE_FILE
+from coprune.report.output_folder import OutputFolder
 from coprune.store.place import Identity, Place, settings_in
 from coprune.training.finetune_page import write_page_of
 from coprune.training.finetune_report import REPORT_FILE, FinetuneReport
 from coprune.training.masks import masks_of, plain_parameters
 from coprune.training.session import Session
 
-_ANNOUNCED = f".{REPORT_FILE}"
 
-
-def announce(report: FinetuneReport, run_folder: Path) -> None:
-    """Store a preliminary report, in case the run is killed after its model is complete."""
-    write_text(run_folder / _ANNOUNCED, report.model_dump_json(indent=2) + "\n")
+def output_of(settings: Recipe) -> OutputFolder:
+    """Return where a training writes."""
+    return OutputFolder(
+        run=settings.training_folder,
+        model=settings.trained_folder,
+        source=settings.model.name,
+        report_file=REPORT_FILE,
+        own=("training", "adapter"),
+        overwrite=bool(settings.output.overwrite),
+    )
 
 
 def finish_run_folder(report: FinetuneReport) -> None:
-    """Write the page, remove the resumable states, and finally name the report, which marks the run as finished."""
-    run = report.settings.training_folder
-    announce(report, run)
-    write_page_of(report, run, run / PAGE_FILE)
-    shutil.rmtree(run / "training", ignore_errors=True)
-    remove_unfinished(run)
-    (run / _ANNOUNCED).replace(run / REPORT_FILE)
+    """Announce the report, write its page, remove the states to resume from, and rename the report last."""
+    output = output_of(report.settings)
+
+    def write_beside(announced: Path) -> None:
+        write_page_of(report, output.run, output.run / PAGE_FILE)
+        shutil.rmtree(output.run / "training", ignore_errors=True)
+
+    output.announce(report)
+    output.finish(write_beside)
 
 
 def gives_as(report: FinetuneReport, settings: Recipe) -> bool:
@@ -66,7 +66,7 @@ def finish_announced(settings: Recipe) -> FinetuneReport | None:
     Returns the report, or None if there is no such run. Raises BrokenMask if a pruned weight of the model is not zero.
     """
     try:
-        report = read_as(FinetuneReport, settings.training_folder / _ANNOUNCED)
+        report = read_as(FinetuneReport, output_of(settings).announced)
     except BadInput:
         return None
     if not gives_as(report, settings) or not holds_model(settings.trained_folder):
@@ -77,29 +77,6 @@ def finish_announced(settings: Recipe) -> FinetuneReport | None:
     masks_of(pruned, location.path).verify(plain_parameters(saved))
     finish_run_folder(report)
     return report
-
-
-def prepare_folders(settings: Recipe) -> None:
-    """Raise BadInput if an output folder is occupied; a run folder without a report holds an unfinished run and is allowed."""
-    folder = settings.training_folder
-    require_usable(folder, "save")
-    require_own_name(settings.trained_folder, "save_model")
-    require_apart(folder, settings.trained_folder, ("training", "adapter"))
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(
-            f"{folder} is a file", field="save", value=folder, fix=("name another run folder with ", Setting("save"))
-        )
-    replace = (", or replace it with ", Set("overwrite", True))
-    if (folder / REPORT_FILE).exists() and not settings.output.overwrite:
-        named = ("name another folder with ", Setting("save"), *replace)
-        raise BadInput(f"{folder} already holds a finished run", field="save", value=folder, fix=named)
-    target = settings.trained_folder
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        mine = is_coprunes(target)
-        if mine and settings.output.overwrite and target.resolve() != expand_home(settings.model.name).resolve():
-            return
-        named = ("name another folder with ", Setting("save_model"), *(replace if mine else ()))
-        raise BadInput(f"{target} already exists and is not empty", field="save_model", value=target, fix=named)
 
 
 def beside_others(settings: Recipe) -> tuple[Recipe, str | None]:
@@ -132,18 +109,6 @@ def _deciding(settings: Recipe, what: Decides = Decides.RESULT) -> dict[str, Any
     found = settings.deciding(what)
     decides = {name: found[setting.word] for name, setting in TRAINING.items() if setting.word in found}
     return dict(json.loads(json.dumps(decides, default=str)))
-
-
-def replace_earlier(settings: Recipe) -> None:
-    """Remove the output of an earlier finished run from the folders of this one."""
-    run, model = settings.training_folder, settings.trained_folder
-    finished = (run / REPORT_FILE).is_file()
-    if finished:
-        shutil.rmtree(run / "adapter", ignore_errors=True)
-    if is_coprunes(model):
-        shutil.rmtree(model)
-    if finished:
-        (run / REPORT_FILE).unlink()  # last, since it marks the rest as a finished run's
 
 
 def resume_from(session: Session, first: bool) -> Path | None:
