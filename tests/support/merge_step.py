@@ -28,7 +28,7 @@ class Merged(BaseModel):
 
 
 class MergeSettings(BaseModel):
-    """What a sweep or a fit says of a merge. share: of the model that it begins with."""
+    """What a sweep says of a merge. share: of the model that it begins with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,6 +1,6 @@
 """A step: makes a model of another one, or of several, in a folder where it is found again.
 
-Sweeps and fits name steps by the table here, into which `register_step` puts them, or an installed package by the entry-point
+Sweeps name steps by the table here, into which `register_step` puts them, or an installed package by the entry-point
 group `coprune.steps`.
 """
 
@@ -75,7 +75,7 @@ class Step(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedStep(Step):
-    """A step that sweeps and fits can name: it makes a model of the one before it, with settings of its own."""
+    """A step that sweeps can name: it makes a model of the one before it, with settings of its own."""
 
     asked: ClassVar[type[BaseModel]]
     """Its settings."""
@@ -99,7 +99,7 @@ _registered: dict[str, type[NamedStep]] = {}
 
 
 def register_step(step: AnyStep) -> AnyStep:
-    """Let sweeps and fits name a step in this process; a class decorator."""
+    """Let sweeps name a step in this process; a class decorator."""
     _registered[step.name] = step
     return step
 

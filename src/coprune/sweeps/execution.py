@@ -56,12 +56,14 @@ def check_sweep(sweep: Sweep) -> list[Run]:
             value=sweep.folder,
             fix=("name another folder with ", Setting("save")),
         )
-    runs = expand(sweep)
+    runs, checked = expand(sweep), set[Path]()
     for run in runs:
         try:
             prepare_solver(run.recipe)
             for step in run.steps:
-                step.check()
+                if step.folder not in checked:  # runs share their equal beginnings
+                    step.check()
+                    checked.add(step.folder)
         except CopruneError as error:
             raise error.within(f"the run {run.name}") from None
     return runs
