@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from processor import processor_name
 from quality_table import COLUMNS, draw, facts, markdown, rows_of, write_csv
 
 from coprune.recipe.presets import PRESETS, preset_settings
@@ -291,17 +291,15 @@ def measured_here() -> str:
     from coprune.report.provenance import MadeFacts
 
     made = MadeFacts.here()
-    return f"{made.date:%Y-%m-%d}, {made.commit}, {processor_name()}"
+    return f"{made.date:%Y-%m-%d}, {made.commit}, {_processor()}"
 
 
-def processor_name() -> str:
-    """The processor's name, as Linux tells it, and how many threads compute."""
+def _processor() -> str:
+    """The processor's name, and how many threads compute."""
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from processor import processor_name
 from speed import FLOOR, Found, inside, prepare
 
 
@@ -90,18 +91,13 @@ def _floor(asked: argparse.Namespace, tokens: Found) -> float:
 
 def _print_table(times: dict[str, list[Timed]], floors: list[float], asked: argparse.Namespace) -> None:
     floor = statistics.median(floors)
-    print(f"{asked.model}, {asked.nsamples} × {asked.seqlen} tokens, {asked.threads} thread(s), {_processor()}")
+    print(f"{asked.model}, {asked.nsamples} × {asked.seqlen} tokens, {asked.threads} thread(s), {processor_name()}")
     print(f"fastest plain pass: {floor:.1f} s ({min(floors):.1f}–{max(floors):.1f})\n")
     print("| as typed | seconds | passes | CPU s | peak GiB |\n| --- | ---: | ---: | ---: | ---: |")
     for name, own in times.items():
         passes = statistics.median(one.seconds / there for one, there in zip(own, floors, strict=True))
         middle = [statistics.median(figures) for figures in zip(*own, strict=True)]
         print(f"| {name} | {middle[0]:.1f} | {passes:.2f} | {middle[1]:.1f} | {middle[2] / 2**30:.2f} |")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _remove(path: Path) -> None:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtimes.models import FAMILIES, Tried, real, small
-from runtimes.runtime_table import ROWS, Row, read_rows, write_page, write_rows
+from runtimes.runtime_table import REAL, ROWS, Row, read_rows, write_page, write_rows
 
 ROOT = Path(__file__).parents[2]
 READERS = Path(__file__).with_name("readers")
@@ -46,7 +46,6 @@ RUNTIMES = (
     Runtime("mlx", ("mlx", "mlx-cpu", "mlx-lm")),
     Runtime("openvino", ("openvino", "optimum-intel", "torch")),
 )
-REAL = {"smollm2-135m": "smollm2-135m"}
 
 
 def main() -> int:
@@ -74,7 +73,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("models", nargs="*", default=[*FAMILIES, *REAL])
+    parser.add_argument("models", nargs="*", default=[*FAMILIES, REAL])
     parser.add_argument("--runtimes", nargs="+", default=[one.name for one in RUNTIMES])
     parser.add_argument("--environments", type=Path, default=ROOT / "out" / "runtimes" / "environments")
     parser.add_argument("--folders", type=Path, default=ROOT / "out" / "runtimes" / "folders")
@@ -86,7 +85,7 @@ def _tried(name: str, options: argparse.Namespace) -> Iterator[Tried]:
     others = dict(one.split("=", 1) for one in options.model)
     if name in FAMILIES:
         return small(name, options.folders)
-    return real(name, (REAL | others)[name], options.folders)
+    return real(name, ({REAL: REAL} | others)[name], options.folders)
 
 
 def environment(runtime: Runtime, into: Path) -> Path:

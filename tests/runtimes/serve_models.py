@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "benchmarks")]
 
 from pydoc_data.topics import topics
 
+from processor import processor_name
 from transformers import AutoTokenizer
 
 import coprune
@@ -162,7 +163,7 @@ def _served(server: Server, python: Path, models: Sequence[Model]) -> list[Serve
         size = sum(each.stat().st_size for each in (file.glob("*.safetensors") if file.is_dir() else [file])) / 1e6
         about = (server.runtime.name, version, one.name, one.part, server.type, size)
         when = datetime.now(UTC).date().isoformat()
-        found.append(Served(*about, reading, writing, agrees, _processor(), when))
+        found.append(Served(*about, reading, writing, agrees, processor_name(), when))
         print(found[-1], flush=True)
     return found
 
@@ -264,11 +265,6 @@ def _taken(server: Running, prompt: str, tokens: int) -> tuple[float, dict[str, 
     before = server.seconds()
     usage: dict[str, int] = _asked(server, "completions", prompt=prompt, max_tokens=tokens, ignore_eos=True)["usage"]
     return server.seconds() - before, usage
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":
