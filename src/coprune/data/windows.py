@@ -71,7 +71,7 @@ class Samples(Generic[Batch]):
     fingerprint: str
     source: str
     given: bool = False
-    """Token ids that were handed over, which nothing is added to."""
+    """Token ids passed by the caller, to which no BOS is added."""
     generated: Tensor | None = None
     """Mask of generated tokens, samples × seqlen bool; None if unknown."""
     parts: tuple[SourcePart, ...] = ()
@@ -88,7 +88,7 @@ Windows = Samples[Tensor]
 class EvaluationText:
     """Text for perplexity: tokens (T int64), the UTF-8 bytes that each covers (T int64), fingerprint, source.
 
-    Tokens that stand for no text (a beginning-of-text mark) cover 0 bytes; the bytes add up to those of the text.
+    Tokens without text (such as BOS) cover 0 bytes; the bytes add up to those of the text.
     """
 
     tokens: Tensor
@@ -96,7 +96,7 @@ class EvaluationText:
     fingerprint: str
     source: str
     given: bool = False
-    """Token ids that were handed over, which nothing is added to."""
+    """Token ids passed by the caller, to which no BOS is added."""
 
     @property
     def bytes(self) -> int:
@@ -114,8 +114,8 @@ def calibration_windows(
 ) -> Windows:
     """Draw calibration samples as in Wanda (arXiv 2306.11695): nsamples × seqlen tokens, int64.
 
-    name: a corpus, a path, a Hub id, or of what was handed over (see `coprune.data.corpora.calibration_text`). Token
-    ids that were handed over are the samples themselves. From a joined text windows start anywhere; from separate documents
+    name: a corpus, a path, a Hub id, or the name of the caller's data (see `coprune.data.corpora.calibration_text`). Token
+    ids passed by the caller are the samples themselves. From a joined text windows start anywhere; from separate documents
     (c4) each window lies in a document of more than seqlen tokens.
     Raises BadInput for invalid sizes, an unreadable corpus, or too little text for one sample.
     """
@@ -238,8 +238,8 @@ def pieces_of(text: str) -> Iterator[str]:
 def _tokens_and_bytes(tokenizer: Tokenizes, text: str, **options: Any) -> tuple[Tensor, Tensor]:
     """Tokenise a piece, and count the UTF-8 bytes that each token covers.
 
-    A token covers the text from its own start to the start of the next, so that the bytes add up exactly. A tokenizer
-    that does not tell where its tokens lie gets the bytes spread evenly.
+    A token covers the text from its own start to the start of the next, so that the bytes add up exactly. If the tokenizer
+    gives no offsets, the bytes are divided evenly.
     """
     if not tokenizer.is_fast:
         ids = encode(tokenizer, text, **options)["input_ids"]

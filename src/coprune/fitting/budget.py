@@ -41,7 +41,7 @@ class Budget:
     """The time budget of a fit. Time spent before a kill counts if its results were stored."""
 
     def __init__(self, workshop: Workshop, seconds: float, workers: int) -> None:
-        """Create a budget. workshop: records the time spent. seconds: of the whole fit. workers: parallel candidates."""
+        """Create a budget. workshop: records the time spent; seconds: for the whole fit; workers: parallel candidates."""
         self._workshop, self.seconds, self._workers = workshop, seconds, workers
 
     @property

@@ -78,9 +78,9 @@ def texts_in(tokens: int) -> int:
 
 
 def own_count(characters: int, texts: int) -> int:
-    """Return how many texts the dense model writes: as many as there is time for, or as the items are short of.
+    """Return how many texts the dense model writes: as many as time allows, but at least what the items lack.
 
-    characters: of the seen items used for calibration. texts: that there is time for.
+    characters: in the seen items used for calibration. texts: that time allows.
     """
     lacking = _LEAST_TOKENS - characters // _CHARACTERS_OF_TOKEN
     return max(0, texts, -(-lacking // _OWN_TOKENS))

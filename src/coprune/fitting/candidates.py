@@ -9,33 +9,33 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
 EXACT: Final = "f16"
-"""Sixteen bits as they are."""
+"""Unquantised, in 16 bits."""
 GIVEN = "given"
 """The user's own file or folder, byte for byte."""
 FOREIGN: Final = "file"
-"""A file from elsewhere, byte for byte."""
+"""A GGUF file named by the user, byte for byte."""
 MIXED: Final = "mixed"
-"""A type for each tensor."""
+"""An own type for each tensor."""
 BITS = tuple(eighths / 8 for eighths in (*range(64, 40, -2), *range(40, 16, -1)))
-"""Bits of a weight of mixtures that are tried, the largest first, as far as types are that small."""
+"""Bits per weight of the mixtures to try, descending, down to the smallest type."""
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs")
-"""Plain quants that are tried, the largest first."""
+"""Plain quants to try, descending."""
 EMBEDDINGS = ("q5_1", "q5_0", "q4_1", "iq4_nl")
-"""Types of the embeddings and the head, which the quantiser leaves at eight bits where both are one table."""
+"""Types for embeddings and head, which the quantiser stores in 8 bits if they are tied."""
 VOCABULARIES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
-"""Shares of the tokens that stay."""
+"""Shares of the vocabulary to keep, descending."""
 STRUCTURES = (("experts=0.25",), ("channels=0.125", "channels=0.25"), ("blocks=0.1",))
-"""Structured removals that are tried, each followed by a distillation: the least first, where there are several amounts."""
+"""Structured removals to try, each followed by a distillation; amounts of one kind are ascending."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A model without some parts, before it is quantised."""
+    """The model with some parts removed, before quantisation."""
 
     removed: tuple[str, ...] = ()
-    """Removed parts in the syntax of `--remove`, one after another."""
+    """Removed parts in the syntax of `--remove`, in order of removal."""
     tokens: int = 0
-    """Tokens of a distillation afterwards."""
+    """Tokens of the distillation that follows; 0: none."""
 
     @property
     def name(self) -> str:
@@ -45,33 +45,33 @@ class Cut:
 
     @property
     def rows(self) -> int | None:
-        """How many tokens the last part leaves; None where it is of another kind."""
+        """Number of vocabulary rows left, if the last removal is of the vocabulary; else None."""
         return int(self._left) if self.removed and _counts_tokens(self.removed[-1]) else None
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Removed parts that are no tokens."""
+        """Removed parts other than vocabulary."""
         return tuple(part for part in self.removed if not _counts_tokens(part))
 
     @property
     def sized_by(self) -> Cut:
-        """The cut whose file tells the bytes of this one's quants: rows of tokens are subtracted."""
+        """The cut from whose file the sizes of this one's quants are computed, by subtracting vocabulary rows."""
         return self if self.rows is None else self.before or self
 
     @property
     def before(self) -> Cut | None:
-        """The cut without its last part; None for the dense model."""
+        """The cut without its last removal; None for the dense model."""
         left = Cut(self.removed[:-1], self.tokens)
         return (left if left.others else Cut(left.removed)) if self.removed else None
 
     @property
     def fewer(self) -> Cut | None:
-        """The cut up to the part that takes tokens; None without one."""
+        """The cut up to its removal of vocabulary; None without one."""
         found = [place for place, part in enumerate(self.removed) if _counts_tokens(part)]
         return Cut(self.removed[: found[0] + 1]) if found else None
 
     def spares(self, other: Cut) -> bool:
-        """Return whether it removes nothing but what another cut removes too."""
+        """Return whether another cut removes everything that this one removes."""
         return self.others in ((), other.others) and self._left >= other._left
 
     @property
@@ -88,23 +88,23 @@ DENSE = Cut()
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file."""
+    """A file that the search may make and measure: a cut in a type."""
 
     cut: Cut
     type: str
     embedding: str | None = None
     bits: float = 0.0
-    """Of a weight, where every tensor has its own type."""
+    """Bits per weight, if each tensor has its own type."""
     types: tuple[tuple[str, str], ...] = ()
-    """Names of tensors, each with its type."""
+    """Pairs of a tensor's name and its type."""
     file: str = ""
-    """Digest of a file from elsewhere."""
+    """Digest of a file named by the user."""
     title: str = field(default="", compare=False)
-    """Its name."""
+    """Name of that file, for messages."""
 
     @property
     def name(self) -> str:
-        """Description."""
+        """Description for messages."""
         if self.type == GIVEN:
             return "the model as it was given"
         if self.type == FOREIGN:
@@ -116,12 +116,12 @@ class Candidate:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a quant of the dense model and nothing else."""
+        """Whether it is an ordinary quant of the dense model."""
         return self.cut == DENSE and self.embedding is None and self.type not in (FOREIGN, MIXED)
 
     @property
     def key(self) -> str:
-        """Names it in a cache."""
+        """Identifier for keys of the store."""
         facts = asdict(self)
         del facts["title"]
         for name in ("file", "bits", "types"):
@@ -130,11 +130,11 @@ class Candidate:
         return json.dumps(facts, sort_keys=True)
 
     def of(self, cut: Cut) -> Candidate:
-        """Return the candidate of another cut."""
+        """Return the candidate with another cut in the same type."""
         return replace(self, cut=cut)
 
     def spares(self, other: Candidate, types: Sequence[str]) -> bool:
-        """Return whether it is in no respect cut more than another candidate. types: the largest first."""
+        """Return whether another candidate is reduced at least as much in every respect. types: descending."""
         if MIXED in (self.type, other.type):
             return self.type == other.type and self.bits >= other.bits and self.cut.spares(other.cut)
         (type, bits), (lower, fewer) = (

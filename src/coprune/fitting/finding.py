@@ -1,4 +1,4 @@
-"""What a search is asked for, and what it finds."""
+"""The inputs and the result of a search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Wish:
     budget: float = 3600.0
     """Seconds."""
     without: tuple[str, ...] = ()
-    """Kinds of changes that are left out."""
+    """Kinds of changes not to try."""
     types: tuple[str, ...] = TYPES
 
 
@@ -28,13 +28,13 @@ class Finding:
 
     chosen: Candidate
     held: list[Held]
-    """Conditions on the unseen half, of the best candidate."""
+    """Results of the chosen candidate's conditions on the unseen half."""
     kept: bool
     plain: Candidate | None
     """The smallest plain quant that passed on both halves."""
     tried: list[Candidate] = field(default_factory=list)
     unseen: dict[Candidate, list[Held]] = field(default_factory=dict)
     untried: list[Candidate] = field(default_factory=list)
-    """Candidates that more time would have tried; empty if the search finished."""
+    """Candidates skipped for lack of time; empty if the search finished."""
     looks: int = 1
-    """Number of verdicts from these unseen items, one for each sequence of candidates: with a larger budget it is another."""
+    """Number of sequences of candidates that these unseen items have judged; a larger budget may add another."""

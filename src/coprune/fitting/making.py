@@ -39,7 +39,7 @@ from coprune.store.store import Key, Store, key_of
 from coprune.vocabulary.counts import sources_of
 
 SAMPLES, SEQLEN = 16, 256
-"""Size of the data on which statistics are measured."""
+"""Number and length of the samples on which statistics are measured."""
 _HEAD_TOKENS = 512
 """Tokens on which the head's inputs are measured."""
 _SHORT = 1024

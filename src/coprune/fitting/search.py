@@ -1,4 +1,4 @@
-"""The search: plain quants, then fewer tokens and parts; one at a time, and only what is smaller than the best so far."""
+"""The search: plain quants, then smaller vocabularies and fewer parts, skipping candidates no smaller than the best so far."""
 
 from __future__ import annotations
 
@@ -36,42 +36,42 @@ from coprune.fitting.writing import REQUIRED, provable
 from coprune.store.notes import write_note
 
 _RUNGS = (8, 4, 2, 1)
-"""Parts of the seen items after which it may be told already."""
+"""Divisors of the seen half: a candidate is judged on an eighth first, and on more while the verdict is open."""
 _FIRST = "q4_k_m"
-"""The type that is tried first."""
+"""Type to try first."""
 _ALIGN = 64
 _GAIN = 0.01
-"""Of what was given that a result saves at least."""
+"""Minimum relative saving over the given model; with less, the given model is returned."""
 _DISTILLED_SHARE = 0.3
 """Share of the remaining budget for one distillation."""
 _DISTILLED = (8_192, 262_144)
-"""Tokens of a distillation at least and at most."""
+"""Minimum and maximum tokens of a distillation."""
 
 
 class Search:
-    """Looks for the cheapest candidate that keeps what is required."""
+    """Search for the cheapest candidate that meets all requirements."""
 
     def __init__(self, workshop: Workshop, wish: Wish, team: Team) -> None:
-        """Begin a search for what `wish` asks of the workshop's tasks."""
+        """Prepare a search with the workshop's tasks and the requirements of `wish`."""
         self.workshop, self.wish, self.tasks = workshop, wish, workshop.asked.tasks
         self._writing = workshop.asked.writing
         self._all = workshop.asked.every_task
         self._can_cut = all(provable(task) for task in self._writing)
         self._team = team
         self.tried: dict[Candidate, Measured] = {}
-        self._safety: dict[Candidate, float] = {}  # by the seen half
-        self._kept: list[Candidate] = []  # what keeps everything on the seen half, the best last
-        self._kept_elsewhere: list[Candidate] = []  # the same of files from elsewhere, which nothing is cut from
-        self._lost: list[Candidate] = []  # what does not, so that nothing is tried that is cut more
+        self._safety: dict[Candidate, float] = {}  # on the seen half
+        self._kept: list[Candidate] = []  # passed on the seen half, the cheapest last
+        self._kept_elsewhere: list[Candidate] = []  # the same for the user's files, which are not cut further
+        self._lost: list[Candidate] = []  # failed on the seen half; anything reduced more is skipped
         self._vocabulary = len(workshop.making.tokenizer)
         self.budget = Budget(workshop, wish.budget, team.count)
-        self._least = {task.key: 0 for task in self.tasks}  # items that prove something at all
+        self._least = {task.key: 0 for task in self.tasks}  # minimum unseen items for a proof
         for condition, task in self._pairs():
             self._least[task.key] = max(self._least[task.key], condition.least_items() or 0)
         self.untried: list[Candidate] = []
 
     def measure_dense(self) -> Measured:
-        """Measure the dense model on both halves. Raises BadInput where it keeps nothing, or items cannot tell."""
+        """Measure the dense model on both halves. Raises BadInput if it is no better than chance, or items are too few."""
         self.tasks = self.budget.carried(self._least)
         every = {task.name: [*task.seen, *task.unseen] for task in self.tasks}
         found = self.workshop.measure(EXACT_DENSE, every)
@@ -112,7 +112,7 @@ class Search:
         return [*pairs(self.wish.conditions, self.tasks)]
 
     def _report(self, candidate: Candidate, held: Sequence[Held], half: str) -> None:
-        """Print what a candidate keeps."""
+        """Report a candidate's size and verdict."""
         found = self.tried[candidate]
         said = f"refused: {found.refused}" if found.refused else f"{found.bytes / 1e6:.1f} MB, no cheaper than the best"
         if held:
@@ -122,7 +122,7 @@ class Search:
         self.workshop.reporter.say_once(f"{candidate.name}: {said}")
 
     def _has_time(self, candidate: Candidate) -> bool:
-        """Return whether the budget has time for a candidate and for all that is to be proven then."""
+        """Return whether the budget has time for a candidate and for the final test afterwards."""
         proof = self.budget.proof(len(_chain([*self._all_kept, candidate])))
         enough = self.budget.expected(candidate, [*self.tried]) + proof <= self.budget.left
         return not self.tried or enough or not self._is_new(candidate, self._seen())
@@ -130,12 +130,12 @@ class Search:
     def _measure(
         self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], ahead: Sequence[Candidate]
     ) -> Measured:
-        """Measure a candidate, and with other workers those that may be asked for next."""
+        """Measure a candidate, and in other workers those that may be needed next."""
         anew = [one for one in (candidate, *ahead) if self._is_new(one, wanted)]
         if candidate in anew:
             self.workshop.note_rest()
             if self._team.alone:
-                # Where something is kept already, the proof of that must have its time.
+                # Once a candidate has passed, time is reserved to prove it.
                 kept = self._all_kept
                 until = self.budget.until(self.budget.proof(len(_chain(kept)))) if kept else math.inf
                 self.workshop.measure(candidate, wanted, until)
@@ -147,7 +147,7 @@ class Search:
 
     @property
     def _all_kept(self) -> list[Candidate]:
-        """What keeps everything on the seen half, made here or not, the best last."""
+        """All candidates that passed on the seen half, the user's files included, the cheapest last."""
         return sorted([*self._kept, *self._kept_elsewhere], key=self.cost, reverse=True)
 
     def _is_new(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> bool:
@@ -161,12 +161,12 @@ class Search:
         return {task.name: [*task.seen[: max(1, len(task.seen) // part)]] for task in self.tasks}
 
     def cost(self, candidate: Candidate) -> float:
-        """Return the target quantity of a measured candidate, which is minimised."""
+        """Return the quantity to minimise, for a measured candidate."""
         found = self.workshop.known(candidate)
         return {"size": float(found.bytes), "memory": float(found.memory), "speed": -found.speed}[self.wish.target]
 
     def judged(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> list[Held]:
-        """Test all conditions on some items, and where prompts were continued, whether the model still writes."""
+        """Test all conditions on some items and, if prompts were continued, whether the model still writes."""
         found, dense = self.workshop.known(candidate), self.workshop.known(EXACT_DENSE)
         held = [
             condition.judge(*(one.of(task, condition.metric, task.apart(places[task.name])) for one in (found, dense)))
@@ -182,20 +182,20 @@ class Search:
         return held
 
     def judged_so_far(self, candidate: Candidate) -> list[Held]:
-        """Test all conditions on the items of the seen half measured so far; empty without any."""
+        """Test all conditions on the seen items measured so far; empty if a task has none."""
         known, seen = self.workshop.known(candidate), self._seen()
         asked = seen | self._continued("seen")
         places = {name: [one for one in own if not self._missing(known, {name: [one]})] for name, own in asked.items()}
         return self.judged(candidate, places) if all(places[name] for name in seen) else []
 
     def _continued(self, half: Literal["seen", "unseen"], cut: Cut | None = None) -> dict[str, list[int]]:
-        """Return the prompts of a half that show whether a cut model still writes; none of the dense model."""
+        """Return the prompts of a half that test whether a cut model still writes; none for the dense model."""
         return {} if cut == DENSE else {task.name: [*getattr(task, half)] for task in self._writing}
 
     def _tried_on(
         self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
     ) -> Literal["kept", "lost", "no cheaper", "refused", "late"]:
-        """Make and measure a candidate, on a part of the seen items first, as far as it takes to tell."""
+        """Make a candidate and measure it on more and more of the seen items, until the verdict is clear."""
         if self._measure(candidate, {}, ahead).refused:
             return "refused"
         if best is not None and self.cost(candidate) >= self.cost(best):
@@ -215,39 +215,40 @@ class Search:
         return "kept" if verdict is Verdict.KEPT else "lost"
 
     def _verdict(self, candidate: Candidate, places: Mapping[str, Sequence[int]]) -> Verdict:
-        """Judge a candidate by some of the seen items, and keep how clearly."""
+        """Judge a candidate on some seen items, and record its margin of safety."""
         held = self.judged(candidate, places)
         self._safety[candidate] = min(one.safety for one in held)
         return verdict_of(held)
 
     def _parts(self, cut: Cut) -> Sequence[int]:
-        """Return parts of the seen items that tell about a cut: if they are many, not those whose text made it."""
+        """Return the divisors of the seen half; if items are many, a cut is not judged on those that calibrated it."""
         few = any(len(task.seen) < 4 * max(LEAST_ITEMS, self._least[task.key]) for task in self.tasks)
         return _RUNGS if cut == DENSE or few else _RUNGS[:-1]
 
     def _is_larger(self, candidate: Candidate, best: Candidate) -> bool:
-        """Return whether a quant is known not to be smaller than the best before it is made itself."""
+        """Return whether a quant, before it is made, is known not to be smaller than the best."""
         workshop = self.workshop
         known = workshop.is_sized(candidate) or workshop.making.is_made(candidate.cut.sized_by)
         if self.wish.target != "size" or candidate.type == EXACT or not known:
             return False
         try:
             return self.workshop.bytes_of(candidate) >= self.workshop.bytes_of(best)
-        except CopruneError:  # the reason is kept when it is measured
+        except CopruneError:  # measuring it will record the reason
             return False
 
     def _halve(
         self, pool: Sequence[Candidate], first: int | None = None, one: bool = False, plain: bool = False
     ) -> None:
-        """Look for the cheapest of a pool that keeps everything, by halves: among the smaller ones after one that does.
+        """Find the cheapest candidate of a pool that meets all requirements, by binary search.
 
-        Only what is cheaper than the best so far is measured. Where the time is too short it ends, and cheaper pools go on.
+        Only candidates cheaper than the best so far are measured. When time runs out the search of this pool ends; the next,
+        cheaper pools may still fit.
 
         Args:
-            pool: the largest first; what is smaller keeps no more.
-            first: place of the one to begin with; by default the middle.
-            one: whether any that keeps everything ends it.
-            plain: whether they are compared with the best plain quant.
+            pool: descending in size; a smaller candidate is assumed to be no better.
+            first: index to begin with; by default the middle.
+            one: whether to stop at the first that passes.
+            plain: whether to compare with the best plain quant.
         """
         low, high, left, lost = 0, len(pool), list(pool), list[Candidate]()
         types = [one.type for one in self._plain()]
@@ -283,18 +284,18 @@ class Search:
             else:
                 low = place + 1
             place = (low + high) // 2
-        for candidate in lost:  # now, since others of the pool copy tensors of their files
+        for candidate in lost:  # not earlier: others of the pool copy tensors from their files
             self.workshop.making.drop(candidate)
 
     def run(self) -> Finding:
-        """Search, and judge the best on the unseen half. Raises BadInput where the budget is too short for one candidate."""
+        """Search, then test the best on the unseen half. Raises BadInput if the budget is too short for one candidate."""
         self.measure_dense()
         self._measure_elsewhere()
         self._climb()
         return self._or_as_given(self._proven())
 
     def _or_as_given(self, finding: Finding) -> Finding:
-        """Return what was given where nothing clearly better than it is proven."""
+        """Return the finding, or the given model if nothing clearly better is proven."""
         if not is_file_of(self.workshop.making.source, self.workshop.asked.runtime):
             if finding.chosen == AS_GIVEN:
                 said = "; ".join(f"{one.name}: {found.refused}" for one, found in self.tried.items() if found.refused)
@@ -307,7 +308,7 @@ class Search:
         return replace(finding, chosen=AS_GIVEN, kept=False, plain=None)
 
     def _measure_elsewhere(self) -> None:
-        """Measure the files from elsewhere, the smallest first; nothing is concluded from one about another."""
+        """Measure the user's files, ascending in size; the result of one says nothing about another."""
         for candidate in sorted(self.workshop.asked.elsewhere, key=self.workshop.bytes_of):
             said = self._tried_on(candidate, None, ()) if self._has_time(candidate) else "late"
             if said == "late":
@@ -319,37 +320,37 @@ class Search:
                 self._kept_elsewhere.append(candidate)
 
     def _climb(self) -> None:
-        """Collect what keeps everything."""
+        """Search all pools and collect the candidates that pass on the seen half."""
         plain, bits, tokens = self._plain(), self._embeddings, self._vocabularies
         usual = Candidate(DENSE, _FIRST)
         first = usual if usual in plain else plain[(len(plain) - 1) // 2]
-        # Fewer bits for the embeddings alone save more than the smallest type where the tables are larger than the blocks.
+        # If the embedding tables are larger than the blocks, storing only them in fewer bits saves more than the smallest type.
         fewer = bits(first)
         large_tables = not fewer or self.workshop.bytes_of(fewer[-1]) < self.workshop.bytes_of(plain[-1])
         self._halve(plain, plain.index(first), one=large_tables)
-        if not self._kept:  # what is smaller keeps no more than the largest quant
+        if not self._kept:  # even the largest quant failed, so smaller ones would too
             return
         if not self._can_cut:
             self.workshop.reporter.say("Too few items to tell whether a model still writes: no parts or tokens are cut")
         largest, smallest = self._kept[0], self._kept[-1]
         smaller = partial(self._smaller, last=(plain[-1] if large_tables else smallest).type)
-        # A cut may save more bytes than smaller types do, for less: so from both ends.
+        # A cut may save more than a smaller type at less loss, so it starts from the smallest and from the largest quant.
         for base in dict.fromkeys((smallest, largest)):
             for pool in (tokens, self._fewer_bits, smaller) if large_tables else (self._fewer_bits, tokens, smaller):
                 before = self._kept[-1]
                 self._halve(pool(base))
                 base = base if self._kept[-1] == before else self._kept[-1]
-        if large_tables:  # too large to win, perhaps, but what the result is compared with
+        if large_tables:  # perhaps too large to win, but the result is compared with them
             self._halve(plain[plain.index(largest) + 1 :], plain=True)
         for amounts in STRUCTURES:
             self._halve(self._structures(self._kept[-1], amounts))
 
     def _plain(self) -> list[Candidate]:
-        """Return the quants of the dense model, largest first."""
+        """Return the quants of the dense model, descending in size."""
         return sorted((Candidate(DENSE, one) for one in self.wish.types), key=self.workshop.bytes_of, reverse=True)
 
     def _embeddings(self, base: Candidate) -> list[Candidate]:
-        """Return variants with smaller embeddings, which may not be smaller than the quantiser's own."""
+        """Return the variants with embeddings in fewer bits that are smaller than `base`, descending in size."""
         if "embedding" in self.wish.without or base.type in (EXACT, MIXED):
             return []
         found = [replace(base, embedding=stored) for stored in EMBEDDINGS]
@@ -357,7 +358,7 @@ class Search:
         return sorted((one for one in found if sizes[one] < sizes[base]), key=sizes.__getitem__, reverse=True)
 
     def _fewer_bits(self, base: Candidate) -> list[Candidate]:
-        """Return variants with a type for each tensor that are smaller than the best, or else with smaller embeddings."""
+        """Return variants with types by tensor that are smaller than the best; if there are none, smaller embeddings."""
         found = list[Candidate]()
         if "mixed" not in self.wish.without and base.type != EXACT:
             if has_time(self.workshop, self.budget, self._kept[0]):
@@ -374,10 +375,10 @@ class Search:
         return [base.of(Cut((f"vocabulary={size}",))) for size in sizes if size]
 
     def _smaller(self, base: Candidate, last: str) -> list[Candidate]:
-        """Return a cut in the types from the one below its own to the last, the smallest that keeps everything without it.
+        """Return a cut in lower plain types, from the one below its own down to `last`.
 
-        Beside types by tensor, which few items may judge otherwise than was predicted, the smallest plain quant's types and
-        embeddings are tried.
+        For a base with types by tensor, start from the smallest plain quant that passed, and vary its embeddings too: on few
+        items, types by tensor may do worse than predicted.
         """
         types, mixed = [one.type for one in self._plain()], base.type == MIXED
         plain = _best_plain(self._kept) if mixed else base
@@ -392,7 +393,7 @@ class Search:
         asked = [one for one in amounts if one.partition("=")[0] not in left_out]
         if not asked or not self._can_cut:
             return []
-        tokens = 0 if self.untried else self._distilled()  # takes more time than what there was none for
+        tokens = 0 if self.untried else self._distilled()  # slower than what already had no time
         found = [base.of(Cut((*base.cut.removed, one), tokens or _DISTILLED[0])) for one in asked]
         if not tokens:
             self.untried += found
@@ -400,9 +401,10 @@ class Search:
         return found
 
     def _distilled(self) -> int:
-        """Return the tokens of a distillation that fits the time budget, or an earlier one; 0 for too few.
+        """Return the number of tokens for distillation that fits the budget, or that of an earlier call; 0 if too few fit.
 
-        By what reading them takes the dense model, in powers of two, so that a few seconds more or less change nothing.
+        It is estimated from the dense model's reading speed and rounded down to a power of two, so that a few seconds more
+        or less do not change it.
         """
         file = self.workshop.folder / "text" / "distilled.json"
         if tokens := noted(file, Sizes, {}).get("tokens", 0):
@@ -413,11 +415,11 @@ class Search:
         return found
 
     def _proven(self) -> Finding:
-        """Test on the unseen half what the seen half keeps, in the order of how clearly, up to the first that fails.
+        """Test candidates that passed on the seen half on the unseen one, in order of confidence, until one fails.
 
-        In an order that the seen half decides each is tested at the full level, and still at most one in twenty searches ends
-        with a model that misses a requirement (testing in a fixed sequence). The largest quant goes first. What there is no
-        time for is passed over; no verdict decides that.
+        Since the seen half alone decides the order, each is tested at the full level, and still at most one in twenty searches
+        ends with a model that misses a requirement (fixed-sequence testing). The largest quant is tested first. Candidates
+        that no longer fit the budget are skipped, whatever the verdicts so far.
         """
         unseen = {task.name: [*task.unseen] for task in self.tasks}
         surest, least = self._surest(), _chain(self._all_kept)
@@ -451,7 +453,7 @@ class Search:
         return Finding(chosen, judged[chosen], bool(passed), _best_plain(passed), tried, judged, untried, looks)
 
     def _surest(self) -> list[Candidate]:
-        """Order what the seen half keeps by how clearly. What is cut less is as safe as what is cut more, quants untried, too."""
+        """Order candidates by their confidence on the seen half; each is as safe as any that is reduced more, even if untried."""
         plain = self._plain()
         types, pool = (
             [one.type for one in plain],
@@ -461,14 +463,14 @@ class Search:
         safe |= {one: [self._safety[one]] for one in self._kept_elsewhere}
         sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in safe if safe[one]}
         found = sorted(sizes, key=lambda one: (-max(safe[one]), -sizes[one]))
-        # Files that cannot win come last, where they keep nothing else from its verdict.
+        # Files that cannot win are tested last, so that their failure does not end the sequence before the others.
         dear = [one for one in self._kept_elsewhere if self._kept and self.cost(one) >= self.cost(self._kept[-1])]
         return [*(one for one in found if one not in dear), *(one for one in found if one in dear)]
 
     def _looks(self, judged: list[str]) -> int:
-        """Record a sequence of candidates that the unseen half has judged by these conditions, and count such records.
+        """Record that the unseen half has judged these candidates by these conditions, and count such records.
 
-        The same candidates judged by looser conditions are another attempt to have one kept.
+        Judging the same candidates by looser conditions is another attempt, and counts as one.
         """
         file = self.workshop.folder / VERDICTS_FILE
         damaged: tuple[list[str], list[str]] = ([], ["a note that is damaged now"])
@@ -485,7 +487,7 @@ def _best_plain(kept: Sequence[Candidate]) -> Candidate | None:
 
 
 def _chain(kept: Sequence[Candidate]) -> list[Candidate]:
-    """Return what is proven however short the time is: the largest, the best plain quant, and the two best."""
+    """Return the candidates for which proof time is always reserved: the largest, the best plain quant, and the two best."""
     return [*dict.fromkeys(one for one in (*kept[:1], _best_plain(kept), *kept[-2:]) if one is not None)]
 
 

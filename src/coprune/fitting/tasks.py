@@ -36,7 +36,7 @@ _DEFINITIONS = (".yaml", ".yml")
 _SHARED = re.compile(r"(.+):(\d*\.?\d+)")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LONGEST = 500_000
-"""Maximum characters of an item, more than models read; tokenising a row of ten million takes gigabytes."""
+"""Maximum characters of an item, more than models read; tokenising ten million takes gigabytes."""
 _PASSAGE = 300
 """Approximate characters of an item of plain text, which consists of whole lines."""
 _EXAMPLES = (

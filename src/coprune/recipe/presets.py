@@ -18,7 +18,7 @@ _REFIT: dict[str, Any] = {
     "propagation": "sequential",
     "refine": ("refit:products=bfloat16",),
 }
-# First rotate and permute, which leaves the model's outputs as they are, and allocate zeros where they cost least; each
+# Rotate and permute first, which does not change the model's outputs, and allocate zeros where they cost least; each only
 # where it applies.
 _TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "fisher"}
 _BLOCK_BY_BLOCK: dict[str, Any] = {

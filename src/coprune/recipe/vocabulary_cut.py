@@ -1,4 +1,4 @@
-"""The syntax of a vocabulary cut: its size, and the texts that decide which tokens stay."""
+"""The syntax of a vocabulary cut: its size, and the texts that decide which tokens to keep."""
 
 from __future__ import annotations
 

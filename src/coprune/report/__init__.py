@@ -1,1 +1,1 @@
-"""The report of a run: report.json, the page, the model card, and the Wanda repository's log line."""
+"""The report of a run: report.json, the page, the model card, and a log line like the Wanda repository's."""

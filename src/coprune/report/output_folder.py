@@ -1,8 +1,8 @@
-"""The folder in which a run or a training leaves its report: prepared, claimed, announced, finished and replaced alike.
+"""The output folder of a run or a training, with its report.
 
-A report marks a run as finished, so it gets its name last, after the model got its own. Between the two it lies there
-announced, and the same command finds it, knows that the model is whole, and gives it its name: a kill at any moment loses
-nothing.
+The report marks a run as finished, so it gets its final name last, after the model. Before that it is announced, under a
+hidden name: if the process is killed in between, the same command finds it, knows that the model is complete, and renames
+it. So a kill at any moment loses nothing.
 """
 
 from __future__ import annotations
@@ -34,51 +34,51 @@ class Written(Protocol):
     """A report."""
 
     def write(self, path: Path) -> None:
-        """Write it whole or not at all."""
+        """Write it atomically."""
         ...
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Where a run writes."""
+    """The output folder of a run."""
 
     run: Path
-    """Its folder, with the report."""
+    """The folder, which holds the report."""
     model: Path | None
-    """The folder of the model that it saves."""
+    """Path of the saved model; None if none is saved."""
     source: str
-    """Name of the model that it reads."""
+    """Name of the source model."""
     report_file: str
     own: tuple[str, ...]
-    """Folders that it keeps in its own."""
+    """Names of the run's own subfolders."""
     files: tuple[str, ...] = ()
-    """Patterns of its files beside report and page."""
+    """Patterns of its files besides report and page."""
     mark: str | None = None
-    """File without which a folder with anything in it is no run's; None to write beside anything."""
+    """File by which a nonempty folder is recognised as a run's; None to accept any folder."""
     logs: tuple[Path, ...] = ()
-    """What may be there without that: a run that failed early left no more."""
+    """Files that a run may leave without `mark`, if it failed early."""
     overwrite: bool = False
-    """Whether an earlier run is replaced."""
+    """Whether to replace an earlier run."""
 
     @property
     def report(self) -> Path:
-        """The report of a finished run."""
+        """Path of the report of a finished run."""
         return self.run / self.report_file
 
     @property
     def announced(self) -> Path:
-        """The report of a run that is finished but for its last files."""
+        """Path of the announced report."""
         return self.run / f".{self.report_file}"
 
     def prepare(self, begun: bool = False, holds: Callable[[], str] = _finished_run) -> None:
-        """Refuse to write where something is already. A folder without a report is an unfinished run's, and is reused.
+        """Refuse to overwrite anything. The folder of an unfinished run, which has no report yet, is reused.
 
         Args:
-            begun: whether the folder of the model may have the run's own already.
-            holds: says what a folder with a report holds.
+            begun: whether the model may be there already, from the unfinished run.
+            holds: describes a folder that has a report.
 
         Raises:
-            BadInput: it is not this run's, or no folder can be there.
+            BadInput: the folder or the model's path is taken, or cannot be created.
         """
         self._require_folder()
         if self.overwrite:
@@ -114,7 +114,7 @@ class OutputFolder:
                 raise BadInput(f"{model} already exists and is not empty", field="save_model", value=model, fix=fix)
 
     def _refuse_own_source(self) -> None:
-        """Raise BadInput where a run would remove the model that it reads."""
+        """Raise BadInput if the run would delete its own source model."""
         source = expand_home(self.source)
         if not source.exists():
             return
@@ -125,9 +125,9 @@ class OutputFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other processes out while the body runs, once the folder is prepared; a folder that is left empty goes.
+        """Claim the prepared folder within the body, against other processes; remove it if it is empty afterwards.
 
-        Raises BadInput if another process is at work, or has finished in the meantime.
+        Raises BadInput if another process holds it, or has finished in the meantime.
         """
         new = [folder for folder in (self.run, *self.run.parents) if not folder.exists()]
         lock = self.run / LOCK_FILE
@@ -141,7 +141,7 @@ class OutputFolder:
                 self._refuse_finished(_finished_run)
             yield
         finally:
-            lock.unlink(missing_ok=True)  # who waits with it open finds what this one left
+            lock.unlink(missing_ok=True)  # a process that already opened it will find our report
             claim.close()
             for folder in new:
                 if any(folder.iterdir()):
@@ -149,21 +149,21 @@ class OutputFolder:
                 folder.rmdir()
 
     def announce(self, report: Written) -> None:
-        """Keep a report for the case that the run is killed once its model is whole."""
+        """Write the report under its hidden name, in case the process is killed after the model is complete."""
         report.write(self.announced)
 
     def finish(self, write_beside: Callable[[Path], object]) -> None:
-        """Write what lies beside the announced report, and give that its name: last, since it says that all is there.
+        """Write the other files, then rename the announced report, which marks the run as finished.
 
-        write_beside: called with the announced report.
+        write_beside: writes these files, given the path of the announced report.
         """
         remove_unfinished(self.run)
         write_beside(self.announced)
-        (self.run / LOCK_FILE).unlink(missing_ok=True)  # a finished run that is killed before its end leaves none
+        (self.run / LOCK_FILE).unlink(missing_ok=True)  # so that a kill after the rename leaves no lock file
         self.announced.replace(self.report)
 
     def replace_earlier(self) -> None:
-        """Remove what a finished run left where this one writes. What an unfinished one left stays, to resume from."""
+        """Remove the files of a finished run that this one replaces. Those of an unfinished run stay, to be resumed."""
         finished = self.report.is_file()
         if finished:
             for pattern in (self.announced.name, PAGE_FILE, *self.files):
@@ -174,4 +174,4 @@ class OutputFolder:
         if self.model is not None and is_coprunes(self.model):
             shutil.rmtree(self.model)
         if finished:
-            self.report.unlink()  # last, since it says that the rest is of a finished run
+            self.report.unlink()  # last, since it marks the rest as a finished run's

@@ -1,4 +1,4 @@
-"""The folder of a run, and the model behind its name."""
+"""The folder of a run, and the model that its name stands for."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from coprune.report.schema import DISTRIBUTIONS_FILE, Report, reference_log
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
 OWN_FOLDERS = ("trim", "remove", "prune", "train", "vocabulary")
-"""What a run keeps in its folder: the steps of a run of several, and the trials of a cut vocabulary."""
+"""Subfolders of a run: its steps, if there are several, and the trials of a vocabulary cut."""
 
 
 def output_of(recipe: Recipe) -> OutputFolder:
-    """Return where a recipe's run writes."""
+    """Return the output folder of a recipe's run."""
     return OutputFolder(
         run=recipe.run_folder,
         model=recipe.output.model,
@@ -40,12 +40,12 @@ def output_of(recipe: Recipe) -> OutputFolder:
 
 
 def prepare_folders(recipe: Recipe, begun: bool = False) -> None:
-    """Refuse to write where something is already. Arguments and errors as of `OutputFolder.prepare`."""
+    """Refuse to overwrite anything. Arguments and errors as for `OutputFolder.prepare`."""
     output_of(recipe).prepare(begun, lambda: _which(recipe))
 
 
 def _which(recipe: Recipe) -> str:
-    """Return what a run folder with a report holds, for people."""
+    """Describe a run folder that has a report."""
     try:
         report = Report.read(recipe.run_folder / REPORT_FILE)
     except BadInput:

@@ -1,1 +1,1 @@
-"""A run from recipe to folder: checks, walk, journal, verification."""
+"""A run's state, steps, data, output and estimates."""

@@ -1,4 +1,4 @@
-"""A run: what it is asked, who does it together, and what its stages find one after another."""
+"""A run: its recipe, its processes, and the results of its stages."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ from coprune.run.reuse import Reuse
 
 @dataclass(frozen=True)
 class Given:
-    """Objects that a run takes instead of what its recipe names."""
+    """Objects passed to a run in place of those that its recipe names."""
 
     loaded: Loaded | None = None
-    """A model that is open already."""
+    """A model that is already loaded."""
     method: Method | None = None
-    """The method that the recipe tells of but cannot name."""
+    """A method object without a name in the recipe."""
     line: str | None = None
-    """First line of output, where a default was chosen for the call."""
+    """First line of output, if a default was chosen for the call."""
 
     @property
     def model(self) -> PreTrainedModel | None:
-        """The model that is open already."""
+        """The model that is already loaded."""
         return None if self.loaded is None else self.loaded.model
 
 
@@ -79,11 +79,11 @@ class Outcome:
     trainings: Sequence[BlockTraining] = ()
     """Trainings of blocks, in order."""
     covered: Mapping[str, float] = field(default_factory=dict)
-    """Share of its experts' score that each domain keeps, where experts were removed."""
+    """Share of the experts' score that each domain keeps, if experts were removed."""
     events: Sequence[AnyEvent] = ()
     """Events besides those of single matrices."""
     earlier: float = 0.0
-    """Seconds of an earlier, stopped process on matrices that were found finished."""
+    """Seconds that an earlier, stopped process spent on the reused matrices."""
 
 
 @dataclass(eq=False)
@@ -98,11 +98,11 @@ class Run:
     """Whether the run writes a run folder."""
     reuse: Reuse = field(default_factory=Reuse)
     taking: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Entered by the first process when all checks have passed, around the first write: what an earlier run left is deleted."""
+    """Entered by the first process around its first write, after all checks; deletes the remains of an earlier run."""
     began: float = field(default_factory=time.perf_counter)
     phases: list[PhaseFacts] = field(default_factory=list)
 
-    # Set without the blocks' weights.
+    # Set when the model is opened, without the blocks' weights.
     solver: Solver = field(init=False)
     target: Target = field(init=False)
     loaded: Loaded = field(init=False)
@@ -111,9 +111,9 @@ class Run:
     samples: Samples[Any] | None = field(init=False)
     data: dict[str, Data] = field(init=False)
     domains: dict[str, Windows] = field(init=False)
-    """Samples of every domain that experts are scored on."""
+    """Samples of every domain on which experts are scored."""
     bos: BosChoice | None = None
-    """How windows of text begin, once decided."""
+    """Where windows of text get a BOS token, once decided."""
 
     # Set by the proof of the walk, before anything slow.
     model: ProvenModel = field(init=False)
@@ -122,14 +122,14 @@ class Run:
     change: Callable[[Run], Outcome] = field(init=False)
     """Walks over the blocks and changes them."""
     sized: RemovePart | None = None
-    """What is removed, with the shares that a target size comes to."""
+    """The requested removal, with a target size resolved to shares."""
     write_gguf: Callable[[Path, Edits, Reporter], None] | None = None
-    """Makes another GGUF file of the source, where that is one and parts of it go."""
+    """Writes the result as a copy of the source without the removed parts, if both are GGUF files."""
 
     # Set by measuring and pruning.
     output: Output = field(init=False)
     dense: dict[str, Measured] = field(init=False)
-    """Figures of the dense model, by the name of the data."""
+    """Measurements of the dense model, by the name of the data."""
     outcome: Outcome = field(init=False)
     pruned: dict[str, Measured] = field(init=False)
     report: Report = field(init=False)
@@ -146,7 +146,7 @@ class Run:
 
     @property
     def removal(self) -> RemovePart:
-        """What is removed, with shares where the recipe gives a size."""
+        """The requested removal; a target size is resolved to shares once these are known."""
         return self.sized or self.recipe.remove
 
     @property
@@ -159,18 +159,18 @@ class Run:
 
     @property
     def looked_at(self) -> Samples[Any] | None:
-        """Samples to try things on: of the calibration text, or of the first domain."""
+        """Samples for trials: of the calibration text, or of the first domain."""
         return self.samples if self.samples is not None else next(iter(self.domains.values()), None)
 
     @property
     def fingerprint(self) -> str | None:
-        """Names everything that the model is calibrated on."""
+        """Fingerprint of all calibration data; None without any."""
         own = {} if self.samples is None else {"": self.samples}
         found = [f"{name} {one.fingerprint}".strip() for name, one in {**own, **self.domains}.items()]
         return ", ".join(found) or None
 
     def source_digest(self) -> str:
-        """Return the digest of the model that the run begins with, in memory or in files. Raises BadInput if there is none."""
+        """Return the digest of the run's source model, in memory or in files. Raises BadInput if it does not exist."""
         asked, loaded = self.recipe.model, self.given.loaded
         if loaded is None:
             return source_digest(locate(asked.name, asked.cache_dir))
@@ -179,7 +179,7 @@ class Run:
         return hashlib.sha256(f"{loaded.fingerprint(())} {beside}".encode()).hexdigest()[:32]
 
     def estimate(self) -> Estimate | None:
-        """Bound the memory of the run, once its data are read; None for models of images."""
+        """Bound the memory of the run, once its data are read; None for image models."""
         if (inputs := self.task.inputs.text) is None:
             return None
         processes = self.processes.size
@@ -187,9 +187,9 @@ class Run:
         return bound_run(self.recipe, self.solver, text, self.loaded, self.found, processes)
 
     def activations(self, lists: int = 1) -> Activations:
-        """Return an empty list of hidden states within the recipe's limits, or one of several that share them.
+        """Return an empty list of hidden states that keeps the recipe's memory limits. lists: number that share the limits.
 
-        What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
+        The rest is spilled to the run folder, whose disk is meant for large files, or to the temporary folder if there is none.
         """
         asked, folder = self.recipe.calibrate, self.recipe.run_folder
         limit = None if asked.activation_memory is None else int(asked.activation_memory * GIB / lists)
@@ -205,13 +205,13 @@ class Run:
         self.reporter.tell(BlockPruned(block.name, tuple(outcome.results), outcome.training))
 
     def count_from_here(self, device: torch.device) -> None:
-        """Count the peak of a device's memory, and the time of the first phase, from now on."""
+        """Start the clock of the first phase, and reset the peak of a device's memory."""
         reset_peak(device)
         self._device, self._phase_began = device, time.perf_counter()
 
     @property
     def phase(self) -> str:
-        """Current phase, or the work after the last one."""
+        """The current phase, or the work after the last one."""
         return next((phase.value for phase in list(Phase)[len(self.phases) :]), "finish the report")
 
     def done(self, phase: Phase) -> None:
@@ -229,10 +229,10 @@ class Run:
         self.reporter.tell(PhaseDone(phase, facts))
 
     def finish(self, report: Report) -> Report:
-        """Return the report with all that the run took but for its page, which is made if the run leaves a folder."""
+        """Return the report with the run's total time; write the card, and finish the run folder if there is one."""
         report = report.model_copy(update={"total_seconds": time.perf_counter() - self.began})
         if self.first and report.saved_model is not None and report.saved_model.is_dir():
-            write_card(report, report.saved_model)  # again, with the bytes that it takes
+            write_card(report, report.saved_model)  # again, now with its size in bytes
         if self.writes:
             announce(self.recipe, report)
             finish_run_folder(self.recipe, report)

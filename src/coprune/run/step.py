@@ -1,7 +1,7 @@
-"""A step: makes a model of another one, or of several, in a folder where it is found again.
+"""Steps, which make a model from another one (or several) in a folder, where a later run finds it.
 
-Sweeps name steps by the table here, into which `register_step` puts them, or an installed package by the entry-point
-group `coprune.steps`.
+Sweeps find steps by name: those added by `register_step`, and those of installed packages in the entry-point group
+`coprune.steps`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from coprune.model.checkpoint.locate import locate
 from coprune.run.result import Result
 
 Taking = Callable[[], AbstractContextManager[object]]
-"""Entered by a step when all its checks have passed, around its first write."""
+"""Returns a context manager that a step enters around its first write, after all its checks."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """What a step leaves: a record, and a model in a folder or in memory."""
+    """The result of a step: a record, and a model in a folder or in memory."""
 
     record: BaseModel
     model: Path | None = None
@@ -35,61 +35,61 @@ class Left:
 
     @classmethod
     def of(cls, result: Result) -> Self:
-        """Return what a run leaves."""
+        """Return the result of a run."""
         return cls(result.report, result.report.saved_model, result)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step(ABC):
-    """Makes a model of another one, or of several."""
+    """A step that makes a model from another one, or from several."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    """Raised when the step is done differently."""
+    """Increased whenever the step's results change, so that earlier ones are not reused."""
 
     folder: Path | None
-    """Where it works and leaves its record; None where nothing is found again."""
+    """Folder of its work and its record; None if later runs cannot reuse it."""
     settings: Mapping[str, Any]
-    """Values that decide what it makes, without names of models."""
+    """Values that decide the resulting model, without model names."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """Values that decide what else is in its record: an unfinished step may go on with others."""
+    """Values that only affect the rest of its record; an unfinished step may resume with different ones."""
 
     def check(self) -> None:  # noqa: B027
-        """Raise BadInput for what can be refused before anything is done."""
+        """Raise BadInput for everything that can be refused before any step starts."""
 
     @abstractmethod
     def sources(self, before: Left | None) -> Sequence[str]:
-        """Return digests of the models and texts that it reads."""
+        """Return the digests of the models and texts that it reads."""
 
     @abstractmethod
     def finished(self, before: Left | None) -> Left | None:
-        """Return what lies whole in its folder, whoever made it."""
+        """Return the finished result in its folder, whichever run made it, or None."""
 
     def clear(self) -> None:  # noqa: B027
-        """Remove what it has made outside its folder."""
+        """Remove its files outside its folder."""
 
     @abstractmethod
     def run(self, before: Left | None, taking: Taking) -> Left:
-        """Make it, resuming from what an interrupted run left in the folder."""
+        """Execute the step, resuming an interrupted run in its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedStep(Step):
-    """A step that sweeps can name: it makes a model of the one before it, with settings of its own."""
+    """A step that sweeps can name; it makes a model from the preceding one, with its own settings."""
 
     asked: ClassVar[type[BaseModel]]
-    """Its settings."""
+    """Model of its settings."""
 
     folder: Path
 
     @classmethod
     @abstractmethod
     def of(cls, asked: Any, folder: Path) -> Self:
-        """Return the step with some of its settings."""
+        """Return the step with the given settings, an instance of `asked`."""
 
     @property
     def model(self) -> Path:
-        """Where it leaves its model."""
+        """Folder of its model."""
         return self.folder / "model"
 
 
@@ -99,13 +99,13 @@ _registered: dict[str, type[NamedStep]] = {}
 
 
 def register_step(step: AnyStep) -> AnyStep:
-    """Let sweeps name a step in this process; a class decorator."""
+    """Make a step available to sweeps in this process; a class decorator."""
     _registered[step.name] = step
     return step
 
 
 def step_named(name: str, asked: Mapping[str, Any], folder: Path) -> NamedStep:
-    """Return a step in a folder. Raises BadInput for an unknown name, or settings that are not its own."""
+    """Return the named step for a folder. Raises BadInput for an unknown name or invalid settings."""
     brought = {entry.name: entry for entry in entry_points(group=_GROUP)}
     if name not in _registered and name in brought:
         register_step(brought[name].load())
@@ -116,11 +116,11 @@ def step_named(name: str, asked: Mapping[str, Any], folder: Path) -> NamedStep:
 
 
 class Named(BaseModel):
-    """A model that no step made."""
+    """Record of a source model, which no step made."""
 
     name: str
 
 
 def source_named(name: str, cache_dir: Path | None = None) -> Left:
-    """Return a model as what a first step is made of. Raises BadInput where there is none."""
+    """Return a model as the source of a first step. Raises BadInput if it does not exist."""
     return Left(Named(name=name), locate(name, cache_dir).path)

@@ -1,1 +1,1 @@
-"""Plans: the steps that a recipe comes to, and the runner that goes through them."""
+"""Plans of steps made from recipes, and the runner that executes them."""

@@ -1,4 +1,4 @@
-"""A run that is only told: its steps, its memory, time and bytes, and what lies where it would write."""
+"""A preview of a run: its steps, its memory, time and bytes, and what already lies in its folders."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from coprune.steps.trim import after_trim
 
 @dataclass(frozen=True, repr=False)
 class DryRun(Shown):
-    """What a run would do, without having done it."""
+    """A preview of a run."""
 
     recipe: Recipe
     model: str
     """The model, and how it would be opened."""
     steps: tuple[str, ...]
     memory: Estimate | None
-    """None where only a run on a language model can be estimated, or a cut of the vocabulary is all."""
+    """None unless the model is a language model and more than its vocabulary is cut."""
     seconds: float | None
     size: SavedSize
     there: tuple[tuple[str, str], ...]
-    """What lies at the places that the run would write to."""
+    """Each output path with what already lies there."""
     refused: str | None
-    """Why the run would end before it starts, and what to do; None where it would not."""
+    """The error with which the run would be refused, if any."""
 
     def headline(self) -> str:
-        """Return the steps in short."""
+        """Return the model and the steps in one line."""
         return f"{self.recipe.model.name}: {'; '.join(self.steps)}"
 
     def sheet(self) -> Sheet:
-        """Return everything."""
+        """Return all facts."""
         rows = [("model", self.model)]
         rows += [(f"step {number}", step) for number, step in enumerate(self.steps, 1)]
         memory = "not estimated for this run" if self.memory is None else self.memory.headline()
@@ -66,15 +66,15 @@ class DryRun(Shown):
         return Sheet(self.headline(), rows)
 
     def command(self) -> str:
-        """Return the command that does it."""
+        """Return the command that starts the run."""
         return command_of(self.recipe)
 
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> DryRun:
-    """Tell what a run would do. Nothing is written, and no weight and no text is read.
+    """Preview a run, without writing anything or reading weights and texts.
 
     Raises:
-        BadInput: as the run would, as far as neither weights nor texts show it.
+        BadInput: as the run would, for everything that can be checked without weights and texts.
         UnsupportedModel: the model has no blocks.
     """
     asked = recipe.model
@@ -109,7 +109,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> DryRun:
 
 
 def _outline(location: Location, recipe: Recipe) -> Loaded:
-    """Return a model of which no weight is read."""
+    """Return a model without reading its weights."""
     asked = recipe.model
     device = choose_device(asked.device)
     if isinstance(location, GgufFile):

@@ -1,4 +1,4 @@
-"""The plan of a recipe: the steps that it comes to, each with the settings that are its own, its source and its folders."""
+"""The plan of a recipe: its steps, each with its own settings, source and folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coprune.steps.recipe_step import StepOfRecipe
 
 @dataclass(frozen=True)
 class Planned:
-    """A step of a plan. folder: where it is made and found again; None for a run's only step, and for what stays in memory."""
+    """A step of a plan. folder: of its results; None for the only step of a run, and for results kept in memory."""
 
     step: type[StepOfRecipe]
     recipe: Recipe
@@ -21,11 +21,11 @@ class Planned:
 
 
 def plan_of(recipe: Recipe, between: Path | None = None) -> list[Planned]:
-    """Return the steps that a recipe comes to.
+    """Return the plan of a recipe.
 
     Args:
-        recipe: what is asked for.
-        between: holds the folders of several steps; None to leave in memory what one leaves to the next.
+        recipe: the recipe.
+        between: parent of the steps' folders, if there are several; None to pass models in memory.
 
     Raises:
         BadInput: the settings of a training contradict each other.
@@ -49,7 +49,7 @@ def plan_of(recipe: Recipe, between: Path | None = None) -> list[Planned]:
 
 
 def steps_of(recipe: Recipe) -> list[type[StepOfRecipe]]:
-    """Return the steps that a recipe comes to, in order."""
+    """Return the steps that a recipe requires, in order."""
     return [step for step in STEPS if step.is_asked(recipe)]
 
 

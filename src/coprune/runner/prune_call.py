@@ -1,4 +1,4 @@
-"""Runs that are called from Python: `coprune.prune`, and the memory that one would take, `coprune.estimate`."""
+"""The Python calls `coprune.prune`, and `coprune.estimate` for the memory that it would take."""
 
 from __future__ import annotations
 
@@ -52,30 +52,30 @@ def prune(
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
 ) -> Result:
-    """Prune a model and measure what that did.
+    """Prune a model and measure the effect.
 
-    Nothing is written unless `save` or `save_model` is given. A folder that is saved with `save_model` is streamed by
-    default, as on the command line; where nothing is saved, it is loaded into memory, and the result holds the model.
+    Nothing is written unless `save` or `save_model` is given. A model folder is streamed by default if `save_model` is given,
+    as on the command line; if nothing is saved, it is loaded into memory, and the result holds the model.
 
     Args:
         model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is pruned in place.
         method: a name from `coprune methods`, also with options (`sparsegpt:block_size=64`); or a method itself, such as
             `SparseGPT(block_size=64)` or one of your own. Without it, the preset's.
-        preset: how long you are willing to wait: `fast`, `balanced` (where nothing says how to prune) or `best`; what else is
-            said wins.
+        preset: how long you are willing to wait: `fast`, `balanced` (the default if no pruning setting is given) or `best`;
+            other settings override it.
         processor: the tokenizer or image processor of a model in memory.
         quiet: no progress bars and lines on standard error.
         settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …) and the method's own options,
             by name. `dataset` may also be a list of strings, a `datasets.Dataset` or a tensor of token ids (samples ×
-            length); `eval_data` a data set, a tensor, or a mapping of labels to names, lists of strings, data sets and
+            length); `eval_data` a dataset, a tensor, or a mapping from labels to names, lists of strings, datasets and
             tensors.
 
     Returns:
-        The report, with the model and its processor as far as they are in memory.
+        The report, with the model and its processor if they are in memory.
 
     Raises:
-        BadInput: for what cannot be done as asked.
-        NumericalError: the numbers allow no honest result.
+        BadInput: the request cannot be fulfilled.
+        NumericalError: the values allow no meaningful result.
         UnsupportedModel: the model cannot be walked.
     """
     with handed_over(settings, "dataset", "eval_data") as named:
@@ -86,7 +86,7 @@ def prune(
                 reporter.say(given.line)
             result = run_recipe(recipe, given, reporter, write=recipe.output.run is not None)
             if given.model is not None or not streams(recipe):
-                _ = result.held  # while the model that was given is as the run left it
+                _ = result.held  # built now, since `prepared` restores the given model's settings
             return result
 
 
@@ -130,7 +130,7 @@ def _recipe_of(model: Any, preset: str, processor: Any, settings: Mapping[str, A
 
 
 def _after_vocabulary(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """Return what a run does once it has cut a vocabulary. Raises BadInput where that is nothing."""
+    """Return the recipe of what follows a vocabulary cut. Raises BadInput if nothing follows."""
     if recipe.remove.vocabulary is None:
         return recipe
     if (rest := after_trim(recipe)) is None:
@@ -163,7 +163,7 @@ def estimate_recipe(
         found = _estimate(recipe, asked, reporter, remember)
         if not presets:
             return found
-        if asked.loaded is None:  # once for all of them, and no more of it than they need
+        if asked.loaded is None:  # load it once for all presets, and only as much as they need
             asked = Given(open_model(recipe.model, stream=not recipe.calibrate.is_own))
         costs, quiet = dict[str, Estimate](), Reporter(quiet=True)
         with reporter.bar("Estimating presets", len(presets)) as advance:

@@ -1,4 +1,4 @@
-"""The folder of a run without a named one, or of a repeated recipe: that of an interrupted run, or a new one."""
+"""The folder of a run that names none, or of a repeated recipe: that of an interrupted run, or a new one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE
 
 
 def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Recipe, str | None]:
-    """Return the recipe with its output folders, and a message where they are not the usual ones.
+    """Return the recipe with its output folders, and a message if they are not the default ones.
 
     Args:
-        recipe: as it was asked for.
-        repeats: whether it was read from a file, which is a run to do once more.
-        named: which of `save` and `save_model` were asked for now, and stay as they are.
+        recipe: the requested recipe.
+        repeats: whether it was read from a file, and so repeats a run.
+        named: which of `save` and `save_model` were given explicitly, and stay as they are.
     """
     usual = recipe.run_folder
     if repeats and recipe.output.overwrite:
@@ -51,19 +51,19 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     except BadInput:
         return {}
     if not (folder / REPORT_FILE).is_file():
-        # An unfinished run resumes even if rounding would differ, as its journal does.
+        # An unfinished run resumes even if settings that affect rounding differ.
         there |= {name: value for name, value in recipe.deciding(Decides.ROUNDING).items() if name in there}
     return there
 
 
 def beside_finished(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
-    """Return the recipe with other folders where its own hold a finished run: `out/run-2` for `out/run`, and so on.
+    """Return the recipe with numbered folders if its own hold a finished run: `out/run-2` for `out/run`, and so on.
 
-    A run that was interrupted keeps its folder and goes on there.
+    An interrupted run keeps its folder and resumes there.
 
     Args:
-        recipe: as its file says, with what was asked for on top.
-        named: which of `save` and `save_model` were asked for now, and stay as they are.
+        recipe: the recipe of the file, with explicit settings applied.
+        named: which of `save` and `save_model` were given explicitly, and stay as they are.
     """
     for number in count(1):
         run, model = recipe.run_folder, recipe.output.model

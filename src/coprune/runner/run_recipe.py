@@ -1,4 +1,4 @@
-"""A recipe from plan to report."""
+"""Run a recipe, from plan to report."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def run_recipe(
         recipe: the settings.
         given: objects that replace parts of the recipe, such as a loaded model.
         reporter: receives messages and events; by default on standard error.
-        write: whether to write a run folder (the model is saved if the recipe names a folder for it). A training writes one.
-        processes: this one among those of the run, which all call this.
+        write: whether to write a run folder; training always does. The model is saved if the recipe names a folder for it.
+        processes: the processes of the run; all of them call this.
         reuse: results shared with other runs; by default the dense model's figures, in the user's store.
 
     Returns:
-        The report, with the model and its processor as far as they are in memory.
+        The report, with the model and its processor if they are in memory.
 
     Raises:
         BadInput, NumericalError, UnsupportedModel: as `prune`.
@@ -62,20 +62,20 @@ def run_recipe(
     heard = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
     run = Run(recipe, given, heard, processes, write or recipe.train.mode is not None, reuse or Reuse(Store.of_user()))
     if processes.size == 1 and run.write and (report := announced(recipe)) is not None:
-        finish_run_folder(recipe, report)  # a run that was killed when only this was left
+        finish_run_folder(recipe, report)  # for a run that was killed before this last action
         result = Result(report)
     else:
         with ExitStack() as closing:
             plan = plan_of(recipe, _between(run, closing))
             result = _run(run, plan, closing)
             if not run.write and plan[0].folder is not None and result.report.saved_model is None:
-                _ = result.held  # while the folder that it may be read from is there
+                _ = result.held  # before its folder is deleted
     _push(run, result.report)
     return result
 
 
 def _between(run: Run, closing: ExitStack) -> Path | None:
-    """Return the folder of what steps leave to the next; None to leave it in memory. closing: removes a temporary one."""
+    """Return the folder for models passed between steps; None to pass them in memory. closing: removes a temporary one."""
     recipe = run.recipe
     if run.write or len(steps_of(recipe)) == 1:
         return recipe.run_folder
@@ -126,7 +126,7 @@ def _run(run: Run, plan: Sequence[Planned], closing: ExitStack) -> Result:
 
 @contextmanager
 def _taking(run: Run) -> Iterator[None]:
-    """Take a run's folders: what an earlier run left goes where that is asked for, and the recipe is kept."""
+    """Claim a run's folders, replace an earlier run if requested, and write the recipe."""
     recipe = run.recipe
     if recipe.output.overwrite:
         output_of(recipe).replace_earlier()
@@ -136,7 +136,7 @@ def _taking(run: Run) -> Iterator[None]:
 
 
 def _push(run: Run, report: Report) -> None:
-    """Upload the saved model to the Hub, if the recipe says so. Raises as `report.hub.push`."""
+    """Upload the saved model to the Hub, if the recipe says so. Raises as `report.hub_upload.push`."""
     asked = run.recipe.output
     if run.first and asked.push_to_hub is not None and asked.model is not None and report.saved_model is not None:
         run.reporter.say(f"Pushed to {push(asked.model, asked.push_to_hub, bool(asked.private))}")

@@ -1,4 +1,4 @@
-"""The runner: it goes through the steps of a plan, takes what is finished, and does the rest."""
+"""The runner: it executes a plan step by step and reuses steps finished by an earlier run."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ def go(
     anew: bool = False,
     replaces: bool = False,
 ) -> tuple[list[BaseModel], Left]:
-    """Go through the steps of a plan.
+    """Execute the steps of a plan.
 
     Args:
-        steps: in order.
-        reporter: hears what is taken over.
-        processes: this one among those of the run, which all call this.
-        taking: entered by the first step that is done, around its own.
-        anew: whether nothing is taken over.
-        replaces: whether the work of another run goes where it is in the way.
+        steps: the steps, in order.
+        reporter: reports reused steps.
+        processes: the processes of the run; all of them call this.
+        taking: entered once, by the first step that is executed, around its first write.
+        anew: whether to execute every step, reusing nothing.
+        replaces: whether to replace another run's work in a step's folder.
 
     Returns:
         The record of each step, and what the last one left.
 
     Raises:
-        BadInput: a step cannot be done as asked, or its folder holds another result.
+        BadInput: a step is impossible as requested, or its folder holds another result.
     """
     for step in steps:
         processes.from_first(step.check)
     records, left = list[BaseModel](), None
     for step in steps:
-        # Nothing in memory is held beside what is made of its folder.
+        # A model saved in a folder is read from there, so it is not also kept in memory.
         before = left if left is None or left.model is None else replace(left, held=None)
         left = None if anew else processes.from_first(partial(_finished, step, before, reporter, replaces))
         if left is None:
             left = step.run(before, partial(_takes, step, before, taking))
             taking = nullcontext
-            # The others also wait here for the first one, which saves what all are about to read.
+            # The other processes wait here for the first one to save what all will read.
             left = replace(processes.from_first(partial(replace, left, held=None)), held=left.held)
         records.append(left.record)
     assert left is not None
@@ -63,7 +63,10 @@ def go(
 
 
 def make(steps: Iterable[NamedStep], source: Left, reporter: Reporter) -> Left:
-    """Make a model of a source by steps, each done by one process while others that want it wait. Raises as `go`."""
+    """Make a model from a source by steps; if several processes want a step, one does it and the others wait.
+
+    Raises as `go`.
+    """
     for step in steps:
         step.check()
         with claimed(step.folder.with_name(f"{step.folder.name}.lock")):
@@ -73,7 +76,7 @@ def make(steps: Iterable[NamedStep], source: Left, reporter: Reporter) -> Left:
 
 
 def is_of_others(steps: Iterable[NamedStep], source: Left) -> bool:
-    """Return whether what these steps have made is of another source than there is now."""
+    """Return whether the finished results of these steps were made from another source."""
     for step in steps:
         place = _place(step, source)
         if place is None or (found := step.finished(source)) is None:
@@ -92,7 +95,7 @@ def _place(step: Step, before: Left | None) -> Place | None:
 
 
 def _finished(step: Step, before: Left | None, reporter: Reporter, replaces: bool) -> Left | None:
-    """Return what an earlier run left of the same key. Raises BadInput where another run's work is in the way."""
+    """Return an earlier run's result with the same key, if any. Raises BadInput if the folder holds another run's work."""
     place = _place(step, before)
     if place is None:
         return None
@@ -115,7 +118,7 @@ def _finished(step: Step, before: Left | None, reporter: Reporter, replaces: boo
 
 @contextmanager
 def _takes(step: Step, before: Left | None, taking: Taking) -> Iterator[None]:
-    """Take the folder of a step, whatever is left there of other work."""
+    """Claim the folder of a step and remove other work from it."""
     place = _place(step, before)
     with taking():
         if place is not None and (place.differing() or step.finished(before) is not None):

@@ -1,4 +1,4 @@
-"""The bytes of the model that a run saves, counted from the shapes of the one that it reads."""
+"""The size in bytes of the model that a run saves, computed from the shapes of its source."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _TABLES = ("token_embd.weight", "output.weight")
 
 @dataclass(frozen=True)
 class SavedSize:
-    """The bytes of a model's weights before and after a run."""
+    """Bytes of a model's weights before and after a run."""
 
     before: int
     after: int | None
-    """None where only the run's own measurements decide it."""
+    """None if it depends on the run's measurements."""
     is_exact: bool = True
-    """Whether a run leaves exactly so many; else about so many."""
+    """Whether `after` is exact; else it is approximate."""
     at_most: bool = False
 
     def line(self) -> str:
-        """Return both for people."""
+        """Return both in words."""
         if self.after is None:
             return f"{self.before:,} before; after: known once the run has measured what can go"
         about = "at most " if self.at_most else "" if self.is_exact else "about "
@@ -47,7 +47,7 @@ class SavedSize:
 
 
 def stored_bytes(location: Location, loaded: Loaded) -> int:
-    """Return the bytes of a model's tensors in its files; from the configuration where there are none."""
+    """Return the bytes of a model's tensors in its files, or computed from the configuration if there are no files."""
     if isinstance(location, GgufFile):
         return location.path.stat().st_size
     if not holds_weights(location) or not shard_files(location.path):
@@ -58,14 +58,15 @@ def stored_bytes(location: Location, loaded: Loaded) -> int:
 def saved_size(recipe: Recipe, location: Location, loaded: Loaded, blocks: Sequence[Block]) -> SavedSize:
     """Return the bytes before and after a run.
 
-    Zeros and trainings change no size. Channels, heads and experts are counted as the run would cut them where their widths
-    are plain in the shapes. What is known only later (tokens under a loss, blocks of different sizes) is given as a bound.
+    Zeros and training do not change the size. Channels, heads and experts are counted as the run would cut them, if the
+    shapes show their widths. For what is only known later (a vocabulary cut by loss, blocks of different sizes) a bound is
+    returned.
 
     Args:
-        recipe: of the run.
-        location: of its model.
-        loaded: that model, perhaps without weights.
-        blocks: of that.
+        recipe: the run's recipe.
+        location: its model's files.
+        loaded: its model, with or without weights.
+        blocks: the model's blocks.
     """
     before, asked = stored_bytes(location, loaded), recipe.remove
     dense = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -94,7 +95,7 @@ def saved_size(recipe: Recipe, location: Location, loaded: Loaded, blocks: Seque
 
 
 def _item_bytes(recipe: Recipe, location: Location, loaded: Loaded, before: int, dense: int) -> float | None:
-    """Return the bytes of a parameter where it is saved; None for as many as in the source."""
+    """Return the bytes per parameter of the saved model; None if they are the source's."""
     dtype = loaded.model.dtype.itemsize
     if isinstance(location, GgufFile):
         return None if recipe.output.as_gguf else dtype
@@ -105,7 +106,7 @@ def _item_bytes(recipe: Recipe, location: Location, loaded: Loaded, before: int,
 
 
 def _stored_item(location: Location, loaded: Loaded, before: int, dense: int) -> float:
-    """Return the bytes of a parameter in the source: of one dtype, or on average."""
+    """Return the bytes per parameter of the source: of its single dtype, or on average."""
     own = loaded.model.dtype.itemsize
     if isinstance(location, GgufFile) or before < dense * own * 0.9:
         return before / dense
@@ -114,7 +115,7 @@ def _stored_item(location: Location, loaded: Loaded, before: int, dense: int) ->
 
 
 def _rows_gone(target: Target, loaded: Loaded) -> int | None:
-    """Return the parameters that go with a vocabulary's rows; None where a loss decides."""
+    """Return the number of parameters in the removed vocabulary rows; None if a loss limit decides."""
     if isinstance(target, Loss):
         return None
     shapes = {id(table): tuple(table.shape) for table in _tables(loaded.model)}
@@ -122,7 +123,7 @@ def _rows_gone(target: Target, loaded: Loaded) -> int | None:
 
 
 def _item_of_tables(location: Location) -> float:
-    """Return the bytes of a value in the embeddings and the head of a GGUF file."""
+    """Return the mean bytes per value in the embeddings and the head of a GGUF file."""
     tables = [t for t in gguf_reader(location.path, field="model").tensors if t.name in _TABLES]
     return sum(int(t.n_bytes) for t in tables) / max(1, sum(int(t.n_elements) for t in tables))
 
@@ -133,7 +134,7 @@ def _tables(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _of_blocks(recipe: Recipe, loaded: Loaded, blocks: Sequence[Block]) -> tuple[float, bool] | None:
-    """Return the parameters that the blocks lose, and whether it does not matter which; None where that is unknown."""
+    """Return the number of parameters that blocks lose, and whether it is the same whichever go; None if unknown."""
     shares = recipe.remove.shares
     sizes, whole = [], [sum(p.numel() for p in block.module.parameters()) for block in blocks]
     for block in blocks:
@@ -152,7 +153,7 @@ def _of_blocks(recipe: Recipe, loaded: Loaded, blocks: Sequence[Block]) -> tuple
 
 
 def _left_of(block: Block, shares: Mapping[Removable, float | Left], loaded: Loaded, align: int) -> float | None:
-    """Return the parameters that a block keeps; None where its shapes do not tell."""
+    """Return the number of parameters that a block keeps; None if its shapes do not show it."""
     config = loaded.model.config.get_text_config()
     kept = _share_of_experts(block, shares.get("experts"))
     if kept is None:
@@ -185,26 +186,26 @@ def _kv_heads(config: object) -> int:
 
 @dataclass(frozen=True)
 class _Group:
-    """Matrices of one module: the one that writes hidden states, and those that read them for it."""
+    """Matrices of one module: one that writes hidden states, and those whose outputs it reads."""
 
     writes: Matrix
     reads: Sequence[Matrix]
 
     @property
     def width(self) -> int:
-        """Number of values between them."""
+        """Number of inputs of the writing matrix."""
         return self.writes.shape[1]
 
     @property
     def kind(self) -> Kind | None:
-        """What its values are: of one or two matrices as wide as it reads, channels; of three together, heads."""
+        """Channels if one or two matrices of the writing matrix's width feed it; heads if they are wider together."""
         rows = sum(matrix.shape[0] for matrix in self.reads)
         if rows in (self.width, 2 * self.width) and len({m.shape[0] for m in self.reads}) == 1:
             return "channels"
         return "heads" if rows > self.width else None
 
     def counted(self) -> Iterator[tuple[str, int]]:
-        """Yield the parameters that lose values, and how many they have."""
+        """Yield the parameters that lose values, with their sizes."""
         yield self.writes.parameter, math.prod(self.writes.shape)
         for matrix in self.reads:
             yield matrix.parameter, math.prod(matrix.shape)
@@ -219,7 +220,7 @@ def _groups(block: Block) -> Iterator[_Group]:
     for matrix in find_matrices(block.module, block.name):
         by_module[matrix.name.rpartition(".")[0], matrix.expert].append(matrix)
     for own in by_module.values():
-        if len(own) > 1:  # the last one writes what the others read
+        if len(own) > 1:  # the last one writes hidden states, which the others read
             hidden = own[-1].shape[0]
             reads = [matrix for matrix in own[:-1] if matrix.shape[1] == hidden]
             if reads:
@@ -227,7 +228,7 @@ def _groups(block: Block) -> Iterator[_Group]:
 
 
 def _share_of_experts(block: Block, asked: float | Left | None) -> dict[str, float] | None:
-    """Return the share that stays of every parameter of which some goes with experts; None where they are not alike."""
+    """Return the kept share of each parameter that loses experts, by name; None if experts differ in number."""
     if asked is None:
         return {}
     lists, found = lists_of(block), dict[str, float]()
@@ -239,6 +240,6 @@ def _share_of_experts(block: Block, asked: float | Left | None) -> dict[str, flo
     left = (asked.count if isinstance(asked, Left) else count_left(count, asked)) / count
     for name, parameter in block.module.named_parameters(block.name):
         in_list = any(name.startswith(f"{path}.") for path in lists)
-        if in_list or parameter.shape[0] == count:  # experts, and the rows of what chooses among them
+        if in_list or parameter.shape[0] == count:  # experts, and the router's rows
             found[name] = left
     return found

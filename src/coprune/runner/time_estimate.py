@@ -1,4 +1,4 @@
-"""The time of a run before it starts: its multiplications, counted from shapes, at the rate that this machine has just shown."""
+"""An estimate of a run's time: multiplications counted from shapes, divided by the rate of a short probe."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Tokens:
 def seconds_of(
     recipe: Recipe, solver: Solver, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]
 ) -> float:
-    """Return about how many seconds a run takes on its device; to a factor of three; answers and tasks are not counted.
+    """Estimate the seconds of a run on its device, to a factor of three and without generated answers and tasks.
 
     Args:
         recipe: the settings.
         solver: the resolved method.
-        tokens: how many the run reads.
-        loaded: the model, perhaps without weights.
+        tokens: numbers of tokens that the run reads.
+        loaded: the model, with or without weights.
         blocks: the matrices of every block.
     """
     if recipe.train.minutes is not None:
@@ -63,7 +63,7 @@ def _walking(recipe: Recipe, solver: Solver, tokens: Tokens, blocks: Sequence[Se
         for matrix in (one for own in blocks for one in own):
             outputs, inputs = matrix.shape
             if recipe.remove.parts and outputs >= inputs:
-                continue  # only what writes hidden states loses inputs
+                continue  # only matrices that write hidden states lose inputs
             work += _share(matrix) * 2 * tokens.calibrated * inputs**2 / 2 + inputs**3 + 4 * outputs * inputs**2
     steps = recipe.prune.reconstruct.steps
     return work + 3 * 2 * steps * tokens.seqlen * _weights(blocks)
@@ -91,18 +91,18 @@ def _head(loaded: Loaded) -> int:
 
 
 def _share(matrix: Matrix) -> float:
-    """Return the share of tokens that a matrix sees: an eighth where it is an expert's, as in most mixtures."""
+    """Return the share of tokens that a matrix sees: an eighth for an expert, as in most mixtures."""
     return 1.0 if matrix.expert is None else 1 / 8
 
 
 def _weights(blocks: Sequence[Sequence[Matrix]]) -> float:
-    """Return the weights that a token is multiplied with."""
+    """Return the number of weights that a token is multiplied with."""
     return sum(_share(matrix) * math.prod(matrix.shape) for own in blocks for matrix in own)
 
 
 @torch.no_grad()
 def _rate(device: torch.device) -> float:
-    """Return the multiplications and additions of float32 that a device does in a second."""
+    """Measure a device's float32 operations per second, multiplications and additions counted separately."""
     one = torch.ones(_SIZE, _SIZE, device=device)
     began, done = time.perf_counter(), 0
     while not done or time.perf_counter() < began + _LEAST_SECONDS:

@@ -1,1 +1,1 @@
-"""What a run does from top to bottom where it walks over the blocks: checks, opening, measuring, saving."""
+"""The stages of a run that walks over the blocks: checks, opening, measuring, saving."""

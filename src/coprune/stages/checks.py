@@ -30,7 +30,7 @@ from coprune.removal.unit_scores import score_named, spreading_named
 LARGE_GROUP = 64
 """Group size above which a method is tried on one group."""
 LARGEST_GROUP = 1024
-"""Larger ones are not tried, which takes their cube: hardly any width can be divided by them, and that is told at once."""
+"""Group size above which no trial is made: its cost is cubic, and the check of widths refuses nearly all such groups."""
 
 
 def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver, Target]:
@@ -43,11 +43,11 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     Raises:
         BadInput: a name or option is unknown, or the combination is not possible.
     """
-    if recipe.cuts_and_prunes:  # what is left gets zeros, whose turn comes when the cut is done
+    if recipe.cuts_and_prunes:  # check the pruning that follows the removal, too
         prepare_solver(recipe.model_copy(update={"remove": RemovePart()}), given)
     if recipe.remove.parts:
         _check_names(recipe)
-        # Removal needs Gram matrices, as SparseGPT does, and sets nothing to zero.
+        # Removal needs the same Gram matrices as SparseGPT, but sets no zeros.
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.prune.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.prune.refine)
@@ -70,7 +70,7 @@ def _check_names(recipe: Recipe) -> None:
     score_named(recipe.remove.score_of("units"))
     block_score_named(recipe.remove.score_of("blocks"))
     expert_score_named(recipe.remove.score_of("experts"))
-    if recipe.remove.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
+    if recipe.remove.spreads or not recipe.cuts_and_prunes:  # otherwise the allocation is for the zeros
         spreading_named(recipe.prune.allocation)
 
 
@@ -86,12 +86,12 @@ def _method_of(asked: Choice) -> Method:
 
 
 def check_zeros_after(removed: Collection[str], recipe: Recipe, method: Method | None) -> None:
-    """Check a step whose turn comes late.
+    """Check a later step of a run before the first one starts.
 
     Args:
-        removed: kinds of parts that the whole run removes, after which some blocks have other numbers.
-        recipe: the step's.
-        method: where it was handed over.
+        removed: kinds of parts that the run removes; without some blocks, the others are renumbered.
+        recipe: that of the step.
+        method: the method, if passed as an object.
 
     Raises:
         BadInput: a name or option is unknown, or the combination is not possible.
@@ -119,7 +119,7 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
 
 
 def check_processes(recipe: Recipe, size: int) -> None:
-    """Raise BadInput for what several processes cannot do together."""
+    """Raise BadInput for settings that several processes do not support."""
     if size > 1 and recipe.prune.reconstruct.steps:
         raise BadInput(
             "reconstruct trains on all samples in one process only",
@@ -138,7 +138,7 @@ def check_processes(recipe: Recipe, size: int) -> None:
 
 
 def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
-    """Raise BadInput where the pattern does not divide the inputs of a matrix."""
+    """Raise BadInput if the pattern does not divide the inputs of a matrix."""
     for matrix in matrices:
         if not target.pattern.fits(matrix.shape[1]):
             raise BadInput(
@@ -150,17 +150,17 @@ def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
 
 
 def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
-    """Raise BadInput where the sparsity cannot be spread as asked, as far as no block has to be looked at for that."""
+    """Raise BadInput if the sparsity cannot be allocated as requested, as far as this is known before measuring."""
     if recipe.remove.parts:
         return
     allocation = allocation_named(recipe.prune.allocation)
-    # Whether limits leave room does not depend on what is measured. What experts there are shows when the model runs.
+    # Limits can be checked without measurements, but experts are only known once the model runs.
     if not allocation.looks or all(matrix.expert is None for matrix in model.chosen.all()):
         allocation.allocate(units_of(model.chosen, model.names, shared=not allocation.looks), {}, target)
 
 
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
-    """Return whether the calibration data decides the result: by a statistic, a training, an allocation, a reordering."""
+    """Return whether the result depends on calibration data: by statistics, training, allocation or permutation."""
     if solver.statistic is not None or recipe.prune.reconstruct.steps > 0 or recipe.prune.reshapes:
         return True
     return allocation_named(recipe.prune.allocation).statistic is not None

@@ -1,4 +1,4 @@
-"""The first stages of a run: what can be checked without the blocks' weights, then the proof of the walk."""
+"""The first stages of a run: checks that need no block weights, then the proof of the walk."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from coprune.stages.checks import (
 
 
 def open_run(run: Run, remember: Remember = read_anew) -> Run:
-    """Check everything that can be checked without the blocks, cheap things first, and read the data.
+    """Check everything that can be checked without the blocks' weights, cheapest first, and read the data.
 
     Args:
-        run: what is asked for; takes what is found.
-        remember: where tokenised texts come from, if they were tokenised before.
+        run: the run; its fields are set to what is found.
+        remember: returns tokenised texts, from the store if they were tokenised before.
 
     Returns:
         The run.
 
     Raises:
-        BadInput, UnsupportedModel: for what cannot be done as asked.
+        BadInput, UnsupportedModel: the request cannot be fulfilled.
     """
     recipe, given, reporter = run.recipe, run.given, run.reporter
     if recipe.evaluate.perplexity and recipe.evaluate.data is not None:
@@ -83,7 +83,7 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
         )
     if "experts" in recipe.remove.shares and not may_have_experts(run.found):
         raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
-    # Whether parameters of three dimensions are experts shows when the model runs.
+    # Whether three-dimensional parameters hold experts is only known once the model runs.
     check_widths((matrix for matrix in run.found.chosen.all() if matrix.expert is None), run.target)
     check_allocation(recipe, run.found, run.target)
     run.loaded, run.task = loaded, task_for(recipe, loaded, run.processes, remember)
@@ -91,12 +91,12 @@ def open_run(run: Run, remember: Remember = read_anew) -> Run:
     run.samples = inputs.calibration(needed, reporter) if recipe.reads_calibration else None
     run.domains = _domains(run, remember)
     run.data = run.task.metric.evaluation(reporter)
-    return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
+    return_free_memory()  # tokenising a corpus temporarily takes some hundred bytes per token
     return run
 
 
 def _require_reach(recipe: Recipe) -> None:
-    """Raise BadInput where the text is a corpus of the Hub, which does not answer: before a model is loaded."""
+    """Raise BadInput if the text is on the Hub and the Hub cannot be reached, before a model is loaded."""
     reads_text = "data" in recipe.calibrate.model_fields_set or locates_gguf(recipe.model.name)
     for source in split_sources(recipe.calibrate.data) if reads_text and recipe.reads_calibration else ():
         corpus = HUB_CORPORA.get(source.name)
@@ -125,7 +125,7 @@ def _domains(run: Run, remember: Remember) -> dict[str, Windows]:
 
 
 def prove_run(run: Run) -> None:
-    """Prove that the model can be walked, and say what is left alone.
+    """Prove that the model can be walked, and report what stays unchanged.
 
     Raises:
         UnsupportedModel, NumericalError, BadInput: as `prove_replay`; also if the pattern does not fit a matrix.
@@ -139,7 +139,7 @@ def prove_run(run: Run) -> None:
 
 
 def _settle_bos(run: Run) -> None:
-    """Make windows of text begin as the recipe says, or as the dense model prefers."""
+    """Begin windows of text with a BOS token as the recipe says, or as suits the dense model best."""
     inputs = run.task.inputs.text
     if inputs is None or not (run.looked_at or run.data):
         return

@@ -31,10 +31,10 @@ _KEPT, _PRUNED = "#4c78a8", "#e4793c"
 
 
 def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> None:
-    """Draw a matrix of the dense model, and what Wanda would prune of it, as PNG or SVG.
+    """Plot a matrix of the dense model, and what Wanda would prune of it, as PNG or SVG.
 
-    recipe: the model, the calibration data, pattern and sparsity; name: of the matrix, or a pattern that only it
-    matches; path: ends in .png or .svg. Raises BadInput, also where the extra `report` is not installed.
+    recipe: model, calibration data, pattern and sparsity; name: of the matrix, or a pattern that matches only it; path:
+    ends in .png or .svg. Raises BadInput, also if the extra `report` is not installed.
     """
     if path.suffix not in (".png", ".svg"):
         raise BadInput(f"a plot is a .png or .svg file, not {path.name}", field="output", value=path)

@@ -12,18 +12,18 @@ from coprune.store.place import Identity
 
 
 def may_round_otherwise(recipe: Recipe) -> bool:
-    """Return whether a run may resume with other settings on which only last bits hang.
+    """Return whether a run may resume with different settings that only affect the last bits.
 
-    Not where a step of training takes one batch, nor where what goes from one block must fit what goes from the others.
+    It may not if blocks are trained, since a training step takes one batch, nor if the cuts of blocks must match.
     """
     fits = recipe.remove.parts or recipe.prune.reshapes
     return not (recipe.prune.reconstruct.steps or fits)
 
 
 def weighs_blocks(recipe: Recipe) -> bool:
-    """Return whether blocks are weighed by what a run does with all of the model in memory, and by something else without."""
+    """Return whether blocks are weighted by a measure that differs between streamed models and models in memory."""
     if not recipe.remove.parts:
-        return False  # options of the same name are others for zeros
+        return False  # for zeros, options of the same name mean something else
     by = spreading_named(recipe.prune.allocation)
     return isinstance(by, ByError) and by.tokens > 0
 
@@ -31,7 +31,7 @@ def weighs_blocks(recipe: Recipe) -> bool:
 def run_identity(
     recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None, streams: bool = False
 ) -> Identity:
-    """Return what decides a run's blocks: recipe, model and data. streams: whether the model's blocks stay on the disk."""
+    """Return the identity of a run's blocks: recipe, model and data. streams: whether the model is streamed from disk."""
     settings, rounding = recipe.deciding(Decides.RESULT), recipe.deciding(Decides.ROUNDING)
     if not may_round_otherwise(recipe):
         settings, rounding = settings | rounding, {}

@@ -1,4 +1,4 @@
-"""The stages of a step that walks over the blocks, from top to bottom: opened, measured, changed, measured again, saved."""
+"""The stages of a step that walks over the blocks, in order: open, measure, change, measure again, save."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def run_stages(run: Run, plan: Callable[[Run], None]) -> Result:
     """Run the stages of a step that walks over the blocks.
 
     Args:
-        run: what is asked for.
-        plan: sets `run.change`, once the model is proven.
+        run: the run.
+        plan: sets `run.change` once the model is proven.
     """
     recipe = run.recipe
     with listening(recipe, run.reporter) if run.first else nullcontext(), run.reporter.libraries():
@@ -74,11 +74,11 @@ def estimate(run: Run) -> None:
         run.reporter.say(found.line())
         if run.recipe.model.check_memory:
             found.require()
-    return_free_memory()  # of the blocks and matrices that were tried
+    return_free_memory()  # of the trial matrices and blocks
 
 
 def prove(run: Run) -> None:
-    """Prove that the model can be walked, and that it can be asked what it will be asked."""
+    """Prove that the model can be walked and, if requested, that it can answer the prompts."""
     prove_run(run)
     if run.first:
         say_if_sparse(run)
@@ -86,13 +86,13 @@ def prove(run: Run) -> None:
 
 
 def claim(run: Run) -> None:
-    """Take the run's folders."""
+    """Claim the run's folders."""
     with run.taking() if run.first else nullcontext():
         run.output = Output(run.processes, run.model, _destination(run) if run.first else None)
 
 
 def measure_dense(run: Run) -> None:
-    """Measure of the dense model what was not measured before."""
+    """Measure the dense model, except for what is already stored."""
     run.dense = dense_figures(run, lambda name: measure(run, "dense", name))
     run.extras.look.keep_rows(run.loaded)
 
@@ -106,7 +106,7 @@ def change_blocks(run: Run) -> None:
 
 
 def measure_pruned(run: Run) -> None:
-    """Measure the pruned model, and let it answer; what lost parts as the smaller model that is saved."""
+    """Measure the pruned model and let it answer prompts; if parts were removed, as the smaller model that is saved."""
     run.pruned, recipe = {name: measure(run, "pruned", name) for name in run.data}, run.recipe
     if not run.first:
         return
@@ -137,7 +137,7 @@ STAGES: dict[Phase, Sequence[Callable[[Run], None]]] = {
 
 
 def end(run: Run) -> Result:
-    """Write the report, and give it back with the model."""
+    """Write the report and return it with the model."""
     return_free_memory()
     report = run.finish(run.report.model_copy(update={"phases": run.phases}))
     run.reporter.tell(Finished(final_figures(report)))
@@ -149,7 +149,7 @@ def end(run: Run) -> Result:
 
 
 def _smaller_model(run: Run) -> PreTrainedModel:
-    """Build the model that is left, in memory."""
+    """Build the smaller model in memory."""
     module, edits = run.model.module, run.outcome.edits
     changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
     layout = partial(run.model.weights.layout, "")
@@ -162,7 +162,7 @@ def _destination(run: Run) -> Destination | None:
     keep = recipe.output.model is not None and not recipe.output.as_gguf
     if not keep and not model.weights.streams:
         return None
-    # The beginning of windows is decided by now.
+    # By now it is decided how windows begin.
     used = "auto" if run.bos is None or run.bos.used == "as given" else run.bos.used
     weights = run.loaded.fingerprint(model.every_block)
     identity = run_identity(recipe.replaced(bos=used), weights, run.fingerprint, model.weights.streams)
@@ -173,7 +173,7 @@ def _destination(run: Run) -> Destination | None:
 
 
 def _save(run: Run, report: Report) -> None:
-    """Finish the checkpoint, or let go of it if nobody wants it."""
+    """Finish the checkpoint, or discard it if it is not kept."""
     if not run.output.keep:
         run.output.discard()
         return
@@ -197,7 +197,7 @@ def measure(run: Run, which: str, name: str) -> Measured:
 
 
 def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
-    """Load the model of a run that streamed it; None where it was not saved."""
+    """Load the saved model of a streamed run; None if it was not saved."""
     if folder is None:
         return None
     place = GgufFile(folder, folder.name) if folder.is_file() else ModelFolder(folder, str(folder))
@@ -205,9 +205,9 @@ def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
 
 
 def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -> Words:
-    """Return settings with which a run takes less memory: those that let it resume, and those that start it again.
+    """Return settings that reduce a run's memory: those with which it can resume, and those that need a new start.
 
-    device: whose memory is short; in_memory: whether the model was passed in, and so stays in memory.
+    device: the one short of memory. in_memory: whether the model was passed in, and so stays in memory.
     """
     calibration = recipe.calibrate
     batch = [Set("batch_size", 1)] if calibration.batch_size != 1 else []
@@ -225,7 +225,7 @@ def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -
     begun = ("Begun anew, it takes less with ", Together(tuple(anew)))
     if not onward:
         return begun
-    # Finished blocks lie in the checkpoint that is being made, if there is one.
+    # A run can only resume if its finished blocks were written to a checkpoint.
     goes_on = (recipe.output.model is not None and not recipe.output.as_gguf) or streams(recipe)
     first = "the same run goes on after its last finished block with " if goes_on else "it takes less with "
     return (first, Together(tuple(onward)), ". ", *begun)

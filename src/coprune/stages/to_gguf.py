@@ -1,4 +1,4 @@
-"""A run that makes a GGUF file of another one: experts and blocks are chosen as in any run, and left out of the file's bytes."""
+"""Runs from GGUF file to GGUF file: experts and blocks are chosen as in any run, and their bytes left out of the copy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _INSTEAD: Words = ("name a folder, and run: ", Command("export", "FOLDER", "OUT.
 
 
 def require_gguf_source(recipe: Recipe, given: Given) -> None:
-    """Raise BadInput where a GGUF file should be made of something else."""
+    """Raise BadInput if a GGUF file is requested of a model that is not one."""
     if given.loaded is not None or not locates_gguf(recipe.model.name):
         raise _refused(recipe, "the model is no such file" if given.loaded is None else "the model is in memory")
 
 
 def refuse_other_changes(recipe: Recipe, given: Given) -> None:
-    """Raise BadInput where more is asked for than to leave experts and blocks out of a GGUF file."""
+    """Raise BadInput if a GGUF file is requested with changes other than the removal of experts and blocks."""
     require_gguf_source(recipe, given)
     kinds = [kind for kind in recipe.remove.kinds if kind not in ("experts", "blocks")]
     if kinds:
@@ -52,14 +52,14 @@ def _refused(recipe: Recipe, why: str) -> BadInput:
 
 
 def cut_of(run: Run, routers: Mapping[str, Sequence[Tensor]]) -> GgufParts | None:
-    """Return the file that a run makes another one of; None where it does not.
+    """Return the source file of a run that writes GGUF, prepared for the removal; None for other runs.
 
     Args:
-        run: what it is asked and has found.
-        routers: by block, the matrices that choose among experts, where some of these go.
+        run: the run.
+        routers: the routers' matrices by block, for blocks that lose experts.
 
     Raises:
-        UnsupportedModel: its blocks or routers are not those of the model that was made of it.
+        UnsupportedModel: the file's blocks or routers differ from the loaded model's.
     """
     recipe = run.recipe
     if not recipe.output.as_gguf:
@@ -74,7 +74,7 @@ def cut_of(run: Run, routers: Mapping[str, Sequence[Tensor]]) -> GgufParts | Non
 
 
 def _values(weights: Weights, block: Block, parameter: Tensor) -> Tensor:
-    """Return a parameter of a block that may be on the disk."""
+    """Return a parameter of a block, from the file if it is not loaded."""
     if not parameter.is_meta:
         return parameter
     assert isinstance(weights, LazyGguf)

@@ -1,4 +1,4 @@
-"""The report of several steps: what the last one measured, beside the dense model, with what all of them did."""
+"""The report of several steps: the last one's measurements next to the dense model's, with the changes of all steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _OF_IMAGES = ("dense_top1", "dense_top1_interval", "dense_top5")
 
 
 def report_with_change(recipe: Recipe, before: Report, own: Report) -> Report:
-    """Return the report of all steps so far, of which the last changed the model.
+    """Return the report of all steps so far, whose last one changed the model.
 
     Args:
-        recipe: of all steps.
-        before: the report of those before the last.
-        own: of the last.
+        recipe: the recipe of all steps.
+        before: the report of the steps before the last.
+        own: the report of the last step.
     """
     texts = {text.data: text.dense for text in before.perplexity}
     images = {one.data: {name: getattr(one, name) for name in _OF_IMAGES} for one in before.accuracy}
@@ -53,7 +53,7 @@ def report_with_change(recipe: Recipe, before: Report, own: Report) -> Report:
 
 
 def report_with_training(recipe: Recipe, before: Report, own: FinetuneReport) -> Report:
-    """Return the report of all steps, of which the last is a training. Arguments as of `report_with_change`."""
+    """Return the report of all steps, whose last one is a training. Arguments as for `report_with_change`."""
     facts = FinetunedFacts(
         mode=str(own.settings.train.mode),
         steps=own.steps,

@@ -1,4 +1,4 @@
-"""The steps that a recipe may come to, in the order in which they are done."""
+"""The steps of a recipe, in the order in which they are executed."""
 
 from __future__ import annotations
 

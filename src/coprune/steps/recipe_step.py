@@ -1,4 +1,4 @@
-"""A step of a recipe, in the folders and with the report of a run."""
+"""The steps that make up a recipe's run."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ from coprune.stages.to_gguf import refuse_other_changes
 from coprune.steps.joined import report_with_change
 
 UNTOLD: dict[str, Any] = {"report_to": None, "log_json": None}
-"""Settings of a recipe that hears of the whole run elsewhere."""
+"""Settings that keep a step from logging, since the whole run logs."""
 UNIFORM = Choice(name="uniform")
 UNASKED: dict[str, Any] = {"generate": None, "require": None}
-"""Settings of a recipe whose model is not asked anything."""
+"""Settings that keep a step's model from answering prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOfRecipe(Step):
-    """A step that a recipe comes to: it changes the run's model, or what the step before left."""
+    """A step of a recipe: it changes the run's model, or the result of the step before."""
 
     leaves_dense: ClassVar[bool] = False
-    """Whether the steps after it take what it leaves for the dense model."""
+    """Whether later steps treat its result as the dense model."""
     always_saves: ClassVar[bool] = False
-    """Whether it leaves a model in a folder, also where nobody asks for that."""
+    """Whether it saves its model even if that was not requested."""
 
     recipe: Recipe
-    """Its own."""
+    """The recipe of this step."""
     whole: Run
-    """The run that it is a step of."""
+    """The whole run."""
     is_one_of_several: bool
 
     @classmethod
     def of(cls, recipe: Recipe, folder: Path | None, run: Run, is_one_of_several: bool) -> Self:
-        """Return a step with the settings of its own that decide its result, and what is measured of it."""
+        """Return a step, whose key holds the settings that decide its result."""
         texts = _digest_of([text.name for text in split_texts(recipe.evaluate.data)])
         return cls(
             folder=folder if run.write else None,
@@ -77,35 +77,35 @@ class StepOfRecipe(Step):
     @classmethod
     @abstractmethod
     def is_asked(cls, recipe: Recipe) -> bool:
-        """Return whether a recipe comes to this step."""
+        """Return whether a recipe requires this step."""
 
     @classmethod
     @abstractmethod
     def part_of(cls, recipe: Recipe) -> Recipe:
-        """Return the recipe of this step alone, where a recipe comes to several."""
+        """Return the recipe of this step alone, from one of several steps."""
 
     @classmethod
     @abstractmethod
     def told(cls, recipe: Recipe, chosen: Chosen, blocks: Sequence[Block]) -> str:
-        """Return in a line what it would do. recipe: its own. Raises BadInput for what shapes show to be impossible."""
+        """Describe the step in one line. recipe: of this step. Raises BadInput if the shapes show it to be impossible."""
 
     @abstractmethod
     def do(self, run: Run) -> Left:
-        """Do the step as a run of its own."""
+        """Execute the step as a run."""
 
     def joined(self, recipe: Recipe, before: Report, own: BaseModel) -> Report:
         """Return the report of the steps so far.
 
         Args:
-            recipe: of all steps.
-            before: the report of those before this one.
-            own: the record of this one.
+            recipe: the recipe of all steps.
+            before: the report of the steps before this one.
+            own: the record of this step.
         """
         assert isinstance(own, Report)
         return report_with_change(recipe, before, own)
 
     def check(self) -> None:
-        """Check what would otherwise be found late. Raises BadInput."""
+        """Check early what would otherwise fail late. Raises BadInput."""
         recipe, given = self.whole.recipe, self.whole.given
         if recipe.output.as_gguf:
             refuse_other_changes(recipe, given)
@@ -113,11 +113,11 @@ class StepOfRecipe(Step):
             check_zeros_after(recipe.remove.kinds, self.recipe, given.method)
 
     def sources(self, before: Left | None) -> list[str]:
-        """Return the digests of its model and of the files that it reads."""
+        """Return the digests of its source model and of the files that it reads."""
         return [self._as_run(before).source_digest(), _files_read(self.recipe)]
 
     def finished(self, before: Left | None) -> Left | None:
-        """Return what lies whole in its folder; where only the report's name is wanting, it gets that."""
+        """Return the finished result in its folder, if any; a report that was only announced is finished first."""
         recipe = self._as_run(before).recipe
         model = recipe.output.model
         if (report := announced(recipe)) is not None:
@@ -127,34 +127,34 @@ class StepOfRecipe(Step):
         return None if report is None else Left(report, model)
 
     def clear(self) -> None:
-        """Remove the model of the run, and what is there of it."""
+        """Remove its model, finished or not."""
         if (model := self.recipe.output.model) is not None:
             discard_unfinished(model)
             if is_coprunes(model):
                 shutil.rmtree(model)
 
     def run(self, before: Left | None, taking: Taking) -> Left:
-        """Do the step, with a recipe in its folder."""
+        """Execute the step and write its recipe into its folder."""
         run = self._as_run(before)
 
         @contextmanager
         def taken() -> Iterator[None]:
             with taking():
                 yield
-                if run.write:  # the whole run's where that is all
+                if run.write:  # for a run of one step, that of the run
                     write_text(run.recipe.run_folder / RECIPE_FILE, run.recipe.untold().to_yaml())
 
         run.taking = taken if self.is_one_of_several else taking
         return self.do(run)
 
     def found_before(self, report: Report) -> dict[str, Any]:
-        """Return settings that the step before has found, so that all figures are of the same windows."""
+        """Return settings decided by the step before, so that all steps measure the same windows."""
         if report.bos is None or report.bos.used == "as given":
             return {}
-        return {"bos": report.bos.used}  # as the dense model spoke for
+        return {"bos": report.bos.used}  # decided by the dense model
 
     def _as_run(self, before: Left | None) -> Run:
-        """Return the step as a run, with the source that the step before left, and its choice of how texts begin."""
+        """Return the step as a run, on the result of the step before and with its decisions."""
         whole = self.whole
         if before is None:
             return replace(whole, recipe=self.recipe)
@@ -170,19 +170,19 @@ class StepOfRecipe(Step):
 
 
 def without_training(recipe: Recipe) -> Recipe:
-    """Return the recipe of what comes before a training, which asks the model itself."""
+    """Return the recipe of the steps before training; training itself lets the model answer prompts."""
     if recipe.train.mode is None:
         return recipe
     return recipe.model_copy(update={"train": TrainPart()}).replaced(**UNASKED)
 
 
 def allocates_units(recipe: Recipe) -> bool:
-    """Return whether a recipe's allocation is of channels and heads over blocks, and not of zeros over matrices."""
+    """Return whether a recipe allocates channels and heads to blocks, rather than zeros to matrices."""
     return recipe.remove.spreads and recipe.prune.allocation.name in SPREADINGS
 
 
 def _files_read(recipe: Recipe) -> str:
-    """Return the digest of the files beside its model that decide what a recipe makes."""
+    """Return the digest of all files besides the model that decide a recipe's result."""
     names = [source.prompts or source.name for source in split_sources(recipe.calibrate.data)]
     names += [*recipe.remove.texts.values(), *shares_of(recipe.remove.vocabulary_text, "vocabulary_text")]
     names += [] if recipe.remove.kept_scores is None else [str(recipe.remove.kept_scores)]
@@ -191,5 +191,5 @@ def _files_read(recipe: Recipe) -> str:
 
 
 def _digest_of(names: Sequence[str]) -> str:
-    """Return the digest of those files that there are."""
+    """Return the digest of those names that are files."""
     return digest_of_files((path for name in names if (path := split_column(name)[0]).is_file()), named=False)

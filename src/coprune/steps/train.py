@@ -75,7 +75,7 @@ class Train(StepOfRecipe):
 def training_of(recipe: Recipe) -> Recipe:
     """Return the recipe of the training alone: the same data, seed, measurements and device."""
     # A default dataset stays unset, since it depends on the model.
-    # Of several the largest that is text as it stands: a training reads one.
+    # Training reads one source: the largest that is plain text.
     sources = split_sources(recipe.calibrate.data)
     plain = [source for source in sources if source.is_text and not reads_conversations(source)]
     named = "data" in recipe.calibrate.model_fields_set and plain

@@ -68,7 +68,7 @@ class Gguf(Sliced):
         return self.sizes(self.slices(kept))
 
     def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
-        """Write the file with the tokens that stay; it has no place for a card.
+        """Write the file with the kept tokens; a GGUF file has no place for a card.
 
         Raises:
             BadInput: the target exists.

@@ -49,10 +49,10 @@ def find_tables(
     """Find every tensor of a folder that has rows for tokens.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         config: the content of its configuration.
         entries: its tensors.
-        kept: the tokens that stay.
+        kept: the tokens to keep.
 
     Returns:
         Tables by tensor name, and the configuration's new vocabulary sizes by old.

@@ -1,7 +1,7 @@
-"""Tasks: what a model reads, and how it is measured.
+"""Tasks: the data that a model reads, and its metric.
 
-A run asks its task for samples to calibrate on, for data to measure on, and for the measurement; blocks, matrices,
-methods, the walk and the checkpoint know nothing of it. The tasks are the entries of one table.
+A run gets calibration samples, evaluation data and the measurement from its task; blocks, matrices, methods, the walk and
+the checkpoint do not depend on it. All tasks are entries of one table.
 """
 
 from __future__ import annotations
@@ -37,54 +37,54 @@ Asked = TypeVar("Asked", bound=Data)
 
 
 class Inputs(Protocol[Batch]):
-    """What a model reads."""
+    """The data that a model reads."""
 
     @property
     def text(self) -> TextInputs | None:
-        """Windows of text and their length; None for images."""
+        """Windows of text with their length; None for images."""
         ...
 
     def calibration(self, needed: bool, reporter: Reporter) -> Samples[Batch] | None:
-        """Draw the calibration samples; None if nothing needs them.
+        """Draw the calibration samples; None if they are not needed and cannot be read.
 
-        needed: whether all of them are, or just a few to measure layer errors on.
+        needed: whether the run depends on them; otherwise they only serve to measure layer errors.
         """
         ...
 
     def probe(self, samples: Samples[Batch] | None, data: Mapping[str, Data]) -> Tensor:
-        """Return one sample for proving the replay."""
+        """Return one sample with which to prove the replay."""
         ...
 
     def batches(self, samples: Batch, marks: Tensor | None = None) -> Sequence[Tensor]:
-        """Cut calibration samples into batches of one length on the model's device.
+        """Split calibration samples into batches of equal length on the model's device.
 
-        marks: something of every token, samples × S, which is cut likewise and given instead.
+        marks: a value per token (samples × S), to be split likewise and returned instead.
         """
         ...
 
 
 class Metric(Protocol[Asked]):
-    """What is measured of a model, and on which data."""
+    """A measurement of a model, and its data."""
 
     name: str
     figures: tuple[str, ...]
-    """What is measured, as requirements call it."""
+    """Names of its figures in requirements."""
 
     def evaluation(self, reporter: Reporter) -> dict[str, Asked]:
-        """Open everything that is measured on, by name; empty if nothing is asked for or known."""
+        """Open all evaluation data, by name; empty if none is requested or known."""
         ...
 
     def measure(self, data: Asked, advance: Advance, walked: Walked | None = None) -> Measured:
-        """Measure the model as it is now, together with the other processes of a run.
+        """Measure the model in its present state, together with the other processes of a run.
 
-        walked: the model of a run; None for one that is whole in memory.
+        walked: the model of a run; None for one that is completely in memory.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a model reads, and how it is measured."""
+    """The data that a model reads, and its metric."""
 
     inputs: Inputs[Any]
     metric: Metric[Any]
@@ -106,13 +106,13 @@ def task_for(recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remem
     """Return the task of a loaded model.
 
     Args:
-        recipe: what is asked for.
+        recipe: the recipe.
         loaded: the model.
-        processes: those that measure together.
-        remember: where tokenised texts come from, if they were tokenised before.
+        processes: the processes that measure together.
+        remember: returns tokenised texts, from the store if they were tokenised before.
 
     Raises:
-        BadInput: for settings that make no sense for the model.
+        BadInput: a setting does not apply to such models.
     """
     make_inputs, make_metric = TASKS[loaded.task]
     inputs = make_inputs(recipe, loaded, processes, remember)

@@ -1,4 +1,4 @@
-"""Models that embed texts: the vectors of passages, in which a pruned model is held against the dense one."""
+"""Embedding models: vectors of passages, by which the pruned model is compared with the dense one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
 PASSAGE = 128
-"""Tokens of a passage that is embedded, if nobody asks for another length."""
+"""Default tokens of an embedded passage."""
 PASSAGES = 1024
-"""Maximum number of passages, each of which is compared with all others."""
+"""Maximum number of passages; each is compared with all others."""
 
 
 class PassageVectors:
-    """Vectors of passages, pooled as the model's folder says."""
+    """Vectors of passages, pooled as configured in the model's folder."""
 
     name = "Embeddings"
     figures: tuple[str, ...] = ("cosine", "overlap")
@@ -87,7 +87,7 @@ class Pooling:
         return cls()
 
     def of_hidden(self, hidden: Tensor) -> Tensor:
-        """Return a unit vector per text: B × (modes · H) float32. hidden: B × S × H, without padding."""
+        """Pool hidden states to one unit vector per text: B × (modes · H) float32. hidden: B × S × H, without padding."""
         found = torch.cat([_pooled(hidden.to(torch.float32), mode) for mode in self.modes], dim=-1)
         return torch.nn.functional.normalize(found, dim=-1)
 

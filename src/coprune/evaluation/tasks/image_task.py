@@ -1,4 +1,4 @@
-"""Image classifiers: images to calibrate on, and accuracy."""
+"""Image classifiers: calibration images, and accuracy."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from coprune.evaluation.tasks.task import Data, Remember, Walked, joined, read_a
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
-BATCH_VALUES = 2**22  # of pixels: 27 images of 224 × 224
-STREAMED_IMAGES = 2048  # whose hidden states are in memory at once; every part reads all streamed blocks
+BATCH_VALUES = 2**22  # pixel values in a batch: 27 images of 224 × 224
+STREAMED_IMAGES = 2048  # images whose hidden states fit in memory together; each such part reads all streamed blocks
 
 
 class ImageInputs:
-    """Images, as a classifier's own transforms make them. Takes what `TextInputs` does; refuses what only text has."""
+    """Images after a classifier's own transforms. Arguments as for `TextInputs`; refuses settings for text."""
 
     text = None
 
@@ -52,7 +52,7 @@ class ImageInputs:
             )
 
     def named(self, names: str | None) -> str:
-        """Return the requested images: by these names, or the dataset, whose default is a text."""
+        """Return the names of the requested images, by default the dataset. Raises BadInput if that is the default text."""
         if names is None and "data" not in self.recipe.calibrate.model_fields_set:
             raise BadInput(
                 f"{self.loaded.source} classifies images, but no images are named",
@@ -88,12 +88,12 @@ class ImageInputs:
         return draw_images(images, self.transform, nsamples, recipe.calibrate.seed)
 
     def training_images(self) -> tuple[LabelledImages, Tensor]:
-        """Return the images of the dataset, and their labels (N int64) in the model's numbering."""
+        """Return the images of the dataset with their labels (N int64) in the model's numbering."""
         images = labelled_images(self.named(None), "calibration", self.recipe.model.cache_dir)
         return images, self.labels(images)
 
     def labels(self, images: LabelledImages) -> Tensor:
-        """Return the labels of images in the model's numbering: N int64. Raises BadInput for one that it does not have."""
+        """Return the labels of images in the model's numbering: N int64. Raises BadInput for an unknown class."""
         classes = self.loaded.model.config.id2label
         return labels_for(images, classes, len(classes or {}))
 
@@ -108,7 +108,7 @@ class ImageInputs:
         return torch.split(samples.to(self.loaded.device), self.batch_size(samples))
 
     def batch_size(self, pixels: Tensor) -> int:
-        """Return the number of images per batch. pixels: images."""
+        """Return the number of images per batch. pixels: the images."""
         return self.recipe.calibrate.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
 
 
@@ -130,7 +130,7 @@ class ImageAccuracy:
                 images = labelled_images(name, "evaluation", recipe.model.cache_dir).first(recipe.evaluate.images)
                 if len(images) == 0:
                     raise BadInput(f"{name} holds no image")
-                self._inputs.labels(images)  # refuses labels that the model does not have
+                self._inputs.labels(images)  # raises for unknown labels
             found[name] = images
         return found
 
@@ -139,7 +139,7 @@ class ImageAccuracy:
         own = inputs.processes.share(torch.arange(len(data))).tolist()
         size = inputs.batch_size(inputs.transform([data.image(0)]))
         if walked is not None and len(own) > STREAMED_IMAGES:
-            walked = replace(walked, activations=None)  # which are for one part
+            walked = replace(walked, activations=None)  # these are for a single part
         for start in range(0, len(own), STREAMED_IMAGES):
             part = image_batches(data, inputs.transform, size, own[start : start + STREAMED_IMAGES])
             ranked += scored(inputs.loaded, part, lambda logits, _: rank_classes(logits), (advance, len(own)), walked)

@@ -1,4 +1,4 @@
-"""Classifiers of texts, of pairs of texts or of words, and rerankers: accuracy on a file with labels."""
+"""Classifiers of texts, text pairs or words, and rerankers: accuracy on a labelled file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from coprune.model.walk.block_calls import input_device
 
 
 class LabelAccuracy:
-    """Accuracy on a file with labels, of the whole model: texts are of many lengths."""
+    """Accuracy on a labelled file; only for models in memory, since texts have many lengths."""
 
     name = "Accuracy"
     figures: tuple[str, ...] = ("accuracy",)
@@ -64,7 +64,7 @@ class LabelAccuracy:
         ranked: dict[int, Tensor] = {}
         model, device = self._inputs.loaded.model, input_device(self._inputs.loaded.model)
         with evaluating(model), torch.inference_mode():
-            for length, places in alike.items():  # texts of one length, so that none is filled up
+            for length, places in alike.items():  # texts of one length, so that none is padded
                 size = self._together(length)
                 for part in (places[start : start + size] for start in range(0, len(places), size)):
                     inputs = {k: torch.cat([read[p][0][k] for p in part]).to(device) for k in read[part[0]][0]}
@@ -78,13 +78,13 @@ class LabelAccuracy:
         return aggregate_accuracy(torch.cat([ranked[p] for p in order]), labels).model_copy(update={"unit": unit})
 
     def _together(self, length: int) -> int:
-        # A model that uses a text's last token needs the padding token.
+        # Models that classify by the last token find it by the padding token.
         if self._config.get_text_config().pad_token_id is None:
             return 1
         return self._inputs.recipe.calibrate.batch_size or max(1, 4096 // length)
 
     def _tokens(self, row: LabelledText) -> tuple[dict[str, Tensor], list[int]]:
-        """Return a text's tokens, and the first token of every word."""
+        """Tokenise a text; return its tokens and the index of each word's first token."""
         tokenizer: Any = self._inputs.tokenizer
         limit = min(int(tokenizer.model_max_length), self._inputs.seqlen)
         text, options = row.text, {"truncation": True, "max_length": limit, "return_tensors": "pt", "verbose": False}
@@ -98,10 +98,10 @@ class LabelAccuracy:
         return dict(encoded), first
 
     def _ranked(self, logits: Tensor, first: list[int]) -> Tensor:
-        """Return the classes of a text or of its words, likeliest first. logits: 1 or S × classes."""
+        """Return the classes of a text or of its words, the likeliest first. logits: 1 or S × classes."""
         own = logits[first] if self._each_word else logits[:1]
         if own.shape[-1] > 1:
             return rank_classes(own)
         if bool(own.isnan().any()):
             raise NumericalError("the model's output is NaN for some texts")
-        return (own > 0).to(torch.int64)  # a score, as rerankers give it
+        return (own > 0).to(torch.int64)  # a single score, from a reranker

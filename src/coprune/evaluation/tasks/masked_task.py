@@ -1,4 +1,4 @@
-"""Models that fill in masked tokens: pseudo-perplexity, on windows of plain text between the tokenizer's marks."""
+"""Masked language models: pseudo-perplexity on windows of plain text with the tokenizer's special tokens around them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from coprune.evaluation.tasks.task import Walked, joined, scored
 from coprune.evaluation.tasks.text_task import TextInputs
 
 MASKED_APART = 7
-"""Distance of masked tokens, for about the 15 % that such models are trained with."""
+"""One token in this many is masked, about the 15 % that such models are trained with."""
 
 
 class PseudoPerplexity:
-    """Pseudo-perplexity (arXiv 1910.14659), with one token of seven masked at a time."""
+    """Pseudo-perplexity (arXiv 1910.14659), with one token in seven masked at a time."""
 
     name = "Pseudo-perplexity"
     figures: tuple[str, ...] = ("perplexity",)
@@ -51,14 +51,14 @@ class PseudoPerplexity:
         parts = ((batch.masked_fill(where, mask), (batch, where)) for batch in own for where in turns)
         progress = advance, MASKED_APART * sum(map(len, own))
         found = scored(inputs.loaded, parts, lambda logits, beside: _masked_nll(logits, *beside), progress, walked)
-        # Of every batch there are seven scores, which cover each of its tokens once.
+        # Every batch has seven scores, which together cover each token once.
         sums = [sum(found[i + 1 : i + MASKED_APART], found[i]) for i in range(0, len(found), MASKED_APART)]
         count = int(text.sum())
         nll = joined(inputs.processes, sums) / count
         return aggregate(nll, inputs.seqlen).model_copy(update={"masked": True, "tokens": len(nll) * count})
 
     def masked_at_random(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask random tokens, one of seven. Returns windows (N × S int64) and what is masked, elsewhere `NOTHING`."""
+        """Mask one token in seven at random; return the windows (N × S int64), and the masked tokens with `NOTHING` elsewhere."""
         seeded = torch.Generator().manual_seed(self._inputs.recipe.calibrate.seed)
         there = torch.rand(windows.shape, generator=seeded) < 1 / MASKED_APART
         there[:, : self._inside.start] = there[:, self._inside.stop :] = False
@@ -66,9 +66,9 @@ class PseudoPerplexity:
 
 
 def _masked_nll(logits: Tensor, original: Tensor, where: Tensor) -> Tensor:
-    """Return the summed negative log likelihood of every window's masked tokens in nats: B float64, on the CPU.
+    """Return the summed negative log likelihood of each window's masked tokens in nats: B float64, on the CPU.
 
-    logits: B × S × vocabulary; original: B × S int64; where: S bool.
+    logits: B × S × vocabulary; original: B × S int64; where: the masked positions, S bool.
     """
     found = []
     for rows, targets in zip(logits[:, where.to(logits.device)], original[:, where].to(logits.device), strict=True):

@@ -1,4 +1,4 @@
-"""Encoders with decoders that write one text for another: pairs to calibrate on, and the perplexity of targets."""
+"""Encoder-decoders that turn one text into another: calibration pairs, and the perplexity of targets."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from coprune.model.loaded_model import Loaded
 from coprune.recipe.recipe import Recipe
 
 LENGTH = 512
-"""Tokens of a source, or of a target, if nobody asks for another number: more than most pairs have."""
+"""Default maximum tokens of a source, or of a target; more than most pairs have."""
 HELD_OUT = 10
-"""Of so many pairs of the user's own one is measured on, where nothing else is named."""
+"""One in this many of the user's pairs is held out for evaluation, unless other data is named."""
 
 
 class PairInputs:
-    """Pairs of a file, or made of plain text. Takes and raises what `TextInputs` does."""
+    """Pairs from a file, or made from plain text. Arguments and errors as for `TextInputs`."""
 
     def __init__(
         self, recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew
@@ -50,10 +50,10 @@ class PairInputs:
 
     @property
     def start(self) -> int:
-        """The token that the decoder begins with."""
+        """The first token of the decoder."""
         model: Any = self._loaded.model
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        with suppress(ValueError, AttributeError):  # of a configuration that does not say
+        with suppress(ValueError, AttributeError):  # a configuration without it
             if shift is not None:
                 return int(shift(labels=torch.tensor([[5, 6]]))[0, 0])
         config = model.config
@@ -67,11 +67,11 @@ class PairInputs:
         return None if windows is None else self.made_of(windows)
 
     def made_of(self, windows: Windows) -> Samples[Pairs]:
-        """Make pairs of windows of text that lie between the marks."""
+        """Make pairs from windows of text, which include the special tokens around them."""
         return from_text(windows, self._loaded.tokenizer, self.text.marks, self.start)
 
     def own_pairs(self, reporter: Reporter) -> Samples[Pairs] | None:
-        """Return the pairs of the calibration data; None where it is plain text."""
+        """Return the pairs of the calibration data; None if it is plain text."""
         return self._tokenised(self._rows(), self._named) if holds_pairs(self._named) else None
 
     def _drawn(self, nsamples: int, reporter: Reporter) -> Samples[Pairs]:
@@ -82,7 +82,7 @@ class PairInputs:
         return self._tokenised(rows[:nsamples], self._named)
 
     def _rows(self) -> list[tuple[str, str]]:
-        """Return the pairs of the calibration data in a random order, without those that are measured on."""
+        """Return the pairs of the calibration data in random order, without the held-out ones."""
         rows = read_pairs(self._named)
         if self._recipe.evaluate.perplexity and self._recipe.evaluate.data is None:
             rows = rows[: len(rows) - len(rows) // HELD_OUT]
@@ -96,7 +96,7 @@ class PairInputs:
         return Samples(pairs, pair_fingerprint(pairs), name)
 
     def opened(self, name: str, held_out: bool = False) -> EvaluationPairs:
-        """Open pairs to measure on, or a text to make them of. held_out: the part that calibration leaves out."""
+        """Open pairs for evaluation, or a text to make them from. held_out: whether to open the held-out part."""
         if not holds_pairs(name):
             text = self.text.opened(name, held_out)
             windows = cut_windows(text.tokens, self.text.seqlen)
@@ -150,15 +150,15 @@ class TargetPerplexity:
         found = scored(text.loaded, parts, _numbered_nll, (advance, len(own)), walked)
         numbered, count = joined(text.processes, found), len(data.tokens)
         nll = numbered[numbered[:, 0].argsort(), 1]
-        # Every token counts alike, so that the mean over pairs is the mean over tokens.
+        # Weighted by the number of tokens, so that the mean over pairs is the mean over tokens.
         figure = aggregate(nll * len(nll) / count, data.pairs.shape[1])
         return figure.model_copy(update={"targets": True, "tokens": count})
 
 
 def _numbered_nll(logits: Tensor, beside: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the number of every pair and the summed negative log likelihood of its target in nats: B × 2 float64, on the CPU.
+    """Return each pair's number and its target's summed negative log likelihood in nats: B × 2 float64, on the CPU.
 
-    beside: numbers (B int64), and what the decoder reads (B × T int64).
+    beside: the pairs' numbers (B int64), and the decoder's inputs (B × T int64).
     """
     numbers, tokens = beside
     return torch.stack([numbers.double(), (window_nll(logits, tokens) * (tokens.shape[1] - 1)).cpu()], dim=1)

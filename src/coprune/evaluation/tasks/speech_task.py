@@ -1,4 +1,4 @@
-"""Models that write what they hear: recordings to calibrate on, and word errors."""
+"""Speech recognition: recordings to calibrate on, and word error rates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from coprune.recipe.recipe import Recipe
 
 
 class SpeechInputs:
-    """Pairs of the features of recordings and their words. Takes and raises what `TextInputs` does."""
+    """Pairs of a recording's features and its transcript. Arguments and errors as for `TextInputs`."""
 
     def __init__(
         self, recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew
@@ -62,7 +62,7 @@ class SpeechInputs:
         return Samples(pairs, pair_fingerprint(pairs), f"{found.source}{how}")
 
     def own_pairs(self, reporter: Reporter) -> Samples[Pairs] | None:
-        """Return the recordings of the calibration data with their words. Raises BadInput if words are missing."""
+        """Return the recordings of the calibration data with their transcripts. Raises BadInput if one is missing."""
         rows = read_recordings(self._recipe.calibrate.data).rows
         if (silent := next((row for row in rows if row.said is None), None)) is not None:
             raise BadInput(f"nobody tells what is said in {silent.file}", field="dataset", fix=HINT)
@@ -89,7 +89,7 @@ class SpeechInputs:
         options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt"}
         try:
             found = extractor(list(waves), **options)
-        except ValueError:  # it pads to no length of its own
+        except ValueError:  # it has no default length to pad to
             found = extractor(list(waves), padding=True, **options)
         features: Tensor = found[name]
         return features
@@ -107,7 +107,7 @@ class SpeechInputs:
 
     @torch.inference_mode()
     def transcripts(self, features: Tensor) -> list[str]:
-        """Return what the model hears. features: N × features."""
+        """Transcribe recordings. features: N × features."""
         model: Any = self._loaded.model
         tokenizer: Any = self._loaded.tokenizer
         found: list[str] = []
@@ -122,7 +122,7 @@ class SpeechInputs:
 
 
 class WordErrors:
-    """What the whole model hears in recordings, and its word errors where their words are known."""
+    """Transcripts of recordings by a model in memory, and word errors if reference transcripts are known."""
 
     name = "Word error"
     figures: tuple[str, ...] = ("word_error", "alike")

@@ -1,4 +1,4 @@
-"""What the tasks share: the kinds of data, and how a model's outputs are scored, whole in memory or block by block."""
+"""Common parts of the tasks: kinds of data, and scoring of a model's outputs, in memory or block by block."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Beside = TypeVar("Beside")
 
 
 class Remember(Protocol):
-    """Gives what was read before under the same key, or reads it now."""
+    """Returns what was read before under the same key, or reads it now."""
 
     def __call__(self, key: tuple[Hashable, ...], read: Callable[[], Tokens], /) -> Tokens: ...
 
@@ -68,13 +68,13 @@ def scored(
 
     Args:
         loaded: the model.
-        parts: batches, each with what its score needs beside the outputs. A streamed model takes all of them at once.
-        score: (logits or hidden states, what stands beside the batch) → what is kept of the batch.
-        progress: receives the share that was done; the total number of inputs, which may be in several calls.
+        parts: batches, each with additional inputs of its score. A streamed model processes all batches together.
+        score: (logits or hidden states, additional inputs) → the batch's scores.
+        progress: called with the share just done, and the total number of inputs, which may be spread over several calls.
         walked: the model of a run; None for one in memory.
 
     Returns:
-        What was kept of every batch, in order.
+        The scores of every batch, in order.
     """
     advance, total = progress
     if walked is not None and walked.model.weights.streams:
@@ -101,5 +101,5 @@ def scored(
 
 
 def joined(processes: Processes, scores: Sequence[Tensor]) -> Tensor:
-    """Join the scores of all processes, in the order of their shares."""
+    """Concatenate the scores of all processes, in the order of their shares."""
     return torch.cat([one for own in processes.gather(list(scores)) for one in own])

@@ -1,4 +1,4 @@
-"""Language models: windows of text to calibrate on, and perplexity."""
+"""Language models: calibration on windows of text, and perplexity."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class TextInputs:
     """Windows of text.
 
     Args:
-        recipe: what is asked for.
+        recipe: the recipe.
         loaded: the model.
-        processes: those that read and measure together.
-        remember: where tokenised texts come from, if they were tokenised before.
-        whole: whether the model reads a text as a whole and writes none; its windows lie between the marks that its
+        processes: the processes that read and measure together.
+        remember: returns tokenised texts, from the store if they were tokenised before.
+        whole: whether the model reads whole texts and does not generate; its windows then include the special tokens that its
             tokenizer puts around a text.
-        usual: maximum length of a text if none is asked for; None for as many tokens as the model takes.
+        usual: default maximum length of a text; None for the model's limit.
 
     Raises:
-        BadInput: for settings that only models have that write text.
+        BadInput: a setting only applies to models that generate text.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TextInputs:
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """Size of the model's vocabulary."""
         return int(self.loaded.model.config.get_text_config().vocab_size)
 
     def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
@@ -105,7 +105,7 @@ class TextInputs:
     def calibrated(
         self, needed: bool, reporter: Reporter, draw: Callable[[int, Reporter], Samples[Batch]]
     ) -> Samples[Batch] | None:
-        """Draw calibration samples as in `calibration`. draw: draws so many, with the reporter for what takes long."""
+        """Draw calibration samples as in `calibration`. draw: draws a number of samples, reporting slow work."""
         recipe, nsamples = self.recipe, self.recipe.calibrate.samples
         if not needed:
             if not recipe.evaluate.layer_error:
@@ -144,12 +144,12 @@ class TextInputs:
         return windows
 
     def as_read(self, windows: Windows) -> Windows:
-        """Return windows of text as the model reads them: between the marks, if it reads a text as a whole."""
+        """Return windows of text as the model reads them: with special tokens around them, if it reads whole texts."""
         return self.marks.around_samples(windows) if self.whole else windows
 
     @property
     def _source(self) -> tuple[str, str]:
-        """Return what decides the tokens of a text."""
+        """Return what decides the tokens of a text, for a key."""
         return self.loaded.source, self.recipe.calibrate.bos
 
     @property
@@ -157,12 +157,12 @@ class TextInputs:
         return bos_of(self.tokenizer, "every")
 
     def choose_bos(self, score: Score, samples: Windows | None, data: Mapping[str, Data]) -> BosChoice:
-        """Choose the beginning of windows: as asked, or by the dense model's loss; between marks there is no choice.
+        """Choose where windows get a BOS token: as requested, or by the dense model's loss; whole texts leave no choice.
 
         Args:
             score: computes the dense model's loss.
             samples: from `calibration`.
-            data: what is measured on.
+            data: the evaluation data.
         """
         if self.whole:
             return BosChoice()
@@ -176,27 +176,27 @@ class TextInputs:
         return self.processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
 
     def samples_begun(self, choice: BosChoice, samples: Windows) -> Windows:
-        """Return the samples of `calibration` with the chosen beginning."""
+        """Return the samples of `calibration` with BOS tokens as chosen."""
         return windows_at_bos(samples, self._bos) if self._shifts(choice) else samples
 
     def data_begun(self, choice: BosChoice, data: dict[str, Data]) -> dict[str, Data]:
-        """Make the windows of evaluation data begin as chosen."""
+        """Return the evaluation data with BOS tokens as chosen."""
         if not self._shifts(choice):
             return data
         begun = [text_at_bos(text, self._bos, self.seqlen) for text in texts_of(data)]
         return dict(zip(data, begun, strict=True))
 
     def _shifts(self, choice: BosChoice) -> bool:
-        """Return whether windows still need a BOS token, which only `bos="auto"` decides after reading."""
+        """Return whether windows still need a BOS token, since `bos="auto"` is decided only after reading."""
         return self.recipe.calibrate.bos == "auto" and choice.used == "every"
 
     def evaluation(self, measured: str, reporter: Reporter, read: Callable[[str, bool], Text]) -> dict[str, Text]:
-        """Open everything that is measured on, by name.
+        """Open all evaluation data, by name.
 
         Args:
-            measured: what is measured, as the subject of a sentence with its verb.
-            reporter: hears what is held out.
-            read: opens what has a name; True for the part that calibration leaves out.
+            measured: the measurement, as the subject of a sentence with its verb.
+            reporter: told about held-out text.
+            read: opens the data of a name; True for the part held out from calibration.
         """
         recipe = self.recipe
         if not recipe.evaluate.perplexity:
@@ -224,7 +224,7 @@ class TextInputs:
         return found
 
     def opened(self, name: str, held_out: bool = False) -> EvaluationText:
-        """Open a text to measure on, as the model reads it. held_out: the part that calibration leaves out."""
+        """Open a text for evaluation, as the model reads it. held_out: whether to open the held-out part."""
         tokenizer, folder, limit = self._tokenizer, self.recipe.model.cache_dir, self.recipe.evaluate.tokens
         with about("eval_data", name):
             text = self._remember(
@@ -237,10 +237,10 @@ class TextInputs:
         return self.marks.around_text(text, self.seqlen) if self.whole else text
 
     def check_ids(self, tokens: Tensor) -> None:
-        """Refuse token ids that the model does not know: they may be handed over, or be of another's tokenizer."""
+        """Raise BadInput for token ids outside the model's vocabulary, passed by the caller or from another tokenizer."""
         vocabulary = getattr(self.loaded.model.config.get_text_config(), "vocab_size", None)
         largest = int(tokens.max())
-        if vocabulary is not None and largest >= vocabulary:  # CANINE hashes characters, and knows all
+        if vocabulary is not None and largest >= vocabulary:  # CANINE hashes characters, so it accepts all ids
             raise BadInput(
                 f"the token id {largest} is outside the model's vocabulary of {vocabulary}",
                 fix="use the model's tokenizer",
@@ -260,17 +260,17 @@ class TextInputs:
         return split_batches(samples, self.recipe, self.loaded.device, marks)
 
     def measured_at_once(self, values: int) -> int:
-        """Return how many windows are measured at once. values: outputs of the model per token."""
+        """Return the number of windows per evaluation batch. values: outputs of the model per token."""
         return self.recipe.calibrate.batch_size or default_batch_size(self.seqlen, values)
 
     def own_batches(self, tokens: Tensor, values: int) -> list[Tensor]:
-        """Return this process's windows of a text that is measured on, in batches. values: outputs of the model per token."""
+        """Return this process's share of an evaluation text's windows, in batches. values: outputs of the model per token."""
         own = self.processes.share(cut_windows(tokens, self.seqlen))
         return list(batches(own, self.measured_at_once(values))) if len(own) else []
 
 
 class TextPerplexity:
-    """Perplexity on windows of text."""
+    """Perplexity of windows of text."""
 
     name = "Perplexity"
     figures: tuple[str, ...] = ("perplexity",)
@@ -295,7 +295,7 @@ def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
     config: Any = model.config.get_text_config()
     named = ("max_position_embeddings", "n_positions", "max_target_positions")
     limit = next((found for name in named if (found := getattr(config, name, None))), 0)
-    limit = max(0, int(limit) - _unused_positions(model, limit))  # XLNet says -1 for none
+    limit = max(0, int(limit) - _unused_positions(model, limit))  # XLNet has -1 for no limit
     if seqlen is None:
         return min(2048, limit) if limit else 2048
     if limit and seqlen > limit:
@@ -313,10 +313,10 @@ def _unused_positions(model: PreTrainedModel, limit: int) -> int:
 
 
 def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
-    """Return the number of calibration samples per batch: as asked, or as is fastest.
+    """Return the number of calibration samples per batch: as requested, or as is usually fastest.
 
-    On a CPU about 512 tokens, whose activations stay in its caches. A rule rather than a measurement, since sums over
-    other batches differ in their last bits, and a run must be repeatable.
+    On a CPU that is about 512 tokens, whose activations stay in its caches. A fixed rule, not a measurement: other batch
+    sizes change the last bits of sums, and a run must be repeatable.
     """
     # Reconstruction takes one step per batch, so the size matters beyond speed.
     tokens = 512 if in_host_memory(device) and not recipe.prune.reconstruct.steps else 4096
@@ -326,9 +326,9 @@ def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
 def split_batches(
     windows: Tensor, recipe: Recipe, device: torch.device, marks: Tensor | None = None
 ) -> Sequence[Tensor]:
-    """Cut calibration samples (N × S) into batches of one length on the device, in the order of their first samples.
+    """Split calibration samples (N × S) into batches of equal length on the device, in the order of their first samples.
 
-    marks: N × S, of every token, cut likewise and given instead.
+    marks: a value per token (N × S), to be split likewise and returned instead.
     """
     values, found = windows if marks is None else marks, list[tuple[int, Tensor]]()
     groups = list(of_each_length(windows))
@@ -337,7 +337,7 @@ def split_batches(
     for rows, length in groups:
         for own in rows.split(samples_per_batch(recipe, length, device)):
             found.append((int(own[0]), values[own, :length].to(device)))
-    # Shuffled, so that the first and last batches have several lengths like the others.
+    # In the order of first samples, so that the first and last batches have various lengths, too.
     return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -352,15 +352,15 @@ def read_samples(
     """Draw calibration samples.
 
     Args:
-        data: the sources, as `split_sources` reads them.
+        data: the sources, as for `split_sources`.
         loaded: the dense model.
-        tokenizer: as it begins a text.
-        sampling: how many, and how.
-        processes: those that need them; the first one writes.
-        reporter: hears of what takes long.
+        tokenizer: its tokenizer, with the chosen BOS behaviour.
+        sampling: number of samples, and how to draw them.
+        processes: the processes that need them; if text has to be generated, the first one does it.
+        reporter: reports slow work.
 
     Raises:
-        BadInput: a source cannot be read, or has not enough.
+        BadInput: a source cannot be read, or is too short.
     """
     sources, nsamples = split_sources(data), sampling.nsamples
     if len(sources) == 1 and sources[0].is_plain and not reads_conversations(sources[0]):
@@ -371,7 +371,7 @@ def read_samples(
     each = zip(sources, counts, lengths, strict=True)
     for source, count, length in sorted(each, key=lambda one: one[0].is_own):
         if count == 0:
-            continue  # so small a share of so few samples is none
+            continue  # the source's share is less than one sample
         own = sampling._replace(nsamples=count, seqlen=length)
         if source.is_own:
             windows = _own(source, loaded, own, processes, reporter)
@@ -383,7 +383,7 @@ def read_samples(
 
 
 def sample_lengths(data: str, loaded: Loaded, seqlen: int) -> list[int]:
-    """Return the sample length of every source. Raises BadInput for more than the model has positions."""
+    """Return the sample length of every source. Raises BadInput if one exceeds the model's positions."""
     limit, found = positions_of(loaded.model), list[int]()
     for source in split_sources(data):
         length = length_of(source, seqlen)
@@ -406,7 +406,7 @@ def _own(source: Source, loaded: Loaded, sampling: Sampling, processes: Processe
 
 
 def require_generated(samples: Samples[Any]) -> None:
-    """Raise BadInput if nobody says which tokens a model wrote, or it wrote none of them."""
+    """Raise BadInput if no token of the samples is marked as generated."""
     if samples.generated is None or not bool(samples.generated.any()):
         raise BadInput(
             "no token of the calibration data is marked as generated",
