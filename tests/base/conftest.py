@@ -1,4 +1,4 @@
-"""The native kernels at every instruction set that this processor has."""
+"""Fixtures for the native kernels at every instruction set of this processor."""
 
 from __future__ import annotations
 

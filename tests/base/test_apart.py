@@ -1,4 +1,4 @@
-"""The folder that nobody named follows what differs."""
+"""The default folder's name tells which settings differ."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ USUAL = Path("out/wanda")
 
 
 def apart(there: Mapping[str, Mapping[str, Any]], **settings: Any) -> str:
-    """The folder's name, with runs of some settings in some folders."""
+    """Return the folder's name, given the settings of runs in existing folders."""
     found, _ = folder_apart(USUAL, settings, lambda folder: there.get(folder.name))
     assert found.parent == USUAL.parent
     return found.name
 
 
-def test_the_usual_folder_is_for_the_first_run_and_for_the_same_again() -> None:
+def test_the_default_folder_holds_the_first_run_and_its_repetition() -> None:
     assert apart({}, seed=0) == "wanda"
     assert apart({"wanda": {"seed": 0}}, seed=0) == "wanda"
 
@@ -42,7 +42,7 @@ def test_an_unnamed_folder_is_reused_for_the_same_run_only() -> None:
     assert apart(there, seed=2) == "wanda-seed-2-3"
 
 
-def test_a_name_is_no_longer_than_a_name_may_be() -> None:
+def test_folder_names_stay_within_the_length_limit() -> None:
     many = {f"setting_{i}": i for i in range(60)}
     names = {apart({"wanda": {}}, **many | {"setting_59": last}) for last in (1, 2)}
     assert len(names) == 2

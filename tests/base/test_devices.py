@@ -1,4 +1,4 @@
-"""What a device's memory is said to be, and what becomes of a run that it does not suffice for."""
+"""A device's reported memory, and runs that exceed it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECOND = torch.device("xpu", 1)
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Torch's module for a kind of device, with two devices of which the second is in use."""
+    """Return torch's module for a kind of device, with two devices, the second one in use."""
     allocated, peak = {0: 0, 1: 300}, {0: 9999, 1: 700}
 
     def index(device: torch.device) -> int:
@@ -54,7 +54,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_memory_is_that_of_the_device_itself(module: Any) -> None:
-    # 50 of what the device counts as taken are the allocator's own and free for tensors.
+    # 50 of what the device counts as used are held by the allocator and free for tensors.
     assert device_memory(SECOND) == DeviceMemory("xpu:1", allocated=300, peak=700, available=650)
     reset_peak(SECOND)
     found = device_memory(SECOND)
@@ -123,7 +123,7 @@ def test_a_command_ends_with_one_message(monkeypatch: pytest.MonkeyPatch, capsys
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Two GPUs of a kind, as torch tells of them; what is asked of them is noted."""
+    """Return two GPUs of a kind as torch reports them, recording every request to them."""
     state = SimpleNamespace(kind="cuda", told=[])
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(state.kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -132,7 +132,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return state
 
 
-def test_a_gpu_of_any_kind_is_found_that_has_float64(gpus: Any) -> None:
+def test_a_gpu_of_any_kind_with_float64_is_found(gpus: Any) -> None:
     assert (default_device(), accelerators()) == (torch.device("cuda"), 2)
     gpus.kind = "xpu"
     assert default_device() == torch.device("xpu")
@@ -159,8 +159,8 @@ def test_processes_take_a_gpu_each_and_add_up_there(
             processes._backend()
 
 
-def test_a_lost_process_shows_in_words_before_sums_are_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums on GPUs would wait for it until their time is over."""
+def test_a_lost_process_is_reported_before_sums_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums on GPUs would wait for it until the timeout."""
 
     def gone(*arguments: Any) -> None:
         raise RuntimeError("Connection closed by peer")

@@ -1,4 +1,4 @@
-"""Files that several processes write at once, or that a killed one left."""
+"""Files written by several processes at once, or left by a killed one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from support.disturbing import in_child, left_in
 from support.forking import forked
 
 
-def test_two_processes_may_write_one_file_at_a_time(tmp_path: Path) -> None:
-    """The second begins and ends while the first is writing."""
+def test_two_processes_may_write_one_file_at_once(tmp_path: Path) -> None:
+    """The second starts and finishes while the first is writing."""
     file = tmp_path / "entry.json"
 
     def slowly(temporary: Path) -> None:
@@ -44,8 +44,8 @@ def test_leftovers_of_killed_processes_are_removed_unless_in_use(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"entry.json"}
 
 
-def test_a_kill_while_safetensors_writes_leaves_nothing_under_a_name_of_its_own(tmp_path: Path) -> None:
-    """It writes to a file of its own beside the one that it was told, and renames that."""
+def test_a_kill_while_safetensors_writes_leaves_no_temporary_file(tmp_path: Path) -> None:
+    """It writes to its own temporary file beside the named one, and renames it."""
 
     def die(temporary: Path) -> None:
         (temporary.parent / ".tmpAbCdEf").write_text("half")
@@ -74,8 +74,8 @@ def test_a_long_name_leaves_room_for_a_temporary_one(tmp_path: Path) -> None:
     assert file.read_text() == "whole"
 
 
-def test_files_are_as_readable_as_the_user_wants_new_ones(tmp_path: Path) -> None:
-    """safetensors makes its files private, beside others that are not."""
+def test_files_have_the_users_default_permissions(tmp_path: Path) -> None:
+    """safetensors makes its files private, unlike the others."""
     before = os.umask(0o022)
     try:
         write_whole(tmp_path / "weights", lambda temporary: save_file({"w": torch.zeros(2)}, temporary))
@@ -87,7 +87,7 @@ def test_files_are_as_readable_as_the_user_wants_new_ones(tmp_path: Path) -> Non
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
 
 
-def test_killed_at_any_call_of_the_system_a_file_is_old_or_new_and_nothing_is_beside_it(tmp_path: Path) -> None:
+def test_a_file_killed_at_any_system_call_is_old_or_new_without_leftovers(tmp_path: Path) -> None:
     def write(out: Path) -> None:
         write_durably(out / "file", lambda temporary: temporary.write_text("new"))
 

@@ -1,4 +1,4 @@
-"""The environment is read in one module, whose answers have sensible defaults and need no home."""
+"""The environment is read in a single module, with sensible defaults even without a home."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCES = Path(coprune.__file__).parent
 
 @pytest.fixture
 def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A user without a home; the folder for temporary files."""
+    """Simulate a user without a home; return the folder for temporary files."""
 
     def unknown(*path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -33,7 +33,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_no_other_module_looks_at_the_environment() -> None:
+def test_no_other_module_reads_the_environment() -> None:
     look = re.compile(r"\benviron\b|\bgetenv\b|\bputenv\b|expanduser|Path\.home")
     found = {
         str(path.relative_to(SOURCES)): number
@@ -70,12 +70,12 @@ def test_caches_are_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert environment.user_cache() == tmp_path / "xdg" / "coprune"
 
 
-def test_without_a_home_caches_are_in_a_folder_of_the_users_own(no_home: Path) -> None:
+def test_without_a_home_caches_are_in_a_private_folder(no_home: Path) -> None:
     folder = environment.user_cache()
     assert folder.parent == no_home
     assert folder.stat().st_mode & 0o077 == 0
     environment._temporary_cache.cache_clear()
-    assert environment.user_cache() == folder  # for the next process too
+    assert environment.user_cache() == folder  # also for the next process
     assert environment.expand_home("~/model") == Path("~/model")
 
 
@@ -103,7 +103,7 @@ def test_a_cache_that_others_can_write_is_not_used(planted: str, no_home: Path) 
     assert environment.user_cache().stat().st_mode & 0o077 == 0
 
 
-def test_gpus_are_named_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_gpus_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment.visible_gpus() == []
     environment.see_only("3")

@@ -1,4 +1,4 @@
-"""Errors are values: what they say depends on the face, and nothing is lost on the way to another process."""
+"""Errors are values, worded for Python or the command line, and nothing is lost on the way to another process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coprune.recipe.flags import CommandLine
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, CopruneError)]
 
-# Words, as Python says them, and as the command line does.
+# Words, and their wording in Python and on the command line.
 SAID = [
     ("as it is", "as it is", "as it is"),
     (Setting("save_model"), "save_model=…", "--save-model"),
@@ -87,7 +87,7 @@ def test_every_error_is_public_documented_and_survives_pickling(kind: type[Copru
     assert again.text(CommandLine()) == error.text(CommandLine()) == "x --stream; leave out --stream."
 
 
-def test_what_a_file_holds_is_not_quoted_whole() -> None:
+def test_long_file_contents_are_quoted_only_in_part() -> None:
     text = str(BadInput("no number: " + "x" * 100_000, fix="see 'here'"))
     assert len(text) < 1100
     assert text.startswith("no number: xxx")
@@ -99,7 +99,7 @@ def test_bad_input_alone_is_a_value_error() -> None:
     assert kinds == [BadInput]
 
 
-def test_where_an_error_came_about_goes_in_front_and_the_rest_is_kept() -> None:
+def test_context_is_prepended_to_an_error_and_the_rest_is_kept() -> None:
     error = NumericalError("the scores hold NaN", field="dtype", value="float16", fix=("try ", Set("dtype", "float32")))
     placed = error.within("layer 3").within("run a")
     assert isinstance(placed, NumericalError)
@@ -107,7 +107,7 @@ def test_where_an_error_came_about_goes_in_front_and_the_rest_is_kept() -> None:
     assert (placed.field, placed.value, placed.fix) == ("dtype", "float16", error.fix)
 
 
-def test_an_unknown_name_comes_with_the_nearest_one_if_there_is_one() -> None:
+def test_an_unknown_name_suggests_the_nearest_one() -> None:
     near, far = (unknown_name("method", name, ["wanda", "ria"], field="method") for name in ("wandaa", "foo"))
     assert str(near) == "unknown method 'wandaa'; did you mean 'wanda'? Known: ria, wanda."
     assert str(far) == "unknown method 'foo'. Known: ria, wanda."

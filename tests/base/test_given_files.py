@@ -1,4 +1,4 @@
-"""Files that somebody named: pipes are refused at once instead of being waited for, and a YAML key counts once."""
+"""Files named by the user: pipes are refused at once instead of waited for, and duplicate YAML keys are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_key_that_is_given_twice_is_refused(text: str, told: str, tmp_path: Pa
         Recipe.from_yaml(tmp_path / "recipe.yaml")
 
 
-def test_keys_of_different_mappings_and_aliases_may_be_alike(tmp_path: Path) -> None:
+def test_different_mappings_and_aliases_may_have_equal_keys(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: &x {b: 1}\nc: *x\nd: {b: 2, 1: 3, '1': 4}\n")
     assert read_yaml(tmp_path / "a.yaml", "the file", "recipe")["c"] == {"b": 1}
 

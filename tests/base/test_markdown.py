@@ -1,4 +1,4 @@
-"""Names and settings that somebody chose stay text in a model card."""
+"""Foreign names and settings stay plain text in a model card."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_fenced_content_cannot_close_its_fence(content: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a | b", "a\n\n# b", "`a`", "<img src=x onerror=alert(1)>", "[a](http://b)", "**a**"])
-def test_text_within_a_line_opens_nothing(text: str) -> None:
+def test_text_within_a_line_starts_no_markup(text: str) -> None:
     written = inline(text)
     assert "\n" not in written
     assert not re.search(r"(?<!\\)[`|<>\[\]*]", written)

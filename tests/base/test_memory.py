@@ -1,4 +1,4 @@
-"""What is said about the memory of a process."""
+"""The reported memory of a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
     held = bytearray(300 * MIB)
-    held[::4096] = b"1" * len(held[::4096])  # every page of it is there
+    held[::4096] = b"1" * len(held[::4096])  # touch every page
     script = "from coprune.base.memory import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 1 * MIB < int(done.stdout) < 200 * MIB
@@ -51,7 +51,7 @@ def test_freed_memory_is_reused_and_finally_returned() -> None:
     usual, kept, again, left, after = map(int, done.stdout.split())
     assert usual < 8
     assert kept > 56
-    assert again < 8  # it was there
+    assert again < 8  # the memory was still held
     assert left < 8
     assert -72 < after < 8
 

@@ -1,4 +1,4 @@
-"""Names that no folder can have are refused by every command before anything slow."""
+"""Impossible folder names are refused by every command before anything slow."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_link_to_a_folder_cannot_become_a_model(place: Path) -> None:
     (place / "linked").symlink_to("real")
     with pytest.raises(BadInput, match="is a link"):
         refuse_occupied(place / "linked")
-    prepare_folders(make_recipe({"model": "pico", "save": place / "linked"}))  # a run's folder may be one
+    prepare_folders(make_recipe({"model": "pico", "save": place / "linked"}))  # a run folder may be a link
 
 
 def test_an_unwritable_folder_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,8 +55,8 @@ def test_an_unwritable_folder_is_refused(place: Path, monkeypatch: pytest.Monkey
         prepare_folders(make_recipe({"model": "pico", "save": "run"}))
 
 
-def test_more_blocks_than_files_may_be_open(tmp_path: Path) -> None:
-    """300 blocks under 256 descriptors."""
+def test_a_model_may_have_more_blocks_than_open_files_allowed(tmp_path: Path) -> None:
+    """300 blocks with a limit of 256 descriptors."""
     import resource
 
     import torch

@@ -1,4 +1,4 @@
-"""The pool of worker processes: a killed one takes only its own job with it, and an error arrives as it was raised."""
+"""The pool of worker processes: a kill only affects the worker's own job, and errors arrive as raised."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wait_for(what: Any) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_process_takes_only_its_own_job_with_it_which_is_done_again(
+def test_the_job_of_a_killed_process_is_retried_and_others_are_unaffected(
     workers: LocalWorkers, tmp_path: Path
 ) -> None:
     ended = done(["dies once", "works"], workers, tmp_path)
@@ -54,7 +54,7 @@ def test_a_killed_process_takes_only_its_own_job_with_it_which_is_done_again(
     assert [len(Doing(name, tmp_path).tries()) for name in ("dies once", "works")] == [2, 1]
 
 
-def test_a_worker_that_somebody_ends_is_not_the_end_of_all(workers: LocalWorkers, tmp_path: Path) -> None:
+def test_a_terminated_worker_does_not_end_the_others(workers: LocalWorkers, tmp_path: Path) -> None:
     job = Doing("writes", tmp_path)
 
     def end() -> None:

@@ -1,4 +1,4 @@
-"""What a reporter tells its listeners."""
+"""A reporter's messages, bars and events."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "Pruning: 10 % after 1 min, about 12 min left.",
         "Pruning: 20 % after 3 min, about 11 min left.",
     ]
-    assert len(said) == 9  # every 80 seconds, and not at the end
+    assert len(said) == 9  # every 80 seconds, but not at the end
     with Reporter(quiet=True).bar("Pruning", 20) as advance:
         now += 1000
         advance(1)
@@ -68,7 +68,7 @@ def test_the_end_of_a_long_description_is_kept() -> None:
     assert found.startswith("Perplexi")
 
 
-def test_quiet_hides_the_bars_of_the_hub_as_long_as_it_lasts() -> None:
+def test_quiet_hides_the_hubs_bars_only_within_its_context() -> None:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()

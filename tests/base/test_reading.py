@@ -1,4 +1,4 @@
-"""What is read of a device at once, and when what is doubted is looked at; host memory is looked at on the spot."""
+"""Reads from a device are batched and checks on it deferred; host memory is checked immediately."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_on_a_device_checks_are_deferred_to_the_end_of_the_block_at_most() -> No
             later.__exit__(None, None, None)
 
 
-def test_tensors_of_all_kinds_come_by_one_copy() -> None:
+def test_tensors_of_all_dtypes_are_read_in_one_copy() -> None:
     here = [
         torch.arange(5),
         None,

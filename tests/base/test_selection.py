@@ -1,4 +1,4 @@
-"""Masks by score: exactly as many zeros as asked for, in the right places, ties always the same way."""
+"""Masks by score: exactly the requested zeros, in the right places, with ties always resolved alike."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scores(draw: st.DrawFn, divisible_by: int = 1) -> Tensor:
 
 @settings(deadline=None, max_examples=60)
 @given(score=scores(), sparsity=st.floats(0, 0.99))
-def test_rows_lose_what_a_stable_sort_puts_first(score: Tensor, sparsity: float) -> None:
+def test_rows_lose_the_first_weights_of_a_stable_sort(score: Tensor, sparsity: float) -> None:
     keep = keep_share(score, sparsity, by_row=True)
     pruned = count_pruned(score.shape[1], sparsity)
     expected = torch.ones_like(score, dtype=torch.bool)
@@ -63,7 +63,7 @@ def test_groups_keep_n_of_m_as_a_stable_sort_would(n: int, m: int, data: st.Data
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (3, 16)])
-def test_many_groups_are_ranked_as_few_are(n: int, m: int) -> None:
+def test_many_groups_are_ranked_like_few(n: int, m: int) -> None:
     score = torch.randint(0, 5, (FEW_GROUPS.host + 1, m), generator=torch.Generator().manual_seed(0)).float()
     few = torch.cat([keep_n_of_m(part, n, m) for part in score.split(FEW_GROUPS.host)])
     assert torch.equal(keep_n_of_m(score, n, m), few)

@@ -1,4 +1,4 @@
-"""Results show themselves in one line, in a few, and as HTML."""
+"""Results as one line, as a short table, and as HTML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Columns(Shown):
         return Sheet("several", [("size", "1", "2")], ("", "a", "b"))
 
 
-def test_python_shows_one_line_and_print_a_few() -> None:
+def test_repr_is_one_line_and_print_shows_a_few() -> None:
     assert repr(Figures()) == "<Figures of a <model>>"
     assert str(Figures()).splitlines() == ["size      1 & 2", "perplexity 3"]
 

@@ -1,4 +1,4 @@
-"""A folder gets its name when it is whole and on the disk; what killed processes left is removed, and only that."""
+"""A folder gets its name once it is complete and on the disk; only leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_everything_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: 
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["below"]
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
     lines, _ = count_lines(lambda: fill(tmp_path / "other"), ())
     left = 0
     for tenth in (2, 3, 4, 5, 6, 7, 8):

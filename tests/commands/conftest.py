@@ -1,4 +1,4 @@
-"""What tests of commands share."""
+"""Fixtures for tests of commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.commands import run_command
 
 @pytest.fixture
 def coprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that has to succeed; its standard output."""
+    """Return a function that runs a command, which has to succeed, and returns its standard output."""
 
     def run(*arguments: Any) -> str:
         ended = run_command(list(arguments), monkeypatch, capsys)

@@ -39,7 +39,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 SHORTER = {"evaluate": "eval", "evaluate_dense": "eval-dense"}
-"""The fields of the recipe whose option is not spelled as they are."""
+"""Fields of the recipe whose option is spelled differently."""
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 
@@ -62,13 +62,11 @@ def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) 
         word for word in set(FIELDS) - {"model", "options"} if word not in DETAILS or is_common(FIELDS[word])
     }:
         assert "--" + SHORTER.get(setting, setting.replace("_", "-")) in options
-    for setting in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
+    for setting in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on by default
         assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
 
 
-def test_help_tells_the_defaults_that_a_command_takes(
-    coprune: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_shows_each_commands_defaults(coprune: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     said, _ = usual_preset({"model": "m"})
     taken = make_recipe(said).flat()
@@ -79,10 +77,10 @@ def test_help_tells_the_defaults_that_a_command_takes(
             first = value if isinstance(value, tuple) else ("on" if value is True else value,)
             assert f"[{' '.join(map(str, first))} by preset {BARE}, else " in told, word
     assert f"[{taken['method']} by preset {BARE}, else {DEFAULTS['method']}]" in coprune("prune", "--help")
-    assert "by preset" not in coprune("sweep", "--help")  # which takes none where none is named
+    assert "by preset" not in coprune("sweep", "--help")  # which has no default preset
 
 
-def test_the_short_help_is_one_screen_of_what_fields_call_common(coprune: Callable[..., str]) -> None:
+def test_the_short_help_shows_the_common_settings_on_one_screen(coprune: Callable[..., str]) -> None:
     help_text = coprune("prune", "--help")
     short = help_text[help_text.index("\nOptions:") :]
     options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", short, re.MULTILINE)
@@ -103,14 +101,14 @@ def test_the_short_help_is_one_screen_of_what_fields_call_common(coprune: Callab
     assert "--calibrate-on" not in coprune("estimate", "--help")
 
 
-def test_every_command_has_a_file_of_its_own_and_tells_more_than_the_table() -> None:
+def test_every_command_has_its_own_file_and_more_help_than_the_table() -> None:
     for name, told in COMMANDS.items():
         command = command_named(name)
         assert command.__module__ == f"coprune.commands.{command.__name__}"
         assert len(command.__doc__ or "") >= len(told)
 
 
-def test_a_command_is_imported_only_when_it_is_asked_for() -> None:
+def test_a_command_is_imported_only_when_used() -> None:
     program = """
 import sys
 from coprune.commands.app import main
@@ -137,7 +135,7 @@ print("LOADED", [name for name in sys.modules if name.startswith(("coprune.recip
         ),
     ],
 )
-def test_a_typing_error_is_told_before_torch_is_imported(typed: str, said: str) -> None:
+def test_typing_errors_are_reported_before_torch_is_imported(typed: str, said: str) -> None:
     program = f"""
 import sys
 from coprune.commands.app import main
@@ -160,7 +158,7 @@ def test_version_option_prints_the_installed_version(coprune: Callable[..., str]
     assert coprune("--version").split() == ["coprune", version("coprune")]
 
 
-def test_completion_is_made_for_the_shell(coprune: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_scripts_are_generated(coprune: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     script = coprune("--show-completion", "bash")
     assert "_COPRUNE_COMPLETE=complete_bash" in script or "COMPLETE=complete_bash" in script
@@ -170,7 +168,7 @@ def test_completion_is_made_for_the_shell(coprune: Callable[..., str], monkeypat
     ("typed", "completed"),
     [("coprune pr", ["prune"]), ("coprune eval --eval-to", ["--eval-tokens"]), ("coprune xyz", [])],
 )
-def test_words_are_completed(typed: str, completed: list[str]) -> None:
+def test_commands_and_options_are_completed(typed: str, completed: list[str]) -> None:
     asked = {"_COPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
     program = "import sys; sys.argv = ['coprune']; from coprune.commands.app import main; main()"
     ended = subprocess.run(
@@ -179,7 +177,7 @@ def test_words_are_completed(typed: str, completed: list[str]) -> None:
     assert ended.stdout.split() == completed
 
 
-def test_settings_of_a_measurement_go_by_their_short_and_by_the_recipes_names(coprune: Callable[..., str]) -> None:
+def test_measuring_commands_accept_short_names_and_the_recipes(coprune: Callable[..., str]) -> None:
     for command in ("eval", "compare"):
         options = set(re.findall(r"--[\w-]+", coprune(command, "--help")))
         for name, (word, _) in MEASURING.items():
@@ -214,7 +212,7 @@ def test_a_run_repeats_from_its_recipe(coprune: Callable[..., str], place: Path)
     assert strip[0] == strip[1]
 
 
-def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune: Callable[..., str], place: Path) -> None:
+def test_typed_options_override_recipe_and_preset(coprune: Callable[..., str], place: Path) -> None:
     (place / "recipe.yaml").write_text("model: elsewhere\nnsamples: 7\nsparsity: 0.25\n")
     coprune("prune", "model", "--recipe", "recipe.yaml", "--preset", "fast", "--dataset", "words.txt", "--seqlen", "32",
             "--sparsity", "0.75", "--save", "out")  # fmt: skip
@@ -229,7 +227,7 @@ def test_the_default_run_folder_names_model_target_and_method(coprune: Callable[
     assert not list(place.rglob("*.partial"))
 
 
-def test_include_and_exclude_repeat(coprune: Callable[..., str], place: Path) -> None:
+def test_include_and_exclude_are_repeatable(coprune: Callable[..., str], place: Path) -> None:
     coprune("prune", "model", *SMALL, "-m", "wanda", "--include", "*.q_proj", "--include", "*.layers.0.*",
             "--exclude", "*.v_proj", "--save", "out")  # fmt: skip
     names = {matrix["name"] for matrix in report_in(place / "out")["matrices"]}
@@ -250,7 +248,7 @@ def test_eval_agrees_with_prune(coprune: Callable[..., str], place: Path) -> Non
         assert "sequence length 32" in line
 
 
-def test_inspect_tells_blocks_shapes_and_present_sparsity(coprune: Callable[..., str], place: Path) -> None:
+def test_inspect_shows_blocks_shapes_and_present_sparsity(coprune: Callable[..., str], place: Path) -> None:
     coprune("prune", "model", *SMALL, "-m", "wanda", "-p", "2:4", "--save", "out", "--save-model", "pruned")
     before = listing(place)
     lines = [line.split() for line in coprune("inspect", "pruned", "--matrices").splitlines()]

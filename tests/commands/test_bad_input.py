@@ -1,4 +1,4 @@
-"""What cannot be done as asked: one clear line in either face, exit code 2, and nothing written or overwritten."""
+"""Bad input: one clear line in Python and on the command line, exit code 2, and nothing written or overwritten."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FOREIGN = ("pip install --no-deps ", "start its nodes with --num-cpus")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a text, and things that are in the way; no test may change any of it."""
+    """Return a folder with a model, a text, and obstacles, which no test may change."""
     folder = tmp_path_factory.mktemp("place")
     make_place(folder)
     return folder
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def untouched(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """That folder, in which the test runs, and which has to be the same afterwards."""
+    """Run the test in that folder and require that it is unchanged afterwards."""
     monkeypatch.chdir(place)
     before = _states(place)
     yield place
@@ -42,13 +42,13 @@ def untouched(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _states(place: Path) -> dict[Path, tuple[int, ...]]:
-    """What changes of a file when it is written, without reading hundreds of times what is in it."""
+    """Return the properties of each file that change when it is written, without reading its content."""
     found = {path: path.lstat() for path in place.rglob("*")}
     return {path: (state.st_ino, state.st_mode, state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
 
 @pytest.mark.parametrize("name", TYPED)
-def test_the_command_line_says_one_line_and_ends_with_2(
+def test_the_command_line_prints_one_line_and_exits_with_2(
     name: str, untouched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = CASES[name]
@@ -62,7 +62,7 @@ def test_the_command_line_says_one_line_and_ends_with_2(
 
 
 @pytest.mark.parametrize("name", IN_PYTHON)
-def test_python_raises_an_error_that_says_what_is_wrong_with_which_setting(
+def test_python_raises_an_error_that_names_the_setting_and_the_cause(
     name: str, untouched: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     case = CASES[name]
@@ -78,7 +78,7 @@ def test_python_raises_an_error_that_says_what_is_wrong_with_which_setting(
     assert str(again) == str(error)
     face = CommandLine(case.call)
     assert again.text(face) == error.text(face)
-    # The command line asks for the same in the same way, except where typer itself refuses, or another name is typed.
+    # The command line refuses in the same words, unless typer itself refuses or the option has another name.
     if case.command is not None and not re.match("Invalid value for|unknown option '--", case.on_command_line):
         assert says(error.text(face), case.on_command_line), error.text(face)
 
@@ -90,7 +90,7 @@ def test_the_table_of_bad_inputs_covers_both_interfaces() -> None:
     assert all(not FLAG.search(case.text) for case in CASES.values() if case.python is not None)
 
 
-def test_a_good_command_in_the_same_place_works(
+def test_a_valid_command_in_the_same_folder_works(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(place)
@@ -101,7 +101,7 @@ def test_a_good_command_in_the_same_place_works(
 
 
 def texts_of_errors(file: Path) -> Iterator[object]:
-    """The strings in what a file raises, or hands to the class of an error."""
+    """Yield the strings in a file's errors."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
         if isinstance(node, ast.Raise) or isinstance(getattr(coprune, called, None), type) or called == "ValueError":

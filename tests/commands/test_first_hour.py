@@ -1,4 +1,4 @@
-"""The first hour: what somebody types who has just installed coprune, right and wrong; no refusal is without a next step."""
+"""The first hour of a new user's commands, right and wrong; every refusal names a next step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.pico_folder import save_pico, write_words
 
 Type = Callable[[str], Ended]
 TEXT = "--dataset words --seqlen 32 --nsamples 2 --no-layer-error -m wanda"
-# What is typed, and what the refusal names to type instead.
+# Commands, and what the refusal suggests instead.
 REFUSED = {
     "the command": ("coprune prun model", ["prune"]),
     "an argument": ("coprune merge out/pruned", ["coprune merge", "{adapter} {output}"]),
@@ -61,7 +61,7 @@ REFUSED = {
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a model, two texts whose names have no ending, and noise."""
+    """Return a folder with a model, two texts without an ending, and noise."""
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words", count=600)
     write_words(tmp_path / "held", count=300, seed=1)
@@ -72,7 +72,7 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def typed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Type:
-    """Type a line in that folder, with nobody logged in and no Hub in reach."""
+    """Return a function that types a line in that folder, without a login and without the Hub."""
     monkeypatch.chdir(place)
     monkeypatch.setattr("coprune.report.hub_upload.get_token", lambda: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -86,7 +86,7 @@ def typed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def do_what_works(place: Path, typed: Type) -> None:
-    """What a newcomer types right, and what it says."""
+    """Type a newcomer's correct commands and check their output."""
 
     def works(line: str) -> str:
         ended = typed(line)
@@ -120,7 +120,7 @@ def do_what_works(place: Path, typed: Type) -> None:
     assert "out/s/results.md" in works("coprune sweep sweep.yaml --workers 1 --no-layer-error")
 
 
-def test_what_a_newcomer_types_works_or_is_told_what_to_type(place: Path, typed: Type) -> None:
+def test_a_newcomers_commands_work_or_suggest_what_to_type(place: Path, typed: Type) -> None:
     do_what_works(place, typed)
     for what, (line, names) in REFUSED.items():
         ended = typed(line)

@@ -1,4 +1,4 @@
-"""What is not there is said at once: before torch is imported, which takes seconds."""
+"""Missing inputs are reported at once, before the slow import of torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Runs each line as the entry point does, where torch cannot be imported, and perhaps other packages are not installed.
+# Runs each line like the entry point, without torch and optionally without other packages.
 PROGRAM = """
 import importlib.util, io, json, shlex, sys
 from contextlib import redirect_stderr
@@ -28,7 +28,7 @@ for line in json.loads(sys.argv[1]):
             code = error.code
     print(json.dumps([code, heard.getvalue()]))
 """
-# What is typed, and what is said of it.
+# Commands and their messages.
 REFUSED = {
     "coprune prune empty -m wanda": "empty is an empty folder",
     "coprune prune empty.gguf -p 2:4": "empty.gguf is an empty file; fetch it again",
@@ -89,7 +89,7 @@ def said(lines: dict[str, str], place: Path, absent: list[str]) -> None:
         assert told in last, (line, heard)
 
 
-def test_what_is_not_there_is_said_before_torch_is_imported(place: Path) -> None:
+def test_missing_inputs_are_reported_before_torch_is_imported(place: Path) -> None:
     said(REFUSED, place, [])
 
 

@@ -1,4 +1,4 @@
-"""Paths with a `~`, as shells leave them in `--save=~/out`, and files and Python always do."""
+"""Paths with a `~`, which shells leave unexpanded in `--save=~/out`, as do files and Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.pico_folder import save_pico, write_words
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Somebody's home, and another folder with a model and a text as the current one."""
+    """Set a home, and another folder with a model and a text as the current one."""
     for name in ("home", "here"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -23,7 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_settings_name_folders_in_a_home(home: Path) -> None:
+def test_settings_may_name_folders_in_the_home(home: Path) -> None:
     recipe = make_recipe(
         {"model": "m", "save": "~/run", "save_model": "~/model", "log_json": "~/log", "cache_dir": "~"}
     )
@@ -35,7 +35,7 @@ def test_settings_name_folders_in_a_home(home: Path) -> None:
     assert make_recipe({"model": "m", "save": "~no-such-user/r"}).run_folder == Path("~no-such-user/r"), "no such user"
 
 
-def test_commands_write_into_a_home(
+def test_commands_write_into_the_home(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_pico(Path("model"), num_hidden_layers=1)

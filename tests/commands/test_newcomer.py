@@ -1,4 +1,4 @@
-"""A newcomer's hour, with the real model and outside of the checkout: what the README shows, in its order, and the page."""
+"""The README's commands in order, with the real model and outside the checkout, and the page they make."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = "--dataset embedded --seqlen 128 --nsamples 4 --eval-tokens 1024"
 
 @pytest.fixture(scope="module")
 def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
-    """Type a line in a folder that is empty at first; it has to end well, and what it printed comes back."""
+    """Return a function that types a line in an initially empty folder, which has to succeed, and returns its output."""
     place = tmp_path_factory.mktemp("hour")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COPRUNE")}
     environment |= {"XDG_CACHE_HOME": str(place / "cache"), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
@@ -53,8 +53,8 @@ def place(works: Works) -> Path:
     return found
 
 
-def test_an_ordinary_checkpoint_is_pruned_and_asked_what_it_writes(works: Works, place: Path) -> None:
-    # A folder as anybody has one: magnitude at 0 % writes the model as it is.
+def test_an_ordinary_checkpoint_is_pruned_and_generates_text(works: Works, place: Path) -> None:
+    # An ordinary folder: magnitude pruning at 0 % writes the model unchanged.
     works(
         f"coprune prune smollm2-135m -m magnitude -s 0 {SMALL} --no-eval --no-gate --save out/as-is --save-model dense"
     )
@@ -75,12 +75,12 @@ def test_an_ordinary_checkpoint_is_pruned_and_asked_what_it_writes(works: Works,
     assert report.answers.verdict() in card
     assert "timm" not in card
     recipe = card.split("```yaml\n")[1].split("```")[0]
-    assert len(recipe.splitlines()) < 35  # what the preset of a bare run chose, and no default
+    assert len(recipe.splitlines()) < 35  # the default preset's settings, without other defaults
     (place / "card.yaml").write_text(recipe, encoding="utf-8")
     works("coprune estimate --recipe card.yaml")
 
 
-def test_what_was_saved_can_be_measured_stored_and_exported(works: Works, place: Path) -> None:
+def test_a_saved_model_can_be_measured_stored_and_exported(works: Works, place: Path) -> None:
     assert "perplexity" in works("coprune eval out/pruned --data embedded --seqlen 128 --eval-tokens 1024")
     assert "KL" in works("coprune compare dense out/run --data embedded --seqlen 128 --eval-tokens 1024")
     works(
@@ -93,7 +93,7 @@ def test_what_was_saved_can_be_measured_stored_and_exported(works: Works, place:
     assert int(ended.stdout) == 134_515_008
 
 
-def test_figures_can_be_read_by_a_program(works: Works) -> None:
+def test_figures_are_machine_readable(works: Works) -> None:
     found = json.loads(works("coprune estimate dense -p 2:4 --dataset embedded --nsamples 4 --seqlen 128 -q --json"))
     assert found["peak_bytes"] > 0
 

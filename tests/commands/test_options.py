@@ -1,4 +1,4 @@
-"""Options of all commands together: each has one meaning, old names are accepted, and help is grouped and as wide as it may."""
+"""Options across commands: each has one meaning, old names are accepted, and help is grouped to the terminal's width."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from coprune.recipe.flags import with_dashes
 from coprune.recipe.views import MEASURING
 from support.pico_folder import save_pico, write_words
 
-# What the Python functions behind the commands take, so that nothing is computed.
+# The Python functions behind the commands, replaced so that nothing is computed.
 FUNCTIONS = {"bench": "coprune.sweeps.generation_speed.bench", "sweep": "coprune.sweeps.sweep_call.sweep",
              "compare": "coprune.sweeps.model_comparison.compare"}  # fmt: skip
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 
 def options_of(command: str) -> dict[str, tuple[str, str]]:
-    """Every flag of a command, with the setting that it is of, and the kind of its value."""
+    """Return every flag of a command with its setting and the kind of its value."""
     found = {}
     for parameter in inspect.signature(command_named(command), eval_str=True).parameters.values():
         if not hasattr(parameter.annotation, "__metadata__"):
-            continue  # what typer hands over
+            continue  # typer's context
         kind, option = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
         names = [option.default, *(option.param_decls or ())]
         flags = [flag for name in names if isinstance(name, str) for flag in name.split("/") if flag.startswith("-")]
@@ -40,7 +40,7 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
 
 
 def kind_of(annotation: Any) -> str:
-    """What a value is read as; a choice of words is text."""
+    """Return the kind of a value; a choice of words is text."""
     words = set(re.findall(r"\w+", str(annotation)))
     return next((kind for kind in ("list", "bool", "int", "float", "Path") if kind in words), "str")
 
@@ -51,12 +51,12 @@ def test_a_flag_has_one_meaning_in_all_commands() -> None:
         for flag, meaning in options_of(command).items():
             meanings[flag].add(meaning)
     assert len(meanings) > 120
-    # A path or the word for standard output is text where both may stand.
+    # --json is text in commands that also accept a word for standard output.
     assert {flag: found for flag, found in meanings.items() if len(found) > 1 and flag != "--json"} == {}
     assert {setting for setting, _ in meanings["--json"]} == {"json_file"}
 
 
-def test_the_flags_of_the_wanda_repositorys_main_are_taken() -> None:
+def test_the_flags_of_the_wanda_repositorys_main_are_accepted() -> None:
     theirs = [
         "model",
         "seed",

@@ -1,4 +1,4 @@
-"""A command that coprune prints, typed again, is understood and gives the same recipe."""
+"""Commands printed by coprune can be typed and give the same recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCE = Path(coprune.__file__).parent
 TRAINS = {"finetune": "distill"}
 ANSWERS = {"generate": "builtin"}
 TASKS = {"tasks": "boolq,rte"}
-# A value of every setting that differs from its default, with what it needs beside it.
+# A non-default value of every setting, with other settings that it requires.
 SAID: dict[str, tuple[Any, dict[str, Any]]] = {
     "model": ("-a model of 'mine'.gguf", {}),
     "dtype": ("bfloat16", {}),
@@ -59,7 +59,7 @@ SAID: dict[str, tuple[Any, dict[str, Any]]] = {
     "align": (1, {"remove": "channels=0.33"}),
     "vocabulary_text": (("mine.jsonl=2", "en"), {"remove": "vocabulary=0.5"}),
     "vocabulary_force": (True, {"remove": "vocabulary=loss:1%"}),
-    "dataset": ("wikitext2", {}),  # even the usual text, where it was named
+    "dataset": ("wikitext2", {}),  # even the default text, if it was named
     "nsamples": (7, {}),
     "seqlen": (64, {}),
     "calibrate_on": ("generated", {}),
@@ -123,13 +123,13 @@ SAID: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @cache
 def parser_of(command: str) -> Any:
-    """Return what reads the arguments of a command; None where there is none of that name."""
+    """Return a command's argument parser; None for an unknown command."""
     group: Any = typer.main.get_command(app)
     return group.get_command(typer.Context(group), command)
 
 
 def typed(line: str) -> Recipe:
-    """Return the recipe of what somebody typed at a shell."""
+    """Return the recipe of a line typed in a shell."""
     name, command, *words = shlex.split(line)
     assert (name, command) == ("coprune", "prune")
     context = parser_of(command).make_context(command, words)
@@ -138,7 +138,7 @@ def typed(line: str) -> Recipe:
 
 
 def assert_made_again(recipe: Recipe) -> None:
-    """Assert that the printed command makes a recipe, and says as much of its text as the recipe does."""
+    """Assert that the printed command reproduces a recipe, and names the text only if the recipe does."""
     line = command_of(recipe)
     again = typed(line)
     assert again == recipe, line
@@ -150,13 +150,13 @@ def any_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.commands.recipe_options.look_at", lambda recipe: None)
 
 
-def test_every_setting_is_tried() -> None:
+def test_the_table_covers_every_setting() -> None:
     assert SAID.keys() == FIELDS.keys()
     assert [word for word, (value, _) in SAID.items() if word != "dataset" and value == DEFAULTS[word]] == []
 
 
 @pytest.mark.parametrize("word", SAID)
-def test_a_printed_command_gives_every_setting_again(word: str) -> None:
+def test_a_printed_command_reproduces_every_setting(word: str) -> None:
     value, beside = SAID[word]
     recipe = make_recipe({"model": "pico", **beside, word: value})
     assert word in ("model", "dataset") or recipe.setting(word) != DEFAULTS[word]
@@ -168,25 +168,25 @@ def test_a_printed_command_gives_every_setting_again(word: str) -> None:
     "target", [{"pattern": "2:4"}, {"sparsity": 0.6}, {"remove": "channels=0.33", "sparsity": 0.5}]
 )
 @pytest.mark.parametrize("train", ["blocks", "whole"])
-def test_a_printed_command_gives_every_preset_again(preset: str | None, target: dict[str, Any], train: str) -> None:
+def test_a_printed_command_reproduces_every_preset(preset: str | None, target: dict[str, Any], train: str) -> None:
     said = {"preset": preset, "train": train if preset in WHOLE else None} if preset else {}
     assert_made_again(make_recipe({"model": "pico", **target, **said}))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_printed_command_gives_every_method_again(method: str) -> None:
+def test_a_printed_command_reproduces_every_method(method: str) -> None:
     assert_made_again(make_recipe({"model": "pico", "method": method}))
 
 
 @pytest.mark.parametrize("score", [None, *(name for names in SCORES.values() for name in names)])
 @pytest.mark.parametrize("zeros", [{}, {"sparsity": 0.5, "method": "wanda"}])
-def test_a_printed_command_gives_every_removal_again(score: str | None, zeros: dict[str, Any]) -> None:
+def test_a_printed_command_reproduces_every_removal(score: str | None, zeros: dict[str, Any]) -> None:
     kinds = ("channels=0.33", "heads=0.25,blocks=0.2", "experts=0.25", "vocabulary=704")
     assert_made_again(make_recipe({"model": "pico", "remove": kinds, "score": score or (), **zeros}))
 
 
 @pytest.mark.parametrize("script", SWEEPS)
-def test_a_printed_command_gives_every_row_of_a_script_again(script: str) -> None:
+def test_a_printed_command_reproduces_every_row_of_a_script(script: str) -> None:
     for run in expand(sweep_of_script(script)):
         assert_made_again(run.recipe)
 
@@ -197,7 +197,7 @@ def test_an_option_whose_text_has_commas_survives() -> None:
 
 
 def commands_in(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each command in a file's messages: its name, and the settings that it is called with."""
+    """Yield each command in a file's messages: its name and its settings."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Command" and node.args:
             name, *parts = node.args
@@ -207,7 +207,7 @@ def commands_in(file: Path) -> Iterator[tuple[str, list[str]]]:
                 yield str(name.value), [str(word) for word in words]
 
 
-def test_commands_in_messages_are_understood() -> None:
+def test_commands_in_messages_are_valid() -> None:
     seen = 0
     for file in SOURCE.rglob("*.py"):
         for name, settings in commands_in(file):

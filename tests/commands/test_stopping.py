@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C stop a command wherever they come: within what swallows them, and in one of several processes."""
+"""SIGTERM and Ctrl-C stop a command anywhere: inside code that swallows them, and in one of several processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.commands import run_command
 
 
 class Dying:
-    """Its finaliser is where a signal comes; what that raises, Python prints and forgets."""
+    """An object whose finaliser receives a signal; Python prints and discards what that raises."""
 
     def __init__(self, sent: signal.Signals) -> None:
         self._sent = sent
@@ -71,7 +71,7 @@ def test_a_signal_swallowed_by_a_library_still_stops_the_command(
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_command_that_ends_soon_after_a_swallowed_signal_was_stopped(
+def test_a_command_ending_soon_after_a_swallowed_signal_counts_as_stopped(
     sent: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(app, "app", lambda *_, **__: swallowed_by_a_library(sent))
@@ -97,7 +97,7 @@ def test_a_signal_does_not_interrupt_the_cleanup(
     assert tidied == [True]
 
 
-# A stand-in for a call that no handler interrupts, in one of two processes.
+# A stand-in for a call that no signal handler can interrupt, in one of two processes.
 WAITING = """
 import ctypes, sys
 from coprune.commands import app
@@ -111,7 +111,7 @@ app.main()
 """
 
 
-def test_one_of_several_processes_says_a_line_when_it_is_ended() -> None:
+def test_a_stopped_process_of_several_prints_one_line() -> None:
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
     running = subprocess.Popen(
         [sys.executable, "-c", WAITING], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Tables on a terminal, whose texts others may have written."""
+"""Tables on a terminal, which may contain foreign text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
 
-def test_a_name_that_looks_like_markup_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_look_like_markup_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["out/[final]", "a[/b]", "[bold]c", "[link=x]d[/link]"]
     print_sheet(Sheet("", [[name, name] for name in names], ["model", "[red]size"]))
     shown = capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_foreign_text_cannot_control_the_terminal(
     assert printable("one\ntwo\tthree \u2028 ä€😀") == "one\ntwo\tthree \u2028 ä€😀"
 
 
-def test_figures_are_kept_before_they_are_shown(
+def test_figures_are_saved_before_they_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Where BOS stands: at the start of a text, of every window, or nowhere, whatever the tokenizer does by itself."""
+"""BOS at the start of a text, of every window, or nowhere, whatever the tokenizer's default."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokenizer_with(puts: bool) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("habit", HABITS)
-def test_what_a_tokenizer_does_by_itself_is_seen_and_changed(habit: str, fast: bool, text_file: Path) -> None:
+def test_a_tokenizers_own_bos_is_detected_and_changed(habit: str, fast: bool, text_file: Path) -> None:
     tokenizer, ids = tokenizer_with(HABITS[habit]), ids_of(text_file)
     if not fast:
 
@@ -67,14 +67,14 @@ def test_every_evaluation_window_begins_with_bos_and_continues_the_text(
     assert behind == ids[: len(windows) * (seqlen - 1)]
     sizes = text.token_bytes.view(-1, seqlen)
     assert not bool(sizes[:, 0].any())
-    # As many bytes as these tokens had where nothing stood between them.
+    # The same bytes as these tokens had without BOS between them.
     plain = evaluation_tokens(str(text_file), pico_tokenizer(), seqlen)
     assert sizes[:, 1:].flatten().tolist() == plain.token_bytes[: len(behind)].tolist()
     assert text.fingerprint != before.fingerprint
 
 
 @pytest.mark.parametrize("habit", HABITS)
-def test_calibration_windows(habit: str, text_file: Path) -> None:
+def test_calibration_windows_begin_with_bos_and_drop_their_last_token(habit: str, text_file: Path) -> None:
     tokenizer, puts = tokenizer_with(HABITS[habit]), HABITS[habit]
 
     def drawn(asked: AskedBos) -> Windows:
@@ -90,7 +90,7 @@ def test_calibration_windows(habit: str, text_file: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["first", "every"])
-def test_bos_needs_a_tokenizer_that_has_one(asked: Any) -> None:
+def test_bos_is_refused_for_a_tokenizer_without_one(asked: Any) -> None:
     with pytest.raises(BadInput, match="no token that begins a text"):
         beginning(pico_tokenizer(), asked)
     tokenizer = pico_tokenizer()
@@ -98,7 +98,7 @@ def test_bos_needs_a_tokenizer_that_has_one(asked: Any) -> None:
     assert beginning(None, asked) is None
 
 
-def test_token_ids_that_were_handed_over_stay_as_they_are() -> None:
+def test_token_ids_passed_by_the_caller_stay_unchanged() -> None:
     ids = torch.arange(3, 35)
     windows = Windows(ids.view(2, 16), "", "", given=True)
     assert windows_at_bos(windows, BOS) is windows

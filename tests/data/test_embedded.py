@@ -1,4 +1,4 @@
-"""The embedded corpora: their sizes, the split by passage, and what is said when the package is missing."""
+"""The embedded corpora: their sizes, the split by passage, and the error if the package is missing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_split_does_not_depend_on_the_order_and_drops_near_repetitions() -> 
     assert [set(part) for part in split_passages(shuffled)] == [set(calibration), set(evaluation)]
     assert set(calibration) | set(evaluation) == set(passages)
     assert 60 < len(evaluation) < 140
-    # Passages of one family share a long run: whatever falls into evaluation is left out.
+    # Passages of one family share a long run of words, so those that fall into evaluation are dropped.
     family = [f"{number} " + " ".join(map(str, range(1000, 1000 + SHARED_WORDS))) for number in range(30)]
     calibration, evaluation = split_passages(family)
     assert calibration

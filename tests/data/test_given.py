@@ -1,4 +1,4 @@
-"""Text and token ids that are handed over from Python."""
+"""Text and token ids passed from Python."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_given_texts_are_named_by_content_and_names_are_kept() -> None:
     assert named("c4", eval_data=["ptb", "wikitext2"]) == {"dataset": "c4", "eval_data": ["ptb", "wikitext2"]}
 
 
-def test_what_was_handed_over_is_there_as_long_as_the_call() -> None:
+def test_passed_data_exists_during_the_call() -> None:
     with handed_over({"dataset": TEXTS}, "dataset", "eval_data") as found:
         assert given_data(found["dataset"]) is not None
     with pytest.raises(BadInput, match="is data from an earlier Python call"):
@@ -46,7 +46,7 @@ def test_what_was_handed_over_is_there_as_long_as_the_call() -> None:
     assert given_data("c4") is None
 
 
-def test_token_ids_say_how_many_samples_there_are_unless_told() -> None:
+def test_token_ids_set_the_default_number_of_samples() -> None:
     ids = torch.arange(32).view(4, 8)
     with handed_over({"dataset": ids}, "dataset", "eval_data") as found:
         assert given_samples(found["dataset"]) == {"nsamples": 4, "seqlen": 8}
@@ -77,7 +77,7 @@ def test_unusable_values_are_refused_as_data(value: Any, message: str) -> None:
         named(value)
 
 
-def test_strings_a_data_set_and_a_file_give_the_same_samples(folder: Path, tmp_path: Path) -> None:
+def test_strings_a_dataset_and_a_file_give_the_same_samples(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     rows.to_parquet(file)
@@ -114,7 +114,7 @@ def test_samples_of_other_sizes_and_unknown_tokens_are_refused(folder: Path) -> 
         coprune.prune(folder, dataset=ids.clone().fill_(1_000_000), **SETTINGS)
 
 
-def test_text_handed_over_is_measured_as_the_same_text_of_a_file(folder: Path, tmp_path: Path) -> None:
+def test_passed_text_is_measured_like_the_same_text_in_a_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(TEXTS), encoding="utf-8")
     [one] = coprune.evaluate(folder, {"mine": TEXTS}, seqlen=16, quiet=True).perplexity

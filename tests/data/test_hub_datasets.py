@@ -1,7 +1,7 @@
-"""Datasets of the Hub: the loaders on local data in the same formats, and a Hub that does not answer or refuses.
+"""Datasets of the Hub: loaders on local data in the same formats, and a Hub that is unreachable or refuses.
 
-Only `load_dataset` is replaced, by one that gives real datasets made from local files. A folder in the cache stands
-for a dataset that was downloaded before, so that the Hub is not asked.
+Only `load_dataset` is replaced, by one that returns real datasets made from local files. A folder in the cache marks
+a dataset as downloaded, so that the Hub is not contacted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from support.word_tokenizers import word_tokenizer, words
 
 
 class LocalHub:
-    """Stands for `datasets.load_dataset`: remembers what was asked, and gives what it was told to."""
+    """A stand-in for `datasets.load_dataset` that records requests and returns prepared datasets."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
@@ -169,7 +169,7 @@ def test_datasets_without_text_are_named(hub: LocalHub, rows: dict[str, list[Any
         calibration_text(name, hub.cache)
 
 
-def test_what_the_library_says_of_a_dataset_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_datasets_library_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str, name: str | None, **options: Any) -> Any:
         raise ValueError("Config name is missing.\nPlease pick one")
 
@@ -179,7 +179,7 @@ def test_what_the_library_says_of_a_dataset_is_passed_on(tmp_path: Path, monkeyp
         calibration_text("owner/name", tmp_path)
 
 
-def test_a_stream_that_breaks_is_an_error_with_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_stream_is_an_error_with_the_datasets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> Iterator[dict[str, str]]:
         yield {"text": "a"}
         raise EOFError("Compressed file ended early")
@@ -194,7 +194,7 @@ def test_a_stream_that_breaks_is_an_error_with_the_name(tmp_path: Path, monkeypa
 
 
 class Refusal(BaseHTTPRequestHandler):
-    """Answers every request as the Hub does for a dataset that is not there or gated."""
+    """A server that answers every request like the Hub for a missing or gated dataset."""
 
     status, code = 404, "RepoNotFound"
     requests = 0
@@ -218,7 +218,7 @@ class Refusal(BaseHTTPRequestHandler):
         (503, "", "'owner/name' is out of reach.*path of a file of text"),
     ],
 )
-def test_a_refusal_of_the_hub_is_told_without_retries(
+def test_a_refusal_of_the_hub_is_reported_without_retries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
 ) -> None:
     handler: Any = type("Answer", (Refusal,), {"status": status, "code": code, "requests": 0})
@@ -234,11 +234,11 @@ def test_a_refusal_of_the_hub_is_told_without_retries(
         server.shutdown()
         server.server_close()
         thread.join()
-    assert handler.requests <= 2  # of what is missing the client asks twice; a retry would be a third
+    assert handler.requests <= 2  # the client itself asks twice for missing files; a retry would be a third request
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb", "owner/name"])
-def test_a_hub_out_of_reach_is_told_without_trying_to_load(
+def test_an_unreachable_hub_is_reported_without_trying_to_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: LocalHub, name: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
@@ -248,7 +248,7 @@ def test_a_hub_out_of_reach_is_told_without_trying_to_load(
     assert hub.asked == []
 
 
-def test_offline_mode_is_out_of_reach_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_counts_as_an_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="out of reach"):
         calibration_text("wikitext2", tmp_path)

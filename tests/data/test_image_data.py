@@ -1,4 +1,4 @@
-"""Where images come from, how they are drawn and labelled, and how accuracy is formed."""
+"""Sources of images, sampling and labels, and accuracy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grey(value: int) -> Pillow.Image:
 
 
 def brightness(images: Sequence[Pillow.Image]) -> Tensor:
-    """A transform that makes an image one number."""
+    """Transform each image to a single number."""
     return torch.tensor([[[[image.getpixel((0, 0))[0]]]] for image in images], dtype=torch.float32)  # type: ignore[index]
 
 
@@ -110,7 +110,7 @@ def test_batches_hold_every_image_once_in_order(folder: Path) -> None:
     assert torch.cat([pixels for pixels, _ in batches]).flatten().tolist() == [0, 1, 2, 10, 11, 12]
 
 
-def test_labels_go_by_the_models_names(folder: Path) -> None:
+def test_labels_are_matched_by_the_models_class_names(folder: Path) -> None:
     images = labelled_images(str(folder), "calibration")
     assert labels_for(images, {0: "dog", 1: "bird", 2: "cat"}, 3).tolist() == [2, 2, 2, 0, 0, 0]
     assert labels_for(images, {0: "LABEL_0", 1: "LABEL_1"}, 2).tolist() == [0, 0, 0, 1, 1, 1]
@@ -118,7 +118,7 @@ def test_labels_go_by_the_models_names(folder: Path) -> None:
         labels_for(images, {0: "LABEL_0"}, 1)
 
 
-def test_two_classes_of_one_name_are_told_apart_by_their_numbers() -> None:
+def test_classes_with_the_same_name_are_matched_by_number() -> None:
     images = LabelledImages(grey, torch.tensor([0, 1, 2]), ("crane", "dog", "cat"), "three")
     assert labels_for(images, {0: "crane", 1: "dog", 2: "cat", 3: "crane"}, 4).tolist() == [0, 1, 2]
 
@@ -148,7 +148,7 @@ def test_top1_and_top5() -> None:
 
 
 def _parquet(folder: Path, images: Sequence[Any], labels: Sequence[Any], label: Any = None) -> Path:
-    """A file of images (shades of grey, or what they hold instead) with labels of a type."""
+    """Write a file of images (shades of grey, or other contents) with labels of a type."""
 
     def encoded(value: Any) -> dict[str, Any] | None:
         if not isinstance(value, int):
@@ -182,7 +182,7 @@ def test_labels_that_are_words_are_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", [0.5, float("nan")])
-def test_labels_that_are_no_numbers_of_classes_are_refused(tmp_path: Path, label: float) -> None:
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path: Path, label: float) -> None:
     file = _parquet(tmp_path, [5, 6], [1.0, label])
     with pytest.raises(BadInput, match="neither a whole number nor a word"):
         labelled_images(str(file), "calibration", tmp_path / "cache")

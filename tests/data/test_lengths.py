@@ -1,4 +1,4 @@
-"""Samples of several lengths: padded where they are kept, of one length in every batch, and never counted beyond their ends."""
+"""Samples of several lengths: padded in storage, of one length per batch, and never counted beyond their ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def two_lengths(short: int, long: int) -> tuple[Windows, list[Tensor]]:
-    """A mixture of samples of 8 and of 24 tokens, and the samples one by one."""
+    """Return a mixture of samples of 8 and 24 tokens, and the samples separately."""
     parts = [pico_tokens(short, 8, seed=1), pico_tokens(long, 24, seed=2)]
     marks = torch.arange(24)[None].expand(long, -1) % 3 == 0
     found = [
@@ -45,7 +45,7 @@ def test_mixed_lengths_are_padded_and_padding_is_never_counted() -> None:
     rows = [row[row != NOTHING].tolist() for row in windows.tokens]
     assert sorted(rows) == sorted(one[0].tolist() for one in alone)
     assert windows.generated is not None
-    # Of text that nobody marked every token counts, and of nothing none.
+    # In unmarked text every token counts; padding never does.
     for row, marks in zip(windows.tokens, windows.generated, strict=True):
         assert int(marks.sum()) == 8
         assert not bool((marks & (row == NOTHING)).any())
@@ -69,7 +69,7 @@ def test_every_batch_is_of_one_length_and_none_is_lost(batch_size: int | None) -
     assert [tuple(b.shape) for b in split_batches(windows.tokens, recipe, CPU, windows.generated)] == [
         tuple(batch.shape) for batch in batches
     ]
-    # They come mixed, not one source behind the other.
+    # Sources are mixed, not one after the other.
     assert {batch.shape[1] for batch in batches[:3]} == {8, 24}
     even = pico_tokens(7, 24)
     parts = split_batches(even, recipe, CPU)
@@ -110,7 +110,7 @@ def prune(dataset: Any, **settings: Any) -> coprune.Result:
 
 
 @pytest.mark.parametrize("settings", [{}, {"propagation": "sequential", "method": "sparsegpt", "reconstruct": 2}])
-def test_a_run_takes_a_length_of_each_source(place: Path, settings: dict[str, Any]) -> None:
+def test_each_source_has_its_own_sample_length(place: Path, settings: dict[str, Any]) -> None:
     ids = pico_tokens(3, 10)
     result = prune({"words.txt:seqlen=8": 0.5, "mine:seqlen=10": (ids, 0.5)}, **settings)
     calibration = result.report.calibration
@@ -119,7 +119,7 @@ def test_a_run_takes_a_length_of_each_source(place: Path, settings: dict[str, An
     assert (calibration.seqlen, calibration.length) == (10, "up to 10")
     assert "words.txt: 3 samples of 8 tokens, fingerprint" in calibration.details()
     assert {matrix.tokens for matrix in result.report.matrices} == {3 * 8 + 3 * 10}
-    # What was handed over keeps its length without being asked.
+    # Data passed by the caller keeps its length.
     again = prune({"words.txt:seqlen=8": 0.5, "mine": (ids, 0.5)}, **settings).report
     assert again.calibration.fingerprint == calibration.fingerprint
     assert [m.mask_checksum for m in again.matrices] == [m.mask_checksum for m in result.report.matrices]

@@ -1,4 +1,4 @@
-"""Files and folders of the user's own, in every format, and what is said when they cannot be read."""
+"""The user's files and folders in every format, and errors if they cannot be read."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_unreadable_content_is_reported_with_its_file(tmp_path: Path, file: str,
     assert str(tmp_path / file) in str(error.value)
 
 
-def test_half_a_character_that_json_may_hold_becomes_the_sign_for_none(tmp_path: Path) -> None:
+def test_lone_surrogates_in_json_become_replacement_characters(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d whole \\ud83d\\ude00 told \\\\ud83d"}\n')
     assert local_text(str(tmp_path / "a.jsonl")).text == "cut \ufffd whole \U0001f600 told \\ud83d"
     assert rows_of(tmp_path / "a.jsonl") == [{"text": "cut \ufffd whole \U0001f600 told \\ud83d"}]
@@ -141,7 +141,7 @@ def test_half_a_character_that_json_may_hold_becomes_the_sign_for_none(tmp_path:
 def test_broken_links_and_pipes_are_not_taken_for_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    Path("data/gone").symlink_to("nowhere")  # by its looks a dataset of the Hub, owner/name
+    Path("data/gone").symlink_to("nowhere")  # looks like a dataset of the Hub, owner/name
     with pytest.raises(BadInput, match="no file or folder 'data/gone'"):
         calibration_text("data/gone")
     os.mkfifo("pipe")
@@ -149,7 +149,7 @@ def test_broken_links_and_pipes_are_not_taken_for_hub_datasets(tmp_path: Path, m
         local_text("pipe")
 
 
-def test_a_file_is_measured_whatever_its_name_holds(tmp_path: Path) -> None:
+def test_files_with_unusual_names_are_measured(tmp_path: Path) -> None:
     for name in ("a,b.txt", "c@d.txt", "e@seqlen=8.txt"):
         file = tmp_path / name
         file.write_text("text")
@@ -157,7 +157,7 @@ def test_a_file_is_measured_whatever_its_name_holds(tmp_path: Path) -> None:
     assert [text.settings for text in split_texts(f"{tmp_path / 'c@d.txt'}@seqlen=16")] == [{"seqlen": 16}]
 
 
-def test_paths_that_do_not_exist_and_folders_without_text(tmp_path: Path) -> None:
+def test_missing_paths_and_folders_without_text_are_refused(tmp_path: Path) -> None:
     for name in [str(tmp_path / "no.txt"), "./no", "~/no/such/folder/of/text", "no_such.jsonl", "no_such.txt:column"]:
         with pytest.raises(BadInput, match="no file or folder"):
             calibration_text(name)
@@ -176,7 +176,7 @@ def test_a_file_has_no_held_out_part_but_can_be_evaluated_whole(
     assert evaluation_text(str(path)).text == JOINED
     assert evaluation_corpus_for("wikitext2") == "wikitext2"
     assert evaluation_corpus_for("owner/name:config") == "owner/name:config"
-    # A corpus keeps its name even where a file is called the same.
+    # A corpus name wins over a file of the same name.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c4").write_text("text")
     assert evaluation_corpus_for("c4") == "c4"
@@ -184,7 +184,7 @@ def test_a_file_has_no_held_out_part_but_can_be_evaluated_whole(
 
 
 def bomb(path: Path) -> Path:
-    """Thousands of bytes that stand for megabytes."""
+    """Write a few thousand bytes that decompress to megabytes."""
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(b'{"text": "' + b"a" * 5_000_000 + b'"}\n'))
     else:
@@ -193,7 +193,7 @@ def bomb(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("file", ["a.txt.gz", "a.jsonl.gz", "a.parquet"])
-def test_a_small_file_that_stands_for_a_huge_one_is_refused(
+def test_files_that_decompress_to_a_huge_size_are_refused(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bomb(tmp_path / file)

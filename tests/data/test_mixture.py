@@ -1,4 +1,4 @@
-"""Conversations through the chat template, which tokens a model wrote, and samples of several sources."""
+"""Conversations in the chat template, masks of generated tokens, and samples of several sources."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ TURNS = (
 
 
 def trained(kind: str, between: str, slow: bool = False) -> Any:
-    """A small BPE tokenizer of a kind, with marks of turns that are special tokens."""
+    """Train a small BPE tokenizer of a kind, with special tokens that mark turns."""
     inner = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True))
     if kind == "byte-level":
         inner.pre_tokenizer, inner.post_processor = ByteLevel(add_prefix_space=False), ByteLevelOffsets()
@@ -100,7 +100,7 @@ def trained(kind: str, between: str, slow: bool = False) -> Any:
 
 
 class _Slow(PreTrainedTokenizerFast):
-    """Tells no offsets."""
+    """A tokenizer that gives no offsets."""
 
     is_fast = False
 
@@ -111,7 +111,7 @@ class _Slow(PreTrainedTokenizerFast):
 
 @pytest.mark.parametrize("between", ["\n", "", " "])
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "prepend"])
-def test_a_conversation_has_the_tokens_that_its_template_gives(kind: str, between: str, tmp_path: Path) -> None:
+def test_a_conversation_has_the_tokens_of_its_template(kind: str, between: str, tmp_path: Path) -> None:
     made = trained(kind, between)
     [document] = read_conversations(write(tmp_path / "chat.jsonl", {"messages": CHAT}), made)
     assert document.ids == made.apply_chat_template(CHAT, tokenize=True)["input_ids"]
@@ -120,7 +120,7 @@ def test_a_conversation_has_the_tokens_that_its_template_gives(kind: str, betwee
     assert said == ["Light scatters 🌍.", "It is late.", ""]
 
 
-def test_a_slow_tokenizer_marks_answers_only_where_pieces_are_the_whole(tmp_path: Path) -> None:
+def test_a_slow_tokenizer_marks_answers_only_if_pieces_tokenise_alike(tmp_path: Path) -> None:
     name = write(tmp_path / "chat.jsonl", {"messages": CHAT})
     fast, slow = (trained("byte-level", "\n", slow) for slow in (False, True))
     assert read_conversations(name, slow) == read_conversations(name, fast)
@@ -137,14 +137,14 @@ def test_a_system_column_becomes_the_first_message(row: dict[str, Any]) -> None:
     assert messages_of(row | {"system": None}) == plain
 
 
-def test_text_and_other_rows_are_no_conversations(tmp_path: Path) -> None:
+def test_text_and_other_rows_are_not_conversations(tmp_path: Path) -> None:
     assert not holds_conversations(write(tmp_path / "a.jsonl", {"text": "w5", "prompt": "w5", "answer": "w6"}))
     assert not holds_conversations(write(tmp_path / "b.jsonl", {"title": "w5"}))
     with pytest.raises(BadInput, match=r"row 1 of .* is not a conversation: its columns are 'title'"):
         read_conversations(str(tmp_path / "b.jsonl"), tokenizer())
 
 
-def test_what_a_template_cannot_do_is_said(tmp_path: Path) -> None:
+def test_template_errors_are_reported(tmp_path: Path) -> None:
     name, plain, broken = write(tmp_path / "chat.jsonl", ROWS[0]), pico_tokenizer(), tokenizer()
     with pytest.raises(BadInput, match="the tokenizer has no chat template, which row 1 of"):
         read_conversations(name, plain)
@@ -191,7 +191,7 @@ def test_a_mixture_holds_each_sources_samples(tmp_path: Path) -> None:
     assert sorted(map(tuple, windows.tokens.tolist())) == rows
     assert [(part.name, part.nsamples) for part in windows.parts] == [(chat.name, 4), (words.name, 4)]
     assert [part.fingerprint for part in windows.parts] == [one.fingerprint for _, one in found]
-    # Text that nobody marked counts whole; the marks go with their tokens.
+    # Unmarked text counts completely; masks stay with their tokens.
     assert windows.generated is not None
     marks = dict(zip(map(tuple, windows.tokens.tolist()), windows.generated.tolist(), strict=True))
     for row in found[1][1].tokens.tolist():

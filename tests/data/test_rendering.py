@@ -1,4 +1,4 @@
-"""Chat templates that somebody wrote to take the machine's memory or time: one message each, and this process goes on."""
+"""Malicious chat templates that exhaust memory or time give one message, and the process continues."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_template_that_takes_too_long_is_ended(template: str, monkeypatch: pyt
     assert render(tokenizer, SAID, answers=False) == "user w5 "
 
 
-def test_texts_are_what_the_tokenizer_makes_in_one_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_child_renders_the_same_texts_as_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     forks: list[int] = []
     fork = os.fork
 
@@ -75,15 +75,15 @@ def test_texts_are_what_the_tokenizer_makes_in_one_child(monkeypatch: pytest.Mon
     tokenizer.chat_template = "other"
     assert render(tokenizer, SAID, answers=True) == "other"
     child = rendering._CHILDREN[tokenizer]
-    os.kill(child._process, 9)  # as when it has idled for long
+    os.kill(child._process, 9)  # as after a long idle time
     assert render(tokenizer, SAID, answers=True) == "other"
 
 
 def test_a_child_holds_no_file_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Locks would not end with the process that took them."""
+    """Otherwise locks would outlive the process that took them."""
     read, write = os.pipe()
     tokenizer = with_template(GOOD)
     render(tokenizer, SAID, answers=True)
     os.close(write)
-    assert os.read(read, 1) == b""  # nobody else holds its other end
+    assert os.read(read, 1) == b""  # no other process holds its other end
     os.close(read)

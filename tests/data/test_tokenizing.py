@@ -1,4 +1,4 @@
-"""Tokenizers that are damaged, or were made to do harm: one message each, where Rust would panic or make a text endless."""
+"""Damaged or malicious tokenizers give one message, where Rust would panic or produce endless text."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_one_message() -> None:
         lambda made: made.update(decoder={"type": "Sequence", "decoders": [replace({"String": "a"}, "b" * 9)] * 9}),
     ],
 )
-def test_replacements_that_make_a_text_endless_are_refused_before_any_is_made(change: Change, tmp_path: Path) -> None:
+def test_endless_replacements_are_refused_before_any_is_made(change: Change, tmp_path: Path) -> None:
     folder = changed(tmp_path, change)
     with pytest.raises(BadInput, match=r"tokenizer\.json lengthens a text up to [\d,]+ times"):
         load_tokenizer(ModelFolder(folder, "mine"))
@@ -88,7 +88,7 @@ def test_replacements_that_make_a_text_endless_are_refused_before_any_is_made(ch
         (r".*.*.*.*.*.*.*\d", "holds a pattern that takes too many steps"),
     ],
 )
-def test_a_pattern_without_end_is_refused_within_seconds_and_little_memory(
+def test_an_endless_pattern_is_refused_within_seconds_and_little_memory(
     pattern: str, told: str, tmp_path: Path
 ) -> None:
     folder = changed(tmp_path, normalizers(replace({"Regex": pattern}, "x")))

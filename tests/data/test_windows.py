@@ -1,4 +1,4 @@
-"""Calibration windows against the published sampling, written plainly, and the tokens and bytes of an evaluation."""
+"""Calibration windows against a plain version of the published sampling, and tokens and bytes of an evaluation."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def test_windows_of_documents_are_those_of_the_published_sampling() -> None:
     seqlen=st.integers(2, 12),
     seed=st.integers(0, 1000),
 )
-def test_every_sample_lies_within_a_document_of_its_own(
+def test_every_sample_lies_within_a_different_document(
     lengths: list[int], nsamples: int, seqlen: int, seed: int
 ) -> None:
-    # Token 100 · document + position tells where a window came from.
+    # The token 100 · document + position shows where a window came from.
     documents = {str(number): [100 * number + i for i in range(length)] for number, length in enumerate(lengths)}
     enough = sum(length > seqlen for length in lengths) >= nsamples
     if not enough:
@@ -99,7 +99,7 @@ def test_sampling_leaves_the_global_generator_alone() -> None:
     assert random.getstate() == state
 
 
-def test_the_fingerprint_tells_seeds_shapes_and_tokens_apart(text_file: Path) -> None:
+def test_the_fingerprint_distinguishes_seeds_shapes_and_tokens(text_file: Path) -> None:
     def name(nsamples: int, seed: int) -> str:
         return calibration_windows(str(text_file), word_tokenizer(), nsamples, 32, seed).fingerprint
 
@@ -107,18 +107,18 @@ def test_the_fingerprint_tells_seeds_shapes_and_tokens_apart(text_file: Path) ->
     assert len({name(8, 0), name(8, 1), name(4, 0)}) == 3
     assert fingerprint(torch.arange(6).view(2, 3)) != fingerprint(torch.arange(6).view(3, 2))
     assert fingerprint(torch.arange(6, dtype=torch.int32)) == fingerprint(torch.arange(6))
-    # Pinned: a report must stay comparable over releases and machines.
+    # Pinned, so that reports stay comparable across releases and machines.
     assert fingerprint(torch.arange(6)) == "f190072c5052f4f4-6"
 
 
 def test_a_text_longer_than_the_model_allows_gives_no_warning(
     text_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "transformers")  # whatever an earlier test left it at
+    caplog.set_level(logging.WARNING, "transformers")  # whatever level an earlier test set
     calibration_windows(str(text_file), word_tokenizer(model_max_length=8), 1, 32, 0)
     evaluation_tokens(str(text_file), word_tokenizer(model_max_length=8), 32)
     assert "longer than" not in caplog.text
-    word_tokenizer(model_max_length=8)(words(0, 20))  # the same text does warn when asked plainly
+    word_tokenizer(model_max_length=8)(words(0, 20))  # a plain call does warn for the same text
     assert "longer than" in caplog.text
 
 
@@ -126,7 +126,7 @@ def test_a_text_longer_than_the_model_allows_gives_no_warning(
     ("nsamples", "seqlen", "message"),
     [(0, 32, "samples must be at least 1"), (-3, 32, "samples"), (4, 1, "sequence length"), (4, 0, "sequence length")],
 )
-def test_sizes_that_make_no_sense_are_named_before_the_corpus_is_read(nsamples: int, seqlen: int, message: str) -> None:
+def test_invalid_sizes_are_refused_before_the_corpus_is_read(nsamples: int, seqlen: int, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         calibration_windows("no/such/file.txt", word_tokenizer(), nsamples, seqlen, 0)
 
@@ -169,7 +169,7 @@ def test_bytes_of_a_real_tokenizer_add_up_to_those_of_the_text(
         return
     tokens, sizes = tokens_and_bytes(smollm2_tokenizer, text)
     assert len(tokens) == len(sizes)
-    # A text of nothing but characters that the tokenizer does not know gives no tokens to cover it.
+    # A text of unknown characters only gives no tokens to cover it.
     assert int(sizes.sum()) == (expected if len(tokens) else 0)
     assert bool((sizes >= 0).all())
 
@@ -183,14 +183,14 @@ def test_bytes_of_a_real_tokenizer_are_those_of_its_tokens(smollm2_tokenizer: Pr
 
 
 @pytest.mark.parametrize("samples", [10**12, 10**30])
-def test_more_samples_than_there_is_memory_are_refused_before_one_is_drawn(samples: int, tmp_path: Path) -> None:
+def test_more_samples_than_fit_in_memory_are_refused_before_drawing(samples: int, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("w1 w2 w3")
     with pytest.raises(BadInput, match="are free") as caught:
         calibration_windows(str(tmp_path / "words.txt"), None, samples, 32, 0)
     assert caught.value.field == "nsamples"
 
 
-def test_samples_of_ones_own_text_leave_out_the_tenth_that_perplexity_is_of(tmp_path: Path) -> None:
+def test_calibration_leaves_out_the_held_out_tenth_of_the_users_text(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(" ".join(["w5"] * 900 + ["w6"] * 100))
     name, tokenizer = str(tmp_path / "mine.txt"), word_tokenizer()
     whole = calibration_windows(name, tokenizer, 64, 32, 0)
@@ -205,7 +205,7 @@ def test_samples_of_ones_own_text_leave_out_the_tenth_that_perplexity_is_of(tmp_
     assert (held_out_tokens(1000, 30), held_out_tokens(999, 100)) == (90, 0)
     with pytest.raises(TooShort, match=r"the last tenth of .* does not fill a window of 200 tokens"):
         evaluation_tokens(name, tokenizer, 200, held_out=True)
-    # What has a test split of its own is calibrated on whole.
+    # A corpus with its own test split is used completely.
     assert draw_samples("embedded", tokenizer, Sampling(4, 32, 0, held_out_for=20)).fingerprint == (
         calibration_windows("embedded", tokenizer, 4, 32, 0).fingerprint
     )

@@ -1,4 +1,4 @@
-"""All kernels for SparseGPT's walk through columns keep one contract: the same cases, the same results."""
+"""All kernels for SparseGPT's walk over columns give the same results on the same cases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_kernel_walks_as_published(name: str) -> None:
         check(name)
 
 
-def test_the_native_kernel_of_every_instruction_set_does(level: str) -> None:
+def test_native_kernels_of_every_instruction_set_walk_as_published(level: str) -> None:
     check("native")
 
 
@@ -78,7 +78,7 @@ print("checked")
 """
 
 
-def test_where_triton_does_not_serve_torch_walks() -> None:
+def test_torch_walks_if_triton_is_unusable() -> None:
     run_interpreted(NOT_SERVED)
 
 

@@ -1,4 +1,4 @@
-"""Both ways to the inverses of a matrix with one shift after another: the same inverses, and the same errors of ALPS."""
+"""Both kernels for inverses of a matrix under several shifts give the same inverses, and ALPS the same errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHIFTS = (0.1, 0.13, 0.5, 4.0, 300.0)
 
 
 def statistic(tokens: int, width: int = 96, spread: float = 30.0) -> Gram:
-    """Of inputs that hang together and differ in size, some of them dead."""
+    """Return statistics of correlated inputs of different sizes, some of them dead."""
     generator = torch.Generator().manual_seed(tokens)
     common = torch.randn(tokens, 4, generator=generator) @ torch.randn(4, width, generator=generator)
     x = (torch.randn(tokens, width, generator=generator) + 2 * common) * torch.logspace(0, 1, width, base=spread)
@@ -67,5 +67,5 @@ def test_alps_by_factors_has_the_same_errors(pattern: str, tokens: int, monkeypa
             errors.append(known.relative_error(weight, ALPS().prune(weight, known, target).weight))
         assert 0 < errors[0] < 1
         ratios.append(errors[1] / errors[0])
-    # Of few tokens a mask may hang on rounding: of one weight in five the errors are up to 1.3 % apart then.
+    # With few tokens rounding may decide a mask: for one weight in five the errors then differ by up to 1.3 %.
     assert statistics.median(ratios) == pytest.approx(1, rel=0.002)

@@ -1,4 +1,4 @@
-"""The table of kernels: for every operation and device one, and the best that is there."""
+"""The table of kernels: every operation has one for every device, and the best available is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from coprune.base.kernels.ranks import by_kth_value, by_partition
 CPU = torch.device("cpu")
 
 
-def test_every_operation_has_a_kernel_that_needs_nothing_on_every_kind_of_device() -> None:
+def test_every_operation_has_a_kernel_without_requirements_on_every_kind_of_device() -> None:
     assert set(KERNELS) == {(operation, kind) for operation in get_args(Operation) for kind in get_args(Kind)}
     for found in KERNELS.values():
         assert any(one.there is kernel_table.always for one in found)
@@ -44,7 +44,7 @@ def test_cpu_needs_no_synchronisation_and_has_no_capability() -> None:
     assert describe(CPU) == "cpu"
 
 
-def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_used_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.base.native.compilation.load_kernels", lambda: None)
     for operation in ("walk_columns", "add_to_gram"):
         assert kernel(operation, CPU) is kernel(operation, CPU, "torch")
@@ -93,15 +93,15 @@ def test_native_and_torch_sums_fill_the_same_triangle(size: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("width", [1, 64, WIDE_PANEL, WIDE_PANEL + 1, 14336])
-def test_a_devices_panels_are_of_a_size_that_gram_matrices_take(width: int) -> None:
+def test_device_panels_are_whole_or_multiples_of_64(width: int) -> None:
     size = panel_for_devices(width)
     assert size >= width or size % 64 == 0
     assert size <= WIDE_PANEL
 
 
 @pytest.mark.parametrize("size", [128, 300])
-def test_tensor_cores_are_told_the_same_half(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA alone has products of 16 bits with float32 results; here they are made of their definition."""
+def test_tensor_cores_sum_the_same_triangle_as_torch(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only CUDA has 16-bit products with float32 results; here they are computed by definition."""
 
     def product(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
         assert a.dtype == b.dtype == torch.bfloat16
@@ -115,12 +115,12 @@ def test_tensor_cores_are_told_the_same_half(size: int, monkeypatch: pytest.Monk
     torch.testing.assert_close(found, wanted)
 
 
-def test_torch_knows_products_of_sixteen_bits_with_float32_results() -> None:
+def test_torch_has_half_precision_products_with_float32_results() -> None:
     x, sums = (torch.empty(shape, dtype=t, device="meta") for shape, t in (((8, 64), torch.float16), ((64, 64), None)))
     add_on_tensor_cores(sums, x, 64)
 
 
-def test_inputs_of_float32_keep_float32s_products() -> None:
+def test_float32_inputs_use_float32_products() -> None:
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     found, wanted = torch.zeros(64, 64), torch.zeros(64, 64)
     add_on_tensor_cores(found, x, 64)

@@ -1,4 +1,4 @@
-"""The Triton kernels compile to machine code for GPUs, of which none is needed for that."""
+"""The Triton kernels compile to machine code for GPUs, without needing one."""
 
 from __future__ import annotations
 

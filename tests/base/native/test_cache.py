@@ -1,4 +1,4 @@
-"""Compiled code is loaded only from where nobody else can write, and only if it is whole."""
+"""Compiled code is loaded only from folders that nobody else can write, and only if it is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compil
 
 
 class Maker:
-    """Stands for the compiler; counts how often it ran."""
+    """A stand-in for the compiler that counts its runs."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -35,11 +35,11 @@ def path_in(folder: Path, make: Callable[[Path], object]) -> Path:
         return path
 
 
-def test_a_library_is_made_once_and_again_if_it_was_cut_off(tmp_path: Path) -> None:
+def test_a_library_is_compiled_once_and_again_if_truncated(tmp_path: Path) -> None:
     make, folder = Maker(), tmp_path / "cache" / "kernels"
     assert path_in(folder, make) == path_in(folder, make) == folder / LIBRARY
     assert make.times == 1
-    (folder / LIBRARY).write_bytes(b"libr")  # a crash of the machine before the disk had it
+    (folder / LIBRARY).write_bytes(b"libr")  # as after a crash before it was on the disk
     assert path_in(folder, make) == folder / LIBRARY
     (folder / "kernels.sha256").unlink()
     assert path_in(folder, make) == folder / LIBRARY
@@ -56,12 +56,12 @@ def test_a_library_that_others_can_write_is_not_loaded(which: str, tmp_path: Pat
     assert make.times == 2
     if place.is_dir():
         assert not made.is_relative_to(tmp_path)
-        assert not made.exists()  # it was for this process alone
+        assert not made.exists()  # only for this process
     else:
         assert only_ours(folder / LIBRARY)
 
 
-def test_a_link_that_others_can_turn_elsewhere_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_that_others_can_redirect_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "open").mkdir()
     (tmp_path / "open" / "cache").symlink_to(tmp_path / "mine")
@@ -72,7 +72,7 @@ def test_a_link_that_others_can_turn_elsewhere_is_not_followed(tmp_path: Path) -
     assert only_ours(tmp_path / "open" / "cache")
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert not path_in(tmp_path / "file" / "kernels", Maker()).is_relative_to(tmp_path)
 
@@ -98,7 +98,7 @@ def test_kernels_are_loaded_in_spite_of_what_lies_there(
     assert load_kernels.__wrapped__() is not None
     (library,) = tmp_path.rglob(LIBRARY)
     if planted == "cut off":
-        # A whole one would be mapped already; and its end would be missing only when it is used.
+        # A complete library would be mapped already, and a missing end would only show when it is used.
         library.unlink()
         library.write_bytes(Path(whole._name).read_bytes()[:5000])
     else:

@@ -1,4 +1,4 @@
-"""What statistics and SparseGPT leave to native code, on every instruction set that this processor has, against torch."""
+"""Native code of statistics and SparseGPT against torch, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def gathered(tokens: int, width: int, seed: int = 0) -> Gram:
 
 
 def require_published(pruned: Pruned, weight: Tensor, gram: Tensor, target: Target, block_size: int) -> None:
-    """Hold masks and weights to the published procedure in float64, which is made to drop what was dropped.
+    """Compare masks and weights with the published procedure in float64, made to drop the same weights.
 
-    Where scores lie closer together than rounding, either may fall; so every score that falls has to be the smallest
-    but for rounding, given what fell before it, and then every weight has to follow.
+    If scores are closer than rounding, either may be dropped; so each dropped score has to be the smallest
+    up to rounding, given those dropped before it, and then every weight has to agree.
     """
     pattern = target.pattern
 
@@ -107,8 +107,8 @@ def test_gram_matrices_of_bfloat16_are_exact_up_to_float32(level: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_nothing(threads: int) -> None:
-    """To the last bit, in what native code does: what torch multiplies and factorises around it is done once."""
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+    """Only the native code is compared; torch's products and factorisations around it are computed once."""
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     weight = torch.randn(150, 200, generator=torch.Generator().manual_seed(1))
     statistic = gathered(900, 200)
@@ -131,7 +131,7 @@ def test_threads_change_nothing(threads: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_used_without_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "load_kernels", lambda: None)
     x = torch.randn(64, 16).to(torch.bfloat16)
     statistic = Gram(16)
