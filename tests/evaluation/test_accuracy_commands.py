@@ -24,7 +24,7 @@ LIMIT = 80
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A pico classifier, and the same pruned by a run that saved it."""
+    """Return a pico classifier, and its pruned version saved by a run."""
     folder = tmp_path_factory.mktemp("models")
     dense = save_classifier("vit", folder / "dense")
     settings: dict[str, Any] = {"sparsity": 0.9, "layer_error": False, "evaluate": False, "save": folder / "run"}
@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @torch.no_grad()
 def predictions(folder: Path) -> tuple[Tensor, Tensor]:
-    """Classes from the likeliest, of the images that are measured on; and the right ones."""
+    """Return each evaluation image's classes, the likeliest first, and its label."""
     model, processor = load_model(locate(folder))
     images = labelled_images("digits", "evaluation")
     chosen = [i * len(images) // LIMIT for i in range(LIMIT)]
@@ -43,7 +43,7 @@ def predictions(folder: Path) -> tuple[Tensor, Tensor]:
     return logits.argsort(dim=1, descending=True), images.labels[chosen]
 
 
-def test_two_classifiers_side_by_side(
+def test_compare_shows_two_classifiers_side_by_side(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["compare", *map(str, models), "--data", "digits", "--eval-images", str(LIMIT), "--fresh"]
@@ -78,7 +78,7 @@ def test_two_classifiers_side_by_side(
 
 
 @pytest.mark.parametrize("family", ["vit", "transformers vit"])
-def test_eval_of_a_classifier(
+def test_eval_measures_a_classifier(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_classifier(family, tmp_path / "model")
@@ -92,7 +92,7 @@ def test_eval_of_a_classifier(
     assert f"top-1 {100 * (ranked[:, 0] == labels).double().mean():.2f} %" in ended.out
 
 
-def test_a_classifier_and_a_language_model_do_not_compare(
+def test_a_classifier_is_not_compared_with_a_language_model(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = save_pico(tmp_path / "text")

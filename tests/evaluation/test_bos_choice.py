@@ -1,4 +1,4 @@
-"""Which windows begin with BOS: the dense model is tried, the choice is told, and a run with it is the run that names it."""
+"""The automatic choice of BOS: it is decided by the dense model, reported, and gives the same run as naming it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_auto_bos_keeps_the_tokenizers_default_for_a_model_without_finite_losses
     assert BosChoice.model_validate_json(choice.model_dump_json()).used == "first"
 
 
-def test_nothing_is_tried_where_there_is_nothing_to_choose() -> None:
+def test_bos_is_not_tried_if_there_is_no_choice() -> None:
     def never(windows: Sequence[Tensor]) -> list[Tensor]:
         raise AssertionError
 
@@ -78,7 +78,7 @@ def test_nothing_is_tried_where_there_is_nothing_to_choose() -> None:
         choose_bos("every", pico_tokenizer(), windows, never)
 
 
-def test_the_dense_model_is_tried_on_the_same_tokens_with_and_without() -> None:
+def test_the_dense_model_reads_the_same_tokens_with_and_without_bos() -> None:
     model, windows = prepare(pico_model("llama")), pico_tokens(4, 16)
     marked = torch.cat([torch.full_like(windows[:, :1], BOS), windows], dim=1)
     parts = [*windows.split(1), *marked.split(1)]
@@ -123,7 +123,7 @@ def test_auto_bos_gives_the_same_run_as_naming_its_choice(
 ) -> None:
     asked: tuple[AskedBos, ...] = ("auto", "first", "every", "never")
     runs = {bos: pruned(home, bos, stream=stream) for bos in asked}
-    # A random model does not mind, so the tokenizer's habit stays, as it was before there was a choice.
+    # A random model is indifferent, so the tokenizer's default stays.
     assert runs["auto"].report.bos is not None
     assert runs["auto"].report.bos.used == "first"
     assert runs["auto"].report.bos.windows == 3
@@ -174,7 +174,7 @@ def test_eval_and_compare_place_bos_alike(home: Path, monkeypatch: pytest.Monkey
     assert auto.perplexity == every.perplexity
     assert auto.bos is not None
     assert auto.bos.used == "every"
-    # The model that the others are compared with decides for all of them.
+    # The baseline decides for all models.
     tried: list[str] = []
 
     def choose(asked: Any, *rest: Any) -> BosChoice:
@@ -186,4 +186,4 @@ def test_eval_and_compare_place_bos_alike(home: Path, monkeypatch: pytest.Monkey
     assert against.closeness[0].kl == pytest.approx(0, abs=1e-6)
     compared = coprune.compare([dense, dense], text, seqlen=24, quiet=True)
     assert [row.evaluation.perplexity[0].value for row in compared.rows] == [found.value] * 2
-    assert tried == ["auto"]  # the comparison finds it in the cache
+    assert tried == ["auto"]  # the comparison found it in the cache

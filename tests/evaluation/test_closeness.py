@@ -1,4 +1,4 @@
-"""Divergence and agreement against their definitions written plainly."""
+"""Divergence and agreement against plain versions of their definitions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dense() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def pruned(dense: PreTrainedModel) -> PreTrainedModel:
-    """The dense model without a third of the weights of its blocks."""
+    """Return the dense model with a third of its blocks' weights zeroed."""
     model = copy.deepcopy(dense)
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
@@ -33,7 +33,7 @@ def pruned(dense: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def test_equals_the_definition_whatever_the_batch_size(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+def test_closeness_equals_its_definition_for_any_batch_size(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
     tokens = pico_tokens(1, 7 * SEQLEN + 3)[0]
     windows = cut_windows(tokens, SEQLEN)
     p = dense(windows).logits[:, :-1].double().softmax(-1)
@@ -61,7 +61,7 @@ def test_a_model_is_closest_to_itself(dense: PreTrainedModel) -> None:
     assert done == [2, 2, 1]
 
 
-def test_two_distributions_by_hand() -> None:
+def test_closeness_of_two_distributions_matches_a_computation_by_hand() -> None:
     even = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
     skewed = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()  # the last position does not count
     found = compare_logits(even[None], skewed[None])

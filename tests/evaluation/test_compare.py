@@ -30,7 +30,7 @@ SEQLEN = 32
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A dense pico model and three with more and more zeros."""
+    """Return a dense pico model and three with increasing numbers of zeros."""
     folder = tmp_path_factory.mktemp("models")
     folders = [save_pico(folder / "dense")]
     for fraction in (0.25, 0.5, 0.75):
@@ -49,7 +49,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_words(tmp_path_factory.mktemp("text") / "words.txt", count=200)
 
 
-def test_a_text_has_settings_of_its_own(
+def test_texts_may_have_their_own_settings(
     checkpoints: list[Path],
     text: Path,
     tmp_path: Path,
@@ -250,7 +250,7 @@ def test_eval_and_compare_refuse_bad_input(
     assert message in ended.err
 
 
-def test_evaluations_are_kept_in_the_home_and_not_in_a_file(
+def test_evaluations_are_cached_in_the_home_by_default(
     checkpoints: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -262,10 +262,10 @@ def test_evaluations_are_kept_in_the_home_and_not_in_a_file(
             coprune.compare(models, str(text), seqlen=SEQLEN, evaluation_cache=wrong, quiet=True)
 
 
-def test_models_of_other_tokens_compare_per_byte_and_begin_by_themselves(
+def test_models_with_other_tokens_compare_per_byte_with_their_own_bos(
     checkpoints: list[Path], text: Path, tmp_path: Path
 ) -> None:
-    # A word that the other tokenizer, which puts BOS, does not know.
+    # A word unknown to the other tokenizer, which adds BOS.
     words = tmp_path / "words.txt"
     words.write_text(f"w1 {text.read_text()}")
     dense, other = checkpoints[0], tmp_path / "other"
@@ -283,7 +283,7 @@ def test_models_of_other_tokens_compare_per_byte_and_begin_by_themselves(
         assert f"KL {words}" in str(found)
 
 
-def test_items_of_models_with_one_name_go_to_folders_of_their_own() -> None:
+def test_items_of_models_with_equal_names_go_to_separate_folders() -> None:
     assert labels_of(["out/dense", "a/model", "b/model"]) == ["dense", "a__model", "b__model"]
     assert labels_of(["/data/x/foo", "org/foo"]) == ["data__x__foo", "org__foo"]
 

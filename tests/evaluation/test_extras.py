@@ -1,4 +1,4 @@
-"""Zero-shot tasks and a sample of text within a run."""
+"""Zero-shot tasks and a text sample in a run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_continuation_is_the_likeliest_one() -> None:
     assert continue_text(model, tokenizer, "") == ""
 
 
-def test_the_papers_tasks_unless_others_are_named() -> None:
+def test_default_tasks_are_those_of_the_papers() -> None:
     assert not make_recipe({"model": "m"}).evaluate.runs_tasks
     assert zero_shot_settings(make_recipe({"model": "m", "eval_zero_shot": True})).tasks == PAPER_TASKS
     assert make_recipe({"model": "m", "tasks": "piqa"}).evaluate.runs_tasks

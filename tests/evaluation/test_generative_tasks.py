@@ -1,4 +1,4 @@
-"""Tasks that generate, from local files: upstream's numbers, its options, and the items with their answers."""
+"""Generative tasks from local files: upstream's numbers, its options, and logged items with answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = "max_gen_toks=6,do_sample=false"
 
 @pytest.fixture
 def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Eight questions: the answers to the even ones are the numbers of the words that the model writes last."""
+    """Write eight questions; the answers to the even ones are the numbers of the model's last words."""
     folder = tmp_path / "data"
     folder.mkdir()
     monkeypatch.setenv("TASK_DATA", str(folder))
@@ -50,7 +50,7 @@ def asked(**changes: Any) -> ZeroShotSettings:
 
 
 def upstream(tokenizer: Any, chat: bool) -> dict[str, Any]:
-    """What lm-eval gives when it is called directly."""
+    """Return the results of calling lm-eval directly."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -1,4 +1,4 @@
-"""Task definitions of others: no code of theirs runs unless the user says so, and their templates have limits."""
+"""Foreign task definitions: their code only runs with the user's consent, and their templates have limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ metric_list: [{{metric: acc}}]
 
 
 def define(folder: Path, text: str = '"{{word}}"', more: str = "") -> Path:
-    """Write a definition whose prompts are made as given."""
+    """Write a definition with a template for its prompts."""
     (folder / "items.jsonl").write_text(ITEMS)
     file = folder / "mine.yaml"
     file.write_text(DEFINITION.format(items=folder / "items.jsonl", text=text) + more)
@@ -47,7 +47,7 @@ def settings(folder: Path, name: str = "mine", trusted: bool = False) -> ZeroSho
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
-    """Code beside the definitions that leaves a trace where it runs."""
+    """Plant code beside the definitions that leaves a trace if it runs."""
     (tmp_path / "own.py").write_text(
         f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef text(doc):\n    return doc['word']\n"
     )
@@ -106,7 +106,7 @@ def test_fit_asks_for_trust_too(planted: Path) -> None:
         ('use_prompt: "promptsource:GPT-3 style"', "the prompt promptsource"),
     ],
 )
-def test_code_from_elsewhere_is_noticed(tmp_path: Path, more: str, said: str) -> None:
+def test_code_referenced_by_a_setting_is_detected(tmp_path: Path, more: str, said: str) -> None:
     define(tmp_path).with_name("part.inc").write_text(more)
     (tmp_path / "mine.yaml").write_text("include: part.inc\n" + (tmp_path / "mine.yaml").read_text())
     with pytest.raises(BadInput, match=said):
@@ -135,13 +135,13 @@ def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
 )
 def test_a_template_has_limits(tmp_path: Path, template: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited, "SECONDS", 1)
-    harness_trust._CHILDREN.clear()  # one of an earlier test has ten
+    harness_trust._CHILDREN.clear()  # one of an earlier test has a limit of ten seconds
     define(tmp_path, f'"{template}"')
     with pytest.raises(BadInput, match=said):
         find_tasks(settings(tmp_path))
 
 
-def test_a_sandboxed_definition_gives_what_it_gives_without(tmp_path: Path) -> None:
+def test_a_definition_gives_the_same_results_in_the_sandbox(tmp_path: Path) -> None:
     define(tmp_path, "\"{{ word | regex_replace('w', 'w1') }}\\n\"")
     model, tokenizer = pico_model("llama"), pico_tokenizer()
     plain, apart = (zero_shot(model, tokenizer, settings(tmp_path, trusted=own)) for own in (True, False))

@@ -1,4 +1,4 @@
-"""Encoders with decoders: what they are calibrated on, and the perplexity of targets, against forwards of the model itself."""
+"""Encoder-decoders: their calibration pairs, and the perplexity of targets against the model's own forwards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def loss_of_targets(folder: Path, place: Path) -> float:
-    """Mean loss of every token of the targets, pair by pair."""
+    """Return the mean loss per token of the targets, computed pair by pair."""
     model, tokenizer, total, count = AutoModelForSeq2SeqLM.from_pretrained(folder), marking_tokenizer(), 0.0, 0
     for line in (place / "pairs.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -69,7 +69,7 @@ def text_of(*rows: list[int]) -> Windows:
     return Windows(torch.tensor(rows), "", "text")
 
 
-def test_of_plain_text_spans_are_masked_hidden_or_left() -> None:
+def test_plain_text_becomes_pairs_with_masked_hidden_or_unchanged_spans() -> None:
     ids = [FIRST, *range(10, 30), LAST]
     marks = Marks((FIRST,), (LAST,))
     masked = from_text(text_of(ids), marking_tokenizer(), marks, START).tokens
@@ -87,7 +87,7 @@ def test_of_plain_text_spans_are_masked_hidden_or_left() -> None:
 
 
 def hidden_and_written(tokenizer: PreTrainedTokenizerFast, ids: list[int], marks: Marks) -> list[int]:
-    """The text, put together again from a source with a sentinel and the target that says what it stands for."""
+    """Reassemble a text from a source with sentinels and the target with their spans."""
     pairs = from_text(text_of(ids), tokenizer, marks, START).tokens
     assert isinstance(pairs, Pairs)
     (source,), (target,) = pairs.source.tolist(), pairs.written.tolist()
@@ -119,7 +119,7 @@ def test_own_pairs_are_read_as_they_are_however_windows_of_text_begin(place: Pat
 @pytest.mark.parametrize(
     ("family", "choice"), [("T5", ()), pytest.param("Marian", (), marks=pytest.mark.slow), ("Bart", ("*decoder.*",))]
 )
-def test_channels_go_from_both_halves_or_from_the_decoder(
+def test_channels_are_removed_from_both_halves_or_only_the_decoder(
     family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
 ) -> None:
     if not (place / family).exists():
@@ -143,13 +143,13 @@ DEEP: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize(
     ("family", "choice"), [pytest.param("T5", (), marks=pytest.mark.slow), ("Bart", ("*decoder.*",))]
 )
-def test_blocks_go_from_both_halves_or_from_the_decoder(
+def test_blocks_are_removed_from_both_halves_or_only_the_decoder(
     family: str, choice: tuple[str, ...], stream: bool, place: Path, tmp_path: Path
 ) -> None:
-    """The saved model is the dense one without them, by whole forwards."""
+    """By whole forwards, the saved model is the dense one without these blocks."""
     counts = DEEP[family]
     source, small = save_pair_model(tmp_path / "deep", family, **counts), tmp_path / "small"
-    if family == "Bart":  # as the files of released models say it once more
+    if family == "Bart":  # which released models also state in their files
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     settings = REMOVING | {"remove": "blocks=0.34", "score": "kl", "include": choice, "stream": stream}
@@ -161,7 +161,7 @@ def test_blocks_go_from_both_halves_or_from_the_decoder(
     dense = AutoModelForSeq2SeqLM.from_pretrained(source)
     for edit in edits:
         path, _, number = edit.block.rpartition(".")
-        assert (family, number) != ("T5", "0")  # its position biases are the later ones', too
+        assert (family, number) != ("T5", "0")  # later blocks use its position biases
         del dense.get_submodule(path)[int(number)]
     tokens = torch.arange(10, 22)[None]
     found, expected = (one(input_ids=tokens, decoder_input_ids=tokens + 5).logits for one in (model, dense))
@@ -170,10 +170,8 @@ def test_blocks_go_from_both_halves_or_from_the_decoder(
 
 @torch.no_grad()
 @pytest.mark.parametrize("stream", sampled([True, False], quick=[True]))
-def test_heads_go_from_both_halves_and_those_that_share_position_biases_are_the_same(
-    stream: bool, place: Path, tmp_path: Path
-) -> None:
-    """The saved model is the dense one with their outputs at zero, where nothing is solved anew."""
+def test_heads_with_shared_position_biases_are_removed_alike(stream: bool, place: Path, tmp_path: Path) -> None:
+    """Without a refit, the saved model is the dense one with the heads' outputs zeroed."""
     settings = REMOVING | {"remove": "heads=0.5", "score": "wanda_sp", "stream": stream}
     coprune.prune(place / "T5", save_model=tmp_path, overwrite=True, dataset=place / "words.txt", **settings)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
@@ -206,14 +204,14 @@ def test_heads_of_a_configuration_without_their_width_are_refused(place: Path) -
         coprune.prune(place / "Bart", remove="heads=0.5", dataset=place / "words.txt", **REMOVING)
 
 
-def test_a_block_that_later_ones_need_stays(place: Path) -> None:
+def test_a_block_needed_by_later_ones_is_not_removed(place: Path) -> None:
     with pytest.raises(BadInput, match="since 1 are excluded and later blocks read what 1 of them computes for them"):
         coprune.prune(
             place / "T5", remove="blocks=0.5", include="*coder.block.0.*", dataset=place / "words.txt", **REMOVING
         )
 
 
-def test_tables_that_the_model_computes_are_in_no_checkpoint(place: Path, tmp_path: Path) -> None:
+def test_computed_tables_are_not_saved(place: Path, tmp_path: Path) -> None:
     source = save_pair_model(tmp_path / "Marian", "Marian")
     settings = {"dataset": place / "words.txt", **PRUNING}
     found = [

@@ -1,4 +1,4 @@
-"""Perplexity against the published computation written plainly, whatever the batch size, and per byte."""
+"""Perplexity against a plain version of the published computation, for any batch size, and per byte."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:
-    """Nine whole windows and a tail that is dropped."""
+    """Return tokens of nine whole windows and a tail, which is dropped."""
     return pico_tokens(1, 9 * SEQLEN + 5)[0]
 
 
 def published_perplexity(model: PreTrainedModel, tokens: torch.Tensor, seqlen: int) -> float:
-    """The computation of the published code, one window at a time."""
+    """Compute perplexity as the published code does, one window at a time."""
     nsamples = tokens.numel() // seqlen
     nlls = []
     for i in range(nsamples):
@@ -86,7 +86,7 @@ def test_a_window_of_large_logits_is_summed_slice_by_slice() -> None:
 
 def test_uniform_logits_have_the_vocabulary_as_perplexity_and_its_bits_per_byte() -> None:
     nll = window_nll(torch.zeros(3, 5, 64), torch.zeros(3, 5, dtype=torch.int64))
-    # Every predicted token stands for 3 bytes; what the first ones stand for does not count.
+    # Every predicted token covers 3 bytes; the bytes of first tokens do not count.
     sizes = torch.tensor([[1000, 3, 3, 3, 3]]).expand(3, -1)
     found = aggregate(nll, 5, sizes)
     assert found.value == pytest.approx(64)
@@ -107,7 +107,7 @@ def test_per_byte_follows_from_the_total_loss(model: PreTrainedModel, tokens: to
     assert (unknown.per_byte, unknown.bits_per_byte) == (None, None)
 
 
-def test_the_interval_holds_the_value_is_seeded_and_narrows_with_more_windows() -> None:
+def test_the_interval_contains_the_value_is_seeded_and_narrows_with_more_windows() -> None:
     nll = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.5 + 3
     few, many = aggregate(nll[:25], 8), aggregate(nll, 8)
     for found in (few, many):
@@ -123,23 +123,23 @@ def test_the_interval_holds_the_value_is_seeded_and_narrows_with_more_windows() 
     assert few_high - few_low > 2 * (high - low)
 
 
-def test_progress_tells_the_windows_done(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+def test_progress_counts_windows(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     done: list[int] = []
     perplexity(model, tokens, SEQLEN, batch_size=4, advance=done.append)
     assert done == [4, 4, 1]
 
 
-def test_the_model_comes_back_in_its_mode_and_dropout_plays_no_part(tokens: torch.Tensor) -> None:
+def test_dropout_is_off_and_the_training_mode_is_restored(tokens: torch.Tensor) -> None:
     model = pico_model("llama", attention_dropout=0.5)
     expected = perplexity(model, tokens, SEQLEN).value
     model.train()
-    model.model.norm.eval()  # as somebody may train a part
+    model.model.norm.eval()  # as if a part were frozen
     before = {name: part.training for name, part in model.named_modules()}
     assert perplexity(model, tokens, SEQLEN).value == expected
     assert {name: part.training for name, part in model.named_modules()} == before
 
 
-def test_a_ruined_model_has_infinite_perplexity_and_a_broken_one_is_an_error() -> None:
+def test_a_bad_model_has_infinite_perplexity_and_nan_is_an_error() -> None:
     ruined = aggregate(torch.tensor([800.0, 900.0]), 4, torch.ones(2, 4, dtype=torch.int64))
     assert ruined.value == math.inf
     assert ruined.bits_per_byte == pytest.approx(850 / math.log(2))
@@ -152,14 +152,14 @@ def test_a_ruined_model_has_infinite_perplexity_and_a_broken_one_is_an_error() -
     ("length", "seqlen", "batch_size", "message"),
     [(15, 16, None, "15 tokens, less than one window of 16"), (64, 1, None, "at least 2"), (64, 16, 0, "batch size")],
 )
-def test_bad_input_is_named(
+def test_invalid_arguments_are_refused_by_name(
     model: PreTrainedModel, length: int, seqlen: int, batch_size: int | None, message: str
 ) -> None:
     with pytest.raises(BadInput, match=message):
         perplexity(model, torch.zeros(length, dtype=torch.int64), seqlen, batch_size)
 
 
-def test_tokens_are_one_stream_of_those_that_the_model_knows(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+def test_tokens_form_one_stream_and_unknown_ids_are_refused(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     whole = perplexity(model, tokens, 24)
     assert perplexity(model, tokens[None], 24) == whole
     for unknown in (tokens - 10_000, tokens + 10_000):
@@ -174,7 +174,7 @@ def test_the_default_batch_is_bounded_by_the_memory_of_its_logits(seqlen: int, v
     assert default_batch_size(seqlen, vocabulary) == expected
 
 
-def test_an_infinite_perplexity_can_be_kept_and_read_again() -> None:
+def test_an_infinite_perplexity_survives_json() -> None:
     ruined = aggregate(torch.tensor([800.0, 900.0]), 4, torch.ones(2, 4, dtype=torch.int64)).on("text", "here", "a")
     assert Perplexity.model_validate_json(ruined.model_dump_json()) == ruined
     facts = PerplexityFacts.of(None, ruined)

@@ -1,4 +1,4 @@
-"""How long samples are when nobody says: as the model's positions go, 2048 at most."""
+"""The default length of samples: the model's positions, up to 2048."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def model_of(limit: int) -> Any:
 
 
 @pytest.mark.parametrize(("limit", "chosen"), [(128, 128), (4096, 2048), (-1, 2048)])
-def test_the_models_limit_or_2048(limit: int, chosen: int) -> None:
+def test_the_default_length_is_the_models_limit_up_to_2048(limit: int, chosen: int) -> None:
     assert choose_seqlen(model_of(limit), None) == chosen
     assert choose_seqlen(model_of(limit), 32) == 32
 
 
-def test_more_than_the_limit_is_refused() -> None:
+def test_a_length_above_the_models_limit_is_refused() -> None:
     with pytest.raises(BadInput, match="seqlen 129 is above this model's limit of 128 positions"):
         choose_seqlen(model_of(128), 129)

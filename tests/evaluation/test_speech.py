@@ -1,4 +1,4 @@
-"""Models that write what they hear: calibrated on recordings, measured by their words, and refused other input in one line."""
+"""Speech recognition models: calibrated on recordings, measured by word errors, and other input refused in one line."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_recordings_are_read_at_the_models_rate(place: Path, tmp_path: Path) -> 
 
 
 def crafted_wav(file: Path, channels: int = 1, rate: int = 8000, bits: int = 16, seconds: float = 0.1) -> Path:
-    """A WAV file of silence with these words in its header."""
+    """Write a WAV file of silence with these values in its header."""
     wide = max(1, channels * bits // 8)
     size = int(seconds * max(1, rate)) * wide
     form = struct.pack("<HHIIHH", 1, channels, rate, (rate * wide) % (1 << 32), wide, bits)
@@ -102,9 +102,7 @@ def crafted_wav(file: Path, channels: int = 1, rate: int = 8000, bits: int = 16,
         ({"rate": 1000, "bits": 8, "seconds": 4000}, "holds 4,000 seconds of sound, more than the limit of 3,600"),
     ],
 )
-def test_headers_without_a_meaning_are_refused_before_any_work(
-    changes: dict[str, Any], told: str, tmp_path: Path
-) -> None:
+def test_meaningless_headers_are_refused_before_any_work(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     crafted_wav(tmp_path / "a.wav", **changes)
     with pytest.raises(BadInput, match=f"a.wav.*{told}"):
         read_recordings(str(tmp_path))
@@ -123,5 +121,5 @@ def test_a_file_that_is_not_wav_is_one_message(content: bytes, tmp_path: Path) -
     ("said", "heard", "errors"),
     [("a b c", "a b c", 0), ("A, b c!", "a b", 1), ("a b", "a x b y", 2), ("a b", "", 2), ("", "a", 1)],
 )
-def test_word_errors(said: str, heard: str, errors: int) -> None:
+def test_word_errors_count_inserted_deleted_and_substituted_words(said: str, heard: str, errors: int) -> None:
     assert word_errors(said, heard)[0] == errors

@@ -1,4 +1,4 @@
-"""Models that read a text as a whole: what is measured of them, against forwards of the model itself; and what is refused."""
+"""Encoders of whole texts: their metrics against the model's own forwards, and refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def windows(place: Path) -> Tensor:
-    """The words of the text as the model reads them: windows between the marks."""
+    """Return the text's windows as the model reads them, with special tokens around them."""
     ids = marking_tokenizer()((place / "words.txt").read_text(), verbose=False)["input_ids"]
     found = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
     found[:, 0], found[:, -1] = FIRST, LAST
@@ -51,7 +51,7 @@ def pruned(model: Path, place: Path, stream: bool, data: Path | None = None, **s
     )
 
 
-def test_windows_stand_between_the_marks_of_the_tokenizer() -> None:
+def test_windows_have_the_tokenizers_special_tokens_around_them() -> None:
     marks = Marks.of(marking_tokenizer())
     assert marks == Marks((FIRST,), (LAST,))
     assert marks.around(torch.tensor([[5, 6, 7, 8]])).tolist() == [[FIRST, 6, 7, LAST]]
@@ -60,7 +60,7 @@ def test_windows_stand_between_the_marks_of_the_tokenizer() -> None:
 
 @torch.no_grad()
 def masked_loss(folder: Path, place: Path) -> float:
-    """Mean loss of every token of the text, each masked once together with each seventh."""
+    """Return the mean loss per token, each masked once together with every seventh."""
     model, total, count = AutoModelForMaskedLM.from_pretrained(folder), 0.0, 0
     for window in windows(place):
         for turn in range(7):
@@ -73,7 +73,7 @@ def masked_loss(folder: Path, place: Path) -> float:
     return total / count
 
 
-def test_pseudo_perplexity_is_that_of_masked_forwards_streamed_and_not(place: Path) -> None:
+def test_pseudo_perplexity_equals_masked_forwards_streamed_and_in_memory(place: Path) -> None:
     model = save_reader(place / "masked", "BertForMaskedLM")
     expected = torch.tensor(masked_loss(model, place)).exp().item()
     (found,) = coprune.evaluate(model, place / "words.txt", **SETTINGS).perplexity
@@ -168,7 +168,7 @@ def test_accuracy_of_a_classifier_and_of_a_reranker(labels: int, pairs: bool, pl
     assert "text-classification" in (report.saved_model / "README.md").read_text()
 
 
-def test_accuracy_of_words(place: Path) -> None:
+def test_accuracy_of_a_token_classifier_counts_words(place: Path) -> None:
     model = save_reader(place / "words", "BertForTokenClassification")
     file = place / "words.jsonl"
     file.write_text(json.dumps({"tokens": ["w5", "w6", "w7"], "labels": [0, "LABEL_1", 1]}))
@@ -198,7 +198,7 @@ def test_texts_without_proper_labels_are_refused(line: str, place: Path) -> None
         pruned(model, place, False, file)
 
 
-def test_measures_that_do_not_suit_a_model_are_refused(place: Path) -> None:
+def test_metrics_that_do_not_apply_to_a_model_are_refused(place: Path) -> None:
     embedding = save_reader(place / "embedding", "BertModel")
     masked = save_reader(place / "masked-too", "BertForMaskedLM")
     text = place / "words.txt"

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: upstream's numbers, paired differences, and refusals; data are local files."""
+"""Zero-shot tasks on local files: upstream's numbers, paired differences, and refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def upstream(model: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None = None) -> dict[str, Any]:
-    """What lm-eval gives when it is called directly."""
+    """Return the results of calling lm-eval directly."""
     import warnings
 
     from lm_eval import simple_evaluate
@@ -114,7 +114,7 @@ def test_a_dense_model_against_itself_and_against_another(local_data: Path) -> N
         assert task.delta["acc"].stderr == pytest.approx(statistics.stdev(differences) / 8**0.5)
 
 
-def test_randomness_of_the_caller_is_left_alone(local_data: Path) -> None:
+def test_the_callers_random_state_is_restored(local_data: Path) -> None:
     torch.manual_seed(7)
     random.seed(7)
     expected = (torch.rand(1), random.random())
@@ -145,7 +145,7 @@ def test_fewshot_examples_come_from_the_training_file(local_data: Path) -> None:
         ({"tasks": ("boolq",)}, "there is no boolq.jsonl"),
     ],
 )
-def test_refusals_say_why(local_data: Path, changes: dict[str, Any], message: str) -> None:
+def test_refused_tasks_name_the_cause(local_data: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         find_tasks(settings(**changes))
 
@@ -153,7 +153,7 @@ def test_refusals_say_why(local_data: Path, changes: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("code", "said"), [("import sys\nsys.exit(7)", "7"), ("def text(doc):\n    return doc['no']", "'no'")]
 )
-def test_the_code_of_a_task_folder_ends_in_a_refusal(tmp_path: Path, code: str, said: str) -> None:
+def test_a_task_folder_with_code_is_refused(tmp_path: Path, code: str, said: str) -> None:
     (tmp_path / "items.jsonl").write_text('{"label": 0}\n')
     (tmp_path / "own_code.py").write_text(code)
     data = {"data_files": {"validation": str(tmp_path / "items.jsonl")}}
@@ -165,7 +165,7 @@ def test_the_code_of_a_task_folder_ends_in_a_refusal(tmp_path: Path, code: str, 
 
 
 @pytest.mark.slow
-def test_of_the_harness_s_own_tasks_a_misspelt_one_and_one_out_of_reach_are_refused(
+def test_misspelt_and_unreachable_harness_tasks_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(BadInput, match="did you mean 'openbookqa'"):
@@ -216,9 +216,9 @@ def test_real_items_can_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert all(isinstance(choice, str) and choice for choice in choices)
 
 
-def test_model_and_tokenizer_are_as_they_were(local_data: Path) -> None:
+def test_model_and_tokenizer_are_restored(local_data: Path) -> None:
     model, tokenizer = pico_model("llama", tie_word_embeddings=True), pico_tokenizer()
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))  # parted, as training may do
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))  # untied, as training may do
     model.train()
     model.model.layers[0].eval()
     tokenizer.pad_token = None
@@ -229,7 +229,7 @@ def test_model_and_tokenizer_are_as_they_were(local_data: Path) -> None:
     assert tokenizer.pad_token is None
 
 
-def test_shares_are_shown_in_per_cent_and_what_is_none_as_it_is() -> None:
+def test_shares_are_shown_in_per_cent_and_other_metrics_as_numbers() -> None:
     assert shown("acc", Estimate(value=0.5, stderr=0.01)) == "50.00 ± 1.00 %"
     assert shown("acc", Estimate(value=0.5, stderr=None), "+") == "+50.00 %"
     assert shown("word_perplexity", Estimate(value=24.5, stderr=None)) == "24.50"
@@ -247,9 +247,7 @@ metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: f
 """
 
 
-def test_what_the_harness_cannot_run_or_form_is_said_in_a_line(
-    local_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_harness_errors_are_one_line(local_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = pico_model("llama"), pico_tokenizer()
     with pytest.raises(BadInput, match=r"the tasks cannot be run: .*no documents available for sampling"):
         zero_shot(model, tokenizer, ZeroShotSettings(("piqa",), 2, DEFINITIONS, 2))

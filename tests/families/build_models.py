@@ -55,8 +55,8 @@ CLASSES = 10
 
 
 def all_types(kind: Kind) -> dict[str, str]:
-    """Every type of model that an Auto class builds, with the name of its class (of several, the first)."""
-    if kind == "embeddings":  # of text: those that have a head for it, too
+    """Return every model type of an Auto class with the name of its class (the first of several)."""
+    if kind == "embeddings":  # of text, including those with a head
         heads = [*_NAMES["masked"], *_NAMES["labels"], *_NAMES["text"]]
         names = {name: MODEL_MAPPING_NAMES[name] for name in dict.fromkeys(heads) if name in MODEL_MAPPING_NAMES}
     else:
@@ -65,7 +65,7 @@ def all_types(kind: Kind) -> dict[str, str]:
 
 
 def image_size(config: Any) -> int:
-    """The height and width of the images that a tiny classifier takes."""
+    """Return the height and width of a tiny classifier's images."""
     size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
     size = size[0] if isinstance(size, list | tuple) else size
     return size if isinstance(size, int) else DEFAULT_IMAGE_SIZE
@@ -80,14 +80,14 @@ _PUBLISHED = (
 
 
 def published_class(model_type: str, kind: Kind) -> str:
-    """The name of the class that checkpoints of a type are published as: the whole model, of which text may be one half."""
+    """Return the class name of a type's published checkpoints: the whole model, whose text model may be one half."""
     names = [] if kind != "text" else [names[model_type] for names in _PUBLISHED if model_type in names]
     found = [name if isinstance(name, str) else name[0] for name in names]
     return found[0] if found else all_types(kind)[model_type]
 
 
 def published_model(model_type: str, kind: Kind, config: Any = None) -> PreTrainedModel:
-    """A tiny model of that class with random weights. config: its configuration, by default `tiny_config`."""
+    """Build a tiny model of that class with random weights. config: its configuration, by default `tiny_config`."""
     named: Any = getattr(transformers, published_class(model_type, kind))
     config = config or tiny_config(model_type)
     if kind != "text" or named.config_class is not type(config):
@@ -102,11 +102,11 @@ def published_model(model_type: str, kind: Kind, config: Any = None) -> PreTrain
 
 
 def tiny_model(model_type: str, kind: Kind, seed: int = 0) -> PreTrainedModel:
-    """A tiny model with random weights large enough that every block matters, in evaluation mode."""
+    """Build a tiny model, in evaluation mode, with random weights large enough that every block matters."""
     config = tiny_config(model_type)
-    config.architectures = [all_types(kind)[model_type]]  # where a type has several classes, this says which
+    config.architectures = [all_types(kind)[model_type]]  # selects the class if a type has several
     if kind == "labels" and getattr(text := config.get_text_config(), "pad_token_id", 0) is None:
-        text.pad_token_id = 0  # else no two texts are classified at once
+        text.pad_token_id = 0  # otherwise texts cannot be classified in batches
     if kind == "images":
         config.id2label = {number: str(number) for number in range(CLASSES)}
         config.label2id = {str(number): number for number in range(CLASSES)}
@@ -119,7 +119,7 @@ def tiny_model(model_type: str, kind: Kind, seed: int = 0) -> PreTrainedModel:
             if parameter.ndim >= 2 and parameter.is_floating_point():
                 parameter.normal_(0.0, 0.1)
             elif "gamma" in name or "scale" in name or "lambda" in name:
-                parameter.fill_(1.0)  # some begin at nothing, or a millionth, which would hide every block
+                parameter.fill_(1.0)  # some start at zero or a millionth, which would hide every block
             elif kind == "images" and name.endswith("bias"):
-                parameter.normal_(0.0, 0.1).abs_()  # else channels are zero for every image, and scores are equal
+                parameter.normal_(0.0, 0.1).abs_()  # otherwise channels are zero for every image, and scores are equal
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What single families need beside the rules of `shrink.py`, each with the reason."""
+"""Exceptions of single families from the rules of `shrink.py`, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Exceptional:
-    """Settings of one type of model."""
+    """Settings of one model type."""
 
     why: str
     settings: dict[str, Any]
@@ -35,7 +35,7 @@ _LOCAL = {"vocab_size": 1024, "hidden_size": 32, "hidden_size_global": 64}
 _STAGES = "the widths of its stages hang together in ways of their own"
 
 UNBUILT = {"mra": "its attention answers zeros without its kernel for CUDA"}
-"""Types that transformers itself cannot run here, though it does not say so."""
+"""Types that transformers itself cannot run here, without saying so."""
 EXCEPTIONS: dict[str, Exceptional] = {
     "apertus1p5": Exceptional("its codes follow its words", {"image_token_offset": 896, "audio_token_offset": 960}),
     "bamba": Exceptional("which of its layers have attention has no default", {"attn_layer_indices": [1]}),

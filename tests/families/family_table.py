@@ -1,4 +1,4 @@
-"""What came of every type of model, as a file beside the tests, and as the page in the documentation."""
+"""The verdict on every model type, as a file beside the tests and as a page of the documentation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LEFT_ALONE = {
     "a convolution with padding": "convolutions with padding",
     "three dimensions, and none of its matrices is multiplied": "parameters of three dimensions in no product",
 }
-"""How the page says why layers are left alone, where a verdict speaks of one layer."""
+"""The page's reasons why layers are left alone, by the wording of verdicts on single layers."""
 _NOT_BUILT = "transformers builds no tiny model of it"
 _REFUSED = {
     "transformers cannot run it on this alone": "transformers cannot run it on this alone",
@@ -54,7 +54,7 @@ _REFUSED = {
     "is an encoder-decoder model that does not generate text": "an encoder-decoder model that does not generate text",
     "is not a module that a forward calls": "a block is not a module that a forward calls",
 }
-"""How the page says why a type is refused or not built, where a verdict holds a message with names."""
+"""The page's reasons why a type is refused or not built, by the wording of messages with names."""
 _TITLES: dict[Kind, str] = {
     "text": "Decoders",
     "images": "Image classifiers",
@@ -69,7 +69,7 @@ _TITLES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Results:
-    """The verdicts of one run of the script, and of which versions."""
+    """The verdicts of one run of the script, with versions."""
 
     verdicts: Sequence[Verdict]
     date: str
@@ -78,7 +78,7 @@ class Results:
 
     @classmethod
     def now(cls, verdicts: Sequence[Verdict]) -> Results:
-        """Of this day and of what is installed."""
+        """Return results with today's date and the installed versions."""
         day = datetime.now(UTC).date().isoformat()
         kinds = list(AUTO)
         ordered = sorted(verdicts, key=lambda verdict: (kinds.index(verdict.kind), verdict.model_type))
@@ -86,18 +86,18 @@ class Results:
 
     @classmethod
     def read(cls) -> Results:
-        """As they were written."""
+        """Read the results file."""
         first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
         return cls([Verdict(**json.loads(line)) for line in lines], **json.loads(first))
 
     def write(self) -> None:
-        """One line on the run, and one for every type."""
+        """Write one line on the run, and one per type."""
         lines = [{"date": self.date, "transformers": self.transformers, "torch": self.torch}]
         text = [json.dumps(line, ensure_ascii=False) for line in [*lines, *(v.line() for v in self.verdicts)]]
         RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
 
     def counts(self, kind: str | None = None) -> str:
-        """How many work, are refused, are wrong, were not built."""
+        """Return how many types work, are refused, are wrong, or were not built."""
         found = Counter(v.result for v in self.verdicts if kind in (None, v.kind))
         return ", ".join(f"{found[name]} {name}" for name in ("works", "refused", "wrong", "not built")).replace(
             "works", "work"
@@ -121,7 +121,7 @@ def page(results: Results) -> str:
 
 
 def _parts(verdicts: Sequence[Verdict]) -> list[str]:
-    """Return the lines on what works, wholly or with layers left alone, and on what does not."""
+    """Return the lines on types that work, completely or with layers left alone, and on the others."""
     said = {v.model_type: _said(v) for v in verdicts}
     whole = [v.model_type for v in verdicts if v.result == "works" and not said[v.model_type]]
     lines = ["", f"**Work, with every matrix of their blocks pruned**: {_named(whole)}."] if whole else []

@@ -1,4 +1,4 @@
-"""One type of model, pruned, compared with an oracle of full forwards, saved and loaded again: works, refused or wrong."""
+"""The verdict on a model type: pruned, compared with full forwards, saved and reloaded, it works, is refused or is wrong."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ TARGETS = {"50%": Target(parse_pattern("unstructured"), 0.5), "2:4": Target(NM(2
 LENGTH = 32
 BATCH = 4
 MOST_DIFFERENT = 1e-3
-"""Of the mask's entries may differ: sums in another order break ties another way."""
+"""Share of the mask's entries that may differ, since sums in another order break ties differently."""
 
 
 class Wrong(AssertionError):
-    """What coprune did is not what the oracle says, or not what was loaded again."""
+    """The error for a result that differs from the oracle's or from the reloaded one."""
 
 
 class NotBuilt(Exception):
-    """There is no such tiny model, or transformers itself cannot run it."""
+    """The error for a tiny model that cannot be built, or that transformers itself cannot run."""
 
 
 @dataclass
 class Verdict:
-    """What came of one type of model."""
+    """The verdict on one model type."""
 
     model_type: str
     model_class: str
@@ -70,17 +70,17 @@ class Verdict:
     matrices: int = 0
     left_alone: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
-    """What became of a folder of it, as published: tensors that changed, and why."""
+    """Tensors that changed in its folder, as published, and why."""
     seconds: float = 0.0
 
     def line(self) -> dict[str, Any]:
-        """As it is kept in a file."""
+        """Return the verdict as stored in a file."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads, and the batches that it makes of it."""
+    """The data of a run, and the batches made from it."""
 
     settings: dict[str, Any]
     batches: list[Tensor]
@@ -89,22 +89,22 @@ class Data:
 def judge(
     model_type: str, model_class: str, kind: Kind, folder: Path, samples: int = 24, as_folder: bool = True
 ) -> Verdict:
-    """Try everything with one type of model.
+    """Try everything with one model type.
 
     Args:
-        model_type: as its configuration calls it.
+        model_type: its name in the configuration.
         model_class: the name of its class.
-        kind: what it reads and writes.
+        kind: the kind of its inputs and outputs.
         folder: an empty one to work in.
-        samples: how many calibration samples.
-        as_folder: whether to prune it from a folder too, and compare the files.
+        samples: number of calibration samples.
+        as_folder: whether to prune it from a folder, too, and compare the files.
     """
     verdict, started = Verdict(model_type, model_class, kind), time.perf_counter()
     try:
         model = _built(model_type, kind)
         data = _images(model, samples) if kind == "images" else _text(folder, samples)
         task = task_of(model.config, type(model))
-        if task == "pairs":  # also of those that fill in masked tokens, as BART does
+        if task == "pairs":  # including those that fill in masked tokens, such as BART
             data = _pairs(model, folder, samples)
         if kind == "seeing" and task == "images":
             raise NotBuilt("checkpoints of it classify images, and name another class")
@@ -119,7 +119,7 @@ def judge(
         verdict.result, verdict.reason = "not built", str(error)
     except CopruneError as error:
         verdict.result, verdict.reason = "refused", str(error)
-    except Exception as error:  # a traceback is no refusal
+    except Exception as error:  # a traceback does not count as a refusal
         verdict.result, verdict.reason = "wrong", f"{type(error).__name__}: {first_line(error)}"
     verdict.seconds = round(time.perf_counter() - started, 1)
     return verdict
@@ -135,7 +135,7 @@ def _built(model_type: str, kind: Kind) -> PreTrainedModel:
 
 
 def _require_forward(model: PreTrainedModel, batch: Tensor) -> None:
-    """Raise NotBuilt where the model itself does not run on what coprune gives a model."""
+    """Raise NotBuilt if the model itself does not run on coprune's inputs."""
     try:
         with torch.no_grad():
             full_forward(model, batch)
@@ -144,7 +144,7 @@ def _require_forward(model: PreTrainedModel, batch: Tensor) -> None:
 
 
 def _text(folder: Path, samples: int) -> Data:
-    """Random words, every one as likely as the others, so that all experts see some."""
+    """Write uniformly random words, so that all experts see some."""
     file, words = folder / "words.txt", torch.randint(1000, (6000,), generator=torch.Generator().manual_seed(0))
     file.write_text(" ".join(f"w{number}" for number in words.tolist()), encoding="utf-8")
     tokenizer = word_tokenizer()
@@ -155,7 +155,7 @@ def _text(folder: Path, samples: int) -> Data:
 
 
 def _pairs(model: PreTrainedModel, folder: Path, samples: int) -> Data:
-    """Pairs of random words, and what a run makes of them."""
+    """Write pairs of random words, and return a run's batches of them."""
     numbers = torch.randint(1000, (samples, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     texts = [" ".join(f"w{number}" for number in row) for row in numbers]
     file, tokenizer = folder / "pairs.jsonl", word_tokenizer()
@@ -166,7 +166,7 @@ def _pairs(model: PreTrainedModel, folder: Path, samples: int) -> Data:
 
 
 def _recordings(model: PreTrainedModel, folder: Path) -> Data:
-    """Recordings of noise, with random words, and what a run makes of them."""
+    """Write recordings of noise with random words, and return a run's batches of them."""
     bins, positions = (getattr(model.config, name, None) for name in ("num_mel_bins", "max_source_positions"))
     if not isinstance(bins, int) or not isinstance(positions, int) or model.main_input_name != "input_features":
         raise NotBuilt("nothing here makes features of sound for it")
@@ -184,7 +184,7 @@ def _recordings(model: PreTrainedModel, folder: Path) -> Data:
 
 
 def _as_a_run(model: PreTrainedModel, settings: dict[str, Any]) -> Data:
-    """The batches that a run with these settings makes."""
+    """Return the batches of a run with these settings."""
     loaded = Loaded(InMemory(model), settings["processor"], "model", False)
     recipe = make_recipe({"model": "model", **{key: settings[key] for key in settings.keys() - {"processor"}}})
     task = task_for(recipe, loaded)
@@ -202,7 +202,7 @@ def _images(model: PreTrainedModel, samples: int) -> Data:
 
 
 def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path) -> None:
-    """Prune to one target and compare; raises Wrong, or what coprune raises."""
+    """Prune to one target and compare. Raises Wrong, or coprune's error."""
     model, kind, target = tiny_model(model_type, verdict.kind), verdict.kind, TARGETS[name]
     dense = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with quiet_transformers():
@@ -232,7 +232,7 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
 
 
 def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path) -> None:
-    """Nothing of a published folder is lost, be it of the whole model of which this type is a part, or refused."""
+    """Require that pruning a published folder, also one of which this type is only a part, loses nothing or is refused."""
     try:
         model = published_model(model_type, verdict.kind)
         source = save_published(model, folder / "published", verdict.kind)
@@ -251,7 +251,7 @@ def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path
 
 def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, target: Target, report: Report) -> None:
     alone = {one.kind for one in report.left_out if isinstance(one, LeftOut)}
-    # Layers of one kind may be pruned or not, as convolutions are.
+    # Some layers of a kind may be pruned and others not, such as convolutions.
     pruned = {kind_of(matrix.name) for matrix in report.matrices}
     expected = prune_by_whole_forwards(oracle, data.batches, target, alone - pruned)
     masks = masks_of(model)
@@ -267,7 +267,7 @@ def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, 
     entries = sum(mask.numel() for mask in expected.values())
     if different > MOST_DIFFERENT * entries:
         raise Wrong(f"{different / entries:.2%} of the masks differ from those of full forwards")
-    # Experts that saw no token are pruned by magnitude, over the whole matrix.
+    # Experts without tokens are pruned by magnitude over the whole matrix.
     unseen = {matrix.name for matrix in report.matrices if matrix.events}
     for name, mask in found.items():
         per_group = mask.unflatten(1, (-1, 4)) if isinstance(target.pattern, NM) else mask
@@ -278,9 +278,9 @@ def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, 
 
 
 def _large_names(model: PreTrainedModel) -> list[str]:
-    """What the blocks hold of two dimensions and more, but biases: linear layers, experts, tables, convolutions.
+    """Return the blocks' tensors of two or more dimensions except biases: linear layers, experts, tables, convolutions.
 
-    What several blocks share has the name that it has in the first.
+    Shared tensors have their name in the first block.
     """
     found: dict[int, str] = {}
     for block in find_blocks(model):
@@ -291,13 +291,13 @@ def _large_names(model: PreTrainedModel) -> list[str]:
 
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Where the matrices of the blocks are not zero, O × I, by name; experts have their number in brackets."""
+    """Return where the blocks' matrices are not zero, O × I, by name; experts have their number in brackets."""
     matrices = [matrix for block in find_blocks(model) for matrix in find_matrices(block.module, block.name)]
     return {matrix.name: matrix.read() != 0 for matrix in matrices}
 
 
 def _compare_rest(model: PreTrainedModel, dense: dict[str, Tensor], report: Report) -> None:
-    """All that is no pruned matrix is as it was, bit for bit."""
+    """Require that everything except the pruned matrices is unchanged, bit for bit."""
     stacks = {matrix.name.partition("[")[0] for matrix in report.matrices}
     changed = {f"{name}.weight" for name in stacks} | stacks
     tied = {id(parameter): name for name, parameter in model.named_parameters() if name in changed}
@@ -308,10 +308,13 @@ def _compare_rest(model: PreTrainedModel, dense: dict[str, Tensor], report: Repo
 
 
 def _require_towers_alone(model: PreTrainedModel, report: Report) -> None:
-    """Nothing of what sees or hears for the language model is pruned: of the parts that have a configuration of their own."""
+    """Require that towers for images or sound, which have their own configurations, are not pruned."""
     config = model.config
     parts = [getattr(config, name, None) for name in config.sub_configs]
-    reading = [config, *(part for part in parts if hasattr(part, "text_config"))]  # also an encoder that reads and sees
+    reading = [
+        config,
+        *(part for part in parts if hasattr(part, "text_config")),
+    ]  # including encoders of both text and images
     own = {type(one) for part in reading for one in (part, part.get_text_config())}
     towers = [
         name
@@ -324,7 +327,7 @@ def _require_towers_alone(model: PreTrainedModel, report: Report) -> None:
 
 
 def _compare_loaded(model: PreTrainedModel, loader: Any, folder: Path) -> None:
-    """What was saved is loaded as the same class with the same weights, by an Auto class or, where none is for it, by its own."""
+    """Require that the saved model loads as the same class with the same weights, by an Auto class if there is one."""
     with quiet_transformers():
         loaded, info = loader.from_pretrained(folder, output_loading_info=True)
     named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
@@ -340,7 +343,7 @@ def _compare_loaded(model: PreTrainedModel, loader: Any, folder: Path) -> None:
 
 @contextmanager
 def _called(target: str) -> Iterator[None]:
-    """Say of which target it is that something is wrong."""
+    """Add the target to an error of the body."""
     try:
         yield
     except Wrong as error:
@@ -348,6 +351,6 @@ def _called(target: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, on one line that is not too long."""
+    """Return an exception's message on one line of limited length."""
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"

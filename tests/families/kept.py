@@ -1,4 +1,4 @@
-"""One type of model as it is published, pruned from a folder: what nobody asked to go has to be in what is saved."""
+"""A model type as published, pruned from a folder: everything not removed on request has to be saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.whole import Differences, differences
 from support.word_tokenizers import word_tokenizer
 
 STRANGE = {"mtp.layers.0.eh_proj.weight": torch.arange(12.0, dtype=torch.bfloat16).reshape(3, 4)}
-"""A tensor that no class of transformers loads, as those of layers for speculative decoding."""
+"""A tensor that no class of transformers loads, like those of layers for speculative decoding."""
 COMPANIONS = {
     "preprocessor_config.json": '{"do_resize": true}',
     "processor_config.json": '{"processor_class": "SomeProcessor"}',
@@ -34,9 +34,9 @@ COMPANIONS = {
 def save_published(
     model: PreTrainedModel, folder: Path, kind: Kind = "text", more: dict[str, Any] | None = None
 ) -> Path:
-    """Save a model as it would be published: with all that lies beside weights, and tensors that its class does not load.
+    """Save a model as it would be published: with other files, and tensors that its class does not load.
 
-    more: those tensors, instead of the usual one.
+    more: such tensors, instead of the default one.
     """
     with quiet_transformers():
         model.save_pretrained(folder)
@@ -58,7 +58,7 @@ def save_published(
 
 
 def pruned(source: Path, saved: Path, settings: dict[str, Any]) -> Differences:
-    """What pruning a folder by name made other than it was. Raises what coprune raises."""
+    """Prune a folder by name and return the differences. Raises coprune's errors."""
     with quiet_transformers():
         coprune.prune(source, save_model=saved, evaluate=False, quiet=True, device="cpu", **settings)
     return differences(source, saved)
@@ -68,7 +68,7 @@ def lost_in_silence(source: Path, target: Path, settings: dict[str, Any]) -> tup
     """Prune a folder in memory and streamed, and compare files.
 
     Returns:
-        What changed and why (or why it was refused), and what nothing explains: nothing if all is well.
+        The changes with their reasons (or the refusal), and unexplained changes, empty if all is well.
     """
     told: list[str] = []
     for stream in (False, True):

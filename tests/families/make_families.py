@@ -1,7 +1,7 @@
-"""Try every model of text, images or speech that transformers has: python tests/families/make_families.py [TYPE …].
+"""Try every model of text, images or speech in transformers: python tests/families/make_families.py [TYPE …].
 
-Without types: all of them, or all of some kinds, resumed where a run was stopped, and in the end the table in docs/models.md is
-written anew.
+Without types, all of them (or all of some kinds) are tried, resuming a stopped run, and the table in docs/models.md is
+rewritten at the end.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from families.family_table import PAGE, RESULTS, Results, page
 from families.judge import Verdict, judge
 
 RUNNING = RESULTS.with_suffix(".running.jsonl")
-"""What was found so far; it becomes the results when nothing is missing."""
+"""File of verdicts so far, which becomes the results once complete."""
 LIMIT = 900
-"""Seconds after which a type is given up."""
+"""Time limit per type in seconds."""
 
 
 def main() -> int:
-    """Returns 1 if a model came out wrong."""
+    """Try the types; return 1 if a model is wrong."""
     options = _options()
     if options.types:
         chosen = [task for task in _tasks() if task[0] in options.types and task[2] in (options.kind or AUTO)]
@@ -46,7 +46,7 @@ def main() -> int:
     kinds, done = options.kind or list(AUTO), {(v.model_type, v.kind) for v in _so_far()}
     left = [task for task in _tasks() if task[2] in kinds and (task[0], task[2]) not in done]
     _judge_all(left, options.processes, RUNNING)
-    # What was found of other kinds stays.
+    # Keep the verdicts of other kinds.
     results = Results.now([*_so_far(), *(v for v in Results.read().verdicts if v.kind not in kinds)])
     results.write()
     RUNNING.unlink()
@@ -69,13 +69,11 @@ def _so_far() -> list[Verdict]:
 
 
 def _judge_all(tasks: Sequence[Task], processes: int, file: Path | None) -> list[Verdict]:
-    """Judge some types side by side, each in a process of its own; their verdicts go to a file as they come."""
+    """Judge types in parallel, each in its own process; append the verdicts to a file."""
     for module in pkgutil.walk_packages(coprune.__path__, "coprune."):
         if not module.name.endswith(("__main__", "triton", "on_ray", "triton_kernel")):
-            importlib.import_module(module.name)  # now, so that what changes on the disk meanwhile changes nothing
-    get_checkpoint_conversion_mapping(
-        "bert"
-    )  # builds the table of all types, which every process would else build anew
+            importlib.import_module(module.name)  # now, so that later changes on disk have no effect
+    get_checkpoint_conversion_mapping("bert")  # builds the table of all types once instead of in every process
     verdicts: list[Verdict] = []
     with ThreadPoolExecutor(processes) as pool:
         for number, verdict in enumerate(pool.map(_judge_apart, tasks), 1):
@@ -109,7 +107,7 @@ def _child(task: Task, sender: multiprocessing.connection.Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # what libraries say of a model that does not work
+        os.dup2(nowhere.fileno(), 2)  # libraries' output about models that do not work
         sender.send(judge(*task, Path(folder)).line())
 
 

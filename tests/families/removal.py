@@ -1,6 +1,6 @@
-"""What can be removed of every pico family, tried: python tests/families/removal.py [FAMILY …].
+"""Try which parts can be removed from every pico family: python tests/families/removal.py [FAMILY …].
 
-It tries some families, or all of them, and writes their rows of docs/removal-models.md anew.
+Tries some or all families and rewrites their rows in docs/removal-models.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAIRS = {name.lower(): name for name in SIZES}
 ALL = [*FAMILIES, *MIXTURES, *MORE_MIXTURES, *HYBRIDS, *PAIRS]
 SHARES = {"channels": 0.4, "heads": 0.5, "blocks": 0.34, "experts": 0.25}
 CHANGES: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"n_routed_experts": 8},  # else no group of its experts could lose one
+    "deepseek_v3": {"n_routed_experts": 8},  # otherwise no group of its experts could lose one
     "mamba": {"num_hidden_layers": 3},
     "gemma2": {"num_hidden_layers": 4},
     "t5": {"num_layers": 3, "num_decoder_layers": 3},
@@ -62,13 +62,13 @@ page.
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one family: by part, nothing if it was removed, else why not."""
+    """The result of one family: for each part, empty if it can be removed, else the reason."""
 
     family: str
     refused: dict[str, str]
 
     def cells(self, reasons: list[str]) -> str:
-        """Return the family's cells of the table. reasons: numbered from one; new ones are added."""
+        """Return the family's table cells. reasons: numbered from one; new ones are appended."""
         cells = []
         for part in SHARES:
             reason = self.refused.get(part)
@@ -79,19 +79,19 @@ class Row:
 
 
 def shortened(reason: str) -> str:
-    """Return a refusal's first clause without the name of the class, so that families refused alike share it."""
+    """Return a refusal's first clause without the class name, so that families can share it."""
     return re.sub(r" of [A-Z]\w+", "", reason.partition(";")[0].removesuffix("."))
 
 
 def tried(family: str, folder: Path) -> Row:
-    """Remove every part of a family, alone and all together in a run that is killed. Fails where something is wrong."""
+    """Remove every part of a family, alone, and all together in a run that is killed. Fails on any difference."""
     refused = {}
     for part, share in SHARES.items():
         try:
             remove_alone(family, f"{part}={share}", folder / part)
         except CopruneError as error:
             refused[part] = shortened(str(error))
-    # Blocks alone: the only one with heads may be among them.
+    # Blocks separately, since they may include the only one with heads.
     for number, kinds in enumerate([("blocks",), ("channels", "heads", "experts")]):
         parts = [f"{part}={SHARES[part]}" for part in kinds if part not in refused]
         if parts:
@@ -100,7 +100,7 @@ def tried(family: str, folder: Path) -> Row:
 
 
 def remove_alone(family: str, remove: str, folder: Path) -> None:
-    """Remove a part in memory, and see that what is left is the big model with it silent. Raises what a refusal raises."""
+    """Remove a part in memory, and require that the rest computes what the silenced model does. Raises refusals."""
     model = _model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
@@ -114,7 +114,7 @@ def remove_alone(family: str, remove: str, folder: Path) -> None:
 
 
 def _model(family: str) -> Any:
-    """A pico model whose routers' biases and corrections are no zeros, so that one which is lost would show."""
+    """Return a pico model with nonzero router biases and corrections, so that a lost one would show."""
     if family in PAIRS:
         return pico_pair_model(PAIRS[family], **CHANGES[family])
     model = pico_model(family, **CHANGES.get(family, {}))
@@ -126,7 +126,7 @@ def _model(family: str) -> Any:
 
 
 def _read_by(family: str, folder: Path) -> dict[str, Any]:
-    """What a family reads, and what makes its input of that. folder: one beside which it may be written."""
+    """Return a family's data and processor. folder: a folder beside which data may be written."""
     if family not in PAIRS:
         return {"dataset": _IDS}
     folder.parent.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def _read_by(family: str, folder: Path) -> dict[str, Any]:
 
 
 def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> None:
-    """Kill a run for real in the middle, and see that it goes on to the bytes of one that was let alone."""
+    """Kill a run in the middle, resume it, and require the bytes of an undisturbed run."""
     read = _read_by(family, folder / "read") if family in PAIRS else {}
     processor, dataset = read.get("processor"), read.get("dataset")
     own = settings if dataset is None else settings | {"dataset": str(dataset)}
@@ -144,7 +144,7 @@ def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> 
 
 
 def kill_and_resume_model(model: Any, remove: str, folder: Path, processor: Any = None, **settings: Any) -> None:
-    """The same of a model. processor: what makes its input, where that is not the tokenizer of words."""
+    """The same for a model. processor: if it is not the tokenizer of words."""
     blocks = len(find_blocks(model))
     save(model, folder / "model")
     if processor is not None:
@@ -161,7 +161,7 @@ def kill_and_resume_model(model: Any, remove: str, folder: Path, processor: Any 
         return [*(folder / "killed" / ".small.partial").glob("model-*.json")]
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    torch.set_num_threads(1)  # forked children lose thread pools
     try:
         run("whole")
         assert killed_when(
@@ -173,14 +173,14 @@ def kill_and_resume_model(model: Any, remove: str, folder: Path, processor: Any 
     finally:
         torch.set_num_threads(threads)
     whole, found = listing(folder / "whole" / "small"), listing(folder / "killed" / "small")
-    assert whole.pop("README.md")  # names the folders
+    assert whole.pop("README.md")  # contains folder names
     assert found.pop("README.md")
     assert found == whole
     load_clean(folder / "killed" / "small")
 
 
 def read_page() -> list[Row]:
-    """What the page says; nothing if there is none yet."""
+    """Read the page's rows; empty if there is no page yet."""
     if not PAGE.is_file():
         return []
     text = PAGE.read_text(encoding="utf-8").removeprefix(_OPENING)
@@ -195,7 +195,7 @@ def read_page() -> list[Row]:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Return the page; families of which the same is said share a row."""
+    """Return the page, in which families with the same results share a row."""
     reasons: list[str] = []
     alike: dict[str, list[str]] = {}
     for row in rows:
@@ -206,7 +206,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def main(families: Sequence[str]) -> int:
-    """Returns 1 where something came out wrong."""
+    """Try the families; return 1 if something is wrong."""
     rows, wrong = {row.family: row for row in read_page()}, []
     for family in families or ALL:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""Any of transformers' configurations made tiny by rule: sizes by the names that they have, layers by their kinds.
+"""Shrink any of transformers' configurations by rule: sizes by their names, layers by their kinds.
 
-What a model of a family needs beside that stands in `exceptions.py`, with the reason.
+Exceptions for single families are in `exceptions.py`, with reasons.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from families.exceptions import EXCEPTIONS
 
 VOCABULARY = 1024
-"""A little more than the words of the tests' tokenizer."""
+"""Slightly more than the words of the tests' tokenizer."""
 FIRST_MARK = 1004
-"""Token ids from here on are no words: for images, ends, padding."""
+"""First token id that is no word, but for images, ends or padding."""
 MOST_LAYERS = 8
 
-# The first that matches a name decides; no size grows.
+# The first pattern that matches a name decides; sizes never grow.
 _SIZES: list[tuple[str, int]] = [
     (r"vocab|^n_words$", VOCABULARY),
     (r"^(max|n)_(position|seq|target|source|ctx|2d)|max_.*(len|positions)|context_length|^n_ctx$", 128),
@@ -58,12 +58,12 @@ _WIDTHS = r"hidden_sizes|embed_dims?$|base_attn_unit_dims|channels$"
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The configuration of a tiny model of a type; raises whatever transformers raises for what does not fit."""
+    """Return the configuration of a tiny model of a type. Raises transformers' errors for inconsistent values."""
     return _shrunk(CONFIG_MAPPING[model_type], model_type)
 
 
 def _shrunk(kind: type[PreTrainedConfig], model_type: str, beside: PreTrainedConfig | None = None) -> PreTrainedConfig:
-    """beside: the configuration of the text model, where this is what sees or hears for it."""
+    """Shrink a configuration. beside: that of the text model, if this is its tower for images or sound."""
     own, default = EXCEPTIONS.get(model_type), kind()
     changes = _changes(default)
     if beside is not None:
@@ -72,7 +72,7 @@ def _shrunk(kind: type[PreTrainedConfig], model_type: str, beside: PreTrainedCon
 
 
 def _in_proportion(changes: dict[str, Any], default: PreTrainedConfig, beside: PreTrainedConfig) -> dict[str, Any]:
-    """What sees or hears is to its text model in depth and width as it is in full size, so that it is not most of it."""
+    """Return the depth and width of a tower in the same proportion to its text model as in full size."""
     ours, theirs = (
         {key: [v for n, v, _ in _values(config) if re.search(pattern, n) and type(v) is int] for key, pattern in _SCALE}
         for config in (default, beside)
@@ -108,18 +108,18 @@ def _changes(default: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _values(config: PreTrainedConfig) -> Iterator[tuple[str, Any, bool]]:
-    """The fields of a configuration: names, values, and whether they follow from others."""
+    """Yield the fields of a configuration: name, value, and whether it follows from others."""
     for field in fields(config):
         try:
             value = getattr(config, field.name)
-        except (AttributeError, RuntimeError):  # what differs from layer to layer has no value of its own
+        except (AttributeError, RuntimeError):  # values that differ between layers
             value = field.default
         if not field.name.startswith("_"):
             yield field.name, value, field.default is None
 
 
 def small(name: str, value: int) -> int:
-    """A size (or a token's id) as small as its name allows."""
+    """Return a size (or a token's id) as small as its name allows."""
     if re.search(r"(token_id|token_index|_ids?|_index|_idx)$", name):
         return value if value < FIRST_MARK else FIRST_MARK + value % (VOCABULARY - FIRST_MARK)
     if re.search(_KEPT, name):
@@ -128,7 +128,7 @@ def small(name: str, value: int) -> int:
 
 
 def _small_list(name: str, value: list[Any] | tuple[Any, ...]) -> Any:
-    """Of lists that go from stage to stage: short stages, and widths in their proportions from 16 on."""
+    """Shrink a list with a value per stage: short stages, and widths in proportion from 16 on."""
     if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
         return None
     if re.search(r"^depths?$|num_blocks|block_repeats|n_attn_blocks", name):
@@ -139,7 +139,7 @@ def _small_list(name: str, value: list[Any] | tuple[Any, ...]) -> Any:
 
 
 def _few_layers(default: PreTrainedConfig) -> dict[str, Any]:
-    """As many layers as there are kinds of them, at least two; lists that say something of every layer are cut to fit."""
+    """Keep one layer of each kind, at least two, and shorten lists with a value per layer."""
     counts = {name: value for name, value, _ in _values(default) if re.search(_LAYERS, name) and isinstance(value, int)}
     if not counts:
         return {}

@@ -1,4 +1,4 @@
-"""Some types of models, each of a structure of its own, judged as `make families` judges all; and the page of all."""
+"""Some model types of different structure, judged as by `make families`; and the page of all types."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ def test_a_supported_family_is_pruned(model_type: str, tmp_path: Path) -> None:
     assert [line.partition(" ")[0] for line in routers] == ROUTERS.get(model_type, [])
 
 
-def test_the_classifier_works(tmp_path: Path) -> None:
+def test_an_image_classifier_is_pruned(tmp_path: Path) -> None:
     verdict = judge("vit", all_types("images")["vit"], "images", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
 @pytest.mark.slow
-def test_the_encoder_with_a_decoder_works(tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_pruned(tmp_path: Path) -> None:
     verdict = judge("t5", all_types("seq2seq")["t5"], "seq2seq", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
 @pytest.mark.parametrize("kind", ["masked", pytest.param("labels", marks=pytest.mark.slow), "embeddings"])
-def test_models_that_read_a_text_as_a_whole_work(kind: Kind, tmp_path: Path) -> None:
+def test_encoders_of_whole_texts_are_pruned(kind: Kind, tmp_path: Path) -> None:
     verdict = judge("bert", all_types(kind)["bert"], kind, tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
-def test_the_language_model_that_sees_works(tmp_path: Path) -> None:
+def test_a_vision_language_model_is_pruned(tmp_path: Path) -> None:
     verdict = judge("qwen3_vl", all_types("seeing")["qwen3_vl"], "seeing", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
 @pytest.mark.slow
-def test_layers_for_images_stay_as_they_are_where_text_passes_them_by(tmp_path: Path) -> None:
+def test_layers_for_images_stay_unchanged(tmp_path: Path) -> None:
     verdict = judge("mllama", all_types("text")["mllama"], "text", tmp_path)
     assert (verdict.result, verdict.reason) == ("works", "")
     assert verdict.left_alone[0] == "model.layers.*.cross_attn.q_proj (not used in a forward; 1 layer)"
@@ -81,7 +81,7 @@ def test_an_unsupported_family_is_refused_with_the_reason(model_type: str, tmp_p
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="make families was not run")
-def test_the_page_says_what_the_results_say() -> None:
+def test_the_page_matches_the_results() -> None:
     results = Results.read()
     assert PAGE.read_text(encoding="utf-8") == page(results)
     decoders = Counter(verdict.result for verdict in results.verdicts if verdict.kind == "text")

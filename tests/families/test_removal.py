@@ -1,4 +1,4 @@
-"""What is removed of every family of the tests, as the page says it; some of them each time, all as slow tests."""
+"""Removal from every pico family as its page says; all families in the slow tests, a few in the quick ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from families.removal import ALL, PAGE, Row, kill_and_resume, page, read_page, tried
 
 
-def test_the_page_speaks_of_every_family_and_is_written_as_it_is_read() -> None:
+def test_the_page_has_every_family_and_round_trips() -> None:
     rows = read_page()
     assert [row.family for row in rows] == ALL
     assert page(rows) == PAGE.read_text(encoding="utf-8")

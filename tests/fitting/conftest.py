@@ -1,4 +1,4 @@
-"""A small model with text, and what a fit of it finds."""
+"""A small model with text, and a finished fit of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.vocabularies import content_of
 
 @pytest.fixture(scope="package")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico llama as a GGUF file, text, and prompts."""
+    """Return a folder with a pico llama as a GGUF file, text, and prompts."""
     folder, tokenizer = tmp_path_factory.mktemp("fit"), content_of("bytes")
     model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
     write_pico_gguf(distinct_norms(model), folder / "model.gguf", tokenizer=tokenizer)
@@ -37,14 +37,14 @@ def found(place: Path) -> Any:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of this test alone, which holds nothing."""
+    """Use an empty store for this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "coprune" / "store"
 
 
 @pytest.fixture
 def known_store(found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of this test alone, which holds what the finished fit measured."""
+    """Use a store for this test with the finished fit's measurements."""
     shutil.copytree(user_cache() / "store", own := tmp_path / "cache" / "coprune" / "store")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return own

@@ -1,4 +1,4 @@
-"""The gate of a fit: how often it says that a model keeps what it does not keep."""
+"""The statistical test of a fit: how often it passes a model that misses the requirement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Counts = NDArray[np.int64]
 
 
 def proven(kind: type[Difference | Ratio], items: int, value: float) -> Counts:
-    """All outcomes that are taken as proof: items right in both, gained, lost, and right in none."""
+    """Return all outcomes that count as a proof: items right in both, gained, lost, and right in neither."""
     found = [
         (both, gained, lost, items - both - gained - lost)
         for both, gained, lost in product(range(items + 1), repeat=3)
@@ -35,8 +35,8 @@ def chance(outcomes: Counts, items: int, shares: list[float]) -> float:
 
 
 @pytest.mark.parametrize(("items", "margin"), [(8, 0.4), (12, 0.3), (20, 0.1), (24, 0.2)])
-def test_a_difference_at_the_edge_is_taken_as_kept_in_one_of_twenty_trials_at_most(items: int, margin: float) -> None:
-    """Exactly, over all outcomes, whatever the share of items on which two models differ."""
+def test_a_difference_at_the_limit_passes_in_at_most_one_of_twenty_trials(items: int, margin: float) -> None:
+    """Computed exactly over all outcomes, for any share of items on which the models differ."""
     outcomes = proven(Difference, items, -margin)
     for differing in (margin, 1.2 * margin, 0.3, 0.6, 1.0):
         if differing >= margin:
@@ -46,8 +46,8 @@ def test_a_difference_at_the_edge_is_taken_as_kept_in_one_of_twenty_trials_at_mo
 
 
 @pytest.mark.parametrize(("items", "ratio"), [(8, 0.9), (16, 0.95), (16, 0.8), (24, 0.9), (24, 0.98)])
-def test_a_ratio_at_the_edge_is_taken_as_kept_in_one_of_twenty_trials_at_most(items: int, ratio: float) -> None:
-    """Exactly, over all outcomes, also where few items differ."""
+def test_a_ratio_at_the_limit_passes_in_at_most_one_of_twenty_trials(items: int, ratio: float) -> None:
+    """Computed exactly over all outcomes, including few differing items."""
     outcomes = proven(Ratio, items, ratio)
     for dense, gained in product((0.3, 0.6, 0.8, 0.95, 1.0), (0.0, 0.005, 0.02, 0.05, 0.2)):
         shares = [dense * ratio - gained, gained, dense - dense * ratio + gained, 1 - dense - gained]
@@ -55,7 +55,7 @@ def test_a_ratio_at_the_edge_is_taken_as_kept_in_one_of_twenty_trials_at_most(it
             assert chance(outcomes, items, np.clip(shares, 0, 1).tolist()) <= 1 - LEVEL
 
 
-def test_a_ratio_takes_about_as_many_items_as_the_difference_that_it_means() -> None:
+def test_a_ratio_needs_about_as_many_items_as_the_equivalent_difference() -> None:
     difference, ratio = read_conditions("accuracy>=dense-0.05,accuracy>=dense*0.95")
     right = [1.0] * 8
     assert not ratio.is_kept(right, right)
@@ -74,17 +74,17 @@ def test_a_share_has_the_exact_bound_of_the_binomial_distribution() -> None:
     assert Share(8, 0, 0, 8).needed(0.9) == math.ceil(math.log(0.05) / math.log(0.9))
 
 
-def test_what_no_item_contradicts_still_needs_items() -> None:
+def test_a_proof_needs_enough_items_even_if_none_contradicts() -> None:
     assert Difference(30, 0, 0, 30).bounds().low < -0.05
     needed = Difference(30, 0, 0, 30).needed(-0.01)
     assert needed is not None
-    assert 0.99**needed < 1 - LEVEL  # as many as an exact test of no loss takes, or more
+    assert 0.99**needed < 1 - LEVEL  # at least as many as an exact test without any loss
     assert Difference(needed, 0, 0, needed).bounds().low >= -0.01
     assert Difference(27, 0, 3, 30).needed(-0.01) is None
 
 
-def test_a_mean_is_not_proven_by_items_that_are_all_equal_while_a_rare_one_may_lose_everything() -> None:
-    """With a tenth of the items at 0 eight of nine eights show none of them: 0.9 is not proven by 1, 1, 1 …"""
+def test_equal_items_do_not_prove_a_mean_that_rare_items_could_lower() -> None:
+    """If a tenth of all items score 0, a sample often misses them, so 0.9 is not proven by 1, 1, 1 …"""
     for items in (8, 16, 28):
         assert 0.9**items > 1 - LEVEL
         assert not Mean([1.0] * items, 0).is_above(0.9)
@@ -92,11 +92,11 @@ def test_a_mean_is_not_proven_by_items_that_are_all_equal_while_a_rare_one_may_l
     assert Mean([1.0] * 8, 0).needed(0.9) == 29
 
 
-def test_a_figure_below_the_floor_counts_as_the_floor_and_the_mean_must_keep_the_limit_itself() -> None:
+def test_figures_are_clipped_at_the_floor_and_the_plain_mean_must_meet_the_limit() -> None:
     fine = [-0.02] * 200
     assert Mean(fine, -0.8).is_above(-0.1)
     assert Mean([-5.0, *fine], -0.8).is_above(-0.1)
-    assert not Mean([-50.0, *fine], -0.8).is_above(-0.1)  # whose mean is beyond
+    assert not Mean([-50.0, *fine], -0.8).is_above(-0.1)  # its mean is below the limit
     assert not Mean([math.nan, *fine], -0.8).is_above(-0.1)
     assert Mean([-5.0, *fine], -0.8).beyond == 1
     (kl,) = read_conditions("kl<=0.1")
@@ -104,7 +104,7 @@ def test_a_figure_below_the_floor_counts_as_the_floor_and_the_mean_must_keep_the
     assert line.startswith("kl<=0.1: kept (0.0448 on 201 items, 1 of them beyond 8 times the limit; margin +0.0552")
 
 
-def test_bounds_say_the_same_as_the_verdict() -> None:
+def test_bounds_agree_with_the_verdict() -> None:
     rng = np.random.default_rng(0)
     for condition in read_conditions(
         "acceptance>=0.9,kl<=0.1,bits<=dense*1.02,bits<=dense+0.02,bits<=1.2,accuracy>=0.8"
@@ -127,22 +127,22 @@ def test_bounds_say_the_same_as_the_verdict() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("text", TRUTHS)
 @pytest.mark.parametrize("items", ITEMS)
-def test_a_model_at_the_limit_is_said_to_keep_it_in_one_of_twenty_trials_at_most(text: str, items: int) -> None:
+def test_a_model_at_the_limit_passes_in_at_most_one_of_twenty_trials(text: str, items: int) -> None:
     trials = 400
     for name, draw in TRUTHS[text].items():
         wrong = wrongly_kept(text, draw, items, trials)
         assert wrong <= 1 - LEVEL + 3 * math.sqrt(LEVEL * (1 - LEVEL) / trials), name
 
 
-def test_few_items_prove_nothing_of_skewed_figures() -> None:
-    """Where Student's interval is wrong in a third of trials, as the simulation's results say."""
+def test_few_items_prove_nothing_about_skewed_figures() -> None:
+    """In this simulation Student's interval is wrong in a third of the trials."""
     for text, name in (("acceptance>=0.9", "a tenth at 0.1"), ("kl<=0.1", "lognormal, σ = 1")):
         assert wrongly_kept(text, TRUTHS[text][name], 16, 200) == 0
     assert wrongly_kept("accuracy>=dense*0.95", answers(0.9, 0.855, 0.0), 30, 300) <= 0.05
 
 
-def test_near_doubles_count_as_one_item() -> None:
-    """Clusters of five: the items are not independent, and a bound that counts them all is wrong far too often."""
+def test_near_duplicates_count_as_one_item_in_a_proof() -> None:
+    """With clusters of five, items are not independent, and a bound that counts them all is wrong far too often."""
     (condition,) = read_conditions("accuracy>=dense-0.1")
     rng, draw, wrong, counted = np.random.default_rng(0), answers(0.9, 0.8, 0.02), 0, 0
     task = Task(
@@ -172,7 +172,9 @@ def task_of(kind: str, count: int) -> Task:
         ("prompts", 32, "acceptance>=0.9", "acceptance>=0.82"),
     ],
 )
-def test_too_few_items_are_told_with_what_they_can_prove(kind: str, count: int, required: str, provable: str) -> None:
+def test_too_few_items_are_refused_with_what_they_can_prove(
+    kind: str, count: int, required: str, provable: str
+) -> None:
     task, conditions = task_of(kind, count), read_conditions(required)
     with pytest.raises(BadInput, match=rf"would need \d+ .*there are {count}") as raised:
         require_provable(conditions, [task])
@@ -180,7 +182,7 @@ def test_too_few_items_are_told_with_what_they_can_prove(kind: str, count: int, 
     require_provable(read_conditions(provable), [task])
 
 
-def test_bits_and_kl_take_items_whatever_the_limit() -> None:
+def test_bits_and_kl_need_items_whatever_the_limit() -> None:
     for kind, conditions in (("text", ("bits<=dense*1.02", "bits<=dense*1.5")), ("prompts", ("kl<=0.1", "kl<=1"))):
         for required in conditions:
             with pytest.raises(BadInput, match="even a model with the same answers would need 46 "):
@@ -188,7 +190,7 @@ def test_bits_and_kl_take_items_whatever_the_limit() -> None:
             require_provable(read_conditions(required), [task_of(kind, 46)])
 
 
-def test_a_verdict_says_how_many_answers_are_right_and_how_many_more_items_would_decide() -> None:
+def test_a_verdict_counts_right_answers_and_the_items_that_would_decide() -> None:
     (condition,) = read_conditions("accuracy>=dense-0.1")
     dense = [1.0] * 25 + [0.0] * 8
     held = condition.judge([0.0, *dense[1:]], dense)
@@ -227,8 +229,8 @@ def test_malformed_conditions_are_refused(text: str, said: str) -> None:
         read_conditions(text)
 
 
-def test_what_is_proven_first_is_what_was_kept_most_clearly_whatever_the_condition_and_the_number_of_items() -> None:
-    """In standard deviations: few items, or others that spread more, tell less of the same mean."""
+def test_candidates_are_proven_in_order_of_confidence() -> None:
+    """Confidence is in standard deviations: few or widely spread items say less about the same mean."""
     (bits,), (accuracy,) = read_conditions("bits<=dense*1.02"), read_conditions("accuracy>=dense-0.1")
     dense = [1.0, 1.2] * 50
     clear, spread = (
@@ -241,7 +243,7 @@ def test_what_is_proven_first_is_what_was_kept_most_clearly_whatever_the_conditi
     assert accuracy.judge(right, right).safety > accuracy.judge([0.0] * 3 + right[3:], right).safety > 0
 
 
-def test_what_is_cut_less_in_every_respect_goes_before_what_is_cut_more() -> None:
+def test_candidates_reduced_less_are_proven_before_those_reduced_more() -> None:
     types = ("q8_0", "q4_k_m", "iq4_xs")
     some, few = (
         Candidate(Cut(("vocabulary=131072",)), "q4_k_m"),

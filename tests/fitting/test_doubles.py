@@ -1,4 +1,4 @@
-"""Near-doubles are found among items, and text of unseen items in text to calibrate on."""
+"""Near-duplicates are found among items, and text of unseen items in calibration text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def changed(text: str) -> list[str]:
     return [text.upper(), f"{text} ", f"{first}  {second} {' '.join(rest)}", " ".join([first, "another", *rest])]
 
 
-def test_texts_that_differ_by_a_space_case_or_word_have_one_number() -> None:
+def test_texts_that_differ_by_a_space_case_or_word_are_duplicates() -> None:
     texts = sentences(20)
     found = clusters_of([*texts, *(other for text in texts for other in changed(text))])
     assert len(set(found)) == 20
@@ -35,13 +35,13 @@ def test_texts_that_differ_by_a_space_case_or_word_have_one_number() -> None:
 
 
 @pytest.mark.parametrize("templates", [1, 3])
-def test_items_that_share_an_instruction_are_not_doubles(templates: int) -> None:
+def test_items_that_share_an_instruction_are_not_duplicates(templates: int) -> None:
     texts = [f"Instruction {place % templates}: answer this. " * 20 + text for place, text in enumerate(sentences(60))]
     assert len(set(clusters_of(texts))) == 60
     assert len(set(clusters_of([f"What is {one} plus {one * 3 % 7}?" for one in range(100)]))) == 100
 
 
-def test_a_text_within_another_is_a_double_of_it() -> None:
+def test_a_text_within_another_is_a_duplicate_of_it() -> None:
     texts = sentences(20, words=30)
     assert len(set(clusters_of([*texts, " ".join(texts[0].split()[:25])]))) == 20
 
@@ -55,7 +55,7 @@ def prompts_of(task: Task, half: str) -> set[str]:
     return {task.items[place].asked for place in getattr(task, half)}
 
 
-def test_an_item_in_two_tasks_is_on_the_same_side_of_both_splits(tmp_path: Path) -> None:
+def test_an_item_in_two_tasks_is_in_the_same_half_of_both(tmp_path: Path) -> None:
     prompts = sentences(60)
     names = [items_file(tmp_path, "a.jsonl", prompts[:40]), items_file(tmp_path, "b.jsonl", prompts[20:])]
     one, other = read_tasks(names)
@@ -65,7 +65,7 @@ def test_an_item_in_two_tasks_is_on_the_same_side_of_both_splits(tmp_path: Path)
         assert abs(len(task.seen) - len(task.unseen)) <= 4
 
 
-def test_near_doubles_lie_in_one_half_and_count_once(tmp_path: Path) -> None:
+def test_near_duplicates_are_in_one_half_and_count_once(tmp_path: Path) -> None:
     prompts = sentences(20)
     (task,) = read_tasks(
         [items_file(tmp_path, "a.jsonl", [*prompts, *(two for one in prompts for two in changed(one))])]
@@ -76,7 +76,7 @@ def test_near_doubles_lie_in_one_half_and_count_once(tmp_path: Path) -> None:
     assert len(task.unseen) == 50
 
 
-def test_doubles_are_no_more_items(tmp_path: Path) -> None:
+def test_duplicates_do_not_add_items(tmp_path: Path) -> None:
     doubles = [text + end for text in sentences(10) for end in ("", " ", "  ")]
     with pytest.raises(BadInput, match="has 10 different items"):
         read_tasks([items_file(tmp_path, "a.jsonl", doubles)])
@@ -92,7 +92,7 @@ def text_of(task: Task, place: int) -> str:
     return task.items[place].asked
 
 
-def test_the_task_as_calibration_text_gives_no_unseen_item_away(tmp_path: Path) -> None:
+def test_the_task_as_calibration_text_reveals_no_unseen_item(tmp_path: Path) -> None:
     prompts = sentences(40)
     tasks = read_tasks([items_file(tmp_path, "a.jsonl", prompts)])
     more = [f"{one}\n{other}" for one, other in zip(prompts[::2], prompts[1::2], strict=True)]
@@ -111,7 +111,7 @@ def test_pieces_of_an_unseen_item_are_found_in_a_text() -> None:
     assert holding(["A text with the capital of  ITALY is"], ["the capital of Italy"], []) == {0}
 
 
-def test_text_of_unseen_items_alone_is_refused(tmp_path: Path) -> None:
+def test_calibration_text_of_unseen_items_only_is_refused(tmp_path: Path) -> None:
     (task,) = read_tasks([items_file(tmp_path, "a.jsonl", sentences(40))])
     blind: Any = Task(task.name, task.kind, task.items, (), task.unseen)
     with pytest.raises(BadInput, match="nothing but text of the unseen items"):

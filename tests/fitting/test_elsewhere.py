@@ -1,4 +1,4 @@
-"""Files from elsewhere in a fit: measured like its own quants, and copied byte for byte where they win."""
+"""The user's candidate files in a fit: measured like its own quants, and copied byte for byte if they win."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REQUIRED = "bits<=dense*1.1"
 
 @pytest.fixture(scope="module")
 def files(place: Path) -> Path:
-    """Files of the model in four bits and in eight, and one with another's weights."""
+    """Return files of the model in four and in eight bits, and one with other weights."""
     folder = place / "files"
     coprune.export(place / "model.gguf", folder / "small.gguf", type="q4_0")
     coprune.export(place / "model.gguf", folder / "large.gguf", type="q8_0")
@@ -49,7 +49,7 @@ def fitted(place: Path, output: Path, *candidates: Path, **more: Any) -> Any:
     )
 
 
-def test_a_smaller_file_that_keeps_everything_wins(place: Path, files: Path, tmp_path: Path) -> None:
+def test_a_smaller_file_that_meets_all_conditions_wins(place: Path, files: Path, tmp_path: Path) -> None:
     found = fitted(place, tmp_path / "out", files / "small.gguf", files / "other.gguf")
     assert (found.kept, found.chosen, found.file.name) == (True, "small.gguf", "model-small.gguf")
     assert found.file.read_bytes() == (files / "small.gguf").read_bytes()
@@ -69,7 +69,7 @@ def test_a_smaller_file_that_keeps_everything_wins(place: Path, files: Path, tmp
         remake(recipe, tmp_path / "once more", quiet=True)
 
 
-def test_a_larger_file_does_not_win_and_stands_beside_ours(place: Path, files: Path, tmp_path: Path) -> None:
+def test_a_larger_file_does_not_win_and_is_listed(place: Path, files: Path, tmp_path: Path) -> None:
     found = fitted(place, tmp_path / "out", files / "large.gguf", types="q8_0,q4_0")
     assert (found.kept, found.chosen) == (True, "q4_0")
     (row,) = (row for row in found.rows if row.elsewhere)
@@ -78,7 +78,7 @@ def test_a_larger_file_does_not_win_and_stands_beside_ours(place: Path, files: P
     assert found.plain == "q4_0"
 
 
-def test_a_foreign_file_wins_if_only_it_keeps_the_conditions(
+def test_a_foreign_file_wins_if_only_it_meets_the_conditions(
     place: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Search._verdict
@@ -114,7 +114,9 @@ def test_a_changed_file_is_measured_again(place: Path, files: Path, tmp_path: Pa
         ("transformers", "a GGUF file is measured in llama.cpp"),
     ],
 )
-def test_refused_before_anything_is_measured(what: str, said: str, place: Path, files: Path, tmp_path: Path) -> None:
+def test_unusable_files_are_refused_before_measuring(
+    what: str, said: str, place: Path, files: Path, tmp_path: Path
+) -> None:
     given, more = tmp_path / "given.gguf", dict[str, Any]()
     content = (files / "small.gguf").read_bytes()
     given.write_bytes({"empty": b"", "cut off": content[:-100]}.get(what, content))

@@ -1,4 +1,4 @@
-"""A fit from items to a file in llama.cpp: proven, resumed, made again from its recipe, and refused in one line."""
+"""A fit from items to a file in llama.cpp: proven, resumed, rebuilt from its recipe, and refused in one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync i
 
 @pytest.fixture(scope="module")
 def copying(place: Path) -> Path:
-    """The same, but it writes its last token again, whatever is cut."""
+    """Return a folder with a model that repeats its last token, whatever is cut."""
     model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
@@ -53,7 +53,7 @@ def copying(place: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_fewer_tokens_and_channels_are_tried_and_made_again(
+def test_smaller_vocabularies_and_fewer_channels_are_tried_and_can_be_rebuilt(
     place: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coprune.fitting.search._DISTILLED", (1024, 2048))
@@ -64,7 +64,7 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
     assert any(row.name.startswith("vocabulary=") and row.bytes for row in found.rows)
     assert "vocabulary=" in found.chosen or "channels=" in found.chosen
     assert ("vocabulary=" in found.chosen) == any(note.startswith("fewer tokens: LOST") for note in found.notes)
-    # With fewer tokens, too, the head's importance is of what the model itself is given.
+    # Also with fewer tokens, the head's importance is measured on the model's own inputs.
     assert any({"vocabulary", "channels"} <= set(re.findall(r"\w+(?==)", row.name)) and row.bytes for row in found.rows)
     used = (tmp_path / "small" / ".fit" / "text" / "cuts.jsonl").read_text()
     judging = [json.loads(row)["judging"] for row in (tmp_path / "small" / "text.jsonl").read_text().splitlines()]
@@ -74,18 +74,18 @@ def test_fewer_tokens_and_channels_are_tried_and_made_again(
 
 
 @pytest.mark.slow
-def test_a_cut_that_no_longer_writes_is_not_kept(place: Path, tmp_path: Path) -> None:
-    """It reads the text as before, which has none of the tokens that the model itself writes: by the text alone it is kept."""
+def test_a_cut_that_no_longer_writes_fails(place: Path, tmp_path: Path) -> None:
+    """The text has none of the tokens that the model writes, so by the text alone the cut would pass."""
     settings = how(place, without="experts,blocks,channels,embedding,mixed", types="q8_0", budget="24h")
     found = coprune.fit(place / "model.gguf", place / "text.txt", "bits<=dense*1.6", output=tmp_path / "o", **settings)
     assert found.chosen == "q8_0"
     cuts = [row for row in found.rows if row.name.startswith("vocabulary=") and row.verdict]
     assert cuts
     assert all(row.verdict != "kept" for row in cuts)
-    assert any((row.low or 0) > 0 for row in cuts)  # which is of the first condition, on the text
+    assert any((row.low or 0) > 0 for row in cuts)  # of the first condition, on the text
 
 
-def test_types_by_tensor_are_tried_and_made_again(place: Path, tmp_path: Path) -> None:
+def test_types_by_tensor_are_tried_and_can_be_rebuilt(place: Path, tmp_path: Path) -> None:
     settings = how(place, without="vocabulary,experts,channels,blocks", budget="24h")
     model, text = place / "model.gguf", place / "text.txt"
     found = coprune.fit(model, text, "bits<=dense*1.1", output=tmp_path / "small", **settings)
@@ -96,7 +96,7 @@ def test_types_by_tensor_are_tried_and_made_again(place: Path, tmp_path: Path) -
     recipe = tmp_path / "small" / RECIPE_FILE
     made = remake(recipe, tmp_path / "again", quiet=True)
     assert made.read_bytes() == found.file.read_bytes()
-    # Its types are said in the recipe, whatever would be measured now.
+    # The recipe fixes the types, whatever would be measured now.
     said = recipe.read_text()
     stored = {one.name: one.tensor_type.name.lower() for one in GGUFReader(made).tensors}
     assert all(f"  {name}: {kind}" in said for name, kind in stored.items() if kind != "f32")
@@ -108,7 +108,7 @@ def test_types_by_tensor_are_tried_and_made_again(place: Path, tmp_path: Path) -
 def test_smaller_embeddings_of_plain_quants_are_tried_also_after_types_by_tensor(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest mixture stands for the smallest one that the seen items let pass."""
+    """The largest mixture stands in for the smallest one that passes on the seen items."""
     monkeypatch.setattr("coprune.fitting.search.mixtures", lambda workshop, cut: mixtures(workshop, cut)[:1])
     settings = how(place, types="q8_0", without="vocabulary,experts,channels,blocks", budget="24h")
     found = coprune.fit(place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "o", **settings)
@@ -119,7 +119,7 @@ def test_smaller_embeddings_of_plain_quants_are_tried_also_after_types_by_tensor
     assert found.bytes < (mixed.bytes or 0)
 
 
-def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_page(place: Path, found: Any) -> None:
+def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_is_on_the_page(place: Path, found: Any) -> None:
     assert found.kept
     plain = {row.name: row.bytes for row in found.rows if row.plain}
     assert found.file.stat().st_size < plain[found.plain]
@@ -133,10 +133,10 @@ def test_the_file_runs_is_no_larger_than_the_best_plain_quant_and_stands_on_the_
 
 
 @pytest.mark.slow
-def test_killed_at_three_moments_it_ends_with_the_same_answer(
+def test_a_fit_killed_three_times_ends_with_the_same_answer(
     place: Path, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By SIGKILL, at calls of the system that are drawn; a run takes up where the last one was killed."""
+    """Killed by SIGKILL at random system calls; each run resumes the one before."""
 
     def run(out: Path) -> Any:
         return coprune.fit(
@@ -148,9 +148,9 @@ def test_killed_at_three_moments_it_ends_with_the_same_answer(
         folder.mkdir(parents=True)
     assert in_child(run, whole) == 0
     calls = json.loads((tmp_path / "calls.json").read_text())
-    for part in random.Random(0).sample(range(5, 30), 3):  # per cent of what a whole run takes, each time
+    for part in random.Random(0).sample(range(5, 30), 3):  # per cent of a whole run's system calls
         assert in_child(run, killed, kill_at=calls * part // 100) == -signal.SIGKILL
-    monkeypatch.setenv("XDG_CACHE_HOME", str(killed / "cache"))  # the children's
+    monkeypatch.setenv("XDG_CACHE_HOME", str(killed / "cache"))  # for the children
     again = run(killed)
     assert again.file.read_bytes() == found.file.read_bytes()
     assert (again.chosen, again.lines) == (found.chosen, found.lines)
@@ -158,7 +158,7 @@ def test_killed_at_three_moments_it_ends_with_the_same_answer(
 
 
 @pytest.mark.slow
-def test_a_second_verdict_of_the_same_items_is_told(place: Path, tmp_path: Path) -> None:
+def test_a_second_verdict_from_the_same_items_is_reported(place: Path, tmp_path: Path) -> None:
     def notes(**more: Any) -> list[str]:
         required = more.pop("require", "bits<=dense*1.1")
         settings = how(place, **more)
@@ -174,7 +174,9 @@ def test_a_second_verdict_of_the_same_items_is_told(place: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ray", [None, "local"])
-def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, store: Path, tmp_path: Path) -> None:
+def test_two_workers_find_the_same_result(
+    ray: str | None, place: Path, found: Any, store: Path, tmp_path: Path
+) -> None:
     settings = how(place, workers=2, ray=ray)
     again = coprune.fit(
         place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=tmp_path / "small", **settings
@@ -186,8 +188,10 @@ def test_two_workers_find_the_same(ray: str | None, place: Path, found: Any, sto
 
 
 @pytest.mark.slow
-def test_a_folder_for_transformers(place: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind of change is tried, what is chosen loads there with the figures that were measured, and is made again."""
+def test_a_folder_is_fitted_for_transformers(
+    place: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of change is tried; the chosen folder loads with the measured figures and can be rebuilt."""
     monkeypatch.setattr("coprune.fitting.search._DISTILLED", (1024, 2048))
     settings = how(place, without="blocks,experts", budget="24h", runtime="transformers")
     del settings["types"]
@@ -214,17 +218,17 @@ def test_transformers_finds_continuations_as_likely_as_llama_cpp(place: Path) ->
     assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
-def test_the_same_again_measures_nothing_also_with_less_time(place: Path, found: Any) -> None:
+def test_a_repeated_fit_measures_nothing_even_with_less_time(place: Path, found: Any) -> None:
     again = coprune.fit(
         place / "model.gguf", place / "text.txt", "bits<=dense*1.1", output=place / "small", **how(place, budget="1s")
     )
     assert (again.chosen, again.lines, again.rows) == (found.chosen, found.lines, found.rows)
 
 
-def test_what_there_is_no_time_to_prove_is_passed_over(
+def test_candidates_without_time_for_a_proof_are_skipped(
     place: Path, found: Any, known_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a search that is over, the unseen half has judged nothing yet but the dense model."""
+    """The search is over, but the unseen half has only judged the dense model."""
 
     def proven(budget: str) -> list[str]:
         folder, task = tmp_path / budget, read_task(str(place / "text.txt"))
@@ -245,19 +249,19 @@ def test_what_there_is_no_time_to_prove_is_passed_over(
         )
         return [row.name for row in again.rows if row.part == "unseen" and not row.name.startswith("dense")]
 
-    monkeypatch.setattr("coprune.fitting.search._chain", lambda kept: kept[-1:])  # there are but three of them
+    monkeypatch.setattr("coprune.fitting.search._chain", lambda kept: kept[-1:])  # there are only three
     assert proven("24h") == ["q8_0", "q4_0", found.chosen]
     assert proven("1s") == [found.chosen]
 
 
-def test_another_fit_leaves_the_folder_alone(place: Path, found: Any) -> None:
+def test_another_fit_is_refused_in_the_same_folder(place: Path, found: Any) -> None:
     with pytest.raises(BadInput, match="another seed"):
         coprune.fit(place / "model.gguf", place / "text.txt", output=place / "small", **how(place, seed=1))
     assert yaml.safe_load((place / "small" / RECIPE_FILE).read_text())["bytes"] == found.file.stat().st_size
 
 
-def test_where_nothing_smaller_is_proven_the_users_file_stays_as_it_was(place: Path, tmp_path: Path) -> None:
-    """Of a file in eight bits the quant in eight bits is no gain, though its few bytes of metadata may be fewer."""
+def test_the_given_file_is_returned_if_nothing_smaller_is_proven(place: Path, tmp_path: Path) -> None:
+    """An 8-bit quant of an 8-bit file is no gain, even with a few bytes less of metadata."""
     small = tmp_path / "small.gguf"
     coprune.export(place / "model.gguf", small, type="q8_0")
     settings = how(place, types="q8_0", without=f"{WITHOUT},embedding", budget="24h")
@@ -271,7 +275,7 @@ def test_where_nothing_smaller_is_proven_the_users_file_stays_as_it_was(place: P
     assert remake(tmp_path / "out" / RECIPE_FILE, tmp_path / "again", quiet=True).read_bytes() == small.read_bytes()
 
 
-def test_what_is_left_to_try_ends_with_the_command_for_more_time(place: Path, tmp_path: Path) -> None:
+def test_untried_candidates_are_listed_with_the_command_for_more_time(place: Path, tmp_path: Path) -> None:
     items, text = place / "text.txt", str(place / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coprune.fitting.search.Search._has_time", lambda self, candidate: not self.tried)
@@ -283,7 +287,7 @@ def test_what_is_left_to_try_ends_with_the_command_for_more_time(place: Path, tm
     assert str(found).endswith(found.next)
 
 
-def test_a_distillation_without_time_is_named_and_done_with_more(
+def test_a_skipped_distillation_is_named_and_done_with_more_time(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found(tokens: int) -> Any:
@@ -308,7 +312,7 @@ def test_a_distillation_without_time_is_named_and_done_with_more(
     assert not longer.next
 
 
-def test_where_nothing_can_be_made_the_users_file_stays(
+def test_the_given_file_is_returned_if_nothing_can_be_made(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cannot(self: Making, candidate: Candidate) -> Any:
@@ -325,7 +329,7 @@ def test_where_nothing_can_be_made_the_users_file_stays(
 
 
 @pytest.mark.slow
-def test_dense_keeps_all_of_its_own_answers(place: Path, tmp_path: Path) -> None:
+def test_the_dense_model_accepts_its_own_answers_completely(place: Path, tmp_path: Path) -> None:
     generator = random.Random(0)
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": " ".join(generator.sample(WORDS, 4))} for _ in range(64)])
     settings = how(place, types="q8_0", without=f"{WITHOUT},embedding")
@@ -336,7 +340,7 @@ def test_dense_keeps_all_of_its_own_answers(place: Path, tmp_path: Path) -> None
     assert any("plain quant" in note for note in found.notes)
 
 
-def test_continuations_are_as_likely_as_by_themselves(place: Path) -> None:
+def test_continuations_read_together_are_as_likely_as_alone(place: Path) -> None:
     workshop = Workshop(place / "reader", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
     reader = Reader.open(workshop.making.file(Candidate(DENSE, "f16")), workshop.making.tokenizer)
     before, afters = reader.ids("The sea"), [reader.ids("is wide")[1:], reader.ids("was")[1:]]
@@ -347,7 +351,9 @@ def test_continuations_are_as_likely_as_by_themselves(place: Path) -> None:
     assert together[1] == pytest.approx(alone, abs=1e-3)
 
 
-def test_long_items_are_read_whole_or_cut_alike_for_all_choices(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_items_are_read_whole_or_truncated_alike_for_all_choices(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workshop = Workshop(place / "long", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
     reader = Reader.open(workshop.making.file(Candidate(DENSE, "f16")), workshop.making.tokenizer)
     read, likely = list[tuple[list[int], list[list[int]]]](), reader.log_likelihood
@@ -418,16 +424,16 @@ def test_a_fit_refuses_bad_input(
     with pytest.raises(BadInput, match=said):
         coprune.fit(place / "model.gguf", task, more.get("require"), output=tmp_path / "out", **settings)
     assert not (tmp_path / "out" / RECIPE_FILE).exists()
-    assert not [*(tmp_path / "out").glob(".fit/text/answers*")]  # too short a budget is told by the first ones
+    assert not [*(tmp_path / "out").glob(".fit/text/answers*")]  # the first answers show that the budget is too short
 
 
-def test_a_runtime_that_is_not_installed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_runtime_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.gguf_files.llama_cpp.has_llama_cpp", lambda: False)
     with pytest.raises(BadInput, match=r"pip install 'coprune\[gguf\]'"):
         coprune.fit(place / "model.gguf", place / "text.txt", output=tmp_path / "out", **how(place))
 
 
-def test_a_refused_fit_does_not_keep_its_folder_from_mended_items(place: Path, tmp_path: Path) -> None:
+def test_a_refused_fit_leaves_its_folder_to_corrected_items(place: Path, tmp_path: Path) -> None:
     generator = random.Random(2)
     for count in (40, 60):
         items = write(tmp_path / "items.jsonl", choices(count, generator))

@@ -1,4 +1,4 @@
-"""The budget is a limit: items that it carries, text of the model's own, and candidates that take too long."""
+"""The budget limits the number of items, the model's own text, and slow candidates."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def prompt_tasks(folder: Path, count: int = 20) -> tuple[Task, ...]:
 
 
 class Said(Reporter):
-    """A reporter that keeps what it was told."""
+    """A reporter that records its messages."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -75,7 +75,7 @@ def opened(model: Path, tmp_path: Path) -> Opening:
     return lambda tasks: Workshop(tmp_path / "fit", Asked(str(model), tuple(tasks)), Said())
 
 
-def test_a_text_takes_as_many_items_as_the_budget_carries(opened: Opening, tmp_path: Path) -> None:
+def test_a_text_uses_as_many_items_as_the_budget_allows(opened: Opening, tmp_path: Path) -> None:
     tasks = text_task(tmp_path, 2000)
     workshop = opened(tasks)
     started = time.perf_counter()
@@ -88,16 +88,16 @@ def test_a_text_takes_as_many_items_as_the_budget_carries(opened: Opening, tmp_p
     (more,) = Budget(workshop, 60.0, 1).carried({tasks[0].key: 8})
     assert len(more.unseen) == pytest.approx(2 * len(few.unseen), rel=0.05)
     (same,) = Budget(workshop, 30.0, 1).carried({tasks[0].key: 8})
-    assert same == more  # of an earlier call
+    assert same == more  # those of the earlier call
 
 
-def test_a_budget_that_carries_no_proof_is_refused_before_the_search(opened: Opening, tmp_path: Path) -> None:
+def test_a_budget_too_short_for_a_proof_is_refused_before_the_search(opened: Opening, tmp_path: Path) -> None:
     tasks = text_task(tmp_path, 2000)
     with pytest.raises(BadInput, match=r"too short for one candidate; the minimum is about \d"):
         Budget(opened(tasks), 0.5, 1).carried({tasks[0].key: 1000})
 
 
-def test_a_short_run_is_calibrated_by_its_items(
+def test_a_short_fit_calibrates_on_its_items_only(
     opened: Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(self: Reader, length: int, generator: object) -> list[int]:
@@ -110,7 +110,7 @@ def test_a_short_run_is_calibrated_by_its_items(
     assert {passage.text.strip() for passage in read_passages(workshop.making.text)}
 
 
-def test_the_model_writes_as_much_as_there_is_time_for_or_the_items_lack() -> None:
+def test_the_model_writes_what_time_allows_or_the_items_lack() -> None:
     assert own_count(100_000, texts_in(255)) == 0
     assert own_count(100_000, texts_in(1000)) == 3
     assert own_count(100_000, texts_in(10**9)) == 16
@@ -125,7 +125,9 @@ def test_a_short_text_is_measured_on_all_of_it(tokens: int) -> None:
     assert tokens - windows.numel() < len(windows)
 
 
-def test_text_of_its_own_is_drawn_by_the_seed(opened: Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_own_text_depends_on_the_seed(
+    opened: Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workshop = opened(tasks := prompt_tasks(tmp_path))
     workshop.answer({task.name: task.seen for task in tasks})
     workshop.measure(Candidate(DENSE, EXACT), {})
@@ -134,12 +136,12 @@ def test_text_of_its_own_is_drawn_by_the_seed(opened: Opening, tmp_path: Path, m
         workshop.collect(tasks, 0.0)
         texts.append(workshop.making.text.read_text())
         workshop.making.text.unlink()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where it is not found
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # so that it is not found there
     assert texts[0] == texts[1]
     assert any("writes" in line for line in workshop.reporter.lines)  # type: ignore[attr-defined]
 
 
-def test_the_answers_of_two_tasks_of_prompts_stay_apart(opened: Opening, tmp_path: Path) -> None:
+def test_answers_of_two_prompt_tasks_are_stored_separately(opened: Opening, tmp_path: Path) -> None:
     one, other = prompt_tasks(tmp_path)
     workshop, places = opened([one, other]), [0, 1, 2, 3]
     workshop.answer({one.name: places, other.name: places})
@@ -148,7 +150,7 @@ def test_the_answers_of_two_tasks_of_prompts_stay_apart(opened: Opening, tmp_pat
         assert found.of(task, "acceptance", places) == pytest.approx([1.0] * 4, abs=1e-3)
 
 
-def test_a_candidate_without_time_keeps_what_was_measured(opened: Opening, tmp_path: Path) -> None:
+def test_a_candidate_that_runs_out_of_time_keeps_its_measurements(opened: Opening, tmp_path: Path) -> None:
     (task,) = text_task(tmp_path, 40)
     workshop, places = opened([task]), [*range(16)]
     found = workshop.measure(Candidate(DENSE, EXACT), {task.name: places}, until=time.perf_counter())

@@ -1,4 +1,4 @@
-"""Closeness to the dense model along its answers: over the whole distribution, and up to their end."""
+"""Closeness to the dense model along its answers: over the whole distribution, including the end of an answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TASK = Task("prompts", "prompts", ITEMS, tuple(range(6)), tuple(range(6, 12)))
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> list[Reader]:
-    """A pico llama, and another one that answers differently."""
+    """Return readers of a pico llama and of one that answers differently."""
     found, tokenizer = list[Reader](), content_of("bytes")
     for noise in (0.0, 0.5):
         folder = tmp_path_factory.mktemp("model")
@@ -50,7 +50,7 @@ def rows(reader: Reader, item: Item, ids: Sequence[int]) -> Tensor:
 
 
 def test_closeness_is_over_the_whole_distribution(readers: list[Reader], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tokens beyond the likeliest as one token look closer than they are."""
+    """Treating all tokens beyond the likeliest as one would make models look closer than they are."""
     monkeypatch.setattr(score, "_LIKELIEST", 16)
     one, other = readers
     answers, accepted, kl, as_one = DenseAnswers(), list[float](), list[float](), list[float]()
@@ -71,7 +71,7 @@ def test_closeness_is_over_the_whole_distribution(readers: list[Reader], monkeyp
     assert sum(as_one) / len(as_one) > mean + 0.01
 
 
-def test_few_tokens_are_kept_of_a_position(
+def test_few_tokens_are_stored_per_position(
     readers: list[Reader], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(score, "_LIKELIEST", 16)
@@ -86,7 +86,7 @@ def test_few_tokens_are_kept_of_a_position(
 
 
 def test_a_model_that_never_stops_is_less_close(readers: list[Reader], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dense model ends its answer soon; the other is the same but for the token that ends it."""
+    """The dense model soon ends its answer; the other differs only in the end token."""
     dense, item = readers[0], ITEMS[0]
     written = dense.write(dense.ids(item.prompt), 12).ids
     last = next(place for place in range(1, 12) if written[place] not in written[:place])
@@ -112,14 +112,14 @@ def test_a_model_that_never_stops_is_less_close(readers: list[Reader], monkeypat
     assert score_item(dense, TASK, 0, answers)["acceptance"] == pytest.approx(1 - ended / len(written), abs=1e-5)
 
 
-def test_what_loops_or_never_ends_is_not_sound() -> None:
+def test_answers_that_loop_or_never_end_are_not_sound() -> None:
     assert is_sound([1, 2, 3], ended=True, other_ended=True)
     assert is_sound([*range(32)], ended=False, other_ended=False)
     assert not is_sound([*range(32)], ended=False, other_ended=True)
     assert not is_sound([7, 8] * 16, ended=False, other_ended=False)
 
 
-def test_a_task_without_answers_of_some_length_is_continued_on_some_of_its_items() -> None:
+def test_tasks_without_long_answers_get_items_to_continue() -> None:
     text = Task("text", "text", tuple(Item(text=f"{place} and so on, and so on") for place in range(200)), *halves(200))
     (found,) = writing_of([text, TASK])
     assert (found.kind, len(found.seen), len(found.unseen)) == ("writing", 32, 32)

@@ -1,4 +1,4 @@
-"""What a fit keeps: measurements by contents, a recipe of the same bytes, and no verdict of a full disk."""
+"""A fit's stored results: measurements keyed by contents, a recipe for the same bytes, and no verdicts from a full disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync i
 
 @pytest.fixture
 def moved(place: Path, found: Any, tmp_path: Path) -> Path:
-    """A finished fit with its files in another folder."""
+    """Return a finished fit whose files moved to another folder."""
     shutil.copytree(place, tmp_path / "moved", ignore=shutil.ignore_patterns("in *", "long", "reader"))
     return tmp_path / "moved"
 
@@ -64,7 +64,7 @@ def test_a_replaced_model_file_is_noticed(found: Any, moved: Path) -> None:
         again_in(moved)
 
 
-def test_a_fit_whose_files_moved_is_not_done_again(found: Any, moved: Path) -> None:
+def test_a_fit_whose_files_moved_is_not_repeated(found: Any, moved: Path) -> None:
     again = again_in(moved)
     assert (again.chosen, again.lines, again.rows) == (found.chosen, found.lines, found.rows)
 
@@ -77,7 +77,7 @@ def test_a_fit_whose_files_moved_is_not_done_again(found: Any, moved: Path) -> N
         lambda content: b"\xff" * 10,
         lambda content: b"[" * 100_000,
         lambda content: b"null\nnull\n",
-        lambda content: re.sub(rb'(": )\d+\.\d+', rb"\g<1>0.001", content),  # better figures, without their checksum
+        lambda content: re.sub(rb'(": )\d+\.\d+', rb"\g<1>0.001", content),  # better figures with a stale checksum
     ],
     ids=["empty", "half", "binary", "deep", "null", "forged"],
 )
@@ -106,8 +106,10 @@ def test_replaced_calibration_text_is_noticed(place: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("type", [EXACT, "q8_0"])
-def test_a_full_disk_is_no_verdict(type: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a limit on the size of files, as on a full disk; the same again with space goes on."""
+def test_a_full_disk_is_not_a_verdict_on_a_candidate(
+    type: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on file sizes simulates a full disk; with space, the same call continues."""
     (out := tmp_path / "out").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(out / "cache"))
 
@@ -117,7 +119,7 @@ def test_a_full_disk_is_no_verdict(type: str, place: Path, tmp_path: Path, monke
     def measured(folder: Path) -> Measured:
         return opened(folder).measure(Candidate(DENSE, type), {})
 
-    if type != EXACT:  # which llama.cpp makes of what is there
+    if type != EXACT:  # llama.cpp makes these from existing files
         write_passages(opened(out).making.text, [Passage(text="The sea is wide. " * 80, judging=False)])
         opened(out).bytes_of(Candidate(DENSE, type))
     assert in_child(measured, out, largest=50_000) == 3
@@ -161,10 +163,10 @@ def test_only_what_is_a_property_of_a_candidate_is_stored(
     assert bool(opened().known(candidate).refused) == bool(kept)
 
 
-def test_a_failure_of_the_dense_model_is_no_verdict_on_a_candidate(
+def test_a_failure_of_the_dense_model_is_not_a_verdict_on_a_candidate(
     place: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a candidate is compared with is what the dense model writes."""
+    """Candidates are compared with the dense model's answers."""
     items = write(
         tmp_path / "prompts.jsonl", [{"prompt": f"{number} {word}"} for number, word in enumerate(WORDS[:20])]
     )
@@ -187,7 +189,7 @@ def test_a_failure_of_the_dense_model_is_no_verdict_on_a_candidate(
 def test_a_second_fit_of_the_same_model_and_texts_measures_nothing_again(
     found: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In another folder, of files that have other names."""
+    """In another folder, with renamed files."""
 
     def never(*_: Any) -> None:
         raise AssertionError
@@ -216,8 +218,8 @@ def test_an_error_in_a_worker_arrives_with_its_cause(place: Path, tmp_path: Path
     assert "Traceback" not in str(told.value)
 
 
-def test_the_recipe_of_a_folder_needs_nothing_of_the_fit_s_own(place: Path, tmp_path: Path, store: Path) -> None:
-    """The template that llama.cpp's converter made is made again."""
+def test_the_recipe_of_a_folder_works_without_the_fits_files(place: Path, tmp_path: Path, store: Path) -> None:
+    """The template made by llama.cpp's converter is made again."""
     model = pico_model("llama", vocab_size=tokens(), max_position_embeddings=1024, tie_word_embeddings=True)
     with quiet_transformers():
         distinct_norms(model).save_pretrained(tmp_path / "model")
@@ -313,6 +315,6 @@ def test_facts_name_what_was_measured(place: Path, found: Any) -> None:
     assert facts["tasks"][0]["unseen items"] > 0
 
 
-def test_the_recipe_makes_the_same_bytes_again(place: Path, found: Any, tmp_path: Path) -> None:
+def test_the_recipe_rebuilds_the_same_bytes(place: Path, found: Any, tmp_path: Path) -> None:
     made = remake(place / "small" / RECIPE_FILE, tmp_path / "again", quiet=True)
     assert made.read_bytes() == found.file.read_bytes()

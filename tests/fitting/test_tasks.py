@@ -1,4 +1,4 @@
-"""Items of every kind, in two halves; and what is refused of them in one line."""
+"""Items of every kind, their two halves, and refusals in one line."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_the_halves_of_the_examples_share_no_item(file: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["prompts.jsonl", "text.txt"])
-def test_the_examples_suffice_for_the_usual_conditions(file: str) -> None:
+def test_the_examples_have_enough_items_for_the_default_conditions(file: str) -> None:
     (task,), _ = wanted([str(EXAMPLES / file)], None)
-    assert len(task.apart(task.unseen)) >= 50  # half of the allowed loss may be used up
+    assert len(task.apart(task.unseen)) >= 50  # enough even if half of the allowed loss is used up
 
 
 def rows(*given: Any, times: int = 20) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def test_an_answer_may_be_a_text_an_index_or_a_letter(answer: Any, right: str, t
     assert read_task(str(file)).items[-1].answer == right
 
 
-def test_a_task_of_lm_eval_and_its_share(tmp_path: Path) -> None:
+def test_a_task_of_lm_eval_may_have_a_share(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     items = [{"q": f"what is {number}?", "c": ["a", "b"], "right": number % 2} for number in range(20)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -98,7 +98,7 @@ def test_a_task_of_lm_eval_and_its_share(tmp_path: Path) -> None:
         read_task("own.jsonl:0")
 
 
-def test_texts_are_shared_out_as_far_as_they_go() -> None:
+def test_texts_are_selected_by_share_up_to_their_number() -> None:
     texts = [["a" * 10] * 30, ["b" * 10] * 10]
     found = shared_out(texts, [0.5, 0.5])
     assert len(found) == 40

@@ -1,4 +1,4 @@
-"""Answers that say nothing: what counts as such, and where it is told."""
+"""Empty answers: which count as empty, and where they are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_answer_with_a_letter_digit_or_symbol_is_not_empty(text: str) -> None
 
 
 def said(*texts: str) -> tuple[Answered, ...]:
-    """Answers with a token for each word and one for the end, which loops do not come to."""
+    """Return answers with a token per word and an end token, which loops never reach."""
     found = []
     for text in texts:
         tokens = [sum(word.encode()) + 10 for word in text.split()] + ([] if text == LOOP else [2])
@@ -60,7 +60,7 @@ def facts(dense: tuple[str, ...] | None, *texts: str, sampled: tuple[str, ...] =
         ((SPOKEN,) * 4, (LOOP, LOOP, "", ""), "2 of 4 answers loop and 2 are empty; dense 0 and 0", True),
         ((SPOKEN, ""), (LOOP, SPOKEN), "1 of 2 answers loops and none is empty; dense 0 and 1", True),
         ((LOOP, SPOKEN), (SPOKEN, ""), "none of 2 answers loops and 1 is empty; dense 1 and 0", True),
-        # One that ends after a word is not empty, but too short.
+        # An answer that ends after one word is too short, but not empty.
         (
             (SPOKEN,) * 2,
             ("The", "The"),
@@ -120,18 +120,18 @@ def test_lines_card_and_page_report_empty_greedy_and_sampled_answers() -> None:
     assert "| answers that are empty | 0 of 13 | 11 of 13 | 0 of 13 | 12 of 13 |" in card
     page = Page("", "", [], [answers_section(found, ())]).html()
     assert '<p class="warn">11 of 13 answers are empty' in page
-    # Of a dozen samples those that are empty come first.
+    # Empty samples are shown first.
     assert page.count("pruned, empty") == 11
     assert page.rindex("pruned, empty") < page.rindex('pruned">pruned<')
 
 
-def test_a_model_that_ends_at_once_passes_no_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ends_at_once_fails_every_requirement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_pico(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Blocks that add nothing, and a head that knows the token which ends a text alone.
+            # Blocks that add nothing, and a head that only predicts the end token.
             parameter.fill_(float("embed" in name or "norm" in name))
         model.lm_head.weight[2] = 1
     model.save_pretrained(tmp_path / "mute")

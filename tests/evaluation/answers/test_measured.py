@@ -30,7 +30,7 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, another one in its place, and prompts of three lengths."""
+    """Return a folder with a dense model, another model, and prompts of three lengths."""
     folder = tmp_path_factory.mktemp("models")
     save_pico(folder / "dense")
     model = AutoModelForCausalLM.from_pretrained(save_pico(folder / "pruned"))
@@ -53,7 +53,7 @@ def asked(place: Path, **more: Any) -> dict[str, Any]:
     return {"generate": place / "prompts.jsonl", "generate_tokens": NEW, "quiet": True, **more}
 
 
-def test_answers_are_the_same_ones_whether_a_device_is_named_or_found(
+def test_answers_are_shared_whether_the_device_is_named_or_automatic(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = asked(place, generate_temperature=0)
@@ -67,7 +67,7 @@ def test_answers_are_the_same_ones_whether_a_device_is_named_or_found(
 
 
 def greedy(folder: Path) -> list[list[int]]:
-    """What transformers itself gives, one prompt at a time."""
+    """Return transformers' own greedy answers, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = []
     for prompt in PROMPTS:
@@ -79,7 +79,7 @@ def greedy(folder: Path) -> list[list[int]]:
 
 
 def words(tokens: list[int]) -> str:
-    """What is said, without the mark that ends it."""
+    """Return the text without its end token."""
     tokens = tokens[:-1] if tokens[-1] == 2 else tokens
     return " ".join(f"w{token}" for token in tokens)
 
@@ -143,7 +143,7 @@ def test_a_comparison_generates_each_answer_once(
     assert len(times) == 2
     assert run_command(command, monkeypatch, capsys).code == 0
     tables.append((tmp_path / "table.csv").read_text())
-    # What one evaluation asked, another one takes over too.
+    # A later evaluation reuses the answers, too.
     facts = coprune.evaluate(place / "pruned", against=place / "dense", **asked(place)).answers
     assert len(times) == 3
     assert tables[0] == tables[1]
@@ -184,7 +184,7 @@ def test_the_command_shows_figures_and_answers(
     assert "perplexity" not in ended.out
 
 
-def test_what_is_required_is_judged_from_python_and_by_commands(
+def test_requirements_are_judged_in_python_and_by_commands(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = asked(place, generate_tokens=2, generate_temperature=0)

@@ -1,4 +1,4 @@
-"""Prompts: our own, those of a file, and how they become tokens."""
+"""Prompts: built-in ones, those of a file, and their tokenisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop detector on texts that were made for it."""
+"""The loop detector on constructed texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coprune.evaluation.answers.answer_records import (
 
 
 def words(text: str) -> list[int]:
-    """A text as ids of its words, punctuation and line breaks; as tokenizers do, digits one by one."""
+    """Return ids of a text's words, punctuation and line breaks, with separate digits, as tokenizers do."""
     pieces = "".join(f" {c} " if not c.isalpha() and c != " " else c for c in text.replace("\n", " ¶ ")).split(" ")
     return [hash(piece) for piece in pieces if piece]
 
@@ -37,7 +37,7 @@ def test_a_loop_of_any_period_is_found_at_any_position(period: int) -> None:
 
 
 @pytest.mark.parametrize("period", range(1, 43))
-def test_what_is_said_too_seldom_or_is_too_short_is_no_loop(period: int) -> None:
+def test_few_or_short_repetitions_are_not_a_loop(period: int) -> None:
     once = noise(period, seed=1)
     assert find_loop(noise(60) + once * (LEAST_TIMES - 1)) is None
     assert find_loop(noise(60) + (once * LEAST_TOKENS)[: LEAST_TOKENS - 1 if period < 7 else 2 * period]) is None
