@@ -1,4 +1,4 @@
-"""A GGUF mixture that transformers does not read: llama.cpp shows what its experts answer, and the cut is of bytes."""
+"""A GGUF mixture that transformers cannot read: llama.cpp shows the experts' answers, and the cut slices bytes."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def sums_in(folder: Path) -> list[dict[str, torch.Tensor]]:
     return [{name: torch.tensor(values) for name, values in own.items()} for own in found.values()]
 
 
-def test_scores_are_those_of_transformers_and_bytes_the_sources(source: Path, tmp_path: Path) -> None:
+def test_scores_match_transformers_and_bytes_match_the_source(source: Path, tmp_path: Path) -> None:
     coprune.prune(pico_olmoe(), save=tmp_path / "walked", evaluate=False, **ASKED)
     result = coprune.prune(source, save=tmp_path / "run", save_model=tmp_path / "small.gguf", **ASKED)
     kept = []
     for walked, own in zip(sums_in(tmp_path / "walked"), sums_in(tmp_path / "run"), strict=True):
-        assert int((walked["tokens"] - own["tokens"]).abs().sum()) <= 4  # of 512: ties that rounding decides
+        assert int((walked["tokens"] - own["tokens"]).abs().sum()) <= 4  # of 512, where rounding decides ties
         score, expected_score = (sums["weighted"] / sums["tokens"] for sums in (own, walked))
         torch.testing.assert_close(score, expected_score, rtol=0.02, atol=1e-3)
         kept.append(score.argsort(descending=True, stable=True)[:6].sort().values.numpy())
@@ -68,7 +68,7 @@ def test_scores_are_those_of_transformers_and_bytes_the_sources(source: Path, tm
     assert LlamaCpp(tmp_path / "small.gguf", context=8).logits([1, 2]).isfinite().all()
 
 
-def test_the_command_line_takes_text_and_domains_and_blends_what_it_knows(
+def test_the_command_accepts_text_and_domains_and_blends_known_scores(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("one", "two"):
@@ -87,10 +87,10 @@ def test_the_command_line_takes_text_and_domains_and_blends_what_it_knows(
     ] * 2
 
 
-def test_weights_alone_choose_the_same_of_a_file_and_of_a_model(
+def test_scores_from_weights_choose_the_same_experts_in_a_file_and_a_model(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither reads a text: the usual one is not here. And a file needs neither transformers' class nor llama.cpp."""
+    """Neither reads the default text, which is missing here; a file needs neither transformers' class nor llama.cpp."""
     asked = ["prune", str(source), "--remove", "experts=keep:6", "--score", "aimer", "--save", str(tmp_path / "run")]
     ended = run_command([*asked, "--save-model", str(tmp_path / "small.gguf")], monkeypatch, capsys)
     assert (ended.code, "no text is read" in ended.out + ended.err) == (0, True)
@@ -122,13 +122,13 @@ def test_impossible_cuts_are_refused_before_anything_is_written(
     assert not listing(tmp_path)
 
 
-def test_experts_that_a_tensor_not_known_here_tells_apart_are_refused(source: Path, tmp_path: Path) -> None:
+def test_experts_with_an_unknown_tensor_are_refused(source: Path, tmp_path: Path) -> None:
     raw = source.read_bytes().replace(b"blk.1.ffn_norm.weight", b"blk.1.ffn_tid2eid.wei")
     (tmp_path / "odd.gguf").write_bytes(raw)
     with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_tid2eid\.wei of odd\.gguf distinguishes experts"):
         ExpertFile(GgufFile(tmp_path / "odd.gguf", "odd.gguf"))
 
 
-def test_transformers_is_asked_which_architectures_it_reads() -> None:
+def test_readable_architectures_are_those_of_transformers() -> None:
     assert all(map(reads_gguf, ["llama", "qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2"]))
     assert not any(map(reads_gguf, ["olmoe", "deepseek2", "glm4moe", "qwen3next"]))

@@ -1,4 +1,4 @@
-"""A folder becomes a GGUF file by itself where llama.cpp's converter is; here one stands in its place that writes pico models."""
+"""A folder is exported without a template if llama.cpp's converter is found; here a stand-in converts pico models."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico llama as a folder, and a converter."""
+    """Return a folder with a pico llama and a converter."""
     folder = tmp_path_factory.mktemp("place")
     save(distinct_norms(pico_model("llama")), folder / "dense")
     (folder / "dense" / "modeling_own.py").write_text("raise SystemExit(7)\n")
@@ -66,7 +66,7 @@ def same_logits(folder: Path, file: Path) -> bool:
         return torch.allclose(made(TOKENS).logits, load_clean(folder)(TOKENS).logits, atol=1e-2)
 
 
-def test_a_folder_becomes_a_gguf_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_converted_to_a_gguf_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_CPP", str(place / "llama.cpp" / SCRIPT))
     made = coprune.export(place / "dense", tmp_path / "out" / "made.gguf", quiet=True)
     assert same_logits(place / "dense", made.path)
@@ -92,19 +92,19 @@ def test_a_converter_is_found_above_llama_cpp_s_programs(place: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_smaller_folder_is_exported_with_what_it_was_cut_from(place: Path, tmp_path: Path) -> None:
+def test_a_smaller_folder_is_exported_with_its_source_as_template(place: Path, tmp_path: Path) -> None:
     small, dense = tmp_path / "small", tmp_path / "dense"
     shutil.copytree(place / "dense", dense)
     coprune.prune(dense, remove="channels=0.34,blocks=0.34", save_model=small, **PRUNING)
     made = coprune.export(small, tmp_path / "made.gguf", converter=place / "llama.cpp", quiet=True)
     assert same_logits(small, made.path)
     assert len(made.removed) == 1
-    shutil.rmtree(dense)  # then the smaller folder itself is converted
+    shutil.rmtree(dense)  # so that the smaller folder itself is converted
     made = coprune.export(small, tmp_path / "again.gguf", converter=place / "llama.cpp", quiet=True)
     assert same_logits(small, made.path)
 
 
-def test_what_the_converter_does_not_take_is_its_last_line(
+def test_a_failing_converter_is_reported_with_its_last_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / SCRIPT
@@ -118,7 +118,7 @@ def test_what_the_converter_does_not_take_is_its_last_line(
     assert [*listing(tmp_path)] == [SCRIPT]
 
 
-def test_without_a_converter_the_message_says_both_ways(place: Path, tmp_path: Path) -> None:
+def test_without_a_converter_the_error_names_both_alternatives(place: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"with like=… \(the Hub lists those of most models.*or with converter=…"):
         coprune.export(place / "dense", tmp_path / "made.gguf", quiet=True)
     shutil.copytree(place / "dense", tmp_path / "model")
@@ -137,7 +137,7 @@ def test_a_run_stands_for_the_model_that_it_saved(place: Path, tmp_path: Path) -
     shutil.copytree(place / "dense", tmp_path / "run" / "model")
     assert model_of(str(tmp_path / "run")) == str(tmp_path / "run" / "model")
     assert model_of(str(place / "dense")) == str(place / "dense")
-    with pytest.raises(BadInput, match=r"which GGUF file .*model was made from"):  # and not that it has no config.json
+    with pytest.raises(BadInput, match=r"which GGUF file .*model was made from"):  # not that it has no config.json
         coprune.export(tmp_path / "run", tmp_path / "made.gguf", quiet=True)
 
 
@@ -159,7 +159,7 @@ def test_fit_makes_a_template_once(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(LLAMA_CPP is None, reason="llama.cpp's own converter is not named by $LLAMA_CPP")
-def test_llama_cpp_s_own_converter(tmp_path: Path) -> None:
+def test_llama_cpps_own_converter_works(tmp_path: Path) -> None:
     model, tokenizer = load_model(locate("smollm2-135m"), "bfloat16")
     with quiet_transformers():
         model.save_pretrained(tmp_path / "model")

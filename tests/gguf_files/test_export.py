@@ -1,4 +1,4 @@
-"""A GGUF file made from another one is the smaller model: in transformers, in llama.cpp, and in its metadata."""
+"""A GGUF file exported with a template is the smaller model in transformers, in llama.cpp and in its metadata."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PRUNING: dict[str, Any] = {"dataset": pico_tokens(8, 32), "align": 32, "evaluate
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico llama as a folder and as GGUF files, and a smaller one: half of the heads, some channels and a block gone."""
+    """Return a pico llama as a folder and as GGUF files, and one without half of the heads, some channels and a block."""
     folder = tmp_path_factory.mktemp("place")
     model = distinct_norms(pico_model("llama"))
     save(model, folder / "dense")
@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico Qwen2 as a folder and as a GGUF file."""
+    """Return a pico Qwen2 as a folder and as a GGUF file."""
     folder = tmp_path_factory.mktemp("qwen")
     model = distinct_norms(pico_model("qwen2", use_sliding_window=False))
     with torch.no_grad():
@@ -92,14 +92,14 @@ def number(file: Path, key: str) -> int | None:
 
 @pytest.mark.parametrize(("run", "most"), [(in_transformers, 1e-6), (in_llama_cpp, 2e-3)])
 @pytest.mark.parametrize("model", ["dense", "small"])
-def test_both_runtimes_compute_what_the_folder_does(
+def test_both_runtimes_compute_the_same_as_the_folder(
     model: str, run: Callable[[Path], Tensor], most: float, place: Path, tmp_path: Path
 ) -> None:
     made = coprune.export(place / model, tmp_path / "out.gguf", like=place / "f32.gguf", type="f32", quiet=True)
     assert off(run(made.path), logits_of(place / model)) < most
 
 
-def test_counts_follow_and_the_width_of_a_head_is_said(place: Path, tmp_path: Path) -> None:
+def test_metadata_has_the_new_counts_and_the_head_width(place: Path, tmp_path: Path) -> None:
     file = coprune.export(place / "small", tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True).path
     expected = {"block_count": 2, "feed_forward_length": 64, "attention.head_count": 2, "attention.head_count_kv": 1}
     expected |= {"embedding_length": 64, "attention.key_length": 16, "attention.value_length": 16}
@@ -110,7 +110,7 @@ def test_counts_follow_and_the_width_of_a_head_is_said(place: Path, tmp_path: Pa
     }
 
 
-def test_an_example_in_another_type_will_do(place: Path, tmp_path: Path) -> None:
+def test_the_template_may_be_in_another_type(place: Path, tmp_path: Path) -> None:
     file = coprune.export(place / "small", tmp_path / "out.gguf", like=place / "q8_0.gguf", type="f32", quiet=True).path
     assert off(in_transformers(file), logits_of(place / "small")) < 1e-6
 
@@ -126,8 +126,8 @@ def test_every_type_exports_within_its_error(kind: GgufType, most: float, place:
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_a_folder_remembers_all_that_was_done_to_what_it_was_made_from(place: Path, tmp_path: Path) -> None:
-    """A model that was cut, and cut once more, and trained: the example need not be named."""
+def test_a_folder_records_all_changes_since_its_source(place: Path, tmp_path: Path) -> None:
+    """After two cuts and a training, the template need not be named."""
     shutil.copytree(place / "small", tmp_path / "small")
     edits = tmp_path / "small" / EDITS_FILE
     assert history_of(place / "small")[0] == str((place / "dense").resolve())
@@ -149,13 +149,13 @@ def test_a_folder_remembers_all_that_was_done_to_what_it_was_made_from(place: Pa
     assert off(in_transformers(made.path), logits_of(tmp_path / "tuned")) < 1e-6
 
 
-def test_a_gguf_file_in_another_type(place: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_converted_to_another_type(place: Path, tmp_path: Path) -> None:
     file = coprune.export(place / "f32.gguf", tmp_path / "out.gguf", type="q8_0", quiet=True).path
     assert off(in_transformers(file), logits_of(place / "dense")) < 5e-2
 
 
 def test_a_tied_output_is_not_exported_again(tmp_path: Path) -> None:
-    """A tied model has no output in the file; a folder may keep it all the same, but no other one."""
+    """A tied model's file has no output tensor; a folder may store it, but only with the same values."""
     model = distinct_norms(pico_model("llama", tie_word_embeddings=True))
     write_pico_gguf(model, tmp_path / "tied.gguf")
     save(model, tmp_path / "tied")
@@ -176,13 +176,13 @@ def test_another_model_of_the_same_shapes_is_refused(place: Path, tmp_path: Path
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_model_that_is_smaller_without_a_word_is_refused(place: Path, tmp_path: Path) -> None:
+def test_a_smaller_model_without_a_record_is_refused(place: Path, tmp_path: Path) -> None:
     save(distinct_norms(pico_model("llama", intermediate_size=64)), tmp_path / "narrow")
     with pytest.raises(BadInput, match="there is no record of what was removed"):
         coprune.export(tmp_path / "narrow", tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True)
 
 
-def test_equal_tensors_that_became_different_are_not_guessed(place: Path, tmp_path: Path) -> None:
+def test_equal_tensors_that_became_different_are_refused(place: Path, tmp_path: Path) -> None:
     example = write_pico_gguf(pico_model("llama"), tmp_path / "ones.gguf")
     save(pico_model("llama"), tmp_path / "same")
     assert coprune.export(tmp_path / "same", tmp_path / "out.gguf", like=example, quiet=True).tensors == 30
@@ -190,14 +190,14 @@ def test_equal_tensors_that_became_different_are_not_guessed(place: Path, tmp_pa
         coprune.export(place / "dense", tmp_path / "other.gguf", like=example, quiet=True)
 
 
-def test_rows_in_their_own_order_with_biases(qwen: Path, tmp_path: Path) -> None:
+def test_a_model_with_biases_and_unpermuted_rows_is_exported(qwen: Path, tmp_path: Path) -> None:
     coprune.prune(qwen / "dense", remove="channels=0.34", save_model=tmp_path / "small", **PRUNING)
     made = coprune.export(tmp_path / "small", tmp_path / "out.gguf", like=qwen / "dense.gguf", type="f32", quiet=True)
     assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
 
 
-def test_what_no_runtime_could_load_is_not_written(qwen: Path, tmp_path: Path) -> None:
-    """llama.cpp wants the queries of this architecture as wide as the model, and transformers does not read their width."""
+def test_a_file_that_no_runtime_could_load_is_not_written(qwen: Path, tmp_path: Path) -> None:
+    """llama.cpp expects this architecture's queries to be as wide as the model, and transformers does not read their width."""
     coprune.prune(qwen / "dense", remove="heads=0.5", save_model=tmp_path / "small", **PRUNING)
     with pytest.raises(UnsupportedModel, match="no installed runtime"):
         coprune.export(tmp_path / "small", tmp_path / "out.gguf", like=qwen / "dense.gguf", type="f32", quiet=True)
@@ -205,8 +205,8 @@ def test_what_no_runtime_could_load_is_not_written(qwen: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", sampled(["F32", "Q8_0", "Q4_0"], quick=["Q8_0"]))
-def test_an_architecture_that_transformers_does_not_read(kind: str, tmp_path: Path) -> None:
-    """The source's folder is what the file's tensors are looked for in, also where the file rounded them."""
+def test_an_architecture_unknown_to_transformers_is_exported(kind: str, tmp_path: Path) -> None:
+    """The file's tensors are identified in the source's folder, even if the file rounded them."""
     scales: dict[str, Any] = {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,
@@ -225,8 +225,8 @@ def test_an_architecture_that_transformers_does_not_read(kind: str, tmp_path: Pa
     assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
 
 
-def test_kinds_of_blocks_that_metadata_cannot_say_are_refused() -> None:
-    """Every sixth block of this architecture attends to all, whatever the metadata say: a block before it cannot go."""
+def test_kinds_of_blocks_that_metadata_cannot_express_are_refused() -> None:
+    """In this architecture every sixth block has full attention, whatever the metadata say, so no earlier block may go."""
     numbers = {
         "block_count": 7,
         "embedding_length": 64,
@@ -264,8 +264,8 @@ def test_blocks_that_differ_in_width_are_refused(place: Path, tmp_path: Path) ->
         coprune.export(folder, tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True)
 
 
-def test_experts_that_went_are_gone_in_the_file(tmp_path: Path) -> None:
-    # transformers knows the width of this family's experts by its default alone, and llama.cpp always makes gates sum to one.
+def test_removed_experts_are_absent_in_the_file(tmp_path: Path) -> None:
+    # transformers assumes the default width of this family's experts, and llama.cpp always normalises gates.
     model = distinct_norms(pico_model("qwen3_moe", moe_intermediate_size=768, norm_topk_prob=True))
     save(model, tmp_path / "dense")
     write_pico_gguf(model, tmp_path / "dense.gguf", arch="qwen3moe")
@@ -279,8 +279,8 @@ def test_experts_that_went_are_gone_in_the_file(tmp_path: Path) -> None:
     assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
 
 
-def test_channels_of_experts_that_went_are_gone_in_the_file(tmp_path: Path) -> None:
-    """transformers does not read how many there are of this family, so nothing that it reads can tell."""
+def test_removed_channels_of_experts_are_absent_in_the_file(tmp_path: Path) -> None:
+    """transformers does not read their number in this family, so it cannot check the file."""
     model = distinct_norms(pico_model("qwen3_moe", norm_topk_prob=True))
     save(model, tmp_path / "dense")
     write_pico_gguf(model, tmp_path / "dense.gguf", arch="qwen3moe")

@@ -1,4 +1,4 @@
-"""The importance matrix that llama.cpp's quantiser is given: measured, written, read, and of use."""
+"""The importance matrix for llama.cpp's quantiser: measured, written, read, and useful."""
 
 from __future__ import annotations
 
@@ -105,15 +105,15 @@ for file in sys.argv[1:]:
     importance_of(Path(file), pico_tokens(2, 64), Reporter(quiet=True))
     print(resident_peak()[1])
 """
-"""What each of some files took, of which the first pays for the libraries."""
+"""Print the memory taken by each file; the first one includes the libraries."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-def test_memory_holds_a_part_of_the_model_at_a_time(place: Path, tmp_path: Path) -> None:
+def test_only_a_part_of_the_model_is_in_memory(place: Path, tmp_path: Path) -> None:
     model = pico_model("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
     for number, weight in enumerate(model.parameters()):
-        weight.data *= 1 + number / 100  # random ones are as long as one another, and each would be compared with all
+        weight.data *= 1 + number / 100  # otherwise all have the same norm, and each would be compared with all others
     big = write_pico_gguf(model, tmp_path / "big.gguf", tokenizer=content_of("bytes"))
     small = write_pico_gguf(pico_model("llama"), tmp_path / "small.gguf", tokenizer=content_of("bytes"))
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

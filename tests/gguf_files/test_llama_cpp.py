@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp, as far as measurements rely on it."""
+"""The properties of llama.cpp on which measurements rely."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.pico_gguf import write_pico_gguf
 
 
 def test_llama_cpp_reads_a_text_step_by_step_like_the_whole(tmp_path: Path) -> None:
-    """Steps after a prompt give what the whole text gives."""
+    """Steps after a prompt give the same logits as the whole text."""
     pytest.importorskip("llama_cpp_py_sync")
     model, tokens = pico_model("llama"), pico_tokens(1, 12)[0].tolist()
     loaded = LlamaCpp(write_pico_gguf(model, tmp_path / "model.gguf"), context=32, threads=1)
@@ -33,13 +33,13 @@ def test_llama_cpp_reads_a_text_step_by_step_like_the_whole(tmp_path: Path) -> N
 
 
 class Always(dict[str, Any]):
-    """Takes every tensor of a computation with one function."""
+    """A callback that passes every tensor of a computation to one function."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return default if name is None else self["every"]
 
 
-def test_what_is_raised_while_llama_cpp_computes_is_raised_after_the_call(tmp_path: Path) -> None:
+def test_an_error_inside_a_llama_cpp_callback_is_raised_after_the_call(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp_py_sync")
 
     def interrupted(values: Any) -> None:
@@ -64,7 +64,7 @@ def test_an_export_stops_at_a_signal_while_llama_cpp_quantises(
     pytest.importorskip("llama_cpp_py_sync")
 
     class Log(list[str]):
-        """llama.cpp's log of the quantisation, at a line of which the signal comes."""
+        """llama.cpp's log of the quantisation, which sends the signal at one of its lines."""
 
         def append(self, line: str) -> None:
             super().append(line)

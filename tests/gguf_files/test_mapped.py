@@ -1,4 +1,4 @@
-"""A GGUF file, or the parts of one, streamed: values as loaded whole, one block at a time, and a killed run goes on."""
+"""A GGUF file, whole or split, streamed: the values of a full load, one block at a time, and resumable runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PRUNING: dict[str, Any] = {"dataset": pico_tokens(8, 32), "evaluate": False, "ga
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico Qwen3 mixture in 8 bits, with a tokenizer."""
+    """Return a pico Qwen3 mixture in 8 bits, with a tokenizer."""
     tokenizer = content_of("bytes")
     vocabulary = len(json.loads(tokenizer)["model"]["vocab"])
     model = distinct_norms(pico_model("qwen3_moe", vocab_size=vocabulary, norm_topk_prob=True, num_experts=8))
@@ -40,7 +40,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def parts(mixture: Path) -> list[Path]:
-    """The same as llama.cpp splits a file: the first part has the metadata and some tensors."""
+    """Split the file as llama.cpp does: the first part has the metadata and some tensors."""
     reader = GGUFReader(mixture)
     shares = np.array_split(np.arange(len(reader.tensors)), 3)
     files = [mixture.with_name(f"split-{number:05d}-of-00003.gguf") for number in (1, 2, 3)]
@@ -64,7 +64,7 @@ def tensors_of(file: Path) -> dict[str, bytes]:
 
 
 def require_same(streamed: LazyGguf, file: Path) -> None:
-    """Every parameter, block by block, is what transformers makes of the whole file."""
+    """Require that every parameter, block by block, equals transformers' load of the whole file."""
     whole, _ = load_model(GgufFile(file, file.name), processed=False)
     blocks = [f"model.layers.{number}" for number in range(3)]
     streamed.acquire_rest(blocks)
@@ -84,30 +84,30 @@ def test_blocks_of_a_mixture_and_of_a_llama_have_the_values_that_transformers_re
     mixture: Path, tmp_path: Path
 ) -> None:
     require_same(LazyGguf(GgufFile(mixture, "big")), mixture)
-    # Its queries and keys lie in another order in the file.
+    # The file stores its queries and keys in another order.
     llama = write_pico_gguf(distinct_norms(pico_model("llama")), tmp_path / "llama.gguf", "Q8_0")
     require_same(LazyGguf(GgufFile(llama, "llama")), llama)
 
 
-def test_parts_are_read_as_the_file_that_they_are_of(mixture: Path, parts: list[Path]) -> None:
+def test_a_split_file_is_read_like_the_whole_one(mixture: Path, parts: list[Path]) -> None:
     require_same(LazyGguf(GgufFile(parts[1], "split")), mixture)
 
 
 @pytest.fixture(scope="module")
 def small(mixture: Path) -> Path:
-    """What a run makes of the whole file."""
+    """Return the file that a run makes from the whole one."""
     return cut(mixture, "small")
 
 
 def cut(source: Path, name: str) -> Path:
-    """Leave two of eight experts and one of three blocks out of a file; returns the one that is made."""
+    """Remove two of eight experts and one of three blocks from a file; return the new one."""
     target = source.with_name(f"{name}.gguf")
     run: dict[str, Any] = {"save": source.with_name(f"{name}-run"), "save_model": target}
     coprune.prune(source, remove="experts=keep:6,blocks=0.34", **PRUNING, **run)
     return target
 
 
-def test_one_file_is_made_of_the_parts_with_the_bytes_that_one_of_the_whole_has(small: Path, parts: list[Path]) -> None:
+def test_a_split_file_is_cut_to_the_same_bytes_as_the_whole_one(small: Path, parts: list[Path]) -> None:
     assert cut(parts[0], "joined").read_bytes() == small.read_bytes()
     assert not [*small.parent.glob(".*.partial")]
 
@@ -119,7 +119,7 @@ def test_a_missing_part_of_a_split_file_is_named(parts: list[Path], tmp_path: Pa
         locate(alone)
 
 
-def test_a_part_that_is_there_twice_is_named_before_anything(parts: list[Path], tmp_path: Path) -> None:
+def test_a_duplicate_part_is_named_before_anything_starts(parts: list[Path], tmp_path: Path) -> None:
     for part in parts:
         (tmp_path / part.name).write_bytes(parts[0].read_bytes())
     with pytest.raises(BadInput, match=r"split-00002-of-00003\.gguf is part 1 of 3 by its metadata, but part 2 of 3"):
@@ -137,7 +137,7 @@ def test_a_killed_run_resumes_to_the_same_file(mixture: Path, small: Path) -> No
     assert killed_at(lambda: cut(mixture, "killed"), lines * 8 // 10, ("run/output",))
     journal = [*mixture.with_name(".killed.gguf.partial").glob("model-*.safetensors")]
     assert journal
-    assert max(file.stat().st_size for file in journal) < 100  # no weight of a block, only what was done to it
+    assert max(file.stat().st_size for file in journal) < 100  # no weights, only a record of the edits
     assert cut(mixture, "killed").read_bytes() == small.read_bytes()
 
 

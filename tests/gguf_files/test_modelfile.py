@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: its Go template says the same as the model's Jinja template, or it is not written."""
+"""Ollama's Modelfile: its Go template renders like the model's Jinja template, or it is not written."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BRIEFED: Messages = [{"role": "system", "content": "short"}, *TALKS[1]]
 
 
 def go(template: str, messages: Messages) -> str:
-    """Run a Go template: range, if, else if, not and eq over the names that Ollama gives, and nothing else."""
+    """Run a Go template of range, if, else if, not and eq over Ollama's names."""
     system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
     pieces = re.split(r"\{\{ (.*?) \}\}", template)
 
@@ -88,7 +88,7 @@ def jinja(template: str, messages: Messages) -> str:
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, RENAMED])
-def test_both_templates_say_the_same(template: str) -> None:
+def test_both_templates_render_the_same_text(template: str) -> None:
     turns = turns_of(template, SPECIAL, "<s>")
     assert turns is not None
     assert ("system" in turns.around) == (template is not RENAMED)
@@ -96,7 +96,7 @@ def test_both_templates_say_the_same(template: str) -> None:
         assert go(turns.in_go(), talk) == jinja(template, talk)
 
 
-def test_a_template_that_is_not_texts_around_messages_is_not_written() -> None:
+def test_a_template_that_does_more_than_wrap_messages_is_not_written() -> None:
     assert turns_of(FOLDED, SPECIAL, "<s>") is None
     assert turns_of("{{ nothing['there'] }}", SPECIAL, "<s>") is None
     assert turns_of("{% broken", SPECIAL, "<s>") is None
@@ -128,7 +128,7 @@ def test_stop_tokens_and_template_come_from_the_file(tmp_path: Path) -> None:
     told = modelfile_of(write(tmp_path / "some.gguf", HEADERS)).text()
     assert told.startswith('FROM ./some.gguf\nTEMPLATE """{{ range .Messages }}')
     assert told.endswith('"""\nPARAMETER stop "</s>"\nPARAMETER stop "<|eot|>"\n')
-    assert "<s>" not in told  # llama.cpp puts it there
+    assert "<s>" not in told  # llama.cpp adds it
     assert 'TEMPLATE "' not in modelfile_of(write(tmp_path / "odd.gguf", FOLDED)).text()
     bare = modelfile_of(write(tmp_path / "bare.gguf", None)).text()
     assert bare.splitlines()[1] == "# No TEMPLATE: the file has no chat template, so Ollama continues plain text."

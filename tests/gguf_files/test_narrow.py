@@ -1,4 +1,4 @@
-"""Blocks that are padded with zeros to one width: without the padding in a GGUF file, where a runtime computes the same."""
+"""Blocks padded with zeros to one width: a GGUF file omits the padding if llama.cpp computes the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-s
 
 
 def made_of(model: PreTrainedModel, folder: Path, arch: str, pad: Any, **options: Any) -> tuple[Gguf, Tensor]:
-    """A padded model as a file, and the logits of its folder."""
+    """Return a padded model's exported file, and the logits of its folder."""
     like = write_pico_gguf(distinct_norms(model), folder / "like.gguf", arch=arch)
     save(model, folder / "dense")
     save(pad(model), folder / "padded")
@@ -59,7 +59,7 @@ def pad(model: PreTrainedModel) -> PreTrainedModel:
 
 @needs_llama_cpp
 @pytest.mark.parametrize(("kind", "most"), [("f32", 2e-3), ("q8_0", 5e-2), ("q4_k_m", 0.5)])
-def test_every_block_at_its_own_width(kind: str, most: float, tmp_path: Path) -> None:
+def test_every_block_is_stored_at_its_own_width(kind: str, most: float, tmp_path: Path) -> None:
     made, expected = made_of(pico_model("llama"), tmp_path, "llama", pad, type=kind)
     assert off(made.path, expected) < most
     assert made.architecture == "deci"
@@ -72,7 +72,7 @@ def test_every_block_at_its_own_width(kind: str, most: float, tmp_path: Path) ->
 
 
 @needs_llama_cpp
-def test_halves_of_a_head_become_neighbours_where_the_source_turns_halves(tmp_path: Path) -> None:
+def test_rotary_halves_of_a_head_are_interleaved(tmp_path: Path) -> None:
     model = pico_model("qwen2", use_sliding_window=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,10 +84,10 @@ def test_halves_of_a_head_become_neighbours_where_the_source_turns_halves(tmp_pa
 
 
 @needs_llama_cpp
-def test_a_model_whose_channels_were_removed_unevenly(tmp_path: Path) -> None:
+def test_an_unevenly_cut_model_is_stored_without_padding(tmp_path: Path) -> None:
     def uneven(model: PreTrainedModel) -> PreTrainedModel:
         with torch.no_grad():
-            model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.01)  # which hardly matters
+            model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.01)  # so that it hardly matters
         return model
 
     model = distinct_norms(uneven(pico_model("llama")))
@@ -105,14 +105,14 @@ def test_a_model_whose_channels_were_removed_unevenly(tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
-def test_padding_stays_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_padding_is_kept_on_request(tmp_path: Path) -> None:
     made, expected = made_of(pico_model("llama"), tmp_path, "llama", pad, type="f32", padded=True)
     assert (made.architecture, said(made.path, "feed_forward_length"), made.removed) == ("llama", [96], [])
     assert off(made.path, expected) < 2e-3
 
 
 @needs_llama_cpp
-def test_blocks_that_are_all_as_narrow_keep_the_architecture(tmp_path: Path) -> None:
+def test_blocks_of_one_narrow_width_keep_the_architecture(tmp_path: Path) -> None:
     def alike(model: PreTrainedModel) -> PreTrainedModel:
         return pad_blocks(model, {0: 64, 1: 60, 2: 40}, {0: [0], 1: [1], 2: [0]})
 
@@ -124,8 +124,10 @@ def test_blocks_that_are_all_as_narrow_keep_the_architecture(tmp_path: Path) -> 
 
 
 @needs_llama_cpp
-def test_what_the_architecture_does_not_read_stays_padded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Granite multiplies what its blocks give, and as experts have it there is no such architecture."""
+def test_models_that_the_architecture_cannot_express_stay_padded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Granite scales its blocks' outputs, which the architecture with a width per block cannot express."""
     model = pico_model("granite", embedding_multiplier=3.0)
     made, expected = made_of(model, tmp_path, "granite", pad, type="f32")
     assert (made.architecture, said(made.path, "feed_forward_length")) == ("granite", [96])
@@ -138,7 +140,7 @@ def test_what_the_architecture_does_not_read_stays_padded(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("here", [False, True])
-def test_nothing_is_promised_that_llama_cpp_did_not_show(
+def test_padding_stays_unless_llama_cpp_confirms_equal_outputs(
     here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "has_llama_cpp", lambda: here)
@@ -157,13 +159,13 @@ def test_another_model_is_not_the_same_in_llama_cpp(tmp_path: Path) -> None:
     assert not deci.same_in_llama_cpp(files[0], tmp_path / "none.gguf")
 
 
-def test_a_width_that_is_said_nowhere_is_refused() -> None:
+def test_a_width_missing_in_the_metadata_is_refused() -> None:
     plan = Plan("x", {"x.block_count": Field(1, 4)}, "f32", {})
     with pytest.raises(UnsupportedModel, match="how wide an attention head is"):
         deci._head_width(plan)
 
 
-def test_a_file_with_other_values_is_found_out(tmp_path: Path) -> None:
+def test_a_file_with_other_values_is_detected(tmp_path: Path) -> None:
     plan = Plan("x", {}, "f32", {"a": Planned("a", (2, 32), "f32")})
     write_gguf(tmp_path / "x.gguf", plan, lambda name: torch.ones(2, 32), lambda count: None)
     require_written(tmp_path / "x.gguf", plan, lambda name: torch.ones(2, 32))

@@ -1,4 +1,4 @@
-"""SmolLM2, which came as a GGUF file, goes back into one when it is smaller."""
+"""SmolLM2 from a GGUF file, made smaller and exported to one again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-def test_smollm2_without_channels_heads_and_blocks(tmp_path: Path) -> None:
+def test_smollm2_exports_without_channels_heads_and_blocks(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dataset": "embedded", "seqlen": 64, "nsamples": 2, "evaluate": False, "quiet": True}
     remove = "channels=0.33,heads=0.33,blocks=0.1"
     coprune.prune("smollm2-135m", remove=remove, save_model=tmp_path / "small", **settings)
@@ -34,13 +34,13 @@ def test_smollm2_without_channels_heads_and_blocks(tmp_path: Path) -> None:
     for kind, most in kinds:
         made = coprune.export(tmp_path / "small", tmp_path / f"{kind}.gguf", type=kind, quiet=True)
         found = LlamaCpp(made.path, context=32, threads=1).logits(tokens[0].tolist())
-        # llama.cpp keeps keys and values in half precision, whose rounding a model cut on 128 tokens amplifies at single
+        # llama.cpp caches keys and values in half precision, whose rounding a model cut on 128 tokens amplifies at single
         # positions (with a cache in float32 all agree to 6e-4).
         assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).median()) < most
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f16", 1e-2), ("q8_0", 0.2)])
-def test_smollm2_with_blocks_of_different_widths(kind: GgufType, most: float, tmp_path: Path) -> None:
+def test_smollm2_exports_with_blocks_of_different_widths(kind: GgufType, most: float, tmp_path: Path) -> None:
     source = locate("smollm2-135m")
     model, tokenizer = load_model(source)
     widths = {block: 1536 - 64 * (1 + block % 9) for block in range(29)}

@@ -1,4 +1,4 @@
-"""`prune mixture.gguf --save-model small.gguf`: experts and blocks that stay keep their bytes, in any type."""
+"""`prune mixture.gguf --save-model small.gguf`: the remaining experts and blocks keep their bytes, in any type."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TYPES = [pytest.param("q8_0", marks=pytest.mark.slow), "q4_k_m", pytest.param("i
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pico Qwen3 mixture in several types, whose second block does the least."""
+    """Return a folder with a pico Qwen3 mixture in several types, whose second block matters least."""
     folder, tokenizer = tmp_path_factory.mktemp("gguf"), content_of("bytes")
     # k-quants take rows of 256 values.
     sizes: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 8}
@@ -48,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, parameter in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
                 parameter.mul_(0.01 if name.startswith("model.layers.1.") else 1)
-                parameter[..., 0, :] = 0  # so the first channel says the same of every token, in every block
+                parameter[..., 0, :] = 0  # so the first channel is the same for every token, in every block
     for kind in ("F16", "Q8_0"):
         write_pico_gguf(model, folder / f"{kind.lower()}.gguf", kind, "qwen3moe", tokenizer)
     for kind in ("q4_k_m", "iq4_xs") if has_llama_cpp() else ():
@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(whole: Path, kind: str) -> tuple[Path, Path]:
-    """A file of a type, and the one that a run made of it, of whose three blocks one went, and two of eight experts."""
+    """Return a file of a type, and the one made from it without one of three blocks and two of eight experts."""
     source, small = whole / f"{kind}.gguf", whole / f"small-{kind}.gguf"
     if not source.exists():
         pytest.skip("llama-cpp-py-sync is not installed")
@@ -67,7 +67,7 @@ def made(whole: Path, kind: str) -> tuple[Path, Path]:
 
 
 def experts_left(source: Path, small: Path) -> dict[int, list[int]]:
-    """By the number of a block that is left, the experts whose rows of its router are left."""
+    """Return the experts whose router rows remain, by the number of the remaining block."""
     before, after = (
         {stored.name: stored.data for stored in GGUFReader(file).tensors if "ffn_gate_inp" in stored.name}
         for file in (source, small)
@@ -85,7 +85,7 @@ def fields_of(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_bytes_are_the_sources_and_the_metadata_follow(kind: str, whole: Path) -> None:
+def test_bytes_are_the_sources_and_the_metadata_is_updated(kind: str, whole: Path) -> None:
     source, small = made(whole, kind)
     kept = experts_left(source, small)
     assert [*kept] == [0, 2]
@@ -107,7 +107,7 @@ def test_bytes_are_the_sources_and_the_metadata_follow(kind: str, whole: Path) -
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_transformers_computes_what_the_source_does_with_these_parts_masked(kind: str, whole: Path) -> None:
+def test_transformers_computes_the_same_as_the_masked_source(kind: str, whole: Path) -> None:
     source, small = made(whole, kind)
     masked, _ = load_model(GgufFile(source, source.name), processed=False)
     cut, _ = load_model(GgufFile(small, small.name), processed=False)
@@ -120,7 +120,7 @@ def test_transformers_computes_what_the_source_does_with_these_parts_masked(kind
     with torch.no_grad():
         expected = masked(TOKENS, use_cache=False).logits
     assert off(found, expected) < 1e-5
-    if has_llama_cpp():  # which rounds what comes into a product to eight bits, so that the source is off as much
+    if has_llama_cpp():  # it rounds the inputs of products to eight bits, so the source is off by as much
         assert off(in_llama_cpp(small, TOKENS), expected[0]) < 1.5 * off(in_llama_cpp(source, TOKENS), dense[0])
 
 
@@ -130,9 +130,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
 @pytest.mark.parametrize("kind", TYPES)
-def test_llama_cpp_computes_what_it_does_of_the_source_with_these_experts_masked(
-    kind: str, whole: Path, tmp_path: Path
-) -> None:
+def test_llama_cpp_computes_the_same_as_the_masked_source(kind: str, whole: Path, tmp_path: Path) -> None:
     source, small, masked = whole / f"{kind}.gguf", tmp_path / "small.gguf", tmp_path / "masked.gguf"
     coprune.prune(source, save=tmp_path / "run", save_model=small, **PRUNING, remove="experts=keep:6")
     shutil.copyfile(source, masked)
@@ -140,14 +138,14 @@ def test_llama_cpp_computes_what_it_does_of_the_source_with_these_experts_masked
     reader = GGUFReader(masked, "r+")
     for stored in reader.tensors:
         if "gate_inp" in stored.name:
-            # The first channel is above zero for every token, so that no other expert is ever chosen.
+            # The first channel is positive for every token, so that no other expert is ever chosen.
             gone = np.setdiff1d(np.arange(8), kept[int(stored.name.split(".")[1])])
             stored.data[gone] = 0
             stored.data[gone, 0] = -1e6
     reader.data.flush()
     dense, expected, found = (in_llama_cpp(file, TOKENS) for file in (source, masked, small))
-    assert off(dense, expected) > 0.01  # so they are missed
-    # It rounds what comes into a product to eight bits, so that the last bit of one token may count for a step.
+    assert off(dense, expected) > 0.01  # so these experts matter
+    # It rounds the inputs of products to eight bits, so a last bit may become a whole step for one token.
     *others, worst = sorted(off(*both) for both in zip(found, expected, strict=True))
     assert others[-1] < 1e-6
     assert worst < 5e-3
@@ -158,8 +156,8 @@ def in_llama_cpp(file: Path, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
-def test_llama_cpp_computes_the_same_where_no_token_went_to_what_is_gone(whole: Path, tmp_path: Path) -> None:
-    few = TOKENS[:, :3]  # which go to six of eight experts at most
+def test_llama_cpp_computes_the_same_if_no_token_used_a_removed_expert(whole: Path, tmp_path: Path) -> None:
+    few = TOKENS[:, :3]  # which use at most six of eight experts
     source, small = whole / "q4_k_m.gguf", tmp_path / "small.gguf"
     asked = PRUNING | {"dataset": few, "remove": "experts=keep:6", "score": "frequency"}
     coprune.prune(source, save_model=small, **asked)
@@ -168,7 +166,7 @@ def test_llama_cpp_computes_the_same_where_no_token_went_to_what_is_gone(whole: 
     assert off(after, before) < 1e-5
 
 
-def test_the_command_line_does_it_and_a_run_that_was_killed_after_that_is_finished(
+def test_the_command_removes_parts_and_finishes_a_killed_run(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, small = tmp_path / "text.txt", tmp_path / "small.gguf"
@@ -205,7 +203,7 @@ def test_edits_that_need_decoded_weights_are_refused_at_once(
     assert not listing(tmp_path)
 
 
-def test_widths_of_experts_are_read() -> None:
+def test_expert_widths_are_read_from_the_file() -> None:
     fields = {
         f"qwen2moe.{key}": Field(number, int(GGUFValueType.UINT32))
         for key, number in {"expert_feed_forward_length": 48, "expert_shared_feed_forward_length": 96}.items()
@@ -214,7 +212,7 @@ def test_widths_of_experts_are_read() -> None:
     assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"]) == (48, 96)
 
 
-def test_a_file_of_other_routers_or_with_changed_values_is_no_source(whole: Path, tmp_path: Path) -> None:
+def test_a_file_with_other_routers_or_values_is_refused_as_source(whole: Path, tmp_path: Path) -> None:
     source = whole / "q8_0.gguf"
     model, _ = load_model(GgufFile(source, source.name), processed=False)
     parts = GgufParts(GgufFile(source, source.name), [f"model.layers.{number}" for number in range(3)])

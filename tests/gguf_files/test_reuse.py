@@ -1,4 +1,4 @@
-"""Quants that copy tensors of earlier ones have the bytes that they would have alone."""
+"""Quants that copy tensors from earlier ones have the same bytes as without."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_tensors_of_the_same_values_and_type_are_copied_to_the_same_bytes(tmp_pa
     table = next(one for one in GGUFReader(tmp_path / "alone.gguf").tensors if one.name == "token_embd.weight")
     rows = int(table.shape[1])
     assert bytes_of_rows(source, wanted, rows - 16) * rows == table.n_bytes * 16
-    # What is copied shows where the earlier file is damaged: only what has the same values in both sources.
+    # Damage in the earlier file shows what is copied: only tensors with equal values in both sources.
     other = shutil.copyfile(source, tmp_path / "other.gguf")
     for file, name in ((earlier.file, "attn_q"), (earlier.file, "ffn_up"), (other, "ffn_up")):
         stored = next(one for one in GGUFReader(file, "r+").tensors if one.name == f"blk.0.{name}.weight")

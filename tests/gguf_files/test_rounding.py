@@ -1,4 +1,4 @@
-"""Matrices that are rounded with compensation into the types of GGUF files: their bytes, their errors, and whole files."""
+"""Rounding with compensation into GGUF types: bytes, errors, and whole files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-s
 
 
 def weights(how: str) -> Tensor:
-    """Weights of 8 rows, some of which need the ends of what float16 can scale."""
+    """Return weights of 8 rows, some near the limits of float16 scales."""
     drawn = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0))
     drawn[0, :64], drawn[1, 64:128], drawn[2, 100:130] = 0.0, drawn[1, 64:128].abs() + 3, 5.0
     return drawn * {"usual": 1.0, "zeros": 0.0, "tiny": 1e-9, "huge": 1e8}[how]
 
 
 def gram(seed: int = 1) -> Tensor:
-    """The Gram matrix of inputs that depend on one another."""
+    """Return the Gram matrix of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2 * WIDTH, WIDTH // 4, generator=generator) @ torch.randn(
         WIDTH // 4, WIDTH, generator=generator
@@ -58,7 +58,7 @@ def test_a_file_holds_the_values_that_were_chosen(kind: str, how: str) -> None:
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_compensation_lowers_the_error_of_the_outputs(kind: str) -> None:
     weight, of = weights("usual"), gram()
-    alone = rounded(weight, of.diagonal().diag(), kind)  # of inputs that do not depend on one another
+    alone = rounded(weight, of.diagonal().diag(), kind)  # as for uncorrelated inputs
     errors = [float(((off := made.values - weight) @ of * off).sum()) for made in (rounded(weight, of, kind), alone)]
     assert errors[0] < 0.8 * errors[1]
 
@@ -87,8 +87,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.param("qwen3moe", {"hidden_size": 64}, marks=pytest.mark.slow),
     ],
 )
-def test_every_row_of_a_file_is_its_own(arch: str, sizes: dict[str, Any], text: str, tmp_path: Path) -> None:
-    """Queries and keys of llama are in another order of rows, and experts are one tensor."""
+def test_every_row_of_a_file_is_rounded_from_its_own_row(
+    arch: str, sizes: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    """Llama's queries and keys have another order of rows, and experts are one tensor."""
     model = distinct_norms(pico_model(arch.replace("moe", "_moe"), num_hidden_layers=2, **sizes))
     save(model, tmp_path / "dense")
     like = write_pico_gguf(model, tmp_path / "f32.gguf", arch=arch)
@@ -129,6 +131,6 @@ def test_a_file_is_nearer_to_its_model_in_llama_cpp(kind: str, text: str, tmp_pa
     assert off[0] < off[1]
 
 
-def test_nothing_is_compensated_where_nothing_is_rounded(tmp_path: Path) -> None:
+def test_compensation_without_rounding_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nothing is rounded"):
         coprune.export(tmp_path, tmp_path / "out.gguf", type="f16", compensate=True)

@@ -1,4 +1,4 @@
-"""A type for each tensor: the choice for a number of bytes, and the losses that it is made by."""
+"""Types by tensor: the choice for a number of bytes, and the losses behind it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BITS = {"a": 9, "b": 6, "c": 5, "d": 4, "e": 3}
 
 
 def drawn(seed: int, convex: bool) -> dict[str, dict[str, tuple[int, float]]]:
-    """Losses of tensors that differ in size and sensitivity; a quarter a bit where they are convex."""
+    """Return losses of tensors that differ in size and sensitivity; if convex, each bit quarters the loss."""
     generator = random.Random(seed)
     found = {}
     for number in range(40):
@@ -39,7 +39,7 @@ def drawn(seed: int, convex: bool) -> dict[str, dict[str, tuple[int, float]]]:
 
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("seed", range(8))
-def test_the_choice_keeps_its_bytes_and_more_of_them_cost_less(seed: int, convex: bool) -> None:
+def test_the_choice_fits_the_bytes_and_more_bytes_lose_less(seed: int, convex: bool) -> None:
     losses = drawn(seed, convex)
 
     def total(chosen: dict[str, str], place: int) -> float:
@@ -65,7 +65,7 @@ def test_the_choice_keeps_its_bytes_and_more_of_them_cost_less(seed: int, convex
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose down projections have rows of 256, and the others of 64."""
+    """Return a model whose down projections have rows of 256, and other matrices rows of 64."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
     model = distinct_norms(pico_model("llama", vocab_size=tokens(), tie_word_embeddings=True, **sizes))
@@ -88,7 +88,7 @@ def test_rows_are_rounded_as_the_quantiser_does(kind: str, source: Path, tmp_pat
 
 
 def test_predicted_losses_are_the_divergence_of_the_rounded_model(source: Path, tmp_path: Path) -> None:
-    """Of every kind of tensor, whatever the order of its rows in the file."""
+    """For every kind of tensor, whatever its row order in the file."""
     samples = torch.randint(8, 250, (24, 64), generator=torch.Generator().manual_seed(0))
     importance = {
         **importance_of(source, samples, Reporter(quiet=True)),

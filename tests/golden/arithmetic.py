@@ -1,4 +1,4 @@
-"""By what arithmetic figures were made: bit for bit they are the same only under the same one."""
+"""The arithmetic behind figures, which only agree bit for bit under the same arithmetic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = (64, 160, 576)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute with one thread, since sums shared among several are in another order."""
+    """Use one thread in torch, since several change the order of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 @functools.cache
 def arithmetic() -> dict[str, str]:
-    """What decides the last bits here: versions, the level of the native kernels, a checksum of torch's operations."""
+    """Return what decides the last bits here: versions, the kernels' instruction set, a checksum of torch's operations."""
     with one_thread():
         operations = checksum([result for size in SIZES for result in _operations(size)])
     return {
@@ -41,7 +41,7 @@ def arithmetic() -> dict[str, str]:
 
 
 def checksum(tensors: list[Tensor]) -> str:
-    """Names tensors by their bytes: 16 hex digits."""
+    """Return a checksum of the tensors' bytes: 16 hex digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -51,7 +51,7 @@ def checksum(tensors: list[Tensor]) -> str:
 
 
 def _operations(size: int) -> Iterator[Tensor]:
-    """A chain of what pruning and models are made of, size × size."""
+    """Yield the results of a chain of operations used by pruning and models, size × size."""
     generator = torch.Generator().manual_seed(size)
     x, y = torch.randn(2, size, size, generator=generator)
     product = x @ y.T

@@ -1,6 +1,6 @@
-"""Golden figures in their file, and what differs from them.
+"""The file of golden figures, and comparison with it.
 
-Every row names the arithmetic that it was made by, since rows are made anew on whatever machine there is.
+Every row names the arithmetic under which it was made, since rows may be updated on any machine.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from golden.measure import Figures
 
 FILE = Path(__file__).with_name("figures.json")
 
-# Under another arithmetic. A method that mends weights as it goes is chaotic in the last bits of its sums: between
+# Under another arithmetic. Methods that update weights as they go are chaotic in the last bits of their sums: between
 # instruction sets, with and without kernels, layer errors of ALPS differed by 0.4 % and its perplexities by 3.5 %.
 ERROR_TOLERANCE = 0.02
 PERPLEXITY_TOLERANCE = 0.1
 BY = "by"
-"""Where a row says by what arithmetic it was made."""
+"""Field with the arithmetic of a row."""
 
 
 @dataclass
 class Golden:
-    """The file's content: arithmetics by their checksums, and by the names of rows their figures, each with its arithmetic's."""
+    """The file's content: arithmetics by checksum, and figures by row name, each with its arithmetic's checksum."""
 
     arithmetics: dict[str, dict[str, str]]
     rows: dict[str, Figures]
@@ -38,25 +38,25 @@ class Golden:
         return cls(**json.loads(FILE.read_text(encoding="utf-8"))) if FILE.exists() else cls({}, {})
 
     def write(self) -> None:
-        """Write the file, one row per line, with the arithmetics that rows were made by."""
+        """Write the file, one row per line, with the arithmetics in use."""
         used = {row[BY]: self.arithmetics[row[BY]] for row in self.rows.values()}
         rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(self.rows[name])}" for name in sorted(self.rows))
         text = f'{{\n"arithmetics": {json.dumps(used, sort_keys=True)},\n"rows": {{\n{rows}\n}}\n}}\n'
         FILE.write_text(text, encoding="utf-8")
 
     def with_rows(self, found: dict[str, Figures]) -> Golden:
-        """The same with rows that were measured here."""
+        """Return a copy with rows measured here."""
         here = arithmetic()
         by = _checksum_of(here)
         own = {name: {**figures, BY: by} for name, figures in found.items()}
         return Golden(self.arithmetics | {by: here}, self.rows | own)
 
     def exact(self, name: str) -> bool:
-        """Whether a row's figures have to be the same to the last bit when they are made here."""
+        """Return whether a row's figures must be reproduced here to the last bit."""
         return self.arithmetics[self.rows[name][BY]] == arithmetic()
 
     def regime(self, name: str) -> str:
-        """How a row's figures are compared here, for people."""
+        """Describe how a row's figures are compared here."""
         if name not in self.rows:
             return "a new row"
         if self.exact(name):
@@ -69,7 +69,7 @@ class Golden:
         )
 
     def differences(self, name: str, found: Figures) -> list[str]:
-        """What differs from a row's golden figures, one line each."""
+        """List the differences from a row's golden figures, one line each."""
         if name not in self.rows:
             return ["there is no golden row of this name"]
         golden, exact = self.rows[name], self.exact(name)

@@ -1,4 +1,4 @@
-"""Make the golden figures anew, or say what differs from them: python tests/golden/make_golden.py [--check] [--only PREFIX]."""
+"""Update the golden figures, or compare with them: python tests/golden/make_golden.py [--check] [--only PREFIX]."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from golden.rows import Row, all_rows
 
 
 def main() -> int:
-    """Measure the rows, compare, write unless asked not to; returns 1 if a check finds differences or a row breaks."""
+    """Measure the rows, compare, and write unless checking; return 1 if a check finds differences or a row fails."""
     options = _options()
     golden = Golden.read()
     rows = all_rows()
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def _measure(chosen: Sequence[Row], golden: Golden) -> tuple[dict[str, Figures], list[str]]:
-    """The figures of the rows, and the names of those that differ or break; every row has its line."""
+    """Return the rows' figures, and the names of those that differ or fail; print a line per row."""
     found: dict[str, Figures] = {}
     different = []
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def _measure(chosen: Sequence[Row], golden: Golden) -> tuple[dict[str, Figures],
             try:
                 found[row.name] = bench.measure(row)
                 lines = golden.differences(row.name, found[row.name])
-            except Exception:  # what breaks in one row says nothing of the others
+            except Exception:  # a failing row does not affect the others
                 lines = traceback.format_exc().splitlines()
             seconds = time.perf_counter() - started
             print(

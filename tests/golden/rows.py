@@ -1,4 +1,4 @@
-"""Which runs have golden figures: every method at two targets in three propagations on four models, and more."""
+"""The runs with golden figures: every method at two targets in three propagations on four models, and more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PICO: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_layer=2, n_inner=64),
     "mixtral": dict(num_hidden_layers=2, num_key_value_heads=4, intermediate_size=64),
 }
-"""Families of models with random weights. Every shape of a matrix costs time, so only one model has many; its 160
+"""Families of models with random weights. Every matrix shape costs time, so only one model has many; its 160
 inputs are more than a block of SparseGPT's columns."""
 REAL = "smollm2-135m"
 """The real model, whole; `REAL_BLOCKS` has only its first blocks."""
@@ -24,31 +24,31 @@ TARGETS: dict[str, dict[str, Any]] = {"50%": dict(sparsity=0.5), "2:4": dict(pat
 PROPAGATIONS = ("block", "sequential", "dense")
 ALLOCATIONS = ("owl", "fisher")
 
-# The normal tests hold what is quick; all rows together take minutes.
+# The normal tests only run quick rows; all rows together take minutes.
 COSTLY_ON_WIDE = ("admm", "alps")
-"""Methods that leave the widest matrix of the real blocks alone, which would take them longer than all the others."""
+"""Methods that skip the widest matrix of the real blocks, which would take longer than all others together."""
 SLOW_METHODS = ("ablate", "admm", "alps")
-"""Those that take longest even on pico models, so that the normal tests have them on one, at one target."""
+"""The slowest methods even on pico models; the normal tests run them on one model at one target."""
 QUICK_METHODS = ("wanda ", "sparsegpt ")
-"""Those that the normal tests have in every propagation, and on every pico model; the others in two, on one."""
+"""Methods that the normal tests run in every propagation on every pico model; the others run in two, on one model."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: what it is called, the model, the method, and the other settings of `coprune.prune`."""
+    """One run: its name, model, method, and other settings of `coprune.prune`."""
 
     name: str
     model: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     where: str = "memory"
-    """memory: a copy of the loaded model; folder: a checkpoint folder, by its path; named: by the model's name."""
+    """memory: a copy of the loaded model; folder: the path of a checkpoint folder; named: the model's name."""
     dtype: str = "float32"
     slow: bool = False
 
 
 def all_rows() -> dict[str, Row]:
-    """Every row by its name."""
+    """Return every row by name."""
     rows: dict[str, Row] = {}
     for row in (*_table(), *_settings(), *_reals(), *_folders(), *_refusals()):
         assert row.name not in rows, row.name
@@ -57,7 +57,7 @@ def all_rows() -> dict[str, Row]:
 
 
 def _table() -> Iterator[Row]:
-    """Methods × targets × propagations × models."""
+    """Yield methods × targets × propagations × models."""
     for model in (*PICO, REAL_BLOCKS):
         for method in METHODS:
             for target, chosen in TARGETS.items():
@@ -81,7 +81,7 @@ def _slow(model: str, short: str) -> bool:
 
 
 def _settings() -> Iterator[Row]:
-    """What else can be asked of a run, on the pico LLaMA."""
+    """Yield runs with other settings on the pico LLaMA."""
     two_four = TARGETS["2:4"]
     for target, chosen in TARGETS.items():
         for method in ("wanda", "sparsegpt"):
@@ -114,7 +114,7 @@ _TRAINED: dict[str, Any] = {"reconstruct": 6, "reconstruct_lr": 2.5e-3}
 
 
 def _reals() -> Iterator[Row]:
-    """The whole real model once, and what else is asked of its first blocks."""
+    """Yield one run of the whole real model, and others of its first blocks."""
     whole = {"nsamples": 4, "seqlen": 128, "eval_tokens": 2048, "dataset": "embedded", "eval_data": "embedded"}
     yield Row(f"{REAL} wanda 50%", REAL, "wanda", whole, where="named", slow=True)
     refinements: dict[str, dict[str, Any]] = {
@@ -135,7 +135,7 @@ def _reals() -> Iterator[Row]:
 
 
 def _folders() -> Iterator[Row]:
-    """The same model from a folder: streamed block by block, and loaded."""
+    """Yield runs of one model from a folder: streamed block by block, and loaded."""
     for model in PICO:
         for stream in (True, False):
             name = f"{model} +{'streamed' if stream else 'loaded'} sparsegpt 2:4"
@@ -143,7 +143,7 @@ def _folders() -> Iterator[Row]:
 
 
 def _refusals() -> Iterator[Row]:
-    """Combinations that are refused; their figures are the first words of the reason."""
+    """Yield refused combinations, whose figures are the first words of the reason."""
     refused: dict[str, dict[str, Any]] = {
         "reconstruct dense": {"reconstruct": 6, "propagation": "dense"},
         "permute 50%": {"permute": True},

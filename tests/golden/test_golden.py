@@ -1,4 +1,4 @@
-"""Every figure of every run is what it was before, to the last bit where the arithmetic is the same."""
+"""Golden figures: every run's results are unchanged, to the last bit under the same arithmetic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_figures_match_the_golden_file(row: Row, golden: Golden, bench: Workbenc
     assert not different, f"{row.name} ({golden.regime(row.name)}): {'; '.join(different)}"
 
 
-def test_every_run_has_golden_figures_and_nothing_else_has(golden: Golden) -> None:
+def test_golden_figures_and_runs_match_one_to_one(golden: Golden) -> None:
     assert golden.rows.keys() == ROWS.keys()
 
 
@@ -57,7 +57,7 @@ def test_golden_comparison_is_exact_where_arithmetic_is_the_same(golden: Golden)
     assert golden.differences("llama of nowhere", changed)
 
 
-def test_rows_made_here_count_to_the_last_bit_and_the_others_stay(golden: Golden) -> None:
+def test_rows_made_here_are_exact_and_other_rows_stay(golden: Golden) -> None:
     name, other = "llama wanda 50% block", "llama wanda 2:4 block"
     figures = {key: value for key, value in golden.rows[name].items() if key != "by"}
     made = golden.with_rows({name: figures})

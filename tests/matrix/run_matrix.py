@@ -1,10 +1,10 @@
 """Try coprune on every Python with the oldest and newest supported packages: python tests/matrix/run_matrix.py.
 
-Of every row the packages are resolved first, which needs no interpreter and tells of a Python to come whether all have
-wheels for it. Then, where its interpreter is found, a small part of the tests runs: recipes, commands, methods, and a
-pruning of every kind of model, in a fresh environment that uv makes outside of the checkout and that is removed
-afterwards. A row needs up to 7 GB for that time, most of it torch's CUDA libraries (`UV_TORCH_BACKEND=cpu` does without,
-where PyTorch's own index is in reach).
+For every row the packages are resolved first, which needs no interpreter and shows for a future Python whether all have
+wheels for it. Then, if its interpreter is found, a small part of the tests runs: recipes, commands, methods, and a
+pruning of every kind of model, in a fresh environment that uv makes outside the checkout and that is removed
+afterwards. A row temporarily needs up to 7 GB, most of it torch's CUDA libraries (`UV_TORCH_BACKEND=cpu` avoids them,
+if PyTorch's own index is reachable).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# The classifiers name the versions on which this has passed; it fails if one of them cannot be run.
+# The versions in the classifiers, all of which must be installed and pass.
 RUN = [match[1] for line in PROJECT["classifiers"] if (match := re.fullmatch(r".*Python :: (3\.\d+)", line))]
 NEXT = ["3.14", "3.15"]
-# Python, and which of the versions that pyproject.toml allows; of packages that it does not name, the newest fit.
+# Python, and which of the versions allowed by pyproject.toml; other packages are the newest that fit.
 ROWS = [(RUN[0], "lowest-direct"), *((python, "highest") for python in [*RUN, *NEXT])]
-# lm-eval asks for these, which are pure Python and have never been built into wheels.
+# Dependencies of lm-eval in pure Python without wheels.
 NO_WHEELS = ("rouge-score", "sqlitedict", "word2number")
 TESTS = [
     *("recipe", "commands/test_bad_input.py", "commands/test_options.py", "model/test_transformers_private.py"),
@@ -39,7 +39,7 @@ SHOWN = ("torch", "transformers", "numpy")
 
 
 def main() -> int:
-    """Try the rows that are asked for and print a line for each; returns 1 if any failed."""
+    """Try the requested rows and print a line for each; return 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="rows of this Python, or of this resolution")
     parser.add_argument("--place", help="where the environments are made, instead of the folder for temporary files")
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def resolved(python: str, resolution: str) -> tuple[bool, str]:
-    """Resolve the packages of all extras and of the tests for a Python, from wheels alone, and return what came of it."""
+    """Resolve the packages of all extras and of the tests for a Python, from wheels only; return success and a message."""
     command = ["pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
     command += ["--resolution", resolution, "--extra", "all", "--extra", "test", "--only-binary", ":all:"]
     command += [word for name in NO_WHEELS for word in ("--no-binary", name)]
@@ -73,7 +73,7 @@ def resolved(python: str, resolution: str) -> tuple[bool, str]:
 
 
 def tried(python: str, resolution: str, place: Path) -> tuple[bool, str]:
-    """Make an environment, run the tests in it, and return whether they passed and what became of them."""
+    """Run the tests in a new environment; return whether they passed, and a message."""
     interpreter = found(python)
     if interpreter is None:
         return python not in RUN, "not run: there is no such Python here"
@@ -82,7 +82,7 @@ def tried(python: str, resolution: str, place: Path) -> tuple[bool, str]:
     started = time.monotonic()
     uv(place, "pip", "install", "--quiet", "--python", str(own), "--resolution", resolution, f"{ROOT}[all,test]")
     made = time.monotonic() - started
-    # What a new package deprecates of an old one is no error.
+    # Deprecations between packages are no errors.
     command = [str(own), "-m", "pytest", "-q", "-m", "not slow", "-W", "default", "-p", "no:cacheprovider"]
     command += ["--durations=10"]
     command += [str(ROOT / "tests" / test) for test in TESTS]
@@ -99,7 +99,7 @@ def tried(python: str, resolution: str, place: Path) -> tuple[bool, str]:
 
 
 def found(python: str) -> str | None:
-    """The interpreter of a version on the path, or of pyenv; None if neither works."""
+    """Return the interpreter of a version from the path or pyenv; None if neither works."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     named = shutil.which(f"python{python}")
     for candidate in [*([named] if named else []), *map(str, sorted(pyenv.glob(f"{python}.*/bin/python")))]:
@@ -109,12 +109,12 @@ def found(python: str) -> str | None:
 
 
 def uv(place: Path, *arguments: str) -> None:
-    """Run uv, which has to succeed."""
+    """Run uv; raise if it fails."""
     subprocess.run([sys.executable, "-m", "uv", *arguments], cwd=place, check=True)
 
 
 def version(python: Path, package: str) -> str:
-    """The version of a package in another environment."""
+    """Return the version of a package in another environment."""
     ask = f"from importlib.metadata import version; print(version({package!r}))"
     return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,4 +1,4 @@
-"""A folder with an adapter of PEFT is read as its base with the adapter merged."""
+"""A folder with a PEFT adapter is read as its base model with the adapter merged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_adapter(base: Path, folder: Path, **settings: Any) -> Any:
-    """Save a random adapter; returns the model with it on."""
+    """Save a random adapter; return the model with the adapter enabled."""
     torch.manual_seed(1)
     model, _ = load_model(ModelFolder(base, str(base)))
     with quiet_transformers(), warnings.catch_warnings():
@@ -51,7 +51,7 @@ def change(folder: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}])
-def test_an_adapter_is_read_as_the_model_with_it_on(
+def test_an_adapter_folder_is_read_as_the_merged_model(
     base: Path, tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     adapted = save_adapter(base, tmp_path / "adapter", **settings)
@@ -80,7 +80,7 @@ def test_an_adapter_is_pruned_and_inspected_like_a_model(base: Path, tmp_path: P
     assert coprune.inspect(tmp_path / "adapter")
 
 
-def test_a_changed_adapter_or_base_is_another_model(base: Path, tmp_path: Path) -> None:
+def test_a_changed_adapter_or_base_is_located_as_another_model(base: Path, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "adapter")
     first = locate(tmp_path / "adapter").path
     file = tmp_path / "adapter" / ADAPTER_WEIGHTS
@@ -91,7 +91,7 @@ def test_a_changed_adapter_or_base_is_another_model(base: Path, tmp_path: Path) 
     assert len({first, second, third}) == 3
 
 
-def test_an_adapter_whose_base_is_not_here_says_of_what_it_is(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_a_missing_base_names_the_base(base: Path, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "adapter")
     change(tmp_path / "adapter", base_model_name_or_path="somebody/base")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The next block on its way to a device while this one computes: in order, never used before it is there, never in the way."""
+"""Prefetching the next block to a device: in order, never used before it is complete, and never a hindrance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HERE = torch.device("cpu")
 
 @dataclass
 class StandIn:
-    """A way to a device whose copies are made at the last moment: when somebody waits for one. Until then there are NaNs."""
+    """A stand-in for copies to a device that happen only when waited for; until then tensors hold NaN."""
 
     log: list[str] = field(default_factory=list)
     full: bool = False
@@ -58,7 +58,7 @@ class OnItsWay:
 
 @pytest.fixture
 def channel(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Folders are streamed to host memory as if it were a device with a gigabyte free."""
+    """Stream folders to host memory as if it were a device with a gigabyte free."""
     channel = StandIn()
     memory = DeviceMemory("cuda:0", allocated=0, peak=0, available=1 << 30)
     monkeypatch.setattr(lazy, "device_memory", lambda device: memory)
@@ -109,7 +109,7 @@ def test_an_expected_block_is_prefetched_and_used_once_complete(
     assert same(fetched, tensors(plain, second))
 
 
-def test_what_was_fetched_in_vain_is_forgotten(folder: Path, channel: StandIn) -> None:
+def test_unused_prefetched_blocks_are_discarded(folder: Path, channel: StandIn) -> None:
     weights, (first, second, third) = opened(folder)
     wanted = tensors(weights, second)
     weights.expect(first)
@@ -117,11 +117,11 @@ def test_what_was_fetched_in_vain_is_forgotten(folder: Path, channel: StandIn) -
     assert same(tensors(weights, second), wanted)
     assert "arrived" not in channel.log
     weights.expect(second)
-    weights.read_from(next(iter(weights._entries.values())).file)  # a file that was written meanwhile is read itself
+    weights.read_from(next(iter(weights._entries.values())).file)  # a file written meanwhile is read from the disk
     assert same(tensors(weights, second), wanted)
 
 
-def test_a_device_that_is_full_is_tried_once_more(folder: Path, channel: StandIn) -> None:
+def test_a_full_device_is_retried_once(folder: Path, channel: StandIn) -> None:
     weights, (first, *_) = opened(folder)
     wanted = tensors(weights, first)
     channel.full = True
@@ -147,7 +147,7 @@ def test_a_block_is_prefetched_only_with_ample_device_memory(
     assert not lazy.has_room(0, HERE)
 
 
-def test_what_a_file_lacks_is_told_where_it_is_missed(folder: Path, channel: StandIn, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_when_its_tensor_is_needed(folder: Path, channel: StandIn, tmp_path: Path) -> None:
     entry = next(iter(checkpoint_entries(folder).values()))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(entry.file.read_bytes()[: entry.start + 8])
@@ -158,7 +158,7 @@ def test_what_a_file_lacks_is_told_where_it_is_missed(folder: Path, channel: Sta
     assert fetching.take(lost) is None
 
 
-def test_a_run_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_prefetching_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "model", "llama")
     words, channel = write_words(tmp_path / "words.txt"), StandIn()
     usual: dict[str, Any] = {"model": str(tmp_path / "model"), "method": "wanda", "dataset": str(words), "nsamples": 4}

@@ -1,4 +1,4 @@
-"""Small files that ask for huge models are refused before anything is built."""
+"""Small files that claim huge models are refused before anything is built."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_more_layers_or_experts_than_tensors_are_refused(name: str, count: int, 
 
 
 def text(content: str | bytes) -> bytes:
-    """A text in a GGUF file."""
+    """Encode a text as in a GGUF file."""
     written = content.encode() if isinstance(content, str) else content
     return struct.pack("<Q", len(written)) + written
 
@@ -45,7 +45,7 @@ ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("llama
 
 
 def gguf(path: Path, count: int, tensors: int = 3, token: str | bytes = "b", first: bytes = ARCHITECTURE) -> Path:
-    """The metadata of a GGUF file: a text, a list of texts, and how many blocks there are."""
+    """Write the metadata of a GGUF file: a text, a list of texts, and a number of blocks."""
     entries = [
         first,
         text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text(token),
@@ -71,7 +71,7 @@ def test_a_gguf_file_that_ends_early_is_one_message(end: int, tmp_path: Path) ->
         locate(file)
 
 
-def test_lists_in_lists_of_a_gguf_file_are_one_message(tmp_path: Path) -> None:
+def test_nested_lists_in_a_gguf_file_are_one_message(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
     file.write_bytes(head + struct.pack("<IQ", 9, 1) * 100_000)
@@ -94,6 +94,6 @@ def test_an_impossible_part_number_of_a_split_file_is_refused(name: str, tmp_pat
         ({"first": text("split.no") + struct.pack("<I", 8) + text("a")}, r"has no general\.architecture"),
     ],
 )
-def test_metadata_without_a_meaning_are_refused_by_name(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_meaningless_metadata_is_refused_by_name(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=told):
         locate(gguf(tmp_path / "model.gguf", 3, **changes))

@@ -1,4 +1,4 @@
-"""Experts that stay in their files until they are multiplied: the same model, and never a whole layer of them."""
+"""Experts that stay in their files until used: the same model, without ever loading a whole layer of them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def raw(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def gates(tmp_path: Path) -> tuple[list[Tensor], list[Tensor]]:
-    """Matrices in a file, not read, and their values."""
+    """Return unread matrices in a file, and their values."""
     values = [torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed)) for seed in range(2 * EXPERTS)]
     save_file({f"{number:02d}": value for number, value in enumerate(values)}, tmp_path / "file.safetensors")
     found = [deferred(entry) for _, entry in sorted(read_entries(tmp_path / "file.safetensors").items())]
@@ -68,7 +68,7 @@ def gates(tmp_path: Path) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def both_ways(tensors: list[Tensor]) -> dict[str, Tensor]:
-    """What transformers does with experts between a checkpoint and a model, and coprune when it cuts."""
+    """Fuse and split experts as transformers does on loading, and as coprune does when it cuts."""
     merged = torch.cat([torch.stack(tensors[:EXPERTS]), torch.stack(tensors[EXPERTS:])], dim=1)
     gate, up = merged.to(torch.float32).chunk(2, dim=1)
     kept = merged.detach().index_select(0, torch.tensor([0, 2]))
@@ -84,7 +84,7 @@ def both_ways(tensors: list[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def test_taking_apart_and_putting_together_reads_nothing(
+def test_splitting_and_fusing_experts_reads_nothing(
     gates: tuple[list[Tensor], list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lying, values = gates

@@ -1,4 +1,4 @@
-"""The digest of a model's files: their bytes, not their place."""
+"""The digest of a model's files depends on their bytes, not on their location."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_digest_changes_with_any_byte_or_name(tmp_path: Path) -> None:
     assert len(found) == 5
 
 
-def test_all_parts_of_a_split_file_count(tmp_path: Path) -> None:
+def test_the_digest_covers_all_parts_of_a_split_file(tmp_path: Path) -> None:
     parts = [tmp_path / f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
     for part in parts:
         part.write_bytes(b"same")

@@ -1,4 +1,4 @@
-"""Models without weights have the shapes and buffers of those with weights, and nothing is drawn for them."""
+"""Models without weights have the shapes and buffers of real ones, without any initialisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of a configuration as changes of its file."""
+"""Changes of a configuration, applied to its file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coprune.model.transformers_private import config_of
 
 
 def test_a_file_with_infinities_is_read(tmp_path: Path) -> None:
-    """In JSON, transformers writes them as objects: the time steps of state-space models have them."""
+    """transformers writes infinities as JSON objects, for example in the time steps of state-space models."""
     config = Mamba2Config(num_hidden_layers=3)
     config.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Headers of safetensors files that are wrong, or want to mislead: one message each, before anything is read."""
+"""Wrong or malicious headers of safetensors files give one message each, before any data is read."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_unsound_header_is_one_message(what: str, tmp_path: Path) -> None:
     ],
     ids=["deep lists", "deep tables", "a tensor twice", "a key twice", "a long number", "no text"],
 )
-def test_text_that_a_parser_falls_over_is_one_message(text: str | bytes, tmp_path: Path) -> None:
+def test_text_that_breaks_a_parser_is_one_message(text: str | bytes, tmp_path: Path) -> None:
     file = file_of(tmp_path / "model.safetensors", text, 16)
     with pytest.raises(BadInput, match="malformed"):
         read_entries(file)
@@ -90,9 +90,7 @@ def test_a_sound_header_is_read(tmp_path: Path) -> None:
     assert {name: found.shape for name, found in entries.items()} == {"a": (4,), "none": (0, 7), "b": (2, 3)}
 
 
-def test_json_that_is_nested_deep_or_far_too_large_is_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deeply_nested_or_huge_json_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"a":' * 100_000)
     with pytest.raises(BadInput, match="nested too deep"):
         read_json(tmp_path / "config.json")
@@ -101,7 +99,7 @@ def test_json_that_is_nested_deep_or_far_too_large_is_one_message(
         read_json(tmp_path / "config.json")
 
 
-def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+def test_integer_tensors_are_not_weights(tmp_path: Path) -> None:
     save_pico(tmp_path / "model", num_hidden_layers=1)
     name = "model.layers.0.mlp.up_proj.weight"
     file = stored_entries(tmp_path / "model")[name].file

@@ -29,7 +29,7 @@ from support.short import NO_THREADS
 
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What users have."""
+    """Use the users' number of threads."""
     monkeypatch.delenv(NO_THREADS)
 
 
@@ -43,7 +43,7 @@ def open_lazy(folder: Path, **options: object) -> tuple[LazyCheckpoint, list[str
 
 
 @pytest.mark.parametrize(("name", "dtype"), crossed([*MODELS], [torch.float32, torch.bfloat16]), ids=str)
-def test_blocks_stream_through_unchanged(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_streamed_blocks_are_unchanged(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_model(name, tmp_path, dtype)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     lazy, blocks = open_lazy(tmp_path)
@@ -64,9 +64,7 @@ def test_blocks_stream_through_unchanged(name: str, dtype: torch.dtype, tmp_path
 
 
 @pytest.mark.parametrize(("name", "dtype"), crossed([*MODELS], [torch.float32, torch.bfloat16]), ids=str)
-def test_everything_acquired_is_the_model_that_transformers_loads(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_acquired_blocks_equal_transformers_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_model(name, tmp_path, dtype)
     expected = prepare(load_clean(tmp_path))
     lazy, blocks = open_lazy(tmp_path)
@@ -81,7 +79,7 @@ def test_everything_acquired_is_the_model_that_transformers_loads(
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
-def test_a_block_that_is_expected_is_read_ahead_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_expected_block_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model("llama", tmp_path, torch.float32)
     lazy, blocks = open_lazy(tmp_path)
     asked = []
@@ -115,7 +113,7 @@ def test_a_model_in_memory_gives_the_tensors_that_save_pretrained_writes(name: s
         assert weights.total_bytes == sum(tensor.nbytes for tensor in written.values())
 
 
-def test_a_changed_expert_comes_back_under_its_own_name(tmp_path: Path) -> None:
+def test_a_changed_expert_is_saved_under_its_own_name(tmp_path: Path) -> None:
     save_model("mixtral", tmp_path)
     lazy, blocks = open_lazy(tmp_path)
     lazy.acquire(blocks[1])
@@ -130,7 +128,7 @@ def test_a_changed_expert_comes_back_under_its_own_name(tmp_path: Path) -> None:
     assert ".experts.2." in name
 
 
-def test_asking_for_a_dtype_computes_and_writes_in_it(tmp_path: Path) -> None:
+def test_a_requested_dtype_is_used_for_computing_and_writing(tmp_path: Path) -> None:
     save_model("llama", tmp_path, torch.bfloat16)
     lazy, blocks = open_lazy(tmp_path, dtype="float32")
     lazy.acquire(blocks[0])
@@ -142,7 +140,7 @@ def test_asking_for_a_dtype_computes_and_writes_in_it(tmp_path: Path) -> None:
 
 
 def test_unchanged_weights_are_not_rounded_to_the_dtype_of_the_computation(tmp_path: Path) -> None:
-    """Files may keep single tensors in float32 where the configuration says bfloat16."""
+    """Files may store single tensors in float32 although the configuration says bfloat16."""
     save_model("llama", tmp_path, torch.bfloat16, shards="1GB")
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -165,7 +163,7 @@ def test_unchanged_weights_are_not_rounded_to_the_dtype_of_the_computation(tmp_p
 
 
 def test_names_without_the_prefix_of_the_base_model_are_kept(tmp_path: Path) -> None:
-    """GPT-2's own files say `h.0.…` where the model says `transformer.h.0.…`, and hold masks that nobody loads."""
+    """GPT-2's own files have `h.0.…` for the model's `transformer.h.0.…`, and masks that are never loaded."""
     save_model("gpt2", tmp_path, shards="1GB")
     file = tmp_path / "model.safetensors"
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
@@ -235,7 +233,7 @@ def test_a_configuration_of_another_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
 def test_a_file_larger_than_the_address_space_allowed_is_streamed(tmp_path: Path) -> None:
-    """The file is sparse: it says it holds 1 GB of weights in 32 blocks, and takes no room on the disk."""
+    """A sparse file with 1 GB of weights in 32 blocks, which takes no disk space."""
     sizes: dict[str, Any] = dict(vocab_size=64, hidden_size=768, intermediate_size=2048, num_hidden_layers=32)
     config = AutoConfig.for_model("llama", **sizes, num_attention_heads=8, dtype="float32", tie_word_embeddings=True)
     config.save_pretrained(tmp_path)
@@ -253,7 +251,7 @@ def test_a_file_larger_than_the_address_space_allowed_is_streamed(tmp_path: Path
         file.truncate(8 + len(text) + end)
 
     def stream() -> None:
-        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # every thread takes addresses of its own
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # every thread reserves address space
         limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + end // 2
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         with pytest.raises((OSError, MemoryError, RuntimeError)):

@@ -1,4 +1,4 @@
-"""What configurations are called by readers older than transformers 5."""
+"""Configuration keys for readers older than transformers 5."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_transformers_reads_the_same_configuration_with_older_keys_as_without(tm
     assert {name: tried[0][name] for name in same} == {name: tried[1][name] for name in same}
 
 
-def test_the_base_of_rotations_stands_where_older_readers_look(tmp_path: Path) -> None:
+def test_the_rotary_base_is_stored_where_older_readers_look(tmp_path: Path) -> None:
     assert (
         _written(tmp_path / "a", "qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6})["rope_theta"]
         == 1e6
     )
     scaled = _written(tmp_path / "b", "llama", rope_parameters=ROPE)
     assert scaled["rope_theta"] == 1e5
-    assert "rope_scaling" not in scaled  # of which transformers warns
+    assert "rope_scaling" not in scaled  # transformers warns about it
     assert {"rope_theta", "rope_local_base_freq"} <= _written(tmp_path / "c", "gemma3_text").keys()
 
 
-def test_the_dtype_goes_by_both_names(tmp_path: Path) -> None:
+def test_the_dtype_is_stored_under_both_names(tmp_path: Path) -> None:
     written = _written(tmp_path / "a", "llama")
     assert written["torch_dtype"] == written["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""Links in a model's folder: nothing from elsewhere on the machine comes into what is written."""
+"""Links in a model's folder: nothing from elsewhere on the machine is copied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.pico_folder import save_pico
 
 @pytest.fixture
 def crafted(tmp_path: Path) -> Path:
-    """A model whose folder has links to a secret: a file, a folder, one that goes round in a circle."""
+    """Return a model whose folder has links to a secret file, to a folder, and in a circle."""
     secrets = tmp_path / "home"
     secrets.mkdir()
     (secrets / "key.txt").write_text("secret")
@@ -39,13 +39,13 @@ def test_links_out_of_a_folder_are_not_copied(crafted: Path, tmp_path: Path, cap
 
 
 def test_pipes_are_not_copied(crafted: Path, tmp_path: Path) -> None:
-    os.mkfifo(crafted / "pipe.txt")  # reading it would wait for ever
+    os.mkfifo(crafted / "pipe.txt")  # reading it would block forever
     (tmp_path / "out").mkdir()
     copy_companions(ModelFolder(crafted, "model"), tmp_path / "out")
     assert not (tmp_path / "out" / "pipe.txt").exists()
 
 
-def test_the_hubs_cache_is_made_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--a--b" / "blobs").mkdir()

@@ -1,4 +1,4 @@
-"""A GGUF file that is loaded is read once, as the package gguf reads it, and the package is afterwards as it was."""
+"""A GGUF file is read once on loading, with the same values as the package gguf, which is left unmodified."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
 
 def test_our_gguf_reader_agrees_with_the_package(file: GgufFile) -> None:
     ours, theirs = gguf_reader(file.path, field="model"), gguf.GGUFReader(file.path)
-    assert type(ours.data) is np.ndarray  # not a memmap, each slice of which is one again
+    assert type(ours.data) is np.ndarray  # not a memmap, whose slices are memmaps again
     assert list(ours.fields) == list(theirs.fields)
     for mine, own in zip(ours.fields.values(), theirs.fields.values(), strict=True):
         assert (mine.offset, mine.name, mine.data, mine.types) == (own.offset, own.name, own.data, own.types)

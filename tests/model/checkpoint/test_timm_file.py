@@ -1,4 +1,4 @@
-"""timm's architectures with weights in a file of one's own."""
+"""timm's architectures with weights from the user's file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "test_vit"  # timm's smallest
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """A model of seven classes, and its weights in both kinds of file."""
+    """Return a model of seven classes, and its weights in both kinds of file."""
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=7).eval()
     folder = tmp_path_factory.mktemp("weights")
@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 
 
 @pytest.mark.parametrize(("file", "dtype"), [("w.safetensors", torch.float32), ("half.pth", torch.float16)])
-def test_a_file_beside_the_name_is_a_model(
+def test_an_architecture_with_a_file_is_a_model(
     trained: tuple[nn.Module, Path], tmp_path: Path, file: str, dtype: torch.dtype
 ) -> None:
     model, folder = trained
@@ -48,8 +48,8 @@ def test_a_file_beside_the_name_is_a_model(
     assert [path.name for path in found.path.parent.iterdir()] == [found.path.name]
 
 
-def test_statistics_that_are_wider_than_the_weights_stay_so(tmp_path: Path) -> None:
-    """A model of halves keeps its batch norms' statistics in float32, where they may be larger than a half can say."""
+def test_batch_norm_statistics_stay_in_float32(tmp_path: Path) -> None:
+    """A half-precision model keeps batch-norm statistics in float32, since they may exceed float16."""
     torch.manual_seed(0)
     tensors = timm.create_model("test_resnet", num_classes=7).state_dict()
     for name, tensor in tensors.items():

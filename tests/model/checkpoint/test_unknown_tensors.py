@@ -1,4 +1,4 @@
-"""A file of far more tensors than its model knows: they are told in a few lines."""
+"""A file with far more tensors than its model knows is reported in a few lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.pico_folder import save_pico
 MANY = 20_000
 
 
-def test_many_unknown_tensors_are_told_in_a_few_lines(tmp_path: Path) -> None:
+def test_many_unknown_tensors_are_reported_in_a_few_lines(tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model", num_hidden_layers=1)
     names = [f"model.layers.{number}.extra.weight" for number in range(MANY)]
     names += [f"{letter}{number}" for number in range(1000) for letter in "ab"]

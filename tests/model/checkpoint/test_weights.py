@@ -1,4 +1,4 @@
-"""What models in memory and streamed ones have in common, so that nobody has to ask which of them one is."""
+"""The common interface of models in memory and streamed ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.saved import load_clean, save_model
 
 
 def both(folder: Path) -> dict[bool, Weights]:
-    """The model of a folder, by whether it is streamed."""
+    """Return a folder's model by whether it is streamed."""
     location, model = ModelFolder(folder, str(folder)), load_clean(folder)
     return {False: InMemory(model, Source(location, model)), True: LazyCheckpoint(location)}
 
@@ -34,7 +34,7 @@ def test_weights_know_whether_they_stream(tmp_path: Path) -> None:
             next(block.parameters()).zero_()
         weights.release("model.layers.0")
         weights.acquire("model.layers.0")
-        assert bool((next(block.parameters()) != 0).any()) is streams  # what was changed is lost
+        assert bool((next(block.parameters()) != 0).any()) is streams  # the change is lost
 
 
 def test_weights_are_saved_with_the_files_of_their_model(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from support.saved import (
 
 
 @pytest.mark.parametrize(("name", "single"), crossed([*MODELS], [True, False]))
-def test_a_streamed_copy_is_the_original(
+def test_a_streamed_copy_equals_the_original(
     name: str, single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer_module, "SINGLE_FILE_BYTES", 10**9 if single else 0)
@@ -62,7 +62,7 @@ def test_a_streamed_copy_is_the_original(
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["copy", "source"]
 
 
-def test_tied_embeddings_that_a_checkpoint_has_twice_are_written_twice(tmp_path: Path) -> None:
+def test_tied_embeddings_stored_twice_are_written_twice(tmp_path: Path) -> None:
     save_model("llama_tied", tmp_path / "source", shards="1GB")
     tensors = tensors_of(tmp_path / "source")
     twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
@@ -96,8 +96,8 @@ def test_another_dtype_is_written_and_declared(tmp_path: Path) -> None:
     assert load_clean(copy).dtype == torch.bfloat16
 
 
-def test_joined_files_are_what_the_library_writes(tmp_path: Path) -> None:
-    """Also where the parts alone have odd lengths, which would leave wider tensors unaligned."""
+def test_joined_files_equal_those_of_the_library(tmp_path: Path) -> None:
+    """Also for parts of odd lengths, which would leave wider tensors unaligned."""
     parts = [
         {"b": torch.arange(3, dtype=torch.uint8), "ü": torch.randn(3, 5)},
         {"a": torch.randn(7).bfloat16()},
@@ -151,7 +151,7 @@ def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "note cut", "note gone", "note of another"])
-def test_damage_to_a_part_is_noticed_and_mended(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_part_is_noticed_and_rewritten(damage: str, tmp_path: Path) -> None:
     writer = part_writer(tmp_path)
     tensors = {"a": torch.randn(64)}
     writer.write("one", tensors)
@@ -181,10 +181,10 @@ def test_damage_to_a_part_is_noticed_and_mended(damage: str, tmp_path: Path) -> 
     assert_same_tensors(tensors_of(again.finish()), {**tensors, "b": torch.zeros(3)})
 
 
-def test_a_folder_that_holds_something_is_never_touched(tmp_path: Path) -> None:
+def test_a_nonempty_folder_is_never_touched(tmp_path: Path) -> None:
     occupied = tmp_path / "model"
     occupied.mkdir()
-    writer = part_writer(tmp_path, ["one"])  # an empty folder is fine
+    writer = part_writer(tmp_path, ["one"])  # an empty folder is accepted
     writer.write("one", {"a": torch.ones(1)})
     (occupied / "precious").write_text("mine")
     with pytest.raises(BadInput, match="already exists"):
@@ -227,7 +227,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path, one_thread: None)
     assert {path.name for path in writer.finish().iterdir()} == {SINGLE_FILE}
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_space_is_reported_before_writing(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"takes 1,000,000,000,000,000,000 bytes, but its disk has [\d,]+ free"):
         CheckpointWriter(tmp_path / "new" / "model", ["one"], 10**18)
     assert not list(tmp_path.iterdir())
@@ -252,7 +252,7 @@ def test_foreign_content_under_the_unfinished_name_is_left_alone(kind: str, tmp_
 @pytest.mark.parametrize(
     "left", [[], ["running.lock"], [".parts.json.coprune-01234567"], ["coprune_edits.json", "config.json"]]
 )
-def test_what_a_run_left_in_its_first_and_last_moments_is_taken_over(left: list[str], tmp_path: Path) -> None:
+def test_leftovers_of_a_runs_first_and_last_moments_are_reused(left: list[str], tmp_path: Path) -> None:
     (tmp_path / ".model.partial").mkdir()
     for name in left:
         (tmp_path / ".model.partial" / name).mkdir() if "-" in name else (tmp_path / ".model.partial" / name).touch()
@@ -260,7 +260,7 @@ def test_what_a_run_left_in_its_first_and_last_moments_is_taken_over(left: list[
     assert {path.name for path in writer.partial.iterdir()} == {"parts.json", "running.lock"}
 
 
-def test_killed_at_any_call_of_the_system_it_ends_with_the_same_files(tmp_path: Path, one_thread: None) -> None:
+def test_a_writer_killed_at_any_system_call_ends_with_the_same_files(tmp_path: Path, one_thread: None) -> None:
     def write(out: Path) -> None:
         if (out / "model").exists():
             return
@@ -291,7 +291,7 @@ def test_killed_at_any_call_of_the_system_it_ends_with_the_same_files(tmp_path: 
 
 
 def test_a_full_disk_loses_no_finished_part(tmp_path: Path, one_thread: None) -> None:
-    """A limit on the size of files stands for the full disk: the write fails half-way, in the library's own code."""
+    """A limit on file sizes simulates the full disk: the write fails half-way, inside the library."""
 
     def fill() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -328,7 +328,7 @@ def test_a_part_counts_only_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: 
     assert writer.verify("one")
 
 
-def test_what_fails_beside_the_next_part_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_background_write_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -392,7 +392,7 @@ def test_background_writes_wait_for_copies_from_a_device(tmp_path: Path, monkeyp
     caller, waited = threading.get_ident(), []
 
     def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
-        copy = tensor.clone()  # a device copies what is there when it is told to
+        copy = tensor.clone()  # a device copies the values at the time of the call
 
         def arrive() -> Tensor:
             waited.append(threading.get_ident() != caller)
@@ -409,14 +409,14 @@ def test_background_writes_wait_for_copies_from_a_device(tmp_path: Path, monkeyp
     assert waited == [True]
     assert torch.equal(tensors_of(writer.file("a").parent)["x"], torch.arange(6.0).reshape(2, 3).T)
     writer.write("b", {"y": torch.ones(2)})
-    assert len(waited) == 1  # written at once, a copy is waited for as ever
+    assert len(waited) == 1  # an immediate write waits for the copy as usual
     writer.discard()
 
 
 def test_a_shard_written_in_the_background_is_complete_after_settling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caller goes on meanwhile; what goes wrong there is told before the next part."""
+    """The caller continues meanwhile; an error is raised before the next part."""
     may_go_on, full = threading.Event(), False
 
     def slow(*arguments: object, **options: object) -> None:

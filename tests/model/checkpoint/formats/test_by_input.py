@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: read as the dense weights that they are, and written as plain ones."""
+"""GPTQ and AWQ: read as dense weights, and written as plain ones."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_gptq_and_awq_prune_like_their_dense_weights(form: str, family: str, tmp
     ("part", "said"),
     [("qzeros", r"scales and qzeros have the shapes .* which do not fit"), ("g_idx", r"q_proj: g_idx names group 99")],
 )
-def test_damage_is_named(part: str, said: str, tmp_path: Path) -> None:
+def test_damaged_tensors_are_named(part: str, said: str, tmp_path: Path) -> None:
     quantised, _ = quantised_pico(tmp_path, "gptq", "llama")
     name = f"model.layers.0.self_attn.q_proj.{part}"
     file = next(file for file in quantised.glob("*.safetensors") if name in load_file(file))
@@ -57,7 +57,7 @@ def test_damage_is_named(part: str, said: str, tmp_path: Path) -> None:
         read_tensor(checkpoint_entries(quantised)["model.layers.0.self_attn.q_proj.weight"])
 
 
-def test_bits_that_no_word_holds_are_refused(tmp_path: Path) -> None:
+def test_unsupported_bit_widths_are_refused(tmp_path: Path) -> None:
     quantised, _ = quantised_pico(tmp_path, "gptq", "llama")
     config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"]["bits"] = 3

@@ -1,4 +1,4 @@
-"""What lies beside a quantised weight is read or refused by name; damaged parts and configurations are one error."""
+"""Tensors beside a quantised weight are read or refused by name; damaged parts and configurations give one error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPERTS = "model.layers.0.mlp.experts.down_proj"
 
 
 def damaged(folder: Path, form: str, change: Change | None = None, config: dict[str, Any] | None = None) -> Path:
-    """A quantised pico checkpoint with other tensors, or another `quantization_config`."""
+    """Write a quantised pico checkpoint with changed tensors or `quantization_config`."""
     source, _ = quantised_pico(folder, form, "gpt_oss" if form == "mxfp4" else "llama")
     (source / "model.safetensors.index.json").unlink(missing_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -63,16 +63,14 @@ def _with(last: str, tensor: Tensor, place: str = PLACE) -> Change:
         ("fp8 block", "weight_scale_inv", "lm_head."),
     ],
 )
-def test_what_lies_beside_a_weight_and_is_not_read_is_refused_by_name(
-    form: str, last: str, place: str, tmp_path: Path
-) -> None:
+def test_unread_tensors_beside_a_weight_are_refused_by_name(form: str, last: str, place: str, tmp_path: Path) -> None:
     assert form in {**FORMATS, **READ_ONLY}
     source = damaged(tmp_path, form, _with(last, torch.ones(4), place))
     with pytest.raises(BadInput, match=f"{place}{last} .* coprune does not know how to read it"):
         checkpoint_entries(source)
 
 
-def test_codes_that_no_decoder_reads_are_refused(tmp_path: Path) -> None:
+def test_codes_without_a_decoder_are_refused(tmp_path: Path) -> None:
     source = damaged(tmp_path, "fp8 block", _with("table", torch.ones(4, 4).to(torch.float8_e4m3fn)))
     with pytest.raises(BadInput, match=r"q_proj.table .F8_E4M3. belongs to a quantised weight"):
         checkpoint_entries(source)
@@ -123,7 +121,7 @@ def test_parts_of_another_type_or_shape_are_named(
         ("fp8 block", {"weight_block_size": "16x16"}, "weight_block_size cannot be '16x16'"),
     ],
 )
-def test_a_configuration_of_other_kinds_of_values_is_one_error(
+def test_a_configuration_with_values_of_wrong_types_is_one_error(
     form: str, config: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match=f"quantization_config of config.json: .*{told}"):

@@ -1,4 +1,4 @@
-"""Every format decodes to what its encoder meant, and takes back zeros and values of its grid without touching another code."""
+"""Every format decodes its encoder's values, and stores zeros and values of its grid without changing other codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stored:
 
 
 def encoded(form: str) -> tuple[Weight, dict[str, Tensor], Tensor]:
-    """A weight, its parts and the values that they stand for."""
+    """Return a weight, its parts and the values that they encode."""
     generator = torch.Generator().manual_seed(0)
     shape = (3, 64, 40) if form == "mxfp4" else (40, 96)
     parts, values = FORMATS[form].encode(torch.randn(shape, generator=generator))
@@ -57,19 +57,21 @@ def test_decoding_and_encoding_again_keeps_values_and_codes(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_other_values_go_to_the_nearest_on_the_grid_and_never_to_zero(form: str) -> None:
+def test_other_values_are_rounded_to_the_nearest_nonzero_grid_value(form: str) -> None:
     weight, stored, values = encoded(form)
     moved = values + 0.01 * torch.randn(values.shape, generator=torch.Generator().manual_seed(2))
     parts, rounding = weight.encode(moved, stored)
     found = weight.decode(parts, torch.empty(weight.shape))
-    assert values.numel() - 2 <= rounding.values <= values.numel()  # one or the other stays within the last bits
+    assert (
+        values.numel() - 2 <= rounding.values <= values.numel()
+    )  # a few may already be on the grid up to the last bits
     assert bool((found != 0).all())
-    # As near as the value that was there, except where that was zero.
+    # At least as near as the previous value, unless that was zero.
     assert bool(((found - moved).abs() <= (values - moved).abs() + 1e-6)[values != 0].all())
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_rows_are_cut_by_bytes_in_the_steps_that_scales_have(form: str) -> None:
+def test_rows_are_sliced_by_bytes_in_whole_scale_blocks(form: str) -> None:
     weight, stored, values = encoded(form)
     kept = KeptSlices(dim=values.ndim - 1 if form == "mxfp4" else 0, size=40, ranges=[[(0, 16), (32, 40)]])
     cut = weight.cut(stored, kept)
