@@ -1,4 +1,4 @@
-"""Blocks are found by structure, matrices are views, and patterns choose among them."""
+"""Blocks are found by structure, matrices are views, and patterns select among them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.toys import ToyModel
 
 
 @pytest.mark.parametrize("family", of_ten(FAMILIES | MIXTURES))
-def test_the_blocks_of_every_family(family: str) -> None:
+def test_blocks_of_every_family_are_found(family: str) -> None:
     model = pico_model(family)
     blocks = find_blocks(model)
     assert len(blocks) == (model.config.num_hidden_layers)
@@ -37,7 +37,7 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
-def test_two_lists_of_blocks() -> None:
+def test_an_encoder_decoder_has_two_lists_of_blocks() -> None:
     model = ToyModel()
     model.encoder = ToyModel().layers
     with pytest.raises(UnsupportedModel, match="more than one long list"):
@@ -112,7 +112,7 @@ def test_a_head_tied_to_the_embeddings_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("include", "exclude"), [(["*.nothing"], []), ([], ["*.nothing"])])
-def test_a_pattern_that_matches_nothing(include: list[str], exclude: list[str]) -> None:
+def test_a_pattern_that_matches_nothing_is_refused(include: list[str], exclude: list[str]) -> None:
     with pytest.raises(BadInput, match=r"'\*\.nothing' matches none"):
         names(ToyModel(), include, exclude)
 
@@ -174,6 +174,6 @@ def test_equal_tensors_are_kept_once() -> None:
     assert pool.share(torch.ones(3) * 2) is not first["mask"]
 
 
-def test_a_model_of_no_blocks_is_refused() -> None:
+def test_a_model_configured_without_blocks_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="the model has no blocks: its configuration sets their number to 0"):
         find_blocks(pico_model("llama", num_hidden_layers=0))

@@ -1,4 +1,4 @@
-"""What a forward multiplies decides what is a matrix, a mixture or a router; all else is named, or the model refused."""
+"""The products of a forward decide what is a matrix, a mixture or a router; everything else is named, or the model refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chosen_of(model: Any, include: Sequence[str] = (), exclude: Sequence[str] = 
 
 
 def mean_squares(model: Any) -> dict[str, Tensor]:
-    """Of what every matrix of the first block is multiplied with."""
+    """Return the mean squares of the inputs of every matrix in the first block."""
     found = proven(model)
     walk = Walk(found, record_batches(found, [TOKENS]), InputNorm)
     ready = [event for event in walk if isinstance(event, MatricesReady)]
@@ -45,7 +45,7 @@ def mean_squares(model: Any) -> dict[str, Tensor]:
 
 
 def toy(kind: Callable[[], nn.Module]) -> Any:
-    """Two toy blocks of a kind."""
+    """Return a model of two toy blocks of a kind."""
     model = ToyModel(blocks=0)
     torch.manual_seed(0)
     model.layers = nn.ModuleList(kind() for _ in range(2))
@@ -61,7 +61,7 @@ def lines(chosen: Chosen) -> list[str]:
 
 
 class Stack(nn.Module):
-    """Three matrices in one parameter, multiplied as a subclass says."""
+    """Three matrices in one parameter, multiplied by a subclass's rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class OneBackwards(Stack):
 
 
 class Mixture(nn.Module):
-    """A mixture with its router and a shared layer, beside which stand layers as wide as there are experts."""
+    """A mixture with a router and a shared layer, beside layers as wide as the number of experts."""
 
     stack: type[nn.Module] = OneByOne
 
@@ -136,7 +136,7 @@ def test_a_mixture_has_experts_and_routers_and_width_alone_makes_none(stack: typ
 
 def test_a_router_may_choose_experts_that_do_nothing() -> None:
     class SomeDoNothing(OneByOne):
-        """The first parameter has a place for them, the second has none."""
+        """A mixture with experts that do nothing, for which only the first parameter has a place."""
 
         def __init__(self) -> None:
             nn.Module.__init__(self)
@@ -160,13 +160,13 @@ def test_a_parameter_of_three_dimensions_that_is_not_multiplied_is_no_mixture() 
     ]
 
 
-def test_experts_that_are_multiplied_at_once_see_what_is_theirs() -> None:
+def test_experts_in_one_product_see_their_own_inputs() -> None:
     seen = mean_squares(mixture_of(AtOnce))
     for table in TABLES:
         assert torch.equal(seen[table], seen["first"])
 
 
-def test_what_is_multiplied_along_its_outputs_is_refused_unless_it_is_left_out() -> None:
+def test_products_along_outputs_are_refused_unless_excluded() -> None:
     model = mixture_of(OneBackwards)
     with pytest.raises(
         UnsupportedModel, match=r"tables\[0\] is multiplied along its outputs; leave it out with exclude="
@@ -176,7 +176,7 @@ def test_what_is_multiplied_along_its_outputs_is_refused_unless_it_is_left_out()
 
 
 class Experts(nn.ModuleList):
-    """Experts as modules of their own, of which the last gets no token."""
+    """Experts as separate modules, the last without tokens."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(WIDTH, WIDTH) for _ in range(EXPERTS))
@@ -185,7 +185,7 @@ class Experts(nn.ModuleList):
         return self[0](hidden) + self[1](hidden)
 
 
-def test_experts_may_be_modules_of_their_own_and_get_no_token() -> None:
+def test_experts_may_be_separate_modules_and_get_no_token() -> None:
     chosen = chosen_of(mixture_of(Experts))
     assert sorted(names_in(chosen)) == sorted([*OTHERS, *(f"mlp.experts.{expert}" for expert in range(EXPERTS))])
     assert lines(chosen) == ROUTERS
@@ -202,13 +202,13 @@ class Unobservable(Unused):
         return super().forward(hidden, scale) + torch.einsum("bsi,oi->bso", hidden, self.idle.weight)
 
 
-def test_a_layer_that_a_forward_does_not_use_is_left_alone_and_named() -> None:
+def test_a_layer_unused_in_a_forward_is_left_alone_and_named() -> None:
     chosen = chosen_of(toy(Unused))
     assert names_in(chosen) == ["first", "second"]
     assert lines(chosen) == ["idle (not used in a forward; 2 layers)"]
 
 
-def test_a_layer_that_is_used_unseen_is_left_alone_and_named() -> None:
+def test_a_layer_with_unobserved_products_is_left_alone_and_named() -> None:
     chosen = chosen_of(toy(Unobservable))
     assert names_in(chosen) == ["first", "second"]
     assert lines(chosen) == ["idle (in no product that coprune can observe; 2 layers)"]
@@ -224,7 +224,7 @@ def test_a_weight_may_be_the_left_factor_of_a_product() -> None:
     assert torch.equal(seen["idle"], seen["first"])
 
 
-def test_what_the_user_leaves_out_is_named() -> None:
+def test_excluded_layers_are_named() -> None:
     chosen = chosen_of(mixture_of(OneByOne), exclude=["*.first", "*.tables[[]1]"])
     assert lines(chosen) == [
         "first (excluded; 2 layers)",
@@ -235,7 +235,7 @@ def test_what_the_user_leaves_out_is_named() -> None:
     assert "not included" in lines(chosen_of(mixture_of(OneByOne), include=["*.first"]))[0]
 
 
-def test_a_router_is_pruned_if_it_is_spelled_out() -> None:
+def test_a_router_is_pruned_if_named_explicitly() -> None:
     assert "mlp.router" in names_in(chosen_of(mixture_of(OneByOne), include=["*", "*.router"]))
 
 
@@ -268,7 +268,7 @@ def test_tables_are_named_and_a_block_of_mostly_tables_is_refused() -> None:
         chosen_of(toy(Tables))
 
 
-def test_blocks_without_any_matrix_are_passed_through_unless_they_are_most_of_the_model() -> None:
+def test_blocks_without_matrices_are_passed_through_unless_they_are_most_of_the_model() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -288,7 +288,7 @@ def test_blocks_without_any_matrix_are_passed_through_unless_they_are_most_of_th
         chosen_of(model)
 
 
-def test_weights_that_another_part_has_too_are_left_alone() -> None:
+def test_weights_shared_outside_the_blocks_are_left_alone() -> None:
     model = ToyModel(blocks=2, width=32)
     model.layers[0].first.weight = model.embeddings.weight
     chosen = chosen_of(model)
@@ -297,7 +297,7 @@ def test_weights_that_another_part_has_too_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("by_object", [True, False])
-def test_weights_that_two_blocks_have_are_chosen_once(by_object: bool) -> None:
+def test_weights_shared_by_two_blocks_are_chosen_once(by_object: bool) -> None:
     def sharing() -> ToyModel:
         model = ToyModel(blocks=2, width=32)
         if by_object:
@@ -310,23 +310,23 @@ def test_weights_that_two_blocks_have_are_chosen_once(by_object: bool) -> None:
     assert [[matrix.name for matrix in uses] for uses in chosen.several] == [["layers.0.first", "layers.1.second"]]
     assert [matrix.name for matrix in chosen.all()].count("layers.0.first") == 1
     assert not any(name in names_in(chosen, block) for block, name in enumerate(("first", "second")))
-    # Who leaves it alone in one of the blocks does so in both.
+    # Excluding it in one of the blocks excludes it in both.
     chosen = chosen_of(sharing(), exclude=["layers.1.*"])
     assert not chosen.several
     assert "first (weights that several blocks share; 1 layer)" in lines(chosen)
 
 
-def test_no_matrix_left_is_an_error_even_if_only_the_forward_shows_it() -> None:
+def test_a_model_without_matrices_is_refused_even_if_only_a_forward_shows_it() -> None:
     with pytest.raises(BadInput, match="no matrix is left"):
         chosen_of(mixture_of(Elementwise), include=["*.tables"])
 
 
-def test_a_pattern_may_exclude_what_is_no_matrix() -> None:
+def test_a_pattern_may_exclude_layers_that_are_no_matrices() -> None:
     model = pico_model("lfm2")
     assert "model.layers.*.conv.conv" in {layers.kind for layers in chosen_of(model, exclude=["*.conv.conv"]).left_out}
 
 
-def test_an_expert_may_be_named_as_it_is_listed() -> None:
+def test_an_expert_may_be_named_by_its_listed_name() -> None:
     everything = names_in(chosen_of(mixture_of(OneByOne)))
     expert = next(name for name in everything if name.endswith("[1]"))
     assert names_in(chosen_of(mixture_of(OneByOne), exclude=[f"*{expert}"])) == [n for n in everything if n != expert]

@@ -1,4 +1,4 @@
-"""Decoding with a compiled step writes what decoding without one writes."""
+"""Decoding with a compiled step gives the same text as without."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are made as ever, and run as they are: compiling them is torch's, and takes a minute."""
+    """Make graphs as usual but run them uncompiled, since compiling is torch's work and takes a minute."""
     torch._dynamo.reset()
     monkeypatch.setattr("coprune.model.compiled.torch.compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_generate_takes_the_compiled_step_and_writes_the_same(model: PreTrainedModel) -> None:
+def test_generate_uses_the_compiled_step_and_writes_the_same(model: PreTrainedModel) -> None:
     asked: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
     asked["return_dict_in_generate"] = True
     prompts = (
@@ -51,7 +51,7 @@ def test_generate_takes_the_compiled_step_and_writes_the_same(model: PreTrainedM
             found = write(**prompt, **asked)
             assert torch.equal(found.sequences, wanted.sequences)
             torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-5)
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all steps; the prompt has none
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all steps, none for the prompt
         assert model.config._attn_implementation == "eager"
     finally:
         undo()
@@ -79,7 +79,7 @@ def test_a_step_of_more_sizes_than_torch_compiles_writes_the_same(
     assert sum("others are slower" in record.message for record in caplog.records) == 1
 
 
-def test_what_is_compiled_is_not_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_compiled_code_is_not_saved_with_the_model(model: PreTrainedModel, tmp_path: Path) -> None:
     settings: Any = model.generation_config
     undo = compile_decoding(model)
     try:
@@ -92,13 +92,13 @@ def test_what_is_compiled_is_not_saved(model: PreTrainedModel, tmp_path: Path) -
     assert not {"forward", "save_pretrained"} & vars(model).keys()
 
 
-def test_what_writes_no_text_is_not_compiled() -> None:
+def test_models_that_do_not_generate_are_not_compiled() -> None:
     with pytest.raises(BadInput, match="does not generate text"):
         compile_decoding(nn.Sequential(nn.Linear(8, 8)))
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, at what its own compiler imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own compiler
 def test_torch_compile_itself_writes_the_same(model: PreTrainedModel) -> None:
     ids, asked = torch.arange(5)[None], dict(max_new_tokens=12, do_sample=False)
     write: Any = model.generate

@@ -1,4 +1,4 @@
-"""Answers are those of transformers' own generate, one by one, whatever the batch; drawing follows the distribution."""
+"""Greedy answers equal those of transformers' generate for any batch; sampling follows the distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = [row[:length].tolist() for row, length in zip(pico_tokens(5, 20), (3, 
 
 
 def by_transformers(model: PreTrainedModel, prompt: list[int], new_tokens: int, ends: list[int]) -> list[int]:
-    """One prompt, greedily, without any code of ours."""
+    """Continue one prompt greedily with transformers alone."""
     given = torch.tensor([prompt])
     settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=0)
     write: Any = model.generate
@@ -43,8 +43,8 @@ def test_greedy_answers_are_those_of_transformers(family: str) -> None:
     assert sum(heard) == sum(len(tokens) for tokens in expected)
 
 
-def test_the_head_is_given_vectors_without_gaps_and_the_model_comes_back_as_it_came() -> None:
-    """Else torch may multiply with as many copies of the head as a batch has rows."""
+def test_the_head_gets_contiguous_vectors_and_the_model_is_restored() -> None:
+    """Otherwise torch may copy the head once per row of a batch."""
     model = pico_model("llama")
     seen: list[bool] = []
     with model.lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].is_contiguous())):
@@ -56,7 +56,7 @@ def test_the_head_is_given_vectors_without_gaps_and_the_model_comes_back_as_it_c
 
 
 def test_with_a_fixed_cache_transformers_compiles_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs it would, around what is compiled already."""
+    """On GPUs it would compile again around the compiled step."""
     model, asked = pico_model("llama"), list[GenerationConfig]()
     own: Any = model.generate
 
@@ -75,7 +75,7 @@ def texts(answers: list[Answer]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_drawn_answers_do_not_depend_on_the_batch(family: str) -> None:
+def test_sampled_answers_do_not_depend_on_the_batch(family: str) -> None:
     model = pico_model(family)
     alone = generate(model, PROMPTS, Generation(10, seed=3, batch_size=1))
     assert texts(alone) == texts(generate(model, PROMPTS, Generation(10, seed=3, batch_size=4)))
@@ -83,7 +83,7 @@ def test_drawn_answers_do_not_depend_on_the_batch(family: str) -> None:
     assert alone[2].tokens == generate(model, PROMPTS[:3], Generation(10, seed=3))[2].tokens
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_tokens_are_sampled_by_their_probability() -> None:
     model = pico_model("llama")
     with torch.no_grad():
         expected = (model(torch.tensor([[5, 6]])).logits[0, -1] / 0.5).softmax(-1)
@@ -92,14 +92,14 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     for token in expected.topk(5).indices.tolist():
         share = float(expected[token])
         assert abs(counts[token] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 1e-9
-    # The fewest tokens that reach the mass, and no other.
+    # Only the fewest tokens that reach the probability mass.
     kept = expected.sort(descending=True)
     allowed = kept.indices[: int((kept.values.cumsum(0) < 0.3).sum()) + 1].tolist()
     settings = Generation(1, temperature=0.5, top_p=0.3, batch_size=1000)
     assert {answer.tokens[0] for answer in generate(model, [[5, 6]] * 500, settings)} == set(allowed)
 
 
-def test_a_model_comes_back_as_it_came_and_its_own_settings_say_nothing() -> None:
+def test_the_model_is_restored_and_its_generation_settings_are_ignored() -> None:
     model = pico_model("llama")
     plain = texts(generate(model, PROMPTS, Generation(8, temperature=0)))
     model.generation_config.repetition_penalty = 5.0
@@ -113,7 +113,7 @@ def test_a_model_comes_back_as_it_came_and_its_own_settings_say_nothing() -> Non
     assert {name: part.training for name, part in model.named_modules()} == before
 
 
-def test_answers_end_where_the_model_has_no_positions_left() -> None:
+def test_answers_end_at_the_models_last_position() -> None:
     model = pico_model("gpt2", n_positions=24)
     found = generate(model, PROMPTS, Generation(10, temperature=0, batch_size=4))
     assert [len(answer.tokens) for answer in found] == [10, 4, 10, 10, 10]
@@ -124,7 +124,7 @@ def test_answers_end_where_the_model_has_no_positions_left() -> None:
         generate(model, [[]], Generation(10))
 
 
-def test_a_class_that_fails_on_its_own_configuration_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_fails_on_its_own_configuration_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pico_model("llama")
     monkeypatch.setattr(type(model), "forward", lambda self, **given: self.config.vision_start_token_id)
     with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM cannot generate: .*vision_start_token_id"):

@@ -1,4 +1,4 @@
-"""Weights that have no room are refused before they are read, by the memory of the device that they go to."""
+"""Weights that do not fit the memory of their device are refused before they are read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def test_a_device_without_room_is_named(location: ModelFolder) -> None:
         require_room(location, 1, GPU, reader)
 
 
-def test_host_memory_is_asked_only_for_what_goes_there(location: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_memory_is_checked_only_for_weights_that_go_there(
+    location: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(room, "available_bytes", lambda: 1000)
     require_room(location, 1, GPU, lambda device: of_size(10**9))
     with pytest.raises(BadInput, match="of memory at a time"):

@@ -1,6 +1,6 @@
-"""What is relied on of transformers' internals: the first tests to run, and to fail when a new version changes one.
+"""The internals of transformers on which coprune relies: these tests run first, and fail if a new version changes one.
 
-They look each name up by itself, since importing `coprune.model.transformers_private` would stop at the first.
+Each name is looked up separately, since importing `coprune.model.transformers_private` would stop at the first error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CORE = "transformers.core_model_loading"
 STREAMING, SAVING = "streaming of checkpoints by block", "saving in the checkpoint's names and layout"
 TRAINING = "trackers of a fine-tuning"
 
-# Where a name is, how it is called (positional arguments, then names), and what needs it.
+# Where a name is, how it is called (number of positional arguments, names of the others), and what needs it.
 CALLED: list[tuple[str, int, set[str], str]] = [
     ("transformers.conversion_mapping:get_model_conversion_mapping", 1, set(), STREAMING),
     (f"{CORE}:rename_source_key", 5, set(), STREAMING),
@@ -70,7 +70,7 @@ CALLED: list[tuple[str, int, set[str], str]] = [
         "distillation and the data's own loss",
     ),
 ]
-# Some versions ask for these too, which are given where they do.
+# Arguments that only some versions require.
 OPTIONAL = {
     f"{CORE}:convert_and_load_state_dict_in_model": {"tp_plan"},
     "transformers.utils.loading_report:LoadStateDictInfo": {"skipped_pp_keys"},
@@ -78,7 +78,7 @@ OPTIONAL = {
 
 
 def look_up(place: str, needed_by: str) -> Any:
-    """The object at `module:name.name`, or a failure that says what depends on it."""
+    """Return the object at `module:name.name`, or fail with what depends on it."""
     module, _, path = place.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -118,7 +118,7 @@ def test_overridden_methods_still_exist(ours: str, theirs: str) -> None:
     assert not gone, f"{theirs} of transformers {transformers.__version__} knows no {gone}, which {ours} overrides"
 
 
-def test_the_trainer_asks_for_what_is_set() -> None:
+def test_the_trainer_uses_the_attributes_that_are_set() -> None:
     source = inspect.getsource(look_up("transformers:Trainer", "fine-tuning"))
     for attribute in ("loss_is_scaled_for_ga", "_created_lr_scheduler"):
         assert f"self.{attribute}" in source, f"fine-tuning sets Trainer.{attribute}, which nobody reads any more"
@@ -151,7 +151,7 @@ def test_weight_conversions_round_trip() -> None:
         assert torch.equal(copy.state_dict()[name], tensor), name
 
 
-def test_conversions_to_revert_are_where_saving_looks(tmp_path: Path) -> None:
+def test_conversions_to_revert_are_stored_where_saving_looks(tmp_path: Path) -> None:
     from coprune.model import transformers_private as private
 
     pico_model("mixtral").save_pretrained(tmp_path)
@@ -164,17 +164,17 @@ def test_conversions_to_revert_are_where_saving_looks(tmp_path: Path) -> None:
     assert not set(private.revert_conversion(loaded, private.saved_tensors(loaded))) <= kept
 
 
-def test_missing_and_unexpected_names_are_those_that_loading_reports() -> None:
+def test_missing_and_unexpected_names_match_the_loading_report() -> None:
     from coprune.model.transformers_private import without_known_exceptions
 
     model = pico_model("llama")
-    known = "model.layers.0.self_attn.rotary_emb.inv_freq"  # of old checkpoints
+    known = "model.layers.0.self_attn.rotary_emb.inv_freq"  # in old checkpoints
     missing, unexpected = without_known_exceptions(model, ["model.norm.weight"], [known, "model.other"])
     assert (missing, unexpected) == ({"model.norm.weight"}, {"model.other"})
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_save_pretrained_saves_is_foretold(tied: bool, tmp_path: Path) -> None:
+def test_saved_tensors_match_save_pretrained(tied: bool, tmp_path: Path) -> None:
     from safetensors import safe_open
 
     from coprune.model.transformers_private import saved_tensors, tied_names
@@ -186,7 +186,7 @@ def test_what_save_pretrained_saves_is_foretold(tied: bool, tmp_path: Path) -> N
     assert tied_names(model) == ({"lm_head.weight", "model.embed_tokens.weight"} if tied else set())
 
 
-def test_tied_weights_are_tied_when_one_is_there() -> None:
+def test_tied_weights_are_tied_if_one_is_loaded() -> None:
     from coprune.model.transformers_private import tie_read_weights
 
     model = pico_model("llama", tie_word_embeddings=True)
@@ -207,7 +207,7 @@ def test_modules_can_be_initialised_again() -> None:
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_mixtures_say_how_their_experts_lie_and_run() -> None:
+def test_mixtures_declare_the_layout_and_implementation_of_experts() -> None:
     from coprune.model.transformers_private import input_first, run_experts_singly
 
     for family, first in (("gpt_oss", True), ("mixtral", False)):
@@ -218,7 +218,7 @@ def test_mixtures_say_how_their_experts_lie_and_run() -> None:
         assert model.config._experts_implementation == "eager"
 
 
-def test_a_configuration_tells_what_it_builds() -> None:
+def test_a_configuration_names_the_class_that_it_builds() -> None:
     from coprune.model.transformers_private import builds, name_model
 
     model = pico_model("llama")
@@ -241,7 +241,7 @@ def test_a_chat_template_is_rendered_as_the_tokenizer_renders_it() -> None:
     )
 
 
-# Documented: the top of the package, its logging, and the strategies of a Trainer.
+# Public: the top of the package, its logging, and the strategies of a Trainer.
 DOCUMENTED = {"transformers", "transformers.utils.logging", "transformers.trainer_utils.SaveStrategy"}
 PRIVATE = re.compile(
     r"\b_weight_conversions|_is_hf_initialized|_keys_to_ignore|_experts_implementation|\bis_transposed\b"
@@ -259,7 +259,7 @@ def imported_names(file: Path) -> Iterator[str]:
             yield from (name.name for name in node.names if name.name.split(".")[0] == "transformers")
 
 
-def test_no_other_module_reaches_inside() -> None:
+def test_no_other_module_uses_transformers_internals() -> None:
     for file in SOURCES.rglob("*.py"):
         if file.as_posix().endswith(HOME):
             continue

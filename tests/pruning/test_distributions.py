@@ -1,4 +1,4 @@
-"""Histograms of a matrix against counting by hand; the files that a report is kept in."""
+"""Histograms of a matrix against counting by hand, and the report's files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_histogram_counts_match_numpy() -> None:
     expected, edges = np.histogram(logarithms, bins=BINS)
     assert [found.low, found.high] == pytest.approx([edges[0], edges[-1]])
     kept = np.histogram(logarithms[keep.numpy()], bins=edges)[0]
-    # A value on the edge between two bins may be counted in either.
+    # Values on the edge of two bins may be counted in either.
     assert np.abs(np.array(found.kept) - kept).max() <= 2
     assert np.abs(np.array(found.kept) + np.array(found.pruned) - expected).max() <= 2
     assert sum(found.kept) == int(keep.sum())

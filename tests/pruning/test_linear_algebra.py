@@ -1,4 +1,4 @@
-"""Factorisations: right where they can be, honest where they had to repair, loud where they cannot."""
+"""Factorisations: correct if possible, repaired with an event, or refused with an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_triangular_matrix_is_inverted_by_halves(size: int) -> None:
     assert torch.equal(inverse, inverse.triu())
 
 
-def test_damping_escalates_and_says_so() -> None:
+def test_damping_escalates_and_is_reported() -> None:
     matrix = torch.eye(8)
     matrix[0, 0] = -0.05
     lower, events = damped_cholesky(matrix, 0.01)
@@ -58,7 +58,7 @@ def test_an_irreparable_matrix_raises_a_numerical_error(matrix: Tensor) -> None:
         damped_cholesky(matrix, 0.01)
 
 
-def test_all_inputs_dead_is_no_division_by_zero() -> None:
+def test_dead_inputs_cause_no_division_by_zero() -> None:
     factor = factor_inverse(torch.zeros(4, 4), 0.01)
     assert not bool(factor.dead.any())
     assert bool(torch.isfinite(factor.unit).all())

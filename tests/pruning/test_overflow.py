@@ -1,4 +1,4 @@
-"""Weights that the model's dtype cannot hold are refused, and the matrix stays as it was."""
+"""Weights beyond the range of the model's dtype are refused, and the matrix stays unchanged."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from coprune.recipe.pattern import Target, parse_pattern
 
 @pytest.mark.parametrize("method", ["sparsegpt", "admm", "alps"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kept_weights_that_grow_beyond_float16(method: str, dtype: torch.dtype) -> None:
+def test_kept_weights_beyond_float16_are_refused(method: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(16, 8, bias=False, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_((6e4 * torch.randn(8, 16, generator=generator)).clamp(-65504, 65504))
     matrix = Matrix("large", linear, "weight", input_dim=1)
     dense = matrix.read().clone()
-    # Inputs that go together, so that kept weights take over from pruned ones.
+    # Correlated inputs, so that kept weights grow to compensate for pruned ones.
     x = torch.randn(64, 4, generator=generator) @ torch.randn(4, 16, generator=generator)
     inputs = Inputs(Gram(16, x.device), InputSample(16, 1))
     inputs.update(x)

@@ -1,4 +1,4 @@
-"""Parity on a block of a real model with its real inputs: the authors' formulas, whose inputs come from full forwards."""
+"""Parity with the authors' formulas on a real model's block, with inputs from full forwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.problems import TARGETS
 from support.published import published_column_update, published_magnitude, published_wanda
 from support.walking import inputs_by_full_forwards, layers_of, make_walk
 
-# Reading the real model takes longer than the rest, and test_reference_parity.py has the same formulas.
+# Slow to load; test_reference_parity.py has the same formulas.
 pytestmark = pytest.mark.slow
 
 BLOCK = 3
@@ -52,7 +52,7 @@ def real(smollm2_folder: Path) -> dict[str, Any]:
     layers = layers_of(find_blocks(model)[BLOCK])
     generator = torch.Generator().manual_seed(0)
     for layer in layers:
-        # Weights from a 4-bit file are often equal, and the authors' topk breaks ties as it happens to.
+        # Weights from a 4-bit file are often equal, and the authors' topk breaks ties arbitrarily.
         layer.weight.mul_(1 + 1e-3 * torch.randn(layer.weight.shape, generator=generator))
     expected = inputs_by_full_forwards(model, layers, batches)
     walk = make_walk(model, batches, Gram, Dense(), include=[f"model.layers.{BLOCK}.*"])
@@ -65,7 +65,7 @@ def real(smollm2_folder: Path) -> dict[str, Any]:
 
 
 def published(name: str, weight: Tensor, x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Which weights the authors' code prunes, and what it makes of the others."""
+    """Return the mask and the weights of the authors' code."""
     counts, square = COUNTS[str(target.pattern)], x.square().mean(dim=0)
     if name == "magnitude":
         dropped = published_magnitude(weight, 0.5, *counts)
@@ -94,8 +94,8 @@ def relative_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("name", SEED_METHODS)
-def test_the_authors_formulas_on_a_real_block(name: str, target: Target, real: dict[str, Any]) -> None:
-    # The wide matrix is left to two methods: the plain loops in float64 take their time.
+def test_methods_match_the_authors_formulas_on_a_real_block(name: str, target: Target, real: dict[str, Any]) -> None:
+    # Only two methods prune the wide matrix, since the plain float64 loops are slow.
     matrices = ["k_proj", "o_proj"] + (["down_proj"] if name in ("wanda", "sparsegpt") else [])
     for matrix in matrices:
         weight, inputs, x = real[matrix]
@@ -105,7 +105,7 @@ def test_the_authors_formulas_on_a_real_block(name: str, target: Target, real: d
         if name in ("magnitude", "wanda", "ablate_mag_seq", "ablate_wanda_seq"):
             assert different < 5e-5, matrix
         else:
-            # A score that rounding in float32 tips over moves the weights beside it, and so the next scores.
+            # A score decided by float32 rounding changes other weights of its row, and so later scores.
             assert different < 2e-3, matrix
         errors = [relative_error(x, weight, found) for found in (pruned.weight, expected)]
         assert errors[0] == pytest.approx(errors[1], rel=2e-3), matrix

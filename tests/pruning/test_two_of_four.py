@@ -1,4 +1,4 @@
-"""2:4 zeros are what torch's semi-structured tensors take, as far as a machine without a GPU can tell."""
+"""2:4 zeros fit torch's semi-structured tensors, as far as this can be checked without a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model() -> PreTrainedModel:
 
 
 def test_torch_stores_every_pruned_matrix_in_half_its_values_without_loss(model: PreTrainedModel) -> None:
-    """In torch's own conversion, which of another matrix would drop values without a word."""
+    """By torch's own conversion, which would silently drop values of any other matrix."""
     matrices = [one.weight for one in model.model.layers.modules() if isinstance(one, torch.nn.Linear)]
     assert len(matrices) == 7 * len(model.model.layers)
     for weight in matrices:
@@ -45,6 +45,6 @@ def test_torch_stores_every_pruned_matrix_in_half_its_values_without_loss(model:
     )
 
 
-def test_the_code_of_the_page_needs_nothing_but_a_gpu(model: PreTrainedModel) -> None:
+def test_the_pages_code_only_lacks_a_gpu(model: PreTrainedModel) -> None:
     with pytest.raises(RuntimeError, match="Only CUDA tensors are currently supported"):
         exec(first_code("gpus.md"), {"model": model, "torch": torch})

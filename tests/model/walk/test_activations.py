@@ -1,4 +1,4 @@
-"""Activations on the disk are the same tensors, leave no file behind, and change no result."""
+"""Activations spilled to disk are the same tensors, leave no file behind, and change no result."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def test_activations_behave_like_a_list(
         plain[index] = activations[index] = new
     assert len(activations) == len(plain)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(activations, plain, strict=True))
-    assert [tuple(tensor.shape) for tensor in other] == sizes  # a copy does not follow
+    assert [tuple(tensor.shape) for tensor in other] == sizes  # the copy is unaffected
     assert activations.bytes_in_memory <= limit
 
 
-def test_what_is_over_the_limit_is_on_the_disk_under_no_name(tmp_path: Path) -> None:
+def test_tensors_above_the_limit_are_in_an_unnamed_file(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).view(2, 3)
     activations = Activations([tensor, tensor, tensor], limit=30, folder=tmp_path)
     assert activations.bytes_in_memory == 24
     assert activations.bytes_on_disk > 0
     assert list(tmp_path.iterdir()) == []
-    activations[1].zero_()  # a model that works in place does not reach the file
+    activations[1].zero_()  # in-place changes do not reach the file
     assert torch.equal(activations[1], tensor)
 
 
@@ -62,7 +62,7 @@ ROOMS = st.one_of(st.none(), st.builds(DeviceRoom, st.integers(0, 20_000), st.bo
 
 @settings(deadline=None, max_examples=30)
 @given(shapes, st.one_of(st.none(), st.integers(0, 20_000)), ROOMS, st.data())
-def test_tensors_of_a_device_are_the_same_wherever_they_lie(
+def test_device_tensors_are_the_same_wherever_they_are_stored(
     sizes: list[tuple[int, int, int]], limit: int | None, room: DeviceRoom | None, data: st.DataObject
 ) -> None:
     with OtherDevice():
@@ -80,7 +80,7 @@ def test_tensors_of_a_device_are_the_same_wherever_they_lie(
     if room is not None:
         assert activations.bytes_on_device <= room.nbytes
         assert limit is None or activations.bytes_in_memory <= limit
-        # What batches hold while they wait has to keep to a limit that somebody asked for.
+        # Waiting batches must keep a limit that the user requested.
         assert activations.spare == (room.nbytes - activations.bytes_on_device if room.asked else None)
 
 
@@ -90,12 +90,12 @@ def test_a_device_is_filled_first_then_the_host_then_the_disk(tmp_path: Path) ->
         activations = Activations(tensors, limit=30, folder=tmp_path, room=DeviceRoom(50, asked=True))
         assert (activations.bytes_on_device, activations.bytes_in_memory) == (48, 24)
         assert activations.bytes_on_disk > 0
-        activations[0] = torch.zeros(2, 6).to(OTHER)  # too large for the room that its place leaves
+        activations[0] = torch.zeros(2, 6).to(OTHER)  # too large for the space of its predecessor
         assert (activations.bytes_on_device, activations.bytes_in_memory) == (24, 24)
         assert [float(tensor.cpu().mean()) for tensor in activations] == [0, 1, 2, 3]
 
 
-def test_half_of_a_devices_memory_is_room_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_activations_take_half_of_the_free_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     there = DeviceMemory("xpu:0", allocated=0, peak=0, available=10 << 30)
     monkeypatch.setattr("coprune.model.walk.activations.device_memory", lambda device: there)
     assert device_room(OTHER, None) == DeviceRoom(5 << 30, asked=False)
@@ -108,7 +108,7 @@ def test_half_of_a_devices_memory_is_room_enough(monkeypatch: pytest.MonkeyPatch
 def prune_within(
     family: str, propagation: Propagation, limit: int | None
 ) -> tuple[dict[str, torch.Tensor], list[str], int]:
-    """The weights and masks of a pico model, pruned with activations within a limit, and their bytes on the disk."""
+    """Prune a pico model with limited activations; return weights, masks, and the bytes on disk."""
     model = pico_model(family)
     proven, hidden = prove(model, pico_tokens(1)), Activations(limit=limit)
     recording = record_batches(proven, list(pico_tokens().split(1)), hidden)
@@ -143,7 +143,7 @@ def test_pruning_is_bit_identical_with_activations_on_the_disk(
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 400_000), st.lists(st.sampled_from("snaivw"), min_size=1, max_size=30))
-def test_paged_tensors_are_what_they_would_be(limit: int, steps: list[str]) -> None:
+def test_paged_tensors_equal_those_in_memory(limit: int, steps: list[str]) -> None:
     def play(stop: Callable[[], None]) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         held = [torch.randn(130, 130, generator=generator)]
@@ -167,7 +167,7 @@ def test_paged_tensors_are_what_they_would_be(limit: int, steps: list[str]) -> N
     with pages:
         paged = play(pages.stop)
         pages.stop()
-    # No more than the limit is in memory: what is over it has given its memory back.
+    # Memory above the limit has been released.
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in paged}
     assert sum(storages.values()) <= limit
     for tensor, expected in zip(paged, plain, strict=True):

@@ -1,4 +1,4 @@
-"""Dense propagation: every block's statistics are the dense model's, whatever was pruned before it."""
+"""Dense propagation: every block's statistics are the dense model's, whatever was pruned before."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EVERYTHING = {"include": ["*.layers.*", "lm_head"]}
 
 
 def sums_of(walk: Walk, change: Callable[[Matrix], object] = lambda matrix: None) -> dict[str, Any]:
-    """What the walk shows of every group, by the name of its first matrix."""
+    """Return the walk's sums of every group, by the name of its first matrix."""
     found = {}
     for event in walk:
         if isinstance(event, MatricesReady):
@@ -65,7 +65,7 @@ def test_statistics_are_those_of_the_dense_model_to_the_last_bit(family: str, st
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_what_is_pruned_before_a_block_does_not_matter(method: str) -> None:
+def test_pruning_of_earlier_blocks_does_not_change_statistics(method: str) -> None:
     found = {}
     for propagation in ("dense", "block"):
         for exclude in ([], ["model.layers.0.*"]):
@@ -75,12 +75,12 @@ def test_what_is_pruned_before_a_block_does_not_matter(method: str) -> None:
     later = [name for name in found["dense", True] if name.startswith(("model.layers.1.", "model.layers.2."))]
     assert all(torch.equal(found["dense", False][name], found["dense", True][name]) for name in later)
     assert not all(torch.equal(found["block", False][name], found["block", True][name]) for name in later)
-    # The first block knows of no pruning before it in any case.
+    # Nothing is pruned before the first block in any case.
     first = [name for name in found["dense", False] if name.startswith("model.layers.0.")]
     assert all(torch.equal(found["dense", False][name], found["block", False][name]) for name in first)
 
 
-def test_the_blocks_run_once() -> None:
+def test_each_block_runs_once() -> None:
     runs: list[tuple[Propagation, int]] = [("dense", 1), ("block", 2)]
     for propagation, times in runs:
         model, calls = pico_model("llama"), list[nn.Module]()
@@ -88,7 +88,7 @@ def test_the_blocks_run_once() -> None:
         for block in walk.model.blocks:
             block.module.register_forward_pre_hook(lambda module, arguments, calls=calls: calls.append(module))
         sums_of(walk)
-        # Nobody wants the last block's outputs.
+        # The last block's outputs are not needed.
         assert len(calls) == len(BATCHES) * (times * len(walk.model.blocks) - (times - 1))
 
 
@@ -122,7 +122,9 @@ def checkpoint(out: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_resumed_run_is_the_same(stream: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_gives_the_same_result(
+    stream: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     include = ["*.layers.*", "lm_head"]
     report = run(place, tmp_path / "whole", stream=stream, include=include)
     write = Output.write_block
@@ -146,7 +148,7 @@ def test_a_resumed_run_is_the_same(stream: bool, place: Path, tmp_path: Path, mo
     ]
 
 
-def test_streamed_is_the_same_as_in_memory(place: Path, tmp_path: Path) -> None:
+def test_streaming_gives_the_same_result_as_memory(place: Path, tmp_path: Path) -> None:
     for stream in (True, False):
         run(place, tmp_path / str(stream), stream=stream)
     assert checkpoint(tmp_path / "True") == checkpoint(tmp_path / "False")

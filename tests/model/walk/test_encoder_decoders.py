@@ -1,4 +1,4 @@
-"""Encoders with decoders: the decoder is pruned behind the pruned encoder, as in forwards of the whole model."""
+"""Encoder-decoders: the decoder is pruned after the pruned encoder, as in forwards of the whole model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.walking import (
 HALF = Target(parse_pattern("unstructured"), 0.5)
 
 
-def test_blocks_are_the_encoders_and_then_the_decoders() -> None:
+def test_blocks_of_the_encoder_come_before_the_decoders() -> None:
     blocks = find_blocks(pico_pair_model("T5"))
     assert [(block.index, block.name, block.part) for block in blocks] == [
         (0, "encoder.block.0", 0),
@@ -47,7 +47,7 @@ def test_the_proof_finds_states_passed_between_blocks() -> None:
 
 
 @pytest.mark.parametrize(("family", "propagation"), crossed(["Bart", "T5", "Whisper"], ["block", "sequential"]))
-def test_masks_are_those_of_whole_forwards(family: str, propagation: Propagation) -> None:
+def test_masks_of_encoder_decoders_match_whole_forwards(family: str, propagation: Propagation) -> None:
     model, oracle = pico_pair_model(family), pico_pair_model(family)
     batches = list(pico_pairs(model, 6).split(2))
     prune_with_walk(model, batches, Solver(METHODS["wanda"]), HALF, propagation)
@@ -56,7 +56,7 @@ def test_masks_are_those_of_whole_forwards(family: str, propagation: Propagation
 
 
 @pytest.mark.parametrize("family", ["T5", "Bart"])
-def test_dense_propagation_sees_the_dense_model(family: str) -> None:
+def test_dense_propagation_sees_the_dense_encoder_decoder(family: str) -> None:
     model = pico_pair_model(family)
     batches, dense, solve = list(pico_pairs(model, 6).split(2)), copy.deepcopy(model), wanda_as_published(HALF)
     layers = [layer for block in find_blocks(dense) for layer in layers_of(block)]

@@ -1,4 +1,4 @@
-"""State spaces, recurrences, convolutions beside attention: every linear layer is pruned, and all else named."""
+"""State spaces, recurrences and convolutions beside attention: every linear layer is pruned, and everything else named."""
 
 import itertools
 
@@ -25,7 +25,7 @@ MIXES = [
     for which in whiches
 ]
 
-# What the blocks hold besides pruned matrices: (name within the block, reason, layers).
+# Other layers of the blocks: (name within the block, reason, number of layers).
 LEFT_ALONE = {
     "mamba": [("mixer.A_log", NO_LAYER, 2), ("mixer.conv1d", "depth-wise", 2)],
     "mamba2": [("mixer.conv1d", "depth-wise", 2)],
@@ -67,7 +67,7 @@ WITHOUT_EXPERTS = [name for name in HYBRIDS if not any("a router" in entry for e
     ("family", "target"),
     sampled(
         itertools.product(HYBRIDS, TARGETS),
-        # The others are of the same kinds as these.
+        # Other families have the same kinds of blocks.
         quick=[(family, [*TARGETS][number % 2]) for number, family in enumerate(HYBRIDS) if family not in ALIKE],
     ),
 )
@@ -88,7 +88,7 @@ def test_masks_are_those_of_full_forwards(family: str, target: str) -> None:
     for name, mask in found.items():
         per_row = mask.unflatten(1, (-1, 4)) if target == "2:4" else mask
         assert bool((per_row.sum(dim=-1) * 2 == per_row.shape[-1]).all()), name
-    # All that is no chosen matrix is as it was.
+    # Everything but the chosen matrices is unchanged.
     changed = {matrix.parameter for matrix in chosen.all()}
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items() if name not in changed)
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: every expert is pruned from the tokens routed to it, in whatever layout the family stores it."""
+"""Mixtures of experts: every expert is pruned by the tokens routed to it, in any family's layout."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wanda(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def by_hand(experts: Any, hidden: Tensor, index: Tensor) -> Iterator[tuple[int, Tensor, Callable[[], Tensor]]]:
-    """What every expert's two products are multiplied with: (expert, gate_up input, function of gate_up → down input)."""
+    """Yield the inputs of every expert's two products: (expert, gate_up input, function of gate_up → down input)."""
     transposed = getattr(experts, "is_transposed", False)
     for expert in range(experts.gate_up_proj.shape[0]):
         x = hidden[(index == expert).any(dim=1)]
@@ -60,7 +60,7 @@ def weight_of(experts: nn.Module, attribute: str, expert: int) -> Tensor:
 
 @torch.no_grad()
 def routed(model: PreTrainedModel, experts: nn.Module) -> tuple[Tensor, Tensor]:
-    """The hidden states and the chosen experts, as full forwards give them to a module of experts."""
+    """Return the hidden states and chosen experts that full forwards pass to a module of experts."""
     seen = []
     handle = experts.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append([*args, *kwargs.values()][:2]), with_kwargs=True
@@ -74,7 +74,7 @@ def routed(model: PreTrainedModel, experts: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def oracle_masks(model: PreTrainedModel, propagation: Propagation) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Prune with full forwards and experts computed by hand; returns masks (out × in) and token counts by name."""
+    """Prune with full forwards and experts computed by hand; return masks (out × in) and token counts by name."""
     kept, tokens = {}, {}
     for block in find_blocks(model):
         layers = [layer for layer in layers_of(block) if not layer.name.endswith((".gate", ".router"))]
@@ -114,7 +114,7 @@ def matrices_of(model: PreTrainedModel) -> dict[str, Matrix]:
         quick=[(family, PROPAGATIONS[number % 2]) for number, family in enumerate(MIXTURES)],
     ),
 )
-def test_every_expert_is_pruned_from_its_own_tokens(family: str, propagation: Propagation) -> None:
+def test_every_expert_is_pruned_by_its_own_tokens(family: str, propagation: Propagation) -> None:
     model = pico_model(family)
     results = {r.name: r for r in prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)}
     kept, tokens = oracle_masks(pico_model(family), propagation)
@@ -152,13 +152,13 @@ def test_every_method_and_pattern_prunes_experts(name: str) -> None:
 
 
 def starved(family: str) -> PreTrainedModel:
-    """A mixture in whose first block nobody is routed to expert 2."""
+    """Return a mixture in whose first block no token is routed to expert 2."""
     model = pico_model(family, num_experts_per_tok=1)
     block: Any = find_blocks(model)[0].module
     if family == "gpt_oss":
         block.mlp.router.bias[2] = -1e4
     else:
-        # Of s and −s one is positive, so that the zero of expert 2 is never the largest.
+        # One of s and −s is positive, so the zero of expert 2 is never the largest.
         block.mlp.gate.weight[1] = -block.mlp.gate.weight[0]
         block.mlp.gate.weight[2] = 0
     return model
@@ -194,7 +194,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(
         assert any(event.kind == "no tokens" for event in result.events)
 
 
-def test_an_expert_with_few_tokens_leans_on_its_layers_average() -> None:
+def test_an_expert_with_few_tokens_uses_its_layers_average() -> None:
     model = pico_model("mixtral", num_hidden_layers=1)
     few = BATCHES[:1]
     tokens = few[0][:2]
@@ -225,7 +225,7 @@ def test_an_expert_with_few_tokens_leans_on_its_layers_average() -> None:
         quick=[("mixtral", True), ("gpt_oss", False), ("deepseek_v3", True)],
     ),
 )
-def test_a_saved_mixture_reloads_clean(family: str, stream: bool, tmp_path: Path) -> None:
+def test_a_saved_mixture_reloads_without_missing_keys(family: str, stream: bool, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model", family)
     data = write_words(tmp_path / "words.txt")
     result = coprune.prune(

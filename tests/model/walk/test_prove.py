@@ -1,4 +1,4 @@
-"""What the walk cannot reproduce is refused by name before anything is changed."""
+"""Structures that the walk cannot reproduce are refused by name before anything is changed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class DependsOnEarlierBlocks(ToyModel):
 
 
 class NotesBlock(ToyBlock):
-    """A block that leaves something for later ones, and may make use of what it is given."""
+    """A block that leaves values for later ones, and may use those it is given."""
 
     reads = asks = False
 
@@ -82,7 +82,7 @@ class NotesBlock(ToyBlock):
 
 
 class LeavesNotes(ToyModel):
-    """Every block is given what the blocks before it left and computed."""
+    """A model that passes every block the values left and computed by earlier ones."""
 
     block: type[NotesBlock] = NotesBlock
 
@@ -173,7 +173,7 @@ def test_unsupported_structures_are_refused_unchanged(kind: type[ToyModel]) -> N
 
 
 @pytest.mark.parametrize(("kind", "passed"), [(SkipsOne, 1), (SkipsTheLast, 2)])
-def test_blocks_that_a_forward_passes_by_are_left_alone(kind: type[ToyModel], passed: int) -> None:
+def test_blocks_skipped_by_a_forward_are_left_alone(kind: type[ToyModel], passed: int) -> None:
     model: Any = kind()
     matrices = choose_matrices(model, find_blocks(model))
     found = prove_replay(FoundModel(InMemory(model), find_blocks(model), matrices), TOKENS)
@@ -191,17 +191,17 @@ def test_activations_that_are_not_finite_are_named() -> None:
         prove(NotANumber())
 
 
-def test_what_the_head_is_given_may_hold_more_than_the_blocks_output() -> None:
-    # The skip connection around all blocks is the model's own business: it is there again when the head is run.
+def test_the_heads_input_may_include_more_than_the_blocks_output() -> None:
+    # The skip connection around all blocks is part of the model, and is present again when the head runs.
     prove(AddsTheFirstHidden())
 
 
-def test_what_no_block_makes_use_of_may_depend_on_earlier_blocks() -> None:
+def test_arguments_unused_by_blocks_may_depend_on_earlier_blocks() -> None:
     model = LeavesNotes()
     hidden, calls = run_without_blocks(model, find_blocks(model), TOKENS, prove(model).answers)
     for block, call in zip(model.layers, calls, strict=True):
         hidden = call.run(block, hidden)
-        assert not call.kwargs["notes"]  # nothing is left in what was recorded
+        assert not call.kwargs["notes"]  # the recorded arguments hold nothing
     assert torch.equal(model.head(hidden), model(TOKENS).logits)
 
 
@@ -225,7 +225,7 @@ def test_proof_finds_groups_and_reused_matrices() -> None:
     assert prove(model).reused == ["layers.0.first"]
 
 
-def test_a_forward_that_a_tool_put_on_a_block_comes_back() -> None:
+def test_a_patched_forward_of_a_block_is_restored() -> None:
     model = ToyModel()
     own = model.layers[0].forward
     model.layers[0].forward = own
@@ -243,7 +243,7 @@ def test_recording_gives_the_first_hidden_states_and_every_call() -> None:
     assert [list(call.kwargs) for call in calls] == [["scale"]] * 3
 
 
-def test_a_weight_that_is_not_finite_is_told_by_its_name() -> None:
+def test_a_weight_that_is_not_finite_is_named() -> None:
     model = ToyModel()
     name, weight = next((n, p) for n, p in model.layers[1].named_parameters() if p.ndim == 2)
     weight.data[0, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""Blocks that hold the same weights: pruned once, on what all blocks give them, before everything else; and saved once."""
+"""Weights shared by blocks: pruned once, first, on the inputs of all these blocks, and saved once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _solve(method: str) -> Solve:
 
 @torch.no_grad()
 def _by_whole_forwards(model: PreTrainedModel, solve: Solve, propagation: Propagation) -> dict[str, torch.Tensor]:
-    """Prune the model in place, first what layers share on all that they are given; return what is kept of each matrix."""
+    """Prune the model in place, first the shared weights on all their inputs; return the kept weights of each matrix."""
     blocks = [layers_of(block) for block in find_blocks(model)]
     dense = inputs_by_full_forwards(model, [layer for layers in blocks for layer in layers], BATCHES)
     shared = prune_shared_with_full_forwards(model, BATCHES, solve)

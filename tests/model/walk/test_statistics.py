@@ -1,4 +1,4 @@
-"""Statistics: the same whether the tokens come at once, in batches or from several processes."""
+"""Statistics are the same for tokens in one batch, in several, or from several processes."""
 
 from __future__ import annotations
 

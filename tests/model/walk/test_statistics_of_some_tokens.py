@@ -1,4 +1,4 @@
-"""Statistics of some tokens: those of the tokens that come first are those of a text that ends there, in a causal model."""
+"""Statistics of some tokens: in a causal model, those of a text's first tokens equal those of a text that ends there."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ MOVES: list[Moves] = [ByBlock(), Sequential(), Dense()]
 
 
 def first(lengths: Sequence[int]) -> Tensor:
-    """Samples × S bool: as many of the first tokens of each sample."""
+    """Return the mask of each sample's first tokens: samples × S bool."""
     return torch.arange(TOKENS.shape[1])[None] < torch.tensor(lengths)[:, None]
 
 
 def gathered(
     family: str, batches: Sequence[Tensor], counted: Sequence[Tensor] | None, kind: type[Statistic], moves: Moves
 ) -> dict[str, Inputs]:
-    """What a walk over a model gathers, by the first matrix of a group; what it shows is changed, as by pruning."""
+    """Return a walk's statistics by the first matrix of each group, changing every matrix as pruning would."""
     model = pico_model(family)
     proven = prove(model, TOKENS[:1])
     recording = record_batches(proven, batches)
@@ -64,7 +64,7 @@ def assert_same(found: dict[str, Inputs], expected: dict[str, Inputs]) -> None:
 
 
 def compare(family: str, kind: type[Statistic], moves: Moves) -> dict[str, Inputs]:
-    """Count the first tokens of each sample, and compare with texts that have no others."""
+    """Count only each sample's first tokens, and compare with texts that end there."""
     alone = [TOKENS[i : i + 1, :length] for i, length in enumerate(LENGTHS)]
     expected = gathered(family, alone, None, kind, moves)
     found = gathered(family, TOKENS.split(2), first(LENGTHS).split(2), kind, moves)
@@ -74,7 +74,9 @@ def compare(family: str, kind: type[Statistic], moves: Moves) -> dict[str, Input
 
 @pytest.mark.parametrize("moves", MOVES, ids=["block", "sequential", "dense"])
 @pytest.mark.parametrize(("family", "kind"), crossed(["llama", "mixtral"], KINDS))
-def test_every_statistic_in_every_propagation(family: str, kind: type[Statistic], moves: Moves) -> None:
+def test_every_statistic_counts_the_marked_tokens_in_every_propagation(
+    family: str, kind: type[Statistic], moves: Moves
+) -> None:
     kinds = Statistic.__subclasses__()
     assert {*kinds, *(own for one in kinds for own in one.__subclasses__())} == {*KINDS}, "a statistic is missing here"
     found = compare(family, kind, moves)
@@ -85,17 +87,17 @@ def test_every_statistic_in_every_propagation(family: str, kind: type[Statistic]
     "family",
     of_ten(["opt", "gpt2", *list(MIXTURES)[1:], *MORE_MIXTURES, "granitemoe"]),
 )
-def test_experts_of_every_layout(family: str) -> None:
+def test_experts_of_every_layout_count_the_marked_tokens(family: str) -> None:
     compare(family, Gram, Sequential())
 
 
 def test_indistinguishable_tokens_are_refused() -> None:
-    # Before attention equal tokens are equal rows; behind it, in the second of jetmoe's products, they are none any more.
+    # Equal tokens are equal rows before attention, but no longer after it, in the second of jetmoe's products.
     with pytest.raises(UnsupportedModel, match=r"output_linear.weight\[\d\] is .* whose tokens are unknown"):
         compare("jetmoe", Gram, Dense())
 
 
-def test_the_rows_that_are_counted_are_summed_to_the_last_bit() -> None:
+def test_counted_rows_are_summed_to_the_last_bit() -> None:
     counted = first(LENGTHS)
     found = gathered("llama", [TOKENS], [counted], Gram, Dense())
     model = pico_model("llama")
@@ -126,7 +128,7 @@ def expert(number: int, width: int) -> Matrix:
 def test_counted_rows_are_found_in_any_order(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 8, 6, generator=generator).to(dtype)
-    hidden[1, 3], hidden[0, 2] = hidden[0, 5], hidden[0, 1]  # equal rows, of which one is counted
+    hidden[1, 3], hidden[0, 2] = hidden[0, 5], hidden[0, 1]  # equal rows, only one of them counted
     counted = torch.rand(2, 8, generator=generator) < 0.5
     counted[0, 5], counted[1, 3] = True, False
     rows = CountedRows(counted)
@@ -139,7 +141,7 @@ def test_counted_rows_are_found_in_any_order(dtype: torch.dtype) -> None:
     found = rows.of(expert(1, 6), flat)
     expected = hidden.view(-1, 6)[order[counted.flatten()[order]]]
     assert torch.equal(found.float().sort(dim=0).values, expected.float().sort(dim=0).values)
-    # What comes after it in the same expert has its rows.
+    # Later products of the same expert have the same rows.
     after = rows.of(expert(1, 3), flat[:, :3] * 2)
     assert torch.equal(after, found[:, :3] * 2)
     with pytest.raises(UnsupportedModel, match="count all tokens with calibrate_on='all'"):

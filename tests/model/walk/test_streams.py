@@ -1,4 +1,4 @@
-"""Keys and values that layers share: their producer is pruned before its readers see them, as in forwards of the whole model."""
+"""Shared keys and values: readers see those of the pruned producer, as in forwards of the whole model."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def test_shared_keys_and_values_are_found_and_passed_on(family: str) -> None:
 
 @pytest.mark.parametrize("propagation", ["block", "sequential"])
 @pytest.mark.parametrize("family", SHARING)
-def test_masks_are_those_of_whole_forwards(family: str, propagation: Propagation) -> None:
+def test_masks_of_encoder_decoders_match_whole_forwards(family: str, propagation: Propagation) -> None:
     if (family, propagation) == ("gemma3n_text", "sequential"):
         pytest.skip("a router of its own is used twice, so it is refused")
     model, oracle = pico_model(family), pico_model(family)
     for one in (model, oracle):
-        randomise_vectors(one)  # a scale that begins at zero would hide what follows it
+        randomise_vectors(one)  # a scale initialised to zero would hide later layers
     prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), HALF, propagation)
     prune_with_full_forwards(oracle, BATCHES, wanda_as_published(HALF), propagation)
     assert share_of_different_entries(masks(model), masks(oracle)) < 1e-3
 
 
-def test_dense_propagation_sees_the_dense_model() -> None:
+def test_dense_propagation_sees_the_dense_encoder_decoder() -> None:
     model = pico_model("gemma4_text")
     dense, solve = copy.deepcopy(model), wanda_as_published(HALF)
     inputs = inputs_by_full_forwards(
@@ -71,8 +71,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def test_streamed_paged_and_in_memory_are_one(tmp_path: Path) -> None:
-    """In step, with hidden states in a file, and with blocks that are trained toward the dense model's."""
+def test_streamed_paged_and_in_memory_runs_are_identical(tmp_path: Path) -> None:
+    """With interleaved batches, hidden states on disk, and blocks trained toward the dense model's."""
     model = save_pico(tmp_path / "model", "gemma4_text")
     text = write_words(tmp_path / "words.txt")
     found = []

@@ -1,4 +1,4 @@
-"""The walk against full forwards of the whole model: every family, both kinds of propagation."""
+"""The walk against full forwards of the whole model, for every family and both kinds of propagation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROPAGATIONS: list[Propagation] = ["block", "sequential"]
 def sparsegpt_on(target: Target) -> Solve:
     def solve(weight: Tensor, x: Tensor) -> Tensor:
         gram = Gram(x.shape[1])
-        for batch in x.split(BATCHES[0].numel()):  # the same sums in the same order, for the same rounding
+        for batch in x.split(BATCHES[0].numel()):  # sum in the same order, for equal rounding
             gram.update(batch)
         return METHODS["sparsegpt"].prune(weight.clone(), gram, target).weight
 
@@ -68,7 +68,7 @@ def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation)
         assert bool((mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), name
     assert all(result.sparsity == 0.5 and result.tokens == 6 * 32 for result in results)
     assert all(0 < (result.relative_layer_error or 0) < 1 for result in results)
-    # What is not a matrix of a block is as it was.
+    # Everything but the blocks' matrices is unchanged.
     dense = pico_model(family).state_dict()
     changed = {f"{name}.weight" for name in expected}
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items() if name not in changed)
@@ -77,7 +77,7 @@ def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation)
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 @pytest.mark.parametrize("family", of_ten(["llama", "gpt2", "gemma2", "falcon"]))
 def test_weights_of_sparsegpt_are_those_of_full_forwards(family: str, propagation: Propagation) -> None:
-    # A solved weight goes on into the next matrix's inputs, so this compares far more than masks.
+    # Updated weights affect the next matrix's inputs, so this compares more than masks.
     model, oracle = (pico_model(family) for _ in range(2))
     prune_with_walk(model, BATCHES, Solver(METHODS["sparsegpt"]), HALF, propagation)
     prune_with_full_forwards(oracle, BATCHES, sparsegpt_on(HALF), propagation)
@@ -99,8 +99,8 @@ def test_the_two_kinds_of_propagation_differ() -> None:
     assert not torch.equal(block[f"{first}.o_proj"], sequential[f"{first}.o_proj"])
 
 
-def test_the_sliding_window_matters() -> None:
-    # A walk that gave every block the same mask would not notice the difference between these two.
+def test_sliding_windows_are_applied() -> None:
+    # A walk with the same attention mask for every block would not distinguish these two.
     found = []
     for window in (8, 64):
         model = pico_model("mistral", sliding_window=window)
@@ -152,7 +152,7 @@ def test_the_batch_size_does_not_matter(size: int, propagation: Propagation, fam
     assert share_of_different_entries(*found) < 1e-3
 
 
-def test_the_head_is_pruned_from_the_pruned_models_last_hidden_states() -> None:
+def test_the_head_is_pruned_by_the_pruned_models_last_hidden_states() -> None:
     model = pico_model("llama", num_hidden_layers=2, tie_word_embeddings=False)
     include = ["*.layers.*", "lm_head"]
     results = prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, include=include)
@@ -175,7 +175,7 @@ def test_walking_in_bfloat16_gives_the_masks_of_full_forwards() -> None:
 
 @pytest.mark.parametrize("keep_inputs", [False, True])
 def test_nothing_is_computed_whose_output_is_unused(keep_inputs: bool) -> None:
-    """A block that runs once more is left where its last matrix is solved; what it gives then is what it gave."""
+    """A rerun of a block stops at its last matrix, since its outputs are already known."""
     model, plain = pico_model("llama"), pico_model("llama")
     computed = 0
 
@@ -193,7 +193,7 @@ def test_nothing_is_computed_whose_output_is_unused(keep_inputs: bool) -> None:
 
 @pytest.mark.parametrize("left_early", [False, True])
 def test_a_walk_in_step_leaves_the_gradient_mode_as_it_was(left_early: bool) -> None:
-    """It belongs to the thread, which all lanes share; training afterwards must find it on."""
+    """The gradient mode belongs to the thread; training afterwards must find it enabled."""
     walk = iter(make_walk(pico_model("llama"), BATCHES, moves=Sequential()))
     for _ in walk:
         assert torch.is_grad_enabled()

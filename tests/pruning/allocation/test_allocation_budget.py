@@ -1,4 +1,4 @@
-"""The budget is spent exactly, at the least cost, within the limits."""
+"""Allocations meet the overall sparsity exactly, at the least cost, within the limits."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def problems(draw: st.DrawFn) -> tuple[list[Unit], list[float]]:
 
 @settings(max_examples=60, deadline=None)
 @given(problem=problems(), sparsity=st.floats(0.05, 0.87))
-def test_the_overall_sparsity_is_the_asked_one_to_a_step(
+def test_the_overall_sparsity_is_as_requested_within_one_step(
     problem: tuple[list[Unit], list[float]], sparsity: float
 ) -> None:
     units, wishes = problem
     curves = [wish(w, u) for w, u in zip(wishes, units, strict=True)]
     targets = within_budget(units, curves, Target(Unstructured(), sparsity))
     total = sum(u.weights for u in units)
-    step = max(u.rows for u in units) / total  # small matrices that are at their limits cannot make up for less
+    step = max(u.rows for u in units) / total  # small matrices at their limits cannot compensate for less
     assert abs(overall(units, targets) - sparsity) <= step + 1e-9
     for u, t in zip(units, targets, strict=True):
         assert 0 <= t.sparsity < 1
@@ -49,13 +49,13 @@ def test_the_overall_sparsity_is_the_asked_one_to_a_step(
 
 @settings(max_examples=40, deadline=None)
 @given(problem=problems(), n=st.integers(1, 7))
-def test_n_of_m_keeps_the_budget_as_whole_n_allow(problem: tuple[list[Unit], list[float]], n: int) -> None:
+def test_n_of_m_meets_the_budget_as_far_as_whole_n_allow(problem: tuple[list[Unit], list[float]], n: int) -> None:
     units, wishes = problem
     target = Target(NM(n, 8), 1 - n / 8)
     curves = [wish(w, u) for w, u in zip(wishes, units, strict=True)]
     targets = within_budget(units, curves, target)
     total = sum(u.weights for u in units)
-    # n of 8 everywhere would be exact; exchanges of up to two steps may end within a step of the largest matrix.
+    # The same n of 8 everywhere would be exact; exchanges of up to two steps may end within a step of the largest matrix.
     assert abs(overall(units, targets) - target.sparsity) * total <= max(u.weights for u in units) / 8 + 1e-6
     patterns = [t.pattern for t in targets if isinstance(t.pattern, NM)]
     assert len(patterns) == len(targets)
@@ -79,12 +79,12 @@ def test_equal_steps_are_spent_at_the_least_cost(slopes: list[list[float]], data
 
 
 def test_exchanges_reach_a_budget_that_steps_in_order_miss() -> None:
-    # In the order of cost 3 + 3 are taken and 1 of 7 is left over; 3 + 4 is exact.
+    # Taking steps by cost gives 3 + 3 and leaves 1 of 7; 3 + 4 is exact.
     costs = [np.array([0.0, 0.1, 0.2]), np.array([0.0, 1.0])]
     assert spend(costs, [3, 4], 7) == [1, 1]
 
 
-def test_limits_hold_to_whole_steps_and_too_tight_ones_are_refused() -> None:
+def test_limits_hold_within_one_step_and_impossible_ones_are_refused() -> None:
     units = [unit(0, 4, 100), unit(1, 4, 100)]
     curves = [Curve(lambda s: s, 0.4, 0.6), Curve(lambda s: 2 * s, 0.4, 0.6)]
     targets = within_budget(units, curves, Target(Unstructured(), 0.45))

@@ -1,4 +1,4 @@
-"""What the slopes of a model's own distributions say that zeros cost, against the formula and against the divergence itself."""
+"""Fisher estimates of the cost of zeros, against the formula and the divergence itself."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TARGET = Target(Unstructured(), 0.6)
 
 
 def squares_of(model: PreTrainedModel, chosen: Chosen) -> dict[str, Tensor]:
-    """Sums of squares of the inputs of every matrix, from full forwards."""
+    """Return the sums of squares of every matrix's inputs, from full forwards."""
     found: dict[str, Tensor] = {}
 
     def add(name: str) -> Any:
@@ -83,7 +83,7 @@ def test_changes_are_those_of_wandas_masks(grid: list[Target]) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_losses_are_half_the_squared_slopes_of_what_goes(family: str) -> None:
+def test_losses_are_half_the_squared_gradients_of_the_removed_weights(family: str) -> None:
     model = pico_model(family)
     proven = prove(model, SAMPLES[0][0])
     squares = squares_of(model, proven.chosen)
@@ -102,7 +102,7 @@ def test_losses_are_half_the_squared_slopes_of_what_goes(family: str) -> None:
 
 
 def test_a_loss_is_the_divergence_to_second_order() -> None:
-    """One row is changed a little: the mean over many draws is the divergence of the distributions."""
+    """For a small change of one row, the mean over many samples is the divergence of the distributions."""
     model = pico_model("llama")
     proven = prove(model, SAMPLES[0][0])
     name = "model.layers.1.mlp.down_proj"
@@ -136,7 +136,7 @@ def test_fisher_on_a_sample_of_rows_is_close_to_all_rows() -> None:
     assert 0.7 < float(ratios.median()) < 1.4
 
 
-def test_only_tokens_that_count_are_looked_at() -> None:
+def test_only_counted_tokens_contribute() -> None:
     model = pico_model("llama")
     proven = prove(model, SAMPLES[0][0])
     squares = squares_of(model, proven.chosen)
@@ -147,7 +147,7 @@ def test_only_tokens_that_count_are_looked_at() -> None:
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_fisher_leaves_the_model_unchanged() -> None:
     model = pico_model("llama")
     walk = make_walk(model, pico_tokens(4, 16).split(2))
     model.lm_head.weight.requires_grad_(True)
@@ -158,7 +158,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def test_experts_of_one_parameter_lose_together() -> None:
+def test_losses_of_experts_in_one_parameter_are_summed() -> None:
     model = pico_model("mixtral")
     walk = make_walk(model, pico_tokens(8, 16).split(4))
     targets = plan_targets(allocation_named("fisher"), walk.model, walk.recording, TARGET)
@@ -193,7 +193,7 @@ def test_models_without_finite_gradients_are_refused() -> None:
     cut.remove()
 
 
-def test_a_folder_is_loaded_whole(tmp_path: Any) -> None:
+def test_fisher_loads_a_folder_into_memory(tmp_path: Any) -> None:
     save_pico(tmp_path / "model")
     said: dict[str, Any] = {
         "dataset": str(write_words(tmp_path / "words.txt")),

@@ -1,4 +1,4 @@
-"""Each allocation's formula against the paper's, written plainly."""
+"""Each allocation against a plain version of the paper's formula."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan(model: PreTrainedModel, allocation: str, target: Target) -> tuple[dict[
 
 def test_owl_keeps_more_where_there_are_more_outliers() -> None:
     model = pico_model("llama")
-    with torch.no_grad():  # some blocks with outliers, in different numbers
+    with torch.no_grad():  # blocks with different numbers of outliers
         model.model.layers[1].mlp.gate_proj.weight[0, :40] *= 60
         model.model.layers[2].mlp.up_proj.weight[:3] *= 60
     targets, blocks, _ = plan(model, "owl", Target(Unstructured(), 0.7))
@@ -44,7 +44,7 @@ def test_owl_keeps_more_where_there_are_more_outliers() -> None:
         inputs = inputs_by_full_forwards(model, layers, BATCHES)
         metric = torch.cat([(layer.weight.abs() * inputs[layer.name].norm(dim=0)).reshape(-1) for layer in layers])
         shares.append(float((metric > 5 * metric.mean()).float().mean()))
-    # All blocks are of one size, so the authors' mean over blocks is the mean over weights.
+    # All blocks have one size, so the authors' mean over blocks is the mean over weights.
     ratio = (np.array(shares) - min(shares)) / (max(shares) - min(shares)) * 0.16
     expected = 1 - (ratio - ratio.mean() + 0.3)
     for block, sparsity in zip(blocks, expected, strict=True):
@@ -52,7 +52,7 @@ def test_owl_keeps_more_where_there_are_more_outliers() -> None:
         assert own == pytest.approx([sparsity] * len(own), abs=1 / 64)
 
 
-def test_shares_of_kept_weights_are_weighed_by_size() -> None:
+def test_shares_of_kept_weights_are_weighted_by_size() -> None:
     shares = torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64)
     counts = torch.tensor([100.0, 300.0, 50.0], dtype=torch.float64)
     kept = kept_by_outliers(shares, counts, 0.3, 0.08)
@@ -86,7 +86,7 @@ def test_planning_an_allocation_leaves_the_model_unchanged() -> None:
 
 
 @pytest.mark.parametrize("name", ["owl", "fisher"])
-def test_what_no_allocation_can_reach_is_refused_before_any_look(name: str) -> None:
+def test_unreachable_sparsities_are_refused_before_any_measurement(name: str) -> None:
     model = prove(pico_model("llama"), BATCHES[0])
     recipe = make_recipe({"model": "pico", "allocation": name, "sparsity": 0.999})
     with pytest.raises(BadInput, match="no room"):

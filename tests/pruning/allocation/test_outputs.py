@@ -1,4 +1,4 @@
-"""Outputs that the model hears more of keep more weights: what their slopes say, and what methods make of it."""
+"""Outputs that matter more to the model keep more weights: their gradients, and their use in methods."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def matrix_and_inputs() -> tuple[torch.Tensor, Gram]:
 
 
 @pytest.mark.parametrize(("family", "said", "power"), [("llama", "", 0.5), ("mixtral", ":outputs=1", 1.0)])
-def test_outputs_count_by_their_squared_slopes(family: str, said: str, power: float) -> None:
+def test_outputs_are_weighted_by_their_squared_gradients(family: str, said: str, power: float) -> None:
     model, tokens = pico_model(family), pico_tokens(6, 16)
     walk = make_walk(model, tokens.split(2))
     targets = plan_targets(allocation_named(f"fisher{said}"), walk.model, walk.recording, TARGET)
@@ -67,7 +67,7 @@ def test_shares_of_outputs_average_one_and_are_clipped() -> None:
     assert shares_of_outputs(torch.zeros(3, dtype=torch.float64), 0.5).tolist() == [1.0, 1.0, 1.0]
 
 
-def test_scores_of_an_output_count_as_much_more() -> None:
+def test_scores_are_scaled_by_the_outputs_weight() -> None:
     weight, statistic = matrix_and_inputs()
     outputs = torch.tensor([3.0, 1.0, 0.3, 1.2, 16.0, 0.9, 0.07, 1.1])
     target = replace(TARGET, outputs=outputs)
@@ -76,13 +76,13 @@ def test_scores_of_an_output_count_as_much_more() -> None:
     found = prune_by_outputs(METHODS["sparsegpt"], weight, statistic, target)
     assert torch.equal(found.keep, TARGET.keep(score))
     assert found.keep.sum(dim=1)[4] > found.keep.sum(dim=1)[6]
-    # The weights of a row that lost the same ones are what they would be otherwise.
+    # A row with the same mask gets the same weights as without output weights.
     same = prune_by_outputs(METHODS["sparsegpt"], weight[4:5], statistic, replace(TARGET, outputs=outputs[4:5]))
     assert torch.equal(same.weight, METHODS["sparsegpt"].prune(weight[4:5], statistic, TARGET).weight)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "alps"])
-def test_methods_that_leave_weights_leave_them_to_the_last_bit(method: str) -> None:
+def test_methods_without_updates_keep_weights_to_the_last_bit(method: str) -> None:
     weight, statistic = matrix_and_inputs()
     outputs = torch.linspace(0.3, 9.0, 8)
     found = prune_by_outputs(METHODS[method], weight, statistic, replace(TARGET, outputs=outputs))

@@ -1,4 +1,4 @@
-"""Every allocation in a run: exact in the model, whatever the method; files, options, and what is refused."""
+"""Every allocation in a run: exact for any method; files, options, and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TARGETS = [Target(Unstructured(), 0.5), Target(Unstructured(), 0.7), Target(NM(4
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
 def plans(request: pytest.FixtureRequest) -> tuple[str, dict[tuple[str, str, float], dict[str, Target]]]:
-    """Every allocation's plan for a model, by allocation and target."""
+    """Return every allocation's plan for a model, by allocation and target."""
     model = pico_model(request.param, num_hidden_layers=2)
     found = {}
     for name in ALLOCATIONS:
@@ -52,7 +52,7 @@ def plans(request: pytest.FixtureRequest) -> tuple[str, dict[tuple[str, str, flo
     ),
     ids=str,
 )
-def test_the_achieved_sparsity_is_the_asked_one(
+def test_the_achieved_sparsity_is_the_requested_one(
     plans: tuple[str, dict[tuple[str, str, float], dict[str, Target]]], name: str, method: str, target: Target
 ) -> None:
     family, found = plans
@@ -64,21 +64,21 @@ def test_the_achieved_sparsity_is_the_asked_one(
     sizes = [result.shape[0] * result.shape[1] for result in results]
     sparsity = sum(r.sparsity * size for r, size in zip(results, sizes, strict=True)) / sum(sizes)
     rows = min(result.shape[0] for result in results)
-    # Pico matrices are so small that half a row's step can be more than the 0.01 % that a real model is held to.
+    # In pico matrices half a row's step can exceed the 0.01 % required of a real model.
     if isinstance(target.pattern, NM):
         assert abs(sparsity - 0.5) <= 1e-4
     elif name != "uniform":
         assert abs(sparsity - target.sparsity) <= max(1e-4, rows / 2 / sum(sizes))
     for result in results:
         asked = targets[result.name].sparsity
-        if name == "uniform":  # asks for one sparsity of all, and every row loses as many whole weights as are in it
+        if name == "uniform":  # one sparsity for all, rounded down to whole weights per row
             assert asked == target.sparsity
             assert 0 <= asked - result.sparsity < 1 / result.shape[1]
         else:
             assert result.sparsity == pytest.approx(asked, abs=1e-9)
 
 
-def test_a_real_models_shapes_are_met_within_a_hundredth_of_a_per_cent() -> None:
+def test_on_a_real_models_shapes_the_sparsity_is_exact_to_a_hundredth_of_a_per_cent() -> None:
     from coprune.pruning.allocation.allocation import Unit, wish, within_budget
 
     shapes = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {
@@ -117,7 +117,7 @@ def test_data_is_read_for_the_allocation_even_if_the_method_needs_none(tmp_path:
     assert len({m.sparsity for m in report.matrices}) > 1
 
 
-def test_n_of_any_m_is_chosen_per_matrix(tmp_path: Path) -> None:
+def test_n_of_m_is_allocated_per_matrix_for_any_m(tmp_path: Path) -> None:
     report = run(tmp_path, "fisher", pattern="2:4")
     assert report.sparsity.matrices == pytest.approx(0.5, abs=1e-9)
     assert {m.sparsity for m in report.matrices} == {0.25, 0.5, 0.75}
@@ -193,7 +193,7 @@ def test_allocation_options_are_parsed() -> None:
 
 @pytest.mark.parametrize("name", sampled(["owl", "fisher"], quick=["fisher"]))
 def test_an_allocations_token_limit_is_met_by_whole_samples(tmp_path: Path, name: str) -> None:
-    """The first 64 tokens are two samples of 32, in a run as where it is inspected."""
+    """The first 64 tokens are two samples of 32, in a run and in an inspection."""
     save_pico(tmp_path / "model")
     data: dict[str, Any] = {"dataset": str(write_words(tmp_path / "words.txt")), "seqlen": 32, "batch_size": 1}
     asked: dict[str, Any] = data | {"sparsity": 0.7, "quiet": True, "stream": False}
@@ -249,4 +249,4 @@ def test_inspect_shows_what_an_allocation_would_do(
     assert all(low <= mean <= high for mean, low, high in blocks)
     assert (min(low for _, low, _ in blocks), max(high for _, _, high in blocks)) == (least, most)
     assert least < 70 < most
-    assert sum(mean for mean, _, _ in blocks) / 3 == pytest.approx(70, abs=0.05)  # the blocks are of one size
+    assert sum(mean for mean, _, _ in blocks) / 3 == pytest.approx(70, abs=0.05)  # blocks have equal sizes

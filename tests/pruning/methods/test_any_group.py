@@ -1,4 +1,4 @@
-"""N:M with any M: groups longer than a block of columns, and groups that do not divide one, against plain formulas."""
+"""N:M with any M: groups longer than a block of columns or not dividing it, against plain formulas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.problems import correlated_layer
 from support.published import published_column_update, published_magnitude, published_wanda
 
 WIDTHS = {NM(3, 5): 260, NM(10, 96): 192, NM(128, 256): 512}
-"""More than a block of SparseGPT's 128 columns each."""
+"""Widths above one block of SparseGPT's 128 columns."""
 Problem = tuple[NM, Tensor, Gram]
 
 
@@ -31,7 +31,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 
 
 def dropped_by(name: str, problem: Problem) -> Tensor:
-    """What falls of the dense weights by a score alone."""
+    """Return the dense weights that a score alone would prune."""
     pattern, weight, statistic = problem
     counts = pattern.m - pattern.n, pattern.m
     if name == "magnitude":
@@ -48,7 +48,7 @@ def test_methods_by_score_drop_the_lowest_of_each_group(name: str, problem: Prob
 
 @pytest.mark.parametrize("inner_loop", ["auto", "torch"])
 @pytest.mark.parametrize("block_size", [128, 7])
-def test_sparsegpt(problem: Problem, block_size: int, inner_loop: str) -> None:
+def test_sparsegpt_matches_the_published_loop_in_any_group(problem: Problem, block_size: int, inner_loop: str) -> None:
     pattern, weight, statistic = problem
     method = method_named("sparsegpt", {"block_size": block_size, "inner_loop": inner_loop})
     pruned = method.prune(weight, statistic, Target(pattern, pattern.sparsity))
@@ -93,7 +93,7 @@ def test_other_methods_keep_n_of_every_m(name: str, problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_whole_run(method: str, tmp_path: Path) -> None:
+def test_a_run_prunes_to_any_group(method: str, tmp_path: Path) -> None:
     write_words(tmp_path / "words.txt", count=400)
     model = pico_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
     settings: dict[str, Any] = {

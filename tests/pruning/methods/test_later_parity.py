@@ -1,4 +1,4 @@
-"""RIA, DSnoT, ADMM and ALPS against their papers' formulas, written out plainly in float64."""
+"""RIA, DSnoT, ADMM and ALPS against plain float64 versions of their papers' formulas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layer(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Gram]:
 
 
 def largest(score: Tensor, target: Target) -> Tensor:
-    """Mask of the largest scores: by matrix, or N of every M."""
+    """Return the mask of the largest scores: over the matrix, or N of every M."""
     if isinstance(target.pattern, NM):
         grouped = score.reshape(-1, target.pattern.m)
         kept = grouped.topk(target.pattern.n, dim=1).indices
@@ -39,7 +39,7 @@ def largest(score: Tensor, target: Target) -> Tensor:
 
 
 @pytest.mark.parametrize("target", [*TARGETS, SIXTY_PERCENT], ids=str)
-def test_ria(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
+def test_ria_matches_its_paper(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, x, statistic = layer
     size = weight.double().abs()
     score = torch.empty_like(size)
@@ -50,7 +50,7 @@ def test_ria(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", [*TARGETS, SIXTY_PERCENT], ids=str)
-def test_admm(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
+def test_admm_matches_its_paper(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, x, statistic = layer
     norm = x.double().square().mean(dim=0).sqrt()
     gram = x.double().T @ x.double() / len(x)
@@ -74,7 +74,7 @@ def test_admm(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", [*TARGETS, SIXTY_PERCENT], ids=str)
-def test_alps(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
+def test_alps_matches_its_paper(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, x, statistic = layer
     gram = x.double().T @ x.double() / len(x)
     gram += 0.01 * gram.diagonal().mean() * torch.eye(64)
@@ -119,7 +119,7 @@ def test_alps_with_dead_inputs_prunes_what_multiplies_them_first(layer: tuple[Te
     torch.testing.assert_close(pruned.weight[pruned.keep], weight[pruned.keep])
 
 
-def test_alps_says_when_its_mask_did_not_settle(layer: tuple[Tensor, Tensor, Gram]) -> None:
+def test_alps_reports_an_unsettled_mask(layer: tuple[Tensor, Tensor, Gram]) -> None:
     weight, _, statistic = layer
     pruned = method_named("alps", {"rounds": 3}).prune(weight, statistic, SIXTY_PERCENT)
     assert pruned.events == (Event(kind="mask unsettled", figures={"rounds": 3}),)
@@ -135,7 +135,7 @@ def test_four_of_eight_is_not_two_of_four(layer: tuple[Tensor, Tensor, Gram], na
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), progress=st.floats(0.01, 1), nm=st.sampled_from([NM(2, 4), NM(4, 8), NM(1, 4)]))
-def test_the_schedule_of_masks(seed: int, progress: float, nm: NM) -> None:
+def test_the_mask_schedule_reaches_the_target_cubically(seed: int, progress: float, nm: NM) -> None:
     score = torch.rand(6, 32, generator=torch.Generator().manual_seed(seed))
     share = 1 - (1 - progress) ** 3
     keep = keep_on_schedule(score, Target(nm, nm.sparsity), progress, "matrix")
@@ -159,7 +159,7 @@ def test_more_mask_rounds_than_rounds_are_refused() -> None:
 def dsnot_of_one_row(
     weight: Tensor, keep: Tensor, mean: Tensor, variance: Tensor, norm: Tensor, group: int, cycles: int = 50
 ) -> Tensor:
-    """The published loop for one row, in plain Python."""
+    """Run the published loop for one row in plain Python."""
     keep = keep.clone()
     for _ in range(cycles):
         error = float(sum(w * m for w, m, k in zip(weight, mean, keep, strict=True) if not k))
@@ -179,7 +179,7 @@ def dsnot_of_one_row(
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("start", STARTS)
-def test_dsnot(layer: tuple[Tensor, Tensor, Gram], target: Target, start: str) -> None:
+def test_dsnot_matches_the_published_loop(layer: tuple[Tensor, Tensor, Gram], target: Target, start: str) -> None:
     weight, x, _ = layer
     x = x + 0.3 * x.std(dim=0)
     statistic = InputMoments(64)

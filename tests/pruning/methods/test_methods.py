@@ -1,4 +1,4 @@
-"""What holds for every method, whatever the numbers."""
+"""Properties of every method."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def targets(draw: st.DrawFn) -> Target:
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=12, deadline=None)
 @given(target=targets(), seed=st.integers(0, 1000), rows=st.integers(1, 12), groups=st.integers(1, 5))
-def test_exact_sparsity_and_true_zeros(name: str, target: Target, seed: int, rows: int, groups: int) -> None:
+def test_every_method_gives_the_exact_sparsity_and_true_zeros(
+    name: str, target: Target, seed: int, rows: int, groups: int
+) -> None:
     weight, _, statistic = correlated_layer(rows, 16 * groups, tokens=64, seed=seed)
     before = weight.clone()
     pruned = method_named(name).prune(weight, statistic, target)
@@ -83,7 +85,7 @@ def test_valid_method_options_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
-def test_wanda_variant_prunes_what_was_asked_for_where_all_scores_are_zero(sparsity: float) -> None:
+def test_wanda_variant_reaches_the_sparsity_if_all_scores_are_zero(sparsity: float) -> None:
     weight, _, _ = correlated_layer(6, 40)
     silent = InputNorm(40)
     silent.update(torch.zeros(16, 40))
@@ -92,7 +94,7 @@ def test_wanda_variant_prunes_what_was_asked_for_where_all_scores_are_zero(spars
     assert int((~pruned.keep).sum()) == 6 * count_pruned(40, sparsity)
     assert torch.equal(pruned.weight, weight * pruned.keep)
     assert not pruned.events
-    # Rows of zeros beside others lose as much, and do not keep the others from losing theirs.
+    # Rows of zeros are pruned like the others and do not affect them.
     _, x, _ = correlated_layer(6, 40)
     heard = InputNorm(40)
     heard.update(x)

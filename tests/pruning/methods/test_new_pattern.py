@@ -1,4 +1,4 @@
-"""A pattern that the program does not know works with its methods as soon as it stands in the table."""
+"""A new pattern works with all methods once it is in the table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHODS_FOR_BLOCKS = [name for name in METHODS if name not in SWAPS_SINGLE_WEIGH
 @pytest.mark.parametrize("name", METHODS_FOR_BLOCKS)
 @settings(max_examples=10, deadline=None)
 @given(sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.8]), seed=st.integers(0, 999), rows=st.integers(1, 12))
-def test_a_method_keeps_and_prunes_blocks_whole(name: str, sparsity: float, seed: int, rows: int) -> None:
+def test_methods_keep_or_prune_whole_blocks(name: str, sparsity: float, seed: int, rows: int) -> None:
     weight, _, statistic = correlated_layer(rows, 32, tokens=64, seed=seed)
     before = weight.clone()
     pruned = method_named(name).prune(weight, statistic, Target(Blocks(4), sparsity))
@@ -55,7 +55,7 @@ def test_refitting_keeps_the_blocks_and_swapping_refuses_them() -> None:
             prune()
 
 
-def test_a_budget_is_spent_in_whole_blocks() -> None:
+def test_sparsity_is_allocated_in_whole_blocks() -> None:
     units = [Unit(f"u{i}", f"b{i}", 8, 32, (f"u{i}",)) for i in range(3)]
     wishes = [wish(sparsity, unit) for sparsity, unit in zip((0.3, 0.5, 0.7), units, strict=True)]
     targets = within_budget(units, wishes, Target(Blocks(4), 0.5))

@@ -1,4 +1,4 @@
-"""What SparseGPT keeps lies on the grid of its source, and later columns make up for the rounding."""
+"""SparseGPT rounds kept weights to the source's grid, and later columns compensate for the rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUT, IN, TOKENS, GROUP = 24, 64, 512, 32
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("grid", [Floats8(), Floats4(), Integers(4)])
-def test_rounding_inside_the_walk_costs_less_than_afterwards(grid: Grid, pattern: str) -> None:
+def test_rounding_during_pruning_costs_less_than_afterwards(grid: Grid, pattern: str) -> None:
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(IN, IN, generator=generator) * IN**-0.5
     inputs = torch.randn(TOKENS, IN, generator=generator) @ mixed
@@ -34,7 +34,7 @@ def test_rounding_inside_the_walk_costs_less_than_afterwards(grid: Grid, pattern
     def error(found: Tensor) -> float:
         return float((inputs @ (found - weight).T).norm())
 
-    outputs = 0.5 + torch.rand(OUT, generator=generator)  # rows that count more, which a method sees larger
+    outputs = 0.5 + torch.rand(OUT, generator=generator)  # rows with larger weights, which a method sees scaled
     target = Target(parse_pattern(pattern), 0.5, outputs=outputs)
     free = prune_by_outputs(SparseGPT(), weight, statistic, target).weight
     afterwards = form.decode(form.encode(free, stored)[0], torch.empty(OUT, IN))
@@ -43,4 +43,4 @@ def test_rounding_inside_the_walk_costs_less_than_afterwards(grid: Grid, pattern
     assert rounding.values == 0
     torch.testing.assert_close(form.decode(parts, torch.empty(OUT, IN)), inside.weight)
     assert torch.equal(inside.weight != 0, inside.keep)
-    assert error(inside.weight) < 1.01 * error(afterwards)  # of which eight bits cost hardly anything
+    assert error(inside.weight) < 1.01 * error(afterwards)  # which costs hardly anything in eight bits

@@ -1,4 +1,4 @@
-"""Methods from outside the package: registered by a call, or brought by an installed package."""
+"""External methods: registered by a call, or provided by an installed package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Largest:
     """Keep the largest weights of every row."""
 
     share: float = 1.0
-    """Nothing in particular."""
+    """An unused option."""
 
     statistic: ClassVar[None] = None
 
@@ -61,14 +61,14 @@ def test_a_registered_method_is_looked_up_like_any_other() -> None:
         method_named("largst")
 
 
-def test_a_class_is_taken_with_its_defaults() -> None:
+def test_a_method_class_is_used_with_its_defaults() -> None:
     coprune.register_method("largest", Largest)
     assert method_named("largest") == Largest()
 
 
 @dataclass
 class Thawed:
-    """Not frozen."""
+    """A method that is not frozen."""
 
 
 NoPrune = make_dataclass("NoPrune", [], frozen=True, namespace={"statistic": None})
@@ -93,13 +93,13 @@ Shadowing = make_dataclass(
         ("largest", Shadowing, "option 'seed', which every recipe has"),
     ],
 )
-def test_what_is_no_method_or_has_a_taken_name_is_refused(name: Any, method: Any, message: str) -> None:
+def test_non_methods_and_taken_names_are_refused(name: Any, method: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         coprune.register_method(name, method)
     assert list(all_methods()) == list(METHODS)
 
 
-def test_a_name_is_registered_once() -> None:
+def test_a_name_cannot_be_registered_twice() -> None:
     coprune.register_method("largest", Largest())
     with pytest.raises(BadInput, match="already"):
         coprune.register_method("largest", Largest())
@@ -110,7 +110,7 @@ Runs = Callable[..., Ended]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runs:
-    """Type `coprune` and its words where a package is installed."""
+    """Return a function that runs `coprune` with a package installed."""
     monkeypatch.chdir(tmp_path)
 
     def typed(*words: str, site: Path) -> Ended:
@@ -125,7 +125,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 SMALL = ("--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32", "--no-eval", "-p", "2:4", "-q")
 
 
-def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(
+def test_a_method_from_another_package_is_listed_and_prunes(
     run: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     entries = {"lottery": "lottery:Lottery", "wanda": "lottery:Lottery"}
@@ -138,7 +138,7 @@ def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(
     assert "from coprune-lottery" in listed.out
     assert "--luck" in listed.out
     assert "How much the size of a weight counts." in listed.out
-    # Our own name stays ours, and that is told once.
+    # A built-in name is not replaced, which is reported once.
     assert "wanda: Prune the weights with the smallest |W| · n" in listed.out
     (told,) = caplog.messages
     assert "coprune-lottery" in told
@@ -160,7 +160,7 @@ def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(
     assert "unknown method 'lottery'" in gone.err
 
 
-def test_a_package_that_is_broken_stops_only_its_own_method(
+def test_a_broken_package_only_stops_its_own_method(
     run: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     site = install_package(

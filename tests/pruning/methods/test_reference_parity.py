@@ -1,4 +1,4 @@
-"""The Wanda repository's methods against the authors' published procedures, which `published.py` writes out plainly."""
+"""The Wanda repository's methods against plain versions of the published procedures (`published.py`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layer(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Gram]:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_magnitude(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
+def test_magnitude_matches_the_published_procedure(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, _, _ = layer
     pruned = METHODS["magnitude"].prune(weight, None, target)
     dropped = published_magnitude(weight, 0.5, *pruned_of[str(target.pattern)])
@@ -31,7 +31,9 @@ def test_magnitude(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("name", ["wanda", "wanda_variant"])
-def test_wanda_and_its_variant(layer: tuple[Tensor, Tensor, Gram], target: Target, name: str) -> None:
+def test_wanda_and_its_variant_match_the_published_procedure(
+    layer: tuple[Tensor, Tensor, Gram], target: Target, name: str
+) -> None:
     weight, x, _ = layer
     statistic = InputNorm(x.shape[1])
     for batch in x.split(100):
@@ -44,7 +46,9 @@ def test_wanda_and_its_variant(layer: tuple[Tensor, Tensor, Gram], target: Targe
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_sparsegpt(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
+def test_sparsegpt_matches_the_published_formula_in_any_group(
+    layer: tuple[Tensor, Tensor, Gram], target: Target
+) -> None:
     weight, _, statistic = layer
     pruned = METHODS["sparsegpt"].prune(weight, statistic, target)
     expected, dropped = published_column_update(
@@ -89,7 +93,7 @@ def test_a_block_prunes_its_own_share(layer: tuple[Tensor, Tensor, Gram]) -> Non
         assert int((~block).sum()) == block.numel() // 2
 
 
-def test_wanda_over_the_whole_matrix(layer: tuple[Tensor, Tensor, Gram]) -> None:
+def test_wanda_may_compare_weights_over_the_whole_matrix(layer: tuple[Tensor, Tensor, Gram]) -> None:
     weight, x, statistic = layer
     keep = method_named("wanda", {"group": "matrix"}).prune(weight, statistic, TARGETS[0]).keep
     assert torch.equal(~keep, below_global_threshold(weight.abs() * x.square().mean(dim=0).sqrt(), 0.5))

@@ -1,4 +1,4 @@
-"""Experts and other matrices to which nothing but zeros came, and inputs that were never seen."""
+"""Experts and other matrices that only saw zeros, and unseen inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_experts_that_see_every_token_times_zero_are_pruned_by_magnitude(method:
 
 @pytest.mark.parametrize("method", ["wanda", "ria", "dsnot", "sparsegpt", "admm", "alps"])
 def test_a_matrix_without_inputs_is_pruned_by_magnitude(method: str) -> None:
-    """None is wiped out, and the pattern is kept."""
+    """It is not zeroed completely, and the pattern is kept."""
     generator = torch.Generator().manual_seed(0)
     weight, target = torch.randn(8, 16, generator=generator), Target(NM(2, 4), 0.5)
     solver = Solver(METHODS[method])
@@ -39,12 +39,12 @@ def test_a_matrix_without_inputs_is_pruned_by_magnitude(method: str) -> None:
     found = solver.solve(weight, inputs, target)
     assert torch.allclose(found.weight[found.keep], weight[found.keep], atol=1e-5)
     assert (found.weight == 0).view(8, 4, 4).sum(dim=2).eq(2).all()
-    if method != "ria":  # by shares of its row and column
+    if method != "ria":  # it scores by shares of row and column
         assert torch.equal(found.keep, METHODS["magnitude"].prune(weight, None, target).keep)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "alps"])
-def test_where_nothing_falls_unseen_inputs_keep_their_weights(method: str) -> None:
+def test_without_pruning_unseen_inputs_keep_their_weights(method: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 16, generator=generator).sign() + 1.5
     weight[0] = 0.0

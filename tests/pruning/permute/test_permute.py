@@ -1,4 +1,4 @@
-"""Channel permutation: never worse for the score, and never felt by the model."""
+"""Channel permutation: never a worse score, and the same model outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATTERNS = [NM(2, 4), NM(1, 4), NM(4, 8), NM(1, 2), NM(3, 4)]
 
 
 def uneven_scores(rows: int, width: int, seed: int) -> Tensor:
-    """Scores in which strong channels stand next to each other."""
+    """Return scores with strong channels next to each other."""
     generator = torch.Generator().manual_seed(seed)
     strength = torch.linspace(2, -2, width).exp()
     return torch.rand(rows, width, generator=generator) * strength
@@ -58,7 +58,7 @@ def test_strong_channels_are_spread(pattern: NM) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_groups_of_four_against_every_split(seed: int) -> None:
+def test_two_groups_of_four_match_exhaustive_search(seed: int) -> None:
     score = uneven_scores(6, 8, seed)
     best = max(
         retained_score(score[:, [*first, *(c for c in range(8) if c not in first)]], 2, 4)
@@ -69,7 +69,7 @@ def test_two_groups_of_four_against_every_split(seed: int) -> None:
     assert found <= best + 1e-4
 
 
-def test_many_groups_gain_nearly_as_much_where_not_all_of_them_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restricted_exchanges_gain_nearly_as_much_with_many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     score = uneven_scores(24, 4 * 300, seed=2)[:, torch.randperm(1200, generator=torch.Generator().manual_seed(2))]
     dealt = retained_score(score[:, deal_serpentine(score.sum(dim=0), 4).reshape(-1)], 2, 4)
     gained = []
@@ -82,7 +82,7 @@ def test_many_groups_gain_nearly_as_much_where_not_all_of_them_exchange(monkeypa
     assert 0.85 * among_all < among_some < among_all
 
 
-def test_serpentine_dealing() -> None:
+def test_channels_are_dealt_in_serpentine_order() -> None:
     totals = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])
     assert deal_serpentine(totals, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
 
@@ -100,7 +100,7 @@ def test_a_width_that_m_does_not_divide_is_refused() -> None:
 
 
 EXPECTED = {
-    # What can be permuted in a block: outputs of the MLP's inner layer, and of the values within heads.
+    # Permutable inputs in a block: those from the MLP's inner layer, and from the values within heads.
     "llama": {"o_proj", "down_proj"},
     "qwen3": {"o_proj", "down_proj"},
     "gemma2": {"o_proj", "down_proj"},
@@ -112,8 +112,8 @@ EXPECTED = {
     "mixtral": {"o_proj", "down_proj"},
     "qwen3_moe": {"o_proj", "down_proj"},
     "gpt_oss": {"o_proj", "down_proj"},
-    "deepseek_v3": {"o_proj", "down_proj"},  # its values are one matrix with a part of the keys
-    "qwen3_5_text": {"o_proj", "down_proj"},  # its answers have a gate, which is one matrix with the queries
+    "deepseek_v3": {"o_proj", "down_proj"},  # values and a part of the keys share a matrix
+    "qwen3_5_text": {"o_proj", "down_proj"},  # attention outputs have a gate, which shares a matrix with the queries
 }
 
 
@@ -124,7 +124,7 @@ def permute(model: PreTrainedModel, method: str = "wanda", pattern: Pattern = PA
 
 
 @pytest.mark.parametrize("family", of_ten(EXPECTED))
-def test_the_model_computes_what_it_did_before(family: str) -> None:
+def test_permuting_keeps_the_models_outputs(family: str) -> None:
     model = pico_model(family)
     randomise_vectors(model)
     tokens = pico_tokens(4, 24, seed=9)
@@ -141,8 +141,8 @@ def test_the_model_computes_what_it_did_before(family: str) -> None:
     assert changed >= set(permuted.names)
 
 
-def test_a_run_prunes_less_of_strong_channels_that_stand_together(tmp_path: Path) -> None:
-    """Channels of the MLP in order of strength, four strong ones to a group: 2:4 would fell half of them."""
+def test_a_run_keeps_more_of_adjacent_strong_channels(tmp_path: Path) -> None:
+    """MLP channels sorted by strength, four strong ones per group: 2:4 would prune half of them."""
     words = write_words(tmp_path / "words.txt")
     errors = {}
     for permute_first in (False, True):
@@ -169,8 +169,8 @@ def test_a_run_prunes_less_of_strong_channels_that_stand_together(tmp_path: Path
     assert sum(errors[True].values()) < sum(errors[False].values())
 
 
-def test_a_proof_that_fails_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were the logits to differ after all, the weights are as before and nothing is said to be permuted."""
+def test_a_failed_proof_restores_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If logits differed after all, weights are restored and no permutation is reported."""
     model = pico_model("llama")
     before = [parameter.clone() for parameter in model.parameters()]
     monkeypatch.setattr("coprune.pruning.permutation.close", lambda output, dense, blocks: False)

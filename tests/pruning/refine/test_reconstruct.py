@@ -1,4 +1,4 @@
-"""Block reconstruction: closer to the dense model on what it never trained on, with every zero kept."""
+"""Block reconstruction: closer to the dense model on held-out data, with every zero kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pruned(
     aims: bool = True,
     trainings: list[BlockTraining] | None = None,
 ) -> tuple[PreTrainedModel, list[MatrixResult]]:
-    """A pico model at 2:4, reconstructed if asked for; aims: whether dense states are kept only where they are looked at."""
+    """Return a pico model at 2:4, reconstructed if requested; aims: whether dense states are kept only for used batches."""
     model = pico_model("llama")
     return model, prune_two_of_four(model, BATCHES, reconstruction, propagation, aims, trainings)
 
@@ -113,7 +113,7 @@ def test_reconstruction_needs_dense_states_of_used_batches_only(steps: int) -> N
     assert all(torch.equal(a, b) for a, b in zip(with_all.parameters(), with_few.parameters(), strict=True))
 
 
-def test_a_block_that_training_makes_worse_is_left_as_it_was() -> None:
+def test_a_block_made_worse_by_training_is_restored() -> None:
     trainings: list[BlockTraining] = []
     model, _ = pruned(Reconstruction(steps=2, learning_rate=1e3), trainings=trainings)
     plain, _ = pruned(None)
@@ -121,7 +121,7 @@ def test_a_block_that_training_makes_worse_is_left_as_it_was() -> None:
     assert all(training.is_idle for training in trainings)
 
 
-def test_the_rate_is_what_lowers_the_held_out_error_of_the_first_blocks_most() -> None:
+def test_the_rate_with_the_least_held_out_error_on_the_first_blocks_is_used() -> None:
     trainings: list[BlockTraining] = []
     pruned(Reconstruction(steps=6), trainings=trainings)
     first, *others = trainings
@@ -139,7 +139,7 @@ def test_the_rate_is_what_lowers_the_held_out_error_of_the_first_blocks_most() -
         before = training
 
 
-def test_rates_are_tried_until_they_are_known_and_again_where_nothing_was_gained() -> None:
+def test_rates_are_tried_until_settled_and_again_after_no_gain() -> None:
     asked = Reconstruction()
     start, half, double = rates_to_try(asked, [])
     assert (half, double) == (start / 2, 2 * start)
@@ -151,14 +151,14 @@ def test_rates_are_tried_until_they_are_known_and_again_where_nothing_was_gained
     assert rates_to_try(Reconstruction(learning_rate=0.5), [idle]) == (0.5,), "what is asked for is not searched"
 
 
-# What is trained beside the matrices: what has one of these words in its name, but in no layer that is left alone.
+# Words in the names of other trained tensors, unless their layer is left alone.
 NORMS_AND_BIASES = ("norm", "bias", "ln")
 LEFT_ALONE = ("gate.", "router.", "conv", "rg_lru")
 SHORT = Reconstruction(steps=3, learning_rate=1e-2)
 
 
 def trained_by(family: str, dtype: torch.dtype) -> tuple[set[str], set[str], list[BlockTraining]]:
-    """Prune and train a pico model; returns names of matrices and of other tensors that changed, and what trainings did."""
+    """Prune and train a pico model; return the names of changed matrices and other tensors, and the trainings."""
     model = pico_model(family, dtype=dtype)
     dense = copy.deepcopy(model.state_dict())
     trainings: list[BlockTraining] = []
@@ -172,7 +172,7 @@ def trained_by(family: str, dtype: torch.dtype) -> tuple[set[str], set[str], lis
 
 
 @pytest.mark.parametrize("family", sampled([*FAMILIES, *MIXTURES, *HYBRIDS], quick=[*TEN, "qwen3_5_moe_text"]))
-def test_half_precision_trains_what_was_pruned_norms_and_biases_in_every_family(family: str) -> None:
+def test_half_precision_trains_pruned_matrices_norms_and_biases_in_every_family(family: str) -> None:
     matrices, others, trainings = trained_by(family, torch.bfloat16)
     assert matrices
     assert others
@@ -192,7 +192,7 @@ def test_excluded_matrices_are_not_trained() -> None:
     trainings: list[BlockTraining] = []
     prune_two_of_four(model, BATCHES[:3], SHORT, trainings=trainings, exclude=["*.v_proj", "*.layers.1.*"])
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
-    # Nothing of the excluded block, and the excluded layer's bias neither.
+    # Neither the excluded block nor the excluded layer's bias.
     assert not any("v_proj" in name or ".layers.1." in name for name in changed)
     assert "model.decoder.layers.0.self_attn.q_proj.bias" in changed
     assert trainings[0].trained == (
@@ -202,7 +202,7 @@ def test_excluded_matrices_are_not_trained() -> None:
     )
 
 
-def test_of_a_mixture_only_the_chosen_experts_are_trained() -> None:
+def test_only_the_chosen_experts_of_a_mixture_are_trained() -> None:
     model = pico_model("mixtral")
     dense = copy.deepcopy(model.state_dict())
     results = prune_two_of_four(model, BATCHES[:4], Reconstruction(steps=8), exclude=["*.experts.down_proj[[]2[]]"])

@@ -1,4 +1,4 @@
-"""Block reconstruction where only some tokens count: its loss is the mean over those, whatever batches they lie in."""
+"""Block reconstruction with some counted tokens: the loss is their mean, whatever batches they are in."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def batches(seed: int) -> list[Tensor]:
 
 
 def marks() -> list[Tensor]:
-    """So many of each batch's tokens, some in either sample."""
+    """Return masks of some tokens of each batch, in both samples."""
     return [(torch.arange(8) * 5 % 8 < count).view(2, 4) for count in COUNTS]
 
 
 def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
-    """What training makes of a matrix, and the error before it."""
+    """Train a matrix; return it, and the error before."""
     block = nn.Linear(6, 6, bias=False)
     block.weight.data = torch.eye(6)
     block.requires_grad_(False)
     parts = [Trained("weight", block.get_parameter("weight"), None)]
-    # All batches are watched, since so few leave none to hold out.
+    # With so few batches none is held out, so all are watched.
     asked = Reconstruction(steps=steps, learning_rate=0.05, held_out=0)
     done = asked.improve(block, parts, lambda batch, hidden: block(hidden), examples)
     return block.weight.data, done.before
 
 
 def relative(x: Tensor, y: Tensor) -> Tensor:
-    """Squared errors of tokens (N × H) over the size of the dense ones, every feature over its part of all tokens' size."""
+    """Return squared errors of tokens (N × H) relative to the dense values, each feature relative to its own size."""
     part = (y.square() / y.square().sum(dim=1, keepdim=True)).mean(dim=0)
     return ((x - y).square() / part).sum(dim=1) / (y.square() / part).sum(dim=1)
 
 
 def bounded(errors: Tensor) -> Tensor:
-    """A token that is far too large counts little more than one that is wholly wrong."""
+    """Bound errors, so that a far too large token counts little more than a completely wrong one."""
     return torch.stack([error if error < 1 else 1 + error.log() for error in errors])
 
 
@@ -69,14 +69,14 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count() -> None:
     aims = [one[mark][None] for one, mark in zip(targets, counted, strict=True) if bool(mark.any())]
     again, _ = trained(Examples(alone, aims, [share for share in shares(COUNTS) if share]), 8)
     torch.testing.assert_close(weight, again)
-    # And what does not count may aim at anything.
+    # Targets of uncounted tokens have no effect.
     other = [torch.where(mark[..., None], one, 1e3) for one, mark in zip(targets, counted, strict=True)]
     assert torch.equal(trained(Examples(inputs, other, shares(COUNTS), counted), 8)[0], weight)
     assert not torch.equal(trained(Examples(inputs, targets, [1.0] * 4), 8)[0], weight)
 
 
 def test_gradients_of_batches_add_up_to_the_mean_over_counted_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of an epoch's gradients together are that of the mean over the tokens that count, times the batches."""
+    """An epoch's gradients sum to that of the mean over counted tokens, times the number of batches."""
     inputs, targets, counted = batches(0), batches(1), marks()
     found: list[Tensor] = []
 
@@ -93,7 +93,7 @@ def test_gradients_of_batches_add_up_to_the_mean_over_counted_tokens(monkeypatch
     torch.testing.assert_close(sum(found), len(COUNTS) * weight.grad)
 
 
-def test_shares_are_of_the_tokens_that_count_and_of_nothing_else_alike() -> None:
+def test_token_shares_depend_only_on_counted_tokens() -> None:
     proven = prove(pico_model("llama"), pico_tokens(1, 24))
     recording = record_batches(proven, pico_tokens(5, 8).split(2))
     assert recording.shares == [1.0, 1.0, 1.0], "a last batch with fewer samples counts as ever"
@@ -107,13 +107,13 @@ def test_shares_are_of_the_tokens_that_count_and_of_nothing_else_alike() -> None
 @pytest.mark.parametrize(
     ("positions", "steps"), [([1024] * 16, 6), ([512] * 64, 12), ([2048] * 4, 6), ([512, 1536], 6)]
 )
-def test_tokens_are_a_least_number_whatever_the_samples_lengths(positions: list[int], steps: int) -> None:
+def test_tokens_set_a_minimum_for_any_sample_length(positions: list[int], steps: int) -> None:
     asked = Reconstruction(steps=6, tokens=6144)
     assert asked.on(positions) == Reconstruction(steps=steps)
     assert Reconstruction(steps=6).on(positions) == Reconstruction(steps=6)
 
 
-def test_a_recording_tells_how_many_hidden_states_a_batch_has() -> None:
+def test_a_recording_knows_each_batchs_number_of_hidden_states() -> None:
     proven = prove(pico_model("llama"), pico_tokens(1, 24))
     assert record_batches(proven, [pico_tokens(2, 8), pico_tokens(1, 32)]).positions == [16, 32]
 
@@ -136,7 +136,7 @@ def test_a_training_that_improves_nothing_ends_early(steps: int, taken: int) -> 
 
 
 @pytest.mark.parametrize(("steps", "rate"), [(6, 0.02), (6, 0.3), (12, 0.1), (40, 0.5)])
-def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
+def test_the_best_watched_state_is_kept(steps: int, rate: float) -> None:
     block = nn.Linear(6, 6, bias=False)
     block.weight.data = torch.eye(6)
     block.requires_grad_(False)
@@ -158,7 +158,7 @@ def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
     assert done.rate in (rate, rate / 2)
 
 
-def test_a_token_that_is_far_too_large_counts_little_more_than_one_that_is_wrong() -> None:
+def test_a_far_too_large_token_counts_little_more_than_a_wrong_one() -> None:
     targets = [torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])]
     examples, alike = Examples(targets, targets, [1.0]), torch.ones(2)
     near = torch.tensor([[[3.0, 4.0], [0.05, 5.0]]])
@@ -169,8 +169,8 @@ def test_a_token_that_is_far_too_large_counts_little_more_than_one_that_is_wrong
 
 
 @given(st.lists(st.floats(1 / 8, 8), min_size=2, max_size=6))
-def test_each_feature_counts_alike_whatever_its_size(sizes: list[float]) -> None:
-    """One feature made silent costs as much as any other, though one may be 64 times larger."""
+def test_each_feature_counts_equally_whatever_its_size(sizes: list[float]) -> None:
+    """Silencing any feature costs the same, although one may be 64 times larger."""
     size = torch.tensor(sizes)
     signs = torch.randint(0, 2, (2, 5, len(sizes)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     examples = Examples([signs], [signs * size], [1.0])
@@ -181,7 +181,7 @@ def test_each_feature_counts_alike_whatever_its_size(sizes: list[float]) -> None
         assert float(examples.error(0, signs * size * silent, weights)) == pytest.approx(1 / len(sizes), rel=1e-3)
 
 
-def test_a_feature_that_is_always_zero_is_not_all_that_counts() -> None:
+def test_a_constant_zero_feature_does_not_dominate() -> None:
     target = torch.ones(1, 4, 3) * torch.tensor([1.0, 1.0, 0.0])
     examples = Examples([target], [target], [1.0])
     weights = examples.weights([0])
@@ -191,8 +191,8 @@ def test_a_feature_that_is_always_zero_is_not_all_that_counts() -> None:
     assert math.isfinite(float(nothing.error(0, target, nothing.weights([0]))))
 
 
-def test_relative_rates_do_the_same_to_weights_of_any_size() -> None:
-    """Weights ten times as large on inputs a tenth as large: the same layer, and trained it is the same layer again."""
+def test_relative_rates_train_weights_of_any_size_alike() -> None:
+    """Weights ten times as large on inputs a tenth as large are the same layer, also after training."""
     inputs = batches(0)
     targets = [batch @ (torch.eye(6) + torch.arange(36).view(6, 6) / 400) for batch in inputs]
 

@@ -1,4 +1,4 @@
-"""Refinements: never worse, as good as brute force where that is possible, and the pattern stays."""
+"""Refinements: never worse, as good as brute force where that is possible, and keeping the pattern."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def errors(weight: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=8, deadline=None)
 @given(target=patterns, seed=st.integers(0, 1000), rows=st.integers(1, 8), groups=st.integers(1, 4))
-def test_never_worse_and_the_pattern_stays(
+def test_refinements_are_never_worse_and_keep_the_pattern(
     method: str, refinement: str, target: Target, seed: int, rows: int, groups: int
 ) -> None:
     weight, _, statistic = correlated_layer(rows, 16 * groups, tokens=64, seed=seed)
@@ -79,7 +79,7 @@ def test_refit_stops_when_a_round_gains_little() -> None:
     assert start - early > 0.8 * (start - best)
 
 
-def test_products_in_bfloat16_fit_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refit_in_bfloat16_is_as_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.base.precision.multiplies_bfloat16", lambda _: True)
     for target, tokens in itertools.product(TARGETS, (12, 1024)):
         weight, _, statistic = correlated_layer(16, 64, tokens=tokens)
@@ -105,7 +105,7 @@ def test_products_stay_in_float32_where_bfloat16_is_slow(monkeypatch: pytest.Mon
     assert torch.equal(exact, asked)
 
 
-def test_a_row_that_cannot_be_bettered_is_left_as_it_is() -> None:
+def test_a_row_that_cannot_improve_stays_unchanged() -> None:
     weight, _, statistic = correlated_layer(4, 16)
     keep = torch.ones(4, 16, dtype=torch.bool)
     for refinement in REFINEMENTS.values():
@@ -118,14 +118,14 @@ def test_a_row_that_cannot_be_bettered_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("refinement", REFINEMENTS)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("tokens", [1, 12])
-def test_fewer_tokens_than_inputs_do_not_blow_the_weights_up(refinement: str, method: str, tokens: int) -> None:
+def test_fewer_tokens_than_inputs_do_not_inflate_weights(refinement: str, method: str, tokens: int) -> None:
     weight, _, statistic = correlated_layer(16, 64, tokens=tokens)
     for target in TARGETS:
         pruned = METHODS[method].prune(weight, statistic, target)
         refined = REFINEMENTS[refinement].refine(weight, pruned, statistic, target)
         before, after = (errors(weight, p.weight, statistic.gram) for p in (pruned, refined))
         assert bool((after <= before).all())
-        # Measured in what they contribute: the damping is in proportion to each input's own size.
+        # Relative to their contribution, since damping is proportional to each input's size.
         largest, largest_after = ((w * statistic.root_mean_square).abs().max() for w in (weight, refined.weight))
         assert float(largest_after) < 2 * float(largest)
 
@@ -148,7 +148,7 @@ def test_the_first_swap_of_a_row_is_the_best_of_all(start: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_swaps_end_where_no_swap_gains(target: Target) -> None:
+def test_swaps_end_when_none_gains(target: Target) -> None:
     weight, _, statistic = correlated_layer(4, 16)
     gram = statistic.gram.double()
     pruned = METHODS["wanda"].prune(weight, statistic, target)
@@ -187,7 +187,7 @@ def average_error(run: Callable[[Tensor, Gram, Target], Pruned], target: Target,
 
 
 @pytest.mark.parametrize("target", [*TARGETS, Target(Unstructured(), 0.7)], ids=str)
-def test_the_order_of_the_methods(target: Target) -> None:
+def test_methods_rank_in_the_expected_order(target: Target) -> None:
     def method(name: str) -> float:
         return average_error(METHODS[name].prune, target)
 
@@ -206,7 +206,7 @@ def test_the_order_of_the_methods(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_nothing_beats_exhaustive_search(target: Target) -> None:
+def test_swaps_do_not_beat_exhaustive_search(target: Target) -> None:
     weight, _, statistic = correlated_layer(3, 8, tokens=256)
     group = target.pattern.m if isinstance(target.pattern, NM) else 8
     masks = []
@@ -226,7 +226,7 @@ def test_nothing_beats_exhaustive_search(target: Target) -> None:
     for name, method in METHODS.items():
         if "variant" in name:
             continue
-        for row in range(3):  # row by row, so that a matrix-wide choice cannot give one row more than another
+        for row in range(3):  # row by row, since a matrix-wide choice may distribute zeros unevenly
             one = weight[row : row + 1]
             pruned = method.prune(one, statistic, target)
             for refine in (None, *REFINEMENTS.values()):

@@ -1,4 +1,4 @@
-"""Rotations of heads' values: the pattern takes less, and the model computes what it did."""
+"""Rotations of attention values: pruning loses less, and the model's outputs stay the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TARGETS = {
 def some_values(
     seed: int, segments: int, repeats: int, size: int = 8, inputs: int = 20, outputs: int = 12
 ) -> HeadValues:
-    """Values of heads whose answers depend on each other."""
+    """Return values of heads with correlated outputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -70,13 +70,13 @@ def test_rotating_lowers_the_pruning_loss_by_15_percent(target: Target) -> None:
     assert after < 0.85 * before
 
 
-def test_scores_are_those_of_wanda_for_the_turned_weights() -> None:
+def test_scores_are_wandas_for_the_rotated_weights() -> None:
     values = some_values(2, 2, 3)
     rotation = torch.linalg.qr(torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(5)))[0]
     weight, consumer = values.rotated(rotation)
     of_values, of_consumer = values.scores(rotation)
     torch.testing.assert_close(of_values, (weight.square() * values.input_squares).flatten(0, 1))
-    # The Gram matrix of turned answers, head by head.
+    # The Gram matrix of rotated outputs, head by head.
     for segment in range(2):
         for head in range(3):
             turned = rotation[segment] @ values.gram[segment, head] @ rotation[segment].T
@@ -94,7 +94,7 @@ def test_rotating_keeps_the_outputs_of_heads() -> None:
 
 
 EXPECTED = {
-    # What makes values and what reads the answers, where values can be turned.
+    # The matrices that write values and read attention outputs, if values can be rotated.
     "llama": {"v_proj", "o_proj"},
     "qwen3": {"v_proj", "o_proj"},
     "gemma2": {"v_proj", "o_proj"},
@@ -106,7 +106,7 @@ EXPECTED = {
     "mixtral": {"v_proj", "o_proj"},
     "gpt_oss": {"v_proj", "o_proj"},
     "deepseek_v3": {"kv_b_proj", "o_proj"},
-    "qwen3_5_text": set[str](),  # its answers have a gate for every channel
+    "qwen3_5_text": set[str](),  # attention outputs have a gate per channel
 }
 
 
@@ -117,7 +117,7 @@ def rotate(model: PreTrainedModel, target: Target) -> Rotated:
 
 
 @pytest.mark.parametrize("family", of_ten(EXPECTED))
-def test_the_model_computes_what_it_did_before(family: str) -> None:
+def test_permuting_keeps_the_models_outputs(family: str) -> None:
     model = pico_model(family)
     randomise_vectors(model)
     tokens = pico_tokens(4, 24, seed=9)
@@ -133,7 +133,7 @@ def test_the_model_computes_what_it_did_before(family: str) -> None:
 
 
 def pruned_error(place: Path, pattern: str, **more: Any) -> float:
-    """Mean relative error of the layers that make or read values."""
+    """Return the mean relative error of the layers that write or read values."""
     data: dict[str, Any] = {
         "dataset": str(place / "words.txt"),
         "evaluate": False,
@@ -147,13 +147,13 @@ def pruned_error(place: Path, pattern: str, **more: Any) -> float:
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-def test_pruning_loses_less_after_it(pattern: str, tmp_path: Path) -> None:
+def test_pruning_loses_less_after_rotation(pattern: str, tmp_path: Path) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
     assert pruned_error(tmp_path, pattern, rotate=True) < 0.95 * pruned_error(tmp_path, pattern)
 
 
-def test_a_model_with_zeros_is_left_as_it_is() -> None:
+def test_a_pruned_model_is_not_rotated() -> None:
     model = pico_model("llama")
     with torch.no_grad():
         for matrix in matrices_of(model):
@@ -163,7 +163,7 @@ def test_a_model_with_zeros_is_left_as_it_is() -> None:
     assert "so it was left as it is" in rotated.describe()
 
 
-def test_the_zeros_that_four_bits_leave_do_not_keep_a_model_from_being_turned() -> None:
+def test_zeros_from_4_bit_rounding_do_not_prevent_rotation() -> None:
     model = pico_model("llama")
     with torch.no_grad():
         for matrix in matrices_of(model):
@@ -182,7 +182,7 @@ def test_rotate_refuses_a_streamed_model() -> None:
         make_recipe({"model": "m", "rotate": True, "stream": True})
 
 
-def test_a_pattern_that_took_nothing_is_told() -> None:
+def test_a_rotation_without_gain_is_reported() -> None:
     told = Rotated(shares=[torch.zeros(2)], names=["o_proj", "v_proj"]).describe()
     assert (
         told
