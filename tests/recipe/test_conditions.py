@@ -1,4 +1,4 @@
-"""What is required of answers, read and held against figures."""
+"""Requirements on answers: parsing, and comparison with figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from coprune.recipe.answers import read_conditions
 from coprune.recipe.recipe import make_recipe
 
 
-def test_conditions_are_read() -> None:
+def test_conditions_are_parsed() -> None:
     loops, kl, ended, sampled = read_conditions("loops<=dense+1, kl<0.5,ended >= dense - 2.5,sampled.tokens>1e1,")
     assert (loops.name, loops.sign, loops.number, loops.against_dense) == ("loops", "<=", 1.0, True)
     assert (kl.name, kl.number, kl.against_dense, kl.needs_dense) == ("kl", 0.5, False, True)
@@ -62,7 +62,7 @@ def test_invalid_conditions_are_refused_before_anything_runs(text: str) -> None:
     assert caught.value.field == "require"
 
 
-def test_sampled_answers_that_no_temperature_samples_are_refused_for_that() -> None:
+def test_conditions_on_sampled_answers_need_sampling() -> None:
     with pytest.raises(BadInput) as caught:
         make_recipe({"model": "m", "generate": "p", "generate_temperature": 0, "require": "sampled.loops<=3"})
     assert str(caught.value) == (

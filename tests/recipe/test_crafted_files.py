@@ -1,4 +1,4 @@
-"""Recipes, sweeps and allocations that somebody wrote to exhaust the machine, or that are no text: one message each."""
+"""Malicious or unreadable recipes, sweeps and allocations give one message each."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ PLAIN: dict[str, Any] = {"model": "pico", "save": "out/x"}
     "folders",
     ["{method:>1000000000}", "{method:{seed}}", "{method!r:>99999999}", "{seed:1000000000}", "{method!s}"],
 )
-def test_folders_of_a_sweep_are_made_of_fields_alone(folders: str) -> None:
+def test_sweep_folders_may_only_use_settings(folders: str) -> None:
     with pytest.raises(BadInput, match="not a pattern of recipe fields"):
         expand(Sweep.make(PLAIN | {"seed": [0, 1], "sweep": {"folders": folders}}))
 
@@ -100,6 +100,6 @@ def test_a_sweep_with_too_many_runs_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", ["[", "{", "!!", "&a", "*a", "2024-13-45", "'", '"', "nan", "1e999", "\ud800"])
-def test_an_option_that_is_no_number_is_one_message(value: str) -> None:
+def test_an_option_that_is_not_a_number_is_one_message(value: str) -> None:
     with pytest.raises(BadInput, match="rounds"):
         prepare_solver(make_recipe({"model": "pico", "refine": [f"refit:rounds={value}"]}))

@@ -1,4 +1,4 @@
-"""Every setting has one name; nothing is given twice; what is unknown has a nearest match."""
+"""Every setting has one name, none may be given twice, and unknown names suggest the nearest."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def test_a_value_may_be_written_in_several_ways() -> None:
     assert make_recipe(WRITTEN_OTHERWISE) == Recipe.model_validate(SETTINGS) == make_recipe(SETTINGS)
 
 
-def test_a_setting_has_one_name_and_tells_what_it_does() -> None:
+def test_a_setting_has_one_name_and_a_description() -> None:
     for other in ("calibrate.samples", "calibrate", "samples"):
         with pytest.raises(BadInput, match=f"unknown recipe field '{other}'"):
             make_recipe({"model": "m", other: {"samples": 3}})
     assert all(field.description for field in FIELDS.values())
 
 
-def test_no_option_of_a_method_is_called_like_a_setting() -> None:
+def test_no_method_option_has_a_settings_name() -> None:
     options = {name for method in METHODS.values() for name in vars(method)}
-    assert options & set(FIELDS) == {"score"}  # which is a method's unless something is removed
+    assert options & set(FIELDS) == {"score"}  # a method's option, unless parts are removed
 
 
-def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
+def test_score_is_a_methods_option_if_nothing_is_removed() -> None:
     asked = {"model": "m", "method": "ablate_mag_seq", "score": "wanda"}
     assert make_recipe(asked).prune.method.options == {"score": "wanda"}
     removing = make_recipe({"model": "m", "score": "flap", "remove": "heads=0.5"})
@@ -81,7 +81,7 @@ def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
         coprune.prune("m", "wanda", score="magnitude")
 
 
-def test_the_values_come_back_by_their_words() -> None:
+def test_settings_round_trip_by_name() -> None:
     recipe = make_recipe(SETTINGS)
     assert make_recipe(recipe.flat()) == recipe
     assert recipe.setting("refine") == ("swaps", "refit:rounds=10")
@@ -108,12 +108,12 @@ def test_the_values_come_back_by_their_words() -> None:
         ({"pattern": "2:4", "sparsity": 0.6}, "contradicts the pattern"),
     ],
 )
-def test_what_is_wrong_is_told_by_the_name_that_was_used(settings: dict[str, Any], message: str) -> None:
+def test_errors_use_the_callers_names(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         make_recipe({"model": "m", **settings})
 
 
-def test_an_error_says_its_setting_and_value() -> None:
+def test_an_error_names_its_setting_and_value() -> None:
     with pytest.raises(BadInput) as caught:
         make_recipe({"model": "m", "nsamples": "many"})
     assert (caught.value.field, caught.value.value) == ("nsamples", "many")
@@ -161,14 +161,14 @@ def test_settings_take_suboptions_after_a_colon() -> None:
         make_recipe({"model": "m", "reconstruct": "6:tokns=3"})
 
 
-def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
+def test_reconstruction_steps_replace_a_presets_tokens() -> None:
     preset = {"reconstruct": 6, "reconstruct_tokens": 6144}
     assert layered(preset, {"reconstruct": 3}) == {"reconstruct": 3}
     assert layered(preset, {"reconstruct_tokens": 100}) == {"reconstruct": 6, "reconstruct_tokens": 100}
     assert layered(preset, {"reconstruct": 3, "reconstruct_tokens": 9}) == {"reconstruct": 3, "reconstruct_tokens": 9}
     said = layered(preset | {"reconstruct_lr": 0.01}, {"reconstruct": 3})
     assert said == {"reconstruct": 3, "reconstruct_lr": 0.01}
-    assert layered(said, {"reconstruct": 0}) == {"reconstruct": 0}  # and nothing of how
+    assert layered(said, {"reconstruct": 0}) == {"reconstruct": 0}  # without details
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -177,7 +177,7 @@ def test_a_presets_reconstruction_can_be_switched_off(preset: str) -> None:
     assert recipe.prune.reconstruct == ReconstructPart()
 
 
-def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:
+def test_wandas_variant_may_be_set_by_the_name_of_its_switch() -> None:
     assert make_recipe({"model": "m", "use_variant": True}).prune.method.name == "wanda_variant"
     assert make_recipe({"model": "m", "use_variant": False}).prune.method.name == "wanda"
 
@@ -205,7 +205,7 @@ def test_a_scores_name_decides_whether_it_ranks_units_or_blocks() -> None:
         {"prompt": "Why"},
     ],
 )
-def test_a_measurement_refuses_what_it_would_ignore(setting: dict[str, Any]) -> None:
+def test_a_measurement_refuses_settings_that_it_would_ignore(setting: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"is about pruning, and a measurement prunes nothing; leave out "):
         measuring_recipe("m", {"seqlen": 64, **setting})
     assert measuring_recipe("m", {"seqlen": 64, "batch_size": 2}).calibrate.batch_size == 2

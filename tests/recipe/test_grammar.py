@@ -1,4 +1,4 @@
-"""`name:key=value,…` as text: read, written, and refused with one exact message."""
+"""`name:key=value,…` as text: parsed, formatted, and refused with one exact message."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_values_are_parsed_as_typed_scalars(text: str, value: bool | float | str
     assert type(read_scalar(text)) is type(value)
 
 
-def test_a_name_has_options_after_a_colon() -> None:
+def test_options_follow_a_colon() -> None:
     assert read_named("refit") == ("refit", {})
     assert read_named("owl:spread=0.1, threshold=7") == ("owl", {"spread": 0.1, "threshold": 7})
     assert read_named("sparsegpt:block-size=64") == ("sparsegpt", {"block_size": 64})

@@ -1,4 +1,4 @@
-"""Patterns: what every one of them has to do, of the program's own and of one that it does not know."""
+"""The contract of patterns, for the built-in ones and a new one."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def scores_for(pattern: Pattern, rows: int, groups: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
-def test_a_pattern_is_read_as_it_is_written(pattern: Pattern) -> None:
+def test_patterns_round_trip_as_text(pattern: Pattern) -> None:
     assert parse_pattern(str(pattern)) == pattern
     assert len({parse_pattern(str(pattern)), pattern}) == 1
 
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2-4", "semi", "", "1x", "2:4 "])
-def test_other_patterns_are_refused(text: str) -> None:
+def test_impossible_patterns_are_refused(text: str) -> None:
     with pytest.raises(BadInput):
         parse_pattern(text)
 
 
-def test_an_unknown_pattern_is_told_all_that_there_are() -> None:
+def test_an_unknown_pattern_lists_the_known_ones() -> None:
     with pytest.raises(BadInput, match=r"use 'unstructured' or N:M such as 2:4 .* or 1xW such as 1x4"):
         parse_pattern("semi")
 
@@ -56,10 +56,10 @@ def test_a_mask_follows_its_pattern_and_has_its_sparsity(
     assert keep.dtype == torch.bool
     assert keep.shape == score.shape
     assert pattern.holds(keep)
-    # At most one step of a row, or of the matrix, is missing to the sparsity that was asked for.
+    # The sparsity is at most one step of a row, or of the matrix, below the requested one.
     step = 1 / pattern.steps(score.shape[1])
     assert asked - step < float((~keep).float().mean()) <= asked + 1e-6
-    # What is kept stays kept if it gets more important.
+    # Kept weights stay kept if they become more important.
     assert torch.equal(Target(pattern, asked).keep(score + keep, group), keep)
 
 
@@ -79,7 +79,7 @@ def test_early_masks_only_prune_what_the_final_mask_prunes(
 
 
 @pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
-def test_every_step_is_a_sparsity_that_a_pattern_of_the_kind_has(pattern: Pattern) -> None:
+def test_every_step_is_a_possible_sparsity_of_the_pattern(pattern: Pattern) -> None:
     target = Target(pattern, pattern.ratio(None))
     steps = pattern.steps(40)
     for step in range(pattern.first_step, steps):
@@ -109,7 +109,7 @@ def test_nan_scores_are_refused(pattern: Pattern) -> None:
         Target(pattern, pattern.ratio(None)).keep(score)
 
 
-def test_a_fixed_sparsity_is_the_only_one() -> None:
+def test_a_pattern_with_a_fixed_sparsity_allows_no_other() -> None:
     assert NM(2, 4).ratio(None) == 0.5
     assert NM(1, 4).ratio(0.5) == 0.75
     assert not NM(2, 4).allowed(0.6)
@@ -119,7 +119,7 @@ def test_a_fixed_sparsity_is_the_only_one() -> None:
     assert not Unstructured().allowed(float("nan"))
 
 
-def test_targets_are_named_for_people() -> None:
+def test_targets_have_readable_names() -> None:
     assert str(Target(Unstructured(), 0.5)) == "50.00 %"
     assert str(Target(NM(3, 8), 0.625)) == "62.50 % (3:8)"
     assert [pattern.label("0.7") for pattern in (Unstructured(), NM(2, 4), Blocks(4))] == ["0.7", "2:4", "1x4 0.7"]

@@ -1,4 +1,4 @@
-"""What a recipe decides, how it is written, and that nothing heavy is imported for it."""
+"""The results that a recipe's settings decide, its file, and its light imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
 from coprune.recipe.tree import FIELDS
 from coprune.recipe.views import TRAINING
 
-# What may differ between an interrupted run and its resumption.
+# Settings that may differ between an interrupted run and its resumption.
 FREE_TO_RESUME = {
     *("save", "save_model", "cache_dir", "evaluate", "evaluate_dense", "eval_data", "eval_tokens", "eval_images"),
     *(
@@ -37,7 +37,7 @@ FREE_TO_RESUME = {
     *("generate_tokens", "generate_temperature", "gate", "require", "apply_chat_template"),
     *("gen_kwargs", "log_samples", "finetune_save_every", "finetune_eval_seqlen", "trust_tasks"),
 }
-# What may differ where a sweep takes a finished run over; that a model was saved may not.
+# Settings that may differ for a sweep to reuse a finished run; whether a model was saved may not.
 FREE_WHEN_FINISHED = {
     *(
         "save",
@@ -51,7 +51,7 @@ FREE_WHEN_FINISHED = {
     ),
     *("log_samples", "private", "overwrite", "finetune_save_every", "trust_tasks"),
 }
-# What changes neither the memory of a run nor, by much, its time.
+# Settings that affect neither a run's memory nor much of its time.
 FREE_OF_COST = {
     *("finetune_save_every", "finetune_eval_seqlen"),
     "vocabulary_force",
@@ -76,7 +76,7 @@ FREE_TO_RESUME_TRAINING = {
 }
 
 
-def test_every_setting_says_what_it_decides() -> None:
+def test_every_setting_declares_what_it_decides() -> None:
     for field in FIELDS.values():
         assert isinstance(decided_by(field), Decides)
 
@@ -127,7 +127,7 @@ RICH = {
 }
 
 
-def test_a_recipe_is_written_by_the_names_that_people_type_and_reads_the_same(tmp_path: Path) -> None:
+def test_a_recipe_is_written_with_the_users_names_and_round_trips(tmp_path: Path) -> None:
     recipe = make_recipe(RICH)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
@@ -138,7 +138,7 @@ def test_a_recipe_is_written_by_the_names_that_people_type_and_reads_the_same(tm
 
 
 def test_deciding_settings_survive_json() -> None:
-    """A journal holds it, also where several things were chosen."""
+    """A journal stores them, including multiple choices."""
     recipe = make_recipe(
         {"model": "x", "remove": "channels=0.3,blocks=0.1", "score": ["wanda_sp:refit=true", "influence"]}
     )
@@ -180,7 +180,7 @@ def test_presets_make_recipes(preset: str, said: dict[str, Any]) -> None:
         ({"sparsity": 0.7, "stream": True}, set()),
         ({"sparsity": 0.5, "remove": "channels=0.25"}, {"rotate"}),
         ({"sparsity": 0}, set()),
-        ({"pattern": "no pattern"}, {"rotate", "allocation"}),  # the recipe says what is wrong with it
+        ({"pattern": "no pattern"}, {"rotate", "allocation"}),  # the recipe reports the error
     ],
 )
 def test_a_preset_drops_settings_that_the_run_cannot_use(said: dict[str, Any], changed: set[str]) -> None:
@@ -196,7 +196,7 @@ def test_a_preset_may_be_named_among_the_settings(tmp_path: Path) -> None:
     assert make_recipe({"preset": "balanced", **said}) == expected
     (file := tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"preset": "balanced", **said}))
     assert Recipe.from_yaml(file) == expected
-    file.write_text(expected.to_yaml())  # a run keeps the settings themselves
+    file.write_text(expected.to_yaml())  # a run stores the settings themselves
     assert Recipe.from_yaml(file) == expected
     assert "preset" not in file.read_text()
     assert make_recipe({"preset": None, **said}) == make_recipe(said)
@@ -206,7 +206,7 @@ def test_a_preset_may_be_named_among_the_settings(tmp_path: Path) -> None:
             make_recipe({"preset": wrong, **said})
 
 
-def test_defaults_are_those_of_a_recipe_that_says_nothing() -> None:
+def test_defaults_match_an_empty_recipe() -> None:
     assert make_recipe({"model": "m"}).flat() == DEFAULTS | {"model": "m"}
 
 
@@ -219,7 +219,7 @@ def test_a_recipe_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_folders_may_be_in_ones_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_folders_may_be_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = make_recipe({"model": "pico", "save": "~/run", "save_model": "~/model", "cache_dir": "~/cache"})
     assert (recipe.output.run, recipe.output.model) == (tmp_path / "run", tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What a model is calibrated on, as it is written, and how many samples each source gives."""
+"""The syntax of calibration sources, and the number of samples of each."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_invalid_sources_are_refused_before_anything_is_loaded(data: str, messag
     assert raised.value.field == "dataset"
 
 
-def test_samples_go_to_the_largest_remainders() -> None:
+def test_samples_are_rounded_by_largest_remainder() -> None:
     assert counts_of([0.5, 0.3, 0.2], 128) == [64, 38, 26]
     assert counts_of([1 / 3] * 3, 128) == [43, 43, 42]
     assert counts_of([0.9, 0.1], 4) == [4, 0]

@@ -1,4 +1,4 @@
-"""Blocks that go by what the model says without them, against whole forwards of the model without them."""
+"""Scores of blocks against whole forwards of the model without them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def proven(family: str = "llama") -> ProvenModel:
 
 
 def distance(model: ProvenModel, gone: Collection[int]) -> float:
-    """KL to the dense model of the model without some blocks, by whole forwards, in nats per token."""
+    """Return KL(dense ‖ without some blocks) by whole forwards, in nats per token."""
     module: Any = model.module
     layers, total = module.model.layers, 0.0
     for batch in BATCHES:
@@ -43,9 +43,9 @@ def distance(model: ProvenModel, gone: Collection[int]) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_the_divergence_is_that_of_the_whole_model_without_the_block(family: str) -> None:
+def test_divergence_matches_whole_forwards_without_the_block(family: str) -> None:
     model = proven(family)
-    if family == "gemma3_text":  # two kinds of blocks, each called in its own way
+    if family == "gemma3_text":  # two kinds of blocks with different calls
         found = divergences(model, BATCHES, [3])
         assert found[3] == pytest.approx(distance(model, [3]), rel=1e-3)
         return
@@ -83,14 +83,14 @@ def test_influence_is_one_minus_the_mean_cosine() -> None:
     module: Any = model.module
     states = [module(batch, output_hidden_states=True, use_cache=False).hidden_states for batch in BATCHES]
     found = influences(model, BATCHES)
-    for index in range(4):  # what comes after the last block is normalised
+    for index in range(4):  # the state after the last block is normalised
         pairs = [(own[index].flatten(0, 1), own[index + 1].flatten(0, 1)) for own in states]
         cosines = torch.cat([(a * b).sum(dim=1) / a.norm(dim=1) / b.norm(dim=1) for a, b in pairs])
         assert found[index] == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
 
 
 @torch.no_grad()
-def test_one_block_goes_after_another_and_each_time_the_best_does() -> None:
+def test_blocks_are_removed_one_by_one_each_time_the_best() -> None:
     model = proven()
     gone: list[int] = []
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_one_block_goes_after_another_and_each_time_the_best_does() -> None:
     assert Divergence(tokens=1000, candidates=0).choose(model, BATCHES, [3]).blocks == gone
 
 
-def test_few_tokens_and_few_candidates_are_tried() -> None:
+def test_the_number_of_tokens_and_candidates_is_limited() -> None:
     model, tried = proven(), list[tuple[int, int]]()
 
     def watched(own: ProvenModel, batches: list[Tensor], candidates: list[int], gone: list[int]) -> dict[int, float]:
@@ -120,6 +120,6 @@ def test_few_tokens_and_few_candidates_are_tried() -> None:
         ("kl:luck=1", "option of score 'kl': 'luck'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(score: str, message: str) -> None:
+def test_invalid_options_of_block_scores_are_refused(score: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         block_score_named(Choice.of(score))

@@ -1,4 +1,4 @@
-"""`--remove size=…`: the shares of channels, heads and blocks that leave as much as was asked for."""
+"""`--remove size=…`: the shares of channels, heads and blocks that reach a size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_size_is_the_removed_share_or_the_target_size(text: str, size: Size) -
     assert make_recipe({"model": "m", "remove": f"size={text}"}).remove.size == size
 
 
-def test_shares_may_be_per_cent() -> None:
+def test_shares_may_be_in_per_cent() -> None:
     assert shares(("channels=25%", "heads=50%")) == {"channels": 0.25, "heads": 0.5}
 
 
@@ -68,7 +68,7 @@ def test_invalid_sizes_are_refused(remove: str, said: str) -> None:
         ("gemma3_text", "0.3", ["channels"]),
     ],
 )
-def test_at_least_the_share_goes_and_the_run_says_what_it_chose(
+def test_at_least_the_share_is_removed_and_the_choice_is_reported(
     family: str, size: str, kinds: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = pico_model(family)
@@ -116,7 +116,7 @@ def test_no_smaller_share_of_channels_would_do(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_bytes_and_parameters_are_of_what_is_saved(tmp_path: Path, stream: bool) -> None:
+def test_bytes_and_parameters_are_those_of_the_saved_model(tmp_path: Path, stream: bool) -> None:
     folder = save_pico(tmp_path / "model", dtype=torch.bfloat16)
     before = load_clean(folder).num_parameters()
     asked: dict[str, Any] = SETTINGS | {"quiet": True, "stream": stream}
@@ -133,7 +133,7 @@ def test_bytes_and_parameters_are_of_what_is_saved(tmp_path: Path, stream: bool)
     ("size", "said"),
     [("1B", r"the model has .* parameters .* already"), ("0.99", r"at least .* parameters .* would be left")],
 )
-def test_a_size_out_of_reach_is_refused_with_the_nearest(size: str, said: str) -> None:
+def test_an_unreachable_size_is_refused_with_the_nearest(size: str, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         coprune.prune(pico_model("llama"), remove=f"size={size}", quiet=True, **SETTINGS)
 

@@ -1,4 +1,4 @@
-"""Experts of layers that no class loads, for speculative decoding: they go with those of the blocks."""
+"""Experts of layers that no class loads, for speculative decoding, are removed like those of the blocks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SPLIT = ("gate_proj", "up_proj", "down_proj")
 
 
 def carry(folder: Path, stacked: bool) -> dict[str, Tensor]:
-    """Put a layer for speculative decoding beside a mixture's blocks: a copy of the first, with two experts of no character."""
+    """Add a layer for speculative decoding beside a mixture's blocks: a copy of the first, with two unspecialised experts."""
     tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     first = "model.layers.0."
     found = {f"mtp.layers.0.{n.removeprefix(first)}": t.clone() for n, t in tensors.items() if n.startswith(first)}
-    for number in (0, 7):  # which have the same magnitude everywhere
+    for number in (0, 7):  # all their weights have the same magnitude
         for name in SPLIT:
             found[f"mtp.layers.0.mlp.experts.{number}.{name}.weight"].sign_().mul_(0.02)
     if stacked:
@@ -43,7 +43,7 @@ def carry(folder: Path, stacked: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("stacked", "stream"), [(False, True), (True, False)])
-def test_experts_of_a_layer_that_no_class_loads_go_with_the_others(stacked: bool, stream: bool, tmp_path: Path) -> None:
+def test_experts_of_an_unloaded_layer_are_removed_with_the_others(stacked: bool, stream: bool, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {
         "num_experts": 8,
         "num_experts_per_tok": 2,

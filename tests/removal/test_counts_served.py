@@ -1,4 +1,4 @@
-"""How many experts stay: near what was asked for, and as servers of mixtures take them."""
+"""The number of kept experts: near the requested one, and supported by servers of mixtures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from coprune.removal.expert_choice import SERVED, count_left
 
 @pytest.mark.parametrize("count", [17, 24, 32, 60, 64, 128, 160, 256, 384, 512])
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5])
-def test_a_share_leaves_a_number_that_is_near_and_is_served_or_divides_well(count: int, share: float) -> None:
+def test_a_share_keeps_a_near_number_that_is_served_or_divides_well(count: int, share: float) -> None:
     kept, step = count_left(count, share), min(8, 1 << (count // 8).bit_length() - 1)
     assert 0 < kept < count
     assert kept in SERVED or kept % step == 0
@@ -21,12 +21,12 @@ def test_a_share_leaves_a_number_that_is_near_and_is_served_or_divides_well(coun
     ("count", "share", "groups", "kept"),
     [
         (128, 0.1, 1, 112),
-        (512, 0.4, 1, 320),  # served, where a multiple of 8 would be a little nearer
+        (512, 0.4, 1, 320),  # served, although a multiple of 8 would be slightly nearer
         (256, 0.5, 8, 128),
         (60, 0.25, 1, 44),
-        (16, 0.2, 1, 13),  # few enough for any number
+        (16, 0.2, 1, 13),  # with few experts, any number
         (16, 0.2, 4, 12),
-        (24, 0.3, 3, 18),  # as many of every group, and even
+        (24, 0.3, 3, 18),  # equal in every group, and even
         (8, 0.01, 1, 8),
     ],
 )

@@ -1,4 +1,4 @@
-"""Parts removed and zeros on top in one run: what both halves would do after one another, in one folder, with one report."""
+"""Removal and pruning in one run give the same result as two runs, in one folder with one report."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_removing_and_pruning_in_one_run_matches_two_runs(home: Path, tmp_path: 
 
 
 class StoppedAt(Reporter):
-    """A reporter under which the user presses Ctrl-C at a line."""
+    """A reporter that raises KeyboardInterrupt at a line."""
 
     def __init__(self, line: str) -> None:
         super().__init__(quiet=True)
@@ -79,21 +79,21 @@ class StoppedAt(Reporter):
             raise KeyboardInterrupt
 
 
-def test_either_half_can_be_interrupted(home: Path, tmp_path: Path) -> None:
+def test_removal_and_pruning_can_each_be_interrupted(home: Path, tmp_path: Path) -> None:
     both = settings(home, **CUT, **ZEROS, evaluate=False, save=tmp_path / "run", save_model=tmp_path / "model")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(make_recipe(both), reporter=StoppedAt("Reloading"))
     with pytest.raises(KeyboardInterrupt):
         run_recipe(make_recipe(both), reporter=StoppedAt(f"Loading {tmp_path}"))
     before = (tmp_path / "run" / "remove" / "report.json").stat().st_mtime_ns
-    # As is advised where memory runs out.
+    # As advised when memory runs out.
     run_recipe(make_recipe(both | {"batch_size": 1}), reporter=QUIET)
     assert (tmp_path / "run" / "remove" / "report.json").stat().st_mtime_ns == before
     assert load_clean(tmp_path / "model").config.num_hidden_layers == 2
 
 
 @pytest.mark.slow
-def test_a_source_that_changed_between_the_halves_is_noticed(tmp_path: Path) -> None:
+def test_a_source_changed_between_removal_and_pruning_is_noticed(tmp_path: Path) -> None:
     save_pico(tmp_path / "llama")
     write_words(tmp_path / "words.txt")
     both = make_recipe(settings(tmp_path, **CUT, **ZEROS, save=tmp_path / "run", save_model=tmp_path / "model"))
@@ -106,7 +106,7 @@ def test_a_source_that_changed_between_the_halves_is_noticed(tmp_path: Path) -> 
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_a_model_in_memory_needs_no_folder(tmp_path: Path) -> None:
+def test_removing_and_pruning_a_model_in_memory_needs_no_folder(tmp_path: Path) -> None:
     tokens = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
     more = CUT | {"save_model": tmp_path / "model", "evaluate": False, "quiet": True}
     result = coprune.prune(pico_model("llama"), "magnitude", sparsity=0.5, dataset=tokens, **more)
@@ -120,7 +120,7 @@ def test_a_model_in_memory_needs_no_folder(tmp_path: Path) -> None:
     assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-2)
 
 
-def test_tasks_are_for_the_model_that_was_saved(home: Path) -> None:
+def test_zero_shot_tasks_are_refused_with_advice_to_save_the_model(home: Path) -> None:
     with pytest.raises(BadInput, match="a run that removes parts and prunes cannot run zero-shot tasks"):
         make_recipe(settings(home, **CUT, **ZEROS, tasks="boolq"))
 
@@ -132,13 +132,13 @@ def test_tasks_are_for_the_model_that_was_saved(home: Path) -> None:
         ("blocks=0.34", {"include": ["*.q_proj", "*.[02468].mlp.*"]}, None, "'*.[02468].mlp.*' depends on numbers"),
         ("experts=0.5", {"exclude": "*.experts.down_proj[3]"}, None, "'*.experts.down_proj[3]' depends on numbers"),
         ("channels=0.4,blocks=0.34", {}, "'*.w1': 0.4\n'*.layers.1?.*': 0.6\n", "'*.layers.1?.*' depends on numbers"),
-        # All else is told apart by its name alone, or keeps its number, so only the model is missing here.
+        # These patterns do not depend on numbers, so only the missing model is refused.
         ("blocks=0.34", {"exclude": ["*.fc1.*", "*.?_proj", "*.w[12]"]}, "'*.layers.*.fc[12]': 0.4\n", "no model"),
         ("channels=0.4", {"exclude": "model.layers.2.*"}, "'*.layers.1.*': 0.4\n", "no model"),
         ("experts=0.5", {"exclude": "model.layers.2.*"}, None, "no model"),
     ],
 )
-def test_numbers_that_do_not_stay_are_refused_before_the_model_is_opened(
+def test_patterns_on_numbers_that_change_are_refused_before_the_model_is_opened(
     remove: str, more: dict[str, Any], file: str | None, named: str, home: Path, tmp_path: Path
 ) -> None:
     allocation = {}
@@ -160,12 +160,12 @@ def test_numbers_that_do_not_stay_are_refused_before_the_model_is_opened(
         ("channels=0.4", "owl:spread=0.1", "uniform", "owl:spread=0.1"),
     ],
 )
-def test_an_allocation_is_of_units_or_of_zeros(
+def test_an_allocation_applies_to_units_or_to_zeros(
     remove: str, allocation: str, of_units: str, of_zeros: str, home: Path, tmp_path: Path
 ) -> None:
     more = {"allocation": allocation, "sparsity": 0.5, "evaluate": False, "align": 16, "stream": False}
     asked = make_recipe(settings(home, remove=remove, save=tmp_path / "run", **more))
-    prepare_solver(asked)  # as a sweep and an estimate do
+    prepare_solver(asked)  # as in a sweep or an estimate
     run_recipe(asked, reporter=QUIET)
     said = [
         str(Report.read(tmp_path / "run" / half / "report.json").recipe.prune.allocation)
@@ -194,6 +194,6 @@ def test_impossible_zeros_are_refused_before_parts_are_removed(
     with pytest.raises(BadInput, match=named):
         run_recipe(asked, reporter=QUIET)
     assert not (tmp_path / "run").exists()
-    # As a sweep does before it does anything.
+    # As in a sweep, before anything else.
     with pytest.raises(BadInput, match=named):
         prepare_solver(asked)

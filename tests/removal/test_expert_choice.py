@@ -1,4 +1,4 @@
-"""Scores of experts by their formulas, and the choice among them for one domain or several."""
+"""Expert scores against their formulas, and the choice of experts for one or several domains."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sums() -> ExpertSums:
     return found
 
 
-def test_scores_are_their_formulas() -> None:
+def test_expert_scores_match_their_formulas() -> None:
     reap = REAP().score(sums(), 0)
     expected = [(0.75 + 0.5 + 0.1) * 5 / 3, (0.25 + 0.9) * 13 / 2, 0.5 * 1, 0]
     torch.testing.assert_close(reap, torch.tensor(expected, dtype=torch.float64))
@@ -46,7 +46,7 @@ def test_scores_are_their_formulas() -> None:
     torch.testing.assert_close(frequency, torch.tensor([3, 2, 1, 0], dtype=torch.float64) / 6)
     both = sums()
     both.add(sums())
-    torch.testing.assert_close(REAP().score(both, 0), reap)  # a mean: twice the tokens change nothing
+    torch.testing.assert_close(REAP().score(both, 0), reap)  # a mean, so twice the tokens change nothing
     one, other = (RandomExperts().score(sums(), block) for block in (0, 1))
     assert not torch.equal(one, other)
     assert torch.equal(one, RandomExperts().score(sums(), 0))
@@ -69,7 +69,7 @@ def test_score_names_and_options_are_complete() -> None:
         expert_score_named(Choice.of("reap:seed=1"))
 
 
-def test_weights_alone_are_scored_by_how_unlike_their_magnitudes_are() -> None:
+def test_aimer_scores_the_spread_of_weight_magnitudes() -> None:
     found = WeightSums.empty(3)
     for expert, matrices in enumerate([[[1.0, -1.0], [1.0]], [[3.0, 0.0], [0.0, 0.0]], [[2.0, 2.0], [-1.0]]]):
         for matrix in matrices:
@@ -78,7 +78,7 @@ def test_weights_alone_are_scored_by_how_unlike_their_magnitudes_are() -> None:
     torch.testing.assert_close(AIMER().score_weights(found), expected)
 
 
-def test_every_group_keeps_as_many() -> None:
+def test_every_group_keeps_equally_many() -> None:
     score = {"text": torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)}
     assert kept_experts(score, 4, 1, None).tolist() == [True] * 4 + [False] * 4
     assert kept_experts(score, 4, 2, None).nonzero().flatten().tolist() == [0, 1, 6, 7]
@@ -86,7 +86,7 @@ def test_every_group_keeps_as_many() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_max_min_is_the_best_of_all_choices(seed: int, groups: int) -> None:
+def test_max_min_is_near_the_best_of_all_choices(seed: int, groups: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = {name: torch.rand(8, generator=generator, dtype=torch.float64) ** 3 for name in ("a", "b", "c")}
     keep = kept_experts(scores, 4, groups, None)
@@ -95,12 +95,12 @@ def test_max_min_is_the_best_of_all_choices(seed: int, groups: int) -> None:
     every = [torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(c), True) for c in combinations(range(8), 4)]
     allowed = [one for one in every if one.view(groups, -1).sum(dim=1).tolist() == [4 // groups] * groups]
     best = max(min(coverage(scores, one).values()) for one in allowed)
-    assert worst >= best - 0.02  # found by exchanges, which may end a little below the best of all
-    for name in scores:  # what is best for one domain alone is no better for the worst of all
+    assert worst >= best - 0.02  # exchanges may end slightly below the optimum
+    for name in scores:  # the best choice for one domain is no better for the worst domain
         assert worst >= min(coverage(scores, kept_experts({name: scores[name]}, 4, groups, None)).values()) - 1e-12
 
 
-def test_weights_count_shares_of_scores() -> None:
+def test_domain_weights_apply_to_shares_of_scores() -> None:
     scores = {"loud": torch.tensor([100.0, 1.0, 1.0]), "quiet": torch.tensor([0.1, 0.1, 0.8])}
     scores = {name: score.double() for name, score in scores.items()}
     assert kept_experts(scores, 1, 1, {"loud": 1.0, "quiet": 0.0}).tolist() == [True, False, False]

@@ -1,4 +1,4 @@
-"""The number of experts in the saved configuration: one, wherever it stands and whoever reads it."""
+"""The saved configuration has one consistent number of experts in all its places."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.pico_hybrids import HYBRIDS
 
 
 def counts_after(folder: Path, stream: bool) -> dict[str, int]:
-    """Remove two of eight experts of `model`, and return every number of experts that the saved configuration holds."""
+    """Remove two of eight experts of `model`; return every number of experts in the saved configuration."""
     write_words(folder / "words.txt")
     places = {"save": str(folder / "run"), "save_model": str(folder / "small"), "model": str(folder / "model")}
     data = {"dataset": str(folder / "words.txt"), "nsamples": 2, "seqlen": 16, "evaluate": False, "stream": stream}
@@ -36,10 +36,10 @@ def _counts(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, i
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_no_two_counts_of_a_configuration_as_the_hub_has_it(stream: bool, tmp_path: Path) -> None:
+def test_all_counts_of_a_published_configuration_are_updated(stream: bool, tmp_path: Path) -> None:
     file = save_pico(tmp_path / "model", "qwen3_moe", num_hidden_layers=1, num_experts=8) / "config.json"
     config = json.loads(file.read_text())
-    del config["num_local_experts"]  # as transformers calls it today; the second is for another program
+    del config["num_local_experts"]  # transformers' current name; the second is for another program
     file.write_text(json.dumps(config | {"num_experts": 8, "n_routed_experts": 8}))
     found = counts_after(tmp_path, stream)
     assert {"n_routed_experts"} < set(found)

@@ -1,4 +1,4 @@
-"""The scores of experts are those of full forwards, are kept beside a run, and are blended anew without a pass."""
+"""Expert scores match full forwards, are stored with a run, and can be blended again without a pass."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SETTINGS: dict[str, Any] = {"remove": "experts=0.25", "evaluate": False, "quiet"
 
 
 def by_hand(family: str, tokens: Tensor, counted: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and the mean of gate · ‖answer‖₂ of every expert, block by block, from what full forwards route.
+    """Return tokens and mean gate · ‖answer‖₂ of every expert, block by block, from full forwards.
 
-    counted: which tokens count, of the shape of them; None for all.
+    counted: mask of the counted tokens, in their shape; None for all.
     """
     own = torch.ones(tokens.numel(), dtype=torch.bool) if counted is None else counted.flatten()
     model = pico_model(family)
@@ -57,7 +57,7 @@ def by_hand(family: str, tokens: Tensor, counted: Tensor | None = None) -> list[
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_reap_is_the_formula_on_full_forwards(family: str, tmp_path: Path) -> None:
+def test_reap_matches_its_formula_on_full_forwards(family: str, tmp_path: Path) -> None:
     coprune.prune(pico_model(family), dataset=IDS, save=tmp_path / "run", **SETTINGS)
     kept = json.loads((tmp_path / "run" / "experts.json").read_text())["sums"]["calibration"]
     for sums, (count, mean) in zip(kept.values(), by_hand(family, IDS), strict=True):
@@ -67,8 +67,8 @@ def test_reap_is_the_formula_on_full_forwards(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_only_what_a_model_wrote_is_scored(family: str, tmp_path: Path) -> None:
-    """Also where what it wrote lies at another place in every sample, and one domain's samples are shorter."""
+def test_experts_can_be_scored_on_generated_tokens_only(family: str, tmp_path: Path) -> None:
+    """Also if generated tokens are at different places in every sample, and one domain's samples are shorter."""
     rows = [{"prompt_ids": row[:9], "answer_ids": row[9:]} for row in (IDS + 4).tolist()]
     for name, own in (("long", rows), ("short", rows[:3])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
@@ -89,7 +89,7 @@ def test_only_what_a_model_wrote_is_scored(family: str, tmp_path: Path) -> None:
         ExpertSums.empty(2).update(other, torch.ones(2, 2) > 0)
 
 
-def test_domains_are_scored_at_once_and_blended_anew(tmp_path: Path) -> None:
+def test_domains_are_scored_in_one_pass_and_blended_again_without_one(tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b")):
         write_words(tmp_path / f"{name}.txt", seed=seed)
     asked = SETTINGS | {"processor": pico_tokenizer(), "nsamples": 2, "seqlen": 16}
@@ -120,7 +120,7 @@ def test_domains_are_scored_at_once_and_blended_anew(tmp_path: Path) -> None:
 def test_scores_that_lack_a_mixture_are_refused_before_the_dense_model_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that removed a block as well has none of the experts that were in it."""
+    """A run that also removed a block lacks the scores of its experts."""
     asked = SETTINGS | {"dataset": IDS}
     file, model = tmp_path / "run" / "experts.json", partial(pico_model, "mixtral")
     both = {"remove": "experts=0.25,blocks=0.34", "score": "influence"}

@@ -1,4 +1,4 @@
-"""Experts removed of a model that is read block by block, and by several processes: as in memory and by one."""
+"""Removing experts from a streamed model, or with several processes, gives the same result as in memory with one."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def training_of(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
 
 
 def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
-    """Do a run, and return all of its model but what names folders."""
+    """Execute a run and return its model's files except those with folder names."""
     run_recipe(make_recipe(training_of(folder, out, **changes)), reporter=Reporter(quiet=True))
     return without_places(folder / out / "small")
 
 
 def without_places(folder: Path) -> dict[str, bytes | None]:
     found = listing(folder)
-    for name in ("README.md", "tokenizer_config.json"):  # the latter is copied in one case, and saved in the other
+    for name in ("README.md", "tokenizer_config.json"):  # the latter is copied in one case and saved in the other
         found.pop(name)
     return found
 
@@ -46,9 +46,7 @@ def without_places(folder: Path) -> dict[str, bytes | None]:
     ("family", "changes", "remove"),
     [
         ("mixtral", {"tie_word_embeddings": True}, "experts=0.25,channels=0.4"),  # experts saved one by one
-        pytest.param(
-            "deepseek_v3", {"n_routed_experts": 8}, "experts=0.25", marks=pytest.mark.slow
-        ),  # a buffer among what is cut
+        pytest.param("deepseek_v3", {"n_routed_experts": 8}, "experts=0.25", marks=pytest.mark.slow),  # cuts a buffer
     ],
 )
 def test_streamed_removal_gives_the_bytes_of_memory(
@@ -61,9 +59,7 @@ def test_streamed_removal_gives_the_bytes_of_memory(
     load_clean(tmp_path / "streamed" / "small")
 
 
-def test_a_wrong_row_of_a_router_is_found_when_the_folder_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_router_row_is_found_on_reloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "model", "mixtral", num_hidden_layers=1)
     write_words(tmp_path / "words.txt")
 
@@ -80,9 +76,7 @@ def test_a_wrong_row_of_a_router_is_found_when_the_folder_is_read_again(
         run(tmp_path, "damaged", remove="experts=0.25", stream=True)
 
 
-def test_a_refused_folder_does_not_stand_in_the_way_of_another_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_run_does_not_block_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pico(tmp_path / "model", "mixtral", num_hidden_layers=1)
     write_words(tmp_path / "words.txt")
 
@@ -103,7 +97,7 @@ def test_a_killed_streamed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None
     write_words(tmp_path / "words.txt")
     asked: dict[str, Any] = {"remove": "experts=0.25,channels=0.4", "stream": True}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    torch.set_num_threads(1)  # forked children lose thread pools
     _, lines = count_lines(lambda: run(tmp_path, "whole", **asked), ("run/output",))
     assert killed_at(lambda: run(tmp_path, "killed", **asked), lines * 8 // 10, ("run/output",))
     assert run(tmp_path, "killed", **asked) == without_places(tmp_path / "whole" / "small")
@@ -111,7 +105,7 @@ def test_a_killed_streamed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one(tmp_path: Path) -> None:
+def test_two_processes_score_experts_like_one(tmp_path: Path) -> None:
     save_pico(tmp_path / "model", "mixtral")
     write_words(tmp_path / "words.txt")
     alone = run(tmp_path, "alone", remove="experts=0.25", stream=True)
@@ -129,7 +123,7 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+def test_streamed_removal_takes_memory_independent_of_depth(tmp_path: Path) -> None:
     write_words(tmp_path / "words.txt")
     sizes: dict[str, Any] = {
         "hidden_size": 128,
@@ -146,4 +140,4 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     found = measured_peaks(cases)
     block = 32 * 3 * 128 * 512 * 4
     growth = found["16"].measured - found["4"].measured
-    assert growth < 1.5 * block, {name: str(peak) for name, peak in found.items()}  # of the twelve blocks more
+    assert growth < 1.5 * block, {name: str(peak) for name, peak in found.items()}  # for twelve more blocks

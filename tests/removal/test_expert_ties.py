@@ -1,4 +1,4 @@
-"""Routers that do not decide: a right folder is not refused for a tie, a wrong one still is."""
+"""Router ties: a correct folder is not refused because of them, a wrong one still is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.pico_folder import save, write_words
 
 @pytest.fixture
 def undecided(tmp_path: Path) -> dict[str, Any]:
-    """A run on a mixture in bfloat16 whose router values are all equal."""
+    """Return settings for a bfloat16 mixture whose router values are all equal."""
     sizes: dict[str, Any] = {"num_local_experts": 8, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     model = pico_model("gpt_oss", dtype=torch.bfloat16, **sizes)
     for name, tensor in model.named_parameters():
@@ -35,7 +35,7 @@ def undecided(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_tie_is_no_difference(stream: bool, undecided: dict[str, Any], tmp_path: Path) -> None:
+def test_router_ties_do_not_count_as_differences(stream: bool, undecided: dict[str, Any], tmp_path: Path) -> None:
     run_recipe(make_recipe(undecided | {"stream": stream}), reporter=Reporter(quiet=True))
     tensors = load_file(tmp_path / "small" / "model.safetensors")
     assert {len(tensor) for name, tensor in tensors.items() if name.endswith("router.weight")} == {6}

@@ -1,4 +1,4 @@
-"""Experts removed: the small mixture is the big one in which they are never chosen, on disk and in memory."""
+"""Removed experts: the small mixture computes the same as the big one without choosing them, on disk and in memory."""
 
 from __future__ import annotations
 
@@ -29,34 +29,38 @@ MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group
 @pytest.mark.parametrize(
     ("family", "changes", "remove"),
     [
-        ("mixtral", {}, "experts=0.25,channels=0.4,heads=0.5,blocks=0.34"),  # saved one by one; all at once
+        ("mixtral", {}, "experts=0.25,channels=0.4,heads=0.5,blocks=0.34"),  # saved one by one; all parts together
         pytest.param(
             "qwen2_moe", {}, "experts=0.25", marks=pytest.mark.slow
-        ),  # a shared expert behind a gate; gates that do not add up to one
+        ),  # a shared expert with a gate; gates that do not sum to one
         pytest.param("qwen3_moe", {}, "experts=0.5", marks=pytest.mark.slow),
         pytest.param("olmoe", {}, "experts=0.25", marks=pytest.mark.slow),
-        ("gpt_oss", {}, "experts=0.25,channels=0.4"),  # in one tensor, with biases of the router and the experts
+        ("gpt_oss", {}, "experts=0.25,channels=0.4"),  # in one tensor, with router and expert biases
         pytest.param(
             "deepseek_v2", {}, "experts=0.5", marks=pytest.mark.slow
         ),  # three of sixteen, out of two of four groups
         pytest.param(
             "deepseek_v3", GROUPED, "experts=0.25", marks=pytest.mark.slow
-        ),  # a correction of the choice, groups by their best two
-        ("deepseek_v3", GROUPED | MANY_GROUPS, "experts=0.25"),  # that a token's experts do not show by their number
+        ),  # correction bias, groups scored by their best two
+        (
+            "deepseek_v3",
+            GROUPED | MANY_GROUPS,
+            "experts=0.25",
+        ),  # groups that the number of a token's experts does not reveal
         pytest.param(
             "jamba", {}, "experts=0.25", marks=pytest.mark.slow
         ),  # one block of three has a mixture; as many experts as heads
         pytest.param("granitemoehybrid", {}, "experts=0.25", marks=pytest.mark.slow),
-        pytest.param("nemotron_h", {}, "experts=0.25", marks=pytest.mark.slow),  # experts without a gate of their own
-        ("qwen3_next", {}, "experts=keep:20"),  # as many experts as the width of much else
-        pytest.param("lfm2_moe", {}, "experts=0.25", marks=pytest.mark.slow),  # the correction lies beside the router
-        ("gemma4_text", SCALED, "experts=0.25"),  # a factor per expert in the module around the router
+        pytest.param("nemotron_h", {}, "experts=0.25", marks=pytest.mark.slow),  # experts without a gate projection
+        ("qwen3_next", {}, "experts=keep:20"),  # as many experts as other widths
+        pytest.param("lfm2_moe", {}, "experts=0.25", marks=pytest.mark.slow),  # the correction is beside the router
+        ("gemma4_text", SCALED, "experts=0.25"),  # a scale per expert in the router's parent
         pytest.param(
             "gemma4_text", SCALED | {"num_experts": 64}, "experts=keep:48", marks=pytest.mark.slow
-        ),  # as many experts as the model is wide
+        ),  # as many experts as the model's width
     ],
 )
-def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(
+def test_the_small_mixture_matches_the_big_one_without_the_experts(
     family: str, changes: dict[str, Any], remove: str, tmp_path: Path
 ) -> None:
     model = _with_corrections(pico_model(family, **changes))
@@ -67,7 +71,7 @@ def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(
 
 
 def _with_corrections(model: Any) -> Any:
-    """The model with biases and corrections of its routers that are no zeros, so that one which is lost would show."""
+    """Give router biases and corrections nonzero values, so that a lost one would show."""
     generator = torch.Generator().manual_seed(3)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if any(part in name for part in ("correction_bias", "expert_bias", "router.bias", "per_expert_scale")):
@@ -94,7 +98,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     run("killed")
     torch.set_num_threads(threads)
     whole, found = listing(tmp_path / "whole" / "small"), listing(tmp_path / "killed" / "small")
-    assert whole.pop("README.md") is not None  # names the folders
+    assert whole.pop("README.md") is not None  # contains folder names
     assert found.pop("README.md") is not None
     assert found == whole
 
@@ -127,7 +131,7 @@ def test_impossible_cuts_are_refused_and_leave_the_model_unchanged(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_share_that_is_rounded_says_so() -> None:
+def test_a_rounded_share_is_reported() -> None:
     model = pico_model("olmoe", num_experts=20, num_hidden_layers=1)
     asked = SETTINGS | {"remove": "experts=0.25"}
     rounded = coprune.prune(model, **asked).report.edits[0].line()

@@ -1,4 +1,4 @@
-"""Heads where query, key and value share matrices: which rows belong to a head is found, whatever their order."""
+"""Heads in fused query-key-value matrices: the rows of a head are found in any order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from support.pico import pico_model, pico_tokens
 from support.walking import prove
 
 HEAD = 16
-"""Width of a head of all of them; four query heads."""
+"""Width of a head in all models, which have four query heads."""
 ROWS = {
-    # Of the first key-value head: starts and ends, in heads.
+    # Row ranges of the first key-value head, in heads.
     "phi3": [(0, 2), (4, 5), (6, 7)],  # four queries, two keys, two values
-    "gpt2": [(0, 1), (4, 5), (8, 9)],  # stored the other way round
+    "gpt2": [(0, 1), (4, 5), (8, 9)],  # stored transposed
     "gpt_neox": [(0, 3)],  # query, key and value head by head
     "bloom": [(0, 3)],
     "falcon": [(0, 4)],  # two queries with their key and value
@@ -47,11 +47,11 @@ def test_the_rows_of_a_head_are_found(family: str) -> None:
 
 
 APART = {
-    # Rows of the first key-value head, of the matrices that lose some.
-    "qwen3_next": {"q_proj": 64, "k_proj": 16, "v_proj": 16},  # two queries, each with the gate of its answer behind it
+    # Numbers of rows of the first key-value head, by matrix.
+    "qwen3_next": {"q_proj": 64, "k_proj": 16, "v_proj": 16},  # two queries, each followed by its output gate
     "qwen3_5_text": {"q_proj": 64, "k_proj": 16, "v_proj": 16},
     "afmoe": {"q_proj": 32, "k_proj": 16, "v_proj": 16, "gate_proj": 32},
-    # A key without its position (16), and a value; queries of such keys with their position (8).
+    # The non-positional part of a key (16) and a value; queries also have the positional part (8).
     "deepseek_v3": {"q_b_proj": 24, "kv_b_proj": 32},
     "minicpm3": {"q_b_proj": 20, "kv_b_proj": 28},
     "deepseek_v2 without compressed queries": {"q_proj": 24, "kv_b_proj": 32},

@@ -1,4 +1,4 @@
-"""Channels, heads and blocks of vision transformers, through the same code as those of language models."""
+"""Removing channels, heads and blocks from vision transformers, with the same code as for language models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 8
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """As the released transformers loads it, with no key missing or unexpected."""
+    """Load with the released transformers, without missing or unexpected keys."""
     model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded: PreTrainedModel = model.eval()
@@ -28,14 +28,14 @@ def load(folder: Path) -> PreTrainedModel:
     ("family", "remove", "left"),
     [
         ("transformers vit", "channels=0.4,heads=0.5", "channels 64 → 32 of every block, key-value heads"),
-        # timm's names are others in the checkpoint than in memory.
+        # timm's names differ between checkpoint and memory.
         ("vit", "channels=0.4,blocks=0.5", "channels 128 → 80"),
         pytest.param(
             "vit of twelve blocks", "blocks=0.25", "blocks 12 → 9", marks=pytest.mark.slow
-        ),  # which only the architecture's name says
+        ),  # known only from the architecture's name
     ],
 )
-def test_a_smaller_vision_transformer_loads_and_computes_what_was_measured(
+def test_a_smaller_vision_transformer_loads_with_the_measured_outputs(
     family: str, remove: str, left: str, tmp_path: Path
 ) -> None:
     source = save_classifier(family, tmp_path / "dense")
@@ -50,7 +50,7 @@ def test_a_smaller_vision_transformer_loads_and_computes_what_was_measured(
 
 
 def classifier(family: str) -> Any:
-    """With biases that are no zeros, and what its images have to look like."""
+    """Return a classifier with nonzero biases, and its image processor."""
     model = pico_classifier(family)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def classifier(family: str) -> Any:
         pytest.param("transformers vit", "channels=0.4", "channels 64 → 32", marks=pytest.mark.slow),
         ("transformers vit", "heads=0.5", "key-value heads with their query heads 2 → 1"),
         pytest.param("transformers vit", "blocks=0.5", "blocks 2 → 1", marks=pytest.mark.slow),
-        ("transformers dinov2", "channels=0.25", "channels 128 → 96"),  # said as a multiple of the width
+        ("transformers dinov2", "channels=0.25", "channels 128 → 96"),  # configured as a multiple of the width
         pytest.param(
             "transformers dinov2", "heads=0.5", "key-value heads with their query heads 2 → 1", marks=pytest.mark.slow
         ),
@@ -85,9 +85,7 @@ def classifier(family: str) -> Any:
         ),
     ],
 )
-def test_the_small_classifier_is_the_big_one_with_the_parts_silent(
-    family: str, remove: str, left: str, tmp_path: Path
-) -> None:
+def test_the_small_classifier_matches_the_silenced_big_one(family: str, remove: str, left: str, tmp_path: Path) -> None:
     model, processor = classifier(family), ViTImageProcessor(size={"height": SIZE, "width": SIZE})
     if "swin" in family:
         processor.size = {"height": 64, "width": 64}
@@ -107,7 +105,9 @@ def test_the_small_classifier_is_the_big_one_with_the_parts_silent(
         ("vit", "heads=0.5", "no heads"),
     ],
 )
-def test_what_a_configuration_cannot_say_is_refused(family: str, remove: str, message: str, tmp_path: Path) -> None:
+def test_sizes_that_a_configuration_cannot_express_are_refused(
+    family: str, remove: str, message: str, tmp_path: Path
+) -> None:
     source = save_classifier(family, tmp_path / "dense")
     with pytest.raises(UnsupportedModel, match=message):
         coprune.prune(source, remove=remove, **SETTINGS)

@@ -1,4 +1,4 @@
-"""Experts removed that are modules of a list: found, scored and left out as those in tables are."""
+"""Experts in a list of modules are found, scored and removed like those in tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
 @pytest.mark.parametrize(
     "remove", [pytest.param("experts=0.25", marks=pytest.mark.slow), "experts=0.5,channels=0.5,blocks=0.5"]
 )
-def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(remove: str, tmp_path: Path) -> None:
+def test_the_small_mixture_matches_the_big_one_without_the_experts(remove: str, tmp_path: Path) -> None:
     model = listed_mixture()
     result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
     small: Any = saved_like(model, result.model, tmp_path / "small", rounding=1e-5)
@@ -32,7 +32,7 @@ def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(remove:
     assert {layer.mlp.gate.weight.shape[0] for layer in small.model.layers} == {kept}
 
 
-def test_gates_and_answers_are_those_of_the_formula() -> None:
+def test_gates_and_answers_of_listed_experts_match_the_formula() -> None:
     mixture: Any = listed_mixture().get_submodule("model.layers.0.mlp")
     assert isinstance(mixture, ListedMixture)
     hidden = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1))
@@ -55,7 +55,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(stream: bool, tmp_path: Path) ->
     kill_and_resume_model(listed_mixture(), "experts=0.25", tmp_path, stream=stream)
 
 
-def test_a_list_of_which_no_router_chooses_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_list_without_a_router_is_left_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_of_them(self: Any, hidden: Tensor) -> Tensor:
         out: Tensor = sum((expert(hidden) for expert in self.experts), self.shared(hidden))
         return out + 0 * self.gate(hidden).sum()
@@ -68,7 +68,7 @@ def test_a_list_of_which_no_router_chooses_is_left_as_it_is(monkeypatch: pytest.
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_an_expert_is_given_has_to_be_tokens() -> None:
+def test_experts_must_receive_rows_of_tokens() -> None:
     class Doubled(ListedMixture):
         def forward(self, hidden: Tensor) -> Tensor:
             return super().forward(hidden * 2)

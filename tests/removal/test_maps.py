@@ -1,4 +1,4 @@
-"""Blocks replaced by a linear map: the sums that solve it, the proof of where it can be merged, and whole runs."""
+"""Blocks replaced by a linear map: solving it, proving where it can be merged, and whole runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
 
 
 @torch.no_grad()
-def test_the_map_is_the_weighted_least_squares_one_and_its_error_is_exact() -> None:
+def test_the_map_solves_weighted_least_squares_with_an_exact_error() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, start, end = (torch.randn(200, width, generator=generator) for width in (6, 5, 5))
     split = [slice(0, 70), slice(70, 200)]
@@ -56,10 +56,10 @@ def proven(module: Any) -> ProvenModel:
     ("family", "expected"),
     [
         ("llama", ["mlp.down_proj"]),
-        ("gpt2", ["mlp.c_proj"]),  # stored inputs first, with a bias
-        ("granite", ["mlp.down_proj"]),  # its outputs are multiplied with one number
-        ("gpt_neox", ["attention.dense", "mlp.dense_4h_to_h"]),  # both read one input
-        ("gemma2", []),  # a norm behind it
+        ("gpt2", ["mlp.c_proj"]),  # transposed, with a bias
+        ("granite", ["mlp.down_proj"]),  # its outputs are scaled by a constant
+        ("gpt_neox", ["attention.dense", "mlp.dense_4h_to_h"]),  # both read the same input
+        ("gemma2", []),  # followed by a norm
         ("olmo2", []),
     ],
 )
@@ -77,22 +77,22 @@ def test_matrices_that_write_the_residual_stream_are_found(family: str, expected
 
 
 def test_a_norm_behind_a_matrix_is_detected_whatever_its_gains() -> None:
-    """All ones, as in a model that nobody trained, they let every exchange of outputs pass."""
+    """Gains of one, as in an untrained model, would let every permutation of outputs pass."""
     model = pico_model("gemma2")
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data.zero_()  # the gain is one more
+            parameter.data.zero_()  # the gain is this plus one
     assert find_writers(proven(model)) == {}
 
 
-def test_all_experts_of_a_mixture_write_together() -> None:
+def test_all_experts_of_a_mixture_are_writers() -> None:
     model = proven(pico_model("mixtral"))
     writers = find_writers(model)[1]
     assert [matrix.expert for matrix in writers.matrices] == [0, 1, 2, 3]
     assert not writers.is_one
 
 
-def test_a_pruned_matrix_gets_no_map_which_would_fill_its_zeros() -> None:
+def test_no_map_is_merged_into_a_pruned_matrix() -> None:
     module: Any = pico_model("llama")
     module.model.layers[1].mlp.down_proj.weight.data[:, ::2] = 0
     assert sorted(find_writers(proven(module))) == [0, 2]
@@ -134,8 +134,8 @@ def test_a_model_with_the_map_is_closer_to_the_dense_one_than_without(family: st
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("batches", [1, 3])
-def test_two_processes_solve_one_map_on_the_batches_of_both(batches: int, tmp_path: Path) -> None:
-    """Of one batch, the second process has none."""
+def test_two_processes_solve_one_map_on_all_batches(batches: int, tmp_path: Path) -> None:
+    """With a single batch, the second process has none."""
     module, data = pico_model("llama", num_hidden_layers=4), [pico_tokens(2, 24, seed=seed) for seed in range(batches)]
 
     def solve(processes: Processes) -> Tensor:
@@ -165,7 +165,7 @@ def test_two_processes_solve_one_map_on_the_batches_of_both(batches: int, tmp_pa
         pytest.param("granite", "blocks=0.25", marks=pytest.mark.slow),
     ],
 )
-def test_the_saved_model_is_the_big_one_with_the_map_merged(family: str, remove: str, tmp_path: Path) -> None:
+def test_the_saved_model_matches_the_big_one_with_the_map_merged(family: str, remove: str, tmp_path: Path) -> None:
     depth: dict[str, Any] = {"n_layer": 4} if family == "gpt2" else {"num_hidden_layers": 4}
     if family == "gpt_oss":
         depth["layer_types"] = ["sliding_attention", "full_attention"] * 2
@@ -182,7 +182,7 @@ def test_the_saved_model_is_the_big_one_with_the_map_merged(family: str, remove:
         )
 
 
-def test_a_family_without_a_place_for_a_map_loses_blocks_without_one_and_says_so(
+def test_families_without_a_place_for_a_map_lose_blocks_without_one_and_report_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = SETTINGS | {"quiet": False}
@@ -197,11 +197,11 @@ def test_a_family_without_a_place_for_a_map_loses_blocks_without_one_and_says_so
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["T5", "Bart"])
-def test_a_span_is_of_one_half_of_an_encoder_with_its_decoder(family: str) -> None:
+def test_a_span_stays_within_the_encoder_or_the_decoder(family: str) -> None:
     module: Any = pico_pair_model(family)
     blocks = find_blocks(module)
     model = prove_replay(FoundModel(InMemory(module), blocks, choose_matrices(module, blocks)), pico_pairs(module, 1))
-    if family == "Bart":  # a norm behind every matrix
+    if family == "Bart":  # a norm after every matrix
         assert find_writers(model) == {}
         return
     going = Mapped(tokens=30).choose(model, [pico_pairs(module, 3)], [1, 1])

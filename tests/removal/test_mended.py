@@ -1,4 +1,4 @@
-"""What a cut broke is made up for: by training every block after its cut."""
+"""Recovery from removal by training every block after its cut."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MENDED: dict[str, Any] = {"reconstruct": 4}
     ("family", "remove"),
     [
         ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
-        ("gpt_oss", "channels=0.4,heads=0.5"),  # tables of biases, sinks
-        pytest.param("jamba", "channels=0.4", marks=pytest.mark.slow),  # blocks that lose nothing, behind some that do
+        ("gpt_oss", "channels=0.4,heads=0.5"),  # bias tables, attention sinks
+        pytest.param("jamba", "channels=0.4", marks=pytest.mark.slow),  # uncut blocks after cut ones
     ],
 )
 def test_silenced_parts_stay_silent_during_training(family: str, remove: str, tmp_path: Path) -> None:
@@ -36,18 +36,18 @@ def test_silenced_parts_stay_silent_during_training(family: str, remove: str, tm
     torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
     trainings = result.report.trainings
     assert trainings
-    # No training makes the watched batches worse than it found them.
+    # No training makes the watched batches worse.
     assert all(training.end <= training.start for training in trainings)
 
 
 def hidden(model: Any) -> Tensor:
-    """What the last block gives: tokens × width."""
+    """Return the last block's output: tokens × width."""
     with torch.no_grad():
         states: Tensor = model(IDS, output_hidden_states=True, use_cache=False).hidden_states[-1]
     return states.flatten(0, 1)
 
 
-def test_training_comes_nearer_to_the_dense_model() -> None:
+def test_training_after_a_cut_gets_closer_to_the_dense_model() -> None:
     dense = hidden(pico_model("llama"))
 
     def distance(**settings: Any) -> float:
@@ -59,11 +59,11 @@ def test_training_comes_nearer_to_the_dense_model() -> None:
 
 
 @pytest.mark.slow
-def test_blocks_behind_one_that_goes_are_trained_to_make_up_for_it() -> None:
+def test_blocks_after_a_removed_one_are_trained_to_compensate() -> None:
     def model() -> Any:
         made = pico_model("llama")
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            made.get_parameter(f"model.layers.1.{name}.weight").mul_(0.5)  # the one that goes
+            made.get_parameter(f"model.layers.1.{name}.weight").mul_(0.5)  # the removed one
         return made
 
     dense, alone, helped = hidden(model()), model(), model()

@@ -1,4 +1,4 @@
-"""Channels, heads and blocks removed: the small model is the big one with those parts silent, on disk and in memory."""
+"""Removed channels, heads and blocks: the small model matches the silenced big one, on disk and in memory."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
     ("family", "remove"),
     [
         ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
-        ("gpt2", "channels=0.4,blocks=0.34"),  # input × output weights, an MLP of four times the width by default
-        pytest.param("qwen2", "heads=0.5", marks=pytest.mark.slow),  # biases; the width of a head has to be said now
+        ("gpt2", "channels=0.4,blocks=0.34"),  # transposed weights, an MLP of four times the width by default
+        pytest.param("qwen2", "heads=0.5", marks=pytest.mark.slow),  # biases; the head width must now be written
         pytest.param(
             "gemma3_text", "channels=0.4,heads=0.5,blocks=0.25", marks=pytest.mark.slow
-        ),  # tied; norms after; two kinds of attention
-        pytest.param("phi3", "channels=0.4", marks=pytest.mark.slow),  # gate and up are one matrix
-        pytest.param("phi3", "heads=0.5", marks=pytest.mark.slow),  # query, key and value are one
+        ),  # tied; norms afterwards; two kinds of attention
+        pytest.param("phi3", "channels=0.4", marks=pytest.mark.slow),  # fused gate and up
+        pytest.param("phi3", "heads=0.5", marks=pytest.mark.slow),  # fused query, key and value
         pytest.param("falcon", "channels=0.4,blocks=0.34", marks=pytest.mark.slow),
         pytest.param(
             "mixtral", "channels=0.4,heads=0.5", marks=pytest.mark.slow
-        ),  # every expert other channels; saved one by one
-        ("gpt_oss", "channels=0.4,heads=0.5"),  # experts in one tensor, interleaved, with biases and sinks
-        # Three sizes of MLPs; queries, keys and values of low rank.
+        ),  # different channels per expert; saved one by one
+        ("gpt_oss", "channels=0.4,heads=0.5"),  # interleaved experts in one tensor, with biases and sinks
+        # Three MLP sizes; low-rank queries, keys and values.
         ("deepseek_v3", "channels=0.4,heads=0.5,blocks=0.34"),
         pytest.param("minicpm3", "heads=0.5", marks=pytest.mark.slow),
-        pytest.param("afmoe", "heads=0.5", marks=pytest.mark.slow),  # a gate of every head's answers
+        pytest.param("afmoe", "heads=0.5", marks=pytest.mark.slow),  # a gate on every head's output
         pytest.param("jamba", "channels=0.4", marks=pytest.mark.slow),
     ],
 )
-def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remove: str, tmp_path: Path) -> None:
+def test_the_small_model_matches_the_silenced_big_one(family: str, remove: str, tmp_path: Path) -> None:
     model = pico_model(family)
     before = model.num_parameters()
     result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
@@ -72,7 +72,7 @@ def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remov
         ("qwen3_moe", {"mlp_only_layers": [1]}, [1, 2], "mlp_only_layers", [0]),
     ],
 )
-def test_the_configuration_says_which_of_the_blocks_left_are_dense(
+def test_the_configuration_lists_the_remaining_dense_blocks(
     family: str, settings: dict[str, Any], stays: list[int], place: str, left: Any, tmp_path: Path
 ) -> None:
     model = pico_model(family, **settings)
@@ -86,7 +86,7 @@ def test_the_configuration_says_which_of_the_blocks_left_are_dense(
 def test_a_configuration_right_for_one_attention_implementation_only_is_rejected(
     stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of compressed keys and values no shape tells how many heads they have, and sdpa does not ask either."""
+    """With compressed keys and values neither shapes nor sdpa depend on the number of heads."""
     right = {"num_attention_heads": 2, "num_key_value_heads": 2}
     monkeypatch.setattr(rehearsal, "possible_changes", lambda *_: iter([{"num_attention_heads": 2}, right]))
     save_pico(tmp_path / "model", "deepseek_v3")
@@ -98,8 +98,8 @@ def test_a_configuration_right_for_one_attention_implementation_only_is_rejected
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
-def test_what_a_configuration_says_against_heads_is_said_with_a_share_that_works(family: str) -> None:
-    """Six heads in a width of 64."""
+def test_a_configurations_refusal_of_heads_suggests_a_share_that_works(family: str) -> None:
+    """Six heads do not divide a width of 64."""
     settings: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
     with pytest.raises(
         UnsupportedModel, match=r"not a multiple of the number of attention heads \(6\); heads=0.5 works"
@@ -108,8 +108,8 @@ def test_what_a_configuration_says_against_heads_is_said_with_a_share_that_works
     coprune.prune(pico_model(family, **settings), remove="heads=0.5", **SETTINGS)
 
 
-def test_numbers_that_make_shapes_which_nobody_wants_are_not_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many numbers that are as large as what was cut, not all their combinations can be tried."""
+def test_settings_that_make_unwanted_shapes_are_not_combined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many settings equal to the cut sizes, not all combinations can be tried."""
     same: dict[str, Any] = {"num_hidden_layers": 4, "head_dim": 16}
     small = pico_model("llama", num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, **same)
     shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
@@ -121,8 +121,8 @@ def test_numbers_that_make_shapes_which_nobody_wants_are_not_tried_together(monk
     assert not [*possible_changes(pico_model("llama", **same), shapes, resized)]
 
 
-def test_an_expert_to_which_nothing_but_zeros_come_loses_channels_by_their_norm() -> None:
-    """Of this family every expert sees all tokens, those of others as zeros."""
+def test_an_expert_that_only_sees_zeros_loses_channels_by_norm() -> None:
+    """In this family every expert sees all tokens, other experts' tokens as zeros."""
     settings = SETTINGS | {"dataset": pico_tokens(1, 4)}
     result = coprune.prune(pico_model("llama4_text"), remove="channels=0.4", **settings)
     assert any(isinstance(one, OfMatrix) and one.event.kind == "only zeros" for one in result.report.events)
@@ -152,7 +152,7 @@ def test_half_precision_may_round_more_before_a_cut_is_refused(dtype: torch.dtyp
     assert alike((logits + off * noise).to(dtype), logits.to(dtype)) == same
 
 
-def test_blocks_of_least_influence_go() -> None:
+def test_blocks_of_least_influence_are_removed() -> None:
     model = pico_model("llama")
     influence: dict[int, float] = {}
 
@@ -184,7 +184,7 @@ def test_blocks_of_least_influence_go() -> None:
     ],
 )
 def test_a_block_whose_matrices_are_excluded_is_not_removed(remove: str, score: str) -> None:
-    """Whichever it is, since of any score one of the three would go first."""
+    """Each block is tried, since each may be the first to go."""
     for stays in range(3):
         model = pico_model("llama")
         up = model.get_parameter(f"model.layers.{stays}.mlp.up_proj.weight").clone()
@@ -194,8 +194,8 @@ def test_a_block_whose_matrices_are_excluded_is_not_removed(remove: str, score: 
         assert any(torch.equal(tensor, up) for tensor in small.state_dict().values())
 
 
-def test_tokens_that_end_a_text_are_no_list_of_blocks() -> None:
-    """Three of them, and three blocks."""
+def test_a_list_of_end_tokens_is_not_taken_for_a_list_per_block() -> None:
+    """There are three of both."""
     model = pico_model("llama", eos_token_id=[2, 5, 7], other_tokens=[1, 3, 4])
     made: Any = coprune.prune(model, remove="blocks=0.34", **SETTINGS).model
     assert (made.config.num_hidden_layers, made.config.other_tokens) == (2, [1, 3, 4])
@@ -243,9 +243,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(done: int, tmp_path: Path) -> No
             "gpt2",
             "heads=0.5",
             "the configuration of GPT2LMHeadModel has no head width; .* try to remove channels or blocks",
-        ),  # heads as wide together as the model
+        ),  # all heads together must have the model's width
         ("mamba", "channels=0.4", "no channels .* remove blocks instead"),
-        ("bloom", "channels=0.4", "no setting of the configuration of BloomForCausalLM"),  # always four times the width
+        (
+            "bloom",
+            "channels=0.4",
+            "no setting of the configuration of BloomForCausalLM",
+        ),  # fixed at four times the width
     ],
 )
 def test_impossible_cuts_are_refused_and_leave_the_model_unchanged(family: str, remove: str, message: str) -> None:
@@ -260,7 +264,7 @@ def test_impossible_cuts_are_refused_and_leave_the_model_unchanged(family: str, 
     ("family", "remove"),
     [("gpt2", "heads=0.5,blocks=0.34"), ("rwkv", "blocks=0.34"), ("llama", "experts=0.5,blocks=0.34")],
 )
-def test_a_refusal_comes_before_all_that_is_slow(
+def test_removal_is_refused_before_anything_slow(
     family: str, remove: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(*_: Any) -> Any:
@@ -304,9 +308,7 @@ def test_invalid_removals_are_refused_before_anything_starts(settings: dict[str,
         ("mixtral", "experts=0.5", {"exclude": "*.1.mlp.experts.*"}),
     ],
 )
-def test_what_include_and_exclude_keep_from_getting_smaller_is_said(
-    family: str, remove: str, settings: dict[str, Any]
-) -> None:
+def test_parts_spared_by_include_and_exclude_are_refused(family: str, remove: str, settings: dict[str, Any]) -> None:
     with pytest.raises(
         BadInput, match=r"removed from all blocks alike, but matrices of model\.layers\.[01] are excluded"
     ):

@@ -1,4 +1,4 @@
-"""What spreads channels and heads over the blocks."""
+"""Allocation of channels and heads to blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from coprune.removal.unit_scores import movement
 
 
-def test_movement_is_relative_and_by_token() -> None:
+def test_movement_is_relative_per_token() -> None:
     before = torch.tensor([[3.0, 4.0], [1000.0, 0.0]])
     after = torch.tensor([[3.0, 0.0], [1000.0, 0.0]])
     assert movement(before, after) == pytest.approx((16 / 9 + 0) / 2)

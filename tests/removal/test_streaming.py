@@ -1,4 +1,4 @@
-"""Blocks and budgets removed of a model that is read block by block: as in memory, to the same bytes."""
+"""Removing blocks and uneven budgets from a streamed model gives the same bytes as in memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from support.saved import load_clean
 
 
 def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
-    """Do a run, and return all of its model but what names folders."""
+    """Execute a run and return its model's files except those with folder names."""
     places = {"save": str(folder / out / "run"), "save_model": str(folder / out / "small")}
     data = {"model": str(folder / "model"), "dataset": str(folder / "words.txt"), "evaluate": False}
     settings = data | places | {"align": 16, "nsamples": 6, "seqlen": 16} | changes
     run_recipe(make_recipe(settings), reporter=Reporter(quiet=True))
     found = listing(folder / out / "small")
-    for name in ("README.md", "tokenizer_config.json"):  # the latter is copied in one case, and saved in the other
+    for name in ("README.md", "tokenizer_config.json"):  # the latter is copied in one case and saved in the other
         found.pop(name)
     return found
 
@@ -56,7 +56,7 @@ def test_streamed_removal_gives_the_bytes_of_memory(
 def test_a_configuration_with_the_wrong_attention_types_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two kinds of attention, which look the same by their shapes."""
+    """The two kinds of attention have the same shapes."""
     kinds = ["sliding_attention", "full_attention"] * 2
     tried: list[Any] = []
 
@@ -71,5 +71,5 @@ def test_a_configuration_with_the_wrong_attention_types_is_rejected(
     save_pico(tmp_path / "model", "gemma3_text")
     write_words(tmp_path / "words.txt")
     run(tmp_path, "out", remove="blocks=0.25", score="influence", stream=True)
-    assert len(tried) == 4  # two before a block is chosen, and two then
+    assert len(tried) == 4  # two before a block is chosen, and two afterwards
     assert load_clean(tmp_path / "out" / "small").config.layer_types == tried[3]

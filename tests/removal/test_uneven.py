@@ -1,4 +1,4 @@
-"""Uneven budgets: as much goes as was asked, where it costs least, and the padded model on the disk is the silenced one."""
+"""Uneven budgets: the requested total is removed where it costs least, and the padded model matches the silenced one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
 
 
 def damped(family: str = "llama") -> Any:
-    """A model whose first block's MLP hardly matters, so that others should keep more."""
+    """Return a model whose first block's MLP hardly matters, so that others should keep more."""
     model = pico_model(family)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -42,7 +42,7 @@ def damped(family: str = "llama") -> Any:
 
 
 def real_counts(folder: Path) -> list[tuple[str, list[int]]]:
-    """Kind and number of units of every part that are no padding, by consumer."""
+    """Return the kind and the number of real units of every part, by consumer."""
     pads = [edit for edit in Edits.read(folder).all() if isinstance(edit, PadUnits)]
     return [(pad.part, [sum(end - start for start, end in runs) for runs in pad.real]) for pad in pads]
 
@@ -52,11 +52,11 @@ def real_counts(folder: Path) -> list[tuple[str, list[int]]]:
     [
         pytest.param("llama", "channels=0.33", "error", {"channels": 3 * 64}, marks=pytest.mark.slow),
         ("llama", "channels=0.33,heads=0.5", "error", {"channels": 3 * 64, "heads": 3}),
-        ("mixtral", "channels=0.33", "error:tokens=0", {"channels": 3 * 64}),  # other channels of every expert
+        ("mixtral", "channels=0.33", "error:tokens=0", {"channels": 3 * 64}),  # different channels per expert
         pytest.param("gemma3_text", "channels=0.4,blocks=0.25", "error", None, marks=pytest.mark.slow),
     ],
 )
-def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
+def test_the_exact_total_is_removed_and_the_padded_model_matches_the_silenced_one(
     family: str, remove: str, allocation: str, kept: dict[str, int] | None, tmp_path: Path
 ) -> None:
     model, folder = damped(family), tmp_path / "small"
@@ -76,7 +76,7 @@ def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
         assert result.report.left == even.report.left
 
 
-def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path) -> None:
+def test_padding_is_zero_in_every_tensor_and_real_units_are_not(tmp_path: Path) -> None:
     coprune.prune(damped(), remove="channels=0.33", allocation="error", save_model=tmp_path / "small", **SETTINGS)
     small, edits = load_clean(tmp_path / "small"), Edits.read(tmp_path / "small").by_block
     padded = 0
@@ -95,7 +95,7 @@ def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path
     assert padded > 0
 
 
-def test_a_block_that_hardly_matters_loses_most_and_a_folder_as_large_as_before_is_said_to_be(tmp_path: Path) -> None:
+def test_the_least_important_block_loses_most_and_an_unshrunk_folder_is_reported(tmp_path: Path) -> None:
     settings = SETTINGS | {"remove": "channels=0.33", "allocation": "error", "save_model": tmp_path / "small"}
     report = coprune.prune(damped(), **settings).report
     assert "; the folder is as large as before, padded with zeros" in report.edits[0].line()
@@ -130,7 +130,7 @@ def interrupt(*_: Any) -> Any:
 
 def without_card(folder: Path) -> dict[str, Any]:
     found = listing(folder)
-    assert found.pop("README.md") is not None  # names the folders
+    assert found.pop("README.md") is not None  # contains folder names
     return found
 
 
@@ -144,7 +144,7 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 def go_whole_and_stop(go: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run once, and once more up to the first finished block."""
+    """Run once completely, and once up to the first finished block."""
     go("whole")
     with monkeypatch.context() as patched:
         patched.setattr(context.Run, "finish_block", interrupt)
@@ -179,10 +179,8 @@ def test_a_resumed_removal_keeps_the_choices_already_made(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_heads_that_blocks_share_are_as_many_and_the_same_ones_and_not_chosen_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of cross-attention may differ from block to block."""
+def test_heads_shared_by_blocks_are_equal_and_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of cross-attention may differ between blocks."""
     source = save_pair_model(tmp_path / "T5", "T5", num_heads=8, d_kv=4)
     write_words(tmp_path / "words.txt")
 

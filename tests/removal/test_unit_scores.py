@@ -1,4 +1,4 @@
-"""Scores of channels and heads against their formulas, and the refit against least squares."""
+"""Scores of channels and heads against their formulas, and refitting against least squares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS = torch.arange(CHANNELS).view(4, 4)
 
 
 def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Gram]:
-    """Weight, inputs that depend on each other, and their Gram matrix."""
+    """Return a weight, correlated inputs, and their Gram matrix."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(CHANNELS, CHANNELS, generator=generator) / 3 + torch.eye(CHANNELS)
     x = torch.randn(TOKENS, CHANNELS, generator=generator) @ mix + 0.3
@@ -32,7 +32,7 @@ def kept(score: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("units", [ALONE, HEADS], ids=["channels", "heads"])
-def test_published_scores_are_their_formulas(units: torch.Tensor) -> None:
+def test_published_scores_match_their_formulas(units: torch.Tensor) -> None:
     weight, x, statistic = problem()
     count = len(units) // 2
     norms = weight.norm(dim=0) ** 2
@@ -45,14 +45,14 @@ def test_published_scores_are_their_formulas(units: torch.Tensor) -> None:
 
 
 def least_error(weight: torch.Tensor, x: torch.Tensor, keep: torch.Tensor) -> float:
-    """The smallest error of the outputs with these columns alone, by least squares."""
+    """Return the least-squares error of the outputs with only these columns."""
     wanted = x.double() @ weight.double().T
     solution = torch.linalg.lstsq(x[:, keep].double(), wanted).solution
     return float((x[:, keep].double() @ solution - wanted).square().sum())
 
 
 @pytest.mark.parametrize("units", [ALONE, HEADS], ids=["channels", "heads"])
-def test_the_cost_of_a_unit_is_the_error_that_no_other_column_can_make_up_for(units: torch.Tensor) -> None:
+def test_the_cost_of_a_unit_is_the_error_that_other_columns_cannot_compensate(units: torch.Tensor) -> None:
     weight, x, statistic = problem()
     cost = removal_cost(weight, torch.linalg.inv(statistic.gram), units) * TOKENS
     for unit, columns in enumerate(units):
@@ -62,7 +62,7 @@ def test_the_cost_of_a_unit_is_the_error_that_no_other_column_can_make_up_for(un
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_refit_is_least_squares_and_what_obs_keeps_is_better_after_it(seed: int) -> None:
+def test_the_refit_is_least_squares_and_obs_is_better_after_it(seed: int) -> None:
     weight, x, statistic = problem(seed)
 
     def error(keep: torch.Tensor) -> float:
@@ -79,7 +79,7 @@ def test_the_refit_is_least_squares_and_what_obs_keeps_is_better_after_it(seed: 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_refitting_on_few_tokens_damps_enough_for_unseen_tokens(seed: int) -> None:
-    """By half as many again as there are columns; what counts is the error on others."""
+    """With 1.5 tokens per column; measured by the error on other tokens."""
     generator = torch.Generator().manual_seed(seed)
     columns = 64
     mix = torch.randn(columns, columns, generator=generator) / 24 + torch.eye(columns)
@@ -95,7 +95,7 @@ def test_refitting_on_few_tokens_damps_enough_for_unseen_tokens(seed: int) -> No
 
 
 @given(units=st.integers(1, 4096), share=st.floats(0.01, 0.99), align=st.sampled_from([1, 16, 64, 100]))
-def test_as_many_are_kept_as_asked_and_in_multiples(units: int, share: float, align: int) -> None:
+def test_the_requested_number_is_kept_in_multiples(units: int, share: float, align: int) -> None:
     found = kept_count(units, share, align)
     assert 1 <= found <= units
     step = max(s for s in (align, 32, 16, 8, 4, 2, 1) if found % s == 0)
@@ -106,7 +106,7 @@ def test_as_many_are_kept_as_asked_and_in_multiples(units: int, share: float, al
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_what_is_cut_comes_back_with_zeros(data: st.DataObject) -> None:
+def test_slices_expand_again_with_zeros(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
     dim = data.draw(st.integers(0, len(shape) - 1))
     start = data.draw(st.integers(0, shape[dim] - 1))
@@ -120,7 +120,7 @@ def test_what_is_cut_comes_back_with_zeros(data: st.DataObject) -> None:
     assert int((again != 0).sum()) == small.numel()
 
 
-def test_every_expert_may_keep_other_slices() -> None:
+def test_every_expert_may_keep_different_slices() -> None:
     slices = KeptSlices(dim=2, size=4, ranges=[[(0, 2)], [(1, 2), (3, 4)]])
     tensor = torch.randn(2, 3, 4)
     small = slices.cut(tensor)

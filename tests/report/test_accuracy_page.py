@@ -1,4 +1,4 @@
-"""The page of a classifier's run: its accuracy, and the images that it now sees otherwise."""
+"""The page of a classifier's run: accuracy, and images with changed predictions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = 12
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that changes many predictions."""
+    """Return a run that changes many predictions."""
     folder = tmp_path_factory.mktemp("run")
     source = save_classifier("convnext", folder / "dense")
     settings: dict[str, Any] = {
@@ -52,20 +52,20 @@ def test_the_report_keeps_the_first_images_that_changed(run: Path) -> None:
     for example in found.examples[:SHOWN]:
         assert example.dense != example.pruned
         assert example.label == int(evaluated.labels[example.image])
-        # The model only counts its classes, so they are called as in the images.
+        # The model only numbers its classes, so names come from the images.
         assert example.names == tuple(str(number) for number in (example.label, example.dense, example.pruned))
         data = base64.b64decode(example.thumbnail.removeprefix("data:image/png;base64,"))
         assert Image.open(io.BytesIO(data)).tobytes() == evaluated.image(example.image).tobytes()
 
 
-def test_blocks_of_stages_have_rows_of_their_own(run: Path) -> None:
+def test_blocks_of_stages_have_separate_rows(run: Path) -> None:
     report = Report.read(run / "report.json")
     rows = matrix_rows(report.matrices, report.model.block_names)
     assert len(rows) == len(report.matrices)
     assert {"1", "1.0", "1.1"} <= {row["block"] for row in rows}
 
 
-def test_the_page_shows_them_with_both_models_classes(run: Path) -> None:
+def test_the_page_shows_changed_images_with_both_models_classes(run: Path) -> None:
     page = (run / "report.html").read_text(encoding="utf-8")
     report = Report.read(run / "report.json")
     (found,) = report.accuracy
@@ -116,7 +116,7 @@ def test_a_photograph_becomes_a_small_jpeg() -> None:
     assert len(data) < 10_000
 
 
-def test_classes_are_called_as_the_model_calls_them_if_it_does() -> None:
+def test_class_names_are_the_models_if_it_has_any() -> None:
     import torch
 
     images = LabelledImages(lambda i: None, torch.zeros(1), ("n01", "n02"), "")

@@ -1,4 +1,4 @@
-"""The model card, the plot of a matrix, and what is refused before a push."""
+"""The model card, the plot of a matrix, and pushing to the Hub."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_pico(folder / "model"), write_words(folder / "text.txt")
 
 
-def test_the_card_s_metadata_hold_the_results(files: tuple[Path, Path]) -> None:
+def test_the_cards_metadata_has_the_results(files: tuple[Path, Path]) -> None:
     model, text = files
     settings: dict[str, Any] = {
         "dataset": str(text),
@@ -81,7 +81,7 @@ def test_the_card_names_base_licence_bytes_and_where_it_loads(files: tuple[Path,
     assert origin_of(str(source)).base_model == "someone/else"
 
 
-def test_a_plot_shows_the_matrix_of_the_dense_model(
+def test_a_plot_shows_the_dense_models_matrix(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("vl_convert")
@@ -142,7 +142,7 @@ def test_a_push_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.
 
 
 class Hub:
-    """Stands for the Hub: remembers what was put there."""
+    """A stand-in for the Hub that records uploads."""
 
     private = False
 
@@ -191,7 +191,7 @@ def test_a_folder_or_the_model_of_a_run_is_pushed(
     assert f"{tmp_path} holds no model; name the folder of a saved model." in ended.err
 
 
-def test_cards_tell_no_places_of_this_machine(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_cards_contain_no_local_paths(files: tuple[Path, Path], tmp_path: Path) -> None:
     model, text = files
     spaced = tmp_path / "my own texts" / "a.txt"
     spaced.parent.mkdir()
@@ -218,7 +218,7 @@ def test_cards_tell_no_places_of_this_machine(files: tuple[Path, Path], tmp_path
         ("HuggingFaceTB/SmolLM2 (SmolLM2.Q4_1.gguf)", "SmolLM2"),
     ],
 )
-def test_cards_and_pages_call_a_model_by_its_whole_name(
+def test_cards_and_pages_use_a_models_full_name(
     source: str, name: str, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, text = files
@@ -251,11 +251,11 @@ def test_foreign_names_stay_plain_text_in_the_card(files: tuple[Path, Path]) -> 
     assert not any(line.startswith(("# mine", "license", "```\n")) for line in card.splitlines())
 
 
-def test_a_run_killed_while_its_page_is_made_is_finished_with_it(
+def test_a_run_killed_while_writing_its_page_is_finished_with_the_page(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
-        """Stands for SIGKILL: nothing in coprune catches it."""
+        """A stand-in for SIGKILL, which nothing in coprune catches."""
 
     def killed(*_: Any) -> None:
         raise Killed
@@ -269,7 +269,7 @@ def test_a_run_killed_while_its_page_is_made_is_finished_with_it(
         patch.setattr("coprune.report.run_folder.write_page", killed)
         with pytest.raises(Killed):
             coprune.prune(str(files[0]), "magnitude", **settings)
-    assert not (tmp_path / "run" / "report.json").exists()  # which would say that there is nothing left to do
+    assert not (tmp_path / "run" / "report.json").exists()  # it would mark the run as finished
     monkeypatch.setattr("coprune.report.run_folder.write_page", page)
     coprune.prune(str(files[0]), "magnitude", **settings)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"report.json", "report.html", "log_magnitude.txt"}

@@ -1,4 +1,4 @@
-"""The folder of a run or a training: one process writes it, and a claim that was not needed leaves nothing."""
+"""The output folder of a run or a training: one process writes it, and an unused claim leaves nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_two_processes_do_not_write_one_folder(which: int, tmp_path: Path) -> No
             pass
     os.kill(other, signal.SIGKILL)
     assert ended(other) == -signal.SIGKILL
-    folder.prepare()  # what a killed process leaves is in nobody's way
+    folder.prepare()  # leftovers of a killed process do not block it
     with folder.claimed():
         pass
     assert not [*folder.run.iterdir()]

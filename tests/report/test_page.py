@@ -1,4 +1,4 @@
-"""The page in a real browser: no error, no request, every chart drawn, the picker works; and what is on it."""
+"""The page in a real browser (no error, no request, every chart drawn, a working picker), and its content."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_browser = pytest.mark.skipif(find_browser() is None, reason="there is no C
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two finished runs of a pico model, one of them with made-up zero-shot results and a nasty name."""
+    """Return two finished runs of a pico model, one with invented zero-shot results and a hostile name."""
     folder = tmp_path_factory.mktemp("runs")
     text = str(write_words(folder / "text.txt"))
     model = str(save_pico(folder / "model"))
@@ -55,10 +55,10 @@ def test_a_run_s_page_draws_every_chart_without_error_or_request(runs: list[Path
     with opened_page() as page:
         page.open(file.as_uri())
         assert page.evaluate("document.documentElement.dataset.ready") == "yes"
-        assert page.evaluate("document.querySelectorAll('.track i').length") == 2 + 2 * 2  # a text, two tasks
+        assert page.evaluate("document.querySelectorAll('.track i').length") == 2 + 2 * 2  # one text and two tasks
         assert page.evaluate("document.querySelectorAll('.heat i').length") == len(report.matrices)
         assert page.evaluate("document.querySelectorAll('.histogram rect').length") > 3 * 8
-        # One sparsity of all matrices is a sentence, no chart.
+        # A uniform sparsity is a sentence instead of a chart.
         assert "Every pruned matrix is 50.00 % zeros." in page.evaluate("document.body.innerText")
         names = page.evaluate("[...document.querySelectorAll('#matrix option')].map(o => o.text)")
         assert names == [matrix.name for matrix in report.matrices]
@@ -75,14 +75,14 @@ def test_a_run_s_page_draws_every_chart_without_error_or_request(runs: list[Path
         assert f"{100 * report.matrices[4].sparsity:.2f} %" in page.evaluate(
             "document.getElementById('matrix-facts').textContent"
         )
-        # A phone, and dark colours, without a page that scrolls sideways or anything that is cut.
+        # On a phone in dark mode nothing scrolls sideways or is clipped.
         page.open(file.as_uri(), width=360, dark=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert page.evaluate(BEYOND) == []
         page.open(file.as_uri() + "#matrix=" + names[2])
         page.call("Page.reload")
         page.wait(f"document.getElementById('matrix-facts')?.dataset.matrix === {json.dumps(names[2])}")
-        page.open(file.as_uri() + "#matrix=%")  # no code of a letter
+        page.open(file.as_uri() + "#matrix=%")  # an invalid percent escape
         page.call("Page.reload")
         page.wait(f"document.getElementById('matrix-facts')?.dataset.matrix === {json.dumps(names[0])}")
         assert page.errors == []
@@ -90,7 +90,7 @@ def test_a_run_s_page_draws_every_chart_without_error_or_request(runs: list[Path
 
 
 @needs_browser
-def test_the_page_of_several_runs(runs: list[Path], tmp_path: Path) -> None:
+def test_a_page_of_several_runs_compares_them(runs: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "runs.html"
     file.write_text(runs_page([Run.read(run) for run in runs]), encoding="utf-8")
     with opened_page() as page:
@@ -108,19 +108,19 @@ def test_the_page_of_several_runs(runs: list[Path], tmp_path: Path) -> None:
         assert set(page.requests) == {file.as_uri()}
 
 
-def test_runs_are_told_apart_by_as_much_of_their_folders_as_differs(runs: list[Path]) -> None:
+def test_runs_are_named_by_the_differing_parts_of_their_folders(runs: list[Path]) -> None:
     assert names_apart(runs) == ["wanda", "magnitude"]
     assert names_apart([Path("out/a/2-4/wanda"), Path("out/a/4-8/wanda")]) == ["2-4/wanda", "4-8/wanda"]
     assert names_apart([Path("x/a/2-4/wanda"), Path("x/b/2-4/wanda"), Path("x/b/2-4/ria")])[0] == "a/2-4/wanda"
-    assert names_apart([runs[0], runs[0] / "report.json"]) == ["wanda", "wanda"]  # one run twice
+    assert names_apart([runs[0], runs[0] / "report.json"]) == ["wanda", "wanda"]  # the same run twice
 
 
-def test_a_page_says_when_where_and_by_what_command(
+def test_a_page_shows_date_machine_and_command(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     report = Report.read(runs[0] / "report.json")
     assert report.made is not None
-    assert report.made.command is None  # it was called from Python
+    assert report.made.command is None  # called from Python
     assert f"{report.made.date:%Y-%m-%d %H:%M} UTC, on " in run_page(report)
     for program in ("/usr/bin/coprune", "/src/coprune/__main__.py"):
         monkeypatch.setattr("sys.argv", [program, "prune", "a model", "--quiet"])
@@ -130,7 +130,7 @@ def test_a_page_says_when_where_and_by_what_command(
     page = run_page(report.model_copy(update={"made": said}))
     assert '<pre id="command"><span>coprune</span> <span>prune</span> <span>&lt;b&gt;</span></pre>' in page
     assert f", with coprune {made.version} (commit 0123abcd)</p>" in page
-    assert made.commit == commit_of(Path(coprune.__file__).parents[2])  # none of an installed package
+    assert made.commit == commit_of(Path(coprune.__file__).parents[2])  # None for an installed package
     assert commit_of(Path(__file__).parents[2]) != ""
     assert commit_of(tmp_path) is None
 
@@ -161,7 +161,7 @@ def test_every_text_has_a_chart(runs: list[Path]) -> None:
             assert f'<div class="of">{name}</div><span class="tag dense">dense</span>' in bars
 
 
-def test_every_run_leaves_its_page_and_report_makes_it_again(
+def test_every_run_writes_its_page_and_report_rebuilds_it(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (runs[0] / "report.html").read_text(encoding="utf-8")
@@ -200,7 +200,7 @@ def test_names_are_split_into_block_and_kind(runs: list[Path]) -> None:
     assert {row["block"] for row in rows} == {"0", "1", "2"}
 
 
-def test_a_perplexity_that_a_task_measures_is_no_share(runs: list[Path]) -> None:
+def test_a_tasks_perplexity_is_not_shown_as_a_share(runs: list[Path]) -> None:
     report = with_tasks(Report.read(runs[0] / "report.json"))
     assert report.zero_shot is not None
     words = {"word_perplexity": Estimate(value=42.5, stderr=None)}

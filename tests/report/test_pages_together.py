@@ -1,4 +1,4 @@
-"""Pages of a run, a fine-tuning, a sweep and a comparison: linked, small however large the model is, every text charted."""
+"""Pages of a run, a fine-tuning, a sweep and a comparison: linked, small for any model, with a chart per text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MADE = MadeFacts.here().model_copy(update={"command": "coprune finetune x", "com
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two runs, one of them with a name that an address has to escape."""
+    """Return a sweep of two runs, one with a name that URLs must escape."""
     folder = tmp_path_factory.mktemp("pages")
     text, model = str(write_words(folder / "text.txt")), str(save_pico(folder / "model"))
     for method, name in (("wanda", "wanda"), ("magnitude", "mag nitude")):
@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuned(model: Path, steps: int = 900) -> FinetuneReport:
-    """A fine-tuning with two texts."""
+    """Return a fine-tuning with two texts."""
     change = PerplexityChange(data="first", source="a file", seqlen=32, before=40.0, after=20.0)
     curve = [
         LossPoint(step=i, seconds=i, loss=3 + 1 / i, learning_rate=1e-4, gradient_norm=1.0) for i in range(1, steps)
@@ -85,12 +85,12 @@ def tuned(model: Path, steps: int = 900) -> FinetuneReport:
 
 
 def links_in(page: Path) -> list[Path]:
-    """Where the links of a page lead."""
+    """Return the targets of a page's links."""
     found = re.findall(r'<a href="([^"]+)"', page.read_text(encoding="utf-8"))
     return [(page.parent / unquote(address)).resolve() for address in found]
 
 
-def test_a_sweep_s_page_and_its_runs_pages_lead_to_each_other(place: Path) -> None:
+def test_the_pages_of_a_sweep_and_its_runs_link_to_each_other(place: Path) -> None:
     sweep, runs = (
         place / "sweep" / "report.html",
         [place / "sweep" / name / "report.html" for name in ("wanda", "magnitude")],
@@ -107,7 +107,7 @@ def test_a_sweep_s_page_and_its_runs_pages_lead_to_each_other(place: Path) -> No
     assert len(page.encode()) < MOST
 
 
-def test_links_lead_only_to_what_is_there(place: Path, tmp_path: Path) -> None:
+def test_links_lead_only_to_existing_pages(place: Path, tmp_path: Path) -> None:
     alone = tmp_path / "run"
     alone.mkdir()
     (alone / "report.json").write_bytes((place / "sweep" / "wanda" / "report.json").read_bytes())
@@ -129,7 +129,7 @@ def coprune_report(run: Path, page: Path) -> str:
     return page.read_text()
 
 
-def test_the_page_of_a_fine_tuning(
+def test_the_page_of_a_fine_tuning_has_its_curves_and_texts(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "finetune.json").write_text(tuned(place / "wanda").model_dump_json())
@@ -146,7 +146,7 @@ def test_the_page_of_a_fine_tuning(
         assert shown in page
     assert "<span>finetune</span> <span>x</span></pre>" in page
     assert "<b>words</b>" not in page
-    assert page.count("L") < 2500  # curves are averaged to what a page can show
+    assert page.count("L") < 2500  # curves are averaged to a displayable length
     assert len(page.encode()) < MOST
     (tmp_path / "finetune.json").write_text("{}")
     ended = run_command(["report", str(tmp_path)], monkeypatch, capsys)
@@ -181,7 +181,7 @@ def test_a_page_of_a_comparison_is_written_with_links_to_the_runs(
 
 
 @pytest.mark.parametrize(("blocks", "experts"), [(126, 0), (48, 32)])
-def test_pages_of_large_models_are_small_too(place: Path, blocks: int, experts: int) -> None:
+def test_pages_of_large_models_are_small(place: Path, blocks: int, experts: int) -> None:
     report = Report.read(place / "sweep" / "wanda" / "report.json")
     one = next(matrix for matrix in report.matrices if matrix.distributions is not None)
     kinds = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -207,11 +207,11 @@ def test_pages_of_large_models_are_small_too(place: Path, blocks: int, experts: 
     assert 200 < len(chosen) <= 600
     assert {place_of(matrix.name)[1] for matrix in chosen} == {place_of(matrix.name)[1] for matrix in matrices}
     assert f"{len(chosen):,} of the {len(matrices):,} matrices are shown" in page
-    # Of a block's experts the one that lost most is shown.
+    # Only the worst expert of each block is shown.
     assert all(".7." in matrix.name for matrix in chosen if "experts" in matrix.name)
 
 
-def test_bins_are_digits_in_proportion(place: Path) -> None:
+def test_histogram_bins_are_proportional_digits(place: Path) -> None:
     matrix = next(m for m in Report.read(place / "sweep" / "wanda" / "report.json").matrices if m.distributions)
     assert matrix.distributions.magnitude is not None
     data = picker_data([matrix], [])
@@ -226,7 +226,7 @@ def test_bins_are_digits_in_proportion(place: Path) -> None:
         assert [one > 0 for one in read] == [one > 0 for one in exact]
 
 
-def test_axes_fit_what_is_on_them() -> None:
+def test_axes_fit_their_values() -> None:
     axis = Axis.of("", [20.0, 90.0], str, ratios=True)
     assert 15 < axis.low < 20 < 90 < axis.high < 110
     assert len(axis.ticks) >= 3

@@ -1,4 +1,4 @@
-"""Where a smaller model loads, from what was tried."""
+"""The runtimes that load a smaller model, from recorded results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def _without(*kinds: str) -> SmallerModel:
     return SmallerModel(parts=parts, before=100, saved=80)
 
 
-def test_a_runtime_that_derives_a_heads_width_is_told_before_heads_go() -> None:
+def test_runtimes_that_derive_the_head_width_are_reported_before_heads_are_removed() -> None:
     told = refusals("qwen2", ["heads"])
     assert told is not None
     assert "vLLM" in told
@@ -21,7 +21,7 @@ def test_a_runtime_that_derives_a_heads_width_is_told_before_heads_go() -> None:
     assert not any(name.startswith("vLLM") for name in loads_in("qwen2", [_without("heads")]))
 
 
-def test_a_runtime_is_named_only_for_what_it_was_tried_on() -> None:
+def test_a_runtime_is_named_only_for_tested_parts() -> None:
     assert any(name.startswith("vLLM") for name in loads_in("llama", [_without("channels", "heads", "blocks")]))
     assert loads_in("a_family_that_nobody_tried", [_without("channels")]) == []
     assert runtimes_tried("llama", ["experts"]) == []
