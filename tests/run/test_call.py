@@ -1,4 +1,4 @@
-"""How a call from Python is read: its plain settings, its preset and its method become a recipe."""
+"""Reading a Python call: plain settings, preset and method become a recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sorted_for(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     return flatten(sort_options(settings, options_of(method)))
 
 
-def test_settings_are_the_recipes_or_the_methods_own() -> None:
+def test_settings_belong_to_the_recipe_or_to_the_method() -> None:
     said = sorted_for("sparsegpt", {"nsamples": 3, "block_size": 64, "seed": 1})
     assert said == {"options": {"block_size": 64}, "nsamples": 3, "seed": 1}
 
@@ -40,7 +40,7 @@ def test_settings_are_the_recipes_or_the_methods_own() -> None:
     ("method", "settings"),
     [("sparsegpt:block_size=64", {"damping": 0.1}), ("sparsegpt", {"options": {"block_size": 64}, "damping": 0.1})],
 )
-def test_options_may_come_with_the_name_or_by_themselves(method: str, settings: dict[str, Any]) -> None:
+def test_options_may_follow_the_name_or_be_separate(method: str, settings: dict[str, Any]) -> None:
     assert recipe_of(method, **settings).prune.method == Choice(
         name="sparsegpt", options={"block_size": 64, "damping": 0.1}
     )
@@ -67,7 +67,7 @@ def test_a_preset_supplies_settings_that_are_not_given(preset: str) -> None:
     assert recipe_of(preset=preset) == make_recipe(base | preset_settings(preset))
     assert recipe_of(preset=preset, seed=3) == make_recipe(base | preset_settings(preset) | {"seed": 3})
     groups = recipe_of(preset=preset, pattern="2:4")
-    # Groups leave no room for an allocation.
+    # With groups the allocation has no freedom.
     evenly = {name: value for name, value in PRESETS[preset].items() if name != "allocation"}
     assert groups == make_recipe(base | evenly | {"pattern": "2:4"})
     assert str(recipe_of(preset=preset, sparsity=0.6).prune.allocation) == PRESETS[preset].get("allocation", "uniform")
@@ -81,9 +81,9 @@ class Smallest:
     """Prune the smallest weights of every row."""
 
     power: float = 1.0
-    """Of the magnitude."""
+    """Exponent of the magnitude."""
     names: tuple[str, ...] = ("a",)
-    """What no recipe can hold."""
+    """A value that no recipe can hold."""
 
     statistic: ClassVar[None] = None
 
@@ -100,7 +100,7 @@ class Smallest:
         *((method, Choice(name=name)) for name, method in METHODS.items()),
     ],
 )
-def test_a_known_method_is_named_by_what_repeats_it(method: Any, choice: Choice) -> None:
+def test_a_registered_method_object_is_recorded_by_name_and_options(method: Any, choice: Choice) -> None:
     recipe = recipe_of(method)
     assert recipe.prune.method == choice
     assert recipe.given == []
@@ -108,7 +108,7 @@ def test_a_known_method_is_named_by_what_repeats_it(method: Any, choice: Choice)
     assert method_named(recipe.prune.method.name, recipe.prune.method.options) == made
 
 
-def test_an_unknown_method_is_named_by_its_class_and_the_recipe_says_so() -> None:
+def test_an_unregistered_method_is_recorded_by_class_and_marked() -> None:
     recipe, given = read_call("model", Smallest(power=2.0), None, None, {})
     assert given.method == Smallest(power=2.0)
     assert recipe.prune.method.name == f"{__name__}.Smallest"
@@ -123,7 +123,7 @@ def test_an_unknown_method_is_named_by_its_class_and_the_recipe_says_so() -> Non
     assert solver.solve(torch.tensor([[1.0, 2.0]]), None, target).keep.tolist() == [[False, True]]
 
 
-def test_options_of_an_unknown_method_are_its_own_business() -> None:
+def test_options_of_an_unregistered_method_are_not_checked() -> None:
     with pytest.raises(BadInput, match="unknown setting 'power'"):
         recipe_of(Smallest(), power=2.0)
 

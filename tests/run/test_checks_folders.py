@@ -1,4 +1,4 @@
-"""The folder of a run that nobody named is never the reason why a model cannot be saved."""
+"""The default run folder never prevents saving a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image classifiers on the walk that prunes text, against full forwards with hooks on every layer."""
+"""Image classifiers in the walk, against full forwards with hooks on every layer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TWO_OF_FOUR = Target(NM(2, 4), 0.5)
 
 
 @pytest.mark.parametrize(("family", "propagation"), crossed([*CLASSIFIERS], ["block", "sequential"]))
-def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation) -> None:
+def test_masks_of_classifiers_match_full_forwards(family: str, propagation: Propagation) -> None:
     model, oracle = pico_classifier(family), pico_classifier(family)
     batches = pico_pixels(family, 4).split(2)
     results = prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
@@ -50,7 +50,7 @@ def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation)
     assert all(result.sparsity == 0.5 for result in results)
     for name, mask in found.items():
         assert bool((mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), name
-    # Embeddings of the patches, norms, depth-wise convolutions and the head are as they were.
+    # Patch embeddings, norms, depth-wise convolutions and the head are unchanged.
     dense, pruned = pico_classifier(family).state_dict(), {f"{name}.weight" for name in found}
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items() if name not in pruned)
 
@@ -86,12 +86,12 @@ def test_depthwise_convolutions_are_left_out_by_name() -> None:
         (nn.Conv2d(4, 4, 3, groups=4, padding=1), False),
     ],
 )
-def test_which_convolutions_are_matrices(convolution: nn.Conv2d, is_matrix: bool) -> None:
+def test_only_convolutions_of_separate_patches_are_matrices(convolution: nn.Conv2d, is_matrix: bool) -> None:
     assert [len(list(find_matrices(convolution))), why_no_matrix(convolution) is None] == [is_matrix, is_matrix]
 
 
 @pytest.mark.parametrize("convolution", [nn.Conv2d(4, 8, 2, stride=2), nn.Conv2d(4, 8, 1, stride=2)])
-def test_patches_times_the_matrix_is_the_convolution(convolution: nn.Conv2d) -> None:
+def test_patches_times_the_matrix_give_the_convolution(convolution: nn.Conv2d) -> None:
     (matrix,) = find_matrices(convolution, "conv")
     x = torch.randn(3, 4, 6, 8)
     seen = []
@@ -102,7 +102,7 @@ def test_patches_times_the_matrix_is_the_convolution(convolution: nn.Conv2d) -> 
     torch.testing.assert_close(found.transpose(1, 2).reshape(expected.shape), expected.detach())
 
 
-def test_the_patch_embedding_and_the_head_are_pruned_when_they_are_named() -> None:
+def test_patch_embedding_and_head_are_pruned_if_named() -> None:
     model: Any = pico_classifier("vit")
     batches = pico_pixels("vit").split(2)
     embedding = Layer("timm_model.patch_embed.proj", model.timm_model.patch_embed.proj)
@@ -124,7 +124,7 @@ def test_the_patch_embedding_and_the_head_are_pruned_when_they_are_named() -> No
         quick=[("convnext", False), ("deit distilled", True), ("transformers vit", True)],
     ),
 )
-def test_a_saved_classifier_is_loaded_again(tmp_path: Path, family: str, stream: bool) -> None:
+def test_a_saved_classifier_reloads(tmp_path: Path, family: str, stream: bool) -> None:
     source = save_classifier(family, tmp_path / "source")
     saved = tmp_path / "saved"
     result = coprune.prune(
@@ -159,7 +159,7 @@ def test_a_saved_classifier_is_loaded_again(tmp_path: Path, family: str, stream:
     "family",
     sampled(["vit", "swin", "convnext", "deit distilled", "transformers vit"], quick=["transformers vit"]),
 )
-def test_a_preset_that_permutes_and_turns_takes_classifiers(tmp_path: Path, family: str) -> None:
+def test_a_preset_with_permutation_and_rotation_works_on_classifiers(tmp_path: Path, family: str) -> None:
     source = save_classifier(family, tmp_path / "source")
     images: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 40, "quiet": True}
     report = coprune.prune(source, preset="balanced", pattern="2:4", **images).report
@@ -182,7 +182,7 @@ def test_streamed_and_in_memory_runs_agree(tmp_path: Path) -> None:
     assert [m.mask_checksum for m in found[0].matrices] == [m.mask_checksum for m in found[1].matrices]
 
 
-def test_images_have_to_be_named(tmp_path: Path) -> None:
+def test_a_classifier_without_named_images_is_refused(tmp_path: Path) -> None:
     source = save_classifier("vit", tmp_path / "source")
     with pytest.raises(BadInput, match="dataset=…"):
         coprune.prune(source, quiet=True)
@@ -209,7 +209,7 @@ def test_the_layer_error_of_a_convolution_is_that_of_its_outputs() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_images_are_greyscale_for_a_greyscale_model(channels: int, tmp_path: Path) -> None:
+def test_images_become_greyscale_for_a_greyscale_model(channels: int, tmp_path: Path) -> None:
     shape: dict[str, Any] = dict(depth=2, img_size=SIZE, patch_size=8, embed_dim=32, num_heads=2, in_chans=channels)
     inner: Any = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **shape)
     own = {"input_size": [channels, SIZE, SIZE], "mean": [0.5] * channels, "std": [0.5] * channels, "crop_pct": 1.0}

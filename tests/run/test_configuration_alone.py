@@ -1,4 +1,4 @@
-"""What runs with every preset take, told from a configuration alone; what is fetched for it, and refused."""
+"""Memory estimates for every preset from a configuration alone: downloads and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"seqlen": 32, "nsamples": 4, "quiet": True}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its configuration alone with the tokenizer, and without; and a text."""
+    """Return a folder with a model, its configuration alone with and without the tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("estimated")
     save_pico(folder / "whole")
     shutil.copytree(folder / "whole", folder / "shape", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_configuration_alone_tells_what_every_preset_takes(place: Path) -> None:
+def test_a_configuration_alone_gives_the_memory_of_every_preset(place: Path) -> None:
     asked = SMALL | {"dataset": str(place / "words.txt")}
     found = coprune.estimate(place / "shape", presets=True, **asked)
     whole = coprune.estimate(place / "whole", **asked)
@@ -53,12 +53,12 @@ def test_no_text_is_read_for_a_configuration_alone(
     assert ended.code == 0, ended.err
     assert "bare is only a configuration" in ended.err
     assert "the estimate assumes 4 samples of 32 tokens to calibrate" in ended.err
-    assert "\npreset balanced " in ended.out  # who has not chosen a preset is told of all of them
+    assert "\npreset balanced " in ended.out  # without a chosen preset all are estimated
     ended = run_command(["estimate", "bare", "--preset", "fast", "--seqlen", "32"], monkeypatch, capsys)
     assert "\npreset balanced " not in ended.out
 
 
-def test_a_configuration_alone_is_inspected_and_not_pruned(place: Path) -> None:
+def test_a_configuration_alone_can_be_inspected_but_not_pruned(place: Path) -> None:
     found, whole = (coprune.inspect(place / name, quiet=True) for name in ("bare", "whole"))
     assert [replace(matrix, zeros=None) for matrix in whole.matrices] == list(found.matrices)
     assert found.parameters == whole.parameters
@@ -68,7 +68,7 @@ def test_a_configuration_alone_is_inspected_and_not_pruned(place: Path) -> None:
         coprune.prune(place / "bare", dataset=torch.zeros(4, 32, dtype=torch.int64), evaluate=False, quiet=True)
 
 
-def test_of_a_hub_id_the_configuration_alone_is_fetched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_configuration_of_a_hub_id_is_fetched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
     def fetch(name: str, **options: Any) -> str:
@@ -81,7 +81,7 @@ def test_of_a_hub_id_the_configuration_alone_is_fetched(place: Path, monkeypatch
     assert "*.json" in asked[0]["allow_patterns"]
 
 
-def test_claims_of_a_configuration_alone_are_bounded(place: Path, tmp_path: Path) -> None:
+def test_impossible_sizes_in_a_configuration_are_refused(place: Path, tmp_path: Path) -> None:
     config = json.loads((place / "bare" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     with pytest.raises(BadInput, match="num_hidden_layers is 1,000,000,000, but without weights at most 1,000"):

@@ -1,4 +1,4 @@
-"""A small version of benchmarks/depth.py: the peak does not grow with depth, and a limit below the model's size suffices."""
+"""A small version of benchmarks/depth.py: peak memory does not grow with depth, and may be below the model's size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     write_llama(tmp_path / "shallow", 4, 512, torch.float32)
     size = write_llama(tmp_path / "deep", 64, 512, torch.float32)
     shallow = prune(arguments, tmp_path / "shallow", words, "wanda")
-    room = 320 * MIB  # 60 blocks of 12 MiB that were not let go of would not fit
+    room = 320 * MIB  # 60 unreleased blocks of 12 MiB would not fit
     deep = prune(arguments, tmp_path / "deep", words, "wanda", {resource.RLIMIT_DATA: data_of_imports() + room})
     assert size > 2 * room
     assert deep["sparsity"]["matrices"] == pytest.approx(0.5, abs=1e-4)

@@ -1,4 +1,4 @@
-"""A kind of edit that the project does not know goes through journal, kill and resume, writer, verifier and report."""
+"""A new kind of edit works with journal, kill and resume, writer, verifier and report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BLOCKS = 4
 @pytest.fixture(autouse=True)
 def dropping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    torch.set_num_threads(1)  # forked children lose thread pools
     drop_blocks(monkeypatch, *DROPPED)
     yield
     torch.set_num_threads(threads)
@@ -75,7 +75,7 @@ def run(place: Path, out: Path, stream: bool) -> Result:
 
 @pytest.mark.parametrize("single", [True, False], ids=["single", "sharded"])
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "in memory"])
-def test_dropped_blocks_are_gone_and_the_rest_is_as_it_was(
+def test_dropped_blocks_are_removed_and_the_rest_is_unchanged(
     place: Path, tmp_path: Path, stream: bool, single: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "SINGLE_FILE_BYTES", 10**9 if single else 0)
@@ -88,7 +88,7 @@ def test_dropped_blocks_are_gone_and_the_rest_is_as_it_was(
             found = small.state_dict()[f"model.layers.{new}.{part}"]
             expected = source[f"model.layers.{old}.{part}"]
             assert torch.equal(found, torch.where(found == 0, 0, expected))
-    # The report speaks of the model that was saved.
+    # The report describes the saved model.
     assert {m.name.split(".")[2] for m in report.matrices} == {"0", "1"}
     assert {m.name for m in report.matrices} == {m.name for m in find_matrices(small) if m.name != "lm_head"}
     assert [one.line() for one in report.edits] == [f"block model.layers.{index}" for index in DROPPED]
@@ -98,7 +98,7 @@ def test_dropped_blocks_are_gone_and_the_rest_is_as_it_was(
         assert len(shards) == BLOCKS - len(DROPPED) + 1
 
 
-def test_the_small_model_is_the_big_one_with_the_blocks_idle(place: Path, tmp_path: Path) -> None:
+def test_the_small_model_matches_the_big_one_with_idle_blocks(place: Path, tmp_path: Path) -> None:
     result = run(place, tmp_path, stream=False)
     small, _ = load_model(locate(str(tmp_path / "pruned")), "auto")
     tokens = pico_tokens(2, 8)
@@ -117,13 +117,13 @@ def test_a_killed_run_resumes_with_the_edits_of_its_journal(place: Path, tmp_pat
     assert "drop_block" in kinds
     run(place, tmp_path / "killed", stream)
     whole, found = listing(tmp_path / "whole" / "pruned"), listing(tmp_path / "killed" / "pruned")
-    card = "README.md"  # names the folders
+    card = "README.md"  # contains folder names
     assert whole.pop(card) is not None
     assert found.pop(card) is not None
     assert found == whole
 
 
-def test_a_mask_that_is_not_in_the_saved_model_is_found(place: Path, tmp_path: Path) -> None:
+def test_a_mask_missing_in_the_saved_model_is_detected(place: Path, tmp_path: Path) -> None:
     result = run(place, tmp_path, stream=False)
     shutil.copytree(tmp_path / "pruned", tmp_path / "copy")
     masks = {m.name: "0" * 8 for m in result.report.matrices[:1]}
@@ -134,7 +134,7 @@ def test_a_mask_that_is_not_in_the_saved_model_is_found(place: Path, tmp_path: P
         verify_saved(tmp_path / "copy", prove(small, pico_tokens(1)), Edits({"any": [FillZeros(masks=masks)]}))
 
 
-def test_edits_come_back_from_json() -> None:
+def test_edits_round_trip_as_json() -> None:
     edits = [FillZeros(masks={"a": "00000000"}), DropBlock(index=3)]
     assert load_edits(json.loads(json.dumps(dump_edits(edits)))) == edits
     for damaged in ({"kind": "unheard of"}, {"kind": "drop_block"}, {"kind": "drop_block", "index": 1, "more": 2}):
@@ -142,7 +142,7 @@ def test_edits_come_back_from_json() -> None:
             load_edits([damaged])
 
 
-def test_a_damaged_file_of_edits_is_said_to_be(tmp_path: Path) -> None:
+def test_a_damaged_file_of_edits_is_reported(tmp_path: Path) -> None:
     (tmp_path / EDITS_FILE).write_text("[]")
     with pytest.raises(CopruneError, match="damaged"):
         pruned_names(tmp_path)
@@ -170,7 +170,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_beside_the_source_is_found_before_anything_is_pruned(content: str, tmp_path: Path) -> None:
+def test_a_damaged_file_beside_the_source_is_refused_before_pruning(content: str, tmp_path: Path) -> None:
     save_pico(tmp_path / "llama")
     (tmp_path / "llama" / EDITS_FILE).write_text(content)
     recipe = make_recipe({"model": str(tmp_path / "llama"), "method": "magnitude", "layer_error": False})

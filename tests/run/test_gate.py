@@ -1,4 +1,4 @@
-"""What runs that save a model say of its answers, and what may be required of them."""
+"""Answers of saved models: their check, its report, and requirements on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"seqlen": 16, "nsamples": 4, "evaluate": False, "lay
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a text, and a prompt."""
+    """Return a folder with a model, a text, and a prompt."""
     folder = tmp_path_factory.mktemp("place")
     save_pico(folder / "model")
     write_words(folder / "words.txt", count=400)
@@ -46,7 +46,7 @@ def inside(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path
 
 @pytest.fixture
 def prune(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Prune nearly everything away and save what is left; how the command ended, and the report."""
+    """Prune nearly everything and save the rest; return how the command ended, and the report."""
 
     def run(*more: str) -> tuple[Ended, Report]:
         command = ["prune", "model", "-m", "magnitude", "-s", "0.98", "--dataset", "words.txt", "--seqlen", "16"]
@@ -57,7 +57,7 @@ def prune(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     return run
 
 
-def test_the_last_lines_the_report_the_page_and_the_card_say_what_loops(prune: Any, tmp_path: Path) -> None:
+def test_looping_answers_are_in_the_last_lines_report_page_and_card(prune: Any, tmp_path: Path) -> None:
     ended, report = prune("--no-stream", "--require", "loops<=dense+1,tokens>1")
     facts = report.answers
     assert facts.greedy.figures.answers == 16
@@ -79,7 +79,7 @@ def test_the_last_lines_the_report_the_page_and_the_card_say_what_loops(prune: A
     assert f"{verdict}." in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_model_that_is_as_required_ends_with_0(prune: Any) -> None:
+def test_a_model_that_meets_its_requirements_exits_with_0(prune: Any) -> None:
     ended, report = prune("--require", "loops<=16,tokens>=0")
     assert ended.code == 0, ended.err
     assert report.required[1].figure == report.answers.greedy.figures.tokens
@@ -108,10 +108,10 @@ def test_a_streamed_model_too_large_for_memory_skips_generation_and_says_so(
 
 
 @pytest.mark.parametrize("below", [96, 97], ids=["once it is cut", "dense"])
-def test_a_model_that_transformers_does_not_let_write_is_told_of(
+def test_a_model_that_transformers_cannot_generate_with_is_reported(
     below: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As hybrids that have lost the last of their attention, or have none."""
+    """Such as hybrids without any attention left."""
 
     whole = GenerationMixin.generate
 
@@ -134,13 +134,13 @@ def test_a_model_that_transformers_does_not_let_write_is_told_of(
             )
 
 
-def test_without_the_gate_the_model_is_not_asked(prune: Any) -> None:
+def test_without_the_check_no_answers_are_generated(prune: Any) -> None:
     ended, report = prune("--no-stream", "--no-gate")
     assert report.answers is report.no_answers is None
     assert "answers" not in ended.out
 
 
-def test_a_run_finds_what_an_evaluation_of_its_model_finds(inside: Path, tmp_path: Path) -> None:
+def test_a_run_and_an_evaluation_of_its_model_find_the_same_answers(inside: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"generate": "prompts.jsonl", "generate_tokens": 20}
     report = coprune.prune(
         "model", "magnitude", dataset="words.txt", save_model=tmp_path / "out", **SETTINGS, **asked
@@ -150,11 +150,11 @@ def test_a_run_finds_what_an_evaluation_of_its_model_finds(inside: Path, tmp_pat
     assert report.answers.samples == found.samples
     for way in ("greedy", "sampled"):
         mine, other = getattr(report.answers, way), getattr(found, way)
-        assert mine.dense == other.dense  # kept from the run, its seconds too
+        assert mine.dense == other.dense  # stored by the run, including its seconds
         assert mine.figures == other.figures
 
 
-def test_a_model_without_tokenizer_is_not_asked(tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_gives_no_answers(tmp_path: Path) -> None:
     tokens = torch.randint(3, 256, (4, 16))
     report = coprune.prune(
         pico_model("llama"), "magnitude", dataset=tokens, save_model=tmp_path / "out", **SETTINGS
@@ -165,7 +165,7 @@ def test_a_model_without_tokenizer_is_not_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_what_lost_blocks_answers_as_it_is_saved(inside: Path, tmp_path: Path, stream: bool) -> None:
+def test_a_model_without_some_blocks_answers_as_saved(inside: Path, tmp_path: Path, stream: bool) -> None:
     report = coprune.prune(
         "model", remove="blocks=0.34", stream=stream, dataset="words.txt", save_model=tmp_path / "small", **SETTINGS
     ).report
@@ -174,7 +174,7 @@ def test_what_lost_blocks_answers_as_it_is_saved(inside: Path, tmp_path: Path, s
     assert all(sample.answer == expected[sample.prompt] for sample in report.answers.samples)
 
 
-def test_a_run_that_cuts_and_prunes_speaks_of_the_dense_model(inside: Path, tmp_path: Path) -> None:
+def test_a_run_that_removes_and_prunes_compares_with_the_dense_model(inside: Path, tmp_path: Path) -> None:
     zeros: dict[str, Any] = {
         "remove": "blocks=0.34",
         "sparsity": 0.5,
@@ -214,7 +214,7 @@ def test_fine_tuning_checks_answers_before_and_after(
 
 @pytest.fixture
 def tuned(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Prune and fine-tune in one run; how the command ended, and the report."""
+    """Prune and fine-tune in one run; return how the command ended, and the report."""
     pytest.importorskip("peft")
 
     def run(*more: str) -> tuple[Ended, Report]:
@@ -236,7 +236,7 @@ def tuned(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.slow
-def test_a_run_that_fine_tunes_speaks_of_the_fine_tuned_model(tuned: Any, tmp_path: Path) -> None:
+def test_a_run_that_fine_tunes_reports_the_fine_tuned_model(tuned: Any, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"generate": "prompts.jsonl", "generate_tokens": 12}
     ended, report = tuned(
         "--generate", "prompts.jsonl", "--generate-tokens", "12", "--require", "kl<1e-9,tokens>=0,sampled.loops<3"
@@ -251,7 +251,7 @@ def test_a_run_that_fine_tunes_speaks_of_the_fine_tuned_model(tuned: Any, tmp_pa
     assert report.answers.sampled == found.sampled
     assert [one.holds for one in report.required] == [False, True, True]
     assert report.required[0].figure == report.answers.along.kl
-    # Everything is there nevertheless, and says the same.
+    # All files are there nevertheless, with the same verdict.
     alone = json.loads((tmp_path / "run" / "train" / "finetune.json").read_text())
     assert alone["required"] == json.loads(report.model_dump_json())["required"]
     assert "kl<1e-9 does not hold" in ended.out
@@ -299,7 +299,7 @@ def test_answers_of_the_dense_model_are_cached_across_texts(
         reports.append(report)
         for folder in ("run", "out"):
             (tmp_path / folder).rename(tmp_path / f"{folder}{number}")
-    assert len(asked) == 1 + len(reports)  # the dense model once, and every result
+    assert len(asked) == 1 + len(reports)  # the dense model once, and each result
     assert [name for which, name in measured if which == "dense"] == ["words.txt", "other.txt"]
     samples = [[sample.dense for sample in report.answers.samples] for report in reports]
     assert samples[0] == samples[1] == samples[2]

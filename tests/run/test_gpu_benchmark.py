@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: what it does where a section fails, hangs or dies, and a part of it on the simulated device."""
+"""benchmarks/gpu.py: sections that fail, hang or die, and a part of it on the simulated device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_benchmark_section_reports_its_outcome(capsys: pytest.CaptureFixture[s
     assert outcome(f"print({ENDING + json.dumps([None, 'no model'])!r})")[1:3] == (None, "no model")
 
 
-def test_a_section_that_raises_dies_or_hangs_has_failed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_section_that_raises_dies_or_hangs_fails(capsys: pytest.CaptureFixture[str]) -> None:
     found = outcome("print('half a table'); raise ValueError('wrong there')")
     assert found.passed is False
     assert "ended with 1" in found.said
@@ -51,7 +51,7 @@ def test_a_section_that_raises_dies_or_hangs_has_failed(capsys: pytest.CaptureFi
     assert told.count("**Failed**") == 3
 
 
-def test_a_section_without_time_is_left_out(tmp_path: Path) -> None:
+def test_a_section_without_time_is_skipped(tmp_path: Path) -> None:
     asked = Asked("cpu", 0.0, True, tmp_path, "")
     found = gpu.run_section("cases", Section("Cases", "nowhere:nothing", 100, True), asked, time.monotonic() + 1)
     assert found == ("cases", None, "no time", 0.0)
@@ -65,7 +65,7 @@ def test_unmeasured_sections_do_not_count_in_the_verdict() -> None:
     assert "nothing was proven" in gpu.verdict([UNMEASURED])
 
 
-def test_every_section_has_its_function_and_all_fit_ten_minutes() -> None:
+def test_every_section_has_a_function_and_all_fit_in_ten_minutes() -> None:
     import importlib
 
     for section in SECTIONS.values():
@@ -74,7 +74,7 @@ def test_every_section_has_its_function_and_all_fit_ten_minutes() -> None:
     assert max(section.seconds for section in SECTIONS.values()) < 150
 
 
-def test_without_a_gpu_that_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("coprune.base.devices.accelerator", lambda: None)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     assert gpu.main() == 2

@@ -1,4 +1,4 @@
-"""The paper estimate of benchmarks/gpu_estimate.py, held against one that was computed by hand."""
+"""The estimate of benchmarks/gpu_estimate.py against a computation by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from gpu_estimate import BEFORE, COUNTS, Machine, Shape, Way, drawn_out, gram_of, passed_by, products_of
 
 SHAPE = Shape(width=4, inner=8, keys=2, blocks=3, samples=4, seqlen=10, batch=2)
-# A thousand FLOPs and a hundred bytes a second, ten bytes on the way to the host, a launch of a second, a wait of two.
+# A thousand FLOPs and a hundred bytes per second, ten bytes to the host, one second per launch, two per wait.
 SLOW = Machine(1e-9, 1e-9, 1e-9, 1e-7, 1e-8, 1e-8, 1e6, 2e6)
 STAGES = {
     f"{method} 2:4: {stage}": {"launch": launch, "sync": sync, "to_device": there, "to_host": back}
@@ -25,7 +25,7 @@ STAGES = {
 }
 
 
-def test_work_of_a_block_follows_from_its_shapes() -> None:
+def test_the_work_of_a_block_follows_from_its_shapes() -> None:
     # q and o 4 × 4, k and v 2 × 4, gate and up 8 × 4, down 4 × 8; 40 tokens.
     assert SHAPE.weights == 16 + 16 + 8 + 8 + 32 + 32 + 32
     assert products_of(SHAPE) == 40 * (2 * 144 + 2 * 10 * 4)
@@ -36,20 +36,20 @@ def test_work_of_a_block_follows_from_its_shapes() -> None:
 
 
 def test_launch_counts_are_extrapolated_to_other_shapes() -> None:
-    # Wanda: 2 launches a batch, 10 a matrix, so 90 − 8 − 70 for the rest; 2 batches.
+    # Wanda: 2 launches per batch, 10 per matrix, so 90 − 8 − 70 for the rest; 2 batches.
     asked = drawn_out(Way("", "wanda", STAGES), SHAPE)
     assert asked == (4, 12 + 70, 5, (9 + 16 - 7) / 9)
-    # SparseGPT: 2 a column and 10 beside them, 1 wait a batch; 480 columns were counted, and here are 32.
+    # SparseGPT: 2 per column and 10 others, 1 wait per batch; 480 columns were counted, here there are 32.
     asked = drawn_out(Way("", "sparsegpt", STAGES), SHAPE)
     assert asked == (4, 1102 - 8 - 70 - 960 + 70 + 64, 7, 2)
-    # Where there are more rows than are ranked at once, each group of four takes 4 launches more.
+    # With more rows than are ranked at once, each group of four takes 4 more launches.
     tall = Shape(width=4, inner=4097, keys=2, blocks=3, samples=4, seqlen=10, batch=2)
     assert drawn_out(Way("", "sparsegpt", STAGES), tall).solve_launches == 64 + 70 + 2 * (24 + 4097) + 1 * 8
-    # By Triton's kernel 8 launches take 128 columns.
+    # Triton's kernel processes 128 columns in 8 launches.
     assert drawn_out(Way("", "sparsegpt", STAGES, triton=True), SHAPE).solve_launches == 64 + 70 + 32 / 16
 
 
-def test_seconds_are_those_of_one_block_on_paper() -> None:
+def test_seconds_match_a_computation_by_hand_for_one_block() -> None:
     found = gpu_estimate.seconds_of_block(Way("", "wanda", STAGES), SHAPE, SLOW)
     assert found == {
         "products": pytest.approx(2 * 14720 / 1000),
@@ -59,7 +59,7 @@ def test_seconds_are_those_of_one_block_on_paper() -> None:
         "launching": pytest.approx(86),
         "waits": pytest.approx(10),
         "copies": pytest.approx(57.6),
-        # The device works longer than the host launches; a copy in passes beside it, and one out in its queue.
+        # The device is busy for longer than the launches; copies in overlap with it, and copies out are queued.
         "all": pytest.approx(29.44 + 444.8 + 144 + 86.4 + 10 + 28.8),
     }
     found = gpu_estimate.seconds_of_block(Way("", "sparsegpt", STAGES, overlaps=False, panel=None), SHAPE, SLOW)
@@ -70,7 +70,7 @@ def test_seconds_are_those_of_one_block_on_paper() -> None:
 
 
 def test_estimated_times_meet_the_targets() -> None:
-    """Under a minute for Wanda 2:4 and under two for SparseGPT 2:4, if a GPU does what is assumed."""
+    """Under a minute for Wanda 2:4 and under two for SparseGPT 2:4, under the assumptions about the GPU."""
     before, now = gpu_estimate.stages_of(BEFORE), gpu_estimate.stages_of(COUNTS)
     assert before.keys() <= now.keys()
     seconds = {

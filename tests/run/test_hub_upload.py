@@ -1,4 +1,4 @@
-"""The Hub over HTTP, by a stand-in on this machine: a model from there, the papers' texts, and a push, as typed."""
+"""The Hub over HTTP with a local stand-in: downloading a model and the papers' texts, and a push, by typed commands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ configs:
   - {{split: train, path: {WIKITEXT}/train-*}}
 ---
 """
-# One process for all lines, since what it imports takes longer than what it does.
+# One process for all lines, since imports take longer than the work.
 DRIVER = """
 import os, shlex, sys
 from coprune.commands.app import main
@@ -62,7 +62,7 @@ def gzipped_rows(count: int, seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """A Hub with a model, WikiText-2 in parquet and C4 in gzipped lines."""
+    """Serve a Hub with a model, WikiText-2 in parquet and C4 in gzipped lines."""
     folder = save_pico(tmp_path_factory.mktemp("hub") / "pico", num_hidden_layers=2)
     with serving() as hub:
         for name in ("owner/pico", LLAMA):
@@ -77,7 +77,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def typed(hub: Hub, place: Path, lines: list[str]) -> tuple[list[str], str]:
-    """Type lines where that Hub is the Hub; what each printed, and all errors."""
+    """Type lines with that Hub; return each one's output, and all errors."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
     environment["HF_TOKEN"] = TOKEN
@@ -90,7 +90,7 @@ def typed(hub: Hub, place: Path, lines: list[str]) -> tuple[list[str], str]:
 
 
 @pytest.mark.slow
-def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub, tmp_path: Path) -> None:
+def test_a_model_and_texts_are_downloaded_and_the_pruned_model_is_pushed(hub: Hub, tmp_path: Path) -> None:
     said, errors = typed(
         hub,
         tmp_path,
@@ -133,7 +133,7 @@ def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub,
 
 
 def lines_on_the_hub() -> list[str]:
-    """What README.md types of a model there, with few samples."""
+    """Return README.md's commands on a Hub model, with few samples."""
     lines = [line for block in read_blocks() if block.page == "README.md" for line in lines_of(block)]
     typed = [shlex.join(line.words) for line in lines if line.program == "coprune" and LLAMA in line.words]
     return [f"{line} {SMALL}" if line.startswith("coprune prune") else line for line in typed]

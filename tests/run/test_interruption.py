@@ -1,4 +1,4 @@
-"""Ctrl-C, kills and full disks, with the whole command: nothing half-written bears its final name, and a rerun completes."""
+"""Ctrl-C, kills and full disks with the whole command: nothing half-written has its final name, and a rerun completes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.pico_folder import save_pico, write_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Many samples, so that the walk takes seconds and the signal finds it at work.
+# Many samples, so that the walk takes seconds and the signal arrives during it.
 OPTIONS = ["--seqlen", "64", "--nsamples", "200", "--batch-size", "4", "-m", "sparsegpt", "--eval-data", "test.txt"]
 
 
@@ -42,7 +42,7 @@ def command(*more: Any) -> list[str]:
 
 
 def interrupt(place: Path, sent: signal.Signals) -> tuple[int, str]:
-    """Begin the command in a fork, wait until it has finished a block, and send it a signal; its exit code and standard error."""
+    """Start the command in a fork and signal it after its first finished block; return exit code and standard error."""
     errors = place / "stderr"
 
     def work() -> None:
@@ -67,7 +67,7 @@ def interrupt(place: Path, sent: signal.Signals) -> tuple[int, str]:
     return code, errors.read_text()
 
 
-# That a kill at any moment is survived, test_resume shows without starting a command.
+# test_resume shows for kills at any moment, without starting a command, that they are survived.
 @pytest.mark.parametrize(
     "sent",
     [
@@ -87,7 +87,7 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_resumes(
     assert not (place / "pruned").exists()
     assert not (place / "run" / "report.json").exists()
     for part in place.glob(".pruned.partial/*.safetensors"):
-        load_file(part)  # whole, since it bears its name
+        load_file(part)  # readable, since it has its final name
     ended = run_command(command(*OPTIONS), monkeypatch, capsys)
     assert ended.code == 0, ended.err
     assert (place / "run" / "report.json").is_file()
@@ -96,10 +96,10 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_resumes(
 
 
 @pytest.mark.slow
-def test_the_times_of_a_resumed_run_add_up_and_earlier_ones_are_told_apart(
+def test_the_times_of_a_resumed_run_add_up_with_earlier_ones_separate(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Wide enough that choosing takes tenths of a second.
+    # Wide enough that choosing weights takes tenths of a second.
     save_pico(place / "model", num_hidden_layers=3, hidden_size=384, intermediate_size=1024)
     interrupt(place, signal.SIGKILL)
     began = time.monotonic()
@@ -121,7 +121,7 @@ def test_the_times_of_a_resumed_run_add_up_and_earlier_ones_are_told_apart(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_walk_is_answered_and_leaves_no_model(
+def test_a_signal_before_the_walk_stops_the_run_without_a_model(
     sent: signal.Signals, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(*arguments: Any, **settings: Any) -> None:
@@ -134,7 +134,7 @@ def test_a_signal_before_the_walk_is_answered_and_leaves_no_model(
     assert sorted(path.name for path in place.iterdir()) == ["model", "test.txt", "words.txt"]
 
 
-def test_a_disk_that_is_full_when_the_tokenizer_is_copied(
+def test_a_full_disk_while_copying_the_tokenizer_is_one_message(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(source: object, target: object) -> None:
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_copied(
     assert run_command(quick, monkeypatch, capsys).code == 0
 
 
-def test_too_little_space_is_known_before_anything_is_computed(
+def test_too_little_disk_space_is_refused_before_computing(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(place)
@@ -165,7 +165,7 @@ def test_too_little_space_is_known_before_anything_is_computed(
 def test_an_announced_run_whose_model_is_missing_is_not_finished(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder for the model was there, empty, when the run was killed between announcing and renaming."""
+    """The model's folder existed, empty, when the run was killed between announcing and renaming."""
 
     class Killed(BaseException):
         """Stands for SIGKILL: nothing in coprune catches it."""
@@ -185,7 +185,7 @@ def test_an_announced_run_whose_model_is_missing_is_not_finished(
     assert (place / "pruned" / "model.safetensors").is_file()
 
 
-def test_a_complete_run_without_its_name_is_finished_and_pushed(
+def test_a_complete_run_killed_before_its_rename_is_finished_and_pushed(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Killed(BaseException):
@@ -210,7 +210,7 @@ def test_a_complete_run_without_its_name_is_finished_and_pushed(
     assert (place / "pruned" / "model.safetensors").is_file()
     assert not pushed
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.stages.run_stages.open_run", killed)  # nothing is done again
+        patch.setattr("coprune.stages.run_stages.open_run", killed)  # nothing may be repeated
         assert run_command([*quick, "--log-json", "log.jsonl"], monkeypatch, capsys).code == 0
     assert (place / "run" / "report.json").is_file()
     assert pushed == ["me/half"]

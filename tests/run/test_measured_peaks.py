@@ -1,4 +1,4 @@
-"""The bound on memory against what runs really take, as whole processes: Python, torch and their libraries included."""
+"""The memory bound against measured peaks of whole processes, including Python, torch and their libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.pico_folder import save_pico, write_words
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 
 ABOVE, BELOW = 1.5, 0.97
-"""The bound over the measured peak: at most, and at least, since what libraries take by themselves differs from run to run."""
+"""Maximum and minimum of the bound over the measured peak; libraries' own memory varies between runs."""
 WAYS: dict[str, dict[str, Any]] = {
     "in memory": {"stream": False, "method": "wanda"},
     "streamed": {"stream": True, "method": "wanda"},
@@ -27,14 +27,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "removal": {"stream": False, "remove": "channels=0.25"},
 }
 QUICK = {"in memory"}, {"streamed"}
-"""What is run of a model of some size and of one of none; the slow tests do all ways, and in bfloat16 too, at which many
-CPUs are slow."""
+"""Runs of a model of some size and of a tiny one; the slow tests run all ways, also in bfloat16, which many
+CPUs compute slowly."""
 
 
 def runs_of(model: Path, name: str, page: bool, **settings: Any) -> dict[str, dict[str, Any]]:
-    """All ways to prune a model, each with folders of its own. page: whether one is made, which should not show.
+    """Return all ways to prune a model, each with separate folders. page: whether to write one, which should not matter.
 
-    Its answers, for which a streamed model is in memory whole, are not estimated: they are left out where it has no room.
+    Answers are not estimated: a streamed model has to be loaded for them, and they are skipped if it does not fit.
     """
     out = model.parent / f"{name} out"
     saved = {way: {"save_model": str(out / way / "model")} for way in WAYS}
@@ -51,7 +51,7 @@ def only(ways: set[str], runs: dict[str, dict[str, Any]]) -> dict[str, dict[str,
 
 
 def sized(folder: Path, dtype: torch.dtype, page: bool = False) -> dict[str, dict[str, Any]]:
-    """Runs of a model of some size."""
+    """Return runs of a model of some size."""
     name = str(dtype).removeprefix("torch.")
     write_llama(folder / name, 2, 1024, dtype, vocabulary=4096)
     words = str(write_numbered_words(folder / "words.txt", 20_000, vocabulary=4096))
@@ -79,7 +79,7 @@ def check(found: dict[str, Peak]) -> None:
 
 @pytest.mark.slow
 def test_no_run_takes_more_than_its_bound(found: dict[str, Peak]) -> None:
-    """Of a model that takes more than the interpreter does, and of one of no size."""
+    """For a model larger than the interpreter, and for a tiny one."""
     check(found)
 
 

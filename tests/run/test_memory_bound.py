@@ -1,4 +1,4 @@
-"""The bound on a run's memory: factors held against tensors that lived, what is counted, and what a refusal proposes."""
+"""The bound on a run's memory: factors against live tensors, counted parts, and proposals of a refusal."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_no_block_takes_more_than_the_bound(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its tokenizer, and a text."""
+    """Return a folder with a model, its tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("bounded")
     save_pico(folder / "model")
     write_words(folder / "words.txt")
@@ -91,7 +91,7 @@ def bound(place: Path, **settings: Any) -> Estimate:
     return coprune.estimate(model, processor=pico_tokenizer(), **SMALL | {"dataset": place / "words.txt"} | settings)
 
 
-def test_more_work_takes_more(place: Path) -> None:
+def test_more_work_has_a_larger_bound(place: Path) -> None:
     base = bound(place, nsamples=64, propagation="sequential")
     more = bound(place, nsamples=128, propagation="sequential")
     assert more.phases["pruning"] > base.phases["pruning"]
@@ -104,7 +104,7 @@ def test_more_work_takes_more(place: Path) -> None:
 
 def test_released_memory_does_not_count_in_the_bound(place: Path) -> None:
     before = bound(place).peak_bytes
-    assert len(bytearray(2 * GIB)) == 2 * GIB  # held for a moment
+    assert len(bytearray(2 * GIB)) == 2 * GIB  # held only briefly
     assert bound(place).peak_bytes < before + GIB
 
 
@@ -124,7 +124,7 @@ def test_proposed_settings_fit_in_memory(place: Path, monkeypatch: pytest.Monkey
     assert not none.enough
 
 
-def test_a_run_on_a_device_is_held_against_the_devices_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_device_is_checked_against_the_devices_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = DeviceMemory("cuda:0", allocated=200 * MIB, peak=200 * MIB, available=80 * GIB)
     monkeypatch.setattr(memory_bound, "device_memory", lambda device: there)
     monkeypatch.setattr(memory_bound, "device_room", lambda device, asked: DeviceRoom(80 * GIB, asked=False))
@@ -160,7 +160,7 @@ def test_a_run_that_would_not_fit_is_refused_with_settings_that_would() -> None:
         assert caught.value.field == "check_memory"
 
 
-def test_a_limit_on_the_process_counts() -> None:
+def test_a_memory_limit_of_the_process_counts() -> None:
     script = (
         "import resource; from coprune.base.memory import available_bytes, _numbers; from pathlib import Path;"
         "used = _numbers(Path('/proc/self/status'))['VmData'];"
@@ -225,6 +225,6 @@ def test_a_large_quantised_model_is_bounded_from_its_configuration(
     whole, streamed = (coprune.estimate(tmp_path, "wanda", stream=stream, **asked) for stream in (False, True))
     assert weights < whole.peak_bytes < 1.2 * weights
     assert block < streamed.peak_bytes < 4 * block
-    # Experts that go leave the others as they are: one layer is in memory as it is written, and one of them decoded.
+    # Removing experts keeps the others encoded: one layer is in memory as stored, and one expert decoded.
     cut = coprune.estimate(tmp_path, remove="experts=0.25", stream=True, **asked)
     assert outside + codes < cut.peak_bytes < 1.25 * (outside + codes) + 1.2e9

@@ -1,4 +1,4 @@
-"""What was in a folder and was not asked to go is in what is saved of it, in memory and streamed; or the folder is refused."""
+"""Everything in a folder that was not removed on request is saved, in memory and streamed, or the folder is refused."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TYPES: dict[str, Kind] = {
     "gemma3": "text",  # a tower
     "qwen3_5_moe": "text",  # an Auto class loads its text half
     "glm4_moe": "text",  # layers for speculative decoding, numbered as the blocks are
-    "qwen3_vl": "text",  # no end of text in the configuration of its text model
+    "qwen3_vl": "text",  # no end token in the configuration of its text model
     "bert": "text",  # no decoder
     "vit": "images",
 }
 
 
 def mtp_layer(folder: Path) -> dict[str, Tensor]:
-    """The last block once more, with another number, and what joins it to the blocks."""
+    """Return a copy of the last block under the next number, with its projection."""
     last = json.loads((folder / "config.json").read_text())["num_hidden_layers"] - 1
     tensors = load_file(folder / "model.safetensors")
     again = {
@@ -49,7 +49,7 @@ def mtp_layer(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of every type, as it is published."""
+    """Return a folder of every type, as published."""
     home, found = tmp_path_factory.mktemp("published"), {}
     for model_type, kind in TYPES.items():
         found[model_type] = save_published(published_model(model_type, kind), home / model_type, kind)
@@ -70,7 +70,9 @@ def made(source: Path, saved: Path, stream: bool | None, **settings: Any) -> Dif
         quick=[(name, number % 2 == 0) for number, name in enumerate(TYPES)],
     ),
 )
-def test_zeros_change_nothing_else(published: dict[str, Path], model_type: str, stream: bool, tmp_path: Path) -> None:
+def test_pruning_changes_nothing_else(
+    published: dict[str, Path], model_type: str, stream: bool, tmp_path: Path
+) -> None:
     found = made(published[model_type], tmp_path / "saved", stream, **ZEROS)
     assert (found.unexplained(), found.keys) == ([], {})
     assert set(found.changed.values()) == {"zeros"}
@@ -87,7 +89,7 @@ def test_removing_experts_keeps_the_vision_tower(published: dict[str, Path], str
     assert (type(loaded[0]).__name__, loaded[1]["missing_keys"]) == ("Qwen3_5MoeForConditionalGeneration", set())
 
 
-def test_parts_go_before_zeros_without_a_run_folder(published: dict[str, Path], tmp_path: Path) -> None:
+def test_parts_are_removed_before_pruning_without_a_run_folder(published: dict[str, Path], tmp_path: Path) -> None:
     found = made(published["gemma3"], tmp_path / "saved", None, remove="channels=0.34", **ZEROS)
     assert (found.unexplained(), found.keys) == ([], {"text_config.intermediate_size": (96, 64)})
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]

@@ -1,4 +1,4 @@
-"""A run whose device has no memory left ends with one message that says where, and goes on with what takes less."""
+"""A run out of device memory ends with one message that says where, and resumes with settings that take less."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def recipe_of(place: Path, out: Path, **more: Any) -> Recipe:
 
 
 def run(recipe: Recipe) -> list[str]:
-    """What is noted of a run that ends well."""
+    """Return the events of a successful run."""
     return [event.line() for event in run_recipe(recipe, reporter=Reporter(quiet=True)).report.events]
 
 
@@ -67,7 +67,7 @@ def said_by(recipe: Recipe) -> str:
 
 
 def full_where(monkeypatch: pytest.MonkeyPatch, too_much: Callable[[Recording, Tensor], bool]) -> None:
-    """A device that has no memory for one of the blocks if something is too much for it."""
+    """Simulate a device without memory for one of the blocks under a condition."""
     real = Recording.run
 
     def run_block(recording: Recording, block: Block, batch: int, hidden: Tensor, *more: Any) -> Tensor:
@@ -79,7 +79,7 @@ def full_where(monkeypatch: pytest.MonkeyPatch, too_much: Callable[[Recording, T
 
 
 def test_a_run_resumes_with_hidden_states_on_disk(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the same bytes, since they do not depend on where hidden states lie, and at once, however slow the disk is."""
+    """The bytes are the same, since they do not depend on where hidden states are stored."""
     run(recipe_of(place, tmp_path / "undisturbed"))
 
     def slow(path: Path) -> None:
@@ -103,12 +103,12 @@ def test_a_run_resumes_with_hidden_states_on_disk(place: Path, tmp_path: Path, m
 def test_a_run_out_of_memory_resumes_with_smaller_batches(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finished blocks stay to the last bit; the others come out as from smaller batches, but for rounding."""
+    """Finished blocks are unchanged; the others equal those of smaller batches up to rounding."""
     for size in (3, 1):
         run(recipe_of(place, tmp_path / str(size), batch_size=size))
     full_where(monkeypatch, lambda recording, hidden: len(hidden) > 1)
     assert f"prune: {BLOCK}: CUDA out of memory" in said_by(recipe_of(place, tmp_path))
-    # What is asked for now counts, and a journal remembers all that was asked for before.
+    # The current settings count, and a journal records all earlier ones.
     assert f"prune: {BLOCK}: CUDA out of memory" in said_by(recipe_of(place, tmp_path, batch_size=2))
     notes = run(recipe_of(place, tmp_path, batch_size=1))
     differ = "Blocks of an earlier run differ in last bits: "
@@ -125,7 +125,9 @@ def test_a_run_out_of_memory_resumes_with_smaller_batches(
     assert report["recipe"]["batch_size"] == 1
 
 
-def test_where_a_matrix_is_pruned_counts_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_while_pruning_names_the_block(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = pruner.prune_matrix
 
     def prune_matrix(matrix: Any, *arguments: Any) -> Any:

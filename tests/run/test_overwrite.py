@@ -1,4 +1,4 @@
-"""A second command: beside the first run if it differs, in its place if that is asked for, and nothing else is touched."""
+"""A second command writes beside a different run, or replaces it on request, and touches nothing else."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run a command; its exit code and what it tells."""
+    """Return a function that runs a command and returns its exit code and output."""
 
     def command(*more: Any) -> tuple[int, str]:
         ended = run_command([*COMMAND, *more], monkeypatch, capsys)
@@ -84,7 +84,7 @@ def test_overwrite_replaces_run_and_model_and_nothing_else(place: Path, run: Cal
     code, said = run(*folders, "--sparsity", "0.75")
     assert code == 2
     assert "--overwrite" in said
-    # What cannot be done at all removes nothing.
+    # A refused run removes nothing.
     before = listing(place)
     assert run(*folders, "--overwrite", "--dataset", "wrods.txt")[0] == 2
     assert listing(place) == before
@@ -95,7 +95,7 @@ def test_overwrite_replaces_run_and_model_and_nothing_else(place: Path, run: Cal
     assert "overwrite" not in (place / "run" / "recipe.yaml").read_text()
 
 
-def test_overwrite_keeps_what_coprune_did_not_write_and_what_the_run_reads(
+def test_overwrite_keeps_foreign_files_and_the_runs_own_source(
     place: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
     (place / "mine").mkdir()

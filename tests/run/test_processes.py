@@ -1,4 +1,4 @@
-"""Several processes give what one gives: the same masks, up to scores that rounding decides, and the same report."""
+"""Several processes give the result of one: the same masks, up to scores decided by rounding, and the same report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "sparsegpt": ("llama", "sparsegpt", "block", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
-    # So few tokens that experts go without, and some are seen by one process only.
+    # Few tokens, so that some experts see none, or only those of one process.
     "few tokens": ("mixtral", "sparsegpt", "sequential", {"seqlen": 2, "nsamples": 5, "evaluate": False}),
     "parts": (
         "llama",
@@ -47,9 +47,9 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
             "evaluate": False,
         },
     ),
-    # Pairs of several lengths, of which each process has some.
+    # Pairs of several lengths, some for each process.
     "halves": ("T5", "wanda", "sequential", {"dataset": "{pairs}", "eval_data": None}),
-    # Samples of two lengths, and each process has both.
+    # Samples of two lengths, both for each process.
     "two lengths": ("llama", "wanda", "sequential", {"dataset": "{words}:seqlen=16=0.5,{own}=0.5", "evaluate": False}),
 }
 MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -57,7 +57,7 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "permuted": ("llama", "wanda", "block", {"permute": True, "pattern": "2:4", "evaluate": False}),
     "halves, sparsegpt": ("T5", "sparsegpt", "block", {"dataset": "{pairs}", "pattern": "2:4", "eval_data": None}),
     "halves, dense": ("T5", "wanda", "dense", {"dataset": "{words}", "seqlen": 24, "evaluate": False}),
-    # Two of four layers take the keys and values of others.
+    # Two of four layers share the keys and values of others.
     "shared keys": ("gemma4_text", "wanda", "sequential", {}),
     "shared weights": ("zamba2", "sparsegpt", "block", {}),
     "shared weights in memory": ("zamba2", "wanda", "dense", {"stream": False}),
@@ -68,7 +68,7 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     ),
     "every matrix": ("llama", "sparsegpt", "block", {}),
     "in memory": ("llama", "wanda", "sequential", {"pattern": "2:4", "stream": False}),
-    # Of samples in which no two scores tie: behind a tie the router may send a token to another expert.
+    # Samples without ties between scores, after which a router may choose another expert.
     "mixture": ("mixtral", "sparsegpt", "sequential", {"seed": 1}),
     "mixture, wanda": ("mixtral", "wanda", "block", {}),
     "odd number": ("llama", "magnitude", "block", {"nsamples": 7}),
@@ -79,7 +79,7 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         *("llama", "magnitude", "block"),
         {"remove": "channels=0.33,heads=0.5", "align": 16, "allocation": "error", "pattern": "2:4"},
     ),
-    # Of half of the samples no token is counted.
+    # Half of the samples have no counted token.
     "generated": ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
 }
 
@@ -131,7 +131,9 @@ def recipe_of(models: Path, out: Path, name: str, **changes: Any) -> Recipe:
     ],
     ids=["two", "two-more", "four"],
 )
-def test_equal_masks_and_reports(processes: int, names: tuple[str, ...], models: Path, tmp_path: Path) -> None:
+def test_several_processes_give_the_masks_and_report_of_one(
+    processes: int, names: tuple[str, ...], models: Path, tmp_path: Path
+) -> None:
     alone = tmp_path / "alone"
     for name in names:
         run_recipe(recipe_of(models, alone, name), reporter=Reporter(quiet=True))
@@ -144,7 +146,7 @@ def test_equal_masks_and_reports(processes: int, names: tuple[str, ...], models:
     together(processes, prune)
     for name in names:
         differing, entries = compare_masks(alone / f"{name}-model", tmp_path / f"{name}-model")
-        # Sums are added up in another order, so only entries whose scores are equal but for rounding may differ.
+        # Sums have another order, so only entries whose scores are equal up to rounding may differ.
         assert differing <= entries / 10_000, (name, differing)
         compare_reports(alone / f"{name}-run", tmp_path / f"{name}-run", exact=differing == 0)
 
@@ -166,7 +168,7 @@ def compare_reports(one: Path, other: Path, exact: bool) -> None:
     assert [m.events for m in a.matrices] == [m.events for m in b.matrices]
     assert a.sparsity == b.sparsity
     for ours, theirs in zip(a.matrices, b.matrices, strict=True):
-        # Wanda's and magnitude's errors are measured on a few tokens, which are others.
+        # Wanda's and magnitude's errors are measured on a few tokens, which differ.
         if exact and a.recipe.prune.method.name == "sparsegpt":
             assert ours.relative_layer_error == pytest.approx(theirs.relative_layer_error, rel=1e-3)
     for one_text, other_text in zip(a.perplexity, b.perplexity, strict=True):
@@ -219,7 +221,7 @@ def process_of_rank(rank: int, launcher: int) -> int:
 
 @pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_matrices_are_shared_out_evenly(processes: int, gram: bool) -> None:
+def test_matrices_are_divided_evenly_among_processes(processes: int, gram: bool) -> None:
     module = torch.nn.Linear(1, 1)
 
     def matrix(name: str, rows: int, width: int) -> Matrix:
@@ -236,7 +238,7 @@ def test_matrices_are_shared_out_evenly(processes: int, gram: bool) -> None:
     sizes = {m.name: m.shape[0] * m.shape[1] ** (2 if gram else 1) for m in itertools.chain(*groups)}
     loads = [sum(size for name, size in sizes.items() if owners[name] == rank) for rank in range(processes)]
     assert owners.keys() == sizes.keys()
-    # A schedule of the costly ones first is within 4/3 of the best (Graham 1969), which these bound from below.
+    # Scheduling the costliest first is within 4/3 of the optimum (Graham 1969), which these bound from below.
     extra = 64**3 * 2 + 170**3 if gram else 0
     assert max(loads) <= 4 / 3 * max(sum(sizes.values()) / processes, *sizes.values()) + extra
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints go in, are cut or zeroed, and come out in the same form: what is kept has the source's bytes."""
+"""Quantised checkpoints are cut or pruned and saved in the same format; kept values have the source's bytes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pruned(model: Path, folder: Path, **settings: Any) -> Path:
 
 
 def assert_same_model(found: Path, expected: Path) -> None:
-    """Both decode to the same values, and so compute the same."""
+    """Assert that both decode to the same values."""
     left, right = decoded(found), decoded(expected)
     for (name, one), other in zip(left.state_dict().items(), right.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
@@ -66,9 +66,7 @@ def raw(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in CASES]
 )
-def test_zeros_by_magnitude_are_those_of_the_decoded_model_and_leave_all_else_as_it_was(
-    form: str, tmp_path: Path
-) -> None:
+def test_magnitude_zeros_match_the_decoded_model_and_change_nothing_else(form: str, tmp_path: Path) -> None:
     source, dense = quantised_pico(tmp_path, form, CASES[form])
     settings = {"method": "magnitude", "sparsity": 0.5, "stream": True}
     found = pruned(source, tmp_path / "a", **settings)
@@ -85,7 +83,7 @@ def test_zeros_by_magnitude_are_those_of_the_decoded_model_and_leave_all_else_as
 @pytest.mark.parametrize(
     ("form", "family"), [("fp8 block", "llama"), pytest.param("mxfp4", "gpt_oss", marks=pytest.mark.slow)]
 )
-def test_wanda_in_memory_makes_the_masks_of_the_decoded_model(form: str, family: str, tmp_path: Path) -> None:
+def test_wanda_in_memory_gives_the_decoded_models_masks(form: str, family: str, tmp_path: Path) -> None:
     source, dense = quantised_pico(tmp_path, form, family)
     settings = {"method": "wanda", "sparsity": 0.5, "stream": False}
     assert_same_model(pruned(source, tmp_path / "a", **settings), pruned(dense, tmp_path / "b", **settings))
@@ -100,7 +98,7 @@ def test_wanda_in_memory_makes_the_masks_of_the_decoded_model(form: str, family:
         ("mxfp4", "gpt_oss", True),
     ],
 )
-def test_experts_that_stay_have_the_bytes_of_the_source(form: str, family: str, stream: bool, tmp_path: Path) -> None:
+def test_remaining_experts_keep_the_sources_bytes(form: str, family: str, stream: bool, tmp_path: Path) -> None:
     many = {"n_routed_experts": 8} if family == "deepseek_v3" else {}
     source, dense = quantised_pico(tmp_path, form, family, **many)
     settings = {"remove": "experts=0.5", "stream": stream}
@@ -115,7 +113,7 @@ def test_experts_that_stay_have_the_bytes_of_the_source(form: str, family: str, 
             assert all(raw(row).numpy().tobytes() in slices for row in rows), name
 
 
-def test_blocks_go_with_their_scales_and_lists_of_layers_follow(tmp_path: Path) -> None:
+def test_blocks_are_removed_with_their_scales_and_layer_lists_are_updated(tmp_path: Path) -> None:
     source, dense = quantised_pico(tmp_path, "fp8 block", "llama")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "model.layers.2.mlp", "model.layers.0.mlp"]
@@ -131,7 +129,7 @@ def test_blocks_go_with_their_scales_and_lists_of_layers_follow(tmp_path: Path) 
     ("form", "family", "what"),
     [("fp8 block", "llama", "channels"), ("fp8 block", "llama", "heads"), ("mxfp4", "gpt_oss", "channels")],
 )
-def test_channels_and_heads_go_in_the_blocks_that_share_scales(
+def test_channels_and_heads_are_removed_in_whole_scale_blocks(
     form: str, family: str, what: str, tmp_path: Path
 ) -> None:
     source, _ = quantised_pico(tmp_path, form, family, **({"intermediate_size": 128} if form == "mxfp4" else {}))
@@ -139,9 +137,7 @@ def test_channels_and_heads_go_in_the_blocks_that_share_scales(
     before, after = tensors_of(source), tensors_of(found)
     smaller = [name for name in after if after[name].shape != before[name].shape]
     assert smaller
-    model = decoded(
-        found
-    )  # the run compared its logits with those of the silenced model before it gave the folder its name
+    model = decoded(found)  # the run itself compared its logits with those of the silenced model
     assert bool(torch.isfinite(logits(model)).all())
     for name in smaller:
         columns = {bytes(raw(row).numpy().tobytes()) for row in before[name].flatten(0, -2)}
@@ -152,7 +148,7 @@ def test_channels_and_heads_go_in_the_blocks_that_share_scales(
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [
-        ({"remove": "channels=0.25"}, 48),  # 54 of 72 asked for: three blocks of 16, without the half one at the end
+        ({"remove": "channels=0.25"}, 48),  # 54 of 72 requested: three blocks of 16, without the half block at the end
         ({"remove": "channels=0.25", "score": "flap"}, 48),
         ({"remove": "channels=0.25", "allocation": "error"}, None),
         ({"remove": "channels=0.1", "score": "magnitude"}, 64),
@@ -162,7 +158,7 @@ def test_channels_of_a_width_that_blocks_do_not_divide_are_kept_in_whole_blocks(
     settings: dict[str, Any], kept: int | None, tmp_path: Path
 ) -> None:
     source, _ = quantised_pico(tmp_path, "fp8 block", "llama", intermediate_size=72)
-    found = pruned(source, tmp_path / "a", **settings)  # compared with the silenced model before it got its name
+    found = pruned(source, tmp_path / "a", **settings)  # the run itself compared it with the silenced model
     config = json.loads((found / "config.json").read_text())
     assert config["intermediate_size"] % 16 == 0
     assert kept in (None, config["intermediate_size"])
@@ -173,7 +169,7 @@ def test_channels_of_a_width_that_blocks_do_not_divide_are_kept_in_whole_blocks(
     assert "quantization_config" in config
 
 
-def test_fewer_channels_than_two_blocks_are_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_fewer_channels_than_two_blocks_are_refused_with_an_alternative(tmp_path: Path) -> None:
     source, _ = quantised_pico(tmp_path, "fp8 block", "llama", intermediate_size=24)
     with pytest.raises(UnsupportedModel, match=r"FP8 \(E4M3\), a scale for 16 × 16, so .* in whole blocks of 16 only"):
         pruned(source, tmp_path / "a", remove="channels=0.5")
@@ -183,7 +179,7 @@ def test_fewer_channels_than_two_blocks_are_refused_with_a_way_out(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("form", "stream"), [("fp8 block", True), pytest.param("int4", False, marks=pytest.mark.slow)])
-def test_a_method_that_changes_weights_rounds_them_and_says_so(form: str, stream: bool, tmp_path: Path) -> None:
+def test_updated_weights_are_rounded_and_reported(form: str, stream: bool, tmp_path: Path) -> None:
     source, _ = quantised_pico(tmp_path, form, "llama")
     report = coprune.prune(
         str(source),
@@ -204,7 +200,7 @@ def test_a_method_that_changes_weights_rounds_them_and_says_so(form: str, stream
 
 
 class Stopping(Reporter):
-    """A reporter under which the user presses Ctrl-C after a block."""
+    """A reporter that raises KeyboardInterrupt after a block."""
 
     def bar(self, description: str, total: float) -> Any:
         @contextmanager
@@ -249,7 +245,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
+def test_transformers_reads_the_written_checkpoint(tmp_path: Path) -> None:
     source, _ = quantised_pico(tmp_path, "mxfp4", "gpt_oss")
     found = pruned(source, tmp_path / "a", method="magnitude", sparsity=0.5, stream=True)
     with quiet_transformers():
@@ -293,7 +289,7 @@ def _without_scales(tensors: dict[str, Tensor]) -> None:
     ],
     ids=["shape", "nan", "missing"],
 )
-def test_damaged_parts_are_one_line_that_names_the_tensor(
+def test_damaged_parts_are_one_line_with_the_tensors_name(
     damage: Callable[[dict[str, Tensor]], None], told: str, tmp_path: Path
 ) -> None:
     source, _ = quantised_pico(tmp_path, "fp8 block", "llama")

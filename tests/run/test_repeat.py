@@ -1,4 +1,4 @@
-"""A run's `recipe.yaml` repeats the run as it is, beside it; an interrupted run goes on."""
+"""A run's `recipe.yaml` repeats the run beside it; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def coprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that has to succeed; what it tells."""
+    """Return a function that runs a command, which has to succeed, and returns its messages."""
 
     def run(*arguments: Any) -> str:
         ended = run_command(list(arguments), monkeypatch, capsys)
@@ -98,7 +98,7 @@ def test_an_interrupted_run_resumes_in_its_folder(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").touch()  # killed when only the report was wanting
+    (tmp_path / "model" / "model.safetensors").touch()  # killed when only the report was missing
     assert beside_finished(asked) == asked
     finish(tmp_path / "run")
     (tmp_path / "run-2").mkdir()
@@ -106,7 +106,7 @@ def test_an_interrupted_run_resumes_in_its_folder(tmp_path: Path) -> None:
     assert beside_finished(asked).output.model == tmp_path / "model-2"
 
 
-def test_a_model_is_never_written_over(tmp_path: Path) -> None:
+def test_a_model_is_never_overwritten(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     for name in ("model", "model-2"):
         (tmp_path / name).mkdir()
@@ -148,12 +148,12 @@ def test_a_default_folder_stopped_before_fine_tuning_resumes(tmp_path: Path, mon
     found, said = where_to(other, False, ())
     assert found.output.run == run.with_name("wanda-seed-0")
     assert said == f"{run} holds a run that differs in seed; this one goes to {found.output.run}."
-    # What is in the way is another run, which nobody asked to replace.
+    # Another run is in the way, and its replacement was not requested.
     assert where_to(other.replaced(overwrite=True), False, ())[0].output.run == found.output.run
     assert where_to(other.replaced(overwrite=True), True, ()) == (other.replaced(overwrite=True), None)
 
 
-def test_recipes_that_say_the_same_have_one_identity() -> None:
+def test_equivalent_recipes_have_the_same_identity() -> None:
     flat = make_recipe({"model": "m", "method": "sparsegpt", "options": {"block_size": 64}, "refine": "refit:rounds=3",
                         "allocation": "owl:spread=0.1", "nsamples": 4, "save": "a"})  # fmt: skip
     other = make_recipe(
@@ -176,7 +176,7 @@ def test_recipes_that_say_the_same_have_one_identity() -> None:
 
 
 def test_settings_that_change_rounding_only_may_differ_on_resume() -> None:
-    """But for runs in which one batch is one step, or what goes from one block has to fit what goes from the others."""
+    """Except for runs in which a batch is a training step, or in which the cuts of blocks must match."""
     smaller = make_recipe({"model": "m", "batch_size": 1})
     identity = run_identity(smaller, "weights", "tokens")
     assert identity.besides == {"batch_size": 1}

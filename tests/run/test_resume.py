@@ -1,4 +1,4 @@
-"""A run that was killed goes on, and ends with the very same bytes and figures as one that was left in peace."""
+"""A killed run resumes and ends with the same bytes and figures as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from support.sample import sampled
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Undisturbed = Callable[[str], tuple[Path, int, int]]
-"""From a run's name to its folder, the lines that it takes, and those that write."""
+"""From a run's name to its folder, the number of lines it executes, and of those that write."""
 Left = Callable[[str], Path]
-"""From a run's name to what is left of it."""
+"""From a run's name to the remains of the killed run."""
 WRITING = ("checkpoint", "run/output", "files.py", "run_stages.py", "runner/", "store/", "verification", "report")
-# Method, propagation, family, streamed, and more settings of the recipe.
+# Method, propagation, family, streamed, and further settings.
 RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "wanda": ("wanda", "block", "llama", True, {}),
     "wanda in memory": ("wanda", "block", "llama", False, {}),
@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "refined": ("magnitude", "block", "gpt2", True, {"refine": ["refit"]}),
     "reconstructed": ("wanda", "sequential", "llama", True, {"reconstruct": 3}),
     "allocated": ("wanda", "block", "llama", True, {"allocation": "owl", "sparsity": 0.6}),
-    # Samples of two lengths, in batches of their own.
+    # Samples of two lengths, in separate batches.
     "mixed lengths": (
         *("sparsegpt", "sequential", "llama", True),
         {"dataset": "{place}/words.txt:seqlen=9=0.3,{place}/rows.jsonl=0.4,{place}/other.txt:seqlen=24=0.3"},
@@ -60,7 +60,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and texts that every run reads."""
+    """Return the models and texts that every run reads."""
     folder = tmp_path_factory.mktemp("place")
     for family in ("llama", "mixtral", "gpt2", "gemma4_text", "zamba2"):
         save_pico(folder / family, family)
@@ -101,7 +101,7 @@ def run(name: str, place: Path, out: Path, **changes: Any) -> Result:
 
 
 def figures(out: Path) -> tuple[Any, Any]:
-    """The report without what may differ between two runs of one recipe: times, memory, places."""
+    """Return the report without times, memory and paths, which may differ between runs of a recipe."""
     report = json.loads((out / "run" / "report.json").read_text())
     for name in (
         "prune_seconds",
@@ -118,7 +118,7 @@ def figures(out: Path) -> tuple[Any, Any]:
 
 
 def _without_seconds(content: Any) -> Any:
-    """A part of a report without times, of matrices and of answers."""
+    """Return a part of a report without the times of matrices and answers."""
     if isinstance(content, list):
         return [_without_seconds(one) for one in content]
     if isinstance(content, dict):
@@ -127,13 +127,13 @@ def _without_seconds(content: Any) -> Any:
 
 
 def checkpoint(out: Path) -> dict[str, bytes | None]:
-    """The saved model's files; the card, which tells times, is left out."""
+    """Return the saved model's files without the card, which has times."""
     return {name: content for name, content in listing(out / "pruned").items() if name != "README.md"}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """For a run of RUNS: its folder when it was left in peace, and how many lines it takes in all and while writing."""
+    """Return for a run of RUNS its undisturbed folder, and the number of lines in total and while writing."""
 
     @functools.cache
     def get(name: str) -> tuple[Path, int, int]:
@@ -143,17 +143,19 @@ def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Undist
     return get
 
 
-# Runs of a few kinds; all of them, and more moments, take long.
+# A few runs; all of them at more moments are slow tests.
 QUICK = ("wanda",)
 MOMENTS = sampled(range(20), quick=[[*RUNS].index(name) for name in QUICK])
 
 
 @pytest.mark.parametrize("seed", MOMENTS)
-def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bytes(
+    seed: int, place: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     generator = random.Random(seed)
     name = list(RUNS)[seed % len(RUNS)]
     expected, lines, written = undisturbed(name)
-    # Every other time among the few lines that write, or nearly all moments would be inside the solvers.
+    # Half of the kills are in the few lines that write; otherwise nearly all would be inside the solvers.
     files, count = (WRITING, written) if generator.random() < 0.5 else (("",), lines)
 
     def is_killed(moment: int) -> bool:
@@ -163,12 +165,12 @@ def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undistur
         return killed
 
     moment = generator.randrange(1, count)
-    # A run takes a few lines more or fewer each time, by what it prints and waits for: a late moment may be behind its end.
+    # The number of lines varies slightly with printing and waiting, so a late moment may be after the end.
     while not is_killed(moment):
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
         moment //= 2
-    if not (tmp_path / "run" / "report.json").exists():  # the run that goes on may be killed as well
+    if not (tmp_path / "run" / "report.json").exists():  # the resuming run may be killed as well
         is_killed(generator.randrange(1, count))
     if not (tmp_path / "run" / "report.json").exists():
         run(name, place, tmp_path)
@@ -179,7 +181,9 @@ def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undistur
 
 
 @pytest.mark.slow
-def test_killed_twice_while_the_page_is_written(place: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_run_killed_twice_while_writing_its_page_is_finished(
+    place: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     expected, *_ = undisturbed("allocated")
 
     def half_written() -> bool:
@@ -196,7 +200,7 @@ def test_killed_twice_while_the_page_is_written(place: Path, undisturbed: Undist
 
 @pytest.fixture(scope="module")
 def killed(place: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Left:
-    """For a run of RUNS: what it leaves if it is killed when it has finished a block, but not all."""
+    """Return for a run of RUNS what a kill leaves after some, but not all, finished blocks."""
 
     @functools.cache
     def get(name: str) -> Path:
@@ -213,7 +217,7 @@ def killed(place: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def half_done(killed: Left, tmp_path: Path) -> Left:
-    """Put what a killed run leaves into the test's folder; the journal in it, which holds a finished block."""
+    """Copy a killed run's remains into the test's folder; return its journal, which holds a finished block."""
 
     def put(name: str) -> Path:
         shutil.copytree(killed(name), tmp_path, dirs_exist_ok=True)
@@ -235,7 +239,7 @@ def half_done(killed: Left, tmp_path: Path) -> Left:
         pytest.param("mixture in memory", "flipped bit", marks=pytest.mark.slow),
     ],
 )
-def test_a_damaged_part_is_done_again(
+def test_a_damaged_block_is_repeated(
     name: str,
     damage: str,
     place: Path,
@@ -260,7 +264,7 @@ def test_a_damaged_part_is_done_again(
     assert figures(tmp_path) == figures(undisturbed(name)[0])
 
 
-def test_a_journal_that_does_not_say_whose_it_is_is_begun_anew(
+def test_a_journal_without_an_identity_is_restarted(
     place: Path, undisturbed: Undisturbed, half_done: Left, tmp_path: Path
 ) -> None:
     (half_done("wanda") / "place.json").write_text("{")
@@ -268,13 +272,13 @@ def test_a_journal_that_does_not_say_whose_it_is_is_begun_anew(
     assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
 
 
-def test_a_journal_that_does_not_say_what_it_holds_is_refused(place: Path, half_done: Left, tmp_path: Path) -> None:
+def test_a_journal_with_unknown_content_is_refused(place: Path, half_done: Left, tmp_path: Path) -> None:
     (half_done("wanda") / "parts.json").write_text("{")
     with pytest.raises(BadInput, match="remove the folder"):
         run("wanda", place, tmp_path)
 
 
-def test_finished_blocks_are_not_done_again(
+def test_finished_blocks_are_not_repeated(
     place: Path, half_done: Left, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = half_done("wanda")
@@ -371,7 +375,7 @@ def test_a_run_resumes_after_a_full_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Some write fails for want of space: one clear error, and the run goes on when there is space again."""
+    """A failed write for lack of space is one clear error, and the run resumes once there is space."""
     from coprune.base import files
 
     writes = random.Random(seed).randrange(1, 6)

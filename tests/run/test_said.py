@@ -1,4 +1,4 @@
-"""What a run says of itself: samples that overlap, a text that nothing depends on, zeros that were there, what was trained."""
+"""A run's messages: overlapping samples, an unneeded text, existing zeros, repeated training samples."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def said(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The lines that are said."""
+    """Record the printed lines."""
     lines: list[str] = []
     monkeypatch.chdir(place)
     monkeypatch.setattr("coprune.base.progress.Reporter.say", lambda self, line: lines.append(line))
     return lines
 
 
-def test_samples_that_overlap_are_said(said: list[str], place: Path) -> None:
+def test_overlapping_samples_are_reported(said: list[str], place: Path) -> None:
     tokens = len(pico_tokenizer()((place / "words.txt").read_text())["input_ids"])
     coprune.prune("model", "magnitude", **SMALL | {"nsamples": tokens // 32})
     assert not any("overlap" in line for line in said)
@@ -43,7 +43,7 @@ def test_samples_that_overlap_are_said(said: list[str], place: Path) -> None:
     assert f"Samples overlap, since {wanted}: fewer samples would do as well, more text would do better." in said
 
 
-def test_of_ones_own_text_the_last_tenth_is_held_out_for_perplexity(said: list[str], place: Path) -> None:
+def test_the_last_tenth_of_the_users_text_is_held_out_for_perplexity(said: list[str], place: Path) -> None:
     measured = {name: value for name, value in SMALL.items() if name != "evaluate"}
     report = coprune.prune("model", "magnitude", **measured, eval_tokens=100).report
     assert [(one.data, one.windows) for one in report.perplexity] == [("words.txt", 3)]
@@ -59,12 +59,12 @@ def test_of_ones_own_text_the_last_tenth_is_held_out_for_perplexity(said: list[s
 
 
 @pytest.mark.parametrize("named", ["", " , "])
-def test_a_list_of_texts_that_names_none_is_refused_before_the_model_is_opened(named: Any) -> None:
+def test_an_empty_list_of_texts_is_refused_before_the_model_is_opened(named: Any) -> None:
     with pytest.raises(BadInput, match="eval_data is empty; name some, as in eval_data='embedded'"):
         coprune.prune("no/such/model", dataset="embedded", eval_data=named, quiet=True)
 
 
-def test_a_default_text_that_is_not_needed_may_be_missing(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unneeded_default_text_may_be_missing(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise BadInput("no network here")
 
@@ -78,7 +78,7 @@ def test_a_default_text_that_is_not_needed_may_be_missing(said: list[str], monke
             coprune.prune("model", **{"method": "magnitude", **settings})
 
 
-def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
+def test_a_processor_slow_in_bfloat16_is_reported(
     said: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_pico(place / "half", num_hidden_layers=2, dtype=torch.bfloat16)
@@ -112,7 +112,7 @@ def test_evaluate_and_generate_warn_about_slow_bfloat16(
     assert said[-1] == f"{SLOW_IN_BFLOAT16} float32 computes several times as fast."
 
 
-def test_a_model_that_is_sparse_already_is_said_to_be(said: list[str], place: Path) -> None:
+def test_an_already_sparse_model_is_reported(said: list[str], place: Path) -> None:
     coprune.prune("model", "magnitude", **SMALL, save_model=place / "pruned")
     assert not any("was pruned before" in line for line in said)
     coprune.prune("pruned", "magnitude", sparsity=0.7, **SMALL)
@@ -129,16 +129,16 @@ def test_reconstruction_is_not_listed_as_a_numerical_event(said: list[str]) -> N
     assert rows["trained"].startswith("trained   2 blocks, the last: relative error ")
 
 
-def test_samples_that_are_trained_on_again_and_again_are_said(said: list[str]) -> None:
+def test_samples_trained_on_many_times_are_reported(said: list[str]) -> None:
     trained: dict[str, Any] = {**SMALL, "nsamples": 8, "batch_size": 2, "reconstruct": 15}
     coprune.prune("model", "wanda", **trained)
     assert not any("on each sample" in line for line in said)
-    coprune.prune("model", "wanda", **trained, reconstruct_tokens=18 * 2 * 32)  # three of four batches train
+    coprune.prune("model", "wanda", **trained, reconstruct_tokens=18 * 2 * 32)  # trained on three of four batches
     wanted = "Every block is trained on each sample 6 times; a larger nsamples=… may do better."
     assert said.count(wanted) == 1
 
 
-def test_trainings_that_gain_nothing_are_said_with_what_may_help(said: list[str], place: Path) -> None:
+def test_trainings_without_gain_are_reported_with_advice(said: list[str], place: Path) -> None:
     trained: dict[str, Any] = {**SMALL, "nsamples": 8, "reconstruct": 6, "batch_size": 2}
     report = coprune.prune("model", "wanda", **trained).report
     assert not any("gained nothing" in line for line in said)

@@ -1,4 +1,4 @@
-"""Language models that see, as published: what is pruned of their text half is all that changes, for text and for images."""
+"""Vision language models as published: only the pruned matrices of their text half change, for text and images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.word_tokenizers import word_tokenizer
 AUTO: Any = transformers.models.auto
 TYPES = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "mistral3", "internvl", "smolvlm")
 BESIDE = ("vis", "multi_modal", "connector", *STRANGE)
-"""In the names of the tower, of what joins it, and of what no class loads."""
+"""Words in the names of the tower, of its projector, and of tensors that no class loads."""
 ASKED: dict[str, dict[str, Any]] = {
     "zeros": {"method": "magnitude", "sparsity": 0.5},
     "channels": {"remove": "channels=0.34", "score": "magnitude"},
@@ -42,7 +42,7 @@ TEXT = torch.arange(3, 259).reshape(8, 32)
 
 
 def small_config(model_type: str) -> Any:
-    """A configuration in which also the numbers fit each other that only images bring together."""
+    """Return a small configuration whose sizes also match for images."""
     config = tiny_config(model_type)
     if model_type == "gemma3":
         config.mm_tokens_per_image = 4
@@ -50,7 +50,7 @@ def small_config(model_type: str) -> Any:
 
 
 def image_inputs(model: Any) -> dict[str, Tensor]:
-    """A picture among words, as the model's processor would give it."""
+    """Return an image among words, as the model's processor would prepare it."""
     config = model.config
     sees, generator = config.vision_config, torch.Generator().manual_seed(0)
     token = getattr(config, "image_token_id", None) or config.image_token_index
@@ -83,7 +83,7 @@ def image_inputs(model: Any) -> dict[str, Tensor]:
 
 
 def loaded(folder: Path) -> Any:
-    """The model of a folder, of which nothing may be missing and nothing be over; but for what no class loads."""
+    """Load a folder without missing or unexpected tensors, except those that no class loads."""
     with quiet_transformers():
         opened: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     model, info = opened
@@ -93,7 +93,7 @@ def loaded(folder: Path) -> Any:
 
 
 def save_with_processor(model: Any, folder: Path) -> Path:
-    """Save a model as it is published: with its processor, and a tensor that its class does not load."""
+    """Save a model as published: with its processor, and a tensor that its class does not load."""
     model_type = model.config.model_type
     marks = ("image", "boi", "eoi", "video", "vision_bos", "vision_eos", "start_image", "end_image", "context_image")
     backend = word_tokenizer().backend_tokenizer
@@ -117,13 +117,13 @@ def save_with_processor(model: Any, folder: Path) -> Path:
 
 
 def named(classes: Any, model_type: str) -> Any:
-    """What an Auto class would make for a type of model."""
+    """Return the class that an Auto class selects for a model type."""
     return getattr(transformers, classes[model_type]["torchvision"])()
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that gives a type's folder, which is made once."""
+    """Return a function that returns a type's folder, made once."""
     home = tmp_path_factory.mktemp("published")
 
     def folder_of(model_type: str) -> Path:
@@ -138,7 +138,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def masked(source: Any, folder: Path, saved: Path) -> Any:
-    """The source, made to do what the edits in a folder say."""
+    """Return the source with a folder's edits applied as masks."""
     edits, stored, mine = (
         Edits.read(saved),
         load_file(saved / "model.safetensors"),

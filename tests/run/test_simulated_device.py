@@ -1,6 +1,6 @@
-"""Every kind of work on a simulated device that is as strict as CUDA, compared with the CPU.
+"""All kinds of work on a simulated device as strict as CUDA, compared with the CPU.
 
-A device is known to a whole process, so the cases run in one of their own.
+A device is registered for a whole process, so the cases run in a separate one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def told() -> list[dict[str, Any]]:
-    """What the cases' process says: a line for each, and one of what stages ask for."""
+    """Return the output of the cases' process: a line per case, and one with the counts of stages."""
     if reason := missing():
         pytest.skip(reason)
     command = [sys.executable, "-m", "support.simdevice.run_cases", "--json"]
     done = subprocess.run(command, cwd=TESTS, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    # A signal: the host read an address of the device.
+    # Ended by a signal: the host read a device address.
     assert done.returncode in (0, 1), f"after {lines[-1:]}: {done.stderr[-2000:]}"
     return lines
 
@@ -50,8 +50,8 @@ def test_every_kind_of_case_runs_on_the_simulated_device(outcomes: list[Mapping[
     assert {case["kind"] for case in outcomes} == set(KINDS)
 
 
-def test_no_stage_asks_more_of_a_device_than_its_table_says(told: list[dict[str, Any]]) -> None:
-    """Where more is meant: `cd tests && python -m support.simdevice.stages --write`."""
+def test_no_stage_exceeds_its_recorded_device_operations(told: list[dict[str, Any]]) -> None:
+    """After an intended change: `cd tests && python -m support.simdevice.stages --write`."""
     found, allowed = told[-1]["found"], told[-1]["allowed"]
     left_out = {stage for stage in allowed if stage.endswith(": a block") and stage not in found}
     assert found.keys() == allowed.keys() - left_out
@@ -64,7 +64,7 @@ def test_no_stage_asks_more_of_a_device_than_its_table_says(told: list[dict[str,
     assert not more
 
 
-def test_solving_a_matrix_waits_twice_at_most(told: list[dict[str, Any]]) -> None:
+def test_solving_a_matrix_waits_for_the_device_at_most_twice(told: list[dict[str, Any]]) -> None:
     waits = {stage: counts["sync"] for stage, counts in told[-1]["found"].items() if stage.endswith("matrix")}
     assert len(waits) > 40
     assert {stage: count for stage, count in waits.items() if count > 2} == {}

@@ -1,4 +1,4 @@
-"""Trackers and the log of JSON lines: they hear what the report says, and nothing is written unless asked for."""
+"""Trackers and the JSON log: they get the report's figures, and nothing is written unless requested."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prune(folder: Path, **settings: Any) -> Any:
     return coprune.prune(str(save_pico(folder / "model")), **common, **settings)
 
 
-def test_json_lines_tell_of_every_block_and_the_figures(tmp_path: Path) -> None:
+def test_json_lines_have_every_block_and_the_figures(tmp_path: Path) -> None:
     report = prune(tmp_path, log_json=tmp_path / "log.jsonl").report
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     events = [line["event"] for line in lines]
@@ -42,7 +42,7 @@ def test_json_lines_tell_of_every_block_and_the_figures(tmp_path: Path) -> None:
     assert [m["name"] for line in blocks for m in line["matrices"]] == [m.name for m in report.matrices]
     assert lines[-1]["figures"] == final_figures(report)
     assert all(a["time"] <= b["time"] for a, b in itertools.pairwise(lines))
-    # The format, which programs read.
+    # The log's format, which other programs read.
     keys = {line["event"]: set(line) - {"time", "event"} for line in lines}
     assert keys == {
         "started": {"recipe"},
@@ -55,7 +55,7 @@ def test_json_lines_tell_of_every_block_and_the_figures(tmp_path: Path) -> None:
     assert set(blocks[0]["matrices"][0]) == set(MatrixResult.model_fields) - {"distributions"}
 
 
-def test_a_failed_run_is_told(tmp_path: Path) -> None:
+def test_a_failed_run_is_logged(tmp_path: Path) -> None:
     with pytest.raises(BadInput):
         prune(tmp_path, log_json=tmp_path / "log.jsonl", include="nothing.like.it")
     last = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -63,7 +63,7 @@ def test_a_failed_run_is_told(tmp_path: Path) -> None:
     assert "nothing.like.it" in last["error"]
 
 
-def test_the_log_of_a_failed_run_does_not_bar_the_next(tmp_path: Path) -> None:
+def test_the_log_of_a_failed_run_does_not_block_the_next(tmp_path: Path) -> None:
     log = tmp_path / "run" / "log.jsonl"
     with pytest.raises(BadInput):
         prune(tmp_path, log_json=log, include="nothing.like.it")
@@ -79,7 +79,7 @@ def test_the_log_of_a_failed_run_does_not_bar_the_next(tmp_path: Path) -> None:
     assert (events.count("failed"), events[-1]) == (1, "finished")
 
 
-def test_tensorboard_holds_the_figures(tmp_path: Path) -> None:
+def test_tensorboard_has_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -95,7 +95,7 @@ def test_tensorboard_holds_the_figures(tmp_path: Path) -> None:
     assert errors[0] == pytest.approx(sum(first) / len(first), rel=1e-5)
 
 
-def test_what_is_unknown_or_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_or_missing_trackers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="did you mean 'tensorboard'"):
         prune(tmp_path, report_to="tensorbord")
     found = importlib.util.find_spec

@@ -1,4 +1,4 @@
-"""What a run takes that leaves open how to prune, and where a preset trains."""
+"""Defaults of a run without pruning settings, and the scope of a preset's training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pico(tmp_path_factory.mktemp("usual") / "pico")
 
 
-def test_a_bare_run_trains_the_whole_model_where_it_fits_and_says_so(model: Path) -> None:
+def test_a_bare_run_trains_the_whole_model_if_it_fits_and_reports_it(model: Path) -> None:
     settings, line = usual_preset({"model": str(model), **TARGET})
     assert recipe_that_fits(settings) == make_recipe(
         {"model": str(model), "preset": "balanced", "train": "whole", **TARGET}
@@ -55,24 +55,26 @@ def test_explicit_pruning_settings_add_no_preset(model: Path, said: dict[str, ob
     assert recipe_that_fits(settings) == make_recipe(settings)
 
 
-def test_what_rules_out_a_training_of_the_whole_model_leaves_blocks(model: Path) -> None:
+def test_settings_that_exclude_whole_model_training_train_blocks(model: Path) -> None:
     assert recipe_that_fits({"model": str(model), "preset": "best", **TARGET, "stream": True}).train.mode is None
 
 
 @pytest.mark.parametrize(("encoding", "whole"), [("source", False), ("dense", True)])
-def test_a_quantised_model_is_trained_where_its_encoding_is_kept(tmp_path: Path, encoding: str, whole: bool) -> None:
+def test_a_quantised_model_is_trained_block_by_block_to_keep_its_encoding(
+    tmp_path: Path, encoding: str, whole: bool
+) -> None:
     source, _ = quantised_pico(tmp_path, "fp8 block", "llama")
     said = {} if encoding == "source" else {"encoding": encoding}
     recipe = recipe_that_fits({"model": str(source), "preset": "best", **TARGET, **said})
     assert (recipe.train.mode is not None) == whole
 
 
-def test_a_model_that_was_handed_over_is_trained_block_by_block(model: Path) -> None:
+def test_a_model_in_memory_is_trained_block_by_block(model: Path) -> None:
     settings = {"model": str(model), "preset": "best", **TARGET}
     assert recipe_that_fits(settings, in_memory=True).train.mode is None
 
 
-def test_where_to_train_is_refused_without_a_preset(model: Path) -> None:
+def test_the_scope_of_training_is_refused_without_a_preset(model: Path) -> None:
     with pytest.raises(BadInput, match="no preset is given"):
         make_recipe({"model": "m", "train": "whole", "method": "wanda"})
     with pytest.raises(BadInput, match="way to train"):

@@ -1,4 +1,4 @@
-"""A run from recipe to report, streamed and in memory, and for OPT at a real width."""
+"""Runs from recipe to report, streamed and in memory, and of OPT at its real width."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_streamed_and_in_memory_are_bit_identical(family: str, dtype: Any, texts
             dtype=dtype,
             **settings(texts),
         )
-        assert result.model is not None  # of the streamed one, read from where it was saved
+        assert result.model is not None  # the streamed one is read from its folder
         reports[stream] = result.report
     streamed, in_memory = (tensors_of(tmp_path / str(stream)) for stream in (True, False))
     assert streamed.keys() == in_memory.keys() == tensors_of(folder).keys()
@@ -109,7 +109,7 @@ def test_a_model_in_memory_is_pruned_in_place(texts: Path) -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_a_run_folder_explains_itself(texts: Path, tmp_path: Path) -> None:
+def test_a_run_folder_has_recipe_report_and_log(texts: Path, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model")
     result = coprune.prune(
         folder,
@@ -139,7 +139,7 @@ def test_a_run_folder_explains_itself(texts: Path, tmp_path: Path) -> None:
     assert report["calibration"]["fingerprint"] in card
 
 
-def test_nothing_is_written_unless_asked(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_unless_requested(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     coprune.prune(pico_model("llama", num_hidden_layers=1), "magnitude", processor=pico_tokenizer(), **settings(texts))
     assert not list(tmp_path.iterdir())
@@ -161,7 +161,7 @@ def test_sparsity_zero_changes_nothing(texts: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wide_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """facebook/opt-125m in every dimension but the number of layers and the vocabulary."""
+    """Return a model of facebook/opt-125m's sizes except depth and vocabulary."""
     config = AutoConfig.for_model(
         "opt",
         hidden_size=768,
@@ -191,7 +191,7 @@ def wide_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("propagation", ["block", "sequential"])
-def test_opt_at_its_real_width(propagation: Propagation, wide_opt: Path, texts: Path, tmp_path: Path) -> None:
+def test_opt_is_pruned_at_its_real_width(propagation: Propagation, wide_opt: Path, texts: Path, tmp_path: Path) -> None:
     result = coprune.prune(
         wide_opt,
         "sparsegpt",
@@ -212,7 +212,7 @@ def test_opt_at_its_real_width(propagation: Propagation, wide_opt: Path, texts: 
     for block in find_blocks(model):
         for matrix in find_matrices(block.module, block.name):
             assert bool((matrix.read() != 0).unflatten(1, (-1, 4)).sum(dim=2).eq(2).all()), matrix.name
-    # Biases, norms, embeddings and positions are as they were.
+    # Biases, norms, embeddings and positions are unchanged.
     for name, tensor in tensors_of(tmp_path / "pruned").items():
         if not name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
             assert torch.equal(tensor, dense[name]), name

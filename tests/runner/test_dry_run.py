@@ -1,4 +1,4 @@
-"""A run that is only told: it writes nothing, loads nothing, and tells the bytes that the run then leaves."""
+"""The preview of a run: it writes and loads nothing, and gives the size of the saved model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def asked(place: Path, **more: Any) -> Any:
     ],
     ids=str,
 )
-def test_the_bytes_are_those_that_the_run_leaves(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+def test_the_predicted_bytes_match_the_saved_model(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
     if family == "tokens":
         save_with_tokens(tmp_path / "whole", tie_word_embeddings=False)
         (tmp_path / "words.txt").write_text(" ".join(TEXTS) * 40)
@@ -80,7 +80,7 @@ def test_a_dry_run_writes_nothing_and_reads_no_weights(
     assert "--dry-run" not in told
 
 
-def test_what_lies_at_the_target_is_told(
+def test_existing_files_at_the_target_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_pico(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A step that coprune does not have is one class: the runner does it, takes it up after a kill, and finds it again."""
+"""A custom step is one class: the runner executes it, resumes it after a kill, and reuses its result."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_finished_custom_step_is_not_repeated(
     assert weights(merge(models, tmp_path / "merged")) == weights(left)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_custom_step_killed_at_any_moment_ends_with_the_same_bytes(models: tuple[Path, Path], tmp_path: Path) -> None:
     work = partial(merge, models, tmp_path / "merged")
     lines, _ = count_lines(work, ("",))
     expected = (tmp_path / "merged" / "model" / "model.safetensors").read_bytes()
@@ -66,7 +66,7 @@ def test_a_custom_step_runs_again_when_a_source_changes(models: tuple[Path, Path
     assert before != after == weights(merge(models, tmp_path / "fresh"))
 
 
-def test_another_share_is_another_result_and_replaces_nothing_unasked(
+def test_other_settings_give_another_result_and_replace_nothing_unasked(
     models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     before = weights(merge(models, tmp_path / "merged"))
@@ -77,7 +77,7 @@ def test_another_share_is_another_result_and_replaces_nothing_unasked(
 
 
 def test_custom_steps_chain_and_run_again_when_a_source_changes(models: tuple[Path, Path], tmp_path: Path) -> None:
-    """The second reads what the first leaves, and both are done again when a source of the first is another."""
+    """The second reads the first one's result, and both are repeated if a source of the first changes."""
     how: dict[str, Any] = {"settings": {"share": 0.5}}
     first = Merge(models=models, folder=tmp_path / "first", **how)
     second = Merge(models=models[1:], folder=tmp_path / "second", **how)

@@ -1,4 +1,4 @@
-"""Runs of several steps: which steps a recipe comes to, and what a kill, another text or another setting does to them."""
+"""Runs of several steps: the plan of a recipe, and the effect of kills, changed texts and changed settings."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_each_step_starts_from_the_previous_steps_model(tmp_path: Path) -> None:
     assert [str(one.output.model) for one in (trim, remove, prune, train)] == [*left, str(tmp_path / "model")]
     assert (trim.remove.parts, remove.remove.parts, prune.remove.parts) == (("vocabulary=0.5",), ("channels=0.5",), ())
     assert (remove.prune.sparsity, prune.prune.sparsity, prune.train.mode) == (None, 0.5, None)
-    # The dense model of all that follows has as many tokens as what is trained.
+    # The dense model of later steps has the same vocabulary as the trained one.
     assert (train.train.mode, train.train.teacher) == ("distill", left[0])
     assert not any(one.output.push_to_hub for one in (trim, remove, prune, train))
 
 
-def test_one_step_is_the_recipe_itself() -> None:
+def test_a_single_step_has_the_recipe_itself() -> None:
     recipe = make_recipe({"model": "m", "sparsity": 0.5})
     assert [(one.step.name, one.recipe, one.folder) for one in plan_of(recipe)] == [("prune", recipe, None)]
 
@@ -64,7 +64,9 @@ WRITING = ("runner/", "store/", "run_stages", "run/output", "checkpoint/writer",
 
 
 @pytest.mark.parametrize("shares", [(0.55, 0.97), pytest.param((0.3, 0.8), marks=pytest.mark.slow)], ids=str)
-def test_killed_at_any_moment_both_steps_end_with_the_same_bytes(shares: tuple[float, ...], place: Path) -> None:
+def test_a_run_of_two_steps_killed_at_any_moment_ends_with_the_same_bytes(
+    shares: tuple[float, ...], place: Path
+) -> None:
     _, lines = count_lines(lambda: run_recipe(both(place, "whole"), reporter=QUIET), WRITING)
     expected = weights(place, "whole")
     for share in shares:
@@ -77,12 +79,12 @@ def test_killed_at_any_moment_both_steps_end_with_the_same_bytes(shares: tuple[f
 
 
 def stopped_between(place: Path) -> None:
-    """Kill a run when its first step is done and the second has not begun."""
+    """Kill a run between its first and second step."""
     first = place / "cut" / "run" / "remove" / "report.json"
     assert killed_when(lambda: run_recipe(both(place, "cut"), reporter=QUIET), first.exists, ("runner/",))
 
 
-def test_a_text_that_changed_between_two_steps_is_noticed(place: Path) -> None:
+def test_a_text_changed_between_two_steps_is_noticed(place: Path) -> None:
     stopped_between(place)
     write_words(place / "words.txt", seed=1)
     for out in ("cut", "fresh"):
@@ -91,12 +93,12 @@ def test_a_text_that_changed_between_two_steps_is_noticed(place: Path) -> None:
 
 
 def files_of_run(place: Path) -> dict[Path, int]:
-    """The files of a run and when they were written, but for its lock, which says nothing once a process is gone."""
+    """Return a run's files with their times, except its lock file."""
     files = [path for path in (place / "cut").rglob("*") if path.is_file() and path.name != LOCK_FILE]
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def test_another_setting_is_named_and_replaces_what_is_there_only_if_asked(place: Path) -> None:
+def test_a_changed_setting_is_named_and_replaces_a_run_only_on_request(place: Path) -> None:
     stopped_between(place)
     before = files_of_run(place)
     with pytest.raises(BadInput, match=r"holds the work of another run, in which align was 16 and is 32"):

@@ -71,7 +71,7 @@ WITHOUT_EXPERTS = [name for name in HYBRIDS if not any("a router" in entry for e
         quick=[(family, [*TARGETS][number % 2]) for number, family in enumerate(HYBRIDS) if family not in ALIKE],
     ),
 )
-def test_masks_are_those_of_full_forwards(family: str, target: str) -> None:
+def test_masks_of_classifiers_match_full_forwards(family: str, target: str) -> None:
     model, dense = pico_model(family), pico_model(family).state_dict()
     walk = make_walk(model, BATCHES)
     chosen, block = walk.model.chosen, walk.model.blocks[0].name.replace(".0", ".*")

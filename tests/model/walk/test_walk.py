@@ -57,7 +57,7 @@ def sparsegpt_on(target: Target) -> Solve:
         ],
     ),
 )
-def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation) -> None:
+def test_masks_of_classifiers_match_full_forwards(family: str, propagation: Propagation) -> None:
     model, oracle = pico_model(family), pico_model(family)
     results = prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
     prune_with_full_forwards(oracle, BATCHES, wanda_as_published(TWO_OF_FOUR), propagation)
