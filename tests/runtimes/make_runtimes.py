@@ -1,4 +1,4 @@
-"""Load what coprune cuts in the runtimes that serve models: python tests/runtimes/make_runtimes.py [MODEL …].
+"""Load coprune's smaller models in the runtimes that serve models: python tests/runtimes/make_runtimes.py [MODEL …].
 
 Makes an environment per runtime, since each pins its own torch and transformers, and folders of every model with every part
 removed. Each runtime reads each folder, and the uncut source, in a process of its own; the log-probabilities of the next token
@@ -28,17 +28,17 @@ from runtimes.runtime_table import REAL, ROWS, Row, read_rows, write_page, write
 ROOT = Path(__file__).parents[2]
 READERS = Path(__file__).with_name("readers")
 GREEDY, CLOSE = 16, 1e-3
-"""Tokens that are written, and the greatest difference of log-probabilities that still counts as the same."""
+"""Number of generated tokens, and the largest difference of log-probabilities that counts as equal."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime, and what its environment holds."""
+    """A runtime and its environment."""
 
     name: str
     packages: tuple[str, ...]
     without: tuple[str, ...] = ()
-    """Packages that come with them and want what a CPU does not have."""
+    """Dependencies to leave out, since they need more than a CPU."""
 
 
 RUNTIMES = (
@@ -49,7 +49,7 @@ RUNTIMES = (
 
 
 def main() -> int:
-    """Returns 1 if transformers itself could not read what was written."""
+    """Try all runtimes; return 1 if transformers itself cannot read a folder."""
     options = _options()
     environments = {
         one.name: environment(one, options.environments) for one in RUNTIMES if one.name in options.runtimes
@@ -89,7 +89,7 @@ def _tried(name: str, options: argparse.Namespace) -> Iterator[Tried]:
 
 
 def environment(runtime: Runtime, into: Path) -> Path:
-    """Return the Python of a runtime's environment, which is made if it is not there."""
+    """Return the Python of a runtime's environment, making the environment if needed."""
     home = into / runtime.name
     python, ready = home / "bin" / "python", home / ".ready"
     if not ready.exists():
@@ -102,9 +102,9 @@ def environment(runtime: Runtime, into: Path) -> Path:
 
 
 def _read(runtime: str, python: Path, tried: Sequence[Tried], into: Path) -> dict[Path, dict[str, Any]]:
-    """Return a runtime's answers by folder; those of an interrupted run, kept below `into`, are among them.
+    """Return a runtime's answers by folder, including those of an interrupted run, kept below `into`.
 
-    A runtime that ends its process is asked about the other folders in a new one.
+    If a runtime ends its process, the other folders are read in a new one.
     """
     reader, kept = READERS / f"in_{runtime}.py", into / f"{runtime}.jsonl"
     answers = _kept(kept)
@@ -128,7 +128,7 @@ def _read(runtime: str, python: Path, tried: Sequence[Tried], into: Path) -> dic
 
 
 def _identity(one: Tried) -> str:
-    """Return what tells a folder from another one that was made in its place."""
+    """Return an identifier that changes if the folder is remade."""
     return f"{one.folder} {one.folder.stat().st_ino}"
 
 

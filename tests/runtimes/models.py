@@ -1,4 +1,4 @@
-"""The folders that runtimes are tried on: small models with random weights and real ones, whole and cut."""
+"""The folders on which runtimes are tested: small random models and real ones, whole and cut."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         n_shared_experts=1,
         n_group=2,
         topk_group=1,
-        topk_method="noaux_tc",  # as on the Hub, where vLLM looks for it
+        topk_method="noaux_tc",  # as in published configurations, where vLLM expects it
         num_experts_per_tok=2,
         first_k_dense_replace=1,
         q_lora_rank=64,
@@ -68,25 +68,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         v_head_dim=128,
     ),
 }
-"""Changes of the shape by the type of model, with heads of 64, the narrowest that vLLM's kernels for CPUs take."""
+"""Shape settings by model type, with heads of 64, the smallest that vLLM's CPU kernels support."""
 SHARES = {"channels": "channels=0.33", "heads": "heads=0.5", "blocks": "blocks=0.25", "experts": "experts=0.25"}
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A folder that runtimes are asked to read."""
+    """A folder for runtimes to read."""
 
     model: str
     """Type of model, or the name of a real one."""
     part: str
-    """What was taken away; "source" for the uncut model."""
+    """The removed part; "source" for the uncut model."""
     folder: Path
     tokens: list[int]
-    """Tokens after which the next one is compared."""
+    """Context of the compared next token."""
 
 
 def small(family: str, into: Path) -> Iterator[Tried]:
-    """Make a small model with random weights and everything that can be taken from it; what is there already stays."""
+    """Make a small random model and its cuts, keeping existing ones."""
     source = into / family / SOURCE
     if not source.exists():
         save(pico_model(family, **(_SHAPE | FAMILIES[family])), source)
@@ -125,13 +125,13 @@ def real(name: str, model: str, into: Path) -> Iterator[Tried]:
 
 
 def _tokens(folder: Path) -> list[int]:
-    """Return the tokens of a text; a cut vocabulary numbers them otherwise."""
+    """Return the tokens of a text, which depend on a cut vocabulary."""
     tokens: list[int] = load_processor(locate(str(folder)), "text")(PROMPT)["input_ids"]
     return tokens
 
 
 def _cut(source: Path, folder: Path, **asked: Any) -> Path | None:
-    """Return a folder with a part removed; None where coprune refuses that."""
+    """Return a folder with a part removed; None if coprune refuses."""
     if not folder.exists():
         try:
             coprune.prune(str(source), save_model=folder, evaluate=False, quiet=True, **asked)
@@ -142,10 +142,10 @@ def _cut(source: Path, folder: Path, **asked: Any) -> Path | None:
 
 
 def _as_on_the_hub(folder: Path) -> None:
-    """Write the configuration with the keys that published checkpoints have, most of which older versions wrote."""
+    """Write the configuration with the keys of published checkpoints, most of them from older versions."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     add_older_keys(config)
-    if "num_local_experts" in config and config["model_type"] == "qwen3_moe":  # as mlx-lm reads it
+    if "num_local_experts" in config and config["model_type"] == "qwen3_moe":  # the name that mlx-lm reads
         config["num_experts"] = config["num_local_experts"]
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What came of every folder in every runtime, as a file of the package, and as the page in the documentation."""
+"""The results of every folder in every runtime, as a file of the package and a page of the documentation."""
 
 from __future__ import annotations
 
@@ -46,31 +46,31 @@ of [`coprune export`](export.md), which is compared with the folder tensor by te
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one folder in one runtime."""
+    """The result of one folder in one runtime."""
 
     model: str
     part: str
     runtime: str
     version: str
     difference: float | None
-    """Greatest difference of the log-probabilities of five tokens from those of transformers; None if it was not read."""
+    """Largest difference of five tokens' log-probabilities from transformers'; None if it was not read."""
     reason: str
-    """Why it is not the same; the runtime's own message if it was refused."""
+    """Why it differs; the runtime's own message if it was refused."""
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What was tried."""
+        """Identifier of the test."""
         return self.model, self.part, self.runtime
 
     @property
     def same(self) -> bool:
-        """Whether the runtime computes what transformers does."""
+        """Whether the runtime computes the same as transformers."""
         return not self.reason
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a server of models answered."""
+    """The result of a model server."""
 
     runtime: str
     version: str
@@ -80,17 +80,17 @@ class Served:
     """Type of the weights."""
     megabytes: float
     reading: float | None
-    """Tokens of a prompt for each second of the processor; None if it was not timed."""
+    """Prompt tokens per CPU second; None if not timed."""
     writing: float | None
-    """Tokens of an answer for each second of the processor."""
+    """Answer tokens per CPU second."""
     same: bool
-    """Whether its greedy text is that of transformers."""
+    """Whether its greedy text equals that of transformers."""
     processor: str
     date: str
 
 
 def read_rows() -> list[Row]:
-    """Return what was found before."""
+    """Read earlier results."""
     if not ROWS.exists():
         return []
     with ROWS.open(encoding="utf-8", newline="") as file:
@@ -112,7 +112,7 @@ def write_rows(rows: Sequence[Row]) -> None:
 
 
 def read_served() -> list[Served]:
-    """Return what servers answered before."""
+    """Read earlier results of servers."""
     if not SERVED.exists():
         return []
     with SERVED.open(encoding="utf-8", newline="") as file:
@@ -127,7 +127,7 @@ def _served(row: dict[str, str]) -> Served:
 
 
 def write_served(rows: Sequence[Served]) -> None:
-    """Write what all servers answered, by runtime and model, the whole one first."""
+    """Write the results of all servers, by runtime and model, the whole one first."""
     with SERVED.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Served)], lineterminator="\n")
         writer.writeheader()
@@ -138,14 +138,14 @@ def write_served(rows: Sequence[Served]) -> None:
 
 
 def write_page(environments: Path) -> None:
-    """Write the documentation's page. environments: the folder of the runtimes' environments, whose size it tells."""
+    """Write the documentation's page. environments: folder of the runtimes' environments, whose size is shown."""
     made = (home for home in environments.iterdir() if (home / ".ready").exists())
     size = sum(file.lstat().st_size for home in made for file in home.rglob("*") if file.is_file()) / 1e9
     PAGE.write_text(page(read_rows(), f"{size:.1f} GB, and half an hour of two cores"), encoding="utf-8")
 
 
 def page(rows: Sequence[Row], size: str) -> str:
-    """Return the documentation's page. size: what the environments take."""
+    """Return the documentation's page. size: of the environments."""
     found = {row.key: row for row in rows}
     models = list(dict.fromkeys(row.model for row in sorted(rows, key=lambda row: row.model)))
     parts = [SOURCE, *sorted({row.part for row in rows} - {SOURCE, ZEROS}), ZEROS]

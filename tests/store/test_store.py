@@ -1,4 +1,4 @@
-"""The store between processes: one does the work, the others wait and read; a killed one is in nobody's way."""
+"""The store across processes: one does the work, the others wait and read, and a killed one blocks nobody."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Found(BaseModel):
 
 
 def begin(folder: Path, name: str, seconds: float) -> int:
-    """Ask for the same entry in a child, which takes so long to measure it, and says when it begins and what it got."""
+    """Get the same entry in a child that takes some seconds to make it and records its start and result."""
 
     def measure() -> Found:
         (folder / f"{name}.begun").touch()
@@ -44,7 +44,7 @@ def test_a_second_process_waits_for_the_first_and_reads_its_result(tmp_path: Pat
     assert [ended(first), ended(second)] == [0, 0]
     assert (tmp_path / "second.got").read_text() == (tmp_path / "first.got").read_text() == "first"
     assert not (tmp_path / "second.begun").exists()
-    # Another entry is nobody's to wait for, and what failed leaves nothing.
+    # Another entry is not waited for, and a failure leaves nothing.
     store, other = Store(tmp_path / "kept"), key_of("measure", 1, model="another digest")
     assert store.find(other, Found) is None
     with pytest.raises(ZeroDivisionError):
@@ -53,7 +53,7 @@ def test_a_second_process_waits_for_the_first_and_reads_its_result(tmp_path: Pat
     assert Store(None).find(KEY, Found) is None
 
 
-def test_a_killed_process_lets_go(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_claim(tmp_path: Path) -> None:
     first = begin(tmp_path, "first", 60)
     wait_for(tmp_path / "first.begun")
     second = begin(tmp_path, "second", 0.0)
@@ -99,7 +99,7 @@ def test_a_record_of_another_type_is_not_found(tmp_path: Path) -> None:
     assert store.find(KEY, Found) is None
 
 
-def test_a_key_holds_everything_that_decides() -> None:
+def test_a_key_depends_on_everything_that_decides_a_result() -> None:
     same = key_of("measure", 1, model="a", text="b")
     assert same == key_of("measure", 1, text="b", model="a")
     others = [
@@ -111,7 +111,7 @@ def test_a_key_holds_everything_that_decides() -> None:
     assert len({same, *others}) == 5
 
 
-def test_the_seconds_of_the_work_are_kept(tmp_path: Path) -> None:
+def test_the_seconds_of_the_work_are_stored(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
     def slowly() -> Found:
@@ -124,7 +124,7 @@ def test_the_seconds_of_the_work_are_kept(tmp_path: Path) -> None:
     assert 0.02 <= found.seconds < 5
 
 
-def test_a_claim_of_another_process_is_refused_and_of_this_one_taken_over(tmp_path: Path) -> None:
+def test_a_claim_of_another_process_is_refused_and_an_own_one_replaced(tmp_path: Path) -> None:
     file = tmp_path / "running.lock"
 
     def hold() -> None:
@@ -141,7 +141,7 @@ def test_a_claim_of_another_process_is_refused_and_of_this_one_taken_over(tmp_pa
     assert ended(other) == -signal.SIGKILL
     first = Claim(file)
     second = Claim(file)
-    first.close()  # which holds nothing any more
+    first.close()  # it holds nothing any more
     child = forked(lambda: (tmp_path / "refused").touch() if refused(file) else None)
     assert ended(child) == 0
     assert (tmp_path / "refused").exists()

@@ -1,4 +1,4 @@
-"""What annotations allow, for tests that hold two of them equal."""
+"""The types that annotations allow, for comparing annotations in tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def kinds(annotation: Any) -> set[Any]:
-    """The types that a union, an optional or a literal stands for."""
+    """Return the types allowed by a union, an optional or a literal."""
     if typing.get_origin(annotation) is typing.Literal:
         return set(typing.get_args(annotation))
     arguments = typing.get_args(annotation)

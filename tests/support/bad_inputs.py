@@ -1,4 +1,4 @@
-"""What cannot be done as asked, in Python and on the command line, and the texts that say so (`bad_inputs.yaml`)."""
+"""Bad inputs in Python and on the command line, with their messages (`bad_inputs.yaml`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import coprune
 from support.pico_folder import save_pico, write_words
 
 TABLE = Path(__file__).with_suffix(".yaml")
-# What every case of `prune` asks for, unless it says something else. The command streams models, Python loads them.
+# Default settings of every case of `prune`. The command streams models, Python loads them.
 PRUNE: dict[str, Any] = {"model": "model", "dataset": "words.txt", "seqlen": 32, "nsamples": 4, "stream": None}
 PRUNE_COMMAND = ["--dataset", "words.txt", "--seqlen", "32", "--nsamples", "4"]
 _QUIET = ("prune", "eval", "inspect", "compare", "finetune", "export")
@@ -35,55 +35,55 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class BadInputCase:
-    """One thing that cannot be done. A text is the whole message, in which `<any>` stands for what machines differ in."""
+    """One bad input. A text is the whole message, in which `<any>` stands for machine-dependent parts."""
 
     name: str
     text: str
-    """As Python says it; as the command line does, where there is no other."""
+    """The message in Python, or on the command line if there is no other."""
     call: str = "prune"
-    """The function of Python."""
+    """The Python function."""
     python: dict[str, Any] | None = None
-    """Its arguments; None where only the command line can ask for this."""
+    """Its arguments; None if the case only exists on the command line."""
     command: str | None = None
-    """The same on the command line: a whole line, or what comes after `coprune prune model …`. None for Python alone."""
+    """The same on the command line: a whole line, or the rest after `coprune prune model …`. None for Python only."""
     flags: str | None = None
-    """As the command line says it, where that is another text."""
+    """The message on the command line, if it differs."""
     field: str | None = None
-    """The setting that the error names."""
+    """The setting named by the error."""
     error: str = "BadInput"
 
     def ask(self) -> Any:
-        """Ask for it in Python."""
+        """Make the call in Python."""
         assert self.python is not None
         return _CALLS[self.call](**self.python)
 
     def arguments(self) -> list[str]:
-        """What is typed after `coprune`, with `--quiet` where a command has it."""
+        """Return the words after `coprune`, with `--quiet` if the command has it."""
         assert self.command is not None
         words = shlex.split(self.command)
         name, *rest = words[1:] if words[0] == "coprune" else ["prune", "model", *PRUNE_COMMAND, *words]
-        # Before all else, so that an option which lacks its value still lacks it.
+        # First, so that a final option without its value still lacks it.
         return [name, *(["--quiet"] if name in _QUIET else []), *rest]
 
     @property
     def on_command_line(self) -> str:
-        """The text there."""
+        """The message on the command line."""
         return self.text if self.flags is None else self.flags
 
 
 def read_cases() -> dict[str, BadInputCase]:
-    """All cases by name."""
+    """Return all cases by name."""
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     return {name: BadInputCase(name, **case) for name, case in table.items()}
 
 
 def says(text: str, expected: str) -> bool:
-    """Whether a text is the expected one."""
+    """Return whether a text matches the expected one."""
     return re.fullmatch(re.escape(expected).replace("<any>", ".+"), text) is not None
 
 
 def make_place(folder: Path) -> None:
-    """Fill a folder with a model, a text, and things that are in the way; no case may change any of it."""
+    """Fill a folder with a model, a text, and obstacles, which no case may change."""
     model = save_pico(folder / "model")
     write_words(folder / "words.txt")
     (folder / "short.txt").write_text("w5 w6 w7")

@@ -29,14 +29,14 @@ FLAGS = [
 
 
 def find_browser() -> str | None:
-    """Chromium or Chrome, if there is one."""
+    """Return the path of Chromium or Chrome, or None."""
     return next(
         (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
     )
 
 
 class Page:
-    """One tab. `errors` and `requests` gather what the console and the network saw since the tab was opened."""
+    """One tab. `errors` and `requests` collect console errors and network requests since it was opened."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read = write, read
@@ -65,7 +65,7 @@ class Page:
                 return answer["result"]
 
     def open(self, url: str, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Open a page in a window of a size, and wait until it says that it is ready."""
+        """Open a page in a window of a size, and wait until it is ready."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -74,12 +74,12 @@ class Page:
         self.wait("document.documentElement?.dataset.ready !== undefined")
 
     def scheme(self, dark: bool) -> None:
-        """Ask for dark or light colours."""
+        """Emulate the preference for dark or light colours."""
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[feature])
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(str(result["exceptionDetails"]))
@@ -125,7 +125,7 @@ class Page:
 
 
 class Browser:
-    """A browser of its own, which ends with the `with` block."""
+    """A separate browser, which ends with the `with` block."""
 
     def __init__(self, command: str) -> None:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -163,7 +163,7 @@ class Browser:
 
 @contextmanager
 def opened_page() -> Iterator[Page]:
-    """A tab of a browser that is there for it alone."""
+    """Yield a tab of a separate browser."""
     command = find_browser()
     assert command is not None
     with Browser(command) as browser:

@@ -1,6 +1,6 @@
-"""What every kernel for `walk_columns` has to do: cases, and what the published algorithm gives for them in float64.
+"""Cases for every kernel of `walk_columns`, and the published algorithm's results for them in float64.
 
-Kept apart from the tests, since Triton's kernel is checked in a process of its own, in its interpreter.
+Separate from the tests, since Triton's kernel is checked in its interpreter in another process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A matrix to prune by columns. fixed: its mask is given and not chosen along the way."""
+    """A matrix to prune by columns. fixed: whether the mask is given instead of chosen on the way."""
 
     target: Target
     rows: int
@@ -29,7 +29,7 @@ class Case:
     block_size: int
     fixed: bool = False
     dead: tuple[int, ...] = (3,)
-    """Inputs that never fire."""
+    """Inputs that are always zero."""
 
 
 HALF, TWO_OF_FOUR = Target(Unstructured(), 0.5), Target(NM(2, 4), 0.5)
@@ -53,7 +53,7 @@ CASES = {
 
 
 def check(name: str, device: torch.device = CPU) -> None:
-    """Compare a kernel with the reference in all cases. Raises AssertionError with the case's name."""
+    """Compare a kernel with the reference in all cases. Raises AssertionError naming the case."""
     for seed, (title, case) in enumerate(CASES.items()):
         try:
             _check_case(name, case, seed, device)
@@ -90,11 +90,11 @@ def _check_case(name: str, case: Case, seed: int, device: torch.device) -> None:
 
 
 def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """SparseGPT as published, column by column: every error goes to all later columns at once.
+    """Run SparseGPT as published, column by column: each error is propagated to all later columns at once.
 
     weight: O × I float64; upper: I × I float64, the U of the inverse Hessian; given: the mask, or None to choose it.
     """
-    if case.target.sparsity > 0:  # where nothing is to fall, weights that no input reached stay, too
+    if case.target.sparsity > 0:  # at sparsity 0 weights of dead inputs stay, too
         weight = weight.masked_fill(dead, 0.0)
     keep = torch.ones_like(weight, dtype=torch.bool) if given is None else given
     width = weight.shape[1]
@@ -108,13 +108,13 @@ def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Te
         becomes = weight[:, j] * keep[:, j]
         error = (weight[:, j] - becomes) / upper[j, j]
         weight[:, j:] -= error[:, None] * upper[j, j:]
-        # What is done with stays as it is, up to rounding.
+        # Finished columns do not change, up to rounding.
         weight[:, j] = becomes
     return weight.masked_fill(~keep, 0.0), keep
 
 
 def _check_ties(name: str, device: torch.device) -> None:
-    """Of equal scores the one with the lower index is pruned first."""
+    """Check that of equal scores the lower index is pruned first."""
     rows, size = 35, 8
     block = ColumnBlock(
         columns=torch.ones(size, rows, device=device),

@@ -1,4 +1,4 @@
-"""Run the command within the test's own process, as the entry point does."""
+"""Run commands in the test's own process, like the entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in a child that is killed at a moment or at a call of the system, or whose disk is full."""
+"""Work in a child that is killed at a moment or a system call, or whose disk is full."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from coprune.base.files import is_unfinished
 from support.forking import forked
 
 Work = Callable[[Path], object]
-"""What a run does, from the folder that it writes into."""
-_SLOW = 300  # seconds after which a child is taken to hang
+"""The work of a run, given its output folder."""
+_SLOW = 300  # seconds after which a child counts as hanging
 
 
 class Calls:
-    """The calls of the system by which this process changes what lies in a folder, counted; at one of them it is killed."""
+    """Counts the system calls by which this process changes a folder, and kills it at one of them."""
 
     def __init__(self, folder: Path, kill_at: int | None = None) -> None:
         self._folder, self._kill_at, self.count = str(folder), kill_at, 0
@@ -53,10 +53,10 @@ class Calls:
 def in_child(
     work: Work, out: Path, *, kill_after: float | None = None, kill_at: int | None = None, largest: int | None = None
 ) -> int:
-    """Do some work in a child; its exit code, negative if it was killed.
+    """Do some work in a child; return its exit code, negative if it was killed.
 
-    kill_after: seconds after which it is killed; kill_at: at which call of the system; largest: bytes that no file may exceed,
-    as on a full disk. A known error is 3, any other 1.
+    kill_after: seconds until it is killed; kill_at: number of the system call at which it is killed; largest: maximum
+    bytes of a file, as on a full disk. A known error gives exit code 3, any other 1.
     """
     child = forked(lambda: _work(work, out, kill_at, largest))
     started = time.monotonic()
@@ -80,14 +80,14 @@ def _work(work: Work, out: Path, kill_at: int | None, largest: int | None) -> No
     try:
         work(out)
     except CopruneError as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)  # what is said may go to a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)  # messages may go to a file, too
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(3)
     (out.parent / "calls.json").write_text(json.dumps(calls.count))
 
 
 def left_in(out: Path, *known: str) -> list[str]:
-    """What nobody wants that lies in a folder when a run has ended. known: what may lie there."""
+    """List unexpected files in a folder after a run. known: expected ones."""
     foreign = [path.name for path in out.iterdir() if path.name not in known]
     names = [path for path in out.rglob(".*") if is_unfinished(path) or path.name.startswith(".tmp")]
     return [*foreign, *(str(path.relative_to(out)) for path in names if path.parent != out)]

@@ -1,4 +1,4 @@
-"""The edit of docs/adding-an-edit.md, known to the tests alone: a block that is dropped as a whole."""
+"""The edit of docs/adding-an-edit.md, known only to the tests: dropping a whole block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DropBlock = named_in("adding-an-edit.md", "DropBlock")
 
 
 def drop_blocks(patch: pytest.MonkeyPatch, *indices: int) -> None:
-    """From now on let runs drop these blocks, after they pruned them."""
+    """Make runs drop these blocks after pruning."""
     fill_zeros = prune_blocks.edits_of
 
     def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:

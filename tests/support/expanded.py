@@ -1,4 +1,4 @@
-"""The runs of a sweep of a model that nobody loads."""
+"""The runs of a sweep, expanded without loading the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a small fit, and items in files."""
+"""Settings of a small fit, and files of items."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WITHOUT = "vocabulary,experts,channels,blocks,mixed"
 
 
 def tokens() -> int:
-    """Tokens of the pico model."""
+    """Return the vocabulary size of the pico model."""
     return len(json.loads(content_of("bytes"))["model"]["vocab"])
 
 

@@ -1,4 +1,4 @@
-"""Work in a child of this process, which has imported everything already."""
+"""Work in a fork of this process, which has imported everything already."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 def forked(work: Callable[[], object]) -> int:
-    """Begin some work in a child.
+    """Start some work in a child.
 
     Returns:
-        Its process id. It ends with 0, with the code of a SystemExit, or with 1 and a traceback for any other error.
+        Its process id. It exits with 0, with the code of a SystemExit, or with 1 and a traceback for any other error.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads, none of which the child uses
         child = os.fork()
     if child != 0:
         return child
@@ -36,7 +36,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def wait_for(path: Path) -> None:
-    """Wait for a file that another process writes."""
+    """Wait for a file written by another process."""
     until = time.monotonic() + 30
     while not path.exists():
         assert time.monotonic() < until, f"{path.name} never came"
@@ -44,5 +44,5 @@ def wait_for(path: Path) -> None:
 
 
 def ended(child: int) -> int:
-    """Wait for a forked process, and return how it ended."""
+    """Wait for a forked process and return its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

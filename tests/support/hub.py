@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub that tests start on this machine: what huggingface_hub and datasets ask it over HTTP.
+"""A local stand-in for the Hugging Face Hub, with the HTTP requests of huggingface_hub and datasets.
 
-It knows repositories of models and datasets, each in one version: what is in them, their files (whole or a range of bytes),
-and commits with and without large files. Only what has a token may be pushed.
+It serves repositories of models and datasets, each in one version: listings, files (whole or a range of bytes),
+and commits with and without large files. Pushing needs a token.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _BATCH = re.compile(r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
 @dataclass
 class Repository:
-    """A repository of the Hub: its files, and who sees them."""
+    """A repository of the Hub: its files and visibility."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     private: bool = False
     commits: list[str] = field(default_factory=list)
-    """Their messages."""
+    """Messages of the commits."""
 
     @property
     def sha(self) -> str:
-        """The commit of its one version."""
+        """Hash of its only version."""
         digest = hashlib.sha1()
         for path, content in sorted(self.files.items()):
             digest.update(path.encode() + hashlib.sha1(content).digest())
@@ -46,7 +46,7 @@ class Repository:
 
 
 class Hub:
-    """Repositories by kind and name, what is uploaded before its commit, and every request that came."""
+    """Repositories by kind and name, uploads before their commit, and all received requests."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
@@ -55,18 +55,18 @@ class Hub:
         self.url = ""
 
     def model(self, name: str, folder: Path) -> Repository:
-        """Put a folder there as a model."""
+        """Add a folder as a model."""
         files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         return self.repositories.setdefault(("models", name), Repository(files))
 
     def dataset(self, name: str, files: dict[str, bytes]) -> Repository:
-        """Put files there as a dataset."""
+        """Add files as a dataset."""
         return self.repositories.setdefault(("datasets", name), Repository(files))
 
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A Hub that answers on this machine while the body runs."""
+    """Yield a Hub that serves on this machine within the body."""
     hub = Hub()
     handler: Any = type("Answers", (Answers,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -82,20 +82,20 @@ def serving() -> Iterator[Hub]:
 
 
 class Answers(BaseHTTPRequestHandler):
-    """One request."""
+    """The handler of a request."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *values: object) -> None:
-        """Nothing is said."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
-        """What a file is."""
+        """Answer with a file's metadata."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """A file, or what is known of a repository or user."""
+        """Answer with a file, or the facts of a repository or user."""
         place = self._path()
         if found := _FILE.fullmatch(place):
             self._file(found["kind"] or "models/", found["name"], found["path"])
@@ -113,7 +113,7 @@ class Answers(BaseHTTPRequestHandler):
             self._missing("RepoNotFound")
 
     def do_POST(self) -> None:
-        """A repository is made, paths are asked for, or a commit comes in its steps."""
+        """Create a repository, list paths, or take a step of a commit."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         place = self._path()
         found = _API.fullmatch(place)
@@ -137,7 +137,7 @@ class Answers(BaseHTTPRequestHandler):
             self._missing("RepoNotFound")
 
     def do_PUT(self) -> None:
-        """A large file, before the commit that names it."""
+        """Take a large file before the commit that names it."""
         content = self.rfile.read(int(self.headers["Content-Length"]))
         oid = self._path().removeprefix("/upload/")
         assert hashlib.sha256(content).hexdigest() == oid

@@ -1,4 +1,4 @@
-"""Jobs that a pool's worker processes can import."""
+"""Jobs that worker processes of a pool can import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coprune.base.words import Setting
 
 @dataclass(frozen=True)
 class Doing:
-    """A job that notes every try in a folder, with the id of its process, and then behaves as it is named."""
+    """A job that records each try with its process id in a folder, and then behaves as named."""
 
     name: str
     folder: Path
@@ -26,13 +26,13 @@ class Doing:
     memory: int | None = 0
 
     def do(self) -> Any:
-        """Behave."""
+        """Record the try and behave."""
         with (self.folder / f"{self.name}.tries").open("a") as file:
             file.write(f"{os.getpid()}\n")
         return _BEHAVING[self.name.partition(" ")[0]](self)
 
     def tries(self) -> list[int]:
-        """The processes that tried it."""
+        """Return the processes that tried it."""
         file = self.folder / f"{self.name}.tries"
         return [int(line) for line in file.read_text().split()] if file.exists() else []
 
@@ -56,7 +56,7 @@ def _break(job: Doing) -> None:
 
 
 def _write(job: Doing) -> None:
-    """Write half a file, and wait to be stopped."""
+    """Write half a file and wait to be stopped."""
 
     def write(file: Path) -> None:
         file.write_bytes(b"half")
@@ -71,6 +71,6 @@ _BEHAVING: dict[str, Callable[[Doing], Any]] = {
     "dies": _die,
     "refuses": _refuse,
     "breaks": _break,
-    "returns": lambda job: lambda: None,  # which cannot be sent
+    "returns": lambda job: lambda: None,  # cannot be pickled
     "writes": _write,
 }

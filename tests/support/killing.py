@@ -1,4 +1,4 @@
-"""Kill a run for real, at a chosen moment: the moment is a number of lines of coprune's own code that were executed."""
+"""Kill a run at a chosen moment, given as a number of executed lines of coprune's code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import coprune
 from support.forking import forked
 
 _SOURCE = str(Path(coprune.__file__).parent)
-_SECONDS = 120  # after which a child that hangs is ended
+_SECONDS = 120  # after which a hanging child is ended
 
 
 def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int, int]:
-    """Do some work and count the executed lines of coprune: all, and those in files whose paths contain a word of files."""
+    """Do some work and count executed lines of coprune: all, and those in files whose paths contain one of `files`."""
     times = Counter[str]()
 
     def step(file: str) -> None:
@@ -33,7 +33,7 @@ def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int
 
 
 def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("",)) -> bool:
-    """Do the work in a child process that is killed with SIGKILL when it executes its n-th line; whether it was."""
+    """Do the work in a child that is killed with SIGKILL at its n-th line; return whether it was."""
     left = line
 
     def now() -> bool:
@@ -45,12 +45,12 @@ def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("
 
 
 def killed_when(work: Callable[[], object], condition: Callable[[], bool], files: tuple[str, ...]) -> bool:
-    """The same at the first line of some files at which a condition holds, such as that a file is there."""
+    """The same at the first line of some files at which a condition holds, such as the existence of a file."""
     return _killed(work, condition, files)
 
 
 def _one_of(files: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return what tells whether a path contains one of some words, each of which has to name a file that there is."""
+    """Return a function that tests whether a path contains one of some words, each of which must match a file."""
     there = [str(path) for path in Path(_SOURCE).rglob("*.py")]
     assert all(any(word in path for path in there) for word in files), f"no file is called so: {files}"
     return functools.cache(lambda file: file.startswith(_SOURCE) and any(word in file for word in files))
@@ -78,7 +78,7 @@ def _watched(work: Callable[[], object], step: Callable[[str], None], files: tup
     counts = _one_of(files)
 
     def begun(frame: FrameType, event: str, argument: Any) -> Any:
-        # What a module says when it is imported is said once in a process, so it would not be counted again.
+        # Module-level code runs once per process, so it would not be counted again.
         return executed if counts(frame.f_code.co_filename) and frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
 
     def executed(frame: FrameType, event: str, argument: Any) -> Any:

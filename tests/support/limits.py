@@ -1,4 +1,4 @@
-"""How far a process may be limited and still begin."""
+"""The lowest memory limit under which a process still starts."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ IMPORTED = (
 
 @cache
 def data_of_imports() -> int:
-    """Bytes of data that Python holds with its libraries alone: 0.4 GB, and 0.9 where torch was built for GPUs."""
+    """Return the bytes of data of Python with its libraries: 0.4 GB, or 0.9 if torch was built for GPUs."""
     return int(subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True).stdout)

@@ -1,4 +1,4 @@
-"""A mixture whose experts are modules of a list, as code that comes with a model has them."""
+"""A mixture whose experts are modules in a list, as in models with their own code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Expert(nn.Module):
 
 
 class ListedMixture(nn.Module):
-    """Tokens go to some experts of a list, and all to a shared one."""
+    """A mixture with routed experts in a list, and a shared one."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ AutoModelForCausalLM.register(ListedConfig, ListedForCausalLM, exist_ok=True)
 
 
 def listed_mixture(**changes: Any) -> PreTrainedModel:
-    """Such a model of two blocks, with random weights."""
+    """Return such a model of two blocks with random weights."""
     torch.manual_seed(0)
     config: Any = ListedConfig(**COMMON, num_hidden_layers=2, **changes)
     model: PreTrainedModel = ListedForCausalLM(config)

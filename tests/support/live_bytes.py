@@ -1,4 +1,4 @@
-"""The bytes of tensors that live, counted exactly: what bounds from shapes are held against."""
+"""The exact bytes of live tensors, to compare with bounds from shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that come into being while it is active: `now`, and at `most`."""
+    """Counts the bytes of tensors created while it is active: `now`, and at `most`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

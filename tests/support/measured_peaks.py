@@ -1,7 +1,7 @@
-"""What runs were estimated to take and what they took: `python -m support.measured_peaks CASES`, in a process of its own.
+"""Estimated and measured memory of runs: `python -m support.measured_peaks CASES`, in a separate process.
 
-Every run is a fork of one process that has imported everything, so that it measures its own peak and nothing but it,
-and the interpreter and its libraries, which are a part of every process, are paid for once.
+Every run is a fork of one process that has imported everything, so that it measures only its own peak,
+and the imports are done once.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TESTS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of one process."""
+    """Bytes of one process, estimated and measured."""
 
     estimated: int
     measured: int
     held: int
-    """When the estimate was made."""
+    """Bytes held at the time of the estimate."""
     phases: dict[str, int]
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ def measured_peaks(cases: dict[str, dict[str, Any]]) -> dict[str, Peak]:
 
 
 def _prune(name: str, arguments: dict[str, Any]) -> None:
-    """Do one run in this process, and print what was estimated and what it took."""
+    """Execute one run in this process, and print the estimated and the measured memory."""
     from dataclasses import replace
 
     import coprune

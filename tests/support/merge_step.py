@@ -1,4 +1,4 @@
-"""A step that coprune does not have, in one file: merging."""
+"""A custom step in one file: merging."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from coprune.store.notes import read_note, write_note
 
 
 class Merged(BaseModel):
-    """What merging tells."""
+    """The record of a merge."""
 
     tensors: int
 
 
 class MergeSettings(BaseModel):
-    """What a sweep says of a merge. share: of the model that it begins with."""
+    """Settings of a merge in a sweep. share: weight of the first model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +39,7 @@ class MergeSettings(BaseModel):
 @register_step
 @dataclass(frozen=True, kw_only=True)
 class Merge(NamedStep):
-    """The mean of two models of the same shapes: of what the step before leaves and another one, or of two others."""
+    """The weighted mean of two models of the same shapes: the preceding step's and another, or two others."""
 
     name = "merge"
     asked = MergeSettings

@@ -1,6 +1,6 @@
-"""A device that is not the CPU, in a test that has none: `xpu:0`, whose tensors are computed with in host memory.
+"""A device other than the CPU for tests: `xpu:0`, whose tensors are computed in host memory.
 
-As strict as CUDA in what matters here: the host cannot read its bytes, and an operation takes tensors of one device.
+As strict as CUDA here: the host cannot read its bytes, and an operation takes tensors of a single device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class OtherTensor(Tensor):
 
 
 class OtherDevice(TorchFunctionMode):
-    """While it is active, `OTHER` can be named wherever a device can."""
+    """While active, `OTHER` can be used as a device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function.__name__

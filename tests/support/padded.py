@@ -1,4 +1,4 @@
-"""Models whose blocks differ in width, padded with zeros to one width, as a folder has to hold them."""
+"""Models with blocks of different widths, padded with zeros to one width, as stored in a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def pad_blocks(model: PreTrainedModel, channels: dict[int, int], heads: dict[int, list[int]]) -> PreTrainedModel:
-    """Silence a llama's units in place. channels: how many are left of a block; heads: key-value heads that go of one."""
+    """Silence a llama's units in place. channels: number left, by block; heads: removed key-value heads, by block."""
     config: Any = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // config.num_key_value_heads

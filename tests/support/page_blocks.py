@@ -1,4 +1,4 @@
-"""The code blocks of README.md and of every page below docs/, and the commands that are in them."""
+"""The code blocks of README.md and of all pages in docs/, and their commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SHELLS = ("", "text", "bash", "sh", "shell", "console")
-# Where none of these begins the first line, a block of plain text is a drawing, or what a command printed.
+# A plain text block that does not begin with one of these is a drawing or a command's output.
 PROGRAMS = ("coprune", "python", "pip", "make", "torchrun", "hf", "lm_eval", "git", "uv", "uvx", "pipx")
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+|~~~+) *(?P<language>[\w+-]*)[^\n`]*$")
 _VARIABLE = re.compile(r"[A-Z_]+=\S*")
@@ -20,7 +20,7 @@ _OMITTED = ("…", "...")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page relative to the root, the line of its fence, its language, and its text without indent."""
+    """A fenced block: its page relative to the root, the line of its fence, its language, and its dedented text."""
 
     page: str
     line: int
@@ -29,42 +29,42 @@ class Block:
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Its location, for messages."""
         return f"{self.page}:{self.line}"
 
     def begins(self) -> str:
-        """Its first line that says something."""
+        """Its first line that is not blank or a comment."""
         return next((line.strip() for line in self.text.splitlines() if line.strip()), "")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A command in a block, as the shell would take it apart."""
+    """A command in a block, split like in a shell."""
 
     block: Block
     words: tuple[str, ...]
     variables: tuple[str, ...] = ()
-    """`NAME=value`, as set before it."""
+    """Assignments `NAME=value` before it."""
 
     @property
     def text(self) -> str:
-        """As it would be typed on one line."""
+        """The command on one line."""
         return " ".join(self.words)
 
     @property
     def program(self) -> str:
-        """What is run."""
+        """The program's name."""
         return self.words[0]
 
 
 def read_blocks() -> list[Block]:
-    """All blocks of all pages, in their order."""
+    """Return all blocks of all pages, in order."""
     pages = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
     return [block for page in pages for block in blocks_of(page)]
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
-    """The blocks of one page; those within lists, notes and tabs are indented."""
+    """Yield the blocks of one page, including indented ones in lists, notes and tabs."""
     name = str(page.relative_to(ROOT))
     opened: re.Match[str] | None = None
     begun, inside = 0, [""]
@@ -82,7 +82,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 
 def lines_of(block: Block) -> list[Line]:
-    """The commands of a block in a shell's language; none where it is no shell's."""
+    """Return the commands of a shell block; none for other blocks."""
     if block.language not in SHELLS:
         return []
     lines = block.text.replace("\\\n", " ").splitlines()
@@ -95,7 +95,7 @@ def lines_of(block: Block) -> list[Line]:
 
 
 def first_word(block: Block) -> str:
-    """What a block begins with."""
+    """Return the first word of a block."""
     return next((word for word in block.text.split() if word != "$" and not _VARIABLE.fullmatch(word)), "")
 
 
@@ -105,7 +105,7 @@ def _line(block: Block, words: list[str]) -> Line:
 
 
 def _apart(words: list[str]) -> Iterator[list[str]]:
-    """The commands of a line that joins them with &&, without the dots that stand for more options."""
+    """Yield the commands of a line joined by &&, without dots that stand for more options."""
     command: list[str] = []
     for word in words:
         if word in ("&&", ";", "|"):

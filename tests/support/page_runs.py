@@ -1,4 +1,4 @@
-"""Run the commands and blocks of a page on its small world: with few samples, short windows and one step."""
+"""Run the commands and blocks of a page in its small world, with few samples, short windows and one step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from coprune.commands.command_table import COMMANDS, Commands
 from support.page_blocks import ROOT, Block, Line
 from support.page_world import World
 
-# Instead of what a page says, in every command that has the setting.
+# Settings that replace the page's, in every command that has them.
 SMALL: dict[str, int] = dict(nsamples=2, seqlen=32, max_steps=1, workers=1, threads=1) | dict(
     prompt_tokens=4, decode_tokens=2, repeats=1, limit=2
 )
-# Only where a page says something.
+# Settings that replace the page's only if it names them.
 SMALLER: dict[str, float | None] = dict(eval_tokens=64, tokens=64, finetune_minutes=0.001, minutes=None, epochs=None)
 _TASKS = ("tasks", "eval_zero_shot", "zero_shot")
 _TEXTS = ("dataset", "eval_data", "data", "generate", "domains", "prompts")
@@ -32,13 +32,13 @@ _GROUPS = _PROJECT["dependency-groups"]
 
 
 class Parsed(Exception):
-    """The arguments of a program were read, which then would have begun."""
+    """Raised when a program's arguments were parsed, before it would start."""
 
 
 def run_line(line: Line, world: World, patches: pytest.MonkeyPatch) -> None:
-    """Do what a command of a page says, as far as its program allows. AssertionError if it fails, KeyError if nobody knows it."""
+    """Run a page's command, as far as its program allows. Raises AssertionError if it fails, KeyError if it is unknown."""
     for variable in line.variables:
-        if variable.partition("=")[0] != "TASK_DATA":  # whose folder is given
+        if variable.partition("=")[0] != "TASK_DATA":  # its folder is provided
             patches.setenv(*variable.split("=", 1))
     RUNNERS[line.program](list(line.words[1:]), world, patches)
 
@@ -57,7 +57,7 @@ def run_coprune(words: list[str], world: World, patches: pytest.MonkeyPatch) -> 
 
 
 def small(words: list[str], world: World) -> list[str]:
-    """The words of a command with its settings made small; what it reads is there."""
+    """Return a command's words with small settings, and provide what it reads."""
     name, rest = words[0], list(words[1:])
     command: Any = Commands(name="coprune").commands[name]
     options = {param.name: param for param in command.params if param.param_type_name == "option"}
@@ -80,15 +80,15 @@ def small(words: list[str], world: World) -> list[str]:
         changed["include_path"] = "docs/tasks"
     kept = [word for index, word in enumerate(rest) if not _is_of(index, rest, flags, changed)]
     if any((world.folder / value).exists() for key in ("save", "save_model") for value in settings.get(key, ())):
-        kept.append("--overwrite")  # pages begin anew at several places
+        kept.append("--overwrite")  # pages start over at several places
     for key, value in changed.items():
         kept += [options[key].opts[0], str(value)] if value is not None else []
-    # A group of inputs has to divide those of every matrix of the small models.
+    # Groups must divide the inputs of all matrices in the small models.
     return [name, *(re.sub(r"length=\d+", "length=8", word).replace("group=64", "group=32") for word in kept)]
 
 
 def _apart(words: list[str], flags: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Arguments, and the values of options by their setting."""
+    """Split words into arguments, and option values by setting."""
     arguments: list[str] = []
     settings: dict[str, list[str]] = {}
     rest = list(words)
@@ -102,13 +102,13 @@ def _apart(words: list[str], flags: dict[str, Any]) -> tuple[list[str], dict[str
             values = settings.setdefault(param.name, [])
             if has_value or not param.is_flag:
                 values.append(value if has_value else rest.pop(0))
-        elif not has_value and rest:  # a method's own
+        elif not has_value and rest:  # an option of the method
             rest.pop(0)
     return arguments, settings
 
 
 def _is_of(index: int, words: list[str], flags: dict[str, Any], changed: dict[str, Any]) -> bool:
-    """Whether a word is an option that is changed, or the value of one."""
+    """Return whether a word is a changed option or its value."""
     here, before = flags.get(words[index].partition("=")[0]), flags.get(words[index - 1]) if index else None
     if here is not None and here.name in changed:
         return True
@@ -116,7 +116,7 @@ def _is_of(index: int, words: list[str], flags: dict[str, Any], changed: dict[st
 
 
 def run_python(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
-    """`python -m coprune …` is run; of a script the arguments are read, for what follows may take hours."""
+    """Run `python -m coprune …`; of a script only parse the arguments, since it may take hours."""
     if words[:2] == ["-m", "coprune"]:
         run_coprune(words[2:], world, patches)
         return
@@ -142,7 +142,7 @@ def _read_arguments(self: Any, *arguments: Any) -> None:
 
 
 def run_torchrun(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
-    """torchrun's own options are read, and what it starts is run in one process."""
+    """Parse torchrun's options and run its program in one process."""
     from torch.distributed.run import get_args_parser
 
     options = get_args_parser().parse_args(words)
@@ -152,7 +152,7 @@ def run_torchrun(words: list[str], world: World, patches: pytest.MonkeyPatch) ->
 
 
 def run_pip(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
-    """What is to be installed exists: extras and groups of this package, packages that it pins, folders of the page."""
+    """Require that installed items exist: extras and groups of this package, pinned packages, folders of the page."""
     assert words[0] == "install"
     wanted = [word for before, word in pairwise(words) if not word.startswith("-") and before != "--group"]
     groups = [word for before, word in pairwise(words) if before == "--group"]
@@ -165,7 +165,7 @@ def run_pip(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None
 
 
 def run_make(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
-    """The targets exist."""
+    """Require that the targets exist."""
     rules = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in words:
         assert re.search(rf"^{re.escape(target)}:", rules, re.MULTILINE), target
@@ -181,9 +181,9 @@ RUNNERS: dict[str, Callable[[list[str], World, pytest.MonkeyPatch], None]] = {
 
 
 def run_python_block(block: Block, world: World, names: dict[str, Any]) -> None:
-    """Run a block of Python with few samples; what it defines is there for the next one of its page."""
+    """Run a Python block with few samples; its names stay defined for the page's next block."""
     for file in world.folder.glob("*.gguf"):
-        file.unlink()  # what a command before it made, which does the same
+        file.unlink()  # made by an equivalent command before it
     text = re.sub(r"nsamples=\d+", "nsamples=2", re.sub(r"seqlen=\d+", "seqlen=32", block.text))
     for read in re.findall(r'\w\("(out/[^"]+)"', text):
         world.model(read)
@@ -193,7 +193,7 @@ def run_python_block(block: Block, world: World, names: dict[str, Any]) -> None:
 
 
 def run_yaml(block: Block, world: World, patches: pytest.MonkeyPatch) -> None:
-    """A recipe or a sweep is done; what names matrices is an allocation, and a run takes it."""
+    """Run a recipe or sweep, or a run with the allocation if the file names matrices."""
     named = re.match(r"# *([\w-]+\.yaml)", block.text)
     file = world.recipe(named[1] if named else "block.yaml", block.text)
     if not re.search("^model:", block.text, re.MULTILINE):
@@ -206,7 +206,7 @@ def run_yaml(block: Block, world: World, patches: pytest.MonkeyPatch) -> None:
 
 
 def is_excerpt(block: Block) -> bool:
-    """Whether all of a block's code is in one file of the package, which may explain it at more length."""
+    """Return whether all of a block's code is in one file of the package, which may have more comments."""
     begins = re.search(r"^(?:def|class) \w+|^[A-Z_]+: ", block.text, re.MULTILINE)
     files = [file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py")] if begins else []
     said = _code(block.text)
@@ -214,7 +214,7 @@ def is_excerpt(block: Block) -> bool:
 
 
 def _code(text: str) -> set[str]:
-    """The lines of code without strings that explain it; of what is no whole code, every line."""
+    """Return the lines of code without docstrings; of incomplete code, every line."""
     try:
         tree = ast.parse(text)
     except SyntaxError:

@@ -1,4 +1,4 @@
-"""The folder that the pages speak of, made small: their models, texts and files exist, and so do those that only have a name."""
+"""A small version of the pages' working folder, in which the named models, texts and files exist."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from support.task_items import word_items
 
 FILE = "pico.Q4_1.gguf"
 PACKAGE = "pico_package"
-# The letters of GPT-2's vocabulary, one for each byte, and two joined ones.
+# GPT-2's letters, one per byte, and two merged tokens.
 _BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 256 + 68)]
 TOKENS = ["<|endoftext|>", *map(chr, _BYTES), "Ġt", "he"]
 _TEXT = re.compile(r"(?:[\w-]+/)*[\w-]+\.(?:txt|jsonl)")
-# Arguments of these are all models that are read, of others only the first is.
+# Commands that read all of their arguments as models; others only read the first.
 _READ_ALL = ("bench", "compare")
 _READ_FIRST = (
     "prune",
@@ -57,7 +57,7 @@ _READ_FIRST = (
 
 @dataclass(frozen=True)
 class Base:
-    """Models that are made once: the package's, and folders."""
+    """Models made once: the package's, and folders."""
 
     folder: Path
 
@@ -66,7 +66,7 @@ class Base:
 
 
 def make_base(folder: Path) -> Base:
-    """Make what no page changes."""
+    """Make the models that no page changes."""
     tokens: dict[str, Any] = dict(vocab_size=len(TOKENS), bos_token_id=0, eos_token_id=0, max_position_embeddings=2048)
     package = folder / "site" / PACKAGE
     package.mkdir(parents=True)
@@ -97,7 +97,7 @@ def make_base(folder: Path) -> Base:
 
 
 def _with_tokenizer(add: Any) -> Any:
-    """GGUFWriter.add_key_value that, where a file would have no tokenizer, gives it one of bytes."""
+    """Return a GGUFWriter.add_key_value that adds a byte tokenizer to files without one."""
 
     def add_key_value(self: GGUFWriter, key: str, value: Any, kind: GGUFValueType, **more: Any) -> None:
         if key != "tokenizer.ggml.model":
@@ -141,7 +141,7 @@ def _write_items(folder: Path) -> None:
 
 
 class World:
-    """A folder of a page's own, in which its blocks run one after the other."""
+    """A separate folder per page, in which its blocks run in order."""
 
     def __init__(self, base: Base, folder: Path, patches: pytest.MonkeyPatch) -> None:
         self.base = base
@@ -162,7 +162,7 @@ class World:
         patches.setitem(EMBEDDED_EVALUATION, "embedded-lambada", lambda: held_out)
         patches.setattr("coprune.pruning.methods._registered", {})
         patches.setenv("TASK_DATA", str(base["items"]))
-        # A worker of a sweep that begins anew would know nothing of this world.
+        # A spawned worker of a sweep would lack this world's patches.
         patches.setattr(pool, "get_context", lambda _: get_context("fork"))
         (folder / "docs").symlink_to(ROOT / "docs")
         own, tasks = folder / "my-tasks", ROOT / "docs" / "tasks"
@@ -172,9 +172,9 @@ class World:
         (own / "my_task.yaml").write_text(piqa.replace("task: piqa\n", "task: my_task\n"), encoding="utf-8")
 
     def provide(self, name: str, arguments: list[str]) -> None:
-        """Make the models and files that a command reads and nothing has made.
+        """Provide the models and files that a command reads and that do not exist yet.
 
-        name: of the command; arguments: those without an option in front, after it.
+        name: of the command; arguments: its positional arguments.
         """
         for run in arguments if name == "report" else []:
             if not (self.folder / run).exists():
@@ -186,7 +186,7 @@ class World:
             self.model(model)
 
     def model(self, name: str) -> None:
-        """Let a model be there that a page names."""
+        """Provide a model named by a page."""
         place = self.folder / name
         if place.exists() or name in PACKAGED or not re.fullmatch(r"[\w./-]+", name):
             return
@@ -204,7 +204,7 @@ class World:
         place.symlink_to(source)
 
     def texts(self, words: str) -> None:
-        """Let the texts be there that a setting names, and the folders of images."""
+        """Provide the texts and image folders named by a setting."""
         for name in _TEXT.findall(words):
             write_text(self.folder / name)
         images = self.folder / words
@@ -213,7 +213,7 @@ class World:
             images.symlink_to(self.base["images"])
 
     def recipe(self, file: str, text: str) -> Path:
-        """A page's YAML as a file, of which every list of runs is cut: two of the first, one of others."""
+        """Write a page's YAML to a file with shortened lists: two entries of the first, one of others."""
         data = yaml.safe_load(text)
         long = [name for name, value in data.items() if isinstance(value, list) and name not in ("refine", "exclude")]
         for name in long:
@@ -227,7 +227,7 @@ class World:
         return place
 
     def names(self) -> dict[str, Any]:
-        """What a block of Python takes for granted."""
+        """Return the names that Python blocks assume to be defined."""
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(self.base["dense"])
             model = coprune_model(self.base["pruned"])
@@ -249,7 +249,7 @@ class World:
 
 
 def write_text(place: Path) -> None:
-    """A text, or rows that are text, prompts and answers at once; what is there stays."""
+    """Write a text, or rows with text, prompts and answers, unless it exists."""
     if place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ def write_text(place: Path) -> None:
 
 
 def coprune_model(folder: Path) -> PreTrainedModel:
-    """A model in memory, ready to be trained."""
+    """Load a model into memory for training."""
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
@@ -273,7 +273,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list[int]]:
 
 
 def small_trainer(folder: Path) -> Any:
-    """Stands for TRL's trainers, which are built on transformers': one step, on rows of tokens."""
+    """Return a stand-in for TRL's trainers, based on transformers': one step, on rows of tokens."""
     from transformers import Trainer, TrainingArguments
 
     def make(**settings: Any) -> Trainer:

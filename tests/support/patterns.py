@@ -1,4 +1,4 @@
-"""The pattern of docs/adding-a-pattern.md, of which the program knows nothing: blocks of inputs kept or pruned whole."""
+"""The pattern of docs/adding-a-pattern.md, which is not built in: whole blocks of inputs are kept or pruned."""
 
 from __future__ import annotations
 

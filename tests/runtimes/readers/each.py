@@ -1,4 +1,4 @@
-"""What every runtime's reader does: read folder after folder, and print a line of JSON for each."""
+"""The common part of all readers: read folder after folder and print a line of JSON for each."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Read = Callable[[str, list[int], int], dict[str, Any]]
 
 
 def each(read: Read, version: str, job: dict[str, Any]) -> None:
-    """Read the folders of a job; whatever a runtime says to one is its answer.
+    """Read the folders of a job; an error is recorded as the answer.
 
     Args:
-        read: returns log-probabilities of the next token by its id, and the ids of a greedy continuation.
-        version: the runtime's.
-        job: the folders, with the tokens to go on from, and how many to write.
+        read: returns the log-probabilities of the next token by id, and the ids of a greedy continuation.
+        version: the runtime's version.
+        job: the folders, with the context and the number of tokens to generate.
     """
-    # Runtimes print to standard output, from other processes too.
+    # Runtimes print to standard output, also from other processes.
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for folder, tokens in job["folders"].items():

@@ -1,4 +1,4 @@
-"""What mlx-lm computes of a folder, on the CPU."""
+"""Read a folder with mlx-lm, on the CPU."""
 
 from __future__ import annotations
 

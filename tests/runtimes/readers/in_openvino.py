@@ -1,4 +1,4 @@
-"""What OpenVINO computes of a folder, exported by optimum."""
+"""Read a folder with OpenVINO, exported by optimum."""
 
 from __future__ import annotations
 

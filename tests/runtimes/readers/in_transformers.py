@@ -1,4 +1,4 @@
-"""What transformers computes of a folder: its class, in float32."""
+"""Read a folder with transformers, in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM computes of a folder, on the CPU."""
+"""Read a folder with vLLM, on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-# In this process, so that its own error arrives, and not that its engine has ended.
+# In this process, to get its own error instead of a message that the engine ended.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 import vllm
@@ -17,7 +17,7 @@ from vllm.distributed import destroy_distributed_environment, destroy_model_para
 
 
 def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
-    """Return the five greatest log-probabilities of the next token and the tokens of a greedy continuation."""
+    """Return the five largest log-probabilities of the next token and the tokens of a greedy continuation."""
     try:
         model = LLM(
             model=folder,
