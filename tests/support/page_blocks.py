@@ -33,7 +33,7 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def begins(self) -> str:
-        """Its first line that is not blank or a comment."""
+        """Its first line that is not blank."""
         return next((line.strip() for line in self.text.splitlines() if line.strip()), "")
 
 

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, built from configs: one of every family that the tests walk."""
+"""Tiny models with random weights, built from configurations, one per family in the tests of the walk."""
 
 from __future__ import annotations
 
@@ -96,18 +96,18 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
         _COMMON, intermediate_size_mlp=96, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=1
     ),
 }
-"""Where experts are removed, and nowhere else."""
+"""Mixtures only used in tests of removing experts."""
 SORTED_MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoe": dict(_COMMON, num_local_experts=4, num_experts_per_tok=2),
     "jetmoe": dict(_COMMON, kv_channels=16, num_local_experts=4, num_experts_per_tok=2),
 }
-"""That sort the tokens by expert; of the second, attention has experts too."""
+"""Mixtures that sort tokens by expert; the second one's attention has experts, too."""
 MORE_HEADS: dict[str, dict[str, Any]] = {
     "afmoe": dict(_COMMON, head_dim=16, num_dense_layers=3, num_experts=4, moe_intermediate_size=32),
     "minicpm3": dict(_COMMON, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=24)
     | dict(qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=16),
 }
-"""Of the first, attention's answers have a gate in a matrix of its own; the second compresses keys and values."""
+"""The first has a separate gate for attention outputs; the second compresses keys and values."""
 
 _LAYERS_SHARE: dict[str, Any] = dict(
     _COMMON,
@@ -124,7 +124,7 @@ SHARING: dict[str, dict[str, Any]] = {
     "gemma4_text": dict(_LAYERS_SHARE, global_head_dim=16, use_double_wide_mlp=True),
     "gemma3n_text": dict(_LAYERS_SHARE, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4),
 }
-"""Whose later layers take keys and values from earlier ones, as the small released models do."""
+"""Families whose later layers share keys and values of earlier ones, as in the small released models."""
 ONE_FOR_SEVERAL: dict[str, dict[str, Any]] = {
     "zamba2": dict(
         _COMMON,
@@ -137,11 +137,11 @@ ONE_FOR_SEVERAL: dict[str, dict[str, Any]] = {
         adapter_rank=8,
     ),
 }
-"""Of which two layers hold the same transformer."""
+"""A family in which two layers share the same transformer."""
 
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A model of a family with random weights large enough that every block matters, in evaluation mode."""
+    """Build a family's model, in evaluation mode, with random weights large enough that every block matters."""
     mixtures, others = MIXTURES | MORE_MIXTURES | SORTED_MIXTURES, SHARING | ONE_FOR_SEVERAL
     known = FAMILIES | mixtures | MORE_HEADS | others | HYBRIDS
     settings = known.get(family, {}) | changes
@@ -156,12 +156,12 @@ def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 
 
 def pico_tokens(samples: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
-    """Random tokens, samples × length int64."""
+    """Return random tokens: samples × length int64."""
     return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
 def randomise_vectors(model: PreTrainedModel) -> None:
-    """Give biases and norms random values: all zeros and ones would hide that they have to be changed along, or may not be."""
+    """Give biases and norms random values, since zeros and ones would hide missing or wrong changes to them."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

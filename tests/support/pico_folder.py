@@ -1,4 +1,4 @@
-"""Pico models as checkpoint folders that a command can prune: with a tokenizer of words beside them, and text to read."""
+"""Pico models as checkpoint folders for commands, with a word tokenizer and text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.pico_hybrids import VOCABULARY
 
 
 def pico_tokenizer(bos: Literal["none", "known", "put"] = "none") -> PreTrainedTokenizerFast:
-    """The words w0 … w255 are the tokens 0 … 255. bos: whether 1 is a BOS instead, and put before every text."""
+    """Make a tokenizer of the words w0 … w255 as tokens 0 … 255. bos: whether 1 is BOS, added before every text."""
     vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
     if bos != "none":
         vocabulary = {"<s>" if number == 1 else word: number for word, number in vocabulary.items()}
@@ -32,32 +32,32 @@ def pico_tokenizer(bos: Literal["none", "known", "put"] = "none") -> PreTrainedT
 
 
 def save_pico(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Save a pico model and its tokenizer; returns the folder."""
+    """Save a pico model and its tokenizer; return the folder."""
     save(pico_model(family, dtype=dtype, **changes), folder)
     return folder
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model in several shards, with the tokenizer of words."""
+    """Save a model in several shards, with the word tokenizer."""
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size="150KB")
         pico_tokenizer().save_pretrained(folder)
 
 
 def write_words(file: Path, count: int = 600, seed: int = 0) -> Path:
-    """Write a text of random words, one token each; returns the file."""
+    """Write a text of random words, one token each; return the file."""
     file.write_text(words_of(count, seed), encoding="utf-8")
     return file
 
 
 def words_of(count: int, seed: int) -> str:
-    """Random words, one token each."""
+    """Return random words, one token each."""
     generator = random.Random(seed)
     return " ".join(f"w{generator.randrange(3, VOCABULARY)}" for _ in range(count))
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder: path to content, None for a folder."""
+    """Return everything below a folder: content by path, None for folders."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))

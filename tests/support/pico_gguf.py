@@ -1,4 +1,4 @@
-"""Write a pico model as the GGUF file that llama.cpp's converter would make of it."""
+"""Write a pico model as a GGUF file like llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.(gate|up|down)_p
 
 
 def in_gguf_order(rows: Tensor, heads: int) -> Tensor:
-    """The rows of a query or key projection as llama.cpp has them: the halves of every head interleaved."""
+    """Reorder the rows of a query or key projection as in llama.cpp: the halves of every head interleaved."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def distinct_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every norm weights of its own, as training does; in new models all are one."""
+    """Give every norm different weights, as training does; in new models all are one."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -53,9 +53,9 @@ def distinct_norms(model: PreTrainedModel) -> PreTrainedModel:
 def write_pico_gguf(
     model: PreTrainedModel, file: Path, kind: str = "F32", arch: str = "llama", tokenizer: str | None = None
 ) -> Path:
-    """Write a llama or granite, or a qwen or OLMoE, whose rows keep their order; returns the file.
+    """Write a llama or granite, or a qwen or OLMoE, whose rows keep their order; return the file.
 
-    kind: how its matrices are stored; tokenizer: the content of a tokenizer.json of bytes, none by default.
+    kind: type of its matrices; tokenizer: content of a byte-level tokenizer.json, none by default.
     """
     config: Any = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -116,7 +116,7 @@ def _write_tokens(writer: GGUFWriter, tokenizer: dict[str, Any]) -> None:
 
 
 def named_in_gguf(model: PreTrainedModel, permuted: bool) -> dict[str, Tensor]:
-    """A model's tensors under llama.cpp's names, those of experts stacked. permuted: queries and keys as llama has them."""
+    """Return a model's tensors under llama.cpp's names, with experts stacked. permuted: in llama's order of rows."""
     config: Any = model.config
     found: dict[str, Tensor] = {}
     experts: dict[str, list[Tensor]] = {}

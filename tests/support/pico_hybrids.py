@@ -1,6 +1,6 @@
-"""Settings of tiny models that are not attention and MLPs alone: state spaces, recurrences, convolutions, strange tables.
+"""Settings of tiny models beyond attention and MLPs: state spaces, recurrences, convolutions, unusual tables.
 
-Every kind of block that a family has stands in its few blocks once.
+Every kind of block of a family occurs once in its few blocks.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCABULARY = 256
-# Grouped-query attention and odd head counts where a family has them, so that shapes are not all alike.
+# Grouped-query attention and odd head counts where a family has them, so that shapes differ.
 COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=64,
@@ -71,7 +71,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         moe_intermediate_size=32,
         moe_shared_expert_intermediate_size=32,
     ),
-    # As in the large ones, keys and values are as wide as there are experts, and so is the shared expert.
+    # As in the large models, the widths of keys, values and the shared expert equal the number of experts.
     "qwen3_next": dict(
         COMMON | _LINEAR_ATTENTION,
         num_experts=32,
@@ -124,4 +124,4 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     ),
     "xlnet": dict(d_model=64, n_layer=2, n_head=4, d_inner=96, vocab_size=VOCABULARY),
 }
-"""Also DBRX, whose experts are rows of two-dimensional tables, and XLNet, whose heads' matrices have three dimensions."""
+"""Includes DBRX, whose experts are rows of two-dimensional tables, and XLNet with three-dimensional head matrices."""

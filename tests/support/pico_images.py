@@ -1,4 +1,4 @@
-"""Tiny image classifiers with random weights: timm's families under transformers' wrapper, and one of transformers'."""
+"""Tiny random image classifiers: timm's families in transformers' wrapper, and one of transformers' own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = 10
 
 @register_model
 def mixer_pico(pretrained: bool = False, **arguments: Any) -> MlpMixer:
-    """timm's own mixers have fixed sizes."""
+    """Build a small mixer, since timm's own have fixed sizes."""
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         arguments.pop(name, None)
     model = MlpMixer(patch_size=8, num_blocks=2, embed_dim=32, img_size=SIZE, **arguments)
@@ -72,11 +72,11 @@ MORE_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 MORE_TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "vit of twelve blocks": ("vit_tiny_patch16_224", {key: value for key, value in _VIT.items() if key != "depth"}),
 }
-"""Like those, for what is removed."""
+"""Further families for tests of removal."""
 
 
 def pico_classifier(family: str, seed: int = 0) -> PreTrainedModel:
-    """A classifier of ten classes with random weights large enough that every block matters, in evaluation mode."""
+    """Build a classifier of ten classes, in evaluation mode, with random weights large enough that every block matters."""
     torch.manual_seed(seed)
     if family in TIMM | MORE_TIMM:
         architecture, arguments = (TIMM | MORE_TIMM)[family]
@@ -88,25 +88,25 @@ def pico_classifier(family: str, seed: int = 0) -> PreTrainedModel:
         config = AutoConfig.for_model(kind, num_labels=CLASSES, **arguments)
         config.architectures = [
             f"{type(config).__name__.removesuffix('Config')}ForImageClassification"
-        ]  # one of several of DeiT's
+        ]  # one of DeiT's several classes
     model: PreTrainedModel = AutoModelForImageClassification.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, 0.1)
             elif "gamma" in name or "layer_scale" in name:
-                parameter.fill_(1.0)  # ConvNeXt's begins at a millionth, which would hide every block
+                parameter.fill_(1.0)  # ConvNeXt's scales start at a millionth, which would hide every block
     return model.eval().requires_grad_(False)
 
 
 def pico_pixels(family: str, images: int = 4, seed: int = 0) -> torch.Tensor:
-    """Random images of the size that a family's model takes, N × 3 × H × W."""
+    """Return random images of a family's size: N × 3 × H × W."""
     size = 64 if family == "transformers swin" else SIZE
     return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def save_classifier(family: str, folder: Path) -> Path:
-    """Save a pico classifier as its library would, with what its images have to look like; returns the folder."""
+    """Save a pico classifier as its library would, with its image processor; return the folder."""
     model = pico_classifier(family)
     if family in TIMM | MORE_TIMM:
         inner: Any = model.timm_model

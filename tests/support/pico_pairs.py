@@ -1,4 +1,4 @@
-"""Tiny encoders with decoders, with random weights large enough that every block matters, and what they read."""
+"""Tiny encoder-decoders, with random weights large enough that every block matters, and their data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CLASSES = {"Marian": "MarianMTModel"}
 
 
 def pico_pair_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A model of a family."""
+    """Build a model of a family."""
     config = getattr(transformers, f"{family}Config")(**SIZES[family] | changes)
     torch.manual_seed(0)
     model: PreTrainedModel = getattr(transformers, CLASSES.get(family, f"{family}ForConditionalGeneration"))(config)
@@ -58,7 +58,7 @@ def pico_pair_model(family: str, **changes: Any) -> PreTrainedModel:
 
 
 def pico_pairs(model: PreTrainedModel, count: int, seed: int = 0) -> Pairs:
-    """What it reads: sources of 12 tokens, or features of sound, and 9 tokens to write."""
+    """Return a model's data: sources of 12 tokens, or audio features, and targets of 9 tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(5, VOCABULARY, (count, 9), generator=generator)
     if model.main_input_name == "input_ids":
@@ -68,7 +68,7 @@ def pico_pairs(model: PreTrainedModel, count: int, seed: int = 0) -> Pairs:
 
 
 def pico_processor(family: str) -> Any:
-    """Its tokenizer, with what makes features of sound where it hears."""
+    """Return a family's tokenizer, with an audio feature extractor for speech models."""
     tokenizer = marking_tokenizer()
     if "num_mel_bins" not in SIZES[family]:
         return tokenizer
@@ -77,7 +77,7 @@ def pico_processor(family: str) -> Any:
 
 
 def write_recordings(folder: Path) -> Path:
-    """Write four recordings of noise, and what is said in all but the first; returns the folder."""
+    """Write four recordings of noise, and transcripts of all but the first; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for number in range(4):
@@ -89,7 +89,7 @@ def write_recordings(folder: Path) -> Path:
 
 
 def save_pair_model(folder: Path, family: str, **changes: Any) -> Path:
-    """Save a model, with a tokenizer that puts marks around a text and has one that masks, and what makes features of sound."""
+    """Save a model with a tokenizer that adds special tokens and has a mask token, and an audio feature extractor."""
     with quiet_transformers():
         pico_pair_model(family, **changes).save_pretrained(folder, max_shard_size="100KB")
         pico_processor(family).save_pretrained(folder)

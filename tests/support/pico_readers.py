@@ -1,4 +1,4 @@
-"""Tiny models that read a text as a whole, as folders: with the marks that their tokenizer puts around a text."""
+"""Tiny encoders of whole texts as folders, with a tokenizer that adds special tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SIZES: dict[str, Any] = dict(
 
 
 def pico_reader(name: str, **changes: Any) -> PreTrainedModel:
-    """A model of a class of transformers, of BERT or Qwen3, with random weights large enough that every block matters."""
+    """Build a BERT or Qwen3 model of a class, with random weights large enough that every block matters."""
     torch.manual_seed(0)
     bert = name.startswith("Bert")
     config: Any = BertConfig(**_SIZES | changes) if bert else Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=16)
@@ -44,7 +44,7 @@ def pico_reader(name: str, **changes: Any) -> PreTrainedModel:
 
 
 def marking_tokenizer() -> PreTrainedTokenizerFast:
-    """The words w5 … w255, anything else is w3, with a mark before and one behind every text."""
+    """Make a tokenizer of the words w5 … w255 (anything else is w3) with a special token before and after every text."""
     names = {MASK: "<mask>", FIRST: "<s>", LAST: "</s>", PAD: "<pad>"}
     vocabulary = {names.get(number, f"w{number}"): number for number in range(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
@@ -56,7 +56,7 @@ def marking_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_reader(folder: Path, name: str, **changes: Any) -> Path:
-    """Save a model with its tokenizer; returns the folder."""
+    """Save a model with its tokenizer; return the folder."""
     with quiet_transformers():
         pico_reader(name, **changes).save_pretrained(folder)
         marking_tokenizer().save_pretrained(folder)
@@ -64,7 +64,7 @@ def save_reader(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def add_sentence_modules(folder: Path, pooling: dict[str, Any]) -> None:
-    """Make a folder one of sentence-transformers: pooling, and a layer with weights of its own behind it."""
+    """Add sentence-transformers modules to a folder: pooling, followed by a layer with weights."""
     for number, kind in enumerate(("Transformer", "Pooling", "Dense")):
         (folder / f"{number}_{kind}").mkdir(exist_ok=True) if number else None
     modules = [

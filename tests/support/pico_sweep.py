@@ -1,4 +1,4 @@
-"""Sweeps of pico models that take a second a run."""
+"""Sweeps of pico models, one second per run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = 1
 
 
 def make_place(folder: Path) -> Path:
-    """A folder with a model and texts; returns it."""
+    """Fill a folder with a model and texts; return it."""
     save_pico(folder / "model")
     write_words(folder / "words.txt")
     write_words(folder / "test.txt", count=300, seed=1)
@@ -26,19 +26,19 @@ def make_place(folder: Path) -> Path:
 
 
 def sweep_data(**changes: Any) -> dict[str, Any]:
-    """What the file of a small sweep says, of paths relative to the place."""
+    """Return the content of a small sweep's file, with relative paths."""
     data = {"model": "model", "dataset": "words.txt", "eval_data": "test.txt", "seqlen": 32, "nsamples": 4}
     return data | {"save": "out", "check_memory": False, "report_to": None} | changes
 
 
 def pico_sweep(**changes: Any) -> tuple[Sweep, list[Run]]:
-    """A small sweep and its runs."""
+    """Return a small sweep and its runs."""
     sweep = Sweep.make(sweep_data(**changes))
     return sweep, expand(sweep)
 
 
 def alone(run: Run, folder: Path) -> Report:
-    """The report of a run that is done by itself, in another folder."""
+    """Execute a run separately in another folder; return its report."""
     torch.set_num_threads(THREADS)
     places = {"save": folder / run.name}
     if run.recipe.output.model is not None:
@@ -47,7 +47,7 @@ def alone(run: Run, folder: Path) -> Report:
 
 
 def measured(report: Report) -> dict[str, Any]:
-    """Everything in a report that pruning and measuring decide, and nothing of times, memory and places."""
+    """Return a report's results without times, memory and paths."""
     fields = {"sparsity", "perplexity", "calibration", "zero_shot", "sample", "events"}
     matrices = [matrix.model_dump(exclude={"seconds"}) for matrix in report.matrices]
     return report.model_dump(include=fields) | {"matrices": matrices}

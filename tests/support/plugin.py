@@ -1,4 +1,4 @@
-"""A distribution with methods of its own, built and installed into a folder that a process can put on its path."""
+"""A distribution with methods, built and installed into a folder that a process can add to its path."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def install_package(place: Path, name: str, module: str, source: str, entries: d
 
     Args:
         place: an empty folder to work in.
-        name: of the distribution.
-        module: its one module.
+        name: the distribution's name.
+        module: the name of its only module.
         source: the module's text.
         entries: the names and values of its entry points.
 
     Returns:
-        The folder that it is installed in.
+        The folder of the installation.
     """
     if find_spec("pip") is None or find_spec("setuptools") is None:
         pytest.skip("pip and setuptools are needed to install a package")

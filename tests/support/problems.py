@@ -1,4 +1,4 @@
-"""Random layers whose inputs are correlated and of very different scales, as those of language models are."""
+"""Random layers with correlated inputs of very different scales, as in language models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = [
 
 
 def correlated_layer(rows: int = 24, width: int = 64, tokens: int = 512, seed: int = 0) -> tuple[Tensor, Tensor, Gram]:
-    """A weight (rows × width), its inputs (tokens × width) and their Gram statistic."""
+    """Return a weight (rows × width), its inputs (tokens × width) and their Gram statistic."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator) * torch.linspace(0, -3, width).exp()
     x = hidden @ torch.randn(width, width, generator=generator) / width**0.5

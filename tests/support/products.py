@@ -1,6 +1,6 @@
-"""See products by where their weights lie in memory: for weights that no layer's forward multiplies, such as experts.
+"""Observe products by the memory of their weights, for weights outside layers' forwards, such as experts.
 
-Written for the oracle only, and apart from what it is to judge: everything happens in forwards of the whole model.
+For the oracle only, and independent of the tested code: everything happens in forwards of the whole model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _RIGHT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, t
 
 @dataclass
 class Part:
-    """A matrix as it lies in a parameter, and all that it was multiplied with."""
+    """A matrix in a parameter, and all its inputs."""
 
     name: str
-    """The parameter's; of a stack of matrices with the number in brackets."""
+    """Name of the parameter; for a stack of matrices with the number in brackets."""
     stored: Tensor
     """Rows × columns, a view."""
     inputs_are_columns: bool
@@ -55,7 +55,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note_sum(self, equation: str, *operands: Tensor) -> None:
-        """Products as XLNet writes them: `ibh,hnd->ibnd` and `ibnd,hnd->ibh`."""
+        """Record products written as in XLNet: `ibh,hnd->ibnd` and `ibnd,hnd->ibh`."""
         for known, inputs_are_columns in (("ibh,hnd->ibnd", False), ("ibnd,hnd->ibh", True)):
             if equation == known and operands[1].untyped_storage().data_ptr() in self._names:
                 name, parameter = self._names[operands[1].untyped_storage().data_ptr()]
@@ -65,12 +65,12 @@ class _Watch(TorchFunctionMode):
                 )
 
     def _note(self, weight: Tensor, x: Tensor, in_columns: bool) -> None:
-        """in_columns: whether the columns of the operand run over the inputs."""
+        """Record a product. in_columns: whether the operand's columns are its inputs."""
         found = self._names.get(weight.untyped_storage().data_ptr())
         if found is None or weight.ndim < 2:
             return
         name, parameter = found
-        if weight.ndim == 4 and weight.shape[1] == 1:  # each of a stack for all samples of a batch
+        if weight.ndim == 4 and weight.shape[1] == 1:  # one matrix of a stack for all samples of a batch
             weight = weight.squeeze(1)
         stack = _stack_of(name, parameter, weight)
         whole_table = len(stack) == 1 and stack is not parameter and not name.endswith(".weight")
@@ -90,7 +90,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _stack_of(name: str, parameter: nn.Parameter, weight: Tensor) -> Tensor:
-    """The matrices of a parameter of which `weight` is one or more: of a table that is no layer's, equal numbers of rows."""
+    """Return the matrices of a parameter that `weight` views; a table outside layers is split into equal numbers of rows."""
     if parameter.ndim == 3:
         return parameter
     of_a_layer = name.endswith(".weight") or parameter.numel() % weight.numel()
@@ -99,9 +99,9 @@ def _stack_of(name: str, parameter: nn.Parameter, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def watch_products(parameters: Mapping[str, nn.Parameter], run: Callable[[], object]) -> list[Part]:
-    """Every matrix in the parameters that `run` multiplies, with all that it is multiplied with.
+    """Return every matrix of the parameters that `run` multiplies, with all its inputs.
 
-    Of a stack of matrices of which any is multiplied also the others, with no inputs.
+    If one matrix of a stack is multiplied, the others are returned without inputs.
     """
     watch = _Watch(parameters)
     with watch:

@@ -1,4 +1,4 @@
-"""Tiny pruned models in folders, with half of their matrices 2:4 and the others unstructured, and text to train on."""
+"""Tiny pruned models in folders, half of their matrices 2:4 and the others unstructured, and training text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGETS = [Target(parse_pattern("unstructured"), 0.6), Target(parse_pattern("2:4
 
 
 def pruned_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
-    """A pico model whose matrices are pruned by magnitude, in turn unstructured to 60 % and 2:4."""
+    """Return a pico model pruned by magnitude, matrices alternating between 60 % unstructured and 2:4."""
     model = pico_model(family, vocab_size=VOCABULARY, **changes)
     for position, matrix in enumerate(choose_matrices(model, find_blocks(model)).all()):
         weight = matrix.read()
@@ -32,7 +32,7 @@ def pruned_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
 
 
 class Restless(torch.optim.Optimizer):
-    """Moves every weight, whatever its gradient is."""
+    """An optimiser that changes every weight, whatever its gradient."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
@@ -55,7 +55,7 @@ def zeros_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def write_text(path: Path, tokens: int = 1400) -> Path:
-    """Sentences in which each word follows from the one before, so that there is something to learn."""
+    """Write sentences in which each word follows from the one before, so that there is something to learn."""
     generator = random.Random(0)
     words: list[str] = []
     while len(words) < tokens:
@@ -66,7 +66,7 @@ def write_text(path: Path, tokens: int = 1400) -> Path:
 
 
 def settings_for(folder: Path, model: Path, text: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a run of a few seconds."""
+    """Return settings of a run of a few seconds."""
     return {
         "model": str(model),
         "dataset": str(text),
@@ -85,7 +85,7 @@ def settings_for(folder: Path, model: Path, text: Path, **changes: Any) -> dict[
 
 
 class StoppedAt(Reporter):
-    """A reporter under which the user presses Ctrl-C when a share of the training is done."""
+    """A reporter that raises KeyboardInterrupt after a share of the training."""
 
     def __init__(self, share: float) -> None:
         super().__init__(quiet=True)

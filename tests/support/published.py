@@ -1,7 +1,7 @@
-"""The authors' published procedures, written out plainly, one column at a time: what parity is measured against.
+"""The authors' published procedures, written plainly, one column at a time, as the reference for parity.
 
-One departure is stated here once: the published thresholds are `metric <= sorted[k]`, which prunes one entry more
-than asked (per matrix for magnitude, per block of 128 columns for SparseGPT and its ablations). The oracles below say
+There is one deviation: the published thresholds are `metric <= sorted[k]`, which prunes one entry more
+than requested (per matrix for magnitude, per block of 128 columns for SparseGPT and its ablations). The oracles below use
 `< sorted[k]`; `test_the_published_threshold_prunes_one_more` shows that nothing else differs.
 """
 
@@ -74,7 +74,7 @@ def published_column_update(
     block: int = 128,
     damping: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    """The loop that SparseGPT.fasterprune and AblateGPT.fasterprune share, in float64."""
+    """Run the common loop of SparseGPT.fasterprune and AblateGPT.fasterprune, in float64."""
     weight, hessian = weight.double().clone(), hessian.double().clone()
     dropped = torch.zeros_like(weight, dtype=torch.bool)
     width = weight.shape[1]

@@ -1,6 +1,6 @@
-"""Pico checkpoints as others quantise them: plain encoders of every format, and the dense checkpoint that each decodes to.
+"""Quantised pico checkpoints: plain encoders of every format, and the dense checkpoint that each decodes to.
 
-Nothing of coprune encodes or decodes here.
+None of coprune's encoders or decoders is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support.pico_folder import save_pico
 
 BLOCK, GROUP = 16, 16
 Encoded = tuple[dict[str, Tensor], Tensor]
-"""What is stored by the ends of names, and the float32 values that it stands for."""
+"""Stored tensors by the suffixes of their names, and the float32 values that they encode."""
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
@@ -61,14 +61,14 @@ def fp8_tensor(weight: Tensor) -> Encoded:
 
 
 def _asymmetric(weight: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Scales and zero points of every row, for codes from low to high."""
+    """Return scales and zero points per row, for codes from low to high."""
     least, most = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
     scales = ((most - least) / (high - low)).clamp_min(1e-6)
     return scales, low - least / scales
 
 
 def int8_asymmetric(weight: Tensor) -> Encoded:
-    """compressed-tensors int-quantized with zero points; rows far from zero, so that these differ."""
+    """Encode as compressed-tensors int-quantized with zero points; rows are far from zero, so that these differ."""
     weight = weight + weight.std() * torch.linspace(-1, 1, len(weight))[:, None]
     scales, zeros = _asymmetric(weight, -128, 127)
     zeros = zeros.round().clamp(-128, 127).to(torch.int8)
@@ -78,7 +78,7 @@ def int8_asymmetric(weight: Tensor) -> Encoded:
 
 
 def fp8_asymmetric(weight: Tensor) -> Encoded:
-    """compressed-tensors float-quantized with zero points."""
+    """Encode as compressed-tensors float-quantized with zero points."""
     weight = weight + weight.std() * torch.linspace(-1, 1, len(weight))[:, None]
     scales, zeros = _asymmetric(weight, -448, 448)
     points = zeros.to(torch.float8_e4m3fn)
@@ -88,7 +88,7 @@ def fp8_asymmetric(weight: Tensor) -> Encoded:
 
 
 def int4_asymmetric(weight: Tensor) -> Encoded:
-    """compressed-tensors pack-quantized with zero points for groups, packed along the rows."""
+    """Encode as compressed-tensors pack-quantized with zero points per group, packed along the rows."""
     grouped = weight.unflatten(1, (-1, GROUP))
     least, most = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     scales = ((most - least) / 15).clamp_min(1e-6).bfloat16()
@@ -100,7 +100,7 @@ def int4_asymmetric(weight: Tensor) -> Encoded:
 
 
 def int4(weight: Tensor) -> Encoded:
-    """compressed-tensors pack-quantized, symmetric."""
+    """Encode as compressed-tensors pack-quantized, symmetric."""
     scales = (_largest(weight, 1, GROUP) / 7).bfloat16()
     whole = _spread(scales.float(), 1, GROUP, weight.shape)
     codes = (weight / whole).round().clamp(-8, 7)
@@ -120,7 +120,7 @@ def _pairs(codes: Tensor) -> Tensor:
 
 
 def mxfp4(weight: Tensor) -> Encoded:
-    """gpt-oss: experts × inputs × outputs, stored by output in groups of 32 inputs."""
+    """Encode as in gpt-oss: experts × inputs × outputs, stored by output in groups of 32 inputs."""
     rows = weight.transpose(1, 2)
     exponents = (_largest(rows, 1, 32) / 6).log2().ceil()
     whole = _spread(torch.exp2(exponents), 1, 32, rows.shape)
@@ -138,7 +138,7 @@ def _nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def nvfp4(weight: Tensor) -> Encoded:
-    """compressed-tensors: scales are divided by the global one."""
+    """Encode as in compressed-tensors: scales are divided by the global one."""
     codes, scales, factor, _ = _nvfp4(weight)
     inverse = (1 / factor).reshape(1)
     stored = {".weight_packed": codes, ".weight_scale": scales, ".weight_global_scale": inverse}
@@ -157,7 +157,7 @@ def nvfp4_modelopt(weight: Tensor) -> Encoded:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: how it encodes one weight, and what the configuration says of it."""
+    """A format: its encoder of one weight, and its configuration."""
 
     encode: Callable[[Tensor], Encoded]
     config: dict[str, Any]
@@ -190,13 +190,13 @@ FORMATS = {
 
 
 def _words(codes: Tensor) -> Tensor:
-    """Eight codes of a row in a word, the first in its lowest bits."""
+    """Pack eight codes of a row into a word, the first in the lowest bits."""
     fields = codes.long().unflatten(-1, (-1, 8)) << (4 * torch.arange(8))
     return torch.from_numpy(fields.sum(dim=-1).numpy().astype("uint32").view("int32"))
 
 
 def _by_input(weight: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, zero points and scales of inputs × outputs, and the values out × in. groups: of each input."""
+    """Return codes, zero points and scales of inputs × outputs, and the values out × in. groups: number of each input's group."""
     by_group = [weight[:, groups == group] for group in range(int(groups.max()) + 1)]
     low, high = (torch.stack([own.min(dim=1).values for own in sign]) for sign in (by_group, [-g for g in by_group]))
     scales = ((-high - low) / 15).clamp_min(1e-6).half()
@@ -206,7 +206,7 @@ def _by_input(weight: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def gptq(weight: Tensor) -> Encoded:
-    """Groups of inputs in another order than they come; stored zero points are one less."""
+    """Encode as GPTQ: groups of inputs in another order; stored zero points are one less."""
     inputs = weight.shape[1]
     groups = torch.randperm(inputs, generator=torch.Generator().manual_seed(0)) // GROUP
     codes, zeros, scales, values = _by_input(weight, groups)
@@ -215,7 +215,7 @@ def gptq(weight: Tensor) -> Encoded:
 
 
 def awq(weight: Tensor) -> Encoded:
-    """A word holds outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight."""
+    """Encode as AWQ: a word holds outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight."""
     codes, zeros, scales, values = _by_input(weight, torch.arange(weight.shape[1]) // GROUP)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     stored = {
@@ -232,7 +232,7 @@ READ_ONLY = {
 
 
 def quantised_pico(folder: Path, form: str, family: str, **changes: Any) -> tuple[Path, Path]:
-    """Save a pico model quantised, and the dense model that it decodes to; returns both folders."""
+    """Save a quantised pico model, and the dense model that it decodes to; return both folders."""
     how, dense, quantised = {**FORMATS, **READ_ONLY}[form], folder / "dense", folder / "quantised"
     save_pico(dense, family, **changes)
     save_pico(quantised, family, **changes)

@@ -1,4 +1,4 @@
-"""Reports that hold what a quick run does not measure."""
+"""Reports with results that a quick run does not measure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from coprune.report.schema import Report
 
 
 def with_tasks(report: Report) -> Report:
-    """A report with zero-shot results, and a name that would end a script element."""
+    """Return a report with zero-shot results and a name that would end a script element."""
     tasks = tuple(
         TaskComparison(
             task=task,

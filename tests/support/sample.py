@@ -1,4 +1,4 @@
-"""Cases of one promise, of which the quick tests try a few."""
+"""Parametrised cases, of which the quick tests run a few."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 
 TEN = ("llama", "opt", "gpt2", "gemma3_text", "phi3", "bloom", "falcon", "mixtral", "gpt_oss", "deepseek_v3")
-"""Families of every kind: tied or not, weights as input × output, several matrices in one, experts in every layout."""
+"""Families of every kind: tied or not, transposed weights, fused matrices, experts in every layout."""
 
 
 def sampled(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
-    """Return all cases, those that are not among the quick ones marked as slow; every quick one has to be a case."""
+    """Return all cases, marking all but the quick ones as slow; every quick one has to be a case."""
     cases, chosen = list(cases), list(quick)
     assert all(one in cases for one in chosen)
     return [case if case in chosen else _slow(case) for case in cases]
 
 
 def crossed(*axes: Sequence[Any]) -> list[Any]:
-    """Return all combinations of one value of each axis; the quick ones have every value, and few of them together."""
+    """Return all combinations of the axes' values; a few quick ones cover every value."""
     longest = max(map(len, axes))
     diagonal = [tuple(axis[number % len(axis)] for axis in axes) for number in range(longest)]
     return sampled(product(*axes), quick=diagonal)
 
 
 def of_ten(families: Iterable[str]) -> list[Any]:
-    """Return all families, those that are not among the ten marked as slow."""
+    """Return all families, marking all but the ten as slow."""
     families = list(families)
     return sampled(families, quick=[family for family in families if family in TEN])
 

@@ -1,4 +1,4 @@
-"""Random models as folders on the disk, and what a folder holds."""
+"""Random models as folders, and comparison of folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from support.pico import FAMILIES, pico_model, pico_tokens
 from support.pico_pairs import pico_pairs
 
-# One for each way in which a checkpoint can differ from its model: tied and untied, Conv1D, experts fused on load
+# One for each way in which a checkpoint may differ from its model: tied and untied, Conv1D, experts fused on load
 # (with other names), experts fused in the files already, dense blocks before mixtures, parameters kept in float32.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
@@ -34,7 +34,7 @@ assert "llama" in FAMILIES
 
 
 def random_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model in which every parameter and persistent buffer is random, so that no two are alike."""
+    """Build a model with random parameters and persistent buffers, so that no two are equal."""
     family, changes = MODELS[name]
     model = pico_model(family, **changes)
     with torch.no_grad():
@@ -53,12 +53,12 @@ def save_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, shar
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors in a folder's safetensors files."""
+    """Return all tensors in a folder's safetensors files."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def load_clean(folder: Path) -> PreTrainedModel:
-    """Load with transformers; fails if a key is missing, unexpected or of another shape."""
+    """Load with transformers; fail if a key is missing, unexpected or of another shape."""
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder)
         named: Any = (
@@ -71,7 +71,7 @@ def load_clean(folder: Path) -> PreTrainedModel:
 
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Same names, dtypes, shapes and bits."""
+    """Assert equal names, dtypes, shapes and bits."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
@@ -99,9 +99,9 @@ def stream(source: Path, target: Path, dtype: DtypeName = "auto") -> Path:
 
 
 def saved_like(model: PreTrainedModel, small: PreTrainedModel | None, folder: Path, rounding: float) -> PreTrainedModel:
-    """Load a removal's folder, and see that it is what the big model computes with its parts silent, and is in memory too.
+    """Load a removal's folder; require that it computes the same as the silenced big model and the small one in memory.
 
-    rounding: between the model in memory and the one that was saved.
+    rounding: allowed difference between the model in memory and the saved one.
     """
     assert small is not None
     saved = load_clean(folder)
@@ -111,7 +111,7 @@ def saved_like(model: PreTrainedModel, small: PreTrainedModel | None, folder: Pa
         torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(_logits(small), found, rtol=rounding, atol=rounding)
         own = saved.config._attn_implementation
-        saved.set_attn_implementation("eager")  # which reads other numbers of the configuration
+        saved.set_attn_implementation("eager")  # which uses other numbers of the configuration
         torch.testing.assert_close(_logits(saved), found, rtol=1e-4, atol=1e-4)
         saved.set_attn_implementation(own)
     return saved

@@ -1,4 +1,4 @@
-"""What hundreds of runs of tiny models leave short: users get more of it, and a few tests ask for that."""
+"""Shorter defaults for hundreds of tiny runs; a few tests restore the users' ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coprune.evaluation.answers import questions
 from coprune.recipe.presets import PRESETS, WHOLE
 
 NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
-"""The variable without which transformers starts threads for every block that is read, which takes longer than a tiny block."""
+"""Variable that keeps transformers from starting threads for every block, which takes longer than reading a tiny one."""
 _ANSWER = questions.SHORT_ANSWER
 _TRAINED = [
     (settings, word, settings[word])
@@ -21,7 +21,7 @@ _TRAINED = [
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
-    """Write few tokens of an answer, train few where a preset trains, and wait for no disk: nobody cuts the power."""
+    """Shorten answers and the training of presets, and do not wait for the disk."""
     patch.setattr(os, "fsync", lambda descriptor: None)
     patch.setenv(NO_THREADS, "1")
     patch.setattr(questions, "SHORT_ANSWER", 4)
@@ -30,5 +30,5 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
 
 
 def answer_whole(patch: pytest.MonkeyPatch) -> None:
-    """Write answers as long as users have them."""
+    """Restore the normal length of answers."""
     patch.setattr(questions, "SHORT_ANSWER", _ANSWER)

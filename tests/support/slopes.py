@@ -1,4 +1,4 @@
-"""A model's own gradients by autograd, of the labels that allocation fisher draws."""
+"""A model's gradients by autograd, for the labels sampled by the allocation fisher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coprune.pruning.allocation.fisher import drawn_slopes
 
 
 def slopes_of_each(model: PreTrainedModel, samples: Iterable[Tensor]) -> Iterator[None]:
-    """Run samples (1 × S each) forwards and backwards; while a step lasts, parameters have the gradients of one of them."""
+    """Run samples (1 × S each) forward and backward; during each iteration parameters have one sample's gradients."""
     for seed, tokens in enumerate(samples):
         model.requires_grad_(True)
         logits = model(input_ids=tokens).logits[0]

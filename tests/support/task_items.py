@@ -1,4 +1,4 @@
-"""Items of zero-shot tasks in the Hub's formats, out of the words that the pico models know."""
+"""Items of zero-shot tasks in the Hub's formats, made of the pico tokenizer's words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TASKS = ("arc_easy", "winogrande", "piqa", "hellaswag")
 
 
 def word_items(folder: Path, count: int = 12, seed: int = 0) -> Path:
-    """Items of four tasks in the formats of the Hub, out of the pico tokenizer's words."""
+    """Write items of four tasks in the Hub's formats, made of the pico tokenizer's words."""
     generator = random.Random(seed)
 
     def words(length: int) -> str:

@@ -1,4 +1,4 @@
-"""A tiny model with random weights of any class that transformers knows, from its default configuration shrunk by name."""
+"""A tiny random model of any class of transformers, from its default configuration, shrunk by the names of sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
 VOCABULARY = 256
 HIDDEN = 64
 
-# What a size is called in one configuration or another. Every width can be divided by four.
+# Names of sizes in various configurations. Every width is a multiple of four.
 SIZES: dict[int, str] = {
     1: """encoder_layers num_encoder_layers n_groups mamba_n_groups first_k_dense_replace num_dense_layers
         n_shared_experts topk_group n_group num_shared_experts""",
@@ -46,7 +46,7 @@ TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_toke
 
 
 def tiny_settings(kind: type[PreTrainedConfig], **exceptions: Any) -> dict[str, Any]:
-    """Settings for a class of configuration: its known sizes made small, and its inner configurations likewise."""
+    """Return small values for a configuration class's known sizes, including nested configurations."""
     settings: dict[str, Any] = {}
     default = kind()
     for name in _fields(kind):
@@ -69,7 +69,7 @@ def _fields(kind: type[PreTrainedConfig]) -> Iterator[str]:
 
 
 def tiny_model(model_type: str, seed: int = 0, **exceptions: Any) -> PreTrainedModel:
-    """The model of a type."""
+    """Build the model of a type."""
     kind = CONFIG_MAPPING[model_type]
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(kind(**tiny_settings(kind, **exceptions)))

@@ -1,4 +1,4 @@
-"""Work of several processes that find each other as those of torchrun do, in forks, which have imported everything already."""
+"""Work in several processes that connect like those of torchrun, as forks, which have imported everything already."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from functools import partial
 
 from support.forking import forked
 
-_SECONDS = 300  # after which those that miss each other are ended
+_SECONDS = 300  # after which processes that wait for each other are ended
 
 
 def together(processes: int, work: Callable[[], object]) -> None:
-    """Do the same work in several processes, to its end; fails if one of them fails."""
+    """Do the same work in several processes; fail if one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

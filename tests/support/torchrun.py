@@ -1,4 +1,4 @@
-"""Start processes with torchrun, and never wait for them without end: processes that miss each other wait for long."""
+"""Start processes with torchrun with a time limit, since processes that lose each other wait for long."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
-    """The command that runs a script, or `-m` and a module, in several processes."""
+    """Return the command that runs a script, or `-m` and a module, in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [*launcher, *arguments]
 
 
 def run_together(command: list[str], seconds: float = 300) -> str:
-    """Run such a command to its end and return what it wrote to standard error; fail with that if it fails."""
+    """Run such a command and return its standard error; fail with that if it fails."""
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as running:

@@ -1,4 +1,4 @@
-"""A model small enough to break on purpose: embeddings, blocks, a head."""
+"""A toy model to break on purpose: embeddings, blocks, a head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ToyBlock(nn.Module):
-    """hidden + linear(hidden), with a scale that the model hands over."""
+    """A block hidden + linear(hidden), with a scale passed by the model."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ToyBlock(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Calls its blocks one after another; subclasses change how."""
+    """A model that calls its blocks in order; subclasses change how."""
 
     def __init__(self, blocks: int = 3, width: int = 8) -> None:
         super().__init__()

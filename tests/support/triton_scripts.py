@@ -1,4 +1,4 @@
-"""Run a script that needs Triton, in a process of its own (whether it interprets is fixed at import)."""
+"""Run a script that needs Triton in a separate process, since interpreting is decided at import."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 
 def run_interpreted(script: str) -> None:
-    """Run kernels on the CPU, in Triton's interpreter."""
+    """Run a script with Triton's interpreter, on the CPU."""
     run_script(script, TRITON_INTERPRET="1")
 
 
 def run_script(script: str, **variables: str) -> None:
-    """Skip where Triton is not installed; the script has to print `checked` and nothing else."""
+    """Run a script, which has to print only `checked`; skip the test if Triton is not installed."""
     pytest.importorskip("triton")
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}

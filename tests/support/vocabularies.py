@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, trained on the samples, and pico models with one of them beside their weights."""
+"""Small tokenizers of every kind, trained on the samples, and pico models with one of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n
 
 @cache
 def content_of(kind: str, size: int = SIZE) -> str:
-    """The `tokenizer.json` of a kind."""
+    """Return the `tokenizer.json` of a kind."""
     made = {"unigram": _unigram, "wordpiece": _wordpiece}.get(kind)
     tokenizer = _bpe(kind, size) if made is None else made(size)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -56,7 +56,7 @@ def _bpe(kind: str, size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False, **limit
     )
-    # SentencePiece's merges stay within words; without that whole sentences would become tokens.
+    # SentencePiece merges within words; otherwise whole sentences would become tokens.
     words = [piece for text in TEXTS for piece in (text if by_bytes else text.replace(" ", "\n ")).split("\n")]
     tokenizer.train_from_iterator(words, trainer)
     if not fallback:
@@ -85,16 +85,16 @@ def _wordpiece(size: int) -> Tokenizer:
 
 
 def kept_of(content: dict[str, Any], size: int, seed: int = 0) -> Kept:
-    """Some of a tokenizer's tokens, at random."""
+    """Return random tokens of a tokenizer, with the required ones."""
     vocabulary = Vocabulary.of(content)
     weights = np.random.default_rng(seed).random(len(vocabulary.tokens))
     return choose(size, weights, vocabulary.essential(), vocabulary.parts)
 
 
 def save_with_tokens(folder: Path, family: str = "llama", content: str | None = None, **changes: Any) -> Path:
-    """Save a pico model of a family with a tokenizer, as many rows as that has tokens; returns the folder.
+    """Save a pico model of a family with a tokenizer and one row per token; return the folder.
 
-    content: the tokenizer's; by default of bytes.
+    content: of the tokenizer; byte-level by default.
     """
     tokenizer = Tokenizer.from_str(content_of("bytes") if content is None else content)
     ids: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Prune a model in memory with the walk, and the same with nothing but full forwards of the whole model: the oracle."""
+"""Pruning a model in memory with the walk, and with only full forwards of the whole model, as the oracle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from support.published import published_wanda
 Propagation = Literal["block", "sequential", "dense"]
 MOVES: dict[Propagation, Moves] = {"block": BY_BLOCK, "sequential": Sequential(), "dense": Dense()}
 Solve = Callable[[Tensor, Tensor], Tensor]
-"""From a weight (O × I) and all inputs that it meets (T × I) to the pruned weight."""
+"""From a weight (O × I) and all its inputs (T × I) to the pruned weight."""
 
 
 def make_walk(
@@ -42,7 +42,7 @@ def make_walk(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Walk:
-    """A walk over a model in memory that has passed the proof."""
+    """Return a walk over a proven model in memory."""
     proven = prove(model, batches[0][:1], include, exclude)
     return Walk(proven, record_batches(proven, batches), statistic, moves)
 
@@ -50,7 +50,7 @@ def make_walk(
 def prove(
     model: PreTrainedModel, sample: Tensor, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> ProvenModel:
-    """A model in memory with its blocks and chosen matrices, proven on a sample."""
+    """Return a model in memory with its blocks and chosen matrices, proven on a sample."""
     weights = InMemory(prepare(model))
     blocks = find_blocks(model)
     return prove_replay(FoundModel(weights, blocks, choose_matrices(model, blocks, include, exclude)), sample)
@@ -64,14 +64,14 @@ def prune_with_walk(
     propagation: Propagation = "block",
     **choice: Sequence[str],
 ) -> list[MatrixResult]:
-    """Prune the model in place, matrix by matrix as the walk shows them."""
+    """Prune the model in place, matrix by matrix in the walk."""
     walk = make_walk(model, batches, solver.statistic, MOVES[propagation], **choice)
     return prune_walk(walk, solver, lambda matrix: target)
 
 
 @dataclass
 class Layer:
-    """One linear layer of a block as the oracle sees it; a convolution of patches that do not overlap is one too."""
+    """A linear layer of a block for the oracle, including convolutions of non-overlapping patches."""
 
     name: str
     module: nn.Module
@@ -83,7 +83,7 @@ class Layer:
         return weight.T if isinstance(self.module, Conv1D) else weight.flatten(1)
 
     def rows(self, x: Tensor) -> Tensor:
-        """What the layer multiplies its weight with, T × I; of a convolution by torch's own unfolding."""
+        """Return the layer's inputs as rows, T × I; of a convolution by torch's own unfolding."""
         if not isinstance(self.module, nn.Conv2d):
             return x.reshape(-1, x.shape[-1])
         columns = functional.unfold(x, self.module.kernel_size, stride=self.module.stride)
@@ -91,7 +91,7 @@ class Layer:
 
 
 def layers_of(block: Block) -> list[Layer]:
-    """All linear layers of a block; depth-wise convolutions are none."""
+    """Return all linear layers of a block, without depth-wise convolutions."""
     return [
         Layer(f"{block.name}.{name}".removesuffix("."), module)
         for name, module in block.module.named_modules()
@@ -100,7 +100,7 @@ def layers_of(block: Block) -> list[Layer]:
 
 
 def layers_sharing(model: nn.Module) -> list[list[Layer]]:
-    """The linear layers of several blocks that hold the same weight."""
+    """Return groups of linear layers in several blocks that share a weight."""
     same: dict[int, list[Layer]] = {}
     for layer in (layer for block in find_blocks(model) for layer in layers_of(block)):
         same.setdefault(layer.weight.data_ptr(), []).append(layer)
@@ -109,7 +109,7 @@ def layers_sharing(model: nn.Module) -> list[list[Layer]]:
 
 @contextmanager
 def watched(layers: Iterable[Layer]) -> Iterator[dict[str, list[Tensor]]]:
-    """While open, gather the inputs of the layers, by name in the order of their first use, T × I."""
+    """Collect the layers' inputs (T × I) within the body, by name in order of first use."""
     seen: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         for layer in layers:
@@ -122,7 +122,7 @@ def watched(layers: Iterable[Layer]) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def full_forward(model: PreTrainedModel, batch: Tensor) -> None:
-    """The whole model on a batch of tokens (samples × S), of pairs, or of pixels (images × channels × height × width)."""
+    """Run the whole model on a batch of tokens (samples × S), pairs, or pixels (images × channels × height × width)."""
     if isinstance(batch, Pairs):
         model(**{model.main_input_name: batch.source}, decoder_input_ids=batch.written, use_cache=False)
     elif batch.is_floating_point():
@@ -135,7 +135,7 @@ def full_forward(model: PreTrainedModel, batch: Tensor) -> None:
 def inputs_by_full_forwards(
     model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """What the layers are multiplied with when the whole model runs as it now is, in the order of first use."""
+    """Return the layers' inputs in forwards of the model in its present state, in order of first use."""
     with watched(layers) as seen:
         for batch in batches:
             full_forward(model, batch)
@@ -146,7 +146,7 @@ def inputs_by_full_forwards(
 def prune_with_full_forwards(
     model: PreTrainedModel, batches: Sequence[Tensor], solve: Solve, propagation: Propagation
 ) -> None:
-    """Prune the model in place: every block, or every matrix, after full forwards of the model pruned so far."""
+    """Prune the model in place, every block or matrix after full forwards of the model pruned so far."""
     model.eval()
     for block in find_blocks(model):
         layers = {layer.name: layer for layer in layers_of(block)}
@@ -161,9 +161,9 @@ def prune_with_full_forwards(
 def prune_shared_with_full_forwards(
     model: PreTrainedModel, batches: Sequence[Tensor], solve: Solve, alone: Container[str] = ()
 ) -> dict[str, str]:
-    """Prune in place what layers of several blocks share, from all that the model as it is gives them.
+    """Prune weights shared by layers of several blocks in place, by all their inputs in the present model.
 
-    alone: names of layers to leave alone. Returns the names of those layers, each with the first that has the same weight.
+    alone: names of layers to leave alone. Returns the sharing layers' names, each with the first one of the same weight.
     """
     sharing = [layers for layers in layers_sharing(model) if layers[0].name not in alone]
     inputs = inputs_by_full_forwards(model, [layer for layers in sharing for layer in layers], batches)
@@ -174,17 +174,17 @@ def prune_shared_with_full_forwards(
 
 
 def matrices_of(model: PreTrainedModel) -> list[Matrix]:
-    """All weights in the blocks that can be seen as matrices."""
+    """Return all weights in the blocks that are matrices."""
     return [matrix for block in find_blocks(model) for matrix in find_matrices(block.module, block.name)]
 
 
 def masks(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Where the weights in the blocks are not zero, by the name of the layer."""
+    """Return where the blocks' weights are not zero, by layer name."""
     return {layer.name: layer.weight != 0 for block in find_blocks(model) for layer in layers_of(block)}
 
 
 def wanda_as_published(target: Target) -> Solve:
-    """Wanda's published procedure as a function from a weight and all its inputs to the pruned weight."""
+    """Return Wanda's published procedure as a function from a weight and all its inputs to the pruned weight."""
     n, m = (target.pattern.m - target.pattern.n, target.pattern.m) if isinstance(target.pattern, NM) else (0, 0)
 
     def solve(weight: Tensor, x: Tensor) -> Tensor:
@@ -194,6 +194,6 @@ def wanda_as_published(target: Target) -> Solve:
 
 
 def share_of_different_entries(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """How many entries of two sets of masks differ, over all entries."""
+    """Return the share of entries in which two sets of masks differ."""
     assert a.keys() == b.keys()
     return sum(int((a[name] != b[name]).sum()) for name in a) / sum(mask.numel() for mask in a.values())

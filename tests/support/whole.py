@@ -1,4 +1,4 @@
-"""A saved folder beside its source, as files: read without coprune and without transformers."""
+"""Comparison of a saved folder with its source as files, without coprune and transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it lies in a file."""
+    """A tensor as stored in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,28 +38,28 @@ class Stored:
 
 @dataclass
 class Differences:
-    """What a saved folder has otherwise than its source."""
+    """Differences of a saved folder from its source."""
 
     lost: list[str] = field(default_factory=list)
-    """Tensors that are nowhere in it."""
+    """Tensors missing in it."""
     new: list[str] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
-    """Tensors with other content, each with what explains it; nothing where nothing does."""
+    """Tensors with other content, each with an explanation, if there is one."""
     keys: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Places in config.json with what stood and stands there."""
+    """Paths in config.json with old and new values."""
     files: list[str] = field(default_factory=list)
-    """Files beside the weights that are gone or have other content."""
+    """Other files that are missing or have other content."""
     more_files: list[str] = field(default_factory=list)
 
     def unexplained(self) -> list[str]:
-        """What nobody asked for, in words. Keys of the configuration are the caller's to judge."""
+        """Describe unexplained differences, leaving configuration keys to the caller."""
         changed = [name for name, why in self.changed.items() if not why]
         kinds = {"lost": self.lost, "new": self.new, "changed": changed, "other files": self.files + self.more_files}
         return [f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in kinds.items() if names]
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors in a folder's safetensors files, by name."""
+    """Return all tensors in a folder's safetensors files, by name."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         content = file.read_bytes()
@@ -75,8 +75,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def differences(source: Path, saved: Path) -> Differences:
     """Compare two folders of checkpoints.
 
-    What explains a tensor's change: entries became zero; it is another one of the source (where blocks or experts went,
-    later ones have other numbers); slices of it are left.
+    Explanations of a changed tensor: entries became zero; it is another one of the source (after removed blocks or experts,
+    later ones are renumbered); only slices of it remain.
     """
     found = Differences()
     before, after = stored_tensors(source), stored_tensors(saved)

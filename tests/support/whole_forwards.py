@@ -1,4 +1,4 @@
-"""The oracle for any family: every linear layer and every expert, pruned after full forwards of the whole model alone."""
+"""The oracle for any family: every linear layer and expert, pruned after full forwards of the whole model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from support.walking import (
 def prune_by_whole_forwards(
     model: PreTrainedModel, batches: Sequence[Tensor], target: Target, alone: Collection[str]
 ) -> dict[str, Tensor]:
-    """Prune the model in place with Wanda, block after block, each from forwards of the model pruned so far.
+    """Prune the model in place with Wanda, block by block, each by forwards of the model pruned so far.
 
-    What several blocks share is pruned first.
+    Weights shared by blocks are pruned first.
 
     Args:
         model: changed in place.
-        batches: what is sent through.
+        batches: the calibration batches.
         target: pattern and sparsity.
         alone: kinds of layers (names with `*` for numbers) to leave alone.
 
@@ -63,12 +63,12 @@ def prune_by_whole_forwards(
 
 
 def kind_of(name: str) -> str:
-    """A name with `*` for its numbers."""
+    """Return a name with `*` for its numbers."""
     return re.sub(r"(?<=[.\[])\d+(?=[.\]]|$)", "*", name)
 
 
 def _parts(model: PreTrainedModel, batches: Sequence[Tensor], block: Block, unseen: Collection[str]) -> list[Part]:
-    """What no layer multiplies itself: experts, and weights that are used without their layer being called."""
+    """Return weights outside layers' forwards: experts, and weights used without calling their layer."""
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     bare = {name for name, p in parameters.items() if p.ndim == 3 or (p.ndim == 2 and not name.endswith(".weight"))}
     watched = {name: p for name, p in parameters.items() if name in bare or name.removesuffix(".weight") in unseen}
@@ -81,7 +81,7 @@ def _parts(model: PreTrainedModel, batches: Sequence[Tensor], block: Block, unse
 
 
 def _solve_part(part: Part, parts: Sequence[Part], target: Target) -> Tensor:
-    """Wanda; an expert that saw fewer tokens than it has inputs leans on the average of its layer's."""
+    """Prune with Wanda; an expert with fewer tokens than inputs uses its layer's average, too."""
     n, m = (target.pattern.m - target.pattern.n, target.pattern.m) if isinstance(target.pattern, NM) else (0, 0)
     weight, x = part.weight, part.x
     if not len(x):

@@ -1,4 +1,4 @@
-"""A tokenizer of whole words, so that a test can say what tokens a text has."""
+"""A tokenizer of whole words, so that tests know a text's tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def word_tokenizer(start_mark: bool = False, model_max_length: int = 8) -> PreTrainedTokenizerFast:
-    """The words w0 … w999 are the tokens 0 … 999, anything else is 1000, and 1001 may stand at the start."""
+    """Make a tokenizer of the words w0 … w999 as tokens 0 … 999; anything else is 1000, and 1001 an optional start token."""
     vocabulary = {f"w{number}": number for number in range(1000)} | {"<unk>": 1000, "<s>": 1001}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -20,5 +20,5 @@ def word_tokenizer(start_mark: bool = False, model_max_length: int = 8) -> PreTr
 
 
 def words(start: int, stop: int) -> str:
-    """The words from start to stop, with single spaces."""
+    """Return the words from start to stop, separated by spaces."""
     return " ".join(f"w{number}" for number in range(start, stop))

@@ -1,13 +1,13 @@
-"""A simulated accelerator, as strict as CUDA, and what of coprune is rehearsed on it.
+"""A simulated accelerator, as strict as CUDA, and the cases of coprune that run on it.
 
-`build.py` compiles it, `device.py` makes it known to PyTorch, for a whole process; `run.py` runs the cases of `cases/` in
-such a process, each on the device and on the CPU, and compares. `counting.py` and `stages.py` count what is asked of it.
+`compile_device.py` compiles it, and `device.py` registers it with PyTorch for a whole process. `run_cases.py` runs the cases of
+`cases/` in such a process, each on the device and on the CPU, and compares. `counting.py` and `stages.py` count its operations.
 
-The same cases run on a real device that CASES_DEVICE names, which is how `benchmarks/gpu.py` asks for them.
+With CASES_DEVICE the same cases run on a real device, as in `benchmarks/gpu.py`.
 """
 
 import os
 
 SIMULATED = "sim"
 NAME = os.environ.get("CASES_DEVICE", SIMULATED)
-"""The device that the cases of this process run on."""
+"""The device of this process's cases."""

@@ -1,4 +1,4 @@
-"""Compiling the simulated device, once for every version of its sources, of PyTorch and of the compiler."""
+"""Compile the simulated device, once per version of its sources, of PyTorch and of the compiler."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from coprune.base import environment
 from coprune.base.native.cache import library_in
 
 SOURCES = Path(__file__).parent
-# Its speed is that of PyTorch's operators, which it only hands tensors to.
+# Not optimised, since it only passes tensors to PyTorch's operators.
 FLAGS = ("-std=c++20", "-O0", "-w", "-fPIC", "-shared")
 LIBRARIES = ("-ltorch", "-ltorch_cpu", "-lc10")
 
 
 def missing() -> str | None:
-    """Why the device cannot be simulated here; None where it can."""
+    """Return why the device cannot be simulated here, or None."""
     if sys.platform != "linux":
         return "the simulated device needs Linux"
     if compiler() is None:
@@ -33,12 +33,12 @@ def missing() -> str | None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: CXX, or the first that is there."""
+    """Return the C++ compiler: CXX, or the first that is installed."""
     return next((c for c in (environment.named_compiler(), "c++", "g++", "clang++") if c and shutil.which(c)), None)
 
 
 def load_library() -> ctypes.CDLL:
-    """The compiled device, loaded: from now on PyTorch has a backend for it."""
+    """Load the compiled device, which registers its backend with PyTorch."""
     found = compiler()
     assert found is not None, missing()
     digest = hashlib.sha256(repr((found, version("torch"), sys.version_info[:2], FLAGS)).encode())

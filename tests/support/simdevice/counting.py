@@ -1,4 +1,4 @@
-"""How often a stretch of code asks something of the simulated device, and from which line of coprune."""
+"""Count a piece of code's operations on the simulated device, by line of coprune."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from support.simdevice import NAME, SIMULATED
 
 KINDS = ("launch", "sync", "to_device", "to_host")
-"""Operators that run on the device; waits of the host for it; copies from the host and to it."""
+"""Kinds: operators on the device, waits of the host for it, copies from and to the host."""
 
 
 class Asked(NamedTuple):
-    """What one line asked by one operator."""
+    """The operations of one line by one operator."""
 
     kind: str
     line: str
     operator: str
     calls: int
     size: int
-    """In bytes, of what was copied."""
+    """Bytes copied."""
 
 
 class Counting:
-    """While it is entered, what coprune asks of the device is counted."""
+    """A context in which coprune's operations on the device are counted."""
 
     def __enter__(self) -> Counting:
         from support.simdevice.device import library
@@ -46,14 +46,14 @@ class Counting:
 
     @property
     def totals(self) -> Counter[str]:
-        """Calls by kind."""
+        """Return the calls by kind."""
         found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         for row in self.asked:
             found[row.kind] += row.calls
         return found
 
     def lines(self, kind: str, most: int = 12) -> list[str]:
-        """The lines that ask for most of a kind, with how often and by which operators."""
+        """Return the lines with the most operations of a kind, with counts and operators."""
         calls: Counter[str] = Counter()
         operators: dict[str, set[str]] = {}
         for row in self.asked:
@@ -64,7 +64,7 @@ class Counting:
 
 
 def counted(work: Callable[[], object]) -> dict[str, int]:
-    """What some work asks for, by kind; of a real device waits alone."""
+    """Return the operations of some work by kind; on a real device only waits."""
     if NAME != SIMULATED:
         return dict.fromkeys(KINDS, 0) | {"sync": sum(waits_of(work).values())}
     with Counting() as counting:
@@ -73,7 +73,7 @@ def counted(work: Callable[[], object]) -> dict[str, int]:
 
 
 def waits_of(work: Callable[[], object]) -> Counter[str]:
-    """Lines that let the host wait for a CUDA device, as its debug mode tells of them, with how often."""
+    """Return the lines that make the host wait for a CUDA device, by its debug mode, with counts."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -1,6 +1,6 @@
-"""The device `sim`: import this module, and the whole process has it. Never in the process that runs the tests.
+"""The device `sim`, registered for the whole process by importing this module; never in the process of the tests.
 
-SIM_LIMIT bounds its memory in bytes, SIM_DEVICES says how many there are.
+SIM_LIMIT limits its memory in bytes, SIM_DEVICES sets the number of devices.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def _declare() -> None:
 
 
 def index_of(device: Any = None) -> int:
-    """The position of a device however it is named; the current one's for none."""
+    """Return the index of a device in any notation; of the current one for None."""
     device = torch.device(device) if isinstance(device, str) else device
     index = device.index if isinstance(device, torch.device) else device
     return int(library.sim_current() if index is None else index)
 
 
 class _Current:
-    """While it is entered, a device is the current one."""
+    """A context in which a device is the current one."""
 
     def __init__(self, device: Any) -> None:
         self.index = index_of(device)
@@ -51,11 +51,11 @@ class _Current:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """What a device does that is done already."""
+    """Do nothing, since device operations are already complete."""
 
 
 def _module() -> types.ModuleType:
-    """What `torch.sim` has, as `torch.cuda` has it."""
+    """Return the module `torch.sim`, like `torch.cuda`."""
     has: dict[str, Any] = {
         "is_available": lambda: library.sim_devices() > 0,
         "is_initialized": lambda: True,
@@ -86,7 +86,7 @@ def _register() -> None:
     backend_registration.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module())
     backend_registration.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
-    # Module.to keeps a parameter's identity, and so its ties, between CPU and CUDA; to other backends only by swapping.
+    # Module.to keeps parameters' identity, and so their ties, between CPU and CUDA; for other backends only by swapping.
     torch.__future__.set_swap_module_params_on_conversion(True)
 
 

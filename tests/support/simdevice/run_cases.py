@@ -1,6 +1,6 @@
 """Run cases on the simulated device and compare them with the CPU: python -m support.simdevice.run_cases [--all] [WORD …].
 
-The words name kinds or parts of a case's name. Ends with 1 if any failed.
+The words are kinds or parts of case names. Exits with 1 if any case failed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from support.simdevice.compile_device import missing
 
 
 class Outcome(NamedTuple):
-    """What became of a case."""
+    """The outcome of a case."""
 
     kind: str
     name: str
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 def chosen(words: list[str], everything: bool) -> Iterator[tuple[str, str]]:
-    """Kind and name of the cases that are asked for."""
+    """Yield kind and name of the requested cases."""
     from support.simdevice.cases import CASES, SIMULATED_ONLY
 
     for kind, cases in CASES.items():
@@ -45,7 +45,7 @@ def chosen(words: list[str], everything: bool) -> Iterator[tuple[str, str]]:
 
 
 def tried(kind: str, name: str) -> Outcome:
-    """Run a case in a folder of its own."""
+    """Run a case in a separate folder."""
     from support.simdevice.cases import CASES
 
     started, before = time.process_time(), used()
@@ -62,7 +62,7 @@ def tried(kind: str, name: str) -> Outcome:
 
 
 def used() -> int:
-    """How often the device was used so far: launches, or on a real one allocations."""
+    """Return how often the device was used so far: launches, or allocations on a real one."""
     if NAME == SIMULATED:
         from support.simdevice.device import library
 
@@ -106,7 +106,7 @@ def main() -> int:
 
 
 def prepare() -> None:
-    """The device, and the settings under which both devices compute alike."""
+    """Register the device, and set options under which both devices compute alike."""
     faulthandler.enable()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")

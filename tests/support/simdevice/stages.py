@@ -1,6 +1,6 @@
-"""What every stage asks of the device, counted, beside what it may ask: python -m support.simdevice.stages [--write].
+"""Device operations of every stage, compared with allowed ones: python -m support.simdevice.stages [--write].
 
-`counts.json` holds what may be asked for. It is written anew where that was meant to change.
+`counts.json` has the allowed counts; --write updates them after intended changes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from support.simdevice.run_cases import prepare
 TABLE = Path(__file__).with_name("counts.json")
 PATTERNS = ("unstructured", "2:4")
 ROWS, WIDTH, TOKENS = 64, 256, 512
-# Where a loop ends when nothing changes any more, it is cut off before, so that rounding does not decide what is counted.
+# Limits for loops that end on convergence, so that rounding does not affect the counts.
 CUT_OFF: dict[str, dict[str, int]] = {"alps": {"rounds": 12}, "dsnot": {"cycles": 4}, "swaps": {"steps": 2}}
 FEW = ("llama wanda 2:4", "llama sparsegpt 2:4")
-"""The runs that every run of the tests counts; `make devices` counts all."""
+"""The runs counted in every test run; `make devices` counts all."""
 Counts = dict[str, int]
 
 
 def solved(solve: Callable[[], object]) -> Counts:
-    """What solving a matrix asks for, what it leaves to be read with the matrix's report among it."""
+    """Count solving a matrix, including deferred reads with the matrix's report."""
 
     def work() -> None:
         with reading_later():
@@ -56,7 +56,7 @@ def solved(solve: Callable[[], object]) -> Counts:
 
 
 def inputs(seed: int = 0, width: int = WIDTH) -> torch.Tensor:
-    """Of a matrix, T × I on the device."""
+    """Return inputs of a matrix, T × I on the device."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(TOKENS, width, generator=generator) * torch.linspace(0.5, 2.0, width)).to(NAME)
 
@@ -72,14 +72,14 @@ def weight() -> torch.Tensor:
 
 
 def statistics() -> Iterator[tuple[str, Counts]]:
-    """A batch of inputs that is added to a statistic."""
+    """Count adding a batch of inputs to each statistic."""
     for kind in (InputNorm, InputMoments, Gram):
         statistic, x = kind(WIDTH, torch.device(NAME)), inputs()
         yield f"{kind.__name__}: a batch", counted(partial(statistic.update, x))
 
 
 def methods() -> Iterator[tuple[str, Counts]]:
-    """A matrix that is pruned; what matrices with the same inputs share is counted with the first."""
+    """Count pruning a matrix by each method; work shared by matrices with the same inputs counts for the first."""
     for name, plain in METHODS.items():
         method: Any = replace(plain, **CUT_OFF.get(name, {}))
         for pattern in PATTERNS:
@@ -93,7 +93,7 @@ def methods() -> Iterator[tuple[str, Counts]]:
 
 
 def refinements() -> Iterator[tuple[str, Counts]]:
-    """A pruned matrix that is refined."""
+    """Count each refinement of a pruned matrix."""
     for name, plain in REFINEMENTS.items():
         refinement: Any = replace(plain, **CUT_OFF.get(name, {}))
         for pattern in PATTERNS:
@@ -106,7 +106,7 @@ def refinements() -> Iterator[tuple[str, Counts]]:
 
 
 def whole_matrices() -> Iterator[tuple[str, Counts]]:
-    """A matrix of a model with all that is done to it: read, pruned, written, measured, noted."""
+    """Count the whole work on a matrix: read, prune, write, measure, record."""
     for name, pattern in (("magnitude", "2:4"), ("wanda", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "2:4")):
         yield f"{name} {pattern}: a matrix and its report", whole_matrix(name, pattern, WIDTH)
     for name in ("wanda", "sparsegpt"):
@@ -123,7 +123,7 @@ def whole_matrix(name: str, pattern: str, width: int) -> Counts:
 
 
 def blocks(names: Container[str] | None = None) -> Iterator[tuple[str, Counts]]:
-    """A block of a run from folder to folder: what a model of three asks for beyond one of two."""
+    """Count a block of a run from folder to folder: the difference between models of three and two blocks."""
     runs: dict[str, dict[str, Any]] = {
         "llama wanda 2:4": {"method": "wanda", "pattern": "2:4"},
         "llama sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
@@ -147,7 +147,7 @@ def run_of(
     family: str = "llama",
     **settings: Any,
 ) -> dict[str, int]:
-    """What a streamed run of a model with so many blocks asks for. count: tells that of some work."""
+    """Count a streamed run of a model with a number of blocks. count: counts some work."""
     prune: Any = coprune.prune
     with scratch() as folder:
         source = save_pico(folder / "source", family, num_hidden_layers=number)
@@ -165,13 +165,13 @@ def scratch() -> Iterator[Path]:
 
 
 def count_all(names: Container[str] | None = None) -> dict[str, Counts]:
-    """Every stage with what it asks for. names: of the runs whose blocks are counted, all by default."""
+    """Return every stage's counts. names: of the runs whose blocks are counted, all by default."""
     parts = (statistics, methods, refinements, whole_matrices, partial(blocks, names))
     return {stage: counts for part in parts for stage, counts in part()}
 
 
 def allowed() -> dict[str, Counts]:
-    """What every stage may ask for. How often operators run depends on PyTorch, so with another version that is free."""
+    """Return every stage's allowed counts; those of operators depend on PyTorch, so other versions are not compared."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     kinds = [kind for kind in KINDS if kind != "launch" or table["torch"] == torch_version()]
     return {stage: {kind: counts[kind] for kind in kinds} for stage, counts in table["stages"].items()}
@@ -182,7 +182,7 @@ def torch_version() -> str:
 
 
 def write(stages: dict[str, Counts]) -> None:
-    """Let every stage ask for what it asks for now."""
+    """Record the present counts as allowed."""
     rows = ",\n".join(f"    {json.dumps(stage)}: {json.dumps(counts)}" for stage, counts in stages.items())
     TABLE.write_text(f'{{\n  "torch": "{torch_version()}",\n  "stages": {{\n{rows}\n  }}\n}}\n', encoding="utf-8")
 

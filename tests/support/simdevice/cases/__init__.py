@@ -1,4 +1,4 @@
-"""The cases: for every kind of work a few in each run of the tests, and all of them by `make devices`."""
+"""The cases: a few of every kind of work in each test run, and all of them in `make devices`."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ CASES: dict[str, tuple[Case, ...]] = {
     "memory": measuring.memory(),
 }
 SIMULATED_ONLY = frozenset({"memory"})
-"""What is done with the simulated device's own switches."""
+"""Cases that use the simulated device's own switches."""

@@ -1,4 +1,4 @@
-"""One case: what is done on a device, and how its result is compared with the CPU's."""
+"""One case: work on a device, and the comparison of its result with the CPU's."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from support.simdevice import NAME
 
 IDS = torch.randint(3, 250, (8, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "batch_size": 2, "evaluate": False, "quiet": True, "check_memory": False}
-"""Of a run on a model in memory: more tokens than any matrix has inputs, so that no result hangs by a thread."""
+"""Settings of a run on a model in memory: more tokens than any matrix has inputs, so that results are well-conditioned."""
 
 
 class Case(NamedTuple):
-    """A name, and what is run in an empty folder; it says what was compared, or raises."""
+    """A name, and a function that runs in an empty folder and returns what was compared, or raises."""
 
     name: str
     run: Callable[[Path], str]
     always: bool = False
-    """Whether it is part of every run of the tests."""
+    """Whether it is part of every test run."""
 
 
 @dataclass(frozen=True)
 class Alike:
-    """How far a device's result may be from the CPU's."""
+    """Allowed differences of a device's result from the CPU's."""
 
     moved: float = 0.002
-    """Share of the zeros that may lie elsewhere: of scores that differ by rounding, another may be the smaller."""
+    """Share of zeros that may be elsewhere, since rounding may reverse the order of scores."""
     distance: float = 1e-3
-    """Of the weights that both keep, as a share of their norm."""
+    """Relative distance of the weights that both keep."""
 
     def compare(self, cpu: Mapping[str, Tensor], device: Mapping[str, Tensor]) -> str:
-        """Raise AssertionError if tensors differ by more; returns how much they do."""
+        """Raise AssertionError if tensors differ by more; return the differences."""
         assert cpu.keys() == device.keys(), "other tensors"
         moved, total, difference, norm = 0, 0, 0.0, 0.0
         for name, wanted in cpu.items():
@@ -59,11 +59,11 @@ class Alike:
 
 NEAR = Alike()
 ROUNDED = Alike(moved=0.02, distance=0.02)
-"""Where the weights have sixteen bits, or what is rounded decides what comes next."""
+"""Tolerance for 16-bit weights, or if rounded values decide later steps."""
 
 
 def pruned(device: str, family: str, changes: Mapping[str, Any], **settings: Any) -> Any:
-    """Prune a pico model that lies on the device; returns the result."""
+    """Prune a pico model on the device; return the result."""
     prune: Any = coprune.prune
     dtype = settings.pop("model_dtype", torch.float32)
     model = torch.nn.Module.to(pico_model(family, dtype=dtype, **changes), device)
@@ -73,7 +73,7 @@ def pruned(device: str, family: str, changes: Mapping[str, Any], **settings: Any
 def pruned_alike(
     family: str, method: str, alike: Alike = NEAR, *, changes: Mapping[str, Any] | None = None, **settings: Any
 ) -> Callable[[Path], str]:
-    """Prune a pico model on both devices and compare the weights and the report."""
+    """Return a case that prunes a pico model on both devices and compares weights and reports."""
     few = {"n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers": 2} | dict(changes or {})
 
     def run(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Measuring models of text and of images, and running out of the device's memory."""
+"""Cases: measuring text and image models, and running out of device memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = 0.01
 
 
 def close(wanted: Any, found: Any, where: str = "") -> float:
-    """Raise AssertionError where two reports differ by more than rounding; returns the largest relative difference."""
+    """Raise AssertionError if two reports differ by more than rounding; return the largest relative difference."""
     if isinstance(wanted, dict):
         assert wanted.keys() == found.keys(), where
         return max([0.0, *(close(wanted[key], found[key], f"{where}/{key}") for key in wanted)])
@@ -35,7 +35,7 @@ def close(wanted: Any, found: Any, where: str = "") -> float:
     if not isinstance(wanted, float) or not wanted or "seconds" in where:
         return 0.0
     difference = abs(found / wanted - 1)
-    # Where something is as good as zero, its relative difference means nothing.
+    # Relative differences of values near zero are meaningless.
     assert difference < TOLERANCE or abs(wanted) < 1e-5, (where, wanted, found)
     return difference if abs(wanted) >= 1e-5 else 0.0
 
@@ -49,7 +49,7 @@ def evaluated(folder: Path, **settings: Any) -> str:
 
 
 def zero_shot(folder: Path) -> str:
-    """Tasks, with a batch size that is found on the device."""
+    """Run tasks with a batch size found on the device."""
     from support.task_items import DEFINITIONS, word_items
 
     os.environ["TASK_DATA"] = str(word_items(folder / "items"))
@@ -57,7 +57,7 @@ def zero_shot(folder: Path) -> str:
 
 
 def closeness(folder: Path) -> str:
-    """How close one model's predictions are to another's."""
+    """Compare two models' predictions."""
     from support.pico import pico_model
     from support.pico_folder import save
 
@@ -66,7 +66,7 @@ def closeness(folder: Path) -> str:
 
 
 def evaluations() -> tuple[Case, ...]:
-    """Perplexity, closeness, tasks."""
+    """Return the cases of perplexity, closeness and tasks."""
     return (
         Case("perplexity and closeness", closeness, True),
         Case("perplexity", evaluated),
@@ -91,7 +91,7 @@ def classified(family: str, method: str, **settings: Any) -> Callable[[Path], st
 
 
 def images() -> tuple[Case, ...]:
-    """Classifiers of images, whose patches are convolutions."""
+    """Return the cases of image classifiers, whose patches are convolutions."""
     families = ("vit", "deit", "convnext", "swin", "transformers vit", "transformers convnext")
     return (
         *(Case(f"{family} wanda", classified(family, "wanda"), family == "vit") for family in families),
@@ -101,7 +101,7 @@ def images() -> tuple[Case, ...]:
 
 
 def out_of_memory(folder: Path) -> str:
-    """A device that is too small ends a run with one line."""
+    """Check that a run on a too small device ends with one line."""
     from support.simdevice.device import library
 
     model, text = save_pico(folder / "model", num_hidden_layers=2), write_words(folder / "text.txt")
@@ -117,7 +117,7 @@ def out_of_memory(folder: Path) -> str:
 
 
 def goes_on(folder: Path) -> str:
-    """A run whose device gets full in the middle goes on with the batch size that its message names."""
+    """Check that a run whose device fills up resumes with the batch size named in its message."""
     from support.simdevice.device import library
 
     model, text = save_pico(folder / "model", num_hidden_layers=3), write_words(folder / "text.txt")
@@ -125,7 +125,7 @@ def goes_on(folder: Path) -> str:
     base = dict(model=str(model), method="wanda", dataset=str(text), **sizes)
 
     def run(name: str, reporter: Reporter | None = None, **more: Any) -> int:
-        """Prune and save under a name; returns the most memory that took."""
+        """Prune and save under a name; return the peak memory."""
         library.sim_reset_peak(0)
         places = dict(save=str(folder / f"{name}-run"), save_model=str(folder / name))
         run_recipe(make_recipe({**base, **places, "device": NAME, **more}), reporter=reporter or Reporter(quiet=True))
@@ -134,16 +134,16 @@ def goes_on(folder: Path) -> str:
     large, small = run("large", batch_size=16), run("small", batch_size=1)
     assert small < large
     reporter, heard = Reporter(quiet=True), list[str]()
-    # Somebody else takes memory when the first block is done.
+    # Another process takes memory after the first block.
     full = (small + large) // 2
     reporter.listeners.append(lambda event: library.sim_limit(full) if isinstance(event, BlockPruned) else None)
     try:
-        # It is run once more with what is left of it, for the next one's inputs.
+        # The pruned block runs again for the next one's inputs.
         with pytest.raises(coprune.OutOfMemory, match=r"prune: model\.layers\.0: Simulated device") as caught:
             run("pruned", reporter, batch_size=16)
         said = str(caught.value)
         assert "goes on after its last finished block with batch_size=1" in said
-        del caught  # and with it what its frames hold on the device
+        del caught  # and its frames' tensors on the device
         gc.collect()
         told = Reporter(quiet=True)
         told.listeners.append(lambda event: heard.append(event.text) if isinstance(event, Said) else None)
@@ -157,7 +157,7 @@ def goes_on(folder: Path) -> str:
 
 
 def refused_beforehand(folder: Path) -> str:
-    """A run that would not fit the device is refused before it starts, and only then."""
+    """Check that only a run that would not fit the device is refused before it starts."""
     from support.simdevice.device import library
 
     model, text = save_pico(folder / "model", num_hidden_layers=2), write_words(folder / "text.txt")
@@ -170,12 +170,12 @@ def refused_beforehand(folder: Path) -> str:
             coprune.prune(model, "sparsegpt", device=NAME, **settings)
     finally:
         library.sim_limit(0)
-    coprune.prune(model, "sparsegpt", device=NAME, **settings)  # with as much as it needs it does start
+    coprune.prune(model, "sparsegpt", device=NAME, **settings)  # with enough memory it starts
     return str(caught.value)
 
 
 def second_device(folder: Path) -> str:
-    """A run on the second of two devices leaves the first alone."""
+    """Check that a run on the second of two devices leaves the first alone."""
     from support.simdevice.device import library
 
     library.sim_set_devices(2)
@@ -194,7 +194,7 @@ def second_device(folder: Path) -> str:
 
 
 def memory() -> tuple[Case, ...]:
-    """Too little of it, and another device's."""
+    """Return the cases of too little memory, and of a second device."""
     return (
         Case("out of memory", out_of_memory, True),
         Case("goes on with smaller batches", goes_on),

@@ -1,4 +1,4 @@
-"""Pruning: methods on a matrix, and whole walks with all that may be set about them."""
+"""Cases: methods on a matrix, and whole walks with all their settings."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from support.simdevice.cases.case import NEAR, ROUNDED, Alike, Case, pruned_alik
 
 PATTERNS = ("unstructured", "2:4", "4:8")
 LOOSE = Alike(moved=0.05, distance=0.3)
-"""Of alternations that follow their own rounded results, and of as many inputs as tokens (gpt2)."""
+"""Tolerance for alternations that depend on their own rounded results, and for as many inputs as tokens (gpt2)."""
 
 
 def problem(device: str, rows: int = 64, width: int = 128, tokens: int = 512) -> tuple[torch.Tensor, Gram]:
-    """A random weight and the statistic of random inputs, on a device."""
+    """Return a random weight and the statistic of random inputs, on a device."""
     generator = torch.Generator().manual_seed(0)
     inputs, weight = (torch.randn(size, width, generator=generator) for size in (tokens, rows))
     inputs *= torch.linspace(0.5, 2.0, width)
@@ -73,7 +73,7 @@ def refined(name: str, pattern: str) -> Any:
 
 
 def methods() -> tuple[Case, ...]:
-    """Every method on a matrix, and in every walk."""
+    """Return the cases of every method on a matrix, and in walks."""
     matrices = [Case(f"all methods {p}", on_a_matrix(tuple(METHODS), p), p != "4:8") for p in PATTERNS]
     refinements = [
         Case(f"refine {name} {p} on a matrix", refined(name, p), True)
@@ -98,7 +98,7 @@ def methods() -> tuple[Case, ...]:
 
 
 def refused(folder: Path) -> str:
-    """Inputs that are not finite are told of with the matrix that they go to, though they are looked at late."""
+    """Check that non-finite inputs are reported with their matrix, although they are checked late."""
     layers = torch.nn.ModuleList([torch.nn.Linear(8, 4, device=NAME).requires_grad_(False) for _ in range(2)])
     matrices = list(find_matrices(layers, "block"))
     gathered = Gathered([[matrix] for matrix in matrices], Gram, [BatchRows()], Processes())
@@ -110,7 +110,7 @@ def refused(folder: Path) -> str:
 
 
 def checksums(folder: Path) -> str:
-    """The bits of a mask, packed on the device."""
+    """Compare the bits of a mask, packed on the device."""
     for shape in ((64, 128), (5, 7), (3, 3), (1, 8)):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
         assert mask_checksum(weight.to(NAME)) == mask_checksum(weight), shape
@@ -120,7 +120,7 @@ def checksums(folder: Path) -> str:
 
 
 def large(_: Path) -> str:
-    """What a device does in other pieces than the CPU: many groups are ranked at once, wide Gram matrices made in panels."""
+    """Compare work that devices split differently: many groups ranked together, wide Gram matrices in panels."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.randint(0, 5, (5000, 4), generator=generator).float()
     assert torch.equal(rank_in_groups(groups.to(NAME)).cpu().long(), rank_in_groups(groups).long())
@@ -133,7 +133,7 @@ def large(_: Path) -> str:
 
 
 def streamed(method: str, **settings: Any) -> Any:
-    """From folder to folder, one block at a time on the device."""
+    """Return a case that prunes from folder to folder, one block at a time on the device."""
 
     def run(folder: Path) -> str:
         source, texts = save_pico(folder / "source", num_hidden_layers=2), write_words(folder / "words.txt")
@@ -152,7 +152,7 @@ def streamed(method: str, **settings: Any) -> Any:
 
 
 def walks() -> tuple[Case, ...]:
-    """What may be set about a walk."""
+    """Return the cases of a walk's settings."""
     common = [
         Case("streamed wanda", streamed("wanda"), True),
         Case("inputs that are not finite", refused, True),
@@ -164,7 +164,7 @@ def walks() -> tuple[Case, ...]:
             pruned_alike("llama", "sparsegpt", pattern="2:4", propagation="sequential"),
             True,
         ),
-        # In one round, since directions in turns with masks would take rounding for a choice.
+        # One round, since alternating between directions and masks would amplify rounding.
         Case("wanda dense", pruned_alike("llama", "wanda", propagation="dense"), True),
         Case("experts", pruned_alike("mixtral", "sparsegpt", ROUNDED), True),
         Case("permuted", pruned_alike("llama", "wanda", pattern="2:4", permute=True), True),
@@ -198,7 +198,7 @@ def walks() -> tuple[Case, ...]:
 
 
 def allocations() -> list[Case]:
-    """Sparsities of their own for blocks and matrices."""
+    """Return the cases of uneven sparsity."""
     return [
         Case(
             f"{family} allocation {name}",
@@ -210,7 +210,7 @@ def allocations() -> list[Case]:
 
 
 def dtypes() -> list[Case]:
-    """Weights of sixteen bits."""
+    """Return the cases of 16-bit weights."""
     return [
         Case(
             f"{str(dtype).removeprefix('torch.')} {method} {pattern}",
@@ -224,8 +224,8 @@ def dtypes() -> list[Case]:
 
 
 def pages() -> list[Case]:
-    """Activations that go to host memory and to a file when their limits on the device and there are reached."""
-    rooms = ((0.0, 0.0), (2e-5, 2e-5), (0.0, None))  # none and none, a batch and a batch, and all in host memory
+    """Return the cases of activations spilled to host memory and to a file."""
+    rooms = ((0.0, 0.0), (2e-5, 2e-5), (0.0, None))  # nothing in either, one batch in each, and all in host memory
     return [
         Case(
             f"activations {there} there {here} here {propagation}",
@@ -244,7 +244,7 @@ def pages() -> list[Case]:
 
 
 def families() -> tuple[Case, ...]:
-    """One walk of every family."""
+    """Return a case per family."""
     return tuple(
         Case(family, pruned_alike(family, "sparsegpt", ROUNDED, pattern="2:4", changes=own))
         for family, own in (FAMILIES | MIXTURES).items()

@@ -1,4 +1,4 @@
-"""Removing whole parts: channels, heads, blocks, experts."""
+"""Cases: removing channels, heads, blocks and experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.simdevice.cases.case import ROUNDED, Case, pruned
 
 
 def removed(family: str, remove: str, **settings: Any) -> Callable[[Path], str]:
-    """Remove parts on both devices and compare the smaller models that are written."""
+    """Return a case that removes parts on both devices and compares the saved models."""
 
     def run(folder: Path) -> str:
         found = {}
@@ -26,7 +26,7 @@ def removed(family: str, remove: str, **settings: Any) -> Callable[[Path], str]:
 
 
 def removals() -> tuple[Case, ...]:
-    """Each kind of part, even and uneven, alone and with what makes up for it."""
+    """Return the cases of each kind of part, even and uneven, without and with compensation."""
     always = [
         Case(
             "llama channels, heads and blocks, mended",

@@ -1,4 +1,4 @@
-"""Fine-tuning a pruned model, whose zeros stay."""
+"""Cases: fine-tuning a pruned model, keeping its zeros."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Trained = tuple[list[float], dict[str, torch.Tensor]]
 
 
 def trained(folder: Path, family: str, device: str, reporter: Reporter | None = None, **changes: Any) -> Trained:
-    """Train on a device; returns the losses and the saved tensors. What it learns from is made when it is missing."""
+    """Train on a device, making the data if missing; return the losses and the saved tensors."""
     from transformers import training_args
 
     from coprune.recipe.views import training_recipe
     from coprune.training.finetuning import run_finetuning
     from support.pruned import pruned_model, save, settings_for, write_text
 
-    # Which kinds of GPU can compute in bfloat16 transformers keeps a list of.
+    # transformers has a list of GPUs that support bfloat16.
     vars(training_args)["is_torch_bf16_gpu_available"] = lambda: True
     forget_device()
     source, text = folder / family, folder / "text.txt"
@@ -42,7 +42,7 @@ def trained(folder: Path, family: str, device: str, reporter: Reporter | None = 
 
 
 def forget_device() -> None:
-    """Accelerate keeps the first device that it was told for the whole process."""
+    """Reset accelerate, which keeps its first device for the whole process."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, PartialState, GradientState):
@@ -63,7 +63,7 @@ def trained_alike(family: str, mode: str, **changes: Any) -> Callable[[Path], st
 
 
 def resumed(folder: Path) -> str:
-    """A training that was interrupted goes on to the same bits."""
+    """Check that an interrupted training resumes to the same bits."""
     from support.pruned import StoppedAt
 
     settings: dict[str, Any] = {"mode": "lora", "save_every": 2}
@@ -79,7 +79,7 @@ def resumed(folder: Path) -> str:
 
 
 def trainings() -> tuple[Case, ...]:
-    """Every mode, in float32 and bfloat16."""
+    """Return the cases of every mode, in float32 and bfloat16."""
     mixed: dict[str, Any] = {"dtype": "bfloat16", "gradient_checkpointing": True}
     return (
         Case("lora", trained_alike("llama", "lora", max_steps=2)),
